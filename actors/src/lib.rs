@@ -1,0 +1,2 @@
+//! mobula-actors
+pub mod training;

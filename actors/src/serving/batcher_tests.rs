@@ -1,0 +1,216 @@
+//! The batching rule on tokio's paused clock: time moves only when everyone waits.
+
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+/// Doubles each row, takes 10 ms a batch, and remembers the batches. Row 13 fails, 14 loses an output, 15 panics.
+struct Doubler {
+    batches: Arc<Mutex<Vec<Vec<u32>>>>,
+}
+
+const COMPUTE: Duration = Duration::from_millis(10);
+
+impl BatchRunner for Doubler {
+    type Row = u32;
+    type Output = u32;
+
+    async fn run(&mut self, rows: Vec<u32>) -> Result<Vec<u32>, String> {
+        self.batches.lock().unwrap().push(rows.clone());
+        tokio::time::sleep(COMPUTE).await;
+        assert!(!rows.contains(&15), "row 15");
+        if rows.contains(&13) {
+            return Err("row 13".to_owned());
+        }
+        Ok(rows
+            .into_iter()
+            .filter(|row| *row != 14)
+            .map(|row| row * 2)
+            .collect())
+    }
+}
+
+type Handle = BatcherHandle<u32, u32>;
+type Batches = Arc<Mutex<Vec<Vec<u32>>>>;
+
+fn start(
+    max_batch_rows: usize,
+    max_delay_ms: u64,
+    max_queued_requests: usize,
+) -> (Batcher, Handle, Batches) {
+    let batches = Batches::default();
+    let max_delay = Duration::from_millis(max_delay_ms);
+    let config = BatcherConfig {
+        max_batch_rows,
+        max_delay,
+        max_queued_requests,
+    };
+    let (batcher, handle) = Batcher::start(
+        config,
+        Doubler {
+            batches: Arc::clone(&batches),
+        },
+    );
+    (batcher, handle, batches)
+}
+
+fn spawn(handle: &Handle, rows: &[u32]) -> JoinHandle<Result<BatchAnswer<u32>, BatchError>> {
+    let (handle, rows) = (handle.clone(), rows.to_vec());
+    tokio::spawn(async move { handle.submit(rows).await })
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_join_in_order_and_get_their_own_outputs() {
+    let (_batcher, handle, batches) = start(8, 5, 100);
+    let calls = [
+        spawn(&handle, &[1]),
+        spawn(&handle, &[2, 3]),
+        spawn(&handle, &[4]),
+    ];
+    let mut outputs = Vec::new();
+    for call in calls {
+        let answer = call.await.unwrap().unwrap();
+        assert_eq!(answer.batch_rows, 4);
+        assert_eq!(
+            (answer.queued, answer.computed),
+            (Duration::from_millis(5), COMPUTE)
+        );
+        assert_eq!(answer.is_first_in_batch, answer.outputs == [2]);
+        outputs.push(answer.outputs);
+    }
+    assert_eq!(outputs, [vec![2], vec![4, 6], vec![8]]);
+    assert_eq!(*batches.lock().unwrap(), [[1, 2, 3, 4]]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_batch_leaves_at_once_and_no_request_is_split() {
+    let (_batcher, handle, batches) = start(4, 1_000, 100);
+    let calls = [
+        spawn(&handle, &[1, 2, 3]),
+        spawn(&handle, &[4, 5]),
+        spawn(&handle, &[6, 7]),
+        spawn(&handle, &[8, 9, 10, 11]),
+    ];
+    let started = Instant::now();
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(
+        *batches.lock().unwrap(),
+        [vec![1, 2, 3], vec![4, 5, 6, 7], vec![8, 9, 10, 11]]
+    );
+    assert_eq!(
+        started.elapsed(),
+        3 * COMPUTE,
+        "nobody waited for the delay"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lone_request_waits_for_the_delay_only() {
+    let (_batcher, handle, _) = start(4, 20, 100);
+    let answer = handle.submit(vec![21]).await.unwrap();
+    assert_eq!(
+        (answer.outputs, answer.queued),
+        (vec![42], Duration::from_millis(20))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_delay_batches_form_while_one_runs() {
+    let (_batcher, handle, batches) = start(8, 0, 100);
+    let first = spawn(&handle, &[1]);
+    tokio::time::sleep(COMPUTE / 2).await;
+    let rest = [spawn(&handle, &[2]), spawn(&handle, &[3])];
+    first.await.unwrap().unwrap();
+    for call in rest {
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(*batches.lock().unwrap(), [vec![1], vec![2, 3]]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_queue_refuses_at_once() {
+    let (_batcher, handle, batches) = start(1, 0, 2);
+    let running = spawn(&handle, &[1]);
+    tokio::time::sleep(COMPUTE / 2).await;
+    let queued = [spawn(&handle, &[2]), spawn(&handle, &[3])];
+    tokio::task::yield_now().await;
+    assert_eq!(handle.queued_requests(), 2);
+    let refused = handle.submit(vec![4]).await.unwrap_err();
+    assert_eq!(refused, BatchError::Overloaded { limit: 2 });
+    running.await.unwrap().unwrap();
+    for call in queued {
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(
+        batches.lock().unwrap().concat(),
+        [1, 2, 3],
+        "what was refused was not executed"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn row_counts_are_checked() {
+    let (_batcher, handle, _) = start(4, 0, 2);
+    let error = handle.submit(vec![0; 5]).await.unwrap_err();
+    assert_eq!(error.to_string(), "a request of 5 rows, expected 1 to 4");
+    assert!(handle.submit(Vec::new()).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_has_gone_is_left_out() {
+    let (_batcher, handle, batches) = start(8, 50, 100);
+    let gone = spawn(&handle, &[1]);
+    let stays = spawn(&handle, &[2]);
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    gone.abort();
+    assert_eq!(stays.await.unwrap().unwrap().outputs, [4]);
+    assert_eq!(*batches.lock().unwrap(), [[2]]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_reach_every_request_of_the_batch_and_the_next_batch_runs() {
+    let (_batcher, handle, _) = start(2, 0, 100);
+    let calls = [spawn(&handle, &[13]), spawn(&handle, &[1])];
+    for call in calls {
+        let error = call.await.unwrap().unwrap_err();
+        assert_eq!(
+            error,
+            BatchError::Failed {
+                reason: "row 13".to_owned()
+            }
+        );
+    }
+    let error = handle.submit(vec![14, 1]).await.unwrap_err();
+    assert_eq!(
+        error,
+        BatchError::OutputCount {
+            rows: 2,
+            outputs: 1
+        }
+    );
+    assert_eq!(handle.submit(vec![3]).await.unwrap().outputs, [6]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panicking_runner_leaves_the_outcome_unknown() {
+    let (batcher, handle, _) = start(2, 0, 100);
+    assert_eq!(handle.submit(vec![15]).await, Err(BatchError::Lost));
+    assert_eq!(handle.submit(vec![1]).await, Err(BatchError::ShuttingDown));
+    batcher.shut_down().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutting_down_finishes_what_runs_and_refuses_what_waits() {
+    let (batcher, handle, batches) = start(1, 0, 100);
+    let running = spawn(&handle, &[1]);
+    tokio::time::sleep(COMPUTE / 2).await;
+    let waiting = spawn(&handle, &[2]);
+    tokio::task::yield_now().await;
+    batcher.shut_down().await;
+    assert_eq!(running.await.unwrap().unwrap().outputs, [2]);
+    assert_eq!(waiting.await.unwrap(), Err(BatchError::ShuttingDown));
+    assert_eq!(handle.submit(vec![3]).await, Err(BatchError::ShuttingDown));
+    assert_eq!(*batches.lock().unwrap(), [[1]]);
+}

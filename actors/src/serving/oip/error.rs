@@ -1,0 +1,434 @@
+//! What can go wrong with a request, and the HTTP status each of it has.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::tensor::Datatype;
+
+/// Why bytes are not a request or response. All of it is the sender's to mend (400).
+#[derive(Clone, Debug, Error, PartialEq, Serialize, Deserialize)]
+pub enum DecodeError {
+    /// The JSON part does not parse or lacks a field.
+    #[error("malformed inference JSON: {reason}")]
+    Json {
+        /// The parser's words, with line and column.
+        reason: String,
+    },
+    /// `Inference-Header-Content-Length` is no number or points past the body.
+    #[error(
+        "Inference-Header-Content-Length {got:?} must be a number of bytes up to the body's {body_bytes}"
+    )]
+    HeaderLength {
+        /// The value of the header.
+        got: String,
+        /// The length of the (uncompressed) body.
+        body_bytes: u64,
+    },
+    /// The datatype has no such name.
+    #[error(
+        "tensor {tensor:?}: unknown datatype {got:?}, expected one of BOOL, UINT8-64, INT8-64, FP16, BF16, FP32, FP64, BYTES"
+    )]
+    UnknownDatatype {
+        /// The tensor.
+        tensor: String,
+        /// The name given.
+        got: String,
+    },
+    /// The shape's dimensions overflow.
+    #[error("tensor {tensor:?}: shape {shape:?} has more elements than can be counted")]
+    ShapeTooLarge {
+        /// The tensor.
+        tensor: String,
+        /// The shape given.
+        shape: Vec<u64>,
+    },
+    /// The shape and the number of elements disagree.
+    #[error("tensor {tensor:?}: shape {shape:?} holds {expected} elements, got {got}")]
+    ElementCount {
+        /// The tensor.
+        tensor: String,
+        /// The shape given.
+        shape: Vec<u64>,
+        /// Elements by the shape.
+        expected: u64,
+        /// Elements found.
+        got: u64,
+    },
+    /// An element is not of the datatype or out of its range.
+    #[error("tensor {tensor:?}: element {index} is {got}, expected {datatype}")]
+    Element {
+        /// The tensor.
+        tensor: String,
+        /// The element's place, row-major.
+        index: u64,
+        /// The element.
+        got: String,
+        /// The datatype declared.
+        datatype: Datatype,
+    },
+    /// BF16 has no JSON form.
+    #[error(
+        "tensor {tensor:?}: {datatype} data travels only in binary form, set parameters.binary_data_size"
+    )]
+    BinaryOnly {
+        /// The tensor.
+        tensor: String,
+        /// The datatype declared.
+        datatype: Datatype,
+    },
+    /// A tensor has neither `data` nor `binary_data_size`.
+    #[error("tensor {tensor:?}: expected either data or parameters.binary_data_size, got neither")]
+    NoData {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor has both.
+    #[error("tensor {tensor:?}: expected either data or parameters.binary_data_size, got both")]
+    TwoKindsOfData {
+        /// The tensor.
+        tensor: String,
+    },
+    /// The declared size is not what the shape takes.
+    #[error(
+        "tensor {tensor:?}: {datatype} of shape {shape:?} takes {expected} bytes, binary_data_size is {got}"
+    )]
+    BinarySize {
+        /// The tensor.
+        tensor: String,
+        /// The datatype declared.
+        datatype: Datatype,
+        /// The shape declared.
+        shape: Vec<u64>,
+        /// Bytes by datatype and shape.
+        expected: u64,
+        /// Bytes declared.
+        got: u64,
+    },
+    /// The body ends before the tensor does.
+    #[error("tensor {tensor:?}: binary_data_size is {expected} bytes, the body has {got} left")]
+    BodyTooShort {
+        /// The tensor.
+        tensor: String,
+        /// Bytes declared.
+        expected: u64,
+        /// Bytes left.
+        got: u64,
+    },
+    /// Bytes are left after the last tensor.
+    #[error("{got} bytes are left after the last binary tensor, expected none")]
+    BodyTooLong {
+        /// Bytes left.
+        got: u64,
+    },
+    /// A BYTES element claims more than there is.
+    #[error("tensor {tensor:?}: BYTES element {index} claims {expected} bytes, {got} are left")]
+    BytesElement {
+        /// The tensor.
+        tensor: String,
+        /// The element's place.
+        index: u64,
+        /// Bytes claimed, the length prefix included where it is cut off.
+        expected: u64,
+        /// Bytes left.
+        got: u64,
+    },
+    /// A parameter has a type the protocol does not allow there.
+    #[error("parameter {name:?}: expected {expected}, got {got}")]
+    Parameter {
+        /// The parameter.
+        name: String,
+        /// The type expected.
+        expected: String,
+        /// The JSON found.
+        got: String,
+    },
+    /// The request uses an extension this server does not advertise.
+    #[error("{feature} is not supported here: see extensions of GET /v2")]
+    Unsupported {
+        /// The extension.
+        feature: String,
+    },
+    /// A raw request (header length 0) does not determine the input.
+    #[error(
+        "a raw binary body needs a model with one input of at most one open dimension that {got} bytes fill: {reason}"
+    )]
+    RawInput {
+        /// Bytes in the body.
+        got: u64,
+        /// What stands against it.
+        reason: String,
+    },
+}
+
+/// Why a response has no JSON form.
+#[derive(Clone, Debug, Error, PartialEq, Serialize, Deserialize)]
+pub enum EncodeError {
+    /// JSON has no NaN or infinity.
+    #[error(
+        "tensor {tensor:?}: element {index} is {got}, which JSON cannot carry: ask for binary_data"
+    )]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// The element's place.
+        index: u64,
+        /// The value.
+        got: String,
+    },
+    /// JSON strings are UTF-8.
+    #[error(
+        "tensor {tensor:?}: BYTES element {index} is not UTF-8, which JSON cannot carry: ask for binary_data"
+    )]
+    NotUtf8 {
+        /// The tensor.
+        tensor: String,
+        /// The element's place.
+        index: u64,
+    },
+    /// The datatype has no JSON form.
+    #[error("tensor {tensor:?}: {datatype} data travels only in binary form: ask for binary_data")]
+    BinaryOnly {
+        /// The tensor.
+        tensor: String,
+        /// The datatype.
+        datatype: Datatype,
+    },
+    /// The model did not give an output its metadata promises.
+    #[error("output {output:?} was asked for but the model did not produce it")]
+    MissingOutput {
+        /// The output.
+        output: String,
+    },
+}
+
+/// Why a request does not fit a model. All of it is the client's to mend (400).
+#[derive(Clone, Debug, Error, PartialEq, Serialize, Deserialize)]
+pub enum ValidateError {
+    /// The number of inputs is wrong; names say which are missing.
+    #[error("model {model:?}: input {input:?} is missing, expected {expected:?}")]
+    MissingInput {
+        /// The model.
+        model: String,
+        /// The missing input.
+        input: String,
+        /// All inputs of the model.
+        expected: Vec<String>,
+    },
+    /// The model has no input of that name.
+    #[error("model {model:?}: unexpected input {input:?}, expected {expected:?}")]
+    UnknownInput {
+        /// The model.
+        model: String,
+        /// The name given.
+        input: String,
+        /// All inputs of the model.
+        expected: Vec<String>,
+    },
+    /// An input or output is given twice.
+    #[error("model {model:?}: tensor {tensor:?} is given twice")]
+    Duplicate {
+        /// The model.
+        model: String,
+        /// The name given twice.
+        tensor: String,
+    },
+    /// The model has no output of that name.
+    #[error("model {model:?}: unexpected output {output:?}, expected one of {expected:?}")]
+    UnknownOutput {
+        /// The model.
+        model: String,
+        /// The name given.
+        output: String,
+        /// All outputs of the model.
+        expected: Vec<String>,
+    },
+    /// The element type is another.
+    #[error("model {model:?}: input {input:?} has datatype {got}, expected {expected}")]
+    Datatype {
+        /// The model.
+        model: String,
+        /// The input.
+        input: String,
+        /// The model's type.
+        expected: Datatype,
+        /// The request's type.
+        got: Datatype,
+    },
+    /// A dimension differs or their number does.
+    #[error(
+        "model {model:?}: input {input:?} has shape {got:?}, expected {expected:?} (-1 is any size)"
+    )]
+    Shape {
+        /// The model.
+        model: String,
+        /// The input.
+        input: String,
+        /// The model's shape.
+        expected: Vec<i64>,
+        /// The request's shape.
+        got: Vec<u64>,
+    },
+    /// The batch is empty or too large.
+    #[error(
+        "model {model:?}: input {input:?} has batch size {got}, expected 1 to {max_batch_size}"
+    )]
+    BatchSize {
+        /// The model.
+        model: String,
+        /// The input.
+        input: String,
+        /// The model's limit.
+        max_batch_size: u32,
+        /// The request's rows.
+        got: u64,
+    },
+    /// Two inputs have different batch sizes.
+    #[error(
+        "model {model:?}: input {input:?} has batch size {got}, expected {expected} as in the other inputs"
+    )]
+    UnequalBatch {
+        /// The model.
+        model: String,
+        /// The input.
+        input: String,
+        /// The first input's rows.
+        expected: u64,
+        /// This input's rows.
+        got: u64,
+    },
+}
+
+/// The failure of a call, with its HTTP status.
+#[derive(Clone, Debug, Error, PartialEq, Serialize, Deserialize)]
+pub enum OipError {
+    /// The body is not a request.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// The request does not fit the model.
+    #[error(transparent)]
+    Validate(#[from] ValidateError),
+    /// The response cannot take the form asked for.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// The token is absent or wrong.
+    #[error("missing or wrong token: send the header Authorization: Bearer <token>")]
+    Unauthorized,
+    /// No endpoint serves that model.
+    #[error("unknown model {model:?}: `mobula serve list` shows the endpoints that exist")]
+    UnknownModel {
+        /// The name asked for.
+        model: String,
+    },
+    /// The model does not serve that version.
+    #[error("model {model:?} does not serve version {version:?}, it serves {served:?}")]
+    UnknownVersion {
+        /// The model.
+        model: String,
+        /// The version asked for.
+        version: String,
+        /// The versions served.
+        served: Vec<String>,
+    },
+    /// No such address.
+    #[error("nothing is served at {path}: GET /v2 describes this server")]
+    UnknownPath {
+        /// The path asked for.
+        path: String,
+    },
+    /// The address exists but not with this verb.
+    #[error("{method} is not allowed on {path}")]
+    MethodNotAllowed {
+        /// The verb.
+        method: String,
+        /// The path.
+        path: String,
+    },
+    /// The body, or what it inflates to, is too large.
+    #[error("the request body exceeds the limit of {limit_bytes} bytes: send smaller batches")]
+    BodyTooLarge {
+        /// The limit.
+        limit_bytes: u64,
+    },
+    /// The body did not arrive whole.
+    #[error("the request body could not be read: {reason}")]
+    BodyUnreadable {
+        /// What the connection said.
+        reason: String,
+    },
+    /// The body is compressed in an unknown way.
+    #[error("content encoding {encoding:?} is not supported, expected gzip, deflate or identity")]
+    UnsupportedEncoding {
+        /// The encoding named.
+        encoding: String,
+    },
+    /// The model is known but nothing can answer for it now; retrying later can help.
+    #[error("model {model:?} is not ready: {reason}")]
+    NotReady {
+        /// The model.
+        model: String,
+        /// Why, and what is awaited.
+        reason: String,
+    },
+    /// The server answers but cannot serve yet; retrying later can help.
+    #[error("the server is not ready: {reason}")]
+    ServerNotReady {
+        /// Why, and what is awaited.
+        reason: String,
+    },
+    /// The queue is full: the request was not executed and may be sent again.
+    #[error(
+        "overloaded: {queued} requests wait, the queue holds {limit}; retry after a pause or add replicas"
+    )]
+    Overloaded {
+        /// Requests waiting.
+        queued: u64,
+        /// The queue's bound.
+        limit: u64,
+    },
+    /// The server stops: the request was not executed and may be sent again.
+    #[error("shutting down: the request was not executed, send it again")]
+    ShuttingDown,
+    /// The replica was lost after it got the request: whether it was executed is unknown; inference can be repeated.
+    #[error("the replica was lost while it held the request, the outcome is unknown: {reason}")]
+    ReplicaLost {
+        /// What is known.
+        reason: String,
+    },
+    /// The model failed on the request.
+    #[error("inference failed: {reason}")]
+    Failed {
+        /// The model's words.
+        reason: String,
+    },
+}
+
+impl OipError {
+    /// The HTTP status.
+    #[must_use]
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::Encode(EncodeError::MissingOutput { .. }) | Self::Failed { .. } => 500,
+            Self::Decode(_) | Self::Validate(_) | Self::Encode(_) | Self::BodyUnreadable { .. } => {
+                400
+            }
+            Self::Unauthorized => 401,
+            Self::UnknownModel { .. } | Self::UnknownVersion { .. } | Self::UnknownPath { .. } => {
+                404
+            }
+            Self::MethodNotAllowed { .. } => 405,
+            Self::BodyTooLarge { .. } => 413,
+            Self::UnsupportedEncoding { .. } => 415,
+            Self::NotReady { .. }
+            | Self::ServerNotReady { .. }
+            | Self::Overloaded { .. }
+            | Self::ShuttingDown
+            | Self::ReplicaLost { .. } => 503,
+        }
+    }
+
+    /// Whether the same request may succeed later without being changed.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        self.status() == 503
+    }
+}

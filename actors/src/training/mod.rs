@@ -1,0 +1,33 @@
+//! Training: data-parallel, with the same bits whatever happens.
+//!
+//! The final weights and optimizer state of a job depend only on (program, data, seed, step): never on how
+//! many workers ran it, which of them died, or how often it was preempted. These modules are the numeric
+//! part and are pure: no actors, no clock, no threads, no iteration over hash maps. In reading order:
+//!
+//! * [`spec`] says what a job is, [`validation`] what it may be; [`data`] loads and splits its samples.
+//! * [`random`] and [`permutation`] give initial values and data order as functions of a position.
+//! * [`layout`] says where each parameter lies; [`model`] computes one virtual shard's gradients with a
+//!   fixed-order matrix product.
+//! * [`reduction`] adds shards in a tree that does not know about workers.
+//! * [`optimizer`] makes the update; [`state`] is what is carried on, saved and hashed.
+//! * [`mod@reference`] is what a trained version keeps for drift detection.
+//! * [`local`] runs a job in one process: the oracle for the distributed ones.
+//! * [`math`] has the elementary functions, free of the platform's library.
+
+pub mod data;
+pub mod layout;
+pub mod local;
+pub mod math;
+pub mod model;
+pub mod optimizer;
+pub mod permutation;
+pub mod random;
+pub mod reduction;
+pub mod reference;
+pub mod spec;
+pub mod state;
+pub mod validation;
+
+mod loss;
+mod patches;
+mod product;

@@ -1,0 +1,418 @@
+//! The update of the parameters: SGD with momentum and AdamW, with state that can be saved.
+//!
+//! Invariants:
+//! 1. An update is elementwise, with one fixed order of operations, none of them fused.
+//! 2. Scalars (learning rate, bias corrections) are computed in `f64` from the step number alone, so an
+//!    optimizer has no state but its moments, which live in [`TrainState`].
+//! 3. The gradient's norm is an `f64` sum in flat order within a parameter, then over parameters in name
+//!    order.
+//! 4. A gradient that is not finite changes nothing and is reported with the parameter's name.
+
+use serde::{Deserialize, Serialize};
+
+use super::layout::Layout;
+use super::math;
+use super::model::{ModelError, check_length};
+use super::reduction::Partial;
+use super::spec::TrainSpec;
+use super::state::TrainState;
+
+/// Which rule updates the parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum OptimizerSpec {
+    /// Stochastic gradient descent with momentum: `m ← momentum·m + g`, `p ← p − rate·m`.
+    Sgd {
+        /// Share of the old direction that is kept, in `[0, 1)`.
+        momentum: f64,
+    },
+    /// AdamW (Loshchilov and Hutter, ICLR 2019).
+    Adamw {
+        /// Decay of the mean, in `[0, 1)`.
+        beta1: f64,
+        /// Decay of the mean square, in `[0, 1)`.
+        beta2: f64,
+        /// Added to the root of the mean square.
+        epsilon: f64,
+    },
+}
+
+impl OptimizerSpec {
+    /// Vectors of the parameters' size that the optimizer keeps.
+    pub fn moment_count(&self) -> usize {
+        match self {
+            Self::Sgd { .. } => 1,
+            Self::Adamw { .. } => 2,
+        }
+    }
+}
+
+/// How the learning rate changes over the job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// It does not.
+    Constant,
+    /// Half a cosine wave, from the full rate at the first step to zero after the last.
+    Cosine,
+}
+
+/// Why a step could not be taken. The state is unchanged.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// A vector of the wrong size.
+    #[error(transparent)]
+    Length(#[from] ModelError),
+    /// The root does not hold the whole batch.
+    #[error("the reduced step holds {found} samples where the global batch is {expected}")]
+    Count {
+        /// Samples needed.
+        expected: u64,
+        /// Samples given.
+        found: u64,
+    },
+    /// The loss has diverged.
+    #[error(
+        "step {step}: the gradient of {parameter} is not finite; the loss has diverged, lower the learning rate or set clip_norm"
+    )]
+    NotFinite {
+        /// The step.
+        step: u64,
+        /// The first such parameter in name order.
+        parameter: String,
+    },
+}
+
+/// What one update did.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// The step taken, counted from 0.
+    pub step: u64,
+    /// Mean loss of the global batch, before the update.
+    pub loss_mean: f64,
+    /// Norm of the mean gradient, before clipping.
+    pub gradient_norm: f64,
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+}
+
+/// The update rule of a job.
+#[derive(Debug, Clone)]
+pub struct Optimizer {
+    rule: OptimizerSpec,
+    schedule: Schedule,
+    learning_rate: f64,
+    weight_decay: f64,
+    clip_norm: Option<f64>,
+    steps: u64,
+    global_batch: u64,
+    layout: Layout,
+}
+
+impl Optimizer {
+    /// The update rule that a job asks for.
+    pub fn new(spec: &TrainSpec) -> Self {
+        Self {
+            rule: spec.optimizer,
+            schedule: spec.schedule,
+            learning_rate: spec.learning_rate,
+            weight_decay: spec.weight_decay,
+            clip_norm: spec.clip_norm,
+            steps: spec.steps,
+            global_batch: spec.global_batch,
+            layout: Layout::of(&spec.model),
+        }
+    }
+
+    /// The learning rate of a step.
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        match self.schedule {
+            Schedule::Constant => self.learning_rate,
+            Schedule::Cosine => {
+                let part = step.min(self.steps) as f64 / self.steps.max(1) as f64;
+                self.learning_rate * 0.5 * (1.0 + math::cos_turns(part * 0.5))
+            }
+        }
+    }
+
+    /// Takes one step with the reduced sums of the whole batch, and advances the state's step.
+    pub fn step(&self, state: &mut TrainState, root: &Partial) -> Result<StepReport, StepError> {
+        let expected = self.layout.value_count();
+        check_length("the gradient", expected, root.grads.len())?;
+        check_length("the parameter vector", expected, state.params.len())?;
+        check_length(
+            "the list of moments",
+            self.rule.moment_count(),
+            state.moments.len(),
+        )?;
+        for moment in &state.moments {
+            check_length("an optimizer moment", expected, moment.len())?;
+        }
+        if root.count != self.global_batch {
+            return Err(StepError::Count {
+                expected: self.global_batch,
+                found: root.count,
+            });
+        }
+        // The sums become means in one multiplication, after the reduction.
+        let mean = 1.0 / self.global_batch as f64;
+        let gradient_norm = self.norm(&root.grads, state.step)? * mean;
+        let clipped = match self.clip_norm {
+            Some(limit) if gradient_norm > limit => limit / gradient_norm,
+            _ => 1.0,
+        };
+        let learning_rate = self.learning_rate(state.step);
+        let scale = (mean * clipped) as f32;
+        match self.rule {
+            OptimizerSpec::Sgd { momentum } => {
+                self.sgd(state, &root.grads, scale, learning_rate, momentum);
+            }
+            OptimizerSpec::Adamw {
+                beta1,
+                beta2,
+                epsilon,
+            } => {
+                let adam = Adam::new(beta1, beta2, epsilon, state.step + 1);
+                self.adamw(state, &root.grads, scale, learning_rate, &adam);
+            }
+        }
+        let step = state.step;
+        state.step += 1;
+        Ok(StepReport {
+            step,
+            loss_mean: root.loss_sum * mean,
+            gradient_norm,
+            learning_rate,
+        })
+    }
+
+    fn norm(&self, grads: &[f32], step: u64) -> Result<f64, StepError> {
+        let mut total = 0.0f64;
+        for slot in &self.layout.slots {
+            let mut sum = 0.0f64;
+            for value in &grads[slot.range()] {
+                sum += f64::from(*value) * f64::from(*value);
+            }
+            // The squares of finite f32 values cannot overflow an f64 sum.
+            if !sum.is_finite() {
+                return Err(StepError::NotFinite {
+                    step,
+                    parameter: slot.name.clone(),
+                });
+            }
+            total += sum;
+        }
+        Ok(total.sqrt())
+    }
+
+    fn sgd(
+        &self,
+        state: &mut TrainState,
+        grads: &[f32],
+        scale: f32,
+        learning_rate: f64,
+        momentum: f64,
+    ) {
+        let (rate, momentum) = (learning_rate as f32, momentum as f32);
+        let keep = (1.0 - learning_rate * self.weight_decay) as f32;
+        let [moments] = &mut state.moments[..] else {
+            unreachable!("checked by the caller")
+        };
+        for ((param, moment), grad) in state.params.iter_mut().zip(moments).zip(grads) {
+            *moment = momentum * *moment + scale * grad;
+            *param = keep * *param - rate * *moment;
+        }
+    }
+
+    fn adamw(
+        &self,
+        state: &mut TrainState,
+        grads: &[f32],
+        scale: f32,
+        learning_rate: f64,
+        adam: &Adam,
+    ) {
+        let keep = (1.0 - learning_rate * self.weight_decay) as f32;
+        let rate = (learning_rate / adam.mean_correction) as f32;
+        let [means, squares] = &mut state.moments[..] else {
+            unreachable!("checked by the caller")
+        };
+        let values = state.params.iter_mut().zip(means).zip(squares).zip(grads);
+        for (((param, mean), square), grad) in values {
+            let grad = scale * grad;
+            *mean = adam.beta1 * *mean + adam.one_minus_beta1 * grad;
+            *square = adam.beta2 * *square + adam.one_minus_beta2 * (grad * grad);
+            let root = (*square * adam.inverse_square_correction).sqrt() + adam.epsilon;
+            *param = keep * *param - rate * (*mean / root);
+        }
+    }
+}
+
+/// AdamW's scalars for one update.
+struct Adam {
+    beta1: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    epsilon: f32,
+    mean_correction: f64,
+    inverse_square_correction: f32,
+}
+
+impl Adam {
+    fn new(beta1: f64, beta2: f64, epsilon: f64, update: u64) -> Self {
+        Self {
+            beta1: beta1 as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            epsilon: epsilon as f32,
+            mean_correction: 1.0 - math::power(beta1, update),
+            inverse_square_correction: (1.0 / (1.0 - math::power(beta2, update))) as f32,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::training::reduction::Subtree;
+
+    fn spec(optimizer: OptimizerSpec) -> TrainSpec {
+        TrainSpec {
+            optimizer,
+            weight_decay: 0.1,
+            clip_norm: None,
+            ..TrainSpec::digits_mlp("test")
+        }
+    }
+
+    fn root(spec: &TrainSpec, state: &TrainState, value: f32) -> Partial {
+        let grads = vec![value; state.params.len()];
+        let subtree = Subtree { level: 4, index: 0 };
+        Partial {
+            subtree,
+            loss_sum: 2.0 * spec.global_batch as f64,
+            count: spec.global_batch,
+            grads,
+        }
+    }
+
+    const ADAMW: OptimizerSpec = OptimizerSpec::Adamw {
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+    };
+
+    #[test]
+    fn updates_follow_the_published_formulas() {
+        for rule in [OptimizerSpec::Sgd { momentum: 0.9 }, ADAMW] {
+            let mut spec = spec(rule);
+            spec.schedule = Schedule::Constant;
+            let optimizer = Optimizer::new(&spec);
+            let mut state = TrainState::initial(&spec, "digest").unwrap();
+            let (rate, decay) = (spec.learning_rate, spec.weight_decay);
+            let (mut param, mut mean, mut square) = (f64::from(state.params[9]), 0.0f64, 0.0f64);
+            for step in 1..=20 {
+                let grad = (f64::from(step) * 0.7).sin();
+                let sums = root(&spec, &state, (grad * spec.global_batch as f64) as f32);
+                let report = optimizer.step(&mut state, &sums).unwrap();
+                assert_eq!((report.step, report.loss_mean), (step as u64 - 1, 2.0));
+                param -= rate * decay * param;
+                match rule {
+                    OptimizerSpec::Sgd { momentum } => {
+                        mean = momentum * mean + grad;
+                        param -= rate * mean;
+                    }
+                    OptimizerSpec::Adamw {
+                        beta1,
+                        beta2,
+                        epsilon,
+                    } => {
+                        mean = beta1 * mean + (1.0 - beta1) * grad;
+                        square = beta2 * square + (1.0 - beta2) * grad * grad;
+                        let mean_hat = mean / (1.0 - beta1.powi(step));
+                        let square_hat = square / (1.0 - beta2.powi(step));
+                        param -= rate * mean_hat / (square_hat.sqrt() + epsilon);
+                    }
+                }
+                assert!(
+                    (param - f64::from(state.params[9])).abs() < 1e-5,
+                    "step {step}"
+                );
+            }
+            assert_eq!(state.step, 20);
+        }
+    }
+
+    #[test]
+    fn clipping_bounds_the_norm_and_keeps_the_direction() {
+        let mut spec = spec(OptimizerSpec::Sgd { momentum: 0.0 });
+        spec.clip_norm = Some(0.5);
+        spec.weight_decay = 0.0;
+        let mut state = TrainState::initial(&spec, "digest").unwrap();
+        let before = state.params.clone();
+        let sums = root(&spec, &state, 1000.0);
+        let report = Optimizer::new(&spec).step(&mut state, &sums).unwrap();
+        assert!(report.gradient_norm > 0.5);
+        let moved = before
+            .iter()
+            .zip(&state.params)
+            .map(|(a, b)| f64::from(a - b).powi(2));
+        let distance = moved.sum::<f64>().sqrt();
+        assert!(
+            (distance / report.learning_rate - 0.5).abs() < 1e-3,
+            "{distance}"
+        );
+    }
+
+    #[test]
+    fn the_cosine_falls_from_the_full_rate_to_zero() {
+        let optimizer = Optimizer::new(&TrainSpec {
+            schedule: Schedule::Cosine,
+            learning_rate: 0.4,
+            steps: 100,
+            ..spec(ADAMW)
+        });
+        let rates = [0, 50, 100, 1000].map(|step| optimizer.learning_rate(step));
+        for (rate, expected) in rates.into_iter().zip([0.4, 0.2, 0.0, 0.0]) {
+            assert!((rate - expected).abs() < 1e-12, "{rate} {expected}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_used_changes_nothing() {
+        let spec = spec(ADAMW);
+        let optimizer = Optimizer::new(&spec);
+        let mut state = TrainState::initial(&spec, "digest").unwrap();
+        let before = state.clone();
+        let good = root(&spec, &state, 1.0);
+        let mut infinite = good.clone();
+        infinite.grads[0] = f32::INFINITY;
+        let error = optimizer
+            .step(&mut state, &infinite)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("step 0: the gradient of dense.0.bias is not finite"),
+            "{error}"
+        );
+        let few = Partial {
+            count: 1,
+            ..good.clone()
+        };
+        assert!(matches!(
+            optimizer.step(&mut state, &few),
+            Err(StepError::Count { .. })
+        ));
+        let short = Partial {
+            grads: vec![1.0],
+            ..good
+        };
+        assert!(matches!(
+            optimizer.step(&mut state, &short),
+            Err(StepError::Length(_))
+        ));
+        assert_eq!(state, before);
+    }
+}

@@ -1,0 +1,214 @@
+//! Image patches as matrix rows ("im2col"), so that a convolution is one [`super::product`].
+//!
+//! candle's own convolution spreads over threads and sums in an order that depends on the shape; this one
+//! copies values in a fixed order, and its gradient adds them in the same order.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+
+/// Side of the square kernel; the image is padded by one zero all round.
+pub(super) const KERNEL_SIDE: usize = 3;
+/// Positions in a kernel.
+pub(super) const KERNEL_AREA: usize = KERNEL_SIDE * KERNEL_SIDE;
+
+/// The shape of one convolution's input.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patches {
+    /// Height and width of the input.
+    pub(super) side: usize,
+    /// Channels of the input; the last dimension in memory.
+    pub(super) channels: usize,
+    /// Distance between neighbouring patches.
+    pub(super) stride: usize,
+}
+
+impl Patches {
+    /// Height and width of the output.
+    pub(super) fn output_side(&self) -> usize {
+        self.side.div_ceil(self.stride)
+    }
+
+    /// From `(images, side * side * channels)` to `(images * output_side², 9 * channels)`.
+    pub(super) fn extract(self, images: &Tensor) -> Result<Tensor> {
+        images.apply_op1(self)
+    }
+
+    fn image_len(&self) -> usize {
+        self.side * self.side * self.channels
+    }
+
+    fn row_len(&self) -> usize {
+        KERNEL_AREA * self.channels
+    }
+
+    /// Calls `visit(offset in the image, offset in the image's patches)` for every kernel position that
+    /// lies inside the image, in a fixed order; each stands for `channels` neighbouring values.
+    fn for_each_position(&self, mut visit: impl FnMut(usize, usize)) {
+        let output = self.output_side();
+        for row in 0..output * output {
+            for position in 0..KERNEL_AREA {
+                // The padding of one is subtracted here; outside values wrap above `side`.
+                let y = (row / output * self.stride + position / KERNEL_SIDE).wrapping_sub(1);
+                let x = (row % output * self.stride + position % KERNEL_SIDE).wrapping_sub(1);
+                if y < self.side && x < self.side {
+                    let in_image = (y * self.side + x) * self.channels;
+                    visit(in_image, row * self.row_len() + position * self.channels);
+                }
+            }
+        }
+    }
+
+    fn patches_len(&self) -> usize {
+        self.output_side() * self.output_side() * self.row_len()
+    }
+}
+
+fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => bail!("image patches need contiguous input"),
+    }
+}
+
+impl CustomOp1 for Patches {
+    fn name(&self) -> &'static str {
+        "image-patches"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let images = contiguous(storage, layout)?;
+        let count = images.len() / self.image_len();
+        let mut patches = vec![0.0; count * self.patches_len()];
+        let channels = self.channels;
+        for (image, out) in images
+            .chunks_exact(self.image_len())
+            .zip(patches.chunks_exact_mut(self.patches_len()))
+        {
+            self.for_each_position(|from, to| {
+                out[to..to + channels].copy_from_slice(&image[from..from + channels]);
+            });
+        }
+        let rows = count * self.output_side() * self.output_side();
+        Ok((
+            CpuStorage::F32(patches),
+            Shape::from((rows, self.row_len())),
+        ))
+    }
+
+    fn bwd(&self, images: &Tensor, _result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        if !images.track_op() {
+            return Ok(None);
+        }
+        Ok(Some(
+            gradient.contiguous()?.apply_op1_no_bwd(&Gathered(*self))?,
+        ))
+    }
+}
+
+/// The transpose of [`Patches`]: adds each patch value to the pixel that it came from.
+struct Gathered(Patches);
+
+impl CustomOp1 for Gathered {
+    fn name(&self) -> &'static str {
+        "image-patches-gathered"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let patches = contiguous(storage, layout)?;
+        let shape = self.0;
+        let count = patches.len() / shape.patches_len();
+        let mut images = vec![0.0; count * shape.image_len()];
+        for (image, from_patches) in images
+            .chunks_exact_mut(shape.image_len())
+            .zip(patches.chunks_exact(shape.patches_len()))
+        {
+            shape.for_each_position(|to, from| {
+                let added = &from_patches[from..from + shape.channels];
+                for (sum, value) in image[to..to + shape.channels].iter_mut().zip(added) {
+                    *sum += value;
+                }
+            });
+        }
+        Ok((
+            CpuStorage::F32(images),
+            Shape::from((count, shape.image_len())),
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::product::product;
+    use super::super::random::{Purpose, Stream};
+    use super::*;
+    use candle_core::{Device, Var};
+
+    fn values(name: &str, count: usize) -> Vec<f32> {
+        let stream = Stream::new(6, Purpose::Initialise, name, 0);
+        (0..count)
+            .map(|index| stream.normal(index as u64, 0) as f32)
+            .collect()
+    }
+
+    /// Output and gradients against candle's convolution, which wants channels first.
+    fn check(side: usize, channels: usize, outputs: usize, stride: usize) {
+        let count = 3;
+        let images = Var::from_vec(
+            values("x", count * side * side * channels),
+            (count, side * side * channels),
+            &Device::Cpu,
+        )
+        .unwrap();
+        let weight = Var::from_vec(
+            values("w", KERNEL_AREA * channels * outputs),
+            (KERNEL_AREA * channels, outputs),
+            &Device::Cpu,
+        )
+        .unwrap();
+        let patches = Patches {
+            side,
+            channels,
+            stride,
+        };
+        let side_out = patches.output_side();
+        let ours = product(&patches.extract(&images).unwrap(), &weight).unwrap();
+        let theirs = {
+            let images = images.reshape((count, side, side, channels)).unwrap();
+            let images = images.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap();
+            let kernel = weight
+                .reshape((KERNEL_SIDE, KERNEL_SIDE, channels, outputs))
+                .unwrap();
+            let kernel = kernel.permute((3, 2, 0, 1)).unwrap().contiguous().unwrap();
+            let result = images.conv2d(&kernel, 1, stride, 1, 1).unwrap();
+            let result = result.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
+            result
+                .reshape((count * side_out * side_out, outputs))
+                .unwrap()
+        };
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let close = |ours: &Tensor, theirs: &Tensor| {
+            for (ours, theirs) in flat(ours).iter().zip(flat(theirs)) {
+                assert!(
+                    (ours - theirs).abs() < 1e-3 * theirs.abs().max(1.0),
+                    "{ours} {theirs}"
+                );
+            }
+        };
+        close(&ours, &theirs);
+        let ours = ours.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let theirs = theirs.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        for var in [&images, &weight] {
+            close(
+                ours.get(var.as_tensor()).unwrap(),
+                theirs.get(var.as_tensor()).unwrap(),
+            );
+        }
+    }
+
+    #[test]
+    fn a_product_of_patches_is_a_convolution() {
+        check(8, 1, 4, 1);
+        check(8, 3, 5, 2);
+        check(4, 2, 3, 2);
+        check(1, 2, 3, 2);
+    }
+}

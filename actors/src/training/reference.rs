@@ -1,0 +1,89 @@
+//! What a trained version remembers of its data, for drift detection to compare with.
+
+use serde::{Deserialize, Serialize};
+
+use super::data::{Dataset, FEATURES, IMAGE_SIDE};
+use super::model::{Model, ModelError};
+use super::permutation::Permutation;
+use super::random::Purpose;
+
+/// A sample of the training part, column by column, with what the model predicts for it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReferenceData {
+    /// Name of each feature: `pixel_<row>_<column>`, counted from 0.
+    pub feature_names: Vec<String>,
+    /// The values of each feature, scaled as the model sees them; the same rows in each column.
+    pub columns: Vec<Vec<f32>>,
+    /// The predicted class of each row.
+    pub predictions: Vec<u8>,
+}
+
+/// The names of the 64 features, in the order of the model's input.
+pub fn feature_names() -> Vec<String> {
+    let name = |index| format!("pixel_{}_{}", index / IMAGE_SIDE, index % IMAGE_SIDE);
+    (0..FEATURES).map(name).collect()
+}
+
+/// At most `rows_max` rows of `train`, chosen by `seed`; all of them if there are no more.
+pub fn reference_sample(
+    model: &Model,
+    train: &Dataset,
+    rows_max: usize,
+    seed: u64,
+) -> Result<ReferenceData, ModelError> {
+    let count = train.len() as u64;
+    let mut rows: Vec<usize> = if count == 0 {
+        Vec::new()
+    } else {
+        let permutation = Permutation::keyed(seed, Purpose::Reference, 0, count);
+        (0..count.min(rows_max as u64))
+            .map(|at| permutation.at(at) as usize)
+            .collect()
+    };
+    rows.sort_unstable();
+    let (images, _) = train.gather(&rows);
+    let column = |feature: usize| {
+        images
+            .iter()
+            .skip(feature)
+            .step_by(FEATURES)
+            .copied()
+            .collect()
+    };
+    Ok(ReferenceData {
+        feature_names: feature_names(),
+        columns: (0..FEATURES).map(column).collect(),
+        predictions: model.predictions(&images)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::training::spec::TrainSpec;
+
+    #[test]
+    fn the_sample_is_seeded_bounded_and_column_wise() {
+        let train = Dataset::digits().unwrap().split(7, 0.2).train;
+        let model = Model::new(&TrainSpec::digits_mlp("a").model, 7).unwrap();
+        let reference = reference_sample(&model, &train, 100, 7).unwrap();
+        assert_eq!(
+            (reference.columns.len(), reference.feature_names.len()),
+            (64, 64)
+        );
+        assert_eq!(reference.feature_names[10], "pixel_1_2");
+        assert!(reference.columns.iter().all(|column| column.len() == 100));
+        assert_eq!(reference.predictions.len(), 100);
+        assert_eq!(reference, reference_sample(&model, &train, 100, 7).unwrap());
+        assert_ne!(reference, reference_sample(&model, &train, 100, 8).unwrap());
+        let all = reference_sample(&model, &train, usize::MAX, 7).unwrap();
+        assert_eq!(all.columns[0].len(), train.len());
+        assert_eq!(all.columns[20][5], train.image(5)[20]);
+        assert!(
+            reference_sample(&model, &train.part(&[]), 9, 7)
+                .unwrap()
+                .predictions
+                .is_empty()
+        );
+    }
+}

@@ -1,0 +1,1 @@
+//! mobula-benches

@@ -1,0 +1,73 @@
+//! `mobula actors`.
+
+use mobula_core::id::{ActorId, JobId, NodeId};
+use mobula_wire::control::{Actor, GetActorRequest, ListActorsRequest};
+
+use crate::args::{ActorsCommand, Target};
+use crate::connect::connect;
+use crate::output::{or_dash, print_json, print_table};
+
+pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Result<()> {
+    let cluster = connect(target).await?;
+    match command {
+        ActorsCommand::List { job, format } => {
+            let job = job.map(|job| job.0);
+            let reply = cluster
+                .control()
+                .read("list actors", |mut client| async move {
+                    client.list_actors(ListActorsRequest { job }).await
+                })
+                .await?;
+            if format.json {
+                return print_json(&reply.actors);
+            }
+            let rows: Vec<Vec<String>> = reply.actors.iter().map(row).collect();
+            print_table(
+                &["ID", "JOB", "NAME", "TYPE", "STATE", "NODE", "PID", "RESTARTS", "LAST EXIT"],
+                &rows,
+            );
+        }
+        ActorsCommand::Show { actor, format } => {
+            let reply = cluster
+                .control()
+                .read("show an actor", |mut client| async move {
+                    client.get_actor(GetActorRequest { actor: actor.0 }).await
+                })
+                .await?;
+            if format.json {
+                return print_json(&reply);
+            }
+            let fields = [
+                ("id", ActorId(reply.id).to_string()),
+                ("job", JobId(reply.job).to_string()),
+                ("name", reply.name.clone()),
+                ("type", reply.type_name.clone()),
+                ("state", reply.state.clone()),
+                ("node", or_dash(reply.node.map(NodeId))),
+                ("incarnation", or_dash(reply.incarnation)),
+                ("call address", or_dash(reply.call_address.as_ref())),
+                ("pid", or_dash(reply.pid)),
+                ("restarts", reply.restarts.to_string()),
+                ("last exit", or_dash(reply.exit_reason.as_ref())),
+            ];
+            for (name, value) in fields {
+                println!("{name:<13} {value}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn row(actor: &Actor) -> Vec<String> {
+    vec![
+        ActorId(actor.id).to_string(),
+        JobId(actor.job).to_string(),
+        if actor.name.is_empty() { "-".to_owned() } else { actor.name.clone() },
+        actor.type_name.clone(),
+        actor.state.clone(),
+        or_dash(actor.node.map(NodeId)),
+        or_dash(actor.pid),
+        actor.restarts.to_string(),
+        or_dash(actor.exit_reason.as_ref()),
+    ]
+}

@@ -1,0 +1,401 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use mobula_core::id::{ActorId, JobId};
+
+/// An actor-based distributed runtime with a head that cannot be lost.
+#[derive(Parser)]
+#[command(name = "mobula", version, arg_required_else_help = true)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Which cluster a command is for.
+#[derive(Args, Clone)]
+pub(crate) struct Target {
+    /// Data directory of a local cluster, as `mobula local up` printed it.
+    #[arg(long, global = true, env = "MOBULA_CLUSTER", value_name = "DIR")]
+    pub(crate) cluster: Option<PathBuf>,
+    /// `ip:port` of a head's control API, instead of --cluster.
+    #[arg(long, global = true, value_name = "IP:PORT", requires = "token_file")]
+    pub(crate) api: Option<SocketAddr>,
+    /// File with a client token, for --api.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+/// How to print.
+#[derive(Args, Clone, Copy)]
+pub(crate) struct Format {
+    /// Print JSON with stable field names.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Run a head.
+    Head(HeadArguments),
+    /// Run a worker.
+    Worker(WorkerArguments),
+    /// A whole cluster on this machine, as child processes.
+    #[command(subcommand)]
+    Local(LocalCommand),
+    /// Train, preempt, kill, serve and detect drift on a cluster of processes.
+    Demo(DemoArguments),
+    /// Submit a job: a program that uses the SDK, or a TOML file for a built-in job.
+    Submit(SubmitArguments),
+    /// Jobs.
+    #[command(subcommand)]
+    Jobs(JobsCommand),
+    /// Actors.
+    #[command(subcommand)]
+    Actors(ActorsCommand),
+    /// Nodes.
+    #[command(subcommand)]
+    Nodes(NodesCommand),
+    /// Models and their versions.
+    #[command(subcommand)]
+    Models(ModelsCommand),
+    /// Endpoints that serve models.
+    #[command(subcommand)]
+    Serve(ServeCommand),
+    /// Drift of what endpoints see.
+    #[command(subcommand)]
+    Drift(DriftCommand),
+    /// Join and client tokens.
+    #[command(subcommand)]
+    Tokens(TokensCommand),
+    /// What the cluster is and how it does.
+    Status(Format),
+    /// Why a job or an actor is where it is, or what keeps it pending.
+    Explain(ExplainArguments),
+}
+
+#[derive(Args)]
+pub(crate) struct HeadArguments {
+    /// Configuration file; see cluster-configs/.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Where its state is kept, instead of head.data_dir.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Where the control API listens, instead of head.api_listen.
+    #[arg(long, value_name = "IP:PORT")]
+    pub(crate) api_listen: Option<SocketAddr>,
+    /// Where workers connect, instead of head.cluster_listen.
+    #[arg(long, value_name = "IP:PORT")]
+    pub(crate) cluster_listen: Option<SocketAddr>,
+    /// The object store, instead of storage.url.
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage_url: Option<String>,
+    /// File to write once it serves: JSON with its addresses.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) ready_file: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct WorkerArguments {
+    /// Configuration file; see cluster-configs/.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// The node's name, instead of worker.name.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Where its state is kept, instead of worker.data_dir.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// A head's control API, instead of worker.head_api.
+    #[arg(long, value_name = "IP:PORT")]
+    pub(crate) head: Option<String>,
+    /// File with a join token, instead of worker.token_file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) join_token_file: Option<PathBuf>,
+    /// CPU cores to offer, instead of what is found.
+    #[arg(long)]
+    pub(crate) cpus: Option<f64>,
+    /// A label for placement, key=value; can be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub(crate) labels: Vec<String>,
+    /// A file whose appearance is a notice of preemption.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) notice_file: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum LocalCommand {
+    /// Start a cluster.
+    Up(LocalUpArguments),
+    /// Stop it.
+    Down(LocalDirectory),
+    /// Show its processes.
+    Status(LocalStatusArguments),
+}
+
+#[derive(Args, Clone)]
+pub(crate) struct LocalDirectory {
+    /// Where it keeps everything [default: ~/.mobula/local].
+    #[arg(long, value_name = "DIR", env = "MOBULA_CLUSTER")]
+    pub(crate) data_dir: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct LocalStatusArguments {
+    #[command(flatten)]
+    pub(crate) directory: LocalDirectory,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+#[derive(Args)]
+pub(crate) struct LocalUpArguments {
+    #[command(flatten)]
+    pub(crate) directory: LocalDirectory,
+    /// How many heads (this version runs one).
+    #[arg(long, default_value_t = 1)]
+    pub(crate) heads: u32,
+    /// How many workers.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) workers: u32,
+    /// CPU cores that each worker offers.
+    #[arg(long, default_value_t = 4.0)]
+    pub(crate) cpus: f64,
+    /// The object store [default: a folder in the data directory].
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage_url: Option<String>,
+    /// Configuration file for what has no option here.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Live only as long as standard input is open.
+    #[arg(long)]
+    pub(crate) ephemeral: bool,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+#[derive(Args)]
+pub(crate) struct DemoArguments {
+    /// Leave the cluster up, and say how to reach it.
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Where to keep everything [default: a fresh temporary directory].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+#[derive(Args)]
+pub(crate) struct SubmitArguments {
+    /// A program that uses the SDK, or a TOML file for a built-in job.
+    pub(crate) program: PathBuf,
+    /// The job's name [default: the file's name].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Print its output until it has ended; the exit code is that of the job.
+    #[arg(long)]
+    pub(crate) follow: bool,
+    /// How often its driver is started again when it fails.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) max_restarts: u32,
+    /// CPU cores for its driver.
+    #[arg(long, default_value_t = 0.1)]
+    pub(crate) cpus: f64,
+    /// An environment variable for its processes, KEY=VALUE; can be repeated.
+    #[arg(long = "env", value_name = "KEY=VALUE")]
+    pub(crate) env: Vec<String>,
+    /// A second submission with the same key is the same job.
+    #[arg(long)]
+    pub(crate) idempotency_key: Option<String>,
+    #[command(flatten)]
+    pub(crate) format: Format,
+    /// Arguments for the program, after `--`.
+    #[arg(last = true)]
+    pub(crate) arguments: Vec<String>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum JobsCommand {
+    /// All jobs that are kept.
+    List(Format),
+    /// One job.
+    Show {
+        /// The job, as `job-12` or `12`.
+        job: JobId,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// What its driver printed.
+    Logs {
+        /// The job.
+        job: JobId,
+        /// Go on until it has ended.
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// End it.
+    Stop {
+        /// The job.
+        job: JobId,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ActorsCommand {
+    /// All actors that are kept.
+    List {
+        /// Only those of this job.
+        #[arg(long)]
+        job: Option<JobId>,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// One actor.
+    Show {
+        /// The actor, as `actor-12` or `12`.
+        actor: ActorId,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum NodesCommand {
+    /// All nodes.
+    List(Format),
+    /// Move everything off a node and keep it empty.
+    Drain {
+        /// The node: its name, or its id.
+        node: String,
+        /// Let it take new work again.
+        #[arg(long)]
+        undo: bool,
+    },
+    /// Take a node away after a grace, as a cloud takes a spot machine.
+    Preempt {
+        /// The node: its name, or its id.
+        node: String,
+        /// How long it still has, such as `10s` or `500ms`.
+        #[arg(long, default_value = "30s", value_parser = parse_duration_ms)]
+        grace: u64,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ModelsCommand {
+    /// All models and their versions.
+    List(Format),
+    /// One model, with where each version comes from.
+    Show {
+        /// The model's name.
+        model: String,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ServeCommand {
+    /// Make a model version answer requests.
+    Deploy {
+        /// The model, as `name` (newest version) or `name:version`.
+        model: String,
+        /// The endpoint's name [default: the model's].
+        #[arg(long)]
+        endpoint: Option<String>,
+        /// How many replicas, on different workers where there are enough.
+        #[arg(long, default_value_t = 2)]
+        replicas: u32,
+        /// How long to wait until it answers, such as `30s`.
+        #[arg(long, default_value = "30s", value_parser = parse_duration_ms)]
+        timeout: u64,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// All endpoints.
+    List(Format),
+    /// Stop serving.
+    Delete {
+        /// The endpoint's name.
+        endpoint: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DriftCommand {
+    /// Monitors, drift events and retrain suggestions.
+    Status {
+        /// Only those of this endpoint.
+        #[arg(long)]
+        endpoint: Option<String>,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum TokensCommand {
+    /// Make a token; it is printed once.
+    Create {
+        /// `worker` or `client`.
+        #[arg(long)]
+        role: String,
+        /// How long it lives, such as `24h`.
+        #[arg(long, default_value = "24h", value_parser = parse_duration_ms)]
+        ttl: u64,
+        /// How often it can be used [default: without limit].
+        #[arg(long, default_value_t = 0)]
+        uses: u32,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct ExplainArguments {
+    /// `job-12` or `actor-34`.
+    pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+/// Milliseconds of a duration such as `500ms`, `10s`, `5m`, `24h`.
+fn parse_duration_ms(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(format!("`{text}` is not a duration: write 500ms, 10s, 5m or 24h")),
+    };
+    let number: u64 =
+        number.parse().map_err(|_| format!("`{text}` is not a duration: write 500ms or 10s"))?;
+    number.checked_mul(factor).ok_or_else(|| format!("`{text}` is too long"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_name_their_unit() {
+        assert_eq!(parse_duration_ms("500ms"), Ok(500));
+        assert_eq!(parse_duration_ms("24h"), Ok(86_400_000));
+        assert!(parse_duration_ms("10").is_err());
+        assert!(parse_duration_ms("s").is_err());
+    }
+}

@@ -1,0 +1,80 @@
+//! `mobula head`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use mobula_core::config::Config;
+use mobula_head::{Head, HeadOptions};
+use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::args::HeadArguments;
+use crate::clock::SystemClock;
+
+/// Reads a configuration file, or takes the defaults.
+pub(crate) fn read_config(path: Option<&Path>) -> anyhow::Result<Config> {
+    let Some(path) = path else { return Ok(Config::default()) };
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("the configuration {} cannot be read", path.display()))?;
+    Ok(Config::from_toml(&text, &path.display().to_string())?)
+}
+
+/// Log lines go to standard error; `RUST_LOG` says which.
+pub(crate) fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}
+
+/// Writes `value` so that a reader sees all of it or nothing.
+pub(crate) fn write_whole(path: &Path, value: &serde_json::Value) -> anyhow::Result<()> {
+    let beside = path.with_extension("new");
+    std::fs::write(&beside, serde_json::to_string_pretty(value)?)
+        .and_then(|()| std::fs::rename(&beside, path))
+        .with_context(|| format!("{} cannot be written", path.display()))
+}
+
+pub(crate) async fn run(arguments: HeadArguments) -> anyhow::Result<()> {
+    start_logging();
+    let mut config = read_config(arguments.config.as_deref())?;
+    if let Some(dir) = &arguments.data_dir {
+        config.head.data_dir = dir.display().to_string();
+    }
+    if let Some(address) = arguments.api_listen {
+        config.head.api_listen = address.to_string();
+    }
+    if let Some(address) = arguments.cluster_listen {
+        config.head.cluster_listen = address.to_string();
+    }
+    if let Some(url) = arguments.storage_url {
+        config.storage.url = url;
+    }
+    let mut options = HeadOptions::from_config(&config, Arc::new(SystemClock))?;
+    options.modules = mobula_actors::modules();
+    options.controllers = mobula_actors::controllers();
+    let head = Head::start(options).await?;
+    if let Some(path) = &arguments.ready_file {
+        let ready = json!({
+            "pid": std::process::id(),
+            "cluster_id": head.cluster_id(),
+            "api_address": head.api_address().to_string(),
+            "cluster_address": head.cluster_address().to_string(),
+        });
+        write_whole(path, &ready)?;
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    head.run(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+    .await?;
+    Ok(())
+}

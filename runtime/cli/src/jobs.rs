@@ -1,0 +1,84 @@
+//! `mobula jobs`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use mobula::Cluster;
+use mobula_core::clock::Clock;
+use mobula_core::id::JobId;
+use mobula_wire::control::Job;
+
+use crate::args::{JobsCommand, Target};
+use crate::clock::SystemClock;
+use crate::connect::connect;
+use crate::output::{age, or_dash, print_json, print_table};
+
+pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result<ExitCode> {
+    let cluster = connect(target).await?;
+    match command {
+        JobsCommand::List(format) => {
+            let jobs = cluster.list_jobs().await?;
+            if format.json {
+                print_json(&jobs)?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let rows: Vec<Vec<String>> = jobs.iter().map(row).collect();
+            print_table(&["ID", "NAME", "STATE", "AGE", "RESTARTS", "WHY"], &rows);
+        }
+        JobsCommand::Show { job, format } => {
+            let job = cluster.job_handle(job).status().await?;
+            if format.json {
+                print_json(&job)?;
+            } else {
+                show(&job);
+            }
+        }
+        JobsCommand::Logs { job, follow } => print_logs(&cluster, job, follow).await?,
+        JobsCommand::Stop { job } => {
+            cluster.job_handle(job).stop().await?;
+            println!("{job} is stopping");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what a job's driver printed.
+pub(crate) async fn print_logs(cluster: &Cluster, job: JobId, follow: bool) -> anyhow::Result<()> {
+    let mut logs = cluster.job_handle(job).logs(follow).await?;
+    let mut stdout = std::io::stdout();
+    while let Some(chunk) = logs.next_chunk().await? {
+        stdout.write_all(&chunk)?;
+        stdout.flush()?;
+    }
+    Ok(())
+}
+
+/// Why a job is not (or not any more) running.
+fn why(job: &Job) -> Option<&String> {
+    job.pending_reason.as_ref().or(job.exit_reason.as_ref())
+}
+
+fn row(job: &Job) -> Vec<String> {
+    let until = job.ended_ms.unwrap_or_else(|| SystemClock.now_ms());
+    vec![
+        JobId(job.id).to_string(),
+        job.name.clone(),
+        job.state.clone(),
+        age(job.submitted_ms, until),
+        job.restarts.to_string(),
+        or_dash(why(job)),
+    ]
+}
+
+fn show(job: &Job) {
+    println!("id         {}", JobId(job.id));
+    println!("name       {}", job.name);
+    println!("state      {}", job.state);
+    println!("restarts   {}", job.restarts);
+    if let Some(why) = why(job) {
+        println!("why        {why}");
+    }
+    if let Some(result) = &job.result_json {
+        println!("result     {result}");
+    }
+}

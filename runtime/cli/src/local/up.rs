@@ -1,0 +1,257 @@
+//! `mobula local up`.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use mobula::Cluster;
+use mobula_head::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE};
+use mobula_wire::control::ListNodesRequest;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::process::{spawn, start_time_of, wait_for_file};
+use super::record::{ClusterRecord, ProcessRecord};
+use super::{data_dir, stop_all};
+use crate::args::LocalUpArguments;
+use crate::output::print_json;
+
+/// How long a process may take to serve.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often is looked whether the workers have joined.
+const POLL: Duration = Duration::from_millis(50);
+
+/// What a local cluster is made of.
+pub(crate) struct LocalOptions {
+    pub(crate) data_dir: PathBuf,
+    pub(crate) workers: u32,
+    pub(crate) cpus: f64,
+    pub(crate) storage_url: Option<String>,
+    pub(crate) config: Option<PathBuf>,
+}
+
+pub(crate) async fn run(arguments: LocalUpArguments) -> anyhow::Result<()> {
+    if arguments.heads != 1 {
+        bail!(
+            "--heads {} is not possible: this version runs one head; leave the option out",
+            arguments.heads
+        );
+    }
+    let options = LocalOptions {
+        data_dir: data_dir(&arguments.directory)?,
+        workers: arguments.workers,
+        cpus: arguments.cpus,
+        storage_url: arguments.storage_url,
+        config: arguments.config,
+    };
+    let record = start(&options).await?;
+    if arguments.format.json {
+        print_json(&record)?;
+    } else {
+        println!("cluster {} is up in {}", record.cluster_id, record.data_dir.display());
+        for process in &record.processes {
+            println!("  {:<10} pid {:<8} log {}", process.name, process.pid, process.log.display());
+        }
+        let dir = record.data_dir.display();
+        println!("use it with `mobula --cluster {dir} status`");
+        println!("stop it with `mobula local down --data-dir {dir}`");
+    }
+    if arguments.ephemeral {
+        wait_for_end().await?;
+        stop_all(&record).await?;
+    }
+    Ok(())
+}
+
+/// Waits until standard input is closed or a signal comes.
+async fn wait_for_end() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (closed, input_closed) = tokio::sync::oneshot::channel();
+    // A thread of its own: a blocked read of standard input cannot be cancelled, and must not
+    // keep the runtime from ending.
+    std::thread::spawn(move || {
+        let mut sink = [0; 256];
+        while matches!(std::io::stdin().read(&mut sink), Ok(count) if count > 0) {}
+        let _ = closed.send(());
+    });
+    tokio::select! {
+        _ = input_closed => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Starts a cluster and waits until all its workers have joined.
+pub(crate) async fn start(options: &LocalOptions) -> anyhow::Result<ClusterRecord> {
+    let dir = &options.data_dir;
+    refuse_second(dir)?;
+    std::fs::create_dir_all(dir)
+        .with_context(|| format!("the data directory {} cannot be made", dir.display()))?;
+    let mut processes = Vec::new();
+    match start_processes(options, &mut processes).await {
+        Ok(record) => Ok(record),
+        Err(error) => {
+            // Nothing that was started stays behind.
+            for process in processes.iter().rev() {
+                super::process::end(process.pid, process.start_time, Duration::ZERO).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+fn refuse_second(dir: &Path) -> anyhow::Result<()> {
+    let Some(record) = ClusterRecord::read(dir)? else { return Ok(()) };
+    if let Some(process) = record.processes.iter().find(|process| process.is_alive()) {
+        bail!(
+            "a cluster runs in {} already ({} has pid {}): stop it with `mobula local down \
+             --data-dir {}`, or give another --data-dir",
+            dir.display(),
+            process.name,
+            process.pid,
+            dir.display()
+        );
+    }
+    Ok(())
+}
+
+async fn start_processes(
+    options: &LocalOptions,
+    processes: &mut Vec<ProcessRecord>,
+) -> anyhow::Result<ClusterRecord> {
+    let dir = &options.data_dir;
+    let head_dir = dir.join("head-1");
+    std::fs::create_dir_all(&head_dir)?;
+    let ready_file = head_dir.join("ready.json");
+    // A file of an earlier start would be taken for this one's.
+    let _ = std::fs::remove_file(&ready_file);
+    let storage_url = options
+        .storage_url
+        .clone()
+        .unwrap_or_else(|| format!("file://{}", dir.join("store").display()));
+    let mut arguments = vec!["head".to_owned()];
+    let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+    if let Some(config) = &options.config {
+        option("--config", config.display().to_string());
+    } else {
+        // Free ports: several local clusters must not collide. A configuration may fix them.
+        option("--api-listen", "127.0.0.1:0".to_owned());
+        option("--cluster-listen", "127.0.0.1:0".to_owned());
+    }
+    option("--data-dir", head_dir.display().to_string());
+    option("--storage-url", storage_url);
+    option("--ready-file", ready_file.display().to_string());
+    let log = dir.join("head-1.log");
+    let mut head = spawn(&arguments, &log)?;
+    processes.push(record_of(&head, "head", "head-1", &log)?);
+    let ready =
+        wait_for_file(&mut head, &ready_file, &log, READY_LIMIT).await.context("head-1 does not serve")?;
+    let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
+    let api_address = text("api_address");
+    processes[0].addresses = vec![api_address.clone(), text("cluster_address")];
+
+    let token_dir = dir.join("tokens");
+    let worker_token = copy_token(&mut head, &head_dir, WORKER_TOKEN_FILE, &token_dir, &log).await?;
+    let client_token = copy_token(&mut head, &head_dir, CLIENT_TOKEN_FILE, &token_dir, &log).await?;
+
+    for number in 1..=options.workers {
+        let name = format!("worker-{number}");
+        let log = dir.join(format!("{name}.log"));
+        let mut arguments = vec!["worker".to_owned()];
+        let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+        option("--name", name.clone());
+        option("--data-dir", dir.join(&name).display().to_string());
+        option("--head", api_address.clone());
+        option("--join-token-file", worker_token.display().to_string());
+        option("--cpus", options.cpus.to_string());
+        option("--notice-file", dir.join(&name).join("notice").display().to_string());
+        let worker = spawn(&arguments, &log)?;
+        processes.push(record_of(&worker, "worker", &name, &log)?);
+    }
+    let record = ClusterRecord {
+        cluster_id: text("cluster_id"),
+        data_dir: dir.clone(),
+        api_addresses: vec![api_address],
+        client_token_file: client_token,
+        processes: processes.clone(),
+    };
+    record.write()?;
+    wait_for_workers(&record, options.workers).await?;
+    Ok(record)
+}
+
+fn record_of(child: &Child, role: &str, name: &str, log: &Path) -> anyhow::Result<ProcessRecord> {
+    Ok(ProcessRecord {
+        role: role.to_owned(),
+        name: name.to_owned(),
+        pid: child.id(),
+        start_time: start_time_of(child.id())
+            .with_context(|| format!("{name} ended at once:\n{}", super::process::last_lines(log)))?,
+        addresses: Vec::new(),
+        log: log.to_owned(),
+    })
+}
+
+/// Copies a token that the head made to where users look for it.
+async fn copy_token(
+    head: &mut Child,
+    head_dir: &Path,
+    file: &str,
+    token_dir: &Path,
+    log: &Path,
+) -> anyhow::Result<PathBuf> {
+    use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+    let source = head_dir.join(file);
+    let deadline = std::time::Instant::now() + READY_LIMIT;
+    let text = loop {
+        match std::fs::read_to_string(&source) {
+            Ok(text) => break text,
+            Err(_) if std::time::Instant::now() < deadline && head.try_wait()?.is_none() => {
+                tokio::time::sleep(POLL).await;
+            }
+            Err(error) => bail!(
+                "the head made no token ({error}); its log ends with:\n{}",
+                super::process::last_lines(log)
+            ),
+        }
+    };
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(token_dir)?;
+    let name = Path::new(file).file_name().context("a token file has a name")?;
+    let target = token_dir.join(name);
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    std::io::Write::write_all(&mut options.open(&target)?, text.as_bytes())?;
+    Ok(target)
+}
+
+async fn wait_for_workers(record: &ClusterRecord, count: u32) -> anyhow::Result<()> {
+    let cluster = Cluster::from_data_dir(&record.data_dir)
+        .await
+        .context("the new head does not answer")?;
+    let deadline = std::time::Instant::now() + READY_LIMIT;
+    loop {
+        let nodes = cluster
+            .control()
+            .read("list nodes", |mut client| async move {
+                client.list_nodes(ListNodesRequest {}).await
+            })
+            .await?
+            .nodes;
+        let alive = nodes.iter().filter(|node| node.state == "alive").count();
+        if alive >= count as usize {
+            return Ok(());
+        }
+        let gone = record.processes.iter().find(|process| !process.is_alive());
+        if let Some(process) = gone {
+            bail!("{} ended:\n{}", process.name, super::process::last_lines(&process.log));
+        }
+        if std::time::Instant::now() >= deadline {
+            bail!("only {alive} of {count} workers joined within {} s", READY_LIMIT.as_secs());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}

@@ -1,0 +1,69 @@
+//! The `mobula` binary: argument handling and composition only. One file a command.
+
+mod actors;
+mod args;
+mod clock;
+mod connect;
+mod demo;
+mod drift;
+mod explain;
+mod head;
+mod jobs;
+mod local;
+mod models;
+mod nodes;
+mod output;
+mod serve;
+mod status;
+mod submit;
+mod tokens;
+mod worker;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Arguments, Command};
+
+fn main() -> ExitCode {
+    // An agent starts this same binary as a host or as the driver of a built-in job.
+    if let Some(code) = mobula::process::run_in_cluster(mobula_actors::builtin::main) {
+        return code;
+    }
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("mobula: the runtime cannot be started: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(arguments)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let target = arguments.target;
+    match arguments.command {
+        Command::Head(options) => head::run(options).await?,
+        Command::Worker(options) => worker::run(options).await?,
+        Command::Local(command) => return local::run(command).await,
+        Command::Demo(options) => return demo::run(options).await,
+        Command::Submit(options) => return submit::run(&target, options).await,
+        Command::Jobs(command) => return jobs::run(&target, command).await,
+        Command::Actors(command) => actors::run(&target, command).await?,
+        Command::Nodes(command) => nodes::run(&target, command).await?,
+        Command::Models(command) => models::run(&target, command).await?,
+        Command::Serve(command) => serve::run(&target, command).await?,
+        Command::Drift(command) => drift::run(&target, command).await?,
+        Command::Tokens(command) => tokens::run(&target, command).await?,
+        Command::Status(format) => status::run(&target, format).await?,
+        Command::Explain(options) => explain::run(&target, options).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,31 @@
+//! `mobula status`.
+
+use mobula_wire::control::StatusRequest;
+
+use crate::args::{Format, Target};
+use crate::connect::connect;
+use crate::output::print_json;
+
+pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<()> {
+    let cluster = connect(target).await?;
+    let status = cluster
+        .control()
+        .read("read the status", |mut client| async move { client.status(StatusRequest {}).await })
+        .await?;
+    if format.json {
+        return print_json(&status);
+    }
+    println!("cluster  {} (mobula {})", status.cluster_id, status.version);
+    println!(
+        "head     {} in term {}, applied {}, at {}",
+        status.role, status.term, status.applied_index, status.api_address
+    );
+    println!("nodes    {} alive of {}", status.nodes_alive, status.nodes_total);
+    println!("jobs     {} live", status.jobs_running);
+    println!("actors   {} placed, {} pending", status.actors_running, status.actors_pending);
+    println!("storage  {}", status.storage_url);
+    if !status.storage_problem.is_empty() {
+        println!("         PROBLEM: {}", status.storage_problem);
+    }
+    Ok(())
+}

@@ -1,0 +1,94 @@
+//! `mobula submit`: a program that uses the SDK, or a TOML file for a built-in job.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use mobula::Cluster;
+use mobula_actors::training::spec::TrainSpec;
+use mobula_core::id::JobId;
+
+use crate::args::{SubmitArguments, Target};
+use crate::connect::connect;
+use crate::jobs::print_logs;
+use crate::output::print_json;
+
+pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::Result<ExitCode> {
+    let env = parse_env(&arguments.env)?;
+    let is_toml = arguments.program.extension().is_some_and(|extension| extension == "toml");
+    // A wrong file is refused before anything is connected to.
+    let train = if is_toml { Some(read_train_file(&arguments)?) } else { None };
+    if !arguments.program.is_file() {
+        bail!("{} is not a file: give a program, or a .toml job", arguments.program.display());
+    }
+    let cluster = connect(target).await?;
+    let name = match (&arguments.name, &train) {
+        (Some(name), _) => name.clone(),
+        (None, Some((spec, _))) => spec.name.clone(),
+        (None, None) => file_stem(&arguments)?,
+    };
+    let mut job = cluster.new_job(&name);
+    job = match train {
+        Some((_, text)) => job.builtin().args(["train".to_owned(), text]),
+        None => job.program(&arguments.program).args(arguments.arguments.clone()),
+    };
+    for (key, value) in env {
+        job = job.env(key, value);
+    }
+    if let Some(key) = &arguments.idempotency_key {
+        job = job.idempotency_key(key);
+    }
+    let handle = job.cpus(arguments.cpus).max_restarts(arguments.max_restarts).submit().await?;
+    let id = handle.id();
+    if !arguments.follow {
+        if arguments.format.json {
+            print_json(&serde_json::json!({ "job": id.0, "driver": handle.driver().map(|d| d.0) }))?;
+        } else {
+            println!("{id} submitted; follow it with `mobula jobs logs -f {id}`");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("{id} submitted");
+    follow(&cluster, id, arguments.format.json).await
+}
+
+async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<ExitCode> {
+    print_logs(cluster, id, true).await?;
+    let job = cluster.job_handle(id).wait().await?;
+    if json {
+        print_json(&job)?;
+    } else if let Some(result) = &job.result_json {
+        println!("result: {result}");
+    }
+    if job.state == "succeeded" {
+        eprintln!("{id} succeeded");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let why = job.exit_reason.as_deref().unwrap_or("no reason is known");
+    eprintln!("{id} {}: {why}", job.state);
+    Ok(ExitCode::FAILURE)
+}
+
+fn read_train_file(arguments: &SubmitArguments) -> anyhow::Result<(TrainSpec, String)> {
+    let path = &arguments.program;
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("the job file {} cannot be read", path.display()))?;
+    let spec = TrainSpec::from_toml(&text, &path.display().to_string())?;
+    Ok((spec, text))
+}
+
+fn file_stem(arguments: &SubmitArguments) -> anyhow::Result<String> {
+    let stem = arguments.program.file_stem().context("the program has no file name")?;
+    Ok(stem.to_string_lossy().into_owned())
+}
+
+fn parse_env(pairs: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
+    pairs
+        .iter()
+        .map(|pair| {
+            pair.split_once('=')
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .with_context(|| format!("`{pair}` is not KEY=VALUE"))
+        })
+        .collect()
+}

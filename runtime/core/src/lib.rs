@@ -1,0 +1,23 @@
+//! The vocabulary of Mobula: what every other crate speaks, and nothing that touches the world.
+//!
+//! Invariants:
+//! 1. No sockets, files, clocks, randomness, threads or async runtime in here.
+//! 2. A type that is persisted or sent has explicit, stable tags and a round-trip test.
+//! 3. Everything iterated is ordered, so that replicas agree byte for byte.
+
+pub mod id;
+pub mod resource;
+pub mod label;
+pub mod spec;
+pub mod exit;
+pub mod error;
+pub mod clock;
+pub mod codec;
+pub mod control;
+pub mod order;
+pub mod config;
+
+pub use error::{CallError, ErrorCode, Executed, Rejection};
+pub use exit::ExitReason;
+pub use id::{ActorId, GroupId, HostId, Incarnation, JobId, NodeId, SessionId, Term};
+pub use resource::Resources;

@@ -1,0 +1,141 @@
+//! Actors.
+
+use std::time::Duration;
+
+use mobula_core::control::{Caller, Subject};
+use mobula_core::error::Rejection;
+use mobula_core::id::{ActorId, Incarnation, JobId};
+use mobula_core::spec::ActorSpec;
+use mobula_scheduler::{ActorTarget, Command, Query, QueryResponse, Resolution, Response};
+use mobula_wire::control::resolve_actor_request::Target;
+use mobula_wire::control::{self as api, Empty};
+use tonic::Status;
+
+use super::jobs::{LOOK_AGAIN, unexpected};
+use super::modules::{WAIT_MAX, stamp};
+use super::{rejected, views};
+use crate::context::HeadContext;
+
+pub(super) async fn create(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::CreateActorsRequest,
+) -> Result<api::CreateActorsReply, Status> {
+    let actors = request
+        .actors
+        .into_iter()
+        .map(ActorSpec::try_from)
+        .collect::<Result<_, _>>()
+        .map_err(|rejection| rejected(&rejection))?;
+    let command = Command::CreateActors {
+        job: JobId(request.job),
+        actors,
+        gang: request.gang,
+        get_or_create: request.get_or_create,
+        creator: None,
+    };
+    context.authorize_scheduler(caller, &command)?;
+    let (session, seq) = stamp(request.stamp);
+    match context.propose_scheduler(session, seq, &command).await? {
+        Response::ActorsCreated { actors } => {
+            Ok(api::CreateActorsReply { actors: actors.into_iter().map(|actor| actor.0).collect() })
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+pub(super) async fn list(
+    context: &HeadContext,
+    _caller: &Caller,
+    request: api::ListActorsRequest,
+) -> Result<api::ListActorsReply, Status> {
+    let job = request.job.map(JobId);
+    let mut actors = Vec::new();
+    let mut after = None;
+    loop {
+        let page = match context.ask(Query::ListActors { job, after, limit: 0 }).await? {
+            QueryResponse::Actors(page) => page,
+            _ => Vec::new(),
+        };
+        let Some(last) = page.last() else { break };
+        after = Some(last.actor);
+        actors.extend(page.into_iter().map(views::actor));
+    }
+    Ok(api::ListActorsReply { actors })
+}
+
+async fn view(context: &HeadContext, actor: ActorId) -> Result<api::Actor, Status> {
+    match context.ask(Query::Actor { actor }).await? {
+        QueryResponse::Actor(view) => Ok(views::actor(view)),
+        _ => Err(Status::internal("the scheduler answered another question")),
+    }
+}
+
+pub(super) async fn get(
+    context: &HeadContext,
+    _caller: &Caller,
+    request: api::GetActorRequest,
+) -> Result<api::Actor, Status> {
+    view(context, ActorId(request.actor)).await
+}
+
+pub(super) async fn resolve(
+    context: &HeadContext,
+    _caller: &Caller,
+    request: api::ResolveActorRequest,
+) -> Result<api::Actor, Status> {
+    let actor = match request.target {
+        Some(Target::Actor(actor)) => ActorId(actor),
+        Some(Target::Named(named)) => by_name(context, JobId(named.job), named.name).await?,
+        None => return Err(rejected(&Rejection::invalid("name an actor by its id or its name"))),
+    };
+    let limit = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
+    let deadline = tokio::time::Instant::now() + limit;
+    loop {
+        let mut ticket = context.changes.follow(Subject::Actor(actor));
+        let now = view(context, actor).await?;
+        let is_newer = now.incarnation.is_some_and(|i| i > request.after_incarnation);
+        let is_settled = now.state == "ended" || (now.state == "running" && is_newer);
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+        if is_settled || left.is_zero() {
+            return Ok(now);
+        }
+        // Woken, or time to look: both go round again.
+        let _ = tokio::time::timeout(left.min(LOOK_AGAIN), ticket.changed()).await;
+    }
+}
+
+async fn by_name(context: &HeadContext, job: JobId, name: String) -> Result<ActorId, Status> {
+    let query = Query::ResolveActor { job, target: ActorTarget::Name(name) };
+    match context.ask(query).await? {
+        QueryResponse::Resolved(Resolution::Address(address)) => Ok(address.actor),
+        QueryResponse::Resolved(
+            Resolution::NotRunning { actor, .. } | Resolution::Ended { actor, .. },
+        ) => Ok(actor),
+        _ => Err(Status::internal("the scheduler answered another question")),
+    }
+}
+
+pub(super) async fn stop(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::StopActorRequest,
+) -> Result<Empty, Status> {
+    let command =
+        Command::StopActor { actor: ActorId(request.actor), grace_ms: request.grace_ms };
+    context.require_own_actor(caller, ActorId(request.actor)).await?;
+    context.change(caller, request.stamp, command).await
+}
+
+pub(super) async fn leave(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::YieldActorRequest,
+) -> Result<Empty, Status> {
+    let command = Command::YieldActor {
+        actor: ActorId(request.actor),
+        incarnation: Incarnation(request.incarnation),
+    };
+    context.require_own_actor(caller, ActorId(request.actor)).await?;
+    context.change(caller, request.stamp, command).await
+}

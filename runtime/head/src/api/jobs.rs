@@ -1,0 +1,161 @@
+//! Jobs.
+
+use std::time::Duration;
+
+use mobula_core::control::{Caller, Subject};
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::{ActorId, Incarnation, JobId, NodeId};
+use mobula_core::spec::{JobSpec, Program};
+use mobula_scheduler::{Command, Query, QueryResponse, Response};
+use mobula_wire::control::{self as api, Empty};
+use tonic::Status;
+
+use super::modules::{WAIT_MAX, stamp};
+use super::{rejected, status as make_status, views};
+use crate::context::HeadContext;
+
+/// How often a waiter looks again even though nothing woke it: wake-ups are hints.
+pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+pub(super) async fn submit(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::SubmitJobRequest,
+) -> Result<api::SubmitJobReply, Status> {
+    let spec = request
+        .spec
+        .ok_or_else(|| Rejection::invalid("the request has no job in it"))
+        .and_then(JobSpec::try_from)
+        .map_err(|rejection| rejected(&rejection))?;
+    require_program(context, &spec.program).await?;
+    let command = Command::SubmitJob { spec };
+    context.authorize_scheduler(caller, &command)?;
+    let (session, seq) = stamp(request.stamp);
+    match context.propose_scheduler(session, seq, &command).await? {
+        Response::JobSubmitted { job, driver, .. } => {
+            Ok(api::SubmitJobReply { job: job.0, driver: driver.0 })
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+async fn require_program(context: &HeadContext, program: &Program) -> Result<(), Status> {
+    let Program::Artifact { blake3, .. } = program else { return Ok(()) };
+    let present = context.artifacts.contains(blake3).await.map_err(|error| {
+        make_status(ErrorCode::Unavailable, "no", format!("the program cannot be looked up: {error}"))
+    })?;
+    if present {
+        return Ok(());
+    }
+    Err(rejected(&Rejection::new(
+        ErrorCode::FailedPrecondition,
+        format!("no program with BLAKE3 {blake3} is stored: upload it first (`mobula submit` does)"),
+    )))
+}
+
+/// An answer of the scheduler that does not fit the question: a defect.
+pub(super) fn unexpected(response: &Response) -> Status {
+    make_status(ErrorCode::Internal, "yes", format!("unexpected answer {response:?}"))
+}
+
+pub(super) async fn list(
+    context: &HeadContext,
+    _caller: &Caller,
+    _request: api::ListJobsRequest,
+) -> Result<api::ListJobsReply, Status> {
+    let mut jobs = Vec::new();
+    let mut after = None;
+    loop {
+        let page = match context.ask(Query::ListJobs { after, limit: 0 }).await? {
+            QueryResponse::Jobs(page) => page,
+            _ => Vec::new(),
+        };
+        let Some(last) = page.last() else { break };
+        after = Some(last.job);
+        jobs.extend(page.into_iter().filter(|view| view.job != JobId::SYSTEM).map(views::job));
+    }
+    Ok(api::ListJobsReply { jobs })
+}
+
+/// A job, with what keeps its driver pending.
+pub(super) async fn view(context: &HeadContext, job: JobId) -> Result<api::Job, Status> {
+    let QueryResponse::Job(view) = context.ask(Query::Job { job }).await? else {
+        return Err(Status::internal("the scheduler answered another question"));
+    };
+    let is_pending = view.state == "pending";
+    let mut message = views::job(view);
+    if is_pending {
+        if let QueryResponse::Explained(why) = context.ask(Query::ExplainJob { job }).await? {
+            message.pending_reason = Some(why.verdict);
+        }
+    }
+    Ok(message)
+}
+
+/// A job and its driver.
+pub(super) async fn view_with_driver(
+    context: &HeadContext,
+    job: JobId,
+) -> Result<(api::Job, api::Actor), Status> {
+    let job = view(context, job).await?;
+    match context.ask(Query::Actor { actor: ActorId(job.driver) }).await? {
+        QueryResponse::Actor(driver) => Ok((job, views::actor(driver))),
+        _ => Err(Status::internal("the scheduler answered another question")),
+    }
+}
+
+/// Where a driver is, or was last.
+pub(super) fn place_of(driver: &api::Actor) -> Option<(NodeId, Incarnation)> {
+    Some((NodeId(driver.node?), Incarnation(driver.incarnation?)))
+}
+
+pub(super) async fn get(
+    context: &HeadContext,
+    _caller: &Caller,
+    request: api::GetJobRequest,
+) -> Result<api::Job, Status> {
+    view(context, JobId(request.job)).await
+}
+
+pub(super) async fn wait(
+    context: &HeadContext,
+    _caller: &Caller,
+    request: api::WaitJobRequest,
+) -> Result<api::Job, Status> {
+    let job = JobId(request.job);
+    let limit = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
+    let deadline = tokio::time::Instant::now() + limit;
+    loop {
+        let mut ticket = context.changes.follow(Subject::Job(job));
+        let now = view(context, job).await?;
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+        if now.ended_ms.is_some() || left.is_zero() {
+            return Ok(now);
+        }
+        // Woken, or time to look: both go round again.
+        let _ = tokio::time::timeout(left.min(LOOK_AGAIN), ticket.changed()).await;
+    }
+}
+
+pub(super) async fn stop(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::StopJobRequest,
+) -> Result<Empty, Status> {
+    let command = Command::StopJob { job: JobId(request.job) };
+    context.change(caller, request.stamp, command).await
+}
+
+pub(super) async fn set_result(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::SetJobResultRequest,
+) -> Result<Empty, Status> {
+    let command = Command::SetJobResult {
+        job: JobId(request.job),
+        actor: ActorId(request.driver),
+        incarnation: Incarnation(request.incarnation),
+        result_json: request.result_json,
+    };
+    context.change(caller, request.stamp, command).await
+}

@@ -1,0 +1,80 @@
+//! The gRPC control API. `service` is the table of contents: one line a method; the files beside
+//! it hold what the methods do.
+
+mod actors;
+mod artifacts;
+mod auth;
+mod jobs;
+mod logs;
+mod modules;
+mod nodes;
+mod service;
+mod status;
+mod views;
+
+pub(crate) use service::ControlService;
+
+use mobula_core::error::{ErrorCode, Rejection};
+use tonic::{Code, Status};
+
+use crate::context::CommandError;
+use crate::raft::ProposeError;
+
+/// The metadata key with the finer kind of an error.
+const CODE_KEY: &str = "mobula-code";
+/// The metadata key that says whether the request took effect.
+const EXECUTED_KEY: &str = "mobula-executed";
+
+/// The largest message of a client: an artifact's chunk, or a domain command.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+fn grpc_code(code: ErrorCode) -> Code {
+    match code {
+        ErrorCode::InvalidArgument => Code::InvalidArgument,
+        ErrorCode::NotFound => Code::NotFound,
+        ErrorCode::AlreadyExists => Code::AlreadyExists,
+        ErrorCode::FailedPrecondition => Code::FailedPrecondition,
+        ErrorCode::Fenced => Code::Aborted,
+        ErrorCode::PermissionDenied => Code::PermissionDenied,
+        ErrorCode::Unauthenticated => Code::Unauthenticated,
+        ErrorCode::Overloaded => Code::ResourceExhausted,
+        ErrorCode::Unavailable => Code::Unavailable,
+        ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
+        ErrorCode::Internal => Code::Internal,
+    }
+}
+
+fn status(code: ErrorCode, executed: &str, message: String) -> Status {
+    let mut status = Status::new(grpc_code(code), message);
+    let metadata = status.metadata_mut();
+    if let Ok(value) = code.as_str().parse() {
+        metadata.insert(CODE_KEY, value);
+    }
+    if let Ok(value) = executed.parse() {
+        metadata.insert(EXECUTED_KEY, value);
+    }
+    status
+}
+
+/// A refusal as a gRPC status.
+pub(crate) fn rejected(rejection: &Rejection) -> Status {
+    status(rejection.code, "no", rejection.message.clone())
+}
+
+impl From<CommandError> for Status {
+    fn from(error: CommandError) -> Self {
+        use mobula_core::error::Executed;
+        let executed = match error.executed() {
+            Executed::Yes => "yes",
+            Executed::No => "no",
+            Executed::Unknown => "unknown",
+        };
+        status(error.code(), executed, error.to_string())
+    }
+}
+
+impl From<ProposeError> for Status {
+    fn from(error: ProposeError) -> Self {
+        CommandError::from(error).into()
+    }
+}

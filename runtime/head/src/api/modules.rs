@@ -1,0 +1,74 @@
+//! Commands and questions of domain modules, which only those modules understand.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mobula_core::control::{Caller, ModuleId, StateModule, Subject};
+use mobula_core::error::Rejection;
+use mobula_core::id::SessionId;
+use mobula_wire::control as api;
+use tonic::Status;
+
+use super::rejected;
+use crate::context::HeadContext;
+
+/// The longest that one request may wait; clients ask again.
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
+
+fn module(context: &HeadContext, id: u32) -> Result<(ModuleId, Arc<dyn StateModule>), Status> {
+    u8::try_from(id)
+        .ok()
+        .map(ModuleId)
+        // The scheduler has methods of its own.
+        .filter(|id| *id != ModuleId::SCHEDULER)
+        .and_then(|id| Some((id, context.modules.get(&id)?.clone())))
+        .ok_or_else(|| rejected(&Rejection::not_found(format!("no domain module has id {id}"))))
+}
+
+pub(super) fn stamp(stamp: Option<api::Stamp>) -> (SessionId, u64) {
+    let stamp = stamp.unwrap_or_default();
+    (SessionId(stamp.session), stamp.sequence)
+}
+
+pub(super) async fn apply(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::ApplyRequest,
+) -> Result<api::ApplyReply, Status> {
+    let (id, module) = module(context, request.module)?;
+    module.authorize(caller, &request.payload).map_err(|rejection| rejected(&rejection))?;
+    let (session, seq) = stamp(request.stamp);
+    let (index, response) = context.propose(session, seq, id, request.payload).await?;
+    Ok(api::ApplyReply { response, index })
+}
+
+pub(super) async fn query(
+    context: &HeadContext,
+    _caller: &Caller,
+    request: api::QueryRequest,
+) -> Result<api::QueryReply, Status> {
+    let (_, module) = module(context, request.module)?;
+    let reader = context.raft.read().await?;
+    let payload = module
+        .query(&reader, context.clock.now_ms(), &request.payload)
+        .map_err(|rejection| rejected(&rejection))?;
+    Ok(api::QueryReply { payload })
+}
+
+pub(super) async fn wait(
+    context: &HeadContext,
+    _caller: &Caller,
+    request: api::WaitModuleRequest,
+) -> Result<api::WaitModuleReply, Status> {
+    let (id, _) = module(context, request.module)?;
+    let mut ticket = context.changes.follow(Subject::Module(id));
+    let revision = context.changes.module_revision(id);
+    // Another number, not only a smaller one: revisions begin again when a head starts.
+    if revision != request.seen_revision {
+        return Ok(api::WaitModuleReply { revision });
+    }
+    let limit = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
+    // Whether it changed or the time is over, the answer is the revision now.
+    let _ = tokio::time::timeout(limit, ticket.changed()).await;
+    Ok(api::WaitModuleReply { revision: context.changes.module_revision(id) })
+}

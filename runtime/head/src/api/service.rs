@@ -1,0 +1,202 @@
+//! The control API's methods, one line each.
+
+use std::sync::Arc;
+
+use mobula_wire::control::control_server::Control;
+use mobula_wire::control::{self as api, Empty};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{actors, artifacts, auth, jobs, logs, modules, nodes, status};
+use crate::context::HeadContext;
+
+/// The control API over a head's context.
+#[derive(Clone)]
+pub(crate) struct ControlService {
+    pub(crate) context: Arc<HeadContext>,
+}
+
+/// Answers a method: who calls is found out first, then the function does the work.
+macro_rules! answer {
+    ($self:ident, $request:ident, $function:path) => {{
+        let caller = auth::caller(&$self.context, &$request).await?;
+        Ok(Response::new($function(&$self.context, &caller, $request.into_inner()).await?))
+    }};
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    type JobLogsStream = logs::LogStream;
+
+    async fn join(&self, r: Request<api::JoinRequest>) -> Result<Response<api::JoinReply>, Status> {
+        Ok(Response::new(status::join(&self.context, r.into_inner()).await?))
+    }
+
+    async fn create_token(
+        &self,
+        r: Request<api::CreateTokenRequest>,
+    ) -> Result<Response<api::CreateTokenReply>, Status> {
+        answer!(self, r, status::create_token)
+    }
+
+    async fn status(
+        &self,
+        r: Request<api::StatusRequest>,
+    ) -> Result<Response<api::StatusReply>, Status> {
+        answer!(self, r, status::status)
+    }
+
+    async fn open_session(
+        &self,
+        r: Request<api::OpenSessionRequest>,
+    ) -> Result<Response<api::OpenSessionReply>, Status> {
+        answer!(self, r, status::open_session)
+    }
+
+    async fn submit_job(
+        &self,
+        r: Request<api::SubmitJobRequest>,
+    ) -> Result<Response<api::SubmitJobReply>, Status> {
+        answer!(self, r, jobs::submit)
+    }
+
+    async fn list_jobs(
+        &self,
+        r: Request<api::ListJobsRequest>,
+    ) -> Result<Response<api::ListJobsReply>, Status> {
+        answer!(self, r, jobs::list)
+    }
+
+    async fn get_job(&self, r: Request<api::GetJobRequest>) -> Result<Response<api::Job>, Status> {
+        answer!(self, r, jobs::get)
+    }
+
+    async fn wait_job(
+        &self,
+        r: Request<api::WaitJobRequest>,
+    ) -> Result<Response<api::Job>, Status> {
+        answer!(self, r, jobs::wait)
+    }
+
+    async fn stop_job(&self, r: Request<api::StopJobRequest>) -> Result<Response<Empty>, Status> {
+        answer!(self, r, jobs::stop)
+    }
+
+    async fn set_job_result(
+        &self,
+        r: Request<api::SetJobResultRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, jobs::set_result)
+    }
+
+    async fn job_logs(
+        &self,
+        r: Request<api::JobLogsRequest>,
+    ) -> Result<Response<Self::JobLogsStream>, Status> {
+        answer!(self, r, logs::job_logs)
+    }
+
+    async fn create_actors(
+        &self,
+        r: Request<api::CreateActorsRequest>,
+    ) -> Result<Response<api::CreateActorsReply>, Status> {
+        answer!(self, r, actors::create)
+    }
+
+    async fn list_actors(
+        &self,
+        r: Request<api::ListActorsRequest>,
+    ) -> Result<Response<api::ListActorsReply>, Status> {
+        answer!(self, r, actors::list)
+    }
+
+    async fn get_actor(
+        &self,
+        r: Request<api::GetActorRequest>,
+    ) -> Result<Response<api::Actor>, Status> {
+        answer!(self, r, actors::get)
+    }
+
+    async fn resolve_actor(
+        &self,
+        r: Request<api::ResolveActorRequest>,
+    ) -> Result<Response<api::Actor>, Status> {
+        answer!(self, r, actors::resolve)
+    }
+
+    async fn stop_actor(
+        &self,
+        r: Request<api::StopActorRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, actors::stop)
+    }
+
+    async fn yield_actor(
+        &self,
+        r: Request<api::YieldActorRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, actors::leave)
+    }
+
+    async fn list_nodes(
+        &self,
+        r: Request<api::ListNodesRequest>,
+    ) -> Result<Response<api::ListNodesReply>, Status> {
+        answer!(self, r, nodes::list)
+    }
+
+    async fn drain_node(
+        &self,
+        r: Request<api::DrainNodeRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, nodes::drain)
+    }
+
+    async fn preempt_node(
+        &self,
+        r: Request<api::PreemptNodeRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, nodes::preempt)
+    }
+
+    async fn explain(
+        &self,
+        r: Request<api::ExplainRequest>,
+    ) -> Result<Response<api::ExplainReply>, Status> {
+        answer!(self, r, nodes::explain)
+    }
+
+    async fn has_artifact(
+        &self,
+        r: Request<api::HasArtifactRequest>,
+    ) -> Result<Response<api::HasArtifactReply>, Status> {
+        answer!(self, r, artifacts::has)
+    }
+
+    async fn put_artifact(
+        &self,
+        r: Request<Streaming<api::ArtifactChunk>>,
+    ) -> Result<Response<api::PutArtifactReply>, Status> {
+        answer!(self, r, artifacts::put)
+    }
+
+    async fn apply(
+        &self,
+        r: Request<api::ApplyRequest>,
+    ) -> Result<Response<api::ApplyReply>, Status> {
+        answer!(self, r, modules::apply)
+    }
+
+    async fn query(
+        &self,
+        r: Request<api::QueryRequest>,
+    ) -> Result<Response<api::QueryReply>, Status> {
+        answer!(self, r, modules::query)
+    }
+
+    async fn wait_module(
+        &self,
+        r: Request<api::WaitModuleRequest>,
+    ) -> Result<Response<api::WaitModuleReply>, Status> {
+        answer!(self, r, modules::wait)
+    }
+}

@@ -1,0 +1,153 @@
+//! The cluster itself: joining, tokens, sessions, status.
+
+use std::time::Duration;
+
+use mobula_core::control::Caller;
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::SessionId;
+use mobula_net::identity::{Identity, Role, Token, TokenRole, Validity};
+use mobula_scheduler::{Command, Query, QueryResponse, Response, Role as TokenUse};
+use mobula_wire::control as api;
+use tonic::Status;
+
+use super::jobs::unexpected;
+use super::modules::stamp;
+use super::rejected;
+use crate::context::HeadContext;
+use crate::tokens;
+
+/// How long the certificate of a worker or client lives; it joins again before.
+const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
+
+/// The longest that a token may live: a year.
+const TOKEN_TTL_MS_MAX: u64 = 365 * 24 * 3_600_000;
+
+/// The longest name of a worker or client.
+const NAME_BYTES_MAX: usize = 64;
+
+pub(super) async fn join(
+    context: &HeadContext,
+    request: api::JoinRequest,
+) -> Result<api::JoinReply, Status> {
+    let unauthenticated =
+        |message: String| rejected(&Rejection::new(ErrorCode::Unauthenticated, message));
+    let token =
+        Token::parse(request.token.trim()).map_err(|error| unauthenticated(error.to_string()))?;
+    if token.ca_key_hash() != context.ca.key_hash() {
+        return Err(unauthenticated(
+            "the token is of another cluster: use one that this cluster's head made".into(),
+        ));
+    }
+    check_name(&request.name)?;
+    let command = Command::UseToken { secret_hash: token.secret_hash() };
+    let accepted = context.propose_scheduler(SessionId::INTERNAL, 0, &command).await?;
+    let role = match accepted {
+        Response::TokenAccepted { role: TokenUse::Worker, .. } => Role::Node,
+        Response::TokenAccepted { role: TokenUse::Client, .. } => Role::Client,
+        other => return Err(unexpected(&other)),
+    };
+    let identity = Identity::new(&context.cluster_id, role, &request.name, 0);
+    let certificate_pem = context
+        .ca
+        .issue(&request.csr_pem, &identity, Validity::for_ttl(CERTIFICATE_TTL))
+        .map_err(|error| rejected(&Rejection::invalid(error.to_string())))?;
+    Ok(api::JoinReply {
+        certificate_pem,
+        ca_pem: context.ca.certificate_pem().to_owned(),
+        cluster_id: context.cluster_id.clone(),
+        cluster_address: context.cluster_address.to_string(),
+    })
+}
+
+/// Names become part of certificates and paths.
+fn check_name(name: &str) -> Result<(), Status> {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(is_plain) {
+        return Ok(());
+    }
+    Err(rejected(&Rejection::invalid(format!(
+        "the name `{}` is not usable: 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`",
+        name.chars().take(NAME_BYTES_MAX).collect::<String>()
+    ))))
+}
+
+pub(super) async fn create_token(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::CreateTokenRequest,
+) -> Result<api::CreateTokenReply, Status> {
+    if !matches!(caller, Caller::Client | Caller::Head) {
+        return Err(rejected(&Rejection::new(
+            ErrorCode::PermissionDenied,
+            "tokens are made by clients, not by jobs or workers",
+        )));
+    }
+    let role = match request.role.as_str() {
+        "worker" => TokenRole::Worker,
+        "client" => TokenRole::Client,
+        other => {
+            return Err(rejected(&Rejection::invalid(format!(
+                "token role `{other}` is unknown: use `worker` or `client`"
+            ))));
+        }
+    };
+    if request.ttl_ms == 0 || request.ttl_ms > TOKEN_TTL_MS_MAX {
+        return Err(rejected(&Rejection::invalid(format!(
+            "a token cannot live for {} ms: give 1 ms to 365 days",
+            request.ttl_ms
+        ))));
+    }
+    let uses = (request.uses != 0).then_some(request.uses);
+    let (session, seq) = stamp(request.stamp);
+    let (token, expires_at_ms) =
+        tokens::create(context, session, seq, role, request.ttl_ms, uses).await?;
+    Ok(api::CreateTokenReply { token, expires_at_ms })
+}
+
+pub(super) async fn open_session(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::OpenSessionRequest,
+) -> Result<api::OpenSessionReply, Status> {
+    let command = Command::OpenSession { client: request.client };
+    context.authorize_scheduler(caller, &command)?;
+    match context.propose_scheduler(SessionId::INTERNAL, 0, &command).await? {
+        Response::SessionOpened { session } => Ok(api::OpenSessionReply { session: session.0 }),
+        other => Err(unexpected(&other)),
+    }
+}
+
+pub(super) async fn status(
+    context: &HeadContext,
+    _caller: &Caller,
+    _request: api::StatusRequest,
+) -> Result<api::StatusReply, Status> {
+    let QueryResponse::Status(counts) = context.ask(Query::Status).await? else {
+        return Err(Status::internal("the scheduler answered another question"));
+    };
+    let leadership = *context.raft.leadership().borrow();
+    let storage_problem = match context.artifacts.probe().await {
+        Ok(()) => String::new(),
+        Err(error) => error.to_string(),
+    };
+    let nodes_total =
+        counts.nodes_alive + counts.nodes_noticed + counts.nodes_draining + counts.nodes_lost;
+    Ok(api::StatusReply {
+        cluster_id: context.cluster_id.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        role: if leadership.is_leader { "leader" } else { "follower" }.to_owned(),
+        term: leadership.term,
+        applied_index: leadership.applied_index,
+        first_log_index: leadership.first_log_index,
+        nodes_alive: u64::from(counts.nodes_alive),
+        nodes_total: u64::from(nodes_total),
+        jobs_running: counts.jobs_live,
+        actors_running: counts.actors_live - counts.actors_pending,
+        actors_pending: counts.actors_pending,
+        storage_url: context.storage_location.url.clone(),
+        api_address: context.api_address.to_string(),
+        cluster_address: context.cluster_address.to_string(),
+        started_ms: context.started_ms,
+        storage_problem,
+    })
+}

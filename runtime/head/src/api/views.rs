@@ -1,0 +1,67 @@
+//! The scheduler's views as messages of the control API.
+
+use mobula_scheduler::{ActorView, Explanation, JobView, NodeView};
+use mobula_wire::control as api;
+
+pub(super) fn job(view: JobView) -> api::Job {
+    api::Job {
+        id: view.job.0,
+        name: view.name,
+        state: view.state,
+        driver: view.driver.map_or(0, |driver| driver.0),
+        restarts: view.restarts,
+        submitted_ms: view.submitted_ms,
+        started_ms: view.started_ms,
+        ended_ms: view.ended_ms,
+        result_json: view.result,
+        exit_reason: view.exit_reason,
+        pending_reason: None,
+    }
+}
+
+pub(super) fn actor(view: ActorView) -> api::Actor {
+    api::Actor {
+        id: view.actor.0,
+        job: view.job.0,
+        name: view.name.unwrap_or_default(),
+        type_name: view.type_name,
+        state: view.state,
+        node: view.node.map(|node| node.0),
+        incarnation: (view.incarnation.0 != 0).then_some(view.incarnation.0),
+        call_address: view.call_address,
+        pid: view.pid,
+        restarts: view.restarts,
+        exit_reason: view.exit_reason,
+    }
+}
+
+pub(super) fn node(view: NodeView) -> api::Node {
+    api::Node {
+        id: view.node.0,
+        name: view.name,
+        state: view.state,
+        incarnation: view.incarnation.0,
+        capacity: Some(view.capacity.into()),
+        free: Some(view.free.into()),
+        labels: view.labels.into_iter().collect(),
+        actors: u64::from(view.actors),
+        deadline_ms: view.deadline_ms,
+        version: view.version,
+    }
+}
+
+pub(super) fn explanation(explanation: Explanation) -> api::ExplainReply {
+    let nodes = explanation.nodes.into_iter().map(|verdict| api::NodeVerdict {
+        node: verdict.node.0,
+        name: verdict.name,
+        fits: verdict.fits,
+        reason: verdict.reason,
+    });
+    api::ExplainReply {
+        subject: explanation.subject,
+        state: explanation.state,
+        verdict: explanation.verdict,
+        nodes: nodes.collect(),
+        next_step: explanation.next_step,
+    }
+}

@@ -1,0 +1,159 @@
+//! What every part of a running head shares.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use mobula_core::clock::Clock;
+use mobula_core::config::LimitsConfig;
+use mobula_core::control::{Caller, ModuleId, StateModule};
+use mobula_core::error::{ErrorCode, Executed, Rejection};
+use mobula_core::id::{ActorId, NodeId, SessionId};
+use mobula_core::order::Order;
+use mobula_net::identity::ClusterCa;
+use mobula_scheduler::{Command, Query, QueryResponse, Response, Scheduler};
+use mobula_storage::artifact::ArtifactStore;
+use mobula_wire::control::{Empty, Stamp};
+use mobula_wire::session::StorageLocation;
+use tonic::Status;
+
+use crate::api::rejected;
+use crate::raft::{ProposeError, RaftHandle};
+use crate::session::Sessions;
+use crate::watch::Changes;
+
+/// What every part of a running head shares.
+pub(crate) struct HeadContext {
+    pub(crate) cluster_id: String,
+    pub(crate) ca: ClusterCa,
+    pub(crate) raft: RaftHandle,
+    pub(crate) modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
+    pub(crate) sessions: Sessions,
+    pub(crate) changes: Changes,
+    pub(crate) artifacts: ArtifactStore,
+    pub(crate) storage_location: StorageLocation,
+    pub(crate) limits: LimitsConfig,
+    pub(crate) api_address: SocketAddr,
+    pub(crate) cluster_address: SocketAddr,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) started_ms: u64,
+    /// Where a client uploads to before the digest is verified.
+    pub(crate) upload_dir: std::path::PathBuf,
+}
+
+/// Why a command brought no answer of its module.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum CommandError {
+    /// It was not applied, or nobody knows.
+    #[error(transparent)]
+    Propose(#[from] ProposeError),
+    /// The module refused it; nothing changed.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// The module's answer is not what this version expects.
+    #[error("the answer of module {module} cannot be read: {reason}")]
+    Answer { module: &'static str, reason: String },
+}
+
+impl CommandError {
+    pub(crate) fn code(&self) -> ErrorCode {
+        match self {
+            CommandError::Propose(error) => error.code(),
+            CommandError::Rejected(rejection) => rejection.code,
+            CommandError::Answer { .. } => ErrorCode::Internal,
+        }
+    }
+
+    pub(crate) fn executed(&self) -> Executed {
+        match self {
+            CommandError::Propose(error) => error.executed(),
+            CommandError::Rejected(_) => Executed::No,
+            CommandError::Answer { .. } => Executed::Yes,
+        }
+    }
+}
+
+impl HeadContext {
+    /// Proposes a command of any module and gives its raw answer.
+    pub(crate) async fn propose(
+        &self,
+        session: SessionId,
+        seq: u64,
+        module: ModuleId,
+        payload: Vec<u8>,
+    ) -> Result<(u64, Vec<u8>), CommandError> {
+        let outcome = self.raft.propose(session, seq, module, payload).await?;
+        Ok((outcome.index, outcome.result?))
+    }
+
+    /// Proposes a command of the scheduler.
+    pub(crate) async fn propose_scheduler(
+        &self,
+        session: SessionId,
+        seq: u64,
+        command: &Command,
+    ) -> Result<Response, CommandError> {
+        let (_, bytes) =
+            self.propose(session, seq, ModuleId::SCHEDULER, command.encode()).await?;
+        Response::decode(&bytes).map_err(|error| CommandError::Answer {
+            module: "scheduler",
+            reason: error.to_string(),
+        })
+    }
+
+    /// Everything that a node should be doing.
+    pub(crate) async fn standing_orders(&self, node: NodeId) -> Result<Vec<Order>, ProposeError> {
+        let reader = self.raft.read().await?;
+        Ok(mobula_scheduler::orders_for_node(&reader, node))
+    }
+}
+
+/// What the API's methods share.
+impl HeadContext {
+    /// Answers a question to the scheduler, linearizably.
+    pub(crate) async fn ask(&self, query: Query) -> Result<QueryResponse, Status> {
+        let reader = self.raft.read().await?;
+        mobula_scheduler::answer(&reader, self.clock.now_ms(), query)
+            .map_err(|rejection| rejected(&rejection))
+    }
+
+    /// Refuses a scheduler command that `caller` may not send.
+    pub(crate) fn authorize_scheduler(
+        &self,
+        caller: &Caller,
+        command: &Command,
+    ) -> Result<(), Status> {
+        Scheduler
+            .authorize(caller, &command.encode())
+            .map_err(|rejection| rejected(&rejection))
+    }
+
+    /// Refuses a host that reaches for another job's actor.
+    pub(crate) async fn require_own_actor(
+        &self,
+        caller: &Caller,
+        actor: ActorId,
+    ) -> Result<(), Status> {
+        let Caller::Host { job, .. } = caller else { return Ok(()) };
+        match self.ask(Query::Actor { actor }).await? {
+            QueryResponse::Actor(view) if view.job == *job => Ok(()),
+            _ => Err(rejected(&Rejection::new(
+                ErrorCode::PermissionDenied,
+                format!("{actor} is not an actor of {job}"),
+            ))),
+        }
+    }
+
+    /// Authorizes and proposes a scheduler command whose answer carries nothing.
+    pub(crate) async fn change(
+        &self,
+        caller: &Caller,
+        stamp: Option<Stamp>,
+        command: Command,
+    ) -> Result<Empty, Status> {
+        self.authorize_scheduler(caller, &command)?;
+        let stamp = stamp.unwrap_or_default();
+        self.propose_scheduler(SessionId(stamp.session), stamp.sequence, &command).await?;
+        Ok(Empty {})
+    }
+}

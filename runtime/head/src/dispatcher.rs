@@ -1,0 +1,100 @@
+//! Carries out effects: orders to workers, wake-ups to waiters, a nudge to placement.
+//!
+//! Effects are hints. When more of them come than the queue holds, the rest is dropped and
+//! everything that stands is sent again from the tables.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mobula_core::control::Effect;
+use mobula_core::id::Term;
+use mobula_wire::session::HeadMessage;
+use tokio::sync::{Notify, mpsc};
+
+use crate::context::HeadContext;
+
+/// How many applied runs may wait: one is the effects of one batch of entries, and carrying them
+/// out is a few queue operations.
+pub(crate) const EFFECTS_CAPACITY: usize = 1024;
+
+/// The driver's end: never blocks, because the driver must not wait for anyone.
+pub(crate) struct EffectSender {
+    pub(crate) runs: mpsc::Sender<Vec<Effect>>,
+    pub(crate) lost: Arc<AtomicBool>,
+}
+
+impl EffectSender {
+    /// Hands over the effects of one run of entries.
+    pub(crate) fn send(&self, effects: Vec<Effect>) {
+        if !effects.is_empty() && self.runs.try_send(effects).is_err() {
+            self.lost.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// The dispatcher's end.
+pub(crate) struct EffectReceiver {
+    pub(crate) runs: mpsc::Receiver<Vec<Effect>>,
+    pub(crate) lost: Arc<AtomicBool>,
+}
+
+/// A queue of effects.
+pub(crate) fn effect_queue() -> (EffectSender, EffectReceiver) {
+    let (sender, receiver) = mpsc::channel(EFFECTS_CAPACITY);
+    let lost = Arc::new(AtomicBool::new(false));
+    (
+        EffectSender { runs: sender, lost: lost.clone() },
+        EffectReceiver { runs: receiver, lost },
+    )
+}
+
+/// What wakes the leader's loops.
+#[derive(Default)]
+pub(crate) struct Nudges {
+    /// Something is to be placed.
+    pub(crate) place: Notify,
+    /// A table changed that controllers may care about.
+    pub(crate) controllers: Notify,
+}
+
+/// Carries out effects until the driver ends.
+pub(crate) async fn run(
+    context: Arc<HeadContext>,
+    mut effects: EffectReceiver,
+    nudges: Arc<Nudges>,
+) {
+    while let Some(run) = effects.runs.recv().await {
+        let leadership = *context.raft.leadership().borrow();
+        for effect in run {
+            match effect {
+                Effect::Changed(subject) => context.changes.note(&subject),
+                Effect::Place => nudges.place.notify_one(),
+                Effect::Order { node, order } if leadership.is_leader => {
+                    let term = Term(leadership.term);
+                    context.sessions.send(node, HeadMessage::Order { term, order });
+                }
+                Effect::Order { .. } => {}
+            }
+        }
+        nudges.controllers.notify_one();
+        if effects.lost.swap(false, Ordering::AcqRel) {
+            send_everything_again(&context, &nudges).await;
+        }
+    }
+}
+
+async fn send_everything_again(context: &HeadContext, nudges: &Nudges) {
+    tracing::warn!("effects were dropped; sending every standing order again");
+    nudges.place.notify_one();
+    let term = Term(context.raft.leadership().borrow().term);
+    for node in context.sessions.nodes() {
+        match context.standing_orders(node).await {
+            Ok(orders) => {
+                for order in orders {
+                    context.sessions.send(node, HeadMessage::Order { term, order });
+                }
+            }
+            Err(error) => tracing::warn!(%node, %error, "standing orders cannot be read"),
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Why a head does not start, or stops.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use mobula_storage::engine::EngineError;
+
+/// Why a head does not start, or stops.
+#[derive(Debug, thiserror::Error)]
+pub enum HeadError {
+    /// The data directory cannot be used.
+    #[error("{path} cannot be used: {source}")]
+    DataDir {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The Raft log is not usable.
+    #[error("the raft log cannot be used: {0}")]
+    Log(String),
+    /// The certificate authority or a certificate is not usable.
+    #[error("the head's identity cannot be used: {reason}")]
+    Identity {
+        /// What is wrong.
+        reason: String,
+    },
+    /// An address cannot be listened on.
+    #[error(
+        "{what} cannot listen on {address}: {reason}; stop what uses the port, or give another \
+         one in the configuration"
+    )]
+    Listen {
+        /// Which listener.
+        what: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        reason: String,
+    },
+    /// An address in the configuration is not one.
+    #[error("`{what}` is `{text}`: {reason}; expected ip:port")]
+    Address {
+        /// The key.
+        what: &'static str,
+        /// The value.
+        text: String,
+        /// Why it is not an address.
+        reason: String,
+    },
+    /// The object store's URL or settings are wrong.
+    #[error("the object store cannot be used: {0}")]
+    Storage(String),
+    /// More than one head is configured.
+    #[error(
+        "`head.peers` names {count} other heads, but this version runs one replica only: leave \
+         `head.peers` empty"
+    )]
+    Replicas {
+        /// How many peers are named.
+        count: usize,
+    },
+    /// A thread or listener ended that must not.
+    #[error("{0} ended unexpectedly")]
+    Ended(&'static str),
+}

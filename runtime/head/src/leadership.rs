@@ -1,0 +1,140 @@
+//! What only the leader does: placement passes, lease expiry, controllers, the first tokens.
+//! The tasks start when leadership begins and are ended when it ends.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mobula_core::config::TokensConfig;
+use mobula_core::control::Controller;
+use mobula_core::id::SessionId;
+use parking_lot::Mutex;
+use tokio::task::JoinSet;
+
+use crate::context::HeadContext;
+use crate::dispatcher::Nudges;
+use crate::{health, tokens};
+
+/// How long placement sleeps at the most: restarts that wait for their back-off become due
+/// without any command.
+const PLACEMENT_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How long controllers sleep at the most.
+const CONTROLLER_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How often a placement pass may follow another without a pause; more only means that other work
+/// waits, for the next nudge goes on where this one ended.
+const PASSES_IN_A_ROW_MAX: usize = 64;
+
+/// Everything that leading needs.
+pub(crate) struct LeaderDuties {
+    pub(crate) context: Arc<HeadContext>,
+    pub(crate) nudges: Arc<Nudges>,
+    pub(crate) controllers: Arc<Mutex<Vec<Box<dyn Controller>>>>,
+    pub(crate) data_dir: PathBuf,
+    pub(crate) tokens: TokensConfig,
+}
+
+/// Follows leadership until the driver ends.
+pub(crate) async fn run(duties: LeaderDuties) {
+    let mut leadership = duties.context.raft.leadership();
+    loop {
+        if leadership.wait_for(|l| l.is_leader).await.is_err() {
+            return;
+        }
+        let term = leadership.borrow().term;
+        tracing::info!(term, "leading");
+        let mut tasks = duties.start();
+        let ended = leadership.wait_for(|l| !l.is_leader || l.term != term).await;
+        tasks.shutdown().await;
+        duties.context.sessions.clear();
+        tracing::info!(term, "leading no more");
+        if ended.is_err() {
+            return;
+        }
+    }
+}
+
+impl LeaderDuties {
+    fn start(&self) -> JoinSet<()> {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(place(self.context.clone(), self.nudges.clone()));
+        tasks.spawn(health::run(self.context.clone()));
+        tasks.spawn(control(self.context.clone(), self.nudges.clone(), self.controllers.clone()));
+        tasks.spawn(tokens::ensure(
+            self.context.clone(),
+            self.data_dir.clone(),
+            self.tokens.clone(),
+        ));
+        tasks
+    }
+}
+
+async fn place(context: Arc<HeadContext>, nudges: Arc<Nudges>) {
+    loop {
+        // Whichever comes first: a nudge, or the interval.
+        let _ = tokio::time::timeout(PLACEMENT_INTERVAL, nudges.place.notified()).await;
+        for _ in 0..PASSES_IN_A_ROW_MAX {
+            match place_once(&context).await {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(reason) => {
+                    tracing::warn!(%reason, "placement pass failed");
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// One pass; whether it placed anything.
+async fn place_once(context: &HeadContext) -> Result<bool, String> {
+    let reader = context.raft.read().await.map_err(|error| error.to_string())?;
+    let Some(command) = mobula_scheduler::placement_pass(&reader, context.clock.now_ms()) else {
+        return Ok(false);
+    };
+    drop(reader);
+    context
+        .propose_scheduler(SessionId::INTERNAL, 0, &command)
+        .await
+        .map_err(|error| error.to_string())?;
+    Ok(true)
+}
+
+async fn control(
+    context: Arc<HeadContext>,
+    nudges: Arc<Nudges>,
+    controllers: Arc<Mutex<Vec<Box<dyn Controller>>>>,
+) {
+    loop {
+        let _ = tokio::time::timeout(CONTROLLER_INTERVAL, nudges.controllers.notified()).await;
+        let reader = match context.raft.read().await {
+            Ok(reader) => reader,
+            Err(error) => {
+                tracing::warn!(%error, "controllers cannot read the tables");
+                continue;
+            }
+        };
+        let now_ms = context.clock.now_ms();
+        let proposals: Vec<_> = controllers
+            .lock()
+            .iter_mut()
+            .flat_map(|controller| {
+                let name = controller.name().to_owned();
+                controller
+                    .reconcile(&reader, now_ms)
+                    .into_iter()
+                    .map(move |proposal| (name.clone(), proposal))
+            })
+            .collect();
+        drop(reader);
+        for (controller, proposal) in proposals {
+            let proposed = context
+                .propose(SessionId::INTERNAL, 0, proposal.module, proposal.payload)
+                .await;
+            if let Err(error) = proposed {
+                tracing::warn!(controller, %error, "a controller's command was refused");
+            }
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! The head: it orders every change through Raft, applies it to the tables, and sees to it that
+//! workers do what the tables say.
+//!
+//! The way of a command: `api` → [`raft::RaftHandle`] → the driver's thread (log, fsync, apply) →
+//! effects → `dispatcher` → `session` → worker. What only a leader does is in `leadership`.
+//!
+//! Invariants:
+//! 1. Nothing is acknowledged before it is on disk.
+//! 2. Orders are level-triggered: each can be rebuilt from the tables at any time.
+//! 3. Every listener is TLS 1.3; QUIC requires a certificate of the cluster.
+
+mod api;
+mod bootstrap;
+mod context;
+mod dispatcher;
+mod error;
+mod health;
+mod leadership;
+pub mod raft;
+mod session;
+mod tokens;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use mobula_core::clock::Clock;
+use mobula_core::config::{Config, LimitsConfig, RaftConfig, TokensConfig};
+use mobula_core::control::{Controller, ModuleId, StateModule};
+use mobula_net::endpoint::Endpoint;
+use mobula_net::identity::Role;
+use mobula_net::tcp::ApiListener;
+use mobula_scheduler::Scheduler;
+use mobula_storage::artifact::ArtifactStore;
+use mobula_storage::blob::BlobStore;
+use mobula_storage::engine::{RocksEngine, RocksOptions};
+use mobula_wire::control::control_server::ControlServer;
+use mobula_wire::session::StorageLocation;
+use parking_lot::Mutex;
+use tokio::sync::watch as tokio_watch;
+use tokio::task::JoinSet;
+
+pub use bootstrap::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE};
+pub use error::HeadError;
+
+use crate::bootstrap::HeadIdentity;
+use crate::context::HeadContext;
+use crate::raft::{Driver, DriverOptions};
+
+/// The Raft id of a group's first member.
+const FIRST_RAFT_ID: u64 = 1;
+
+/// Connections of workers and hosts that are served at the same time: one each, ten thousand
+/// nodes at the most.
+const CONNECTIONS_MAX: usize = 10_000;
+
+/// How often it is checked whether the certificate is due for renewal.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How a head is started.
+pub struct HeadOptions {
+    /// Where its state is kept.
+    pub data_dir: PathBuf,
+    /// Where the control API listens; port 0 takes a free one.
+    pub api_listen: SocketAddr,
+    /// Where the cluster's QUIC endpoint listens; port 0 takes a free one.
+    pub cluster_listen: SocketAddr,
+    /// Where bytes at rest are.
+    pub storage: StorageLocation,
+    /// Raft's settings.
+    pub raft: RaftConfig,
+    /// Leases.
+    pub limits: LimitsConfig,
+    /// How long the first tokens live.
+    pub tokens: TokensConfig,
+    /// Replicated modules beside the scheduler.
+    pub modules: Vec<Arc<dyn StateModule>>,
+    /// The modules' leader-only loops.
+    pub controllers: Vec<Box<dyn Controller>>,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl HeadOptions {
+    /// The options that a configuration file asks for.
+    pub fn from_config(config: &Config, clock: Arc<dyn Clock>) -> Result<Self, HeadError> {
+        let head = &config.head;
+        if !head.peers.is_empty() {
+            return Err(HeadError::Replicas { count: head.peers.len() });
+        }
+        let address = |what, text: &str| {
+            text.parse::<SocketAddr>().map_err(|error| {
+                HeadError::Address { what, text: text.to_owned(), reason: error.to_string() }
+            })
+        };
+        let s3 = &config.storage.s3;
+        Ok(HeadOptions {
+            data_dir: PathBuf::from(&head.data_dir),
+            api_listen: address("head.api_listen", &head.api_listen)?,
+            cluster_listen: address("head.cluster_listen", &head.cluster_listen)?,
+            storage: StorageLocation {
+                url: config.storage.url.clone(),
+                endpoint: s3.endpoint.clone(),
+                region: s3.region.clone(),
+                allow_http: s3.allow_http,
+                access_key_env: s3.access_key_env.clone(),
+                secret_key_env: s3.secret_key_env.clone(),
+            },
+            raft: config.raft.clone(),
+            limits: config.limits.clone(),
+            tokens: config.tokens.clone(),
+            modules: Vec::new(),
+            controllers: Vec::new(),
+            clock,
+        })
+    }
+}
+
+/// A running head.
+pub struct Head {
+    context: Arc<HeadContext>,
+    driver: Driver,
+    endpoint: Endpoint,
+    shutdown: tokio_watch::Sender<bool>,
+    tasks: JoinSet<&'static str>,
+}
+
+impl Head {
+    /// Opens the state in the data directory and starts serving.
+    pub async fn start(options: HeadOptions) -> Result<Head, HeadError> {
+        let identity = HeadIdentity::load_or_create(&options.data_dir, FIRST_RAFT_ID)?;
+        let upload_dir = options.data_dir.join("uploads");
+        bootstrap::create_private_dir(&upload_dir)?;
+        let engine = RocksEngine::open(&options.data_dir.join("raft"), &RocksOptions::default())?;
+        let blobs = BlobStore::open(&blob_location(&options.storage))
+            .map_err(|error| HeadError::Storage(error.to_string()))?;
+
+        let api_listener = ApiListener::bind(options.api_listen, &identity.credentials)
+            .await
+            .map_err(|error| HeadError::Listen {
+                what: "the control API",
+                address: options.api_listen,
+                reason: error.to_string(),
+            })?;
+        let endpoint = Endpoint::bind(options.cluster_listen, &identity.credentials).map_err(
+            |error| HeadError::Listen {
+                what: "the cluster endpoint",
+                address: options.cluster_listen,
+                reason: error.to_string(),
+            },
+        )?;
+
+        let modules = collect_modules(options.modules);
+        let (effect_sender, effect_receiver) = dispatcher::effect_queue();
+        let (driver, raft) = Driver::start(
+            engine,
+            DriverOptions {
+                raft_id: FIRST_RAFT_ID,
+                raft: options.raft,
+                modules: modules.clone(),
+                clock: options.clock.clone(),
+                effects: effect_sender,
+            },
+        )?;
+        let api_address = api_listener.local_address();
+        let cluster_address = endpoint.local_address();
+        let context = Arc::new(HeadContext {
+            cluster_id: identity.cluster_id.clone(),
+            ca: identity.ca.clone(),
+            raft,
+            modules,
+            sessions: session::Sessions::default(),
+            changes: watch::Changes::default(),
+            artifacts: ArtifactStore::new(blobs),
+            storage_location: options.storage,
+            limits: options.limits,
+            api_address,
+            cluster_address,
+            started_ms: options.clock.now_ms(),
+            clock: options.clock,
+            upload_dir,
+        });
+
+        let (shutdown, shutdown_receiver) = tokio_watch::channel(false);
+        let nudges = Arc::new(dispatcher::Nudges::default());
+        let mut tasks = JoinSet::new();
+        let dispatch = dispatcher::run(context.clone(), effect_receiver, nudges.clone());
+        tasks.spawn(named("the dispatcher", dispatch));
+        let duties = leadership::LeaderDuties {
+            context: context.clone(),
+            nudges,
+            controllers: Arc::new(Mutex::new(options.controllers)),
+            data_dir: options.data_dir.clone(),
+            tokens: options.tokens,
+        };
+        tasks.spawn(named("the leader's duties", leadership::run(duties)));
+        tasks.spawn(named("worker sessions", serve_cluster(context.clone(), endpoint.clone())));
+        let renewal = renew_certificate(identity, endpoint.clone(), api_listener.credentials());
+        tasks.spawn(named("certificate renewal", renewal));
+        let serve = serve_api(context.clone(), api_listener, shutdown_receiver);
+        tasks.spawn(named("the control API", serve));
+
+        tracing::info!(api = %api_address, cluster = %cluster_address, id = context.cluster_id, "head started");
+        Ok(Head { context, driver, endpoint, shutdown, tasks })
+    }
+
+    /// Where the control API listens.
+    #[must_use]
+    pub fn api_address(&self) -> SocketAddr {
+        self.context.api_address
+    }
+
+    /// Where the cluster's QUIC endpoint listens.
+    #[must_use]
+    pub fn cluster_address(&self) -> SocketAddr {
+        self.context.cluster_address
+    }
+
+    /// The cluster's id.
+    #[must_use]
+    pub fn cluster_id(&self) -> &str {
+        &self.context.cluster_id
+    }
+
+    /// A handle on the replicated log.
+    #[must_use]
+    pub fn raft(&self) -> raft::RaftHandle {
+        self.context.raft.clone()
+    }
+
+    /// Serves until `stop` completes, or a part of the head fails; then stops in order.
+    pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<(), HeadError> {
+        let failed = tokio::select! {
+            () = stop => None,
+            ended = self.tasks.join_next() => Some(match ended {
+                Some(Ok(name)) => name,
+                _ => "a task",
+            }),
+        };
+        // Receivers may be gone already, if the API is what failed.
+        let _ = self.shutdown.send(true);
+        self.endpoint.close("the head stops").await;
+        self.tasks.shutdown().await;
+        self.driver.stop().await;
+        match failed {
+            None => Ok(()),
+            Some(name) => Err(HeadError::Ended(name)),
+        }
+    }
+}
+
+async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {
+    task.await;
+    name
+}
+
+fn collect_modules(modules: Vec<Arc<dyn StateModule>>) -> BTreeMap<ModuleId, Arc<dyn StateModule>> {
+    let scheduler: Arc<dyn StateModule> = Arc::new(Scheduler);
+    modules.into_iter().chain([scheduler]).map(|module| (module.id(), module)).collect()
+}
+
+async fn serve_cluster(context: Arc<HeadContext>, endpoint: Endpoint) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            connection = endpoint.accept() => {
+                let Some(connection) = connection else { return };
+                if connection.peer().role != Role::Node {
+                    tracing::warn!(peer = %connection.peer(), "only workers connect to a head");
+                    connection.close("only workers connect to a head");
+                } else if connections.len() >= CONNECTIONS_MAX {
+                    tracing::warn!(peer = %connection.peer(), "too many connections");
+                    connection.close("the head serves 10000 connections at the most");
+                } else {
+                    connections.spawn(session::serve(context.clone(), connection));
+                }
+            }
+            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+        }
+    }
+}
+
+async fn serve_api(
+    context: Arc<HeadContext>,
+    listener: ApiListener,
+    mut shutdown: tokio_watch::Receiver<bool>,
+) {
+    let service = ControlServer::new(api::ControlService { context })
+        .max_decoding_message_size(api::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(api::MESSAGE_BYTES_MAX);
+    let stop = async move {
+        // An error means that the head is gone, which is a stop too.
+        let _ = shutdown.wait_for(|stop| *stop).await;
+    };
+    let served = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .add_service(service)
+        .serve_with_incoming_shutdown(listener, stop)
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "the control API failed");
+    }
+}
+
+async fn renew_certificate(
+    mut identity: HeadIdentity,
+    endpoint: Endpoint,
+    api_credentials: mobula_net::tcp::CredentialsHandle,
+) {
+    loop {
+        tokio::time::sleep(RENEWAL_INTERVAL).await;
+        if SystemTime::now() < identity.credentials.renew_at() {
+            continue;
+        }
+        match identity.renew() {
+            Ok(credentials) => {
+                if let Err(error) = endpoint.replace_credentials(&credentials) {
+                    tracing::error!(%error, "the endpoint refuses the new certificate");
+                }
+                if let Err(error) = api_credentials.replace(&credentials) {
+                    tracing::error!(%error, "the control API refuses the new certificate");
+                }
+                identity.credentials = credentials;
+            }
+            Err(error) => tracing::error!(%error, "the certificate cannot be renewed"),
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Applies committed entries to the tables: sessions in front, modules behind, all pure.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mobula_core::codec;
+use mobula_core::control::{
+    Applied, ApplyContext, Command, Effect, ModuleId, Reader, StateModule, Table, Txn,
+};
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_scheduler::session::{self, Seen};
+use mobula_storage::engine::{Engine, RocksEngine, WriteBatch};
+use mobula_storage::tables::{ApplyBatch, TablesReader};
+use raft::prelude::{Entry, EntryType};
+
+use super::proposals::TableView;
+
+/// The head's own table: what is about the log rather than about any module.
+const HEAD_TABLE: Table = Table { module: ModuleId(0), tag: 0 };
+
+/// The key under which the newest time in the log is kept.
+const LOG_TIME_KEY: &[u8] = b"log_time_ms";
+
+/// The largest command that is decoded; far above what the API lets in.
+const COMMAND_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// The largest stored answer.
+const RESPONSE_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// What one entry did.
+pub(super) struct AppliedEntry {
+    pub(super) index: u64,
+    pub(super) term: u64,
+    pub(super) result: Result<Vec<u8>, Rejection>,
+}
+
+/// What a run of entries did.
+pub(super) struct AppliedRun {
+    pub(super) outcomes: Vec<AppliedEntry>,
+    pub(super) effects: Vec<Effect>,
+}
+
+/// Applies entries.
+pub(super) struct Applier {
+    engine: RocksEngine,
+    modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
+}
+
+impl Applier {
+    pub(super) fn new(
+        engine: RocksEngine,
+        modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
+    ) -> Self {
+        Applier { engine, modules }
+    }
+
+    /// The tables as they are now.
+    pub(super) fn reader(&self) -> TableView {
+        TablesReader::new(self.engine.snapshot())
+    }
+
+    /// Applies `entries` in order; their writes go into `target`.
+    pub(super) fn apply(&self, entries: &[Entry], target: &mut WriteBatch) -> AppliedRun {
+        let mut batch = ApplyBatch::new(self.engine.clone());
+        let mut run = AppliedRun { outcomes: Vec::with_capacity(entries.len()), effects: vec![] };
+        for entry in entries {
+            // The type first: an entry that ends a joint configuration has no data either.
+            if entry.get_entry_type() != EntryType::EntryNormal {
+                tracing::error!(index = entry.index, "membership changes are not made yet");
+                continue;
+            }
+            // A new leader's first entry is empty.
+            if entry.data.is_empty() {
+                continue;
+            }
+            let result = match self.apply_one(entry, &mut batch) {
+                Ok(applied) => {
+                    run.effects.extend(applied.effects);
+                    Ok(applied.response)
+                }
+                Err(rejection) => Err(rejection),
+            };
+            run.outcomes.push(AppliedEntry { index: entry.index, term: entry.term, result });
+        }
+        batch.write_into(target);
+        run
+    }
+
+    fn apply_one(
+        &self,
+        entry: &Entry,
+        batch: &mut ApplyBatch<RocksEngine>,
+    ) -> Result<Applied, Rejection> {
+        let command: Command = codec::decode(&entry.data, COMMAND_BYTES_MAX)
+            .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?;
+        let now_ms = advance_log_time(batch, command.now_ms);
+        let mut txn = batch.begin();
+        match session::check(&txn, command.session, command.seq, now_ms) {
+            Seen::Fresh => {}
+            Seen::Duplicate(stored) => return Ok(Applied { response: replay(&stored)?, effects: vec![] }),
+            Seen::Expired => {
+                return Err(Rejection::fenced(format!(
+                    "{} has expired or command {} is too old for it: open a new session; whether \
+                     the command was applied before is not known any more",
+                    command.session, command.seq
+                )));
+            }
+        }
+        let Some(module) = self.modules.get(&command.module) else {
+            return Err(Rejection::not_found(format!("no module has id {}", command.module.0)));
+        };
+        let context = ApplyContext { index: entry.index, term: entry.term, now_ms };
+        let outcome = module.apply(&context, &mut txn, &command.payload);
+        // A refusal is an answer too: a retry must get the same one, without its writes.
+        let mut txn = match &outcome {
+            Ok(_) => txn,
+            Err(_) => {
+                txn.discard();
+                batch.begin()
+            }
+        };
+        let answer = outcome.as_ref().map(|applied| &applied.response);
+        session::record(&mut txn, command.session, command.seq, now_ms, codec::encode_plain(&answer));
+        txn.commit();
+        outcome
+    }
+}
+
+fn replay(stored: &[u8]) -> Result<Vec<u8>, Rejection> {
+    codec::decode::<Result<Vec<u8>, Rejection>>(stored, RESPONSE_BYTES_MAX)
+        .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?
+}
+
+/// Log time never goes back, whatever a new leader's clock says.
+fn advance_log_time(batch: &mut ApplyBatch<RocksEngine>, stamped_ms: u64) -> u64 {
+    let newest = batch
+        .get(HEAD_TABLE, LOG_TIME_KEY)
+        .and_then(|bytes| bytes.try_into().ok().map(u64::from_be_bytes))
+        .unwrap_or(0);
+    if stamped_ms > newest {
+        let mut txn = batch.begin();
+        txn.put(HEAD_TABLE, LOG_TIME_KEY, stamped_ms.to_be_bytes().to_vec());
+        txn.commit();
+    }
+    stamped_ms.max(newest)
+}

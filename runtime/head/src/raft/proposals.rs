@@ -1,0 +1,166 @@
+//! The async side of the Raft driver: propose a command, read the tables, watch leadership.
+//!
+//! Invariants:
+//! 1. A proposal ends in exactly one of: its outcome, not executed, or unknown.
+//! 2. Waiting work is bounded by the input queue; past it callers get `Overloaded`.
+
+use std::sync::mpsc::{SyncSender, TrySendError};
+use std::time::Duration;
+
+use mobula_core::control::{Command, ModuleId};
+use mobula_core::error::{ErrorCode, Executed, Rejection};
+use mobula_core::id::SessionId;
+use mobula_storage::engine::RocksSnapshot;
+use mobula_storage::tables::TablesReader;
+use tokio::sync::{oneshot, watch};
+
+/// How many inputs may wait for the driver: at 1 ms an fsync and hundreds in a batch, this is well
+/// under a second of work, and at most a few MiB.
+pub(crate) const INPUT_CAPACITY: usize = 4096;
+
+/// How long to wait for one answer of the driver before saying that nothing is known. Far above
+/// an fsync, far below a user's patience.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long one `read_index` may take: it can be dropped silently (a new leader that has not yet
+/// committed in its term, a change of role), and then must be asked again.
+const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The tables at one moment.
+pub type TableView = TablesReader<RocksSnapshot>;
+
+/// What the driver is asked.
+pub(crate) enum Input {
+    /// Put this command into the log.
+    Propose { command: Command, reply: oneshot::Sender<Result<Outcome, ProposeError>> },
+    /// Answer once everything that was committed before is applied.
+    Read { reply: oneshot::Sender<Result<TableView, ProposeError>> },
+    /// End the thread.
+    Stop,
+}
+
+/// What became of an applied command.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// Its place in the log.
+    pub index: u64,
+    /// The module's answer.
+    pub result: Result<Vec<u8>, Rejection>,
+}
+
+/// Why a proposal has no outcome.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// Another head leads, or none does.
+    #[error("this head does not lead{}; ask the leader, or try again", leader_hint(*leader))]
+    NotLeader {
+        /// The Raft id of the leader, where one is known.
+        leader: Option<u64>,
+    },
+    /// The log or the queue before it is full.
+    #[error("the head is overloaded: {0}; try again later")]
+    Overloaded(&'static str),
+    /// Leadership changed, or time ran out, before the outcome was known.
+    #[error("the outcome is unknown: {0}; try again with the same stamp")]
+    Unknown(&'static str),
+    /// The head is shutting down.
+    #[error("the head is shutting down")]
+    Stopped,
+}
+
+fn leader_hint(leader: Option<u64>) -> String {
+    leader.map_or_else(String::new, |id| format!(" (member {id} does)"))
+}
+
+impl ProposeError {
+    /// Whether the command took effect.
+    #[must_use]
+    pub fn executed(&self) -> Executed {
+        match self {
+            ProposeError::NotLeader { .. } | ProposeError::Overloaded(_) => Executed::No,
+            ProposeError::Unknown(_) | ProposeError::Stopped => Executed::Unknown,
+        }
+    }
+
+    /// The kind of refusal for the API.
+    #[must_use]
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            ProposeError::Overloaded(_) => ErrorCode::Overloaded,
+            _ => ErrorCode::Unavailable,
+        }
+    }
+}
+
+/// Who leads, as this head knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Leadership {
+    /// Whether it is this head, and everything before its term is applied.
+    pub is_leader: bool,
+    /// The present term.
+    pub term: u64,
+    /// The Raft id of the leader, where one is known.
+    pub leader: Option<u64>,
+    /// The last applied index when this was published.
+    pub applied_index: u64,
+    /// The first index that the log still holds.
+    pub first_log_index: u64,
+}
+
+/// A handle on the Raft driver; cheap to clone.
+#[derive(Clone)]
+pub struct RaftHandle {
+    pub(crate) inputs: SyncSender<Input>,
+    pub(crate) leadership: watch::Receiver<Leadership>,
+}
+
+impl RaftHandle {
+    /// Puts a command into the log and waits until it is applied.
+    pub async fn propose(
+        &self,
+        session: SessionId,
+        seq: u64,
+        module: ModuleId,
+        payload: Vec<u8>,
+    ) -> Result<Outcome, ProposeError> {
+        // The driver stamps the time when it takes the command into the log.
+        let command = Command { session, seq, now_ms: 0, module, payload };
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Propose { command, reply })?;
+        match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(ProposeError::Stopped),
+            Err(_) => Err(ProposeError::Unknown("no answer within 10 s")),
+        }
+    }
+
+    /// A consistent view of the tables that holds everything acknowledged before this call.
+    pub async fn read(&self) -> Result<TableView, ProposeError> {
+        let deadline = tokio::time::Instant::now() + ANSWER_TIMEOUT;
+        loop {
+            let (reply, answer) = oneshot::channel();
+            self.send(Input::Read { reply })?;
+            match tokio::time::timeout(READ_ATTEMPT_TIMEOUT, answer).await {
+                Ok(Ok(outcome)) => return outcome,
+                Ok(Err(_)) => return Err(ProposeError::Stopped),
+                Err(_) if tokio::time::Instant::now() < deadline => {}
+                Err(_) => return Err(ProposeError::Unknown("no leader confirmed a read in 10 s")),
+            }
+        }
+    }
+
+    fn send(&self, input: Input) -> Result<(), ProposeError> {
+        self.inputs.try_send(input).map_err(|error| match error {
+            TrySendError::Full(_) => {
+                ProposeError::Overloaded("4096 requests are waiting for the log")
+            }
+            TrySendError::Disconnected(_) => ProposeError::Stopped,
+        })
+    }
+
+    /// Follows who leads.
+    #[must_use]
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.leadership.clone()
+    }
+}

@@ -1,0 +1,414 @@
+//! The leader's end of a worker's session: registration, lease renewal, orders out, events in.
+//!
+//! Invariants:
+//! 1. An event is acknowledged only once it is applied, so a worker repeats what a crash lost.
+//! 2. A node has one session: a newer one replaces the older.
+//! 3. A session whose outbox is full is ended; its successor gets every standing order again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::FuturesOrdered;
+use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId, SessionId, Term};
+use mobula_core::order::{Order, WorkerEvent};
+use mobula_net::endpoint::Connection;
+use mobula_net::identity::{Identity, Role, Validity};
+use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
+use mobula_scheduler::{Command, EventOutcome, Response};
+use mobula_wire::session::{HeadMessage, Welcome, WorkerHello, WorkerMessage};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::context::HeadContext;
+
+/// Messages that may wait for one worker. An order has a few KiB at the most; a worker that lets
+/// this many wait is stuck, and a new session tells it everything again.
+const OUTBOX_CAPACITY: usize = 1024;
+
+/// How many events of one worker may be in the log at the same time, so that they share fsyncs.
+const EVENTS_IN_FLIGHT_MAX: usize = 64;
+
+/// How long a host's certificate lives: hosts outlive neither their job nor their node for long.
+const HOST_CERTIFICATE_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// How long to wait for a worker's piece of a log.
+const LOG_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The sessions of this leader.
+#[derive(Clone, Default)]
+pub(crate) struct Sessions {
+    entries: Arc<Mutex<BTreeMap<NodeId, SessionEntry>>>,
+    next_request: Arc<AtomicU64>,
+}
+
+struct SessionEntry {
+    incarnation: Incarnation,
+    /// Tells this session from a newer one of the same incarnation.
+    serial: u64,
+    outbox: mpsc::Sender<HeadMessage>,
+    last_renewal: Instant,
+    log_requests: BTreeMap<u64, oneshot::Sender<Vec<u8>>>,
+}
+
+impl Sessions {
+    fn open(&self, node: NodeId, incarnation: Incarnation) -> (u64, mpsc::Receiver<HeadMessage>) {
+        let (outbox, messages) = mpsc::channel(OUTBOX_CAPACITY);
+        let serial = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let entry = SessionEntry {
+            incarnation,
+            serial,
+            outbox,
+            last_renewal: Instant::now(),
+            log_requests: BTreeMap::new(),
+        };
+        self.entries.lock().insert(node, entry);
+        (serial, messages)
+    }
+
+    fn close(&self, node: NodeId, serial: u64) {
+        let mut entries = self.entries.lock();
+        if entries.get(&node).is_some_and(|entry| entry.serial == serial) {
+            entries.remove(&node);
+        }
+    }
+
+    /// Ends all sessions: this head leads no more.
+    pub(crate) fn clear(&self) {
+        self.entries.lock().clear();
+    }
+
+    /// Sends `message` to a node that has a session; without one it is dropped, for a new session
+    /// begins with every standing order.
+    pub(crate) fn send(&self, node: NodeId, message: HeadMessage) {
+        let mut entries = self.entries.lock();
+        let Some(entry) = entries.get(&node) else { return };
+        if entry.outbox.try_send(message).is_err() {
+            tracing::warn!(%node, "outbox is full or closed; ending the session");
+            entries.remove(&node);
+        }
+    }
+
+    fn renew(&self, node: NodeId, serial: u64) {
+        if let Some(entry) = self.entries.lock().get_mut(&node) {
+            if entry.serial == serial {
+                entry.last_renewal = Instant::now();
+            }
+        }
+    }
+
+    /// The nodes that have a session.
+    pub(crate) fn nodes(&self) -> Vec<NodeId> {
+        self.entries.lock().keys().copied().collect()
+    }
+
+    /// When this incarnation of a node last renewed, where it has a session.
+    pub(crate) fn last_renewal(&self, node: NodeId, incarnation: Incarnation) -> Option<Instant> {
+        self.entries
+            .lock()
+            .get(&node)
+            .filter(|entry| entry.incarnation == incarnation)
+            .map(|entry| entry.last_renewal)
+    }
+
+    /// A piece of the output of an actor's host; `None` if the worker cannot be asked.
+    pub(crate) async fn read_log(
+        &self,
+        node: NodeId,
+        actor: ActorId,
+        incarnation: Incarnation,
+        offset: u64,
+        limit_bytes: u32,
+    ) -> Option<Vec<u8>> {
+        let request = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        {
+            let mut entries = self.entries.lock();
+            let entry = entries.get_mut(&node)?;
+            entry.log_requests.retain(|_, waiting| !waiting.is_closed());
+            entry.log_requests.insert(request, reply);
+            let message = HeadMessage::ReadLog { request, actor, incarnation, offset, limit_bytes };
+            entry.outbox.try_send(message).ok()?;
+        }
+        tokio::time::timeout(LOG_TIMEOUT, answer).await.ok()?.ok()
+    }
+
+    fn answer_log(&self, node: NodeId, request: u64, bytes: Vec<u8>) {
+        let waiting =
+            self.entries.lock().get_mut(&node).and_then(|e| e.log_requests.remove(&request));
+        if let Some(reply) = waiting {
+            // Whoever asked may have given up; then nobody needs the bytes.
+            let _ = reply.send(bytes);
+        }
+    }
+}
+
+/// Serves one connection of a worker until it ends.
+pub(crate) async fn serve(context: Arc<HeadContext>, connection: Connection) {
+    let peer = connection.peer().clone();
+    match connection.accept().await {
+        Ok((mobula_wire::hello::Lane::Control, stream)) => {
+            if let Err(reason) = serve_stream(&context, &peer, stream).await {
+                tracing::info!(worker = %peer.id, %reason, "worker session ended");
+            }
+        }
+        Ok((lane, _)) => tracing::warn!(worker = %peer.id, ?lane, "unexpected lane"),
+        Err(lost) => tracing::debug!(worker = %peer.id, %lost, "connection lost before its session"),
+    }
+}
+
+async fn serve_stream(
+    context: &Arc<HeadContext>,
+    peer: &Identity,
+    stream: FramedStream,
+) -> Result<(), String> {
+    let FramedStream { mut sender, mut receiver } = stream;
+    let hello = match receiver.receive_message::<WorkerMessage>().await {
+        Ok(Some(WorkerMessage::Hello(hello))) => hello,
+        other => return Err(format!("expected a hello, got {other:?}")),
+    };
+    let registered = register(context, peer, hello).await;
+    let (node, incarnation) = match registered {
+        Ok(registered) => registered,
+        Err(reason) => {
+            let refusal = HeadMessage::Refused { reason: reason.clone() };
+            // The refusal is a courtesy; the stream may be gone already.
+            let _ = sender.send_message(&refusal).await;
+            let _ = sender.finish().await;
+            return Err(reason);
+        }
+    };
+    let (serial, outbox) = context.sessions.open(node, incarnation);
+    let session = Session { context: context.clone(), node, incarnation, serial };
+    let result = session.run(sender, receiver, outbox).await;
+    context.sessions.close(node, serial);
+    result
+}
+
+async fn register(
+    context: &HeadContext,
+    peer: &Identity,
+    hello: WorkerHello,
+) -> Result<(NodeId, Incarnation), String> {
+    if peer.id != hello.name {
+        return Err(format!(
+            "the certificate is for `{}`, but the worker says that it is `{}`: join again with \
+             that name",
+            peer.id, hello.name
+        ));
+    }
+    let command = Command::RegisterNode {
+        name: hello.name,
+        boot_id: hello.boot_id,
+        capacity: hello.capacity,
+        labels: hello.labels,
+        version: hello.version,
+    };
+    match context.propose_scheduler(SessionId::INTERNAL, 0, &command).await {
+        Ok(Response::Registered { node, incarnation }) => Ok((node, incarnation)),
+        Ok(other) => Err(format!("unexpected answer to a registration: {other:?}")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+struct Session {
+    context: Arc<HeadContext>,
+    node: NodeId,
+    incarnation: Incarnation,
+    serial: u64,
+}
+
+impl Session {
+    fn term(&self) -> Term {
+        Term(self.context.raft.leadership().borrow().term)
+    }
+
+    async fn run(
+        &self,
+        mut sender: FramedSender,
+        mut receiver: FramedReceiver,
+        mut outbox: mpsc::Receiver<HeadMessage>,
+    ) -> Result<(), String> {
+        self.greet(&mut sender).await?;
+        let mut events = FuturesOrdered::new();
+        loop {
+            tokio::select! {
+                message = outbox.recv() => {
+                    let Some(message) = message else {
+                        return Err("a newer session replaced this one, or leadership ended".into());
+                    };
+                    sender.send_message(&message).await.map_err(|e| e.to_string())?;
+                }
+                Some((sequence, applied)) = events.next(), if !events.is_empty() => {
+                    let answer = self.answer_event(sequence, applied)?;
+                    sender.send_message(&answer).await.map_err(|e| e.to_string())?;
+                }
+                message = receiver.receive_message::<WorkerMessage>(),
+                    if events.len() < EVENTS_IN_FLIGHT_MAX =>
+                {
+                    let Some(message) = message.map_err(|e| e.to_string())? else {
+                        return Err("the worker closed its stream".into());
+                    };
+                    // Any word of the worker shows that it lives.
+                    self.context.sessions.renew(self.node, self.serial);
+                    match message {
+                        WorkerMessage::Renew { sequence } => {
+                            let answer = HeadMessage::Renewed { term: self.term(), sequence };
+                            sender.send_message(&answer).await.map_err(|e| e.to_string())?;
+                        }
+                        WorkerMessage::Event { sequence, event } => {
+                            events.push_back(self.apply_event(sequence, event));
+                        }
+                        WorkerMessage::SignHost { request, csr_pem, job, host } => {
+                            let result = self.sign_host(&csr_pem, job, host);
+                            let answer = HeadMessage::HostSigned { request, result };
+                            sender.send_message(&answer).await.map_err(|e| e.to_string())?;
+                        }
+                        WorkerMessage::Log { request, bytes } => {
+                            self.context.sessions.answer_log(self.node, request, bytes);
+                        }
+                        WorkerMessage::Leaving => return self.leave().await,
+                        WorkerMessage::Hello(_) => return Err("a second hello".into()),
+                    }
+                }
+            }
+        }
+    }
+
+    async fn greet(&self, sender: &mut FramedSender) -> Result<(), String> {
+        let welcome = self.context.welcome(self.term(), self.node, self.incarnation);
+        sender
+            .send_message(&HeadMessage::Welcome(welcome))
+            .await
+            .map_err(|error| error.to_string())?;
+        let orders =
+            self.context.standing_orders(self.node).await.map_err(|error| error.to_string())?;
+        let standing = orders.iter().filter_map(incarnation_of).collect();
+        for order in orders {
+            self.queue(sender, &HeadMessage::Order { term: self.term(), order })?;
+        }
+        self.queue(sender, &HeadMessage::OrdersComplete { term: self.term(), standing })?;
+        sender.flush().await.map_err(|error| error.to_string())
+    }
+
+    fn queue(&self, sender: &mut FramedSender, message: &HeadMessage) -> Result<(), String> {
+        sender.queue_message(message).map_err(|error| error.to_string())
+    }
+
+    async fn apply_event(
+        &self,
+        sequence: u64,
+        event: WorkerEvent,
+    ) -> (u64, Result<Response, String>) {
+        let command =
+            Command::NodeEvent { node: self.node, incarnation: self.incarnation, event };
+        let applied = self.context.propose_scheduler(SessionId::INTERNAL, 0, &command).await;
+        (sequence, applied.map_err(|error| error.to_string()))
+    }
+
+    fn answer_event(
+        &self,
+        sequence: u64,
+        applied: Result<Response, String>,
+    ) -> Result<HeadMessage, String> {
+        match applied? {
+            Response::Event(EventOutcome::Fenced { current }) => Err(format!(
+                "{} {} is fenced: {current} has taken over",
+                self.node, self.incarnation
+            )),
+            _ => Ok(HeadMessage::EventAcknowledged { sequence }),
+        }
+    }
+
+    fn sign_host(&self, csr_pem: &str, job: JobId, host: HostId) -> Result<String, String> {
+        let identity = Identity::new(
+            &self.context.cluster_id,
+            Role::Host,
+            &host_name(self.node, host),
+            self.incarnation.0,
+        )
+        .with_job(job.0);
+        self.context
+            .ca
+            .issue(csr_pem, &identity, Validity::for_ttl(HOST_CERTIFICATE_TTL))
+            .map_err(|error| error.to_string())
+    }
+
+    async fn leave(&self) -> Result<(), String> {
+        let command = Command::NodeLost { node: self.node, incarnation: self.incarnation };
+        self.context
+            .propose_scheduler(SessionId::INTERNAL, 0, &command)
+            .await
+            .map_err(|error| error.to_string())?;
+        tracing::info!(node = %self.node, "worker left");
+        Ok(())
+    }
+}
+
+fn incarnation_of(order: &Order) -> Option<(ActorId, Incarnation)> {
+    match order {
+        Order::Start(start) => Some((start.actor, start.incarnation)),
+        Order::Stop { actor, incarnation, .. } => Some((*actor, *incarnation)),
+        Order::Notice { .. } | Order::NoticeWithdrawn => None,
+    }
+}
+
+/// The name in a host's certificate: its node and its number there.
+fn host_name(node: NodeId, host: HostId) -> String {
+    format!("{node}.{host}")
+}
+
+/// The node in a host certificate's name.
+pub(crate) fn node_of_host_name(name: &str) -> Option<NodeId> {
+    name.split_once('.')?.0.parse().ok()
+}
+
+/// What a worker is told first.
+impl HeadContext {
+    fn welcome(&self, term: Term, node: NodeId, incarnation: Incarnation) -> Welcome {
+        Welcome {
+            term,
+            node,
+            incarnation,
+            lease_ms: self.limits.lease_ms,
+            renew_ms: self.limits.renew_ms,
+            storage: self.storage_location.clone(),
+            api_addresses: vec![self.api_address.to_string()],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_name_gives_its_node_back() {
+        assert_eq!(node_of_host_name(&host_name(NodeId(3), HostId(9))), Some(NodeId(3)));
+        assert_eq!(node_of_host_name("worker-1"), None);
+    }
+
+    #[tokio::test]
+    async fn a_full_outbox_ends_the_session() {
+        let sessions = Sessions::default();
+        let (_, _messages) = sessions.open(NodeId(1), Incarnation(1));
+        let message = || HeadMessage::EventAcknowledged { sequence: 1 };
+        for _ in 0..=OUTBOX_CAPACITY {
+            sessions.send(NodeId(1), message());
+        }
+        assert!(sessions.nodes().is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_old_session_does_not_close_its_successor() {
+        let sessions = Sessions::default();
+        let (old, _old_messages) = sessions.open(NodeId(1), Incarnation(1));
+        let (_, _messages) = sessions.open(NodeId(1), Incarnation(2));
+        sessions.close(NodeId(1), old);
+        assert!(sessions.last_renewal(NodeId(1), Incarnation(2)).is_some());
+        assert!(sessions.last_renewal(NodeId(1), Incarnation(1)).is_none());
+    }
+}

@@ -1,0 +1,92 @@
+//! Tokens: the first ones of a cluster, and those that admins ask for. Only hashes are stored.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mobula_core::config::TokensConfig;
+use mobula_core::id::SessionId;
+use mobula_net::identity::{Token, TokenRole};
+use mobula_scheduler::{Command, Role};
+
+use crate::bootstrap::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE, create_private_dir, write_private};
+use crate::context::{CommandError, HeadContext};
+
+const HOUR_MS: u64 = 3_600_000;
+
+/// How long to wait before trying again to store the first tokens.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Sees to it that the data directory holds a working token for each role.
+pub(crate) async fn ensure(context: Arc<HeadContext>, data_dir: PathBuf, tokens: TokensConfig) {
+    let wanted = [
+        (WORKER_TOKEN_FILE, TokenRole::Worker, tokens.worker_ttl_hours),
+        (CLIENT_TOKEN_FILE, TokenRole::Client, tokens.client_ttl_hours),
+    ];
+    for (file, role, ttl_hours) in wanted {
+        let path = data_dir.join(file);
+        while let Err(reason) = ensure_one(&context, &path, role, ttl_hours * HOUR_MS).await {
+            tracing::warn!(path = %path.display(), %reason, "the first token cannot be made yet");
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+async fn ensure_one(
+    context: &HeadContext,
+    path: &Path,
+    role: TokenRole,
+    ttl_ms: u64,
+) -> Result<(), String> {
+    if let Ok(text) = std::fs::read_to_string(path) {
+        if let Ok(token) = Token::parse(text.trim()) {
+            let reader = context.raft.read().await.map_err(|error| error.to_string())?;
+            let now_ms = context.clock.now_ms();
+            if mobula_scheduler::check_token(&reader, &token.secret_hash(), now_ms).is_ok() {
+                return Ok(());
+            }
+        }
+    }
+    let (text, _) = create(context, SessionId::INTERNAL, 0, role, ttl_ms, None)
+        .await
+        .map_err(|error| error.to_string())?;
+    if let Some(parent) = path.parent() {
+        create_private_dir(parent).map_err(|error| error.to_string())?;
+    }
+    write_private(path, &text).map_err(|error| error.to_string())
+}
+
+/// Makes a token; its text, and when it expires.
+pub(crate) async fn create(
+    context: &HeadContext,
+    session: SessionId,
+    seq: u64,
+    role: TokenRole,
+    ttl_ms: u64,
+    uses: Option<u32>,
+) -> Result<(String, u64), CommandError> {
+    let token = Token::generate(role, context.ca.key_hash());
+    let secret_hash = token.secret_hash();
+    let expires_at_ms = context.clock.now_ms().saturating_add(ttl_ms);
+    let command = Command::CreateToken {
+        id: format!("{}-{}", role_of(role), hex_prefix(&secret_hash)),
+        secret_hash,
+        role: role_of(role),
+        expires_at_ms,
+        uses,
+    };
+    context.propose_scheduler(session, seq, &command).await?;
+    Ok((token.to_text(), expires_at_ms))
+}
+
+fn role_of(role: TokenRole) -> Role {
+    match role {
+        TokenRole::Worker => Role::Worker,
+        TokenRole::Client => Role::Client,
+    }
+}
+
+/// Enough of the hash to tell tokens apart in a list; the hash is no secret.
+fn hex_prefix(hash: &[u8; 32]) -> String {
+    hash[..4].iter().map(|byte| format!("{byte:02x}")).collect()
+}

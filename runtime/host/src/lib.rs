@@ -1,0 +1,30 @@
+//! Running actors in a process: what the SDK and the `mobula` binary start when an agent launches
+//! them.
+//!
+//! * [`actor`]: what an actor is to its host; [`registry`]: the types a program has;
+//!   [`context`]: what an actor knows about itself.
+//! * [`mailbox`]: admission in front of a ractor actor; [`supervision`]: starts, ends, panics.
+//! * [`calls`]: answering calls from other processes; [`client`]: making them.
+//! * [`agent`]: the link to the worker's agent, and a host process from start to end.
+//!
+//! Invariants:
+//! 1. A call is answered exactly once, and an error says whether the method ran.
+//! 2. Calls of one caller to one actor run in the order in which they were made.
+//! 3. Every queue has a bound; past it the caller is told `Overloaded`, or is made to wait.
+//! 4. No actor outlives its agent: a host whose agent is gone ends.
+
+pub mod actor;
+pub mod registry;
+pub mod context;
+pub mod mailbox;
+pub mod supervision;
+pub mod calls;
+pub mod client;
+pub mod agent;
+
+pub use actor::{DynActor, MethodError};
+pub use context::{ActorContext, HostInfo, HostRuntime, Notice};
+pub use registry::{ActorType, Registry};
+
+#[doc(hidden)]
+pub use inventory;

@@ -1,0 +1,218 @@
+//! The way into an actor: admission first, then a ractor mailbox.
+//!
+//! ractor's mailboxes are unbounded, so a semaphore of the actor's capacity stands in front of
+//! each; its permit travels inside the message and is given back when the method begins.
+//!
+//! Invariants:
+//! 1. At most `capacity` calls wait in front of an actor.
+//! 2. A [`Reply`] answers exactly once: whoever drops it unanswered has it say what is known.
+//! 3. Methods of one actor run one after another, in the order of admission.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mobula_core::error::{CallError, Executed};
+use mobula_core::id::{ActorId, Incarnation};
+use mobula_wire::call::CallReply;
+use mobula_wire::frame::FrameLimits;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::context::ActorContext;
+
+/// What a call brought.
+pub type CallResult = Result<Vec<u8>, CallError>;
+
+/// Room in a reply's frame for everything but the value itself.
+pub(crate) const FRAME_OVERHEAD_BYTES: usize = 1024;
+
+/// The largest encoded arguments or value.
+pub const VALUE_BYTES_MAX: usize =
+    FrameLimits::CALL.payload_bytes_max as usize - FRAME_OVERHEAD_BYTES;
+
+enum ReplyTo {
+    SameProcess(oneshot::Sender<CallResult>),
+    Stream { call: u64, slot: mpsc::OwnedPermit<CallReply> },
+}
+
+/// The duty to answer one call.
+pub struct Reply {
+    actor: ActorId,
+    begun: bool,
+    to: Option<ReplyTo>,
+}
+
+impl Reply {
+    /// An answer within this process.
+    #[must_use]
+    pub fn same_process(actor: ActorId) -> (Self, oneshot::Receiver<CallResult>) {
+        let (sender, receiver) = oneshot::channel();
+        (Reply { actor, begun: false, to: Some(ReplyTo::SameProcess(sender)) }, receiver)
+    }
+
+    /// An answer on a stream, which has kept `slot` free for it.
+    #[must_use]
+    pub fn on_stream(actor: ActorId, call: u64, slot: mpsc::OwnedPermit<CallReply>) -> Self {
+        Reply { actor, begun: false, to: Some(ReplyTo::Stream { call, slot }) }
+    }
+
+    /// Answers.
+    pub fn send(mut self, result: CallResult) {
+        self.answer(result);
+    }
+
+    fn answer(&mut self, result: CallResult) {
+        let result = match result {
+            Ok(value) if value.len() > VALUE_BYTES_MAX => Err(CallError::ResultLost(format!(
+                "it has {} bytes encoded, the limit is {VALUE_BYTES_MAX}: return it in parts, or \
+                 store it and return where it is",
+                value.len()
+            ))),
+            other => other,
+        };
+        match self.to.take() {
+            // Who asked may have given up waiting: then there is nobody to tell.
+            Some(ReplyTo::SameProcess(sender)) => drop(sender.send(result)),
+            Some(ReplyTo::Stream { call, slot }) => drop(slot.send(CallReply { call, result })),
+            None => {}
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if self.to.is_none() {
+            return;
+        }
+        let (reason, executed) = match self.begun {
+            true => ("it ended while the method ran", Executed::Unknown),
+            false => ("it ended before the method began", Executed::No),
+        };
+        self.answer(Err(unavailable(self.actor, reason, executed)));
+    }
+}
+
+/// The actor cannot be reached: `reason` says what stands in the way.
+pub(crate) fn unavailable(
+    actor: ActorId,
+    reason: impl Into<String>,
+    executed: Executed,
+) -> CallError {
+    CallError::ActorUnavailable { actor: actor.to_string(), reason: reason.into(), executed }
+}
+
+/// When a call is over, answered or not.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline {
+    /// The moment.
+    pub at: Instant,
+    /// How long the caller gave it, in milliseconds; for the error's text.
+    pub limit_ms: u64,
+}
+
+impl Deadline {
+    pub(crate) fn error(&self, actor: ActorId, executed: Executed) -> CallError {
+        CallError::DeadlineExceeded {
+            actor: actor.to_string(),
+            limit_ms: self.limit_ms,
+            executed,
+        }
+    }
+}
+
+/// A call on its way to an actor's method.
+pub struct IncomingCall {
+    /// The method's name.
+    pub method: String,
+    /// The encoded arguments.
+    pub arguments: Vec<u8>,
+    /// Past this it is not begun any more.
+    pub deadline: Option<Deadline>,
+    /// Where the answer goes.
+    pub reply: Reply,
+}
+
+pub(crate) enum Envelope {
+    Call { call: IncomingCall, permit: OwnedSemaphorePermit },
+    Notice { deadline_ms: u64 },
+}
+
+/// The answer that is due for the method that runs now: kept outside the actor's own task, so
+/// that it can still be given when the method panics.
+pub(crate) type InFlight = Arc<Mutex<Option<Reply>>>;
+
+/// One running incarnation of an actor, seen from outside.
+pub struct Mailbox {
+    pub(crate) actor: ActorId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) context: ActorContext,
+    pub(crate) ractor: ractor::ActorRef<Envelope>,
+    pub(crate) in_flight: InFlight,
+    pub(crate) notice_waits: Arc<AtomicBool>,
+    capacity: u32,
+    permits: Arc<Semaphore>,
+}
+
+impl Mailbox {
+    pub(crate) fn new(
+        context: ActorContext,
+        ractor: ractor::ActorRef<Envelope>,
+        capacity: u32,
+        in_flight: InFlight,
+        notice_waits: Arc<AtomicBool>,
+    ) -> Self {
+        Mailbox {
+            actor: context.actor(),
+            incarnation: context.incarnation(),
+            context,
+            ractor,
+            in_flight,
+            notice_waits,
+            capacity,
+            permits: Arc::new(Semaphore::new(capacity as usize)),
+        }
+    }
+
+    /// Admits a call, or answers it with why not.
+    pub fn admit(&self, call: IncomingCall) {
+        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
+            call.reply.send(Err(CallError::Overloaded {
+                actor: self.actor.to_string(),
+                capacity: self.capacity,
+            }));
+            return;
+        };
+        // An actor that has just ended gives the message back; dropping it answers the caller.
+        drop(self.ractor.send_message(Envelope::Call { call, permit }));
+    }
+
+    /// Tells the actor about a notice. One waits at most: a later one only repeats it.
+    pub(crate) fn notify(&self, deadline_ms: u64) {
+        if !self.notice_waits.swap(true, Ordering::AcqRel) {
+            drop(self.ractor.send_message(Envelope::Notice { deadline_ms }));
+        }
+    }
+}
+
+/// Runs one admitted call.
+pub(crate) async fn run_call(
+    actor: &mut dyn crate::actor::DynActor,
+    context: &ActorContext,
+    in_flight: &InFlight,
+    call: IncomingCall,
+    permit: OwnedSemaphorePermit,
+) {
+    let IncomingCall { method, arguments, deadline, mut reply } = call;
+    drop(permit);
+    if let Some(deadline) = deadline.filter(|deadline| deadline.at <= Instant::now()) {
+        reply.send(Err(deadline.error(context.actor(), Executed::No)));
+        return;
+    }
+    reply.begun = true;
+    *in_flight.lock() = Some(reply);
+    let result = actor.dispatch(&method, &arguments, context).await;
+    if let Some(reply) = in_flight.lock().take() {
+        reply.send(result.map_err(CallError::from));
+    }
+}

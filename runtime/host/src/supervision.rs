@@ -1,0 +1,516 @@
+//! The actors of one host process: their starts, their ends and why.
+//!
+//! Invariants:
+//! 1. Each incarnation is started at most once, and its end is reported exactly once.
+//! 2. `Started` is reported before `Exited`, and neither before the constructor is over.
+//! 3. A panic ends its actor only: whoever waited learns what is known, everybody else goes on.
+//! 4. An actor whose end is requested ends within its grace, or is killed at its next await.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use mobula_core::error::Executed;
+use mobula_core::exit::ExitReason;
+use mobula_core::id::{ActorId, Incarnation};
+use mobula_core::order::StartActor;
+use mobula_core::spec::ActorKind;
+use parking_lot::Mutex;
+use ractor::{Actor, ActorProcessingErr, ActorRef, SpawnErr, SupervisionEvent};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::AbortHandle;
+use tokio_util::task::TaskTracker;
+
+use crate::actor::DynActor;
+use crate::context::{ActorContext, HostRuntime, Notice};
+use crate::mailbox::{Envelope, InFlight, IncomingCall, Mailbox, run_call, unavailable};
+use crate::registry::{ConstructError, Registry};
+
+/// Actors in one host process: beyond this, one process's loss takes too much with it.
+pub const ACTORS_PER_HOST_MAX: usize = 10_000;
+
+/// Reports that wait for the agent's link; whoever reports waits when it is full.
+pub const EVENTS_WAITING_MAX: usize = 1024;
+
+/// How long a killed actor may take to reach its next await when the host ends.
+const KILL_ALLOWANCE: Duration = Duration::from_millis(250);
+
+/// The longest text of a panic or failure that is reported; the log has all of it.
+const REASON_BYTES_MAX: usize = 4096;
+
+/// Something that became of an actor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ActorEvent {
+    /// It is constructed and takes calls.
+    Started {
+        /// The actor.
+        actor: ActorId,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// It ended.
+    Exited {
+        /// The actor.
+        actor: ActorId,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Why.
+        reason: ExitReason,
+    },
+}
+
+enum Slot {
+    Starting { incarnation: Incarnation, task: Option<AbortHandle> },
+    Running(Arc<Mailbox>),
+}
+
+impl Slot {
+    fn incarnation(&self) -> Incarnation {
+        match self {
+            Slot::Starting { incarnation, .. } => *incarnation,
+            Slot::Running(mailbox) => mailbox.incarnation,
+        }
+    }
+}
+
+/// The actors of one host process.
+pub struct ActorTable {
+    runtime: Arc<HostRuntime>,
+    registry: Registry,
+    supervisor: ActorRef<()>,
+    slots: Mutex<BTreeMap<ActorId, Slot>>,
+    by_ractor_id: Mutex<HashMap<ractor::ActorId, Arc<Mailbox>>>,
+    events: mpsc::Sender<ActorEvent>,
+    tasks: TaskTracker,
+    /// Told after each reported end.
+    changed: Notify,
+}
+
+/// The host cannot run any actors.
+#[derive(Debug, thiserror::Error)]
+#[error("the supervisor of this host's actors did not start: {0}")]
+pub struct SupervisorStartError(String);
+
+impl ActorTable {
+    /// An empty table, and what becomes of its actors.
+    pub async fn start(
+        runtime: Arc<HostRuntime>,
+        registry: Registry,
+    ) -> Result<(Arc<Self>, mpsc::Receiver<ActorEvent>), SupervisorStartError> {
+        let (ended, mut ends) = mpsc::channel(EVENTS_WAITING_MAX);
+        let (supervisor, _task) = Actor::spawn(None, Supervisor { ended }, ())
+            .await
+            .map_err(|error| SupervisorStartError(error.to_string()))?;
+        let (events, receiver) = mpsc::channel(EVENTS_WAITING_MAX);
+        let table = Arc::new(ActorTable {
+            runtime,
+            registry,
+            supervisor,
+            slots: Mutex::new(BTreeMap::new()),
+            by_ractor_id: Mutex::new(HashMap::new()),
+            events,
+            tasks: TaskTracker::new(),
+            changed: Notify::new(),
+        });
+        let weak = Arc::downgrade(&table);
+        // Ends with the supervisor, which the table stops when it is dropped.
+        table.tasks.spawn(async move {
+            while let Some(end) = ends.recv().await {
+                let Some(table) = weak.upgrade() else { break };
+                table.finished(end).await;
+            }
+        });
+        Ok((table, receiver))
+    }
+
+    /// The types that can be started here.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Starts an actor; what comes of it is an event. An incarnation that is here already is left
+    /// alone, an older one is killed.
+    pub async fn start_actor(self: &Arc<Self>, order: StartActor) {
+        let (actor, incarnation) = (order.actor, order.incarnation);
+        let superseded = {
+            let mut slots = self.slots.lock();
+            let held = slots.get(&actor).map(Slot::incarnation);
+            if held.is_some_and(|held| held >= incarnation) {
+                return;
+            }
+            if held.is_none() && slots.len() >= ACTORS_PER_HOST_MAX {
+                Err(format!("this host runs {ACTORS_PER_HOST_MAX} actors already, its limit"))
+            } else {
+                Ok(slots.insert(actor, Slot::Starting { incarnation, task: None }))
+            }
+        };
+        match superseded {
+            Ok(old) => self.discard(actor, old).await,
+            Err(reason) => {
+                let reason = ExitReason::StartFailed(reason);
+                return self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+            }
+        }
+        let table = Arc::clone(self);
+        let task = self.tasks.spawn(async move { table.construct(order).await });
+        if let Some(Slot::Starting { incarnation: held, task: slot }) =
+            self.slots.lock().get_mut(&actor)
+            && *held == incarnation
+        {
+            *slot = Some(task.abort_handle());
+        }
+    }
+
+    async fn discard(&self, actor: ActorId, old: Option<Slot>) {
+        match old {
+            None => {}
+            Some(Slot::Starting { incarnation, task }) => {
+                if let Some(task) = task {
+                    task.abort();
+                }
+                let reason = ExitReason::Stopped;
+                self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+            }
+            Some(Slot::Running(mailbox)) => {
+                mailbox.context.end(ExitReason::Stopped);
+                mailbox.ractor.kill();
+            }
+        }
+    }
+
+    async fn construct(self: Arc<Self>, order: StartActor) {
+        let (actor, incarnation) = (order.actor, order.incarnation);
+        let arguments = Startup { table: Arc::downgrade(&self), order };
+        let spawned =
+            Actor::spawn_linked(None, ActorShell, arguments, self.supervisor.get_cell()).await;
+        let Err(error) = spawned else { return };
+        let reason = start_failure(error);
+        let owned = {
+            let mut slots = self.slots.lock();
+            let ours = matches!(
+                slots.get(&actor),
+                Some(Slot::Starting { incarnation: held, .. }) if *held == incarnation
+            );
+            if ours {
+                slots.remove(&actor);
+            }
+            ours
+        };
+        if owned {
+            self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+        }
+    }
+
+    /// Ends an actor: it may finish its present method and tidy up for `grace`, then is killed.
+    /// One that is not here has ended, which is said again.
+    pub async fn stop_actor(
+        self: &Arc<Self>,
+        actor: ActorId,
+        incarnation: Incarnation,
+        grace: Duration,
+    ) {
+        let (starting, running) = {
+            let mut slots = self.slots.lock();
+            match slots.get(&actor) {
+                Some(Slot::Running(mailbox)) if mailbox.incarnation == incarnation => {
+                    (None, Some(Arc::clone(mailbox)))
+                }
+                Some(slot) if slot.incarnation() == incarnation => (slots.remove(&actor), None),
+                _ => (None, None),
+            }
+        };
+        let Some(mailbox) = running else {
+            if starting.is_some() {
+                return self.discard(actor, starting).await;
+            }
+            let reason = ExitReason::Stopped;
+            return self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+        };
+        mailbox.context.end(ExitReason::Stopped);
+        self.tasks.spawn(async move {
+            if mailbox.ractor.get_cell().wait(Some(grace)).await.is_err() {
+                tracing::warn!(%actor, grace_ms = grace.as_millis() as u64, "killed after its grace");
+                mailbox.ractor.kill();
+            }
+        });
+    }
+
+    /// Ends every actor, and waits until all have ended or been killed, for about `grace`.
+    pub async fn stop_all(self: &Arc<Self>, grace: Duration) {
+        let held: Vec<_> =
+            self.slots.lock().iter().map(|(actor, slot)| (*actor, slot.incarnation())).collect();
+        for (actor, incarnation) in held {
+            self.stop_actor(actor, incarnation, grace).await;
+        }
+        // A method that never awaits cannot be killed: the process ends with it.
+        let last = tokio::time::Instant::now() + grace + KILL_ALLOWANCE;
+        loop {
+            let change = self.changed.notified();
+            tokio::pin!(change);
+            // Registered before the look, so that no end is missed in between.
+            change.as_mut().enable();
+            if self.count() == 0 || tokio::time::timeout_at(last, change).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Tells every actor, and whoever watches, that the node will be gone; `None` takes it back.
+    pub fn notify(&self, notice: Option<Notice>) {
+        self.runtime.set_notice(notice);
+        let Some(Notice { deadline_ms }) = notice else { return };
+        for slot in self.slots.lock().values() {
+            if let Slot::Running(mailbox) = slot {
+                mailbox.notify(deadline_ms);
+            }
+        }
+    }
+
+    /// Admits a call to one incarnation of an actor, or answers it with why not.
+    pub fn admit(&self, actor: ActorId, incarnation: Incarnation, call: IncomingCall) {
+        let refusal = match self.slots.lock().get(&actor) {
+            Some(Slot::Running(mailbox)) if mailbox.incarnation == incarnation => {
+                // Under the lock, so that calls enter in the order in which they were read.
+                return mailbox.admit(call);
+            }
+            Some(Slot::Starting { .. }) => "it is starting".to_owned(),
+            Some(slot) => format!(
+                "the call is meant for start {incarnation}, here runs {}",
+                slot.incarnation()
+            ),
+            None => "it does not run in this host".to_owned(),
+        };
+        call.reply.send(Err(unavailable(actor, refusal, Executed::No)));
+    }
+
+    /// How many actors are here, starting ones included.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.slots.lock().len()
+    }
+
+    async fn finished(&self, end: End) {
+        let Some(mailbox) = self.by_ractor_id.lock().remove(&end.ractor_id) else { return };
+        let (actor, incarnation) = (mailbox.actor, mailbox.incarnation);
+        {
+            let mut slots = self.slots.lock();
+            if slots.get(&actor).is_some_and(|slot| slot.incarnation() == incarnation) {
+                slots.remove(&actor);
+            }
+        }
+        let waiting = mailbox.in_flight.lock().take();
+        let reason = match end.panic {
+            Some(text) => {
+                if let Some(reply) = waiting {
+                    reply.send(Err(mobula_core::CallError::Panicked(text.clone())));
+                }
+                ExitReason::Panicked(text)
+            }
+            // Dropping the answer says that the method was under way.
+            None => mailbox.context.ending().unwrap_or(ExitReason::Completed),
+        };
+        self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+    }
+
+    async fn report(&self, event: ActorEvent) {
+        // Nobody listens once the agent is gone; the process is about to end then.
+        let _ = self.events.send(event).await;
+        self.changed.notify_waiters();
+    }
+}
+
+impl Drop for ActorTable {
+    fn drop(&mut self) {
+        for mailbox in self.by_ractor_id.lock().values() {
+            mailbox.ractor.kill();
+        }
+        self.supervisor.stop(None);
+    }
+}
+
+fn shortened(text: String) -> String {
+    match text.char_indices().find(|(at, _)| *at >= REASON_BYTES_MAX) {
+        Some((at, _)) => format!("{} …", &text[..at]),
+        None => text,
+    }
+}
+
+fn start_failure(error: SpawnErr) -> ExitReason {
+    match error {
+        SpawnErr::StartupFailed(error) => match error.downcast::<StartupError>() {
+            Ok(error) => match *error {
+                StartupError::Construct(ConstructError::Failed(text)) => {
+                    ExitReason::Failed(shortened(text))
+                }
+                other => ExitReason::StartFailed(shortened(other.to_string())),
+            },
+            Err(panic) => ExitReason::Panicked(shortened(panic.to_string())),
+        },
+        other => ExitReason::StartFailed(other.to_string()),
+    }
+}
+
+struct End {
+    ractor_id: ractor::ActorId,
+    panic: Option<String>,
+}
+
+/// The parent of all actors here. It never stops of itself: ractor's default would end it, and
+/// with it every other actor, at the first child's end.
+struct Supervisor {
+    ended: mpsc::Sender<End>,
+}
+
+impl Actor for Supervisor {
+    type Msg = ();
+    type State = ();
+    type Arguments = ();
+
+    async fn pre_start(&self, _: ActorRef<()>, (): ()) -> Result<(), ActorProcessingErr> {
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _myself: ActorRef<()>,
+        event: SupervisionEvent,
+        _state: &mut (),
+    ) -> Result<(), ActorProcessingErr> {
+        let end = match event {
+            SupervisionEvent::ActorTerminated(cell, _state, _reason) => {
+                End { ractor_id: cell.get_id(), panic: None }
+            }
+            SupervisionEvent::ActorFailed(cell, error) => {
+                End { ractor_id: cell.get_id(), panic: Some(shortened(error.to_string())) }
+            }
+            _ => return Ok(()),
+        };
+        // Fails only when the table is gone, and then there is nothing to supervise.
+        let _ = self.ended.send(end).await;
+        Ok(())
+    }
+}
+
+/// The ractor actor around every one of ours.
+struct ActorShell;
+
+struct Startup {
+    table: Weak<ActorTable>,
+    order: StartActor,
+}
+
+struct Running {
+    actor: Box<dyn DynActor>,
+    context: ActorContext,
+    in_flight: InFlight,
+    notice_waits: Arc<AtomicBool>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum StartupError {
+    #[error("the host is shutting down")]
+    ShuttingDown,
+    #[error("it was stopped while it started")]
+    Stopped,
+    #[error("a driver is a process of its own and cannot be started in a host of actors")]
+    IsDriver,
+    #[error(
+        "this program has no actor type `{name}`; it has: {known}; was the job submitted with an \
+         older binary?"
+    )]
+    UnknownType { name: String, known: String },
+    #[error("{0}")]
+    Construct(ConstructError),
+}
+
+impl Actor for ActorShell {
+    type Msg = Envelope;
+    type State = Running;
+    type Arguments = Startup;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<Envelope>,
+        startup: Startup,
+    ) -> Result<Running, ActorProcessingErr> {
+        let StartActor { actor, incarnation, spec, .. } = startup.order;
+        let table = startup.table.upgrade().ok_or(StartupError::ShuttingDown)?;
+        let ActorKind::Actor { type_name } = spec.kind else {
+            return Err(StartupError::IsDriver.into());
+        };
+        let actor_type = table.registry.get(&type_name).ok_or_else(|| StartupError::UnknownType {
+            known: table.registry.names().join(", "),
+            name: type_name,
+        })?;
+        let context =
+            ActorContext::new(actor, incarnation, spec.name, Arc::clone(&table.runtime));
+        let constructed = (actor_type.constructor)(spec.init, context.clone())
+            .await
+            .map_err(StartupError::Construct)?;
+
+        let in_flight = InFlight::default();
+        let notice_waits = Arc::new(AtomicBool::new(false));
+        let mailbox = Arc::new(Mailbox::new(
+            context.clone(),
+            myself.clone(),
+            spec.mailbox_capacity,
+            Arc::clone(&in_flight),
+            Arc::clone(&notice_waits),
+        ));
+        {
+            let mut slots = table.slots.lock();
+            match slots.get_mut(&actor) {
+                Some(slot @ Slot::Starting { .. }) if slot.incarnation() == incarnation => {
+                    *slot = Slot::Running(Arc::clone(&mailbox));
+                }
+                _ => return Err(StartupError::Stopped.into()),
+            }
+            table.by_ractor_id.lock().insert(myself.get_id(), Arc::clone(&mailbox));
+        }
+        context.attach(myself.get_cell());
+        table.report(ActorEvent::Started { actor, incarnation }).await;
+        if let Some(notice) = context.notice() {
+            mailbox.notify(notice.deadline_ms);
+        }
+        Ok(Running { actor: constructed, context, in_flight, notice_waits })
+    }
+
+    async fn post_start(
+        &self,
+        _myself: ActorRef<Envelope>,
+        running: &mut Running,
+    ) -> Result<(), ActorProcessingErr> {
+        running.actor.started(&running.context).await;
+        Ok(())
+    }
+
+    async fn handle(
+        &self,
+        _myself: ActorRef<Envelope>,
+        message: Envelope,
+        running: &mut Running,
+    ) -> Result<(), ActorProcessingErr> {
+        let Running { actor, context, in_flight, notice_waits } = running;
+        match message {
+            Envelope::Call { call, permit } => {
+                run_call(actor.as_mut(), context, in_flight, call, permit).await;
+            }
+            Envelope::Notice { deadline_ms } => {
+                notice_waits.store(false, Ordering::Release);
+                actor.on_notice(deadline_ms, context).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn post_stop(
+        &self,
+        _myself: ActorRef<Envelope>,
+        running: &mut Running,
+    ) -> Result<(), ActorProcessingErr> {
+        running.actor.on_stop(&running.context).await;
+        Ok(())
+    }
+}

@@ -1,0 +1,749 @@
+//! QUIC between members of the cluster: one endpoint a process, which both connects and accepts.
+//!
+//! Invariants:
+//! 1. Both sides know each other by certificate before the first stream. `connect` returns only when
+//!    the other side has accepted us as well.
+//! 2. Handshakes, connections and streams whose hello is outstanding are bounded, and a slow one
+//!    delays no other.
+//! 3. A connection is closed when the earlier of its two certificates ends.
+//! 4. Raft lanes are for heads only.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use mobula_wire::frame::{FrameKind, FrameLimits};
+use mobula_wire::hello::{HelloRefusal, Lane, StreamHello};
+use parking_lot::Mutex;
+use quinn::{ConnectionError, TransportErrorCode, VarInt};
+use rustls_pki_types::CertificateDer;
+use tokio::sync::Mutex as AsyncMutex;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
+
+use crate::identity::{Credentials, Identity, Role, not_after, peer_identity};
+use crate::lane::{FramedStream, Guard, ReceiveError, SendError};
+use crate::tls::{PeerRejection, RejectionSlot, SERVER_NAME, TlsError};
+use crate::transport::{claimed_class, client_config, endpoint_config, server_config};
+
+pub use crate::transport::LaneClass;
+
+/// An honest handshake takes two round trips.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Handshakes at one time: some 100 KiB and a signature each, and more than a fleet's worth.
+const HANDSHAKES_MAX: usize = 256;
+/// Above this many, a client must first prove that its address is its own.
+const HANDSHAKES_BEFORE_RETRY: usize = 64;
+/// A thousand workers, two connections each, twice over.
+const CONNECTIONS_MAX: usize = 4096;
+/// Streams of one connection whose hello is outstanding.
+const HELLOS_MAX: usize = 64;
+/// The hello comes with the first bytes of a stream.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long opening a stream may wait for the peer to allow one more.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Rides out a burst of a hundred gigabit for some hundred microseconds of ours not reading.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// For our farewell to reach the peers.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+const CLOSE_DONE: VarInt = VarInt::from_u32(0);
+const CLOSE_EXPIRED: VarInt = VarInt::from_u32(1);
+const CLOSE_REFUSED: VarInt = VarInt::from_u32(2);
+
+/// Why there is no endpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// The address is taken, or not ours.
+    #[error("cannot open udp {address}: {source}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The credentials cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// Why there is no connection.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ConnectError {
+    /// No answer in time. Over UDP this is also how it looks when nobody listens.
+    #[error(
+        "no answer from {address} within {limit_ms} ms: nothing listens there, or the network \
+             does not lead there"
+    )]
+    TimedOut {
+        /// The address.
+        address: SocketAddr,
+        /// The limit, in milliseconds.
+        limit_ms: u64,
+    },
+    /// Somebody answers, but not whom we want to talk to.
+    #[error("refusing to talk to {address}: {rejection}")]
+    WrongPeer {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        rejection: PeerRejection,
+    },
+    /// The peer does not want to talk to us: our certificate, or its limits.
+    #[error("{address} refuses us: {reason}")]
+    Refused {
+        /// The address.
+        address: SocketAddr,
+        /// What it said.
+        reason: String,
+    },
+    /// The connection broke off while it was being made.
+    #[error("connecting to {address} failed: {reason}")]
+    Failed {
+        /// The address.
+        address: SocketAddr,
+        /// What happened.
+        reason: String,
+    },
+    /// Our own credentials cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+impl ConnectError {
+    /// Whether the same attempt may succeed later.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(
+            self,
+            ConnectError::TimedOut { .. } | ConnectError::Failed { .. }
+        )
+    }
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConnectionLost {
+    /// The peer closed it.
+    #[error("the peer closed the connection: {reason}")]
+    ClosedByPeer {
+        /// What it said.
+        reason: String,
+    },
+    /// The peer knows nothing of this connection: it was started again.
+    #[error("the peer was restarted")]
+    PeerRestarted,
+    /// Nothing was heard of the peer for too long.
+    #[error("the peer has fallen silent")]
+    TimedOut,
+    /// We closed it.
+    #[error("the connection was closed on this side")]
+    ClosedHere,
+    /// One side broke the protocol, or refused the other's certificate.
+    #[error("the connection broke: {reason}")]
+    Broken {
+        /// What happened.
+        reason: String,
+    },
+}
+
+impl From<ConnectionError> for ConnectionLost {
+    fn from(error: ConnectionError) -> Self {
+        match error {
+            ConnectionError::ApplicationClosed(close) => ConnectionLost::ClosedByPeer {
+                reason: String::from_utf8_lossy(&close.reason).into_owned(),
+            },
+            ConnectionError::Reset => ConnectionLost::PeerRestarted,
+            ConnectionError::TimedOut => ConnectionLost::TimedOut,
+            ConnectionError::LocallyClosed => ConnectionLost::ClosedHere,
+            error => ConnectionLost::Broken {
+                reason: error.to_string(),
+            },
+        }
+    }
+}
+
+/// Why no stream was opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// This lane belongs on the other kind of connection.
+    #[error("lane {lane} does not belong on a {class:?} connection")]
+    WrongClass {
+        /// The lane.
+        lane: Lane,
+        /// The connection's class.
+        class: LaneClass,
+    },
+    /// The peer allows no more streams.
+    #[error(
+        "the peer allows no further stream within {limit_ms} ms: too many are open; finish some"
+    )]
+    TooManyStreams {
+        /// How long we waited, in milliseconds.
+        limit_ms: u64,
+    },
+    /// The connection is gone.
+    #[error(transparent)]
+    Lost(#[from] ConnectionLost),
+    /// The hello could not be sent.
+    #[error(transparent)]
+    Send(#[from] SendError),
+}
+
+/// A process's QUIC socket. Cheap to clone; it closes when the last clone and the last connection
+/// are gone.
+#[derive(Debug, Clone)]
+pub struct Endpoint(Arc<EndpointInner>);
+
+#[derive(Debug)]
+struct EndpointInner {
+    quinn: quinn::Endpoint,
+    local_address: SocketAddr,
+    current: Mutex<Current>,
+    /// Owned here, so that they end with the endpoint.
+    handshakes: AsyncMutex<JoinSet<Option<Connection>>>,
+}
+
+#[derive(Debug)]
+struct Current {
+    credentials: Credentials,
+    server: Option<ServerConfigs>,
+}
+
+#[derive(Debug, Clone)]
+struct ServerConfigs {
+    control: Arc<quinn::ServerConfig>,
+    bulk: Arc<quinn::ServerConfig>,
+}
+
+impl ServerConfigs {
+    fn new(credentials: &Credentials) -> Result<Self, TlsError> {
+        Ok(ServerConfigs {
+            control: Arc::new(server_config(LaneClass::Control, credentials)?),
+            bulk: Arc::new(server_config(LaneClass::Bulk, credentials)?),
+        })
+    }
+}
+
+impl Endpoint {
+    /// An endpoint at `address` (which may have port 0) that accepts and connects.
+    pub fn bind(address: SocketAddr, credentials: &Credentials) -> Result<Self, EndpointError> {
+        Endpoint::open(address, credentials, Some(ServerConfigs::new(credentials)?))
+    }
+
+    /// An endpoint that connects only.
+    pub fn bind_client(
+        address: SocketAddr,
+        credentials: &Credentials,
+    ) -> Result<Self, EndpointError> {
+        Endpoint::open(address, credentials, None)
+    }
+
+    fn open(
+        address: SocketAddr,
+        credentials: &Credentials,
+        server: Option<ServerConfigs>,
+    ) -> Result<Self, EndpointError> {
+        let failed = |source| EndpointError::Bind { address, source };
+        let socket = UdpSocket::bind(address).map_err(failed)?;
+        enlarge_buffers(&socket);
+        let quinn = quinn::Endpoint::new(
+            endpoint_config(credentials),
+            server.as_ref().map(|configs| (*configs.control).clone()),
+            socket,
+            Arc::new(quinn::TokioRuntime),
+        )
+        .map_err(failed)?;
+        let local_address = quinn.local_addr().map_err(failed)?;
+        let current = Mutex::new(Current {
+            credentials: credentials.clone(),
+            server,
+        });
+        let handshakes = AsyncMutex::new(JoinSet::new());
+        Ok(Endpoint(Arc::new(EndpointInner {
+            quinn,
+            local_address,
+            current,
+            handshakes,
+        })))
+    }
+
+    /// The address with its real port.
+    #[must_use]
+    pub fn local_address(&self) -> SocketAddr {
+        self.0.local_address
+    }
+
+    /// Who we are.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.0.current.lock().credentials.identity().clone()
+    }
+
+    /// Uses `credentials` for connections from now on. Those that exist keep theirs, and end with
+    /// them.
+    pub fn replace_credentials(&self, credentials: &Credentials) -> Result<(), TlsError> {
+        let mut current = self.0.current.lock();
+        if current.server.is_some() {
+            let server = ServerConfigs::new(credentials)?;
+            self.0
+                .quinn
+                .set_server_config(Some((*server.control).clone()));
+            current.server = Some(server);
+        }
+        current.credentials = credentials.clone();
+        Ok(())
+    }
+
+    /// Connects to a process of role `expected` of our cluster. When this returns, both sides have
+    /// accepted each other.
+    pub async fn connect(
+        &self,
+        address: SocketAddr,
+        class: LaneClass,
+        expected: Role,
+    ) -> Result<Connection, ConnectError> {
+        let credentials = self.0.current.lock().credentials.clone();
+        let slot = RejectionSlot::default();
+        let config = client_config(class, &credentials, expected, &slot)?;
+        let connecting = self
+            .0
+            .quinn
+            .connect_with(config, address, SERVER_NAME)
+            .map_err(|error| ConnectError::Failed {
+                address,
+                reason: error.to_string(),
+            })?;
+        let attempt = async {
+            let connection = connecting.await.map_err(|error| match slot.take() {
+                Some(rejection) => ConnectError::WrongPeer { address, rejection },
+                None => connect_failed(address, error),
+            })?;
+            let identity = await_welcome(&connection)
+                .await
+                .map_err(|error| connect_failed(address, error))
+                .and_then(|()| {
+                    peer_of(&connection).map_err(|reason| ConnectError::Failed { address, reason })
+                })?;
+            Ok(Connection::new(connection, identity, class, &credentials))
+        };
+        timeout(HANDSHAKE_TIMEOUT, attempt)
+            .await
+            .unwrap_or_else(|_| {
+                let limit_ms = HANDSHAKE_TIMEOUT.as_millis() as u64;
+                Err(ConnectError::TimedOut { address, limit_ms })
+            })
+    }
+
+    /// The next connection that a member of our cluster has made to us, or `None` when the endpoint
+    /// is closed (or only connects). Handshakes that fail are logged here. Cancel safe; handshakes
+    /// make progress only while somebody waits here.
+    pub async fn accept(&self) -> Option<Connection> {
+        let mut handshakes = self.0.handshakes.lock().await;
+        loop {
+            tokio::select! {
+                Some(done) = handshakes.join_next() => {
+                    if let Ok(Some(connection)) = done {
+                        return Some(connection);
+                    }
+                }
+                incoming = self.0.quinn.accept(), if handshakes.len() < HANDSHAKES_MAX => {
+                    self.admit(incoming?, &mut handshakes);
+                }
+            }
+        }
+    }
+
+    fn admit(&self, incoming: quinn::Incoming, handshakes: &mut JoinSet<Option<Connection>>) {
+        let address = incoming.remote_address();
+        if self.0.quinn.open_connections() >= CONNECTIONS_MAX {
+            tracing::warn!(%address, limit = CONNECTIONS_MAX, "too many connections, refusing one");
+            return incoming.refuse();
+        }
+        let busy = handshakes.len() >= HANDSHAKES_BEFORE_RETRY;
+        if busy && !incoming.remote_address_validated() && incoming.may_retry() {
+            if incoming.retry().is_err() {
+                tracing::debug!(%address, "cannot ask for address validation");
+            }
+            return;
+        }
+        let class = claimed_class(&incoming.orig_dst_cid());
+        let (credentials, config) = {
+            let current = self.0.current.lock();
+            let Some(server) = &current.server else {
+                return incoming.refuse();
+            };
+            let config = match class {
+                LaneClass::Control => server.control.clone(),
+                LaneClass::Bulk => server.bulk.clone(),
+            };
+            (current.credentials.clone(), config)
+        };
+        handshakes.spawn(async move {
+            match timeout(
+                HANDSHAKE_TIMEOUT,
+                welcome(incoming, config, class, &credentials),
+            )
+            .await
+            {
+                Ok(Ok(connection)) => Some(connection),
+                Ok(Err(reason)) => {
+                    tracing::debug!(%address, %reason, "quic handshake failed");
+                    None
+                }
+                Err(_) => {
+                    tracing::debug!(%address, "quic handshake timed out");
+                    None
+                }
+            }
+        });
+    }
+
+    /// Closes all connections, telling the peers, and stops accepting.
+    pub async fn close(&self, reason: &str) {
+        self.0.quinn.close(CLOSE_DONE, reason.as_bytes());
+        // Peers that do not answer find out by their idle timeout.
+        let _ = timeout(CLOSE_TIMEOUT, self.0.quinn.wait_idle()).await;
+    }
+}
+
+/// Best effort: the system's own limit may be lower, and small clusters do not mind.
+fn enlarge_buffers(socket: &UdpSocket) {
+    use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
+    for result in [
+        set_socket_recv_buffer_size(socket, SOCKET_BUFFER_BYTES),
+        set_socket_send_buffer_size(socket, SOCKET_BUFFER_BYTES),
+    ] {
+        if let Err(error) = result {
+            tracing::debug!(%error, bytes = SOCKET_BUFFER_BYTES, "cannot enlarge a socket buffer");
+        }
+    }
+}
+
+/// The accepting side of a handshake.
+async fn welcome(
+    incoming: quinn::Incoming,
+    config: Arc<quinn::ServerConfig>,
+    class: LaneClass,
+    credentials: &Credentials,
+) -> Result<Connection, String> {
+    let text = |error: ConnectionError| error.to_string();
+    let connection = incoming
+        .accept_with(config)
+        .map_err(text)?
+        .await
+        .map_err(text)?;
+    let ours = &credentials.identity().cluster;
+    let peer = peer_of(&connection).and_then(|peer| match peer.identity.cluster == *ours {
+        true => Ok(peer),
+        false => Err(format!("{} is not of cluster {ours}", peer.identity)),
+    });
+    let peer = peer.inspect_err(|reason| connection.close(CLOSE_REFUSED, reason.as_bytes()))?;
+    let mut stream = connection.open_uni().await.map_err(text)?;
+    let frame = mobula_wire::frame::encode_header(FrameKind::Welcome, 0, FrameLimits::HELLO)
+        .expect("an empty frame is within every limit");
+    stream
+        .write_all(&frame)
+        .await
+        .map_err(|error| error.to_string())?;
+    stream.finish().map_err(|error| error.to_string())?;
+    Ok(Connection::new(connection, peer, class, credentials))
+}
+
+/// The connecting side waits for the other's word: TLS 1.3 alone ends a handshake on this side
+/// before our own certificate has been looked at.
+async fn await_welcome(connection: &quinn::Connection) -> Result<(), ConnectionError> {
+    let mut stream = connection.accept_uni().await?;
+    let mut frame = [0; mobula_wire::frame::HEADER_SIZE_BYTES];
+    let expected = mobula_wire::frame::encode_header(FrameKind::Welcome, 0, FrameLimits::HELLO);
+    match stream.read_exact(&mut frame).await {
+        Ok(()) if expected.is_ok_and(|expected| expected == frame) => Ok(()),
+        Err(quinn::ReadExactError::ReadError(quinn::ReadError::ConnectionLost(error))) => {
+            Err(error)
+        }
+        _ => {
+            connection.close(CLOSE_REFUSED, b"expected a welcome");
+            Err(ConnectionError::LocallyClosed)
+        }
+    }
+}
+
+struct Peer {
+    identity: Identity,
+    not_after: SystemTime,
+}
+
+fn peer_of(connection: &quinn::Connection) -> Result<Peer, String> {
+    let chain = connection
+        .peer_identity()
+        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
+        .ok_or("the peer showed no certificate")?;
+    let leaf = chain.first().ok_or("the peer showed no certificate")?;
+    Ok(Peer {
+        identity: peer_identity(&chain).map_err(|error| error.to_string())?,
+        not_after: not_after(leaf).map_err(|error| error.to_string())?,
+    })
+}
+
+fn connect_failed(address: SocketAddr, error: ConnectionError) -> ConnectError {
+    match error {
+        ConnectionError::TimedOut => ConnectError::TimedOut {
+            address,
+            limit_ms: HANDSHAKE_TIMEOUT.as_millis() as u64,
+        },
+        ConnectionError::ApplicationClosed(close) => ConnectError::Refused {
+            address,
+            reason: String::from_utf8_lossy(&close.reason).into_owned(),
+        },
+        ConnectionError::ConnectionClosed(close)
+            if close.error_code == TransportErrorCode::CONNECTION_REFUSED =>
+        {
+            ConnectError::Refused {
+                address,
+                reason: "it has too many connections".into(),
+            }
+        }
+        // QUIC puts TLS alerts here: the peer does not like our certificate or our protocol name.
+        ConnectionError::ConnectionClosed(close) => ConnectError::Refused {
+            address,
+            reason: close.to_string(),
+        },
+        error => ConnectError::Failed {
+            address,
+            reason: error.to_string(),
+        },
+    }
+}
+
+/// A connection to one peer. Cheap to clone; it is closed when the last clone and the last stream
+/// are gone.
+#[derive(Debug, Clone)]
+pub struct Connection(Arc<ConnectionInner>);
+
+#[derive(Debug)]
+struct ConnectionInner {
+    quinn: quinn::Connection,
+    peer: Identity,
+    cluster: String,
+    class: LaneClass,
+    expiry: AbortHandle,
+    /// Streams whose hello is outstanding; owned here, so that they end with the connection.
+    hellos: AsyncMutex<JoinSet<Option<(Lane, FramedStream)>>>,
+}
+
+impl Drop for ConnectionInner {
+    fn drop(&mut self) {
+        self.expiry.abort();
+    }
+}
+
+impl Connection {
+    fn new(
+        quinn: quinn::Connection,
+        peer: Peer,
+        class: LaneClass,
+        credentials: &Credentials,
+    ) -> Self {
+        let expires_at = peer.not_after.min(credentials.not_after());
+        let life = expires_at
+            .duration_since(SystemTime::now())
+            .unwrap_or_default();
+        let expiring = quinn.clone();
+        let expiry = tokio::spawn(async move {
+            tokio::select! {
+                _ = expiring.closed() => {}
+                () = tokio::time::sleep(life) => {
+                    expiring.close(CLOSE_EXPIRED, b"a certificate has expired");
+                }
+            }
+        })
+        .abort_handle();
+        Connection(Arc::new(ConnectionInner {
+            quinn,
+            peer: peer.identity,
+            cluster: credentials.identity().cluster.clone(),
+            class,
+            expiry,
+            hellos: AsyncMutex::new(JoinSet::new()),
+        }))
+    }
+
+    /// Who is at the other end.
+    #[must_use]
+    pub fn peer(&self) -> &Identity {
+        &self.0.peer
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn peer_address(&self) -> SocketAddr {
+        self.0.quinn.remote_address()
+    }
+
+    /// Which lanes it carries.
+    #[must_use]
+    pub fn class(&self) -> LaneClass {
+        self.0.class
+    }
+
+    /// The current estimate of the round trip.
+    #[must_use]
+    pub fn round_trip(&self) -> Duration {
+        self.0.quinn.rtt()
+    }
+
+    fn guard(&self) -> Guard {
+        Some(self.0.clone())
+    }
+
+    /// Opens a stream; its hello is on its way when this returns. A peer that does not accept it
+    /// says so as [`ReceiveError::Refused`].
+    pub async fn open(&self, lane: Lane) -> Result<FramedStream, OpenError> {
+        if LaneClass::of(lane) != self.0.class {
+            return Err(OpenError::WrongClass {
+                lane,
+                class: self.0.class,
+            });
+        }
+        let opened = timeout(OPEN_TIMEOUT, self.0.quinn.open_bi()).await;
+        let limit_ms = OPEN_TIMEOUT.as_millis() as u64;
+        let (sender, receiver) = opened
+            .map_err(|_| OpenError::TooManyStreams { limit_ms })?
+            .map_err(ConnectionLost::from)?;
+        let limits = FrameLimits::of(lane);
+        let mut stream = FramedStream::quic(sender, receiver, limits, self.guard());
+        let hello = StreamHello::new(lane, self.0.cluster.as_str());
+        stream
+            .sender
+            .send(FrameKind::Hello, &hello.encode())
+            .await?;
+        Ok(stream)
+    }
+
+    /// The next stream that the peer has opened. Streams that begin badly are refused and logged
+    /// here. Cancel safe.
+    pub async fn accept(&self) -> Result<(Lane, FramedStream), ConnectionLost> {
+        let mut hellos = self.0.hellos.lock().await;
+        loop {
+            tokio::select! {
+                Some(done) = hellos.join_next() => {
+                    if let Ok(Some((lane, mut stream))) = done {
+                        stream.set_guard(self.guard());
+                        return Ok((lane, stream));
+                    }
+                }
+                opened = self.0.quinn.accept_bi(), if hellos.len() < HELLOS_MAX => {
+                    let (sender, receiver) = opened?;
+                    let stream = FramedStream::quic(sender, receiver, FrameLimits::HELLO, None);
+                    let (peer, cluster) = (self.0.peer.clone(), self.0.cluster.clone());
+                    let class = self.0.class;
+                    hellos.spawn(async move {
+                        accept_stream(stream, &cluster, |lane| judge(lane, class, &peer))
+                            .await
+                            .inspect_err(|error| {
+                                tracing::debug!(%peer, %error, "stream refused");
+                            })
+                            .ok()
+                    });
+                }
+            }
+        }
+    }
+
+    /// Whether both are handles to one connection.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Connection) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Closes it for both sides. What the peer has not received by now is lost.
+    pub fn close(&self, reason: &str) {
+        self.0.quinn.close(CLOSE_DONE, reason.as_bytes());
+    }
+
+    /// Waits for its end, and says how it came.
+    pub async fn closed(&self) -> ConnectionLost {
+        self.0.quinn.closed().await.into()
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.0.quinn.close_reason().is_some()
+    }
+}
+
+/// Which lanes a peer may open here.
+fn judge(lane: Lane, class: LaneClass, peer: &Identity) -> Result<(), String> {
+    if LaneClass::of(lane) != class {
+        return Err(format!(
+            "this is a {class:?} connection; open another for it"
+        ));
+    }
+    match (lane, peer.role) {
+        (Lane::Raft, Role::Node | Role::Host | Role::Client) => {
+            Err(format!("it is for heads, the peer is a {}", peer.role))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Why a stream was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HelloError {
+    #[error("refused: {0}")]
+    Refused(HelloRefusal),
+    #[error("no hello within {} ms", HELLO_TIMEOUT.as_millis())]
+    TimedOut,
+    #[error("the stream ended before its hello")]
+    Ended,
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
+}
+
+/// Reads and judges the first frame of a stream that a peer has opened; a refusal is sent back.
+pub(crate) async fn accept_stream(
+    mut stream: FramedStream,
+    cluster: &str,
+    judge: impl FnOnce(Lane) -> Result<(), String>,
+) -> Result<(Lane, FramedStream), HelloError> {
+    let frame = timeout(HELLO_TIMEOUT, stream.receiver.receive_any())
+        .await
+        .map_err(|_| HelloError::TimedOut)??
+        .ok_or(HelloError::Ended)?;
+    let accepted = match frame.kind {
+        FrameKind::Hello => StreamHello::accept(&frame.payload, cluster),
+        kind => Err(HelloRefusal::Malformed {
+            reason: format!("it is of kind {kind:?}"),
+        }),
+    }
+    .and_then(|hello| match judge(hello.lane) {
+        Ok(()) => Ok(hello.lane),
+        Err(reason) => Err(HelloRefusal::LaneRefused {
+            lane: hello.lane,
+            reason,
+        }),
+    });
+    match accepted {
+        Ok(lane) => {
+            stream.set_limits(FrameLimits::of(lane));
+            Ok((lane, stream))
+        }
+        Err(refusal) => {
+            // The peer may be gone already; then nobody needs the reason.
+            let answer = async {
+                stream
+                    .sender
+                    .send(FrameKind::Refusal, &refusal.encode())
+                    .await?;
+                stream.sender.finish().await
+            };
+            let _ = timeout(HELLO_TIMEOUT, answer).await;
+            Err(HelloError::Refused(refusal))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,225 @@
+//! gRPC through the API port: who the service sees, and what a client learns when it cannot connect.
+
+#![allow(clippy::unwrap_used, reason = "helpers of a test fail the test")]
+
+use std::convert::Infallible;
+use std::future::{Ready, ready};
+use std::net::SocketAddr;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use mobula_net::tcp::ApiConnectError;
+use mobula_net::tls::PeerRejection;
+use mobula_net::{
+    ApiListener, ClientTls, ClusterCa, Credentials, Identity, PeerInfo, Role, Validity,
+    connect_channel,
+};
+use tonic::body::Body;
+use tonic::codegen::{BoxFuture, Service, http};
+use tonic::transport::{Channel, Server};
+use tonic_prost::ProstCodec;
+
+/// Answers each caller with the name in its certificate.
+#[derive(Clone)]
+struct WhoAmI;
+
+impl tonic::server::NamedService for WhoAmI {
+    const NAME: &'static str = "test.WhoAmI";
+}
+
+impl tonic::server::UnaryService<String> for WhoAmI {
+    type Response = String;
+    type Future = Ready<Result<tonic::Response<String>, tonic::Status>>;
+
+    fn call(&mut self, request: tonic::Request<String>) -> Self::Future {
+        let peer = request.extensions().get::<PeerInfo>().cloned().unwrap();
+        let name = peer
+            .identity
+            .map_or("nobody".to_owned(), |identity| identity.to_string());
+        ready(Ok(tonic::Response::new(name)))
+    }
+}
+
+impl Service<http::Request<Body>> for WhoAmI {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        Box::pin(async move {
+            let codec = ProstCodec::<String, String>::default();
+            Ok(tonic::server::Grpc::new(codec).unary(WhoAmI, request).await)
+        })
+    }
+}
+
+async fn who_am_i(channel: Channel) -> Result<String, tonic::Status> {
+    let mut client = tonic::client::Grpc::new(channel);
+    client
+        .ready()
+        .await
+        .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+    let path = http::uri::PathAndQuery::from_static("/test.WhoAmI/Ask");
+    let codec = ProstCodec::<String, String>::default();
+    let reply = client
+        .unary(tonic::Request::new(String::new()), path, codec)
+        .await?;
+    Ok(reply.into_inner())
+}
+
+fn loopback() -> SocketAddr {
+    ([127, 0, 0, 1], 0).into()
+}
+
+fn credentials(ca: &ClusterCa, role: Role) -> Credentials {
+    let identity = Identity::new(ca.cluster_id(), role, format!("{role}-1"), 1);
+    ca.issue_with_new_key(&identity, Validity::for_ttl(Duration::from_secs(3600)))
+        .unwrap()
+}
+
+async fn serve(credentials: &Credentials) -> (SocketAddr, tokio::task::JoinHandle<()>) {
+    let listener = ApiListener::bind(loopback(), credentials).await.unwrap();
+    let address = listener.local_address();
+    let server = Server::builder()
+        .add_service(WhoAmI)
+        .serve_with_incoming(listener);
+    (address, tokio::spawn(async move { server.await.unwrap() }))
+}
+
+#[tokio::test]
+async fn the_service_sees_who_calls() {
+    let ca = ClusterCa::create("demo").unwrap();
+    let (address, server) = serve(&credentials(&ca, Role::Head)).await;
+    let pinned = connect_channel(address, ClientTls::Pinned(ca.key_hash()))
+        .await
+        .unwrap();
+    assert_eq!(who_am_i(pinned).await.unwrap(), "nobody");
+    let node = ClientTls::Mutual(credentials(&ca, Role::Node));
+    let mutual = connect_channel(address, node).await.unwrap();
+    assert_eq!(
+        who_am_i(mutual).await.unwrap(),
+        "spiffe://demo/node/node-1/1"
+    );
+    server.abort();
+}
+
+#[tokio::test]
+async fn a_strangers_certificate_gets_no_answer() {
+    // It accepts the server by pin, but shows a certificate of its own cluster.
+    let (ca, other) = (
+        ClusterCa::create("demo").unwrap(),
+        ClusterCa::create("demo").unwrap(),
+    );
+    let (address, server) = serve(&credentials(&ca, Role::Head)).await;
+    let stranger = ClientTls::Mutual(credentials(&other, Role::Node));
+    let error = connect_channel(address, stranger).await.unwrap_err();
+    assert!(
+        matches!(error, ApiConnectError::WrongPeer { .. }),
+        "{error}"
+    );
+    server.abort();
+}
+
+#[tokio::test]
+async fn each_reason_for_no_connection_has_its_own_error() {
+    let (ca, other) = (
+        ClusterCa::create("demo").unwrap(),
+        ClusterCa::create("demo").unwrap(),
+    );
+    let (address, server) = serve(&credentials(&ca, Role::Head)).await;
+
+    let error = connect_channel(address, ClientTls::Pinned(other.key_hash()))
+        .await
+        .unwrap_err();
+    let ApiConnectError::WrongPeer { rejection, .. } = &error else {
+        panic!("{error}")
+    };
+    assert!(
+        matches!(rejection, PeerRejection::OtherCa { .. }),
+        "{error}"
+    );
+    assert!(!error.is_retryable());
+    server.abort();
+
+    let (address, server) = serve(&credentials(&ca, Role::Host)).await;
+    let error = connect_channel(address, ClientTls::Pinned(ca.key_hash()))
+        .await
+        .unwrap_err();
+    let ApiConnectError::WrongPeer { rejection, .. } = &error else {
+        panic!("{error}")
+    };
+    assert!(
+        matches!(rejection, PeerRejection::OtherRole { .. }),
+        "{error}"
+    );
+    server.abort();
+
+    // A port that was just free: nobody listens there.
+    let free = tokio::net::TcpListener::bind(loopback())
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let error = connect_channel(free, ClientTls::Pinned(ca.key_hash()))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, ApiConnectError::ConnectionRefused { .. }),
+        "{error}"
+    );
+    assert!(error.is_retryable());
+
+    // Somebody who does not speak TLS.
+    let listener = tokio::net::TcpListener::bind(loopback()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (error, ()) = tokio::join!(
+        connect_channel(address, ClientTls::Pinned(ca.key_hash())),
+        async {
+            use tokio::io::AsyncWriteExt;
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream
+                .write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                .await
+                .unwrap();
+        }
+    );
+    let error = error.unwrap_err();
+    assert!(
+        matches!(error, ApiConnectError::Handshake { .. }),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_head_that_does_not_answer_times_out() {
+    let ca = ClusterCa::create("demo").unwrap();
+    // It listens, but never says a word.
+    let silent = tokio::net::TcpListener::bind(loopback()).await.unwrap();
+    let address = silent.local_addr().unwrap();
+    let error = connect_channel(address, ClientTls::Pinned(ca.key_hash()))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, ApiConnectError::TimedOut { limit_ms: 5000, .. }),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn handshakes_that_dawdle_delay_nobody() {
+    let ca = ClusterCa::create("demo").unwrap();
+    let (address, server) = serve(&credentials(&ca, Role::Head)).await;
+    let mut dawdlers = Vec::new();
+    for _ in 0..32 {
+        dawdlers.push(tokio::net::TcpStream::connect(address).await.unwrap());
+    }
+    let channel = connect_channel(address, ClientTls::Pinned(ca.key_hash()))
+        .await
+        .unwrap();
+    assert_eq!(who_am_i(channel).await.unwrap(), "nobody");
+    server.abort();
+}

@@ -1,0 +1,143 @@
+//! Worker agent and host process: one Unix socket, in both directions.
+//!
+//! Invariants:
+//! 1. Secrets go through a file that only the owner can read, never through the environment or
+//!    the command line, which other users of the machine can see.
+//! 2. The agent believes pidfd rather than messages: a host that is gone is gone.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use mobula_core::exit::ExitReason;
+use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
+use mobula_core::order::StartActor;
+
+use crate::session::StorageLocation;
+
+/// The environment variable that names the file with the [`HostBootstrap`]; where it is set, a
+/// program that uses the SDK is a host or a driver of a cluster.
+pub const BOOTSTRAP_ENV: &str = "MOBULA_BOOTSTRAP";
+
+/// Everything that a new process must know to take part; JSON, mode 0600, deleted once read.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct HostBootstrap {
+    /// The cluster.
+    pub cluster_id: String,
+    /// Whose code it runs.
+    pub job: JobId,
+    /// The node it runs on.
+    pub node: NodeId,
+    /// That node's name.
+    pub node_name: String,
+    /// This process.
+    pub host: HostId,
+    /// What it is there for.
+    pub role: HostRole,
+    /// The agent's Unix socket.
+    pub agent_socket: String,
+    /// The address to take calls at: an IP of this machine.
+    pub listen_ip: String,
+    /// The control API's addresses.
+    pub api_addresses: Vec<String>,
+    /// The cluster's CA certificate, PEM.
+    pub ca_pem: String,
+    /// This process's certificate, PEM.
+    pub certificate_pem: String,
+    /// Its private key, PEM.
+    pub key_pem: String,
+    /// Where bytes at rest are.
+    pub storage: StorageLocation,
+}
+
+/// What a process is there for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostRole {
+    /// It runs actors that the agent starts in it.
+    Actors,
+    /// It runs the job's `main`.
+    Driver {
+        /// The driver's actor id.
+        actor: ActorId,
+        /// This start's fencing token.
+        incarnation: Incarnation,
+        /// Its arguments.
+        args: Vec<String>,
+    },
+}
+
+/// From the agent to a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AgentMessage {
+    /// Run an actor.
+    Start(Box<StartActor>),
+    /// End an actor.
+    Stop {
+        /// The actor.
+        actor: ActorId,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// How long it may take, in milliseconds.
+        grace_ms: u64,
+    },
+    /// The machine will be gone at this time.
+    Notice {
+        /// Milliseconds since the Unix epoch.
+        deadline_ms: u64,
+    },
+    /// It will not.
+    NoticeWithdrawn,
+    /// End the process.
+    Shutdown {
+        /// How long it may take, in milliseconds.
+        grace_ms: u64,
+    },
+}
+
+/// From a host to its agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostMessage {
+    /// The first message: ready.
+    Hello {
+        /// Which host this is.
+        host: HostId,
+        /// Where it takes calls (`ip:port`).
+        call_address: String,
+        /// The actor types that its program registers.
+        actor_types: Vec<String>,
+    },
+    /// An actor runs.
+    Started {
+        /// The actor.
+        actor: ActorId,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// An actor (or the driver) ended.
+    Exited {
+        /// The actor.
+        actor: ActorId,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Why.
+        reason: ExitReason,
+    },
+}
+
+impl std::fmt::Debug for HostBootstrap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostBootstrap")
+            .field("cluster_id", &self.cluster_id)
+            .field("job", &self.job)
+            .field("node", &self.node)
+            .field("host", &self.host)
+            .field("role", &self.role)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Environment for the host process beyond the job's own.
+#[must_use]
+pub fn host_environment(bootstrap_path: &str) -> BTreeMap<String, String> {
+    BTreeMap::from([(BOOTSTRAP_ENV.to_owned(), bootstrap_path.to_owned())])
+}

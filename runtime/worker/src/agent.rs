@@ -1,0 +1,436 @@
+//! The agent: takes what the leader, the hosts, the kernel and the notice sources say, one after
+//! another, and performs what the [`Pool`](crate::hosts::pool::Pool) decides.
+//!
+//! Invariants:
+//! 1. One task owns all tables; everything else only sends it an [`Input`].
+//! 2. When a welcome names another incarnation of this node, every host of the old one is dead
+//!    before anything that came after the welcome is looked at.
+//! 3. The agent never waits for the leader, except for its last words, and then with a bound.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mobula_core::exit::ExitReason;
+use mobula_core::id::{HostId, Incarnation};
+use mobula_core::order::{Order, WorkerEvent};
+use mobula_wire::host::{AgentMessage, HostMessage};
+use mobula_wire::session::Welcome;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::hosts::connection::Connected;
+use crate::hosts::devices::Devices;
+use crate::hosts::launcher::Launcher;
+use crate::hosts::pool::{Action, Alarm, Launch, Pool};
+use crate::hosts::process::{HostProcess, ProcessEnd};
+use crate::logs::Logs;
+use crate::notices::{Notice, NoticeBoard, NoticeChange, NoticeSource, until};
+use crate::session::{FromLeader, SessionHandle};
+use crate::worker::{WorkerExit, WorkerStatus};
+
+/// Inputs that wait for the agent. Who sends more waits, which is the backpressure on the leader's
+/// stream and on hosts; each input takes the agent microseconds.
+pub(crate) const INPUTS: usize = 4_096;
+
+/// A killed process is dead within milliseconds; one that the kernel cannot end yet (it waits for a
+/// device or a network disk) must not hold up the agent for ever.
+const KILL_WAIT: Duration = Duration::from_secs(5);
+
+/// How long the last events may take to be acknowledged when the agent ends.
+const LAST_WORDS_WAIT: Duration = Duration::from_secs(2);
+
+/// How often the sizes of logs are looked at: at a full disk's speed (1 GB/s) a log stays below
+/// some gigabytes, at an ordinary program's within a few per cent of its limit.
+const LOG_TRIM_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Something for the agent to take in.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// The leader says something.
+    Leader(FromLeader),
+    /// A notice source says something.
+    Notice(NoticeChange),
+    /// A host said hello.
+    HostConnected(Connected),
+    /// A host says something.
+    HostMessage(HostId, HostMessage),
+    /// A host's stream has ended and everything on it was read.
+    HostDisconnected(HostId),
+    /// A launch has come to its end.
+    HostLaunched(HostId, Result<HostProcess, String>),
+    /// A host's process is dead.
+    HostDied(HostId, ProcessEnd),
+}
+
+/// The agent's tables.
+pub(crate) struct Agent {
+    inputs: mpsc::Receiver<Input>,
+    to_self: mpsc::Sender<Input>,
+    launcher: Arc<Launcher>,
+    session: SessionHandle,
+    status: watch::Sender<WorkerStatus>,
+    pool: Pool,
+    logs: Logs,
+    processes: BTreeMap<HostId, HostProcess>,
+    streams: BTreeMap<HostId, mpsc::Sender<AgentMessage>>,
+    /// Hosts that said hello before their launch was reported here.
+    early: BTreeMap<HostId, Connected>,
+    alarms: BTreeMap<(Instant, u64), Alarm>,
+    last_alarm: u64,
+    notices: NoticeBoard,
+    welcome: Option<Arc<Welcome>>,
+    tasks: JoinSet<()>,
+}
+
+impl Agent {
+    pub(crate) fn new(
+        inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
+        launcher: Launcher,
+        session: SessionHandle,
+        status: watch::Sender<WorkerStatus>,
+        devices: Devices,
+        logs: Logs,
+    ) -> Agent {
+        let (to_self, inputs) = inputs;
+        Agent {
+            inputs,
+            to_self,
+            launcher: Arc::new(launcher),
+            session,
+            status,
+            pool: Pool::new(devices),
+            logs,
+            processes: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            early: BTreeMap::new(),
+            alarms: BTreeMap::new(),
+            last_alarm: 0,
+            notices: NoticeBoard::default(),
+            welcome: None,
+            tasks: JoinSet::new(),
+        }
+    }
+
+    /// Works until it is told to stop or the machine is taken away; no host is left then.
+    pub(crate) async fn run(mut self, mut stop: oneshot::Receiver<()>) -> WorkerExit {
+        let mut trim = tokio::time::interval(LOG_TRIM_INTERVAL);
+        let exit = loop {
+            self.perform();
+            if let Some(exit) = self.exit_when_empty() {
+                break exit;
+            }
+            let next_alarm = self.alarms.first_key_value().map(|((at, _), _)| *at);
+            let notice = self.notices.current();
+            tokio::select! {
+                // Whoever holds the handle dropped it without a word: that is a stop as well.
+                _ = &mut stop => break WorkerExit::Stopped,
+                Some(input) = self.inputs.recv() => self.handle(input).await,
+                () = sleep_until(next_alarm) => self.ring(),
+                () = sleep_until_deadline(notice) => {
+                    let source = notice.expect("the deadline is a notice's").source;
+                    break WorkerExit::Preempted { source };
+                }
+                Some(_) = self.tasks.join_next() => {}
+                _ = trim.tick() => self.logs.trim(),
+            }
+        };
+        self.leave(exit).await;
+        exit
+    }
+
+    /// A worker that was asked to end by SIGTERM has no reason to stay when all actors have left.
+    fn exit_when_empty(&self) -> Option<WorkerExit> {
+        let notice = self.notices.current()?;
+        let is_done = notice.source == NoticeSource::Sigterm && self.pool.actor_count() == 0;
+        is_done.then_some(WorkerExit::Drained)
+    }
+
+    async fn leave(&mut self, exit: WorkerExit) {
+        tracing::info!(%exit, actors = self.pool.actor_count(), "worker ends");
+        let hosts = self.pool.end_all(&ExitReason::Preempted);
+        let reports = self.pool.take_actions();
+        let is_orderly = match exit {
+            WorkerExit::Stopped | WorkerExit::Drained => true,
+            // A machine that is taken away says nothing, and so does one that plays it.
+            WorkerExit::Preempted { source } => source == NoticeSource::Sigterm,
+        };
+        self.kill(&hosts).await;
+        if is_orderly {
+            for action in reports {
+                if let Action::Report(event) = action {
+                    self.session.outbox.update(|outbox| outbox.push(event));
+                }
+            }
+            let outbox = self.session.outbox.clone();
+            if self.status.borrow().connected
+                && tokio::time::timeout(LAST_WORDS_WAIT, outbox.emptied()).await.is_err()
+            {
+                tracing::warn!("the leader did not acknowledge the last events in time");
+            }
+        }
+        self.tasks.shutdown().await;
+    }
+
+    async fn handle(&mut self, input: Input) {
+        match input {
+            Input::Leader(FromLeader::Welcome(welcome)) => self.handle_welcome(welcome).await,
+            Input::Leader(FromLeader::Order(order)) => self.handle_order(order),
+            Input::Leader(FromLeader::ReadLog { session, request, key, offset, limit_bytes }) => {
+                let bytes = self.logs.read(key, offset, limit_bytes);
+                self.session.send_log(session, request, bytes);
+            }
+            Input::Notice(change) => self.handle_notice(change),
+            Input::HostConnected(connected) => self.handle_connected(connected),
+            Input::HostMessage(host, message) => self.pool.message(host, message),
+            Input::HostDisconnected(host) => {
+                self.streams.remove(&host);
+                self.pool.disconnected(host);
+            }
+            Input::HostLaunched(host, result) => self.handle_launched(host, result),
+            Input::HostDied(host, end) => self.handle_died(host, end),
+        }
+    }
+
+    async fn handle_welcome(&mut self, welcome: Arc<Welcome>) {
+        let before = self.welcome.replace(welcome.clone()).map(|old| old.incarnation);
+        if before.is_none_or(|before| before == welcome.incarnation) {
+            return;
+        }
+        let actors = self.pool.actor_count();
+        tracing::warn!(
+            incarnation = %welcome.incarnation, actors,
+            "the leader had given this node up; killing every host of before"
+        );
+        let hosts = self.pool.end_all(&ExitReason::NodeLost);
+        // The leader has counted these actors as lost already.
+        drop(self.pool.take_actions());
+        self.kill(&hosts).await;
+        self.alarms.clear();
+        self.session.outbox.update(|outbox| {
+            outbox.forget_actors();
+            // What the leader knew of the old incarnation's notices is void too.
+            if let Some(notice) = self.notices.current() {
+                outbox.push(notice_event(Some(notice)));
+            }
+        });
+    }
+
+    fn handle_order(&mut self, order: Order) {
+        match order {
+            Order::Start(start) => {
+                let actors = self.pool.actor_count();
+                if self.session.outbox.read(|outbox| outbox.has_room(actors)) {
+                    self.pool.start(start);
+                } else {
+                    // In a new session the leader repeats the order, when events have drained.
+                    tracing::warn!(actor = %start.actor, "too many unacknowledged events");
+                    self.session.restart();
+                }
+            }
+            Order::Stop { actor, incarnation, grace_ms } => {
+                self.pool.stop(actor, incarnation, grace_ms);
+            }
+            Order::Notice { deadline_ms } => self.handle_notice(NoticeChange {
+                source: NoticeSource::Command,
+                deadline_ms: Some(deadline_ms),
+            }),
+            Order::NoticeWithdrawn => self.handle_notice(NoticeChange {
+                source: NoticeSource::Command,
+                deadline_ms: None,
+            }),
+        }
+    }
+
+    fn handle_notice(&mut self, change: NoticeChange) {
+        let Some(current) = self.notices.apply(change) else { return };
+        match current {
+            Some(Notice { deadline_ms, source }) => {
+                let left_ms = until(deadline_ms).as_millis();
+                tracing::warn!(source = source.as_str(), left_ms, "this machine will be taken away");
+            }
+            None => tracing::info!("the notice is withdrawn"),
+        }
+        self.pool.notice(current.map(|notice| notice.deadline_ms));
+        self.session.outbox.update(|outbox| outbox.push(notice_event(current)));
+    }
+
+    fn handle_connected(&mut self, connected: Connected) {
+        let host = connected.host;
+        let Some(process) = self.processes.get(&host) else {
+            if self.pool.has_host(host) && !self.early.contains_key(&host) {
+                self.early.insert(host, connected);
+            }
+            return;
+        };
+        if connected.session_pid != Some(process.pid()) || self.streams.contains_key(&host) {
+            tracing::warn!(%host, "refused a process that says it is this host");
+            return;
+        }
+        if connected.accept.send(()).is_ok() {
+            self.streams.insert(host, connected.messages);
+            self.pool.connected(host, connected.call_address);
+        }
+    }
+
+    fn handle_launched(&mut self, host: HostId, result: Result<HostProcess, String>) {
+        match result {
+            Ok(process) if self.pool.has_host(host) => {
+                let pid = process.pid();
+                tracing::info!(%host, pid, "host started");
+                self.processes.insert(host, process.clone());
+                self.watch(host, process);
+                self.pool.launched(host, pid);
+            }
+            Ok(unwanted) => {
+                // Its actors ended, or the node became another incarnation, while it started.
+                unwanted.kill();
+                self.watch(host, unwanted);
+            }
+            Err(reason) => {
+                tracing::warn!(%host, reason, "host could not be started");
+                self.logs.close(host);
+                self.pool.launch_failed(host, &reason);
+            }
+        }
+        if let Some(connected) = self.early.remove(&host) {
+            self.handle_connected(connected);
+        }
+    }
+
+    fn handle_died(&mut self, host: HostId, end: ProcessEnd) {
+        tracing::info!(%host, %end, "host ended");
+        self.processes.remove(&host);
+        self.launcher.forget(host);
+        let last_output = self.logs.tail(host);
+        self.logs.close(host);
+        self.pool.died(host, end, last_output);
+    }
+
+    fn perform(&mut self) {
+        loop {
+            let actions = self.pool.take_actions();
+            if actions.is_empty() {
+                break;
+            }
+            for action in actions {
+                self.perform_one(action);
+            }
+        }
+        self.status.send_if_modified(|status| {
+            let actors = self.pool.actor_count();
+            std::mem::replace(&mut status.actors, actors) != actors
+        });
+    }
+
+    fn perform_one(&mut self, action: Action) {
+        match action {
+            Action::Launch(launch) => self.launch(*launch),
+            Action::Send(host, message) => {
+                let Some(stream) = self.streams.get(&host) else { return };
+                if let Err(mpsc::error::TrySendError::Full(_)) = stream.try_send(message) {
+                    tracing::warn!(%host, "killing a host that does not read its messages");
+                    self.kill_one(host);
+                }
+            }
+            Action::Kill(host) => self.kill_one(host),
+            Action::Report(event) => self.session.outbox.update(|outbox| outbox.push(event)),
+            Action::Wake { after_ms, alarm } => {
+                self.last_alarm += 1;
+                let at = Instant::now() + Duration::from_millis(after_ms.min(ALARM_MS_MAX));
+                self.alarms.insert((at, self.last_alarm), alarm);
+            }
+            Action::Logs(key, host) => self.logs.link(key, host),
+        }
+    }
+
+    fn ring(&mut self) {
+        let now = Instant::now();
+        while let Some(entry) = self.alarms.first_entry() {
+            if entry.key().0 > now {
+                break;
+            }
+            self.pool.alarm(entry.remove());
+        }
+    }
+
+    fn launch(&mut self, launch: Launch) {
+        let Some(welcome) = self.welcome.clone() else {
+            // Only orders lead to launches, and orders come after a welcome.
+            self.pool.launch_failed(launch.host, "the worker has no session yet");
+            return;
+        };
+        let incarnation: Incarnation = welcome.incarnation;
+        let log = self.logs.assign(launch.host, launch.job, launch.owner, incarnation);
+        let (launcher, to_self) = (self.launcher.clone(), self.to_self.clone());
+        self.tasks.spawn(async move {
+            let result = launcher.launch(&launch, &welcome, &log).await;
+            // If the agent has ended, dropping the spawner kills the process.
+            let _ = to_self.send(Input::HostLaunched(launch.host, result)).await;
+        });
+    }
+
+    fn watch(&mut self, host: HostId, process: HostProcess) {
+        let to_self = self.to_self.clone();
+        self.tasks.spawn(async move {
+            let end = process.wait().await.unwrap_or_else(|error| {
+                tracing::error!(%host, %error, "cannot wait for a host; killing it");
+                process.kill();
+                ProcessEnd::Signaled(libc::SIGKILL)
+            });
+            // Nobody needs to know when the agent has ended.
+            let _ = to_self.send(Input::HostDied(host, end)).await;
+        });
+    }
+
+    fn kill_one(&self, host: HostId) {
+        if let Some(process) = self.processes.get(&host) {
+            process.kill();
+        }
+    }
+
+    /// Kills hosts and waits until they are dead.
+    async fn kill(&mut self, hosts: &[HostId]) {
+        let mut waits = JoinSet::new();
+        for host in hosts {
+            self.streams.remove(host);
+            self.early.remove(host);
+            self.logs.close(*host);
+            if let Some(process) = self.processes.remove(host) {
+                process.kill();
+                waits.spawn(async move { process.wait().await });
+            }
+        }
+        let all_dead = async { while waits.join_next().await.is_some() {} };
+        if tokio::time::timeout(KILL_WAIT, all_dead).await.is_err() {
+            tracing::error!("a killed host is still not dead; its incarnation fences it");
+        }
+    }
+}
+
+/// A day; later alarms are of no use to anybody.
+const ALARM_MS_MAX: u64 = 86_400_000;
+
+fn notice_event(notice: Option<Notice>) -> WorkerEvent {
+    match notice {
+        Some(Notice { deadline_ms, source }) => {
+            WorkerEvent::Notice { deadline_ms, source: source.as_str().to_owned() }
+        }
+        None => WorkerEvent::NoticeWithdrawn,
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until_deadline(notice: Option<Notice>) {
+    match notice {
+        Some(notice) => tokio::time::sleep(until(notice.deadline_ms)).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,11 @@
+//! Host processes: which actor runs in which ([`pool`]), how one is launched ([`launcher`],
+//! [`program`]), the process itself ([`process`]), and the agent's end of its socket
+//! ([`connection`]).
+
+pub(crate) mod connection;
+pub(crate) mod devices;
+pub(crate) mod ended;
+pub(crate) mod launcher;
+pub(crate) mod pool;
+pub(crate) mod process;
+pub(crate) mod program;

@@ -1,0 +1,523 @@
+//! The session with the leader: one stream on the control lane, made again whenever it breaks.
+//!
+//! Invariants:
+//! 1. What an older leader says is dropped and counted: nothing below the highest term seen counts.
+//! 2. An event is sent again in every session, and once in a while within one, until it is
+//!    acknowledged.
+//! 3. Between two attempts there is a pause that grows to 3 s, with jitter so that a fleet does not
+//!    come back at once. The worker never gives up, and its hosts run on.
+//! 4. A session without an acknowledged renewal for four fifths of the lease is over (see
+//!    [`crate::lease`]); the worker looks for a leader that answers.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mobula_core::id::{HostId, JobId, Term};
+use mobula_net::endpoint::{Endpoint, LaneClass};
+use mobula_net::identity::Role;
+use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
+use mobula_wire::hello::Lane;
+use mobula_wire::session::{HeadMessage, Welcome, WorkerHello, WorkerMessage};
+use parking_lot::Mutex;
+use rand::Rng;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use crate::agent::Input;
+use crate::hosts::pool::Key;
+use crate::join::{Joiner, Membership, resolve};
+use crate::lease::Lease;
+use crate::outbox::Outbox;
+use crate::worker::WorkerStatus;
+
+/// Requests of the agent that wait for the session: one for each launch under way and each log
+/// that is read, of which a machine has far fewer.
+const COMMANDS: usize = 1_024;
+
+/// Certificates that are being waited for; as many launches at a time as the spawner queues.
+const SIGNINGS_MAX: usize = 256;
+
+/// A leader that is there answers a hello at once.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a launch waits for its certificate: longer than a change of leaders.
+const SIGN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Events that are unacknowledged for this long are sent again: the leader may have lost one on its
+/// way through the log.
+const RESEND_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Events that are copied out of the outbox at once.
+const EVENT_BATCH: usize = 256;
+
+const BACKOFF_INITIAL: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(3);
+
+/// The outbox, with a bell for the session and one for whoever waits for it to empty.
+#[derive(Debug, Default)]
+pub(crate) struct SharedOutbox {
+    outbox: Mutex<Outbox>,
+    added: Notify,
+    removed: Notify,
+}
+
+impl SharedOutbox {
+    /// Changes the outbox, then sends what is new in it.
+    pub(crate) fn update<T>(&self, change: impl FnOnce(&mut Outbox) -> T) -> T {
+        let result = change(&mut self.outbox.lock());
+        self.added.notify_one();
+        result
+    }
+
+    /// Looks at the outbox.
+    pub(crate) fn read<T>(&self, look: impl FnOnce(&Outbox) -> T) -> T {
+        look(&self.outbox.lock())
+    }
+
+    /// Waits until everything is acknowledged.
+    pub(crate) async fn emptied(&self) {
+        while self.read(Outbox::len) > 0 {
+            self.removed.notified().await;
+        }
+    }
+
+    fn acknowledge(&self, sequence: u64) {
+        self.outbox.lock().acknowledge(sequence);
+        self.removed.notify_one();
+    }
+}
+
+/// What the agent asks of the session.
+#[derive(Debug)]
+enum Command {
+    Sign(Signing),
+    Log { session: u64, request: u64, bytes: Vec<u8> },
+    Restart,
+}
+
+#[derive(Debug)]
+struct Signing {
+    csr_pem: String,
+    job: JobId,
+    host: HostId,
+    reply: oneshot::Sender<Result<String, String>>,
+}
+
+/// The agent's side of the session.
+#[derive(Debug, Clone)]
+pub(crate) struct SessionHandle {
+    commands: mpsc::Sender<Command>,
+    pub(crate) outbox: Arc<SharedOutbox>,
+}
+
+impl SessionHandle {
+    /// Has the leader sign a host's certificate.
+    pub(crate) async fn sign_host(
+        &self,
+        csr_pem: String,
+        job: JobId,
+        host: HostId,
+    ) -> Result<String, String> {
+        let (reply, answer) = oneshot::channel();
+        let ended = "the session with the leader has ended";
+        let ask = async {
+            let command = Command::Sign(Signing { csr_pem, job, host, reply });
+            self.commands.send(command).await.map_err(|_| ended.to_owned())?;
+            answer.await.map_err(|_| ended.to_owned())?
+        };
+        tokio::time::timeout(SIGN_TIMEOUT, ask).await.unwrap_or_else(|_| {
+            Err(format!("no leader signed the host's certificate within {SIGN_TIMEOUT:?}"))
+        })
+    }
+
+    /// Answers a question for a log. Without a session, or when too many answers wait, it is
+    /// dropped: the leader asks again.
+    pub(crate) fn send_log(&self, session: u64, request: u64, bytes: Vec<u8>) {
+        if self.commands.try_send(Command::Log { session, request, bytes }).is_err() {
+            tracing::debug!(request, "log answer dropped");
+        }
+    }
+
+    /// Begins a new session, in which the leader repeats all orders that stand.
+    pub(crate) fn restart(&self) {
+        // A full queue means that one is being asked for already, or will be when it drains.
+        let _ = self.commands.try_send(Command::Restart);
+    }
+}
+
+/// What the leader says that is the agent's business.
+#[derive(Debug)]
+pub(crate) enum FromLeader {
+    Welcome(Arc<Welcome>),
+    Order(mobula_core::order::Order),
+    ReadLog { session: u64, request: u64, key: Key, offset: u64, limit_bytes: u32 },
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionEnd {
+    #[error("{0}")]
+    Connect(String),
+    #[error("the head refuses this worker: {0}")]
+    Refused(String),
+    #[error("the head at term {found} is not the leader any more: term {newest} has begun")]
+    Stale { found: u64, newest: u64 },
+    #[error("the head did not answer the hello with a welcome within {WELCOME_TIMEOUT:?}")]
+    NoWelcome,
+    #[error("the head sent something else than a welcome first")]
+    Protocol,
+    #[error("no renewal of the lease was acknowledged for too long")]
+    LeaseLost,
+    #[error("the head ended the session")]
+    Finished,
+    #[error("the stream broke: {0}")]
+    Broken(String),
+    #[error("the certificate was renewed")]
+    CertificateRenewed,
+    #[error("the agent asked for a new session")]
+    Restarted,
+    #[error("the agent has ended")]
+    AgentEnded,
+}
+
+/// The session's own state, over all its connections.
+pub(crate) struct Session {
+    endpoint: Endpoint,
+    hello: WorkerHello,
+    joiner: Joiner,
+    membership: watch::Receiver<Membership>,
+    cluster_address: String,
+    handle: SessionHandle,
+    commands: mpsc::Receiver<Command>,
+    inputs: mpsc::Sender<Input>,
+    status: watch::Sender<WorkerStatus>,
+    highest_term: Term,
+    number: u64,
+    signings: BTreeMap<u64, Signing>,
+    last_signing: u64,
+}
+
+impl Session {
+    pub(crate) fn new(
+        endpoint: Endpoint,
+        hello: WorkerHello,
+        joiner: Joiner,
+        membership: watch::Receiver<Membership>,
+        inputs: mpsc::Sender<Input>,
+        status: watch::Sender<WorkerStatus>,
+    ) -> (Session, SessionHandle) {
+        let (sender, commands) = mpsc::channel(COMMANDS);
+        let handle = SessionHandle { commands: sender, outbox: Arc::default() };
+        let cluster_address = membership.borrow().cluster_address.clone();
+        let session = Session {
+            endpoint,
+            hello,
+            joiner,
+            membership,
+            cluster_address,
+            handle: handle.clone(),
+            commands,
+            inputs,
+            status,
+            highest_term: Term(0),
+            number: 0,
+            signings: BTreeMap::new(),
+            last_signing: 0,
+        };
+        (session, handle)
+    }
+
+    /// Keeps a session for as long as the agent lives.
+    pub(crate) async fn run(mut self) {
+        let mut delay = BACKOFF_INITIAL;
+        loop {
+            let began = Instant::now();
+            let end = match self.connect().await {
+                Ok(stream) => match self.converse(stream).await {
+                    Ok(never) => match never {},
+                    Err(end) => end,
+                },
+                Err(end) => end,
+            };
+            let was_connected = self.status.borrow().connected;
+            self.status.send_modify(|status| {
+                status.connected = false;
+                status.problem = Some(end.to_string());
+            });
+            match end {
+                SessionEnd::AgentEnded => return,
+                SessionEnd::CertificateRenewed | SessionEnd::Restarted => {
+                    tracing::info!(reason = %end, "beginning a new session");
+                    // Both are rare, but a leader that refuses must not be asked in a tight loop.
+                    delay = BACKOFF_INITIAL;
+                }
+                _ => {
+                    tracing::warn!(reason = %end, "no session with the leader; hosts run on");
+                    self.look_for_the_leader().await;
+                }
+            }
+            if was_connected && began.elapsed() > BACKOFF_MAX {
+                delay = BACKOFF_INITIAL;
+            }
+            tokio::time::sleep(jittered(delay)).await;
+            delay = (delay * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    /// The head may have moved: any head that answers says where to go.
+    async fn look_for_the_leader(&mut self) {
+        let credentials = self.membership.borrow().credentials.clone();
+        match self.joiner.cluster_address(&credentials).await {
+            Ok(address) => self.cluster_address = address,
+            Err(error) => tracing::debug!(%error, "no head says where the leader is"),
+        }
+    }
+
+    async fn connect(&mut self) -> Result<FramedStream, SessionEnd> {
+        self.membership.mark_unchanged();
+        let failed = |error: &dyn std::fmt::Display| SessionEnd::Connect(error.to_string());
+        let address =
+            resolve(&self.cluster_address).await.map_err(|reason| failed(&reason))?;
+        let connection = self
+            .endpoint
+            .connect(address, LaneClass::Control, Role::Head)
+            .await
+            .map_err(|error| failed(&error))?;
+        connection.open(Lane::Control).await.map_err(|error| failed(&error))
+    }
+
+    async fn converse(
+        &mut self,
+        stream: FramedStream,
+    ) -> Result<std::convert::Infallible, SessionEnd> {
+        let (mut sender, mut receiver) = stream.split();
+        self.number += 1;
+        let sent_at = Instant::now();
+        let hello = WorkerMessage::Hello(self.hello.clone());
+        let greet = async {
+            send(&mut sender, &hello).await?;
+            self.receive_welcome(&mut receiver).await
+        };
+        let welcome = tokio::time::timeout(WELCOME_TIMEOUT, greet)
+            .await
+            .map_err(|_| SessionEnd::NoWelcome)??;
+        self.highest_term = welcome.term;
+        self.status.send_modify(|status| {
+            status.connected = true;
+            status.node = Some(welcome.node);
+            status.incarnation = Some(welcome.incarnation);
+            status.problem = None;
+        });
+        tracing::info!(
+            node = %welcome.node, incarnation = %welcome.incarnation, term = welcome.term.0,
+            "session with the leader"
+        );
+        let lease = Lease::granted(welcome.lease_ms, sent_at);
+        let renew_period = Duration::from_millis(welcome.renew_ms.max(10));
+        self.to_agent(FromLeader::Welcome(Arc::new(welcome))).await?;
+        for (request, signing) in &self.signings {
+            send(&mut sender, &sign_message(*request, signing)).await?;
+        }
+        let mut talk = Talk { sender, lease, sent_up_to: 0, sent_at_last_resend: 0 };
+        self.talk(&mut talk, &mut receiver, renew_period).await
+    }
+
+    async fn receive_welcome(&self, receiver: &mut FramedReceiver) -> Result<Welcome, SessionEnd> {
+        match receive(receiver).await? {
+            HeadMessage::Welcome(welcome) if welcome.term < self.highest_term => {
+                Err(SessionEnd::Stale { found: welcome.term.0, newest: self.highest_term.0 })
+            }
+            HeadMessage::Welcome(welcome) => Ok(welcome),
+            HeadMessage::Refused { reason } => Err(SessionEnd::Refused(reason)),
+            _ => Err(SessionEnd::Protocol),
+        }
+    }
+
+    async fn talk(
+        &mut self,
+        talk: &mut Talk,
+        receiver: &mut FramedReceiver,
+        renew_period: Duration,
+    ) -> Result<std::convert::Infallible, SessionEnd> {
+        let outbox = self.handle.outbox.clone();
+        let mut renew = tokio::time::interval(renew_period);
+        renew.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut resend = tokio::time::interval(RESEND_INTERVAL);
+        resend.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        talk.send_events(&outbox).await?;
+        loop {
+            let lease_end = tokio::time::Instant::from_std(talk.lease.held_until());
+            tokio::select! {
+                message = receive(receiver) => self.handle_message(message?, talk).await?,
+                _ = renew.tick() => talk.renew().await?,
+                () = outbox.added.notified() => talk.send_events(&outbox).await?,
+                _ = resend.tick() => talk.resend_events(&outbox).await?,
+                command = self.commands.recv() => match command {
+                    Some(command) => self.handle_command(command, talk).await?,
+                    None => return Err(SessionEnd::AgentEnded),
+                },
+                () = tokio::time::sleep_until(lease_end) => return Err(SessionEnd::LeaseLost),
+                changed = self.membership.changed() => return Err(match changed {
+                    Ok(()) => SessionEnd::CertificateRenewed,
+                    Err(_) => SessionEnd::AgentEnded,
+                }),
+            }
+        }
+    }
+
+    async fn handle_message(
+        &mut self,
+        message: HeadMessage,
+        talk: &mut Talk,
+    ) -> Result<(), SessionEnd> {
+        match message {
+            HeadMessage::Renewed { term, sequence } => {
+                if self.is_current(term) {
+                    talk.lease.acknowledge(sequence);
+                }
+            }
+            HeadMessage::Order { term, order } => {
+                if self.is_current(term) {
+                    self.to_agent(FromLeader::Order(order)).await?;
+                }
+            }
+            HeadMessage::EventAcknowledged { sequence } => {
+                self.handle.outbox.acknowledge(sequence);
+            }
+            HeadMessage::HostSigned { request, result } => {
+                if let Some(signing) = self.signings.remove(&request) {
+                    // The launch may have given up meanwhile.
+                    let _ = signing.reply.send(result);
+                }
+            }
+            HeadMessage::ReadLog { request, actor, incarnation, offset, limit_bytes } => {
+                let key = (actor, incarnation);
+                let session = self.number;
+                let read = FromLeader::ReadLog { session, request, key, offset, limit_bytes };
+                self.to_agent(read).await?;
+            }
+            HeadMessage::Refused { reason } => return Err(SessionEnd::Refused(reason)),
+            HeadMessage::Welcome(_) => return Err(SessionEnd::Protocol),
+        }
+        Ok(())
+    }
+
+    /// Whether a message of `term` counts; remembers the highest.
+    fn is_current(&mut self, term: Term) -> bool {
+        if term < self.highest_term {
+            self.status.send_modify(|status| status.stale_messages += 1);
+            tracing::warn!(
+                found = term.0, newest = self.highest_term.0,
+                "dropped a message of a leader that has been replaced"
+            );
+            return false;
+        }
+        self.highest_term = term;
+        true
+    }
+
+    async fn handle_command(
+        &mut self,
+        command: Command,
+        talk: &mut Talk,
+    ) -> Result<(), SessionEnd> {
+        match command {
+            Command::Sign(signing) => {
+                self.signings.retain(|_, signing| !signing.reply.is_closed());
+                if self.signings.len() >= SIGNINGS_MAX {
+                    let reason = format!("{SIGNINGS_MAX} certificates are being waited for");
+                    let _ = signing.reply.send(Err(reason));
+                    return Ok(());
+                }
+                self.last_signing += 1;
+                let message = sign_message(self.last_signing, &signing);
+                self.signings.insert(self.last_signing, signing);
+                send(&mut talk.sender, &message).await
+            }
+            Command::Log { session, request, bytes } if session == self.number => {
+                send(&mut talk.sender, &WorkerMessage::Log { request, bytes }).await
+            }
+            Command::Log { .. } => Ok(()),
+            Command::Restart => Err(SessionEnd::Restarted),
+        }
+    }
+
+    async fn to_agent(&self, message: FromLeader) -> Result<(), SessionEnd> {
+        self.inputs.send(Input::Leader(message)).await.map_err(|_| SessionEnd::AgentEnded)
+    }
+}
+
+/// The state of one connection.
+struct Talk {
+    sender: FramedSender,
+    lease: Lease,
+    /// The newest event that was sent in this session.
+    sent_up_to: u64,
+    /// What that was at the last look for events to send again.
+    sent_at_last_resend: u64,
+}
+
+impl Talk {
+    async fn renew(&mut self) -> Result<(), SessionEnd> {
+        let sequence = self.lease.renew(Instant::now());
+        send(&mut self.sender, &WorkerMessage::Renew { sequence }).await
+    }
+
+    async fn send_events(&mut self, outbox: &SharedOutbox) -> Result<(), SessionEnd> {
+        loop {
+            let events = outbox.read(|outbox| outbox.after(self.sent_up_to, EVENT_BATCH));
+            if events.is_empty() {
+                return Ok(());
+            }
+            for (sequence, event) in events {
+                send(&mut self.sender, &WorkerMessage::Event { sequence, event }).await?;
+                self.sent_up_to = sequence;
+            }
+        }
+    }
+
+    async fn resend_events(&mut self, outbox: &SharedOutbox) -> Result<(), SessionEnd> {
+        let oldest = outbox.read(|outbox| outbox.after(0, 1).first().map(|(number, _)| *number));
+        if oldest.is_some_and(|oldest| oldest <= self.sent_at_last_resend) {
+            self.sent_up_to = 0;
+            self.send_events(outbox).await?;
+        }
+        self.sent_at_last_resend = self.sent_up_to;
+        Ok(())
+    }
+}
+
+fn sign_message(request: u64, signing: &Signing) -> WorkerMessage {
+    WorkerMessage::SignHost {
+        request,
+        csr_pem: signing.csr_pem.clone(),
+        job: signing.job,
+        host: signing.host,
+    }
+}
+
+async fn send(sender: &mut FramedSender, message: &WorkerMessage) -> Result<(), SessionEnd> {
+    // A head that does not read for this long is gone, whatever its transport says.
+    tokio::time::timeout(WELCOME_TIMEOUT, sender.send_message(message))
+        .await
+        .map_err(|_| SessionEnd::Broken("the head does not read".to_owned()))?
+        .map_err(|error| SessionEnd::Broken(error.to_string()))
+}
+
+async fn receive(receiver: &mut FramedReceiver) -> Result<HeadMessage, SessionEnd> {
+    match receiver.receive_message().await {
+        Ok(Some(message)) => Ok(message),
+        Ok(None) => Err(SessionEnd::Finished),
+        Err(error) => Err(SessionEnd::Broken(error.to_string())),
+    }
+}
+
+/// Between half and all of `delay`.
+fn jittered(delay: Duration) -> Duration {
+    delay.mul_f64(rand::rng().random_range(0.5..=1.0))
+}
+
+/// A number that no other start of any agent has.
+pub(crate) fn new_boot_id() -> String {
+    format!("{:032x}", rand::rng().random::<u128>())
+}

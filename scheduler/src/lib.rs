@@ -1,0 +1,86 @@
+//! The scheduler: what runs where, as a function of state and command.
+//!
+//! A [`Command`] goes in through the Raft log, table writes and effects come out; a
+//! [`placement_pass`] reads the tables and proposes where pending actors go. Everything the head
+//! needs to know about nodes, jobs, actors, sessions and tokens is answered by a [`Query`].
+//!
+//! Invariants:
+//! 1. Nothing here knows the time, chance, or the world: same tables and command, same outcome.
+//! 2. Every table has a bound ([`limits`]).
+//! 3. What effects say can be rebuilt from the tables ([`orders_for_node`], [`placement_pass`],
+//!    [`next_wakeup_ms`]).
+//! 4. The tables always agree with each other ([`invariants`]).
+//!
+//! How the head drives it: apply a committed command → perform its effects; on
+//! [`Effect::Place`](mobula_core::control::Effect::Place), and when [`next_wakeup_ms`] comes, call
+//! [`placement_pass`] and propose what it returns until it returns nothing.
+
+mod authorize;
+mod command;
+mod explain;
+pub mod invariants;
+pub mod limits;
+pub mod memory_txn;
+mod orders;
+pub mod placement;
+mod query;
+mod row;
+mod state;
+mod view;
+
+pub use command::{
+    ActorIncarnation, Assignment, Command, EventOutcome, Response, Role, SkippedAssignment,
+};
+pub use explain::{Explanation, NodeVerdict, explain_actor, explain_job};
+pub use orders::{GPU_DEVICES_VARIABLE, next_wakeup_ms, orders_for_node};
+pub use placement::placement_pass;
+pub use query::{ActorTarget, Query, QueryResponse, Resolution, answer};
+pub use state::session;
+pub use state::token::check as check_token;
+pub use view::{ActorView, ClusterStatus, JobView, NodeView, TokenView};
+
+use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
+use mobula_core::{Rejection, codec};
+
+/// The scheduler's replicated part, to be plugged into the head.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Scheduler;
+
+impl StateModule for Scheduler {
+    fn id(&self) -> ModuleId {
+        ModuleId::SCHEDULER
+    }
+
+    fn name(&self) -> &'static str {
+        "scheduler"
+    }
+
+    fn apply(
+        &self,
+        context: &ApplyContext,
+        txn: &mut dyn Txn,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
+        let command = Command::decode(payload)?;
+        let mut apply = state::Apply::new(*context, txn);
+        let response = state::apply(&mut apply, command)?;
+        Ok(Applied {
+            response: codec::encode_plain(&response),
+            effects: apply.into_effects(),
+        })
+    }
+
+    fn query(
+        &self,
+        reader: &dyn Reader,
+        now_ms: u64,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, Rejection> {
+        let query = Query::decode(payload)?;
+        Ok(codec::encode_plain(&query::answer(reader, now_ms, query)?))
+    }
+
+    fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
+        authorize::authorize(caller, &Command::decode(payload)?)
+    }
+}

@@ -1,0 +1,82 @@
+//! Every bound of the scheduler's tables and passes, in one place, each with its reason.
+//!
+//! Invariant: a table grows only up to the bound named here; past it a command is refused with
+//! `Overloaded`, or the oldest finished row goes.
+
+/// Workers known at once, lost ones included. A pass looks at each of them for each candidate.
+pub const NODES_MAX: u64 = 1024;
+
+/// Actors that have not ended, in the whole cluster: at about 1 KiB a row, 100 MiB of tables.
+pub const LIVE_ACTORS_MAX: u64 = 100_000;
+
+/// Jobs that have not ended; each has at least a driver process somewhere.
+pub const LIVE_JOBS_MAX: u64 = 10_000;
+
+/// Ended jobs kept for people to look at; the oldest goes first, with its actors.
+pub const FINISHED_JOBS_KEPT: u64 = 10_000;
+
+/// Ended actors kept for people to look at (drivers stay as long as their job).
+pub const FINISHED_ACTORS_KEPT: u64 = 50_000;
+
+/// Actors that one command may create, so that an entry applies within milliseconds.
+pub const ACTORS_PER_COMMAND_MAX: usize = 1024;
+
+/// Actors in one gang: it is placed within one pass and one log entry.
+pub const GANG_MEMBERS_MAX: usize = 256;
+
+/// Constructor arguments of all actors in one command together: the size of a control frame.
+pub const COMMAND_INIT_BYTES_MAX: usize = 1024 * 1024;
+
+/// Arguments and environment of a job together: they are replicated and sent with each start.
+pub const JOB_SPEC_BYTES_MAX: usize = 64 * 1024;
+
+/// A job's result: a summary. Bulk results belong into objects or checkpoints.
+pub const RESULT_BYTES_MAX: usize = 64 * 1024;
+
+/// Names of nodes, jobs, actors, clients, tokens; keys of labels and placement.
+pub const NAME_BYTES_MAX: usize = 128;
+
+/// Labels of a node, and entries of a selector.
+pub const LABELS_MAX: usize = 64;
+
+/// The text inside an exit reason; a longer one is cut, its host's log has all of it.
+pub const EXIT_TEXT_BYTES_MAX: usize = 4096;
+
+/// Sessions open at once: each may hold [`SESSION_WINDOW`] small responses.
+pub const SESSIONS_MAX: u64 = 10_000;
+
+/// Responses kept in a session, so that this many calls may overlap.
+pub const SESSION_WINDOW: u64 = 64;
+
+/// A session unused for this long, in log time, is forgotten.
+pub const SESSION_IDLE_MS: u64 = 60 * 60 * 1000;
+
+/// A session's last use is written at most this often, to spare a write with each command.
+pub const SESSION_TOUCH_MS: u64 = 60 * 1000;
+
+/// Join and client tokens at once.
+pub const TOKENS_MAX: u64 = 10_000;
+
+/// Rows that are cleaned up in passing by one command, so that no command takes long.
+pub const SWEEP_ROWS: usize = 128;
+
+/// Pending actors that one placement pass looks at: times [`NODES_MAX`], a million checks.
+pub const PASS_CANDIDATES: usize = 1024;
+
+/// A pass stops looking once it has placed this many; the next pass goes on. Keeps entries small.
+pub const PASS_ASSIGNMENTS: usize = 256;
+
+/// Rows of one answer to a list query; the next page begins after the last row.
+pub const PAGE_ROWS: usize = 1000;
+
+/// How long actors may take to end when their job ends or is stopped, in milliseconds.
+pub const JOB_STOP_GRACE_MS: u64 = 10_000;
+
+/// How long actors may take to leave a draining node, in milliseconds.
+pub const DRAIN_GRACE_MS: u64 = 30_000;
+
+/// The largest grace that a command may ask for, in milliseconds: one day.
+pub const GRACE_MS_MAX: u64 = 24 * 60 * 60 * 1000;
+
+/// The largest encoded command or query.
+pub const PAYLOAD_BYTES_MAX: usize = 4 * 1024 * 1024;

@@ -1,0 +1,296 @@
+//! Where pending actors go: filter the nodes on which an actor fits, score them, take the best.
+//!
+//! A pass reads the tables and returns one `Assign` command; applying it checks everything again
+//! with the same [`filter`], so a decision that was overtaken is skipped, not wrong.
+//!
+//! Invariants:
+//! 1. Equal tables give equal decisions: nodes are visited in order of their ids, and the lowest
+//!    id wins a tie.
+//! 2. First come, first served: by the time from which an actor may be placed, then by its id. One
+//!    that does not fit does not hold up those behind it.
+//! 3. Work is bounded: at most [`PASS_CANDIDATES`] actors are looked at on at most
+//!    [`crate::limits::NODES_MAX`] nodes, and a pass ends after [`PASS_ASSIGNMENTS`] decisions (a
+//!    gang is never cut in two, so it may go over by one gang).
+//! 4. The pending members of a gang get nodes together or not at all.
+
+pub(crate) mod filter;
+pub(crate) mod gang;
+pub mod gpu;
+pub(crate) mod score;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mobula_core::control::Reader;
+use mobula_core::label::Labels;
+use mobula_core::spec::PlacementPolicy;
+use mobula_core::{ActorId, GroupId, Incarnation, JobId, NodeId, Resources};
+
+use crate::command::{Assignment, Command};
+use crate::limits::{PASS_ASSIGNMENTS, PASS_CANDIDATES};
+use crate::row::{self, PENDING};
+use crate::state::actor::{self, ActorRow, ActorState};
+use crate::state::group;
+use crate::state::node::{self, Notice};
+use gpu::GpuShare;
+
+/// What an actor asks of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Request {
+    pub(crate) actor: ActorId,
+    pub(crate) job: JobId,
+    pub(crate) resources: Resources,
+    pub(crate) placement: PlacementPolicy,
+}
+
+impl Request {
+    pub(crate) fn load(reader: &dyn Reader, actor: &ActorRow) -> Self {
+        let spec = actor::load_spec(reader, actor.id);
+        Request {
+            actor: actor.id,
+            job: actor.job,
+            resources: spec.resources,
+            placement: spec.placement,
+        }
+    }
+
+    /// Whether a node that does not take `other` does not take this one either.
+    fn is_like(&self, other: &Request) -> bool {
+        self.job == other.job
+            && self.resources == other.resources
+            && self.placement == other.placement
+    }
+}
+
+/// A node as a pass sees it: what it has left, and who is there.
+#[derive(Debug, Clone)]
+pub(crate) struct NodeSnapshot {
+    pub(crate) id: NodeId,
+    pub(crate) name: String,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) lost: bool,
+    pub(crate) notice: Option<Notice>,
+    pub(crate) draining: bool,
+    pub(crate) labels: Labels,
+    pub(crate) capacity: Resources,
+    pub(crate) free: Resources,
+    /// What is free of each GPU, in thousandths.
+    pub(crate) gpu_free_milli: Vec<u64>,
+    pub(crate) actor_count: u32,
+    affinity: BTreeMap<(JobId, String), u32>,
+    spread: BTreeMap<(JobId, String), u32>,
+}
+
+impl NodeSnapshot {
+    pub(crate) fn load(reader: &dyn Reader, row: node::NodeRow) -> Self {
+        let mut snapshot = NodeSnapshot {
+            id: row.id,
+            name: row.name,
+            incarnation: row.incarnation,
+            lost: row.lost_ms.is_some(),
+            notice: row.notice,
+            draining: row.draining,
+            labels: row.labels,
+            gpu_free_milli: gpu::devices(&row.capacity),
+            free: row.capacity.clone(),
+            capacity: row.capacity,
+            actor_count: 0,
+            affinity: BTreeMap::new(),
+            spread: BTreeMap::new(),
+        };
+        for (_, lease) in node::leases(reader, row.id) {
+            let keys = (lease.affinity_key, lease.spread_key);
+            snapshot.take(lease.job, &lease.resources, &lease.gpus, keys);
+        }
+        snapshot
+    }
+
+    fn take(
+        &mut self,
+        job: JobId,
+        resources: &Resources,
+        gpus: &[GpuShare],
+        (affinity, spread): (Option<String>, Option<String>),
+    ) {
+        self.free = self
+            .free
+            .minus(resources)
+            .expect("what is leased was checked against what was free");
+        for share in gpus {
+            let device = usize::try_from(share.device).expect("a device number is small");
+            self.gpu_free_milli[device] -= u64::from(share.milli);
+        }
+        self.actor_count += 1;
+        if let Some(key) = affinity {
+            *self.affinity.entry((job, key)).or_default() += 1;
+        }
+        if let Some(key) = spread {
+            *self.spread.entry((job, key)).or_default() += 1;
+        }
+    }
+
+    /// How many actors here share the request's affinity key.
+    pub(crate) fn affinity_count(&self, request: &Request) -> u32 {
+        let key = request.placement.affinity_key.as_ref();
+        key.map_or(0, |key| {
+            self.affinity
+                .get(&(request.job, key.clone()))
+                .copied()
+                .unwrap_or(0)
+        })
+    }
+
+    /// How many actors here share the request's spread key.
+    pub(crate) fn spread_count(&self, request: &Request) -> u32 {
+        let spread = request.placement.spread_key.as_ref();
+        spread.map_or(0, |spread| {
+            self.spread
+                .get(&(request.job, spread.key.clone()))
+                .copied()
+                .unwrap_or(0)
+        })
+    }
+}
+
+/// The nodes of a pass, with what the pass itself has already given away; reservations can be
+/// undone, for gangs that turn out not to fit.
+#[derive(Debug, Default)]
+pub(crate) struct Nodes {
+    nodes: BTreeMap<NodeId, NodeSnapshot>,
+    before: Vec<NodeSnapshot>,
+}
+
+impl Nodes {
+    pub(crate) fn load_all(reader: &dyn Reader) -> Self {
+        let nodes = node::all(reader).map(|row| (row.id, NodeSnapshot::load(reader, row)));
+        Nodes {
+            nodes: nodes.collect(),
+            before: Vec::new(),
+        }
+    }
+
+    pub(crate) fn load(reader: &dyn Reader, ids: impl Iterator<Item = NodeId>) -> Self {
+        let ids: BTreeSet<NodeId> = ids.collect();
+        let rows = ids.into_iter().filter_map(|id| node::load(reader, id));
+        let nodes = rows.map(|row| (row.id, NodeSnapshot::load(reader, row)));
+        Nodes {
+            nodes: nodes.collect(),
+            before: Vec::new(),
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &NodeSnapshot> {
+        self.nodes.values()
+    }
+
+    /// Remembers the present state for [`Nodes::undo_to`].
+    pub(crate) fn mark(&self) -> usize {
+        self.before.len()
+    }
+
+    /// Takes back every reservation since `mark`.
+    pub(crate) fn undo_to(&mut self, mark: usize) {
+        for snapshot in self.before.drain(mark..).rev() {
+            self.nodes.insert(snapshot.id, snapshot);
+        }
+    }
+
+    /// Reserves what `request` asks for on one node; says why not otherwise.
+    pub(crate) fn reserve(
+        &mut self,
+        id: NodeId,
+        incarnation: Option<Incarnation>,
+        request: &Request,
+    ) -> Result<Vec<GpuShare>, String> {
+        let node = self
+            .nodes
+            .get_mut(&id)
+            .ok_or_else(|| format!("{id} is not known"))?;
+        if incarnation.is_some_and(|incarnation| incarnation != node.incarnation) {
+            return Err(format!("{id} was started again since"));
+        }
+        let gpus = filter::check(node, request).map_err(|unfit| format!("{id}: {unfit}"))?;
+        self.before.push(node.clone());
+        let keys = (
+            request.placement.affinity_key.clone(),
+            request
+                .placement
+                .spread_key
+                .as_ref()
+                .map(|spread| spread.key.clone()),
+        );
+        node.take(request.job, &request.resources, &gpus, keys);
+        Ok(gpus)
+    }
+
+    /// The best node for `request`, which is reserved on it.
+    pub(crate) fn place(&mut self, request: &Request) -> Option<Assignment> {
+        let fitting = self
+            .nodes
+            .values()
+            .filter(|node| filter::check(node, request).is_ok());
+        let best = fitting.min_by_key(|node| (score::score(node, request), node.id))?;
+        let (node, node_incarnation) = (best.id, best.incarnation);
+        self.reserve(node, None, request)
+            .expect("the node was just found to take it");
+        Some(Assignment {
+            actor: request.actor,
+            node,
+            node_incarnation,
+        })
+    }
+}
+
+/// Decides where pending actors go. `None` when nothing can be placed now; otherwise an `Assign`
+/// to propose, after which another pass may find more.
+#[must_use]
+pub fn placement_pass(reader: &dyn Reader, now_ms: u64) -> Option<Command> {
+    let candidates = reader.scan(PENDING, &[], None, PASS_CANDIDATES);
+    if candidates.is_empty() {
+        return None;
+    }
+    let mut nodes = Nodes::load_all(reader);
+    let mut assignments = Vec::new();
+    let mut hopeless: Vec<Request> = Vec::new();
+    let mut groups_seen: BTreeSet<GroupId> = BTreeSet::new();
+    for (key, _) in candidates {
+        if row::number_at(&key, 0) > now_ms || assignments.len() >= PASS_ASSIGNMENTS {
+            break;
+        }
+        let id = ActorId(row::number_at(&key, 1));
+        let actor = actor::load(reader, id).expect("the list of pending actors names rows");
+        if let Some(group) = actor.group {
+            if groups_seen.insert(group) {
+                assignments.extend(place_gang(reader, &mut nodes, group, now_ms));
+            }
+            continue;
+        }
+        let request = Request::load(reader, &actor);
+        // Nodes only fill up during a pass, so what did not fit does not fit later in it either.
+        if hopeless.iter().any(|other| other.is_like(&request)) {
+            continue;
+        }
+        match nodes.place(&request) {
+            Some(assignment) => assignments.push(assignment),
+            None => hopeless.push(request),
+        }
+    }
+    (!assignments.is_empty()).then_some(Command::Assign { assignments })
+}
+
+/// Decides for all pending members of a gang; empty when they cannot all be placed now.
+fn place_gang(reader: &dyn Reader, nodes: &mut Nodes, id: GroupId, now_ms: u64) -> Vec<Assignment> {
+    let group = group::load(reader, id).expect("a group is kept as long as one member lives");
+    let members = group::pending_members(reader, &group);
+    let waits = |actor: &ActorRow| match actor.state {
+        ActorState::Pending { not_before_ms, .. } => not_before_ms > now_ms,
+        _ => false,
+    };
+    if members.iter().any(waits) {
+        return Vec::new();
+    }
+    let requests: Vec<Request> = members
+        .iter()
+        .map(|row| Request::load(reader, row))
+        .collect();
+    gang::place(nodes, &requests).unwrap_or_default()
+}

@@ -1,0 +1,621 @@
+//! Actors: from pending over assigned and running to ended, and round again.
+//!
+//! Invariants:
+//! 1. Each assignment is a new incarnation; events of any other one change nothing (I4).
+//! 2. An actor that ends unasked starts again while its policy allows; what the infrastructure
+//!    took away does not count against it.
+//! 3. An ended actor never lives again, and its name is free.
+
+use mobula_core::control::{Reader, Subject};
+use mobula_core::order::Order;
+use mobula_core::spec::{ActorKind, ActorSpec, RestartPolicy};
+use mobula_core::{
+    ActorId, ErrorCode, ExitReason, GroupId, HostId, Incarnation, JobId, NodeId, Rejection,
+    Resources,
+};
+use serde::{Deserialize, Serialize};
+
+use super::node::{self, Lease};
+use super::{Apply, group, job, precondition};
+use crate::command::{EventOutcome, Response};
+use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT};
+use crate::placement::gpu::GpuShare;
+use crate::row::{
+    self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, LEASES,
+    PENDING,
+};
+
+/// An actor, without its (possibly large) specification.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ActorRow {
+    pub(crate) id: ActorId,
+    pub(crate) job: JobId,
+    pub(crate) group: Option<GroupId>,
+    pub(crate) name: Option<String>,
+    pub(crate) driver: bool,
+    pub(crate) resources: Resources,
+    pub(crate) restart: RestartPolicy,
+    pub(crate) created_ms: u64,
+    pub(crate) state: ActorState,
+    /// The latest incarnation that was granted; 0 before the first.
+    pub(crate) incarnation: Incarnation,
+    pub(crate) restarts: u32,
+    /// Those restarts that count against the policy.
+    pub(crate) counted_restarts: u32,
+    pub(crate) last_exit: Option<ExitReason>,
+}
+
+/// Where an actor stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum ActorState {
+    Pending {
+        since_ms: u64,
+        not_before_ms: u64,
+    },
+    Assigned {
+        node: NodeId,
+        node_incarnation: Incarnation,
+        since_ms: u64,
+    },
+    Running {
+        node: NodeId,
+        node_incarnation: Incarnation,
+        since_ms: u64,
+        place: HostPlace,
+    },
+    Stopping {
+        node: NodeId,
+        node_incarnation: Incarnation,
+        since_ms: u64,
+        grace_ms: u64,
+        then: Then,
+    },
+    Ended {
+        reason: ExitReason,
+        at_ms: u64,
+        finished: u64,
+    },
+}
+
+/// The process that an actor runs in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HostPlace {
+    pub(crate) host: HostId,
+    pub(crate) call_address: String,
+    pub(crate) pid: u32,
+}
+
+/// What follows when a stopping actor has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Then {
+    /// Nothing more.
+    End,
+    /// It starts again, elsewhere.
+    StartElsewhere,
+}
+
+impl ActorState {
+    /// The node where an incarnation may be running.
+    pub(crate) fn node(&self) -> Option<NodeId> {
+        self.node_and_incarnation().map(|(node, _)| node)
+    }
+
+    pub(crate) fn node_and_incarnation(&self) -> Option<(NodeId, Incarnation)> {
+        match self {
+            ActorState::Assigned {
+                node,
+                node_incarnation,
+                ..
+            }
+            | ActorState::Running {
+                node,
+                node_incarnation,
+                ..
+            }
+            | ActorState::Stopping {
+                node,
+                node_incarnation,
+                ..
+            } => Some((*node, *node_incarnation)),
+            ActorState::Pending { .. } | ActorState::Ended { .. } => None,
+        }
+    }
+
+    pub(crate) fn is_ended(&self) -> bool {
+        matches!(self, ActorState::Ended { .. })
+    }
+
+    pub(crate) fn is_pending(&self) -> bool {
+        matches!(self, ActorState::Pending { .. })
+    }
+}
+
+pub(crate) fn load(reader: &dyn Reader, id: ActorId) -> Option<ActorRow> {
+    row::get(reader, ACTORS, &id.to_key())
+}
+
+pub(crate) fn load_spec(reader: &dyn Reader, id: ActorId) -> ActorSpec {
+    row::get(reader, ACTOR_SPECS, &id.to_key()).expect("every actor row has its specification")
+}
+
+pub(crate) fn require(reader: &dyn Reader, id: ActorId) -> Result<ActorRow, Rejection> {
+    load(reader, id).ok_or_else(|| {
+        Rejection::not_found(format!(
+            "{id} is not known (ended actors are forgotten after a while): see `mobula actors list`"
+        ))
+    })
+}
+
+/// `driver`, or the registered name of the actor's type.
+pub(crate) fn type_name(reader: &dyn Reader, id: ActorId) -> String {
+    match load_spec(reader, id).kind {
+        ActorKind::Driver => "driver".to_owned(),
+        ActorKind::Actor { type_name } => type_name,
+    }
+}
+
+/// At most `rows` actors (of one job) with an id larger than `after`.
+pub(crate) fn page(
+    reader: &dyn Reader,
+    job: Option<JobId>,
+    after: Option<ActorId>,
+    rows: usize,
+) -> Vec<ActorRow> {
+    let Some(job) = job else {
+        let after = after.map(ActorId::to_key);
+        let found = reader.scan(ACTORS, &[], after.as_ref().map(|key| key.as_slice()), rows);
+        return found
+            .iter()
+            .map(|(_, value)| row::from_bytes(ACTORS, value))
+            .collect();
+    };
+    let after = after.map(|actor| row::pair(job.0, actor.0));
+    let found = reader.scan(ACTORS_BY_JOB, &job.to_key(), after.as_deref(), rows);
+    found
+        .iter()
+        .filter_map(|(key, _)| load(reader, ActorId(row::number_at(key, 1))))
+        .collect()
+}
+
+/// The actors of `job`, ended ones included, in order of their ids.
+pub(crate) fn ids_of_job(reader: &dyn Reader, job: JobId) -> impl Iterator<Item = ActorId> + '_ {
+    row::scan(reader, ACTORS_BY_JOB, &job.to_key()).map(|(key, _)| ActorId(row::number_at(&key, 1)))
+}
+
+/// The living actor called `name` in `job`.
+pub(crate) fn by_name(reader: &dyn Reader, job: JobId, name: &str) -> Option<ActorId> {
+    row::get(reader, ACTORS_BY_NAME, &name_key(job, name))
+}
+
+fn name_key(job: JobId, name: &str) -> Vec<u8> {
+    [&job.to_key(), name.as_bytes()].concat()
+}
+
+fn store(apply: &mut Apply<'_>, actor: &ActorRow) {
+    row::put(apply.txn, ACTORS, &actor.id.to_key(), actor);
+    apply.changed(Subject::Actor(actor.id));
+}
+
+/// Creates one pending actor. Whoever calls this has checked the specification and the bounds.
+pub(crate) fn create(
+    apply: &mut Apply<'_>,
+    job: JobId,
+    spec: &ActorSpec,
+    group: Option<GroupId>,
+) -> ActorId {
+    let id = ActorId(Counter::LastActor.increment(apply.txn));
+    Counter::LiveActors.increment(apply.txn);
+    let now_ms = apply.now_ms();
+    row::put(apply.txn, ACTOR_SPECS, &id.to_key(), spec);
+    row::put(apply.txn, ACTORS_BY_JOB, &row::pair(job.0, id.0), &());
+    if let Some(name) = &spec.name {
+        row::put(apply.txn, ACTORS_BY_NAME, &name_key(job, name), &id);
+    }
+    let actor = ActorRow {
+        id,
+        job,
+        group,
+        name: spec.name.clone(),
+        driver: spec.kind == ActorKind::Driver,
+        resources: spec.resources.clone(),
+        restart: spec.restart.clone(),
+        created_ms: now_ms,
+        state: ActorState::Ended {
+            reason: ExitReason::Completed,
+            at_ms: now_ms,
+            finished: 0,
+        },
+        incarnation: Incarnation::default(),
+        restarts: 0,
+        counted_restarts: 0,
+        last_exit: None,
+    };
+    make_pending(apply, actor, 0);
+    id
+}
+
+fn make_pending(apply: &mut Apply<'_>, mut actor: ActorRow, delay_ms: u64) {
+    let since_ms = apply.now_ms();
+    let not_before_ms = since_ms.saturating_add(delay_ms);
+    actor.state = ActorState::Pending {
+        since_ms,
+        not_before_ms,
+    };
+    row::put(
+        apply.txn,
+        PENDING,
+        &row::pair(not_before_ms, actor.id.0),
+        &(),
+    );
+    Counter::PendingActors.increment(apply.txn);
+    store(apply, &actor);
+    apply.place();
+}
+
+fn leave_pending(apply: &mut Apply<'_>, actor: &ActorRow) {
+    if let ActorState::Pending { not_before_ms, .. } = actor.state {
+        apply
+            .txn
+            .delete(PENDING, &row::pair(not_before_ms, actor.id.0));
+        Counter::PendingActors.decrement(apply.txn);
+    }
+}
+
+/// Where and with what a new incarnation runs.
+pub(crate) struct Grant {
+    pub(crate) node: NodeId,
+    pub(crate) node_incarnation: Incarnation,
+    pub(crate) gpus: Vec<GpuShare>,
+    pub(crate) affinity_key: Option<String>,
+    pub(crate) spread_key: Option<String>,
+}
+
+/// Gives a pending actor to a node. Whoever calls this has checked that it fits.
+pub(crate) fn assign(apply: &mut Apply<'_>, mut actor: ActorRow, grant: Grant) -> Incarnation {
+    leave_pending(apply, &actor);
+    let Grant {
+        node,
+        node_incarnation,
+        gpus,
+        affinity_key,
+        spread_key,
+    } = grant;
+    let incarnation = Incarnation(apply.context.index);
+    let lease = Lease {
+        job: actor.job,
+        incarnation,
+        resources: actor.resources.clone(),
+        gpus,
+        affinity_key,
+        spread_key,
+    };
+    row::put(apply.txn, LEASES, &row::pair(node.0, actor.id.0), &lease);
+    actor.incarnation = incarnation;
+    actor.state = ActorState::Assigned {
+        node,
+        node_incarnation,
+        since_ms: apply.now_ms(),
+    };
+    store(apply, &actor);
+    let order = crate::orders::start(apply.txn, &actor, &lease);
+    apply.order(node, order);
+    incarnation
+}
+
+/// A worker says that an actor runs.
+pub(crate) fn started(
+    apply: &mut Apply<'_>,
+    node: NodeId,
+    id: ActorId,
+    incarnation: Incarnation,
+    place: HostPlace,
+) -> EventOutcome {
+    let Some(mut actor) = current(apply, node, id, incarnation) else {
+        // Something runs there that should not: have it ended.
+        apply.order(
+            node,
+            Order::Stop {
+                actor: id,
+                incarnation,
+                grace_ms: 0,
+            },
+        );
+        return EventOutcome::AlreadyKnown;
+    };
+    let ActorState::Assigned {
+        node,
+        node_incarnation,
+        ..
+    } = actor.state
+    else {
+        return EventOutcome::AlreadyKnown;
+    };
+    let since_ms = apply.now_ms();
+    actor.state = ActorState::Running {
+        node,
+        node_incarnation,
+        since_ms,
+        place,
+    };
+    store(apply, &actor);
+    if actor.driver {
+        job::driver_started(apply, actor.job);
+    }
+    EventOutcome::Applied
+}
+
+/// A worker says that an actor ended.
+pub(crate) fn exited(
+    apply: &mut Apply<'_>,
+    node: NodeId,
+    id: ActorId,
+    incarnation: Incarnation,
+    reason: ExitReason,
+) -> EventOutcome {
+    match current(apply, node, id, incarnation) {
+        None => EventOutcome::AlreadyKnown,
+        Some(actor) => {
+            end_incarnation(apply, actor, reason);
+            EventOutcome::Applied
+        }
+    }
+}
+
+/// The actor, if this is its incarnation and it is on this node.
+fn current(
+    apply: &Apply<'_>,
+    node: NodeId,
+    id: ActorId,
+    incarnation: Incarnation,
+) -> Option<ActorRow> {
+    load(apply.txn, id)
+        .filter(|actor| actor.incarnation == incarnation && actor.state.node() == Some(node))
+}
+
+/// An incarnation is over: its resources are free, and the actor starts again or has ended.
+pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason) {
+    let node = actor
+        .state
+        .node()
+        .expect("only what a node holds can end there");
+    apply.txn.delete(LEASES, &row::pair(node.0, actor.id.0));
+    apply.changed(Subject::Node(node));
+    apply.place();
+    let reason = bounded(match (&actor.state, reason) {
+        (_, ExitReason::Completed) => ExitReason::Completed,
+        (
+            ActorState::Stopping {
+                then: Then::End, ..
+            },
+            _,
+        ) => ExitReason::Stopped,
+        (
+            ActorState::Stopping {
+                then: Then::StartElsewhere,
+                ..
+            },
+            _,
+        ) => ExitReason::Preempted,
+        (_, reason) => reason,
+    });
+    actor.last_exit = Some(reason.clone());
+    if !may_restart(apply, &actor, &reason) {
+        return end(apply, actor, reason);
+    }
+    actor.restarts = actor.restarts.saturating_add(1);
+    let mut delay_ms = 0;
+    if reason.counts_against_budget() {
+        actor.counted_restarts += 1;
+        delay_ms = actor.restart.backoff_ms(actor.counted_restarts);
+    }
+    job::count_restart(apply, actor.job, actor.driver);
+    make_pending(apply, actor, delay_ms);
+}
+
+fn may_restart(apply: &Apply<'_>, actor: &ActorRow, reason: &ExitReason) -> bool {
+    // `max_restarts` of 0 means never, whoever is to blame.
+    let RestartPolicy { max_restarts, .. } = actor.restart;
+    let in_budget = !reason.counts_against_budget() || actor.counted_restarts < max_restarts;
+    !reason.is_wanted() && max_restarts > 0 && in_budget && job::is_open(apply.txn, actor.job)
+}
+
+/// Cuts the text inside a reason, which is kept in a table.
+fn bounded(reason: ExitReason) -> ExitReason {
+    let cut = |mut text: String| {
+        if text.len() > EXIT_TEXT_BYTES_MAX {
+            let end = text.floor_char_boundary(EXIT_TEXT_BYTES_MAX);
+            text.truncate(end);
+            text.push('…');
+        }
+        text
+    };
+    match reason {
+        ExitReason::Failed(text) => ExitReason::Failed(cut(text)),
+        ExitReason::Panicked(text) => ExitReason::Panicked(cut(text)),
+        ExitReason::StartFailed(text) => ExitReason::StartFailed(cut(text)),
+        other => other,
+    }
+}
+
+/// The actor is over for good.
+fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason) {
+    leave_pending(apply, &actor);
+    if let Some(name) = &actor.name {
+        apply.txn.delete(ACTORS_BY_NAME, &name_key(actor.job, name));
+    }
+    let finished = Counter::LastFinished.increment(apply.txn);
+    let at_ms = apply.now_ms();
+    actor.last_exit = Some(reason.clone());
+    actor.state = ActorState::Ended {
+        reason: reason.clone(),
+        at_ms,
+        finished,
+    };
+    store(apply, &actor);
+    Counter::LiveActors.decrement(apply.txn);
+    if !actor.driver {
+        row::put(
+            apply.txn,
+            ACTORS_FINISHED,
+            &row::pair(finished, actor.id.0),
+            &(),
+        );
+        if Counter::FinishedActors.increment(apply.txn) > FINISHED_ACTORS_KEPT {
+            forget_oldest(apply);
+        }
+    }
+    if let Some(group) = actor.group {
+        group::member_ended(apply, group);
+    }
+    job::actor_ended(apply, &actor, &reason);
+}
+
+fn forget_oldest(apply: &mut Apply<'_>) {
+    let oldest = apply.txn.scan(ACTORS_FINISHED, &[], None, 1);
+    for (key, _) in oldest {
+        let id = ActorId(row::number_at(&key, 1));
+        let actor = load(apply.txn, id).expect("the list of ended actors names rows that exist");
+        forget(apply, &actor);
+    }
+}
+
+/// Removes an ended actor from all tables.
+pub(crate) fn forget(apply: &mut Apply<'_>, actor: &ActorRow) {
+    let ActorState::Ended { finished, .. } = actor.state else {
+        unreachable!("only ended actors are forgotten, {} has not", actor.id)
+    };
+    if !actor.driver {
+        apply
+            .txn
+            .delete(ACTORS_FINISHED, &row::pair(finished, actor.id.0));
+        Counter::FinishedActors.decrement(apply.txn);
+    }
+    apply.txn.delete(ACTORS, &actor.id.to_key());
+    apply.txn.delete(ACTOR_SPECS, &actor.id.to_key());
+    apply
+        .txn
+        .delete(ACTORS_BY_JOB, &row::pair(actor.job.0, actor.id.0));
+}
+
+/// Ends an actor for good: at once if nothing runs, otherwise by telling its worker.
+pub(crate) fn stop(apply: &mut Apply<'_>, actor: ActorRow, grace_ms: u64) {
+    match actor.state {
+        ActorState::Ended { .. } => {}
+        ActorState::Pending { .. } => end(apply, actor, ExitReason::Stopped),
+        ActorState::Stopping {
+            then: Then::End, ..
+        } => {}
+        _ => begin_stopping(apply, actor, grace_ms, Then::End),
+    }
+}
+
+/// Has an actor leave its node and start elsewhere, within the grace.
+pub(crate) fn leave(apply: &mut Apply<'_>, id: ActorId, grace_ms: u64) {
+    let actor = load(apply.txn, id).expect("a lease names an actor that exists");
+    if !matches!(actor.state, ActorState::Stopping { .. }) {
+        begin_stopping(apply, actor, grace_ms, Then::StartElsewhere);
+    }
+}
+
+fn begin_stopping(apply: &mut Apply<'_>, mut actor: ActorRow, grace_ms: u64, then: Then) {
+    let (node, node_incarnation) = actor
+        .state
+        .node_and_incarnation()
+        .expect("only what a node holds can be stopped there");
+    let since_ms = apply.now_ms();
+    actor.state = ActorState::Stopping {
+        node,
+        node_incarnation,
+        since_ms,
+        grace_ms,
+        then,
+    };
+    store(apply, &actor);
+    let order = Order::Stop {
+        actor: actor.id,
+        incarnation: actor.incarnation,
+        grace_ms,
+    };
+    apply.order(node, order);
+}
+
+/// Refuses to act on an actor in the name of a job that it does not belong to.
+fn check_job(actor: &ActorRow, job: JobId) -> Result<(), Rejection> {
+    if actor.job == job {
+        return Ok(());
+    }
+    Err(Rejection::new(
+        ErrorCode::PermissionDenied,
+        format!(
+            "{} does not belong to {job}: act only on actors of that job",
+            actor.id
+        ),
+    ))
+}
+
+pub(crate) fn stop_command(
+    apply: &mut Apply<'_>,
+    job: Option<JobId>,
+    id: ActorId,
+    grace_ms: u64,
+) -> Result<Response, Rejection> {
+    node::check_grace(grace_ms)?;
+    let actor = require(apply.txn, id)?;
+    if let Some(job) = job {
+        check_job(&actor, job)?;
+    }
+    stop(apply, actor, grace_ms);
+    Ok(Response::Done)
+}
+
+pub(crate) fn yield_command(
+    apply: &mut Apply<'_>,
+    job: JobId,
+    id: ActorId,
+    incarnation: Incarnation,
+) -> Result<Response, Rejection> {
+    let actor = require(apply.txn, id)?;
+    check_job(&actor, job)?;
+    check_incarnation(&actor, incarnation)?;
+    let node_id = actor
+        .state
+        .node()
+        .expect("a current incarnation is on a node");
+    let node = node::load(apply.txn, node_id).expect("a lease names a node that exists");
+    if node.notice.is_none() && !node.draining {
+        return Err(precondition(format!(
+            "{id} cannot leave {node_id}: the node has no notice and is not draining; stay, or stop \
+             the actor instead"
+        )));
+    }
+    // The worker may still be running it: its effects are fenced from now on.
+    apply.order(
+        node_id,
+        Order::Stop {
+            actor: id,
+            incarnation,
+            grace_ms: 0,
+        },
+    );
+    end_incarnation(apply, actor, ExitReason::Preempted);
+    Ok(Response::Done)
+}
+
+/// Refuses what a stale incarnation of `actor` asks for (I4).
+pub(crate) fn check_incarnation(
+    actor: &ActorRow,
+    incarnation: Incarnation,
+) -> Result<(), Rejection> {
+    if actor.incarnation == incarnation && actor.state.node().is_some() {
+        return Ok(());
+    }
+    let current = match &actor.state {
+        ActorState::Pending { .. } => "it waits to be started again".to_owned(),
+        ActorState::Ended { reason, .. } => format!("it has ended: {reason}"),
+        _ => format!("the current one is {}", actor.incarnation),
+    };
+    Err(Rejection::fenced(format!(
+        "incarnation {incarnation} of {} is over ({current}): stop working for it",
+        actor.id
+    )))
+}

@@ -1,0 +1,380 @@
+//! Creating actors, alone or as a gang, and carrying out a placement pass's decisions.
+//!
+//! Invariants:
+//! 1. The pending members of a gang are assigned together or not at all.
+//! 2. A decision is carried out only if everything it was based on still holds.
+
+use std::collections::BTreeMap;
+
+use mobula_core::control::Reader;
+use mobula_core::label::Requirement;
+use mobula_core::spec::{ActorKind, ActorSpec, INIT_LIMIT_BYTES, PlacementPolicy};
+use mobula_core::{ActorId, ErrorCode, GroupId, JobId, NodeId, Rejection, Resources};
+use serde::{Deserialize, Serialize};
+
+use super::actor::{self, ActorRow, ActorState, Grant};
+use super::{Apply, check_name, job, overloaded, precondition};
+use crate::command::{ActorIncarnation, Assignment, Response, SkippedAssignment};
+use crate::limits::{
+    ACTORS_PER_COMMAND_MAX, COMMAND_INIT_BYTES_MAX, GANG_MEMBERS_MAX, LABELS_MAX, LIVE_ACTORS_MAX,
+};
+use crate::placement::{Nodes, Request, gpu::GpuShare};
+use crate::row::{self, Counter, GROUPS};
+
+/// Actors that are placed all or nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct GroupRow {
+    pub(crate) id: GroupId,
+    pub(crate) job: JobId,
+    pub(crate) members: Vec<ActorId>,
+    /// Whether it was ever placed; before, no member has an incarnation.
+    pub(crate) placed: bool,
+}
+
+pub(crate) fn load(reader: &dyn Reader, id: GroupId) -> Option<GroupRow> {
+    row::get(reader, GROUPS, &id.to_key())
+}
+
+/// The members of `group` that wait for a node, in order of their ids.
+pub(crate) fn pending_members(reader: &dyn Reader, group: &GroupRow) -> Vec<ActorRow> {
+    let members = group
+        .members
+        .iter()
+        .filter_map(|id| actor::load(reader, *id));
+    members.filter(|actor| actor.state.is_pending()).collect()
+}
+
+/// A member is over for good: the group goes with its last one.
+pub(crate) fn member_ended(apply: &mut Apply<'_>, id: GroupId) {
+    let group = load(apply.txn, id).expect("a group is kept as long as one member lives");
+    let is_over = |id: &ActorId| actor::load(apply.txn, *id).is_none_or(|a| a.state.is_ended());
+    if group.members.iter().all(is_over) {
+        apply.txn.delete(GROUPS, &id.to_key());
+    }
+}
+
+/// What a `CreateActors` asks for.
+pub(crate) struct Creation {
+    pub(crate) job: JobId,
+    pub(crate) specs: Vec<ActorSpec>,
+    pub(crate) gang: bool,
+    pub(crate) get_or_create: bool,
+    pub(crate) creator: Option<ActorIncarnation>,
+}
+
+pub(crate) fn create_actors(
+    apply: &mut Apply<'_>,
+    creation: Creation,
+) -> Result<Response, Rejection> {
+    check_creation(apply.txn, &creation)?;
+    let Creation {
+        job,
+        specs,
+        gang,
+        get_or_create,
+        ..
+    } = creation;
+    let existing = existing_actors(apply.txn, job, &specs, get_or_create)?;
+    let missing = existing.iter().filter(|id| id.is_none()).count();
+    if gang && missing > 0 && missing < specs.len() {
+        return Err(Rejection::new(
+            ErrorCode::AlreadyExists,
+            format!(
+                "{} of the {} members of this gang exist already: stop them first, since a gang is \
+                 created as a whole",
+                specs.len() - missing,
+                specs.len()
+            ),
+        ));
+    }
+    if Counter::LiveActors.value(apply.txn) + missing as u64 > LIVE_ACTORS_MAX {
+        return Err(overloaded(
+            "actors",
+            LIVE_ACTORS_MAX,
+            "create these when some have ended",
+        ));
+    }
+    let group = (gang && missing > 0).then(|| GroupId(Counter::LastGroup.increment(apply.txn)));
+    let mut actors = Vec::with_capacity(specs.len());
+    for (spec, existing) in specs.iter().zip(existing) {
+        actors.push(existing.unwrap_or_else(|| actor::create(apply, job, spec, group)));
+    }
+    if let Some(id) = group {
+        let row = GroupRow {
+            id,
+            job,
+            members: actors.clone(),
+            placed: false,
+        };
+        row::put(apply.txn, GROUPS, &id.to_key(), &row);
+    }
+    let mut row = job::require(apply.txn, job)?;
+    row.live_actors += u32::try_from(missing).expect("a command creates few actors");
+    job::store(apply, &row);
+    Ok(Response::ActorsCreated { actors })
+}
+
+fn check_creation(reader: &dyn Reader, creation: &Creation) -> Result<(), Rejection> {
+    let Creation {
+        job,
+        specs,
+        gang,
+        creator,
+        ..
+    } = creation;
+    let count = specs.len();
+    let limit = if *gang {
+        GANG_MEMBERS_MAX
+    } else {
+        ACTORS_PER_COMMAND_MAX
+    };
+    if count == 0 || count > limit {
+        let what = if *gang { "a gang" } else { "one command" };
+        return Err(Rejection::invalid(format!(
+            "{what} creates {count} actors, allowed are 1 to {limit}: split them up"
+        )));
+    }
+    let init_bytes: usize = specs.iter().map(|spec| spec.init.len()).sum();
+    if init_bytes > COMMAND_INIT_BYTES_MAX {
+        return Err(Rejection::invalid(format!(
+            "the constructor arguments of these actors have {init_bytes} bytes together, the limit \
+             is {COMMAND_INIT_BYTES_MAX}: create fewer at once, or pass an object reference"
+        )));
+    }
+    let row = job::require(reader, *job)?;
+    if !row.state.is_open() {
+        return Err(precondition(format!(
+            "{job} is over or ending, so no actor is created in it: submit a new job"
+        )));
+    }
+    if let Some(creator) = creator {
+        let actor = actor::require(reader, creator.actor)?;
+        if actor.job != *job {
+            return Err(Rejection::invalid(format!(
+                "{} belongs to {}, not to {job}: an actor creates actors in its own job",
+                actor.id, actor.job
+            )));
+        }
+        actor::check_incarnation(&actor, creator.incarnation)?;
+    }
+    specs.iter().try_for_each(check_actor)
+}
+
+fn check_actor(spec: &ActorSpec) -> Result<(), Rejection> {
+    let ActorKind::Actor { type_name } = &spec.kind else {
+        return Err(Rejection::invalid(
+            "a driver cannot be created as an actor: submit a job instead",
+        ));
+    };
+    check_name("the actor's type", type_name)?;
+    if let Some(name) = &spec.name {
+        check_name("the actor's name", name)?;
+    }
+    let init_bytes = spec.init.len();
+    if init_bytes > INIT_LIMIT_BYTES {
+        return Err(Rejection::invalid(format!(
+            "the constructor argument of `{type_name}` has {init_bytes} bytes, the limit is \
+             {INIT_LIMIT_BYTES}: pass an object reference instead"
+        )));
+    }
+    if spec.mailbox_capacity == 0 {
+        return Err(Rejection::invalid(format!(
+            "the mailbox of `{type_name}` has room for no call: give it a capacity of at least 1"
+        )));
+    }
+    check_placement(&format!("`{type_name}`"), &spec.resources, &spec.placement)
+}
+
+/// Refuses requests that no node could ever meet, or that are too large to keep.
+pub(crate) fn check_placement(
+    what: &str,
+    resources: &Resources,
+    placement: &PlacementPolicy,
+) -> Result<(), Rejection> {
+    let gpu = resources.gpu_milli;
+    if gpu > 1000 && !gpu.is_multiple_of(1000) {
+        return Err(Rejection::invalid(format!(
+            "{what} asks for {gpu} thousandths of a GPU: a share below one GPU, or whole GPUs, can \
+             be placed"
+        )));
+    }
+    if let Some((name, _)) = resources.custom.iter().find(|(_, amount)| **amount == 0) {
+        return Err(Rejection::invalid(format!(
+            "{what} asks for nothing of the custom resource `{name}`: leave it out"
+        )));
+    }
+    let entries = placement.selector.len().max(resources.custom.len());
+    let largest = placement
+        .selector
+        .iter()
+        .map(|requirement| match requirement {
+            Requirement::In(_, values) | Requirement::NotIn(_, values) => values.len(),
+            Requirement::Exists(_) => 1,
+        });
+    let entries = largest.max().unwrap_or(0).max(entries);
+    if entries > LABELS_MAX {
+        return Err(Rejection::invalid(format!(
+            "{what} names {entries} labels, values or custom resources, the limit is {LABELS_MAX}: \
+             ask for fewer"
+        )));
+    }
+    if let Some(key) = &placement.affinity_key {
+        check_name("the affinity key", key)?;
+    }
+    if let Some(spread) = &placement.spread_key {
+        check_name("the spread key", &spread.key)?;
+    }
+    Ok(())
+}
+
+/// For each specification, the living actor that has its name.
+fn existing_actors(
+    reader: &dyn Reader,
+    job: JobId,
+    specs: &[ActorSpec],
+    get_or_create: bool,
+) -> Result<Vec<Option<ActorId>>, Rejection> {
+    let mut seen: BTreeMap<&str, ()> = BTreeMap::new();
+    let mut existing = Vec::with_capacity(specs.len());
+    for spec in specs {
+        let Some(name) = &spec.name else {
+            existing.push(None);
+            continue;
+        };
+        if seen.insert(name, ()).is_some() {
+            return Err(Rejection::invalid(format!(
+                "two of these actors are called `{name}`: names are unique within a job"
+            )));
+        }
+        let actor = actor::by_name(reader, job, name);
+        if let (Some(actor), false) = (actor, get_or_create) {
+            return Err(Rejection::new(
+                ErrorCode::AlreadyExists,
+                format!(
+                    "{job} has a living actor called `{name}` ({actor}): use get-or-create, stop \
+                     it, or choose another name"
+                ),
+            ));
+        }
+        existing.push(actor);
+    }
+    Ok(existing)
+}
+
+/// A decision that holds: the actor, and what it is granted.
+type Held = (ActorRow, Grant);
+
+pub(crate) fn assign(
+    apply: &mut Apply<'_>,
+    assignments: &[Assignment],
+) -> Result<Response, Rejection> {
+    let mut nodes = Nodes::load(apply.txn, assignments.iter().map(|a| a.node));
+    let mut held: Vec<Held> = Vec::new();
+    let mut skipped = Vec::new();
+    for unit in units(apply.txn, assignments) {
+        match check_unit(apply, &mut nodes, &unit) {
+            Ok(unit) => held.extend(unit),
+            Err(reason) => skipped.extend(unit.iter().map(|a| SkippedAssignment {
+                actor: a.actor,
+                reason: reason.clone(),
+            })),
+        }
+    }
+    let mut assigned = Vec::with_capacity(held.len());
+    for (row, grant) in held {
+        let actor = row.id;
+        if let Some(mut group) = row.group.and_then(|id| load(apply.txn, id))
+            && !group.placed
+        {
+            group.placed = true;
+            row::put(apply.txn, GROUPS, &group.id.to_key(), &group);
+        }
+        let incarnation = actor::assign(apply, row, grant);
+        assigned.push(ActorIncarnation { actor, incarnation });
+    }
+    Ok(Response::Assigned { assigned, skipped })
+}
+
+/// Splits a pass's decisions into those that hold or fall together: gangs, and single actors.
+/// An actor that is named twice is taken once.
+fn units(reader: &dyn Reader, assignments: &[Assignment]) -> Vec<Vec<Assignment>> {
+    let mut order: Vec<Vec<Assignment>> = Vec::new();
+    let mut of_group: BTreeMap<GroupId, usize> = BTreeMap::new();
+    let mut seen: BTreeMap<ActorId, NodeId> = BTreeMap::new();
+    for assignment in assignments {
+        if seen.insert(assignment.actor, assignment.node).is_some() {
+            continue;
+        }
+        match actor::load(reader, assignment.actor).and_then(|actor| actor.group) {
+            None => order.push(vec![*assignment]),
+            Some(group) => {
+                let index = *of_group.entry(group).or_insert(order.len());
+                if index == order.len() {
+                    order.push(Vec::new());
+                }
+                order[index].push(*assignment);
+            }
+        }
+    }
+    order
+}
+
+/// Whether all of `unit` holds; then it is reserved on `nodes`. Otherwise says what does not.
+fn check_unit(
+    apply: &Apply<'_>,
+    nodes: &mut Nodes,
+    unit: &[Assignment],
+) -> Result<Vec<Held>, String> {
+    let mark = nodes.mark();
+    let mut held = Vec::with_capacity(unit.len());
+    for assignment in unit {
+        match check_one(apply, nodes, assignment) {
+            Ok(one) => held.push(one),
+            Err(reason) => {
+                nodes.undo_to(mark);
+                return Err(reason);
+            }
+        }
+    }
+    let group = held
+        .first()
+        .and_then(|(row, _)| row.group)
+        .and_then(|id| load(apply.txn, id));
+    let pending = group.map_or(held.len(), |group| pending_members(apply.txn, &group).len());
+    if pending != held.len() {
+        nodes.undo_to(mark);
+        let count = held.len();
+        return Err(format!(
+            "gang: {count} of {pending} pending members have a node"
+        ));
+    }
+    Ok(held)
+}
+
+fn check_one(
+    apply: &Apply<'_>,
+    nodes: &mut Nodes,
+    assignment: &Assignment,
+) -> Result<Held, String> {
+    let row = actor::load(apply.txn, assignment.actor).ok_or("the actor is not known")?;
+    let ActorState::Pending { not_before_ms, .. } = row.state else {
+        return Err("the actor is not pending".to_owned());
+    };
+    if not_before_ms > apply.now_ms() {
+        return Err(format!(
+            "the actor waits for another {} ms",
+            not_before_ms - apply.now_ms()
+        ));
+    }
+    let request = Request::load(apply.txn, &row);
+    let gpus: Vec<GpuShare> =
+        nodes.reserve(assignment.node, Some(assignment.node_incarnation), &request)?;
+    let grant = Grant {
+        node: assignment.node,
+        node_incarnation: assignment.node_incarnation,
+        gpus,
+        affinity_key: request.placement.affinity_key,
+        spread_key: request.placement.spread_key.map(|spread| spread.key),
+    };
+    Ok((row, grant))
+}

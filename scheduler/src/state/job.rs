@@ -1,0 +1,387 @@
+//! Jobs: a driver and everything it started.
+//!
+//! Invariants:
+//! 1. The driver's end decides the job's outcome, once; a later stop does not change it (I5).
+//! 2. A job is over when the last of its actors has ended, and no actor is created in it after
+//!    its outcome is known.
+//! 3. [`JobId::SYSTEM`] is there from the start, has no driver, and never ends.
+
+use mobula_core::control::{Reader, Subject};
+use mobula_core::spec::{
+    ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, JobSpec, PlacementPolicy, Program,
+    RestartPolicy,
+};
+use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection, Resources};
+use serde::{Deserialize, Serialize};
+
+use super::{Apply, actor, check_name, group, overloaded, precondition};
+use crate::command::Response;
+use crate::limits::{
+    FINISHED_JOBS_KEPT, JOB_SPEC_BYTES_MAX, JOB_STOP_GRACE_MS, LIVE_ACTORS_MAX, LIVE_JOBS_MAX,
+    RESULT_BYTES_MAX,
+};
+use crate::row::{self, Counter, JOB_SPECS, JOBS, JOBS_BY_KEY, JOBS_FINISHED};
+
+/// A job, without its specification.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct JobRow {
+    pub(crate) id: JobId,
+    pub(crate) name: String,
+    pub(crate) driver: Option<ActorId>,
+    pub(crate) state: JobState,
+    pub(crate) submitted_ms: u64,
+    pub(crate) started_ms: Option<u64>,
+    pub(crate) ended_ms: Option<u64>,
+    pub(crate) driver_restarts: u32,
+    pub(crate) actor_restarts: u32,
+    pub(crate) live_actors: u32,
+    pub(crate) result_json: Option<String>,
+    pub(crate) exit_reason: Option<ExitReason>,
+}
+
+/// Where a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum JobState {
+    /// Its driver has not started yet.
+    Pending,
+    Running,
+    /// Its outcome is known, its last actors are ending.
+    Stopping(Outcome),
+    Over(Outcome),
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    Succeeded,
+    Failed,
+    Stopped,
+}
+
+impl JobState {
+    pub(crate) fn is_open(self) -> bool {
+        matches!(self, JobState::Pending | JobState::Running)
+    }
+}
+
+pub(crate) fn load(reader: &dyn Reader, id: JobId) -> Option<JobRow> {
+    let stored = row::get(reader, JOBS, &id.to_key());
+    if id == JobId::SYSTEM {
+        Some(stored.unwrap_or_else(system))
+    } else {
+        stored
+    }
+}
+
+/// The system job before anything was written about it.
+fn system() -> JobRow {
+    JobRow {
+        id: JobId::SYSTEM,
+        name: "system".to_owned(),
+        driver: None,
+        state: JobState::Running,
+        submitted_ms: 0,
+        started_ms: None,
+        ended_ms: None,
+        driver_restarts: 0,
+        actor_restarts: 0,
+        live_actors: 0,
+        result_json: None,
+        exit_reason: None,
+    }
+}
+
+/// At most `rows` jobs with an id larger than `after`.
+pub(crate) fn page(reader: &dyn Reader, after: Option<JobId>, rows: usize) -> Vec<JobRow> {
+    let after = after.map(JobId::to_key);
+    let found = reader.scan(JOBS, &[], after.as_ref().map(|key| key.as_slice()), rows);
+    found
+        .iter()
+        .map(|(_, value)| row::from_bytes(JOBS, value))
+        .collect()
+}
+
+/// What `id` was asked to be.
+pub(crate) fn load_spec(reader: &dyn Reader, id: JobId) -> JobSpec {
+    if id == JobId::SYSTEM {
+        return JobSpec {
+            name: "system".to_owned(),
+            program: Program::Builtin,
+            args: Vec::new(),
+            env: Default::default(),
+            resources: Resources::default(),
+            placement: PlacementPolicy::default(),
+            restart: RestartPolicy::NEVER,
+            idempotency_key: None,
+        };
+    }
+    row::get(reader, JOB_SPECS, &id.to_key()).expect("every job row has its specification")
+}
+
+pub(crate) fn require(reader: &dyn Reader, id: JobId) -> Result<JobRow, Rejection> {
+    load(reader, id).ok_or_else(|| {
+        Rejection::not_found(format!(
+            "{id} is not known (the latest {FINISHED_JOBS_KEPT} ended jobs are kept): see `mobula \
+             jobs list`"
+        ))
+    })
+}
+
+/// Whether actors of `id` may be started.
+pub(crate) fn is_open(reader: &dyn Reader, id: JobId) -> bool {
+    load(reader, id).is_some_and(|job| job.state.is_open())
+}
+
+pub(crate) fn store(apply: &mut Apply<'_>, job: &JobRow) {
+    row::put(apply.txn, JOBS, &job.id.to_key(), job);
+    apply.changed(Subject::Job(job.id));
+}
+
+pub(crate) fn submit(apply: &mut Apply<'_>, spec: JobSpec) -> Result<Response, Rejection> {
+    check_spec(&spec)?;
+    if let Some(response) = submitted_before(apply.txn, &spec)? {
+        return Ok(response);
+    }
+    if Counter::LiveJobs.value(apply.txn) >= LIVE_JOBS_MAX {
+        return Err(overloaded(
+            "jobs under way",
+            LIVE_JOBS_MAX,
+            "submit again when some have ended",
+        ));
+    }
+    if Counter::LiveActors.value(apply.txn) >= LIVE_ACTORS_MAX {
+        return Err(overloaded(
+            "actors",
+            LIVE_ACTORS_MAX,
+            "submit again when some have ended",
+        ));
+    }
+    let id = JobId(Counter::LastJob.increment(apply.txn));
+    Counter::LiveJobs.increment(apply.txn);
+    if let Some(key) = &spec.idempotency_key {
+        row::put(apply.txn, JOBS_BY_KEY, key.as_bytes(), &id);
+    }
+    row::put(apply.txn, JOB_SPECS, &id.to_key(), &spec);
+    let driver = actor::create(apply, id, &driver_spec(&spec), None);
+    let submitted_ms = apply.now_ms();
+    let job = JobRow {
+        id,
+        name: spec.name,
+        driver: Some(driver),
+        state: JobState::Pending,
+        submitted_ms,
+        live_actors: 1,
+        ..system()
+    };
+    store(apply, &job);
+    Ok(Response::JobSubmitted {
+        job: id,
+        driver,
+        created: true,
+    })
+}
+
+fn submitted_before(reader: &dyn Reader, spec: &JobSpec) -> Result<Option<Response>, Rejection> {
+    let Some(key) = &spec.idempotency_key else {
+        return Ok(None);
+    };
+    let Some(job) = row::get::<JobId>(reader, JOBS_BY_KEY, key.as_bytes()) else {
+        return Ok(None);
+    };
+    if load_spec(reader, job) != *spec {
+        return Err(Rejection::new(
+            ErrorCode::AlreadyExists,
+            format!(
+                "{job} was submitted with idempotency key `{key}` and another specification: submit \
+                 the same one, or choose another key"
+            ),
+        ));
+    }
+    let driver = load(reader, job)
+        .and_then(|row| row.driver)
+        .expect("a job is kept as long as its key, and was submitted with a driver");
+    Ok(Some(Response::JobSubmitted {
+        job,
+        driver,
+        created: false,
+    }))
+}
+
+fn check_spec(spec: &JobSpec) -> Result<(), Rejection> {
+    check_name("the job's name", &spec.name)?;
+    if let Some(key) = &spec.idempotency_key {
+        check_name("the idempotency key", key)?;
+    }
+    let env_bytes: usize = spec
+        .env
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
+    let size = spec.args.iter().map(String::len).sum::<usize>() + env_bytes;
+    if size > JOB_SPEC_BYTES_MAX {
+        return Err(Rejection::invalid(format!(
+            "arguments and environment of job `{}` have {size} bytes, the limit is \
+             {JOB_SPEC_BYTES_MAX}: pass a file or an object instead",
+            spec.name
+        )));
+    }
+    if let Program::Artifact { blake3, .. } = &spec.program {
+        let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if blake3.len() != 64 || !blake3.bytes().all(is_hex) {
+            return Err(Rejection::invalid(format!(
+                "program `{}` is not a BLAKE3 hash: expected 64 lower-case hexadecimal digits",
+                blake3.chars().take(80).collect::<String>()
+            )));
+        }
+    }
+    group::check_placement("the driver", &spec.resources, &spec.placement)
+}
+
+fn driver_spec(spec: &JobSpec) -> ActorSpec {
+    ActorSpec {
+        kind: ActorKind::Driver,
+        name: None,
+        init: Vec::new(),
+        resources: spec.resources.clone(),
+        placement: spec.placement.clone(),
+        restart: spec.restart.clone(),
+        isolated: true,
+        mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
+    }
+}
+
+pub(crate) fn stop(apply: &mut Apply<'_>, id: JobId) -> Result<Response, Rejection> {
+    if id == JobId::SYSTEM {
+        return Err(precondition(format!(
+            "{id} is the platform itself and cannot be stopped: stop its actors, or delete the \
+             endpoints and monitors that own them"
+        )));
+    }
+    let job = require(apply.txn, id)?;
+    if job.state.is_open() {
+        decide(apply, job, Outcome::Stopped, ExitReason::Stopped);
+    }
+    Ok(Response::Done)
+}
+
+pub(crate) fn set_result(
+    apply: &mut Apply<'_>,
+    id: JobId,
+    driver: ActorId,
+    incarnation: Incarnation,
+    result_json: String,
+) -> Result<Response, Rejection> {
+    let size = result_json.len();
+    if size > RESULT_BYTES_MAX {
+        return Err(Rejection::invalid(format!(
+            "the result of {id} has {size} bytes, the limit is {RESULT_BYTES_MAX}: store it as an \
+             object or a checkpoint and name that in the result"
+        )));
+    }
+    let mut job = require(apply.txn, id)?;
+    if job.driver != Some(driver) {
+        return Err(Rejection::invalid(format!(
+            "{driver} is not the driver of {id}: only the driver sets the job's result"
+        )));
+    }
+    actor::check_incarnation(&actor::require(apply.txn, driver)?, incarnation)?;
+    job.result_json = Some(result_json);
+    store(apply, &job);
+    Ok(Response::Done)
+}
+
+pub(crate) fn driver_started(apply: &mut Apply<'_>, id: JobId) {
+    let mut job = load(apply.txn, id).expect("an actor's job exists");
+    if job.state == JobState::Pending {
+        job.state = JobState::Running;
+        job.started_ms = Some(apply.now_ms());
+        store(apply, &job);
+    }
+}
+
+pub(crate) fn count_restart(apply: &mut Apply<'_>, id: JobId, driver: bool) {
+    let mut job = load(apply.txn, id).expect("an actor's job exists");
+    let count = if driver {
+        &mut job.driver_restarts
+    } else {
+        &mut job.actor_restarts
+    };
+    *count = count.saturating_add(1);
+    store(apply, &job);
+}
+
+/// An actor of the job is over for good.
+pub(crate) fn actor_ended(apply: &mut Apply<'_>, ended: &actor::ActorRow, reason: &ExitReason) {
+    let mut job = load(apply.txn, ended.job).expect("an actor's job exists");
+    job.live_actors = job
+        .live_actors
+        .checked_sub(1)
+        .expect("what ends was counted when created");
+    store(apply, &job);
+    match job.state {
+        JobState::Pending | JobState::Running if ended.driver => {
+            let outcome = match reason {
+                ExitReason::Completed => Outcome::Succeeded,
+                ExitReason::Stopped => Outcome::Stopped,
+                _ => Outcome::Failed,
+            };
+            decide(apply, job, outcome, reason.clone());
+        }
+        JobState::Stopping(outcome) if job.live_actors == 0 => finish(apply, job, outcome),
+        _ => {}
+    }
+}
+
+/// The outcome is known: stop what still lives, and finish when nothing does.
+fn decide(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome, reason: ExitReason) {
+    let id = job.id;
+    job.state = JobState::Stopping(outcome);
+    job.exit_reason = Some(reason);
+    store(apply, &job);
+    if job.live_actors == 0 {
+        return finish(apply, job, outcome);
+    }
+    let actors: Vec<ActorId> = actor::ids_of_job(apply.txn, id).collect();
+    for actor in actors {
+        // The last one that ends finishes the job, after which some rows may be gone.
+        if let Some(actor) = actor::load(apply.txn, actor) {
+            actor::stop(apply, actor, JOB_STOP_GRACE_MS);
+        }
+    }
+}
+
+fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
+    job.state = JobState::Over(outcome);
+    job.ended_ms = Some(apply.now_ms());
+    store(apply, &job);
+    Counter::LiveJobs.decrement(apply.txn);
+    let finished = Counter::LastFinished.increment(apply.txn);
+    row::put(
+        apply.txn,
+        JOBS_FINISHED,
+        &row::pair(finished, job.id.0),
+        &(),
+    );
+    if Counter::FinishedJobs.increment(apply.txn) > FINISHED_JOBS_KEPT {
+        forget_oldest(apply);
+    }
+}
+
+/// Removes the job that ended first, with its actors and its idempotency key.
+fn forget_oldest(apply: &mut Apply<'_>) {
+    for (key, _) in apply.txn.scan(JOBS_FINISHED, &[], None, 1) {
+        let id = JobId(row::number_at(&key, 1));
+        let actors: Vec<ActorId> = actor::ids_of_job(apply.txn, id).collect();
+        for actor in actors {
+            let actor = actor::load(apply.txn, actor).expect("the index names rows that exist");
+            actor::forget(apply, &actor);
+        }
+        if let Some(key) = load_spec(apply.txn, id).idempotency_key {
+            apply.txn.delete(JOBS_BY_KEY, key.as_bytes());
+        }
+        apply.txn.delete(JOB_SPECS, &id.to_key());
+        apply.txn.delete(JOBS, &id.to_key());
+        apply.txn.delete(JOBS_FINISHED, &key);
+        Counter::FinishedJobs.decrement(apply.txn);
+    }
+}

@@ -1,0 +1,269 @@
+//! Exactly-once contexts of clients (Raft thesis §6.3), used by the head's apply loop.
+//!
+//! How the head uses it, around each command of a session:
+//! `check` → [`Seen::Fresh`]: apply, then `record` the encoded outcome (a rejection too) in the
+//! same write batch; [`Seen::Duplicate`]: answer from it; [`Seen::Expired`]: refuse.
+//!
+//! Invariants:
+//! 1. Each (session, sequence number) takes effect at most once (I3): a number that is no longer
+//!    in the window is refused, never executed.
+//! 2. Sessions expire by log time, so every replica expires the same ones at the same entry.
+//! 3. There are at most [`SESSIONS_MAX`] sessions with [`SESSION_WINDOW`] responses each.
+
+use mobula_core::control::{Reader, Txn};
+use mobula_core::{Rejection, SessionId};
+use serde::{Deserialize, Serialize};
+
+use super::{Apply, check_name, overloaded};
+use crate::command::Response;
+use crate::limits::{SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW, SESSIONS_MAX, SWEEP_ROWS};
+use crate::row::{self, Counter, SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE};
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct SessionRow {
+    client: String,
+    used_ms: u64,
+    highest_seq: u64,
+}
+
+/// What the table knows about a command's (session, sequence number).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seen {
+    /// It was never applied: apply it, then [`record`] its outcome.
+    Fresh,
+    /// It was applied before, with this outcome.
+    Duplicate(Vec<u8>),
+    /// The session is unknown, expired, or has moved on by more than its window: whether the
+    /// command was applied is no longer known, so it must not be applied now.
+    Expired,
+}
+
+/// Looks up a command before it is applied. `now_ms` is log time.
+pub fn check(txn: &dyn Txn, session: SessionId, seq: u64, now_ms: u64) -> Seen {
+    if session == SessionId::INTERNAL {
+        return Seen::Fresh;
+    }
+    let Some(row) = row::get::<SessionRow>(txn, SESSIONS, &session.to_key()) else {
+        return Seen::Expired;
+    };
+    if is_expired(&row, now_ms) || seq.saturating_add(SESSION_WINDOW) <= row.highest_seq {
+        return Seen::Expired;
+    }
+    match txn.get(SESSION_RESPONSES, &row::pair(session.0, seq)) {
+        Some(response) => Seen::Duplicate(response),
+        None => Seen::Fresh,
+    }
+}
+
+/// Keeps the outcome of a command that [`check`] called fresh. `now_ms` is log time.
+pub fn record(txn: &mut dyn Txn, session: SessionId, seq: u64, now_ms: u64, response: Vec<u8>) {
+    if session == SessionId::INTERNAL {
+        return;
+    }
+    // The command itself may have closed the session.
+    let Some(mut row) = row::get::<SessionRow>(txn, SESSIONS, &session.to_key()) else {
+        return;
+    };
+    txn.put(SESSION_RESPONSES, &row::pair(session.0, seq), response);
+    let touched = now_ms.saturating_sub(row.used_ms) >= SESSION_TOUCH_MS;
+    if touched {
+        txn.delete(SESSIONS_BY_AGE, &row::pair(row.used_ms, session.0));
+        row::put(txn, SESSIONS_BY_AGE, &row::pair(now_ms, session.0), &());
+        row.used_ms = now_ms;
+    }
+    let moved = seq > row.highest_seq;
+    if moved {
+        row.highest_seq = seq;
+        forget_below(
+            txn,
+            session,
+            seq.saturating_add(1).saturating_sub(SESSION_WINDOW),
+        );
+    }
+    if touched || moved {
+        row::put(txn, SESSIONS, &session.to_key(), &row);
+    }
+}
+
+/// Removes the responses that have left the window: no more than it holds.
+fn forget_below(txn: &mut dyn Txn, session: SessionId, first_kept: u64) {
+    let window = usize::try_from(SESSION_WINDOW).expect("the window is small");
+    for (key, _) in txn.scan(SESSION_RESPONSES, &session.to_key(), None, window + 1) {
+        if row::number_at(&key, 1) < first_kept {
+            txn.delete(SESSION_RESPONSES, &key);
+        }
+    }
+}
+
+fn is_expired(row: &SessionRow, now_ms: u64) -> bool {
+    now_ms.saturating_sub(row.used_ms) > SESSION_IDLE_MS
+}
+
+pub(crate) fn open(apply: &mut Apply<'_>, client: String) -> Result<Response, Rejection> {
+    check_name("the client's name", &client)?;
+    let used_ms = apply.now_ms();
+    sweep(apply.txn, used_ms);
+    if Counter::Sessions.value(apply.txn) >= SESSIONS_MAX {
+        return Err(overloaded(
+            "sessions",
+            SESSIONS_MAX,
+            "close some, or wait until idle ones expire",
+        ));
+    }
+    let session = SessionId(Counter::LastSession.increment(apply.txn));
+    Counter::Sessions.increment(apply.txn);
+    let row = SessionRow {
+        client,
+        used_ms,
+        highest_seq: 0,
+    };
+    row::put(apply.txn, SESSIONS, &session.to_key(), &row);
+    row::put(
+        apply.txn,
+        SESSIONS_BY_AGE,
+        &row::pair(used_ms, session.0),
+        &(),
+    );
+    Ok(Response::SessionOpened { session })
+}
+
+pub(crate) fn close(
+    apply: &mut Apply<'_>,
+    session: SessionId,
+    client: &str,
+) -> Result<Response, Rejection> {
+    if let Some(row) = row::get::<SessionRow>(apply.txn, SESSIONS, &session.to_key()) {
+        if row.client != client {
+            return Err(Rejection::new(
+                mobula_core::ErrorCode::PermissionDenied,
+                format!("{session} was opened by another client: only that one may close it"),
+            ));
+        }
+        remove(apply.txn, session, row.used_ms);
+    }
+    Ok(Response::Done)
+}
+
+/// Removes sessions that have expired, oldest first, a bounded number at a time.
+fn sweep(txn: &mut dyn Txn, now_ms: u64) {
+    for (key, _) in txn.scan(SESSIONS_BY_AGE, &[], None, SWEEP_ROWS) {
+        let used_ms = row::number_at(&key, 0);
+        if now_ms.saturating_sub(used_ms) <= SESSION_IDLE_MS {
+            break;
+        }
+        remove(txn, SessionId(row::number_at(&key, 1)), used_ms);
+    }
+}
+
+fn remove(txn: &mut dyn Txn, session: SessionId, used_ms: u64) {
+    forget_below(txn, session, u64::MAX);
+    txn.delete(SESSIONS, &session.to_key());
+    txn.delete(SESSIONS_BY_AGE, &row::pair(used_ms, session.0));
+    Counter::Sessions.decrement(txn);
+}
+
+/// How many sessions are open.
+pub(crate) fn count(reader: &dyn Reader) -> u64 {
+    Counter::Sessions.value(reader)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory_txn::MemoryTables;
+    use mobula_core::control::ApplyContext;
+
+    const START_MS: u64 = 1_000;
+
+    fn opened(tables: &mut MemoryTables, now_ms: u64) -> SessionId {
+        let context = ApplyContext {
+            index: 1,
+            term: 1,
+            now_ms,
+        };
+        let mut apply = Apply::new(context, tables);
+        match open(&mut apply, "test".into()).unwrap() {
+            Response::SessionOpened { session } => session,
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_number_takes_effect_once_and_out_of_order_numbers_are_fresh() {
+        let mut tables = MemoryTables::default();
+        let session = opened(&mut tables, START_MS);
+        assert_eq!(check(&tables, session, 2, START_MS), Seen::Fresh);
+        record(&mut tables, session, 2, START_MS, b"two".to_vec());
+        assert_eq!(
+            check(&tables, session, 2, START_MS),
+            Seen::Duplicate(b"two".to_vec())
+        );
+        assert_eq!(check(&tables, session, 1, START_MS), Seen::Fresh);
+    }
+
+    #[test]
+    fn what_left_the_window_is_refused_and_forgotten() {
+        let mut tables = MemoryTables::default();
+        let session = opened(&mut tables, START_MS);
+        let rows = tables.row_count();
+        for seq in 1..=3 * SESSION_WINDOW {
+            assert_eq!(check(&tables, session, seq, START_MS), Seen::Fresh);
+            record(&mut tables, session, seq, START_MS, vec![1]);
+        }
+        assert_eq!(
+            check(&tables, session, 2 * SESSION_WINDOW, START_MS),
+            Seen::Expired
+        );
+        let oldest_kept = 2 * SESSION_WINDOW + 1;
+        assert_eq!(
+            check(&tables, session, oldest_kept, START_MS),
+            Seen::Duplicate(vec![1])
+        );
+        assert_eq!(tables.row_count() - rows, SESSION_WINDOW as usize);
+    }
+
+    #[test]
+    fn an_idle_session_expires_and_use_keeps_it() {
+        let mut tables = MemoryTables::default();
+        let session = opened(&mut tables, START_MS);
+        let later_ms = START_MS + SESSION_IDLE_MS;
+        assert_eq!(check(&tables, session, 1, later_ms), Seen::Fresh);
+        assert_eq!(check(&tables, session, 1, later_ms + 1), Seen::Expired);
+        record(&mut tables, session, 1, later_ms, vec![1]);
+        assert_eq!(
+            check(&tables, session, 2, later_ms + SESSION_IDLE_MS),
+            Seen::Fresh
+        );
+    }
+
+    #[test]
+    fn expired_sessions_leave_no_rows_and_unknown_ones_are_expired() {
+        let mut tables = MemoryTables::default();
+        let first = opened(&mut tables, START_MS);
+        let rows = tables.row_count();
+        record(&mut tables, first, 1, START_MS, vec![1]);
+        opened(&mut tables, START_MS + SESSION_IDLE_MS + 1);
+        assert_eq!(tables.row_count(), rows);
+        assert_eq!(check(&tables, first, 1, START_MS), Seen::Expired);
+        assert_eq!(check(&tables, SessionId(77), 1, START_MS), Seen::Expired);
+        assert_eq!(
+            check(&tables, SessionId::INTERNAL, 1, START_MS),
+            Seen::Fresh
+        );
+    }
+
+    #[test]
+    fn only_its_client_closes_a_session() {
+        let mut tables = MemoryTables::default();
+        let session = opened(&mut tables, START_MS);
+        let context = ApplyContext {
+            index: 2,
+            term: 1,
+            now_ms: START_MS,
+        };
+        let mut apply = Apply::new(context, &mut tables);
+        assert!(close(&mut apply, session, "other").is_err());
+        assert_eq!(close(&mut apply, session, "test").unwrap(), Response::Done);
+        assert_eq!(count(&tables), 0);
+    }
+}

@@ -1,0 +1,147 @@
+//! Tokens, and who may send what.
+
+use mobula_core::control::{Caller, StateModule};
+use mobula_core::order::WorkerEvent;
+use mobula_core::{ActorId, Incarnation, JobId, NodeId};
+use mobula_scheduler::{ActorIncarnation, Command, Response, Role, Scheduler, check_token};
+
+use crate::cluster::Cluster;
+
+fn create(id: &str, hash: u8, expires_at_ms: u64, uses: Option<u32>) -> Command {
+    let secret_hash = [hash; 32];
+    Command::CreateToken {
+        id: id.into(),
+        secret_hash,
+        role: Role::Worker,
+        expires_at_ms,
+        uses,
+    }
+}
+
+#[test]
+fn each_way_a_token_is_useless_has_its_own_message() {
+    let mut cluster = Cluster::new();
+    cluster.ok(create("join", 1, 5_000, Some(2)));
+    let consume = || Command::UseToken {
+        secret_hash: [1; 32],
+    };
+    let accepted = Response::TokenAccepted {
+        id: "join".into(),
+        role: Role::Worker,
+    };
+    assert_eq!(cluster.ok(consume()), accepted);
+    assert_eq!(
+        check_token(&cluster.tables, &[1; 32], cluster.now_ms),
+        Ok(Role::Worker)
+    );
+    assert_eq!(cluster.ok(consume()), accepted);
+    assert!(
+        cluster
+            .refused(consume())
+            .contains("used as often as it may be")
+    );
+    cluster.ok(create("other", 2, 5_000, None));
+    cluster.now_ms = 8_000;
+    let expired = cluster.refused(Command::UseToken {
+        secret_hash: [2; 32],
+    });
+    assert!(expired.contains("expired 3 s ago"), "{expired}");
+    cluster.ok(Command::RevokeToken { id: "other".into() });
+    let unknown = cluster.refused(Command::UseToken {
+        secret_hash: [2; 32],
+    });
+    assert!(
+        unknown.contains("unknown to this cluster, or was revoked"),
+        "{unknown}"
+    );
+}
+
+#[test]
+fn a_token_is_created_once() {
+    let mut cluster = Cluster::new();
+    cluster.ok(create("join", 1, 5_000, None));
+    assert_eq!(cluster.ok(create("join", 1, 5_000, None)), Response::Done);
+    assert!(
+        cluster
+            .refused(create("join", 2, 5_000, None))
+            .contains("another token")
+    );
+    assert!(
+        cluster
+            .refused(create("late", 3, 1_000, None))
+            .contains("expired from the start")
+    );
+}
+
+#[test]
+fn callers_send_only_what_is_theirs() {
+    let (job, node, actor, incarnation) = (JobId(1), NodeId(1), ActorId(1), Incarnation(1));
+    let creator = Some(ActorIncarnation { actor, incarnation });
+    let create = |job, creator| Command::CreateActors {
+        job,
+        actors: vec![],
+        gang: false,
+        get_or_create: false,
+        creator,
+    };
+    let event = |node| {
+        let event = WorkerEvent::NoticeWithdrawn;
+        Command::NodeEvent {
+            node,
+            incarnation,
+            event,
+        }
+    };
+    let stop = |job| Command::StopActor {
+        job,
+        actor,
+        grace_ms: 0,
+    };
+    let (client, worker) = (Caller::Client, Caller::Node(node));
+    let host = Caller::Host { job, node };
+    let cases = [
+        (&client, Command::StopJob { job }, true),
+        (&client, stop(None), true),
+        (&client, Command::NodeLost { node, incarnation }, false),
+        (
+            &client,
+            Command::UseToken {
+                secret_hash: [0; 32],
+            },
+            false,
+        ),
+        (&client, event(node), false),
+        (&worker, event(node), true),
+        (&worker, event(NodeId(2)), false),
+        (&worker, Command::StopJob { job }, false),
+        (&host, create(job, creator), true),
+        (&host, create(job, None), false),
+        (&host, create(JobId(2), creator), false),
+        (&host, stop(Some(job)), true),
+        (&host, stop(None), false),
+        (&host, stop(Some(JobId(2))), false),
+        (&host, Command::StopJob { job }, false),
+        (
+            &host,
+            Command::Assign {
+                assignments: vec![],
+            },
+            false,
+        ),
+        (
+            &Caller::Head,
+            Command::Assign {
+                assignments: vec![],
+            },
+            true,
+        ),
+    ];
+    for (caller, command, allowed) in cases {
+        let outcome = Scheduler.authorize(caller, &command.encode());
+        assert_eq!(
+            outcome.is_ok(),
+            allowed,
+            "{caller:?} {command:?}: {outcome:?}"
+        );
+    }
+}

@@ -1,0 +1,274 @@
+//! `#[mobula::actor]`: from an `impl` block to an actor, its constructor and its calls.
+
+use proc_macro2::{Ident, TokenStream};
+use quote::{format_ident, quote};
+use syn::spanned::Spanned;
+use syn::{Error, ImplItem, ImplItemFn, ItemImpl, LitStr, PathArguments, Result, Type, parse2};
+
+use crate::method::{Method, Output, Purpose};
+
+/// Reads the attribute and its block, and writes everything that makes an actor.
+pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenStream> {
+    let name = read_name(arguments)?;
+    let mut block: ItemImpl = parse2(item)
+        .map_err(|error| Error::new(error.span(), "#[mobula::actor] stands on an `impl` block"))?;
+    let type_ident = check_block(&block)?;
+    let actor = (*block.self_ty).clone();
+
+    let mut methods = Vec::new();
+    let mut descriptor = None;
+    for item in &mut block.items {
+        let ImplItem::Fn(function) = item else { continue };
+        let method = Method::read(function, &actor)?;
+        if method.purpose == Purpose::Constructor {
+            descriptor = Some((write_descriptor(function, &method), method));
+            function.sig.ident = format_ident!("construct", span = function.sig.ident.span());
+        } else {
+            methods.push(method);
+        }
+    }
+    let Some((descriptor, constructor)) = descriptor else {
+        return Err(Error::new(
+            block.self_ty.span(),
+            "an actor needs a constructor: `fn new(..) -> Self` in this block",
+        ));
+    };
+    block.items.push(ImplItem::Verbatim(descriptor));
+
+    let calls: Vec<&Method> = methods.iter().filter(|m| m.purpose == Purpose::Call).collect();
+    let type_name = match name {
+        Some(name) => quote!(#name),
+        None => quote!(::core::concat!(::core::module_path!(), "::", ::core::stringify!(#type_ident))),
+    };
+    let dispatch = write_dispatch(&actor, &methods);
+    let registration = write_registration(&actor, &constructor);
+    let trait_and_impl = write_calls(&type_ident, &actor, &calls);
+    Ok(quote! {
+        #block
+
+        impl ::mobula::Actor for #actor {
+            const TYPE_NAME: &'static str = #type_name;
+        }
+
+        #dispatch
+        #registration
+        #trait_and_impl
+    })
+}
+
+fn read_name(arguments: TokenStream) -> Result<Option<LitStr>> {
+    let mut name = None;
+    let parser = syn::meta::parser(|meta| {
+        if !meta.path.is_ident("name") {
+            return Err(meta.error("unknown: only `name = \"..\"` can be given here"));
+        }
+        let text: LitStr = meta.value()?.parse()?;
+        if text.value().is_empty() || text.value().len() > 128 {
+            return Err(Error::new(text.span(), "a type's name has 1 to 128 bytes"));
+        }
+        name = Some(text);
+        Ok(())
+    });
+    syn::parse::Parser::parse2(parser, arguments)?;
+    Ok(name)
+}
+
+fn check_block(block: &ItemImpl) -> Result<Ident> {
+    if let Some((_, path, _)) = &block.trait_ {
+        return Err(Error::new(
+            path.span(),
+            "#[mobula::actor] stands on the type's own `impl` block, not on that of a trait",
+        ));
+    }
+    if !block.generics.params.is_empty() || block.generics.where_clause.is_some() {
+        return Err(Error::new(
+            block.generics.span(),
+            "an actor's type cannot be generic: a host finds it by its name alone",
+        ));
+    }
+    if let Type::Path(path) = &*block.self_ty
+        && path.qself.is_none()
+        && let Some(last) = path.path.segments.last()
+        && matches!(last.arguments, PathArguments::None)
+    {
+        return Ok(last.ident.clone());
+    }
+    Err(Error::new(block.self_ty.span(), "an actor is a plain named type without type arguments"))
+}
+
+fn write_descriptor(function: &ImplItemFn, constructor: &Method) -> TokenStream {
+    let visibility = &function.vis;
+    let docs = &constructor.docs;
+    let names = constructor.arguments.iter().map(|(name, _)| name);
+    let values = constructor.arguments.iter().map(|(name, _)| name);
+    let types = constructor.arguments.iter().map(|(_, argument)| argument);
+    let fallback = docs.is_empty().then(|| quote!(#[doc = "Describes a new actor of this type."]));
+    quote! {
+        #(#docs)*
+        #fallback
+        #[doc = ""]
+        #[doc = "This only describes the actor, for `cluster.actor(..)`; the constructor itself is `construct`."]
+        #[allow(dead_code, clippy::new_ret_no_self, clippy::too_many_arguments)]
+        #visibility fn new(#(#names: #types),*) -> ::mobula::Init<Self> {
+            ::mobula::__private::init(&(#(#values,)*))
+        }
+    }
+}
+
+fn write_registration(actor: &Type, constructor: &Method) -> TokenStream {
+    let names: Vec<_> = constructor.arguments.iter().map(|(name, _)| name).collect();
+    let types = constructor.arguments.iter().map(|(_, argument)| argument);
+    let context = constructor.takes_context.then(|| quote!(&context,));
+    let wait = constructor.is_async.then(|| quote!(.await));
+    let call = quote!(<#actor>::construct(#context #(#names),*) #wait);
+    let constructed = match constructor.output {
+        Output::Value(_) => call,
+        Output::Fallible(..) => quote!(::mobula::__private::constructed(#call)?),
+    };
+    quote! {
+        const _: () = {
+            #[allow(unused_variables, clippy::let_unit_value)]
+            fn construct(
+                init: ::std::vec::Vec<u8>,
+                context: ::mobula::ActorContext,
+            ) -> ::mobula::__private::Constructing {
+                ::std::boxed::Box::pin(async move {
+                    let (#(#names,)*): (#(#types,)*) =
+                        ::mobula::__private::constructor_arguments(&init)?;
+                    let actor: #actor = #constructed;
+                    ::core::result::Result::Ok(
+                        ::std::boxed::Box::new(actor)
+                            as ::std::boxed::Box<dyn ::mobula::__private::DynActor>,
+                    )
+                })
+            }
+            ::mobula::__private::inventory::submit! {
+                ::mobula::__private::ActorType {
+                    name: <#actor as ::mobula::Actor>::TYPE_NAME,
+                    constructor: construct,
+                }
+            }
+        };
+    }
+}
+
+fn write_dispatch(actor: &Type, methods: &[Method]) -> TokenStream {
+    let arms = methods.iter().filter(|m| m.purpose == Purpose::Call).map(write_arm);
+    let hooks = methods.iter().filter_map(write_hook);
+    quote! {
+        impl ::mobula::__private::DynActor for #actor {
+            #[allow(unused_variables, clippy::let_unit_value)]
+            fn dispatch<'a>(
+                &'a mut self,
+                method: &'a str,
+                arguments: &'a [u8],
+                context: &'a ::mobula::ActorContext,
+            ) -> ::mobula::__private::Dispatching<'a> {
+                ::std::boxed::Box::pin(async move {
+                    match method {
+                        #(#arms)*
+                        unknown => ::core::result::Result::Err(
+                            ::mobula::__private::unknown_method::<#actor>(unknown),
+                        ),
+                    }
+                })
+            }
+
+            #(#hooks)*
+        }
+    }
+}
+
+fn write_arm(method: &Method) -> TokenStream {
+    let Method { name, arguments, .. } = method;
+    let text = name.to_string();
+    let names: Vec<_> = arguments.iter().map(|(name, _)| name).collect();
+    let types = arguments.iter().map(|(_, argument)| argument);
+    let context = method.takes_context.then(|| quote!(context,));
+    let wait = method.is_async.then(|| quote!(.await));
+    let encode = match method.output {
+        Output::Value(_) => quote!(::mobula::__private::value(#text, &returned)),
+        Output::Fallible(..) => quote!(::mobula::__private::outcome(#text, &returned)),
+    };
+    quote! {
+        #text => {
+            let (#(#names,)*): (#(#types,)*) =
+                ::mobula::__private::arguments(#text, arguments)?;
+            let returned = self.#name(#context #(#names),*) #wait;
+            #encode
+        }
+    }
+}
+
+fn write_hook(method: &Method) -> Option<TokenStream> {
+    let name = &method.name;
+    let context = method.takes_context.then(|| quote!(context,));
+    let wait = method.is_async.then(|| quote!(.await));
+    let (hook, parameter, argument) = match method.purpose {
+        Purpose::Started => (quote!(started), None, None),
+        Purpose::Stop => (quote!(on_stop), None, None),
+        Purpose::Notice => {
+            (quote!(on_notice), Some(quote!(deadline_ms: u64,)), Some(quote!(deadline_ms)))
+        }
+        _ => return None,
+    };
+    Some(quote! {
+        #[allow(unused_variables)]
+        fn #hook<'a>(
+            &'a mut self,
+            #parameter
+            context: &'a ::mobula::ActorContext,
+        ) -> ::mobula::__private::Hook<'a> {
+            ::std::boxed::Box::pin(async move { self.#name(#context #argument) #wait })
+        }
+    })
+}
+
+fn write_calls(type_ident: &Ident, actor: &Type, calls: &[&Method]) -> TokenStream {
+    let trait_ident = format_ident!("{type_ident}Calls", span = type_ident.span());
+    let trait_docs = format!("The calls of [`{type_ident}`], on an `ActorRef` to it.");
+    let signatures: Vec<TokenStream> = calls.iter().map(|method| write_signature(method)).collect();
+    let declarations = calls.iter().zip(&signatures).map(|(method, signature)| {
+        let docs = &method.docs;
+        let fallback = docs.is_empty().then(|| {
+            let text = format!("Calls `{type_ident}::{}`.", method.name);
+            quote!(#[doc = #text])
+        });
+        quote!(#(#docs)* #fallback #signature;)
+    });
+    let definitions = calls.iter().zip(&signatures).map(|(method, signature)| {
+        let text = method.name.to_string();
+        let names = method.arguments.iter().map(|(name, _)| name);
+        let make = match method.output {
+            Output::Value(_) => quote!(call),
+            Output::Fallible(..) => quote!(fallible_call),
+        };
+        quote!(#signature { ::mobula::__private::#make(self, #text, &(#(#names,)*)) })
+    });
+    quote! {
+        #[doc = #trait_docs]
+        #[allow(
+            dead_code, unreachable_pub, private_interfaces, private_bounds,
+            clippy::too_many_arguments, clippy::wrong_self_convention
+        )]
+        pub trait #trait_ident {
+            #(#declarations)*
+        }
+
+        #[allow(clippy::too_many_arguments)]
+        impl #trait_ident for ::mobula::ActorRef<#actor> {
+            #(#definitions)*
+        }
+    }
+}
+
+fn write_signature(method: &Method) -> TokenStream {
+    let name = &method.name;
+    let names = method.arguments.iter().map(|(name, _)| name);
+    let types = method.arguments.iter().map(|(_, argument)| argument);
+    let returned = match &method.output {
+        Output::Value(value) => quote!(::mobula::Call<#value>),
+        Output::Fallible(value, error) => quote!(::mobula::FallibleCall<#value, #error>),
+    };
+    quote!(fn #name(&self, #(#names: #types),*) -> #returned)
+}

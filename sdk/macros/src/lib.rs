@@ -1,0 +1,45 @@
+//! The attribute macros of the Mobula SDK; use them through the `mobula` crate.
+//!
+//! Invariant: what cannot be an actor or a main function is refused here with a message that says
+//! what to write instead; generated code never is the first to complain.
+
+mod actor;
+mod entry;
+mod method;
+
+use proc_macro::TokenStream;
+
+/// Makes a type an actor: stands on its inherent `impl` block.
+///
+/// * `fn new(..)` is the constructor: plain or `async`, returning `Self` or `Result<Self, E>`
+///   where `E: Display`. It may take `ctx: &ActorContext` first. The macro renames it to
+///   `construct` and puts in its place a `new` that only *describes* the actor: `Counter::new(5)`
+///   gives an `Init<Counter>` for `cluster.actor(..)`.
+/// * Every function with `&self` or `&mut self` can be called from other processes: on
+///   `ActorRef<Counter>` it appears under the same name through the trait `CounterCalls`, which is
+///   generated beside the type. It may take `ctx: &ActorContext` right after `self`. Arguments and
+///   values are owned and implement serde's traits; a `Result<T, E>` brings the caller that `E`.
+/// * `#[mobula(local)]` keeps a function out of that; `#[mobula(started)]`, `#[mobula(notice)]`
+///   (takes the deadline in milliseconds since the Unix epoch) and `#[mobula(stop)]` make it a
+///   hook.
+/// * `#[mobula::actor(name = "shop.counter")]` names the type; otherwise its path is its name.
+#[proc_macro_attribute]
+pub fn actor(arguments: TokenStream, item: TokenStream) -> TokenStream {
+    actor::expand(arguments.into(), item.into())
+        .unwrap_or_else(syn::Error::into_compile_error)
+        .into()
+}
+
+/// Makes an `async fn main(cluster: Cluster)` the main function of a program that is driver and
+/// host in one: it may also take `args: Vec<String>`, and returns `()` or a `Result<(), E>` with
+/// `E: Display`.
+///
+/// Started by hand, the program runs as a job on an embedded cluster of its own, or on the one
+/// that `MOBULA_CLUSTER` names; started by a worker, it is the job's driver or a host of its
+/// actors.
+#[proc_macro_attribute]
+pub fn main(arguments: TokenStream, item: TokenStream) -> TokenStream {
+    entry::expand(arguments.into(), item.into())
+        .unwrap_or_else(syn::Error::into_compile_error)
+        .into()
+}

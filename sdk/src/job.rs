@@ -1,0 +1,326 @@
+//! Jobs: programs that run on a cluster, supervised and restartable.
+//!
+//! Invariants:
+//! 1. A program is shipped by the hash of its bytes, once; the head checks the hash.
+//! 2. Submitting is a change like any other: sent again it stays one job.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mobula_core::id::{ActorId, JobId};
+use mobula_core::resource::Resources;
+use mobula_core::spec::{JobSpec, PlacementPolicy, Program, RestartPolicy};
+use mobula_wire::control as api;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::cluster::{Cluster, millis};
+use crate::control::status_error;
+use crate::error::{Error, Result};
+
+/// Bytes of a program in one message.
+const CHUNK_BYTES: usize = 512 * 1024;
+
+/// How long one question for a job's end waits before it is asked again: shorter than what a
+/// proxy or firewall lets pass in silence.
+const WAIT_EACH: Duration = Duration::from_secs(30);
+
+/// A job about to be submitted.
+#[must_use = "nothing is submitted before `submit`"]
+pub struct JobBuilder {
+    cluster: Cluster,
+    program: Option<PathBuf>,
+    spec: JobSpec,
+}
+
+impl JobBuilder {
+    pub(crate) fn new(cluster: Cluster, name: String) -> Self {
+        let spec = JobSpec {
+            name,
+            program: Program::Builtin,
+            args: Vec::new(),
+            env: BTreeMap::new(),
+            resources: Resources::default(),
+            placement: PlacementPolicy::default(),
+            restart: RestartPolicy::NEVER,
+            idempotency_key: None,
+        };
+        JobBuilder { cluster, program: None, spec }
+    }
+
+    /// Runs this binary, which uses `#[mobula::main]`.
+    pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.program = Some(path.into());
+        self
+    }
+
+    /// Runs the `mobula` binary's own job named by the first argument. The default.
+    pub fn builtin(mut self) -> Self {
+        self.program = None;
+        self
+    }
+
+    /// The driver's arguments.
+    pub fn args(mut self, args: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.spec.args = args.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// One more variable in the environment of the driver and its hosts.
+    pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.spec.env.insert(name.into(), value.into());
+        self
+    }
+
+    /// What the driver itself needs.
+    pub fn resources(mut self, resources: Resources) -> Self {
+        self.spec.resources = resources;
+        self
+    }
+
+    /// Where the driver may run.
+    pub fn placement(mut self, placement: PlacementPolicy) -> Self {
+        self.spec.placement = placement;
+        self
+    }
+
+    /// How often the driver is started again after an end that nobody asked for.
+    pub fn max_restarts(mut self, times: u32) -> Self {
+        self.spec.restart = RestartPolicy::times(times);
+        self
+    }
+
+    /// A second submission with the same key gives the same job.
+    pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
+        self.spec.idempotency_key = Some(key.into());
+        self
+    }
+
+    /// Ships the program if the cluster lacks it, and starts the job.
+    pub async fn submit(self) -> Result<JobHandle> {
+        let JobBuilder { cluster, program, mut spec } = self;
+        if let Some(path) = program {
+            spec.program = ship(&cluster, &path).await?;
+        }
+        let reply = cluster
+            .control()
+            .mutate("submit a job", |mut api, stamp| {
+                let spec = Some(api::JobSpec::from(spec.clone()));
+                let request = api::SubmitJobRequest { stamp: Some(stamp), spec };
+                async move { api.submit_job(request).await }
+            })
+            .await?;
+        Ok(JobHandle::new(cluster, JobId(reply.job), Some(ActorId(reply.driver))))
+    }
+}
+
+async fn ship(cluster: &Cluster, path: &Path) -> Result<Program> {
+    let what = || format!("program {}", path.display());
+    let owned = path.to_owned();
+    let (blake3, size_bytes) = tokio::task::spawn_blocking(move || digest(&owned))
+        .await
+        .map_err(|error| Error::setup(what(), error))?
+        .map_err(|error| Error::setup(what(), error))?;
+    let program = Program::Artifact { blake3: blake3.clone(), size_bytes };
+    let asked = blake3.clone();
+    let known = cluster
+        .control()
+        .read("ask for a program", |mut api| {
+            let request = api::HasArtifactRequest { blake3: asked.clone() };
+            async move { api.has_artifact(request).await }
+        })
+        .await?;
+    if known.present {
+        return Ok(program);
+    }
+    // Bounded: the reader waits when the connection is slower than the disk.
+    let (chunks, receiver) = mpsc::channel(4);
+    let owned = path.to_owned();
+    let named = blake3.clone();
+    let reader =
+        tokio::task::spawn_blocking(move || read_chunks(&owned, &named, size_bytes, &chunks));
+    let sent = cluster
+        .control()
+        .once("ship a program", |mut api| async move {
+            api.put_artifact(ReceiverStream::new(receiver)).await
+        })
+        .await;
+    reader
+        .await
+        .map_err(|error| Error::setup(what(), error))?
+        .map_err(|error| Error::setup(what(), error))?;
+    let stored = sent?;
+    if stored.blake3 != blake3 {
+        return Err(Error::setup(what(), "it changed while it was shipped; submit it again"));
+    }
+    Ok(program)
+}
+
+fn digest(path: &Path) -> std::io::Result<(String, u64)> {
+    let mut hasher = blake3::Hasher::new();
+    let size_bytes = std::io::copy(&mut std::fs::File::open(path)?, &mut hasher)?;
+    Ok((hasher.finalize().to_hex().to_string(), size_bytes))
+}
+
+fn read_chunks(
+    path: &Path,
+    blake3: &str,
+    size_bytes: u64,
+    chunks: &mpsc::Sender<api::ArtifactChunk>,
+) -> std::io::Result<()> {
+    let mut file = std::fs::File::open(path)?;
+    let mut name = (blake3.to_owned(), size_bytes);
+    loop {
+        let mut data = Vec::with_capacity(CHUNK_BYTES);
+        let read = file.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut data)?;
+        // Only the first chunk names the digest and the size.
+        let (blake3, size_bytes) = std::mem::take(&mut name);
+        let first = size_bytes != 0;
+        if read == 0 && !first {
+            return Ok(());
+        }
+        let chunk = api::ArtifactChunk { blake3, size_bytes, data };
+        if chunks.blocking_send(chunk).is_err() || read == 0 {
+            // The head has refused the program; its answer says why.
+            return Ok(());
+        }
+    }
+}
+
+/// A job that exists.
+#[derive(Debug, Clone)]
+pub struct JobHandle {
+    cluster: Cluster,
+    job: JobId,
+    driver: Option<ActorId>,
+}
+
+impl JobHandle {
+    pub(crate) fn new(cluster: Cluster, job: JobId, driver: Option<ActorId>) -> Self {
+        JobHandle { cluster, job, driver }
+    }
+
+    /// The job.
+    #[must_use]
+    pub fn id(&self) -> JobId {
+        self.job
+    }
+
+    /// Its driver, if this handle is from its submission.
+    #[must_use]
+    pub fn driver(&self) -> Option<ActorId> {
+        self.driver
+    }
+
+    /// How the job stands now.
+    pub async fn status(&self) -> Result<api::Job> {
+        let request = api::GetJobRequest { job: self.job.0 };
+        self.cluster
+            .control()
+            .read("show a job", |mut api| async move { api.get_job(request).await })
+            .await
+    }
+
+    /// Waits until the job has ended, for at most `wait`; answers how it stands then.
+    pub async fn wait_timeout(&self, wait: Duration) -> Result<api::Job> {
+        let request = api::WaitJobRequest { job: self.job.0, timeout_ms: millis(wait) };
+        self.cluster
+            .control()
+            .read("wait for a job", |mut api| async move { api.wait_job(request).await })
+            .await
+    }
+
+    /// Waits until the job has ended.
+    pub async fn wait(&self) -> Result<api::Job> {
+        loop {
+            let job = self.wait_timeout(WAIT_EACH).await?;
+            if has_ended(&job) {
+                return Ok(job);
+            }
+        }
+    }
+
+    /// Waits until the job has ended, and gives what its driver stored; `None` if it stored
+    /// nothing. A job that did not succeed is an error.
+    pub async fn result<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        let job = self.wait().await?;
+        if job.state != "succeeded" {
+            let reason = job.exit_reason.unwrap_or_else(|| "no reason is known".to_owned());
+            return Err(Error::User(format!("{} {}: {reason}", self.job, job.state)));
+        }
+        Ok(job.result_json.map(|text| serde_json::from_str(&text)).transpose()?)
+    }
+
+    /// Ends the job.
+    pub async fn stop(&self) -> Result<()> {
+        self.cluster
+            .control()
+            .mutate("stop a job", |mut api, stamp| {
+                let request = api::StopJobRequest { stamp: Some(stamp), job: self.job.0 };
+                async move { api.stop_job(request).await }
+            })
+            .await
+            .map(|api::Empty {}| ())
+    }
+
+    /// The driver's output from its beginning; with `follow`, until the job has ended.
+    pub async fn logs(&self, follow: bool) -> Result<LogStream> {
+        let request = api::JobLogsRequest { job: self.job.0, follow };
+        let chunks = self
+            .cluster
+            .control()
+            .once("read a job's log", |mut api| async move { api.job_logs(request).await })
+            .await?;
+        Ok(LogStream { chunks })
+    }
+}
+
+/// Whether a job is over.
+#[must_use]
+pub fn has_ended(job: &api::Job) -> bool {
+    matches!(job.state.as_str(), "succeeded" | "failed" | "stopped")
+}
+
+/// A job's output, piece by piece.
+pub struct LogStream {
+    chunks: tonic::Streaming<api::LogChunk>,
+}
+
+impl LogStream {
+    /// The next piece; `None` at the end.
+    pub async fn next_chunk(&mut self) -> Result<Option<Vec<u8>>> {
+        match self.chunks.message().await {
+            Ok(chunk) => Ok(chunk.map(|chunk| chunk.data)),
+            Err(status) => Err(status_error("read a job's log", &status, false)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_read_in_chunks_and_named_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("program");
+        let bytes: Vec<u8> = (0..CHUNK_BYTES + 10).map(|i| i as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let (blake3, size_bytes) = digest(&path).unwrap();
+        assert_eq!(blake3, blake3::hash(&bytes).to_hex().to_string());
+        let (sender, mut receiver) = mpsc::channel(8);
+        read_chunks(&path, &blake3, size_bytes, &sender).unwrap();
+        drop(sender);
+        let mut chunks = Vec::new();
+        while let Some(chunk) = receiver.blocking_recv() {
+            chunks.push(chunk);
+        }
+        let names: Vec<_> = chunks.iter().map(|c| (c.blake3.as_str(), c.size_bytes)).collect();
+        assert_eq!(names, [(blake3.as_str(), bytes.len() as u64), ("", 0)]);
+        let joined: Vec<u8> = chunks.into_iter().flat_map(|chunk| chunk.data).collect();
+        assert_eq!(joined, bytes);
+    }
+}

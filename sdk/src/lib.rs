@@ -1,0 +1,68 @@
+//! Mobula in ordinary Rust: actors that run on a cluster, called like local objects.
+//!
+//! ```no_run
+//! use mobula::prelude::*;
+//!
+//! struct Counter {
+//!     n: u64,
+//! }
+//!
+//! #[mobula::actor]
+//! impl Counter {
+//!     fn new(start: u64) -> Self {
+//!         Counter { n: start }
+//!     }
+//!     async fn add(&mut self, by: u64) -> u64 {
+//!         self.n += by;
+//!         self.n
+//!     }
+//! }
+//!
+//! #[mobula::main]
+//! async fn main(cluster: Cluster) -> mobula::Result<()> {
+//!     let counter =
+//!         cluster.actor(Counter::new(5)).name("counter").max_restarts(3).spawn().await?;
+//!     assert_eq!(counter.add(3).await?, 8);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! `cargo run` runs this as a job on a local cluster of its own; `mobula submit <binary>` runs the
+//! same binary on a real one. Either way a worker starts it again as the job's driver and as the
+//! host of its actors, in processes of their own.
+//!
+//! * [`cluster`]: the way in; [`control`]: the head's API under it.
+//! * [`actor`]: creating actors and referring to them; [`call`]: calling them.
+//! * [`job`]: programs that run on a cluster. [`process`]: what `#[mobula::main]` does;
+//!   [`embedded`]: a cluster for one program.
+//! * [`error`]: what can go wrong, and whether it took effect.
+//!
+//! Invariants:
+//! 1. A change is sent again only with the same stamp, a call only if it surely did not run.
+//! 2. Every error says whether what was asked for took effect: yes, no, or unknown.
+
+// The macros name this crate as `mobula`, also when they are used inside it.
+extern crate self as mobula;
+
+pub mod error;
+pub mod control;
+pub mod cluster;
+pub mod actor;
+pub mod call;
+pub mod job;
+pub mod process;
+pub mod embedded;
+pub mod prelude;
+
+#[doc(hidden)]
+#[path = "private.rs"]
+pub mod __private;
+
+pub use actor::{Actor, ActorRef, Init};
+pub use call::{Call, FallibleCall};
+pub use cluster::{Cluster, ContextExt};
+pub use error::{CallFailure, Error, Result};
+pub use job::JobHandle;
+pub use mobula_core as core;
+pub use mobula_host::{ActorContext, Notice};
+pub use mobula_macros::{actor, main};

@@ -1,0 +1,107 @@
+//! What the macros' code calls. No promise is made about any of it.
+
+use std::fmt::Display;
+
+use futures::future::BoxFuture;
+use mobula_core::codec;
+use mobula_core::error::Executed;
+pub use mobula_host::actor::{DynActor, MethodError};
+pub use mobula_host::inventory;
+pub use mobula_host::registry::{ActorType, ConstructError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::actor::{Actor, ActorRef, Init};
+use crate::call::{Call, FallibleCall};
+use crate::error::Error;
+
+/// What a registered constructor returns.
+pub type Constructing = BoxFuture<'static, Result<Box<dyn DynActor>, ConstructError>>;
+
+/// What dispatching a call returns.
+pub type Dispatching<'a> = BoxFuture<'a, Result<Vec<u8>, MethodError>>;
+
+/// What a hook returns.
+pub type Hook<'a> = BoxFuture<'a, ()>;
+
+/// Describes an actor by its constructor's arguments.
+pub fn init<A: Actor, T: Serialize>(arguments: &T) -> Init<A> {
+    Init::new(codec::encode(arguments).map_err(|error| {
+        Error::encoding(
+            format!("constructor arguments of {}", A::TYPE_NAME),
+            error,
+            Executed::No,
+        )
+    }))
+}
+
+/// Reads a constructor's arguments.
+pub fn constructor_arguments<T: DeserializeOwned>(init: &[u8]) -> Result<T, ConstructError> {
+    codec::decode(init, mobula_core::spec::INIT_LIMIT_BYTES)
+        .map_err(|error| ConstructError::BadArguments(error.to_string()))
+}
+
+/// Turns a constructor's own error into text.
+pub fn constructed<A, E: Display>(result: Result<A, E>) -> Result<A, ConstructError> {
+    result.map_err(|error| ConstructError::Failed(error.to_string()))
+}
+
+/// Reads a method's arguments.
+pub fn arguments<T: DeserializeOwned>(method: &str, bytes: &[u8]) -> Result<T, MethodError> {
+    codec::decode(bytes, bytes.len())
+        .map_err(|error| MethodError::BadCall(format!("arguments of `{method}`: {error}")))
+}
+
+/// Writes a method's value.
+pub fn value<T: Serialize>(method: &str, value: &T) -> Result<Vec<u8>, MethodError> {
+    codec::encode(value)
+        .map_err(|error| MethodError::ResultLost(format!("value of `{method}`: {error}")))
+}
+
+/// Writes a method's value, or its own error.
+pub fn outcome<T: Serialize, E: Serialize + Display>(
+    method: &str,
+    outcome: &Result<T, E>,
+) -> Result<Vec<u8>, MethodError> {
+    match outcome {
+        Ok(returned) => value(method, returned),
+        Err(error) => {
+            let payload = codec::encode(error).map_err(|reason| {
+                MethodError::ResultLost(format!("error of `{method}` ({error}): {reason}"))
+            })?;
+            Err(MethodError::User { payload, message: error.to_string() })
+        }
+    }
+}
+
+/// No such method.
+#[must_use]
+pub fn unknown_method<A: Actor>(method: &str) -> MethodError {
+    let name = A::TYPE_NAME;
+    MethodError::BadCall(format!(
+        "`{name}` has no method `{method}`; does the caller run another release of the program?"
+    ))
+}
+
+/// A call of a method that always returns a value.
+pub fn call<A: Actor, T, R>(actor: &ActorRef<A>, method: &'static str, arguments: &T) -> Call<R>
+where
+    T: Serialize,
+    R: DeserializeOwned + Send + 'static,
+{
+    Call::new(actor.untyped(), method, codec::encode(arguments))
+}
+
+/// A call of a method that returns a `Result`.
+pub fn fallible_call<A: Actor, T, R, E>(
+    actor: &ActorRef<A>,
+    method: &'static str,
+    arguments: &T,
+) -> FallibleCall<R, E>
+where
+    T: Serialize,
+    R: DeserializeOwned + Send + 'static,
+    E: DeserializeOwned + Send + 'static,
+{
+    FallibleCall::new(actor.untyped(), method, codec::encode(arguments))
+}

@@ -1,0 +1,174 @@
+//! A store that fails on purpose: for tests here and for chaos scenarios.
+//!
+//! Every operation that reaches the store has a number, from 0; faults are planned by number, so a
+//! run can be repeated with a crash at each of its steps in turn.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use futures::stream::{BoxStream, StreamExt};
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+};
+
+/// What happens to one operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It never reaches the store; the caller hears that the connection broke.
+    BeforeStore,
+    /// The store does it, and the reply is lost.
+    ReplyLost,
+    /// A write stores only this many bytes and reports success. Real stores must not do this;
+    /// the reader's hashes are what notices it.
+    Truncated(usize),
+}
+
+#[derive(Debug, Default)]
+struct Plan {
+    next: u64,
+    planned: BTreeMap<u64, Fault>,
+    crash_at: Option<(u64, Fault)>,
+}
+
+/// A store over another one, with planned faults. Clones share the plan.
+#[derive(Debug, Clone)]
+pub struct FaultStore {
+    inner: Arc<dyn ObjectStore>,
+    plan: Arc<Mutex<Plan>>,
+}
+
+impl FaultStore {
+    /// Passes everything on to `inner` until faults are planned.
+    pub fn new(inner: Arc<dyn ObjectStore>) -> Self {
+        FaultStore { inner, plan: Arc::default() }
+    }
+
+    /// Plans a fault for operation number `number`.
+    pub fn plan(&self, number: u64, fault: Fault) {
+        self.locked().planned.insert(number, fault);
+    }
+
+    /// The caller dies at operation number `number`: that one meets `fault`, and everything behind
+    /// it never reaches the store.
+    pub fn crash_at(&self, number: u64, fault: Fault) {
+        self.locked().crash_at = Some((number, fault));
+    }
+
+    /// Forgets all plans and counts from 0 again.
+    pub fn reset(&self) {
+        *self.locked() = Plan::default();
+    }
+
+    /// How many operations have been counted.
+    #[must_use]
+    pub fn operations(&self) -> u64 {
+        self.locked().next
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, Plan> {
+        self.plan.lock().expect("no code panics while it holds this lock")
+    }
+
+    fn next_fault(&self) -> Option<Fault> {
+        let mut plan = self.locked();
+        let number = plan.next;
+        plan.next += 1;
+        match plan.crash_at {
+            Some((at, fault)) if number == at => Some(fault),
+            Some((at, _)) if number > at => Some(Fault::BeforeStore),
+            _ => plan.planned.remove(&number),
+        }
+    }
+}
+
+fn broken_connection() -> object_store::Error {
+    object_store::Error::Generic {
+        store: "fault",
+        source: Box::new(io::Error::new(io::ErrorKind::ConnectionReset, "a planned fault")),
+    }
+}
+
+/// Runs `operation` under `fault`.
+async fn under<T>(fault: Option<Fault>, operation: impl Future<Output = Result<T>>) -> Result<T> {
+    match fault {
+        Some(Fault::BeforeStore) => Err(broken_connection()),
+        Some(Fault::ReplyLost) => operation.await.and_then(|_| Err(broken_connection())),
+        Some(Fault::Truncated(_)) | None => operation.await,
+    }
+}
+
+impl fmt::Display for FaultStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FaultStore({})", self.inner)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for FaultStore {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> Result<PutResult> {
+        let fault = self.next_fault();
+        let payload = match fault {
+            Some(Fault::Truncated(kept)) => {
+                let bytes = bytes::Bytes::from(payload);
+                PutPayload::from(bytes.slice(..kept.min(bytes.len())))
+            }
+            _ => payload,
+        };
+        under(fault, self.inner.put_opts(location, payload, options)).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        under(self.next_fault(), self.inner.put_multipart_opts(location, options)).await
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        under(self.next_fault(), self.inner.get_opts(location, options)).await
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
+        let this = self.clone();
+        locations
+            .then(move |location| {
+                let this = this.clone();
+                async move {
+                    let location = location?;
+                    under(this.next_fault(), this.inner.delete(&location)).await.map(|()| location)
+                }
+            })
+            .boxed()
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        match self.next_fault() {
+            Some(Fault::BeforeStore | Fault::ReplyLost) => {
+                futures::stream::once(async { Err(broken_connection()) }).boxed()
+            }
+            _ => self.inner.list(prefix),
+        }
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        under(self.next_fault(), self.inner.list_with_delimiter(prefix)).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        under(self.next_fault(), self.inner.copy_opts(from, to, options)).await
+    }
+}

@@ -1,0 +1,17 @@
+//! Mobula's bytes at rest: what the head keeps on its disk, and what anyone keeps in an object
+//! store.
+//!
+//! * On a head: an ordered key-value [`engine`] (RocksDB, or memory in tests); the [`raft_log`] and
+//!   the replicated [`tables`] on it; a [`snapshot`] of the tables as a checked stream of bytes.
+//! * Anywhere: a [`blob`] store (files or S3); in it [`checkpoint`]s of jobs, fenced and verified,
+//!   and [`artifact`]s, addressed by what they hold.
+//!
+//! Invariants:
+//! 1. Nothing that is read back is believed before its checksum or hash is verified, except what
+//!    the engine has checked itself.
+//! 2. No scheduling and no networking in here: this crate is told what to keep.
+
+pub mod engine;
+pub mod raft_log;
+pub mod snapshot;
+pub mod tables;

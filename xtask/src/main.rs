@@ -1,0 +1,73 @@
+//! `cargo xtask`: the two commands a newcomer needs, `demo` and `test`, and `doctor`.
+//!
+//! Invariants:
+//! 1. No dependencies. This crate compiles in seconds on a machine that has only Rust, and only
+//!    then looks for what the rest needs.
+//! 2. One build. Every cargo command here selects packages and features the same way (see
+//!    [`workspace::SHARED_BUILD`]), so that the dependencies are compiled once for all of them.
+//! 3. No silent change to the machine. A package is installed only through apt-get, only with
+//!    rights that are already there, and the command is printed first.
+
+mod commands;
+mod install;
+mod libclang;
+mod progress;
+mod requirements;
+mod steps;
+mod workspace;
+
+use std::process::ExitCode;
+
+/// Exit status for a wrong command line, or for a machine that lacks something.
+const EXIT_USAGE_OR_MISSING: u8 = 2;
+
+const HELP: &str = "\
+usage: cargo xtask <command>
+
+commands:
+  demo [args]     build mobula and run `mobula demo [args]`: a whole cluster on this machine
+                  trains, survives a preemption, serves and detects drift
+  test [--quick]  every check: format, clippy, docs, unit, property and process-level tests,
+                  doc tests, dependency policy; --quick leaves out docs and process-level tests
+  doctor          say what this machine has and lacks, and how to install the rest
+  help            this text
+
+environment:
+  CARGO_TARGET_DIR   where build output goes (default: $HOME/.cache/mobula/target, so that every
+                     checkout shares one build of the dependencies)
+  MOBULA_NO_INSTALL  if set, nothing is installed: missing packages are only named
+
+exit status: 0 all well; 1 a check failed; 2 wrong command line, or something is missing;
+             `demo` passes on the status of `mobula demo`";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let Some((command, rest)) = arguments.split_first() else {
+        eprintln!("{HELP}");
+        return ExitCode::from(EXIT_USAGE_OR_MISSING);
+    };
+    match (command.as_str(), rest) {
+        ("demo", demo_arguments) => commands::demo(demo_arguments),
+        ("test", []) => commands::test(commands::TestScope::Full),
+        ("test", [flag]) if flag == "--quick" => commands::test(commands::TestScope::Quick),
+        ("doctor", []) => commands::doctor(),
+        ("help" | "--help" | "-h", _) => {
+            println!("{HELP}");
+            ExitCode::SUCCESS
+        }
+        ("test" | "doctor", [help, ..]) if help == "--help" || help == "-h" => {
+            println!("{HELP}");
+            ExitCode::SUCCESS
+        }
+        ("test" | "doctor", unexpected) => usage_error(&format!(
+            "`{command}` does not take `{}`",
+            unexpected.join(" ")
+        )),
+        (unknown, _) => usage_error(&format!("unknown command `{unknown}`")),
+    }
+}
+
+fn usage_error(message: &str) -> ExitCode {
+    eprintln!("error: {message}\n\n{HELP}");
+    ExitCode::from(EXIT_USAGE_OR_MISSING)
+}
