@@ -1,2 +1,4 @@
 //! mobula-actors
 pub mod training;
+pub mod drift;
+pub mod serving;

@@ -228,6 +228,11 @@ fn alone_verdict(checks: &[(NodeVerdict, Option<Unfit>)]) -> (String, String) {
     );
     let next_step = if may_pass > 0 {
         format!("wait until something ends on one of {may_pass} nodes, or add a worker")
+    } else if checks
+        .iter()
+        .any(|(_, u)| u.as_ref().is_some_and(Unfit::may_be_withdrawn))
+    {
+        "add a worker, or take back the draining or the notice of a node".to_owned()
     } else {
         "no present node can ever take it as they are: change what it asks for, or add a worker \
          that offers it"

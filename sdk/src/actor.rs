@@ -1,33 +1,26 @@
 //! Creating actors, and referring to them.
 //!
 //! Invariants:
-//! 1. A reference names an actor over all its restarts; where it lives now is looked up and kept.
-//! 2. A call whose answer says *not executed* is sent to the actor's present start, within the
-//!    call's time; every other failure is the caller's to judge.
-//! 3. Calls through one reference enter the transport in the order in which they began.
+//! 1. A reference names an actor over all its restarts, and can be sent anywhere in the cluster.
+//! 2. Nothing is created before `spawn`, and then exactly once.
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::Arc;
 use std::time::Duration;
 
-use mobula_core::error::{CallError, Executed};
-use mobula_core::id::{ActorId, Incarnation, NodeId};
+use mobula_core::error::Executed;
+use mobula_core::id::ActorId;
 use mobula_core::label::Requirement;
-use mobula_core::order::ActorAddress;
 use mobula_core::resource::Resources;
 use mobula_core::spec::{
     ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, PlacementPolicy, RestartPolicy, SpreadKey,
     Strategy,
 };
-use mobula_host::client::PendingCall;
-use mobula_host::mailbox::Deadline;
-use mobula_wire::control as api;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use tokio::time::Instant;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
+use crate::reference::UntypedRef;
 
 /// A type that `#[mobula::actor]` has made an actor.
 pub trait Actor: Send + 'static {
@@ -43,7 +36,35 @@ pub struct Init<A> {
 
 impl<A> Init<A> {
     pub(crate) fn new(encoded: Result<Vec<u8>>) -> Self {
-        Init { encoded, actor: PhantomData }
+        Init {
+            encoded,
+            actor: PhantomData,
+        }
+    }
+}
+
+impl<A: Actor> Init<A> {
+    /// The actor's specification with nothing asked for yet, as a controller in a head needs it.
+    pub fn into_spec(self) -> Result<ActorSpec> {
+        Ok(ActorSpec {
+            init: self.encoded?,
+            ..empty_spec::<A>()
+        })
+    }
+}
+
+fn empty_spec<A: Actor>() -> ActorSpec {
+    ActorSpec {
+        kind: ActorKind::Actor {
+            type_name: A::TYPE_NAME.to_owned(),
+        },
+        name: None,
+        init: Vec::new(),
+        resources: Resources::default(),
+        placement: PlacementPolicy::default(),
+        restart: RestartPolicy::NEVER,
+        isolated: false,
+        mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
     }
 }
 
@@ -58,17 +79,13 @@ pub struct ActorBuilder<A> {
 
 impl<A: Actor> ActorBuilder<A> {
     pub(crate) fn new(cluster: Cluster, init: Init<A>) -> Self {
-        let spec = ActorSpec {
-            kind: ActorKind::Actor { type_name: A::TYPE_NAME.to_owned() },
-            name: None,
-            init: Vec::new(),
-            resources: Resources::default(),
-            placement: PlacementPolicy::default(),
-            restart: RestartPolicy::NEVER,
-            isolated: false,
-            mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
-        };
-        ActorBuilder { cluster, init, spec, get_or_create: false }
+        let spec = empty_spec::<A>();
+        ActorBuilder {
+            cluster,
+            init,
+            spec,
+            get_or_create: false,
+        }
     }
 
     /// A name, unique within the job, by which [`Cluster::get_actor`] finds it.
@@ -130,7 +147,10 @@ impl<A: Actor> ActorBuilder<A> {
     }
 
     fn spread_key(mut self, key: impl Into<String>, strict: bool) -> Self {
-        self.spec.placement.spread_key = Some(SpreadKey { key: key.into(), strict });
+        self.spec.placement.spread_key = Some(SpreadKey {
+            key: key.into(),
+            strict,
+        });
         self
     }
 
@@ -167,8 +187,13 @@ impl<A: Actor> ActorBuilder<A> {
     /// Creates it. It may still be pending when this returns: calls wait for it.
     pub async fn spawn(self) -> Result<ActorRef<A>> {
         let (cluster, get_or_create) = (self.cluster.clone(), self.get_or_create);
-        let created = cluster.create_actors(vec![self.finish()?], false, get_or_create).await?;
-        let id = created.first().copied().ok_or_else(|| missing("an actor"))?;
+        let created = cluster
+            .create_actors(vec![self.finish()?], false, get_or_create)
+            .await?;
+        let id = created
+            .first()
+            .copied()
+            .ok_or_else(|| missing("an actor"))?;
         Ok(ActorRef::from_id(&cluster, id))
     }
 
@@ -178,7 +203,7 @@ impl<A: Actor> ActorBuilder<A> {
     }
 }
 
-fn milli(amount: f64) -> u64 {
+pub(crate) fn milli(amount: f64) -> u64 {
     // Saturates for what is negative, too large or not a number; the head checks the rest.
     (amount * 1000.0).round() as u64
 }
@@ -208,12 +233,19 @@ impl<A: Actor> GroupBuilder<A> {
     pub async fn spawn(self) -> Result<Vec<ActorRef<A>>> {
         let cluster = self.cluster;
         let count = self.members.len();
-        let specs = self.members.into_iter().map(ActorBuilder::finish).collect::<Result<_>>()?;
+        let specs = self
+            .members
+            .into_iter()
+            .map(ActorBuilder::finish)
+            .collect::<Result<_>>()?;
         let created = cluster.create_actors(specs, true, false).await?;
         if created.len() != count {
             return Err(missing("a member of the group"));
         }
-        Ok(created.into_iter().map(|id| ActorRef::from_id(&cluster, id)).collect())
+        Ok(created
+            .into_iter()
+            .map(|id| ActorRef::from_id(&cluster, id))
+            .collect())
     }
 }
 
@@ -227,7 +259,10 @@ impl<A: Actor> ActorRef<A> {
     /// A reference by id; whether there is such an actor shows with the first call.
     #[must_use]
     pub fn from_id(cluster: &Cluster, id: ActorId) -> Self {
-        ActorRef { untyped: UntypedRef::new(id, Some(cluster.clone())), actor: PhantomData }
+        ActorRef {
+            untyped: UntypedRef::new(id, Some(cluster.clone())),
+            actor: PhantomData,
+        }
     }
 
     pub(crate) fn untyped(&self) -> UntypedRef {
@@ -239,18 +274,24 @@ impl<A> ActorRef<A> {
     /// The actor.
     #[must_use]
     pub fn actor_id(&self) -> ActorId {
-        self.untyped.0.id
+        self.untyped.id()
     }
 
     /// Ends the actor for good: it may take `grace` to finish and tidy up.
     pub async fn stop_actor(&self, grace: Duration) -> Result<()> {
-        self.untyped.cluster()?.stop_actor(self.actor_id(), grace).await
+        self.untyped
+            .cluster()?
+            .stop_actor(self.actor_id(), grace)
+            .await
     }
 }
 
 impl<A> Clone for ActorRef<A> {
     fn clone(&self) -> Self {
-        ActorRef { untyped: self.untyped.clone(), actor: PhantomData }
+        ActorRef {
+            untyped: self.untyped.clone(),
+            actor: PhantomData,
+        }
     }
 }
 
@@ -270,205 +311,16 @@ impl<A> Serialize for ActorRef<A> {
 impl<'de, A> Deserialize<'de> for ActorRef<A> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         let id = ActorId::deserialize(deserializer)?;
-        Ok(ActorRef { untyped: UntypedRef::new(id, None), actor: PhantomData })
+        Ok(ActorRef {
+            untyped: UntypedRef::new(id, None),
+            actor: PhantomData,
+        })
     }
-}
-
-/// How long one question to the head waits for a restarted actor before we look again.
-const RESOLVE_WAIT: Duration = Duration::from_secs(5);
-
-/// How long an actor that the head calls running may stay out of reach before a call without a
-/// timeout gives up; a lost node is replaced well before.
-const UNREACHABLE_MAX: Duration = Duration::from_secs(60);
-
-/// How long to wait for a newer start before the same one is tried again.
-const SAME_START_WAIT: Duration = Duration::from_millis(500);
-
-/// A reference without the actor's type.
-#[derive(Clone)]
-pub(crate) struct UntypedRef(Arc<RefInner>);
-
-struct RefInner {
-    id: ActorId,
-    cluster: Option<Cluster>,
-    /// Held while a call is put on its way, so that calls keep their order.
-    route: tokio::sync::Mutex<Route>,
-}
-
-#[derive(Default)]
-struct Route {
-    address: Option<ActorAddress>,
-    /// A start that did not take a call; a newer one is hoped for.
-    failed: Option<Incarnation>,
-}
-
-impl UntypedRef {
-    fn new(id: ActorId, cluster: Option<Cluster>) -> Self {
-        UntypedRef(Arc::new(RefInner { id, cluster, route: tokio::sync::Mutex::default() }))
-    }
-
-    fn cluster(&self) -> Result<Cluster> {
-        match &self.0.cluster {
-            Some(cluster) => Ok(cluster.clone()),
-            None => Cluster::current().ok_or_else(|| {
-                Error::NotInCluster(format!(
-                    "{} was received outside a cluster's process: use ActorRef::from_id with a \
-                     connected cluster",
-                    self.0.id
-                ))
-            }),
-        }
-    }
-
-    pub(crate) async fn call(
-        &self,
-        method: &'static str,
-        arguments: Vec<u8>,
-        timeout: Option<Duration>,
-    ) -> Result<Vec<u8>> {
-        let cluster = self.cluster()?;
-        let deadline = timeout.and_then(|timeout| {
-            let limit_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-            Some(Deadline { at: Instant::now().checked_add(timeout)?, limit_ms })
-        });
-        let mut unreachable_since: Option<(Incarnation, Instant)> = None;
-        loop {
-            // Within the deadline: the call has not begun, so giving up is harmless.
-            let starting = self.start(&cluster, method, &arguments, deadline);
-            let (start, pending) = match deadline {
-                None => starting.await?,
-                Some(limit) => tokio::time::timeout_at(limit.at, starting).await.map_err(|_| {
-                    CallError::DeadlineExceeded {
-                        actor: self.0.id.to_string(),
-                        limit_ms: limit.limit_ms,
-                        executed: Executed::No,
-                    }
-                })??,
-            };
-            let error = match pending.answer().await {
-                Ok(value) => return Ok(value),
-                Err(error) => error,
-            };
-            if !matches!(error, CallError::ActorUnavailable { .. } | CallError::Panicked(_)) {
-                return Err(error.into());
-            }
-            self.mark_failed(start).await;
-            if !matches!(error, CallError::ActorUnavailable { executed: Executed::No, .. }) {
-                return Err(error.into());
-            }
-            let since = match unreachable_since {
-                Some((same, since)) if same == start => since,
-                _ => Instant::now(),
-            };
-            if since.elapsed() > UNREACHABLE_MAX {
-                return Err(error.into());
-            }
-            unreachable_since = Some((start, since));
-        }
-    }
-
-    /// Puts a call on its way to the actor's present start, and says which that is.
-    async fn start(
-        &self,
-        cluster: &Cluster,
-        method: &'static str,
-        arguments: &[u8],
-        deadline: Option<Deadline>,
-    ) -> Result<(Incarnation, PendingCall)> {
-        let calls = cluster.calls().await?;
-        let mut route = self.0.route.lock().await;
-        let address = match &route.address {
-            Some(address) => address.clone(),
-            None => {
-                let address = resolve(cluster, self.0.id, route.failed).await?;
-                route.address.insert(address).clone()
-            }
-        };
-        let pending = calls.start(&address, method, arguments.to_vec(), deadline).await;
-        drop(route);
-        Ok((address.incarnation, pending))
-    }
-
-    async fn mark_failed(&self, start: Incarnation) {
-        let mut route = self.0.route.lock().await;
-        if route.address.as_ref().is_some_and(|address| address.incarnation == start) {
-            route.address = None;
-        }
-        route.failed = route.failed.max(Some(start));
-    }
-}
-
-/// Where an actor takes calls now. After `failed` a newer start is waited for a little, in case the
-/// head has not yet seen the end of that one.
-async fn resolve(
-    cluster: &Cluster,
-    id: ActorId,
-    failed: Option<Incarnation>,
-) -> Result<ActorAddress> {
-    let (mut after, mut wait) = match failed {
-        Some(failed) => (failed.0, SAME_START_WAIT),
-        None => (0, RESOLVE_WAIT),
-    };
-    loop {
-        let actor = cluster.resolve_actor(id, Incarnation(after), wait).await?;
-        if let Some(address) = address_of(id, &actor)? {
-            return Ok(address);
-        }
-        // It is on its way: whatever start comes will do, and the head tells us when.
-        (after, wait) = (failed.map_or(0, |failed| failed.0), RESOLVE_WAIT);
-    }
-}
-
-/// The address in the head's answer; `None` while the actor is on its way.
-fn address_of(id: ActorId, actor: &api::Actor) -> Result<Option<ActorAddress>> {
-    if actor.state == "ended" {
-        return Err(Error::Call(CallError::ActorDied {
-            actor: id.to_string(),
-            reason: actor.exit_reason.clone().unwrap_or_else(|| "no reason is known".to_owned()),
-            executed: Executed::No,
-        }));
-    }
-    let (Some(node), Some(incarnation), Some(call_address)) =
-        (actor.node, actor.incarnation, actor.call_address.clone())
-    else {
-        return Ok(None);
-    };
-    if actor.state != "running" && actor.state != "stopping" {
-        return Ok(None);
-    }
-    Ok(Some(ActorAddress {
-        actor: id,
-        incarnation: Incarnation(incarnation),
-        node: NodeId(node),
-        call_address,
-    }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_address_is_taken_from_what_runs_only() {
-        let running = api::Actor {
-            state: "running".into(),
-            node: Some(2),
-            incarnation: Some(9),
-            call_address: Some("127.0.0.1:5".into()),
-            ..Default::default()
-        };
-        let address = address_of(ActorId(1), &running).unwrap().unwrap();
-        assert_eq!((address.incarnation, address.node), (Incarnation(9), NodeId(2)));
-        let assigned = api::Actor { state: "assigned".into(), ..running.clone() };
-        assert_eq!(address_of(ActorId(1), &assigned).unwrap(), None);
-        let ended = api::Actor {
-            state: "ended".into(),
-            exit_reason: Some("panicked: x".into()),
-            ..running
-        };
-        let error = address_of(ActorId(1), &ended).unwrap_err();
-        assert_eq!(error.to_string(), "actor-1 has ended: panicked: x (not executed)");
-    }
 
     #[test]
     fn amounts_become_thousandths() {

@@ -14,8 +14,8 @@ use mobula_core::codec::{self, EncodeError};
 use mobula_core::error::{CallError, Executed};
 use serde::de::DeserializeOwned;
 
-use crate::actor::UntypedRef;
 use crate::error::{CallFailure, Error, Result};
+use crate::reference::UntypedRef;
 
 struct Prepared {
     target: UntypedRef,
@@ -33,18 +33,24 @@ impl Prepared {
         let arguments = arguments.map_err(|error| {
             Error::encoding(format!("arguments of `{method}`"), error, Executed::No)
         });
-        Prepared { target, method, arguments, timeout: None }
+        Prepared {
+            target,
+            method,
+            arguments,
+            timeout: None,
+        }
     }
 
     async fn run(self) -> Result<Vec<u8>> {
-        self.target.call(self.method, self.arguments?, self.timeout).await
+        self.target
+            .call(self.method, self.arguments?, self.timeout)
+            .await
     }
 }
 
 fn decoded<T: DeserializeOwned>(method: &str, bytes: &[u8]) -> Result<T> {
-    codec::decode(bytes, bytes.len()).map_err(|error| {
-        Error::encoding(format!("value of `{method}`"), error, Executed::Yes)
-    })
+    codec::decode(bytes, bytes.len())
+        .map_err(|error| Error::encoding(format!("value of `{method}`"), error, Executed::Yes))
 }
 
 /// A call of a method that always returns a value: await it.
@@ -60,7 +66,10 @@ impl<T> Call<T> {
         method: &'static str,
         arguments: std::result::Result<Vec<u8>, EncodeError>,
     ) -> Self {
-        Call { prepared: Prepared::new(target, method, arguments), value: PhantomData }
+        Call {
+            prepared: Prepared::new(target, method, arguments),
+            value: PhantomData,
+        }
     }
 
     /// Gives up when there is no answer after `timeout`, which counts from the first await and
@@ -97,7 +106,10 @@ impl<T, E> FallibleCall<T, E> {
         method: &'static str,
         arguments: std::result::Result<Vec<u8>, EncodeError>,
     ) -> Self {
-        FallibleCall { prepared: Prepared::new(target, method, arguments), outcome: PhantomData }
+        FallibleCall {
+            prepared: Prepared::new(target, method, arguments),
+            outcome: PhantomData,
+        }
     }
 
     /// As [`Call::timeout`].

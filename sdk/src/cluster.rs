@@ -1,12 +1,8 @@
-//! The way into a cluster: from outside with a token, from inside with the process's certificate.
+//! A cluster and what can be asked of it: actors, jobs, modules.
 //!
-//! Invariants:
-//! 1. A process that an agent started uses its own certificate and its own job; it never needs a
-//!    token.
-//! 2. From outside, calls to actors use a certificate that the token is exchanged for, on first
-//!    use.
+//! Invariant: whatever changes something goes through [`Control::mutate`], and so takes effect
+//! once.
 
-use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,157 +13,49 @@ use mobula_core::id::{ActorId, Incarnation, JobId};
 use mobula_core::spec::ActorSpec;
 use mobula_host::client::CallClient;
 use mobula_host::{ActorContext, HostRuntime, Notice};
-use mobula_net::endpoint::Endpoint;
-use mobula_net::identity::{Credentials, PrivateKey, Token};
-use mobula_net::tcp::ClientTls;
 use mobula_wire::control as api;
 use mobula_wire::host::HostRole;
 use mobula_wire::session::StorageLocation;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::sync::{OnceCell, watch};
 
 use crate::actor::{Actor, ActorBuilder, ActorRef, GroupBuilder, Init};
-use crate::control::{Access, Control};
+use crate::control::Control;
 use crate::embedded::LocalCluster;
 use crate::error::{Error, Result};
 use crate::job::{JobBuilder, JobHandle};
 
-/// How long a program inside the cluster goes on without any head: as long as actors must.
-const RETRY_WINDOW_INSIDE: Duration = Duration::from_secs(600);
-
-/// How long a person's program waits for a head.
-const RETRY_WINDOW_OUTSIDE: Duration = Duration::from_secs(15);
-
-/// The file in a data directory that says where the cluster is.
-pub const CLUSTER_FILE: &str = "cluster.json";
-
-/// The file in a data directory that holds the client token.
-pub const CLIENT_TOKEN_FILE: &str = "tokens/client.token";
-
 /// A cluster, and in it a job, as far as the process has one. Clones are the same.
 #[derive(Clone)]
 pub struct Cluster {
-    inner: Arc<ClusterInner>,
-    job: Option<JobId>,
+    pub(crate) inner: Arc<ClusterInner>,
+    pub(crate) job: Option<JobId>,
 }
 
-struct ClusterInner {
-    control: Control,
-    place: Place,
+pub(crate) struct ClusterInner {
+    pub(crate) control: Control,
+    pub(crate) place: Place,
     /// A cluster of our own, which ends with the last clone.
-    embedded: Option<LocalCluster>,
+    pub(crate) embedded: Option<LocalCluster>,
 }
 
-enum Place {
+/// How the process came to the cluster.
+pub(crate) enum Place {
     Inside(Arc<HostRuntime>),
-    Outside { token: String, calls: OnceCell<CallClient> },
-}
-
-/// What we read of `cluster.json`; there is more in it for people and tools.
-#[derive(Deserialize)]
-struct ClusterFile {
-    #[serde(default)]
-    api_addresses: Vec<String>,
+    Outside {
+        token: String,
+        calls: OnceCell<CallClient>,
+    },
 }
 
 impl Cluster {
-    /// The cluster whose head answers at `address` (`ip:port`), with a client token.
-    pub async fn connect(address: &str, token: &str) -> Result<Self> {
-        Cluster::connect_to_any(vec![address.to_owned()], token).await
-    }
-
-    /// The cluster of which some head answers at one of `addresses`, with a client token.
-    pub async fn connect_to_any(addresses: Vec<String>, token: &str) -> Result<Self> {
-        let cluster = Cluster::outside(&addresses, token, None)?;
-        // A wrong address or token should show here and not at some later operation.
-        cluster.status().await?;
-        Ok(cluster)
-    }
-
-    /// The cluster that keeps its data in `directory`, by the files that it left there.
-    pub async fn from_data_dir(directory: &Path) -> Result<Self> {
-        let cluster = Cluster::of_data_dir(directory, None)?;
-        cluster.status().await?;
-        Ok(cluster)
-    }
-
-    /// A local cluster of this program's own, which ends with the last clone of the value.
-    pub async fn embedded() -> Result<Self> {
-        let local = LocalCluster::start().await?;
-        let directory = local.directory().to_owned();
-        let cluster = Cluster::of_data_dir(&directory, Some(local))?;
-        cluster.status().await?;
-        Ok(cluster)
-    }
-
-    /// The cluster of this process, if an agent started it.
-    #[must_use]
-    pub fn current() -> Option<Cluster> {
-        HostRuntime::current().and_then(|runtime| Cluster::of_runtime(&runtime).ok())
-    }
-
-    pub(crate) fn of_runtime(runtime: &Arc<HostRuntime>) -> Result<Self> {
-        let made = runtime.extension(|| Arc::new(Cluster::inside(Arc::clone(runtime))));
-        made.downcast_ref::<Result<Cluster>>()
-            .cloned()
-            .unwrap_or_else(|| Err(Error::NotInCluster("the process uses another SDK".to_owned())))
-    }
-
-    fn inside(runtime: Arc<HostRuntime>) -> Result<Self> {
-        let info = runtime.info();
-        let credentials = runtime.credentials().cloned().ok_or_else(|| {
-            Error::NotInCluster("this process has no certificate of a cluster".to_owned())
-        })?;
-        let control = Control::new(Access {
-            addresses: parsed(&info.api_addresses)?,
-            tls: ClientTls::Mutual(credentials),
-            token: None,
-            client_name: format!("{} {} on {}", info.job, info.host, info.node_name),
-            retry_window: RETRY_WINDOW_INSIDE,
-        })?;
-        let job = Some(info.job);
-        let inner = ClusterInner { control, place: Place::Inside(runtime), embedded: None };
-        Ok(Cluster { inner: Arc::new(inner), job })
-    }
-
-    fn of_data_dir(directory: &Path, embedded: Option<LocalCluster>) -> Result<Self> {
-        let read = |name: &str| {
-            let path = directory.join(name);
-            std::fs::read_to_string(&path).map_err(|error| {
-                Error::setup(
-                    format!("{}", path.display()),
-                    format!("{error}; is this the data directory of a running cluster?"),
-                )
-            })
-        };
-        let file: ClusterFile = serde_json::from_str(&read(CLUSTER_FILE)?).map_err(|error| {
-            Error::setup(format!("{}", directory.join(CLUSTER_FILE).display()), error)
-        })?;
-        Cluster::outside(&file.api_addresses, read(CLIENT_TOKEN_FILE)?.trim(), embedded)
-    }
-
-    fn outside(
-        addresses: &[String],
-        token: &str,
-        embedded: Option<LocalCluster>,
-    ) -> Result<Self> {
-        let parsed_token =
-            Token::parse(token).map_err(|error| Error::setup("client token", error))?;
-        let control = Control::new(Access {
-            addresses: parsed(addresses)?,
-            tls: ClientTls::Pinned(parsed_token.ca_key_hash()),
-            token: Some(token.to_owned()),
-            client_name: format!("client pid {}", std::process::id()),
-            retry_window: RETRY_WINDOW_OUTSIDE,
-        })?;
-        let place = Place::Outside { token: token.to_owned(), calls: OnceCell::new() };
-        Ok(Cluster { inner: Arc::new(ClusterInner { control, place, embedded }), job: None })
-    }
-
     /// The same cluster, with everything done for `job`.
     #[must_use]
     pub fn in_job(&self, job: JobId) -> Cluster {
-        Cluster { inner: Arc::clone(&self.inner), job: Some(job) }
+        Cluster {
+            inner: Arc::clone(&self.inner),
+            job: Some(job),
+        }
     }
 
     /// The job that actors are created for.
@@ -214,6 +102,18 @@ impl Cluster {
         }
     }
 
+    /// The job's driver and which start of it, if this process is that: the incarnation is the
+    /// fencing token of what it does outside the cluster.
+    #[must_use]
+    pub fn driver(&self) -> Option<(ActorId, Incarnation)> {
+        match self.runtime()?.info().role {
+            HostRole::Driver {
+                actor, incarnation, ..
+            } => Some((actor, incarnation)),
+            HostRole::Actors => None,
+        }
+    }
+
     fn runtime(&self) -> Option<&Arc<HostRuntime>> {
         match &self.inner.place {
             Place::Inside(runtime) => Some(runtime),
@@ -234,7 +134,9 @@ impl Cluster {
     /// What the cluster is and how it does.
     pub async fn status(&self) -> Result<api::StatusReply> {
         self.control()
-            .read("status", |mut api| async move { api.status(api::StatusRequest {}).await })
+            .read("status", |mut api| async move {
+                api.status(api::StatusRequest {}).await
+            })
             .await
     }
 
@@ -257,10 +159,16 @@ impl Cluster {
         let actor = self
             .control()
             .read("find an actor", |mut api| {
-                let named = api::NamedActor { job: job.0, name: name.to_owned() };
+                let named = api::NamedActor {
+                    job: job.0,
+                    name: name.to_owned(),
+                };
                 let target = Some(api::resolve_actor_request::Target::Named(named));
-                let request =
-                    api::ResolveActorRequest { target, after_incarnation: 0, timeout_ms: 0 };
+                let request = api::ResolveActorRequest {
+                    target,
+                    after_incarnation: 0,
+                    timeout_ms: 0,
+                };
                 async move { api.resolve_actor(request).await }
             })
             .await?;
@@ -325,10 +233,14 @@ impl Cluster {
 
     /// The actors of one job, or of all.
     pub async fn list_actors(&self, job: Option<JobId>) -> Result<Vec<api::Actor>> {
-        let request = api::ListActorsRequest { job: job.map(|job| job.0) };
+        let request = api::ListActorsRequest {
+            job: job.map(|job| job.0),
+        };
         let reply = self
             .control()
-            .read("list actors", |mut api| async move { api.list_actors(request).await })
+            .read("list actors", |mut api| async move {
+                api.list_actors(request).await
+            })
             .await?;
         Ok(reply.actors)
     }
@@ -366,9 +278,16 @@ impl Cluster {
     /// Stores the job's result as JSON; only its driver may, and the last one counts.
     pub async fn set_result<T: Serialize + ?Sized>(&self, result: &T) -> Result<()> {
         let role = self.runtime().map(|runtime| runtime.info().role.clone());
-        let (Some(HostRole::Driver { actor, incarnation, .. }), Some(job)) = (role, self.job)
+        let (
+            Some(HostRole::Driver {
+                actor, incarnation, ..
+            }),
+            Some(job),
+        ) = (role, self.job)
         else {
-            return Err(Error::NotInCluster("only a job's driver can store its result".to_owned()));
+            return Err(Error::NotInCluster(
+                "only a job's driver can store its result".to_owned(),
+            ));
         };
         let result_json = serde_json::to_string(result)?;
         self.control()
@@ -407,8 +326,10 @@ impl Cluster {
         let reply = self
             .control()
             .read("ask a module", |mut api| {
-                let request =
-                    api::QueryRequest { module: u32::from(module.0), payload: payload.clone() };
+                let request = api::QueryRequest {
+                    module: u32::from(module.0),
+                    payload: payload.clone(),
+                };
                 async move { api.query(request).await }
             })
             .await?;
@@ -425,7 +346,9 @@ impl Cluster {
         };
         let reply = self
             .control()
-            .read("wait for a module", |mut api| async move { api.wait_module(request).await })
+            .read("wait for a module", |mut api| async move {
+                api.wait_module(request).await
+            })
             .await?;
         Ok(reply.revision)
     }
@@ -445,7 +368,9 @@ impl Cluster {
     pub async fn list_jobs(&self) -> Result<Vec<api::Job>> {
         let reply = self
             .control()
-            .read("list jobs", |mut api| async move { api.list_jobs(api::ListJobsRequest {}).await })
+            .read("list jobs", |mut api| async move {
+                api.list_jobs(api::ListJobsRequest {}).await
+            })
             .await?;
         Ok(reply.jobs)
     }
@@ -461,33 +386,6 @@ impl Cluster {
             }
         }
     }
-
-    async fn join(&self, token: &str) -> Result<CallClient> {
-        let failed = |error: &dyn std::fmt::Display| Error::setup("client certificate", error);
-        let key = PrivateKey::generate().map_err(|error| failed(&error))?;
-        let request = api::JoinRequest {
-            token: token.to_owned(),
-            csr_pem: key.certificate_request().map_err(|error| failed(&error))?,
-            name: format!("client-{}", std::process::id()),
-        };
-        let reply = self
-            .control()
-            .read("join as a client", |mut api| {
-                let request = request.clone();
-                async move { api.join(request).await }
-            })
-            .await?;
-        let credentials = Credentials::new(&reply.certificate_pem, key, &reply.ca_pem)
-            .map_err(|error| failed(&error))?;
-        let head = self.control().addresses()[0];
-        let endpoint = local_ip_towards(head)
-            .map_err(|error| error.to_string())
-            .and_then(|address| {
-                Endpoint::bind_client(address, &credentials).map_err(|error| error.to_string())
-            })
-            .map_err(|reason| Error::setup("endpoint for calls", reason))?;
-        Ok(CallClient::new(endpoint, None))
-    }
 }
 
 impl std::fmt::Debug for Cluster {
@@ -499,31 +397,8 @@ impl std::fmt::Debug for Cluster {
     }
 }
 
-fn parsed(addresses: &[String]) -> Result<Vec<SocketAddr>> {
-    addresses
-        .iter()
-        .map(|text| {
-            text.parse().map_err(|_| {
-                Error::setup("control API", format!("`{text}` is not an address (ip:port)"))
-            })
-        })
-        .collect()
-}
-
 pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Our own address on the way to `target`, with any free port: actors run where the heads are.
-fn local_ip_towards(target: SocketAddr) -> std::io::Result<SocketAddr> {
-    let any: SocketAddr = match target {
-        SocketAddr::V4(_) => ([0, 0, 0, 0], 0).into(),
-        SocketAddr::V6(_) => ([0u16; 8], 0).into(),
-    };
-    let probe = UdpSocket::bind(any)?;
-    // Connecting a UDP socket sends nothing; it only makes the system choose a route.
-    probe.connect(target)?;
-    Ok(SocketAddr::new(probe.local_addr()?.ip(), 0))
 }
 
 /// What the SDK adds to an actor's context.
@@ -543,31 +418,9 @@ impl ContextExt for ActorContext {
 
     fn yield_now(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            self.cluster().yield_actor(self.actor(), self.incarnation()).await
+            self.cluster()
+                .yield_actor(self.actor(), self.incarnation())
+                .await
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_data_directory_without_a_cluster_is_named() {
-        let directory = tempfile::tempdir().unwrap();
-        let error = Cluster::of_data_dir(directory.path(), None).unwrap_err();
-        assert!(error.to_string().contains("cluster.json"), "{error}");
-        assert!(error.to_string().contains("data directory of a running cluster"), "{error}");
-        std::fs::write(directory.path().join(CLUSTER_FILE), "{}").unwrap();
-        std::fs::create_dir(directory.path().join("tokens")).unwrap();
-        std::fs::write(directory.path().join(CLIENT_TOKEN_FILE), "nonsense").unwrap();
-        let error = Cluster::of_data_dir(directory.path(), None).unwrap_err();
-        assert!(error.to_string().starts_with("client token"), "{error}");
-    }
-
-    #[test]
-    fn addresses_are_checked() {
-        let error = parsed(&["localhost".to_owned()]).unwrap_err();
-        assert_eq!(error.to_string(), "control API: `localhost` is not an address (ip:port)");
     }
 }

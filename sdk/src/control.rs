@@ -48,7 +48,9 @@ pub struct Authentication {
 impl Interceptor for Authentication {
     fn call(&mut self, mut request: Request<()>) -> std::result::Result<Request<()>, Status> {
         if let Some(bearer) = &self.bearer {
-            request.metadata_mut().insert("authorization", bearer.clone());
+            request
+                .metadata_mut()
+                .insert("authorization", bearer.clone());
         }
         Ok(request)
     }
@@ -95,7 +97,10 @@ struct Session {
 
 enum Failure {
     /// No connection: nothing was sent.
-    NotSent { reason: String, retryable: bool },
+    NotSent {
+        reason: String,
+        retryable: bool,
+    },
     Status(Status),
 }
 
@@ -108,9 +113,10 @@ impl Control {
         let bearer = match &access.token {
             None => None,
             Some(token) => {
-                let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim())
-                    .parse()
-                    .map_err(|_| Error::setup("client token", "it has characters that no token has"))?;
+                let mut value: MetadataValue<Ascii> =
+                    format!("Bearer {}", token.trim()).parse().map_err(|_| {
+                        Error::setup("client token", "it has characters that no token has")
+                    })?;
                 value.set_sensitive(true);
                 Some(value)
             }
@@ -145,7 +151,10 @@ impl Control {
         Fut: Future<Output = std::result::Result<tonic::Response<T>, Status>>,
     {
         let mut session = self.0.session.lock().await;
-        if session.used.is_none_or(|used| used.elapsed() > SESSION_REUSE) {
+        if session
+            .used
+            .is_none_or(|used| used.elapsed() > SESSION_REUSE)
+        {
             let client = self.0.access.client_name.clone();
             let opened = self
                 .repeat("open a session", false, |mut api| {
@@ -153,12 +162,19 @@ impl Control {
                     async move { api.open_session(api::OpenSessionRequest { client }).await }
                 })
                 .await?;
-            *session = Session { id: opened.session, ..Session::default() };
+            *session = Session {
+                id: opened.session,
+                ..Session::default()
+            };
         }
         session.last_sequence += 1;
         session.used = Some(Instant::now());
-        let stamp = api::Stamp { session: session.id, sequence: session.last_sequence };
-        self.repeat(operation, true, |client| ask(client, stamp)).await
+        let stamp = api::Stamp {
+            session: session.id,
+            sequence: session.last_sequence,
+        };
+        self.repeat(operation, true, |client| ask(client, stamp))
+            .await
     }
 
     /// Sends what cannot be sent twice (a stream): one attempt on a connection that stands.
@@ -167,8 +183,11 @@ impl Control {
         F: FnOnce(ApiClient) -> Fut,
         Fut: Future<Output = std::result::Result<tonic::Response<T>, Status>>,
     {
-        let client =
-            self.read(operation, |client| std::future::ready(Ok(tonic::Response::new(client)))).await?;
+        let client = self
+            .read(operation, |client| {
+                std::future::ready(Ok(tonic::Response::new(client)))
+            })
+            .await?;
         ask(client)
             .await
             .map(tonic::Response::into_inner)
@@ -232,7 +251,10 @@ impl Control {
             Err(error) => {
                 self.0.connected.lock().position = position + 1;
                 let retryable = error.is_retryable();
-                Err(Failure::NotSent { reason: error.to_string(), retryable })
+                Err(Failure::NotSent {
+                    reason: error.to_string(),
+                    retryable,
+                })
             }
         }
     }
@@ -247,14 +269,18 @@ impl Control {
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Control").field("addresses", &self.0.access.addresses).finish_non_exhaustive()
+        f.debug_struct("Control")
+            .field("addresses", &self.0.access.addresses)
+            .finish_non_exhaustive()
     }
 }
 
 /// The finer kind of a refusal, which the head puts beside the status.
 fn refusal_code(status: &Status) -> Option<ErrorCode> {
     let text = status.metadata().get("mobula-code")?.to_str().ok()?;
-    ErrorCode::ALL.into_iter().find(|code| code.as_str() == text)
+    ErrorCode::ALL
+        .into_iter()
+        .find(|code| code.as_str() == text)
 }
 
 /// Whether the transport or a missing leader is to blame. What a head refused on purpose carries
@@ -276,7 +302,11 @@ fn give_up(operation: &str, failure: Failure, may_have_arrived: bool) -> Error {
             operation: operation.to_owned(),
             code: ErrorCode::Unavailable,
             message: reason,
-            executed: if may_have_arrived { Executed::Unknown } else { Executed::No },
+            executed: if may_have_arrived {
+                Executed::Unknown
+            } else {
+                Executed::No
+            },
         },
     }
 }
@@ -296,13 +326,19 @@ pub(crate) fn status_error(operation: &str, status: &Status, may_have_arrived: b
         }
         _ => ErrorCode::Internal,
     });
-    let uncertain =
-        matches!(code, ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Internal);
+    let uncertain = matches!(
+        code,
+        ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Internal
+    );
     Error::Control {
         operation: operation.to_owned(),
         code,
         message: status.message().to_owned(),
-        executed: if uncertain && may_have_arrived { Executed::Unknown } else { Executed::No },
+        executed: if uncertain && may_have_arrived {
+            Executed::Unknown
+        } else {
+            Executed::No
+        },
     }
 }
 
@@ -313,15 +349,23 @@ mod tests {
     #[test]
     fn a_refusal_is_final_and_a_broken_connection_is_not() {
         let mut refused = Status::failed_precondition("the job has ended");
-        refused.metadata_mut().insert("mobula-code", "fenced".parse().unwrap());
+        refused
+            .metadata_mut()
+            .insert("mobula-code", "fenced".parse().unwrap());
         assert!(!is_transient(&refused));
         let error = status_error("stop job", &refused, true);
-        assert_eq!((error.code(), error.executed()), (Some(ErrorCode::Fenced), Executed::No));
+        assert_eq!(
+            (error.code(), error.executed()),
+            (Some(ErrorCode::Fenced), Executed::No)
+        );
 
         let broken = Status::unavailable("tcp connect error");
         assert!(is_transient(&broken));
         let error = status_error("stop job", &broken, true);
         assert_eq!(error.executed(), Executed::Unknown);
-        assert_eq!(error.to_string(), "stop job: tcp connect error (execution unknown)");
+        assert_eq!(
+            error.to_string(),
+            "stop job: tcp connect error (execution unknown)"
+        );
     }
 }

@@ -74,7 +74,10 @@ impl Error {
     }
 
     pub(crate) fn setup(what: impl Into<String>, reason: impl fmt::Display) -> Self {
-        Error::Setup { what: what.into(), reason: reason.to_string() }
+        Error::Setup {
+            what: what.into(),
+            reason: reason.to_string(),
+        }
     }
 
     pub(crate) fn encoding(
@@ -82,7 +85,11 @@ impl Error {
         reason: impl fmt::Display,
         executed: Executed,
     ) -> Self {
-        Error::Encoding { what: what.into(), reason: reason.to_string(), executed }
+        Error::Encoding {
+            what: what.into(),
+            reason: reason.to_string(),
+            executed,
+        }
     }
 }
 

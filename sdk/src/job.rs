@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::actor::milli;
 use crate::cluster::{Cluster, millis};
 use crate::control::status_error;
 use crate::error::{Error, Result};
@@ -48,7 +49,11 @@ impl JobBuilder {
             restart: RestartPolicy::NEVER,
             idempotency_key: None,
         };
-        JobBuilder { cluster, program: None, spec }
+        JobBuilder {
+            cluster,
+            program: None,
+            spec,
+        }
     }
 
     /// Runs this binary, which uses `#[mobula::main]`.
@@ -75,7 +80,13 @@ impl JobBuilder {
         self
     }
 
-    /// What the driver itself needs.
+    /// CPU cores that the driver itself needs; thousandths count.
+    pub fn cpus(mut self, cpus: f64) -> Self {
+        self.spec.resources.cpu_milli = milli(cpus);
+        self
+    }
+
+    /// All that the driver itself needs.
     pub fn resources(mut self, resources: Resources) -> Self {
         self.spec.resources = resources;
         self
@@ -101,7 +112,11 @@ impl JobBuilder {
 
     /// Ships the program if the cluster lacks it, and starts the job.
     pub async fn submit(self) -> Result<JobHandle> {
-        let JobBuilder { cluster, program, mut spec } = self;
+        let JobBuilder {
+            cluster,
+            program,
+            mut spec,
+        } = self;
         if let Some(path) = program {
             spec.program = ship(&cluster, &path).await?;
         }
@@ -109,11 +124,18 @@ impl JobBuilder {
             .control()
             .mutate("submit a job", |mut api, stamp| {
                 let spec = Some(api::JobSpec::from(spec.clone()));
-                let request = api::SubmitJobRequest { stamp: Some(stamp), spec };
+                let request = api::SubmitJobRequest {
+                    stamp: Some(stamp),
+                    spec,
+                };
                 async move { api.submit_job(request).await }
             })
             .await?;
-        Ok(JobHandle::new(cluster, JobId(reply.job), Some(ActorId(reply.driver))))
+        Ok(JobHandle::new(
+            cluster,
+            JobId(reply.job),
+            Some(ActorId(reply.driver)),
+        ))
     }
 }
 
@@ -124,12 +146,18 @@ async fn ship(cluster: &Cluster, path: &Path) -> Result<Program> {
         .await
         .map_err(|error| Error::setup(what(), error))?
         .map_err(|error| Error::setup(what(), error))?;
-    let program = Program::Artifact { blake3: blake3.clone(), size_bytes };
+    let program = Program::Artifact {
+        blake3: blake3.clone(),
+        size_bytes,
+    };
     let asked = blake3.clone();
     let known = cluster
         .control()
         .read("ask for a program", |mut api| {
-            let request = api::HasArtifactRequest { blake3: asked.clone() };
+            let request = api::HasArtifactRequest {
+                blake3: asked.clone(),
+                size_bytes,
+            };
             async move { api.has_artifact(request).await }
         })
         .await?;
@@ -154,7 +182,10 @@ async fn ship(cluster: &Cluster, path: &Path) -> Result<Program> {
         .map_err(|error| Error::setup(what(), error))?;
     let stored = sent?;
     if stored.blake3 != blake3 {
-        return Err(Error::setup(what(), "it changed while it was shipped; submit it again"));
+        return Err(Error::setup(
+            what(),
+            "it changed while it was shipped; submit it again",
+        ));
     }
     Ok(program)
 }
@@ -175,14 +206,21 @@ fn read_chunks(
     let mut name = (blake3.to_owned(), size_bytes);
     loop {
         let mut data = Vec::with_capacity(CHUNK_BYTES);
-        let read = file.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut data)?;
+        let read = file
+            .by_ref()
+            .take(CHUNK_BYTES as u64)
+            .read_to_end(&mut data)?;
         // Only the first chunk names the digest and the size.
         let (blake3, size_bytes) = std::mem::take(&mut name);
         let first = size_bytes != 0;
         if read == 0 && !first {
             return Ok(());
         }
-        let chunk = api::ArtifactChunk { blake3, size_bytes, data };
+        let chunk = api::ArtifactChunk {
+            blake3,
+            size_bytes,
+            data,
+        };
         if chunks.blocking_send(chunk).is_err() || read == 0 {
             // The head has refused the program; its answer says why.
             return Ok(());
@@ -200,7 +238,11 @@ pub struct JobHandle {
 
 impl JobHandle {
     pub(crate) fn new(cluster: Cluster, job: JobId, driver: Option<ActorId>) -> Self {
-        JobHandle { cluster, job, driver }
+        JobHandle {
+            cluster,
+            job,
+            driver,
+        }
     }
 
     /// The job.
@@ -220,16 +262,24 @@ impl JobHandle {
         let request = api::GetJobRequest { job: self.job.0 };
         self.cluster
             .control()
-            .read("show a job", |mut api| async move { api.get_job(request).await })
+            .read(
+                "show a job",
+                |mut api| async move { api.get_job(request).await },
+            )
             .await
     }
 
     /// Waits until the job has ended, for at most `wait`; answers how it stands then.
     pub async fn wait_timeout(&self, wait: Duration) -> Result<api::Job> {
-        let request = api::WaitJobRequest { job: self.job.0, timeout_ms: millis(wait) };
+        let request = api::WaitJobRequest {
+            job: self.job.0,
+            timeout_ms: millis(wait),
+        };
         self.cluster
             .control()
-            .read("wait for a job", |mut api| async move { api.wait_job(request).await })
+            .read("wait for a job", |mut api| async move {
+                api.wait_job(request).await
+            })
             .await
     }
 
@@ -248,10 +298,15 @@ impl JobHandle {
     pub async fn result<T: DeserializeOwned>(&self) -> Result<Option<T>> {
         let job = self.wait().await?;
         if job.state != "succeeded" {
-            let reason = job.exit_reason.unwrap_or_else(|| "no reason is known".to_owned());
+            let reason = job
+                .exit_reason
+                .unwrap_or_else(|| "no reason is known".to_owned());
             return Err(Error::User(format!("{} {}: {reason}", self.job, job.state)));
         }
-        Ok(job.result_json.map(|text| serde_json::from_str(&text)).transpose()?)
+        Ok(job
+            .result_json
+            .map(|text| serde_json::from_str(&text))
+            .transpose()?)
     }
 
     /// Ends the job.
@@ -259,7 +314,10 @@ impl JobHandle {
         self.cluster
             .control()
             .mutate("stop a job", |mut api, stamp| {
-                let request = api::StopJobRequest { stamp: Some(stamp), job: self.job.0 };
+                let request = api::StopJobRequest {
+                    stamp: Some(stamp),
+                    job: self.job.0,
+                };
                 async move { api.stop_job(request).await }
             })
             .await
@@ -268,11 +326,16 @@ impl JobHandle {
 
     /// The driver's output from its beginning; with `follow`, until the job has ended.
     pub async fn logs(&self, follow: bool) -> Result<LogStream> {
-        let request = api::JobLogsRequest { job: self.job.0, follow };
+        let request = api::JobLogsRequest {
+            job: self.job.0,
+            follow,
+        };
         let chunks = self
             .cluster
             .control()
-            .once("read a job's log", |mut api| async move { api.job_logs(request).await })
+            .once("read a job's log", |mut api| async move {
+                api.job_logs(request).await
+            })
             .await?;
         Ok(LogStream { chunks })
     }
@@ -318,7 +381,10 @@ mod tests {
         while let Some(chunk) = receiver.blocking_recv() {
             chunks.push(chunk);
         }
-        let names: Vec<_> = chunks.iter().map(|c| (c.blake3.as_str(), c.size_bytes)).collect();
+        let names: Vec<_> = chunks
+            .iter()
+            .map(|c| (c.blake3.as_str(), c.size_bytes))
+            .collect();
         assert_eq!(names, [(blake3.as_str(), bytes.len() as u64), ("", 0)]);
         let joined: Vec<u8> = chunks.into_iter().flat_map(|chunk| chunk.data).collect();
         assert_eq!(joined, bytes);

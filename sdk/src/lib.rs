@@ -31,7 +31,8 @@
 //! same binary on a real one. Either way a worker starts it again as the job's driver and as the
 //! host of its actors, in processes of their own.
 //!
-//! * [`cluster`]: the way in; [`control`]: the head's API under it.
+//! * [`connect`]: the ways into a cluster; [`cluster`]: what can be asked of it; [`control`]: the
+//!   head's API under it.
 //! * [`actor`]: creating actors and referring to them; [`call`]: calling them.
 //! * [`job`]: programs that run on a cluster. [`process`]: what `#[mobula::main]` does;
 //!   [`embedded`]: a cluster for one program.
@@ -41,18 +42,17 @@
 //! 1. A change is sent again only with the same stamp, a call only if it surely did not run.
 //! 2. Every error says whether what was asked for took effect: yes, no, or unknown.
 
-// The macros name this crate as `mobula`, also when they are used inside it.
-extern crate self as mobula;
-
-pub mod error;
-pub mod control;
-pub mod cluster;
 pub mod actor;
+mod reference;
 pub mod call;
-pub mod job;
-pub mod process;
+pub mod cluster;
+pub mod connect;
+pub mod control;
 pub mod embedded;
+pub mod error;
+pub mod job;
 pub mod prelude;
+pub mod process;
 
 #[doc(hidden)]
 #[path = "private.rs"]
@@ -66,3 +66,4 @@ pub use job::JobHandle;
 pub use mobula_core as core;
 pub use mobula_host::{ActorContext, Notice};
 pub use mobula_macros::{actor, main};
+pub use mobula_wire::session::StorageLocation;

@@ -69,7 +69,10 @@ pub fn outcome<T: Serialize, E: Serialize + Display>(
             let payload = codec::encode(error).map_err(|reason| {
                 MethodError::ResultLost(format!("error of `{method}` ({error}): {reason}"))
             })?;
-            Err(MethodError::User { payload, message: error.to_string() })
+            Err(MethodError::User {
+                payload,
+                message: error.to_string(),
+            })
         }
     }
 }

@@ -9,8 +9,12 @@
 //! Invariants:
 //! 1. Nothing that is read back is believed before its checksum or hash is verified, except what
 //!    the engine has checked itself.
-//! 2. No scheduling and no networking in here: this crate is told what to keep.
+//! 2. No scheduling, and no talk with other nodes: this crate is told what to keep.
 
+pub mod artifact;
+pub mod blob;
+pub mod checkpoint;
+pub mod digest;
 pub mod engine;
 pub mod raft_log;
 pub mod snapshot;

@@ -128,7 +128,10 @@ impl<E: Engine> RaftLog<E> {
     /// the export itself may then run on another thread.
     #[must_use]
     pub fn export(&self) -> SnapshotExport<E::Snapshot> {
-        let place = SnapshotPlace { applied: self.applied(), conf_state: self.conf_state() };
+        let place = SnapshotPlace {
+            applied: self.applied(),
+            conf_state: self.conf_state(),
+        };
         SnapshotExport::new(self.engine().snapshot(), place)
     }
 }
@@ -187,7 +190,9 @@ impl<R: Read> SnapshotExport<R> {
             };
             return Ok(Some(frame(KIND_END, &codec::encode_plain(&end))));
         }
-        let rest = self.buffer.split_off(self.buffer.len().min(FRAME_LIMIT_BYTES));
+        let rest = self
+            .buffer
+            .split_off(self.buffer.len().min(FRAME_LIMIT_BYTES));
         let payload = std::mem::replace(&mut self.buffer, rest);
         Ok(Some(frame(KIND_ROWS, &payload)))
     }
@@ -198,7 +203,14 @@ impl<R: Read> SnapshotExport<R> {
             return Ok(ExportState::Rows(from.to_vec()));
         }
         let mut next = None;
-        let SnapshotExport { base, buffer, hasher, row_count, rows_bytes, .. } = self;
+        let SnapshotExport {
+            base,
+            buffer,
+            hasher,
+            row_count,
+            rows_bytes,
+            ..
+        } = self;
         base.visit(Column::State, from, &mut |key, value| {
             if buffer.len() >= FRAME_LIMIT_BYTES {
                 next = Some(key.to_vec());
@@ -289,7 +301,10 @@ impl SnapshotInstall {
     }
 
     fn damaged(&self, reason: impl Into<String>) -> SnapshotError {
-        SnapshotError::Damaged { offset: self.offset, reason: reason.into() }
+        SnapshotError::Damaged {
+            offset: self.offset,
+            reason: reason.into(),
+        }
     }
 
     /// Takes one whole frame.
@@ -321,20 +336,31 @@ impl SnapshotInstall {
     fn take_header(&mut self, payload: &[u8]) -> Result<(), SnapshotError> {
         let header: Header = self.decoded(codec::decode(payload, FRAME_LIMIT_BYTES))?;
         if header.format != FORMAT {
-            let reason = format!("its format is {}, this binary reads {FORMAT}", header.format);
+            let reason = format!(
+                "its format is {}, this binary reads {FORMAT}",
+                header.format
+            );
             return Err(self.damaged(reason));
         }
-        let conf_state = decode_raft(&header.conf_state)
-            .map_err(|error| self.damaged(error.to_string()))?;
-        let applied = LogPoint { index: header.index, term: header.term };
-        self.place = Some(SnapshotPlace { applied, conf_state });
+        let conf_state =
+            decode_raft(&header.conf_state).map_err(|error| self.damaged(error.to_string()))?;
+        let applied = LogPoint {
+            index: header.index,
+            term: header.term,
+        };
+        self.place = Some(SnapshotPlace {
+            applied,
+            conf_state,
+        });
         Ok(())
     }
 
     fn take_rows(&mut self, payload: &[u8]) -> Result<(), SnapshotError> {
         self.rows_bytes += payload.len() as u64;
         if self.rows_bytes > self.limit_bytes {
-            return Err(SnapshotError::TooLarge { limit_bytes: self.limit_bytes });
+            return Err(SnapshotError::TooLarge {
+                limit_bytes: self.limit_bytes,
+            });
         }
         self.partial.extend_from_slice(payload);
         let bytes = std::mem::take(&mut self.partial);
@@ -407,7 +433,10 @@ impl SnapshotInstall {
         };
         let applied = log.applied().index;
         if place.applied.index <= applied && !log.is_empty() {
-            return Err(SnapshotError::Stale { snapshot: place.applied.index, applied });
+            return Err(SnapshotError::Stale {
+                snapshot: place.applied.index,
+                applied,
+            });
         }
         let mut write = log.begin();
         *write.batch_mut() = self.rows;
@@ -438,8 +467,14 @@ mod tests {
     const LIMIT: u64 = 64 << 20;
 
     fn place(index: u64) -> SnapshotPlace {
-        let conf_state = ConfState { voters: vec![1, 2, 3], ..ConfState::default() };
-        SnapshotPlace { applied: LogPoint { index, term: 4 }, conf_state }
+        let conf_state = ConfState {
+            voters: vec![1, 2, 3],
+            ..ConfState::default()
+        };
+        SnapshotPlace {
+            applied: LogPoint { index, term: 4 },
+            conf_state,
+        }
     }
 
     /// Rows of many sizes, some larger than a frame, some empty.
@@ -450,7 +485,11 @@ mod tests {
             let value = vec![number as u8; (number as usize * 7919) % 2000];
             batch.put(Column::State, number.to_be_bytes(), value);
         }
-        batch.put(Column::State, b"large", vec![7; FRAME_LIMIT_BYTES * 2 + 5]);
+        // A pattern whose period does not divide a frame: no two frames are equal.
+        let large: Vec<u8> = (0..FRAME_LIMIT_BYTES * 2 + 5)
+            .map(|at| (at % 251) as u8)
+            .collect();
+        batch.put(Column::State, b"large", large);
         batch.put(Column::State, b"empty", b"");
         engine.write(batch, Durability::Synced).unwrap();
         engine
@@ -470,7 +509,9 @@ mod tests {
     fn what_is_exported_is_installed_with_its_place_in_the_log() {
         let source = filled();
         let mut bytes = Vec::new();
-        SnapshotExport::new(source.snapshot(), place(9)).write_to(&mut bytes).unwrap();
+        SnapshotExport::new(source.snapshot(), place(9))
+            .write_to(&mut bytes)
+            .unwrap();
         let target = MemoryEngine::new();
         let mut batch = WriteBatch::new();
         batch.put(Column::State, b"what was here before", b"");
@@ -511,7 +552,9 @@ mod tests {
         for frame in &frames {
             install.push_frame(frame).unwrap();
         }
-        install.install(&RaftLog::open(MemoryEngine::new()).unwrap()).unwrap();
+        install
+            .install(&RaftLog::open(MemoryEngine::new()).unwrap())
+            .unwrap();
     }
 
     #[test]
@@ -527,7 +570,10 @@ mod tests {
                     }
                     install.push_frame(&frame)
                 });
-                assert!(matches!(result, Err(SnapshotError::Damaged { .. })), "{damaged} {at}");
+                assert!(
+                    matches!(result, Err(SnapshotError::Damaged { .. })),
+                    "{damaged} {at}"
+                );
                 assert!(!install.is_complete());
             }
         }
@@ -545,7 +591,9 @@ mod tests {
             swapped.swap(number, (number + 1) % original.len());
             for stream in [lost, repeated, swapped] {
                 let mut install = SnapshotInstall::new(LIMIT);
-                let all = stream.iter().try_for_each(|frame| install.push_frame(frame));
+                let all = stream
+                    .iter()
+                    .try_for_each(|frame| install.push_frame(frame));
                 assert!(all.is_err() || !install.is_complete(), "frame {number}");
             }
         }
@@ -554,25 +602,40 @@ mod tests {
     #[test]
     fn a_cut_stream_says_where_it_ends() {
         let mut bytes = Vec::new();
-        SnapshotExport::new(filled().snapshot(), place(9)).write_to(&mut bytes).unwrap();
+        SnapshotExport::new(filled().snapshot(), place(9))
+            .write_to(&mut bytes)
+            .unwrap();
         for length in [0, 3, 40, bytes.len() / 2, bytes.len() - 1] {
-            let error = SnapshotInstall::new(LIMIT).read_from(&mut &bytes[..length]).unwrap_err();
-            assert!(error.to_string().contains("the stream ends here"), "{error}");
+            let error = SnapshotInstall::new(LIMIT)
+                .read_from(&mut &bytes[..length])
+                .unwrap_err();
+            assert!(
+                error.to_string().contains("the stream ends here"),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn a_snapshot_over_the_limit_or_behind_the_log_is_refused() {
         let mut bytes = Vec::new();
-        SnapshotExport::new(filled().snapshot(), place(9)).write_to(&mut bytes).unwrap();
+        SnapshotExport::new(filled().snapshot(), place(9))
+            .write_to(&mut bytes)
+            .unwrap();
         let small = SnapshotInstall::new(1000).read_from(&mut bytes.as_slice());
-        assert!(matches!(small, Err(SnapshotError::TooLarge { limit_bytes: 1000 })));
+        assert!(matches!(
+            small,
+            Err(SnapshotError::TooLarge { limit_bytes: 1000 })
+        ));
         let log = RaftLog::open(MemoryEngine::new()).unwrap();
         for expect_stale in [false, true] {
             let mut install = SnapshotInstall::new(LIMIT);
             install.read_from(&mut bytes.as_slice()).unwrap();
             let result = install.install(&log);
-            assert_eq!(matches!(result, Err(SnapshotError::Stale { .. })), expect_stale);
+            assert_eq!(
+                matches!(result, Err(SnapshotError::Stale { .. })),
+                expect_stale
+            );
         }
     }
 }

@@ -34,7 +34,11 @@ pub(crate) fn abort_on_fault(error: &EngineError) -> ! {
 }
 
 fn row_key(table: Table, key: &[u8]) -> Vec<u8> {
-    assert!(key.len() <= KEY_LIMIT_BYTES, "a table key has {} bytes", key.len());
+    assert!(
+        key.len() <= KEY_LIMIT_BYTES,
+        "a table key has {} bytes",
+        key.len()
+    );
     let mut row_key = Vec::with_capacity(2 + key.len());
     row_key.extend_from_slice(&[table.module.0, table.tag]);
     row_key.extend_from_slice(key);
@@ -82,7 +86,8 @@ impl<R: Read> Reader for TablesReader<R> {
 }
 
 fn read_base<R: Read>(base: &R, row_key: &[u8]) -> Option<Vec<u8>> {
-    base.get(Column::State, row_key).unwrap_or_else(|error| abort_on_fault(&error))
+    base.get(Column::State, row_key)
+        .unwrap_or_else(|error| abort_on_fault(&error))
 }
 
 /// Writes that are not in the engine yet; `None` is a deletion.
@@ -100,12 +105,19 @@ impl<R: Read> ApplyBatch<R> {
     /// A batch without writes. `base` is the engine, or a snapshot of it; nobody else may write
     /// tables while the batch is open.
     pub fn new(base: R) -> Self {
-        ApplyBatch { base, overlay: Overlay::new(), size_bytes: 0 }
+        ApplyBatch {
+            base,
+            overlay: Overlay::new(),
+            size_bytes: 0,
+        }
     }
 
     /// Starts a command.
     pub fn begin(&mut self) -> CommandTxn<'_, R> {
-        CommandTxn { batch: self, writes: Overlay::new() }
+        CommandTxn {
+            batch: self,
+            writes: Overlay::new(),
+        }
     }
 
     /// Roughly how many bytes the batch holds, so that the caller can bound it.
@@ -181,7 +193,11 @@ impl<R: Read> Reader for CommandTxn<'_, R> {
 
 impl<R: Read> Txn for CommandTxn<'_, R> {
     fn put(&mut self, table: Table, key: &[u8], value: Vec<u8>) {
-        assert!(value.len() <= VALUE_LIMIT_BYTES, "a table row has {} bytes", value.len());
+        assert!(
+            value.len() <= VALUE_LIMIT_BYTES,
+            "a table row has {} bytes",
+            value.len()
+        );
         self.writes.insert(row_key(table, key), Some(value));
     }
 
@@ -238,7 +254,11 @@ fn layered_scan<R: Read>(
         if !hidden {
             full = push(key, value);
         }
-        if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if full {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     });
     visited.unwrap_or_else(|error| abort_on_fault(&error));
     for (key, value) in changed {
@@ -296,8 +316,14 @@ mod tests {
     use mobula_core::control::ModuleId;
     use proptest::prelude::*;
 
-    const T: Table = Table { module: ModuleId::SCHEDULER, tag: 1 };
-    const NEXT: Table = Table { module: ModuleId::SCHEDULER, tag: 2 };
+    const T: Table = Table {
+        module: ModuleId::SCHEDULER,
+        tag: 1,
+    };
+    const NEXT: Table = Table {
+        module: ModuleId::SCHEDULER,
+        tag: 2,
+    };
 
     fn keys(rows: &[Row]) -> Vec<&[u8]> {
         rows.iter().map(|(key, _)| key.as_slice()).collect()
@@ -352,7 +378,10 @@ mod tests {
         txn.put(NEXT, b"a0", Vec::new());
         txn.put(T, b"a4", Vec::new());
         txn.commit();
-        assert_eq!(keys(&batch.scan(T, b"a", None, 9)), [b"a1", b"a2", b"a3", b"a4"]);
+        assert_eq!(
+            keys(&batch.scan(T, b"a", None, 9)),
+            [b"a1", b"a2", b"a3", b"a4"]
+        );
         assert_eq!(keys(&batch.scan(T, b"a", Some(b"a2"), 9)), [b"a3", b"a4"]);
         assert_eq!(keys(&batch.scan(T, b"a", Some(b"0"), 1)), [b"a1"]);
         assert_eq!(batch.scan(T, b"a", Some(b"b"), 9), []);
@@ -387,7 +416,10 @@ mod tests {
             state_hash(&engine).unwrap()
         };
         assert_ne!(hash(&[(b"ab", b"c")]), hash(&[(b"a", b"bc")]));
-        assert_eq!(hash(&[(b"a", b"1"), (b"b", b"2")]), hash(&[(b"b", b"2"), (b"a", b"1")]));
+        assert_eq!(
+            hash(&[(b"a", b"1"), (b"b", b"2")]),
+            hash(&[(b"b", b"2"), (b"a", b"1")])
+        );
     }
 
     #[derive(Debug, Clone)]

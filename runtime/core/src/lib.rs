@@ -15,6 +15,8 @@ pub mod clock;
 pub mod codec;
 pub mod control;
 pub mod order;
+pub mod row;
+pub mod storage;
 pub mod config;
 
 pub use error::{CallError, ErrorCode, Executed, Rejection};

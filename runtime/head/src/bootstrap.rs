@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_net::identity::{ClusterCa, Credentials, Identity, Role, Validity};
@@ -24,7 +25,7 @@ pub const CLIENT_TOKEN_FILE: &str = "tokens/client.token";
 /// Who this head is.
 pub(crate) struct HeadIdentity {
     pub(crate) cluster_id: String,
-    pub(crate) ca: ClusterCa,
+    pub(crate) ca: Arc<ClusterCa>,
     pub(crate) credentials: Credentials,
 }
 
@@ -36,7 +37,7 @@ impl HeadIdentity {
         let ca = ClusterCa::load_or_create(&data_dir.join("ca"), &cluster_id)
             .map_err(|source| HeadError::Identity { reason: source.to_string() })?;
         let credentials = issue_own(&ca, &cluster_id, raft_id)?;
-        Ok(HeadIdentity { cluster_id, ca, credentials })
+        Ok(HeadIdentity { cluster_id, ca: Arc::new(ca), credentials })
     }
 
     /// A new certificate for this head.
@@ -49,7 +50,7 @@ impl HeadIdentity {
 }
 
 fn issue_own(ca: &ClusterCa, cluster_id: &str, raft_id: u64) -> Result<Credentials, HeadError> {
-    let identity = Identity::new(cluster_id, Role::Head, &format!("head-{raft_id}"), raft_id);
+    let identity = Identity::new(cluster_id, Role::Head, format!("head-{raft_id}"), raft_id);
     ca.issue_with_new_key(&identity, Validity::for_ttl(CERTIFICATE_TTL))
         .map_err(|source| HeadError::Identity { reason: source.to_string() })
 }

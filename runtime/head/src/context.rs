@@ -8,11 +8,12 @@ use mobula_core::clock::Clock;
 use mobula_core::config::LimitsConfig;
 use mobula_core::control::{Caller, ModuleId, StateModule};
 use mobula_core::error::{ErrorCode, Executed, Rejection};
-use mobula_core::id::{ActorId, NodeId, SessionId};
+use mobula_core::id::{NodeId, SessionId};
 use mobula_core::order::Order;
 use mobula_net::identity::ClusterCa;
 use mobula_scheduler::{Command, Query, QueryResponse, Response, Scheduler};
 use mobula_storage::artifact::ArtifactStore;
+use mobula_storage::blob::BlobStore;
 use mobula_wire::control::{Empty, Stamp};
 use mobula_wire::session::StorageLocation;
 use tonic::Status;
@@ -25,12 +26,13 @@ use crate::watch::Changes;
 /// What every part of a running head shares.
 pub(crate) struct HeadContext {
     pub(crate) cluster_id: String,
-    pub(crate) ca: ClusterCa,
+    pub(crate) ca: Arc<ClusterCa>,
     pub(crate) raft: RaftHandle,
     pub(crate) modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
     pub(crate) sessions: Sessions,
     pub(crate) changes: Changes,
     pub(crate) artifacts: ArtifactStore,
+    pub(crate) blobs: BlobStore,
     pub(crate) storage_location: StorageLocation,
     pub(crate) limits: LimitsConfig,
     pub(crate) api_address: SocketAddr,
@@ -126,22 +128,6 @@ impl HeadContext {
         Scheduler
             .authorize(caller, &command.encode())
             .map_err(|rejection| rejected(&rejection))
-    }
-
-    /// Refuses a host that reaches for another job's actor.
-    pub(crate) async fn require_own_actor(
-        &self,
-        caller: &Caller,
-        actor: ActorId,
-    ) -> Result<(), Status> {
-        let Caller::Host { job, .. } = caller else { return Ok(()) };
-        match self.ask(Query::Actor { actor }).await? {
-            QueryResponse::Actor(view) if view.job == *job => Ok(()),
-            _ => Err(rejected(&Rejection::new(
-                ErrorCode::PermissionDenied,
-                format!("{actor} is not an actor of {job}"),
-            ))),
-        }
     }
 
     /// Authorizes and proposes a scheduler command whose answer carries nothing.

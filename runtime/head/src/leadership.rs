@@ -45,11 +45,11 @@ pub(crate) async fn run(duties: LeaderDuties) {
         let term = leadership.borrow().term;
         tracing::info!(term, "leading");
         let mut tasks = duties.start();
-        let ended = leadership.wait_for(|l| !l.is_leader || l.term != term).await;
+        let driver_ended = leadership.wait_for(|l| !l.is_leader || l.term != term).await.is_err();
         tasks.shutdown().await;
         duties.context.sessions.clear();
         tracing::info!(term, "leading no more");
-        if ended.is_err() {
+        if driver_ended {
             return;
         }
     }

@@ -134,8 +134,8 @@ impl Head {
         let identity = HeadIdentity::load_or_create(&options.data_dir, FIRST_RAFT_ID)?;
         let upload_dir = options.data_dir.join("uploads");
         bootstrap::create_private_dir(&upload_dir)?;
-        let engine = RocksEngine::open(&options.data_dir.join("raft"), &RocksOptions::default())?;
-        let blobs = BlobStore::open(&blob_location(&options.storage))
+        let engine = RocksEngine::open(options.data_dir.join("raft"), &RocksOptions::small())?;
+        let blobs = BlobStore::at(&options.storage)
             .map_err(|error| HeadError::Storage(error.to_string()))?;
 
         let api_listener = ApiListener::bind(options.api_listen, &identity.credentials)
@@ -174,7 +174,8 @@ impl Head {
             modules,
             sessions: session::Sessions::default(),
             changes: watch::Changes::default(),
-            artifacts: ArtifactStore::new(blobs),
+            artifacts: ArtifactStore::new(blobs.clone(), api::ARTIFACT_BYTES_MAX),
+            blobs,
             storage_location: options.storage,
             limits: options.limits,
             api_address,
@@ -308,7 +309,7 @@ async fn serve_api(
 async fn renew_certificate(
     mut identity: HeadIdentity,
     endpoint: Endpoint,
-    api_credentials: mobula_net::tcp::CredentialsHandle,
+    api_credentials: mobula_net::tcp::ApiCredentials,
 ) {
     loop {
         tokio::time::sleep(RENEWAL_INTERVAL).await;

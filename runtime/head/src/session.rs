@@ -93,11 +93,10 @@ impl Sessions {
     }
 
     fn renew(&self, node: NodeId, serial: u64) {
-        if let Some(entry) = self.entries.lock().get_mut(&node) {
-            if entry.serial == serial {
+        if let Some(entry) = self.entries.lock().get_mut(&node)
+            && entry.serial == serial {
                 entry.last_renewal = Instant::now();
             }
-        }
     }
 
     /// The nodes that have a session.
@@ -327,7 +326,7 @@ impl Session {
         let identity = Identity::new(
             &self.context.cluster_id,
             Role::Host,
-            &host_name(self.node, host),
+            host_name(self.node, host),
             self.incarnation.0,
         )
         .with_job(job.0);

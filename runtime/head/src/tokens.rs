@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use mobula_core::config::TokensConfig;
 use mobula_core::id::SessionId;
-use mobula_net::identity::{Token, TokenRole};
-use mobula_scheduler::{Command, Role};
+use mobula_net::identity::{Role, Token};
+use mobula_scheduler::{Command, Role as TokenUse};
 
 use crate::bootstrap::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE, create_private_dir, write_private};
 use crate::context::{CommandError, HeadContext};
@@ -20,8 +20,8 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Sees to it that the data directory holds a working token for each role.
 pub(crate) async fn ensure(context: Arc<HeadContext>, data_dir: PathBuf, tokens: TokensConfig) {
     let wanted = [
-        (WORKER_TOKEN_FILE, TokenRole::Worker, tokens.worker_ttl_hours),
-        (CLIENT_TOKEN_FILE, TokenRole::Client, tokens.client_ttl_hours),
+        (WORKER_TOKEN_FILE, Role::Node, tokens.worker_ttl_hours),
+        (CLIENT_TOKEN_FILE, Role::Client, tokens.client_ttl_hours),
     ];
     for (file, role, ttl_hours) in wanted {
         let path = data_dir.join(file);
@@ -35,18 +35,17 @@ pub(crate) async fn ensure(context: Arc<HeadContext>, data_dir: PathBuf, tokens:
 async fn ensure_one(
     context: &HeadContext,
     path: &Path,
-    role: TokenRole,
+    role: Role,
     ttl_ms: u64,
 ) -> Result<(), String> {
-    if let Ok(text) = std::fs::read_to_string(path) {
-        if let Ok(token) = Token::parse(text.trim()) {
+    if let Ok(text) = std::fs::read_to_string(path)
+        && let Ok(token) = Token::parse(text.trim()) {
             let reader = context.raft.read().await.map_err(|error| error.to_string())?;
             let now_ms = context.clock.now_ms();
             if mobula_scheduler::check_token(&reader, &token.secret_hash(), now_ms).is_ok() {
                 return Ok(());
             }
         }
-    }
     let (text, _) = create(context, SessionId::INTERNAL, 0, role, ttl_ms, None)
         .await
         .map_err(|error| error.to_string())?;
@@ -61,7 +60,7 @@ pub(crate) async fn create(
     context: &HeadContext,
     session: SessionId,
     seq: u64,
-    role: TokenRole,
+    role: Role,
     ttl_ms: u64,
     uses: Option<u32>,
 ) -> Result<(String, u64), CommandError> {
@@ -69,9 +68,9 @@ pub(crate) async fn create(
     let secret_hash = token.secret_hash();
     let expires_at_ms = context.clock.now_ms().saturating_add(ttl_ms);
     let command = Command::CreateToken {
-        id: format!("{}-{}", role_of(role), hex_prefix(&secret_hash)),
+        id: format!("{}-{}", use_of(role), hex_prefix(&secret_hash)),
         secret_hash,
-        role: role_of(role),
+        role: use_of(role),
         expires_at_ms,
         uses,
     };
@@ -79,10 +78,13 @@ pub(crate) async fn create(
     Ok((token.to_text(), expires_at_ms))
 }
 
-fn role_of(role: TokenRole) -> Role {
+/// What the scheduler's table calls the role that a token gives.
+fn use_of(role: Role) -> TokenUse {
     match role {
-        TokenRole::Worker => Role::Worker,
-        TokenRole::Client => Role::Client,
+        Role::Node => TokenUse::Worker,
+        Role::Head => TokenUse::Head,
+        // Hosts get their certificates from the head through their agent, never by a token.
+        Role::Client | Role::Host => TokenUse::Client,
     }
 }
 

@@ -73,7 +73,10 @@ pub enum HostStartError {
 
 impl HostStartError {
     fn setup(what: &'static str, reason: impl std::fmt::Display) -> Self {
-        HostStartError::Setup { what, reason: reason.to_string() }
+        HostStartError::Setup {
+            what,
+            reason: reason.to_string(),
+        }
     }
 }
 
@@ -88,8 +91,10 @@ pub fn take_bootstrap() -> Result<Option<HostBootstrap>, HostStartError> {
 /// Reads a bootstrap file and deletes it.
 pub fn read_bootstrap(path: &Path) -> Result<HostBootstrap, HostStartError> {
     use std::io::Read;
-    let unreadable =
-        |source| HostStartError::BootstrapUnreadable { path: path.to_owned(), source };
+    let unreadable = |source| HostStartError::BootstrapUnreadable {
+        path: path.to_owned(),
+        source,
+    };
     let mut text = String::new();
     std::fs::File::open(path)
         .and_then(|file| file.take(BOOTSTRAP_BYTES_MAX).read_to_string(&mut text))
@@ -146,8 +151,11 @@ impl HostProcess {
         let (table, events) = ActorTable::start(Arc::clone(&runtime), registry).await?;
         let local = (call_address, Arc::downgrade(&table));
         runtime.set_calls(CallClient::new(endpoint.clone(), Some(local)));
-        let server =
-            tokio::spawn(serve_calls(endpoint.clone(), Arc::clone(&table), bootstrap.job));
+        let server = tokio::spawn(serve_calls(
+            endpoint.clone(),
+            Arc::clone(&table),
+            bootstrap.job,
+        ));
 
         let socket = Path::new(&bootstrap.agent_socket);
         let link = connect_local(socket, &bootstrap.cluster_id, Lane::Control)
@@ -166,7 +174,16 @@ impl HostProcess {
         let (to_agent, reports) = mpsc::channel(EVENTS_WAITING_MAX);
         let closing = CancellationToken::new();
         let writer = tokio::spawn(write_reports(sender, events, reports, closing.clone()));
-        Ok(HostProcess { runtime, table, endpoint, from_agent, to_agent, closing, writer, server })
+        Ok(HostProcess {
+            runtime,
+            table,
+            endpoint,
+            from_agent,
+            to_agent,
+            closing,
+            writer,
+            server,
+        })
     }
 
     /// What its actors share.
@@ -186,8 +203,14 @@ impl HostProcess {
         let end = loop {
             match next_message(&mut self.from_agent).await {
                 Ok(AgentMessage::Start(order)) => self.table.start_actor(*order).await,
-                Ok(AgentMessage::Stop { actor, incarnation, grace_ms }) => {
-                    self.table.stop_actor(actor, incarnation, Duration::from_millis(grace_ms)).await;
+                Ok(AgentMessage::Stop {
+                    actor,
+                    incarnation,
+                    grace_ms,
+                }) => {
+                    self.table
+                        .stop_actor(actor, incarnation, Duration::from_millis(grace_ms))
+                        .await;
                 }
                 Ok(AgentMessage::Notice { deadline_ms }) => {
                     self.table.notify(Some(Notice { deadline_ms }));
@@ -209,13 +232,23 @@ impl HostProcess {
     where
         F: Future<Output = Result<(), String>> + Send + 'static,
     {
-        let HostRole::Driver { actor, incarnation, .. } = self.runtime.info().role else {
+        let HostRole::Driver {
+            actor, incarnation, ..
+        } = self.runtime.info().role
+        else {
             return ExitReason::StartFailed("the agent wants a host of actors".to_owned());
         };
         // A closed channel means that the agent is gone, which `supervise` sees as well.
-        let _ = self.to_agent.send(HostMessage::Started { actor, incarnation }).await;
+        let _ = self
+            .to_agent
+            .send(HostMessage::Started { actor, incarnation })
+            .await;
         let reason = self.supervise(actor, incarnation, main).await;
-        let exited = HostMessage::Exited { actor, incarnation, reason: reason.clone() };
+        let exited = HostMessage::Exited {
+            actor,
+            incarnation,
+            reason: reason.clone(),
+        };
         let _ = self.to_agent.send(exited).await;
         self.close().await;
         reason
@@ -327,10 +360,18 @@ async fn write_reports(
 impl From<ActorEvent> for HostMessage {
     fn from(event: ActorEvent) -> Self {
         match event {
-            ActorEvent::Started { actor, incarnation } => HostMessage::Started { actor, incarnation },
-            ActorEvent::Exited { actor, incarnation, reason } => {
-                HostMessage::Exited { actor, incarnation, reason }
+            ActorEvent::Started { actor, incarnation } => {
+                HostMessage::Started { actor, incarnation }
             }
+            ActorEvent::Exited {
+                actor,
+                incarnation,
+                reason,
+            } => HostMessage::Exited {
+                actor,
+                incarnation,
+                reason,
+            },
         }
     }
 }
@@ -345,7 +386,10 @@ mod tests {
         let path = directory.path().join("bootstrap.json");
         std::fs::write(&path, "{\"cluster_id\": 3}").unwrap();
         let error = read_bootstrap(&path).unwrap_err();
-        assert!(error.to_string().contains("is not of this release"), "{error}");
+        assert!(
+            error.to_string().contains("is not of this release"),
+            "{error}"
+        );
         assert!(!path.exists(), "a private key must not stay on the disk");
         assert!(matches!(
             read_bootstrap(&path),
@@ -355,11 +399,19 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_main_becomes_an_exit_reason() {
-        async fn exit(main: impl Future<Output = Result<(), String>> + Send + 'static) -> ExitReason {
+        async fn exit(
+            main: impl Future<Output = Result<(), String>> + Send + 'static,
+        ) -> ExitReason {
             driver_exit(tokio::spawn(main).await)
         }
         assert_eq!(exit(async { Ok(()) }).await, ExitReason::Completed);
-        assert_eq!(exit(async { Err("no".to_owned()) }).await, ExitReason::Failed("no".into()));
-        assert_eq!(exit(async { panic!("oh {}", 1) }).await, ExitReason::Panicked("oh 1".into()));
+        assert_eq!(
+            exit(async { Err("no".to_owned()) }).await,
+            ExitReason::Failed("no".into())
+        );
+        assert_eq!(
+            exit(async { panic!("oh {}", 1) }).await,
+            ExitReason::Panicked("oh 1".into())
+        );
     }
 }

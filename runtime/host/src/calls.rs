@@ -86,16 +86,20 @@ fn may_call(peer: &Identity, job: JobId) -> Result<(), String> {
         {
             Ok(())
         }
-        (Role::Host, Some(caller)) => {
-            Err(format!("a process of {caller} may not call actors of {job}"))
-        }
+        (Role::Host, Some(caller)) => Err(format!(
+            "a process of {caller} may not call actors of {job}"
+        )),
         (role, _) => Err(format!(
             "a certificate of role `{role}` may not call actors: use a host's or a client's"
         )),
     }
 }
 
-async fn serve_stream(stream: FramedStream, table: Arc<ActorTable>, permission: Result<(), String>) {
+async fn serve_stream(
+    stream: FramedStream,
+    table: Arc<ActorTable>,
+    permission: Result<(), String>,
+) {
     let (sender, receiver) = stream.split();
     let (replies, waiting) = mpsc::channel(CALLS_IN_FLIGHT_MAX);
     // Whichever side ends first ends the stream: without answers reading on would be pointless,
@@ -114,7 +118,9 @@ async fn read_requests(
 ) {
     loop {
         // A slot for the answer first: it bounds what is in flight, and answering never waits.
-        let Ok(slot) = replies.clone().reserve_owned().await else { return };
+        let Ok(slot) = replies.clone().reserve_owned().await else {
+            return;
+        };
         let request = match receiver.receive_message::<CallRequest>().await {
             Ok(Some(request)) => request,
             Ok(None) => return,
@@ -123,7 +129,14 @@ async fn read_requests(
                 return;
             }
         };
-        let CallRequest { call, actor, incarnation, method, timeout_ms, arguments } = request;
+        let CallRequest {
+            call,
+            actor,
+            incarnation,
+            method,
+            timeout_ms,
+            arguments,
+        } = request;
         let reply = Reply::on_stream(actor, call, slot);
         if let Err(reason) = &permission {
             reply.send(Err(CallError::BadCall(reason.clone())));
@@ -133,7 +146,16 @@ async fn read_requests(
             let at = Instant::now().checked_add(Duration::from_millis(limit_ms))?;
             Some(Deadline { at, limit_ms })
         });
-        table.admit(actor, incarnation, IncomingCall { method, arguments, deadline, reply });
+        table.admit(
+            actor,
+            incarnation,
+            IncomingCall {
+                method,
+                arguments,
+                deadline,
+                reply,
+            },
+        );
     }
 }
 

@@ -83,7 +83,10 @@ impl CallClient {
         arguments: Vec<u8>,
         deadline: Option<Deadline>,
     ) -> CallResult {
-        self.start(target, method, arguments, deadline).await.answer().await
+        self.start(target, method, arguments, deadline)
+            .await
+            .answer()
+            .await
     }
 
     /// Makes a call. When this returns, its place in the order of calls is taken.
@@ -95,7 +98,11 @@ impl CallClient {
         deadline: Option<Deadline>,
     ) -> PendingCall {
         let actor = target.actor;
-        let failed = |error| PendingCall { actor, deadline, state: PendingState::Failed(error) };
+        let failed = |error| PendingCall {
+            actor,
+            deadline,
+            state: PendingState::Failed(error),
+        };
         if arguments.len() > VALUE_BYTES_MAX || method.len() > METHOD_BYTES_MAX {
             return failed(CallError::BadCall(format!(
                 "the arguments of `{method}` have {} bytes encoded, the limit is \
@@ -112,9 +119,18 @@ impl CallClient {
             && let Some(table) = table.upgrade()
         {
             let (reply, receiver) = Reply::same_process(actor);
-            let call = IncomingCall { method: method.to_owned(), arguments, deadline, reply };
+            let call = IncomingCall {
+                method: method.to_owned(),
+                arguments,
+                deadline,
+                reply,
+            };
             table.admit(actor, target.incarnation, call);
-            return PendingCall { actor, deadline, state: PendingState::SameProcess(receiver) };
+            return PendingCall {
+                actor,
+                deadline,
+                state: PendingState::SameProcess(receiver),
+            };
         }
         let stream = match self.stream(address) {
             Ok(stream) => stream,
@@ -140,9 +156,9 @@ impl CallClient {
         let count = streams.len();
         match streams.entry(address) {
             Entry::Occupied(entry) => Ok(Arc::clone(entry.get())),
-            Entry::Vacant(_) if count >= HOSTS_MAX => {
-                Err(format!("this process calls {HOSTS_MAX} hosts already, its limit"))
-            }
+            Entry::Vacant(_) if count >= HOSTS_MAX => Err(format!(
+                "this process calls {HOSTS_MAX} hosts already, its limit"
+            )),
             Entry::Vacant(entry) => {
                 let (outgoing, requests) = mpsc::channel(OUTGOING_MAX);
                 let stream = Arc::new(HostStream {
@@ -171,7 +187,9 @@ impl CallClient {
 
 impl std::fmt::Debug for CallClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CallClient").field("own_address", &self.own_address()).finish_non_exhaustive()
+        f.debug_struct("CallClient")
+            .field("own_address", &self.own_address())
+            .finish_non_exhaustive()
     }
 }
 
@@ -206,14 +224,29 @@ impl HostStream {
             let mut unanswered = self.unanswered.lock();
             if let Some(reason) = &unanswered.ended {
                 let error = unavailable(actor, reason.clone(), Executed::No);
-                return PendingCall { actor, deadline, state: PendingState::Failed(error) };
+                return PendingCall {
+                    actor,
+                    deadline,
+                    state: PendingState::Failed(error),
+                };
             }
-            unanswered.calls.insert(call, UnansweredCall { actor, sent: false, answer });
+            unanswered.calls.insert(
+                call,
+                UnansweredCall {
+                    actor,
+                    sent: false,
+                    answer,
+                },
+            );
         }
         let pending = PendingCall {
             actor,
             deadline,
-            state: PendingState::Sent { call, stream: Arc::clone(&self), receiver },
+            state: PendingState::Sent {
+                call,
+                stream: Arc::clone(&self),
+                receiver,
+            },
         };
         let sending = self.outgoing.send(request);
         match deadline {
@@ -231,8 +264,20 @@ impl HostStream {
             unanswered.ended = Some(reason.to_owned());
             std::mem::take(&mut unanswered.calls)
         };
-        for (_, UnansweredCall { actor, sent, answer }) in calls {
-            let executed = if sent { Executed::Unknown } else { Executed::No };
+        for (
+            _,
+            UnansweredCall {
+                actor,
+                sent,
+                answer,
+            },
+        ) in calls
+        {
+            let executed = if sent {
+                Executed::Unknown
+            } else {
+                Executed::No
+            };
             // Whoever gave up waiting is not there to be told.
             let _ = answer.send(Err(unavailable(actor, reason, executed)));
         }
@@ -246,7 +291,10 @@ async fn run_stream(
     requests: mpsc::Receiver<CallRequest>,
     stream: &Weak<HostStream>,
 ) -> String {
-    let connection = match endpoint.connect(address, LaneClass::Control, Role::Host).await {
+    let connection = match endpoint
+        .connect(address, LaneClass::Control, Role::Host)
+        .await
+    {
         Ok(connection) => connection,
         Err(error) => return format!("its host {address} does not take the connection: {error}"),
     };
@@ -271,7 +319,9 @@ async fn write_requests(
     while let Some(first) = requests.recv().await {
         let mut next = Some(first);
         while let Some(request) = next.take() {
-            let Some(stream) = stream.upgrade() else { break };
+            let Some(stream) = stream.upgrade() else {
+                break;
+            };
             if stream.begin_sending(request.call)
                 && let Err(error) = sender.queue_message(&request)
             {
@@ -305,7 +355,9 @@ async fn read_answers(mut receiver: FramedReceiver, stream: &Weak<HostStream>) -
     loop {
         match receiver.receive_message::<CallReply>().await {
             Ok(Some(CallReply { call, result })) => {
-                let Some(stream) = stream.upgrade() else { return "no caller is left".to_owned() };
+                let Some(stream) = stream.upgrade() else {
+                    return "no caller is left".to_owned();
+                };
                 let waiting = stream.unanswered.lock().calls.remove(&call);
                 if let Some(waiting) = waiting {
                     let _ = waiting.answer.send(result);
@@ -320,7 +372,11 @@ async fn read_answers(mut receiver: FramedReceiver, stream: &Weak<HostStream>) -
 enum PendingState {
     Failed(CallError),
     SameProcess(oneshot::Receiver<CallResult>),
-    Sent { call: u64, stream: Arc<HostStream>, receiver: oneshot::Receiver<CallResult> },
+    Sent {
+        call: u64,
+        stream: Arc<HostStream>,
+        receiver: oneshot::Receiver<CallResult>,
+    },
 }
 
 /// A call whose answer is still to come. Dropping it gives up on the answer; a method that has
@@ -335,20 +391,31 @@ pub struct PendingCall {
 impl PendingCall {
     /// Waits for the answer, up to the deadline.
     pub async fn answer(self) -> CallResult {
-        let PendingCall { actor, deadline, state } = self;
+        let PendingCall {
+            actor,
+            deadline,
+            state,
+        } = self;
         match state {
             PendingState::Failed(error) => Err(error),
-            PendingState::SameProcess(receiver) => {
-                match within(deadline, receiver).await {
-                    Some(Ok(result)) => result,
-                    Some(Err(_)) => {
-                        Err(unavailable(actor, "it ended with this process", Executed::Unknown))
-                    }
-                    None => Err(expired(deadline, actor, Executed::Unknown)),
-                }
-            }
-            PendingState::Sent { call, stream, receiver } => {
-                let abandoned = Abandon { call, stream: &stream };
+            PendingState::SameProcess(receiver) => match within(deadline, receiver).await {
+                Some(Ok(result)) => result,
+                Some(Err(_)) => Err(unavailable(
+                    actor,
+                    "it ended with this process",
+                    Executed::Unknown,
+                )),
+                None => Err(expired(deadline, actor, Executed::Unknown)),
+            },
+            PendingState::Sent {
+                call,
+                stream,
+                receiver,
+            } => {
+                let abandoned = Abandon {
+                    call,
+                    stream: &stream,
+                };
                 match within(deadline, receiver).await {
                     Some(Ok(result)) => result,
                     Some(Err(_)) => {
@@ -390,7 +457,12 @@ struct Abandon<'a> {
 impl Abandon<'_> {
     /// Whether the call had been sent; `None` if it is answered.
     fn give_up(&self) -> Option<bool> {
-        self.stream.unanswered.lock().calls.remove(&self.call).map(|waiting| waiting.sent)
+        self.stream
+            .unanswered
+            .lock()
+            .calls
+            .remove(&self.call)
+            .map(|waiting| waiting.sent)
     }
 }
 

@@ -164,7 +164,9 @@ impl HostRuntime {
 
 impl std::fmt::Debug for HostRuntime {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HostRuntime").field("info", &self.info).finish_non_exhaustive()
+        f.debug_struct("HostRuntime")
+            .field("info", &self.info)
+            .finish_non_exhaustive()
     }
 }
 

@@ -14,13 +14,13 @@
 //! 4. No actor outlives its agent: a host whose agent is gone ends.
 
 pub mod actor;
-pub mod registry;
-pub mod context;
-pub mod mailbox;
-pub mod supervision;
+pub mod agent;
 pub mod calls;
 pub mod client;
-pub mod agent;
+pub mod context;
+pub mod mailbox;
+pub mod registry;
+pub mod supervision;
 
 pub use actor::{DynActor, MethodError};
 pub use context::{ActorContext, HostInfo, HostRuntime, Notice};

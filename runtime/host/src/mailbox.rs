@@ -33,7 +33,10 @@ pub const VALUE_BYTES_MAX: usize =
 
 enum ReplyTo {
     SameProcess(oneshot::Sender<CallResult>),
-    Stream { call: u64, slot: mpsc::OwnedPermit<CallReply> },
+    Stream {
+        call: u64,
+        slot: mpsc::OwnedPermit<CallReply>,
+    },
 }
 
 /// The duty to answer one call.
@@ -48,13 +51,24 @@ impl Reply {
     #[must_use]
     pub fn same_process(actor: ActorId) -> (Self, oneshot::Receiver<CallResult>) {
         let (sender, receiver) = oneshot::channel();
-        (Reply { actor, begun: false, to: Some(ReplyTo::SameProcess(sender)) }, receiver)
+        (
+            Reply {
+                actor,
+                begun: false,
+                to: Some(ReplyTo::SameProcess(sender)),
+            },
+            receiver,
+        )
     }
 
     /// An answer on a stream, which has kept `slot` free for it.
     #[must_use]
     pub fn on_stream(actor: ActorId, call: u64, slot: mpsc::OwnedPermit<CallReply>) -> Self {
-        Reply { actor, begun: false, to: Some(ReplyTo::Stream { call, slot }) }
+        Reply {
+            actor,
+            begun: false,
+            to: Some(ReplyTo::Stream { call, slot }),
+        }
     }
 
     /// Answers.
@@ -99,7 +113,11 @@ pub(crate) fn unavailable(
     reason: impl Into<String>,
     executed: Executed,
 ) -> CallError {
-    CallError::ActorUnavailable { actor: actor.to_string(), reason: reason.into(), executed }
+    CallError::ActorUnavailable {
+        actor: actor.to_string(),
+        reason: reason.into(),
+        executed,
+    }
 }
 
 /// When a call is over, answered or not.
@@ -134,8 +152,13 @@ pub struct IncomingCall {
 }
 
 pub(crate) enum Envelope {
-    Call { call: IncomingCall, permit: OwnedSemaphorePermit },
-    Notice { deadline_ms: u64 },
+    Call {
+        call: IncomingCall,
+        permit: OwnedSemaphorePermit,
+    },
+    Notice {
+        deadline_ms: u64,
+    },
 }
 
 /// The answer that is due for the method that runs now: kept outside the actor's own task, so
@@ -203,7 +226,12 @@ pub(crate) async fn run_call(
     call: IncomingCall,
     permit: OwnedSemaphorePermit,
 ) {
-    let IncomingCall { method, arguments, deadline, mut reply } = call;
+    let IncomingCall {
+        method,
+        arguments,
+        deadline,
+        mut reply,
+    } = call;
     drop(permit);
     if let Some(deadline) = deadline.filter(|deadline| deadline.at <= Instant::now()) {
         reply.send(Err(deadline.error(context.actor(), Executed::No)));

@@ -64,7 +64,9 @@ impl Registry {
         let mut registry = Registry::default();
         for actor_type in types {
             if registry.types.insert(actor_type.name, actor_type).is_some() {
-                return Err(DuplicateTypeError { name: actor_type.name });
+                return Err(DuplicateTypeError {
+                    name: actor_type.name,
+                });
             }
         }
         Ok(registry)
@@ -98,7 +100,9 @@ mod tests {
         let actor_type = ActorType {
             name: "a",
             constructor: |_, _| {
-                Box::pin(std::future::ready(Err(ConstructError::Failed(String::new()))))
+                Box::pin(std::future::ready(Err(ConstructError::Failed(
+                    String::new(),
+                ))))
             },
         };
         let error = Registry::new([actor_type, actor_type]).unwrap_err();

@@ -36,9 +36,6 @@ pub const EVENTS_WAITING_MAX: usize = 1024;
 /// How long a killed actor may take to reach its next await when the host ends.
 const KILL_ALLOWANCE: Duration = Duration::from_millis(250);
 
-/// The longest text of a panic or failure that is reported; the log has all of it.
-const REASON_BYTES_MAX: usize = 4096;
-
 /// Something that became of an actor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ActorEvent {
@@ -61,7 +58,10 @@ pub enum ActorEvent {
 }
 
 enum Slot {
-    Starting { incarnation: Incarnation, task: Option<AbortHandle> },
+    Starting {
+        incarnation: Incarnation,
+        task: Option<AbortHandle>,
+    },
     Running(Arc<Mailbox>),
 }
 
@@ -141,22 +141,40 @@ impl ActorTable {
                 return;
             }
             if held.is_none() && slots.len() >= ACTORS_PER_HOST_MAX {
-                Err(format!("this host runs {ACTORS_PER_HOST_MAX} actors already, its limit"))
+                Err(format!(
+                    "this host runs {ACTORS_PER_HOST_MAX} actors already, its limit"
+                ))
             } else {
-                Ok(slots.insert(actor, Slot::Starting { incarnation, task: None }))
+                Ok(slots.insert(
+                    actor,
+                    Slot::Starting {
+                        incarnation,
+                        task: None,
+                    },
+                ))
             }
         };
         match superseded {
             Ok(old) => self.discard(actor, old).await,
             Err(reason) => {
                 let reason = ExitReason::StartFailed(reason);
-                return self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+                return self
+                    .report(ActorEvent::Exited {
+                        actor,
+                        incarnation,
+                        reason,
+                    })
+                    .await;
             }
         }
         let table = Arc::clone(self);
-        let task = self.tasks.spawn(async move { table.construct(order).await });
-        if let Some(Slot::Starting { incarnation: held, task: slot }) =
-            self.slots.lock().get_mut(&actor)
+        let task = self
+            .tasks
+            .spawn(async move { table.construct(order).await });
+        if let Some(Slot::Starting {
+            incarnation: held,
+            task: slot,
+        }) = self.slots.lock().get_mut(&actor)
             && *held == incarnation
         {
             *slot = Some(task.abort_handle());
@@ -171,7 +189,12 @@ impl ActorTable {
                     task.abort();
                 }
                 let reason = ExitReason::Stopped;
-                self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+                self.report(ActorEvent::Exited {
+                    actor,
+                    incarnation,
+                    reason,
+                })
+                .await;
             }
             Some(Slot::Running(mailbox)) => {
                 mailbox.context.end(ExitReason::Stopped);
@@ -182,7 +205,10 @@ impl ActorTable {
 
     async fn construct(self: Arc<Self>, order: StartActor) {
         let (actor, incarnation) = (order.actor, order.incarnation);
-        let arguments = Startup { table: Arc::downgrade(&self), order };
+        let arguments = Startup {
+            table: Arc::downgrade(&self),
+            order,
+        };
         let spawned =
             Actor::spawn_linked(None, ActorShell, arguments, self.supervisor.get_cell()).await;
         let Err(error) = spawned else { return };
@@ -199,7 +225,12 @@ impl ActorTable {
             ours
         };
         if owned {
-            self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+            self.report(ActorEvent::Exited {
+                actor,
+                incarnation,
+                reason,
+            })
+            .await;
         }
     }
 
@@ -226,7 +257,13 @@ impl ActorTable {
                 return self.discard(actor, starting).await;
             }
             let reason = ExitReason::Stopped;
-            return self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+            return self
+                .report(ActorEvent::Exited {
+                    actor,
+                    incarnation,
+                    reason,
+                })
+                .await;
         };
         mailbox.context.end(ExitReason::Stopped);
         self.tasks.spawn(async move {
@@ -239,8 +276,12 @@ impl ActorTable {
 
     /// Ends every actor, and waits until all have ended or been killed, for about `grace`.
     pub async fn stop_all(self: &Arc<Self>, grace: Duration) {
-        let held: Vec<_> =
-            self.slots.lock().iter().map(|(actor, slot)| (*actor, slot.incarnation())).collect();
+        let held: Vec<_> = self
+            .slots
+            .lock()
+            .iter()
+            .map(|(actor, slot)| (*actor, slot.incarnation()))
+            .collect();
         for (actor, incarnation) in held {
             self.stop_actor(actor, incarnation, grace).await;
         }
@@ -260,7 +301,9 @@ impl ActorTable {
     /// Tells every actor, and whoever watches, that the node will be gone; `None` takes it back.
     pub fn notify(&self, notice: Option<Notice>) {
         self.runtime.set_notice(notice);
-        let Some(Notice { deadline_ms }) = notice else { return };
+        let Some(Notice { deadline_ms }) = notice else {
+            return;
+        };
         for slot in self.slots.lock().values() {
             if let Slot::Running(mailbox) = slot {
                 mailbox.notify(deadline_ms);
@@ -282,7 +325,8 @@ impl ActorTable {
             ),
             None => "it does not run in this host".to_owned(),
         };
-        call.reply.send(Err(unavailable(actor, refusal, Executed::No)));
+        call.reply
+            .send(Err(unavailable(actor, refusal, Executed::No)));
     }
 
     /// How many actors are here, starting ones included.
@@ -292,11 +336,16 @@ impl ActorTable {
     }
 
     async fn finished(&self, end: End) {
-        let Some(mailbox) = self.by_ractor_id.lock().remove(&end.ractor_id) else { return };
+        let Some(mailbox) = self.by_ractor_id.lock().remove(&end.ractor_id) else {
+            return;
+        };
         let (actor, incarnation) = (mailbox.actor, mailbox.incarnation);
         {
             let mut slots = self.slots.lock();
-            if slots.get(&actor).is_some_and(|slot| slot.incarnation() == incarnation) {
+            if slots
+                .get(&actor)
+                .is_some_and(|slot| slot.incarnation() == incarnation)
+            {
                 slots.remove(&actor);
             }
         }
@@ -311,7 +360,12 @@ impl ActorTable {
             // Dropping the answer says that the method was under way.
             None => mailbox.context.ending().unwrap_or(ExitReason::Completed),
         };
-        self.report(ActorEvent::Exited { actor, incarnation, reason }).await;
+        self.report(ActorEvent::Exited {
+            actor,
+            incarnation,
+            reason,
+        })
+        .await;
     }
 
     async fn report(&self, event: ActorEvent) {
@@ -327,28 +381,6 @@ impl Drop for ActorTable {
             mailbox.ractor.kill();
         }
         self.supervisor.stop(None);
-    }
-}
-
-fn shortened(text: String) -> String {
-    match text.char_indices().find(|(at, _)| *at >= REASON_BYTES_MAX) {
-        Some((at, _)) => format!("{} …", &text[..at]),
-        None => text,
-    }
-}
-
-fn start_failure(error: SpawnErr) -> ExitReason {
-    match error {
-        SpawnErr::StartupFailed(error) => match error.downcast::<StartupError>() {
-            Ok(error) => match *error {
-                StartupError::Construct(ConstructError::Failed(text)) => {
-                    ExitReason::Failed(shortened(text))
-                }
-                other => ExitReason::StartFailed(shortened(other.to_string())),
-            },
-            Err(panic) => ExitReason::Panicked(shortened(panic.to_string())),
-        },
-        other => ExitReason::StartFailed(other.to_string()),
     }
 }
 
@@ -379,138 +411,18 @@ impl Actor for Supervisor {
         _state: &mut (),
     ) -> Result<(), ActorProcessingErr> {
         let end = match event {
-            SupervisionEvent::ActorTerminated(cell, _state, _reason) => {
-                End { ractor_id: cell.get_id(), panic: None }
-            }
-            SupervisionEvent::ActorFailed(cell, error) => {
-                End { ractor_id: cell.get_id(), panic: Some(shortened(error.to_string())) }
-            }
+            SupervisionEvent::ActorTerminated(cell, _state, _reason) => End {
+                ractor_id: cell.get_id(),
+                panic: None,
+            },
+            SupervisionEvent::ActorFailed(cell, error) => End {
+                ractor_id: cell.get_id(),
+                panic: Some(shortened(error.to_string())),
+            },
             _ => return Ok(()),
         };
         // Fails only when the table is gone, and then there is nothing to supervise.
         let _ = self.ended.send(end).await;
-        Ok(())
-    }
-}
-
-/// The ractor actor around every one of ours.
-struct ActorShell;
-
-struct Startup {
-    table: Weak<ActorTable>,
-    order: StartActor,
-}
-
-struct Running {
-    actor: Box<dyn DynActor>,
-    context: ActorContext,
-    in_flight: InFlight,
-    notice_waits: Arc<AtomicBool>,
-}
-
-#[derive(Debug, thiserror::Error)]
-enum StartupError {
-    #[error("the host is shutting down")]
-    ShuttingDown,
-    #[error("it was stopped while it started")]
-    Stopped,
-    #[error("a driver is a process of its own and cannot be started in a host of actors")]
-    IsDriver,
-    #[error(
-        "this program has no actor type `{name}`; it has: {known}; was the job submitted with an \
-         older binary?"
-    )]
-    UnknownType { name: String, known: String },
-    #[error("{0}")]
-    Construct(ConstructError),
-}
-
-impl Actor for ActorShell {
-    type Msg = Envelope;
-    type State = Running;
-    type Arguments = Startup;
-
-    async fn pre_start(
-        &self,
-        myself: ActorRef<Envelope>,
-        startup: Startup,
-    ) -> Result<Running, ActorProcessingErr> {
-        let StartActor { actor, incarnation, spec, .. } = startup.order;
-        let table = startup.table.upgrade().ok_or(StartupError::ShuttingDown)?;
-        let ActorKind::Actor { type_name } = spec.kind else {
-            return Err(StartupError::IsDriver.into());
-        };
-        let actor_type = table.registry.get(&type_name).ok_or_else(|| StartupError::UnknownType {
-            known: table.registry.names().join(", "),
-            name: type_name,
-        })?;
-        let context =
-            ActorContext::new(actor, incarnation, spec.name, Arc::clone(&table.runtime));
-        let constructed = (actor_type.constructor)(spec.init, context.clone())
-            .await
-            .map_err(StartupError::Construct)?;
-
-        let in_flight = InFlight::default();
-        let notice_waits = Arc::new(AtomicBool::new(false));
-        let mailbox = Arc::new(Mailbox::new(
-            context.clone(),
-            myself.clone(),
-            spec.mailbox_capacity,
-            Arc::clone(&in_flight),
-            Arc::clone(&notice_waits),
-        ));
-        {
-            let mut slots = table.slots.lock();
-            match slots.get_mut(&actor) {
-                Some(slot @ Slot::Starting { .. }) if slot.incarnation() == incarnation => {
-                    *slot = Slot::Running(Arc::clone(&mailbox));
-                }
-                _ => return Err(StartupError::Stopped.into()),
-            }
-            table.by_ractor_id.lock().insert(myself.get_id(), Arc::clone(&mailbox));
-        }
-        context.attach(myself.get_cell());
-        table.report(ActorEvent::Started { actor, incarnation }).await;
-        if let Some(notice) = context.notice() {
-            mailbox.notify(notice.deadline_ms);
-        }
-        Ok(Running { actor: constructed, context, in_flight, notice_waits })
-    }
-
-    async fn post_start(
-        &self,
-        _myself: ActorRef<Envelope>,
-        running: &mut Running,
-    ) -> Result<(), ActorProcessingErr> {
-        running.actor.started(&running.context).await;
-        Ok(())
-    }
-
-    async fn handle(
-        &self,
-        _myself: ActorRef<Envelope>,
-        message: Envelope,
-        running: &mut Running,
-    ) -> Result<(), ActorProcessingErr> {
-        let Running { actor, context, in_flight, notice_waits } = running;
-        match message {
-            Envelope::Call { call, permit } => {
-                run_call(actor.as_mut(), context, in_flight, call, permit).await;
-            }
-            Envelope::Notice { deadline_ms } => {
-                notice_waits.store(false, Ordering::Release);
-                actor.on_notice(deadline_ms, context).await;
-            }
-        }
-        Ok(())
-    }
-
-    async fn post_stop(
-        &self,
-        _myself: ActorRef<Envelope>,
-        running: &mut Running,
-    ) -> Result<(), ActorProcessingErr> {
-        running.actor.on_stop(&running.context).await;
         Ok(())
     }
 }

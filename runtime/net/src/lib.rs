@@ -20,6 +20,7 @@ pub mod pool;
 pub mod tcp;
 pub mod tls;
 
+mod connection;
 mod transport;
 
 #[cfg(test)]

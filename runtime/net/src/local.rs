@@ -13,7 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::task::JoinSet;
 
-use crate::endpoint::accept_stream;
+use crate::connection::accept_stream;
 use crate::lane::{FramedStream, SendError};
 
 /// Streams whose hello is outstanding: all hosts of a machine may start at once.

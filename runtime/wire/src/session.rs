@@ -14,6 +14,8 @@ use mobula_core::label::Labels;
 use mobula_core::order::{Order, WorkerEvent};
 use mobula_core::resource::Resources;
 
+pub use mobula_core::storage::StorageLocation;
+
 /// From a worker's agent to the leader.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WorkerMessage {
@@ -144,21 +146,4 @@ pub struct Welcome {
     pub storage: StorageLocation,
     /// The control API's addresses, for the hosts.
     pub api_addresses: Vec<String>,
-}
-
-/// An object store, without its secrets: each machine takes those from its own environment.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StorageLocation {
-    /// `file:///…`, `s3://bucket/prefix` …
-    pub url: String,
-    /// Endpoint of an S3-compatible server.
-    pub endpoint: Option<String>,
-    /// Region.
-    pub region: Option<String>,
-    /// Whether the endpoint may be plain HTTP.
-    pub allow_http: bool,
-    /// The environment variable that holds the access key.
-    pub access_key_env: String,
-    /// The environment variable that holds the secret key.
-    pub secret_key_env: String,
 }

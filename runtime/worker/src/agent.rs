@@ -149,25 +149,24 @@ impl Agent {
 
     async fn leave(&mut self, exit: WorkerExit) {
         tracing::info!(%exit, actors = self.pool.actor_count(), "worker ends");
-        let hosts = self.pool.end_all(&ExitReason::Preempted);
-        let reports = self.pool.take_actions();
+        let hosts = self.pool.end_all(&ExitReason::NodeLost);
+        self.kill(&hosts).await;
         let is_orderly = match exit {
             WorkerExit::Stopped | WorkerExit::Drained => true,
             // A machine that is taken away says nothing, and so does one that plays it.
             WorkerExit::Preempted { source } => source == NoticeSource::Sigterm,
         };
-        self.kill(&hosts).await;
-        if is_orderly {
-            for action in reports {
-                if let Action::Report(event) = action {
-                    self.session.outbox.update(|outbox| outbox.push(event));
-                }
-            }
-            let outbox = self.session.outbox.clone();
-            if self.status.borrow().connected
-                && tokio::time::timeout(LAST_WORDS_WAIT, outbox.emptied()).await.is_err()
+        if is_orderly && self.status.borrow().connected {
+            let last_words = async {
+                // What ended before the hosts were killed has reasons of its own.
+                self.session.outbox.emptied().await;
+                self.session.leave().await;
+            };
+            if tokio::time::timeout(LAST_WORDS_WAIT, last_words)
+                .await
+                .is_err()
             {
-                tracing::warn!("the leader did not acknowledge the last events in time");
+                tracing::warn!("the leader did not take in the last words in time");
             }
         }
         self.tasks.shutdown().await;
@@ -175,12 +174,22 @@ impl Agent {
 
     async fn handle(&mut self, input: Input) {
         match input {
-            Input::Leader(FromLeader::Welcome(welcome)) => self.handle_welcome(welcome).await,
+            Input::Leader(FromLeader::Welcome(welcome, ready)) => {
+                self.handle_welcome(welcome).await;
+                drop(ready);
+            }
             Input::Leader(FromLeader::Order(order)) => self.handle_order(order),
-            Input::Leader(FromLeader::ReadLog { session, request, key, offset, limit_bytes }) => {
+            Input::Leader(FromLeader::ReadLog {
+                session,
+                request,
+                key,
+                offset,
+                limit_bytes,
+            }) => {
                 let bytes = self.logs.read(key, offset, limit_bytes);
                 self.session.send_log(session, request, bytes);
             }
+            Input::Leader(FromLeader::OrdersComplete(standing)) => self.pool.keep_only(&standing),
             Input::Notice(change) => self.handle_notice(change),
             Input::HostConnected(connected) => self.handle_connected(connected),
             Input::HostMessage(host, message) => self.pool.message(host, message),
@@ -194,7 +203,10 @@ impl Agent {
     }
 
     async fn handle_welcome(&mut self, welcome: Arc<Welcome>) {
-        let before = self.welcome.replace(welcome.clone()).map(|old| old.incarnation);
+        let before = self
+            .welcome
+            .replace(welcome.clone())
+            .map(|old| old.incarnation);
         if before.is_none_or(|before| before == welcome.incarnation) {
             return;
         }
@@ -229,7 +241,11 @@ impl Agent {
                     self.session.restart();
                 }
             }
-            Order::Stop { actor, incarnation, grace_ms } => {
+            Order::Stop {
+                actor,
+                incarnation,
+                grace_ms,
+            } => {
                 self.pool.stop(actor, incarnation, grace_ms);
             }
             Order::Notice { deadline_ms } => self.handle_notice(NoticeChange {
@@ -244,16 +260,27 @@ impl Agent {
     }
 
     fn handle_notice(&mut self, change: NoticeChange) {
-        let Some(current) = self.notices.apply(change) else { return };
+        let Some(current) = self.notices.apply(change) else {
+            return;
+        };
         match current {
-            Some(Notice { deadline_ms, source }) => {
+            Some(Notice {
+                deadline_ms,
+                source,
+            }) => {
                 let left_ms = until(deadline_ms).as_millis();
-                tracing::warn!(source = source.as_str(), left_ms, "this machine will be taken away");
+                tracing::warn!(
+                    source = source.as_str(),
+                    left_ms,
+                    "this machine will be taken away"
+                );
             }
             None => tracing::info!("the notice is withdrawn"),
         }
         self.pool.notice(current.map(|notice| notice.deadline_ms));
-        self.session.outbox.update(|outbox| outbox.push(notice_event(current)));
+        self.session
+            .outbox
+            .update(|outbox| outbox.push(notice_event(current)));
     }
 
     fn handle_connected(&mut self, connected: Connected) {
@@ -328,7 +355,9 @@ impl Agent {
         match action {
             Action::Launch(launch) => self.launch(*launch),
             Action::Send(host, message) => {
-                let Some(stream) = self.streams.get(&host) else { return };
+                let Some(stream) = self.streams.get(&host) else {
+                    return;
+                };
                 if let Err(mpsc::error::TrySendError::Full(_)) = stream.try_send(message) {
                     tracing::warn!(%host, "killing a host that does not read its messages");
                     self.kill_one(host);
@@ -358,11 +387,14 @@ impl Agent {
     fn launch(&mut self, launch: Launch) {
         let Some(welcome) = self.welcome.clone() else {
             // Only orders lead to launches, and orders come after a welcome.
-            self.pool.launch_failed(launch.host, "the worker has no session yet");
+            self.pool
+                .launch_failed(launch.host, "the worker has no session yet");
             return;
         };
         let incarnation: Incarnation = welcome.incarnation;
-        let log = self.logs.assign(launch.host, launch.job, launch.owner, incarnation);
+        let log = self
+            .logs
+            .assign(launch.host, launch.job, launch.owner, incarnation);
         let (launcher, to_self) = (self.launcher.clone(), self.to_self.clone());
         self.tasks.spawn(async move {
             let result = launcher.launch(&launch, &welcome, &log).await;
@@ -414,9 +446,13 @@ const ALARM_MS_MAX: u64 = 86_400_000;
 
 fn notice_event(notice: Option<Notice>) -> WorkerEvent {
     match notice {
-        Some(Notice { deadline_ms, source }) => {
-            WorkerEvent::Notice { deadline_ms, source: source.as_str().to_owned() }
-        }
+        Some(Notice {
+            deadline_ms,
+            source,
+        }) => WorkerEvent::Notice {
+            deadline_ms,
+            source: source.as_str().to_owned(),
+        },
         None => WorkerEvent::NoticeWithdrawn,
     }
 }

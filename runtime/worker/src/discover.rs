@@ -42,7 +42,10 @@ impl Machine {
         Machine {
             cpu_milli: cpu_milli(root, allowed_cpus()),
             memory_bytes: memory_bytes(root),
-            gpus: visible_gpus(crate::discover::nvml::gpus(), cuda_visible_devices().as_deref()),
+            gpus: visible_gpus(
+                crate::discover::nvml::gpus(),
+                cuda_visible_devices().as_deref(),
+            ),
         }
     }
 
@@ -99,12 +102,14 @@ fn allowed_cpus() -> u64 {
 }
 
 fn cpu_milli(root: &Path, allowed_cpus: u64) -> u64 {
-    let quota_v2 = cgroup_v2_files(root, "cpu.max").into_iter().filter_map(|text| {
-        let mut fields = text.split_whitespace();
-        let quota: u64 = fields.next()?.parse().ok()?;
-        let period: u64 = fields.next()?.parse().ok()?;
-        (quota * 1000).checked_div(period)
-    });
+    let quota_v2 = cgroup_v2_files(root, "cpu.max")
+        .into_iter()
+        .filter_map(|text| {
+            let mut fields = text.split_whitespace();
+            let quota: u64 = fields.next()?.parse().ok()?;
+            let period: u64 = fields.next()?.parse().ok()?;
+            (quota * 1000).checked_div(period)
+        });
     let quota_v1 = || {
         let read = |name| read_number(&root.join("sys/fs/cgroup/cpu").join(name));
         (read("cpu.cfs_quota_us")? * 1000).checked_div(read("cpu.cfs_period_us")?)
@@ -126,7 +131,12 @@ fn memory_bytes(root: &Path) -> u64 {
         .into_iter()
         .filter_map(|text| text.trim().parse::<u64>().ok());
     let limit_v1 = read_number(&root.join("sys/fs/cgroup/memory/memory.limit_in_bytes"));
-    limits_v2.chain(limit_v1).chain([total]).filter(|bytes| *bytes > 0).min().unwrap_or(0)
+    limits_v2
+        .chain(limit_v1)
+        .chain([total])
+        .filter(|bytes| *bytes > 0)
+        .min()
+        .unwrap_or(0)
 }
 
 fn read_number(path: &Path) -> Option<u64> {
@@ -281,8 +291,14 @@ mod tests {
     #[test]
     fn this_machine_offers_something() {
         let machine = Machine::discover();
-        assert!(machine.cpu_milli >= 10 && machine.memory_bytes > 0, "{machine:?}");
-        assert_eq!(machine.resources().gpu_milli, machine.gpus.len() as u64 * 1000);
+        assert!(
+            machine.cpu_milli >= 10 && machine.memory_bytes > 0,
+            "{machine:?}"
+        );
+        assert_eq!(
+            machine.resources().gpu_milli,
+            machine.gpus.len() as u64 * 1000
+        );
     }
 
     #[test]
@@ -306,7 +322,10 @@ mod tests {
             ("proc/meminfo", "MemTotal: 100 kB\n"),
             ("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "50000\n"),
             ("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"),
-            ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n"),
+            (
+                "sys/fs/cgroup/memory/memory.limit_in_bytes",
+                "9223372036854771712\n",
+            ),
         ]);
         assert_eq!(cpu_milli(root.path(), 4), 500);
         assert_eq!(memory_bytes(root.path()), 102_400);
@@ -316,10 +335,17 @@ mod tests {
 
     #[test]
     fn only_devices_that_the_agent_may_see_are_offered() {
-        let gpu = |id: &str| GpuInfo { id: id.into(), name: "x".into(), memory_bytes: 1 };
+        let gpu = |id: &str| GpuInfo {
+            id: id.into(),
+            name: "x".into(),
+            memory_bytes: 1,
+        };
         let gpus = vec![gpu("GPU-aa"), gpu("GPU-bb")];
         let ids = |visible| {
-            visible_gpus(gpus.clone(), visible).into_iter().map(|g| g.id).collect::<Vec<_>>()
+            visible_gpus(gpus.clone(), visible)
+                .into_iter()
+                .map(|g| g.id)
+                .collect::<Vec<_>>()
         };
         assert_eq!(ids(None), ["GPU-aa", "GPU-bb"]);
         assert_eq!(ids(Some("1,0")), ["GPU-bb", "GPU-aa"]);

@@ -53,7 +53,11 @@ impl WorkerError {
         path: impl Into<PathBuf>,
     ) -> impl FnOnce(std::io::Error) -> WorkerError {
         let path = path.into();
-        move |source| WorkerError::Io { action, path, source }
+        move |source| WorkerError::Io {
+            action,
+            path,
+            source,
+        }
     }
 }
 

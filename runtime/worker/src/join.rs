@@ -97,7 +97,9 @@ impl Joiner {
         }
         if stored.credentials.not_after() <= SystemTime::now() {
             if token.is_none() {
-                return Err(JoinError::Expired { name: self.name.clone() });
+                return Err(JoinError::Expired {
+                    name: self.name.clone(),
+                });
             }
             return self.join_first(token).await;
         }
@@ -105,7 +107,10 @@ impl Joiner {
         // cannot be reached are no error: they may come back.
         match self.cluster_address(&stored.credentials).await {
             Ok(cluster_address) => {
-                let membership = Membership { cluster_address, ..stored };
+                let membership = Membership {
+                    cluster_address,
+                    ..stored
+                };
                 self.save(&membership)?;
                 Ok(membership)
             }
@@ -123,7 +128,8 @@ impl Joiner {
         let usable = token.filter(|t| t.ca_key_hash() == current.credentials.ca_key_hash());
         let text = usable.map(|token| token.to_text()).unwrap_or_default();
         // Without a token the certificate that is about to end says who asks.
-        self.join_any(&ClientTls::Mutual(current.credentials.clone()), text).await
+        self.join_any(&ClientTls::Mutual(current.credentials.clone()), text)
+            .await
     }
 
     /// Where the leader or another head takes QUIC connections, from any head that answers.
@@ -138,7 +144,10 @@ impl Joiner {
                 let mut client = self.connect(address, &tls).await?;
                 let mut request = tonic::Request::new(StatusRequest {});
                 request.set_timeout(RPC_TIMEOUT);
-                client.status(request).await.map_err(|status| self.refusal(address, &status))
+                client
+                    .status(request)
+                    .await
+                    .map_err(|status| self.refusal(address, &status))
             };
             match reply.await {
                 Ok(reply) => return Ok(reply.into_inner().cluster_address),
@@ -149,18 +158,25 @@ impl Joiner {
     }
 
     fn parse_token(&self) -> Result<Option<Token>, JoinError> {
-        let Some(TokenText(text)) = &self.token else { return Ok(None) };
-        let token = Token::parse(text)
-            .map_err(|error| JoinError::TokenMalformed { reason: error.to_string() })?;
+        let Some(TokenText(text)) = &self.token else {
+            return Ok(None);
+        };
+        let token = Token::parse(text).map_err(|error| JoinError::TokenMalformed {
+            reason: error.to_string(),
+        })?;
         if token.role() != Role::Node {
-            return Err(JoinError::TokenOfOtherRole { role: token.role().to_string() });
+            return Err(JoinError::TokenOfOtherRole {
+                role: token.role().to_string(),
+            });
         }
         Ok(Some(token))
     }
 
     async fn join_first(&self, token: Option<Token>) -> Result<Membership, JoinError> {
         let Some(token) = token else {
-            return Err(JoinError::TokenAbsent { name: self.name.clone() });
+            return Err(JoinError::TokenAbsent {
+                name: self.name.clone(),
+            });
         };
         let tls = ClientTls::Pinned(token.ca_key_hash());
         let mut delay = Duration::from_millis(100);
@@ -180,7 +196,9 @@ impl Joiner {
     /// Joins through the first head that answers.
     async fn join_any(&self, tls: &ClientTls, token: String) -> Result<Membership, JoinError> {
         let key = PrivateKey::generate().map_err(|error| self.unusable(&error))?;
-        let csr_pem = key.certificate_request().map_err(|error| self.unusable(&error))?;
+        let csr_pem = key
+            .certificate_request()
+            .map_err(|error| self.unusable(&error))?;
         let mut last = None;
         for address in &self.head_api {
             let reply = async {
@@ -191,7 +209,10 @@ impl Joiner {
                     name: self.name.clone(),
                 });
                 request.set_timeout(RPC_TIMEOUT);
-                client.join(request).await.map_err(|status| self.refusal(address, &status))
+                client
+                    .join(request)
+                    .await
+                    .map_err(|status| self.refusal(address, &status))
             };
             match reply.await {
                 Ok(reply) => return self.accept(key, reply.into_inner()),
@@ -225,19 +246,24 @@ impl Joiner {
         address: &str,
         tls: &ClientTls,
     ) -> Result<ControlClient<Channel>, JoinError> {
-        let resolved = resolve(address).await.map_err(|reason| self.unreachable(&reason))?;
-        let channel = connect_channel(resolved, tls.clone()).await.map_err(|error| match error {
-            ApiConnectError::WrongPeer { .. } => JoinError::OtherCluster {
-                address: address.to_owned(),
-                expected_by: match tls {
-                    ClientTls::Pinned(_) => "the token",
-                    ClientTls::Mutual(_) => "the stored identity",
-                },
-                reason: error.to_string(),
-                identity_dir: self.identity_dir.clone(),
-            },
-            _ => self.unreachable(&error.to_string()),
-        })?;
+        let resolved = resolve(address)
+            .await
+            .map_err(|reason| self.unreachable(&reason))?;
+        let channel =
+            connect_channel(resolved, tls.clone())
+                .await
+                .map_err(|error| match error {
+                    ApiConnectError::WrongPeer { .. } => JoinError::OtherCluster {
+                        address: address.to_owned(),
+                        expected_by: match tls {
+                            ClientTls::Pinned(_) => "the token",
+                            ClientTls::Mutual(_) => "the stored identity",
+                        },
+                        reason: error.to_string(),
+                        identity_dir: self.identity_dir.clone(),
+                    },
+                    _ => self.unreachable(&error.to_string()),
+                })?;
         Ok(ControlClient::new(channel))
     }
 
@@ -248,7 +274,10 @@ impl Joiner {
             Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
                 self.unreachable(&format!("{address}: {reason}"))
             }
-            _ => JoinError::Refused { name: self.name.clone(), reason },
+            _ => JoinError::Refused {
+                name: self.name.clone(),
+                reason,
+            },
         }
     }
 
@@ -284,9 +313,15 @@ impl Joiner {
                 identity_dir: self.identity_dir.clone(),
             });
         }
-        let ClusterFile { cluster_id, cluster_address } =
-            read_json(&self.cluster_file()).map_err(|error| self.unusable(&error))?;
-        Ok(Some(Membership { credentials, cluster_id, cluster_address }))
+        let ClusterFile {
+            cluster_id,
+            cluster_address,
+        } = read_json(&self.cluster_file()).map_err(|error| self.unusable(&error))?;
+        Ok(Some(Membership {
+            credentials,
+            cluster_id,
+            cluster_address,
+        }))
     }
 
     fn save(&self, membership: &Membership) -> Result<(), JoinError> {
@@ -297,7 +332,10 @@ impl Joiner {
         let text = serde_json::to_vec_pretty(&file).expect("two strings are JSON");
         // The credentials come last: only with them is there an identity at all.
         write_private(&self.cluster_file(), &text).map_err(|error| self.unusable(&error))?;
-        membership.credentials.save(&self.identity_dir).map_err(|error| self.unusable(&error))
+        membership
+            .credentials
+            .save(&self.identity_dir)
+            .map_err(|error| self.unusable(&error))
     }
 }
 
@@ -311,7 +349,9 @@ pub(crate) async fn resolve(address: &str) -> Result<SocketAddr, String> {
     let mut found = tokio::net::lookup_host(address)
         .await
         .map_err(|error| format!("`{address}` cannot be resolved: {error}"))?;
-    found.next().ok_or_else(|| format!("`{address}` stands for no address"))
+    found
+        .next()
+        .ok_or_else(|| format!("`{address}` stands for no address"))
 }
 
 #[cfg(test)]
@@ -345,12 +385,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = joiner(dir.path(), None).membership().await.unwrap_err();
         assert!(matches!(error, JoinError::TokenAbsent { .. }), "{error}");
-        let error = joiner(dir.path(), Some("x".into())).membership().await.unwrap_err();
+        let error = joiner(dir.path(), Some("x".into()))
+            .membership()
+            .await
+            .unwrap_err();
         assert!(matches!(error, JoinError::TokenMalformed { .. }), "{error}");
         let hash = ClusterCa::create("c-1").unwrap().key_hash();
         let token = Token::generate(Role::Client, hash).to_text();
-        let error = joiner(dir.path(), Some(token)).membership().await.unwrap_err();
-        assert!(matches!(error, JoinError::TokenOfOtherRole { .. }), "{error}");
+        let error = joiner(dir.path(), Some(token))
+            .membership()
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, JoinError::TokenOfOtherRole { .. }),
+            "{error}"
+        );
     }
 
     #[tokio::test]
@@ -372,7 +421,10 @@ mod tests {
         store(dir.path(), "w-1", Duration::from_secs(7200));
         let other = ClusterCa::create("c-2").unwrap().key_hash();
         let token = Token::generate(Role::Node, other).to_text();
-        let error = joiner(dir.path(), Some(token)).membership().await.unwrap_err();
+        let error = joiner(dir.path(), Some(token))
+            .membership()
+            .await
+            .unwrap_err();
         assert!(matches!(error, JoinError::OtherCluster { .. }), "{error}");
 
         store(dir.path(), "w-1", Duration::ZERO);

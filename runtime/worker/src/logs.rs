@@ -50,7 +50,11 @@ pub(crate) struct Logs {
 
 impl Logs {
     pub(crate) fn new(dir: PathBuf) -> Logs {
-        Logs { dir, hosts: BTreeMap::new(), actors: BTreeMap::new() }
+        Logs {
+            dir,
+            hosts: BTreeMap::new(),
+            actors: BTreeMap::new(),
+        }
     }
 
     /// Where a new host will write.
@@ -88,7 +92,10 @@ impl Logs {
 
     /// The last output of a host, on one line.
     pub(crate) fn tail(&self, host: HostId) -> String {
-        self.hosts.get(&host).map(|path| tail(path)).unwrap_or_default()
+        self.hosts
+            .get(&host)
+            .map(|path| tail(path))
+            .unwrap_or_default()
     }
 
     /// Up to `limit_bytes` of an actor's output from `offset`; empty at the end, and where there
@@ -130,7 +137,11 @@ impl Logs {
 
     fn prune_to(&self, files_max: usize) {
         let entries = |dir: &Path| {
-            fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok).map(|e| e.path())
+            fs::read_dir(dir)
+                .into_iter()
+                .flatten()
+                .filter_map(Result::ok)
+                .map(|e| e.path())
         };
         let mut files: Vec<(SystemTime, PathBuf)> = entries(&self.dir)
             .flat_map(|job| entries(&job).collect::<Vec<_>>())
@@ -140,7 +151,8 @@ impl Logs {
         let surplus = files.len().saturating_sub(files_max);
         for (_, path) in files.into_iter().take(surplus) {
             let is_in_use = self.hosts.values().any(|used| *used == path);
-            if !is_in_use && fs::remove_file(&path).is_ok()
+            if !is_in_use
+                && fs::remove_file(&path).is_ok()
                 && let Some(job) = path.parent()
             {
                 // Fails, as it should, while other logs are in it.
@@ -157,9 +169,16 @@ fn file_name(actor: ActorId, incarnation: Incarnation) -> String {
 /// Opens a log to be written by a host; only this user can read it.
 pub(crate) fn create(path: &Path) -> io::Result<File> {
     if let Some(dir) = path.parent() {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)?;
     }
-    OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
 }
 
 fn tail(path: &Path) -> String {
@@ -169,8 +188,11 @@ fn tail(path: &Path) -> String {
     };
     let bytes = read().unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> =
-        text.lines().map(str::trim_end).filter(|line| !line.trim().is_empty()).collect();
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim_end)
+        .filter(|line| !line.trim().is_empty())
+        .collect();
     // The first line is likely cut off; three whole ones say more than one and a half.
     let from = lines.len().saturating_sub(3);
     lines[from..].join(" | ")
@@ -225,7 +247,10 @@ mod tests {
         let mut logs = Logs::new(dir.path().to_path_buf());
         let path = logs.assign(HostId(1), JobId(2), Some(KEY), Incarnation(9));
         assert!(path.ends_with("job-2/actor-3-7.log"), "{path:?}");
-        create(&path).unwrap().write_all(b"one\ntwo\n\nthree\nfour\n").unwrap();
+        create(&path)
+            .unwrap()
+            .write_all(b"one\ntwo\n\nthree\nfour\n")
+            .unwrap();
         logs.link(KEY, HostId(1));
         assert_eq!(logs.read(KEY, 4, 3), b"two");
         assert_eq!(logs.read(KEY, 1000, 3), b"");
@@ -246,7 +271,10 @@ mod tests {
         // Appended after the trim, as a running host does.
         file.write_all(b", and on").unwrap();
         let size = fs::metadata(&path).unwrap().len();
-        assert_eq!(read_piece(&path, size - 15, 100).unwrap(), b"the end, and on");
+        assert_eq!(
+            read_piece(&path, size - 15, 100).unwrap(),
+            b"the end, and on"
+        );
         assert!(fs::metadata(&path).unwrap().blocks() * 512 <= 4 << 20);
     }
 

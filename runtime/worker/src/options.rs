@@ -158,6 +158,12 @@ mod tests {
         assert!(!format!("{options:?}").contains("secret"));
         assert!(options.check().is_ok());
         options.name = "a/b".into();
-        assert!(options.check().unwrap_err().to_string().contains("use 1 to 63"));
+        assert!(
+            options
+                .check()
+                .unwrap_err()
+                .to_string()
+                .contains("use 1 to 63")
+        );
     }
 }

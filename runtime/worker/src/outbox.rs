@@ -27,10 +27,12 @@ enum Key {
 impl Key {
     fn of(event: &WorkerEvent) -> Key {
         match event {
-            WorkerEvent::ActorStarted { actor, incarnation, .. }
-            | WorkerEvent::ActorExited { actor, incarnation, .. } => {
-                Key::Actor(*actor, *incarnation)
+            WorkerEvent::ActorStarted {
+                actor, incarnation, ..
             }
+            | WorkerEvent::ActorExited {
+                actor, incarnation, ..
+            } => Key::Actor(*actor, *incarnation),
             WorkerEvent::Notice { .. } | WorkerEvent::NoticeWithdrawn => Key::Notice,
         }
     }
@@ -78,7 +80,8 @@ impl Outbox {
 
     /// Forgets everything about actors: the leader has declared them lost already.
     pub(crate) fn forget_actors(&mut self) {
-        self.events.retain(|_, event| matches!(Key::of(event), Key::Notice));
+        self.events
+            .retain(|_, event| matches!(Key::of(event), Key::Notice));
         self.sequences.retain(|key, _| matches!(key, Key::Notice));
     }
 
@@ -126,7 +129,11 @@ mod tests {
         outbox.push(exited(1));
         assert_eq!(outbox.after(0, 10), [(2, started(2)), (3, exited(1))]);
         outbox.acknowledge(1);
-        assert_eq!(outbox.len(), 2, "an acknowledgement of what was replaced is nothing");
+        assert_eq!(
+            outbox.len(),
+            2,
+            "an acknowledgement of what was replaced is nothing"
+        );
         outbox.acknowledge(3);
         outbox.acknowledge(3);
         assert_eq!(outbox.after(0, 10), [(2, started(2))]);

@@ -26,7 +26,13 @@ impl Paths {
         fs::create_dir_all(data_dir).map_err(WorkerError::io("create", data_dir))?;
         let data_dir = fs::canonicalize(data_dir).map_err(WorkerError::io("open", data_dir))?;
         let paths = Paths { data_dir };
-        for dir in [paths.identity(), paths.run(), paths.logs(), paths.artifacts(), paths.work()] {
+        for dir in [
+            paths.identity(),
+            paths.run(),
+            paths.logs(),
+            paths.artifacts(),
+            paths.work(),
+        ] {
             private_dir(&dir).map_err(WorkerError::io("create", &dir))?;
         }
         Ok(paths)
@@ -66,9 +72,9 @@ impl Paths {
         let operation = rustix::fs::FlockOperation::NonBlockingLockExclusive;
         match rustix::fs::flock(&file, operation) {
             Ok(()) => Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                Err(WorkerError::DataDirInUse { path: self.data_dir.clone() })
-            }
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(WorkerError::DataDirInUse {
+                path: self.data_dir.clone(),
+            }),
             Err(error) => Err(WorkerError::io("lock", path)(error.into())),
         }
     }
@@ -116,8 +122,12 @@ fn private_dir(dir: &Path) -> io::Result<()> {
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::io::Write;
     let temporary = path.with_extension("new");
-    let mut file =
-        OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+    let mut file = OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(&temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&temporary, path)
@@ -150,7 +160,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::new(&dir.path().join("d".repeat(120))).unwrap();
         let socket = paths.agent_socket().unwrap();
-        assert!(socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX, "{socket:?}");
+        assert!(
+            socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX,
+            "{socket:?}"
+        );
         let mode = fs::metadata(socket.parent().unwrap()).unwrap().mode();
         assert_eq!(mode & 0o777, 0o700);
         fs::remove_dir(socket.parent().unwrap()).unwrap();
@@ -161,6 +174,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = dir.path().join("open");
         fs::DirBuilder::new().mode(0o755).create(&open).unwrap();
-        assert_eq!(private_dir(&open).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(
+            private_dir(&open).unwrap_err().kind(),
+            io::ErrorKind::PermissionDenied
+        );
     }
 }

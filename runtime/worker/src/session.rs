@@ -91,8 +91,13 @@ impl SharedOutbox {
 #[derive(Debug)]
 enum Command {
     Sign(Signing),
-    Log { session: u64, request: u64, bytes: Vec<u8> },
+    Log {
+        session: u64,
+        request: u64,
+        bytes: Vec<u8>,
+    },
     Restart,
+    Leave(oneshot::Sender<()>),
 }
 
 #[derive(Debug)]
@@ -121,20 +126,50 @@ impl SessionHandle {
         let (reply, answer) = oneshot::channel();
         let ended = "the session with the leader has ended";
         let ask = async {
-            let command = Command::Sign(Signing { csr_pem, job, host, reply });
-            self.commands.send(command).await.map_err(|_| ended.to_owned())?;
+            let command = Command::Sign(Signing {
+                csr_pem,
+                job,
+                host,
+                reply,
+            });
+            self.commands
+                .send(command)
+                .await
+                .map_err(|_| ended.to_owned())?;
             answer.await.map_err(|_| ended.to_owned())?
         };
-        tokio::time::timeout(SIGN_TIMEOUT, ask).await.unwrap_or_else(|_| {
-            Err(format!("no leader signed the host's certificate within {SIGN_TIMEOUT:?}"))
-        })
+        tokio::time::timeout(SIGN_TIMEOUT, ask)
+            .await
+            .unwrap_or_else(|_| {
+                Err(format!(
+                    "no leader signed the host's certificate within {SIGN_TIMEOUT:?}"
+                ))
+            })
     }
 
     /// Answers a question for a log. Without a session, or when too many answers wait, it is
     /// dropped: the leader asks again.
     pub(crate) fn send_log(&self, session: u64, request: u64, bytes: Vec<u8>) {
-        if self.commands.try_send(Command::Log { session, request, bytes }).is_err() {
+        if self
+            .commands
+            .try_send(Command::Log {
+                session,
+                request,
+                bytes,
+            })
+            .is_err()
+        {
             tracing::debug!(request, "log answer dropped");
+        }
+    }
+
+    /// Tells the leader that this worker goes and that nothing runs on it any more. Returns when
+    /// the leader has taken it in, or when nobody is there to hear it.
+    pub(crate) async fn leave(&self) {
+        let (left, done) = oneshot::channel();
+        if self.commands.send(Command::Leave(left)).await.is_ok() {
+            // Dropped without a word: the session broke meanwhile.
+            let _ = done.await;
         }
     }
 
@@ -148,9 +183,18 @@ impl SessionHandle {
 /// What the leader says that is the agent's business.
 #[derive(Debug)]
 pub(crate) enum FromLeader {
-    Welcome(Arc<Welcome>),
+    /// A session has begun. Dropping the sender says that the agent is ready for it.
+    Welcome(Arc<Welcome>, oneshot::Sender<()>),
     Order(mobula_core::order::Order),
-    ReadLog { session: u64, request: u64, key: Key, offset: u64, limit_bytes: u32 },
+    /// All standing orders were sent; nothing else is to run.
+    OrdersComplete(Vec<Key>),
+    ReadLog {
+        session: u64,
+        request: u64,
+        key: Key,
+        offset: u64,
+        limit_bytes: u32,
+    },
 }
 
 /// Why a session ended.
@@ -207,7 +251,10 @@ impl Session {
         status: watch::Sender<WorkerStatus>,
     ) -> (Session, SessionHandle) {
         let (sender, commands) = mpsc::channel(COMMANDS);
-        let handle = SessionHandle { commands: sender, outbox: Arc::default() };
+        let handle = SessionHandle {
+            commands: sender,
+            outbox: Arc::default(),
+        };
         let cluster_address = membership.borrow().cluster_address.clone();
         let session = Session {
             endpoint,
@@ -276,14 +323,18 @@ impl Session {
     async fn connect(&mut self) -> Result<FramedStream, SessionEnd> {
         self.membership.mark_unchanged();
         let failed = |error: &dyn std::fmt::Display| SessionEnd::Connect(error.to_string());
-        let address =
-            resolve(&self.cluster_address).await.map_err(|reason| failed(&reason))?;
+        let address = resolve(&self.cluster_address)
+            .await
+            .map_err(|reason| failed(&reason))?;
         let connection = self
             .endpoint
             .connect(address, LaneClass::Control, Role::Head)
             .await
             .map_err(|error| failed(&error))?;
-        connection.open(Lane::Control).await.map_err(|error| failed(&error))
+        connection
+            .open(Lane::Control)
+            .await
+            .map_err(|error| failed(&error))
     }
 
     async fn converse(
@@ -314,18 +365,31 @@ impl Session {
         );
         let lease = Lease::granted(welcome.lease_ms, sent_at);
         let renew_period = Duration::from_millis(welcome.renew_ms.max(10));
-        self.to_agent(FromLeader::Welcome(Arc::new(welcome))).await?;
+        // No event of a lost incarnation may be sent in the name of the new one: wait until the
+        // agent has dropped those. Its bound is well within a lease.
+        let (ready, is_ready) = oneshot::channel();
+        self.to_agent(FromLeader::Welcome(Arc::new(welcome), ready))
+            .await?;
+        let _ = is_ready.await;
         for (request, signing) in &self.signings {
             send(&mut sender, &sign_message(*request, signing)).await?;
         }
-        let mut talk = Talk { sender, lease, sent_up_to: 0, sent_at_last_resend: 0 };
+        let mut talk = Talk {
+            sender,
+            lease,
+            sent_up_to: 0,
+            sent_at_last_resend: 0,
+        };
         self.talk(&mut talk, &mut receiver, renew_period).await
     }
 
     async fn receive_welcome(&self, receiver: &mut FramedReceiver) -> Result<Welcome, SessionEnd> {
         match receive(receiver).await? {
             HeadMessage::Welcome(welcome) if welcome.term < self.highest_term => {
-                Err(SessionEnd::Stale { found: welcome.term.0, newest: self.highest_term.0 })
+                Err(SessionEnd::Stale {
+                    found: welcome.term.0,
+                    newest: self.highest_term.0,
+                })
             }
             HeadMessage::Welcome(welcome) => Ok(welcome),
             HeadMessage::Refused { reason } => Err(SessionEnd::Refused(reason)),
@@ -353,6 +417,14 @@ impl Session {
                 () = outbox.added.notified() => talk.send_events(&outbox).await?,
                 _ = resend.tick() => talk.resend_events(&outbox).await?,
                 command = self.commands.recv() => match command {
+                    Some(Command::Leave(left)) => {
+                        send(&mut talk.sender, &WorkerMessage::Leaving).await?;
+                        // The leader ends the session when it has taken this in.
+                        while receive(receiver).await.is_ok() {}
+                        // Whoever asked may wait no longer.
+                        let _ = left.send(());
+                        return Err(SessionEnd::AgentEnded);
+                    }
                     Some(command) => self.handle_command(command, talk).await?,
                     None => return Err(SessionEnd::AgentEnded),
                 },
@@ -390,11 +462,28 @@ impl Session {
                     let _ = signing.reply.send(result);
                 }
             }
-            HeadMessage::ReadLog { request, actor, incarnation, offset, limit_bytes } => {
+            HeadMessage::ReadLog {
+                request,
+                actor,
+                incarnation,
+                offset,
+                limit_bytes,
+            } => {
                 let key = (actor, incarnation);
                 let session = self.number;
-                let read = FromLeader::ReadLog { session, request, key, offset, limit_bytes };
+                let read = FromLeader::ReadLog {
+                    session,
+                    request,
+                    key,
+                    offset,
+                    limit_bytes,
+                };
                 self.to_agent(read).await?;
+            }
+            HeadMessage::OrdersComplete { term, standing } => {
+                if self.is_current(term) {
+                    self.to_agent(FromLeader::OrdersComplete(standing)).await?;
+                }
             }
             HeadMessage::Refused { reason } => return Err(SessionEnd::Refused(reason)),
             HeadMessage::Welcome(_) => return Err(SessionEnd::Protocol),
@@ -407,7 +496,8 @@ impl Session {
         if term < self.highest_term {
             self.status.send_modify(|status| status.stale_messages += 1);
             tracing::warn!(
-                found = term.0, newest = self.highest_term.0,
+                found = term.0,
+                newest = self.highest_term.0,
                 "dropped a message of a leader that has been replaced"
             );
             return false;
@@ -423,7 +513,8 @@ impl Session {
     ) -> Result<(), SessionEnd> {
         match command {
             Command::Sign(signing) => {
-                self.signings.retain(|_, signing| !signing.reply.is_closed());
+                self.signings
+                    .retain(|_, signing| !signing.reply.is_closed());
                 if self.signings.len() >= SIGNINGS_MAX {
                     let reason = format!("{SIGNINGS_MAX} certificates are being waited for");
                     let _ = signing.reply.send(Err(reason));
@@ -434,16 +525,24 @@ impl Session {
                 self.signings.insert(self.last_signing, signing);
                 send(&mut talk.sender, &message).await
             }
-            Command::Log { session, request, bytes } if session == self.number => {
+            Command::Log {
+                session,
+                request,
+                bytes,
+            } if session == self.number => {
                 send(&mut talk.sender, &WorkerMessage::Log { request, bytes }).await
             }
             Command::Log { .. } => Ok(()),
             Command::Restart => Err(SessionEnd::Restarted),
+            Command::Leave(_) => Err(SessionEnd::AgentEnded),
         }
     }
 
     async fn to_agent(&self, message: FromLeader) -> Result<(), SessionEnd> {
-        self.inputs.send(Input::Leader(message)).await.map_err(|_| SessionEnd::AgentEnded)
+        self.inputs
+            .send(Input::Leader(message))
+            .await
+            .map_err(|_| SessionEnd::AgentEnded)
     }
 }
 

@@ -124,7 +124,11 @@ impl Worker {
             drop(lock);
             exit
         });
-        Ok(Handle { stop: Some(stop), status, task })
+        Ok(Handle {
+            stop: Some(stop),
+            status,
+            task,
+        })
     }
 }
 
@@ -195,7 +199,12 @@ fn assemble(
         capacity,
         labels,
     };
-    tracing::info!(name = hello.name, boot_id = hello.boot_id, ?machine, "worker agent starts");
+    tracing::info!(
+        name = hello.name,
+        boot_id = hello.boot_id,
+        ?machine,
+        "worker agent starts"
+    );
 
     let (to_agent, inputs) = mpsc::channel(INPUTS);
     let (status, status_receiver) = watch::channel(WorkerStatus::default());
@@ -228,7 +237,12 @@ fn assemble(
     beside.spawn(renew_certificates(joiner, renewed, endpoint.clone()));
     spawn_notices(options, &to_agent, &mut beside)?;
     let agent = Agent::new((to_agent, inputs), launcher, handle, status, devices, logs);
-    Ok(Parts { agent, beside, endpoint, status: status_receiver })
+    Ok(Parts {
+        agent,
+        beside,
+        endpoint,
+        status: status_receiver,
+    })
 }
 
 fn spawn_notices(
@@ -238,11 +252,20 @@ fn spawn_notices(
 ) -> Result<(), WorkerError> {
     if let Some(path) = options.notice_file.clone() {
         let poll = Duration::from_millis(options.notice_poll_ms);
-        beside.spawn(watch_file(path, poll, options.default_grace_ms, inputs.clone()));
+        beside.spawn(watch_file(
+            path,
+            poll,
+            options.default_grace_ms,
+            inputs.clone(),
+        ));
     }
     if options.sigterm_is_notice {
         let signals = sigterm().map_err(|error| setup("take over SIGTERM", &error))?;
-        beside.spawn(watch_sigterm(signals, options.default_grace_ms, inputs.clone()));
+        beside.spawn(watch_sigterm(
+            signals,
+            options.default_grace_ms,
+            inputs.clone(),
+        ));
     }
     Ok(())
 }
@@ -265,7 +288,9 @@ async fn renew_certificates(
             Ok(renewed) => renewed,
             Err(error) => {
                 let not_after = current.credentials.not_after();
-                let left = not_after.duration_since(SystemTime::now()).unwrap_or_default();
+                let left = not_after
+                    .duration_since(SystemTime::now())
+                    .unwrap_or_default();
                 tracing::warn!(%error, left_s = left.as_secs(), "cannot renew the certificate yet");
                 continue;
             }
@@ -293,5 +318,8 @@ fn device_ids(machine: &Machine, gpu_milli: u64) -> Vec<String> {
 }
 
 fn setup(action: &'static str, error: &dyn fmt::Display) -> WorkerError {
-    WorkerError::Setup { action, reason: error.to_string() }
+    WorkerError::Setup {
+        action,
+        reason: error.to_string(),
+    }
 }

@@ -36,6 +36,11 @@ pub(crate) enum Unfit {
 }
 
 impl Unfit {
+    /// Whether someone may take it back: a notice, or the draining.
+    pub(crate) fn may_be_withdrawn(&self) -> bool {
+        matches!(self, Unfit::Draining | Unfit::Noticed { .. })
+    }
+
     /// Whether waiting for other actors to end can help.
     pub(crate) fn may_pass(&self) -> bool {
         matches!(

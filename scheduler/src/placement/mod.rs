@@ -1,7 +1,7 @@
 //! Where pending actors go: filter the nodes on which an actor fits, score them, take the best.
 //!
 //! A pass reads the tables and returns one `Assign` command; applying it checks everything again
-//! with the same [`filter`], so a decision that was overtaken is skipped, not wrong.
+//! with the same filter, so a decision that was overtaken is skipped, not wrong.
 //!
 //! Invariants:
 //! 1. Equal tables give equal decisions: nodes are visited in order of their ids, and the lowest

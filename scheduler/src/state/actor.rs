@@ -10,14 +10,13 @@ use mobula_core::control::{Reader, Subject};
 use mobula_core::order::Order;
 use mobula_core::spec::{ActorKind, ActorSpec, RestartPolicy};
 use mobula_core::{
-    ActorId, ErrorCode, ExitReason, GroupId, HostId, Incarnation, JobId, NodeId, Rejection,
-    Resources,
+    ActorId, ExitReason, GroupId, HostId, Incarnation, JobId, NodeId, Rejection, Resources,
 };
 use serde::{Deserialize, Serialize};
 
-use super::node::{self, Lease};
-use super::{Apply, group, job, precondition};
-use crate::command::{EventOutcome, Response};
+use super::node::Lease;
+use super::{Apply, group, job};
+use crate::command::EventOutcome;
 use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT};
 use crate::placement::gpu::GpuShare;
 use crate::row::{
@@ -191,7 +190,7 @@ fn name_key(job: JobId, name: &str) -> Vec<u8> {
     [&job.to_key(), name.as_bytes()].concat()
 }
 
-fn store(apply: &mut Apply<'_>, actor: &ActorRow) {
+pub(crate) fn store(apply: &mut Apply<'_>, actor: &ActorRow) {
     row::put(apply.txn, ACTORS, &actor.id.to_key(), actor);
     apply.changed(Subject::Actor(actor.id));
 }
@@ -438,7 +437,7 @@ fn bounded(reason: ExitReason) -> ExitReason {
 }
 
 /// The actor is over for good.
-fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason) {
+pub(crate) fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason) {
     leave_pending(apply, &actor);
     if let Some(name) = &actor.name {
         apply.txn.delete(ACTORS_BY_NAME, &name_key(actor.job, name));
@@ -495,127 +494,4 @@ pub(crate) fn forget(apply: &mut Apply<'_>, actor: &ActorRow) {
     apply
         .txn
         .delete(ACTORS_BY_JOB, &row::pair(actor.job.0, actor.id.0));
-}
-
-/// Ends an actor for good: at once if nothing runs, otherwise by telling its worker.
-pub(crate) fn stop(apply: &mut Apply<'_>, actor: ActorRow, grace_ms: u64) {
-    match actor.state {
-        ActorState::Ended { .. } => {}
-        ActorState::Pending { .. } => end(apply, actor, ExitReason::Stopped),
-        ActorState::Stopping {
-            then: Then::End, ..
-        } => {}
-        _ => begin_stopping(apply, actor, grace_ms, Then::End),
-    }
-}
-
-/// Has an actor leave its node and start elsewhere, within the grace.
-pub(crate) fn leave(apply: &mut Apply<'_>, id: ActorId, grace_ms: u64) {
-    let actor = load(apply.txn, id).expect("a lease names an actor that exists");
-    if !matches!(actor.state, ActorState::Stopping { .. }) {
-        begin_stopping(apply, actor, grace_ms, Then::StartElsewhere);
-    }
-}
-
-fn begin_stopping(apply: &mut Apply<'_>, mut actor: ActorRow, grace_ms: u64, then: Then) {
-    let (node, node_incarnation) = actor
-        .state
-        .node_and_incarnation()
-        .expect("only what a node holds can be stopped there");
-    let since_ms = apply.now_ms();
-    actor.state = ActorState::Stopping {
-        node,
-        node_incarnation,
-        since_ms,
-        grace_ms,
-        then,
-    };
-    store(apply, &actor);
-    let order = Order::Stop {
-        actor: actor.id,
-        incarnation: actor.incarnation,
-        grace_ms,
-    };
-    apply.order(node, order);
-}
-
-/// Refuses to act on an actor in the name of a job that it does not belong to.
-fn check_job(actor: &ActorRow, job: JobId) -> Result<(), Rejection> {
-    if actor.job == job {
-        return Ok(());
-    }
-    Err(Rejection::new(
-        ErrorCode::PermissionDenied,
-        format!(
-            "{} does not belong to {job}: act only on actors of that job",
-            actor.id
-        ),
-    ))
-}
-
-pub(crate) fn stop_command(
-    apply: &mut Apply<'_>,
-    job: Option<JobId>,
-    id: ActorId,
-    grace_ms: u64,
-) -> Result<Response, Rejection> {
-    node::check_grace(grace_ms)?;
-    let actor = require(apply.txn, id)?;
-    if let Some(job) = job {
-        check_job(&actor, job)?;
-    }
-    stop(apply, actor, grace_ms);
-    Ok(Response::Done)
-}
-
-pub(crate) fn yield_command(
-    apply: &mut Apply<'_>,
-    job: JobId,
-    id: ActorId,
-    incarnation: Incarnation,
-) -> Result<Response, Rejection> {
-    let actor = require(apply.txn, id)?;
-    check_job(&actor, job)?;
-    check_incarnation(&actor, incarnation)?;
-    let node_id = actor
-        .state
-        .node()
-        .expect("a current incarnation is on a node");
-    let node = node::load(apply.txn, node_id).expect("a lease names a node that exists");
-    if node.notice.is_none() && !node.draining {
-        return Err(precondition(format!(
-            "{id} cannot leave {node_id}: the node has no notice and is not draining; stay, or stop \
-             the actor instead"
-        )));
-    }
-    // The worker may still be running it: its effects are fenced from now on.
-    apply.order(
-        node_id,
-        Order::Stop {
-            actor: id,
-            incarnation,
-            grace_ms: 0,
-        },
-    );
-    end_incarnation(apply, actor, ExitReason::Preempted);
-    Ok(Response::Done)
-}
-
-/// Refuses what a stale incarnation of `actor` asks for (I4).
-pub(crate) fn check_incarnation(
-    actor: &ActorRow,
-    incarnation: Incarnation,
-) -> Result<(), Rejection> {
-    if actor.incarnation == incarnation && actor.state.node().is_some() {
-        return Ok(());
-    }
-    let current = match &actor.state {
-        ActorState::Pending { .. } => "it waits to be started again".to_owned(),
-        ActorState::Ended { reason, .. } => format!("it has ended: {reason}"),
-        _ => format!("the current one is {}", actor.incarnation),
-    };
-    Err(Rejection::fenced(format!(
-        "incarnation {incarnation} of {} is over ({current}): stop working for it",
-        actor.id
-    )))
 }

@@ -13,7 +13,7 @@ use mobula_core::{ActorId, ErrorCode, GroupId, JobId, NodeId, Rejection, Resourc
 use serde::{Deserialize, Serialize};
 
 use super::actor::{self, ActorRow, ActorState, Grant};
-use super::{Apply, check_name, job, overloaded, precondition};
+use super::{Apply, check_name, job, overloaded, precondition, stopping};
 use crate::command::{ActorIncarnation, Assignment, Response, SkippedAssignment};
 use crate::limits::{
     ACTORS_PER_COMMAND_MAX, COMMAND_INIT_BYTES_MAX, GANG_MEMBERS_MAX, LABELS_MAX, LIVE_ACTORS_MAX,
@@ -155,7 +155,7 @@ fn check_creation(reader: &dyn Reader, creation: &Creation) -> Result<(), Reject
                 actor.id, actor.job
             )));
         }
-        actor::check_incarnation(&actor, creator.incarnation)?;
+        stopping::check_incarnation(&actor, creator.incarnation)?;
     }
     specs.iter().try_for_each(check_actor)
 }

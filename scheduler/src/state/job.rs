@@ -14,7 +14,7 @@ use mobula_core::spec::{
 use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection, Resources};
 use serde::{Deserialize, Serialize};
 
-use super::{Apply, actor, check_name, group, overloaded, precondition};
+use super::{Apply, actor, check_name, group, overloaded, precondition, stopping};
 use crate::command::Response;
 use crate::limits::{
     FINISHED_JOBS_KEPT, JOB_SPEC_BYTES_MAX, JOB_STOP_GRACE_MS, LIVE_ACTORS_MAX, LIVE_JOBS_MAX,
@@ -284,7 +284,7 @@ pub(crate) fn set_result(
             "{driver} is not the driver of {id}: only the driver sets the job's result"
         )));
     }
-    actor::check_incarnation(&actor::require(apply.txn, driver)?, incarnation)?;
+    stopping::check_incarnation(&actor::require(apply.txn, driver)?, incarnation)?;
     job.result_json = Some(result_json);
     store(apply, &job);
     Ok(Response::Done)
@@ -345,7 +345,7 @@ fn decide(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome, reason: Exit
     for actor in actors {
         // The last one that ends finishes the job, after which some rows may be gone.
         if let Some(actor) = actor::load(apply.txn, actor) {
-            actor::stop(apply, actor, JOB_STOP_GRACE_MS);
+            stopping::stop(apply, actor, JOB_STOP_GRACE_MS);
         }
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod group;
 pub(crate) mod job;
 pub(crate) mod node;
 pub mod session;
+pub(crate) mod stopping;
 pub(crate) mod token;
 
 use std::collections::BTreeSet;
@@ -125,12 +126,12 @@ pub(crate) fn apply(apply: &mut Apply<'_>, command: Command) -> Result<Response,
             job,
             actor,
             grace_ms,
-        } => actor::stop_command(apply, job, actor, grace_ms),
+        } => stopping::stop_command(apply, job, actor, grace_ms),
         Command::YieldActor {
             job,
             actor,
             incarnation,
-        } => actor::yield_command(apply, job, actor, incarnation),
+        } => stopping::yield_command(apply, job, actor, incarnation),
         Command::Assign { assignments } => group::assign(apply, &assignments),
         Command::OpenSession { client } => session::open(apply, client),
         Command::CloseSession { session, client } => session::close(apply, session, &client),

@@ -13,7 +13,7 @@ use mobula_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Apply, actor, check_name, overloaded, precondition};
+use super::{Apply, actor, check_name, overloaded, precondition, stopping};
 use crate::command::{EventOutcome, Response};
 use crate::limits::{DRAIN_GRACE_MS, GRACE_MS_MAX, LABELS_MAX, NODES_MAX};
 use crate::placement::gpu::GpuShare;
@@ -396,7 +396,7 @@ pub(crate) fn drain(apply: &mut Apply<'_>, id: NodeId, on: bool) -> Result<Respo
     if on {
         let actors: Vec<ActorId> = leases(apply.txn, id).map(|(actor, _)| actor).collect();
         for actor in actors {
-            actor::leave(apply, actor, DRAIN_GRACE_MS);
+            stopping::leave(apply, actor, DRAIN_GRACE_MS);
         }
     } else {
         apply.place();

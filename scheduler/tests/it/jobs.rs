@@ -272,6 +272,34 @@ fn events_take_effect_once_and_ghosts_are_ended() {
 }
 
 #[test]
+fn a_late_end_of_an_old_incarnation_leaves_the_new_one_alone() {
+    let (mut cluster, _, old) = running();
+    let node = cluster.actor(old.actor).node.unwrap();
+    let reason = ExitReason::HostExited(1);
+    let exited = WorkerEvent::ActorExited {
+        actor: old.actor,
+        incarnation: old.incarnation,
+        reason,
+    };
+    cluster.event(node, exited.clone());
+    cluster.now_ms += 100;
+    cluster.place();
+    let newer = cluster.start(old.actor);
+    let tables = cluster.tables.clone();
+    let outcome = cluster.event(node, exited);
+    assert_eq!(
+        outcome,
+        Response::Event(mobula_scheduler::EventOutcome::AlreadyKnown)
+    );
+    assert_eq!(cluster.tables, tables);
+    let view = cluster.actor(old.actor);
+    assert_eq!(
+        (view.state.as_str(), view.incarnation, view.node),
+        ("running", newer, Some(node))
+    );
+}
+
+#[test]
 fn what_ends_frees_its_resources_and_asks_for_a_pass() {
     let (mut cluster, _, driver) = running();
     let node = cluster.actor(driver.actor).node.unwrap();
@@ -345,7 +373,7 @@ fn bad_requests_are_refused_with_the_limit() {
     assert!(create(|s| s.init = vec![0; 300_000]).contains("262144"));
     assert!(create(|s| s.mailbox_capacity = 0).contains("capacity of at least 1"));
     assert!(create(|s| s.name = Some("x".repeat(200))).contains("limit is 128"));
-    assert!(create(|s| drop(s.resources.custom.insert("x".into(), 0))).contains("leave it out"));
+    assert!(create(|s| s.resources.custom.extend([("x".to_owned(), 0)])).contains("leave it out"));
     let ActorIncarnation { actor, incarnation } = driver;
     let result_json = "x".repeat(70_000);
     let refused = cluster.refused(Command::SetJobResult {

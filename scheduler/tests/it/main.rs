@@ -6,6 +6,7 @@
 mod cluster;
 mod explain;
 mod jobs;
+mod limits;
 mod nodes;
 mod placement;
 mod properties;

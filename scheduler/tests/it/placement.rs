@@ -162,7 +162,7 @@ fn placement_decides_as_the_table_says() {
                 );
             }
             ["explain", name, ..] => {
-                let text = line.split_once(name).unwrap().1.trim();
+                let text = line.splitn(3, ' ').nth(2).unwrap();
                 let explained =
                     explain_actor(&cluster.tables, names.actors[*name], cluster.now_ms).unwrap();
                 let printed = format!("{explained:?}");

@@ -190,7 +190,7 @@ impl Replica {
                     panic!("after {command:?}: {violation}");
                 }
                 for node in 1..=4 {
-                    orders_for_node(&self.tables, NodeId(node));
+                    let _ = orders_for_node(&self.tables, NodeId(node));
                 }
                 Some(Response::decode(&applied.response).unwrap())
             }
@@ -388,11 +388,11 @@ fn distinct(assigned: &[ActorIncarnation]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 768, ..ProptestConfig::default() })]
 
     #[test]
     fn any_history_keeps_the_invariants_and_replays_to_the_same_tables(
-        steps in proptest::collection::vec(any_step(), 1..80)
+        steps in proptest::collection::vec(any_step(), 1..120)
     ) {
         let mut replica =
             Replica { tables: MemoryTables::default(), log: Vec::new(), now_ms: 1_000 };

@@ -18,7 +18,9 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
     let mut methods = Vec::new();
     let mut descriptor = None;
     for item in &mut block.items {
-        let ImplItem::Fn(function) = item else { continue };
+        let ImplItem::Fn(function) = item else {
+            continue;
+        };
         let method = Method::read(function, &actor)?;
         if method.purpose == Purpose::Constructor {
             descriptor = Some((write_descriptor(function, &method), method));
@@ -35,10 +37,17 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
     };
     block.items.push(ImplItem::Verbatim(descriptor));
 
-    let calls: Vec<&Method> = methods.iter().filter(|m| m.purpose == Purpose::Call).collect();
+    let calls: Vec<&Method> = methods
+        .iter()
+        .filter(|m| m.purpose == Purpose::Call)
+        .collect();
     let type_name = match name {
         Some(name) => quote!(#name),
-        None => quote!(::core::concat!(::core::module_path!(), "::", ::core::stringify!(#type_ident))),
+        None => quote!(::core::concat!(
+            ::core::module_path!(),
+            "::",
+            ::core::stringify!(#type_ident)
+        )),
     };
     let dispatch = write_dispatch(&actor, &methods);
     let registration = write_registration(&actor, &constructor);
@@ -93,7 +102,10 @@ fn check_block(block: &ItemImpl) -> Result<Ident> {
     {
         return Ok(last.ident.clone());
     }
-    Err(Error::new(block.self_ty.span(), "an actor is a plain named type without type arguments"))
+    Err(Error::new(
+        block.self_ty.span(),
+        "an actor is a plain named type without type arguments",
+    ))
 }
 
 fn write_descriptor(function: &ImplItemFn, constructor: &Method) -> TokenStream {
@@ -102,7 +114,9 @@ fn write_descriptor(function: &ImplItemFn, constructor: &Method) -> TokenStream 
     let names = constructor.arguments.iter().map(|(name, _)| name);
     let values = constructor.arguments.iter().map(|(name, _)| name);
     let types = constructor.arguments.iter().map(|(_, argument)| argument);
-    let fallback = docs.is_empty().then(|| quote!(#[doc = "Describes a new actor of this type."]));
+    let fallback = docs
+        .is_empty()
+        .then(|| quote!(#[doc = "Describes a new actor of this type."]));
     quote! {
         #(#docs)*
         #fallback
@@ -153,7 +167,10 @@ fn write_registration(actor: &Type, constructor: &Method) -> TokenStream {
 }
 
 fn write_dispatch(actor: &Type, methods: &[Method]) -> TokenStream {
-    let arms = methods.iter().filter(|m| m.purpose == Purpose::Call).map(write_arm);
+    let arms = methods
+        .iter()
+        .filter(|m| m.purpose == Purpose::Call)
+        .map(write_arm);
     let hooks = methods.iter().filter_map(write_hook);
     quote! {
         impl ::mobula::__private::DynActor for #actor {
@@ -180,7 +197,9 @@ fn write_dispatch(actor: &Type, methods: &[Method]) -> TokenStream {
 }
 
 fn write_arm(method: &Method) -> TokenStream {
-    let Method { name, arguments, .. } = method;
+    let Method {
+        name, arguments, ..
+    } = method;
     let text = name.to_string();
     let names: Vec<_> = arguments.iter().map(|(name, _)| name).collect();
     let types = arguments.iter().map(|(_, argument)| argument);
@@ -207,9 +226,11 @@ fn write_hook(method: &Method) -> Option<TokenStream> {
     let (hook, parameter, argument) = match method.purpose {
         Purpose::Started => (quote!(started), None, None),
         Purpose::Stop => (quote!(on_stop), None, None),
-        Purpose::Notice => {
-            (quote!(on_notice), Some(quote!(deadline_ms: u64,)), Some(quote!(deadline_ms)))
-        }
+        Purpose::Notice => (
+            quote!(on_notice),
+            Some(quote!(deadline_ms: u64,)),
+            Some(quote!(deadline_ms)),
+        ),
         _ => return None,
     };
     Some(quote! {
@@ -271,4 +292,114 @@ fn write_signature(method: &Method) -> TokenStream {
         Output::Fallible(value, error) => quote!(::mobula::FallibleCall<#value, #error>),
     };
     quote!(fn #name(&self, #(#names: #types),*) -> #returned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(block: TokenStream) -> String {
+        expand(TokenStream::new(), block)
+            .expect_err("this must be refused")
+            .to_string()
+    }
+
+    #[test]
+    fn what_cannot_be_an_actor_is_refused_with_what_to_write() {
+        let cases = [
+            (
+                quote!(
+                    struct Counter;
+                ),
+                "stands on an `impl` block",
+            ),
+            (quote!(impl Clone for Counter {}), "not on that of a trait"),
+            (
+                quote!(
+                    impl<T> Counter<T> {}
+                ),
+                "cannot be generic",
+            ),
+            (quote!(impl Counter<u8> {}), "without type arguments"),
+            (quote!(impl Counter {}), "needs a constructor"),
+            (
+                quote!(impl Counter { fn new() -> Self {} fn add<T>(&self, by: T) {} }),
+                "cannot be generic: give its types",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} fn add(&self, name: &str) {} }),
+                "`String` for `&str`",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} fn add(&self, name: Option<&str>) {} }),
+                "cannot be borrowed",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} fn add(&self, f: impl Fn()) {} }),
+                "give its concrete type",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} fn add(&self, (a, b): (u8, u8)) {} }),
+                "give this argument a name",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} fn end(self) {} }),
+                "lives on between calls",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} fn clone(&self) {} }),
+                "an ActorRef has a `clone` of its own",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} fn add(&self) -> io::Result<u8> {} }),
+                "write `Result<T, E>` with both types",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} #[mobula(notice)] async fn n(&mut self) {} }),
+                "deadline_ms: u64",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} #[mobula(private)] fn n(&mut self) {} }),
+                "`private` is unknown: use local, started, notice or stop",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} #[mobula(stop)] fn n() {} }),
+                "a hook needs `&self` or `&mut self`",
+            ),
+        ];
+        for (block, expected) in cases {
+            let text = block.to_string();
+            let message = refusal(block);
+            assert!(message.contains(expected), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_name_is_refused() {
+        let block = quote!(impl Counter { fn new() -> Self {} });
+        for arguments in [quote!(title = "x"), quote!(name = "")] {
+            assert!(expand(arguments, block.clone()).is_err());
+        }
+        assert!(expand(quote!(name = "shop.counter"), block).is_ok());
+    }
+
+    #[test]
+    fn calls_keep_names_documentation_and_types() {
+        let block = quote!(
+            impl Counter {
+                fn new() -> Self {}
+                /// Adds.
+                async fn add(&mut self, ctx: &ActorContext, by: u64) -> Result<Self, E> {}
+                #[mobula(local)]
+                fn hidden(&self, borrowed: &str) {}
+                fn helper(borrowed: &str) {}
+            }
+        );
+        let text = expand(TokenStream::new(), block).unwrap().to_string();
+        let call = "fn add (& self , by : u64) -> :: mobula :: FallibleCall < Counter , E >";
+        assert!(text.contains(call), "{text}");
+        assert!(text.contains("pub trait CounterCalls"), "{text}");
+        assert!(!text.contains("\"hidden\""), "{text}");
+        assert!(!text.contains("mobula (local)"), "{text}");
+    }
 }

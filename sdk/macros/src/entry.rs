@@ -8,17 +8,29 @@ use syn::{Error, ItemFn, Result, parse2};
 /// Wraps the user's `async fn main`.
 pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenStream> {
     if !arguments.is_empty() {
-        return Err(Error::new(arguments.span(), "#[mobula::main] takes no arguments"));
+        return Err(Error::new(
+            arguments.span(),
+            "#[mobula::main] takes no arguments",
+        ));
     }
     let mut function: ItemFn = parse2(item).map_err(|error| {
-        Error::new(error.span(), "#[mobula::main] stands on `async fn main(cluster: Cluster)`")
+        Error::new(
+            error.span(),
+            "#[mobula::main] stands on `async fn main(cluster: Cluster)`",
+        )
     })?;
     let signature = &function.sig;
     if signature.asyncness.is_none() {
-        return Err(Error::new(signature.fn_token.span(), "this main must be an `async fn`"));
+        return Err(Error::new(
+            signature.fn_token.span(),
+            "this main must be an `async fn`",
+        ));
     }
     if !signature.generics.params.is_empty() {
-        return Err(Error::new(signature.generics.span(), "a main function cannot be generic"));
+        return Err(Error::new(
+            signature.generics.span(),
+            "a main function cannot be generic",
+        ));
     }
     let pass = match signature.inputs.len() {
         0 => quote!(),
@@ -46,4 +58,52 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
             ::mobula::process::run_main(|cluster, arguments| #inner(#pass))
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_main_that_cannot_be_run_is_refused() {
+        let cases = [
+            (
+                quote!(
+                    fn main(cluster: Cluster) {}
+                ),
+                "must be an `async fn`",
+            ),
+            (
+                quote!(
+                    struct Main;
+                ),
+                "stands on `async fn main",
+            ),
+            (
+                quote!(
+                    async fn main<T>(cluster: Cluster) {}
+                ),
+                "cannot be generic",
+            ),
+            (
+                quote!(
+                    async fn main(a: A, b: B, c: C) {}
+                ),
+                "takes at most",
+            ),
+        ];
+        for (item, expected) in cases {
+            let message = expand(TokenStream::new(), item).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+        assert!(
+            expand(
+                quote!(flavor),
+                quote!(
+                    async fn main() {}
+                )
+            )
+            .is_err()
+        );
+    }
 }

@@ -10,7 +10,14 @@ use syn::{
 
 /// Names that an `ActorRef` has already: a call would not reach the actor.
 const RESERVED: [&str; 9] = [
-    "actor_id", "stop_actor", "clone", "clone_from", "into", "try_into", "to_owned", "type_id",
+    "actor_id",
+    "stop_actor",
+    "clone",
+    "clone_from",
+    "into",
+    "try_into",
+    "to_owned",
+    "type_id",
     "construct",
 ];
 
@@ -65,7 +72,12 @@ impl Method {
             (None, None) if name == "new" => Purpose::Constructor,
             (None, None) => Purpose::Local,
         };
-        let docs = function.attrs.iter().filter(|a| a.path().is_ident("doc")).cloned().collect();
+        let docs = function
+            .attrs
+            .iter()
+            .filter(|a| a.path().is_ident("doc"))
+            .cloned()
+            .collect();
         let mut method = Method {
             purpose,
             name,
@@ -104,7 +116,10 @@ impl Method {
             ));
         }
         if let Some(unsafety) = signature.unsafety {
-            return Err(Error::new(unsafety.span(), "an actor's functions cannot be `unsafe`"));
+            return Err(Error::new(
+                unsafety.span(),
+                "an actor's functions cannot be `unsafe`",
+            ));
         }
         if self.purpose == Purpose::Call
             && let Some(reserved) = RESERVED.iter().find(|reserved| self.name == *reserved)
@@ -119,7 +134,9 @@ impl Method {
 
     fn read_arguments(&mut self, function: &ImplItemFn, actor: &Type) -> Result<()> {
         for (position, argument) in function.sig.inputs.iter().enumerate() {
-            let FnArg::Typed(argument) = argument else { continue };
+            let FnArg::Typed(argument) = argument else {
+                continue;
+            };
             let first = position == usize::from(function.sig.receiver().is_some());
             if first && is_context(&argument.ty) {
                 self.takes_context = true;
@@ -180,7 +197,10 @@ fn take_purpose(function: &mut ImplItemFn) -> Result<Option<(Purpose, Span)>> {
             }
         };
         if found.replace((purpose, word.span())).is_some() {
-            return Err(Error::new(word.span(), "a function has one #[mobula(..)] at most"));
+            return Err(Error::new(
+                word.span(),
+                "a function has one #[mobula(..)] at most",
+            ));
         }
     }
     function.attrs = kept;
@@ -193,13 +213,13 @@ fn read_output(output: &ReturnType, purpose: Purpose, actor: &Type) -> Result<Ou
     };
     check_owned(returned, "a returned value")?;
     let tokens = |part: &Type| replace_self(part.to_token_stream(), actor);
-    let Some(parts) = result_parts(returned) else { return Ok(Output::Value(tokens(returned))) };
+    let Some(parts) = result_parts(returned) else {
+        return Ok(Output::Value(tokens(returned)));
+    };
     match (parts.as_slice(), purpose) {
         ([value, error], _) => Ok(Output::Fallible(tokens(value), tokens(error))),
         // The constructor's error travels as text, so its type need not be known.
-        (_, Purpose::Constructor) => {
-            Ok(Output::Fallible(quote::quote!(Self), quote::quote!(())))
-        }
+        (_, Purpose::Constructor) => Ok(Output::Fallible(quote::quote!(Self), quote::quote!(()))),
         _ => Err(Error::new(
             returned.span(),
             "the caller gets the error as the type it is: write `Result<T, E>` with both types",
@@ -209,12 +229,16 @@ fn read_output(output: &ReturnType, purpose: Purpose, actor: &Type) -> Result<Ou
 
 /// The type arguments of a `Result<..>`.
 fn result_parts(returned: &Type) -> Option<Vec<&Type>> {
-    let Type::Path(path) = returned else { return None };
+    let Type::Path(path) = returned else {
+        return None;
+    };
     let last = path.path.segments.last()?;
     if last.ident != "Result" {
         return None;
     }
-    let PathArguments::AngleBracketed(arguments) = &last.arguments else { return Some(vec![]) };
+    let PathArguments::AngleBracketed(arguments) = &last.arguments else {
+        return Some(vec![]);
+    };
     let types = arguments.args.iter().filter_map(|argument| match argument {
         GenericArgument::Type(part) => Some(part),
         _ => None,
@@ -223,10 +247,18 @@ fn result_parts(returned: &Type) -> Option<Vec<&Type>> {
 }
 
 fn is_context(argument: &Type) -> bool {
-    let Type::Reference(reference) = argument else { return false };
-    let Type::Path(path) = &*reference.elem else { return false };
+    let Type::Reference(reference) = argument else {
+        return false;
+    };
+    let Type::Path(path) = &*reference.elem else {
+        return false;
+    };
     reference.mutability.is_none()
-        && path.path.segments.last().is_some_and(|last| last.ident == "ActorContext")
+        && path
+            .path
+            .segments
+            .last()
+            .is_some_and(|last| last.ident == "ActorContext")
 }
 
 /// Refuses references and `impl Trait`, wherever in the type they stand.

@@ -56,6 +56,8 @@ pub enum BlobErrorKind {
     TooLarge,
     /// The name or URL is not one.
     InvalidName,
+    /// The options cannot open the store, such as half of a key.
+    InvalidOptions,
     /// The store lacks a feature that is needed.
     Unsupported,
     /// Anything else.
@@ -74,6 +76,7 @@ impl BlobErrorKind {
             BlobErrorKind::Unreachable => "the store cannot be reached now; trying again may help",
             BlobErrorKind::TooLarge => "too large",
             BlobErrorKind::InvalidName => "not a valid name",
+            BlobErrorKind::InvalidOptions => "the options do not fit",
             BlobErrorKind::Unsupported => "not supported by this store",
             BlobErrorKind::Failed => "failed",
         }
@@ -104,7 +107,14 @@ impl BlobError {
         attempts: u32,
     ) -> Self {
         let (url, path) = (url.to_owned(), path.to_owned());
-        BlobError(Box::new(Details { operation, url, path, kind, reason, attempts }))
+        BlobError(Box::new(Details {
+            operation,
+            url,
+            path,
+            kind,
+            reason,
+            attempts,
+        }))
     }
 
     /// Which kind of failure.
@@ -134,7 +144,14 @@ impl BlobError {
 
 impl fmt::Display for BlobError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Details { operation, url, path, kind, reason, attempts } = &*self.0;
+        let Details {
+            operation,
+            url,
+            path,
+            kind,
+            reason,
+            attempts,
+        } = &*self.0;
         write!(f, "cannot {operation} ")?;
         if !path.is_empty() {
             write!(f, "`{path}` in ")?;
@@ -176,7 +193,11 @@ pub(super) fn kind_of(error: &object_store::Error) -> BlobErrorKind {
                 cause = inner.source();
             }
             // What S3 answers with a server error arrives as a text.
-            if *store == "S3" { BlobErrorKind::Unreachable } else { BlobErrorKind::Failed }
+            if *store == "S3" {
+                BlobErrorKind::Unreachable
+            } else {
+                BlobErrorKind::Failed
+            }
         }
         _ => BlobErrorKind::Failed,
     }

@@ -36,7 +36,7 @@ struct Plan {
 }
 
 /// A store over another one, with planned faults. Clones share the plan.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct FaultStore {
     inner: Arc<dyn ObjectStore>,
     plan: Arc<Mutex<Plan>>,
@@ -45,7 +45,10 @@ pub struct FaultStore {
 impl FaultStore {
     /// Passes everything on to `inner` until faults are planned.
     pub fn new(inner: Arc<dyn ObjectStore>) -> Self {
-        FaultStore { inner, plan: Arc::default() }
+        FaultStore {
+            inner,
+            plan: Arc::default(),
+        }
     }
 
     /// Plans a fault for operation number `number`.
@@ -71,7 +74,9 @@ impl FaultStore {
     }
 
     fn locked(&self) -> std::sync::MutexGuard<'_, Plan> {
-        self.plan.lock().expect("no code panics while it holds this lock")
+        self.plan
+            .lock()
+            .expect("no code panics while it holds this lock")
     }
 
     fn next_fault(&self) -> Option<Fault> {
@@ -89,7 +94,10 @@ impl FaultStore {
 fn broken_connection() -> object_store::Error {
     object_store::Error::Generic {
         store: "fault",
-        source: Box::new(io::Error::new(io::ErrorKind::ConnectionReset, "a planned fault")),
+        source: Box::new(io::Error::new(
+            io::ErrorKind::ConnectionReset,
+            "a planned fault",
+        )),
     }
 }
 
@@ -99,6 +107,15 @@ async fn under<T>(fault: Option<Fault>, operation: impl Future<Output = Result<T
         Some(Fault::BeforeStore) => Err(broken_connection()),
         Some(Fault::ReplyLost) => operation.await.and_then(|_| Err(broken_connection())),
         Some(Fault::Truncated(_)) | None => operation.await,
+    }
+}
+
+impl fmt::Debug for FaultStore {
+    // Without the inner store, whose text may show credentials.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FaultStore")
+            .field("plan", &self.plan)
+            .finish_non_exhaustive()
     }
 }
 
@@ -132,7 +149,11 @@ impl ObjectStore for FaultStore {
         location: &Path,
         options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
-        under(self.next_fault(), self.inner.put_multipart_opts(location, options)).await
+        under(
+            self.next_fault(),
+            self.inner.put_multipart_opts(location, options),
+        )
+        .await
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
@@ -149,7 +170,9 @@ impl ObjectStore for FaultStore {
                 let this = this.clone();
                 async move {
                     let location = location?;
-                    under(this.next_fault(), this.inner.delete(&location)).await.map(|()| location)
+                    under(this.next_fault(), this.inner.delete(&location))
+                        .await
+                        .map(|()| location)
                 }
             })
             .boxed()

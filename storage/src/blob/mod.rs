@@ -21,10 +21,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::stream::{BoxStream, StreamExt, TryStreamExt};
+use futures::stream::{BoxStream, Stream, StreamExt, TryStreamExt};
+use mobula_core::storage::StorageLocation;
 use object_store::path::Path;
 use object_store::{
-    GetOptions, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+    GetOptions, MultipartUpload as _, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
 };
 
 pub use error::{BlobError, BlobErrorKind, BlobOperation};
@@ -51,13 +52,18 @@ impl RetryPolicy {
     };
 
     /// No waiting, for tests.
-    pub const IMMEDIATE: RetryPolicy =
-        RetryPolicy { attempts: 3, delay_initial: Duration::ZERO, delay_max: Duration::ZERO };
+    pub const IMMEDIATE: RetryPolicy = RetryPolicy {
+        attempts: 3,
+        delay_initial: Duration::ZERO,
+        delay_max: Duration::ZERO,
+    };
 
     /// The wait after try number `attempt` (from 1). Half of it depends on the name, so that many
     /// writers that failed together do not return together.
     fn delay(&self, attempt: u32, path: &str) -> Duration {
-        let doubled = self.delay_initial.saturating_mul(1 << (attempt - 1).min(16));
+        let doubled = self
+            .delay_initial
+            .saturating_mul(1 << (attempt - 1).min(16));
         let half = doubled.min(self.delay_max) / 2;
         half + half * (crc32fast::hash(path.as_bytes()) % 1000) / 1000
     }
@@ -97,11 +103,20 @@ impl BlobInfo {
 const PART_BYTES: usize = 8 * 1024 * 1024;
 
 /// A place for blobs. Clones share its connections.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct BlobStore {
     store: Arc<dyn ObjectStore>,
     url: Arc<str>,
     retry: RetryPolicy,
+}
+
+impl std::fmt::Debug for BlobStore {
+    // By hand: the library's own text of an open store shows its credentials.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlobStore")
+            .field("url", &self.url)
+            .finish_non_exhaustive()
+    }
 }
 
 impl BlobStore {
@@ -111,10 +126,19 @@ impl BlobStore {
         open::open(url, s3).map(|store| BlobStore::over(store, url, RetryPolicy::STANDARD))
     }
 
+    /// Opens what `location` names, with the secrets of this process's environment.
+    pub fn at(location: &StorageLocation) -> Result<Self, BlobError> {
+        BlobStore::open(&location.url, &S3Options::of(location))
+    }
+
     /// Wraps a store that is open already, such as a [`fault::FaultStore`]. `url` is what errors
     /// show and must not hold secrets.
     pub fn over(store: Arc<dyn ObjectStore>, url: &str, retry: RetryPolicy) -> Self {
-        BlobStore { store, url: url.into(), retry }
+        BlobStore {
+            store,
+            url: url.into(),
+            retry,
+        }
     }
 
     /// The URL it was opened with.
@@ -127,8 +151,11 @@ impl BlobStore {
     /// name twice: fencing rests on that. For use at the start of whatever needs the store.
     pub async fn probe(&self, unique_name: &str) -> Result<(), BlobError> {
         let path = format!("probe/{unique_name}");
-        self.put_if_absent(&path, Bytes::from_static(b"mobula")).await?;
-        let second = self.put_if_absent(&path, Bytes::from_static(b"mobula")).await?;
+        self.put_if_absent(&path, Bytes::from_static(b"mobula"))
+            .await?;
+        let second = self
+            .put_if_absent(&path, Bytes::from_static(b"mobula"))
+            .await?;
         self.get(&path, 64).await?;
         self.delete(&path).await?;
         match second {
@@ -147,7 +174,9 @@ impl BlobStore {
 
     /// Creates a blob under a free name.
     pub async fn put_if_absent(&self, path: &str, bytes: Bytes) -> Result<PutOutcome, BlobError> {
-        let result = self.put(BlobOperation::Create, path, bytes, PutMode::Create).await;
+        let result = self
+            .put(BlobOperation::Create, path, bytes, PutMode::Create)
+            .await;
         match result {
             Ok(()) => Ok(PutOutcome::Created),
             Err(error) if error.kind() == BlobErrorKind::AlreadyExists => {
@@ -160,7 +189,8 @@ impl BlobStore {
     /// Writes a blob whose name is the hash of `bytes`, whether it is there or not. That makes it
     /// young again, which keeps a sweep away, and mends it where it was damaged.
     pub async fn renew(&self, path: &str, bytes: Bytes) -> Result<(), BlobError> {
-        self.put(BlobOperation::Write, path, bytes, PutMode::Overwrite).await
+        self.put(BlobOperation::Write, path, bytes, PutMode::Overwrite)
+            .await
     }
 
     async fn put(
@@ -172,31 +202,36 @@ impl BlobStore {
     ) -> Result<(), BlobError> {
         let location = self.location(operation, path)?;
         self.retrying(operation, path, || async {
-            let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
+            let options = PutOptions {
+                mode: mode.clone(),
+                ..PutOptions::default()
+            };
             let payload = PutPayload::from(bytes.clone());
-            self.store.put_opts(&location, payload, options).await.map(drop)
+            self.store
+                .put_opts(&location, payload, options)
+                .await
+                .map(drop)
         })
         .await
     }
 
-    /// Writes a large blob part by part, taking the next part from `next_part` (at most
-    /// [`BlobStore::part_bytes`] long, all but the last exactly so) until that gives `None`. Only
-    /// for names that are the hash of the content. Parts are not retried here.
-    pub async fn renew_in_parts<F, E>(
-        &self,
-        path: &str,
-        mut next_part: F,
-    ) -> Result<(), StreamError<E>>
+    /// Writes a large blob from `parts`, each but the last of exactly [`BlobStore::part_bytes`].
+    /// Only for names that are the hash of the content. Parts are not retried here. An error among
+    /// the parts leaves nothing behind, even as the last item.
+    pub async fn renew_in_parts<S, E>(&self, path: &str, mut parts: S) -> Result<(), StreamError<E>>
     where
-        F: FnMut() -> Result<Option<Bytes>, E>,
+        S: Stream<Item = Result<Bytes, E>> + Unpin,
     {
         let operation = BlobOperation::Write;
         let location = self.location(operation, path).map_err(StreamError::Blob)?;
         let fault = |error| StreamError::Blob(self.classify(operation, path, &error, 1));
         let mut upload = self.store.put_multipart(&location).await.map_err(fault)?;
         let uploaded = async {
-            while let Some(part) = next_part().map_err(StreamError::Source)? {
-                upload.put_part(PutPayload::from(part)).await.map_err(fault)?;
+            while let Some(part) = parts.try_next().await.map_err(StreamError::Source)? {
+                upload
+                    .put_part(PutPayload::from(part))
+                    .await
+                    .map_err(fault)?;
             }
             upload.complete().await.map(drop).map_err(fault)
         }
@@ -220,7 +255,10 @@ impl BlobStore {
         let operation = BlobOperation::Read;
         let location = self.location(operation, path)?;
         let read = self.retrying(operation, path, || async {
-            let result = self.store.get_opts(&location, GetOptions::default()).await?;
+            let result = self
+                .store
+                .get_opts(&location, GetOptions::default())
+                .await?;
             if result.meta.size > limit_bytes {
                 return Ok(Err(result.meta.size));
             }
@@ -241,7 +279,9 @@ impl BlobStore {
         let operation = BlobOperation::Read;
         let location = self.location(operation, path)?;
         let result = self
-            .retrying(operation, path, || self.store.get_opts(&location, GetOptions::default()))
+            .retrying(operation, path, || {
+                self.store.get_opts(&location, GetOptions::default())
+            })
             .await?;
         let info = BlobInfo::of(&result.meta);
         let (this, path) = (self.clone(), path.to_owned());
@@ -256,7 +296,10 @@ impl BlobStore {
     pub async fn head(&self, path: &str) -> Result<Option<BlobInfo>, BlobError> {
         let operation = BlobOperation::Head;
         let location = self.location(operation, path)?;
-        match self.retrying(operation, path, || self.store.head(&location)).await {
+        match self
+            .retrying(operation, path, || self.store.head(&location))
+            .await
+        {
             Ok(meta) => Ok(Some(BlobInfo::of(&meta))),
             Err(error) if error.kind() == BlobErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -293,7 +336,10 @@ impl BlobStore {
     pub async fn delete(&self, path: &str) -> Result<(), BlobError> {
         let operation = BlobOperation::Delete;
         let location = self.location(operation, path)?;
-        match self.retrying(operation, path, || self.store.delete(&location)).await {
+        match self
+            .retrying(operation, path, || self.store.delete(&location))
+            .await
+        {
             Err(error) if error.kind() != BlobErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
@@ -301,7 +347,13 @@ impl BlobStore {
 
     fn location(&self, operation: BlobOperation, path: &str) -> Result<Path, BlobError> {
         Path::parse(path).map_err(|error| {
-            self.error(operation, path, BlobErrorKind::InvalidName, error.to_string(), 0)
+            self.error(
+                operation,
+                path,
+                BlobErrorKind::InvalidName,
+                error.to_string(),
+                0,
+            )
         })
     }
 
@@ -337,7 +389,13 @@ impl BlobStore {
         error: &object_store::Error,
         attempts: u32,
     ) -> BlobError {
-        self.error(operation, path, error::kind_of(error), error.to_string(), attempts)
+        self.error(
+            operation,
+            path,
+            error::kind_of(error),
+            error.to_string(),
+            attempts,
+        )
     }
 
     fn error(

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mobula_core::storage::StorageLocation;
 use object_store::aws::{AmazonS3Builder, S3ConditionalPut};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
@@ -39,6 +40,26 @@ pub struct S3Options {
     pub session_token: Option<String>,
 }
 
+impl S3Options {
+    /// What `location` says, with the secrets from the environment variables that it names.
+    #[must_use]
+    pub fn of(location: &StorageLocation) -> Self {
+        let secret = |variable: &str| {
+            std::env::var(variable)
+                .ok()
+                .filter(|value| !value.is_empty())
+        };
+        S3Options {
+            endpoint: location.endpoint.clone(),
+            region: location.region.clone(),
+            allow_http: location.allow_http,
+            access_key_id: secret(&location.access_key_env),
+            secret_access_key: secret(&location.secret_key_env),
+            session_token: None,
+        }
+    }
+}
+
 impl fmt::Debug for S3Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("S3Options")
@@ -46,14 +67,21 @@ impl fmt::Debug for S3Options {
             .field("region", &self.region)
             .field("allow_http", &self.allow_http)
             .field("access_key_id", &self.access_key_id)
-            .field("secret_access_key", &self.secret_access_key.as_ref().map(|_| "<secret>"))
-            .field("session_token", &self.session_token.as_ref().map(|_| "<secret>"))
+            .field(
+                "secret_access_key",
+                &self.secret_access_key.as_ref().map(|_| "<secret>"),
+            )
+            .field(
+                "session_token",
+                &self.session_token.as_ref().map(|_| "<secret>"),
+            )
             .finish()
     }
 }
 
 pub(super) fn open(url: &str, s3: &S3Options) -> Result<Arc<dyn ObjectStore>, BlobError> {
-    let refused = |kind, reason: String| BlobError::new(BlobOperation::Open, url, "", kind, reason, 0);
+    let refused =
+        |kind, reason: String| BlobError::new(BlobOperation::Open, url, "", kind, reason, 0);
     let Some((scheme, rest)) = url.split_once("://") else {
         let reason = "a blob store is `file:///directory` or `s3://bucket/prefix`".to_owned();
         return Err(refused(BlobErrorKind::InvalidName, reason));
@@ -71,9 +99,13 @@ pub(super) fn open(url: &str, s3: &S3Options) -> Result<Arc<dyn ObjectStore>, Bl
         )),
         "s3" => {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-            let store = s3_builder(bucket, s3).build().map_err(|error| {
-                refused(BlobErrorKind::InvalidName, error.to_string())
-            })?;
+            if bucket.is_empty() {
+                let reason = "it names no bucket: expected `s3://bucket/prefix`".to_owned();
+                return Err(refused(BlobErrorKind::InvalidName, reason));
+            }
+            let store = s3_builder(bucket, s3)
+                .build()
+                .map_err(|error| refused(BlobErrorKind::InvalidOptions, error.to_string()))?;
             let prefix = object_store::path::Path::parse(prefix)
                 .map_err(|error| refused(BlobErrorKind::InvalidName, error.to_string()))?;
             Ok(Arc::new(PrefixStore::new(store, prefix)))
@@ -114,7 +146,10 @@ fn s3_builder(bucket: &str, options: &S3Options) -> AmazonS3Builder {
         .with_bucket_name(bucket)
         .with_conditional_put(S3ConditionalPut::ETagMatch)
         // Retries are counted in one place, `BlobStore::retrying`.
-        .with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() });
+        .with_retry(RetryConfig {
+            max_retries: 0,
+            ..RetryConfig::default()
+        });
     if let Some(endpoint) = &options.endpoint {
         builder = builder.with_endpoint(endpoint);
     }

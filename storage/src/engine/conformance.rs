@@ -81,7 +81,11 @@ fn what_is_put_is_got_and_what_is_deleted_is_gone() {
         assert_eq!(engine.get(S, b"a").unwrap().unwrap(), b"1");
         assert_eq!(engine.get(S, b"").unwrap().unwrap(), b"empty key");
         assert_eq!(engine.get(S, b"empty value").unwrap().unwrap(), b"");
-        assert_eq!(engine.get(Column::Meta, b"a").unwrap(), None, "columns are apart");
+        assert_eq!(
+            engine.get(Column::Meta, b"a").unwrap(),
+            None,
+            "columns are apart"
+        );
         let mut batch = WriteBatch::new();
         batch.delete(S, b"a");
         batch.delete(S, b"never there");
@@ -101,7 +105,10 @@ fn operations_of_a_batch_apply_in_order() {
         batch.put(S, b"c", b"new");
         batch.delete(S, b"c");
         engine.apply(batch);
-        assert_eq!(engine.scan(S, b"", b"", 9).unwrap(), [(b"a".to_vec(), b"new".to_vec())]);
+        assert_eq!(
+            engine.scan(S, b"", b"", 9).unwrap(),
+            [(b"a".to_vec(), b"new".to_vec())]
+        );
     });
 }
 
@@ -122,11 +129,26 @@ fn a_range_is_deleted_up_to_but_without_its_end() {
 fn scans_are_ordered_and_keep_to_prefix_start_and_limit() {
     over_both(|open| {
         let engine = open();
-        engine.put(&[(b"b2", b""), (b"a", b""), (b"b1", b""), (b"b", b""), (b"c", b"")]);
+        engine.put(&[
+            (b"b2", b""),
+            (b"a", b""),
+            (b"b1", b""),
+            (b"b", b""),
+            (b"c", b""),
+        ]);
         engine.put(&[(&[0xff], b""), (&[0xff, 0xff], b"")]);
-        assert_eq!(keys(&engine.scan(S, b"b", b"", 9).unwrap()), [&b"b"[..], b"b1", b"b2"]);
-        assert_eq!(keys(&engine.scan(S, b"b", b"b1", 9).unwrap()), [b"b1", b"b2"]);
-        assert_eq!(keys(&engine.scan(S, b"b", b"", 2).unwrap()), [&b"b"[..], b"b1"]);
+        assert_eq!(
+            keys(&engine.scan(S, b"b", b"", 9).unwrap()),
+            [&b"b"[..], b"b1", b"b2"]
+        );
+        assert_eq!(
+            keys(&engine.scan(S, b"b", b"b1", 9).unwrap()),
+            [b"b1", b"b2"]
+        );
+        assert_eq!(
+            keys(&engine.scan(S, b"b", b"", 2).unwrap()),
+            [&b"b"[..], b"b1"]
+        );
         assert_eq!(engine.scan(S, b"b", b"c", 9).unwrap(), []);
         assert_eq!(engine.scan(S, b"b", b"", 0).unwrap(), []);
         assert_eq!(engine.scan(S, &[0xff], b"", 9).unwrap().len(), 2);
@@ -184,9 +206,15 @@ fn memory_forgets_unsynced_writes_in_a_crash_and_keeps_a_prefix() {
     write(b"4", Durability::Buffered);
     assert_eq!(engine.unsynced_batches(), 2);
     assert_eq!(engine.crash_keeping(1), 1);
-    assert_eq!(keys(&engine.scan(S, b"", b"", 9).unwrap()), [b"1", b"2", b"3"]);
+    assert_eq!(
+        keys(&engine.scan(S, b"", b"", 9).unwrap()),
+        [b"1", b"2", b"3"]
+    );
     engine.crash();
-    assert_eq!(keys(&engine.scan(S, b"", b"", 9).unwrap()), [b"1", b"2", b"3"]);
+    assert_eq!(
+        keys(&engine.scan(S, b"", b"", 9).unwrap()),
+        [b"1", b"2", b"3"]
+    );
     engine.fill_disk_after(0);
     let error = engine.write(WriteBatch::new(), Durability::Synced);
     assert!(matches!(error, Err(EngineError::NoSpace { .. })));

@@ -51,8 +51,10 @@ impl Columns {
                 }
                 WriteOp::DeleteRange { column, from, to } if from < to => {
                     let map = self.map_mut(*column);
-                    let keys: Vec<_> =
-                        map.range(from.clone()..to.clone()).map(|(key, _)| key.clone()).collect();
+                    let keys: Vec<_> = map
+                        .range(from.clone()..to.clone())
+                        .map(|(key, _)| key.clone())
+                        .collect();
                     for key in keys {
                         map.remove(&key);
                     }
@@ -85,7 +87,9 @@ impl MemoryEngine {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().expect("no code panics while it holds this lock")
+        self.inner
+            .lock()
+            .expect("no code panics while it holds this lock")
     }
 
     /// A power cut: every write after the last synced one is gone.
@@ -159,14 +163,19 @@ impl Engine for MemoryEngine {
             Durability::Buffered => UNSYNCED_BATCHES_MAX,
         };
         while inner.unsynced.len() > keep {
-            let oldest = inner.unsynced.pop_front().expect("the length is above zero");
+            let oldest = inner
+                .unsynced
+                .pop_front()
+                .expect("the length is above zero");
             inner.durable.apply(&oldest);
         }
         Ok(())
     }
 
     fn snapshot(&self) -> MemorySnapshot {
-        MemorySnapshot { columns: self.lock().current.clone() }
+        MemorySnapshot {
+            columns: self.lock().current.clone(),
+        }
     }
 }
 

@@ -238,7 +238,11 @@ pub trait Read {
                 return ControlFlow::Break(());
             }
             rows.push((key.to_vec(), value.to_vec()));
-            if rows.len() == limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            if rows.len() == limit {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
         })?;
         Ok(rows)
     }

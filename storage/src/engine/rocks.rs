@@ -56,7 +56,9 @@ pub struct RocksEngine {
 
 impl std::fmt::Debug for RocksEngine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RocksEngine").field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("RocksEngine")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
     }
 }
 
@@ -67,12 +69,14 @@ impl RocksEngine {
         std::fs::create_dir_all(&path).map_err(|error| {
             let reason = error.to_string();
             match error.kind() {
-                std::io::ErrorKind::PermissionDenied => {
-                    EngineError::PermissionDenied { path: path.clone(), reason }
-                }
-                std::io::ErrorKind::StorageFull => {
-                    EngineError::NoSpace { path: path.clone(), reason }
-                }
+                std::io::ErrorKind::PermissionDenied => EngineError::PermissionDenied {
+                    path: path.clone(),
+                    reason,
+                },
+                std::io::ErrorKind::StorageFull => EngineError::NoSpace {
+                    path: path.clone(),
+                    reason,
+                },
                 _ => EngineError::Io {
                     path: path.clone(),
                     operation: "creating the data directory",
@@ -85,7 +89,10 @@ impl RocksEngine {
             .map(|column| ColumnFamilyDescriptor::new(column.name(), column_options(&cache)));
         let db = DB::open_cf_descriptors(&database_options(options), &path, columns)
             .map_err(|error| typed(&path, "opening", &error))?;
-        Ok(RocksEngine { db: Arc::new(db), path })
+        Ok(RocksEngine {
+            db: Arc::new(db),
+            path,
+        })
     }
 
     /// The directory.
@@ -103,7 +110,9 @@ impl RocksEngine {
     }
 
     fn column(&self, column: Column) -> &ColumnFamily {
-        self.db.cf_handle(column.name()).expect("every column was opened with the store")
+        self.db
+            .cf_handle(column.name())
+            .expect("every column was opened with the store")
     }
 
     fn fault(&self, operation: &'static str, error: &rocksdb::Error) -> EngineError {
@@ -163,7 +172,11 @@ fn typed_reason(path: &Path, operation: &'static str, reason: String) -> EngineE
     } else if says("Corruption") {
         EngineError::Corrupted { path, reason }
     } else {
-        EngineError::Io { path, operation, reason }
+        EngineError::Io {
+            path,
+            operation,
+            reason,
+        }
     }
 }
 
@@ -193,7 +206,9 @@ fn last_row(mut iterator: DBRawIterator<'_>) -> Result<Option<Row>, rocksdb::Err
 
 impl Read for RocksEngine {
     fn get(&self, column: Column, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
-        self.db.get_cf(self.column(column), key).map_err(|error| self.fault("reading", &error))
+        self.db
+            .get_cf(self.column(column), key)
+            .map_err(|error| self.fault("reading", &error))
     }
 
     fn visit(
@@ -232,7 +247,9 @@ impl Engine for RocksEngine {
         }
         let mut options = WriteOptions::default();
         options.set_sync(durability == Durability::Synced);
-        self.db.write_opt(target, &options).map_err(|error| self.fault("writing", &error))
+        self.db
+            .write_opt(target, &options)
+            .map_err(|error| self.fault("writing", &error))
     }
 
     fn snapshot(&self) -> RocksSnapshot {
@@ -249,7 +266,9 @@ pub struct RocksSnapshot {
 
 impl std::fmt::Debug for RocksSnapshot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RocksSnapshot").field("path", &self.engine.path).finish_non_exhaustive()
+        f.debug_struct("RocksSnapshot")
+            .field("path", &self.engine.path)
+            .finish_non_exhaustive()
     }
 }
 
@@ -263,7 +282,10 @@ impl RocksSnapshot {
         let snapshot = unsafe {
             std::mem::transmute::<rocksdb::Snapshot<'_>, rocksdb::Snapshot<'static>>(snapshot)
         };
-        RocksSnapshot { snapshot: ManuallyDrop::new(snapshot), engine }
+        RocksSnapshot {
+            snapshot: ManuallyDrop::new(snapshot),
+            engine,
+        }
     }
 }
 
@@ -287,8 +309,12 @@ impl Read for RocksSnapshot {
         from: &[u8],
         visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
     ) -> Result<(), EngineError> {
-        visit_rows(self.snapshot.raw_iterator_cf(self.engine.column(column)), from, visitor)
-            .map_err(|error| self.engine.fault("reading", &error))
+        visit_rows(
+            self.snapshot.raw_iterator_cf(self.engine.column(column)),
+            from,
+            visitor,
+        )
+        .map_err(|error| self.engine.fault("reading", &error))
     }
 
     fn last(&self, column: Column) -> Result<Option<Row>, EngineError> {
@@ -307,7 +333,11 @@ mod tests {
         let _first = RocksEngine::open(dir.path(), &RocksOptions::small()).unwrap();
         let error = RocksEngine::open(dir.path(), &RocksOptions::small()).unwrap_err();
         assert!(matches!(error, EngineError::Locked { .. }), "{error}");
-        assert!(error.to_string().contains(&dir.path().display().to_string()));
+        assert!(
+            error
+                .to_string()
+                .contains(&dir.path().display().to_string())
+        );
     }
 
     #[test]
@@ -337,7 +367,10 @@ mod tests {
         engine.checkpoint_to(&target).unwrap();
         let copy = RocksEngine::open(&target, &RocksOptions::small()).unwrap();
         assert_eq!(copy.get(Column::State, b"k").unwrap().unwrap(), b"v");
-        assert!(engine.checkpoint_to(&target).is_err(), "an existing directory is never written");
+        assert!(
+            engine.checkpoint_to(&target).is_err(),
+            "an existing directory is never written"
+        );
     }
 
     #[test]
@@ -345,9 +378,18 @@ mod tests {
         // The texts below are RocksDB's own, as `IOStatus` prints them.
         let dir = Path::new("/data");
         let cases = [
-            ("IO error: No space left on device: While appending to file: /data/1.log", "space"),
-            ("IO error: While lock file: /data/LOCK: Resource temporarily unavailable", "in use"),
-            ("IO error: Permission denied: While open a file: /data/LOCK", "permission"),
+            (
+                "IO error: No space left on device: While appending to file: /data/1.log",
+                "space",
+            ),
+            (
+                "IO error: While lock file: /data/LOCK: Resource temporarily unavailable",
+                "in use",
+            ),
+            (
+                "IO error: Permission denied: While open a file: /data/LOCK",
+                "permission",
+            ),
             ("Corruption: block checksum mismatch", "damaged"),
         ];
         for (text, expect) in cases {

@@ -45,10 +45,24 @@ mod tests {
             ..Entry::default()
         };
         assert_eq!(decode_raft::<Entry>(&encode_raft(&entry)).unwrap(), entry);
-        let hard_state = HardState { term: 3, vote: 1, commit: 8 };
-        assert_eq!(decode_raft::<HardState>(&encode_raft(&hard_state)).unwrap(), hard_state);
-        let conf_state = ConfState { voters: vec![1, 2], learners: vec![3], ..ConfState::default() };
-        assert_eq!(decode_raft::<ConfState>(&encode_raft(&conf_state)).unwrap(), conf_state);
+        let hard_state = HardState {
+            term: 3,
+            vote: 1,
+            commit: 8,
+        };
+        assert_eq!(
+            decode_raft::<HardState>(&encode_raft(&hard_state)).unwrap(),
+            hard_state
+        );
+        let conf_state = ConfState {
+            voters: vec![1, 2],
+            learners: vec![3],
+            ..ConfState::default()
+        };
+        assert_eq!(
+            decode_raft::<ConfState>(&encode_raft(&conf_state)).unwrap(),
+            conf_state
+        );
     }
 
     #[test]

@@ -109,7 +109,10 @@ impl LogPoint {
         let word = |at: usize| {
             u64::from_be_bytes(bytes[at..at + 8].try_into().expect("the slice has 8 bytes"))
         };
-        Ok(LogPoint { index: word(0), term: word(8) })
+        Ok(LogPoint {
+            index: word(0),
+            term: word(8),
+        })
     }
 }
 
@@ -161,12 +164,16 @@ pub struct RaftLog<E> {
 
 impl<E> Clone for RaftLog<E> {
     fn clone(&self) -> Self {
-        RaftLog { shared: Arc::clone(&self.shared) }
+        RaftLog {
+            shared: Arc::clone(&self.shared),
+        }
     }
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().expect("no code panics while it holds this lock")
+    mutex
+        .lock()
+        .expect("no code panics while it holds this lock")
 }
 
 pub(crate) fn entry_key(index: u64) -> [u8; 8] {
@@ -190,7 +197,9 @@ impl<E: Engine> RaftLog<E> {
             position: Mutex::new(position),
             snapshots: Mutex::new(SnapshotSlot::default()),
         };
-        Ok(RaftLog { shared: Arc::new(shared) })
+        Ok(RaftLog {
+            shared: Arc::new(shared),
+        })
     }
 
     /// Makes this the log of a fresh group with these `voters`, at [`BOOTSTRAP_INDEX`].
@@ -199,10 +208,23 @@ impl<E: Engine> RaftLog<E> {
     /// If the log is not empty: a group is born once.
     pub fn bootstrap(&self, voters: &[u64]) -> Result<(), RaftLogError> {
         assert!(self.is_empty(), "a group can only be born on an empty log");
-        let conf_state = ConfState { voters: voters.to_vec(), ..ConfState::default() };
+        let conf_state = ConfState {
+            voters: voters.to_vec(),
+            ..ConfState::default()
+        };
         let mut write = self.begin();
-        write.reset_to(LogPoint { index: BOOTSTRAP_INDEX, term: 1 }, &conf_state);
-        write.set_hard_state(&HardState { term: 1, vote: 0, commit: BOOTSTRAP_INDEX });
+        write.reset_to(
+            LogPoint {
+                index: BOOTSTRAP_INDEX,
+                term: 1,
+            },
+            &conf_state,
+        );
+        write.set_hard_state(&HardState {
+            term: 1,
+            vote: 0,
+            commit: BOOTSTRAP_INDEX,
+        });
         self.commit(write, Durability::Synced)
     }
 
@@ -288,16 +310,24 @@ impl<E: Engine> RaftLog<E> {
                 applied: position.applied.index,
             });
         }
-        write.truncate_to(LogPoint { index, term: self.entry(index)?.term });
+        write.truncate_to(LogPoint {
+            index,
+            term: self.entry(index)?.term,
+        });
         Ok(())
     }
 
     /// The stored entry at `index`, which must be in the log.
     pub fn entry(&self, index: u64) -> Result<Entry, RaftLogError> {
         let what = || format!("entry {index}");
-        let bytes = self.shared.engine.get(Column::Log, &entry_key(index))?.ok_or_else(|| {
-            RaftLogError::Damaged { what: what(), reason: "is missing".to_owned() }
-        })?;
+        let bytes = self
+            .shared
+            .engine
+            .get(Column::Log, &entry_key(index))?
+            .ok_or_else(|| RaftLogError::Damaged {
+                what: what(),
+                reason: "is missing".to_owned(),
+            })?;
         decode_stored(&what(), &bytes)
     }
 
@@ -328,28 +358,30 @@ impl<E: Engine> RaftLog<E> {
         let mut size_bytes = 0_u64;
         let mut full = false;
         let mut fault = None;
-        self.shared.engine.visit(Column::Log, &entry_key(low), &mut |key, value| {
-            let expected = low + entries.len() as u64;
-            if expected == high {
-                return ControlFlow::Break(());
-            }
-            if key != entry_key(expected) {
-                return ControlFlow::Break(()); // The hole is reported below.
-            }
-            size_bytes += value.len() as u64;
-            if size_bytes > size_bytes_max && !entries.is_empty() {
-                full = true;
-                return ControlFlow::Break(());
-            }
-            match decode_stored(&format!("entry {expected}"), value) {
-                Ok(entry) => entries.push(entry),
-                Err(error) => {
-                    fault = Some(error);
+        self.shared
+            .engine
+            .visit(Column::Log, &entry_key(low), &mut |key, value| {
+                let expected = low + entries.len() as u64;
+                if expected == high {
                     return ControlFlow::Break(());
                 }
-            }
-            ControlFlow::Continue(())
-        })?;
+                if key != entry_key(expected) {
+                    return ControlFlow::Break(()); // The hole is reported below.
+                }
+                size_bytes += value.len() as u64;
+                if size_bytes > size_bytes_max && !entries.is_empty() {
+                    full = true;
+                    return ControlFlow::Break(());
+                }
+                match decode_stored(&format!("entry {expected}"), value) {
+                    Ok(entry) => entries.push(entry),
+                    Err(error) => {
+                        fault = Some(error);
+                        return ControlFlow::Break(());
+                    }
+                }
+                ControlFlow::Continue(())
+            })?;
         if let Some(error) = fault {
             return Err(error);
         }
@@ -372,14 +404,21 @@ fn read_position<E: Engine>(engine: &E) -> Result<Position, RaftLogError> {
     };
     let truncated = point("the compacted index", key::TRUNCATED)?;
     let applied = point("the applied index", key::APPLIED)?;
-    let hard_state: HardState =
-        decode_stored("the hard state", &meta(key::HARD_STATE)?.unwrap_or_default())?;
-    let conf_state: ConfState =
-        decode_stored("the membership", &meta(key::CONF_STATE)?.unwrap_or_default())?;
+    let hard_state: HardState = decode_stored(
+        "the hard state",
+        &meta(key::HARD_STATE)?.unwrap_or_default(),
+    )?;
+    let conf_state: ConfState = decode_stored(
+        "the membership",
+        &meta(key::CONF_STATE)?.unwrap_or_default(),
+    )?;
     let last = match engine.last(Column::Log)? {
         Some((_, bytes)) => {
             let entry: Entry = decode_stored("the last entry", &bytes)?;
-            LogPoint { index: entry.index, term: entry.term }
+            LogPoint {
+                index: entry.index,
+                term: entry.term,
+            }
         }
         None => truncated,
     };
@@ -390,7 +429,9 @@ fn read_position<E: Engine>(engine: &E) -> Result<Position, RaftLogError> {
         ("last", last.index),
     ];
     for pair in ordered.windows(2) {
-        let [(lower_name, lower), (upper_name, upper)] = pair else { continue };
+        let [(lower_name, lower), (upper_name, upper)] = pair else {
+            continue;
+        };
         if lower > upper {
             return Err(RaftLogError::Damaged {
                 what: format!("its {lower_name} index {lower}"),
@@ -398,7 +439,14 @@ fn read_position<E: Engine>(engine: &E) -> Result<Position, RaftLogError> {
             });
         }
     }
-    Ok(Position { truncated, last, applied, hard_state, conf_state, version: 0 })
+    Ok(Position {
+        truncated,
+        last,
+        applied,
+        hard_state,
+        conf_state,
+        version: 0,
+    })
 }
 
 impl<E: Engine> raft::Storage for RaftLog<E> {
@@ -461,7 +509,12 @@ impl<E: Engine> raft::Storage for RaftLog<E> {
                 return Ok(snapshot.clone());
             }
         }
-        slot.request = Some(SnapshotRequest { index_min: request_index, follower: to });
-        Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+        slot.request = Some(SnapshotRequest {
+            index_min: request_index,
+            follower: to,
+        });
+        Err(raft::Error::Store(
+            StorageError::SnapshotTemporarilyUnavailable,
+        ))
     }
 }

@@ -116,14 +116,24 @@ async fn by_name(context: &HeadContext, job: JobId, name: String) -> Result<Acto
     }
 }
 
+/// The job that a host must own an actor in; clients may reach into any.
+fn own_job(caller: &Caller) -> Option<JobId> {
+    match caller {
+        Caller::Host { job, .. } => Some(*job),
+        Caller::Client | Caller::Node(_) | Caller::Head => None,
+    }
+}
+
 pub(super) async fn stop(
     context: &HeadContext,
     caller: &Caller,
     request: api::StopActorRequest,
 ) -> Result<Empty, Status> {
-    let command =
-        Command::StopActor { actor: ActorId(request.actor), grace_ms: request.grace_ms };
-    context.require_own_actor(caller, ActorId(request.actor)).await?;
+    let command = Command::StopActor {
+        job: own_job(caller),
+        actor: ActorId(request.actor),
+        grace_ms: request.grace_ms,
+    };
     context.change(caller, request.stamp, command).await
 }
 
@@ -132,10 +142,12 @@ pub(super) async fn leave(
     caller: &Caller,
     request: api::YieldActorRequest,
 ) -> Result<Empty, Status> {
-    let command = Command::YieldActor {
-        actor: ActorId(request.actor),
-        incarnation: Incarnation(request.incarnation),
+    let actor = ActorId(request.actor);
+    let job = match own_job(caller) {
+        Some(job) => job,
+        None => JobId(view(context, actor).await?.job),
     };
-    context.require_own_actor(caller, ActorId(request.actor)).await?;
+    let command =
+        Command::YieldActor { job, actor, incarnation: Incarnation(request.incarnation) };
     context.change(caller, request.stamp, command).await
 }

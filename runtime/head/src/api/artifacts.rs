@@ -2,8 +2,9 @@
 
 use mobula_core::control::Caller;
 use mobula_core::error::{ErrorCode, Rejection};
+use mobula_storage::artifact::{ArtifactId, identify};
+use mobula_storage::digest::ParseDigestError;
 use mobula_wire::control as api;
-use mobula_wire::convert::checked_digest;
 use tokio::io::AsyncWriteExt;
 use tonic::{Status, Streaming};
 
@@ -11,7 +12,7 @@ use super::{rejected, status as make_status};
 use crate::context::HeadContext;
 
 /// The largest program that is taken.
-const ARTIFACT_BYTES_MAX: u64 = 4 * 1024 * 1024 * 1024;
+pub(crate) const ARTIFACT_BYTES_MAX: u64 = 4 * 1024 * 1024 * 1024;
 
 fn only_clients(caller: &Caller) -> Result<(), Status> {
     match caller {
@@ -29,8 +30,9 @@ pub(super) async fn has(
     request: api::HasArtifactRequest,
 ) -> Result<api::HasArtifactReply, Status> {
     only_clients(caller)?;
-    let digest = checked_digest(request.blake3).map_err(|rejection| rejected(&rejection))?;
-    let present = context.artifacts.contains(&digest).await.map_err(storage_status)?;
+    let id = artifact_id(&request.blake3, request.size_bytes)
+        .map_err(|rejection| rejected(&rejection))?;
+    let present = context.artifacts.contains(&id).await.map_err(storage_status)?;
     Ok(api::HasArtifactReply { present })
 }
 
@@ -44,8 +46,9 @@ pub(super) async fn put(
         .message()
         .await?
         .ok_or_else(|| rejected(&Rejection::invalid("an artifact needs at least one chunk")))?;
-    let digest = checked_digest(first.blake3.clone()).map_err(|rejection| rejected(&rejection))?;
-    let size_bytes = first.size_bytes;
+    let announced = artifact_id(&first.blake3, first.size_bytes)
+        .map_err(|rejection| rejected(&rejection))?;
+    let size_bytes = announced.size_bytes;
     if size_bytes > ARTIFACT_BYTES_MAX {
         return Err(rejected(&Rejection::invalid(format!(
             "the program has {size_bytes} bytes, the limit is {ARTIFACT_BYTES_MAX}: strip its \
@@ -67,14 +70,25 @@ pub(super) async fn put(
         next = chunks.message().await?;
     }
     writer.flush().await.map_err(disk_status)?;
-    let stored = context.artifacts.put_file(file.path()).await.map_err(storage_status)?;
-    if stored.blake3 != digest {
+    // Read once more to be hashed: what is wrong must not get into the store.
+    let received = identify(file.path()).await.map_err(storage_status)?;
+    if received != announced {
         return Err(rejected(&Rejection::invalid(format!(
-            "the program's BLAKE3 is {}, not {digest} as announced: upload it again",
-            stored.blake3
+            "the program has {} bytes and BLAKE3 {}, not {size_bytes} and {} as announced: upload \
+             it again",
+            received.size_bytes, received.blake3, announced.blake3
         ))));
     }
-    Ok(api::PutArtifactReply { blake3: digest, size_bytes })
+    context.artifacts.put_file(file.path()).await.map_err(storage_status)?;
+    Ok(api::PutArtifactReply { blake3: announced.blake3.to_string(), size_bytes })
+}
+
+/// The name of an artifact, as a client gives it.
+pub(super) fn artifact_id(blake3: &str, size_bytes: u64) -> Result<ArtifactId, Rejection> {
+    let blake3 = blake3
+        .parse()
+        .map_err(|error: ParseDigestError| Rejection::invalid(error.to_string()))?;
+    Ok(ArtifactId { blake3, size_bytes })
 }
 
 fn disk_status(error: std::io::Error) -> Status {

@@ -10,6 +10,7 @@ use mobula_scheduler::{Command, Query, QueryResponse, Response};
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
 
+use super::artifacts::artifact_id;
 use super::modules::{WAIT_MAX, stamp};
 use super::{rejected, status as make_status, views};
 use crate::context::HeadContext;
@@ -40,8 +41,9 @@ pub(super) async fn submit(
 }
 
 async fn require_program(context: &HeadContext, program: &Program) -> Result<(), Status> {
-    let Program::Artifact { blake3, .. } = program else { return Ok(()) };
-    let present = context.artifacts.contains(blake3).await.map_err(|error| {
+    let Program::Artifact { blake3, size_bytes } = program else { return Ok(()) };
+    let id = artifact_id(blake3, *size_bytes).map_err(|rejection| rejected(&rejection))?;
+    let present = context.artifacts.contains(&id).await.map_err(|error| {
         make_status(ErrorCode::Unavailable, "no", format!("the program cannot be looked up: {error}"))
     })?;
     if present {
@@ -84,11 +86,10 @@ pub(super) async fn view(context: &HeadContext, job: JobId) -> Result<api::Job, 
     };
     let is_pending = view.state == "pending";
     let mut message = views::job(view);
-    if is_pending {
-        if let QueryResponse::Explained(why) = context.ask(Query::ExplainJob { job }).await? {
+    if is_pending
+        && let QueryResponse::Explained(why) = context.ask(Query::ExplainJob { job }).await? {
             message.pending_reason = Some(why.verdict);
         }
-    }
     Ok(message)
 }
 

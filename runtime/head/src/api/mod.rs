@@ -12,6 +12,7 @@ mod service;
 mod status;
 mod views;
 
+pub(crate) use artifacts::ARTIFACT_BYTES_MAX;
 pub(crate) use service::ControlService;
 
 use mobula_core::error::{ErrorCode, Rejection};

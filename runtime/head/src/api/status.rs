@@ -5,7 +5,7 @@ use std::time::Duration;
 use mobula_core::control::Caller;
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::SessionId;
-use mobula_net::identity::{Identity, Role, Token, TokenRole, Validity};
+use mobula_net::identity::{Identity, Role, Token, Validity};
 use mobula_scheduler::{Command, Query, QueryResponse, Response, Role as TokenUse};
 use mobula_wire::control as api;
 use tonic::Status;
@@ -22,8 +22,11 @@ const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
 /// The longest that a token may live: a year.
 const TOKEN_TTL_MS_MAX: u64 = 365 * 24 * 3_600_000;
 
+/// A name that is asked for to see whether the store answers; it need not exist.
+const PROBE_PATH: &str = "probe/status";
+
 /// The longest name of a worker or client.
-const NAME_BYTES_MAX: usize = 64;
+const NAME_BYTES_MAX: usize = 63;
 
 pub(super) async fn join(
     context: &HeadContext,
@@ -61,12 +64,13 @@ pub(super) async fn join(
 
 /// Names become part of certificates and paths.
 fn check_name(name: &str) -> Result<(), Status> {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let is_plain =
+        |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
     if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(is_plain) {
         return Ok(());
     }
     Err(rejected(&Rejection::invalid(format!(
-        "the name `{}` is not usable: 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`",
+        "the name `{}` is not usable: 1 to {NAME_BYTES_MAX} of a-z, 0-9, `-`, `_` and `.`",
         name.chars().take(NAME_BYTES_MAX).collect::<String>()
     ))))
 }
@@ -83,8 +87,8 @@ pub(super) async fn create_token(
         )));
     }
     let role = match request.role.as_str() {
-        "worker" => TokenRole::Worker,
-        "client" => TokenRole::Client,
+        "worker" => Role::Node,
+        "client" => Role::Client,
         other => {
             return Err(rejected(&Rejection::invalid(format!(
                 "token role `{other}` is unknown: use `worker` or `client`"
@@ -126,8 +130,8 @@ pub(super) async fn status(
         return Err(Status::internal("the scheduler answered another question"));
     };
     let leadership = *context.raft.leadership().borrow();
-    let storage_problem = match context.artifacts.probe().await {
-        Ok(()) => String::new(),
+    let storage_problem = match context.blobs.head(PROBE_PATH).await {
+        Ok(_) => String::new(),
         Err(error) => error.to_string(),
     };
     let nodes_total =

@@ -11,6 +11,8 @@
 mod apply;
 mod driver;
 mod proposals;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use driver::{Driver, DriverOptions};
 pub use proposals::{Leadership, Outcome, ProposeError, RaftHandle};

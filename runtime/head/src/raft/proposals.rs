@@ -27,7 +27,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The tables at one moment.
-pub type TableView = TablesReader<RocksSnapshot>;
+pub(crate) type TableView = TablesReader<RocksSnapshot>;
 
 /// What the driver is asked.
 pub(crate) enum Input {

@@ -1,5 +1,8 @@
+use mobula_wire::hello::{HelloRefusal, Lane, StreamHello};
+
 use super::*;
 use crate::identity::{ClusterCa, Validity};
+use crate::lane::{FramedStream, ReceiveError};
 use crate::testing::{credentials, expired_credentials, loopback, rebind};
 
 /// A listening head of `ca`'s cluster, and a client endpoint with `ours`.

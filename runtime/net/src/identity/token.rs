@@ -58,7 +58,8 @@ pub enum TokenError {
 }
 
 impl Token {
-    /// A new token with a secret from the system's random source.
+    /// A new token with a secret from the system's random source. Hosts join through their agent and
+    /// have no tokens: one made for them would not parse.
     ///
     /// # Panics
     /// If the system has no randomness to give: nothing secure can go on then.

@@ -66,15 +66,29 @@ pub(crate) async fn serve(listener: LocalListener, inputs: mpsc::Sender<Input>) 
 async fn serve_host(stream: FramedStream, peer: LocalPeer, inputs: mpsc::Sender<Input>) {
     let (mut sender, mut receiver) = stream.split();
     let hello = tokio::time::timeout(HELLO_TIMEOUT, receiver.receive_message()).await;
-    let Ok(Ok(Some(HostMessage::Hello { host, call_address, actor_types }))) = hello else {
-        tracing::warn!(pid = peer.pid, "a local process connected without a host's hello");
+    let Ok(Ok(Some(HostMessage::Hello {
+        host,
+        call_address,
+        actor_types,
+    }))) = hello
+    else {
+        tracing::warn!(
+            pid = peer.pid,
+            "a local process connected without a host's hello"
+        );
         return;
     };
     tracing::debug!(%host, pid = peer.pid, ?actor_types, "host said hello");
     let (messages, queue) = mpsc::channel(HOST_QUEUE);
     let (accept, accepted) = oneshot::channel();
     let session_pid = peer.pid.and_then(session_of);
-    let connected = Connected { host, session_pid, call_address, messages, accept };
+    let connected = Connected {
+        host,
+        session_pid,
+        call_address,
+        messages,
+        accept,
+    };
     if inputs.send(Input::HostConnected(connected)).await.is_err() || accepted.await.is_err() {
         return;
     }
@@ -96,7 +110,11 @@ async fn pump(
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let read = async {
         while let Some(message) = receiver.receive_message::<HostMessage>().await? {
-            if inputs.send(Input::HostMessage(host, message)).await.is_err() {
+            if inputs
+                .send(Input::HostMessage(host, message))
+                .await
+                .is_err()
+            {
                 break;
             }
         }

@@ -28,7 +28,13 @@ pub(crate) struct Devices {
 impl Devices {
     /// All free.
     pub(crate) fn new(ids: Vec<String>) -> Devices {
-        let devices = ids.into_iter().map(|id| Device { id, free_milli: 1000 }).collect();
+        let devices = ids
+            .into_iter()
+            .map(|id| Device {
+                id,
+                free_milli: 1000,
+            })
+            .collect();
         Devices { devices }
     }
 
@@ -73,7 +79,10 @@ impl Devices {
 
     /// What `CUDA_VISIBLE_DEVICES` should say for these shares.
     pub(crate) fn visible(&self, shares: &[Share]) -> String {
-        let ids: Vec<&str> = shares.iter().map(|s| self.devices[s.index].id.as_str()).collect();
+        let ids: Vec<&str> = shares
+            .iter()
+            .map(|s| self.devices[s.index].id.as_str())
+            .collect();
         ids.join(",")
     }
 }

@@ -22,7 +22,11 @@ pub(crate) struct Ended {
 impl Ended {
     /// Remembers an end; an older incarnation does not replace a newer one.
     pub(crate) fn insert(&mut self, actor: ActorId, incarnation: Incarnation, reason: ExitReason) {
-        if self.actors.get(&actor).is_some_and(|(_, known, _)| *known > incarnation) {
+        if self
+            .actors
+            .get(&actor)
+            .is_some_and(|(_, known, _)| *known > incarnation)
+        {
             return;
         }
         self.next += 1;
@@ -39,7 +43,9 @@ impl Ended {
 
     /// The newest incarnation of `actor` that ended here, and why.
     pub(crate) fn newest(&self, actor: ActorId) -> Option<(Incarnation, &ExitReason)> {
-        self.actors.get(&actor).map(|(_, incarnation, reason)| (*incarnation, reason))
+        self.actors
+            .get(&actor)
+            .map(|(_, incarnation, reason)| (*incarnation, reason))
     }
 }
 
@@ -52,7 +58,10 @@ mod tests {
         let mut ended = Ended::default();
         ended.insert(ActorId(1), Incarnation(5), ExitReason::Completed);
         ended.insert(ActorId(1), Incarnation(3), ExitReason::Stopped);
-        assert_eq!(ended.newest(ActorId(1)), Some((Incarnation(5), &ExitReason::Completed)));
+        assert_eq!(
+            ended.newest(ActorId(1)),
+            Some((Incarnation(5), &ExitReason::Completed))
+        );
         for actor in 2..(ENDED_MAX as u64 + 2) {
             ended.insert(ActorId(actor), Incarnation(1), ExitReason::Stopped);
         }

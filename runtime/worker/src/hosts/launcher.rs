@@ -65,7 +65,10 @@ impl Launcher {
         welcome: &Arc<Welcome>,
         log: &Path,
     ) -> Result<HostProcess, String> {
-        let program = self.programs.path(&launch.program, &welcome.storage).await?;
+        let program = self
+            .programs
+            .path(&launch.program, &welcome.storage)
+            .await?;
         let (key_pem, certificate_pem) = self.certify(launch).await?;
         let bootstrap = HostBootstrap {
             cluster_id: self.cluster_id.clone(),
@@ -92,7 +95,9 @@ impl Launcher {
         let spec = ProcessSpec {
             program,
             args: arguments(launch),
-            env: environment(launch, welcome, &bootstrap_path, |name| std::env::var_os(name)),
+            env: environment(launch, welcome, &bootstrap_path, |name| {
+                std::env::var_os(name)
+            }),
             working_dir: self.work_dir.clone(),
             output,
         };
@@ -113,8 +118,13 @@ impl Launcher {
 
     async fn certify(&self, launch: &Launch) -> Result<(String, String), String> {
         let key = PrivateKey::generate().map_err(|error| error.to_string())?;
-        let csr_pem = key.certificate_request().map_err(|error| error.to_string())?;
-        let certificate_pem = self.session.sign_host(csr_pem, launch.job, launch.host).await?;
+        let csr_pem = key
+            .certificate_request()
+            .map_err(|error| error.to_string())?;
+        let certificate_pem = self
+            .session
+            .sign_host(csr_pem, launch.job, launch.host)
+            .await?;
         Ok((key.to_pem().to_owned(), certificate_pem))
     }
 }
@@ -129,7 +139,11 @@ fn arguments(launch: &Launch) -> Vec<OsString> {
         (Program::Builtin, HostRole::Driver { .. }) => Some("builtin"),
         (Program::Artifact { .. }, _) => None,
     };
-    subcommand.into_iter().chain(job_args.iter().map(String::as_str)).map(OsString::from).collect()
+    subcommand
+        .into_iter()
+        .chain(job_args.iter().map(String::as_str))
+        .map(OsString::from)
+        .collect()
 }
 
 fn environment(
@@ -138,17 +152,26 @@ fn environment(
     bootstrap: &Path,
     own: impl Fn(&str) -> Option<OsString>,
 ) -> BTreeMap<OsString, OsString> {
-    let secrets = [&welcome.storage.access_key_env, &welcome.storage.secret_key_env];
+    let secrets = [
+        &welcome.storage.access_key_env,
+        &welcome.storage.secret_key_env,
+    ];
     let inherited = INHERITED
         .into_iter()
         .chain(secrets.into_iter().map(String::as_str))
         .filter(|name| !name.is_empty())
         .filter_map(|name| Some((OsString::from(name), own(name)?)));
-    let job = launch.env.iter().map(|(name, value)| (name.into(), value.into()));
+    let job = launch
+        .env
+        .iter()
+        .map(|(name, value)| (name.into(), value.into()));
     let set = host_environment(&bootstrap.to_string_lossy())
         .into_iter()
         .map(|(name, value)| (name.into(), value.into()));
-    let devices = [(OsString::from("CUDA_VISIBLE_DEVICES"), launch.visible_devices.clone().into())];
+    let devices = [(
+        OsString::from("CUDA_VISIBLE_DEVICES"),
+        launch.visible_devices.clone().into(),
+    )];
     inherited.chain(job).chain(set).chain(devices).collect()
 }
 
@@ -175,12 +198,19 @@ mod tests {
 
     fn driver() -> HostRole {
         let args = vec!["--steps".to_owned(), "5".to_owned()];
-        HostRole::Driver { actor: ActorId(1), incarnation: Incarnation(1), args }
+        HostRole::Driver {
+            actor: ActorId(1),
+            incarnation: Incarnation(1),
+            args,
+        }
     }
 
     #[test]
     fn built_in_programs_get_a_subcommand_and_only_drivers_get_arguments() {
-        let artifact = Program::Artifact { blake3: "ab".repeat(32), size_bytes: 1 };
+        let artifact = Program::Artifact {
+            blake3: "ab".repeat(32),
+            size_bytes: 1,
+        };
         let cases = [
             (Program::Builtin, HostRole::Actors, vec!["host"]),
             (Program::Builtin, driver(), vec!["builtin", "--steps", "5"]),
@@ -224,8 +254,10 @@ mod tests {
             ("MY_KEY", "agent"),
             ("PATH", "/job"),
         ];
-        let expected: BTreeMap<OsString, OsString> =
-            expected.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        let expected: BTreeMap<OsString, OsString> = expected
+            .into_iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
         assert_eq!(env, expected);
     }
 }

@@ -44,10 +44,7 @@ pub(crate) enum Action {
     /// Tell the leader.
     Report(WorkerEvent),
     /// Call [`Pool::alarm`] later.
-    Wake {
-        after_ms: u64,
-        alarm: Alarm,
-    },
+    Wake { after_ms: u64, alarm: Alarm },
     /// The output of this actor is in this host's log.
     Logs(Key, HostId),
 }
@@ -188,8 +185,11 @@ impl Pool {
             }
             return;
         }
-        let living: Vec<Key> =
-            self.actors.range((actor, Incarnation(0))..=(actor, Incarnation(u64::MAX))).map(|(k, _)| *k).collect();
+        let living: Vec<Key> = self
+            .actors
+            .range((actor, Incarnation(0))..=(actor, Incarnation(u64::MAX)))
+            .map(|(k, _)| *k)
+            .collect();
         if living.iter().any(|(_, living)| *living > incarnation) {
             return;
         }
@@ -238,7 +238,11 @@ impl Pool {
         match (placed.phase, placed.host) {
             (Phase::Pending, _) | (_, None) => self.end(key, ExitReason::Stopped),
             (_, Some(host)) => {
-                let message = AgentMessage::Stop { actor, incarnation, grace_ms };
+                let message = AgentMessage::Stop {
+                    actor,
+                    incarnation,
+                    grace_ms,
+                };
                 self.actions.push(Action::Send(host, message));
                 let alarm = Alarm::StopOverdue(key);
                 let after_ms = grace_ms.saturating_add(STOP_MARGIN_MS);
@@ -247,22 +251,43 @@ impl Pool {
         }
     }
 
+    /// The leader wants nothing but these incarnations: what else lives is ended without grace.
+    pub(crate) fn keep_only(&mut self, standing: &[Key]) {
+        let standing: BTreeSet<&Key> = standing.iter().collect();
+        let unwanted: Vec<Key> = self
+            .actors
+            .keys()
+            .filter(|key| !standing.contains(key))
+            .copied()
+            .collect();
+        for (actor, incarnation) in unwanted {
+            self.stop(actor, incarnation, 0);
+        }
+    }
+
     /// A host's process was started.
     pub(crate) fn launched(&mut self, id: HostId, pid: u32) {
-        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let Some(host) = self.hosts.get_mut(&id) else {
+            return;
+        };
         host.pid = Some(pid);
         if host.closing {
             self.actions.push(Action::Kill(id));
             return;
         }
         let alarm = Alarm::HelloOverdue(id);
-        self.actions.push(Action::Wake { after_ms: HOST_HELLO_MS_MAX, alarm });
+        self.actions.push(Action::Wake {
+            after_ms: HOST_HELLO_MS_MAX,
+            alarm,
+        });
         self.ready_if_complete(id);
     }
 
     /// A host's process was not started.
     pub(crate) fn launch_failed(&mut self, id: HostId, reason: &str) {
-        let Some(host) = self.remove_host(id) else { return };
+        let Some(host) = self.remove_host(id) else {
+            return;
+        };
         for key in host.actors {
             self.end(key, ExitReason::StartFailed(reason.to_owned()));
         }
@@ -271,7 +296,9 @@ impl Pool {
 
     /// A host said hello.
     pub(crate) fn connected(&mut self, id: HostId, call_address: String) {
-        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let Some(host) = self.hosts.get_mut(&id) else {
+            return;
+        };
         host.call_address = Some(call_address);
         self.ready_if_complete(id);
     }
@@ -290,7 +317,11 @@ impl Pool {
                     self.report_started(key);
                 }
             }
-            HostMessage::Exited { actor, incarnation, reason } => {
+            HostMessage::Exited {
+                actor,
+                incarnation,
+                reason,
+            } => {
                 let key = (actor, incarnation);
                 let Some(placed) = self.actors.get_mut(&key).filter(|p| p.host == Some(id)) else {
                     return;
@@ -308,7 +339,9 @@ impl Pool {
 
     /// A host closed its connection.
     pub(crate) fn disconnected(&mut self, id: HostId) {
-        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let Some(host) = self.hosts.get_mut(&id) else {
+            return;
+        };
         host.connection_closed = true;
         if host.dead.is_some() {
             self.settle(id);
@@ -316,13 +349,18 @@ impl Pool {
             // It should be dying. One that lives without its agent could not be stopped any more.
             self.forbid_new_actors(id);
             let alarm = Alarm::ShutdownOverdue(id);
-            self.actions.push(Action::Wake { after_ms: HOST_SHUTDOWN_MS, alarm });
+            self.actions.push(Action::Wake {
+                after_ms: HOST_SHUTDOWN_MS,
+                alarm,
+            });
         }
     }
 
     /// A host's process died; `last_output` is the end of its log.
     pub(crate) fn died(&mut self, id: HostId, end: ProcessEnd, last_output: String) {
-        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let Some(host) = self.hosts.get_mut(&id) else {
+            return;
+        };
         host.dead = Some((end, last_output));
         let all_is_read = host.connection_closed;
         self.forbid_new_actors(id);
@@ -330,7 +368,10 @@ impl Pool {
             self.settle(id);
         } else {
             let alarm = Alarm::LastWordsOverdue(id);
-            self.actions.push(Action::Wake { after_ms: LAST_WORDS_MS, alarm });
+            self.actions.push(Action::Wake {
+                after_ms: LAST_WORDS_MS,
+                alarm,
+            });
         }
     }
 
@@ -352,7 +393,9 @@ impl Pool {
     pub(crate) fn alarm(&mut self, alarm: Alarm) {
         match alarm {
             Alarm::HelloOverdue(id) => {
-                let Some(host) = self.hosts.get_mut(&id) else { return };
+                let Some(host) = self.hosts.get_mut(&id) else {
+                    return;
+                };
                 if host.call_address.is_none() && host.dead.is_none() {
                     host.kill_reason =
                         Some(format!("host said nothing within {HOST_HELLO_MS_MAX} ms"));
@@ -361,14 +404,20 @@ impl Pool {
                 }
             }
             Alarm::StopOverdue(key) => {
-                let Some(placed) = self.actors.get_mut(&key) else { return };
+                let Some(placed) = self.actors.get_mut(&key) else {
+                    return;
+                };
                 placed.stop_overdue = true;
                 if let Some(host) = placed.host {
                     self.kill_if_all_overdue(host);
                 }
             }
             Alarm::ShutdownOverdue(id) => {
-                if self.hosts.get(&id).is_some_and(|host| host.closing && host.dead.is_none()) {
+                if self
+                    .hosts
+                    .get(&id)
+                    .is_some_and(|host| host.closing && host.dead.is_none())
+                {
                     self.actions.push(Action::Kill(id));
                 }
             }
@@ -397,7 +446,9 @@ impl Pool {
     }
 
     fn place(&mut self, key: Key) {
-        let Some(placed) = self.actors.get(&key) else { return };
+        let Some(placed) = self.actors.get(&key) else {
+            return;
+        };
         let start = &placed.start;
         let is_driver = start.spec.kind == ActorKind::Driver;
         let gpu_milli = start.spec.resources.gpu_milli;
@@ -469,7 +520,9 @@ impl Pool {
     }
 
     fn ready_if_complete(&mut self, id: HostId) {
-        let Some(host) = self.hosts.get(&id).filter(|host| host.is_ready()) else { return };
+        let Some(host) = self.hosts.get(&id).filter(|host| host.is_ready()) else {
+            return;
+        };
         if host.closing {
             return;
         }
@@ -484,7 +537,9 @@ impl Pool {
     }
 
     fn start_in_host(&mut self, key: Key, id: HostId) {
-        let Some(placed) = self.actors.get_mut(&key) else { return };
+        let Some(placed) = self.actors.get_mut(&key) else {
+            return;
+        };
         if placed.phase != Phase::Pending {
             return;
         }
@@ -500,23 +555,37 @@ impl Pool {
     }
 
     fn report_started(&mut self, (actor, incarnation): Key) {
-        let host = self.actors.get(&(actor, incarnation)).and_then(|placed| placed.host);
+        let host = self
+            .actors
+            .get(&(actor, incarnation))
+            .and_then(|placed| placed.host);
         let Some(id) = host else { return };
-        let Some(host) = self.hosts.get(&id) else { return };
+        let Some(host) = self.hosts.get(&id) else {
+            return;
+        };
         if let (Some(pid), Some(call_address)) = (host.pid, host.call_address.clone()) {
-            let event =
-                WorkerEvent::ActorStarted { actor, incarnation, host: id, call_address, pid };
+            let event = WorkerEvent::ActorStarted {
+                actor,
+                incarnation,
+                host: id,
+                call_address,
+                pid,
+            };
             self.actions.push(Action::Report(event));
         }
     }
 
     /// The actor has ended: forget it, remember the end, and see what its host is still for.
     fn end(&mut self, key: Key, reason: ExitReason) {
-        let Some(placed) = self.actors.remove(&key) else { return };
+        let Some(placed) = self.actors.remove(&key) else {
+            return;
+        };
         self.waiting.retain(|waiting| *waiting != key);
         self.finish(key, placed.held_reason.unwrap_or(reason));
         let Some(id) = placed.host else { return };
-        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let Some(host) = self.hosts.get_mut(&id) else {
+            return;
+        };
         host.actors.remove(&key);
         if host.actors.is_empty() {
             self.close_host(id);
@@ -531,7 +600,9 @@ impl Pool {
     }
 
     fn forbid_new_actors(&mut self, id: HostId) {
-        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let Some(host) = self.hosts.get_mut(&id) else {
+            return;
+        };
         host.closing = true;
         let shared_key = (host.job, host.program.clone());
         if self.shared.get(&shared_key) == Some(&id) {
@@ -540,7 +611,9 @@ impl Pool {
     }
 
     fn close_host(&mut self, id: HostId) {
-        let Some(host) = self.hosts.get(&id) else { return };
+        let Some(host) = self.hosts.get(&id) else {
+            return;
+        };
         if host.closing {
             return;
         }
@@ -551,7 +624,9 @@ impl Pool {
             return;
         }
         if is_ready {
-            let message = AgentMessage::Shutdown { grace_ms: HOST_SHUTDOWN_MS };
+            let message = AgentMessage::Shutdown {
+                grace_ms: HOST_SHUTDOWN_MS,
+            };
             self.actions.push(Action::Send(id, message));
             let after_ms = HOST_SHUTDOWN_MS + STOP_MARGIN_MS;
             let alarm = Alarm::ShutdownOverdue(id);
@@ -563,7 +638,9 @@ impl Pool {
 
     /// A host can be killed for actors that do not stop only when no other actor is in it.
     fn kill_if_all_overdue(&mut self, id: HostId) {
-        let Some(host) = self.hosts.get(&id).filter(|host| host.dead.is_none()) else { return };
+        let Some(host) = self.hosts.get(&id).filter(|host| host.dead.is_none()) else {
+            return;
+        };
         let is_overdue = |key: &Key| self.actors.get(key).is_some_and(|p| p.stop_overdue);
         if host.actors.iter().all(is_overdue) {
             self.forbid_new_actors(id);
@@ -580,7 +657,9 @@ impl Pool {
 
     /// The dead host is forgotten, and so are the actors whose end it did not tell of.
     fn settle(&mut self, id: HostId) {
-        let Some(host) = self.remove_host(id) else { return };
+        let Some(host) = self.remove_host(id) else {
+            return;
+        };
         for key in &host.actors {
             let reason = self.reason_of_death(*key, &host);
             self.end(*key, reason);
@@ -589,8 +668,12 @@ impl Pool {
     }
 
     fn reason_of_death(&self, key: Key, host: &Host) -> ExitReason {
-        let Some((end, last_output)) = &host.dead else { return ExitReason::NodeLost };
-        let Some(placed) = self.actors.get(&key) else { return ExitReason::Stopped };
+        let Some((end, last_output)) = &host.dead else {
+            return ExitReason::NodeLost;
+        };
+        let Some(placed) = self.actors.get(&key) else {
+            return ExitReason::Stopped;
+        };
         if placed.stop_requested {
             return ExitReason::Stopped;
         }
@@ -624,7 +707,11 @@ impl Pool {
 }
 
 fn exited((actor, incarnation): Key, reason: ExitReason) -> WorkerEvent {
-    WorkerEvent::ActorExited { actor, incarnation, reason }
+    WorkerEvent::ActorExited {
+        actor,
+        incarnation,
+        reason,
+    }
 }
 
 fn notice_message(deadline_ms: Option<u64>) -> AgentMessage {

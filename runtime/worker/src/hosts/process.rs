@@ -20,6 +20,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use parking_lot::Mutex;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
@@ -104,10 +105,12 @@ impl Spawner {
     /// Starts a process.
     pub(crate) async fn spawn(&self, spec: ProcessSpec) -> Result<HostProcess, SpawnError> {
         let (reply, answer) = oneshot::channel();
-        self.requests.try_send(SpawnRequest { spec, reply }).map_err(|error| match error {
-            TrySendError::Full(_) => SpawnError::Busy,
-            TrySendError::Disconnected(_) => SpawnError::Ended,
-        })?;
+        self.requests
+            .try_send(SpawnRequest { spec, reply })
+            .map_err(|error| match error {
+                TrySendError::Full(_) => SpawnError::Busy,
+                TrySendError::Disconnected(_) => SpawnError::Ended,
+            })?;
         answer.await.map_err(|_| SpawnError::Ended)?
     }
 }
@@ -157,7 +160,11 @@ fn spawn_command(spec: ProcessSpec) -> std::io::Result<HostProcess> {
         .expect("a process id is a positive i32");
     // The child is not reaped before `reap` below, so its id still means it.
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?;
-    Ok(HostProcess { pid, pidfd: Arc::new(pidfd), reaped: Arc::new(Mutex::new(None)) })
+    Ok(HostProcess {
+        pid,
+        pidfd: Arc::new(pidfd),
+        reaped: Arc::new(Mutex::new(None)),
+    })
 }
 
 fn prepare_child(agent: u32) -> std::io::Result<()> {
@@ -205,7 +212,9 @@ impl HostProcess {
     ///
     /// Must be called inside a tokio runtime.
     pub(crate) async fn wait(&self) -> std::io::Result<ProcessEnd> {
-        let readable = AsyncFd::with_interest(self.pidfd.as_fd().try_clone_to_owned()?, READABLE)?;
+        let pidfd = self.pidfd.try_clone()?;
+        // SAFETY: `AsyncFd` owns the duplicate, which nobody else closes, and always names it.
+        let readable = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
         // A pidfd becomes readable once, when the process ends, and stays so.
         let _guard = readable.readable().await?;
         self.reap()
@@ -248,8 +257,6 @@ impl HostProcess {
     }
 }
 
-const READABLE: tokio::io::Interest = tokio::io::Interest::READABLE;
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -281,11 +288,25 @@ mod tests {
         let spawner = Spawner::start().unwrap();
         let output = tempfile::tempfile().unwrap();
         let script = "echo out; echo err >&2; echo \"home=$HOME\"; exit 3";
-        let process = spawner.spawn(shell(script, output.try_clone().unwrap())).await.unwrap();
-        let end = tokio::time::timeout(BOUND, process.wait()).await.unwrap().unwrap();
+        let process = spawner
+            .spawn(shell(script, output.try_clone().unwrap()))
+            .await
+            .unwrap();
+        let end = tokio::time::timeout(BOUND, process.wait())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(end, ProcessEnd::Exited(3));
-        assert_eq!(text_of(output), "out\nerr\nhome=\n", "and nothing is inherited");
-        assert_eq!(process.wait().await.unwrap(), end, "a second wait says the same");
+        assert_eq!(
+            text_of(output),
+            "out\nerr\nhome=\n",
+            "and nothing is inherited"
+        );
+        assert_eq!(
+            process.wait().await.unwrap(),
+            end,
+            "a second wait says the same"
+        );
         process.kill();
     }
 
@@ -299,7 +320,10 @@ mod tests {
         spec.output = File::from(OwnedFd::from(writer));
         let process = spawner.spawn(spec).await.unwrap();
         process.kill();
-        let end = tokio::time::timeout(BOUND, process.wait()).await.unwrap().unwrap();
+        let end = tokio::time::timeout(BOUND, process.wait())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(end, ProcessEnd::Signaled(libc::SIGKILL));
         wait_for_end_of(reader).await;
     }
@@ -310,7 +334,10 @@ mod tests {
         let (reader, writer) = std::io::pipe().unwrap();
         let spec = shell("sleep 1000 & exit 0", File::from(OwnedFd::from(writer)));
         let process = spawner.spawn(spec).await.unwrap();
-        let end = tokio::time::timeout(BOUND, process.wait()).await.unwrap().unwrap();
+        let end = tokio::time::timeout(BOUND, process.wait())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(end, ProcessEnd::Exited(0));
         wait_for_end_of(reader).await;
     }
@@ -322,7 +349,10 @@ mod tests {
         let spec = shell("exec sleep 1000", File::from(OwnedFd::from(writer)));
         let process = spawner.spawn(spec).await.unwrap();
         drop(spawner);
-        let end = tokio::time::timeout(BOUND, process.wait()).await.unwrap().unwrap();
+        let end = tokio::time::timeout(BOUND, process.wait())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(end, ProcessEnd::Signaled(libc::SIGKILL));
         wait_for_end_of(reader).await;
     }
@@ -333,11 +363,18 @@ mod tests {
         let mut spec = shell("", tempfile::tempfile().unwrap());
         spec.program = "/nowhere/at-all".into();
         let error = spawner.spawn(spec).await.unwrap_err().to_string();
-        assert!(error.starts_with("cannot start `/nowhere/at-all`: No such file"), "{error}");
+        assert!(
+            error.starts_with("cannot start `/nowhere/at-all`: No such file"),
+            "{error}"
+        );
     }
 
     async fn wait_for_end_of(mut reader: std::io::PipeReader) {
         let read = tokio::task::spawn_blocking(move || reader.read_to_end(&mut Vec::new()));
-        tokio::time::timeout(BOUND, read).await.unwrap().unwrap().unwrap();
+        tokio::time::timeout(BOUND, read)
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
     }
 }

@@ -68,9 +68,17 @@ pub fn parse_notice_file(
     }
     let json: NoticeJson = serde_json::from_str(text).map_err(|error| malformed(&error))?;
     match json {
-        NoticeJson { deadline_ms: Some(deadline_ms), .. } => Ok(deadline_ms),
-        NoticeJson { grace_seconds: Some(seconds), .. } => after_seconds(seconds),
-        NoticeJson { time: Some(time), .. } => {
+        NoticeJson {
+            deadline_ms: Some(deadline_ms),
+            ..
+        } => Ok(deadline_ms),
+        NoticeJson {
+            grace_seconds: Some(seconds),
+            ..
+        } => after_seconds(seconds),
+        NoticeJson {
+            time: Some(time), ..
+        } => {
             let time = OffsetDateTime::parse(&time, &Rfc3339).map_err(|error| malformed(&error))?;
             u64::try_from(time.unix_timestamp_nanos() / 1_000_000)
                 .map_err(|_| malformed(&"the time is before 1970"))
@@ -110,7 +118,10 @@ pub(crate) async fn watch_file(
             })
         });
         seen = text;
-        let change = NoticeChange { source: NoticeSource::File, deadline_ms };
+        let change = NoticeChange {
+            source: NoticeSource::File,
+            deadline_ms,
+        };
         if inputs.send(Input::Notice(change)).await.is_err() {
             return;
         }
@@ -142,7 +153,10 @@ mod tests {
             ("0", Some(1_000)),
             (r#"{"deadline_ms": 77}"#, Some(77)),
             (r#"{"grace_seconds": 2}"#, Some(3_000)),
-            (r#"{"action": "terminate", "time": "2017-09-18T08:22:00Z"}"#, Some(1_505_722_920_000)),
+            (
+                r#"{"action": "terminate", "time": "2017-09-18T08:22:00Z"}"#,
+                Some(1_505_722_920_000),
+            ),
             (r#"{"action": "terminate"}"#, Some(31_000)),
             (r#"{"time": "soon"}"#, None),
             ("-5", None),

@@ -12,8 +12,8 @@ mod signal;
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-pub use file::{NoticeFileError, parse_notice_file};
 pub(crate) use file::watch_file;
+pub use file::{NoticeFileError, parse_notice_file};
 pub(crate) use signal::{sigterm, watch_sigterm};
 
 /// Who says that the machine will be taken away.
@@ -85,14 +85,19 @@ impl NoticeBoard {
     pub(crate) fn current(&self) -> Option<Notice> {
         self.deadlines
             .iter()
-            .map(|(source, deadline_ms)| Notice { deadline_ms: *deadline_ms, source: *source })
+            .map(|(source, deadline_ms)| Notice {
+                deadline_ms: *deadline_ms,
+                source: *source,
+            })
             .min_by_key(|notice| notice.deadline_ms)
     }
 }
 
 /// Milliseconds since the Unix epoch.
 pub(crate) fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -106,21 +111,33 @@ mod tests {
     use super::*;
 
     fn change(source: NoticeSource, deadline_ms: Option<u64>) -> NoticeChange {
-        NoticeChange { source, deadline_ms }
+        NoticeChange {
+            source,
+            deadline_ms,
+        }
     }
 
     #[test]
     fn the_earliest_deadline_counts_and_only_changes_are_told() {
         let mut board = NoticeBoard::default();
-        let file = |deadline_ms| Notice { deadline_ms, source: NoticeSource::File };
+        let file = |deadline_ms| Notice {
+            deadline_ms,
+            source: NoticeSource::File,
+        };
         let told = board.apply(change(NoticeSource::File, Some(500)));
         assert_eq!(told, Some(Some(file(500))));
         assert_eq!(board.apply(change(NoticeSource::File, Some(500))), None);
         assert_eq!(board.apply(change(NoticeSource::Sigterm, Some(900))), None);
         let told = board.apply(change(NoticeSource::Command, Some(100)));
-        let command = Notice { deadline_ms: 100, source: NoticeSource::Command };
+        let command = Notice {
+            deadline_ms: 100,
+            source: NoticeSource::Command,
+        };
         assert_eq!(told, Some(Some(command)));
-        assert_eq!(board.apply(change(NoticeSource::Command, None)), Some(Some(file(500))));
+        assert_eq!(
+            board.apply(change(NoticeSource::Command, None)),
+            Some(Some(file(500)))
+        );
     }
 
     #[test]

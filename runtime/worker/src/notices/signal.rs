@@ -19,7 +19,10 @@ pub(crate) async fn watch_sigterm(
 ) {
     if signals.recv().await.is_some() {
         let deadline_ms = Some(now_ms().saturating_add(default_grace_ms));
-        let change = NoticeChange { source: NoticeSource::Sigterm, deadline_ms };
+        let change = NoticeChange {
+            source: NoticeSource::Sigterm,
+            deadline_ms,
+        };
         // The agent is ending anyway when nobody receives.
         let _ = inputs.send(Input::Notice(change)).await;
     }

@@ -1,0 +1,310 @@
+//! What monitors found, replicated: drift events and retrain suggestions.
+//!
+//! Invariants:
+//! 1. A window of a monitor raises one event at most, however often it is reported.
+//! 2. Both lists are bounded; the oldest goes first.
+
+use mobula_core::codec;
+use mobula_core::control::{
+    Applied, ApplyContext, Caller, Effect, ModuleId, Reader, StateModule, Subject, Table, Txn,
+};
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::JobId;
+use mobula_core::row;
+use serde::{Deserialize, Serialize};
+
+/// Endpoint → [`MonitorStatus`].
+const MONITORS: Table = Table { module: ModuleId::DRIFT, tag: 1 };
+/// Endpoint, 0, event number → [`DriftEvent`].
+const EVENTS: Table = Table { module: ModuleId::DRIFT, tag: 2 };
+
+/// The largest report: 64 features with their numbers, with room.
+const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
+
+/// Events kept for each endpoint.
+const EVENTS_MAX: u64 = 100;
+
+/// A feature that drifted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DriftedFeature {
+    /// Its name.
+    pub feature: String,
+    /// `psi` or `ks`.
+    pub statistic: String,
+    /// The statistic's value.
+    pub value: f64,
+    /// The p-value, where the statistic has one.
+    pub p_value: Option<f64>,
+    /// What it was compared with.
+    pub threshold: f64,
+    /// Rows of the reference.
+    pub reference_count: u64,
+    /// Rows of the window.
+    pub current_count: u64,
+}
+
+/// What a monitor saw in one window.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The endpoint.
+    pub endpoint: String,
+    /// The model that it serves.
+    pub model: String,
+    /// Which version of it.
+    pub version: u64,
+    /// Tells this monitor's windows from those of its earlier starts.
+    pub incarnation: u64,
+    /// Counted from 0 within an incarnation.
+    pub window: u64,
+    /// Requests in the window.
+    pub samples: u64,
+    /// Features that were compared.
+    pub features_compared: u64,
+    /// Those of them that drifted.
+    pub drifted: Vec<DriftedFeature>,
+    /// Whether the data set as a whole drifted.
+    pub dataset_drift: bool,
+    /// How far the distribution of predictions moved (PSI).
+    pub prediction_psi: f64,
+}
+
+/// Where a monitor stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MonitorStatus {
+    /// The endpoint.
+    pub endpoint: String,
+    /// Windows that were compared.
+    pub windows: u64,
+    /// Requests in them.
+    pub samples: u64,
+    /// Events so far.
+    pub events: u64,
+    /// The last window.
+    pub last: Report,
+    /// When it was reported, in milliseconds since the Unix epoch.
+    pub last_ms: u64,
+    /// What to do, if the last event has not been dealt with.
+    pub retrain_suggestion: Option<RetrainSuggestion>,
+}
+
+/// Drift was found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DriftEvent {
+    /// Counted from 1 for each endpoint.
+    pub number: u64,
+    /// When, in milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// What was seen.
+    pub report: Report,
+}
+
+/// That a model should be trained again, and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RetrainSuggestion {
+    /// The model.
+    pub model: String,
+    /// The version that no longer fits what it sees.
+    pub version: u64,
+    /// The event that led to it.
+    pub event: u64,
+    /// In a sentence.
+    pub reason: String,
+    /// When, in milliseconds since the Unix epoch.
+    pub at_ms: u64,
+}
+
+/// A change. Append-only: positions are tags.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    /// A monitor compared a window. Answer: nothing.
+    Report(Report),
+}
+
+/// A question. Append-only: positions are tags.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Query {
+    /// All monitors, or that of one endpoint. Answer: `Vec<MonitorStatus>`.
+    Monitors {
+        /// Only that one.
+        endpoint: Option<String>,
+    },
+    /// Events of an endpoint, oldest first. Answer: `Vec<DriftEvent>`.
+    Events {
+        /// The endpoint.
+        endpoint: String,
+    },
+}
+
+/// The replicated part of drift detection.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Drift;
+
+fn event_key(endpoint: &str, number: u64) -> Vec<u8> {
+    [endpoint.as_bytes(), &[0], &number.to_be_bytes()].concat()
+}
+
+fn report(context: &ApplyContext, txn: &mut dyn Txn, report: Report) -> Result<(), Rejection> {
+    let before: Option<MonitorStatus> = row::get(txn, MONITORS, report.endpoint.as_bytes());
+    if let Some(before) = &before {
+        let known = (before.last.incarnation, before.last.window);
+        if (report.incarnation, report.window) == known {
+            return Ok(());
+        }
+        if (report.incarnation, report.window) < known {
+            return Err(Rejection::fenced(format!(
+                "window {} of monitor {} is older than what is known of endpoint `{}`",
+                report.window, report.incarnation, report.endpoint
+            )));
+        }
+    }
+    let mut status = MonitorStatus {
+        endpoint: report.endpoint.clone(),
+        windows: before.as_ref().map_or(0, |b| b.windows) + 1,
+        samples: before.as_ref().map_or(0, |b| b.samples) + report.samples,
+        events: before.as_ref().map_or(0, |b| b.events),
+        last: report.clone(),
+        last_ms: context.now_ms,
+        retrain_suggestion: before.and_then(|b| b.retrain_suggestion),
+    };
+    if report.dataset_drift {
+        status.events += 1;
+        let number = status.events;
+        let event = DriftEvent { number, at_ms: context.now_ms, report: report.clone() };
+        row::put(txn, EVENTS, &event_key(&report.endpoint, number), &event);
+        if number > EVENTS_MAX {
+            txn.delete(EVENTS, &event_key(&report.endpoint, number - EVENTS_MAX));
+        }
+        status.retrain_suggestion = Some(RetrainSuggestion {
+            model: report.model.clone(),
+            version: report.version,
+            event: number,
+            reason: format!(
+                "{} of {} features drifted in {} requests",
+                report.drifted.len(),
+                report.features_compared,
+                report.samples
+            ),
+            at_ms: context.now_ms,
+        });
+    }
+    row::put(txn, MONITORS, report.endpoint.as_bytes(), &status);
+    Ok(())
+}
+
+impl StateModule for Drift {
+    fn id(&self) -> ModuleId {
+        ModuleId::DRIFT
+    }
+
+    fn name(&self) -> &'static str {
+        "drift"
+    }
+
+    fn apply(
+        &self,
+        context: &ApplyContext,
+        txn: &mut dyn Txn,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
+        let Command::Report(found) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
+        report(context, txn, found)?;
+        let effects = vec![Effect::Changed(Subject::Module(ModuleId::DRIFT))];
+        Ok(Applied { response: Vec::new(), effects })
+    }
+
+    fn query(
+        &self,
+        reader: &dyn Reader,
+        _now_ms: u64,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, Rejection> {
+        Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
+            Query::Monitors { endpoint: None } => {
+                let rows = row::all::<MonitorStatus>(reader, MONITORS, &[]);
+                codec::encode_plain(&rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>())
+            }
+            Query::Monitors { endpoint: Some(endpoint) } => {
+                let row = row::get::<MonitorStatus>(reader, MONITORS, endpoint.as_bytes());
+                codec::encode_plain(&row.into_iter().collect::<Vec<_>>())
+            }
+            Query::Events { endpoint } => {
+                let prefix = [endpoint.as_bytes(), &[0]].concat();
+                let rows = row::all::<DriftEvent>(reader, EVENTS, &prefix);
+                codec::encode_plain(&rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>())
+            }
+        })
+    }
+
+    fn authorize(&self, caller: &Caller, _payload: &[u8]) -> Result<(), Rejection> {
+        match caller {
+            Caller::Head => Ok(()),
+            Caller::Host { job, .. } if *job == JobId::SYSTEM => Ok(()),
+            _ => Err(Rejection::new(
+                ErrorCode::PermissionDenied,
+                "drift is reported by the platform's monitors",
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mobula_scheduler::memory_txn::MemoryTables;
+
+    fn seen(incarnation: u64, window: u64, dataset_drift: bool) -> Report {
+        Report {
+            endpoint: "digits".into(),
+            model: "digits".into(),
+            version: 1,
+            incarnation,
+            window,
+            samples: 200,
+            features_compared: 64,
+            drifted: Vec::new(),
+            dataset_drift,
+            prediction_psi: 0.0,
+        }
+    }
+
+    fn apply(tables: &mut MemoryTables, report: Report) -> Result<Applied, Rejection> {
+        let context = ApplyContext { index: 1, term: 1, now_ms: 9 };
+        tables.apply(&Drift, &context, &codec::encode_plain(&Command::Report(report)))
+    }
+
+    fn status(tables: &MemoryTables) -> MonitorStatus {
+        row::get(tables, MONITORS, b"digits").unwrap()
+    }
+
+    #[test]
+    fn a_window_counts_once_however_often_it_is_reported() {
+        let mut tables = MemoryTables::default();
+        apply(&mut tables, seen(1, 0, false)).unwrap();
+        apply(&mut tables, seen(1, 1, true)).unwrap();
+        apply(&mut tables, seen(1, 1, true)).unwrap();
+        let status = status(&tables);
+        assert_eq!((status.windows, status.samples, status.events), (2, 400, 1));
+        assert_eq!(status.retrain_suggestion.unwrap().event, 1);
+    }
+
+    #[test]
+    fn an_older_start_of_the_monitor_is_fenced() {
+        let mut tables = MemoryTables::default();
+        apply(&mut tables, seen(2, 0, false)).unwrap();
+        let error = apply(&mut tables, seen(1, 7, true)).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Fenced);
+        assert_eq!(status(&tables).events, 0);
+    }
+
+    #[test]
+    fn old_events_go() {
+        let mut tables = MemoryTables::default();
+        for window in 0..EVENTS_MAX + 5 {
+            apply(&mut tables, seen(1, window, true)).unwrap();
+        }
+        let prefix = [b"digits".as_slice(), &[0]].concat();
+        let events = row::all::<DriftEvent>(&tables, EVENTS, &prefix);
+        assert_eq!(events.len() as u64, EVENTS_MAX);
+        assert_eq!(events[0].1.number, 6);
+    }
+}

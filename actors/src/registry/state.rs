@@ -1,0 +1,283 @@
+//! The registry's table.
+//!
+//! Invariants:
+//! 1. A version never changes and is never given out again.
+//! 2. Registering the same files of a model again is the same version.
+
+use std::collections::BTreeMap;
+
+use mobula_core::codec;
+use mobula_core::control::{
+    Applied, ApplyContext, Caller, Effect, ModuleId, Reader, StateModule, Subject, Table, Txn,
+};
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::row;
+use serde::{Deserialize, Serialize};
+
+/// Model name, 0, version → [`ModelVersion`].
+const VERSIONS: Table = Table { module: ModuleId::REGISTRY, tag: 1 };
+/// Model name → its newest version.
+const NEWEST: Table = Table { module: ModuleId::REGISTRY, tag: 2 };
+/// Model name, 0, digest → its version.
+const BY_DIGEST: Table = Table { module: ModuleId::REGISTRY, tag: 3 };
+
+/// The largest command or question.
+const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
+
+/// Versions that a model may have: a row has a few KiB, so 40 MiB a model at the very most.
+const VERSIONS_MAX: u64 = 10_000;
+
+/// The longest name of a model; it is a part of URLs and file names.
+const NAME_BYTES_MAX: usize = 64;
+
+/// A change to the registry. Append-only: positions are tags.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    /// Adds a version. Answer: [`ModelVersion`].
+    Register(NewVersion),
+}
+
+/// What a new version says about itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NewVersion {
+    /// The model's name.
+    pub model: String,
+    /// BLAKE3 of the version's file in the object store, which also is its name there.
+    pub digest: String,
+    /// Size of that file, in bytes.
+    pub size_bytes: u64,
+    /// BLAKE3 of weights and optimizer state, as the training job reported it.
+    pub weights_blake3: String,
+    /// BLAKE3 of the data set's source bytes.
+    pub dataset_blake3: String,
+    /// The training job.
+    pub job: u64,
+    /// What was measured on held-out data: `accuracy` …
+    pub metrics: BTreeMap<String, f64>,
+    /// How it was trained: the job's specification, as JSON text.
+    pub training_json: String,
+}
+
+/// A registered version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelVersion {
+    /// Counted from 1 within its model.
+    pub version: u64,
+    /// When it was registered, in milliseconds since the Unix epoch.
+    pub registered_ms: u64,
+    /// What it says about itself.
+    pub description: NewVersion,
+}
+
+/// A question. Append-only: positions are tags.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Query {
+    /// The newest version of every model. Answer: `Vec<ModelVersion>`.
+    List,
+    /// All versions of a model, oldest first. Answer: `Vec<ModelVersion>`.
+    Versions {
+        /// The model.
+        model: String,
+    },
+    /// One version. Answer: [`ModelVersion`].
+    Version {
+        /// The model.
+        model: String,
+        /// Which; the newest if absent.
+        version: Option<u64>,
+    },
+}
+
+/// The registry's replicated part.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Registry;
+
+fn version_key(model: &str, version: u64) -> Vec<u8> {
+    [model.as_bytes(), &[0], &version.to_be_bytes()].concat()
+}
+
+fn digest_key(model: &str, digest: &str) -> Vec<u8> {
+    [model.as_bytes(), &[0], digest.as_bytes()].concat()
+}
+
+/// One version of a model; the newest if `version` is absent.
+pub fn find(
+    reader: &dyn Reader,
+    model: &str,
+    version: Option<u64>,
+) -> Result<ModelVersion, Rejection> {
+    let newest: u64 = row::get(reader, NEWEST, model.as_bytes()).ok_or_else(|| {
+        Rejection::not_found(format!(
+            "no model is called `{model}`: see `mobula models list`"
+        ))
+    })?;
+    let version = version.unwrap_or(newest);
+    row::get(reader, VERSIONS, &version_key(model, version)).ok_or_else(|| {
+        Rejection::not_found(format!(
+            "model `{model}` has no version {version}: it has 1 to {newest}"
+        ))
+    })
+}
+
+fn register(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    new: NewVersion,
+) -> Result<ModelVersion, Rejection> {
+    check(&new)?;
+    let by_digest = digest_key(&new.model, &new.digest);
+    if let Some(version) = row::get::<u64>(txn, BY_DIGEST, &by_digest) {
+        return find(txn, &new.model, Some(version));
+    }
+    let newest: u64 = row::get(txn, NEWEST, new.model.as_bytes()).unwrap_or(0);
+    if newest >= VERSIONS_MAX {
+        return Err(Rejection::new(
+            ErrorCode::FailedPrecondition,
+            format!("model `{}` has {VERSIONS_MAX} versions, the limit: use a new name", new.model),
+        ));
+    }
+    let version = newest + 1;
+    let model = new.model.clone();
+    let row =
+        ModelVersion { version, registered_ms: context.now_ms, description: new };
+    row::put(txn, VERSIONS, &version_key(&model, version), &row);
+    row::put(txn, NEWEST, model.as_bytes(), &version);
+    row::put(txn, BY_DIGEST, &by_digest, &version);
+    Ok(row)
+}
+
+fn check(new: &NewVersion) -> Result<(), Rejection> {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    if new.model.is_empty()
+        || new.model.len() > NAME_BYTES_MAX
+        || !new.model.bytes().all(is_plain)
+    {
+        return Err(Rejection::invalid(format!(
+            "`{}` cannot name a model: use 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`",
+            new.model
+        )));
+    }
+    let digests =
+        [("digest", &new.digest), ("weights_blake3", &new.weights_blake3)];
+    for (field, value) in digests {
+        if value.len() != 64 || !value.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(Rejection::invalid(format!(
+                "{field} is `{value}`: expected 64 hexadecimal digits"
+            )));
+        }
+    }
+    Ok(())
+}
+
+impl StateModule for Registry {
+    fn id(&self) -> ModuleId {
+        ModuleId::REGISTRY
+    }
+
+    fn name(&self) -> &'static str {
+        "registry"
+    }
+
+    fn apply(
+        &self,
+        context: &ApplyContext,
+        txn: &mut dyn Txn,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
+        let Command::Register(new) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
+        let version = register(context, txn, new)?;
+        Ok(Applied {
+            response: codec::encode_plain(&version),
+            effects: vec![Effect::Changed(Subject::Module(ModuleId::REGISTRY))],
+        })
+    }
+
+    fn query(
+        &self,
+        reader: &dyn Reader,
+        _now_ms: u64,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, Rejection> {
+        Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
+            Query::List => {
+                let newest = row::all::<u64>(reader, NEWEST, &[]);
+                let versions = newest.into_iter().filter_map(|(model, version)| {
+                    let model = String::from_utf8(model).ok()?;
+                    find(reader, &model, Some(version)).ok()
+                });
+                codec::encode_plain(&versions.collect::<Vec<ModelVersion>>())
+            }
+            Query::Versions { model } => {
+                find(reader, &model, None)?;
+                let prefix = [model.as_bytes(), &[0]].concat();
+                let rows = row::all::<ModelVersion>(reader, VERSIONS, &prefix);
+                codec::encode_plain(&rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>())
+            }
+            Query::Version { model, version } => {
+                codec::encode_plain(&find(reader, &model, version)?)
+            }
+        })
+    }
+
+    fn authorize(&self, caller: &Caller, _payload: &[u8]) -> Result<(), Rejection> {
+        match caller {
+            Caller::Client | Caller::Host { .. } | Caller::Head => Ok(()),
+            Caller::Node(_) => Err(Rejection::new(
+                ErrorCode::PermissionDenied,
+                "models are registered by jobs and clients",
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mobula_scheduler::memory_txn::MemoryTables;
+
+    fn new_version(digest: char) -> NewVersion {
+        NewVersion {
+            model: "digits".into(),
+            digest: digest.to_string().repeat(64),
+            size_bytes: 10,
+            weights_blake3: "a".repeat(64),
+            dataset_blake3: "b".repeat(64),
+            job: 3,
+            metrics: BTreeMap::from([("accuracy".to_owned(), 0.97)]),
+            training_json: "{}".into(),
+        }
+    }
+
+    fn apply(txn: &mut MemoryTables, new: NewVersion) -> Result<ModelVersion, Rejection> {
+        let context = ApplyContext { index: 5, term: 1, now_ms: 7 };
+        let payload = codec::encode_plain(&Command::Register(new));
+        let applied = txn.apply(&Registry, &context, &payload)?;
+        Ok(codec::decode(&applied.response, PAYLOAD_BYTES_MAX).unwrap())
+    }
+
+    #[test]
+    fn versions_count_up_and_the_same_files_are_the_same_version() {
+        let mut txn = MemoryTables::default();
+        assert_eq!(apply(&mut txn, new_version('1')).unwrap().version, 1);
+        assert_eq!(apply(&mut txn, new_version('2')).unwrap().version, 2);
+        assert_eq!(apply(&mut txn, new_version('1')).unwrap().version, 1);
+        assert_eq!(find(&txn, "digits", None).unwrap().version, 2);
+    }
+
+    #[test]
+    fn what_does_not_exist_is_named_with_what_does() {
+        let mut txn = MemoryTables::default();
+        apply(&mut txn, new_version('1')).unwrap();
+        let error = find(&txn, "digits", Some(9)).unwrap_err();
+        assert_eq!(error.message, "model `digits` has no version 9: it has 1 to 1");
+        assert!(find(&txn, "faces", None).unwrap_err().message.contains("mobula models list"));
+    }
+
+    #[test]
+    fn bad_names_and_digests_are_refused() {
+        let mut txn = MemoryTables::default();
+        let bad_name = NewVersion { model: "../x".into(), ..new_version('1') };
+        assert!(apply(&mut txn, bad_name).unwrap_err().message.contains("cannot name a model"));
+        assert!(apply(&mut txn, new_version('z')).unwrap_err().message.contains("hexadecimal"));
+    }
+}

@@ -1,0 +1,300 @@
+//! The file of a model version: all that a replica and a monitor need, named by its BLAKE3.
+//!
+//! Layout: eight bytes of magic, the format's version (u32, little-endian), then the encoded
+//! [`VersionFile`]. It is stored as `models/<blake3>` and never changes.
+//!
+//! Invariants:
+//! 1. The same content is the same bytes, hence the same name.
+//! 2. Nothing of a file is believed before the hash of all of its bytes is verified.
+
+use std::collections::BTreeMap;
+
+use mobula_core::codec;
+use mobula_storage::blob::{BlobError, BlobStore};
+use serde::{Deserialize, Serialize};
+
+use crate::drift::{Reference, ReferenceError};
+use crate::training::layout::{Layout, ModelSpec};
+use crate::training::model::{Model, ModelError};
+use crate::training::reference::ReferenceData;
+
+/// Tells our files from others.
+const MAGIC: &[u8; 8] = b"MOBULAMV";
+
+/// The format that this code writes.
+const FORMAT: u32 = 1;
+
+const HEADER_BYTES: usize = MAGIC.len() + size_of::<u32>();
+
+/// The largest file: a replica holds it in memory twice while it loads. Enough for 64 Mi
+/// parameters with their reference data.
+pub const VERSION_FILE_BYTES_MAX: u64 = 320 << 20;
+
+/// Where each version came from and what it is worth. The registry has the same, but a file must
+/// be understood without one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// The job that trained it.
+    pub job: u64,
+    /// The steps it was trained for.
+    pub steps: u64,
+    /// BLAKE3 of weights and optimizer state, in hex.
+    pub weights_blake3: String,
+    /// BLAKE3 of the data set's source bytes, in hex.
+    pub dataset_blake3: String,
+    /// What was measured on held-out data: `accuracy` …
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// A model version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VersionFile {
+    /// The model's name.
+    pub model_name: String,
+    /// What kind of network it is.
+    pub model: ModelSpec,
+    /// Its parameters, flat.
+    pub parameters: Vec<f32>,
+    /// The name of each class, in the order of the outputs.
+    pub labels: Vec<String>,
+    /// What it was trained on, for drift detection.
+    pub reference: ReferenceData,
+    /// Where it came from.
+    pub provenance: Provenance,
+}
+
+/// A version's file in the object store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredVersion {
+    /// BLAKE3 of its bytes, in hex.
+    pub digest: String,
+    /// Its size.
+    pub size_bytes: u64,
+}
+
+/// Why a version file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum VersionFileError {
+    /// The object store failed.
+    #[error(transparent)]
+    Store(#[from] BlobError),
+    /// Larger than what is allowed.
+    #[error("the version file has {size_bytes} bytes, the limit is {limit_bytes}; train a smaller model")]
+    TooLarge {
+        /// Its size.
+        size_bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
+    /// The bytes are not those that were registered.
+    #[error(
+        "{path} is damaged: expected {expected_bytes} bytes with BLAKE3 {expected}, found \
+         {found_bytes} bytes with {found}; train and register the model again"
+    )]
+    Damaged {
+        /// The blob's name.
+        path: String,
+        /// The hash in its name.
+        expected: String,
+        /// The registered size.
+        expected_bytes: u64,
+        /// The hash of what is there.
+        found: String,
+        /// The size of what is there.
+        found_bytes: u64,
+    },
+    /// Not a version file, or one of a newer format.
+    #[error("not a version file of format {FORMAT}: {0}; use the release that wrote it")]
+    Malformed(String),
+    /// The parameters do not fit the network.
+    #[error("the version's network cannot be built: {0}")]
+    Model(#[from] ModelError),
+    /// The reference data cannot be used.
+    #[error("the version's reference data cannot be used: {0}")]
+    Reference(#[from] ReferenceError),
+}
+
+impl VersionFile {
+    /// The file's bytes.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(FORMAT.to_le_bytes());
+        bytes.extend(codec::encode_plain(self));
+        bytes
+    }
+
+    /// The version that verified `bytes` spell.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, VersionFileError> {
+        let malformed = |reason: String| VersionFileError::Malformed(reason);
+        let Some((header, body)) = bytes.split_at_checked(HEADER_BYTES) else {
+            return Err(malformed(format!("it has {} bytes", bytes.len())));
+        };
+        let (magic, format) = header.split_at(MAGIC.len());
+        if magic != MAGIC {
+            return Err(malformed("it begins with other bytes".to_owned()));
+        }
+        let format = u32::from_le_bytes(format.try_into().expect("the header has four bytes left"));
+        if format != FORMAT {
+            return Err(malformed(format!("it is of format {format}")));
+        }
+        let limit = usize::try_from(VERSION_FILE_BYTES_MAX).unwrap_or(usize::MAX);
+        let file: Self =
+            codec::decode(body, limit).map_err(|error| malformed(error.to_string()))?;
+        let expected = Layout::of(&file.model).value_count();
+        if file.parameters.len() != expected {
+            return Err(malformed(format!(
+                "it has {} parameters where its network has {expected}",
+                file.parameters.len()
+            )));
+        }
+        Ok(file)
+    }
+
+    /// The network with its parameters.
+    pub fn build_model(&self) -> Result<Model, VersionFileError> {
+        Ok(Model::from_flat(&self.model, &self.parameters)?)
+    }
+
+    /// The reference data as drift detection wants it.
+    pub fn build_reference(&self) -> Result<Reference, VersionFileError> {
+        let data = &self.reference;
+        let rows = data.columns.first().map_or(0, Vec::len);
+        if data.columns.iter().any(|column| column.len() != rows) {
+            return Err(VersionFileError::Malformed(
+                "the columns of its reference data differ in length".to_owned(),
+            ));
+        }
+        let row_major: Vec<f32> = (0..rows)
+            .flat_map(|row| data.columns.iter().map(move |column| column[row]))
+            .collect();
+        let predictions: Vec<u32> = data.predictions.iter().copied().map(u32::from).collect();
+        Ok(Reference::new(data.feature_names.clone(), &row_major, &predictions)?)
+    }
+
+    /// Stores the file under its name.
+    pub async fn store(&self, blobs: &BlobStore) -> Result<StoredVersion, VersionFileError> {
+        let bytes = self.to_bytes();
+        let size_bytes = bytes.len() as u64;
+        if size_bytes > VERSION_FILE_BYTES_MAX {
+            let limit_bytes = VERSION_FILE_BYTES_MAX;
+            return Err(VersionFileError::TooLarge { size_bytes, limit_bytes });
+        }
+        let digest = blake3::hash(&bytes).to_string();
+        blobs.renew(&path(&digest), bytes.into()).await?;
+        Ok(StoredVersion { digest, size_bytes })
+    }
+
+    /// Loads the file of this name, and verifies all of it.
+    pub async fn load(
+        blobs: &BlobStore,
+        digest: &str,
+        size_bytes: u64,
+    ) -> Result<Self, VersionFileError> {
+        if size_bytes > VERSION_FILE_BYTES_MAX {
+            let limit_bytes = VERSION_FILE_BYTES_MAX;
+            return Err(VersionFileError::TooLarge { size_bytes, limit_bytes });
+        }
+        let path = path(digest);
+        let bytes = blobs.get(&path, VERSION_FILE_BYTES_MAX).await?;
+        let found = blake3::hash(&bytes).to_string();
+        let found_bytes = bytes.len() as u64;
+        if found != digest || found_bytes != size_bytes {
+            return Err(VersionFileError::Damaged {
+                path,
+                expected: digest.to_owned(),
+                expected_bytes: size_bytes,
+                found,
+                found_bytes,
+            });
+        }
+        Self::from_bytes(&bytes)
+    }
+}
+
+fn path(digest: &str) -> String {
+    format!("models/{digest}")
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::training::data::{CLASSES, Dataset};
+    use crate::training::reference::reference_sample;
+    use crate::training::spec::TrainSpec;
+    use mobula_storage::blob::S3Options;
+
+    /// An untrained version of the digits, with real reference data.
+    pub(crate) fn digits(rows: usize) -> VersionFile {
+        let spec = TrainSpec::digits_mlp("digits");
+        let split = Dataset::digits().unwrap().split(spec.seed, spec.held_out_fraction);
+        let model = Model::new(&spec.model, spec.seed).unwrap();
+        VersionFile {
+            model_name: spec.name.clone(),
+            parameters: model.flat().unwrap(),
+            labels: (0..CLASSES).map(|class| class.to_string()).collect(),
+            reference: reference_sample(&model, &split.train, rows, spec.seed).unwrap(),
+            provenance: Provenance {
+                job: 3,
+                steps: 300,
+                weights_blake3: "a".repeat(64),
+                dataset_blake3: split.train.digest.clone(),
+                metrics: BTreeMap::from([("accuracy".to_owned(), 0.97)]),
+            },
+            model: spec.model,
+        }
+    }
+
+    fn memory() -> BlobStore {
+        BlobStore::open("memory://", &S3Options::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_stored_version_comes_back_with_its_model_and_reference() {
+        let (blobs, version) = (memory(), digits(50));
+        let stored = version.store(&blobs).await.unwrap();
+        assert_eq!(version.store(&blobs).await.unwrap(), stored);
+        let loaded = VersionFile::load(&blobs, &stored.digest, stored.size_bytes).await.unwrap();
+        assert_eq!(loaded, version);
+        assert_eq!(loaded.build_model().unwrap().flat().unwrap(), version.parameters);
+        let reference = loaded.build_reference().unwrap();
+        assert_eq!((reference.rows(), reference.columns().len()), (50, 64));
+        let mut column = version.reference.columns[20].clone();
+        column.sort_by(f32::total_cmp);
+        assert_eq!(reference.columns()[20].sorted_values(), column);
+    }
+
+    #[tokio::test]
+    async fn a_flipped_byte_is_found() {
+        let (blobs, version) = (memory(), digits(20));
+        let stored = version.store(&blobs).await.unwrap();
+        let mut bytes = version.to_bytes();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        blobs.renew(&path(&stored.digest), bytes.into()).await.unwrap();
+        let error =
+            VersionFile::load(&blobs, &stored.digest, stored.size_bytes).await.unwrap_err();
+        assert!(matches!(error, VersionFileError::Damaged { .. }), "{error}");
+        let error = VersionFile::load(&blobs, &"0".repeat(64), 5).await.unwrap_err();
+        assert!(matches!(error, VersionFileError::Store(_)), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_a_version_file_is_refused() {
+        let bytes = digits(20).to_bytes();
+        for damaged in [
+            vec![],
+            b"MOBULAMX\x01\0\0\0".to_vec(),
+            b"MOBULAMV\x02\0\0\0".to_vec(),
+            bytes[..bytes.len() - 1].to_vec(),
+            [bytes.as_slice(), &[0]].concat(),
+        ] {
+            let error = VersionFile::from_bytes(&damaged).unwrap_err();
+            assert!(matches!(error, VersionFileError::Malformed(_)), "{error}");
+        }
+        let mut short = digits(20);
+        short.parameters.pop();
+        let error = VersionFile::from_bytes(&short.to_bytes()).unwrap_err();
+        assert!(error.to_string().contains("parameters where its network has"), "{error}");
+    }
+}

@@ -1,0 +1,271 @@
+//! Endpoints, replicated.
+//!
+//! Invariants:
+//! 1. An endpoint serves one version; another version is another deployment.
+//! 2. Where it answers is written by the router's newest incarnation only.
+//! 3. A deleted endpoint is kept until the controller has ended its actors.
+
+use mobula_core::codec;
+use mobula_core::control::{
+    Applied, ApplyContext, Caller, Effect, ModuleId, Reader, StateModule, Subject, Table, Txn,
+};
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::{Incarnation, JobId};
+use mobula_core::row;
+use serde::{Deserialize, Serialize};
+
+use crate::registry;
+
+/// Endpoint name → [`Endpoint`].
+const ENDPOINTS: Table = Table { module: ModuleId::SERVING, tag: 1 };
+
+/// The largest command or question.
+const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
+
+/// Endpoints of a cluster: each has at least two actors.
+const ENDPOINTS_MAX: usize = 1_000;
+
+/// Replicas of an endpoint.
+pub const REPLICAS_MAX: u32 = 64;
+
+/// The longest name of an endpoint; it is a part of URLs.
+const NAME_BYTES_MAX: usize = 64;
+
+/// An endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Its name, which also is the model's name in its URLs.
+    pub name: String,
+    /// The model that it serves.
+    pub model: String,
+    /// Which version of it.
+    pub version: u64,
+    /// BLAKE3 of that version's file.
+    pub digest: String,
+    /// Size of that file, in bytes.
+    pub size_bytes: u64,
+    /// How many replicas it shall have.
+    pub replicas: u32,
+    /// BLAKE3 of the bearer token that its callers show.
+    pub token_hash: [u8; 32],
+    /// When it was deployed, in milliseconds since the Unix epoch.
+    pub deployed_ms: u64,
+    /// Where it answers, `ip:port`; absent until its router says so.
+    pub http_address: Option<String>,
+    /// The incarnation of the router that said so.
+    pub router_incarnation: Incarnation,
+    /// Whether it is being taken down.
+    pub deleting: bool,
+}
+
+/// A change. Append-only: positions are tags.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Serves a version. Answer: [`Endpoint`].
+    Deploy {
+        /// The endpoint's name.
+        endpoint: String,
+        /// The model.
+        model: String,
+        /// Which version; the newest if absent.
+        version: Option<u64>,
+        /// How many replicas.
+        replicas: u32,
+        /// BLAKE3 of the callers' token.
+        token_hash: [u8; 32],
+    },
+    /// Stops serving. Answer: nothing.
+    Delete {
+        /// The endpoint's name.
+        endpoint: String,
+    },
+    /// A router answers at this address. Answer: nothing.
+    RouterReady {
+        /// The endpoint's name.
+        endpoint: String,
+        /// The router's incarnation; an older one than is known is refused.
+        incarnation: Incarnation,
+        /// `ip:port`.
+        http_address: String,
+    },
+    /// All actors of a deleted endpoint have ended. Answer: nothing.
+    Gone {
+        /// The endpoint's name.
+        endpoint: String,
+    },
+}
+
+/// A question. Append-only: positions are tags.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Query {
+    /// All endpoints, by name. Answer: `Vec<Endpoint>`.
+    List,
+    /// One endpoint. Answer: [`Endpoint`].
+    Endpoint {
+        /// Its name.
+        endpoint: String,
+    },
+}
+
+/// The replicated part of serving.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Serving;
+
+/// All endpoints, by name.
+pub fn endpoints(reader: &dyn Reader) -> Vec<Endpoint> {
+    row::all(reader, ENDPOINTS, &[]).into_iter().map(|(_, endpoint)| endpoint).collect()
+}
+
+/// One endpoint.
+pub fn find(reader: &dyn Reader, name: &str) -> Result<Endpoint, Rejection> {
+    row::get(reader, ENDPOINTS, name.as_bytes()).ok_or_else(|| {
+        Rejection::not_found(format!("no endpoint is called `{name}`: see `mobula serve list`"))
+    })
+}
+
+fn deploy(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    name: String,
+    (model, version): (&str, Option<u64>),
+    replicas: u32,
+    token_hash: [u8; 32],
+) -> Result<Endpoint, Rejection> {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(is_plain) {
+        return Err(Rejection::invalid(format!(
+            "`{name}` cannot name an endpoint: use 1 to {NAME_BYTES_MAX} letters, digits, `-`, \
+             `_` and `.`"
+        )));
+    }
+    if replicas == 0 || replicas > REPLICAS_MAX {
+        return Err(Rejection::invalid(format!(
+            "{replicas} replicas are not possible: ask for 1 to {REPLICAS_MAX}"
+        )));
+    }
+    let version = registry::state::find(txn, model, version)?;
+    if let Some(existing) = row::get::<Endpoint>(txn, ENDPOINTS, name.as_bytes()) {
+        return Err(Rejection::new(
+            ErrorCode::AlreadyExists,
+            format!(
+                "endpoint `{name}` serves {}:{} already: delete it first with `mobula serve \
+                 delete {name}`",
+                existing.model, existing.version
+            ),
+        ));
+    }
+    if endpoints(txn).len() >= ENDPOINTS_MAX {
+        return Err(Rejection::new(
+            ErrorCode::Overloaded,
+            format!("there are {ENDPOINTS_MAX} endpoints, the limit: delete one first"),
+        ));
+    }
+    let endpoint = Endpoint {
+        name: name.clone(),
+        model: model.to_owned(),
+        version: version.version,
+        digest: version.description.digest,
+        size_bytes: version.description.size_bytes,
+        replicas,
+        token_hash,
+        deployed_ms: context.now_ms,
+        http_address: None,
+        router_incarnation: Incarnation(0),
+        deleting: false,
+    };
+    row::put(txn, ENDPOINTS, name.as_bytes(), &endpoint);
+    Ok(endpoint)
+}
+
+fn router_ready(
+    txn: &mut dyn Txn,
+    name: &str,
+    incarnation: Incarnation,
+    http_address: String,
+) -> Result<(), Rejection> {
+    let endpoint = find(txn, name)?;
+    if incarnation < endpoint.router_incarnation {
+        return Err(Rejection::fenced(format!(
+            "router {incarnation} of endpoint `{name}` is stale: {} has taken over",
+            endpoint.router_incarnation
+        )));
+    }
+    let endpoint = Endpoint {
+        http_address: Some(http_address),
+        router_incarnation: incarnation,
+        ..endpoint
+    };
+    row::put(txn, ENDPOINTS, name.as_bytes(), &endpoint);
+    Ok(())
+}
+
+impl StateModule for Serving {
+    fn id(&self) -> ModuleId {
+        ModuleId::SERVING
+    }
+
+    fn name(&self) -> &'static str {
+        "serving"
+    }
+
+    fn apply(
+        &self,
+        context: &ApplyContext,
+        txn: &mut dyn Txn,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
+        let response = match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
+            Command::Deploy { endpoint, model, version, replicas, token_hash } => {
+                let of = (model.as_str(), version);
+                codec::encode_plain(&deploy(context, txn, endpoint, of, replicas, token_hash)?)
+            }
+            Command::Delete { endpoint: name } => {
+                let endpoint = Endpoint { deleting: true, ..find(txn, &name)? };
+                row::put(txn, ENDPOINTS, name.as_bytes(), &endpoint);
+                Vec::new()
+            }
+            Command::RouterReady { endpoint, incarnation, http_address } => {
+                router_ready(txn, &endpoint, incarnation, http_address)?;
+                Vec::new()
+            }
+            Command::Gone { endpoint } => {
+                if find(txn, &endpoint)?.deleting {
+                    txn.delete(ENDPOINTS, endpoint.as_bytes());
+                }
+                Vec::new()
+            }
+        };
+        let effects = vec![Effect::Changed(Subject::Module(ModuleId::SERVING))];
+        Ok(Applied { response, effects })
+    }
+
+    fn query(
+        &self,
+        reader: &dyn Reader,
+        _now_ms: u64,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, Rejection> {
+        Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
+            Query::List => codec::encode_plain(&endpoints(reader)),
+            Query::Endpoint { endpoint } => codec::encode_plain(&find(reader, &endpoint)?),
+        })
+    }
+
+    fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
+        let command: Command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
+        let is_allowed = match (caller, command) {
+            (Caller::Head, _) => true,
+            (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
+            // Routers are the platform's own actors.
+            (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,
+            _ => false,
+        };
+        if is_allowed {
+            return Ok(());
+        }
+        Err(Rejection::new(
+            ErrorCode::PermissionDenied,
+            "endpoints are deployed and deleted with a client token",
+        ))
+    }
+}

@@ -1,0 +1,696 @@
+//! The coordinator: leads the trainers through the job, one step after the other, and lets nobody
+//! who is lost, slow or wrong change the result.
+//!
+//! It holds a copy of the state itself and applies every update as the trainers do, so a trainer
+//! that comes back gets the state from here, and even the loss of all trainers costs no step.
+//!
+//! Invariants:
+//! 1. The state changes only between steps, by the canonical reduction of all shards.
+//! 2. A reply counts only if it was computed from the very bits that this coordinator holds.
+//! 3. A lost trainer's shards of the present step are given to the others at once; who joins, joins
+//!    with the state of the present step; nobody waits for either.
+//! 4. A coordinator that meets a newer driver's epoch stops.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::assignment::{Assignment, Order};
+use super::job_log::JobLog;
+use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
+use super::optimizer::{Optimizer, StepError, StepReport};
+use super::reduction::{Partial, ReductionError, TreeReducer};
+use super::spec::TrainSpec;
+use super::state::TrainState;
+
+/// Updates kept for trainers that were late by a few steps; older ones get the whole state.
+const UPDATES_MAX: usize = 8;
+/// Bytes of those updates: they travel with one order, which must fit a frame.
+const UPDATE_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// An answer is called slow after this, and after [`SLOW_FACTOR`] usual steps.
+const SLOW_AFTER_MIN: Duration = Duration::from_millis(800);
+const SLOW_FACTOR: u32 = 8;
+/// How often a job that waits for trainers says so.
+const WAITING_REPORT: Duration = Duration::from_secs(5);
+/// How long a last confirmation of the final bits is waited for.
+const CONFIRM_MAX: Duration = Duration::from_secs(5);
+/// Pauses between attempts to reach a trainer.
+const GREET_PAUSE_FIRST: Duration = Duration::from_millis(50);
+const GREET_PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// Why a trainer did not answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// It answered that it cannot.
+    #[error(transparent)]
+    Trainer(#[from] TrainerError),
+    /// It cannot be reached; whether it got the order is unknown and does not matter.
+    #[error("{0}")]
+    Lost(String),
+}
+
+/// The way to one trainer, over all its restarts. Calls of one link arrive in their order.
+pub trait TrainerLink: Clone + Send + Sync + 'static {
+    /// Waits until it is there, within a bound, creating it if it has ended.
+    fn greet(&self) -> impl Future<Output = Result<Greeting, LinkError>> + Send;
+    /// Gives it a state.
+    fn prepare(
+        &self,
+        epoch: Epoch,
+        state: Vec<u8>,
+    ) -> impl Future<Output = Result<Held, LinkError>> + Send;
+    /// Orders a share of a step.
+    fn step(&self, order: StepOrder) -> impl Future<Output = Result<StepReply, LinkError>> + Send;
+    /// Lets it leave its node.
+    fn leave(&self) -> impl Future<Output = Result<(), LinkError>> + Send;
+}
+
+/// Why training cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CoordinatorError {
+    /// A newer driver leads the trainers.
+    #[error("a newer driver (incarnation {0}) leads the trainers; this one stops")]
+    Fenced(u64),
+    /// A trainer cannot do what the job asks.
+    #[error("trainer-{slot} on {node}: {reason}")]
+    Unfit {
+        /// Which trainer.
+        slot: usize,
+        /// Where it runs.
+        node: String,
+        /// What it said.
+        reason: String,
+    },
+    /// A partial does not fit the model.
+    #[error("a sum does not fit: {0}")]
+    Reduction(#[from] ReductionError),
+    /// The update could not be made.
+    #[error("{0}")]
+    Update(String),
+    /// Most trainers agree on other bits than this coordinator.
+    #[error(
+        "step {step}: {count} trainers agree on parameters {theirs} and this coordinator has \
+         {ours}: its copy is damaged; start again from a checkpoint"
+    )]
+    Outvoted {
+        /// The step.
+        step: u64,
+        /// How many agree.
+        count: usize,
+        /// Their digest.
+        theirs: String,
+        /// Ours.
+        ours: String,
+    },
+}
+
+impl From<StepError> for CoordinatorError {
+    fn from(error: StepError) -> Self {
+        CoordinatorError::Update(error.to_string())
+    }
+}
+
+/// What happened so far, over all starts of the driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Counters {
+    /// Trainers that were lost while they took part.
+    pub trainers_lost: u64,
+    /// New starts of trainers that were seen.
+    pub trainer_restarts: u64,
+    /// Trainers that left a node with notice.
+    pub handoffs: u64,
+    /// Shards that another trainer had to compute because theirs was lost.
+    pub reassigned_shards: u64,
+    /// Orders that took so long that others computed the same shards.
+    pub slow_orders: u64,
+    /// Replies computed from other bits, refused.
+    pub digest_mismatches: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    /// Not there; it is being waited for.
+    Away,
+    /// There, and on its way to the present state.
+    Preparing,
+    /// Takes part.
+    Ready,
+}
+
+struct Slot<L> {
+    link: L,
+    presence: Presence,
+    /// Grows when it is given up; what was under way then is ignored.
+    ticket: u64,
+    incarnation: Option<u64>,
+    node: String,
+    /// The step at which its replica stands when it has done what it was ordered.
+    step: u64,
+    /// Orders that it has not answered, and when they were sent.
+    orders: BTreeMap<u64, Instant>,
+    notice_ms: Option<u64>,
+}
+
+struct Event {
+    slot: usize,
+    ticket: u64,
+    what: Happened,
+}
+
+enum Happened {
+    Greeted(Greeting),
+    Prepared { sent: Held, answer: Result<Held, LinkError> },
+    Stepped { number: u64, answer: Box<Result<StepReply, LinkError>> },
+}
+
+/// A step under way.
+struct Step {
+    reducer: TreeReducer,
+    assignment: Assignment,
+    root: Option<Partial>,
+    /// Trainers by the digest that they have instead of ours.
+    dissent: BTreeMap<String, Vec<usize>>,
+}
+
+/// Leads a job's trainers.
+pub struct Coordinator<L> {
+    spec: TrainSpec,
+    optimizer: Optimizer,
+    state: TrainState,
+    digest: String,
+    epoch: Epoch,
+    slots: Vec<Slot<L>>,
+    tasks: JoinSet<Event>,
+    /// The latest updates with their steps, oldest first.
+    updates: VecDeque<(u64, Partial)>,
+    next_order: u64,
+    /// Smoothed time of a step.
+    usual_step: Option<Duration>,
+    counters: Counters,
+    log: JobLog,
+}
+
+impl<L: TrainerLink> Coordinator<L> {
+    /// A coordinator at `state`, which leads the trainers of `links` from now on.
+    pub fn new(
+        spec: &TrainSpec,
+        state: TrainState,
+        first_epoch: Epoch,
+        links: Vec<L>,
+        counters: Counters,
+        log: JobLog,
+    ) -> Self {
+        let slots = links.into_iter().map(|link| Slot {
+            link,
+            presence: Presence::Away,
+            ticket: 0,
+            incarnation: None,
+            node: "no node yet".to_owned(),
+            step: 0,
+            orders: BTreeMap::new(),
+            notice_ms: None,
+        });
+        let mut coordinator = Coordinator {
+            optimizer: Optimizer::new(spec),
+            digest: state.weights_blake3(),
+            spec: spec.clone(),
+            state,
+            epoch: first_epoch,
+            slots: slots.collect(),
+            tasks: JoinSet::new(),
+            updates: VecDeque::new(),
+            next_order: 0,
+            usual_step: None,
+            counters,
+            log,
+        };
+        for slot in 0..coordinator.slots.len() {
+            coordinator.summon(slot, Duration::ZERO);
+        }
+        coordinator
+    }
+
+    /// The state after the steps taken so far.
+    pub fn state(&self) -> &TrainState {
+        &self.state
+    }
+
+    /// BLAKE3 of weights and optimizer state at that step, in hex.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// How many trainers take part.
+    pub fn ready_count(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.presence == Presence::Ready).count()
+    }
+
+    /// Takes one step. When this is dropped half-way the state is as before, and the step can be
+    /// taken again.
+    pub async fn advance(&mut self) -> Result<StepReport, CoordinatorError> {
+        self.let_noticed_leave();
+        let begun = Instant::now();
+        let waited = self.ready_count() < self.spec.workers.min as usize;
+        let root = self.reduce().await?;
+        let report = self.optimizer.step(&mut self.state, &root)?;
+        self.digest = self.state.weights_blake3();
+        self.remember(report.step, root);
+        if !waited {
+            let took = begun.elapsed();
+            self.usual_step = Some(self.usual_step.map_or(took, |usual| (usual * 7 + took) / 8));
+        }
+        Ok(report)
+    }
+
+    /// Has the trainers apply the last update, and counts those that end with our very bits.
+    pub async fn confirm(&mut self) -> usize {
+        let ready: Vec<usize> = self.free_workers();
+        let mut asked = JoinSet::new();
+        for index in ready {
+            let slot = &self.slots[index];
+            let Some(updates) = self.updates_since(slot.step) else { continue };
+            let (epoch, step) = (self.epoch, self.state.step);
+            let order = StepOrder { epoch, step, updates, shards: 0..0 };
+            let link = slot.link.clone();
+            asked.spawn(async move { link.step(order).await });
+        }
+        let mut equal = 0;
+        let collect = async {
+            while let Some(answer) = asked.join_next().await {
+                if let Ok(Ok(reply)) = answer {
+                    equal += usize::from(reply.digest == self.digest);
+                }
+            }
+        };
+        // Whoever is silent now is not counted, and nothing depends on it.
+        let _ = tokio::time::timeout(CONFIRM_MAX, collect).await;
+        equal
+    }
+
+    async fn reduce(&mut self) -> Result<Partial, CoordinatorError> {
+        let samples = self.spec.global_batch / u64::from(self.spec.virtual_shards);
+        let mut step = Step {
+            reducer: TreeReducer::new(self.spec.virtual_shards, samples, self.state.params.len()),
+            assignment: Assignment::new(self.next_order),
+            root: None,
+            dissent: BTreeMap::new(),
+        };
+        let mut next_report = Instant::now() + WAITING_REPORT;
+        loop {
+            self.give_orders(&mut step);
+            let wake = self.slow_at(&step).unwrap_or(next_report);
+            tokio::select! {
+                event = next_event(&mut self.tasks) => self.handle(event, &mut step)?,
+                () = tokio::time::sleep_until(wake) => {
+                    self.mark_slow(&mut step);
+                    if Instant::now() >= next_report {
+                        self.report_waiting(&step);
+                        next_report = Instant::now() + WAITING_REPORT;
+                    }
+                }
+            }
+            if let Some(root) = step.root.take() {
+                return Ok(root);
+            }
+        }
+    }
+
+    /// Trainers that take part and owe no answer from an earlier step.
+    fn free_workers(&self) -> Vec<usize> {
+        let free = |slot: &Slot<L>| slot.presence == Presence::Ready && slot.orders.is_empty();
+        (0..self.slots.len()).filter(|index| free(&self.slots[*index])).collect()
+    }
+
+    fn give_orders(&mut self, step: &mut Step) {
+        let fresh = step.reducer.missing().len() == self.spec.virtual_shards as usize
+            && step.assignment.is_fresh();
+        let workers = if fresh {
+            let free = self.free_workers();
+            // Below the minimum a step does not begin; one that has begun is finished by whoever
+            // is left.
+            if free.len() < self.required_count() {
+                return;
+            }
+            free
+        } else {
+            let takes_part = |index: &usize| {
+                let slot = &self.slots[*index];
+                slot.presence == Presence::Ready
+                    && (slot.orders.is_empty() || slot.step == self.state.step)
+            };
+            (0..self.slots.len()).filter(takes_part).collect()
+        };
+        for order in step.assignment.plan(&step.reducer.missing(), &workers) {
+            self.next_order = step.assignment.next_number();
+            self.send(order, step);
+        }
+    }
+
+    /// How many must be free for a step to begin: those that owe an answer count as present.
+    fn required_count(&self) -> usize {
+        let owing = self
+            .slots
+            .iter()
+            .filter(|slot| slot.presence == Presence::Ready && !slot.orders.is_empty())
+            .count();
+        (self.spec.workers.min as usize).saturating_sub(owing).max(1)
+    }
+
+    fn send(&mut self, order: Order, step: &mut Step) {
+        let index = order.worker;
+        let Some(updates) = self.updates_since(self.slots[index].step) else {
+            // It was away for too many steps.
+            step.assignment.lost(index);
+            self.prepare(index);
+            return;
+        };
+        let slot = &mut self.slots[index];
+        slot.step = self.state.step;
+        slot.orders.insert(order.number, Instant::now());
+        let (link, ticket, number) = (slot.link.clone(), slot.ticket, order.number);
+        let order =
+            StepOrder { epoch: self.epoch, step: self.state.step, updates, shards: order.shards };
+        self.tasks.spawn(async move {
+            let answer = Box::new(link.step(order).await);
+            Event { slot: index, ticket, what: Happened::Stepped { number, answer } }
+        });
+    }
+
+    fn handle(&mut self, event: Event, step: &mut Step) -> Result<(), CoordinatorError> {
+        let index = event.slot;
+        if self.slots[index].ticket != event.ticket {
+            return Ok(());
+        }
+        match event.what {
+            Happened::Greeted(greeting) => self.greeted(index, greeting),
+            Happened::Prepared { sent, answer } => match answer {
+                Ok(held) if held == sent => self.joined(index, held.step),
+                Ok(held) => self.lose(
+                    index,
+                    &format!("it holds {} where {} was sent", held.digest, sent.digest),
+                    step,
+                ),
+                Err(error) => self.failed(index, &error, step)?,
+            },
+            Happened::Stepped { number, answer } => {
+                self.slots[index].orders.remove(&number);
+                match *answer {
+                    Ok(reply) => self.stepped(index, number, reply, step)?,
+                    Err(error) => self.failed(index, &error, step)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn stepped(
+        &mut self,
+        index: usize,
+        number: u64,
+        reply: StepReply,
+        step: &mut Step,
+    ) -> Result<(), CoordinatorError> {
+        self.slots[index].notice_ms = reply.notice_ms;
+        step.assignment.answered(number);
+        if reply.step != self.state.step {
+            // A slow answer to a step that others have finished.
+            return Ok(());
+        }
+        if reply.digest != self.digest {
+            return self.disagree(index, reply.digest, step);
+        }
+        for partial in reply.partials {
+            match step.reducer.offer(partial) {
+                Ok(Some(root)) => step.root = Some(root),
+                // Two have computed it; the bits are the same.
+                Ok(None) | Err(ReductionError::Overlap { .. } | ReductionError::Complete) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// A trainer has other parameters than we: whoever is in the minority is wrong.
+    fn disagree(
+        &mut self,
+        index: usize,
+        theirs: String,
+        step: &mut Step,
+    ) -> Result<(), CoordinatorError> {
+        self.counters.digest_mismatches += 1;
+        let dissenters = step.dissent.entry(theirs.clone()).or_default();
+        if !dissenters.contains(&index) {
+            dissenters.push(index);
+        }
+        let count = dissenters.len();
+        if count > 1 && 2 * count > self.slots.len() + 1 {
+            let ours = self.digest.clone();
+            return Err(CoordinatorError::Outvoted { step: self.state.step, count, theirs, ours });
+        }
+        self.log.line(format_args!(
+            "trainer-{index} on {} has parameters {theirs} at step {}, and {} is right: its sums \
+             are refused and it gets the state again",
+            self.slots[index].node, self.state.step, self.digest
+        ));
+        step.assignment.lost(index);
+        self.slots[index].orders.clear();
+        self.prepare(index);
+        Ok(())
+    }
+
+    fn failed(
+        &mut self,
+        index: usize,
+        error: &LinkError,
+        step: &mut Step,
+    ) -> Result<(), CoordinatorError> {
+        match error {
+            LinkError::Trainer(TrainerError::Stale { current, .. })
+                if current.driver_incarnation() > self.epoch.driver_incarnation() =>
+            {
+                return Err(CoordinatorError::Fenced(current.driver_incarnation()));
+            }
+            LinkError::Trainer(TrainerError::Unfit(reason)) => {
+                let (node, reason) = (self.slots[index].node.clone(), reason.clone());
+                return Err(CoordinatorError::Unfit { slot: index, node, reason });
+            }
+            LinkError::Trainer(TrainerError::OutOfStep { .. } | TrainerError::Stale { .. }) => {
+                step.assignment.lost(index);
+                self.slots[index].orders.clear();
+                self.prepare(index);
+            }
+            LinkError::Trainer(TrainerError::Unprepared) => {
+                self.lose(index, "it was started again", step);
+            }
+            LinkError::Lost(reason) => self.lose(index, reason, step),
+        }
+        Ok(())
+    }
+
+    fn lose(&mut self, index: usize, reason: &str, step: &mut Step) {
+        let before = step.reducer.missing().len();
+        step.assignment.lost(index);
+        let slot = &mut self.slots[index];
+        if slot.presence == Presence::Ready {
+            self.counters.trainers_lost += 1;
+            let left = before.min(slot.orders.len().max(1) * before);
+            self.epoch = self.epoch.next();
+            self.log.line(format_args!(
+                "trainer-{index} on {} is lost at step {}: {reason}; its shards go to the others \
+                 ({left} of this step are still to be computed)",
+                slot.node, self.state.step
+            ));
+        }
+        self.give_up(index);
+        self.summon(index, GREET_PAUSE_FIRST);
+    }
+
+    fn give_up(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        slot.presence = Presence::Away;
+        slot.ticket += 1;
+        slot.orders.clear();
+    }
+
+    /// Waits in the background until the trainer is there.
+    fn summon(&mut self, index: usize, pause: Duration) {
+        let slot = &self.slots[index];
+        let (link, ticket) = (slot.link.clone(), slot.ticket);
+        self.tasks.spawn(async move {
+            let mut pause = pause;
+            loop {
+                tokio::time::sleep(pause).await;
+                match link.greet().await {
+                    Ok(greeting) => {
+                        return Event { slot: index, ticket, what: Happened::Greeted(greeting) };
+                    }
+                    // As long as the job lives it hopes for its trainers; each attempt waits.
+                    Err(error) => tracing::debug!(%error, index, "a trainer is not there yet"),
+                }
+                pause = (pause * 2).clamp(GREET_PAUSE_FIRST, GREET_PAUSE_MAX);
+            }
+        });
+    }
+
+    fn greeted(&mut self, index: usize, greeting: Greeting) {
+        let slot = &mut self.slots[index];
+        if slot.incarnation.is_some_and(|known| known != greeting.incarnation) {
+            self.counters.trainer_restarts += 1;
+        }
+        slot.incarnation = Some(greeting.incarnation);
+        slot.node = greeting.node_name;
+        slot.notice_ms = greeting.notice_ms;
+        if slot.notice_ms.is_some() {
+            self.let_leave(index);
+        } else {
+            self.prepare(index);
+        }
+    }
+
+    /// Sends the present state in the background.
+    fn prepare(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        slot.presence = Presence::Preparing;
+        // An answer to an older order says nothing about the new state.
+        slot.ticket += 1;
+        slot.orders.clear();
+        let (link, ticket, epoch) = (slot.link.clone(), slot.ticket, self.epoch);
+        let sent = Held { step: self.state.step, digest: self.digest.clone() };
+        let state = self.state.to_bytes();
+        self.tasks.spawn(async move {
+            let answer = link.prepare(epoch, state).await;
+            Event { slot: index, ticket, what: Happened::Prepared { sent, answer } }
+        });
+    }
+
+    fn joined(&mut self, index: usize, at_step: u64) {
+        let slot = &mut self.slots[index];
+        slot.presence = Presence::Ready;
+        slot.step = at_step;
+        self.epoch = self.epoch.next();
+        let node = slot.node.clone();
+        let ready = self.ready_count();
+        self.log.line(format_args!(
+            "trainer-{index} on {node} takes part from step {at_step}: {ready} trainers"
+        ));
+    }
+
+    fn let_noticed_leave(&mut self) {
+        for index in 0..self.slots.len() {
+            let slot = &self.slots[index];
+            if slot.presence == Presence::Ready && slot.notice_ms.is_some() {
+                self.counters.handoffs += 1;
+                self.log.line(format_args!(
+                    "trainer-{index} leaves {} at step {}: the node will be taken away",
+                    slot.node, self.state.step
+                ));
+                self.epoch = self.epoch.next();
+                self.let_leave(index);
+            }
+        }
+    }
+
+    fn let_leave(&mut self, index: usize) {
+        self.give_up(index);
+        let slot = &self.slots[index];
+        let (link, ticket) = (slot.link.clone(), slot.ticket);
+        self.tasks.spawn(async move {
+            if let Err(error) = link.leave().await {
+                // The notice is withdrawn, or the process is gone already: the greeting tells.
+                tracing::debug!(%error, index, "a trainer did not leave");
+            }
+            loop {
+                tokio::time::sleep(GREET_PAUSE_FIRST).await;
+                if let Ok(greeting) = link.greet().await {
+                    return Event { slot: index, ticket, what: Happened::Greeted(greeting) };
+                }
+            }
+        });
+    }
+
+    fn updates_since(&self, step: u64) -> Option<Vec<Partial>> {
+        let lacking = usize::try_from(self.state.step.checked_sub(step)?).ok()?;
+        let from = self.updates.len().checked_sub(lacking)?;
+        Some(self.updates.range(from..).map(|(_, root)| root.clone()).collect())
+    }
+
+    fn remember(&mut self, step: u64, root: Partial) {
+        let root_bytes = root.grads.len() * 4;
+        self.updates.push_back((step, root));
+        let fitting = (UPDATE_BYTES_MAX / root_bytes.max(1)).clamp(1, UPDATES_MAX);
+        while self.updates.len() > fitting {
+            self.updates.pop_front();
+        }
+    }
+
+    fn slow_after(&self) -> Duration {
+        self.usual_step.map_or(SLOW_AFTER_MIN * 4, |usual| SLOW_AFTER_MIN.max(usual * SLOW_FACTOR))
+    }
+
+    /// When the next order of this step becomes slow.
+    fn slow_at(&self, step: &Step) -> Option<Instant> {
+        self.slots
+            .iter()
+            .enumerate()
+            .filter(|(index, slot)| {
+                slot.step == self.state.step && !step.assignment.is_slow(*index)
+            })
+            .flat_map(|(_, slot)| slot.orders.values())
+            .min()
+            .map(|sent| *sent + self.slow_after())
+    }
+
+    fn mark_slow(&mut self, step: &mut Step) {
+        let limit = self.slow_after();
+        for slot in &self.slots {
+            for (number, sent) in &slot.orders {
+                if sent.elapsed() >= limit
+                    && let Some(worker) = step.assignment.mark_slow(*number)
+                {
+                    self.counters.slow_orders += 1;
+                    self.log.line(format_args!(
+                        "trainer-{worker} on {} has not answered step {} for {} ms: the others \
+                         compute its shards too",
+                        slot.node,
+                        self.state.step,
+                        sent.elapsed().as_millis()
+                    ));
+                }
+            }
+        }
+    }
+
+    fn report_waiting(&mut self, step: &Step) {
+        let ready = self.ready_count();
+        let min = self.spec.workers.min as usize;
+        let missing = step.reducer.missing().len();
+        self.log.line(format_args!(
+            "step {} waits: {ready} trainers take part, at least {min} are needed, {missing} \
+             shards are to be computed",
+            self.state.step
+        ));
+    }
+}
+
+/// The next thing that happens; never, where nothing is under way.
+async fn next_event(tasks: &mut JoinSet<Event>) -> Event {
+    match tasks.join_next().await {
+        Some(Ok(event)) => event,
+        // Only we abort tasks, by dropping all of them.
+        Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+#[path = "coordinator_tests.rs"]
+mod tests;

@@ -1,0 +1,369 @@
+//! Calls between two endpoints over real QUIC, and a host process under a test's agent.
+
+mod support;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mobula_core::codec;
+use mobula_core::error::{CallError, Executed};
+use mobula_core::exit::ExitReason;
+use mobula_core::id::{ActorId, HostId, NodeId};
+use mobula_host::agent::{HostEnd, HostProcess};
+use mobula_host::calls::serve_calls;
+use mobula_host::client::CallClient;
+use mobula_host::mailbox::Deadline;
+use mobula_net::endpoint::Endpoint;
+use mobula_net::local::LocalListener;
+use mobula_wire::host::{AgentMessage, HostBootstrap, HostMessage, HostRole};
+use support::{
+    Certificates, FIRST, JOB, PATIENCE, address, gate, listen, open, order, registry, storage,
+    table_with, told,
+};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+struct Host {
+    endpoint: Endpoint,
+    server: JoinHandle<()>,
+}
+
+async fn serve(certificates: &Certificates, actor: ActorId) -> Host {
+    let (table, _events) = table_with(actor).await;
+    let endpoint = listen(&certificates.host(JOB.0));
+    let server = tokio::spawn(serve_calls(endpoint.clone(), table, JOB));
+    Host { endpoint, server }
+}
+
+fn client(credentials: &mobula_net::identity::Credentials) -> CallClient {
+    CallClient::new(listen(credentials), None)
+}
+
+fn text(value: &str) -> Vec<u8> {
+    codec::encode_plain(value)
+}
+
+#[tokio::test]
+async fn calls_cross_quic_in_order_and_bring_users_errors() {
+    let certificates = Certificates::new();
+    let actor = ActorId(200);
+    let host = serve(&certificates, actor).await;
+    let client = client(&certificates.client());
+    let target = address(&host.endpoint, actor);
+
+    let first = client.start(&target, "tell", text("a"), None).await;
+    let second = client.start(&target, "tell", text("b"), None).await;
+    assert_eq!(told(second.answer().await), ["started", "a", "b"]);
+    assert_eq!(told(first.answer().await), ["started", "a"]);
+
+    let error = client
+        .call(&target, "refuse", text("no"), None)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error,
+        CallError::User {
+            payload: text("no"),
+            message: "no".into()
+        }
+    );
+    let error = client
+        .call(&target, "large", text(""), None)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, CallError::ResultLost(_)), "{error}");
+    let error = client
+        .call(&target, "tell", vec![0; 9 << 20], None)
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("pass them in parts"), "{error}");
+    // The stream is still good.
+    client.call(&target, "tell", text("c"), None).await.unwrap();
+}
+
+#[tokio::test]
+async fn many_callers_share_one_stream() {
+    let certificates = Certificates::new();
+    let actor = ActorId(201);
+    let host = serve(&certificates, actor).await;
+    let client = client(&certificates.host(JOB.0));
+    let target = address(&host.endpoint, actor);
+    let calls = (0..200).map(|n| {
+        let (client, target) = (client.clone(), target.clone());
+        tokio::spawn(async move {
+            client
+                .call(&target, "tell", text(&n.to_string()), None)
+                .await
+        })
+    });
+    let (mut answered, mut overloaded) = (0, 0);
+    for outcome in futures::future::join_all(calls).await {
+        match outcome.unwrap() {
+            Ok(_) => answered += 1,
+            Err(CallError::Overloaded { .. }) => overloaded += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_eq!(answered + overloaded, 200);
+    let all = told(client.call(&target, "tell", text("last"), None).await);
+    assert_eq!(
+        all.len(),
+        answered + 2,
+        "each answered call ran once, no refused one did"
+    );
+}
+
+#[tokio::test]
+async fn a_lost_connection_makes_what_was_sent_unknown() {
+    let certificates = Certificates::new();
+    let actor = ActorId(202);
+    let host = serve(&certificates, actor).await;
+    let client = client(&certificates.client());
+    let target = address(&host.endpoint, actor);
+    let pending = client.start(&target, "wait", text("a"), None).await;
+    open("actor-202 began").await;
+    host.server.abort();
+    host.endpoint.close("the host dies").await;
+    let error = pending.answer().await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            CallError::ActorUnavailable {
+                executed: Executed::Unknown,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn what_never_left_was_not_executed() {
+    let certificates = Certificates::new();
+    let client = client(&certificates.client());
+    // A host of another cluster: the handshake fails, so nothing is sent.
+    let stranger = listen(&Certificates::new().host(JOB.0));
+    let accepting = stranger.clone();
+    let acceptor = tokio::spawn(async move { accepting.accept().await.is_some() });
+    let target = address(&stranger, ActorId(203));
+    let error = client
+        .call(&target, "tell", text("a"), None)
+        .await
+        .unwrap_err();
+    assert_eq!(error.executed(), Executed::No, "{error}");
+    acceptor.abort();
+}
+
+#[tokio::test]
+async fn another_jobs_process_may_not_call() {
+    let certificates = Certificates::new();
+    let actor = ActorId(204);
+    let host = serve(&certificates, actor).await;
+    let client = client(&certificates.host(JOB.0 + 1));
+    let target = address(&host.endpoint, actor);
+    let error = client
+        .call(&target, "tell", text("a"), None)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error,
+        CallError::BadCall("a process of job-4 may not call actors of job-3".into())
+    );
+}
+
+#[tokio::test]
+async fn a_deadline_ends_the_wait_and_says_what_is_known() {
+    let certificates = Certificates::new();
+    let actor = ActorId(205);
+    let host = serve(&certificates, actor).await;
+    let client = client(&certificates.client());
+    let target = address(&host.endpoint, actor);
+    // The deadline passes while the method runs.
+    let deadline = Deadline {
+        at: Instant::now() + Duration::from_millis(500),
+        limit_ms: 500,
+    };
+    let pending = client
+        .start(&target, "wait", text("a"), Some(deadline))
+        .await;
+    open("actor-205 began").await;
+    let error = pending.answer().await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            CallError::DeadlineExceeded {
+                limit_ms: 500,
+                executed: Executed::Unknown,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    gate("actor-205").add_permits(1);
+    client.call(&target, "tell", text("b"), None).await.unwrap();
+}
+
+fn bootstrap(certificates: &Certificates, socket: &std::path::Path) -> HostBootstrap {
+    let credentials = certificates.host(JOB.0);
+    HostBootstrap {
+        cluster_id: "test".into(),
+        job: JOB,
+        node: NodeId(1),
+        node_name: "one".into(),
+        host: HostId(5),
+        role: HostRole::Actors,
+        agent_socket: socket.to_string_lossy().into_owned(),
+        listen_ip: "127.0.0.1".into(),
+        api_addresses: Vec::new(),
+        ca_pem: credentials.ca_certificate_pem().to_owned(),
+        certificate_pem: credentials.certificate_pem().to_owned(),
+        key_pem: credentials.private_key().to_pem().to_owned(),
+        storage: storage(),
+    }
+}
+
+#[tokio::test]
+async fn a_host_obeys_its_agent_and_ends_with_it() {
+    let certificates = Certificates::new();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("agent.sock");
+    let listener = LocalListener::bind(&socket, "test").unwrap();
+    let bootstrap = bootstrap(&certificates, &socket);
+    let (process, accepted) =
+        tokio::join!(HostProcess::start(bootstrap, registry()), listener.accept());
+    let process = process.unwrap();
+    let runtime = Arc::clone(process.runtime());
+    let (_lane, agent, _peer) = accepted.unwrap();
+    let (mut orders, mut reports) = agent.split();
+    let running = tokio::spawn(process.run_actors());
+
+    let hello = reports
+        .receive_message::<HostMessage>()
+        .await
+        .unwrap()
+        .unwrap();
+    let HostMessage::Hello {
+        host,
+        call_address,
+        actor_types,
+    } = hello
+    else {
+        panic!("expected a hello, got {hello:?}")
+    };
+    assert_eq!((host, actor_types), (HostId(5), vec!["probe".to_owned()]));
+
+    let actor = ActorId(206);
+    let start = AgentMessage::Start(Box::new(order(actor, FIRST, b"")));
+    orders.send_message(&start).await.unwrap();
+    let started = reports
+        .receive_message::<HostMessage>()
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        started,
+        HostMessage::Started {
+            actor,
+            incarnation: FIRST
+        }
+    );
+
+    // From outside, and from the same process without leaving it.
+    let target = mobula_core::order::ActorAddress {
+        actor,
+        incarnation: FIRST,
+        node: NodeId(1),
+        call_address,
+    };
+    let outside = client(&certificates.client());
+    assert_eq!(
+        told(outside.call(&target, "tell", text("a"), None).await),
+        ["started", "a"]
+    );
+    let inside = runtime.calls().unwrap();
+    assert_eq!(
+        told(inside.call(&target, "tell", text("b"), None).await).len(),
+        3
+    );
+
+    orders
+        .send_message(&AgentMessage::Notice { deadline_ms: 9 })
+        .await
+        .unwrap();
+    let mut notices = runtime.notices();
+    notices.wait_for(Option::is_some).await.unwrap();
+
+    let stop = AgentMessage::Stop {
+        actor,
+        incarnation: FIRST,
+        grace_ms: 1000,
+    };
+    orders.send_message(&stop).await.unwrap();
+    let exited = reports
+        .receive_message::<HostMessage>()
+        .await
+        .unwrap()
+        .unwrap();
+    let reason = ExitReason::Stopped;
+    assert_eq!(
+        exited,
+        HostMessage::Exited {
+            actor,
+            incarnation: FIRST,
+            reason
+        }
+    );
+
+    drop((orders, reports));
+    let end = tokio::time::timeout(PATIENCE, running)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(matches!(end, HostEnd::AgentLost(_)), "{end:?}");
+}
+
+#[tokio::test]
+async fn a_driver_reports_how_its_main_ended() {
+    let certificates = Certificates::new();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("agent.sock");
+    let listener = LocalListener::bind(&socket, "test").unwrap();
+    let actor = ActorId(207);
+    let mut bootstrap = bootstrap(&certificates, &socket);
+    bootstrap.role = HostRole::Driver {
+        actor,
+        incarnation: FIRST,
+        args: vec![],
+    };
+    let (process, accepted) =
+        tokio::join!(HostProcess::start(bootstrap, registry()), listener.accept());
+    let (_lane, agent, _peer) = accepted.unwrap();
+    let (_orders, mut reports) = agent.split();
+    let reason = process
+        .unwrap()
+        .run_driver(async { Err("no data".to_owned()) })
+        .await;
+    assert_eq!(reason, ExitReason::Failed("no data".into()));
+    let mut seen = Vec::new();
+    while let Some(message) = reports.receive_message::<HostMessage>().await.unwrap() {
+        seen.push(message);
+    }
+    let [HostMessage::Hello { .. }, started, exited] = seen.as_slice() else {
+        panic!("{seen:?}")
+    };
+    assert_eq!(
+        *started,
+        HostMessage::Started {
+            actor,
+            incarnation: FIRST
+        }
+    );
+    assert_eq!(
+        *exited,
+        HostMessage::Exited {
+            actor,
+            incarnation: FIRST,
+            reason
+        }
+    );
+}

@@ -1,0 +1,254 @@
+//! A head that does what the test tells it.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId, Term};
+use mobula_core::order::{Order, StartActor, WorkerEvent};
+use mobula_core::resource::Resources;
+use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
+use mobula_net::endpoint::{Connection, Endpoint};
+use mobula_net::identity::{ClusterCa, Identity, Role, Validity};
+use mobula_net::lane::FramedStream;
+use mobula_wire::session::{HeadMessage, StorageLocation, Welcome, WorkerHello, WorkerMessage};
+use mobula_worker::{Handle, Worker, WorkerOptions};
+
+/// Far above what anything here needs; a test that waits this long has failed.
+pub const BOUND: Duration = Duration::from_secs(60);
+
+pub const CLUSTER: &str = "test";
+
+pub struct FakeHead {
+    ca: ClusterCa,
+    endpoint: Endpoint,
+    pub dir: tempfile::TempDir,
+}
+
+/// One session, from the head's side.
+pub struct Talk {
+    pub hello: WorkerHello,
+    stream: FramedStream,
+    connection: Connection,
+    ca: ClusterCa,
+}
+
+impl FakeHead {
+    pub fn start() -> FakeHead {
+        let ca = ClusterCa::create(CLUSTER).unwrap();
+        let validity = Validity::for_ttl(Duration::from_secs(3600));
+        let identity = Identity::new(CLUSTER, Role::Head, "1", 1);
+        let credentials = ca.issue_with_new_key(&identity, validity).unwrap();
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let endpoint = Endpoint::bind(address, &credentials).unwrap();
+        FakeHead {
+            ca,
+            endpoint,
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// Options of a worker that has joined already.
+    pub fn worker_options(&self) -> WorkerOptions {
+        let identity_dir = self.dir.path().join("identity");
+        let identity = Identity::new(CLUSTER, Role::Node, "w-1", 1);
+        let validity = Validity::for_ttl(Duration::from_secs(3600));
+        self.ca
+            .issue_with_new_key(&identity, validity)
+            .unwrap()
+            .save(&identity_dir)
+            .unwrap();
+        let cluster = serde_json::json!({
+            "cluster_id": CLUSTER,
+            "cluster_address": self.endpoint.local_address().to_string(),
+        });
+        std::fs::write(identity_dir.join("cluster.json"), cluster.to_string()).unwrap();
+        // Nobody serves the control API here: the discard port refuses at once.
+        let mut options = WorkerOptions::new("w-1", self.dir.path(), vec!["127.0.0.1:9".into()]);
+        options.sigterm_is_notice = false;
+        options.notice_poll_ms = 10;
+        options
+    }
+
+    pub async fn start_worker(&self) -> Handle {
+        Worker::start(self.worker_options()).await.unwrap()
+    }
+
+    /// The next session, up to its hello.
+    pub async fn accept(&self) -> Talk {
+        let accept = async {
+            let connection = self.endpoint.accept().await.unwrap();
+            let (_, mut stream) = connection.accept().await.unwrap();
+            let hello = match stream.receiver.receive_message().await.unwrap() {
+                Some(WorkerMessage::Hello(hello)) => hello,
+                other => panic!("expected a hello, got {other:?}"),
+            };
+            let ca = ClusterCa::from_pem(self.ca.certificate_pem(), self.ca.key_pem()).unwrap();
+            Talk {
+                hello,
+                stream,
+                connection,
+                ca,
+            }
+        };
+        tokio::time::timeout(BOUND, accept).await.unwrap()
+    }
+
+    /// The next session, welcomed.
+    pub async fn welcome(&self, incarnation: u64) -> Talk {
+        let mut talk = self.accept().await;
+        talk.send(&HeadMessage::Welcome(welcome(incarnation, 5)))
+            .await;
+        talk
+    }
+}
+
+pub fn welcome(incarnation: u64, term: u64) -> Welcome {
+    Welcome {
+        term: Term(term),
+        node: NodeId(1),
+        incarnation: Incarnation(incarnation),
+        lease_ms: 30_000,
+        renew_ms: 100,
+        storage: StorageLocation {
+            url: "file:///nowhere".into(),
+            endpoint: None,
+            region: None,
+            allow_http: false,
+            access_key_env: String::new(),
+            secret_key_env: String::new(),
+        },
+        api_addresses: Vec::new(),
+    }
+}
+
+impl Talk {
+    pub async fn send(&mut self, message: &HeadMessage) {
+        self.stream.sender.send_message(message).await.unwrap();
+    }
+
+    pub async fn order(&mut self, order: Order) {
+        self.send(&HeadMessage::Order {
+            term: Term(5),
+            order,
+        })
+        .await;
+    }
+
+    /// The next message that is not about renewals or certificates; those are answered.
+    pub async fn next(&mut self) -> Option<WorkerMessage> {
+        loop {
+            let received = self.stream.receiver.receive_message::<WorkerMessage>();
+            let message = tokio::time::timeout(BOUND, received)
+                .await
+                .unwrap()
+                .ok()
+                .flatten()?;
+            match message {
+                WorkerMessage::Renew { sequence } => {
+                    self.send(&HeadMessage::Renewed {
+                        term: Term(5),
+                        sequence,
+                    })
+                    .await;
+                }
+                WorkerMessage::SignHost {
+                    request,
+                    csr_pem,
+                    job,
+                    host,
+                } => {
+                    let result = Ok(self.sign(&csr_pem, job, host));
+                    self.send(&HeadMessage::HostSigned { request, result })
+                        .await;
+                }
+                other => return Some(other),
+            }
+        }
+    }
+
+    fn sign(&self, csr_pem: &str, job: JobId, host: HostId) -> String {
+        let identity =
+            Identity::new(CLUSTER, Role::Host, format!("node-1.{host}"), 1).with_job(job.0);
+        let validity = Validity::for_ttl(Duration::from_secs(3600));
+        self.ca.issue(csr_pem, &identity, validity).unwrap()
+    }
+
+    /// The next event, not yet acknowledged.
+    pub async fn event(&mut self) -> (u64, WorkerEvent) {
+        match self.next().await {
+            Some(WorkerMessage::Event { sequence, event }) => (sequence, event),
+            other => panic!("expected an event, got {other:?}"),
+        }
+    }
+
+    /// The next event, acknowledged.
+    pub async fn acknowledged_event(&mut self) -> WorkerEvent {
+        let (sequence, event) = self.event().await;
+        self.send(&HeadMessage::EventAcknowledged { sequence })
+            .await;
+        event
+    }
+
+    /// Starts an actor and returns its host's process id.
+    pub async fn start_actor(&mut self, actor: u64, incarnation: u64) -> u32 {
+        self.order(Order::Start(Box::new(plain(actor, incarnation))))
+            .await;
+        loop {
+            match self.acknowledged_event().await {
+                WorkerEvent::ActorStarted {
+                    actor: started,
+                    pid,
+                    call_address,
+                    ..
+                } if started == ActorId(actor) => {
+                    assert_eq!(call_address, "127.0.0.1:4711");
+                    return pid;
+                }
+                // Repeated, because its acknowledgement went down with a connection.
+                WorkerEvent::ActorStarted { .. } => {}
+                other => panic!("expected a start, got {other:?}"),
+            }
+        }
+    }
+
+    /// Breaks the connection.
+    pub fn drop_connection(self) {
+        self.connection.close("test");
+    }
+}
+
+pub fn plain(actor: u64, incarnation: u64) -> StartActor {
+    StartActor {
+        actor: ActorId(actor),
+        incarnation: Incarnation(incarnation),
+        job: JobId(1),
+        program: Program::Builtin,
+        spec: ActorSpec {
+            kind: ActorKind::Actor {
+                type_name: "plain".into(),
+            },
+            name: None,
+            init: Vec::new(),
+            resources: Resources::default(),
+            placement: PlacementPolicy::default(),
+            restart: RestartPolicy::NEVER,
+            isolated: false,
+            mailbox_capacity: 1,
+        },
+        args: Vec::new(),
+        env: BTreeMap::new(),
+    }
+}
+
+pub fn driver(actor: u64, args: &[&str]) -> StartActor {
+    let mut start = plain(actor, 1);
+    start.spec.kind = ActorKind::Driver;
+    start.args = args.iter().map(|arg| (*arg).to_owned()).collect();
+    start
+}
+
+/// Whether a process is there at all.
+pub fn is_alive(pid: u32) -> bool {
+    std::path::Path::new(&format!("/proc/{pid}")).exists()
+}

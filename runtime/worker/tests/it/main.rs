@@ -1,0 +1,9 @@
+//! The agent against a head that the test plays itself, over real QUIC, with real host processes.
+//!
+//! Hosts are this very test binary: the agent starts it with the argument `host` or `builtin`,
+//! which to the test harness are filters that select [`entry::host`] or [`entry::builtin`].
+
+mod entry;
+mod fake_head;
+mod lifecycle;
+mod notices;

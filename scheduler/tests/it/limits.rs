@@ -1,0 +1,106 @@
+//! Tables stay within their bounds however much has happened.
+
+use mobula_core::control::{ApplyContext, StateModule};
+use mobula_core::{ActorId, JobId};
+use mobula_scheduler::limits::{FINISHED_ACTORS_KEPT, FINISHED_JOBS_KEPT};
+use mobula_scheduler::memory_txn::MemoryTables;
+use mobula_scheduler::{Command, Query, QueryResponse, Response, Scheduler, invariants};
+
+use crate::cluster::{actor_spec, job_spec};
+
+/// Tables to which many commands are applied without a copy before each.
+#[derive(Default)]
+struct Log {
+    tables: MemoryTables,
+    index: u64,
+}
+
+impl Log {
+    fn apply(&mut self, command: &Command) -> Response {
+        self.index += 1;
+        let context = ApplyContext {
+            index: self.index,
+            term: 1,
+            now_ms: 1_000,
+        };
+        let applied = Scheduler
+            .apply(&context, &mut self.tables, &command.encode())
+            .unwrap();
+        Response::decode(&applied.response).unwrap()
+    }
+
+    fn finds(&self, query: &Query) -> bool {
+        Scheduler
+            .query(&self.tables, 1_000, &query.encode())
+            .is_ok()
+    }
+
+    fn jobs_finished(&self) -> u64 {
+        let bytes = Scheduler
+            .query(&self.tables, 1_000, &Query::Status.encode())
+            .unwrap();
+        match QueryResponse::decode(&bytes).unwrap() {
+            QueryResponse::Status(status) => status.jobs_finished,
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn the_oldest_ended_job_goes_with_its_actors_and_its_key() {
+    let mut log = Log::default();
+    let mut spec = job_spec("job", 0);
+    for number in 0..=FINISHED_JOBS_KEPT {
+        spec.idempotency_key = Some(number.to_string());
+        let response = log.apply(&Command::SubmitJob { spec: spec.clone() });
+        let Response::JobSubmitted { job, .. } = response else {
+            panic!("{response:?}")
+        };
+        log.apply(&Command::StopJob { job });
+    }
+    assert_eq!(log.jobs_finished(), FINISHED_JOBS_KEPT);
+    assert!(!log.finds(&Query::Job { job: JobId(1) }));
+    assert!(!log.finds(&Query::Actor { actor: ActorId(1) }));
+    assert!(log.finds(&Query::Job { job: JobId(2) }));
+    spec.idempotency_key = Some("0".to_owned());
+    let response = log.apply(&Command::SubmitJob { spec });
+    assert!(
+        matches!(response, Response::JobSubmitted { created: true, .. }),
+        "{response:?}"
+    );
+    invariants::check(&log.tables).unwrap();
+}
+
+#[test]
+fn the_oldest_ended_actors_go_even_in_a_job_that_never_ends() {
+    let mut log = Log::default();
+    let mut created = 0;
+    while created <= FINISHED_ACTORS_KEPT {
+        let command = Command::CreateActors {
+            job: JobId::SYSTEM,
+            actors: vec![actor_spec(None, 1); 1000],
+            gang: false,
+            get_or_create: false,
+            creator: None,
+        };
+        let Response::ActorsCreated { actors } = log.apply(&command) else {
+            panic!()
+        };
+        created += actors.len() as u64;
+        for actor in actors {
+            log.apply(&Command::StopActor {
+                job: None,
+                actor,
+                grace_ms: 0,
+            });
+        }
+    }
+    let forgotten = created - FINISHED_ACTORS_KEPT;
+    assert!(!log.finds(&Query::Actor {
+        actor: ActorId(forgotten)
+    }));
+    assert!(log.finds(&Query::Actor {
+        actor: ActorId(forgotten + 1)
+    }));
+    invariants::check(&log.tables).unwrap();
+}
