@@ -1,4 +1,22 @@
-//! mobula-actors
+//! Mobula's batteries: everything here could be a user's own crate, for it is written against the
+//! public SDK.
+//!
+//! * [`training`] trains; [`checkpoint`] saves and restores; [`registry`] names what came of it;
+//!   [`serving`] answers requests with it; [`drift`] watches what is asked.
+//! * Each domain keeps its replicated table (`state.rs`, pure) beside its actors; [`modules`] and
+//!   [`controllers`] plug them into a head.
+//! * [`builtin`] is the `main` of jobs that are a TOML file.
+
+pub mod builtin;
 pub mod training;
-pub mod drift;
+pub mod checkpoint;
+pub mod registry;
 pub mod serving;
+pub mod drift;
+
+mod ask;
+mod payload;
+mod plug;
+pub mod storage;
+
+pub use plug::{controllers, modules};

@@ -30,6 +30,8 @@ use crate::job::{JobBuilder, JobHandle};
 pub struct Cluster {
     pub(crate) inner: Arc<ClusterInner>,
     pub(crate) job: Option<JobId>,
+    /// The actor or driver that holds this handle; what it creates is fenced by its incarnation.
+    pub(crate) holder: Option<(ActorId, Incarnation)>,
 }
 
 pub(crate) struct ClusterInner {
@@ -55,6 +57,7 @@ impl Cluster {
         Cluster {
             inner: Arc::clone(&self.inner),
             job: Some(job),
+            holder: self.holder,
         }
     }
 
@@ -194,6 +197,10 @@ impl Cluster {
             .map(api::ActorSpec::try_from)
             .collect::<std::result::Result<Vec<_>, _>>()
             .map_err(|rejection| Error::NotInCluster(rejection.message))?;
+        let creator = self.holder.map(|(actor, incarnation)| api::Creator {
+            actor: actor.0,
+            incarnation: incarnation.0,
+        });
         let reply = self
             .control()
             .mutate("create actors", |mut api, stamp| {
@@ -203,6 +210,7 @@ impl Cluster {
                     actors: actors.clone(),
                     gang,
                     get_or_create,
+                    creator,
                 };
                 async move { api.create_actors(request).await }
             })
@@ -412,8 +420,12 @@ pub trait ContextExt {
 
 impl ContextExt for ActorContext {
     fn cluster(&self) -> Cluster {
-        Cluster::of_runtime(self.runtime())
-            .expect("a host process checks its access to the cluster before it takes actors")
+        let cluster = Cluster::of_runtime(self.runtime())
+            .expect("a host process checks its access to the cluster before it takes actors");
+        Cluster {
+            holder: Some((self.actor(), self.incarnation())),
+            ..cluster
+        }
     }
 
     fn yield_now(&self) -> BoxFuture<'_, Result<()>> {

@@ -17,6 +17,7 @@ use mobula_net::endpoint::Endpoint;
 use mobula_net::identity::{Credentials, PrivateKey, Token};
 use mobula_net::tcp::ClientTls;
 use mobula_wire::control as api;
+use mobula_wire::host::HostRole;
 use serde::Deserialize;
 use tokio::sync::OnceCell;
 
@@ -104,6 +105,13 @@ impl Cluster {
             retry_window: RETRY_WINDOW_INSIDE,
         })?;
         let job = Some(info.job);
+        let holder = match info.role {
+            HostRole::Driver {
+                actor, incarnation, ..
+            } => Some((actor, incarnation)),
+            // Many actors share this process: each gets a handle of its own from its context.
+            HostRole::Actors => None,
+        };
         let inner = ClusterInner {
             control,
             place: Place::Inside(runtime),
@@ -112,6 +120,7 @@ impl Cluster {
         Ok(Cluster {
             inner: Arc::new(inner),
             job,
+            holder,
         })
     }
 
@@ -156,6 +165,7 @@ impl Cluster {
                 embedded,
             }),
             job: None,
+            holder: None,
         })
     }
 

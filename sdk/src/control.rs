@@ -191,7 +191,12 @@ impl Control {
         ask(client)
             .await
             .map(tonic::Response::into_inner)
-            .map_err(|status| status_error(operation, &status, true))
+            .map_err(|status| {
+                if is_transient(&status) {
+                    self.forget_connection();
+                }
+                status_error(operation, &status, true)
+            })
     }
 
     async fn repeat<T, F, Fut>(&self, operation: &str, changes: bool, ask: F) -> Result<T>

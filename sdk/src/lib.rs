@@ -33,7 +33,7 @@
 //!
 //! * [`connect`]: the ways into a cluster; [`cluster`]: what can be asked of it; [`control`]: the
 //!   head's API under it.
-//! * [`actor`]: creating actors and referring to them; [`call`]: calling them.
+//! * [`mod@actor`]: creating actors and referring to them; [`call`]: calling them.
 //! * [`job`]: programs that run on a cluster. [`process`]: what `#[mobula::main]` does;
 //!   [`embedded`]: a cluster for one program.
 //! * [`error`]: what can go wrong, and whether it took effect.
@@ -43,7 +43,6 @@
 //! 2. Every error says whether what was asked for took effect: yes, no, or unknown.
 
 pub mod actor;
-mod reference;
 pub mod call;
 pub mod cluster;
 pub mod connect;
@@ -53,6 +52,7 @@ pub mod error;
 pub mod job;
 pub mod prelude;
 pub mod process;
+mod reference;
 
 #[doc(hidden)]
 #[path = "private.rs"]

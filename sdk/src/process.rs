@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use mobula_core::error::ErrorCode;
 use mobula_core::exit::ExitReason;
 use mobula_host::Registry;
 use mobula_host::agent::{HostEnd, HostProcess, take_bootstrap};
@@ -35,8 +36,11 @@ const THREADS_MIN: usize = 4;
 /// How long threads may take to end once the process has nothing left to say.
 const THREADS_END_MAX: Duration = Duration::from_millis(200);
 
-/// Attempts to read a job's log again after its stream broke.
-const LOG_ATTEMPTS_MAX: u32 = 20;
+/// Attempts in a row to read a job's log again after its stream broke: with the pauses, as long as
+/// a head may take to be started again.
+const LOG_ATTEMPTS_MAX: u32 = 60;
+
+const LOG_PAUSE: Duration = Duration::from_millis(500);
 
 /// What a user's main may return.
 pub trait MainOutcome {
@@ -214,27 +218,32 @@ async fn follow(job: &JobHandle) -> Result<ExitCode> {
 /// without what was written before.
 pub async fn copy_log(job: &JobHandle, target: &mut (dyn Write + Send)) -> Result<()> {
     let mut written_bytes = 0usize;
-    for _ in 0..LOG_ATTEMPTS_MAX {
+    let mut failures = 0;
+    while failures < LOG_ATTEMPTS_MAX {
         let mut skip = written_bytes;
-        let Ok(mut log) = job.logs(true).await else {
-            continue;
+        let error = match job.logs(true).await {
+            Err(error) => error,
+            Ok(mut log) => loop {
+                match log.next_chunk().await {
+                    Ok(None) => return Ok(()),
+                    Err(error) => break error,
+                    Ok(Some(chunk)) => {
+                        let known = skip.min(chunk.len());
+                        skip -= known;
+                        target.write_all(&chunk[known..])?;
+                        target.flush()?;
+                        written_bytes += chunk.len() - known;
+                        failures = 0;
+                    }
+                }
+            },
         };
-        loop {
-            match log.next_chunk().await {
-                Ok(Some(chunk)) => {
-                    let known = skip.min(chunk.len());
-                    skip -= known;
-                    target.write_all(&chunk[known..])?;
-                    target.flush()?;
-                    written_bytes += chunk.len() - known;
-                }
-                Ok(None) => return Ok(()),
-                Err(error) => {
-                    tracing::debug!(%error, "a log stream broke, reading it again");
-                    break;
-                }
-            }
+        if error.code() != Some(ErrorCode::Unavailable) {
+            return Err(error);
         }
+        tracing::debug!(%error, "a log stream broke, reading it again");
+        failures += 1;
+        tokio::time::sleep(LOG_PAUSE).await;
     }
     Err(Error::setup(
         format!("log of {}", job.id()),

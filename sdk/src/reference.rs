@@ -30,6 +30,9 @@ const UNREACHABLE_MAX: Duration = Duration::from_secs(60);
 /// How long to wait for a newer start before the same one is tried again.
 const SAME_START_WAIT: Duration = Duration::from_millis(500);
 
+/// Between two questions, in case the head answers at once that it is not decided yet.
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// A reference without the actor's type.
 #[derive(Clone)]
 pub(crate) struct UntypedRef(Arc<RefInner>);
@@ -189,6 +192,7 @@ async fn resolve(
             return Ok(address);
         }
         // It is on its way: whatever start comes will do, and the head tells us when.
+        tokio::time::sleep(PAUSE).await;
         (after, wait) = (failed.map_or(0, |failed| failed.0), RESOLVE_WAIT);
     }
 }

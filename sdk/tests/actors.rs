@@ -1,5 +1,6 @@
 //! Actors written with the macro, called through references: from their own process, and from
 //! another over QUIC.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod support;
 

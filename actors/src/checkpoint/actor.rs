@@ -22,7 +22,7 @@ use mobula_storage::digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use super::state::{CheckpointCommand, CheckpointQuery, CheckpointRef, JobCheckpoints};
-use crate::store::open_store;
+use crate::storage::open_blobs;
 
 /// The largest state that is restored: it travels in one reply.
 pub const STATE_BYTES_MAX: u64 = 8 * 1024 * 1024 - 64 * 1024;
@@ -92,7 +92,7 @@ pub struct Checkpointer {
 impl Checkpointer {
     /// The checkpointer of the job that creates it.
     pub fn new(ctx: &ActorContext) -> Result<Self, BlobError> {
-        let store = open_store(ctx.storage())?;
+        let store = open_blobs(ctx.storage())?;
         Ok(Checkpointer {
             writer: CheckpointWriter::new(store.clone()),
             reader: CheckpointReader::new(store, STATE_BYTES_MAX),
@@ -159,8 +159,8 @@ impl Checkpointer {
             Err(RestoreError::Load(error)) => return Err(load_error(&error)),
         };
         let mut report = RestoreReport::default();
-        for (one, committed) in rejected.into_iter().zip(&known.checkpoints) {
-            let step = committed.checkpoint.step;
+        let steps: Vec<u64> = known.checkpoints.iter().map(|c| c.checkpoint.step).collect();
+        for (one, step) in rejected.into_iter().zip(steps) {
             self.apply(&CheckpointCommand::Rejected {
                 job: self.job,
                 incarnation,

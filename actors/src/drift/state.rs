@@ -24,18 +24,25 @@ const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
 /// Events kept for each endpoint.
 const EVENTS_MAX: u64 = 100;
 
-/// A feature that drifted.
+/// Features that a report names at most, the worst ones; each with its PSI and its KS.
+pub const DRIFTED_MAX: usize = 64;
+
+/// Monitors whose findings are kept: as many as there can be endpoints. Past it the one that
+/// reported longest ago goes.
+const MONITORS_MAX: usize = 1_000;
+
+/// One statistic of something that drifted: a feature, or the predictions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DriftedFeature {
-    /// Its name.
+pub struct Drifted {
+    /// The feature's name; `prediction` for the predicted classes.
     pub feature: String,
-    /// `psi` or `ks`.
+    /// `psi` or `ks`; `jensen_shannon` for predictions.
     pub statistic: String,
     /// The statistic's value.
     pub value: f64,
     /// The p-value, where the statistic has one.
     pub p_value: Option<f64>,
-    /// What it was compared with.
+    /// What the value (`ks`: the p-value) was compared with.
     pub threshold: f64,
     /// Rows of the reference.
     pub reference_count: u64,
@@ -56,16 +63,21 @@ pub struct Report {
     pub incarnation: u64,
     /// Counted from 0 within an incarnation.
     pub window: u64,
-    /// Requests in the window.
+    /// Rows in the window.
     pub samples: u64,
     /// Features that were compared.
     pub features_compared: u64,
-    /// Those of them that drifted.
-    pub drifted: Vec<DriftedFeature>,
+    /// How many of them drifted.
+    pub features_drifted: u64,
     /// Whether the data set as a whole drifted.
     pub dataset_drift: bool,
-    /// How far the distribution of predictions moved (PSI).
-    pub prediction_psi: f64,
+    /// Whether the predictions drifted.
+    pub prediction_drift: bool,
+    /// How far the distribution of predictions moved (Jensen-Shannon distance).
+    pub prediction_distance: f64,
+    /// What drifted, predictions first, then features from the worst on; at most
+    /// [`DRIFTED_MAX`] of those.
+    pub drifted: Vec<Drifted>,
 }
 
 /// Where a monitor stands.
@@ -75,7 +87,7 @@ pub struct MonitorStatus {
     pub endpoint: String,
     /// Windows that were compared.
     pub windows: u64,
-    /// Requests in them.
+    /// Rows in them.
     pub samples: u64,
     /// Events so far.
     pub events: u64,
@@ -157,6 +169,9 @@ fn report(context: &ApplyContext, txn: &mut dyn Txn, report: Report) -> Result<(
             )));
         }
     }
+    if before.is_none() {
+        make_room(txn);
+    }
     let mut status = MonitorStatus {
         endpoint: report.endpoint.clone(),
         windows: before.as_ref().map_or(0, |b| b.windows) + 1,
@@ -166,7 +181,7 @@ fn report(context: &ApplyContext, txn: &mut dyn Txn, report: Report) -> Result<(
         last_ms: context.now_ms,
         retrain_suggestion: before.and_then(|b| b.retrain_suggestion),
     };
-    if report.dataset_drift {
+    if report.dataset_drift || report.prediction_drift {
         status.events += 1;
         let number = status.events;
         let event = DriftEvent { number, at_ms: context.now_ms, report: report.clone() };
@@ -178,17 +193,41 @@ fn report(context: &ApplyContext, txn: &mut dyn Txn, report: Report) -> Result<(
             model: report.model.clone(),
             version: report.version,
             event: number,
-            reason: format!(
-                "{} of {} features drifted in {} requests",
-                report.drifted.len(),
-                report.features_compared,
-                report.samples
-            ),
+            reason: reason(&report),
             at_ms: context.now_ms,
         });
     }
     row::put(txn, MONITORS, report.endpoint.as_bytes(), &status);
     Ok(())
+}
+
+fn reason(report: &Report) -> String {
+    let features = format!(
+        "{} of {} features drifted in {} rows",
+        report.features_drifted, report.features_compared, report.samples
+    );
+    if report.prediction_drift {
+        let distance = report.prediction_distance;
+        format!("{features}, and the predictions moved by {distance:.3} (Jensen-Shannon)")
+    } else {
+        features
+    }
+}
+
+/// Makes room for another monitor's findings.
+fn make_room(txn: &mut dyn Txn) {
+    let monitors = row::all::<MonitorStatus>(txn, MONITORS, &[]);
+    if monitors.len() < MONITORS_MAX {
+        return;
+    }
+    let oldest = monitors.into_iter().min_by_key(|(_, status)| status.last_ms);
+    if let Some((key, status)) = oldest {
+        txn.delete(MONITORS, &key);
+        let kept = status.events.saturating_sub(EVENTS_MAX) + 1..=status.events;
+        for number in kept {
+            txn.delete(EVENTS, &event_key(&status.endpoint, number));
+        }
+    }
 }
 
 impl StateModule for Drift {
@@ -261,9 +300,11 @@ mod tests {
             window,
             samples: 200,
             features_compared: 64,
-            drifted: Vec::new(),
+            features_drifted: if dataset_drift { 40 } else { 0 },
             dataset_drift,
-            prediction_psi: 0.0,
+            prediction_drift: false,
+            prediction_distance: 0.0,
+            drifted: Vec::new(),
         }
     }
 
@@ -306,5 +347,37 @@ mod tests {
         let events = row::all::<DriftEvent>(&tables, EVENTS, &prefix);
         assert_eq!(events.len() as u64, EVENTS_MAX);
         assert_eq!(events[0].1.number, 6);
+    }
+
+    #[test]
+    fn moved_predictions_alone_are_an_event_too() {
+        let mut tables = MemoryTables::default();
+        let report = Report {
+            prediction_drift: true,
+            prediction_distance: 0.25,
+            ..seen(1, 0, false)
+        };
+        apply(&mut tables, report).unwrap();
+        let suggestion = status(&tables).retrain_suggestion.unwrap();
+        assert_eq!(
+            suggestion.reason,
+            "0 of 64 features drifted in 200 rows, and the predictions moved by 0.250 \
+             (Jensen-Shannon)"
+        );
+    }
+
+    #[test]
+    fn the_monitor_that_was_silent_longest_makes_room() {
+        let mut tables = MemoryTables::default();
+        for number in 0..=MONITORS_MAX {
+            let report = Report { endpoint: format!("e{number}"), ..seen(1, 0, true) };
+            let context = ApplyContext { index: 1, term: 1, now_ms: number as u64 };
+            tables
+                .apply(&Drift, &context, &codec::encode_plain(&Command::Report(report)))
+                .unwrap();
+        }
+        assert_eq!(row::all::<MonitorStatus>(&tables, MONITORS, &[]).len(), MONITORS_MAX);
+        assert_eq!(row::all::<DriftEvent>(&tables, EVENTS, b"e0\0").len(), 0);
+        assert_eq!(row::all::<DriftEvent>(&tables, EVENTS, b"e1\0").len(), 1);
     }
 }

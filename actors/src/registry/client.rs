@@ -6,7 +6,8 @@ use mobula_core::control::ModuleId;
 
 use super::state::{Command, ModelVersion, NewVersion, Query};
 use super::version_file::{VersionFile, VersionFileError};
-use crate::{ask, storage};
+use crate::ask;
+use crate::storage::open_blobs;
 
 /// Why a version was not published.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +30,7 @@ pub async fn publish(
     let location = cluster.storage().ok_or_else(|| {
         mobula::Error::NotInCluster("only a process of the cluster can publish a model".to_owned())
     })?;
-    let blobs = storage::open_blobs(location).map_err(VersionFileError::from)?;
+    let blobs = open_blobs(location).map_err(VersionFileError::from)?;
     let stored = file.store(&blobs).await?;
     let provenance = file.provenance.clone();
     let new = NewVersion {

@@ -27,6 +27,9 @@ const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
 /// Versions that a model may have: a row has a few KiB, so 40 MiB a model at the very most.
 const VERSIONS_MAX: u64 = 10_000;
 
+/// Models: the bound on a list of all of them.
+const MODELS_MAX: usize = 1_000;
+
 /// The longest name of a model; it is a part of URLs and file names.
 const NAME_BYTES_MAX: usize = 64;
 
@@ -134,6 +137,12 @@ fn register(
         return Err(Rejection::new(
             ErrorCode::FailedPrecondition,
             format!("model `{}` has {VERSIONS_MAX} versions, the limit: use a new name", new.model),
+        ));
+    }
+    if newest == 0 && row::all::<u64>(txn, NEWEST, &[]).len() >= MODELS_MAX {
+        return Err(Rejection::new(
+            ErrorCode::FailedPrecondition,
+            format!("there are {MODELS_MAX} models, the limit: register under a known name"),
         ));
     }
     let version = newest + 1;

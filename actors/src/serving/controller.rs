@@ -66,13 +66,15 @@ impl Controller for ServingController {
     }
 }
 
-/// The living actor of this name.
-fn living(reader: &dyn Reader, name: &str) -> Option<ActorId> {
+/// The living actor of this name, and whether it is already being stopped.
+fn living(reader: &dyn Reader, name: &str) -> Option<(ActorId, bool)> {
     let target = ActorTarget::Name(name.to_owned());
     let query = SchedulerQuery::ResolveActor { job: JobId::SYSTEM, target };
     match mobula_scheduler::answer(reader, 0, query) {
-        Ok(QueryResponse::Resolved(Resolution::Address(address))) => Some(address.actor),
-        Ok(QueryResponse::Resolved(Resolution::NotRunning { actor, .. })) => Some(actor),
+        Ok(QueryResponse::Resolved(Resolution::Address(address))) => Some((address.actor, false)),
+        Ok(QueryResponse::Resolved(Resolution::NotRunning { actor, state, .. })) => {
+            Some((actor, state == "stopping"))
+        }
         _ => None,
     }
 }
@@ -100,18 +102,24 @@ fn bring_up(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
 }
 
 fn take_down(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
-    let stops: Vec<Proposal> = actors_of(endpoint)
+    let left: Vec<(ActorId, bool)> = actors_of(endpoint)
         .iter()
         .filter_map(|spec| living(reader, spec.name.as_deref()?))
-        .map(|actor| {
-            scheduler(&SchedulerCommand::StopActor { actor, grace_ms: STOP_GRACE_MS })
-        })
         .collect();
-    if !stops.is_empty() {
-        return stops;
+    if left.is_empty() {
+        let gone = Command::Gone { endpoint: endpoint.name.clone() };
+        return vec![Proposal { module: ModuleId::SERVING, payload: codec::encode_plain(&gone) }];
     }
-    let gone = Command::Gone { endpoint: endpoint.name.clone() };
-    vec![Proposal { module: ModuleId::SERVING, payload: codec::encode_plain(&gone) }]
+    left.into_iter()
+        .filter(|(_, is_stopping)| !is_stopping)
+        .map(|(actor, _)| {
+            scheduler(&SchedulerCommand::StopActor {
+                job: Some(JobId::SYSTEM),
+                actor,
+                grace_ms: STOP_GRACE_MS,
+            })
+        })
+        .collect()
 }
 
 /// Everything that runs for an endpoint.
@@ -125,8 +133,9 @@ fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
             Some(SpreadKey { key: format!("serving/{name}"), strict: false });
         spec
     });
-    let router =
-        spec_of(Router::new(endpoint.clone()), router_name(name), LIGHT_CPU_MILLI);
+    let mut router = spec_of(Router::new(endpoint.clone()), router_name(name), LIGHT_CPU_MILLI);
+    // A process of its own: what kills a replica must not close the front door.
+    router.isolated = true;
     let monitor = Monitor::new(
         name.clone(),
         endpoint.model.clone(),

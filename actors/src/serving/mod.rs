@@ -1,17 +1,33 @@
 //! Serving: a model version behind the Open Inference Protocol.
 //!
-//! * `oip`: requests, responses and their bytes, free of any transport.
-//! * `batcher`: joins waiting requests into batches, within bounds.
-//! * `statistics`: what a model has answered, and how long each part took.
-//! * `auth`: bearer tokens.
+//! The actors, and what decides about them:
+//! * [`state`]: endpoints as a replicated table (pure); [`controller`] starts and stops what they
+//!   need; [`client`] is what the command line asks.
+//! * [`router`]: an endpoint's front door. [`fleet`] chooses among its replicas,
+//!   [`endpoint_service`] speaks the protocol for it, [`feed`] tells the monitor.
+//! * [`replica`]: one copy of the model.
+//!
+//! The protocol, for any service:
+//! * [`oip`]: requests, responses and their bytes, free of any transport.
+//! * [`batcher`]: joins waiting requests into batches, within bounds.
+//! * [`statistics`]: what a model has answered, and how long each part took.
+//! * [`auth`]: bearer tokens.
 //! * `compression`: content encodings of HTTP bodies.
-//! * `http`: the protocol over HTTP for any [`http::InferenceService`].
-//! * `server`: accepts connections for that router, within bounds, and stops in order.
+//! * [`http`]: the protocol over HTTP for any [`http::InferenceService`].
+//! * [`server`]: accepts connections for that router, within bounds, and stops in order.
 
 pub mod auth;
 pub mod batcher;
+pub mod client;
 mod compression;
+pub mod controller;
+pub mod endpoint_service;
+pub mod feed;
+pub mod fleet;
 pub mod http;
 pub mod oip;
+pub mod replica;
+pub mod router;
 pub mod server;
+pub mod state;
 pub mod statistics;

@@ -269,3 +269,7 @@ impl StateModule for Serving {
         ))
     }
 }
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

@@ -78,10 +78,15 @@ impl Assignment {
         self.slow.remove(&number);
     }
 
-    /// A worker is gone, or what it says cannot be used: its shards are free again.
-    pub fn lost(&mut self, worker: usize) {
-        self.outstanding.retain(|_, order| order.worker != worker);
+    /// A worker is gone, or what it says cannot be used: its shards are free again. Answers how
+    /// many.
+    pub fn lost(&mut self, worker: usize) -> usize {
+        let its = |order: &Order| order.worker == worker;
+        let count = self.outstanding.values().filter(|order| its(order)).map(|o| o.shards.len());
+        let count = count.sum();
+        self.outstanding.retain(|_, order| !its(order));
         self.slow.retain(|number| self.outstanding.contains_key(number));
+        count
     }
 
     /// An order takes too long: others may compute its shards too. Answers its worker the first
@@ -143,7 +148,7 @@ mod tests {
         let mut assignment = Assignment::new(0);
         let orders = assignment.plan(&all(), &[0, 1, 2]);
         assignment.answered(orders[0].number);
-        assignment.lost(1);
+        assert_eq!(assignment.lost(1), 5);
         let missing: Vec<u32> = (5..16).collect();
         let again = assignment.plan(&missing, &[0, 2]);
         assert_eq!(told(&again), [(0, 5..7), (2, 7..10)]);
@@ -196,7 +201,7 @@ mod tests {
                     }
                     (1, Some(order)) => drop(assignment.mark_slow(order.number)),
                     (2, _) => {
-                        assignment.lost(worker);
+                        let _ = assignment.lost(worker);
                         present.retain(|other| *other != worker);
                     }
                     (3, _) if !present.contains(&worker) => present.push(worker),

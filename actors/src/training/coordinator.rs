@@ -41,6 +41,8 @@ const CONFIRM_MAX: Duration = Duration::from_secs(5);
 /// Pauses between attempts to reach a trainer.
 const GREET_PAUSE_FIRST: Duration = Duration::from_millis(50);
 const GREET_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// How long a process that leaves may still be seen.
+const LEAVE_PAUSE: Duration = Duration::from_millis(200);
 
 /// Why a trainer did not answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -229,7 +231,7 @@ impl<L: TrainerLink> Coordinator<L> {
             log,
         };
         for slot in 0..coordinator.slots.len() {
-            coordinator.summon(slot, Duration::ZERO);
+            coordinator.summon(slot, false, Duration::ZERO);
         }
         coordinator
     }
@@ -369,7 +371,7 @@ impl<L: TrainerLink> Coordinator<L> {
         let index = order.worker;
         let Some(updates) = self.updates_since(self.slots[index].step) else {
             // It was away for too many steps.
-            step.assignment.lost(index);
+            let _ = step.assignment.lost(index);
             self.prepare(index);
             return;
         };
@@ -461,8 +463,7 @@ impl<L: TrainerLink> Coordinator<L> {
              are refused and it gets the state again",
             self.slots[index].node, self.state.step, self.digest
         ));
-        step.assignment.lost(index);
-        self.slots[index].orders.clear();
+        let _ = step.assignment.lost(index);
         self.prepare(index);
         Ok(())
     }
@@ -484,8 +485,7 @@ impl<L: TrainerLink> Coordinator<L> {
                 return Err(CoordinatorError::Unfit { slot: index, node, reason });
             }
             LinkError::Trainer(TrainerError::OutOfStep { .. } | TrainerError::Stale { .. }) => {
-                step.assignment.lost(index);
-                self.slots[index].orders.clear();
+                let _ = step.assignment.lost(index);
                 self.prepare(index);
             }
             LinkError::Trainer(TrainerError::Unprepared) => {
@@ -497,21 +497,20 @@ impl<L: TrainerLink> Coordinator<L> {
     }
 
     fn lose(&mut self, index: usize, reason: &str, step: &mut Step) {
-        let before = step.reducer.missing().len();
-        step.assignment.lost(index);
+        let shards = step.assignment.lost(index);
         let slot = &mut self.slots[index];
         if slot.presence == Presence::Ready {
             self.counters.trainers_lost += 1;
-            let left = before.min(slot.orders.len().max(1) * before);
+            self.counters.reassigned_shards += shards as u64;
             self.epoch = self.epoch.next();
             self.log.line(format_args!(
-                "trainer-{index} on {} is lost at step {}: {reason}; its shards go to the others \
-                 ({left} of this step are still to be computed)",
+                "trainer-{index} on {} is lost at step {}: {reason}; {shards} shards of this step \
+                 go to the others",
                 slot.node, self.state.step
             ));
         }
         self.give_up(index);
-        self.summon(index, GREET_PAUSE_FIRST);
+        self.summon(index, false, GREET_PAUSE_FIRST);
     }
 
     fn give_up(&mut self, index: usize) {
@@ -521,11 +520,15 @@ impl<L: TrainerLink> Coordinator<L> {
         slot.orders.clear();
     }
 
-    /// Waits in the background until the trainer is there.
-    fn summon(&mut self, index: usize, pause: Duration) {
+    /// Waits in the background until the trainer is there; one that shall `leave` first is told.
+    fn summon(&mut self, index: usize, leave: bool, pause: Duration) {
         let slot = &self.slots[index];
         let (link, ticket) = (slot.link.clone(), slot.ticket);
         self.tasks.spawn(async move {
+            if leave && let Err(error) = link.leave().await {
+                // The notice is withdrawn, or the process is gone already: the greeting tells.
+                tracing::debug!(%error, index, "a trainer did not leave");
+            }
             let mut pause = pause;
             loop {
                 tokio::time::sleep(pause).await;
@@ -601,20 +604,7 @@ impl<L: TrainerLink> Coordinator<L> {
 
     fn let_leave(&mut self, index: usize) {
         self.give_up(index);
-        let slot = &self.slots[index];
-        let (link, ticket) = (slot.link.clone(), slot.ticket);
-        self.tasks.spawn(async move {
-            if let Err(error) = link.leave().await {
-                // The notice is withdrawn, or the process is gone already: the greeting tells.
-                tracing::debug!(%error, index, "a trainer did not leave");
-            }
-            loop {
-                tokio::time::sleep(GREET_PAUSE_FIRST).await;
-                if let Ok(greeting) = link.greet().await {
-                    return Event { slot: index, ticket, what: Happened::Greeted(greeting) };
-                }
-            }
-        });
+        self.summon(index, true, LEAVE_PAUSE);
     }
 
     fn updates_since(&self, step: u64) -> Option<Vec<Partial>> {

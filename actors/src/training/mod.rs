@@ -1,8 +1,8 @@
 //! Training: data-parallel, with the same bits whatever happens.
 //!
 //! The final weights and optimizer state of a job depend only on (program, data, seed, step): never on how
-//! many workers ran it, which of them died, or how often it was preempted. These modules are the numeric
-//! part and are pure: no actors, no clock, no threads, no iteration over hash maps. In reading order:
+//! many workers ran it, which of them died, or how often it was preempted. The numeric part is pure: no
+//! actors, no clock, no threads, no iteration over hash maps. In reading order:
 //!
 //! * [`spec`] says what a job is, [`validation`] what it may be; [`data`] loads and splits its samples.
 //! * [`random`] and [`permutation`] give initial values and data order as functions of a position.
@@ -13,6 +13,15 @@
 //! * [`mod@reference`] is what a trained version keeps for drift detection.
 //! * [`local`] runs a job in one process: the oracle for the distributed ones.
 //! * [`math`] has the elementary functions, free of the platform's library.
+//!
+//! Around it, the distributed part:
+//!
+//! * [`job`] is the driver of a training job, from its TOML to its result; [`resume`] finds where a driver
+//!   that was started again goes on; [`saving`] keeps checkpoints coming; [`publish`] stores the model.
+//! * [`coordinator`] leads the trainers from step to step; [`assignment`] plans who computes what.
+//! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what both sides say;
+//!   [`link`] is the way between them.
+//! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
 
 pub mod data;
 pub mod layout;
@@ -31,3 +40,17 @@ pub mod validation;
 mod loss;
 mod patches;
 mod product;
+
+pub mod messages;
+pub mod replica;
+pub mod trainer;
+pub mod assignment;
+pub mod coordinator;
+pub mod named_actor;
+pub mod link;
+pub mod job_log;
+pub mod progress;
+pub mod saving;
+pub mod resume;
+pub mod publish;
+pub mod job;

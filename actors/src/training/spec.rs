@@ -27,8 +27,11 @@ pub struct WorkerRange {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainSpec {
-    /// Name of the job and of the model it makes.
+    /// Name of the job.
     pub name: String,
+    /// Register the result as a version of this model; absent: only store it.
+    #[serde(default)]
+    pub register: Option<String>,
     /// `"digits"` for the embedded data, or the path of a `.csv` or `.csv.gz` file on every worker.
     #[serde(default = "defaults::dataset")]
     pub dataset: String,
@@ -137,6 +140,7 @@ impl TrainSpec {
     pub fn digits_mlp(name: &str) -> Self {
         Self {
             name: name.to_owned(),
+            register: None,
             dataset: defaults::dataset(),
             held_out_fraction: defaults::held_out_fraction(),
             seed: 7,

@@ -18,6 +18,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::data::Dataset;
+use super::layout::Layout;
 use super::model::{Model, ModelError};
 use super::spec::TrainSpec;
 use super::validation::PARAMETERS_MAX;
@@ -132,6 +133,24 @@ impl TrainState {
             }
         }
         bytes
+    }
+
+    /// Where each tensor lies in [`TrainState::to_bytes`]: name, offset and length in bytes.
+    pub fn sections(&self, layout: &Layout) -> Vec<(String, u64, u64)> {
+        let vector_bytes = self.params.len() as u64 * 4;
+        let mut sections = vec![("header".to_owned(), 0, HEADER_BYTES as u64)];
+        for index in 0..=self.moments.len() {
+            let start = HEADER_BYTES as u64 + index as u64 * vector_bytes;
+            let vector = match index {
+                0 => "params".to_owned(),
+                _ => format!("moments.{}", index - 1),
+            };
+            sections.extend(layout.slots.iter().map(|slot| {
+                let offset = start + slot.offset as u64 * 4;
+                (format!("{vector}.{}", slot.name), offset, slot.value_count() as u64 * 4)
+            }));
+        }
+        sections
     }
 
     /// Reads what [`TrainState::to_bytes`] wrote.
@@ -254,6 +273,18 @@ mod tests {
             ..state
         };
         assert_eq!(TrainState::from_bytes(&empty.to_bytes()).unwrap(), empty);
+    }
+
+    #[test]
+    fn sections_cover_every_byte_once() {
+        let state = state();
+        let layout = Layout::of(&TrainSpec::digits_mlp("a").model);
+        let mut end = 0;
+        for (name, offset, length) in state.sections(&layout) {
+            assert_eq!(offset, end, "{name}");
+            end += length;
+        }
+        assert_eq!(end, state.to_bytes().len() as u64);
     }
 
     #[test]

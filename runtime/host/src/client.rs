@@ -7,7 +7,6 @@
 //! 3. Nothing is sent twice from here: sending again is the decision of who knows the new address.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -152,36 +151,39 @@ impl CallClient {
 
     fn stream(&self, address: SocketAddr) -> Result<Arc<HostStream>, String> {
         let mut streams = self.0.streams.lock();
-        streams.retain(|_, stream| !stream.outgoing.is_closed());
-        let count = streams.len();
-        match streams.entry(address) {
-            Entry::Occupied(entry) => Ok(Arc::clone(entry.get())),
-            Entry::Vacant(_) if count >= HOSTS_MAX => Err(format!(
-                "this process calls {HOSTS_MAX} hosts already, its limit"
-            )),
-            Entry::Vacant(entry) => {
-                let (outgoing, requests) = mpsc::channel(OUTGOING_MAX);
-                let stream = Arc::new(HostStream {
-                    outgoing,
-                    unanswered: Mutex::new(Unanswered::default()),
-                    next_call: AtomicU64::new(0),
-                });
-                // Ends when the stream breaks, or by the token; its answers are in `unanswered`.
-                let endpoint = self.0.endpoint.clone();
-                let ended = self.0.ended.clone();
-                let weak = Arc::downgrade(&stream);
-                tokio::spawn(async move {
-                    let reason = tokio::select! {
-                        reason = run_stream(&endpoint, address, requests, &weak) => reason,
-                        () = ended.cancelled() => "this process stopped calling".to_owned(),
-                    };
-                    if let Some(stream) = weak.upgrade() {
-                        stream.fail_all(&reason);
-                    }
-                });
-                Ok(Arc::clone(entry.insert(stream)))
-            }
+        if let Some(stream) = streams.get(&address)
+            && !stream.outgoing.is_closed()
+        {
+            return Ok(Arc::clone(stream));
         }
+        // A new host is rare enough to look through all of them for those that are gone.
+        streams.retain(|_, stream| !stream.outgoing.is_closed());
+        if streams.len() >= HOSTS_MAX {
+            return Err(format!(
+                "this process calls {HOSTS_MAX} hosts already, its limit"
+            ));
+        }
+        let (outgoing, requests) = mpsc::channel(OUTGOING_MAX);
+        let stream = Arc::new(HostStream {
+            outgoing,
+            unanswered: Mutex::new(Unanswered::default()),
+            next_call: AtomicU64::new(0),
+        });
+        // Ends when the stream breaks, or by the token; its answers are in `unanswered`.
+        let endpoint = self.0.endpoint.clone();
+        let ended = self.0.ended.clone();
+        let weak = Arc::downgrade(&stream);
+        tokio::spawn(async move {
+            let reason = tokio::select! {
+                reason = run_stream(&endpoint, address, requests, &weak) => reason,
+                () = ended.cancelled() => "this process stopped calling".to_owned(),
+            };
+            if let Some(stream) = weak.upgrade() {
+                stream.fail_all(&reason);
+            }
+        });
+        streams.insert(address, Arc::clone(&stream));
+        Ok(stream)
     }
 }
 

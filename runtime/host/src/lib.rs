@@ -20,6 +20,7 @@ pub mod client;
 pub mod context;
 pub mod mailbox;
 pub mod registry;
+mod shell;
 pub mod supervision;
 
 pub use actor::{DynActor, MethodError};

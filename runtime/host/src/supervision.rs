@@ -7,25 +7,23 @@
 //! 4. An actor whose end is requested ends within its grace, or is killed at its next await.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::error::Executed;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_core::order::StartActor;
-use mobula_core::spec::ActorKind;
 use parking_lot::Mutex;
-use ractor::{Actor, ActorProcessingErr, ActorRef, SpawnErr, SupervisionEvent};
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 use tokio_util::task::TaskTracker;
 
-use crate::actor::DynActor;
-use crate::context::{ActorContext, HostRuntime, Notice};
-use crate::mailbox::{Envelope, InFlight, IncomingCall, Mailbox, run_call, unavailable};
-use crate::registry::{ConstructError, Registry};
+use crate::context::{HostRuntime, Notice};
+use crate::mailbox::{IncomingCall, Mailbox, unavailable};
+use crate::registry::Registry;
+use crate::shell::{ActorShell, Startup, shortened, start_failure};
 
 /// Actors in one host process: beyond this, one process's loss takes too much with it.
 pub const ACTORS_PER_HOST_MAX: usize = 10_000;
@@ -128,6 +126,12 @@ impl ActorTable {
     #[must_use]
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// What the actors share.
+    #[must_use]
+    pub fn runtime(&self) -> &Arc<HostRuntime> {
+        &self.runtime
     }
 
     /// Starts an actor; what comes of it is an event. An incarnation that is here already is left
@@ -335,6 +339,21 @@ impl ActorTable {
         self.slots.lock().len()
     }
 
+    /// A constructed actor takes calls from now on; false if its start was called off meanwhile.
+    pub(crate) fn enter(&self, mailbox: Arc<Mailbox>) -> bool {
+        let mut slots = self.slots.lock();
+        match slots.get_mut(&mailbox.actor) {
+            Some(slot @ Slot::Starting { .. }) if slot.incarnation() == mailbox.incarnation => {
+                self.by_ractor_id
+                    .lock()
+                    .insert(mailbox.ractor.get_id(), Arc::clone(&mailbox));
+                *slot = Slot::Running(mailbox);
+                true
+            }
+            _ => false,
+        }
+    }
+
     async fn finished(&self, end: End) {
         let Some(mailbox) = self.by_ractor_id.lock().remove(&end.ractor_id) else {
             return;
@@ -368,7 +387,7 @@ impl ActorTable {
         .await;
     }
 
-    async fn report(&self, event: ActorEvent) {
+    pub(crate) async fn report(&self, event: ActorEvent) {
         // Nobody listens once the agent is gone; the process is about to end then.
         let _ = self.events.send(event).await;
         self.changed.notify_waiters();

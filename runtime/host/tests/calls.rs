@@ -1,4 +1,5 @@
 //! Calls between two endpoints over real QUIC, and a host process under a test's agent.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! Actors of one process: order, admission, and every way in which they end.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod support;
 

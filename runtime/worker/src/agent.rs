@@ -20,14 +20,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::hosts::action::{Action, Alarm, Launch};
 use crate::hosts::connection::Connected;
 use crate::hosts::devices::Devices;
 use crate::hosts::launcher::Launcher;
-use crate::hosts::pool::{Action, Alarm, Launch, Pool};
+use crate::hosts::pool::Pool;
 use crate::hosts::process::{HostProcess, ProcessEnd};
 use crate::logs::Logs;
 use crate::notices::{Notice, NoticeBoard, NoticeChange, NoticeSource, until};
-use crate::session::{FromLeader, SessionHandle};
+use crate::session_handle::{FromLeader, SessionHandle};
 use crate::worker::{WorkerExit, WorkerStatus};
 
 /// Inputs that wait for the agent. Who sends more waits, which is the backpressure on the leader's
@@ -291,7 +292,7 @@ impl Agent {
             }
             return;
         };
-        if connected.session_pid != Some(process.pid()) || self.streams.contains_key(&host) {
+        if !connected.pids.contains(&process.pid()) || self.streams.contains_key(&host) {
             tracing::warn!(%host, "refused a process that says it is this host");
             return;
         }
@@ -328,7 +329,6 @@ impl Agent {
 
     fn handle_died(&mut self, host: HostId, end: ProcessEnd) {
         tracing::info!(%host, %end, "host ended");
-        self.processes.remove(&host);
         self.launcher.forget(host);
         let last_output = self.logs.tail(host);
         self.logs.close(host);
@@ -344,6 +344,11 @@ impl Agent {
             for action in actions {
                 self.perform_one(action);
             }
+        }
+        // A dead host is remembered until its last words are read.
+        if self.processes.len() > self.pool.host_count() {
+            self.processes.retain(|host, _| self.pool.has_host(*host));
+            self.early.retain(|host, _| self.pool.has_host(*host));
         }
         self.status.send_if_modified(|status| {
             let actors = self.pool.actor_count();

@@ -116,7 +116,7 @@ impl Joiner {
             }
             Err(error @ JoinError::OtherCluster { .. }) => Err(error),
             Err(error) => {
-                tracing::warn!(%error, "no head answers yet; going on with the stored identity");
+                tracing::warn!(%error, "no head says where it takes connections; going on with the stored address");
                 Ok(stored)
             }
         }
@@ -124,12 +124,18 @@ impl Joiner {
 
     /// A new certificate for a worker whose old one is at half life or older.
     pub(crate) async fn renew(&self, current: &Membership) -> Result<Membership, JoinError> {
-        let token = self.parse_token()?;
-        let usable = token.filter(|t| t.ca_key_hash() == current.credentials.ca_key_hash());
-        let text = usable.map(|token| token.to_text()).unwrap_or_default();
-        // Without a token the certificate that is about to end says who asks.
-        self.join_any(&ClientTls::Mutual(current.credentials.clone()), text)
-            .await
+        let tls = ClientTls::Mutual(current.credentials.clone());
+        // The certificate that is about to end says who asks; a token's uses are for others.
+        let refused = match self.join_any(&tls, String::new()).await {
+            Err(error @ JoinError::TokenRefused { .. }) => error,
+            decided => return decided,
+        };
+        match self.parse_token()? {
+            Some(token) if token.ca_key_hash() == current.credentials.ca_key_hash() => {
+                self.join_any(&tls, token.to_text()).await
+            }
+            _ => Err(refused),
+        }
     }
 
     /// Where the leader or another head takes QUIC connections, from any head that answers.
@@ -144,10 +150,16 @@ impl Joiner {
                 let mut client = self.connect(address, &tls).await?;
                 let mut request = tonic::Request::new(StatusRequest {});
                 request.set_timeout(RPC_TIMEOUT);
-                client
-                    .status(request)
-                    .await
-                    .map_err(|status| self.refusal(address, &status))
+                client.status(request).await.map_err(|status| {
+                    match self.refusal(address, &status) {
+                        // No token is at stake here.
+                        JoinError::TokenRefused { reason } => JoinError::Refused {
+                            name: self.name.clone(),
+                            reason,
+                        },
+                        other => other,
+                    }
+                })
             };
             match reply.await {
                 Ok(reply) => return Ok(reply.into_inner().cluster_address),

@@ -1,8 +1,8 @@
 //! The worker agent: the daemon of a machine that runs actors.
 //!
-//! It [joins](join) a cluster, keeps a [session](session) with the leader, starts and watches
-//! [host processes](hosts), finds out [what the machine offers](discover), and passes on
-//! [notices](notices) that the machine is about to be taken away.
+//! It joins a cluster (`join`), keeps a session with the leader (`session`), starts and watches host
+//! processes (`agent`, `hosts`), finds out what the machine offers ([`discover`]), and passes on
+//! notices that the machine is about to be taken away ([`notices`]).
 //!
 //! Invariants:
 //! 1. An incarnation of an actor is started at most once here, and its end is reported until the
@@ -25,6 +25,7 @@ mod options;
 mod outbox;
 mod paths;
 mod session;
+mod session_handle;
 mod worker;
 
 pub use error::{JoinError, WorkerError};

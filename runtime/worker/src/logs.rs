@@ -18,7 +18,7 @@ use std::time::SystemTime;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId};
 use rustix::fs::FallocateFlags;
 
-use crate::hosts::pool::Key;
+use crate::hosts::action::Key;
 use crate::options::ACTORS_MAX;
 
 /// How much of one log is kept on disk, in bytes: hours of ordinary output.

@@ -13,35 +13,26 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mobula_core::id::{HostId, JobId, Term};
+use mobula_core::id::Term;
 use mobula_net::endpoint::{Endpoint, LaneClass};
 use mobula_net::identity::Role;
 use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
 use mobula_wire::hello::Lane;
 use mobula_wire::session::{HeadMessage, Welcome, WorkerHello, WorkerMessage};
-use parking_lot::Mutex;
 use rand::Rng;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::agent::Input;
-use crate::hosts::pool::Key;
 use crate::join::{Joiner, Membership, resolve};
 use crate::lease::Lease;
-use crate::outbox::Outbox;
+use crate::session_handle::{Command, FromLeader, SessionHandle, SharedOutbox, Signing};
 use crate::worker::WorkerStatus;
-
-/// Requests of the agent that wait for the session: one for each launch under way and each log
-/// that is read, of which a machine has far fewer.
-const COMMANDS: usize = 1_024;
 
 /// Certificates that are being waited for; as many launches at a time as the spawner queues.
 const SIGNINGS_MAX: usize = 256;
 
 /// A leader that is there answers a hello at once.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long a launch waits for its certificate: longer than a change of leaders.
-const SIGN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Events that are unacknowledged for this long are sent again: the leader may have lost one on its
 /// way through the log.
@@ -52,150 +43,6 @@ const EVENT_BATCH: usize = 256;
 
 const BACKOFF_INITIAL: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(3);
-
-/// The outbox, with a bell for the session and one for whoever waits for it to empty.
-#[derive(Debug, Default)]
-pub(crate) struct SharedOutbox {
-    outbox: Mutex<Outbox>,
-    added: Notify,
-    removed: Notify,
-}
-
-impl SharedOutbox {
-    /// Changes the outbox, then sends what is new in it.
-    pub(crate) fn update<T>(&self, change: impl FnOnce(&mut Outbox) -> T) -> T {
-        let result = change(&mut self.outbox.lock());
-        self.added.notify_one();
-        result
-    }
-
-    /// Looks at the outbox.
-    pub(crate) fn read<T>(&self, look: impl FnOnce(&Outbox) -> T) -> T {
-        look(&self.outbox.lock())
-    }
-
-    /// Waits until everything is acknowledged.
-    pub(crate) async fn emptied(&self) {
-        while self.read(Outbox::len) > 0 {
-            self.removed.notified().await;
-        }
-    }
-
-    fn acknowledge(&self, sequence: u64) {
-        self.outbox.lock().acknowledge(sequence);
-        self.removed.notify_one();
-    }
-}
-
-/// What the agent asks of the session.
-#[derive(Debug)]
-enum Command {
-    Sign(Signing),
-    Log {
-        session: u64,
-        request: u64,
-        bytes: Vec<u8>,
-    },
-    Restart,
-    Leave(oneshot::Sender<()>),
-}
-
-#[derive(Debug)]
-struct Signing {
-    csr_pem: String,
-    job: JobId,
-    host: HostId,
-    reply: oneshot::Sender<Result<String, String>>,
-}
-
-/// The agent's side of the session.
-#[derive(Debug, Clone)]
-pub(crate) struct SessionHandle {
-    commands: mpsc::Sender<Command>,
-    pub(crate) outbox: Arc<SharedOutbox>,
-}
-
-impl SessionHandle {
-    /// Has the leader sign a host's certificate.
-    pub(crate) async fn sign_host(
-        &self,
-        csr_pem: String,
-        job: JobId,
-        host: HostId,
-    ) -> Result<String, String> {
-        let (reply, answer) = oneshot::channel();
-        let ended = "the session with the leader has ended";
-        let ask = async {
-            let command = Command::Sign(Signing {
-                csr_pem,
-                job,
-                host,
-                reply,
-            });
-            self.commands
-                .send(command)
-                .await
-                .map_err(|_| ended.to_owned())?;
-            answer.await.map_err(|_| ended.to_owned())?
-        };
-        tokio::time::timeout(SIGN_TIMEOUT, ask)
-            .await
-            .unwrap_or_else(|_| {
-                Err(format!(
-                    "no leader signed the host's certificate within {SIGN_TIMEOUT:?}"
-                ))
-            })
-    }
-
-    /// Answers a question for a log. Without a session, or when too many answers wait, it is
-    /// dropped: the leader asks again.
-    pub(crate) fn send_log(&self, session: u64, request: u64, bytes: Vec<u8>) {
-        if self
-            .commands
-            .try_send(Command::Log {
-                session,
-                request,
-                bytes,
-            })
-            .is_err()
-        {
-            tracing::debug!(request, "log answer dropped");
-        }
-    }
-
-    /// Tells the leader that this worker goes and that nothing runs on it any more. Returns when
-    /// the leader has taken it in, or when nobody is there to hear it.
-    pub(crate) async fn leave(&self) {
-        let (left, done) = oneshot::channel();
-        if self.commands.send(Command::Leave(left)).await.is_ok() {
-            // Dropped without a word: the session broke meanwhile.
-            let _ = done.await;
-        }
-    }
-
-    /// Begins a new session, in which the leader repeats all orders that stand.
-    pub(crate) fn restart(&self) {
-        // A full queue means that one is being asked for already, or will be when it drains.
-        let _ = self.commands.try_send(Command::Restart);
-    }
-}
-
-/// What the leader says that is the agent's business.
-#[derive(Debug)]
-pub(crate) enum FromLeader {
-    /// A session has begun. Dropping the sender says that the agent is ready for it.
-    Welcome(Arc<Welcome>, oneshot::Sender<()>),
-    Order(mobula_core::order::Order),
-    /// All standing orders were sent; nothing else is to run.
-    OrdersComplete(Vec<Key>),
-    ReadLog {
-        session: u64,
-        request: u64,
-        key: Key,
-        offset: u64,
-        limit_bytes: u32,
-    },
-}
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -250,11 +97,7 @@ impl Session {
         inputs: mpsc::Sender<Input>,
         status: watch::Sender<WorkerStatus>,
     ) -> (Session, SessionHandle) {
-        let (sender, commands) = mpsc::channel(COMMANDS);
-        let handle = SessionHandle {
-            commands: sender,
-            outbox: Arc::default(),
-        };
+        let (handle, commands) = SessionHandle::new();
         let cluster_address = membership.borrow().cluster_address.clone();
         let session = Session {
             endpoint,

@@ -201,8 +201,14 @@ impl CheckpointReader {
         }
         let capacity = usize::try_from(total_bytes).expect("the limit is what fits in memory");
         let mut joined = BytesMut::with_capacity(capacity);
-        let mut parts = stream::iter(&manifest.chunks)
-            .map(|chunk| self.fetch(*chunk))
+        // Owned and boxed: a closure over a borrow is not general enough for callers that must be
+        // `Send` for every lifetime, as methods of actors are.
+        let reader = self.clone();
+        let mut parts = stream::iter(manifest.chunks.clone())
+            .map(move |chunk| {
+                let reader = reader.clone();
+                async move { reader.fetch(chunk).await }
+            })
             .buffered(DOWNLOADS_MAX);
         while let Some(part) = parts.try_next().await? {
             joined.extend_from_slice(&part);

@@ -388,7 +388,10 @@ async fn a_sweep_removes_what_nobody_keeps_and_nothing_else() {
         "all of it is young"
     );
     let plan = sweeper.plan(&keep, now_ms, 0).await.unwrap();
-    assert_eq!(plan.manifests, [dropped.reference.path.clone()]);
+    assert_eq!(
+        plan.manifests,
+        std::slice::from_ref(&dropped.reference.path)
+    );
     assert_eq!(plan.chunks.len(), 14, "seven of each of two");
     let report = sweeper.sweep(&plan).await.unwrap();
     assert_eq!(

@@ -1,7 +1,5 @@
 //! What every engine must do, run over all of them.
 
-use std::ops::ControlFlow;
-
 use super::*;
 
 const S: Column = Column::State;
@@ -41,7 +39,7 @@ impl Read for OnDisk {
         &self,
         column: Column,
         from: &[u8],
-        visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+        visitor: &mut Visitor<'_>,
     ) -> Result<(), EngineError> {
         self.engine.visit(column, from, visitor)
     }

@@ -4,11 +4,11 @@
 //! "restart". Snapshots share the maps until the next write copies what it changes.
 
 use std::collections::BTreeMap;
-use std::ops::{Bound, ControlFlow};
+use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{Column, Durability, Engine, EngineError, Read, Row, WriteBatch, WriteOp};
+use super::{Column, Durability, Engine, EngineError, Read, Row, Visitor, WriteBatch, WriteOp};
 
 /// How many unsynced batches are remembered one by one; past that, the oldest count as written
 /// back by the operating system, as they would in a real one after a while.
@@ -130,7 +130,7 @@ impl Read for MemoryEngine {
         &self,
         column: Column,
         from: &[u8],
-        visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+        visitor: &mut Visitor<'_>,
     ) -> Result<(), EngineError> {
         // Over a snapshot, because the visitor may want to read from this engine too.
         self.snapshot().visit(column, from, visitor)
@@ -194,7 +194,7 @@ impl Read for MemorySnapshot {
         &self,
         column: Column,
         from: &[u8],
-        visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+        visitor: &mut Visitor<'_>,
     ) -> Result<(), EngineError> {
         let range = (Bound::Included(from), Bound::Unbounded);
         for (key, value) in self.columns.map(column).range::<[u8], _>(range) {

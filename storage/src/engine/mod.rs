@@ -205,6 +205,9 @@ impl WriteBatch {
     }
 }
 
+/// Takes rows one by one, and says when it has seen enough.
+pub type Visitor<'a> = dyn FnMut(&[u8], &[u8]) -> ControlFlow<()> + 'a;
+
 /// Reads, either of the newest state (an engine) or of one moment (a snapshot).
 pub trait Read {
     /// The value under `key`.
@@ -215,7 +218,7 @@ pub trait Read {
         &self,
         column: Column,
         from: &[u8],
-        visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+        visitor: &mut Visitor<'_>,
     ) -> Result<(), EngineError>;
 
     /// The row with the greatest key.
@@ -270,7 +273,7 @@ impl<R: Read + ?Sized> Read for &R {
         &self,
         column: Column,
         from: &[u8],
-        visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+        visitor: &mut Visitor<'_>,
     ) -> Result<(), EngineError> {
         (**self).visit(column, from, visitor)
     }
@@ -289,7 +292,7 @@ impl<R: Read + ?Sized> Read for std::sync::Arc<R> {
         &self,
         column: Column,
         from: &[u8],
-        visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+        visitor: &mut Visitor<'_>,
     ) -> Result<(), EngineError> {
         (**self).visit(column, from, visitor)
     }

@@ -10,7 +10,6 @@
 //! * Small, shared memory bounds: the head holds control state, not bulk data.
 
 use std::mem::ManuallyDrop;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,7 +18,7 @@ use rocksdb::{
     DBRawIterator, DBRecoveryMode, LogLevel, Options, WriteOptions,
 };
 
-use super::{Column, Durability, Engine, EngineError, Read, Row, WriteBatch, WriteOp};
+use super::{Column, Durability, Engine, EngineError, Read, Row, Visitor, WriteBatch, WriteOp};
 
 /// How much the store may use. [`RocksOptions::small`] is what a head runs with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,7 +182,7 @@ fn typed_reason(path: &Path, operation: &'static str, reason: String) -> EngineE
 fn visit_rows(
     mut iterator: DBRawIterator<'_>,
     from: &[u8],
-    visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+    visitor: &mut Visitor<'_>,
 ) -> Result<(), rocksdb::Error> {
     iterator.seek(from);
     while let Some((key, value)) = iterator.item() {
@@ -215,7 +214,7 @@ impl Read for RocksEngine {
         &self,
         column: Column,
         from: &[u8],
-        visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+        visitor: &mut Visitor<'_>,
     ) -> Result<(), EngineError> {
         visit_rows(self.db.raw_iterator_cf(self.column(column)), from, visitor)
             .map_err(|error| self.fault("reading", &error))
@@ -307,7 +306,7 @@ impl Read for RocksSnapshot {
         &self,
         column: Column,
         from: &[u8],
-        visitor: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+        visitor: &mut Visitor<'_>,
     ) -> Result<(), EngineError> {
         visit_rows(
             self.snapshot.raw_iterator_cf(self.engine.column(column)),

@@ -41,7 +41,7 @@ mod tests {
             entry_type: EntryType::EntryConfChangeV2 as i32,
             term: 3,
             index: 9,
-            data: vec![1, 2, 3].into(),
+            data: vec![1, 2, 3],
             ..Entry::default()
         };
         assert_eq!(decode_raft::<Entry>(&encode_raft(&entry)).unwrap(), entry);

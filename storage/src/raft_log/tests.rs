@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use raft::Storage;
+use raft::{GetEntriesContext, Storage};
 
 use super::*;
 use crate::engine::{MemoryEngine, Read, RocksEngine, RocksOptions};
@@ -9,7 +9,7 @@ fn entry(index: u64, term: u64) -> Entry {
     Entry {
         index,
         term,
-        data: vec![b'x'; 100].into(),
+        data: vec![b'x'; 100],
         ..Entry::default()
     }
 }

@@ -167,16 +167,22 @@ fn a_newcomer_needs_the_snapshot_and_then_follows_the_compacted_log() {
     assert_eq!(leader.log.conf_state().learners, [2]);
 
     // The newcomer's empty log rejects the append; raft then asks its storage for a snapshot.
+    let is_append = |message: &&Message| message.get_msg_type() == MessageType::MsgAppend;
+    let append = leader
+        .sent
+        .iter()
+        .find(is_append)
+        .expect("the newcomer is probed");
     let mut answer = Message {
         to: 1,
         from: 2,
-        term: leader.raw.raft.term,
+        term: append.term,
         ..Message::default()
     };
     answer.set_msg_type(MessageType::MsgAppendResponse);
     answer.reject = true;
-    answer.index = leader.log.applied().index;
-    leader.raw.step(answer.clone()).unwrap();
+    answer.index = append.index;
+    leader.raw.step(answer).unwrap();
     leader.run();
     let request = leader
         .log
@@ -200,7 +206,6 @@ fn a_newcomer_needs_the_snapshot_and_then_follows_the_compacted_log() {
     };
     alive.set_msg_type(MessageType::MsgHeartbeatResponse);
     leader.raw.step(alive).unwrap();
-    leader.raw.step(answer).unwrap();
     leader.run();
     let sent = leader
         .sent

@@ -6,7 +6,7 @@ use mobula_core::control::{Caller, Subject};
 use mobula_core::error::Rejection;
 use mobula_core::id::{ActorId, Incarnation, JobId};
 use mobula_core::spec::ActorSpec;
-use mobula_scheduler::{ActorTarget, Command, Query, QueryResponse, Resolution, Response};
+use mobula_scheduler::{ActorIncarnation, ActorTarget, Command, Query, QueryResponse, Resolution, Response};
 use mobula_wire::control::resolve_actor_request::Target;
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
@@ -32,7 +32,10 @@ pub(super) async fn create(
         actors,
         gang: request.gang,
         get_or_create: request.get_or_create,
-        creator: None,
+        creator: request.creator.map(|creator| ActorIncarnation {
+            actor: ActorId(creator.actor),
+            incarnation: Incarnation(creator.incarnation),
+        }),
     };
     context.authorize_scheduler(caller, &command)?;
     let (session, seq) = stamp(request.stamp);

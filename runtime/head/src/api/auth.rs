@@ -12,11 +12,14 @@ use super::rejected;
 use crate::context::HeadContext;
 use crate::session::node_of_host_name;
 
+/// Whose certificate the connection of `request` showed.
+pub(super) fn peer_identity<T>(request: &Request<T>) -> Option<&Identity> {
+    request.extensions().get::<PeerInfo>()?.identity.as_ref()
+}
+
 /// Who sent `request`.
 pub(super) async fn caller<T>(context: &HeadContext, request: &Request<T>) -> Result<Caller, Status> {
-    if let Some(identity) =
-        request.extensions().get::<PeerInfo>().and_then(|peer| peer.identity.as_ref())
-    {
+    if let Some(identity) = peer_identity(request) {
         return caller_of(identity).map_err(|rejection| rejected(&rejection));
     }
     let text = bearer(request).map_err(|rejection| rejected(&rejection))?;

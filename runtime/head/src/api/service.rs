@@ -28,7 +28,8 @@ impl Control for ControlService {
     type JobLogsStream = logs::LogStream;
 
     async fn join(&self, r: Request<api::JoinRequest>) -> Result<Response<api::JoinReply>, Status> {
-        Ok(Response::new(status::join(&self.context, r.into_inner()).await?))
+        let peer = auth::peer_identity(&r).cloned();
+        Ok(Response::new(status::join(&self.context, peer, r.into_inner()).await?))
     }
 
     async fn create_token(
@@ -42,7 +43,11 @@ impl Control for ControlService {
         &self,
         r: Request<api::StatusRequest>,
     ) -> Result<Response<api::StatusReply>, Status> {
-        answer!(self, r, status::status)
+        // Workers ask too: for the address of the cluster's endpoint.
+        if auth::peer_identity(&r).is_none() {
+            auth::caller(&self.context, &r).await?;
+        }
+        Ok(Response::new(status::status(&self.context).await?))
     }
 
     async fn open_session(

@@ -30,24 +30,14 @@ const NAME_BYTES_MAX: usize = 63;
 
 pub(super) async fn join(
     context: &HeadContext,
+    peer: Option<Identity>,
     request: api::JoinRequest,
 ) -> Result<api::JoinReply, Status> {
-    let unauthenticated =
-        |message: String| rejected(&Rejection::new(ErrorCode::Unauthenticated, message));
-    let token =
-        Token::parse(request.token.trim()).map_err(|error| unauthenticated(error.to_string()))?;
-    if token.ca_key_hash() != context.ca.key_hash() {
-        return Err(unauthenticated(
-            "the token is of another cluster: use one that this cluster's head made".into(),
-        ));
-    }
     check_name(&request.name)?;
-    let command = Command::UseToken { secret_hash: token.secret_hash() };
-    let accepted = context.propose_scheduler(SessionId::INTERNAL, 0, &command).await?;
-    let role = match accepted {
-        Response::TokenAccepted { role: TokenUse::Worker, .. } => Role::Node,
-        Response::TokenAccepted { role: TokenUse::Client, .. } => Role::Client,
-        other => return Err(unexpected(&other)),
+    let role = match peer {
+        // Whoever still has a certificate for this name gets the next one for it.
+        Some(peer) if request.token.is_empty() && peer.id == request.name => peer.role,
+        _ => role_by_token(context, &request.token).await?,
     };
     let identity = Identity::new(&context.cluster_id, role, &request.name, 0);
     let certificate_pem = context
@@ -60,6 +50,25 @@ pub(super) async fn join(
         cluster_id: context.cluster_id.clone(),
         cluster_address: context.cluster_address.to_string(),
     })
+}
+
+/// The role that a token gives, which counts as a use of it.
+async fn role_by_token(context: &HeadContext, text: &str) -> Result<Role, Status> {
+    let unauthenticated =
+        |message: String| rejected(&Rejection::new(ErrorCode::Unauthenticated, message));
+    let token =
+        Token::parse(text.trim()).map_err(|error| unauthenticated(error.to_string()))?;
+    if token.ca_key_hash() != context.ca.key_hash() {
+        return Err(unauthenticated(
+            "the token is of another cluster: use one that this cluster's head made".into(),
+        ));
+    }
+    let command = Command::UseToken { secret_hash: token.secret_hash() };
+    match context.propose_scheduler(SessionId::INTERNAL, 0, &command).await? {
+        Response::TokenAccepted { role: TokenUse::Worker, .. } => Ok(Role::Node),
+        Response::TokenAccepted { role: TokenUse::Client, .. } => Ok(Role::Client),
+        other => Err(unexpected(&other)),
+    }
 }
 
 /// Names become part of certificates and paths.
@@ -121,11 +130,7 @@ pub(super) async fn open_session(
     }
 }
 
-pub(super) async fn status(
-    context: &HeadContext,
-    _caller: &Caller,
-    _request: api::StatusRequest,
-) -> Result<api::StatusReply, Status> {
+pub(super) async fn status(context: &HeadContext) -> Result<api::StatusReply, Status> {
     let QueryResponse::Status(counts) = context.ask(Query::Status).await? else {
         return Err(Status::internal("the scheduler answered another question"));
     };

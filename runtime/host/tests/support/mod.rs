@@ -3,7 +3,8 @@
     dead_code,
     unreachable_pub,
     missing_docs,
-    reason = "each test uses its own part of this"
+    clippy::unwrap_used,
+    reason = "test support: each test uses its own part of this"
 )]
 
 use std::sync::Arc;

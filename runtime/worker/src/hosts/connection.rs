@@ -35,8 +35,9 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Connected {
     pub(crate) host: HostId,
-    /// The session of the process that connected, which the agent compares with the host's.
-    pub(crate) session_pid: Option<u32>,
+    /// The process that connected and the leader of its session, as far as they are known; one of
+    /// them must be the host's.
+    pub(crate) pids: Vec<u32>,
     pub(crate) call_address: String,
     /// To the host. Dropping it closes the stream.
     pub(crate) messages: mpsc::Sender<AgentMessage>,
@@ -81,10 +82,12 @@ async fn serve_host(stream: FramedStream, peer: LocalPeer, inputs: mpsc::Sender<
     tracing::debug!(%host, pid = peer.pid, ?actor_types, "host said hello");
     let (messages, queue) = mpsc::channel(HOST_QUEUE);
     let (accept, accepted) = oneshot::channel();
-    let session_pid = peer.pid.and_then(session_of);
+    // The session cannot be asked for any more when the process has ended already.
+    let pids = peer.pid.into_iter().chain(peer.pid.and_then(session_of));
+    let pids = pids.filter_map(|pid| u32::try_from(pid).ok()).collect();
     let connected = Connected {
         host,
-        session_pid,
+        pids,
         call_address,
         messages,
         accept,
@@ -136,7 +139,7 @@ async fn pump(
     }
 }
 
-fn session_of(pid: i32) -> Option<u32> {
+fn session_of(pid: i32) -> Option<i32> {
     let session = rustix::process::getsid(Pid::from_raw(pid)).ok()?;
-    u32::try_from(session.as_raw_nonzero().get()).ok()
+    Some(session.as_raw_nonzero().get())
 }

@@ -16,12 +16,12 @@ use mobula_net::identity::PrivateKey;
 use mobula_wire::host::{HostBootstrap, HostRole, host_environment};
 use mobula_wire::session::Welcome;
 
-use super::pool::Launch;
+use super::action::Launch;
 use super::process::{HostProcess, ProcessSpec, Spawner};
 use super::program::Programs;
 use crate::logs;
 use crate::paths::write_private;
-use crate::session::SessionHandle;
+use crate::session_handle::SessionHandle;
 
 /// What a host may inherit from the agent: where programs, libraries and temporary files are,
 /// language and time zone, roots of trust, and how much to log.

@@ -2,6 +2,7 @@
 //! [`program`]), the process itself ([`process`]), and the agent's end of its socket
 //! ([`connection`]).
 
+pub(crate) mod action;
 pub(crate) mod connection;
 pub(crate) mod devices;
 pub(crate) mod ended;

@@ -20,6 +20,7 @@ use mobula_core::order::{StartActor, WorkerEvent};
 use mobula_core::spec::{ActorKind, Program};
 use mobula_wire::host::{AgentMessage, HostMessage, HostRole};
 
+use super::action::{Action, Alarm, Key, Launch};
 use super::devices::{Devices, Share};
 use super::ended::Ended;
 use super::process::ProcessEnd;
@@ -28,53 +29,6 @@ use crate::options::{ACTORS_MAX, HOST_HELLO_MS_MAX, HOST_SHUTDOWN_MS, STOP_MARGI
 /// How long the last messages of a dead process may take to be read. They lie in the socket's
 /// buffer already; this only bounds a descendant that holds the socket open.
 const LAST_WORDS_MS: u64 = 1_000;
-
-/// An actor's incarnation.
-pub(crate) type Key = (ActorId, Incarnation);
-
-/// What the agent should do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Action {
-    /// Start a host process.
-    Launch(Box<Launch>),
-    /// Send to a host that is connected.
-    Send(HostId, AgentMessage),
-    /// Kill a host's process.
-    Kill(HostId),
-    /// Tell the leader.
-    Report(WorkerEvent),
-    /// Call [`Pool::alarm`] later.
-    Wake { after_ms: u64, alarm: Alarm },
-    /// The output of this actor is in this host's log.
-    Logs(Key, HostId),
-}
-
-/// A host to be launched.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Launch {
-    pub(crate) host: HostId,
-    pub(crate) job: JobId,
-    pub(crate) program: Program,
-    pub(crate) role: HostRole,
-    pub(crate) env: BTreeMap<String, String>,
-    /// For `CUDA_VISIBLE_DEVICES`; empty: no GPU.
-    pub(crate) visible_devices: String,
-    /// Whose own process it is, if one actor's.
-    pub(crate) owner: Option<Key>,
-}
-
-/// Something that is due.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Alarm {
-    /// The host should have said hello.
-    HelloOverdue(HostId),
-    /// The actor should have stopped.
-    StopOverdue(Key),
-    /// The host should have ended.
-    ShutdownOverdue(HostId),
-    /// The dead host's last messages should have been read.
-    LastWordsOverdue(HostId),
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -161,6 +115,11 @@ impl Pool {
         self.actors.len()
     }
 
+    /// How many hosts there are, dead ones included whose last words are not read yet.
+    pub(crate) fn host_count(&self) -> usize {
+        self.hosts.len()
+    }
+
     /// Whether there is such a host.
     pub(crate) fn has_host(&self, host: HostId) -> bool {
         self.hosts.contains_key(&host)
@@ -244,7 +203,7 @@ impl Pool {
                     grace_ms,
                 };
                 self.actions.push(Action::Send(host, message));
-                let alarm = Alarm::StopOverdue(key);
+                let alarm = Alarm::Stop(key);
                 let after_ms = grace_ms.saturating_add(STOP_MARGIN_MS);
                 self.actions.push(Action::Wake { after_ms, alarm });
             }
@@ -275,7 +234,7 @@ impl Pool {
             self.actions.push(Action::Kill(id));
             return;
         }
-        let alarm = Alarm::HelloOverdue(id);
+        let alarm = Alarm::Hello(id);
         self.actions.push(Action::Wake {
             after_ms: HOST_HELLO_MS_MAX,
             alarm,
@@ -348,7 +307,7 @@ impl Pool {
         } else {
             // It should be dying. One that lives without its agent could not be stopped any more.
             self.forbid_new_actors(id);
-            let alarm = Alarm::ShutdownOverdue(id);
+            let alarm = Alarm::Shutdown(id);
             self.actions.push(Action::Wake {
                 after_ms: HOST_SHUTDOWN_MS,
                 alarm,
@@ -367,7 +326,7 @@ impl Pool {
         if all_is_read {
             self.settle(id);
         } else {
-            let alarm = Alarm::LastWordsOverdue(id);
+            let alarm = Alarm::LastWords(id);
             self.actions.push(Action::Wake {
                 after_ms: LAST_WORDS_MS,
                 alarm,
@@ -392,7 +351,7 @@ impl Pool {
     /// Something is due; it may have happened meanwhile.
     pub(crate) fn alarm(&mut self, alarm: Alarm) {
         match alarm {
-            Alarm::HelloOverdue(id) => {
+            Alarm::Hello(id) => {
                 let Some(host) = self.hosts.get_mut(&id) else {
                     return;
                 };
@@ -403,7 +362,7 @@ impl Pool {
                     self.actions.push(Action::Kill(id));
                 }
             }
-            Alarm::StopOverdue(key) => {
+            Alarm::Stop(key) => {
                 let Some(placed) = self.actors.get_mut(&key) else {
                     return;
                 };
@@ -412,7 +371,7 @@ impl Pool {
                     self.kill_if_all_overdue(host);
                 }
             }
-            Alarm::ShutdownOverdue(id) => {
+            Alarm::Shutdown(id) => {
                 if self
                     .hosts
                     .get(&id)
@@ -421,7 +380,7 @@ impl Pool {
                     self.actions.push(Action::Kill(id));
                 }
             }
-            Alarm::LastWordsOverdue(id) => {
+            Alarm::LastWords(id) => {
                 if self.hosts.get(&id).is_some_and(|host| host.dead.is_some()) {
                     self.settle(id);
                 }
@@ -629,7 +588,7 @@ impl Pool {
             };
             self.actions.push(Action::Send(id, message));
             let after_ms = HOST_SHUTDOWN_MS + STOP_MARGIN_MS;
-            let alarm = Alarm::ShutdownOverdue(id);
+            let alarm = Alarm::Shutdown(id);
             self.actions.push(Action::Wake { after_ms, alarm });
         } else if is_started {
             self.actions.push(Action::Kill(id));

@@ -117,7 +117,7 @@ fn actors_of_a_job_share_a_host_and_the_last_one_closes_it() {
     );
     // A new actor finds a new host, not the one that is closing.
     assert_ne!(run(&mut pool, start_of(3, 1)), host);
-    pool.alarm(Alarm::ShutdownOverdue(host));
+    pool.alarm(Alarm::Shutdown(host));
     assert_eq!(kills(&pool.take_actions()), [host]);
 }
 
@@ -244,7 +244,7 @@ fn what_a_driver_leaves_unsaid_its_exit_code_says() {
         pool.launched(HostId(1), 7);
         pool.take_actions();
         pool.died(HostId(1), end, output.into());
-        pool.alarm(Alarm::LastWordsOverdue(HostId(1)));
+        pool.alarm(Alarm::LastWords(HostId(1)));
         assert_eq!(
             reports(&pool.take_actions()),
             [format!("actor-1#1 {expected}")]
@@ -258,10 +258,10 @@ fn a_silent_host_is_killed_and_its_actors_could_not_be_started() {
     pool.start(Box::new(start_of(1, 1)));
     pool.launched(HostId(1), 7);
     pool.take_actions();
-    pool.alarm(Alarm::HelloOverdue(HostId(1)));
+    pool.alarm(Alarm::Hello(HostId(1)));
     assert_eq!(kills(&pool.take_actions()), [HostId(1)]);
     pool.died(HostId(1), ProcessEnd::Signaled(9), "loading".into());
-    pool.alarm(Alarm::LastWordsOverdue(HostId(1)));
+    pool.alarm(Alarm::LastWords(HostId(1)));
     let text = reports(&pool.take_actions()).join("");
     assert!(
         text.contains("said nothing within 30000 ms; its last output: loading"),
@@ -288,7 +288,7 @@ fn a_launch_that_fails_or_comes_too_late_leaves_nothing() {
     pool.launched(HostId(2), 7);
     assert_eq!(kills(&pool.take_actions()), [HostId(2)]);
     pool.died(HostId(2), ProcessEnd::Signaled(9), String::new());
-    pool.alarm(Alarm::LastWordsOverdue(HostId(2)));
+    pool.alarm(Alarm::LastWords(HostId(2)));
     assert!(pool.hosts.is_empty());
 }
 
@@ -298,7 +298,7 @@ fn a_stop_that_is_overdue_kills_only_a_host_without_others() {
     let host = run(&mut pool, start_of(1, 1));
     run(&mut pool, start_of(2, 1));
     pool.stop(ActorId(1), Incarnation(1), 0);
-    pool.alarm(Alarm::StopOverdue((ActorId(1), Incarnation(1))));
+    pool.alarm(Alarm::Stop((ActorId(1), Incarnation(1))));
     assert_eq!(kills(&pool.take_actions()), []);
     exit(&mut pool, host, 2, ExitReason::Completed);
     assert_eq!(kills(&pool.take_actions()), [host]);

@@ -117,12 +117,10 @@ impl Spawner {
 
 fn serve(requests: &Receiver<SpawnRequest>) {
     while let Ok(SpawnRequest { spec, reply }) = requests.recv() {
-        if let Err(unwanted) = reply.send(spawn(spec)) {
+        if let Err(Ok(unwanted)) = reply.send(spawn(spec)) {
             // Whoever asked has gone away; a process that nobody watches must not live.
-            if let Ok(process) = unwanted {
-                process.kill();
-                let _ = process.reap();
-            }
+            unwanted.kill();
+            let _ = unwanted.reap();
         }
     }
 }

@@ -15,26 +15,26 @@ use mobula_wire::session::{HeadMessage, StorageLocation, Welcome, WorkerHello, W
 use mobula_worker::{Handle, Worker, WorkerOptions};
 
 /// Far above what anything here needs; a test that waits this long has failed.
-pub const BOUND: Duration = Duration::from_secs(60);
+pub(crate) const BOUND: Duration = Duration::from_secs(60);
 
-pub const CLUSTER: &str = "test";
+pub(crate) const CLUSTER: &str = "test";
 
-pub struct FakeHead {
+pub(crate) struct FakeHead {
     ca: ClusterCa,
     endpoint: Endpoint,
-    pub dir: tempfile::TempDir,
+    pub(crate) dir: tempfile::TempDir,
 }
 
 /// One session, from the head's side.
-pub struct Talk {
-    pub hello: WorkerHello,
+pub(crate) struct Talk {
+    pub(crate) hello: WorkerHello,
     stream: FramedStream,
     connection: Connection,
     ca: ClusterCa,
 }
 
 impl FakeHead {
-    pub fn start() -> FakeHead {
+    pub(crate) fn start() -> FakeHead {
         let ca = ClusterCa::create(CLUSTER).unwrap();
         let validity = Validity::for_ttl(Duration::from_secs(3600));
         let identity = Identity::new(CLUSTER, Role::Head, "1", 1);
@@ -49,7 +49,7 @@ impl FakeHead {
     }
 
     /// Options of a worker that has joined already.
-    pub fn worker_options(&self) -> WorkerOptions {
+    pub(crate) fn worker_options(&self) -> WorkerOptions {
         let identity_dir = self.dir.path().join("identity");
         let identity = Identity::new(CLUSTER, Role::Node, "w-1", 1);
         let validity = Validity::for_ttl(Duration::from_secs(3600));
@@ -70,12 +70,12 @@ impl FakeHead {
         options
     }
 
-    pub async fn start_worker(&self) -> Handle {
+    pub(crate) async fn start_worker(&self) -> Handle {
         Worker::start(self.worker_options()).await.unwrap()
     }
 
     /// The next session, up to its hello.
-    pub async fn accept(&self) -> Talk {
+    pub(crate) async fn accept(&self) -> Talk {
         let accept = async {
             let connection = self.endpoint.accept().await.unwrap();
             let (_, mut stream) = connection.accept().await.unwrap();
@@ -95,7 +95,7 @@ impl FakeHead {
     }
 
     /// The next session, welcomed.
-    pub async fn welcome(&self, incarnation: u64) -> Talk {
+    pub(crate) async fn welcome(&self, incarnation: u64) -> Talk {
         let mut talk = self.accept().await;
         talk.send(&HeadMessage::Welcome(welcome(incarnation, 5)))
             .await;
@@ -103,7 +103,7 @@ impl FakeHead {
     }
 }
 
-pub fn welcome(incarnation: u64, term: u64) -> Welcome {
+pub(crate) fn welcome(incarnation: u64, term: u64) -> Welcome {
     Welcome {
         term: Term(term),
         node: NodeId(1),
@@ -123,11 +123,11 @@ pub fn welcome(incarnation: u64, term: u64) -> Welcome {
 }
 
 impl Talk {
-    pub async fn send(&mut self, message: &HeadMessage) {
+    pub(crate) async fn send(&mut self, message: &HeadMessage) {
         self.stream.sender.send_message(message).await.unwrap();
     }
 
-    pub async fn order(&mut self, order: Order) {
+    pub(crate) async fn order(&mut self, order: Order) {
         self.send(&HeadMessage::Order {
             term: Term(5),
             order,
@@ -136,7 +136,7 @@ impl Talk {
     }
 
     /// The next message that is not about renewals or certificates; those are answered.
-    pub async fn next(&mut self) -> Option<WorkerMessage> {
+    pub(crate) async fn next(&mut self) -> Option<WorkerMessage> {
         loop {
             let received = self.stream.receiver.receive_message::<WorkerMessage>();
             let message = tokio::time::timeout(BOUND, received)
@@ -146,11 +146,12 @@ impl Talk {
                 .flatten()?;
             match message {
                 WorkerMessage::Renew { sequence } => {
-                    self.send(&HeadMessage::Renewed {
+                    let renewed = HeadMessage::Renewed {
                         term: Term(5),
                         sequence,
-                    })
-                    .await;
+                    };
+                    // The worker may have hung up meanwhile.
+                    self.stream.sender.send_message(&renewed).await.ok()?;
                 }
                 WorkerMessage::SignHost {
                     request,
@@ -175,7 +176,7 @@ impl Talk {
     }
 
     /// The next event, not yet acknowledged.
-    pub async fn event(&mut self) -> (u64, WorkerEvent) {
+    pub(crate) async fn event(&mut self) -> (u64, WorkerEvent) {
         match self.next().await {
             Some(WorkerMessage::Event { sequence, event }) => (sequence, event),
             other => panic!("expected an event, got {other:?}"),
@@ -183,7 +184,7 @@ impl Talk {
     }
 
     /// The next event, acknowledged.
-    pub async fn acknowledged_event(&mut self) -> WorkerEvent {
+    pub(crate) async fn acknowledged_event(&mut self) -> WorkerEvent {
         let (sequence, event) = self.event().await;
         self.send(&HeadMessage::EventAcknowledged { sequence })
             .await;
@@ -191,7 +192,7 @@ impl Talk {
     }
 
     /// Starts an actor and returns its host's process id.
-    pub async fn start_actor(&mut self, actor: u64, incarnation: u64) -> u32 {
+    pub(crate) async fn start_actor(&mut self, actor: u64, incarnation: u64) -> u32 {
         self.order(Order::Start(Box::new(plain(actor, incarnation))))
             .await;
         loop {
@@ -213,12 +214,12 @@ impl Talk {
     }
 
     /// Breaks the connection.
-    pub fn drop_connection(self) {
+    pub(crate) fn drop_connection(self) {
         self.connection.close("test");
     }
 }
 
-pub fn plain(actor: u64, incarnation: u64) -> StartActor {
+pub(crate) fn plain(actor: u64, incarnation: u64) -> StartActor {
     StartActor {
         actor: ActorId(actor),
         incarnation: Incarnation(incarnation),
@@ -241,7 +242,7 @@ pub fn plain(actor: u64, incarnation: u64) -> StartActor {
     }
 }
 
-pub fn driver(actor: u64, args: &[&str]) -> StartActor {
+pub(crate) fn driver(actor: u64, args: &[&str]) -> StartActor {
     let mut start = plain(actor, 1);
     start.spec.kind = ActorKind::Driver;
     start.args = args.iter().map(|arg| (*arg).to_owned()).collect();
@@ -249,6 +250,6 @@ pub fn driver(actor: u64, args: &[&str]) -> StartActor {
 }
 
 /// Whether a process is there at all.
-pub fn is_alive(pid: u32) -> bool {
+pub(crate) fn is_alive(pid: u32) -> bool {
     std::path::Path::new(&format!("/proc/{pid}")).exists()
 }

@@ -1,0 +1,40 @@
+//! The jobs that the `mobula` binary brings with it, as their drivers see them.
+
+use mobula::Cluster;
+
+use crate::training::job::{JobError, train};
+
+/// How the arguments of a built-in job begin.
+const KINDS: &str = "train";
+
+/// Why a built-in job failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BuiltinError {
+    /// No such job.
+    #[error("`{0}` is not a built-in job: there is {KINDS}")]
+    UnknownKind(String),
+    /// Something is missing.
+    #[error("a built-in job needs its kind and its TOML text as arguments, and got {0} arguments")]
+    Arguments(usize),
+    /// Training failed.
+    #[error(transparent)]
+    Train(#[from] JobError),
+}
+
+/// Drives the job that `arguments` describe: its kind, its TOML text, and the name of the file that
+/// this came from, for errors.
+pub async fn main(cluster: Cluster, arguments: Vec<String>) -> Result<(), BuiltinError> {
+    let [kind, text, file @ ..] = arguments.as_slice() else {
+        return Err(BuiltinError::Arguments(arguments.len()));
+    };
+    let file = file.first().map_or("job.toml", String::as_str);
+    let outcome = match kind.as_str() {
+        "train" => Box::pin(train(cluster, text, file)).await.map_err(BuiltinError::from),
+        unknown => Err(BuiltinError::UnknownKind(unknown.to_owned())),
+    };
+    if let Err(error) = &outcome {
+        // Into the job's log, beside what happened before.
+        println!("failed: {error}");
+    }
+    outcome
+}

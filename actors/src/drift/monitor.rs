@@ -1,0 +1,290 @@
+//! The monitor: compares what an endpoint sees with what its model was trained on, and reports.
+//!
+//! Invariants:
+//! 1. The reference is that of the version which the endpoint serves; its file is verified.
+//! 2. Reports wait in a bounded queue until the head has them; nobody waits for a monitor.
+//! 3. A monitor that is started again begins with an empty window, under a new incarnation.
+
+use std::time::Duration;
+
+use mobula::{ActorContext, Cluster, ContextExt};
+use mobula_core::error::ErrorCode;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::state::{DRIFTED_MAX, Drifted, Report};
+use super::window::{MonitorConfig, MonitorConfigError, Statistic, WindowMonitor, WindowReport};
+use crate::drift::client;
+use crate::registry::version_file::{VersionFile, VersionFileError};
+use crate::storage::open_blobs;
+use crate::training::data::FEATURES;
+
+/// Rows in a window: enough to find a shift of half a standard deviation, and soon full.
+const WINDOW_SIZE: usize = 200;
+
+/// Reports that wait for the head; each has at most 256 KiB. Past it the newest is lost, and the
+/// next window finds the same drift again.
+const REPORTS_WAITING_MAX: usize = 64;
+
+/// The pause before a report is sent again.
+const REPORT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Why a monitor cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The version's file cannot be used.
+    #[error(transparent)]
+    Version(#[from] VersionFileError),
+    /// The thresholds are out of range.
+    #[error(transparent)]
+    Config(#[from] MonitorConfigError),
+}
+
+/// What a monitor has seen since it started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Seen {
+    /// Rows taken into windows.
+    pub rows: u64,
+    /// Rows refused: of the wrong width, or with values that are no numbers.
+    pub refused: u64,
+    /// Rows that the router could not deliver.
+    pub dropped: u64,
+    /// Windows compared.
+    pub windows: u64,
+    /// Reports that were lost because too many waited.
+    pub reports_lost: u64,
+}
+
+/// Watches one endpoint.
+pub struct Monitor {
+    watch: Watch,
+    reports: mpsc::Sender<Report>,
+    /// Sends the reports; aborted when dropped.
+    _reporter: JoinSet<()>,
+}
+
+#[mobula::actor(name = "mobula.monitor")]
+impl Monitor {
+    /// Loads the reference from the version's file.
+    pub async fn new(
+        ctx: &ActorContext,
+        endpoint: String,
+        model: String,
+        version: u64,
+        digest: String,
+        size_bytes: u64,
+    ) -> Result<Self, MonitorError> {
+        let blobs = open_blobs(ctx.storage()).map_err(VersionFileError::from)?;
+        let file = VersionFile::load(&blobs, &digest, size_bytes).await?;
+        let config = MonitorConfig::with_window_size(WINDOW_SIZE);
+        let watch = Watch {
+            endpoint,
+            model,
+            version,
+            incarnation: ctx.incarnation().0,
+            window: WindowMonitor::new(file.build_reference()?, config)?,
+            seen: Seen::default(),
+        };
+        let (reports, waiting) = mpsc::channel(REPORTS_WAITING_MAX);
+        let mut reporter = JoinSet::new();
+        reporter.spawn(send_reports(ctx.cluster(), waiting));
+        Ok(Monitor { watch, reports, _reporter: reporter })
+    }
+
+    /// Takes answered rows, one after the other, with the class predicted for each; and how many
+    /// were dropped before them.
+    pub fn observe(&mut self, rows: Vec<f32>, classes: Vec<u8>, dropped: u64) -> Seen {
+        self.watch.seen.dropped += dropped;
+        // Closing a window sorts and tests every feature.
+        let found = tokio::task::block_in_place(|| self.watch.observe(&rows, &classes));
+        for report in found {
+            if self.reports.try_send(report).is_err() {
+                self.watch.seen.reports_lost += 1;
+                tracing::warn!(
+                    endpoint = self.watch.endpoint,
+                    waiting = REPORTS_WAITING_MAX,
+                    "a drift report is lost: the head has not taken the ones before it"
+                );
+            }
+        }
+        self.watch.seen
+    }
+
+    /// What it has seen.
+    pub fn seen(&self) -> Seen {
+        self.watch.seen
+    }
+
+    /// Leaves a node that will be taken away; the open window is given up.
+    #[mobula(notice)]
+    async fn leave(&mut self, ctx: &ActorContext, deadline_ms: u64) {
+        if let Err(error) = ctx.yield_now().await {
+            tracing::warn!(%error, deadline_ms, "a monitor could not leave its node early");
+        }
+    }
+}
+
+/// Sends each report until the head has it.
+async fn send_reports(cluster: Cluster, mut waiting: mpsc::Receiver<Report>) {
+    while let Some(report) = waiting.recv().await {
+        while let Err(error) = client::report(&cluster, report.clone()).await {
+            let is_final = matches!(
+                error.code(),
+                Some(ErrorCode::InvalidArgument | ErrorCode::Fenced | ErrorCode::PermissionDenied)
+            );
+            tracing::warn!(window = report.window, %error, is_final, "a drift report was not taken");
+            if is_final {
+                break;
+            }
+            tokio::time::sleep(REPORT_PAUSE).await;
+        }
+    }
+}
+
+/// A monitor without the actor around it.
+struct Watch {
+    endpoint: String,
+    model: String,
+    version: u64,
+    incarnation: u64,
+    window: WindowMonitor,
+    seen: Seen,
+}
+
+impl Watch {
+    /// Takes rows; a report for each window that they fill.
+    fn observe(&mut self, rows: &[f32], classes: &[u8]) -> Vec<Report> {
+        let mut reports = Vec::new();
+        for (row, class) in rows.chunks(FEATURES).zip(classes) {
+            match self.window.observe(row, u32::from(*class)) {
+                Ok(closed) => {
+                    self.seen.rows += 1;
+                    if let Some(closed) = closed {
+                        self.seen.windows += 1;
+                        reports.push(self.report(&closed));
+                    }
+                }
+                Err(error) => {
+                    self.seen.refused += 1;
+                    tracing::debug!(endpoint = self.endpoint, %error, "a row is not watched");
+                }
+            }
+        }
+        reports
+    }
+
+    fn report(&self, closed: &WindowReport) -> Report {
+        let prediction = &closed.prediction;
+        let mut drifted = Vec::new();
+        if prediction.drifted {
+            drifted.push(Drifted {
+                feature: "prediction".to_owned(),
+                statistic: "jensen_shannon".to_owned(),
+                value: prediction.jensen_shannon,
+                p_value: Some(prediction.p_value),
+                threshold: prediction.distance_threshold,
+                reference_count: prediction.reference_count,
+                current_count: prediction.current_count,
+            });
+        }
+        for worst in closed.worst_features(DRIFTED_MAX) {
+            // Both statistics of a column that drifts, PSI first.
+            let of_column = closed.features.iter().filter(|row| row.feature == worst.feature);
+            drifted.extend(of_column.map(|row| Drifted {
+                feature: row.feature.clone(),
+                statistic: match row.statistic {
+                    Statistic::Psi => "psi",
+                    Statistic::Ks => "ks",
+                }
+                .to_owned(),
+                value: row.value,
+                p_value: row.p_value,
+                threshold: row.threshold,
+                reference_count: row.reference_count,
+                current_count: row.current_count,
+            }));
+        }
+        Report {
+            endpoint: self.endpoint.clone(),
+            model: self.model.clone(),
+            version: self.version,
+            incarnation: self.incarnation,
+            window: closed.window_index,
+            samples: closed.samples,
+            features_compared: closed.informative_columns,
+            features_drifted: closed.drifted_columns,
+            dataset_drift: closed.dataset_drift,
+            prediction_drift: prediction.drifted,
+            prediction_distance: prediction.jensen_shannon,
+            drifted,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::version_file::tests::digits;
+    use crate::training::data::{Dataset, IMAGE_SIDE};
+
+    fn watch() -> (Watch, crate::training::model::Model) {
+        let file = digits(usize::MAX);
+        let config = MonitorConfig::with_window_size(WINDOW_SIZE);
+        let watch = Watch {
+            endpoint: "digits".into(),
+            model: "digits".into(),
+            version: 1,
+            incarnation: 9,
+            window: WindowMonitor::new(file.build_reference().unwrap(), config).unwrap(),
+            seen: Seen::default(),
+        };
+        (watch, file.build_model().unwrap())
+    }
+
+    fn held_out(count: usize) -> Vec<f32> {
+        let held_out = Dataset::digits().unwrap().split(7, 0.2).held_out;
+        held_out.gather(&(0..count).collect::<Vec<_>>()).0
+    }
+
+    /// Two pixels to the right.
+    fn shifted(images: &[f32]) -> Vec<f32> {
+        let pixel = |index: usize| match index % IMAGE_SIDE {
+            0 | 1 => 0.0,
+            _ => images[index - 2],
+        };
+        (0..images.len()).map(pixel).collect()
+    }
+
+    #[test]
+    fn held_out_images_are_no_drift_and_shifted_ones_are() {
+        let (mut watch, model) = watch();
+        let images = held_out(300);
+        let classes = model.predictions(&images).unwrap();
+        let reports = watch.observe(&images, &classes);
+        assert_eq!(reports.len(), 1);
+        assert!(!reports[0].dataset_drift && !reports[0].prediction_drift, "{:?}", reports[0]);
+
+        let images = shifted(&images);
+        let classes = model.predictions(&images).unwrap();
+        // The first window is half old, half new.
+        let reports = watch.observe(&images, &classes);
+        let last = watch.observe(&images, &classes).pop().unwrap();
+        assert_eq!(reports.last().unwrap().window, 2);
+        assert!(last.dataset_drift, "{last:?}");
+        let worst = last.drifted.iter().find(|row| row.feature != "prediction").unwrap();
+        assert_eq!((worst.statistic.as_str(), worst.current_count), ("psi", 200));
+        assert!(worst.value >= worst.threshold && worst.reference_count > 1000, "{worst:?}");
+        assert_eq!(watch.seen, Seen { rows: 900, windows: 4, ..Seen::default() });
+    }
+
+    #[test]
+    fn rows_that_are_no_rows_are_counted_and_left_out() {
+        let (mut watch, _) = watch();
+        let mut rows = vec![0.0; 2 * FEATURES];
+        rows[3] = f32::INFINITY;
+        assert!(watch.observe(&rows, &[1, 2]).is_empty());
+        assert!(watch.observe(&[0.0; 5], &[1]).is_empty());
+        assert_eq!(watch.seen, Seen { rows: 1, refused: 2, ..Seen::default() });
+    }
+}

@@ -1,0 +1,153 @@
+//! What the command line and programs ask of serving.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mobula::Cluster;
+use mobula_core::codec;
+use mobula_core::control::ModuleId;
+use mobula_core::error::ErrorCode;
+use rand::TryRngCore;
+use rand::rngs::OsRng;
+use tokio::time::Instant;
+
+use super::state::{Command, Endpoint, Query};
+use crate::ask;
+
+/// How long one question to a router may take: it only looks at its own memory.
+const READY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often to ask again.
+const POLL: Duration = Duration::from_millis(100);
+
+/// A new endpoint, with the token that its callers show. It is kept nowhere else.
+#[derive(Debug, Clone)]
+pub struct Deployment {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// 256 random bits, in hex.
+    pub token: String,
+}
+
+/// An endpoint that does not answer in time.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "endpoint `{endpoint}` is not ready after {waited_ms} ms: {reason}; see `mobula serve list` \
+     and `mobula actors list`"
+)]
+pub struct NotReady {
+    /// The endpoint.
+    pub endpoint: String,
+    /// How long it was waited for.
+    pub waited_ms: u64,
+    /// What was last seen.
+    pub reason: String,
+}
+
+/// Serves a version of a model (the newest if `version` is absent) under the name `endpoint`.
+pub async fn deploy(
+    cluster: &Cluster,
+    endpoint: &str,
+    model: &str,
+    version: Option<u64>,
+    replicas: u32,
+) -> mobula::Result<Deployment> {
+    let token = new_token()?;
+    let command = Command::Deploy {
+        endpoint: endpoint.to_owned(),
+        model: model.to_owned(),
+        version,
+        replicas,
+        token_hash: *blake3::hash(token.as_bytes()).as_bytes(),
+    };
+    let answer = cluster.apply(ModuleId::SERVING, codec::encode_plain(&command)).await?;
+    Ok(Deployment { endpoint: ask::answer(&answer)?, token })
+}
+
+fn new_token() -> mobula::Result<String> {
+    let mut bytes = [0; 32];
+    OsRng
+        .try_fill_bytes(&mut bytes)
+        .map_err(|error| mobula::Error::User(format!("the system gives no random bytes: {error}")))?;
+    Ok(blake3::Hash::from_bytes(bytes).to_hex().to_string())
+}
+
+/// All endpoints, by name.
+pub async fn list(cluster: &Cluster) -> mobula::Result<Vec<Endpoint>> {
+    ask::query(cluster, ModuleId::SERVING, &Query::List).await
+}
+
+/// One endpoint.
+pub async fn find(cluster: &Cluster, endpoint: &str) -> mobula::Result<Endpoint> {
+    let query = Query::Endpoint { endpoint: endpoint.to_owned() };
+    ask::query(cluster, ModuleId::SERVING, &query).await
+}
+
+/// Stops serving. Its actors end soon after.
+pub async fn delete(cluster: &Cluster, endpoint: &str) -> mobula::Result<()> {
+    let command = Command::Delete { endpoint: endpoint.to_owned() };
+    cluster.apply(ModuleId::SERVING, codec::encode_plain(&command)).await.map(drop)
+}
+
+/// Waits until a deleted endpoint is gone with all of its actors; false if it is not in time.
+pub async fn wait_gone(
+    cluster: &Cluster,
+    endpoint: &str,
+    timeout: Duration,
+) -> mobula::Result<bool> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        match find(cluster, endpoint).await {
+            Err(error) if error.code() == Some(ErrorCode::NotFound) => return Ok(true),
+            Err(error) => return Err(error),
+            Ok(_) if Instant::now() >= deadline => return Ok(false),
+            Ok(_) => tokio::time::sleep(POLL).await,
+        }
+    }
+}
+
+/// Waits until an endpoint answers requests.
+pub async fn wait_ready(
+    cluster: &Cluster,
+    deployment: &Deployment,
+    timeout: Duration,
+) -> mobula::Result<Result<Endpoint, NotReady>> {
+    let name = &deployment.endpoint.name;
+    let http = reqwest::Client::builder()
+        .timeout(READY_TIMEOUT)
+        .build()
+        .map_err(|error| mobula::Error::User(format!("no HTTP client: {error}")))?;
+    let deadline = Instant::now() + timeout;
+    loop {
+        let endpoint = find(cluster, name).await?;
+        let reason = match endpoint.http_address.as_deref().map(str::parse::<SocketAddr>) {
+            None => "its router has not started yet".to_owned(),
+            Some(Err(_)) => "its router has no usable address".to_owned(),
+            Some(Ok(address)) => match is_ready(&http, address, deployment).await {
+                Ok(()) => return Ok(Ok(endpoint)),
+                Err(reason) => reason,
+            },
+        };
+        if Instant::now() >= deadline {
+            let waited_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+            return Ok(Err(NotReady { endpoint: name.clone(), waited_ms, reason }));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+async fn is_ready(
+    http: &reqwest::Client,
+    address: SocketAddr,
+    deployment: &Deployment,
+) -> Result<(), String> {
+    let url = format!("http://{address}/v2/models/{}/ready", deployment.endpoint.name);
+    let asked = http.get(url).bearer_auth(&deployment.token).send().await;
+    let response = asked.map_err(|error| format!("its router at {address}: {error}"))?;
+    let status = response.status();
+    if status.is_success() {
+        return Ok(());
+    }
+    let body = response.text().await.unwrap_or_default();
+    Err(format!("its router says {status}: {body}"))
+}

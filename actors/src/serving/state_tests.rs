@@ -1,0 +1,170 @@
+use std::collections::BTreeMap;
+
+use super::super::controller::{ServingController, monitor_name, replica_name, router_name};
+use super::*;
+use crate::registry::NewVersion;
+use crate::registry::state::{Command as RegistryCommand, Registry};
+use mobula_core::control::{Controller, Proposal};
+use mobula_scheduler::memory_txn::MemoryTables;
+use mobula_scheduler::{Query as SchedulerQuery, QueryResponse, Scheduler};
+
+/// Tables, and the index of the last command.
+#[derive(Default)]
+struct Head {
+    tables: MemoryTables,
+    index: u64,
+    controller: ServingController,
+}
+
+impl Head {
+    fn with_model() -> Self {
+        let mut head = Head::default();
+        for digest in ['1', '2'] {
+            let new = NewVersion {
+                model: "digits".into(),
+                digest: digest.to_string().repeat(64),
+                size_bytes: 10,
+                weights_blake3: "a".repeat(64),
+                dataset_blake3: "b".repeat(64),
+                job: 3,
+                metrics: BTreeMap::new(),
+                training_json: "{}".into(),
+            };
+            let payload = codec::encode_plain(&RegistryCommand::Register(new));
+            head.apply(&Registry, &payload).unwrap();
+        }
+        head
+    }
+
+    fn apply(&mut self, module: &dyn StateModule, payload: &[u8]) -> Result<Vec<u8>, Rejection> {
+        self.index += 1;
+        let context = ApplyContext { index: self.index, term: 1, now_ms: self.index };
+        self.tables.apply(module, &context, payload).map(|applied| applied.response)
+    }
+
+    fn serving(&mut self, command: &Command) -> Result<Vec<u8>, Rejection> {
+        self.apply(&Serving, &codec::encode_plain(command))
+    }
+
+    fn deploy(&mut self, name: &str, version: Option<u64>, replicas: u32) -> Result<Endpoint, Rejection> {
+        let command = Command::Deploy {
+            endpoint: name.into(),
+            model: "digits".into(),
+            version,
+            replicas,
+            token_hash: [7; 32],
+        };
+        let answer = self.serving(&command)?;
+        Ok(codec::decode(&answer, PAYLOAD_BYTES_MAX).unwrap())
+    }
+
+    /// What the controller proposes, applied.
+    fn reconcile(&mut self) -> usize {
+        let proposals: Vec<Proposal> = self.controller.reconcile(&self.tables, 0);
+        for proposal in &proposals {
+            let module: &dyn StateModule = match proposal.module {
+                ModuleId::SCHEDULER => &Scheduler,
+                _ => &Serving,
+            };
+            self.apply(module, &proposal.payload).unwrap();
+        }
+        proposals.len()
+    }
+
+    /// Names of the platform's actors that have not ended.
+    fn living(&self) -> Vec<String> {
+        let query =
+            SchedulerQuery::ListActors { job: Some(JobId::SYSTEM), after: None, limit: 0 };
+        let Ok(QueryResponse::Actors(actors)) = mobula_scheduler::answer(&self.tables, 0, query)
+        else {
+            panic!("a list of actors is one")
+        };
+        let living = actors.into_iter().filter(|actor| actor.state != "ended");
+        living.filter_map(|actor| actor.name).collect()
+    }
+}
+
+#[test]
+fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
+    let mut head = Head::with_model();
+    let endpoint = head.deploy("digits", None, 2).unwrap();
+    assert_eq!((endpoint.version, endpoint.digest.as_str()), (2, "2".repeat(64).as_str()));
+    assert_eq!(head.reconcile(), 1);
+    let expected = [
+        replica_name("digits", 1),
+        replica_name("digits", 2),
+        router_name("digits"),
+        monitor_name("digits"),
+    ];
+    assert_eq!(head.living(), expected);
+    assert_eq!(head.reconcile(), 0);
+
+    // A second endpoint of the same model is its own.
+    head.deploy("other", Some(1), 1).unwrap();
+    head.reconcile();
+    assert_eq!(head.living().len(), 7);
+
+    head.serving(&Command::Delete { endpoint: "digits".into() }).unwrap();
+    // Nothing runs on any node yet, so the actors end at once.
+    assert_eq!(head.reconcile(), 4);
+    assert_eq!(head.living().len(), 3);
+    assert_eq!(head.reconcile(), 1);
+    assert_eq!(endpoints(&head.tables).len(), 1);
+    assert_eq!(head.reconcile(), 0);
+    head.deploy("digits", None, 1).unwrap();
+}
+
+#[test]
+fn only_the_newest_router_says_where_an_endpoint_answers() {
+    let mut head = Head::with_model();
+    head.deploy("digits", None, 1).unwrap();
+    let ready = |incarnation, http_address: &str| Command::RouterReady {
+        endpoint: "digits".into(),
+        incarnation: Incarnation(incarnation),
+        http_address: http_address.into(),
+    };
+    head.serving(&ready(9, "127.0.0.1:9")).unwrap();
+    head.serving(&ready(9, "127.0.0.1:9")).unwrap();
+    let error = head.serving(&ready(8, "127.0.0.1:8")).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Fenced);
+    let address = find(&head.tables, "digits").unwrap().http_address;
+    assert_eq!(address.as_deref(), Some("127.0.0.1:9"));
+    head.serving(&ready(10, "127.0.0.1:10")).unwrap();
+}
+
+#[test]
+fn what_cannot_be_deployed_is_refused_with_the_reason() {
+    let mut head = Head::with_model();
+    for (name, version, replicas, expected) in [
+        ("digits", Some(7), 1, "model `digits` has no version 7: it has 1 to 2"),
+        ("a/b", None, 1, "cannot name an endpoint"),
+        ("digits", None, 0, "0 replicas are not possible"),
+        ("digits", None, 65, "ask for 1 to 64"),
+    ] {
+        let error = head.deploy(name, version, replicas).unwrap_err();
+        assert!(error.message.contains(expected), "{error}");
+    }
+    head.deploy("digits", None, 1).unwrap();
+    let error = head.deploy("digits", None, 1).unwrap_err();
+    assert_eq!(error.code, ErrorCode::AlreadyExists);
+    assert!(error.message.contains("mobula serve delete digits"), "{error}");
+    let error = head.serving(&Command::Delete { endpoint: "faces".into() }).unwrap_err();
+    assert!(error.message.contains("mobula serve list"), "{error}");
+}
+
+#[test]
+fn who_may_do_what() {
+    let deploy = Command::Delete { endpoint: "digits".into() };
+    let ready = Command::RouterReady {
+        endpoint: "digits".into(),
+        incarnation: Incarnation(1),
+        http_address: "127.0.0.1:1".into(),
+    };
+    let host = |job| Caller::Host { job: JobId(job), node: mobula_core::id::NodeId(1) };
+    let may = |caller: &Caller, command: &Command| {
+        Serving.authorize(caller, &codec::encode_plain(command)).is_ok()
+    };
+    assert!(may(&Caller::Client, &deploy) && may(&Caller::Head, &deploy));
+    assert!(!may(&host(4), &deploy) && !may(&Caller::Client, &ready));
+    assert!(may(&host(0), &ready) && !may(&host(4), &ready));
+}

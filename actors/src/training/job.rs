@@ -1,0 +1,469 @@
+//! The built-in job `train`: what its driver does from start to end.
+//!
+//! Invariants:
+//! 1. The result's hash does not depend on what happened on the way.
+//! 2. A driver that was started again fences the one before by its incarnation: trainers and
+//!    checkpoints refuse the older one.
+//! 3. A driver with notice saves within the grace, or says why it did not, and leaves.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mobula::{Cluster, Notice};
+use mobula_core::{ActorId, Incarnation, JobId};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::coordinator::{Coordinator, CoordinatorError};
+use super::data::Split;
+use super::job_log::JobLog;
+use super::layout::Layout;
+use super::link::ClusterLink;
+use super::messages::{Epoch, TrainerError};
+use super::model::ModelError;
+use super::progress::Progress;
+use super::publish::{PublishVersionError, Published, describe, publish_version};
+use super::replica::load;
+use super::resume::{HISTORY_KEY, History, ResumeError, Resumed, resume};
+use super::saving::Saver;
+use super::spec::{SpecError, TrainSpec};
+use super::state::TrainState;
+use crate::checkpoint::actor::{CheckpointError, STATE_BYTES_MAX, SaveOrder, committed};
+use crate::registry::VersionFile;
+
+/// Time before the end of a notice that is not counted on: the machine may go a little early.
+const MARGIN_MIN: Duration = Duration::from_secs(2);
+const MARGIN_PERCENT: u32 = 15;
+/// How long a driver that has yielded may still be there.
+const YIELDED_MAX: Duration = Duration::from_secs(30);
+/// Attempts to leave while the head does not know of the notice yet.
+const YIELD_ATTEMPTS_MAX: u32 = 10;
+const YIELD_PAUSE: Duration = Duration::from_millis(200);
+/// Pauses between attempts to store the result's files.
+const PUBLISH_PAUSE_FIRST: Duration = Duration::from_millis(500);
+const PUBLISH_PAUSE_MAX: Duration = Duration::from_secs(15);
+
+/// Why a training job failed.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    /// The job file is wrong.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The data cannot be used.
+    #[error(transparent)]
+    Data(#[from] TrainerError),
+    /// The model does not fit into one message.
+    #[error(
+        "the model has {parameters} parameters: {what} would take {size_bytes} bytes, and one \
+         message holds {limit_bytes}; use a smaller model"
+    )]
+    TooLarge {
+        /// Its parameters.
+        parameters: usize,
+        /// What does not fit.
+        what: &'static str,
+        /// Bytes that it would take.
+        size_bytes: u64,
+        /// Bytes of a message.
+        limit_bytes: u64,
+    },
+    /// The model cannot be built or evaluated.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// There is nowhere to go on from.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
+    /// Training cannot go on.
+    #[error(transparent)]
+    Train(#[from] CoordinatorError),
+    /// Checkpoints are refused.
+    #[error("checkpoint: {0}")]
+    Checkpoint(#[from] CheckpointError),
+    /// The model version is refused.
+    #[error("model version: {0}")]
+    Publish(#[from] PublishVersionError),
+    /// The cluster refused something.
+    #[error(transparent)]
+    Cluster(#[from] mobula::Error),
+    /// It has left its node, but was not stopped there.
+    #[error("the driver has left {0} and was not stopped: its agent may be gone")]
+    NotStopped(ActorId),
+}
+
+/// What a training job leaves as its result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainResult {
+    /// BLAKE3 of weights and optimizer state, in hex.
+    pub weights_blake3: String,
+    /// Share of the held-out samples that are classified correctly.
+    pub accuracy: f64,
+    /// Steps taken.
+    pub steps: u64,
+    /// Starts of the driver after the first.
+    pub restarts: u32,
+    /// Steps that had to be taken again.
+    pub lost_steps: u64,
+    /// Whether `lost_steps` is complete: false if once nobody was left who knew.
+    pub lost_steps_known: bool,
+    /// Starts of trainers after the first ones.
+    pub trainer_restarts: u64,
+    /// Trainers that were lost while they took part.
+    pub trainers_lost: u64,
+    /// Trainers that left a node with notice.
+    pub handoffs: u64,
+    /// Shards that were given to other trainers because theirs was lost.
+    pub reassigned_shards: u64,
+    /// Sums that were refused because they came from other bits.
+    pub digest_mismatches: u64,
+    /// Trainers that hold the final bits at the end.
+    pub replicas_agreeing: u64,
+    /// Checkpoints that were committed.
+    pub checkpoints: u64,
+    /// Checkpoints that failed verification.
+    pub rejected_checkpoints: u64,
+    /// From the first start of the driver until now.
+    pub wall_ms: u64,
+    /// Samples in a second, of the last driver.
+    pub samples_per_second: f64,
+    /// BLAKE3 of the model version's file, which is also its name in the object store.
+    pub model_digest: String,
+    /// Its size.
+    pub model_size_bytes: u64,
+    /// The name under which it was registered, if it was.
+    pub model: Option<String>,
+    /// The version that it got there.
+    pub model_version: Option<u64>,
+}
+
+/// Runs the job that `text` (TOML) describes, as its driver. `file` names it in errors.
+pub async fn train(cluster: Cluster, text: &str, file: &str) -> Result<(), JobError> {
+    let spec = TrainSpec::from_toml(text, file)?;
+    let split = tokio::task::block_in_place(|| load(&spec))?;
+    check_messages(&spec)?;
+    let (Some(job), Some((actor, incarnation))) = (cluster.job(), cluster.driver()) else {
+        let reason = "training is a job: start it with `mobula submit`".to_owned();
+        return Err(mobula::Error::NotInCluster(reason).into());
+    };
+    let driver = Driver { cluster, spec, split, job, actor, incarnation, log: JobLog::Stdout };
+    Box::pin(driver.run()).await
+}
+
+/// Refuses a model whose state or gradients one message cannot hold.
+fn check_messages(spec: &TrainSpec) -> Result<(), JobError> {
+    let parameters = Layout::of(&spec.model).value_count();
+    let vector_bytes = parameters as u64 * 4;
+    let state_bytes = 64 + vector_bytes * (1 + spec.optimizer.moment_count() as u64);
+    // A run of neighbouring shards has two maximal subtrees of each level at most.
+    let sums = u64::from(2 * spec.virtual_shards.ilog2()).max(1);
+    let limit_bytes = STATE_BYTES_MAX;
+    for (what, size_bytes) in [("its state", state_bytes), ("a step's sums", sums * vector_bytes)] {
+        if size_bytes > limit_bytes {
+            return Err(JobError::TooLarge { parameters, what, size_bytes, limit_bytes });
+        }
+    }
+    Ok(())
+}
+
+struct Driver {
+    cluster: Cluster,
+    spec: TrainSpec,
+    split: Split,
+    job: JobId,
+    actor: ActorId,
+    incarnation: Incarnation,
+    log: JobLog,
+}
+
+impl Driver {
+    async fn run(&self) -> Result<(), JobError> {
+        let log = self.log;
+        let restarts = self.cluster.job_handle(self.job).status().await?.restarts;
+        log.line(format_args!(
+            "training `{}`: {} steps of {} samples in {} shards, {} to {} trainers; driver {} \
+             incarnation {}, start {}",
+            self.spec.name,
+            self.spec.steps,
+            self.spec.global_batch,
+            self.spec.virtual_shards,
+            self.spec.workers.min,
+            self.spec.workers.max,
+            self.actor,
+            self.incarnation,
+            restarts + 1,
+        ));
+        let mut saver = Saver::new(&self.cluster, log);
+        let links: Vec<ClusterLink> = (0..self.spec.workers.max as usize)
+            .map(|slot| ClusterLink::new(&self.cluster, &self.spec, slot))
+            .collect();
+        let Resumed { state, mut history } = self.resume(restarts, &mut saver, &links).await?;
+        let epoch = Epoch::first_of(self.incarnation.0);
+        let counters = history.counters;
+        let mut coordinator = Coordinator::new(&self.spec, state, epoch, links, counters, log);
+        let mut progress = Progress::new(self.spec.steps, self.spec.global_batch, log);
+        self.take_steps(&mut coordinator, &mut saver, &mut progress, &mut history).await?;
+        self.finish(coordinator, saver, &progress, history).await
+    }
+
+    async fn resume(
+        &self,
+        restarts: u32,
+        saver: &mut Saver,
+        links: &[ClusterLink],
+    ) -> Result<Resumed, JobError> {
+        let initial = TrainState::initial(&self.spec, &self.split.train.digest)?;
+        // A first start has nothing to find; asking the table is cheap and needs no checkpointer.
+        if restarts == 0 && committed(&self.cluster, self.job).await?.checkpoints.is_empty() {
+            return Ok(Resumed { state: initial, history: History::default() });
+        }
+        Ok(resume(initial, self.incarnation, saver, links, self.log).await?)
+    }
+
+    async fn take_steps(
+        &self,
+        coordinator: &mut Coordinator<ClusterLink>,
+        saver: &mut Saver,
+        progress: &mut Progress,
+        history: &mut History,
+    ) -> Result<(), JobError> {
+        let mut notices = self.cluster.notices();
+        let mut seen = None;
+        while coordinator.state().step < self.spec.steps {
+            let noticed = tokio::select! {
+                biased;
+                notice = new_notice(&mut notices, seen) => Some(notice),
+                report = coordinator.advance() => {
+                    let report = report?;
+                    progress.stepped(&report, coordinator.ready_count());
+                    None
+                }
+            };
+            saver.poll()?;
+            let step = coordinator.state().step;
+            if let Some(notice) = noticed {
+                seen = noticed;
+                self.leave(notice, coordinator, saver, history).await?;
+            } else if step.is_multiple_of(self.spec.checkpoint_every_steps) {
+                saver.offer(self.order(coordinator, saver, history));
+            }
+        }
+        Ok(())
+    }
+
+    /// What to save now. The history counts this checkpoint already.
+    fn order(
+        &self,
+        coordinator: &Coordinator<ClusterLink>,
+        saver: &Saver,
+        history: &History,
+    ) -> SaveOrder {
+        let state = coordinator.state();
+        let history = History {
+            counters: coordinator.counters(),
+            checkpoints: saver.committed_count() + 1,
+            ..*history
+        };
+        let text = |value: &dyn std::fmt::Display| value.to_string();
+        let metadata = BTreeMap::from([
+            ("job_name".to_owned(), self.spec.name.clone()),
+            ("seed".to_owned(), text(&self.spec.seed)),
+            ("fingerprint".to_owned(), text(&blake3::Hash::from(state.fingerprint).to_hex())),
+            ("weights_blake3".to_owned(), coordinator.digest().to_owned()),
+            (
+                HISTORY_KEY.to_owned(),
+                serde_json::to_string(&history).expect("plain numbers always encode"),
+            ),
+        ]);
+        SaveOrder {
+            step: state.step,
+            incarnation: self.incarnation,
+            state: state.to_bytes(),
+            sections: state.sections(&Layout::of(&self.spec.model)),
+            weights_blake3: coordinator.digest().to_owned(),
+            metadata,
+        }
+    }
+
+    /// Saves if the grace allows it, and leaves the node. Returns if the notice was withdrawn.
+    async fn leave(
+        &self,
+        notice: Notice,
+        coordinator: &Coordinator<ClusterLink>,
+        saver: &mut Saver,
+        history: &History,
+    ) -> Result<(), JobError> {
+        let step = coordinator.state().step;
+        let left = Duration::from_millis(notice.deadline_ms.saturating_sub(now_ms()));
+        let usable = usable_time(left);
+        let needed = saver.expected_time();
+        if usable < needed {
+            self.log.line(format_args!(
+                "notice: {} ms are left and {} ms of them usable, a checkpoint of step {step} \
+                 needs {} ms: not saving, the newest checkpoint is of step {}",
+                left.as_millis(),
+                usable.as_millis(),
+                needed.as_millis(),
+                saver.committed_step().unwrap_or(0),
+            ));
+        } else {
+            let begun = Instant::now();
+            saver.offer(self.order(coordinator, saver, history));
+            let saved = saver.flush(Some(begun + usable)).await?;
+            self.log.line(format_args!(
+                "notice: {} ms were left; the checkpoint of step {step} {} after {} ms",
+                left.as_millis(),
+                if saved { "is committed" } else { "is not committed, the grace is over" },
+                begun.elapsed().as_millis(),
+            ));
+        }
+        self.yield_node().await
+    }
+
+    /// Has the head start the driver elsewhere. Returns if it may not.
+    async fn yield_node(&self) -> Result<(), JobError> {
+        let notices = self.cluster.notices();
+        for attempt in 1.. {
+            let Err(error) = self.cluster.yield_actor(self.actor, self.incarnation).await else {
+                break;
+            };
+            // The agent tells its hosts and the head at the same time: the head may be behind.
+            if attempt == YIELD_ATTEMPTS_MAX || notices.borrow().is_none() {
+                self.log.line(format_args!("the driver stays: {error}"));
+                return Ok(());
+            }
+            tokio::time::sleep(YIELD_PAUSE).await;
+        }
+        // The agent ends this process, and the head starts the driver elsewhere.
+        tokio::time::sleep(YIELDED_MAX).await;
+        Err(JobError::NotStopped(self.actor))
+    }
+
+    async fn finish(
+        &self,
+        mut coordinator: Coordinator<ClusterLink>,
+        mut saver: Saver,
+        progress: &Progress,
+        history: History,
+    ) -> Result<(), JobError> {
+        let samples_per_second = progress.samples_per_second();
+        saver.offer(self.order(&coordinator, &saver, &history));
+        let replicas_agreeing = coordinator.confirm().await as u64;
+        let (file, accuracy) = tokio::task::block_in_place(|| {
+            describe(&self.spec, self.job, &self.split, coordinator.state())
+        })?;
+        // The job's result stands on its last checkpoint: it waits for the store if it must.
+        saver.flush(None).await?;
+        let published = self.publish(&file).await?;
+        let status = self.cluster.job_handle(self.job).status().await?;
+        let counters = coordinator.counters();
+        let result = TrainResult {
+            weights_blake3: coordinator.digest().to_owned(),
+            accuracy,
+            steps: coordinator.state().step,
+            restarts: status.restarts,
+            lost_steps: history.lost_steps,
+            lost_steps_known: history.unknown_losses == 0,
+            trainer_restarts: counters.trainer_restarts,
+            trainers_lost: counters.trainers_lost,
+            handoffs: counters.handoffs,
+            reassigned_shards: counters.reassigned_shards,
+            digest_mismatches: counters.digest_mismatches,
+            replicas_agreeing,
+            checkpoints: saver.committed_count(),
+            rejected_checkpoints: history.rejected_checkpoints,
+            wall_ms: now_ms().saturating_sub(status.started_ms.unwrap_or(status.submitted_ms)),
+            samples_per_second,
+            model_digest: published.digest,
+            model_size_bytes: published.size_bytes,
+            model: self.spec.register.clone(),
+            model_version: published.version,
+        };
+        self.cluster.set_result(&result).await?;
+        self.log.line(format_args!(
+            "done: accuracy {accuracy:.4}, {} steps, {} driver restarts, {} steps lost, {} \
+             trainers hold the same bits; weights_blake3 {}",
+            result.steps,
+            result.restarts,
+            result.lost_steps,
+            result.replicas_agreeing,
+            result.weights_blake3
+        ));
+        Ok(())
+    }
+
+    /// Stores the model version, however long the store is out of reach.
+    async fn publish(&self, file: &VersionFile) -> Result<Published, PublishVersionError> {
+        let mut pause = PUBLISH_PAUSE_FIRST;
+        loop {
+            match publish_version(&self.cluster, &self.spec, file).await {
+                Err(error) if error.may_pass() => self.log.line(format_args!(
+                    "the model version is not stored: {error}; waiting, next attempt in {} ms",
+                    pause.as_millis()
+                )),
+                outcome => return outcome,
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PUBLISH_PAUSE_MAX);
+        }
+    }
+}
+
+/// What can be counted on of the time that is left.
+fn usable_time(left: Duration) -> Duration {
+    left.saturating_sub(MARGIN_MIN.max(left * MARGIN_PERCENT / 100))
+}
+
+/// Waits for a notice other than the one that was `seen`.
+async fn new_notice(
+    notices: &mut watch::Receiver<Option<Notice>>,
+    seen: Option<Notice>,
+) -> Notice {
+    loop {
+        let standing = *notices.borrow_and_update();
+        match standing {
+            Some(notice) if standing != seen => return notice,
+            _ => {}
+        }
+        if notices.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::training::layout::ModelSpec;
+
+    #[test]
+    fn the_margin_is_a_share_of_a_long_grace_and_two_seconds_of_a_short_one() {
+        let usable = |seconds| usable_time(Duration::from_secs(seconds)).as_secs_f64();
+        assert_eq!([usable(1), usable(2), usable(10), usable(100)], [0.0, 0.0, 8.0, 85.0]);
+    }
+
+    #[test]
+    fn a_model_that_no_message_holds_is_refused_with_its_numbers() {
+        let mut spec = TrainSpec::digits_mlp("a");
+        check_messages(&spec).unwrap();
+        spec.model = ModelSpec::Mlp { hidden: vec![1024, 1024] };
+        let error = check_messages(&spec).unwrap_err().to_string();
+        assert!(error.contains("one message holds 8323072"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_notice_is_acted_on_once_and_again_when_it_changes() {
+        let (sender, mut receiver) = watch::channel(Some(Notice { deadline_ms: 5 }));
+        let first = new_notice(&mut receiver, None).await;
+        assert_eq!(first.deadline_ms, 5);
+        let again = new_notice(&mut receiver, Some(first));
+        assert!(tokio::time::timeout(Duration::from_millis(20), again).await.is_err());
+        sender.send_replace(None);
+        sender.send_replace(Some(Notice { deadline_ms: 9 }));
+        assert_eq!(new_notice(&mut receiver, Some(first)).await.deadline_ms, 9);
+    }
+}

@@ -1,0 +1,129 @@
+//! What a finished job leaves: a model version, stored by its digest and registered if asked for.
+
+use std::collections::BTreeMap;
+
+use mobula::Cluster;
+use mobula_core::{ErrorCode, JobId};
+use mobula_storage::blob::BlobError;
+
+use super::data::{CLASSES, Split};
+use super::model::{Model, ModelError};
+use super::reference::reference_sample;
+use super::spec::TrainSpec;
+use super::state::{TrainState, accuracy};
+use crate::registry::client::{PublishError, publish};
+use crate::registry::{Provenance, VersionFile, VersionFileError};
+use crate::storage::open_blobs;
+
+/// Rows of the training data that a version keeps for drift detection: enough for stable
+/// quantiles, about 260 KB.
+const REFERENCE_ROWS_MAX: usize = 1000;
+
+/// A version that is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// BLAKE3 of its file, in hex, which is also its name.
+    pub digest: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// The version that the registry gave it, if it was registered.
+    pub version: Option<u64>,
+}
+
+/// Why a version was not stored. Trying again is safe.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishVersionError {
+    /// The object store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] BlobError),
+    /// The file was not stored.
+    #[error(transparent)]
+    File(#[from] VersionFileError),
+    /// It was not registered.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+}
+
+impl PublishVersionError {
+    /// Whether the same may succeed later without anybody changing the job.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            // Also a full disk or a refused key: somebody can mend it while the job waits.
+            PublishVersionError::Store(_)
+            | PublishVersionError::File(VersionFileError::Store(_))
+            | PublishVersionError::Publish(PublishError::File(VersionFileError::Store(_))) => true,
+            PublishVersionError::Publish(PublishError::Register(error)) => {
+                matches!(error.code(), Some(ErrorCode::Unavailable | ErrorCode::Overloaded))
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Describes the model of a finished job, and measures it on the samples that it never saw.
+pub fn describe(
+    spec: &TrainSpec,
+    job: JobId,
+    split: &Split,
+    state: &TrainState,
+) -> Result<(VersionFile, f64), ModelError> {
+    let model = Model::from_flat(&spec.model, &state.params)?;
+    let accuracy = accuracy(&model, &split.held_out)?;
+    let file = VersionFile {
+        model_name: spec.register.clone().unwrap_or_else(|| spec.name.clone()),
+        model: spec.model.clone(),
+        parameters: state.params.clone(),
+        labels: (0..CLASSES).map(|class| class.to_string()).collect(),
+        reference: reference_sample(&model, &split.train, REFERENCE_ROWS_MAX, spec.seed)?,
+        provenance: Provenance {
+            job: job.0,
+            steps: state.step,
+            weights_blake3: state.weights_blake3(),
+            dataset_blake3: split.train.digest.clone(),
+            metrics: BTreeMap::from([("accuracy".to_owned(), accuracy)]),
+        },
+    };
+    Ok((file, accuracy))
+}
+
+/// Stores the version, and registers it if the job asks for that.
+pub async fn publish_version(
+    cluster: &Cluster,
+    spec: &TrainSpec,
+    file: &VersionFile,
+) -> Result<Published, PublishVersionError> {
+    if spec.register.is_some() {
+        let training_json =
+            serde_json::to_string(spec).expect("plain numbers and strings always encode");
+        let registered = publish(cluster, file, training_json).await?;
+        return Ok(Published {
+            digest: registered.description.digest,
+            size_bytes: registered.description.size_bytes,
+            version: Some(registered.version),
+        });
+    }
+    let location = cluster.storage().expect("a job's driver is a process of the cluster");
+    let stored = file.store(&open_blobs(location)?).await?;
+    Ok(Published { digest: stored.digest, size_bytes: stored.size_bytes, version: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::training::replica::load;
+
+    #[test]
+    fn a_description_can_be_built_again_and_says_where_it_came_from() {
+        let spec = TrainSpec { register: Some("digits".into()), ..TrainSpec::digits_mlp("job") };
+        let split = load(&spec).unwrap();
+        let state = TrainState::initial(&spec, &split.train.digest).unwrap();
+        let (file, accuracy) = describe(&spec, JobId(4), &split, &state).unwrap();
+        let read = VersionFile::from_bytes(&file.to_bytes()).unwrap();
+        assert_eq!((read.model_name.as_str(), read.provenance.job), ("digits", 4));
+        assert_eq!(read.provenance.weights_blake3, state.weights_blake3());
+        assert_eq!(read.provenance.metrics["accuracy"], accuracy);
+        assert_eq!(read.build_reference().unwrap().rows(), REFERENCE_ROWS_MAX);
+        assert_eq!(read.build_model().unwrap().flat().unwrap(), state.params);
+    }
+}

@@ -1,0 +1,225 @@
+//! Where a driver that was started again goes on: at the newest checkpoint, or at the state that a
+//! living trainer still holds if that is newer. The bits are the same; only the work to repeat
+//! differs.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use mobula_core::Incarnation;
+use tokio::task::JoinSet;
+
+use super::coordinator::{Counters, TrainerLink};
+use super::job_log::JobLog;
+use super::link::ClusterLink;
+use super::messages::Held;
+use super::saving::Saver;
+use super::state::{StateError, TrainState};
+use crate::checkpoint::actor::{CheckpointError, RestoredState};
+
+/// How long living trainers are waited for: they answer at once, others are being started.
+const WITNESS_MAX: Duration = Duration::from_millis(1500);
+
+/// The key of the [`History`] in a checkpoint's metadata.
+pub const HISTORY_KEY: &str = "history";
+
+/// What happened over all starts of the driver. It is kept with each checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub struct History {
+    /// What happened to trainers.
+    pub counters: Counters,
+    /// Steps that were taken again because the driver was lost.
+    pub lost_steps: u64,
+    /// Starts of the driver after which nobody knew how far the one before had come.
+    pub unknown_losses: u64,
+    /// Checkpoints that were committed.
+    pub checkpoints: u64,
+    /// Checkpoints that failed verification.
+    pub rejected_checkpoints: u64,
+}
+
+/// Where to go on.
+#[derive(Debug)]
+pub struct Resumed {
+    /// The state.
+    pub state: TrainState,
+    /// What happened before.
+    pub history: History,
+}
+
+/// Why a job cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ResumeError {
+    /// The checkpoints cannot be read, or a newer driver has taken over.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A checkpoint verified, but is not this job's.
+    #[error("checkpoint of step {step}: {source}")]
+    State {
+        /// Its step.
+        step: u64,
+        /// What is wrong with it.
+        source: StateError,
+    },
+}
+
+/// Finds where to go on. `initial` is the state before the first step.
+pub async fn resume(
+    initial: TrainState,
+    incarnation: Incarnation,
+    saver: &mut Saver,
+    links: &[ClusterLink],
+    log: JobLog,
+) -> Result<Resumed, ResumeError> {
+    let report = saver.restore(incarnation).await?;
+    for (step, reason) in &report.rejected {
+        log.line(format_args!("checkpoint of step {step} is rejected: {reason}"));
+    }
+    let fingerprint = initial.fingerprint;
+    let mut resumed = match report.restored {
+        Some(restored) => from_checkpoint(&restored, &fingerprint)?,
+        None => Resumed { state: initial, history: History::default() },
+    };
+    resumed.history.rejected_checkpoints += report.rejected.len() as u64;
+    if resumed.state.step > 0 {
+        saver.resume(resumed.history.checkpoints, resumed.state.step);
+        log.line(format_args!(
+            "restored the checkpoint of step {}: {}",
+            resumed.state.step,
+            resumed.state.weights_blake3()
+        ));
+    }
+    ask_witnesses(&mut resumed, links, log).await;
+    Ok(resumed)
+}
+
+fn from_checkpoint(
+    restored: &RestoredState,
+    fingerprint: &[u8; 32],
+) -> Result<Resumed, ResumeError> {
+    let step = restored.checkpoint.step;
+    let wrong = |source| ResumeError::State { step, source };
+    let state = TrainState::from_bytes(&restored.state).map_err(wrong)?;
+    state.check_fingerprint(fingerprint).map_err(wrong)?;
+    let history = restored.metadata.get(HISTORY_KEY);
+    let history =
+        history.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    Ok(Resumed { state, history })
+}
+
+/// Asks the trainers what they hold, and goes on there if that is further and verifies.
+async fn ask_witnesses(resumed: &mut Resumed, links: &[ClusterLink], log: JobLog) {
+    let mut asked = JoinSet::new();
+    for (slot, link) in links.iter().enumerate() {
+        let link = link.clone();
+        asked.spawn(async move { (slot, link.greet().await) });
+    }
+    let mut held: Vec<(usize, Held)> = Vec::new();
+    let collect = async {
+        while let Some(answer) = asked.join_next().await {
+            if let Ok((slot, Ok(greeting))) = answer {
+                held.extend(greeting.held.map(|held| (slot, held)));
+            }
+        }
+    };
+    let _ = tokio::time::timeout(WITNESS_MAX, collect).await;
+    let from = resumed.state.step;
+    let Some(furthest) = held.iter().map(|(_, held)| held.step).max() else {
+        resumed.history.unknown_losses += 1;
+        log.line(format_args!(
+            "no trainer remembers how far the driver before came; going on from step {from}"
+        ));
+        return;
+    };
+    if furthest <= from {
+        return;
+    }
+    for slot in candidates(&held, furthest) {
+        match fetch(&links[slot], &held, slot, resumed).await {
+            Ok(state) => {
+                log.line(format_args!(
+                    "trainer-{slot} still holds step {furthest}: going on there, no step is lost"
+                ));
+                resumed.state = state;
+                return;
+            }
+            Err(reason) => {
+                log.line(format_args!("the state of trainer-{slot} is not used: {reason}"));
+            }
+        }
+    }
+    resumed.history.lost_steps += furthest - from;
+    log.line(format_args!("steps {from} to {furthest} are taken again"));
+}
+
+/// Who holds the furthest step, those first whose digest most others share.
+fn candidates(held: &[(usize, Held)], furthest: u64) -> Vec<usize> {
+    let mut votes: BTreeMap<&str, usize> = BTreeMap::new();
+    for (_, one) in held {
+        if one.step == furthest {
+            *votes.entry(one.digest.as_str()).or_default() += 1;
+        }
+    }
+    let mut slots: Vec<(usize, usize)> = held
+        .iter()
+        .filter(|(_, one)| one.step == furthest)
+        .map(|(slot, one)| (votes[one.digest.as_str()], *slot))
+        .collect();
+    slots.sort_by_key(|(votes, slot)| (std::cmp::Reverse(*votes), *slot));
+    slots.into_iter().map(|(_, slot)| slot).collect()
+}
+
+async fn fetch(
+    link: &ClusterLink,
+    held: &[(usize, Held)],
+    slot: usize,
+    resumed: &Resumed,
+) -> Result<TrainState, String> {
+    let bytes = link.state().await.map_err(|error| error.to_string())?;
+    let state = TrainState::from_bytes(&bytes).map_err(|error| error.to_string())?;
+    state.check_fingerprint(&resumed.state.fingerprint).map_err(|error| error.to_string())?;
+    let said = held.iter().find(|(other, _)| *other == slot).map(|(_, held)| held);
+    let found = Held { step: state.step, digest: state.weights_blake3() };
+    if said == Some(&found) {
+        return Ok(state);
+    }
+    Err(format!("it came with hash {} at step {}", found.digest, found.step))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::state::CheckpointRef;
+    use crate::training::spec::TrainSpec;
+
+    #[test]
+    fn a_checkpoint_brings_state_and_history_and_not_those_of_another_job() {
+        let spec = TrainSpec::digits_mlp("a");
+        let mut state = TrainState::initial(&spec, "data").unwrap();
+        state.step = 40;
+        let history = History { lost_steps: 3, checkpoints: 2, ..History::default() };
+        let text = serde_json::to_string(&history).unwrap();
+        let restored = RestoredState {
+            checkpoint: CheckpointRef {
+                step: 40,
+                incarnation: Incarnation(1),
+                manifest_path: "m".into(),
+                manifest_digest: "d".into(),
+                size_bytes: 1,
+                weights_blake3: None,
+            },
+            state: state.to_bytes(),
+            metadata: BTreeMap::from([(HISTORY_KEY.to_owned(), text)]),
+        };
+        let resumed = from_checkpoint(&restored, &state.fingerprint).unwrap();
+        assert_eq!((resumed.state, resumed.history), (state, history));
+        let error = from_checkpoint(&restored, &[0; 32]).unwrap_err().to_string();
+        assert!(error.starts_with("checkpoint of step 40: this state belongs"), "{error}");
+    }
+
+    #[test]
+    fn the_digest_that_most_hold_is_asked_first() {
+        let held = |slot, step, digest: &str| (slot, Held { step, digest: digest.into() });
+        let all = [held(0, 9, "x"), held(1, 9, "y"), held(2, 8, "y"), held(3, 9, "y")];
+        assert_eq!(candidates(&all, 9), [1, 3, 0]);
+    }
+}

@@ -1,0 +1,179 @@
+//! A training job that is watched through its own output, and disturbed on the way.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use mobula::Cluster;
+use mobula_core::id::JobId;
+use mobula_wire::control::{Actor, ListActorsRequest, ListNodesRequest, Node, PreemptNodeRequest};
+use serde::Deserialize;
+
+use super::report::Progress;
+
+/// The registered type of the actors that train.
+const TRAINER_TYPE: &str = "mobula.trainer";
+
+/// How long is waited for a process of the cluster to be seen in a certain state.
+const SEEN_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often is looked.
+const POLL: Duration = Duration::from_millis(50);
+
+/// What a training job says at its end.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct TrainingResult {
+    pub(super) weights_blake3: String,
+    pub(super) accuracy: f64,
+    pub(super) steps: u64,
+    pub(super) restarts: u64,
+    pub(super) lost_steps: u64,
+    pub(super) samples_per_second: f64,
+}
+
+/// Submits a built-in training job.
+pub(super) async fn submit(cluster: &Cluster, name: &str, spec: &str) -> anyhow::Result<JobId> {
+    let handle = cluster
+        .new_job(name)
+        .builtin()
+        .args(["train".to_owned(), spec.to_owned()])
+        .cpus(0.1)
+        .max_restarts(10)
+        .submit()
+        .await?;
+    Ok(handle.id())
+}
+
+/// Something to do to the cluster once a job has come so far.
+pub(super) enum Fault {
+    /// Take away the node of one of its trainers.
+    PreemptTrainerNode { grace: Duration },
+    /// Kill the host process of one of its trainers.
+    KillTrainerHost,
+}
+
+/// Follows a job to its end. `faults` are done when its steps pass the given fractions, in order;
+/// what was done is answered.
+pub(super) async fn follow(
+    cluster: &Cluster,
+    job: JobId,
+    steps: u64,
+    faults: Vec<(f64, Fault)>,
+    progress: &Progress,
+) -> anyhow::Result<(TrainingResult, Vec<String>)> {
+    let handle = cluster.job_handle(job);
+    let mut logs = handle.logs(true).await?;
+    let mut pending = faults.into_iter().peekable();
+    let mut done = Vec::new();
+    let mut text = String::new();
+    while let Some(chunk) = logs.next_chunk().await? {
+        text.push_str(&String::from_utf8_lossy(&chunk));
+        while let Some(end) = text.find('\n') {
+            let line: String = text.drain(..=end).collect();
+            let Some(step) = step_of(&line) else { continue };
+            progress.at(step, steps);
+            if pending.peek().is_some_and(|(at, _)| step as f64 >= at * steps as f64) {
+                let (_, fault) = pending.next().context("a fault was just seen")?;
+                let what = carry_out(cluster, job, fault).await?;
+                progress.say(&format!("step {step}: {what}"));
+                done.push(what);
+            }
+        }
+    }
+    let ended = handle.wait().await?;
+    if ended.state != "succeeded" {
+        bail!("{job} {}: {}", ended.state, ended.exit_reason.unwrap_or_default());
+    }
+    if pending.peek().is_some() {
+        bail!("{job} ended before every fault was carried out");
+    }
+    let result = ended.result_json.context("the job stored no result")?;
+    Ok((serde_json::from_str(&result)?, done))
+}
+
+/// The step that a line of a training job's output reports: `step 120/400 …`.
+fn step_of(line: &str) -> Option<u64> {
+    let rest = &line[line.find("step ")? + "step ".len()..];
+    let (step, _) = rest.split_once('/')?;
+    step.trim().parse().ok()
+}
+
+async fn carry_out(cluster: &Cluster, job: JobId, fault: Fault) -> anyhow::Result<String> {
+    let (trainer, node) = running_trainer(cluster, job).await?;
+    match fault {
+        Fault::PreemptTrainerNode { grace } => {
+            cluster
+                .control()
+                .mutate("preempt a node", |mut client, stamp| {
+                    let request = PreemptNodeRequest {
+                        stamp: Some(stamp),
+                        node: node.id,
+                        name: String::new(),
+                        grace_ms: grace.as_millis() as u64,
+                    };
+                    async move { client.preempt_node(request).await }
+                })
+                .await?;
+            Ok(format!("preempted {} with {} s of grace", node.name, grace.as_secs()))
+        }
+        Fault::KillTrainerHost => {
+            let pid = trainer.pid.context("a running actor has a process")?;
+            // SAFETY: kill takes two numbers and touches no memory of ours.
+            let result = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
+            if result != 0 {
+                bail!("pid {pid} cannot be killed: {}", std::io::Error::last_os_error());
+            }
+            Ok(format!("killed host {pid} on {} with SIGKILL", node.name))
+        }
+    }
+}
+
+/// A trainer of the job that runs on a healthy node; one that does not also run the driver, if
+/// there is one.
+async fn running_trainer(cluster: &Cluster, job: JobId) -> anyhow::Result<(Actor, Node)> {
+    let deadline = Instant::now() + SEEN_LIMIT;
+    loop {
+        let actors = cluster
+            .control()
+            .read("list actors", |mut client| async move {
+                client.list_actors(ListActorsRequest { job: Some(job.0) }).await
+            })
+            .await?
+            .actors;
+        let nodes = cluster
+            .control()
+            .read("list nodes", |mut client| async move {
+                client.list_nodes(ListNodesRequest {}).await
+            })
+            .await?
+            .nodes;
+        let driver_node = actors.iter().find(|a| a.type_name == "driver").and_then(|a| a.node);
+        let mut candidates: Vec<(Actor, Node)> = actors
+            .into_iter()
+            .filter(|actor| actor.type_name == TRAINER_TYPE && actor.state == "running")
+            .filter_map(|actor| {
+                let node = nodes.iter().find(|n| Some(n.id) == actor.node)?;
+                (node.state == "alive").then(|| (actor, node.clone()))
+            })
+            .collect();
+        candidates.sort_by_key(|(actor, node)| (Some(node.id) == driver_node, actor.id));
+        if let Some(found) = candidates.into_iter().next() {
+            return Ok(found);
+        }
+        if Instant::now() >= deadline {
+            bail!("no trainer of {job} runs on a healthy node");
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_read_from_the_jobs_own_output() {
+        assert_eq!(step_of("step 120/400 loss 0.1\n"), Some(120));
+        assert_eq!(step_of("[12:00] step 7/9"), Some(7));
+        assert_eq!(step_of("checkpoint at 7"), None);
+    }
+}

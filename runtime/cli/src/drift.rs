@@ -1,0 +1,126 @@
+//! `mobula drift`.
+
+use anyhow::bail;
+use mobula_actors::drift::client;
+use mobula_actors::drift::state::{Drifted, DriftEvent, MonitorStatus};
+use mobula_core::clock::Clock;
+use serde::Serialize;
+
+use crate::args::{DriftCommand, Target};
+use crate::clock::SystemClock;
+use crate::connect::connect;
+use crate::output::{age, or_dash, print_json, print_table};
+
+/// What drifted, for a person; `--json` has all of it.
+const FEATURES_SHOWN: usize = 5;
+
+/// Events of an endpoint, for a person.
+const EVENTS_SHOWN: usize = 5;
+
+/// A monitor as `--json` prints it: its state, and its events, oldest first.
+#[derive(Serialize)]
+struct MonitorJson<'a> {
+    #[serde(flatten)]
+    status: &'a MonitorStatus,
+    drift_events: &'a [DriftEvent],
+}
+
+pub(crate) async fn run(target: &Target, command: DriftCommand) -> anyhow::Result<()> {
+    let cluster = connect(target).await?;
+    let DriftCommand::Status { endpoint, format } = command;
+    let monitors = client::monitors(&cluster, endpoint.as_deref()).await?;
+    if let (Some(endpoint), true) = (&endpoint, monitors.is_empty()) {
+        bail!(
+            "no monitor has reported on endpoint `{endpoint}` yet: a window is compared when it is \
+             full, and `mobula serve list` shows the endpoints that exist"
+        );
+    }
+    let mut events = Vec::with_capacity(monitors.len());
+    for monitor in &monitors {
+        events.push(client::events(&cluster, &monitor.endpoint).await?);
+    }
+    let with_events = || monitors.iter().zip(&events);
+    if format.json {
+        let json: Vec<MonitorJson<'_>> = with_events()
+            .map(|(status, drift_events)| MonitorJson { status, drift_events })
+            .collect();
+        return print_json(&json);
+    }
+    let rows: Vec<Vec<String>> = monitors.iter().map(row).collect();
+    print_table(
+        &["ENDPOINT", "MODEL", "WINDOWS", "ROWS", "EVENTS", "LAST WINDOW", "SUGGESTION"],
+        &rows,
+    );
+    for (monitor, events) in with_events() {
+        for event in events.iter().rev().take(EVENTS_SHOWN) {
+            print_event(monitor, event);
+        }
+    }
+    Ok(())
+}
+
+fn row(monitor: &MonitorStatus) -> Vec<String> {
+    let suggestion = monitor.retrain_suggestion.as_ref().map(|suggestion| {
+        format!("retrain {}:{}: {}", suggestion.model, suggestion.version, suggestion.reason)
+    });
+    vec![
+        monitor.endpoint.clone(),
+        format!("{}:{}", monitor.last.model, monitor.last.version),
+        monitor.windows.to_string(),
+        monitor.samples.to_string(),
+        monitor.events.to_string(),
+        age(monitor.last_ms, SystemClock.now_ms()),
+        or_dash(suggestion),
+    ]
+}
+
+fn print_event(monitor: &MonitorStatus, event: &DriftEvent) {
+    let report = &event.report;
+    println!(
+        "\n{} event {} ({} ago): {} of {} features drifted in {} rows",
+        monitor.endpoint,
+        event.number,
+        age(event.at_ms, SystemClock.now_ms()),
+        report.features_drifted,
+        report.features_compared,
+        report.samples
+    );
+    for drifted in report.drifted.iter().filter(|row| row.statistic != "ks").take(FEATURES_SHOWN) {
+        println!("  {}", described(drifted));
+    }
+}
+
+fn described(drifted: &Drifted) -> String {
+    let p_value = drifted.p_value.map_or_else(String::new, |p| format!(", p {p:.2e}"));
+    format!(
+        "{} {} {:.3}{p_value} (threshold {}), {} rows against {}",
+        drifted.feature,
+        drifted.statistic,
+        drifted.value,
+        drifted.threshold,
+        drifted.current_count,
+        drifted.reference_count
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_drifted_is_said_with_its_numbers() {
+        let drifted = Drifted {
+            feature: "pixel_1_2".into(),
+            statistic: "psi".into(),
+            value: 0.6812,
+            p_value: None,
+            threshold: 0.25,
+            reference_count: 1000,
+            current_count: 200,
+        };
+        assert_eq!(
+            described(&drifted),
+            "pixel_1_2 psi 0.681 (threshold 0.25), 200 rows against 1000"
+        );
+    }
+}

@@ -1,0 +1,205 @@
+//! `mobula serve`.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use mobula::Cluster;
+use mobula_actors::serving::client;
+use mobula_actors::serving::controller::replica_name;
+use mobula_actors::serving::endpoint_service::INPUT;
+use mobula_actors::serving::state::Endpoint;
+use mobula_core::clock::Clock;
+use mobula_core::id::JobId;
+use serde::Serialize;
+
+use crate::args::{ServeCommand, Target};
+use crate::clock::SystemClock;
+use crate::connect::connect;
+use crate::output::{age, or_dash, print_json, print_table};
+
+/// How long `serve delete` waits for the endpoint's actors to end.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An endpoint as `--json` prints it.
+#[derive(Serialize)]
+struct EndpointJson<'a> {
+    endpoint: &'a str,
+    model: &'a str,
+    version: u64,
+    digest: &'a str,
+    replicas: u32,
+    replicas_running: usize,
+    /// `deploying`, `serving` or `deleting`.
+    state: &'static str,
+    /// Where it answers; absent until it does.
+    url: Option<String>,
+    deployed_ms: u64,
+}
+
+/// A new endpoint as `--json` prints it.
+#[derive(Serialize)]
+struct DeploymentJson<'a> {
+    endpoint: &'a str,
+    model: &'a str,
+    version: u64,
+    digest: &'a str,
+    replicas: u32,
+    url: &'a str,
+    infer_url: &'a str,
+    token: &'a str,
+}
+
+fn url(endpoint: &Endpoint) -> Option<String> {
+    endpoint.http_address.as_ref().map(|address| format!("http://{address}"))
+}
+
+fn state(endpoint: &Endpoint) -> &'static str {
+    match endpoint {
+        Endpoint { deleting: true, .. } => "deleting",
+        Endpoint { http_address: Some(_), .. } => "serving",
+        _ => "deploying",
+    }
+}
+
+pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Result<()> {
+    let cluster = connect(target).await?;
+    match command {
+        ServeCommand::Deploy { model, endpoint, replicas, timeout, format } => {
+            let (model, version) = model_and_version(&model)?;
+            let name = endpoint.unwrap_or_else(|| model.to_owned());
+            let deployment = client::deploy(&cluster, &name, model, version, replicas).await?;
+            let waited =
+                client::wait_ready(&cluster, &deployment, Duration::from_millis(timeout)).await?;
+            match waited {
+                Ok(endpoint) => print_deployment(&endpoint, &deployment.token, format.json),
+                // The token exists nowhere else, so that it is not lost with the error.
+                Err(error) => {
+                    bail!("{error}; it goes on starting, and its token is {}", deployment.token)
+                }
+            }
+        }
+        ServeCommand::List(format) => list(&cluster, format.json).await,
+        ServeCommand::Delete { endpoint } => {
+            client::delete(&cluster, &endpoint).await?;
+            if client::wait_gone(&cluster, &endpoint, DELETE_TIMEOUT).await? {
+                println!("{endpoint} is deleted");
+            } else {
+                println!("{endpoint} is being deleted: see `mobula serve list`");
+            }
+            Ok(())
+        }
+    }
+}
+
+/// `digits` or `digits:3`.
+fn model_and_version(text: &str) -> anyhow::Result<(&str, Option<u64>)> {
+    match text.split_once(':') {
+        None => Ok((text, None)),
+        Some((model, version)) => {
+            let number = version.parse().with_context(|| {
+                format!("`{version}` is not a version: write `{model}` or `{model}:1`")
+            })?;
+            Ok((model, Some(number)))
+        }
+    }
+}
+
+fn print_deployment(endpoint: &Endpoint, token: &str, json: bool) -> anyhow::Result<()> {
+    let url = url(endpoint).context("an endpoint that is ready has an address")?;
+    let infer_url = format!("{url}/v2/models/{}/infer", endpoint.name);
+    if json {
+        return print_json(&DeploymentJson {
+            endpoint: &endpoint.name,
+            model: &endpoint.model,
+            version: endpoint.version,
+            digest: &endpoint.digest,
+            replicas: endpoint.replicas,
+            url: &url,
+            infer_url: &infer_url,
+            token,
+        });
+    }
+    println!("endpoint   {}", endpoint.name);
+    println!("model      {}:{}", endpoint.model, endpoint.version);
+    println!("url        {url}");
+    println!("token      {token}");
+    println!("\nThe token is shown this once. Ask it (a blank image):\n");
+    println!("curl -s {infer_url} -H 'Authorization: Bearer {token}' \\");
+    println!("  -d '{}'", example_request());
+    Ok(())
+}
+
+/// A request that can be pasted.
+fn example_request() -> String {
+    let pixels = vec!["0"; 64].join(",");
+    format!(
+        r#"{{"inputs":[{{"name":"{INPUT}","datatype":"FP32","shape":[1,64],"data":[{pixels}]}}]}}"#
+    )
+}
+
+async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
+    let endpoints = client::list(cluster).await?;
+    let actors = cluster.list_actors(Some(JobId::SYSTEM)).await?;
+    let running = |endpoint: &Endpoint| {
+        (1..=endpoint.replicas)
+            .map(|number| replica_name(&endpoint.name, number))
+            .filter(|name| {
+                actors.iter().any(|actor| actor.state == "running" && actor.name == *name)
+            })
+            .count()
+    };
+    if json {
+        let endpoints: Vec<EndpointJson<'_>> = endpoints
+            .iter()
+            .map(|endpoint| EndpointJson {
+                endpoint: &endpoint.name,
+                model: &endpoint.model,
+                version: endpoint.version,
+                digest: &endpoint.digest,
+                replicas: endpoint.replicas,
+                replicas_running: running(endpoint),
+                state: state(endpoint),
+                url: url(endpoint),
+                deployed_ms: endpoint.deployed_ms,
+            })
+            .collect();
+        return print_json(&endpoints);
+    }
+    let rows: Vec<Vec<String>> = endpoints
+        .iter()
+        .map(|endpoint| {
+            vec![
+                endpoint.name.clone(),
+                format!("{}:{}", endpoint.model, endpoint.version),
+                state(endpoint).to_owned(),
+                format!("{}/{}", running(endpoint), endpoint.replicas),
+                or_dash(url(endpoint)),
+                age(endpoint.deployed_ms, SystemClock.now_ms()),
+            ]
+        })
+        .collect();
+    print_table(&["ENDPOINT", "MODEL", "STATE", "REPLICAS", "URL", "AGE"], &rows);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_named_with_or_without_its_version() {
+        assert_eq!(model_and_version("digits").unwrap(), ("digits", None));
+        assert_eq!(model_and_version("digits:3").unwrap(), ("digits", Some(3)));
+        let error = model_and_version("digits:latest").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "`latest` is not a version: write `digits` or `digits:1`"
+        );
+    }
+
+    #[test]
+    fn the_example_is_a_request() {
+        let request: serde_json::Value = serde_json::from_str(&example_request()).unwrap();
+        assert_eq!(request["inputs"][0]["data"].as_array().unwrap().len(), 64);
+    }
+}

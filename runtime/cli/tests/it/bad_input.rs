@@ -1,0 +1,174 @@
+//! Bad input gets a clear error, and nothing is lost.
+
+use std::net::TcpListener;
+
+use crate::support::{TestCluster, mobula, repository, small_job, text_of};
+
+/// Asks for the status with a token text.
+fn status_with_token(cluster: &TestCluster, token: &str) -> String {
+    let file = cluster.dir().join("a.token");
+    std::fs::write(&file, token).unwrap();
+    let output = mobula()
+        .args(["status", "--api", cluster.api(), "--token-file"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    assert!(!output.status.success(), "{}", text_of(&output));
+    text_of(&output)
+}
+
+#[test]
+fn tokens_that_are_wrong_expired_absent_or_foreign_are_told_apart() {
+    let cluster = TestCluster::up(1);
+    let good = std::fs::read_to_string(cluster.dir().join("tokens/client.token")).unwrap();
+
+    let text = status_with_token(&cluster, "nonsense");
+    assert!(text.contains("token"), "{text}");
+
+    let (start, secret) = good.trim().rsplit_once('.').unwrap();
+    let mut changed: Vec<u8> = secret.bytes().collect();
+    changed[3] = if changed[3] == b'A' { b'B' } else { b'A' };
+    let forged = format!("{start}.{}", String::from_utf8(changed).unwrap());
+    let text = status_with_token(&cluster, &forged);
+    assert!(text.contains("token is not known") || text.contains("unknown token"), "{text}");
+
+    let short = cluster.ok(&["tokens", "create", "--role", "client", "--ttl", "1ms"]);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let text = status_with_token(&cluster, &short);
+    assert!(text.contains("expired"), "{text}");
+
+    let other = TestCluster::up(0);
+    let foreign = std::fs::read_to_string(other.dir().join("tokens/client.token")).unwrap();
+    let text = status_with_token(&cluster, &foreign);
+    assert!(text.contains("another cluster") || text.contains("other cluster"), "{text}");
+
+    let output = mobula()
+        .args(["worker", "--name", "stray", "--head", cluster.api(), "--data-dir"])
+        .arg(cluster.dir().join("stray"))
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert!(text_of(&output).contains("token"), "{}", text_of(&output));
+
+    // A client's token does not make a worker.
+    let output = mobula()
+        .args(["worker", "--name", "stray", "--head", cluster.api(), "--data-dir"])
+        .arg(cluster.dir().join("stray"))
+        .arg("--join-token-file")
+        .arg(cluster.dir().join("tokens/client.token"))
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert!(text_of(&output).contains("worker"), "{}", text_of(&output));
+    assert_eq!(cluster.json(&["nodes", "list"]).as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn a_second_cluster_in_the_same_directory_and_a_port_in_use_are_refused() {
+    let cluster = TestCluster::up(1);
+    let output =
+        mobula().args(["local", "up", "--data-dir"]).arg(cluster.dir()).output().unwrap();
+    assert!(!output.status.success());
+    let text = text_of(&output);
+    assert!(text.contains("a cluster runs in") && text.contains("local down"), "{text}");
+    assert!(cluster.ok(&["status"]).contains("1 alive of 1"));
+
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let output = mobula()
+        .args(["head", "--api-listen", &address, "--cluster-listen", "127.0.0.1:0"])
+        .args(["--storage-url", "memory://", "--data-dir"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let text = text_of(&output);
+    assert!(text.contains(&address) && text.contains("in use"), "{text}");
+
+    let head_dir = cluster.dir().join("head-1");
+    let output = mobula()
+        .args(["head", "--api-listen", "127.0.0.1:0", "--cluster-listen", "127.0.0.1:0"])
+        .args(["--storage-url", "memory://", "--data-dir"])
+        .arg(&head_dir)
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert!(text_of(&output).contains("in use by another process"), "{}", text_of(&output));
+}
+
+#[test]
+fn job_files_and_data_are_refused_with_file_and_line() {
+    let cluster = TestCluster::up(1);
+    let submit = |text: &str| {
+        let file = cluster.dir().join("bad.toml");
+        std::fs::write(&file, text).unwrap();
+        cluster.refused(&["submit", file.to_str().unwrap()])
+    };
+    let text = submit("name = \"x\"\nseed = 1\nsteps = 10\nstepps = 3\n[model.mlp]\nhidden = [8]\n");
+    assert!(text.contains("bad.toml:4") && text.contains("stepps"), "{text}");
+    let text = submit("name = \"x\"\nseed = \"one\"\nsteps = 10\n[model.mlp]\nhidden = [8]\n");
+    assert!(text.contains("bad.toml:2"), "{text}");
+    let text = submit("name = \"x\"\nseed = 1\nsteps = 0\n[model.mlp]\nhidden = [8]\n");
+    assert!(text.contains("steps"), "{text}");
+    assert!(cluster.json(&["jobs", "list"]).as_array().unwrap().is_empty());
+
+    let data_job = |path: &str| {
+        let spec = small_job("bad-data", 10).replace(
+            "seed = 7",
+            &format!("seed = 7\ndataset = \"{path}\""),
+        );
+        let job = cluster.submit_toml(&spec);
+        let ended = cluster.wait_job(&job);
+        assert_eq!(ended["state"], "failed", "{ended}");
+        let logs = text_of(&cluster.run(&["jobs", "logs", &job]));
+        format!("{} {logs}", ended["exit_reason"])
+    };
+    let text = data_job("/nowhere/digits.csv");
+    assert!(text.contains("/nowhere/digits.csv"), "{text}");
+    let file = cluster.dir().join("bad.csv");
+    let row = vec!["0"; 65].join(",");
+    std::fs::write(&file, format!("{row}\n{}\n", row.replacen('0', "x", 1))).unwrap();
+    let text = data_job(file.to_str().unwrap());
+    assert!(text.contains("bad.csv:2"), "{text}");
+    let whole = std::fs::read(repository("actors/data/digits.csv.gz")).unwrap();
+    let file = cluster.dir().join("cut.csv.gz");
+    std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    let text = data_job(file.to_str().unwrap());
+    assert!(text.contains("cut.csv.gz"), "{text}");
+}
+
+#[test]
+fn what_does_not_exist_is_said_so() {
+    let cluster = TestCluster::up(1);
+    let cases: [(&[&str], &str); 8] = [
+        (&["jobs", "show", "job-99"], "job-99"),
+        (&["jobs", "show", "node-1"], "is not a job id"),
+        (&["actors", "show", "actor-99"], "actor-99"),
+        (&["nodes", "drain", "nobody"], "no node is called `nobody`"),
+        (&["models", "show", "nothing"], "no model is called `nothing`"),
+        (&["serve", "deploy", "nothing:3"], "no model is called `nothing`"),
+        (&["serve", "delete", "nothing"], "no endpoint is called `nothing`"),
+        (&["submit", "/nowhere/program"], "is not a file"),
+    ];
+    for (arguments, expected) in cases {
+        let text = cluster.refused(arguments);
+        assert!(text.contains(expected), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
+fn a_job_that_cannot_be_placed_says_why() {
+    let cluster = TestCluster::up(1);
+    let file = cluster.dir().join("job.toml");
+    std::fs::write(&file, small_job("too-big", 10)).unwrap();
+    let reply = cluster.json(&["submit", file.to_str().unwrap(), "--cpus", "64"]);
+    let job = format!("job-{}", reply["job"]);
+    let text = cluster.ok(&["explain", &job]);
+    assert!(text.contains("cpu: asks 64, 4 free"), "{text}");
+    let shown = cluster.json(&["jobs", "show", &job]);
+    assert_eq!(shown["state"], "pending");
+    assert!(shown["pending_reason"].is_string(), "{shown}");
+    cluster.ok(&["jobs", "stop", &job]);
+    assert_eq!(cluster.wait_job(&job)["state"], "stopped");
+}

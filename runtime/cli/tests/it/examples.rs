@@ -1,0 +1,62 @@
+//! The SDK's examples, embedded and submitted.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::support::{TestCluster, text_of};
+
+/// A built example of the SDK: beside the binary under test.
+fn example(name: &str) -> PathBuf {
+    let binary = PathBuf::from(env!("CARGO_BIN_EXE_mobula"));
+    let path = binary.parent().unwrap().join("examples").join(name);
+    assert!(path.is_file(), "{} is not built: run `cargo build --workspace --examples`", path.display());
+    path
+}
+
+fn embedded(name: &str, arguments: &[&str]) -> String {
+    let output = Command::new(example(name))
+        .args(arguments)
+        .env("MOBULA_BIN", env!("CARGO_BIN_EXE_mobula"))
+        .env_remove("MOBULA_CLUSTER")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{name}: {}", text_of(&output));
+    text_of(&output)
+}
+
+#[test]
+fn counter_runs_embedded_and_submitted() {
+    let text = embedded("counter", &[]);
+    assert!(text.contains("counter"), "{text}");
+    let cluster = TestCluster::up(2);
+    let program = example("counter");
+    let text = cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+    assert!(text.contains("counter"), "{text}");
+    // The second time the program is there already.
+    cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+    let jobs = cluster.json(&["jobs", "list"]);
+    assert!(jobs.as_array().unwrap().iter().all(|job| job["state"] == "succeeded"), "{jobs}");
+}
+
+#[test]
+fn parallel_pi_runs_embedded_and_submitted_with_the_same_answer() {
+    let text = embedded("parallel_pi", &[]);
+    assert!(text.contains("3.14"), "{text}");
+    let cluster = TestCluster::up(2);
+    let program = example("parallel_pi");
+    let text = cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+    assert!(text.contains("3.14"), "{text}");
+}
+
+#[test]
+fn the_same_idempotency_key_is_the_same_job() {
+    let cluster = TestCluster::up(1);
+    let program = example("counter");
+    let submit = || {
+        cluster.json(&["submit", program.to_str().unwrap(), "--idempotency-key", "once"])["job"].clone()
+    };
+    let first = submit();
+    assert_eq!(submit(), first);
+    cluster.wait_job(&format!("job-{first}"));
+    assert_eq!(submit(), first);
+}
