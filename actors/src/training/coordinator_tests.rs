@@ -208,6 +208,7 @@ async fn when_all_trainers_die_no_step_is_lost() {
 async fn random_faults_never_change_the_bits() {
     let spec = spec(24, 1, 4);
     let hash = expected(&spec);
+    let mut disturbances = 0;
     for seed in 0..12 {
         let stream = Stream::new(seed, Purpose::DataOrder, "faults", 0);
         let kinds = [Fault::Crash, Fault::CrashAfter, Fault::FlippedBit, Fault::Notice];
@@ -223,8 +224,10 @@ async fn random_faults_never_change_the_bits() {
         let coordinator = run(&spec, &trainers).await;
         assert_eq!(coordinator.digest(), hash, "seed {seed}");
         let counters = coordinator.counters();
-        assert!(counters.trainers_lost + counters.handoffs > 3, "seed {seed}: {counters:?}");
+        disturbances +=
+            counters.trainers_lost + counters.handoffs + counters.digest_mismatches;
     }
+    assert!(disturbances > 60, "only {disturbances} disturbances");
 }
 
 #[tokio::test]
