@@ -9,13 +9,45 @@ use serde::de::DeserializeOwned;
 /// The largest answer of a module.
 const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// Asks a module.
+/// Asks a module; `operation` says in errors what for.
 pub(crate) async fn query<Q: Serialize, A: DeserializeOwned>(
     cluster: &Cluster,
     module: ModuleId,
+    operation: &str,
     query: &Q,
 ) -> mobula::Result<A> {
-    answer(&cluster.query(module, codec::encode_plain(query)).await?)
+    let asked = cluster.query(module, codec::encode_plain(query)).await;
+    answer(&named(operation, asked)?)
+}
+
+/// Applies a module's command exactly once; `operation` says in errors what for.
+pub(crate) async fn apply<C: Serialize>(
+    cluster: &Cluster,
+    module: ModuleId,
+    operation: &str,
+    command: &C,
+) -> mobula::Result<Vec<u8>> {
+    named(
+        operation,
+        cluster.apply(module, codec::encode_plain(command)).await,
+    )
+}
+
+fn named<T>(operation: &str, result: mobula::Result<T>) -> mobula::Result<T> {
+    result.map_err(|error| match error {
+        mobula::Error::Control {
+            code,
+            message,
+            executed,
+            ..
+        } => mobula::Error::Control {
+            operation: operation.to_owned(),
+            code,
+            message,
+            executed,
+        },
+        other => other,
+    })
 }
 
 /// The value that a module's answer spells.

@@ -29,7 +29,9 @@ pub async fn main(cluster: Cluster, arguments: Vec<String>) -> Result<(), Builti
     };
     let file = file.first().map_or("job.toml", String::as_str);
     let outcome = match kind.as_str() {
-        "train" => Box::pin(train(cluster, text, file)).await.map_err(BuiltinError::from),
+        "train" => Box::pin(train(cluster, text, file))
+            .await
+            .map_err(BuiltinError::from),
         unknown => Err(BuiltinError::UnknownKind(unknown.to_owned())),
     };
     if let Err(error) = &outcome {

@@ -8,11 +8,11 @@
 //! * [`builtin`] is the `main` of jobs that are a TOML file.
 
 pub mod builtin;
-pub mod training;
 pub mod checkpoint;
+pub mod drift;
 pub mod registry;
 pub mod serving;
-pub mod drift;
+pub mod training;
 
 mod ask;
 mod payload;

@@ -13,7 +13,12 @@ use crate::serving::state::Serving;
 /// The replicated modules of the actors.
 #[must_use]
 pub fn modules() -> Vec<Arc<dyn StateModule>> {
-    vec![Arc::new(CheckpointModule), Arc::new(Registry), Arc::new(Serving), Arc::new(Drift)]
+    vec![
+        Arc::new(CheckpointModule),
+        Arc::new(Registry),
+        Arc::new(Serving),
+        Arc::new(Drift),
+    ]
 }
 
 /// The leader-only loops of the actors.

@@ -105,7 +105,11 @@ impl Checkpointer {
     /// Saves a state and makes it visible. May be sent again after any failure.
     pub async fn save(&mut self, order: SaveOrder) -> Result<CheckpointRef, CheckpointError> {
         let size_bytes = order.state.len() as u64;
-        let section = |(name, offset, length)| Section { name, offset, length };
+        let section = |(name, offset, length)| Section {
+            name,
+            offset,
+            length,
+        };
         let request = SaveRequest {
             job: self.job,
             step: order.step,
@@ -119,7 +123,10 @@ impl Checkpointer {
         let handle = match self.writer.save(request, state).await {
             Ok(saved) => saved.handle,
             Err(SaveError::Fenced { path, found, .. }) => {
-                let found = ManifestRef { path, digest: found };
+                let found = ManifestRef {
+                    path,
+                    digest: found,
+                };
                 self.adopt(found, state_digest).await?
             }
             Err(error) => return Err(save_error(&error)),
@@ -133,7 +140,11 @@ impl Checkpointer {
             weights_blake3: Some(order.weights_blake3),
         };
         let (job, committed) = (self.job, checkpoint.clone());
-        self.apply(&CheckpointCommand::Committed { job, checkpoint: committed }).await?;
+        self.apply(&CheckpointCommand::Committed {
+            job,
+            checkpoint: committed,
+        })
+        .await?;
         self.newest = Some(handle);
         Ok(checkpoint)
     }
@@ -159,7 +170,11 @@ impl Checkpointer {
             Err(RestoreError::Load(error)) => return Err(load_error(&error)),
         };
         let mut report = RestoreReport::default();
-        let steps: Vec<u64> = known.checkpoints.iter().map(|c| c.checkpoint.step).collect();
+        let steps: Vec<u64> = known
+            .checkpoints
+            .iter()
+            .map(|c| c.checkpoint.step)
+            .collect();
         for (one, step) in rejected.into_iter().zip(steps) {
             self.apply(&CheckpointCommand::Rejected {
                 job: self.job,
@@ -202,19 +217,30 @@ impl Checkpointer {
         found: ManifestRef,
         state: Digest,
     ) -> Result<CheckpointHandle, CheckpointError> {
-        let manifest = self.reader.manifest(&found).await.map_err(|error| load_error(&error))?;
+        let manifest = self
+            .reader
+            .manifest(&found)
+            .await
+            .map_err(|error| load_error(&error))?;
         if manifest.state_blake3 != state {
             return Err(CheckpointError::Fenced(format!(
                 "`{}` exists and holds another state: another driver has this incarnation",
                 found.path
             )));
         }
-        Ok(CheckpointHandle { reference: found, manifest: manifest.into() })
+        Ok(CheckpointHandle {
+            reference: found,
+            manifest: manifest.into(),
+        })
     }
 
     #[mobula(local)]
     async fn apply(&self, command: &CheckpointCommand) -> Result<(), CheckpointError> {
-        match self.cluster.apply(ModuleId::CHECKPOINT, command.encode()).await {
+        match self
+            .cluster
+            .apply(ModuleId::CHECKPOINT, command.encode())
+            .await
+        {
             Ok(_) => Ok(()),
             Err(error) => Err(head_error(&error)),
         }
@@ -240,7 +266,10 @@ fn reference(checkpoint: &CheckpointRef) -> Result<ManifestRef, CheckpointError>
         .manifest_digest
         .parse()
         .map_err(|error| CheckpointError::Refused(format!("committed checkpoint: {error}")))?;
-    Ok(ManifestRef { path: checkpoint.manifest_path.clone(), digest })
+    Ok(ManifestRef {
+        path: checkpoint.manifest_path.clone(),
+        digest,
+    })
 }
 
 fn head_error(error: &mobula::Error) -> CheckpointError {

@@ -11,7 +11,7 @@
 //! 2. What is restored was verified byte by byte; what does not verify is rejected for good, with
 //!    its reason, and the one before it is tried.
 
-pub mod state;
 pub mod actor;
+pub mod state;
 
 pub use state::CheckpointModule;

@@ -26,10 +26,19 @@ pub const JOBS_MAX: u64 = 4096;
 /// The longest path, digest or reason that is kept, in bytes.
 pub const TEXT_BYTES_MAX: usize = 1024;
 
-const JOBS: Table = Table { module: ModuleId::CHECKPOINT, tag: 1 };
+const JOBS: Table = Table {
+    module: ModuleId::CHECKPOINT,
+    tag: 1,
+};
 /// Jobs by the index of their last command, so that the quietest is found at once.
-const BY_USE: Table = Table { module: ModuleId::CHECKPOINT, tag: 2 };
-const COUNT: Table = Table { module: ModuleId::CHECKPOINT, tag: 3 };
+const BY_USE: Table = Table {
+    module: ModuleId::CHECKPOINT,
+    tag: 2,
+};
+const COUNT: Table = Table {
+    module: ModuleId::CHECKPOINT,
+    tag: 3,
+};
 const COUNT_KEY: &[u8] = b"jobs";
 
 /// The largest command, question or row.
@@ -169,13 +178,21 @@ impl JobCheckpoints {
 
     /// Whether the checkpoint is new; one that is there already is no error.
     fn admit(&self, job: JobId, new: &CheckpointRef) -> Result<bool, Rejection> {
-        if self.rejections.iter().any(|r| r.manifest_digest == new.manifest_digest) {
+        if self
+            .rejections
+            .iter()
+            .any(|r| r.manifest_digest == new.manifest_digest)
+        {
             return Err(precondition(format!(
                 "{job}: the checkpoint {} was rejected before and stays hidden: save again",
                 new.manifest_digest
             )));
         }
-        let Some(newest) = self.checkpoints.first().map(|committed| &committed.checkpoint) else {
+        let Some(newest) = self
+            .checkpoints
+            .first()
+            .map(|committed| &committed.checkpoint)
+        else {
             return Ok(true);
         };
         if new.step > newest.step {
@@ -232,15 +249,28 @@ impl StateModule for CheckpointModule {
             CheckpointCommand::Committed { job, checkpoint } => {
                 commit(context, txn, job, checkpoint)?;
             }
-            CheckpointCommand::Rejected { job, incarnation, step, manifest_digest, reason } => {
-                let rejected =
-                    Rejected { step, manifest_digest, reason, rejected_ms: context.now_ms };
+            CheckpointCommand::Rejected {
+                job,
+                incarnation,
+                step,
+                manifest_digest,
+                reason,
+            } => {
+                let rejected = Rejected {
+                    step,
+                    manifest_digest,
+                    reason,
+                    rejected_ms: context.now_ms,
+                };
                 reject(context, txn, job, incarnation, rejected)?;
             }
             CheckpointCommand::Forget { job } => forget(txn, job)?,
         }
         let effects = vec![Effect::Changed(Subject::Module(ModuleId::CHECKPOINT))];
-        Ok(Applied { response: Vec::new(), effects })
+        Ok(Applied {
+            response: Vec::new(),
+            effects,
+        })
     }
 
     fn query(&self, reader: &dyn Reader, _: u64, payload: &[u8]) -> Result<Vec<u8>, Rejection> {
@@ -264,11 +294,18 @@ impl StateModule for CheckpointModule {
             return Ok(());
         }
         let (who, next) = match caller {
-            Caller::Host { job: own, .. } => {
-                (format!("a host of {own}"), "a host speaks for its own job only")
-            }
-            Caller::Client => ("a client".to_owned(), "only the job's own processes commit them"),
-            _ => ("a worker".to_owned(), "only the job's own processes commit them"),
+            Caller::Host { job: own, .. } => (
+                format!("a host of {own}"),
+                "a host speaks for its own job only",
+            ),
+            Caller::Client => (
+                "a client".to_owned(),
+                "only the job's own processes commit them",
+            ),
+            _ => (
+                "a worker".to_owned(),
+                "only the job's own processes commit them",
+            ),
         };
         Err(Rejection::new(
             ErrorCode::PermissionDenied,
@@ -285,11 +322,17 @@ fn commit(
 ) -> Result<(), Rejection> {
     check_text("manifest path", &checkpoint.manifest_path)?;
     check_text("manifest digest", &checkpoint.manifest_digest)?;
-    check_text("weights hash", checkpoint.weights_blake3.as_deref().unwrap_or("-"))?;
+    check_text(
+        "weights hash",
+        checkpoint.weights_blake3.as_deref().unwrap_or("-"),
+    )?;
     let mut row = load(txn, job).unwrap_or_default();
     row.known.fence(job, checkpoint.incarnation)?;
     if row.known.admit(job, &checkpoint)? {
-        let committed = Committed { checkpoint, committed_ms: context.now_ms };
+        let committed = Committed {
+            checkpoint,
+            committed_ms: context.now_ms,
+        };
         row.known.checkpoints.insert(0, committed);
         row.known.checkpoints.truncate(CHECKPOINTS_PER_JOB);
     }
@@ -310,8 +353,15 @@ fn reject(
         .ok_or_else(|| Rejection::not_found(format!("{job} has no checkpoint to reject")))?;
     row.known.fence(job, incarnation)?;
     let digest = &rejected.manifest_digest;
-    if !row.known.rejections.iter().any(|known| known.manifest_digest == *digest) {
-        row.known.checkpoints.retain(|kept| kept.checkpoint.manifest_digest != *digest);
+    if !row
+        .known
+        .rejections
+        .iter()
+        .any(|known| known.manifest_digest == *digest)
+    {
+        row.known
+            .checkpoints
+            .retain(|kept| kept.checkpoint.manifest_digest != *digest);
         row.known.rejections.insert(0, rejected);
         row.known.rejections.truncate(REJECTIONS_PER_JOB);
     }
@@ -339,14 +389,20 @@ fn store(context: &ApplyContext, txn: &mut dyn Txn, job: JobId, mut row: Row) {
     }
     // Raft indices begin at 1, so 0 means that the row is new.
     row.used_index = context.index;
-    txn.put(BY_USE, &row.used_index.to_be_bytes(), codec::encode_plain(&job));
+    txn.put(
+        BY_USE,
+        &row.used_index.to_be_bytes(),
+        codec::encode_plain(&job),
+    );
     txn.put(JOBS, &job.to_key(), codec::encode_plain(&row));
 }
 
 /// Makes room for one more job; the count stays as it is.
 fn forget_quietest(txn: &mut dyn Txn) {
     let quietest = txn.scan(BY_USE, &[], None, 1);
-    let (key, value) = quietest.first().expect("the count says that there are jobs");
+    let (key, value) = quietest
+        .first()
+        .expect("the count says that there are jobs");
     let job: JobId = decode_row(value);
     txn.delete(BY_USE, key);
     txn.delete(JOBS, &job.to_key());
@@ -360,13 +416,15 @@ fn remove(txn: &mut dyn Txn, job: JobId, used_index: u64) {
 }
 
 fn count(reader: &dyn Reader) -> u64 {
-    reader
-        .get(COUNT, COUNT_KEY)
-        .map_or(0, |bytes| u64::from_be_bytes(bytes.try_into().expect("eight bytes are stored")))
+    reader.get(COUNT, COUNT_KEY).map_or(0, |bytes| {
+        u64::from_be_bytes(bytes.try_into().expect("eight bytes are stored"))
+    })
 }
 
 fn load(reader: &dyn Reader, job: JobId) -> Option<Row> {
-    reader.get(JOBS, &job.to_key()).map(|bytes| decode_row(&bytes))
+    reader
+        .get(JOBS, &job.to_key())
+        .map(|bytes| decode_row(&bytes))
 }
 
 fn decode_row<T: DeserializeOwned>(bytes: &[u8]) -> T {

@@ -14,13 +14,22 @@ struct Head {
 impl Head {
     fn apply(&mut self, command: &CheckpointCommand) -> Result<(), Rejection> {
         self.index += 1;
-        let context = ApplyContext { index: self.index, term: 1, now_ms: 1_000 + self.index };
-        self.tables.apply(&CheckpointModule, &context, &command.encode()).map(drop)
+        let context = ApplyContext {
+            index: self.index,
+            term: 1,
+            now_ms: 1_000 + self.index,
+        };
+        self.tables
+            .apply(&CheckpointModule, &context, &command.encode())
+            .map(drop)
     }
 
     fn commit(&mut self, job: u64, incarnation: u64, step: u64) -> Result<(), Rejection> {
         let checkpoint = checkpoint(incarnation, step);
-        self.apply(&CheckpointCommand::Committed { job: JobId(job), checkpoint })
+        self.apply(&CheckpointCommand::Committed {
+            job: JobId(job),
+            checkpoint,
+        })
     }
 
     fn reject(&mut self, job: u64, incarnation: u64, of: &CheckpointRef) -> Result<(), Rejection> {
@@ -40,7 +49,11 @@ impl Head {
     }
 
     fn steps(&self, job: u64) -> Vec<u64> {
-        self.list(job).checkpoints.iter().map(|kept| kept.checkpoint.step).collect()
+        self.list(job)
+            .checkpoints
+            .iter()
+            .map(|kept| kept.checkpoint.step)
+            .collect()
     }
 }
 
@@ -77,7 +90,10 @@ fn an_older_incarnation_is_fenced() {
     let before = head.tables.clone();
     let late = head.commit(1, 7, 30).unwrap_err();
     assert_eq!(late.code, ErrorCode::Fenced);
-    assert!(late.message.contains("incarnation #9 has taken over"), "{late}");
+    assert!(
+        late.message.contains("incarnation #9 has taken over"),
+        "{late}"
+    );
     let late = head.reject(1, 8, &checkpoint(9, 20)).unwrap_err();
     assert_eq!(late.code, ErrorCode::Fenced);
     assert_eq!(head.tables, before, "a refusal changes nothing");
@@ -92,11 +108,17 @@ fn the_visible_step_goes_back_only_by_a_rejection() {
     head.commit(1, 7, 20).unwrap();
     let error = head.commit(1, 8, 15).unwrap_err();
     assert_eq!(error.code, ErrorCode::FailedPrecondition);
-    assert!(error.message.contains("would hide the one of step 20"), "{error}");
+    assert!(
+        error.message.contains("would hide the one of step 20"),
+        "{error}"
+    );
 
     head.reject(1, 8, &checkpoint(7, 20)).unwrap();
     assert_eq!(head.steps(1), [10]);
-    assert_eq!(head.list(1).rejections[0].reason, "chunk 0 has another hash");
+    assert_eq!(
+        head.list(1).rejections[0].reason,
+        "chunk 0 has another hash"
+    );
     // Told twice is told once.
     head.reject(1, 8, &checkpoint(7, 20)).unwrap();
     assert_eq!(head.list(1).rejections.len(), 1);
@@ -108,8 +130,16 @@ fn the_visible_step_goes_back_only_by_a_rejection() {
     assert_eq!(error.unwrap(), [20, 15, 10]);
     let mut again = checkpoint(7, 20);
     again.incarnation = Incarnation(8);
-    let again = CheckpointCommand::Committed { job: JobId(1), checkpoint: again };
-    assert!(head.apply(&again).unwrap_err().message.contains("was rejected before"));
+    let again = CheckpointCommand::Committed {
+        job: JobId(1),
+        checkpoint: again,
+    };
+    assert!(
+        head.apply(&again)
+            .unwrap_err()
+            .message
+            .contains("was rejected before")
+    );
 }
 
 #[test]
@@ -120,9 +150,17 @@ fn one_step_has_one_weights_hash() {
     assert_eq!(head.steps(1), [10]);
     let mut other = checkpoint(8, 10);
     (other.weights_blake3, other.manifest_digest) = (Some("bad".into()), "other".into());
-    let command = CheckpointCommand::Committed { job: JobId(1), checkpoint: other };
+    let command = CheckpointCommand::Committed {
+        job: JobId(1),
+        checkpoint: other,
+    };
     let error = head.apply(&command).unwrap_err();
-    assert!(error.message.contains("weights weights-10, and now comes with bad"), "{error}");
+    assert!(
+        error
+            .message
+            .contains("weights weights-10, and now comes with bad"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -130,7 +168,11 @@ fn the_quietest_job_is_forgotten_for_a_new_one() {
     let mut head = Head::default();
     for job in 1..=JOBS_MAX {
         // Straight into the tables: cloning them for each command would take too long.
-        let context = ApplyContext { index: job, term: 1, now_ms: 0 };
+        let context = ApplyContext {
+            index: job,
+            term: 1,
+            now_ms: 0,
+        };
         commit(&context, &mut head.tables, JobId(job), checkpoint(1, 1)).unwrap();
     }
     head.index = JOBS_MAX;
@@ -140,39 +182,66 @@ fn the_quietest_job_is_forgotten_for_a_new_one() {
     assert_eq!((head.steps(1).len(), head.steps(3).len()), (2, 1));
     assert_eq!(head.tables.row_count() as u64, 2 * JOBS_MAX + 1);
 
-    head.apply(&CheckpointCommand::Forget { job: JobId(3) }).unwrap();
+    head.apply(&CheckpointCommand::Forget { job: JobId(3) })
+        .unwrap();
     assert_eq!(head.tables.row_count() as u64, 2 * JOBS_MAX - 1);
-    let error = head.apply(&CheckpointCommand::Forget { job: JobId(3) }).unwrap_err();
+    let error = head
+        .apply(&CheckpointCommand::Forget { job: JobId(3) })
+        .unwrap_err();
     assert_eq!(error.code, ErrorCode::NotFound);
 }
 
 #[test]
 fn a_host_speaks_for_its_own_job_only() {
-    let commit = CheckpointCommand::Committed { job: JobId(3), checkpoint: checkpoint(1, 1) };
+    let commit = CheckpointCommand::Committed {
+        job: JobId(3),
+        checkpoint: checkpoint(1, 1),
+    };
     let forget = CheckpointCommand::Forget { job: JobId(3) };
-    let host = |job| Caller::Host { job: JobId(job), node: NodeId(1) };
+    let host = |job| Caller::Host {
+        job: JobId(job),
+        node: NodeId(1),
+    };
     let may = |caller: &Caller, command: &CheckpointCommand| {
-        CheckpointModule.authorize(caller, &command.encode()).is_ok()
+        CheckpointModule
+            .authorize(caller, &command.encode())
+            .is_ok()
     };
     assert!(may(&host(3), &commit) && may(&Caller::Head, &commit));
     for caller in [host(4), Caller::Client, Caller::Node(NodeId(1))] {
         assert!(!may(&caller, &commit), "{caller:?}");
     }
     assert!(may(&Caller::Client, &forget));
-    let error = CheckpointModule.authorize(&host(4), &commit.encode()).unwrap_err();
-    assert!(error.message.starts_with("a host of job-4 may not"), "{error}");
+    let error = CheckpointModule
+        .authorize(&host(4), &commit.encode())
+        .unwrap_err();
+    assert!(
+        error.message.starts_with("a host of job-4 may not"),
+        "{error}"
+    );
 }
 
 #[test]
 fn bad_bytes_and_long_texts_are_refused() {
     let mut tables = MemoryTables::default();
-    let context = ApplyContext { index: 1, term: 1, now_ms: 0 };
-    let error = tables.apply(&CheckpointModule, &context, &[9, 9]).unwrap_err();
+    let context = ApplyContext {
+        index: 1,
+        term: 1,
+        now_ms: 0,
+    };
+    let error = tables
+        .apply(&CheckpointModule, &context, &[9, 9])
+        .unwrap_err();
     assert_eq!(error.code, ErrorCode::InvalidArgument);
     assert!(CheckpointModule.query(&tables, 0, &[7]).is_err());
     let mut long = checkpoint(1, 1);
     long.manifest_path = "x".repeat(TEXT_BYTES_MAX + 1);
-    let command = CheckpointCommand::Committed { job: JobId(1), checkpoint: long };
-    let error = tables.apply(&CheckpointModule, &context, &command.encode()).unwrap_err();
+    let command = CheckpointCommand::Committed {
+        job: JobId(1),
+        checkpoint: long,
+    };
+    let error = tables
+        .apply(&CheckpointModule, &context, &command.encode())
+        .unwrap_err();
     assert!(error.message.contains("manifest path"), "{error}");
 }

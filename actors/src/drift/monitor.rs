@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! 1. The reference is that of the version which the endpoint serves; its file is verified.
-//! 2. Reports wait in a bounded queue until the head has them; nobody waits for a monitor.
+//! 2. One report waits for the head at most; later windows are merged into it, and drift is never
+//!    merged away. Quiet windows are reported together, so that traffic does not become log entries.
 //! 3. A monitor that is started again begins with an empty window, under a new incarnation.
 
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use mobula::{ActorContext, Cluster, ContextExt};
 use mobula_core::error::ErrorCode;
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::state::{DRIFTED_MAX, Drifted, Report};
@@ -23,9 +24,8 @@ use crate::training::data::FEATURES;
 /// Rows in a window: enough to find a shift of half a standard deviation, and soon full.
 const WINDOW_SIZE: usize = 200;
 
-/// Reports that wait for the head; each has at most 256 KiB. Past it the newest is lost, and the
-/// next window finds the same drift again.
-const REPORTS_WAITING_MAX: usize = 64;
+/// How often windows are reported while nothing changes.
+const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The pause before a report is sent again.
 const REPORT_PAUSE: Duration = Duration::from_secs(1);
@@ -52,14 +52,12 @@ pub struct Seen {
     pub dropped: u64,
     /// Windows compared.
     pub windows: u64,
-    /// Reports that were lost because too many waited.
-    pub reports_lost: u64,
 }
 
 /// Watches one endpoint.
 pub struct Monitor {
     watch: Watch,
-    reports: mpsc::Sender<Report>,
+    waiting: watch::Sender<Option<Report>>,
     /// Sends the reports; aborted when dropped.
     _reporter: JoinSet<()>,
 }
@@ -86,10 +84,14 @@ impl Monitor {
             window: WindowMonitor::new(file.build_reference()?, config)?,
             seen: Seen::default(),
         };
-        let (reports, waiting) = mpsc::channel(REPORTS_WAITING_MAX);
+        let waiting = watch::Sender::new(None);
         let mut reporter = JoinSet::new();
-        reporter.spawn(send_reports(ctx.cluster(), waiting));
-        Ok(Monitor { watch, reports, _reporter: reporter })
+        reporter.spawn(send_reports(ctx.cluster(), waiting.clone()));
+        Ok(Monitor {
+            watch,
+            waiting,
+            _reporter: reporter,
+        })
     }
 
     /// Takes answered rows, one after the other, with the class predicted for each; and how many
@@ -99,14 +101,12 @@ impl Monitor {
         // Closing a window sorts and tests every feature.
         let found = tokio::task::block_in_place(|| self.watch.observe(&rows, &classes));
         for report in found {
-            if self.reports.try_send(report).is_err() {
-                self.watch.seen.reports_lost += 1;
-                tracing::warn!(
-                    endpoint = self.watch.endpoint,
-                    waiting = REPORTS_WAITING_MAX,
-                    "a drift report is lost: the head has not taken the ones before it"
-                );
-            }
+            self.waiting.send_modify(|waiting| {
+                *waiting = Some(match waiting.take() {
+                    Some(earlier) => merged(earlier, report),
+                    None => report,
+                });
+            });
         }
         self.watch.seen
     }
@@ -125,20 +125,50 @@ impl Monitor {
     }
 }
 
-/// Sends each report until the head has it.
-async fn send_reports(cluster: Cluster, mut waiting: mpsc::Receiver<Report>) {
-    while let Some(report) = waiting.recv().await {
-        while let Err(error) = client::report(&cluster, report.clone()).await {
-            let is_final = matches!(
-                error.code(),
-                Some(ErrorCode::InvalidArgument | ErrorCode::Fenced | ErrorCode::PermissionDenied)
-            );
-            tracing::warn!(window = report.window, %error, is_final, "a drift report was not taken");
-            if is_final {
-                break;
-            }
-            tokio::time::sleep(REPORT_PAUSE).await;
+/// Sends what waits until the head has it; at once when drift begins or ends, else now and then.
+async fn send_reports(cluster: Cluster, waiting: watch::Sender<Option<Report>>) {
+    let mut news = waiting.subscribe();
+    loop {
+        // We hold a sender, so waiting cannot fail.
+        let _ = news.wait_for(Option::is_some).await;
+        let Some(report) = waiting.send_replace(None) else {
+            continue;
+        };
+        let drifts = report.drifts();
+        send_report(&cluster, report).await;
+        let is_new = |next: &Option<Report>| next.as_ref().is_some_and(|r| r.drifts() != drifts);
+        let _ = tokio::time::timeout(REPORT_INTERVAL, news.wait_for(is_new)).await;
+    }
+}
+
+async fn send_report(cluster: &Cluster, report: Report) {
+    while let Err(error) = client::report(cluster, report.clone()).await {
+        let is_final = matches!(
+            error.code(),
+            Some(ErrorCode::InvalidArgument | ErrorCode::Fenced | ErrorCode::PermissionDenied)
+        );
+        tracing::warn!(window = report.window, %error, is_final, "a drift report was not taken");
+        if is_final {
+            return;
         }
+        tokio::time::sleep(REPORT_PAUSE).await;
+    }
+}
+
+/// One report of two. The later window counts, unless only the earlier one drifted.
+fn merged(earlier: Report, later: Report) -> Report {
+    let (windows, rows) = (earlier.windows + later.windows, earlier.rows + later.rows);
+    let window = later.window;
+    let findings = if earlier.drifts() && !later.drifts() {
+        earlier
+    } else {
+        later
+    };
+    Report {
+        window,
+        windows,
+        rows,
+        ..findings
     }
 }
 
@@ -190,19 +220,24 @@ impl Watch {
         }
         for worst in closed.worst_features(DRIFTED_MAX) {
             // Both statistics of a column that drifts, PSI first.
-            let of_column = closed.features.iter().filter(|row| row.feature == worst.feature);
-            drifted.extend(of_column.map(|row| Drifted {
-                feature: row.feature.clone(),
-                statistic: match row.statistic {
-                    Statistic::Psi => "psi",
-                    Statistic::Ks => "ks",
+            let of_column = closed
+                .features
+                .iter()
+                .filter(|row| row.feature == worst.feature);
+            drifted.extend(of_column.map(|row| {
+                Drifted {
+                    feature: row.feature.clone(),
+                    statistic: match row.statistic {
+                        Statistic::Psi => "psi",
+                        Statistic::Ks => "ks",
+                    }
+                    .to_owned(),
+                    value: row.value,
+                    p_value: row.p_value,
+                    threshold: row.threshold,
+                    reference_count: row.reference_count,
+                    current_count: row.current_count,
                 }
-                .to_owned(),
-                value: row.value,
-                p_value: row.p_value,
-                threshold: row.threshold,
-                reference_count: row.reference_count,
-                current_count: row.current_count,
             }));
         }
         Report {
@@ -212,6 +247,8 @@ impl Watch {
             incarnation: self.incarnation,
             window: closed.window_index,
             samples: closed.samples,
+            windows: 1,
+            rows: closed.samples,
             features_compared: closed.informative_columns,
             features_drifted: closed.drifted_columns,
             dataset_drift: closed.dataset_drift,
@@ -263,7 +300,11 @@ mod tests {
         let classes = model.predictions(&images).unwrap();
         let reports = watch.observe(&images, &classes);
         assert_eq!(reports.len(), 1);
-        assert!(!reports[0].dataset_drift && !reports[0].prediction_drift, "{:?}", reports[0]);
+        assert!(
+            !reports[0].dataset_drift && !reports[0].prediction_drift,
+            "{:?}",
+            reports[0]
+        );
 
         let images = shifted(&images);
         let classes = model.predictions(&images).unwrap();
@@ -272,10 +313,52 @@ mod tests {
         let last = watch.observe(&images, &classes).pop().unwrap();
         assert_eq!(reports.last().unwrap().window, 2);
         assert!(last.dataset_drift, "{last:?}");
-        let worst = last.drifted.iter().find(|row| row.feature != "prediction").unwrap();
-        assert_eq!((worst.statistic.as_str(), worst.current_count), ("psi", 200));
-        assert!(worst.value >= worst.threshold && worst.reference_count > 1000, "{worst:?}");
-        assert_eq!(watch.seen, Seen { rows: 900, windows: 4, ..Seen::default() });
+        let worst = last
+            .drifted
+            .iter()
+            .find(|row| row.feature != "prediction")
+            .unwrap();
+        assert_eq!(
+            (worst.statistic.as_str(), worst.current_count),
+            ("psi", 200)
+        );
+        assert!(
+            worst.value >= worst.threshold && worst.reference_count > 1000,
+            "{worst:?}"
+        );
+        assert_eq!(
+            watch.seen,
+            Seen {
+                rows: 900,
+                windows: 4,
+                ..Seen::default()
+            }
+        );
+    }
+
+    #[test]
+    fn windows_are_merged_and_drift_is_kept() {
+        let (mut watch, model) = watch();
+        let images = held_out(300);
+        let classes = model.predictions(&images).unwrap();
+        let quiet = watch.observe(&images, &classes).pop().unwrap();
+        let images = shifted(&images);
+        let found = watch
+            .observe(&images, &model.predictions(&images).unwrap())
+            .pop()
+            .unwrap();
+        assert!(found.drifts() && !quiet.drifts());
+        let later = Report {
+            window: 7,
+            ..quiet.clone()
+        };
+        let merged_once = merged(found.clone(), later);
+        assert!(merged_once.drifts());
+        assert_eq!(
+            (merged_once.window, merged_once.windows, merged_once.rows),
+            (7, 2, 400)
+        );
+        assert_eq!(merged(quiet, found.clone()).drifted, found.drifted);
     }
 
     #[test]
@@ -285,6 +368,13 @@ mod tests {
         rows[3] = f32::INFINITY;
         assert!(watch.observe(&rows, &[1, 2]).is_empty());
         assert!(watch.observe(&[0.0; 5], &[1]).is_empty());
-        assert_eq!(watch.seen, Seen { rows: 1, refused: 2, ..Seen::default() });
+        assert_eq!(
+            watch.seen,
+            Seen {
+                rows: 1,
+                refused: 2,
+                ..Seen::default()
+            }
+        );
     }
 }

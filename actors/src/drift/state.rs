@@ -1,7 +1,8 @@
 //! What monitors found, replicated: drift events and retrain suggestions.
 //!
 //! Invariants:
-//! 1. A window of a monitor raises one event at most, however often it is reported.
+//! 1. An event is raised when drift begins: not again for every window in which it goes on, and not
+//!    again when a report is repeated.
 //! 2. Both lists are bounded; the oldest goes first.
 
 use mobula_core::codec;
@@ -14,9 +15,15 @@ use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 /// Endpoint → [`MonitorStatus`].
-const MONITORS: Table = Table { module: ModuleId::DRIFT, tag: 1 };
+const MONITORS: Table = Table {
+    module: ModuleId::DRIFT,
+    tag: 1,
+};
 /// Endpoint, 0, event number → [`DriftEvent`].
-const EVENTS: Table = Table { module: ModuleId::DRIFT, tag: 2 };
+const EVENTS: Table = Table {
+    module: ModuleId::DRIFT,
+    tag: 2,
+};
 
 /// The largest report: 64 features with their numbers, with room.
 const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
@@ -50,7 +57,7 @@ pub struct Drifted {
     pub current_count: u64,
 }
 
-/// What a monitor saw in one window.
+/// What a monitor saw in one window, and how many went before it unreported.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The endpoint.
@@ -65,6 +72,10 @@ pub struct Report {
     pub window: u64,
     /// Rows in the window.
     pub samples: u64,
+    /// Windows since the report before this one, this window included: quiet ones travel together.
+    pub windows: u64,
+    /// Rows in all of those.
+    pub rows: u64,
     /// Features that were compared.
     pub features_compared: u64,
     /// How many of them drifted.
@@ -78,6 +89,14 @@ pub struct Report {
     /// What drifted, predictions first, then features from the worst on; at most
     /// [`DRIFTED_MAX`] of those.
     pub drifted: Vec<Drifted>,
+}
+
+impl Report {
+    /// Whether the inputs or the predictions drifted.
+    #[must_use]
+    pub fn drifts(&self) -> bool {
+        self.dataset_drift || self.prediction_drift
+    }
 }
 
 /// Where a monitor stands.
@@ -169,22 +188,29 @@ fn report(context: &ApplyContext, txn: &mut dyn Txn, report: Report) -> Result<(
             )));
         }
     }
+    let goes_on = before.as_ref().is_some_and(|before| {
+        before.last.drifts() && before.last.incarnation == report.incarnation
+    });
     if before.is_none() {
         make_room(txn);
     }
     let mut status = MonitorStatus {
         endpoint: report.endpoint.clone(),
-        windows: before.as_ref().map_or(0, |b| b.windows) + 1,
-        samples: before.as_ref().map_or(0, |b| b.samples) + report.samples,
+        windows: before.as_ref().map_or(0, |b| b.windows) + report.windows,
+        samples: before.as_ref().map_or(0, |b| b.samples) + report.rows,
         events: before.as_ref().map_or(0, |b| b.events),
         last: report.clone(),
         last_ms: context.now_ms,
         retrain_suggestion: before.and_then(|b| b.retrain_suggestion),
     };
-    if report.dataset_drift || report.prediction_drift {
+    if report.drifts() && !goes_on {
         status.events += 1;
         let number = status.events;
-        let event = DriftEvent { number, at_ms: context.now_ms, report: report.clone() };
+        let event = DriftEvent {
+            number,
+            at_ms: context.now_ms,
+            report: report.clone(),
+        };
         row::put(txn, EVENTS, &event_key(&report.endpoint, number), &event);
         if number > EVENTS_MAX {
             txn.delete(EVENTS, &event_key(&report.endpoint, number - EVENTS_MAX));
@@ -220,7 +246,9 @@ fn make_room(txn: &mut dyn Txn) {
     if monitors.len() < MONITORS_MAX {
         return;
     }
-    let oldest = monitors.into_iter().min_by_key(|(_, status)| status.last_ms);
+    let oldest = monitors
+        .into_iter()
+        .min_by_key(|(_, status)| status.last_ms);
     if let Some((key, status)) = oldest {
         txn.delete(MONITORS, &key);
         let kept = status.events.saturating_sub(EVENTS_MAX) + 1..=status.events;
@@ -248,7 +276,10 @@ impl StateModule for Drift {
         let Command::Report(found) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         report(context, txn, found)?;
         let effects = vec![Effect::Changed(Subject::Module(ModuleId::DRIFT))];
-        Ok(Applied { response: Vec::new(), effects })
+        Ok(Applied {
+            response: Vec::new(),
+            effects,
+        })
     }
 
     fn query(
@@ -262,7 +293,9 @@ impl StateModule for Drift {
                 let rows = row::all::<MonitorStatus>(reader, MONITORS, &[]);
                 codec::encode_plain(&rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>())
             }
-            Query::Monitors { endpoint: Some(endpoint) } => {
+            Query::Monitors {
+                endpoint: Some(endpoint),
+            } => {
                 let row = row::get::<MonitorStatus>(reader, MONITORS, endpoint.as_bytes());
                 codec::encode_plain(&row.into_iter().collect::<Vec<_>>())
             }
@@ -299,6 +332,8 @@ mod tests {
             incarnation,
             window,
             samples: 200,
+            windows: 1,
+            rows: 200,
             features_compared: 64,
             features_drifted: if dataset_drift { 40 } else { 0 },
             dataset_drift,
@@ -309,8 +344,16 @@ mod tests {
     }
 
     fn apply(tables: &mut MemoryTables, report: Report) -> Result<Applied, Rejection> {
-        let context = ApplyContext { index: 1, term: 1, now_ms: 9 };
-        tables.apply(&Drift, &context, &codec::encode_plain(&Command::Report(report)))
+        let context = ApplyContext {
+            index: 1,
+            term: 1,
+            now_ms: 9,
+        };
+        tables.apply(
+            &Drift,
+            &context,
+            &codec::encode_plain(&Command::Report(report)),
+        )
     }
 
     fn status(tables: &MemoryTables) -> MonitorStatus {
@@ -329,6 +372,17 @@ mod tests {
     }
 
     #[test]
+    fn drift_that_goes_on_is_one_event_and_drift_that_comes_back_another() {
+        let mut tables = MemoryTables::default();
+        for (window, drifts) in [true, true, false, true, true].into_iter().enumerate() {
+            apply(&mut tables, seen(1, window as u64, drifts)).unwrap();
+        }
+        let status = status(&tables);
+        assert_eq!((status.windows, status.events), (5, 2));
+        assert_eq!(status.last.window, 4);
+    }
+
+    #[test]
     fn an_older_start_of_the_monitor_is_fenced() {
         let mut tables = MemoryTables::default();
         apply(&mut tables, seen(2, 0, false)).unwrap();
@@ -340,8 +394,9 @@ mod tests {
     #[test]
     fn old_events_go() {
         let mut tables = MemoryTables::default();
-        for window in 0..EVENTS_MAX + 5 {
-            apply(&mut tables, seen(1, window, true)).unwrap();
+        // Each start of the monitor finds it anew.
+        for incarnation in 1..=EVENTS_MAX + 5 {
+            apply(&mut tables, seen(incarnation, 0, true)).unwrap();
         }
         let prefix = [b"digits".as_slice(), &[0]].concat();
         let events = row::all::<DriftEvent>(&tables, EVENTS, &prefix);
@@ -370,13 +425,27 @@ mod tests {
     fn the_monitor_that_was_silent_longest_makes_room() {
         let mut tables = MemoryTables::default();
         for number in 0..=MONITORS_MAX {
-            let report = Report { endpoint: format!("e{number}"), ..seen(1, 0, true) };
-            let context = ApplyContext { index: 1, term: 1, now_ms: number as u64 };
+            let report = Report {
+                endpoint: format!("e{number}"),
+                ..seen(1, 0, true)
+            };
+            let context = ApplyContext {
+                index: 1,
+                term: 1,
+                now_ms: number as u64,
+            };
             tables
-                .apply(&Drift, &context, &codec::encode_plain(&Command::Report(report)))
+                .apply(
+                    &Drift,
+                    &context,
+                    &codec::encode_plain(&Command::Report(report)),
+                )
                 .unwrap();
         }
-        assert_eq!(row::all::<MonitorStatus>(&tables, MONITORS, &[]).len(), MONITORS_MAX);
+        assert_eq!(
+            row::all::<MonitorStatus>(&tables, MONITORS, &[]).len(),
+            MONITORS_MAX
+        );
         assert_eq!(row::all::<DriftEvent>(&tables, EVENTS, b"e0\0").len(), 0);
         assert_eq!(row::all::<DriftEvent>(&tables, EVENTS, b"e1\0").len(), 1);
     }

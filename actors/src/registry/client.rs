@@ -1,7 +1,6 @@
 //! What jobs and the command line ask the registry.
 
 use mobula::Cluster;
-use mobula_core::codec;
 use mobula_core::control::ModuleId;
 
 use super::state::{Command, ModelVersion, NewVersion, Query};
@@ -48,20 +47,22 @@ pub async fn publish(
 
 /// Adds a version; the same files of a model again are the same version.
 pub async fn register(cluster: &Cluster, new: NewVersion) -> mobula::Result<ModelVersion> {
-    let payload = codec::encode_plain(&Command::Register(new));
-    let answer = cluster.apply(ModuleId::REGISTRY, payload).await?;
+    let command = Command::Register(new);
+    let answer = ask::apply(cluster, ModuleId::REGISTRY, "register a model", &command).await?;
     ask::answer(&answer)
 }
 
 /// The newest version of every model.
 pub async fn list(cluster: &Cluster) -> mobula::Result<Vec<ModelVersion>> {
-    ask::query(cluster, ModuleId::REGISTRY, &Query::List).await
+    ask::query(cluster, ModuleId::REGISTRY, "list models", &Query::List).await
 }
 
 /// All versions of a model, oldest first.
 pub async fn versions(cluster: &Cluster, model: &str) -> mobula::Result<Vec<ModelVersion>> {
-    let query = Query::Versions { model: model.to_owned() };
-    ask::query(cluster, ModuleId::REGISTRY, &query).await
+    let query = Query::Versions {
+        model: model.to_owned(),
+    };
+    ask::query(cluster, ModuleId::REGISTRY, "look up a model", &query).await
 }
 
 /// One version of a model; the newest if `version` is absent.
@@ -70,6 +71,9 @@ pub async fn version(
     model: &str,
     version: Option<u64>,
 ) -> mobula::Result<ModelVersion> {
-    let query = Query::Version { model: model.to_owned(), version };
-    ask::query(cluster, ModuleId::REGISTRY, &query).await
+    let query = Query::Version {
+        model: model.to_owned(),
+        version,
+    };
+    ask::query(cluster, ModuleId::REGISTRY, "look up a model", &query).await
 }

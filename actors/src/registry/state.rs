@@ -15,11 +15,20 @@ use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 /// Model name, 0, version → [`ModelVersion`].
-const VERSIONS: Table = Table { module: ModuleId::REGISTRY, tag: 1 };
+const VERSIONS: Table = Table {
+    module: ModuleId::REGISTRY,
+    tag: 1,
+};
 /// Model name → its newest version.
-const NEWEST: Table = Table { module: ModuleId::REGISTRY, tag: 2 };
+const NEWEST: Table = Table {
+    module: ModuleId::REGISTRY,
+    tag: 2,
+};
 /// Model name, 0, digest → its version.
-const BY_DIGEST: Table = Table { module: ModuleId::REGISTRY, tag: 3 };
+const BY_DIGEST: Table = Table {
+    module: ModuleId::REGISTRY,
+    tag: 3,
+};
 
 /// The largest command or question.
 const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
@@ -136,7 +145,10 @@ fn register(
     if newest >= VERSIONS_MAX {
         return Err(Rejection::new(
             ErrorCode::FailedPrecondition,
-            format!("model `{}` has {VERSIONS_MAX} versions, the limit: use a new name", new.model),
+            format!(
+                "model `{}` has {VERSIONS_MAX} versions, the limit: use a new name",
+                new.model
+            ),
         ));
     }
     if newest == 0 && row::all::<u64>(txn, NEWEST, &[]).len() >= MODELS_MAX {
@@ -147,8 +159,11 @@ fn register(
     }
     let version = newest + 1;
     let model = new.model.clone();
-    let row =
-        ModelVersion { version, registered_ms: context.now_ms, description: new };
+    let row = ModelVersion {
+        version,
+        registered_ms: context.now_ms,
+        description: new,
+    };
     row::put(txn, VERSIONS, &version_key(&model, version), &row);
     row::put(txn, NEWEST, model.as_bytes(), &version);
     row::put(txn, BY_DIGEST, &by_digest, &version);
@@ -157,17 +172,17 @@ fn register(
 
 fn check(new: &NewVersion) -> Result<(), Rejection> {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-    if new.model.is_empty()
-        || new.model.len() > NAME_BYTES_MAX
-        || !new.model.bytes().all(is_plain)
+    if new.model.is_empty() || new.model.len() > NAME_BYTES_MAX || !new.model.bytes().all(is_plain)
     {
         return Err(Rejection::invalid(format!(
             "`{}` cannot name a model: use 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`",
             new.model
         )));
     }
-    let digests =
-        [("digest", &new.digest), ("weights_blake3", &new.weights_blake3)];
+    let digests = [
+        ("digest", &new.digest),
+        ("weights_blake3", &new.weights_blake3),
+    ];
     for (field, value) in digests {
         if value.len() != 64 || !value.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(Rejection::invalid(format!(
@@ -258,7 +273,11 @@ mod tests {
     }
 
     fn apply(txn: &mut MemoryTables, new: NewVersion) -> Result<ModelVersion, Rejection> {
-        let context = ApplyContext { index: 5, term: 1, now_ms: 7 };
+        let context = ApplyContext {
+            index: 5,
+            term: 1,
+            now_ms: 7,
+        };
         let payload = codec::encode_plain(&Command::Register(new));
         let applied = txn.apply(&Registry, &context, &payload)?;
         Ok(codec::decode(&applied.response, PAYLOAD_BYTES_MAX).unwrap())
@@ -278,15 +297,36 @@ mod tests {
         let mut txn = MemoryTables::default();
         apply(&mut txn, new_version('1')).unwrap();
         let error = find(&txn, "digits", Some(9)).unwrap_err();
-        assert_eq!(error.message, "model `digits` has no version 9: it has 1 to 1");
-        assert!(find(&txn, "faces", None).unwrap_err().message.contains("mobula models list"));
+        assert_eq!(
+            error.message,
+            "model `digits` has no version 9: it has 1 to 1"
+        );
+        assert!(
+            find(&txn, "faces", None)
+                .unwrap_err()
+                .message
+                .contains("mobula models list")
+        );
     }
 
     #[test]
     fn bad_names_and_digests_are_refused() {
         let mut txn = MemoryTables::default();
-        let bad_name = NewVersion { model: "../x".into(), ..new_version('1') };
-        assert!(apply(&mut txn, bad_name).unwrap_err().message.contains("cannot name a model"));
-        assert!(apply(&mut txn, new_version('z')).unwrap_err().message.contains("hexadecimal"));
+        let bad_name = NewVersion {
+            model: "../x".into(),
+            ..new_version('1')
+        };
+        assert!(
+            apply(&mut txn, bad_name)
+                .unwrap_err()
+                .message
+                .contains("cannot name a model")
+        );
+        assert!(
+            apply(&mut txn, new_version('z'))
+                .unwrap_err()
+                .message
+                .contains("hexadecimal")
+        );
     }
 }

@@ -79,7 +79,9 @@ pub enum VersionFileError {
     #[error(transparent)]
     Store(#[from] BlobError),
     /// Larger than what is allowed.
-    #[error("the version file has {size_bytes} bytes, the limit is {limit_bytes}; train a smaller model")]
+    #[error(
+        "the version file has {size_bytes} bytes, the limit is {limit_bytes}; train a smaller model"
+    )]
     TooLarge {
         /// Its size.
         size_bytes: u64,
@@ -169,7 +171,11 @@ impl VersionFile {
             .flat_map(|row| data.columns.iter().map(move |column| column[row]))
             .collect();
         let predictions: Vec<u32> = data.predictions.iter().copied().map(u32::from).collect();
-        Ok(Reference::new(data.feature_names.clone(), &row_major, &predictions)?)
+        Ok(Reference::new(
+            data.feature_names.clone(),
+            &row_major,
+            &predictions,
+        )?)
     }
 
     /// Stores the file under its name.
@@ -178,7 +184,10 @@ impl VersionFile {
         let size_bytes = bytes.len() as u64;
         if size_bytes > VERSION_FILE_BYTES_MAX {
             let limit_bytes = VERSION_FILE_BYTES_MAX;
-            return Err(VersionFileError::TooLarge { size_bytes, limit_bytes });
+            return Err(VersionFileError::TooLarge {
+                size_bytes,
+                limit_bytes,
+            });
         }
         let digest = blake3::hash(&bytes).to_string();
         blobs.renew(&path(&digest), bytes.into()).await?;
@@ -193,7 +202,10 @@ impl VersionFile {
     ) -> Result<Self, VersionFileError> {
         if size_bytes > VERSION_FILE_BYTES_MAX {
             let limit_bytes = VERSION_FILE_BYTES_MAX;
-            return Err(VersionFileError::TooLarge { size_bytes, limit_bytes });
+            return Err(VersionFileError::TooLarge {
+                size_bytes,
+                limit_bytes,
+            });
         }
         let path = path(digest);
         let bytes = blobs.get(&path, VERSION_FILE_BYTES_MAX).await?;
@@ -227,7 +239,9 @@ pub(crate) mod tests {
     /// An untrained version of the digits, with real reference data.
     pub(crate) fn digits(rows: usize) -> VersionFile {
         let spec = TrainSpec::digits_mlp("digits");
-        let split = Dataset::digits().unwrap().split(spec.seed, spec.held_out_fraction);
+        let split = Dataset::digits()
+            .unwrap()
+            .split(spec.seed, spec.held_out_fraction);
         let model = Model::new(&spec.model, spec.seed).unwrap();
         VersionFile {
             model_name: spec.name.clone(),
@@ -254,9 +268,14 @@ pub(crate) mod tests {
         let (blobs, version) = (memory(), digits(50));
         let stored = version.store(&blobs).await.unwrap();
         assert_eq!(version.store(&blobs).await.unwrap(), stored);
-        let loaded = VersionFile::load(&blobs, &stored.digest, stored.size_bytes).await.unwrap();
+        let loaded = VersionFile::load(&blobs, &stored.digest, stored.size_bytes)
+            .await
+            .unwrap();
         assert_eq!(loaded, version);
-        assert_eq!(loaded.build_model().unwrap().flat().unwrap(), version.parameters);
+        assert_eq!(
+            loaded.build_model().unwrap().flat().unwrap(),
+            version.parameters
+        );
         let reference = loaded.build_reference().unwrap();
         assert_eq!((reference.rows(), reference.columns().len()), (50, 64));
         let mut column = version.reference.columns[20].clone();
@@ -271,11 +290,17 @@ pub(crate) mod tests {
         let mut bytes = version.to_bytes();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
-        blobs.renew(&path(&stored.digest), bytes.into()).await.unwrap();
-        let error =
-            VersionFile::load(&blobs, &stored.digest, stored.size_bytes).await.unwrap_err();
+        blobs
+            .renew(&path(&stored.digest), bytes.into())
+            .await
+            .unwrap();
+        let error = VersionFile::load(&blobs, &stored.digest, stored.size_bytes)
+            .await
+            .unwrap_err();
         assert!(matches!(error, VersionFileError::Damaged { .. }), "{error}");
-        let error = VersionFile::load(&blobs, &"0".repeat(64), 5).await.unwrap_err();
+        let error = VersionFile::load(&blobs, &"0".repeat(64), 5)
+            .await
+            .unwrap_err();
         assert!(matches!(error, VersionFileError::Store(_)), "{error}");
     }
 
@@ -295,6 +320,11 @@ pub(crate) mod tests {
         let mut short = digits(20);
         short.parameters.pop();
         let error = VersionFile::from_bytes(&short.to_bytes()).unwrap_err();
-        assert!(error.to_string().contains("parameters where its network has"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .contains("parameters where its network has"),
+            "{error}"
+        );
     }
 }

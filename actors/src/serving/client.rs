@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mobula::Cluster;
-use mobula_core::codec;
 use mobula_core::control::ModuleId;
 use mobula_core::error::ErrorCode;
 use rand::TryRngCore;
@@ -60,33 +59,42 @@ pub async fn deploy(
         replicas,
         token_hash: *blake3::hash(token.as_bytes()).as_bytes(),
     };
-    let answer = cluster.apply(ModuleId::SERVING, codec::encode_plain(&command)).await?;
-    Ok(Deployment { endpoint: ask::answer(&answer)?, token })
+    let answer = ask::apply(cluster, ModuleId::SERVING, "deploy a model", &command).await?;
+    Ok(Deployment {
+        endpoint: ask::answer(&answer)?,
+        token,
+    })
 }
 
 fn new_token() -> mobula::Result<String> {
     let mut bytes = [0; 32];
-    OsRng
-        .try_fill_bytes(&mut bytes)
-        .map_err(|error| mobula::Error::User(format!("the system gives no random bytes: {error}")))?;
+    OsRng.try_fill_bytes(&mut bytes).map_err(|error| {
+        mobula::Error::User(format!("the system gives no random bytes: {error}"))
+    })?;
     Ok(blake3::Hash::from_bytes(bytes).to_hex().to_string())
 }
 
 /// All endpoints, by name.
 pub async fn list(cluster: &Cluster) -> mobula::Result<Vec<Endpoint>> {
-    ask::query(cluster, ModuleId::SERVING, &Query::List).await
+    ask::query(cluster, ModuleId::SERVING, "list endpoints", &Query::List).await
 }
 
 /// One endpoint.
 pub async fn find(cluster: &Cluster, endpoint: &str) -> mobula::Result<Endpoint> {
-    let query = Query::Endpoint { endpoint: endpoint.to_owned() };
-    ask::query(cluster, ModuleId::SERVING, &query).await
+    let query = Query::Endpoint {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up an endpoint", &query).await
 }
 
 /// Stops serving. Its actors end soon after.
 pub async fn delete(cluster: &Cluster, endpoint: &str) -> mobula::Result<()> {
-    let command = Command::Delete { endpoint: endpoint.to_owned() };
-    cluster.apply(ModuleId::SERVING, codec::encode_plain(&command)).await.map(drop)
+    let command = Command::Delete {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::apply(cluster, ModuleId::SERVING, "delete an endpoint", &command)
+        .await
+        .map(drop)
 }
 
 /// Waits until a deleted endpoint is gone with all of its actors; false if it is not in time.
@@ -120,7 +128,11 @@ pub async fn wait_ready(
     let deadline = Instant::now() + timeout;
     loop {
         let endpoint = find(cluster, name).await?;
-        let reason = match endpoint.http_address.as_deref().map(str::parse::<SocketAddr>) {
+        let reason = match endpoint
+            .http_address
+            .as_deref()
+            .map(str::parse::<SocketAddr>)
+        {
             None => "its router has not started yet".to_owned(),
             Some(Err(_)) => "its router has no usable address".to_owned(),
             Some(Ok(address)) => match is_ready(&http, address, deployment).await {
@@ -130,7 +142,11 @@ pub async fn wait_ready(
         };
         if Instant::now() >= deadline {
             let waited_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-            return Ok(Err(NotReady { endpoint: name.clone(), waited_ms, reason }));
+            return Ok(Err(NotReady {
+                endpoint: name.clone(),
+                waited_ms,
+                reason,
+            }));
         }
         tokio::time::sleep(POLL).await;
     }
@@ -141,7 +157,10 @@ async fn is_ready(
     address: SocketAddr,
     deployment: &Deployment,
 ) -> Result<(), String> {
-    let url = format!("http://{address}/v2/models/{}/ready", deployment.endpoint.name);
+    let url = format!(
+        "http://{address}/v2/models/{}/ready",
+        deployment.endpoint.name
+    );
     let asked = http.get(url).bearer_auth(&deployment.token).send().await;
     let response = asked.map_err(|error| format!("its router at {address}: {error}"))?;
     let status = response.status();

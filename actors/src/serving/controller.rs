@@ -26,8 +26,11 @@ const REPLICA_CPU_MILLI: u64 = 250;
 const STOP_GRACE_MS: u64 = 2_000;
 
 /// How often an actor of an endpoint is started again: practically always, with a back-off.
-const RESTARTS: RestartPolicy =
-    RestartPolicy { max_restarts: 1_000_000, backoff_initial_ms: 100, backoff_max_ms: 5_000 };
+const RESTARTS: RestartPolicy = RestartPolicy {
+    max_restarts: 1_000_000,
+    backoff_initial_ms: 100,
+    backoff_max_ms: 5_000,
+};
 
 /// The router's name.
 #[must_use]
@@ -60,7 +63,11 @@ impl Controller for ServingController {
         endpoints(reader)
             .iter()
             .flat_map(|endpoint| {
-                if endpoint.deleting { take_down(reader, endpoint) } else { bring_up(reader, endpoint) }
+                if endpoint.deleting {
+                    take_down(reader, endpoint)
+                } else {
+                    bring_up(reader, endpoint)
+                }
             })
             .collect()
     }
@@ -69,7 +76,10 @@ impl Controller for ServingController {
 /// The living actor of this name, and whether it is already being stopped.
 fn living(reader: &dyn Reader, name: &str) -> Option<(ActorId, bool)> {
     let target = ActorTarget::Name(name.to_owned());
-    let query = SchedulerQuery::ResolveActor { job: JobId::SYSTEM, target };
+    let query = SchedulerQuery::ResolveActor {
+        job: JobId::SYSTEM,
+        target,
+    };
     match mobula_scheduler::answer(reader, 0, query) {
         Ok(QueryResponse::Resolved(Resolution::Address(address))) => Some((address.actor, false)),
         Ok(QueryResponse::Resolved(Resolution::NotRunning { actor, state, .. })) => {
@@ -80,13 +90,20 @@ fn living(reader: &dyn Reader, name: &str) -> Option<(ActorId, bool)> {
 }
 
 fn scheduler(command: &SchedulerCommand) -> Proposal {
-    Proposal { module: ModuleId::SCHEDULER, payload: command.encode() }
+    Proposal {
+        module: ModuleId::SCHEDULER,
+        payload: command.encode(),
+    }
 }
 
 fn bring_up(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
     let missing: Vec<ActorSpec> = actors_of(endpoint)
         .into_iter()
-        .filter(|spec| spec.name.as_deref().is_some_and(|name| living(reader, name).is_none()))
+        .filter(|spec| {
+            spec.name
+                .as_deref()
+                .is_some_and(|name| living(reader, name).is_none())
+        })
         .collect();
     if missing.is_empty() {
         return Vec::new();
@@ -107,8 +124,13 @@ fn take_down(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
         .filter_map(|spec| living(reader, spec.name.as_deref()?))
         .collect();
     if left.is_empty() {
-        let gone = Command::Gone { endpoint: endpoint.name.clone() };
-        return vec![Proposal { module: ModuleId::SERVING, payload: codec::encode_plain(&gone) }];
+        let gone = Command::Gone {
+            endpoint: endpoint.name.clone(),
+        };
+        return vec![Proposal {
+            module: ModuleId::SERVING,
+            payload: codec::encode_plain(&gone),
+        }];
     }
     left.into_iter()
         .filter(|(_, is_stopping)| !is_stopping)
@@ -126,14 +148,25 @@ fn take_down(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
 fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
     let name = &endpoint.name;
     let replicas = (1..=endpoint.replicas).map(|number| {
-        let init = Replica::new(endpoint.model.clone(), endpoint.version, endpoint.digest.clone(), endpoint.size_bytes);
+        let init = Replica::new(
+            endpoint.model.clone(),
+            endpoint.version,
+            endpoint.digest.clone(),
+            endpoint.size_bytes,
+        );
         let mut spec = spec_of(init, replica_name(name, number), REPLICA_CPU_MILLI);
         // Apart where there are enough nodes: one lost machine leaves the others.
-        spec.placement.spread_key =
-            Some(SpreadKey { key: format!("serving/{name}"), strict: false });
+        spec.placement.spread_key = Some(SpreadKey {
+            key: format!("serving/{name}"),
+            strict: false,
+        });
         spec
     });
-    let mut router = spec_of(Router::new(endpoint.clone()), router_name(name), LIGHT_CPU_MILLI);
+    let mut router = spec_of(
+        Router::new(endpoint.clone()),
+        router_name(name),
+        LIGHT_CPU_MILLI,
+    );
     // A process of its own: what kills a replica must not close the front door.
     router.isolated = true;
     let monitor = Monitor::new(
@@ -143,11 +176,18 @@ fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
         endpoint.digest.clone(),
         endpoint.size_bytes,
     );
-    replicas.chain([router, spec_of(monitor, monitor_name(name), LIGHT_CPU_MILLI)]).collect()
+    replicas
+        .chain([
+            router,
+            spec_of(monitor, monitor_name(name), LIGHT_CPU_MILLI),
+        ])
+        .collect()
 }
 
 fn spec_of<A: mobula::Actor>(init: mobula::Init<A>, name: String, cpu_milli: u64) -> ActorSpec {
-    let spec = init.into_spec().expect("names, numbers and digests can be encoded");
+    let spec = init
+        .into_spec()
+        .expect("names, numbers and digests can be encoded");
     ActorSpec {
         name: Some(name),
         resources: Resources::cpu_milli(cpu_milli),

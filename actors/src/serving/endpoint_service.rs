@@ -57,15 +57,28 @@ impl<B: Backend> EndpointService<B> {
                 tensor(CLASS, Datatype::Int64, &[-1]),
             ],
         };
-        EndpointService { metadata, fleet, feed, statistics: Mutex::default() }
+        EndpointService {
+            metadata,
+            fleet,
+            feed,
+            statistics: Mutex::default(),
+        }
     }
 
     fn check(&self, model: &str, version: Option<&str>) -> Result<(), OipError> {
         if model != self.metadata.name {
-            return Err(OipError::UnknownModel { model: model.to_owned() });
+            return Err(OipError::UnknownModel {
+                model: model.to_owned(),
+            });
         }
         match version {
-            Some(version) if !self.metadata.versions.iter().any(|served| served == version) => {
+            Some(version)
+                if !self
+                    .metadata
+                    .versions
+                    .iter()
+                    .any(|served| served == version) =>
+            {
                 Err(OipError::UnknownVersion {
                     model: model.to_owned(),
                     version: version.to_owned(),
@@ -80,8 +93,14 @@ impl<B: Backend> EndpointService<B> {
         if self.fleet.open_count() > 0 {
             return Ok(());
         }
-        let reason = format!("none of its {} replicas answers yet", self.fleet.replica_count());
-        Err(OipError::NotReady { model: self.metadata.name.clone(), reason })
+        let reason = format!(
+            "none of its {} replicas answers yet",
+            self.fleet.replica_count()
+        );
+        Err(OipError::NotReady {
+            model: self.metadata.name.clone(),
+            reason,
+        })
     }
 
     async fn answer(&self, request: InferRequest) -> Result<InferResponse, OipError> {
@@ -112,17 +131,25 @@ impl<B: Backend> EndpointService<B> {
         self.record(&answer, times);
         self.feed.offer(Observation {
             rows: rows.concat(),
-            classes: answer.outputs.iter().map(|prediction| prediction.class).collect(),
+            classes: answer
+                .outputs
+                .iter()
+                .map(|prediction| prediction.class)
+                .collect(),
         });
         Ok(response)
     }
 
     fn response(&self, predictions: &[Prediction]) -> Result<InferResponse, OipError> {
         let count = predictions.len() as u64;
-        let probabilities: Vec<f32> =
-            predictions.iter().flat_map(|p| p.probabilities.iter().copied()).collect();
+        let probabilities: Vec<f32> = predictions
+            .iter()
+            .flat_map(|p| p.probabilities.iter().copied())
+            .collect();
         let classes = predictions.iter().map(|p| i64::from(p.class)).collect();
-        let misfit = |error: DecodeError| OipError::Failed { reason: error.to_string() };
+        let misfit = |error: DecodeError| OipError::Failed {
+            reason: error.to_string(),
+        };
         let probabilities = Tensor::new(
             PROBABILITIES,
             vec![count, CLASSES as u64],
@@ -139,7 +166,9 @@ impl<B: Backend> EndpointService<B> {
     }
 
     fn record(&self, answer: &BatchAnswer<Prediction>, times: RequestTimes) {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        let since_epoch = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or(Duration::ZERO);
         let now_ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
         let mut statistics = self.statistics();
         statistics.record_success(answer.outputs.len() as u64, times, now_ms);
@@ -150,7 +179,9 @@ impl<B: Backend> EndpointService<B> {
 
     fn statistics(&self) -> MutexGuard<'_, ModelStatistics> {
         // Counters are whole after every single update, so a panic elsewhere does not spoil them.
-        self.statistics.lock().unwrap_or_else(PoisonError::into_inner)
+        self.statistics
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -158,7 +189,9 @@ impl<B: Backend> EndpointService<B> {
 fn rows_of(request: InferRequest) -> Result<Vec<Vec<f32>>, OipError> {
     let input = request.inputs.into_iter().next().map(Tensor::into_data);
     let Some(TensorData::Fp32(values)) = input else {
-        return Err(OipError::Failed { reason: format!("the input {INPUT:?} is not FP32") });
+        return Err(OipError::Failed {
+            reason: format!("the input {INPUT:?} is not FP32"),
+        });
     };
     if let Some(index) = values.iter().position(|value| !value.is_finite()) {
         // Only binary data can hold such values; the answer would be no number either.
@@ -184,7 +217,9 @@ impl<B: Backend> InferenceService for EndpointService<B> {
 
     fn server_ready(&self) -> ServiceFuture<'_, ()> {
         Box::pin(async {
-            self.ready().map_err(|error| OipError::ServerNotReady { reason: error.to_string() })
+            self.ready().map_err(|error| OipError::ServerNotReady {
+                reason: error.to_string(),
+            })
         })
     }
 

@@ -43,8 +43,17 @@ pub struct FeedReader {
 pub fn feed() -> (Feed, FeedReader) {
     let (sender, receiver) = mpsc::channel(WAITING_MAX);
     let dropped = Arc::new(AtomicU64::new(0));
-    let reader = FeedReader { queue: receiver, dropped: Arc::clone(&dropped) };
-    (Feed { queue: sender, dropped }, reader)
+    let reader = FeedReader {
+        queue: receiver,
+        dropped: Arc::clone(&dropped),
+    };
+    (
+        Feed {
+            queue: sender,
+            dropped,
+        },
+        reader,
+    )
 }
 
 impl Feed {
@@ -62,7 +71,9 @@ impl FeedReader {
     pub async fn next(&mut self) -> Option<Observation> {
         let mut joined = self.queue.recv().await?;
         while joined.classes.len() < ROWS_PER_CALL_MAX {
-            let Ok(more) = self.queue.try_recv() else { break };
+            let Ok(more) = self.queue.try_recv() else {
+                break;
+            };
             joined.rows.extend(more.rows);
             joined.classes.extend(more.classes);
         }
@@ -85,7 +96,10 @@ mod tests {
     use super::*;
 
     fn observation(class: u8) -> Observation {
-        Observation { rows: vec![f32::from(class)], classes: vec![class] }
+        Observation {
+            rows: vec![f32::from(class)],
+            classes: vec![class],
+        }
     }
 
     #[tokio::test]

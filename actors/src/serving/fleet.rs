@@ -7,7 +7,8 @@
 //! 3. A request that a replica did not answer is sent once more, to another one if there is one:
 //!    inference changes nothing, so twice is harmless. A request never takes longer than
 //!    [`REQUEST_TIMEOUT`].
-//! 4. Dropping a fleet ends its tasks.
+//! 4. A request that finds no replica waits a little for one: they come back within moments.
+//! 5. Dropping a fleet ends its tasks.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -34,6 +35,10 @@ pub const BATCH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a request may take with its second try.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a request waits for any replica to take requests. Who waits holds a connection, and
+/// those are bounded.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One replica, as the fleet reaches it.
 pub trait Backend: Clone + Send + Sync + 'static {
@@ -72,12 +77,20 @@ type Answer = Result<BatchAnswer<Result<Prediction, Refusal>>, BatchError>;
 #[derive(Debug)]
 pub struct Berth<B> {
     backend: watch::Sender<Option<B>>,
+    /// Counts how often any berth of the fleet was opened.
+    openings: Arc<watch::Sender<u64>>,
 }
 
 impl<B: Backend> Berth<B> {
     /// The replica takes requests from now on.
     pub fn open(&self, backend: B) {
         self.backend.send_replace(Some(backend));
+        self.openings.send_modify(|count| *count += 1);
+    }
+
+    /// The replica is gone: what it has not answered is sent elsewhere at once.
+    pub fn close(&self) {
+        self.backend.send_replace(None);
     }
 
     /// Waits until the replica has failed a request.
@@ -104,6 +117,7 @@ impl<B> Lane<B> {
 /// The replicas behind an endpoint.
 pub struct Fleet<B> {
     lanes: Vec<Lane<B>>,
+    openings: Arc<watch::Sender<u64>>,
     ticket: AtomicU64,
 }
 
@@ -111,8 +125,12 @@ impl<B: Backend> Fleet<B> {
     /// A fleet of `replicas`, none of which takes requests yet.
     #[must_use]
     pub fn new(replicas: u32) -> Self {
+        let openings = Arc::new(watch::Sender::new(0));
         let lanes = (1..=replicas).map(|number| {
-            let berth = Arc::new(Berth { backend: watch::Sender::new(None) });
+            let berth = Arc::new(Berth {
+                backend: watch::Sender::new(None),
+                openings: Arc::clone(&openings),
+            });
             let config = BatcherConfig {
                 max_batch_rows: BATCH_ROWS_MAX,
                 // What queues up while a batch runs is the next batch; an idle replica answers at
@@ -120,16 +138,31 @@ impl<B: Backend> Fleet<B> {
                 max_delay: Duration::ZERO,
                 max_queued_requests: QUEUED_REQUESTS_MAX,
             };
-            let runner = Runner { number, berth: Arc::clone(&berth) };
+            let runner = Runner {
+                number,
+                berth: Arc::clone(&berth),
+            };
             let (batcher, queue) = Batcher::start(config, runner);
-            Lane { number, berth, queue, rows_in_flight: AtomicUsize::new(0), _batcher: batcher }
+            Lane {
+                number,
+                berth,
+                queue,
+                rows_in_flight: AtomicUsize::new(0),
+                _batcher: batcher,
+            }
         });
-        Fleet { lanes: lanes.collect(), ticket: AtomicU64::new(0) }
+        Fleet {
+            lanes: lanes.collect(),
+            openings,
+            ticket: AtomicU64::new(0),
+        }
     }
 
     /// Each replica's number, counted from 1, with its berth.
     pub fn berths(&self) -> impl Iterator<Item = (u32, Arc<Berth<B>>)> {
-        self.lanes.iter().map(|lane| (lane.number, Arc::clone(&lane.berth)))
+        self.lanes
+            .iter()
+            .map(|lane| (lane.number, Arc::clone(&lane.berth)))
     }
 
     /// How many replicas take requests.
@@ -155,10 +188,22 @@ impl<B: Backend> Fleet<B> {
             let reason = format!("no answer within {} ms", REQUEST_TIMEOUT.as_millis());
             return Err(OipError::ReplicaLost { reason });
         };
-        let BatchAnswer { outputs, queued, computed, batch_rows, is_first_in_batch } = answer?;
+        let BatchAnswer {
+            outputs,
+            queued,
+            computed,
+            batch_rows,
+            is_first_in_batch,
+        } = answer?;
         let outputs: Result<Vec<Prediction>, Refusal> = outputs.into_iter().collect();
         let outputs = outputs.map_err(|reason| OipError::Failed { reason })?;
-        Ok(BatchAnswer { outputs, queued, computed, batch_rows, is_first_in_batch })
+        Ok(BatchAnswer {
+            outputs,
+            queued,
+            computed,
+            batch_rows,
+            is_first_in_batch,
+        })
     }
 
     async fn infer_or_retry(
@@ -166,9 +211,15 @@ impl<B: Backend> Fleet<B> {
         model: &str,
         rows: Vec<Vec<f32>>,
     ) -> Result<BatchAnswer<Result<Prediction, Refusal>>, OipError> {
-        let first = self.choose(None).ok_or_else(|| self.none_open(model))?;
+        let first = self
+            .choose_or_wait()
+            .await
+            .ok_or_else(|| self.none_open(model))?;
         let error = match first.submit(rows.clone()).await {
-            Err(BatchError::RowCount { rows, max_batch_rows }) => {
+            Err(BatchError::RowCount {
+                rows,
+                max_batch_rows,
+            }) => {
                 // The protocol's layer has checked this against the model's metadata.
                 return Err(OipError::Failed {
                     reason: format!("{rows} rows, where 1 to {max_batch_rows} are possible"),
@@ -184,11 +235,29 @@ impl<B: Backend> Fleet<B> {
         second.submit(rows).await.map_err(outcome)
     }
 
+    async fn choose_or_wait(&self) -> Option<&Lane<B>> {
+        // From before we look, so that no opening is missed.
+        let mut openings = self.openings.subscribe();
+        let found = async {
+            loop {
+                if let Some(lane) = self.choose(None) {
+                    return lane;
+                }
+                // The fleet holds the sender, so waiting cannot fail.
+                let _ = openings.changed().await;
+            }
+        };
+        tokio::time::timeout(OPEN_TIMEOUT, found).await.ok()
+    }
+
     /// The less busy of two replicas that take requests, other than `except` if there is another.
     fn choose(&self, except: Option<u32>) -> Option<&Lane<B>> {
         let open: Vec<&Lane<B>> = self.lanes.iter().filter(|lane| lane.is_open()).collect();
-        let others: Vec<&Lane<B>> =
-            open.iter().copied().filter(|lane| Some(lane.number) != except).collect();
+        let others: Vec<&Lane<B>> = open
+            .iter()
+            .copied()
+            .filter(|lane| Some(lane.number) != except)
+            .collect();
         let candidates = if others.is_empty() { open } else { others };
         let count = candidates.len();
         if count < 2 {
@@ -241,14 +310,17 @@ impl Drop for InFlight<'_> {
 
 fn outcome(error: BatchError) -> OipError {
     match error {
-        BatchError::Overloaded { limit } => {
-            OipError::Overloaded { queued: limit as u64, limit: limit as u64 }
-        }
+        BatchError::Overloaded { limit } => OipError::Overloaded {
+            queued: limit as u64,
+            limit: limit as u64,
+        },
         BatchError::ShuttingDown => OipError::ShuttingDown,
         BatchError::Failed { reason } => OipError::ReplicaLost { reason },
-        error @ (BatchError::Lost | BatchError::OutputCount { .. } | BatchError::RowCount { .. }) => {
-            OipError::Failed { reason: error.to_string() }
-        }
+        error @ (BatchError::Lost
+        | BatchError::OutputCount { .. }
+        | BatchError::RowCount { .. }) => OipError::Failed {
+            reason: error.to_string(),
+        },
     }
 }
 
@@ -272,26 +344,31 @@ impl<B: Backend> BatchRunner for Runner<B> {
     type Output = Result<Prediction, Refusal>;
 
     async fn run(&mut self, rows: Vec<Vec<f32>>) -> Result<Vec<Self::Output>, String> {
-        let backend = self.berth.backend.borrow().clone();
+        let mut berth = self.berth.backend.subscribe();
+        let backend = berth.borrow_and_update().clone();
         // Requests that queued up behind the one that found the replica dead.
         let Some(backend) = backend else {
             return Err(format!("replica {} is not running", self.number));
         };
         let count = rows.len();
-        let inferring = tokio::time::timeout(BATCH_TIMEOUT, backend.infer(rows.concat()));
-        let failure = match inferring.await {
-            Ok(Ok(inference)) => return Ok(predictions(inference)),
-            Ok(Err(failure)) => failure,
-            Err(_) => BackendFailure::Lost(format!(
-                "no answer within {} ms",
-                BATCH_TIMEOUT.as_millis()
-            )),
+        let failure = tokio::select! {
+            answer = backend.infer(rows.concat()) => match answer {
+                Ok(inference) => return Ok(predictions(inference)),
+                Err(failure) => failure,
+            },
+            // Closed by whoever watches the replica, or opened with a newer start of it.
+            _ = berth.changed() => {
+                return Err(format!("replica {} ended while it held the batch", self.number));
+            }
+            () = tokio::time::sleep(BATCH_TIMEOUT) => {
+                BackendFailure::Lost(format!("no answer within {} ms", BATCH_TIMEOUT.as_millis()))
+            }
         };
         match failure {
             BackendFailure::Refused(reason) => Ok(vec![Err(reason); count]),
             BackendFailure::Lost(reason) => {
                 tracing::warn!(replica = self.number, reason, "a replica does not answer");
-                self.berth.backend.send_replace(None);
+                self.berth.close();
                 Err(format!("replica {}: {reason}", self.number))
             }
         }
@@ -299,8 +376,17 @@ impl<B: Backend> BatchRunner for Runner<B> {
 }
 
 fn predictions(inference: Inference) -> Vec<Result<Prediction, Refusal>> {
-    let rows = inference.probabilities.chunks_exact(CLASSES).zip(inference.classes);
-    rows.map(|(row, class)| Ok(Prediction { probabilities: row.to_vec(), class })).collect()
+    let rows = inference
+        .probabilities
+        .chunks_exact(CLASSES)
+        .zip(inference.classes);
+    rows.map(|(row, class)| {
+        Ok(Prediction {
+            probabilities: row.to_vec(),
+            class,
+        })
+    })
+    .collect()
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 use std::time::Instant;
 
 use mobula::{ActorContext, ContextExt};
+use mobula_core::id::Incarnation;
 use serde::{Deserialize, Serialize};
 
 use crate::registry::version_file::{VersionFile, VersionFileError};
@@ -72,9 +73,9 @@ impl Replica {
         tokio::task::block_in_place(|| self.predictor.infer(&rows))
     }
 
-    /// Answers that it runs.
-    pub fn ping(&self) -> bool {
-        true
+    /// Answers which start of it runs.
+    pub fn ping(&self, ctx: &ActorContext) -> Incarnation {
+        ctx.incarnation()
     }
 
     /// Leaves a node that will be taken away: another replica answers meanwhile.
@@ -93,28 +94,42 @@ struct Predictor {
 
 impl Predictor {
     fn new(file: &VersionFile) -> Result<Self, VersionFileError> {
-        Ok(Predictor { model: file.build_model()? })
+        Ok(Predictor {
+            model: file.build_model()?,
+        })
     }
 
     fn infer(&self, rows: &[f32]) -> Result<Inference, InferError> {
         let count = rows.len() / FEATURES;
         if !rows.len().is_multiple_of(FEATURES) || count == 0 || count > ROWS_MAX {
-            return Err(InferError::RowCount { values: rows.len() as u64 });
+            return Err(InferError::RowCount {
+                values: rows.len() as u64,
+            });
         }
         let started = Instant::now();
         let probabilities = self
             .model
             .probabilities(rows)
             .map_err(|error| InferError::Model(error.to_string()))?;
-        let classes = probabilities.chunks_exact(CLASSES).map(most_probable).collect();
+        let classes = probabilities
+            .chunks_exact(CLASSES)
+            .map(most_probable)
+            .collect();
         let computed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        Ok(Inference { probabilities, classes, computed_ns })
+        Ok(Inference {
+            probabilities,
+            classes,
+            computed_ns,
+        })
     }
 }
 
 /// The lowest class among the most probable ones, as [`Model::predictions`] has it.
 fn most_probable(row: &[f32]) -> u8 {
-    let best = (1..row.len()).fold(0, |best, class| if row[class] > row[best] { class } else { best });
+    let best = (1..row.len()).fold(
+        0,
+        |best, class| if row[class] > row[best] { class } else { best },
+    );
     u8::try_from(best).expect("there are ten classes")
 }
 

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mobula::{ActorContext, ActorRef, CallFailure, Cluster, ContextExt};
+use mobula_core::codec;
 use mobula_core::control::ModuleId;
 use mobula_core::error::{CallError, ErrorCode};
-use mobula_core::id::Incarnation;
-use mobula_core::codec;
+use mobula_core::id::{ActorId, Incarnation};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -33,7 +33,10 @@ use crate::drift::monitor::{Monitor, MonitorCalls};
 use crate::serving::client;
 
 /// How long a probe of a replica waits; it includes waiting for a replica that is being started.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long one question to the head waits for news of a replica.
+const WATCH_WAIT: Duration = Duration::from_secs(30);
 
 /// The pause after something that could not be done now.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
@@ -68,12 +71,17 @@ struct Running {
 impl Router {
     /// A router of `endpoint`; it listens once it has started.
     pub fn new(endpoint: Endpoint) -> Self {
-        Router { endpoint, running: None }
+        Router {
+            endpoint,
+            running: None,
+        }
     }
 
     /// Where it answers, `ip:port`.
     pub fn http_address(&self) -> Option<String> {
-        self.running.as_ref().map(|running| running.address.to_string())
+        self.running
+            .as_ref()
+            .map(|running| running.address.to_string())
     }
 
     #[mobula(started)]
@@ -105,9 +113,15 @@ impl Router {
 impl Running {
     async fn start(ctx: &ActorContext, endpoint: &Endpoint) -> Result<Self, RouterError> {
         let cluster = ctx.cluster();
-        let ip = ctx.runtime().call_address().ok_or(RouterError::NoAddress)?.ip();
+        let ip = ctx
+            .runtime()
+            .call_address()
+            .ok_or(RouterError::NoAddress)?
+            .ip();
         let listener = bind(ip, last_port(&cluster, endpoint, ip).await).await?;
-        let address = listener.local_addr().map_err(|source| RouterError::Bind { ip, source })?;
+        let address = listener
+            .local_addr()
+            .map_err(|source| RouterError::Bind { ip, source })?;
 
         let mut tasks = JoinSet::new();
         let fleet: Arc<Fleet<ActorRef<Replica>>> = Arc::new(Fleet::new(endpoint.replicas));
@@ -116,8 +130,17 @@ impl Running {
             tasks.spawn(keep_open(cluster.clone(), name, berth));
         }
         let (feed, reader) = feed();
-        tasks.spawn(feed_monitor(cluster.clone(), monitor_name(&endpoint.name), reader));
-        tasks.spawn(announce(ctx.clone(), endpoint.name.clone(), ctx.incarnation(), address));
+        tasks.spawn(feed_monitor(
+            cluster.clone(),
+            monitor_name(&endpoint.name),
+            reader,
+        ));
+        tasks.spawn(announce(
+            ctx.clone(),
+            endpoint.name.clone(),
+            ctx.incarnation(),
+            address,
+        ));
 
         let service = Arc::new(EndpointService::new(endpoint, fleet, feed));
         let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
@@ -134,7 +157,12 @@ impl Running {
                 context.fail(error.to_string());
             }
         });
-        Ok(Running { address, stop, server, _tasks: tasks })
+        Ok(Running {
+            address,
+            stop,
+            server,
+            _tasks: tasks,
+        })
     }
 }
 
@@ -152,7 +180,9 @@ async fn bind(ip: IpAddr, last_port: Option<u16>) -> Result<TcpListener, RouterE
     {
         return Ok(listener);
     }
-    TcpListener::bind((ip, 0)).await.map_err(|source| RouterError::Bind { ip, source })
+    TcpListener::bind((ip, 0))
+        .await
+        .map_err(|source| RouterError::Bind { ip, source })
 }
 
 /// Tells the head where the endpoint answers, until it knows.
@@ -170,7 +200,9 @@ async fn announce(
     };
     let payload = codec::encode_plain(&command);
     loop {
-        let Err(error) = cluster.apply(ModuleId::SERVING, payload.clone()).await else { return };
+        let Err(error) = cluster.apply(ModuleId::SERVING, payload.clone()).await else {
+            return;
+        };
         match error.code() {
             // A newer router has taken over, or the endpoint is gone: this one is not needed.
             Some(ErrorCode::Fenced | ErrorCode::NotFound) => {
@@ -182,39 +214,64 @@ async fn announce(
     }
 }
 
-/// Finds a replica and opens its berth; again whenever it has failed.
+/// Finds a replica and opens its berth; again whenever it has failed or was started again.
 async fn keep_open(cluster: Cluster, name: String, berth: Arc<Berth<ActorRef<Replica>>>) {
-    let mut known: Option<ActorRef<Replica>> = None;
+    let mut known: Option<ActorId> = None;
     loop {
-        match probe(&cluster, &name, known.take()).await {
-            Ok(replica) => {
-                berth.open(replica.clone());
-                known = Some(replica);
-                berth.failed().await;
+        match probe(&cluster, &name, known).await {
+            Ok((replica, incarnation)) => {
+                let id = replica.actor_id();
+                known = Some(id);
+                berth.open(replica);
+                tokio::select! {
+                    () = berth.failed() => {}
+                    () = ended(&cluster, id, incarnation) => berth.close(),
+                }
             }
-            Err((replica, error)) => {
+            Err(error) => {
                 tracing::debug!(name, %error, "a replica does not answer yet");
-                known = replica;
+                if matches!(error, mobula::Error::Call(CallError::ActorDied { .. })) {
+                    known = None;
+                }
                 tokio::time::sleep(RETRY_PAUSE).await;
             }
         }
     }
 }
 
-/// A replica that answers. One that has ended for good is looked up anew next time.
+/// A replica that answers, by a new reference: an old one remembers where it was.
 async fn probe(
     cluster: &Cluster,
     name: &str,
-    known: Option<ActorRef<Replica>>,
-) -> Result<ActorRef<Replica>, (Option<ActorRef<Replica>>, mobula::Error)> {
+    known: Option<ActorId>,
+) -> mobula::Result<(ActorRef<Replica>, Incarnation)> {
     let replica = match known {
-        Some(replica) => replica,
-        None => cluster.get_actor::<Replica>(name).await.map_err(|error| (None, error))?,
+        Some(id) => ActorRef::from_id(cluster, id),
+        None => cluster.get_actor::<Replica>(name).await?,
     };
-    match replica.ping().timeout(PROBE_TIMEOUT).await {
-        Ok(_) => Ok(replica),
-        Err(error @ mobula::Error::Call(CallError::ActorDied { .. })) => Err((None, error)),
-        Err(error) => Err((Some(replica), error)),
+    let incarnation = replica.ping().timeout(PROBE_TIMEOUT).await?;
+    Ok((replica, incarnation))
+}
+
+/// Waits until the head knows that this start of a replica is over: it learns of a lost process
+/// long before a caller does.
+async fn ended(cluster: &Cluster, id: ActorId, incarnation: Incarnation) {
+    loop {
+        match cluster.resolve_actor(id, incarnation, WATCH_WAIT).await {
+            Ok(actor) => {
+                let is_newer = actor
+                    .incarnation
+                    .is_some_and(|newest| newest > incarnation.0);
+                if is_newer || actor.state == "ended" {
+                    return;
+                }
+            }
+            // Without a head the replica is judged by its answers alone.
+            Err(error) => {
+                tracing::debug!(%id, %error, "a replica cannot be watched now");
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        }
     }
 }
 

@@ -17,7 +17,10 @@ use serde::{Deserialize, Serialize};
 use crate::registry;
 
 /// Endpoint name → [`Endpoint`].
-const ENDPOINTS: Table = Table { module: ModuleId::SERVING, tag: 1 };
+const ENDPOINTS: Table = Table {
+    module: ModuleId::SERVING,
+    tag: 1,
+};
 
 /// The largest command or question.
 const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
@@ -113,13 +116,18 @@ pub struct Serving;
 
 /// All endpoints, by name.
 pub fn endpoints(reader: &dyn Reader) -> Vec<Endpoint> {
-    row::all(reader, ENDPOINTS, &[]).into_iter().map(|(_, endpoint)| endpoint).collect()
+    row::all(reader, ENDPOINTS, &[])
+        .into_iter()
+        .map(|(_, endpoint)| endpoint)
+        .collect()
 }
 
 /// One endpoint.
 pub fn find(reader: &dyn Reader, name: &str) -> Result<Endpoint, Rejection> {
     row::get(reader, ENDPOINTS, name.as_bytes()).ok_or_else(|| {
-        Rejection::not_found(format!("no endpoint is called `{name}`: see `mobula serve list`"))
+        Rejection::not_found(format!(
+            "no endpoint is called `{name}`: see `mobula serve list`"
+        ))
     })
 }
 
@@ -215,16 +223,29 @@ impl StateModule for Serving {
         payload: &[u8],
     ) -> Result<Applied, Rejection> {
         let response = match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
-            Command::Deploy { endpoint, model, version, replicas, token_hash } => {
+            Command::Deploy {
+                endpoint,
+                model,
+                version,
+                replicas,
+                token_hash,
+            } => {
                 let of = (model.as_str(), version);
                 codec::encode_plain(&deploy(context, txn, endpoint, of, replicas, token_hash)?)
             }
             Command::Delete { endpoint: name } => {
-                let endpoint = Endpoint { deleting: true, ..find(txn, &name)? };
+                let endpoint = Endpoint {
+                    deleting: true,
+                    ..find(txn, &name)?
+                };
                 row::put(txn, ENDPOINTS, name.as_bytes(), &endpoint);
                 Vec::new()
             }
-            Command::RouterReady { endpoint, incarnation, http_address } => {
+            Command::RouterReady {
+                endpoint,
+                incarnation,
+                http_address,
+            } => {
                 router_ready(txn, &endpoint, incarnation, http_address)?;
                 Vec::new()
             }

@@ -38,15 +38,26 @@ impl Head {
 
     fn apply(&mut self, module: &dyn StateModule, payload: &[u8]) -> Result<Vec<u8>, Rejection> {
         self.index += 1;
-        let context = ApplyContext { index: self.index, term: 1, now_ms: self.index };
-        self.tables.apply(module, &context, payload).map(|applied| applied.response)
+        let context = ApplyContext {
+            index: self.index,
+            term: 1,
+            now_ms: self.index,
+        };
+        self.tables
+            .apply(module, &context, payload)
+            .map(|applied| applied.response)
     }
 
     fn serving(&mut self, command: &Command) -> Result<Vec<u8>, Rejection> {
         self.apply(&Serving, &codec::encode_plain(command))
     }
 
-    fn deploy(&mut self, name: &str, version: Option<u64>, replicas: u32) -> Result<Endpoint, Rejection> {
+    fn deploy(
+        &mut self,
+        name: &str,
+        version: Option<u64>,
+        replicas: u32,
+    ) -> Result<Endpoint, Rejection> {
         let command = Command::Deploy {
             endpoint: name.into(),
             model: "digits".into(),
@@ -73,8 +84,11 @@ impl Head {
 
     /// Names of the platform's actors that have not ended.
     fn living(&self) -> Vec<String> {
-        let query =
-            SchedulerQuery::ListActors { job: Some(JobId::SYSTEM), after: None, limit: 0 };
+        let query = SchedulerQuery::ListActors {
+            job: Some(JobId::SYSTEM),
+            after: None,
+            limit: 0,
+        };
         let Ok(QueryResponse::Actors(actors)) = mobula_scheduler::answer(&self.tables, 0, query)
         else {
             panic!("a list of actors is one")
@@ -88,7 +102,10 @@ impl Head {
 fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
     let mut head = Head::with_model();
     let endpoint = head.deploy("digits", None, 2).unwrap();
-    assert_eq!((endpoint.version, endpoint.digest.as_str()), (2, "2".repeat(64).as_str()));
+    assert_eq!(
+        (endpoint.version, endpoint.digest.as_str()),
+        (2, "2".repeat(64).as_str())
+    );
     assert_eq!(head.reconcile(), 1);
     let expected = [
         replica_name("digits", 1),
@@ -104,7 +121,10 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
     head.reconcile();
     assert_eq!(head.living().len(), 7);
 
-    head.serving(&Command::Delete { endpoint: "digits".into() }).unwrap();
+    head.serving(&Command::Delete {
+        endpoint: "digits".into(),
+    })
+    .unwrap();
     // Nothing runs on any node yet, so the actors end at once.
     assert_eq!(head.reconcile(), 4);
     assert_eq!(head.living().len(), 3);
@@ -136,7 +156,12 @@ fn only_the_newest_router_says_where_an_endpoint_answers() {
 fn what_cannot_be_deployed_is_refused_with_the_reason() {
     let mut head = Head::with_model();
     for (name, version, replicas, expected) in [
-        ("digits", Some(7), 1, "model `digits` has no version 7: it has 1 to 2"),
+        (
+            "digits",
+            Some(7),
+            1,
+            "model `digits` has no version 7: it has 1 to 2",
+        ),
         ("a/b", None, 1, "cannot name an endpoint"),
         ("digits", None, 0, "0 replicas are not possible"),
         ("digits", None, 65, "ask for 1 to 64"),
@@ -147,22 +172,36 @@ fn what_cannot_be_deployed_is_refused_with_the_reason() {
     head.deploy("digits", None, 1).unwrap();
     let error = head.deploy("digits", None, 1).unwrap_err();
     assert_eq!(error.code, ErrorCode::AlreadyExists);
-    assert!(error.message.contains("mobula serve delete digits"), "{error}");
-    let error = head.serving(&Command::Delete { endpoint: "faces".into() }).unwrap_err();
+    assert!(
+        error.message.contains("mobula serve delete digits"),
+        "{error}"
+    );
+    let error = head
+        .serving(&Command::Delete {
+            endpoint: "faces".into(),
+        })
+        .unwrap_err();
     assert!(error.message.contains("mobula serve list"), "{error}");
 }
 
 #[test]
 fn who_may_do_what() {
-    let deploy = Command::Delete { endpoint: "digits".into() };
+    let deploy = Command::Delete {
+        endpoint: "digits".into(),
+    };
     let ready = Command::RouterReady {
         endpoint: "digits".into(),
         incarnation: Incarnation(1),
         http_address: "127.0.0.1:1".into(),
     };
-    let host = |job| Caller::Host { job: JobId(job), node: mobula_core::id::NodeId(1) };
+    let host = |job| Caller::Host {
+        job: JobId(job),
+        node: mobula_core::id::NodeId(1),
+    };
     let may = |caller: &Caller, command: &Command| {
-        Serving.authorize(caller, &codec::encode_plain(command)).is_ok()
+        Serving
+            .authorize(caller, &codec::encode_plain(command))
+            .is_ok()
     };
     assert!(may(&Caller::Client, &deploy) && may(&Caller::Head, &deploy));
     assert!(!may(&host(4), &deploy) && !may(&Caller::Client, &ready));

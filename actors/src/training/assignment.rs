@@ -34,7 +34,11 @@ impl Assignment {
     /// A step of which nothing is ordered. Orders are numbered from `next_number`.
     #[must_use]
     pub fn new(next_number: u64) -> Self {
-        Assignment { next_number, outstanding: BTreeMap::new(), slow: BTreeSet::new() }
+        Assignment {
+            next_number,
+            outstanding: BTreeMap::new(),
+            slow: BTreeSet::new(),
+        }
     }
 
     /// The number that the next order gets.
@@ -52,18 +56,31 @@ impl Assignment {
     /// Orders what is missing (ascending) and not being computed by anyone quick, in equal parts
     /// from `workers`. Workers that are slow with an earlier order get nothing.
     pub fn plan(&mut self, missing: &[u32], workers: &[usize]) -> Vec<Order> {
-        let free: Vec<u32> =
-            missing.iter().copied().filter(|shard| !self.is_under_way(*shard)).collect();
-        let able: Vec<usize> =
-            workers.iter().copied().filter(|worker| !self.is_slow(*worker)).collect();
+        let free: Vec<u32> = missing
+            .iter()
+            .copied()
+            .filter(|shard| !self.is_under_way(*shard))
+            .collect();
+        let able: Vec<usize> = workers
+            .iter()
+            .copied()
+            .filter(|worker| !self.is_slow(*worker))
+            .collect();
         let count = able.len().min(free.len());
         if count == 0 {
             return Vec::new();
         }
         let mut orders = Vec::new();
-        for (worker, part) in able.into_iter().zip(shard_map(free.len() as u32, count as u32)) {
+        for (worker, part) in able
+            .into_iter()
+            .zip(shard_map(free.len() as u32, count as u32))
+        {
             for shards in runs(&free[part.start as usize..part.end as usize]) {
-                let order = Order { number: self.next_number, worker, shards };
+                let order = Order {
+                    number: self.next_number,
+                    worker,
+                    shards,
+                };
                 self.next_number += 1;
                 self.outstanding.insert(order.number, order.clone());
                 orders.push(order);
@@ -82,10 +99,15 @@ impl Assignment {
     /// many.
     pub fn lost(&mut self, worker: usize) -> usize {
         let its = |order: &Order| order.worker == worker;
-        let count = self.outstanding.values().filter(|order| its(order)).map(|o| o.shards.len());
+        let count = self
+            .outstanding
+            .values()
+            .filter(|order| its(order))
+            .map(|o| o.shards.len());
         let count = count.sum();
         self.outstanding.retain(|_, order| !its(order));
-        self.slow.retain(|number| self.outstanding.contains_key(number));
+        self.slow
+            .retain(|number| self.outstanding.contains_key(number));
         count
     }
 
@@ -99,7 +121,9 @@ impl Assignment {
     /// Whether a worker is slow with an order of this step.
     #[must_use]
     pub fn is_slow(&self, worker: usize) -> bool {
-        self.slow.iter().any(|number| self.outstanding[number].worker == worker)
+        self.slow
+            .iter()
+            .any(|number| self.outstanding[number].worker == worker)
     }
 
     fn is_under_way(&self, shard: u32) -> bool {
@@ -131,7 +155,10 @@ mod tests {
     }
 
     fn told(orders: &[Order]) -> Vec<(usize, Range<u32>)> {
-        orders.iter().map(|order| (order.worker, order.shards.clone())).collect()
+        orders
+            .iter()
+            .map(|order| (order.worker, order.shards.clone()))
+            .collect()
     }
 
     #[test]

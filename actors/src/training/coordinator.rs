@@ -32,7 +32,7 @@ const UPDATES_MAX: usize = 8;
 /// Bytes of those updates: they travel with one order, which must fit a frame.
 const UPDATE_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// An answer is called slow after this, and after [`SLOW_FACTOR`] usual steps.
-const SLOW_AFTER_MIN: Duration = Duration::from_millis(800);
+const SLOW_AFTER_MIN: Duration = Duration::from_millis(250);
 const SLOW_FACTOR: u32 = 8;
 /// How often a job that waits for trainers says so.
 const WAITING_REPORT: Duration = Duration::from_secs(5);
@@ -165,8 +165,14 @@ struct Event {
 
 enum Happened {
     Greeted(Greeting),
-    Prepared { sent: Held, answer: Result<Held, LinkError> },
-    Stepped { number: u64, answer: Box<Result<StepReply, LinkError>> },
+    Prepared {
+        sent: Held,
+        answer: Result<Held, LinkError>,
+    },
+    Stepped {
+        number: u64,
+        answer: Box<Result<StepReply, LinkError>>,
+    },
 }
 
 /// A step under way.
@@ -253,7 +259,10 @@ impl<L: TrainerLink> Coordinator<L> {
 
     /// How many trainers take part.
     pub fn ready_count(&self) -> usize {
-        self.slots.iter().filter(|slot| slot.presence == Presence::Ready).count()
+        self.slots
+            .iter()
+            .filter(|slot| slot.presence == Presence::Ready)
+            .count()
     }
 
     /// Takes one step. When this is dropped half-way the state is as before, and the step can be
@@ -279,9 +288,16 @@ impl<L: TrainerLink> Coordinator<L> {
         let mut asked = JoinSet::new();
         for index in ready {
             let slot = &self.slots[index];
-            let Some(updates) = self.updates_since(slot.step) else { continue };
+            let Some(updates) = self.updates_since(slot.step) else {
+                continue;
+            };
             let (epoch, step) = (self.epoch, self.state.step);
-            let order = StepOrder { epoch, step, updates, shards: 0..0 };
+            let order = StepOrder {
+                epoch,
+                step,
+                updates,
+                shards: 0..0,
+            };
             let link = slot.link.clone();
             asked.spawn(async move { link.step(order).await });
         }
@@ -329,7 +345,9 @@ impl<L: TrainerLink> Coordinator<L> {
     /// Trainers that take part and owe no answer from an earlier step.
     fn free_workers(&self) -> Vec<usize> {
         let free = |slot: &Slot<L>| slot.presence == Presence::Ready && slot.orders.is_empty();
-        (0..self.slots.len()).filter(|index| free(&self.slots[*index])).collect()
+        (0..self.slots.len())
+            .filter(|index| free(&self.slots[*index]))
+            .collect()
     }
 
     fn give_orders(&mut self, step: &mut Step) {
@@ -364,7 +382,9 @@ impl<L: TrainerLink> Coordinator<L> {
             .iter()
             .filter(|slot| slot.presence == Presence::Ready && !slot.orders.is_empty())
             .count();
-        (self.spec.workers.min as usize).saturating_sub(owing).max(1)
+        (self.spec.workers.min as usize)
+            .saturating_sub(owing)
+            .max(1)
     }
 
     fn send(&mut self, order: Order, step: &mut Step) {
@@ -379,11 +399,19 @@ impl<L: TrainerLink> Coordinator<L> {
         slot.step = self.state.step;
         slot.orders.insert(order.number, Instant::now());
         let (link, ticket, number) = (slot.link.clone(), slot.ticket, order.number);
-        let order =
-            StepOrder { epoch: self.epoch, step: self.state.step, updates, shards: order.shards };
+        let order = StepOrder {
+            epoch: self.epoch,
+            step: self.state.step,
+            updates,
+            shards: order.shards,
+        };
         self.tasks.spawn(async move {
             let answer = Box::new(link.step(order).await);
-            Event { slot: index, ticket, what: Happened::Stepped { number, answer } }
+            Event {
+                slot: index,
+                ticket,
+                what: Happened::Stepped { number, answer },
+            }
         });
     }
 
@@ -456,7 +484,12 @@ impl<L: TrainerLink> Coordinator<L> {
         let count = dissenters.len();
         if count > 1 && 2 * count > self.slots.len() + 1 {
             let ours = self.digest.clone();
-            return Err(CoordinatorError::Outvoted { step: self.state.step, count, theirs, ours });
+            return Err(CoordinatorError::Outvoted {
+                step: self.state.step,
+                count,
+                theirs,
+                ours,
+            });
         }
         self.log.line(format_args!(
             "trainer-{index} on {} has parameters {theirs} at step {}, and {} is right: its sums \
@@ -482,7 +515,11 @@ impl<L: TrainerLink> Coordinator<L> {
             }
             LinkError::Trainer(TrainerError::Unfit(reason)) => {
                 let (node, reason) = (self.slots[index].node.clone(), reason.clone());
-                return Err(CoordinatorError::Unfit { slot: index, node, reason });
+                return Err(CoordinatorError::Unfit {
+                    slot: index,
+                    node,
+                    reason,
+                });
             }
             LinkError::Trainer(TrainerError::OutOfStep { .. } | TrainerError::Stale { .. }) => {
                 let _ = step.assignment.lost(index);
@@ -534,7 +571,11 @@ impl<L: TrainerLink> Coordinator<L> {
                 tokio::time::sleep(pause).await;
                 match link.greet().await {
                     Ok(greeting) => {
-                        return Event { slot: index, ticket, what: Happened::Greeted(greeting) };
+                        return Event {
+                            slot: index,
+                            ticket,
+                            what: Happened::Greeted(greeting),
+                        };
                     }
                     // As long as the job lives it hopes for its trainers; each attempt waits.
                     Err(error) => tracing::debug!(%error, index, "a trainer is not there yet"),
@@ -546,7 +587,10 @@ impl<L: TrainerLink> Coordinator<L> {
 
     fn greeted(&mut self, index: usize, greeting: Greeting) {
         let slot = &mut self.slots[index];
-        if slot.incarnation.is_some_and(|known| known != greeting.incarnation) {
+        if slot
+            .incarnation
+            .is_some_and(|known| known != greeting.incarnation)
+        {
             self.counters.trainer_restarts += 1;
         }
         slot.incarnation = Some(greeting.incarnation);
@@ -567,11 +611,18 @@ impl<L: TrainerLink> Coordinator<L> {
         slot.ticket += 1;
         slot.orders.clear();
         let (link, ticket, epoch) = (slot.link.clone(), slot.ticket, self.epoch);
-        let sent = Held { step: self.state.step, digest: self.digest.clone() };
+        let sent = Held {
+            step: self.state.step,
+            digest: self.digest.clone(),
+        };
         let state = self.state.to_bytes();
         self.tasks.spawn(async move {
             let answer = link.prepare(epoch, state).await;
-            Event { slot: index, ticket, what: Happened::Prepared { sent, answer } }
+            Event {
+                slot: index,
+                ticket,
+                what: Happened::Prepared { sent, answer },
+            }
         });
     }
 
@@ -610,7 +661,12 @@ impl<L: TrainerLink> Coordinator<L> {
     fn updates_since(&self, step: u64) -> Option<Vec<Partial>> {
         let lacking = usize::try_from(self.state.step.checked_sub(step)?).ok()?;
         let from = self.updates.len().checked_sub(lacking)?;
-        Some(self.updates.range(from..).map(|(_, root)| root.clone()).collect())
+        Some(
+            self.updates
+                .range(from..)
+                .map(|(_, root)| root.clone())
+                .collect(),
+        )
     }
 
     fn remember(&mut self, step: u64, root: Partial) {
@@ -623,7 +679,9 @@ impl<L: TrainerLink> Coordinator<L> {
     }
 
     fn slow_after(&self) -> Duration {
-        self.usual_step.map_or(SLOW_AFTER_MIN * 4, |usual| SLOW_AFTER_MIN.max(usual * SLOW_FACTOR))
+        self.usual_step.map_or(SLOW_AFTER_MIN * 8, |usual| {
+            SLOW_AFTER_MIN.max(usual * SLOW_FACTOR)
+        })
     }
 
     /// When the next order of this step becomes slow.

@@ -123,7 +123,11 @@ impl TrainerLink for FakeTrainer {
 }
 
 fn spec(steps: u64, min: u32, max: u32) -> TrainSpec {
-    let mut spec = TrainSpec { steps, global_batch: 64, ..TrainSpec::digits_mlp("a") };
+    let mut spec = TrainSpec {
+        steps,
+        global_batch: 64,
+        ..TrainSpec::digits_mlp("a")
+    };
     spec.workers = crate::training::spec::WorkerRange { min, max };
     spec
 }
@@ -144,7 +148,14 @@ fn coordinator(
     let state = TrainState::initial(spec, &split.train.digest).unwrap();
     let epoch = Epoch::first_of(driver_incarnation);
     let counters = Counters::default();
-    Coordinator::new(spec, state, epoch, trainers.to_vec(), counters, JobLog::Silent)
+    Coordinator::new(
+        spec,
+        state,
+        epoch,
+        trainers.to_vec(),
+        counters,
+        JobLog::Silent,
+    )
 }
 
 async fn run(spec: &TrainSpec, trainers: &[FakeTrainer]) -> Coordinator<FakeTrainer> {
@@ -154,7 +165,9 @@ async fn run(spec: &TrainSpec, trainers: &[FakeTrainer]) -> Coordinator<FakeTrai
             coordinator.advance().await.unwrap();
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), work).await.expect("the job ends");
+    tokio::time::timeout(Duration::from_secs(60), work)
+        .await
+        .expect("the job ends");
     coordinator
 }
 
@@ -173,31 +186,48 @@ async fn each_fault_is_survived_and_counted() {
     let spec = spec(14, 1, 3);
     let hash = expected(&spec);
     let after = async |fault| {
-        let trainers = [FakeTrainer::new(&spec, []), FakeTrainer::new(&spec, [(5, fault)])];
+        let trainers = [
+            FakeTrainer::new(&spec, []),
+            FakeTrainer::new(&spec, [(5, fault)]),
+        ];
         let coordinator = run(&spec, &trainers).await;
         let log = trainers[1].0.lock().log.clone();
         (coordinator.digest().to_owned(), coordinator.counters(), log)
     };
     for fault in [Fault::Crash, Fault::CrashAfter] {
         let (digest, counters, _) = after(fault).await;
-        assert_eq!((digest, counters.trainers_lost), (hash.clone(), 1), "{fault:?}");
-        assert_eq!(counters.reassigned_shards, 8, "{fault:?}: its half of one step");
+        assert_eq!(
+            (digest, counters.trainers_lost),
+            (hash.clone(), 1),
+            "{fault:?}"
+        );
+        assert_eq!(
+            counters.reassigned_shards, 8,
+            "{fault:?}: its half of one step"
+        );
     }
     let (digest, counters, _) = after(Fault::Slow).await;
-    assert_eq!((digest, counters.slow_orders, counters.trainers_lost), (hash.clone(), 1, 0));
+    assert_eq!(
+        (digest, counters.slow_orders, counters.trainers_lost),
+        (hash.clone(), 1, 0)
+    );
     let (digest, counters, log) = after(Fault::FlippedBit).await;
     assert_eq!((digest, counters.digest_mismatches), (hash.clone(), 1));
     assert_eq!(log, ["prepare", "prepare"]);
     let (digest, counters, log) = after(Fault::Notice).await;
-    assert_eq!((digest, counters.handoffs, counters.trainers_lost), (hash.clone(), 1, 0));
+    assert_eq!(
+        (digest, counters.handoffs, counters.trainers_lost),
+        (hash.clone(), 1, 0)
+    );
     assert_eq!(log[..2], ["prepare", "leave"]);
 }
 
 #[tokio::test]
 async fn when_all_trainers_die_no_step_is_lost() {
     let spec = spec(10, 2, 2);
-    let trainers: Vec<_> =
-        (0..2).map(|_| FakeTrainer::new(&spec, [(4, Fault::Crash), (9, Fault::CrashAfter)])).collect();
+    let trainers: Vec<_> = (0..2)
+        .map(|_| FakeTrainer::new(&spec, [(4, Fault::Crash), (9, Fault::CrashAfter)]))
+        .collect();
     let coordinator = run(&spec, &trainers).await;
     assert_eq!(coordinator.digest(), expected(&spec));
     assert_eq!(coordinator.counters().trainers_lost, 4);
@@ -211,12 +241,18 @@ async fn random_faults_never_change_the_bits() {
     let mut disturbances = 0;
     for seed in 0..12 {
         let stream = Stream::new(seed, Purpose::DataOrder, "faults", 0);
-        let kinds = [Fault::Crash, Fault::CrashAfter, Fault::FlippedBit, Fault::Notice];
+        let kinds = [
+            Fault::Crash,
+            Fault::CrashAfter,
+            Fault::FlippedBit,
+            Fault::Notice,
+        ];
         let trainers: Vec<_> = (0..4u32)
             .map(|trainer| {
                 let faults = (1..24).filter_map(|call| {
                     let bits = stream.bits(call, trainer);
-                    bits.is_multiple_of(5).then(|| (call, kinds[(bits >> 8) as usize % kinds.len()]))
+                    bits.is_multiple_of(5)
+                        .then(|| (call, kinds[(bits >> 8) as usize % kinds.len()]))
                 });
                 FakeTrainer::new(&spec, faults)
             })
@@ -224,8 +260,7 @@ async fn random_faults_never_change_the_bits() {
         let coordinator = run(&spec, &trainers).await;
         assert_eq!(coordinator.digest(), hash, "seed {seed}");
         let counters = coordinator.counters();
-        disturbances +=
-            counters.trainers_lost + counters.handoffs + counters.digest_mismatches;
+        disturbances += counters.trainers_lost + counters.handoffs + counters.digest_mismatches;
     }
     assert!(disturbances > 60, "only {disturbances} disturbances");
 }
@@ -240,7 +275,10 @@ async fn a_newer_driver_stops_an_older_one() {
     }
     let mut new = coordinator(&spec, 9, &trainers);
     new.advance().await.unwrap();
-    assert_eq!(old.advance().await.unwrap_err(), CoordinatorError::Fenced(9));
+    assert_eq!(
+        old.advance().await.unwrap_err(),
+        CoordinatorError::Fenced(9)
+    );
     while new.state().step < spec.steps {
         new.advance().await.unwrap();
     }
@@ -257,14 +295,30 @@ async fn a_damaged_coordinator_is_outvoted() {
     coordinator.state.params[0] += 1.0;
     coordinator.digest = coordinator.state.weights_blake3();
     let error = coordinator.advance().await.unwrap_err();
-    assert!(matches!(error, CoordinatorError::Outvoted { count: 2, step: 2, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            CoordinatorError::Outvoted {
+                count: 2,
+                step: 2,
+                ..
+            }
+        ),
+        "{error}"
+    );
 }
 
 #[tokio::test]
 async fn unfit_data_ends_the_job_with_its_reason() {
     let spec = spec(5, 1, 1);
-    let absent = TrainSpec { dataset: "/nowhere.csv".into(), ..spec.clone() };
+    let absent = TrainSpec {
+        dataset: "/nowhere.csv".into(),
+        ..spec.clone()
+    };
     let mut coordinator = coordinator(&spec, 1, &[FakeTrainer::new(&absent, [])]);
     let error = coordinator.advance().await.unwrap_err().to_string();
-    assert!(error.starts_with("trainer-0 on here: cannot read data file /nowhere.csv"), "{error}");
+    assert!(
+        error.starts_with("trainer-0 on here: cannot read data file /nowhere.csv"),
+        "{error}"
+    );
 }

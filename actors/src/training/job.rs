@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mobula::{Cluster, Notice};
+use mobula::{Actor, Cluster, Notice};
 use mobula_core::{ActorId, Incarnation, JobId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -29,6 +29,7 @@ use super::resume::{HISTORY_KEY, History, ResumeError, Resumed, resume};
 use super::saving::Saver;
 use super::spec::{SpecError, TrainSpec};
 use super::state::TrainState;
+use super::trainer::Trainer;
 use crate::checkpoint::actor::{CheckpointError, STATE_BYTES_MAX, SaveOrder, committed};
 use crate::registry::VersionFile;
 
@@ -108,7 +109,7 @@ pub struct TrainResult {
     pub lost_steps_known: bool,
     /// Starts of trainers after the first ones.
     pub trainer_restarts: u64,
-    /// Trainers that were lost while they took part.
+    /// Trainers that were lost while they took part, as far as this driver or a checkpoint knows.
     pub trainers_lost: u64,
     /// Trainers that left a node with notice.
     pub handoffs: u64,
@@ -145,7 +146,15 @@ pub async fn train(cluster: Cluster, text: &str, file: &str) -> Result<(), JobEr
         let reason = "training is a job: start it with `mobula submit`".to_owned();
         return Err(mobula::Error::NotInCluster(reason).into());
     };
-    let driver = Driver { cluster, spec, split, job, actor, incarnation, log: JobLog::Stdout };
+    let driver = Driver {
+        cluster,
+        spec,
+        split,
+        job,
+        actor,
+        incarnation,
+        log: JobLog::Stdout,
+    };
     Box::pin(driver.run()).await
 }
 
@@ -157,9 +166,17 @@ fn check_messages(spec: &TrainSpec) -> Result<(), JobError> {
     // A run of neighbouring shards has two maximal subtrees of each level at most.
     let sums = u64::from(2 * spec.virtual_shards.ilog2()).max(1);
     let limit_bytes = STATE_BYTES_MAX;
-    for (what, size_bytes) in [("its state", state_bytes), ("a step's sums", sums * vector_bytes)] {
+    for (what, size_bytes) in [
+        ("its state", state_bytes),
+        ("a step's sums", sums * vector_bytes),
+    ] {
         if size_bytes > limit_bytes {
-            return Err(JobError::TooLarge { parameters, what, size_bytes, limit_bytes });
+            return Err(JobError::TooLarge {
+                parameters,
+                what,
+                size_bytes,
+                limit_bytes,
+            });
         }
     }
     Ok(())
@@ -201,7 +218,8 @@ impl Driver {
         let counters = history.counters;
         let mut coordinator = Coordinator::new(&self.spec, state, epoch, links, counters, log);
         let mut progress = Progress::new(self.spec.steps, self.spec.global_batch, log);
-        self.take_steps(&mut coordinator, &mut saver, &mut progress, &mut history).await?;
+        self.take_steps(&mut coordinator, &mut saver, &mut progress, &mut history)
+            .await?;
         self.finish(coordinator, saver, &progress, history).await
     }
 
@@ -213,8 +231,16 @@ impl Driver {
     ) -> Result<Resumed, JobError> {
         let initial = TrainState::initial(&self.spec, &self.split.train.digest)?;
         // A first start has nothing to find; asking the table is cheap and needs no checkpointer.
-        if restarts == 0 && committed(&self.cluster, self.job).await?.checkpoints.is_empty() {
-            return Ok(Resumed { state: initial, history: History::default() });
+        if restarts == 0
+            && committed(&self.cluster, self.job)
+                .await?
+                .checkpoints
+                .is_empty()
+        {
+            return Ok(Resumed {
+                state: initial,
+                history: History::default(),
+            });
         }
         Ok(resume(initial, self.incarnation, saver, links, self.log).await?)
     }
@@ -267,7 +293,10 @@ impl Driver {
         let metadata = BTreeMap::from([
             ("job_name".to_owned(), self.spec.name.clone()),
             ("seed".to_owned(), text(&self.spec.seed)),
-            ("fingerprint".to_owned(), text(&blake3::Hash::from(state.fingerprint).to_hex())),
+            (
+                "fingerprint".to_owned(),
+                text(&blake3::Hash::from(state.fingerprint).to_hex()),
+            ),
             ("weights_blake3".to_owned(), coordinator.digest().to_owned()),
             (
                 HISTORY_KEY.to_owned(),
@@ -312,7 +341,11 @@ impl Driver {
             self.log.line(format_args!(
                 "notice: {} ms were left; the checkpoint of step {step} {} after {} ms",
                 left.as_millis(),
-                if saved { "is committed" } else { "is not committed, the grace is over" },
+                if saved {
+                    "is committed"
+                } else {
+                    "is not committed, the grace is over"
+                },
                 begun.elapsed().as_millis(),
             ));
         }
@@ -363,7 +396,7 @@ impl Driver {
             restarts: status.restarts,
             lost_steps: history.lost_steps,
             lost_steps_known: history.unknown_losses == 0,
-            trainer_restarts: counters.trainer_restarts,
+            trainer_restarts: self.trainer_restarts().await?,
             trainers_lost: counters.trainers_lost,
             handoffs: counters.handoffs,
             reassigned_shards: counters.reassigned_shards,
@@ -391,6 +424,15 @@ impl Driver {
         Ok(())
     }
 
+    /// Starts of trainers after their first ones, as the head counted them.
+    async fn trainer_restarts(&self) -> Result<u64, JobError> {
+        let actors = self.cluster.list_actors(Some(self.job)).await?;
+        let trainers = actors
+            .iter()
+            .filter(|actor| actor.type_name == Trainer::TYPE_NAME);
+        Ok(trainers.map(|trainer| u64::from(trainer.restarts)).sum())
+    }
+
     /// Stores the model version, however long the store is out of reach.
     async fn publish(&self, file: &VersionFile) -> Result<Published, PublishVersionError> {
         let mut pause = PUBLISH_PAUSE_FIRST;
@@ -414,10 +456,7 @@ fn usable_time(left: Duration) -> Duration {
 }
 
 /// Waits for a notice other than the one that was `seen`.
-async fn new_notice(
-    notices: &mut watch::Receiver<Option<Notice>>,
-    seen: Option<Notice>,
-) -> Notice {
+async fn new_notice(notices: &mut watch::Receiver<Option<Notice>>, seen: Option<Notice>) -> Notice {
     loop {
         let standing = *notices.borrow_and_update();
         match standing {
@@ -431,7 +470,9 @@ async fn new_notice(
 }
 
 fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -443,14 +484,19 @@ mod tests {
     #[test]
     fn the_margin_is_a_share_of_a_long_grace_and_two_seconds_of_a_short_one() {
         let usable = |seconds| usable_time(Duration::from_secs(seconds)).as_secs_f64();
-        assert_eq!([usable(1), usable(2), usable(10), usable(100)], [0.0, 0.0, 8.0, 85.0]);
+        assert_eq!(
+            [usable(1), usable(2), usable(10), usable(100)],
+            [0.0, 0.0, 8.0, 85.0]
+        );
     }
 
     #[test]
     fn a_model_that_no_message_holds_is_refused_with_its_numbers() {
         let mut spec = TrainSpec::digits_mlp("a");
         check_messages(&spec).unwrap();
-        spec.model = ModelSpec::Mlp { hidden: vec![1024, 1024] };
+        spec.model = ModelSpec::Mlp {
+            hidden: vec![1024, 1024],
+        };
         let error = check_messages(&spec).unwrap_err().to_string();
         assert!(error.contains("one message holds 8323072"), "{error}");
     }
@@ -461,7 +507,11 @@ mod tests {
         let first = new_notice(&mut receiver, None).await;
         assert_eq!(first.deadline_ms, 5);
         let again = new_notice(&mut receiver, Some(first));
-        assert!(tokio::time::timeout(Duration::from_millis(20), again).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(20), again)
+                .await
+                .is_err()
+        );
         sender.send_replace(None);
         sender.send_replace(Some(Notice { deadline_ms: 9 }));
         assert_eq!(new_notice(&mut receiver, Some(first)).await.deadline_ms, 9);

@@ -1,9 +1,12 @@
 //! The way from the coordinator to a trainer on some worker.
 
+use std::future::IntoFuture;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mobula::{CallFailure, Cluster};
+use mobula_core::Incarnation;
 
 use super::coordinator::{LinkError, TrainerLink};
 use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
@@ -15,6 +18,8 @@ use super::trainer::{Trainer, TrainerCalls};
 const GREET_MAX: Duration = Duration::from_secs(20);
 /// How long a trainer may take for an order before it is given up; it is called slow well before.
 const ORDER_MAX: Duration = Duration::from_secs(60);
+/// After this the head is asked whether a silent trainer still lives.
+const SUSPECT_AFTER: Duration = Duration::from_millis(250);
 /// How long it may take to leave.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 /// Starts of a trainer, at most: enough for any cluster, and an end to one that cannot start.
@@ -24,27 +29,41 @@ const TRAINER_CPUS: f64 = 0.5;
 
 /// The way to one trainer.
 #[derive(Clone)]
-pub struct ClusterLink(Arc<NamedActor<Trainer>>);
+pub struct ClusterLink(Arc<Inner>);
+
+struct Inner {
+    actor: NamedActor<Trainer>,
+    /// The start that was greeted last.
+    incarnation: AtomicU64,
+}
 
 impl ClusterLink {
     /// The way to trainer number `slot` of the job that this process drives.
     #[must_use]
     pub fn new(cluster: &Cluster, spec: &TrainSpec, slot: usize) -> Self {
-        let (cluster, spec) = (cluster.clone(), spec.clone());
-        ClusterLink(Arc::new(NamedActor::new(move || {
+        let spec = spec.clone();
+        let actor = NamedActor::new(cluster, move |cluster| {
             cluster
                 .actor(Trainer::new(spec.clone()))
                 .name(format!("trainer-{slot}"))
                 .cpus(TRAINER_CPUS)
                 .spread("trainers")
                 .max_restarts(RESTARTS_MAX)
-        })))
+        });
+        ClusterLink(Arc::new(Inner {
+            actor,
+            incarnation: AtomicU64::new(0),
+        }))
     }
 
     /// The state that the trainer holds.
     pub async fn state(&self) -> Result<Vec<u8>, LinkError> {
-        let actor = self.0.get().await.map_err(lost)?;
-        actor.state().timeout(ORDER_MAX).await.map_err(|failure| self.failed(failure))
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        actor
+            .state()
+            .timeout(ORDER_MAX)
+            .await
+            .map_err(|failure| self.failed(failure))
     }
 
     fn failed(&self, failure: CallFailure<TrainerError>) -> LinkError {
@@ -54,8 +73,33 @@ impl ClusterLink {
         }
     }
 
+    /// The answer to a call, unless the trainer was started again meanwhile. The head learns of a
+    /// killed process in milliseconds, the transport by its silence only after seconds.
+    async fn unless_started_again<T>(
+        &self,
+        call: impl IntoFuture<Output = T>,
+    ) -> Result<T, LinkError> {
+        let known = Incarnation(self.0.incarnation.load(Ordering::Relaxed));
+        let newer = async {
+            if known == Incarnation::default() {
+                // It was never met, so nothing is newer.
+                return std::future::pending().await;
+            }
+            tokio::time::sleep(SUSPECT_AFTER).await;
+            self.0.actor.newer_than(known).await
+        };
+        tokio::select! {
+            answer = call.into_future() => Ok(answer),
+            newer = newer => {
+                self.0.incarnation.fetch_max(newer.0, Ordering::Relaxed);
+                self.0.actor.moved();
+                Err(LinkError::Lost("its process has ended, and another runs already".to_owned()))
+            }
+        }
+    }
+
     fn broken(&self, error: mobula::Error) -> LinkError {
-        self.0.after(&error);
+        self.0.actor.after(&error);
         lost(error)
     }
 }
@@ -66,24 +110,35 @@ fn lost(error: mobula::Error) -> LinkError {
 
 impl TrainerLink for ClusterLink {
     async fn greet(&self) -> Result<Greeting, LinkError> {
-        let actor = self.0.get().await.map_err(lost)?;
-        actor.greet().timeout(GREET_MAX).await.map_err(|error| self.broken(error))
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let call = actor.greet().timeout(GREET_MAX);
+        let answer = self.unless_started_again(call).await?;
+        let greeting = answer.map_err(|error| self.broken(error))?;
+        let incarnation = greeting.incarnation;
+        self.0.incarnation.fetch_max(incarnation, Ordering::Relaxed);
+        Ok(greeting)
     }
 
     async fn prepare(&self, epoch: Epoch, state: Vec<u8>) -> Result<Held, LinkError> {
-        let actor = self.0.get().await.map_err(lost)?;
+        let actor = self.0.actor.get().await.map_err(lost)?;
         let call = actor.prepare(epoch, Some(state)).timeout(ORDER_MAX);
-        call.await.map_err(|failure| self.failed(failure))
+        let answer = self.unless_started_again(call).await?;
+        answer.map_err(|failure| self.failed(failure))
     }
 
     async fn step(&self, order: StepOrder) -> Result<StepReply, LinkError> {
-        let actor = self.0.get().await.map_err(lost)?;
-        actor.step(order).timeout(ORDER_MAX).await.map_err(|failure| self.failed(failure))
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let call = actor.step(order).timeout(ORDER_MAX);
+        let answer = self.unless_started_again(call).await?;
+        answer.map_err(|failure| self.failed(failure))
     }
 
     async fn leave(&self) -> Result<(), LinkError> {
-        let actor = self.0.get().await.map_err(lost)?;
-        actor.leave().timeout(LEAVE_MAX).await.map_err(|failure| match failure {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let left = actor.leave().timeout(LEAVE_MAX).await;
+        // Whatever the answer: the process may be gone by now, and then it says nothing more.
+        self.0.actor.moved();
+        left.map_err(|failure| match failure {
             CallFailure::User(error) => lost(error),
             CallFailure::System(error) => self.broken(error),
         })

@@ -104,7 +104,9 @@ pub enum TrainerError {
     #[error("this trainer has no state yet; prepare it first")]
     Unprepared,
     /// Its state is of another step.
-    #[error("this trainer stands at step {found}, the order is for step {ordered}; prepare it again")]
+    #[error(
+        "this trainer stands at step {found}, the order is for step {ordered}; prepare it again"
+    )]
     OutOfStep {
         /// Its step, with the updates applied.
         found: u64,

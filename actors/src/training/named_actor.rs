@@ -1,20 +1,37 @@
 //! An actor of this job that is found by its name, and created where it is not there.
 
+use std::time::Duration;
+
 use mobula::actor::ActorBuilder;
-use mobula::{Actor, ActorRef};
-use mobula_core::CallError;
+use mobula::{Actor, ActorRef, Cluster};
+use mobula_core::{CallError, Incarnation};
 use parking_lot::Mutex;
+
+type Describe<A> = Box<dyn Fn(&Cluster) -> ActorBuilder<A> + Send + Sync>;
 
 /// The way to an actor over all its restarts, and over the restarts of the driver that created it.
 pub struct NamedActor<A> {
-    describe: Box<dyn Fn() -> ActorBuilder<A> + Send + Sync>,
+    cluster: Cluster,
+    describe: Describe<A>,
     found: Mutex<Option<ActorRef<A>>>,
 }
 
+/// How long one question for a newer start waits at the head.
+const NEWER_WAIT: Duration = Duration::from_secs(10);
+/// The pause where the head does not answer.
+const NEWER_PAUSE: Duration = Duration::from_secs(1);
+
 impl<A: Actor> NamedActor<A> {
     /// `describe` gives the actor with its name.
-    pub fn new(describe: impl Fn() -> ActorBuilder<A> + Send + Sync + 'static) -> Self {
-        NamedActor { describe: Box::new(describe), found: Mutex::new(None) }
+    pub fn new(
+        cluster: &Cluster,
+        describe: impl Fn(&Cluster) -> ActorBuilder<A> + Send + Sync + 'static,
+    ) -> Self {
+        NamedActor {
+            cluster: cluster.clone(),
+            describe: Box::new(describe),
+            found: Mutex::new(None),
+        }
     }
 
     /// The actor. It may still be pending: calls wait for it.
@@ -22,7 +39,10 @@ impl<A: Actor> NamedActor<A> {
         if let Some(found) = self.found.lock().clone() {
             return Ok(found);
         }
-        let actor = (self.describe)().get_or_create().spawn().await?;
+        let actor = (self.describe)(&self.cluster)
+            .get_or_create()
+            .spawn()
+            .await?;
         *self.found.lock() = Some(actor.clone());
         Ok(actor)
     }
@@ -31,6 +51,35 @@ impl<A: Actor> NamedActor<A> {
     pub fn after(&self, error: &mobula::Error) {
         if matches!(error, mobula::Error::Call(CallError::ActorDied { .. })) {
             *self.found.lock() = None;
+        }
+    }
+
+    /// Forgets where the actor was: the next call asks the head. For when it is known to have left
+    /// sooner than its silence would tell.
+    pub fn moved(&self) {
+        let mut found = self.found.lock();
+        *found = found
+            .take()
+            .map(|old| ActorRef::from_id(&self.cluster, old.actor_id()));
+    }
+
+    /// Answers once the actor runs in a newer start than `known`: the one before is over.
+    pub async fn newer_than(&self, known: Incarnation) -> Incarnation {
+        loop {
+            let actor = self.found.lock().as_ref().map(ActorRef::actor_id);
+            let newer = match actor {
+                Some(actor) => self
+                    .cluster
+                    .resolve_actor(actor, known, NEWER_WAIT)
+                    .await
+                    .ok(),
+                None => None,
+            };
+            match newer.and_then(|actor| actor.incarnation) {
+                Some(newer) if newer > known.0 => return Incarnation(newer),
+                Some(_) => {}
+                None => tokio::time::sleep(NEWER_PAUSE).await,
+            }
         }
     }
 }

@@ -25,7 +25,15 @@ impl Progress {
     #[must_use]
     pub fn new(steps: u64, global_batch: u64, log: JobLog) -> Self {
         let begun = Instant::now();
-        Progress { log, steps, global_batch, begun, done: 0, line_at: begun, done_at_line: 0 }
+        Progress {
+            log,
+            steps,
+            global_batch,
+            begun,
+            done: 0,
+            line_at: begun,
+            done_at_line: 0,
+        }
     }
 
     /// Takes note of a step.

@@ -54,7 +54,10 @@ impl PublishVersionError {
             | PublishVersionError::File(VersionFileError::Store(_))
             | PublishVersionError::Publish(PublishError::File(VersionFileError::Store(_))) => true,
             PublishVersionError::Publish(PublishError::Register(error)) => {
-                matches!(error.code(), Some(ErrorCode::Unavailable | ErrorCode::Overloaded))
+                matches!(
+                    error.code(),
+                    Some(ErrorCode::Unavailable | ErrorCode::Overloaded)
+                )
             }
             _ => false,
         }
@@ -103,9 +106,15 @@ pub async fn publish_version(
             version: Some(registered.version),
         });
     }
-    let location = cluster.storage().expect("a job's driver is a process of the cluster");
+    let location = cluster
+        .storage()
+        .expect("a job's driver is a process of the cluster");
     let stored = file.store(&open_blobs(location)?).await?;
-    Ok(Published { digest: stored.digest, size_bytes: stored.size_bytes, version: None })
+    Ok(Published {
+        digest: stored.digest,
+        size_bytes: stored.size_bytes,
+        version: None,
+    })
 }
 
 #[cfg(test)]
@@ -115,12 +124,18 @@ mod tests {
 
     #[test]
     fn a_description_can_be_built_again_and_says_where_it_came_from() {
-        let spec = TrainSpec { register: Some("digits".into()), ..TrainSpec::digits_mlp("job") };
+        let spec = TrainSpec {
+            register: Some("digits".into()),
+            ..TrainSpec::digits_mlp("job")
+        };
         let split = load(&spec).unwrap();
         let state = TrainState::initial(&spec, &split.train.digest).unwrap();
         let (file, accuracy) = describe(&spec, JobId(4), &split, &state).unwrap();
         let read = VersionFile::from_bytes(&file.to_bytes()).unwrap();
-        assert_eq!((read.model_name.as_str(), read.provenance.job), ("digits", 4));
+        assert_eq!(
+            (read.model_name.as_str(), read.provenance.job),
+            ("digits", 4)
+        );
         assert_eq!(read.provenance.weights_blake3, state.weights_blake3());
         assert_eq!(read.provenance.metrics["accuracy"], accuracy);
         assert_eq!(read.build_reference().unwrap().rows(), REFERENCE_ROWS_MAX);

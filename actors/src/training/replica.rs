@@ -34,7 +34,11 @@ impl Replica {
     /// A replica without data or state.
     #[must_use]
     pub fn new(spec: TrainSpec) -> Self {
-        Replica { spec, epoch: Epoch::default(), loaded: None }
+        Replica {
+            spec,
+            epoch: Epoch::default(),
+            loaded: None,
+        }
     }
 
     /// What it holds.
@@ -59,7 +63,9 @@ impl Replica {
             Some(bytes) => TrainState::from_bytes(bytes).map_err(unfit)?,
             None => TrainState::initial(&self.spec, digest).map_err(unfit)?,
         };
-        state.check_fingerprint(&self.spec.fingerprint(digest)).map_err(unfit)?;
+        state
+            .check_fingerprint(&self.spec.fingerprint(digest))
+            .map_err(unfit)?;
         let order = DataOrder {
             seed: self.spec.seed,
             sample_count: split.train.len() as u64,
@@ -68,7 +74,13 @@ impl Replica {
         };
         let model = Model::from_flat(&self.spec.model, &state.params).map_err(unfit)?;
         let optimizer = Optimizer::new(&self.spec);
-        self.loaded = Some(Loaded { split, order, optimizer, model, state });
+        self.loaded = Some(Loaded {
+            split,
+            order,
+            optimizer,
+            model,
+            state,
+        });
         Ok(self.held().expect("it was just loaded"))
     }
 
@@ -85,7 +97,10 @@ impl Replica {
             }
             let indices = loaded.order.shard(loaded.state.step, shard);
             let (images, labels) = loaded.split.train.gather(&indices);
-            let output = loaded.model.shard_gradients(&images, &labels).map_err(unfit)?;
+            let output = loaded
+                .model
+                .shard_gradients(&images, &labels)
+                .map_err(unfit)?;
             folder
                 .feed(shard, output.loss_sum, indices.len() as u64, output.grads)
                 .map_err(unfit)?;
@@ -108,7 +123,10 @@ impl Replica {
 
     fn admit(&mut self, epoch: Epoch) -> Result<(), TrainerError> {
         if epoch < self.epoch {
-            return Err(TrainerError::Stale { found: epoch, current: self.epoch });
+            return Err(TrainerError::Stale {
+                found: epoch,
+                current: self.epoch,
+            });
         }
         self.epoch = epoch;
         Ok(())
@@ -120,11 +138,20 @@ impl Loaded {
         let first = step.saturating_sub(updates.len() as u64);
         // What an earlier order of the same step has brought is not applied twice.
         let known = self.state.step.saturating_sub(first);
-        let Some(new) = usize::try_from(known).ok().and_then(|known| updates.get(known..)) else {
-            return Err(TrainerError::OutOfStep { found: self.state.step, ordered: step });
+        let Some(new) = usize::try_from(known)
+            .ok()
+            .and_then(|known| updates.get(known..))
+        else {
+            return Err(TrainerError::OutOfStep {
+                found: self.state.step,
+                ordered: step,
+            });
         };
         if self.state.step + (new.len() as u64) != step {
-            return Err(TrainerError::OutOfStep { found: self.state.step, ordered: step });
+            return Err(TrainerError::OutOfStep {
+                found: self.state.step,
+                ordered: step,
+            });
         }
         for root in new {
             self.optimizer.step(&mut self.state, root).map_err(unfit)?;
@@ -141,7 +168,8 @@ pub fn load(spec: &TrainSpec) -> Result<Split, TrainerError> {
     let split = Dataset::load(&spec.dataset)
         .map_err(unfit)?
         .split(spec.seed, spec.held_out_fraction);
-    spec.validate_sample_count(split.train.len()).map_err(unfit)?;
+    spec.validate_sample_count(split.train.len())
+        .map_err(unfit)?;
     Ok(split)
 }
 
@@ -157,18 +185,31 @@ mod tests {
     use crate::training::reduction::TreeReducer;
 
     fn spec() -> TrainSpec {
-        TrainSpec { steps: 4, virtual_shards: 4, global_batch: 32, ..TrainSpec::digits_mlp("a") }
+        TrainSpec {
+            steps: 4,
+            virtual_shards: 4,
+            global_batch: 32,
+            ..TrainSpec::digits_mlp("a")
+        }
     }
 
     fn order(epoch: u64, step: u64, updates: Vec<Partial>, shards: Range<u32>) -> StepOrder {
-        StepOrder { epoch: Epoch(epoch), step, updates, shards }
+        StepOrder {
+            epoch: Epoch(epoch),
+            step,
+            updates,
+            shards,
+        }
     }
 
     fn root(spec: &TrainSpec, replies: Vec<StepReply>) -> Partial {
         let grads = replies[0].partials[0].grads.len();
         let mut reducer = TreeReducer::new(spec.virtual_shards, 8, grads);
         let partials = replies.into_iter().flat_map(|reply| reply.partials);
-        partials.filter_map(|partial| reducer.offer(partial).unwrap()).next().unwrap()
+        partials
+            .filter_map(|partial| reducer.offer(partial).unwrap())
+            .next()
+            .unwrap()
     }
 
     #[test]
@@ -176,7 +217,10 @@ mod tests {
         let spec = spec();
         let (mut a, mut b) = (Replica::new(spec.clone()), Replica::new(spec.clone()));
         let held = a.prepare(Epoch(1), None).unwrap();
-        assert_eq!(b.prepare(Epoch(1), Some(&a.state().unwrap())).unwrap(), held);
+        assert_eq!(
+            b.prepare(Epoch(1), Some(&a.state().unwrap())).unwrap(),
+            held
+        );
         let mut updates = Vec::new();
         for step in 0..3 {
             let first = a.step(&order(1, step, updates.clone(), 0..1)).unwrap();
@@ -199,10 +243,19 @@ mod tests {
         let mut roots: Vec<Partial> = Vec::new();
         for step in 0..3 {
             let update = roots.last().cloned().into_iter().collect();
-            roots.push(root(&spec, vec![a.step(&order(1, step, update, 0..4)).unwrap()]));
+            roots.push(root(
+                &spec,
+                vec![a.step(&order(1, step, update, 0..4)).unwrap()],
+            ));
         }
         let late = b.step(&order(1, 3, roots[2..].to_vec(), 0..1)).unwrap_err();
-        assert_eq!(late, TrainerError::OutOfStep { found: 0, ordered: 3 });
+        assert_eq!(
+            late,
+            TrainerError::OutOfStep {
+                found: 0,
+                ordered: 3
+            }
+        );
         let b = b.step(&order(1, 3, roots.clone(), 0..1)).unwrap();
         let a = a.step(&order(1, 3, roots[1..].to_vec(), 0..1)).unwrap();
         assert_eq!(a, b);
@@ -214,18 +267,32 @@ mod tests {
         let error = replica.step(&order(5, 0, vec![], 0..1)).unwrap_err();
         assert_eq!(error, TrainerError::Unprepared);
         replica.prepare(Epoch(5), None).unwrap();
-        let stale = TrainerError::Stale { found: Epoch(4), current: Epoch(5) };
+        let stale = TrainerError::Stale {
+            found: Epoch(4),
+            current: Epoch(5),
+        };
         assert_eq!(replica.step(&order(4, 0, vec![], 0..1)).unwrap_err(), stale);
         assert_eq!(replica.prepare(Epoch(4), None).unwrap_err(), stale);
         let future = replica.step(&order(5, 2, vec![], 0..1)).unwrap_err();
-        assert_eq!(future, TrainerError::OutOfStep { found: 0, ordered: 2 });
+        assert_eq!(
+            future,
+            TrainerError::OutOfStep {
+                found: 0,
+                ordered: 2
+            }
+        );
         let error = replica.step(&order(5, 0, vec![], 3..5)).unwrap_err();
         assert!(error.to_string().contains("shard 4 of 4"), "{error}");
         let mut other = TrainState::from_bytes(&replica.state().unwrap()).unwrap();
         other.fingerprint[0] ^= 1;
-        let error = replica.prepare(Epoch(6), Some(&other.to_bytes())).unwrap_err();
+        let error = replica
+            .prepare(Epoch(6), Some(&other.to_bytes()))
+            .unwrap_err();
         assert!(error.to_string().contains("another job"), "{error}");
-        let mut absent = Replica::new(TrainSpec { dataset: "/nowhere.csv".into(), ..spec() });
+        let mut absent = Replica::new(TrainSpec {
+            dataset: "/nowhere.csv".into(),
+            ..spec()
+        });
         let error = absent.prepare(Epoch(1), None).unwrap_err();
         assert!(error.to_string().contains("/nowhere.csv"), "{error}");
     }

@@ -72,12 +72,17 @@ pub async fn resume(
 ) -> Result<Resumed, ResumeError> {
     let report = saver.restore(incarnation).await?;
     for (step, reason) in &report.rejected {
-        log.line(format_args!("checkpoint of step {step} is rejected: {reason}"));
+        log.line(format_args!(
+            "checkpoint of step {step} is rejected: {reason}"
+        ));
     }
     let fingerprint = initial.fingerprint;
     let mut resumed = match report.restored {
         Some(restored) => from_checkpoint(&restored, &fingerprint)?,
-        None => Resumed { state: initial, history: History::default() },
+        None => Resumed {
+            state: initial,
+            history: History::default(),
+        },
     };
     resumed.history.rejected_checkpoints += report.rejected.len() as u64;
     if resumed.state.step > 0 {
@@ -101,8 +106,9 @@ fn from_checkpoint(
     let state = TrainState::from_bytes(&restored.state).map_err(wrong)?;
     state.check_fingerprint(fingerprint).map_err(wrong)?;
     let history = restored.metadata.get(HISTORY_KEY);
-    let history =
-        history.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    let history = history
+        .and_then(|text| serde_json::from_str(text).ok())
+        .unwrap_or_default();
     Ok(Resumed { state, history })
 }
 
@@ -143,7 +149,9 @@ async fn ask_witnesses(resumed: &mut Resumed, links: &[ClusterLink], log: JobLog
                 return;
             }
             Err(reason) => {
-                log.line(format_args!("the state of trainer-{slot} is not used: {reason}"));
+                log.line(format_args!(
+                    "the state of trainer-{slot} is not used: {reason}"
+                ));
             }
         }
     }
@@ -176,13 +184,24 @@ async fn fetch(
 ) -> Result<TrainState, String> {
     let bytes = link.state().await.map_err(|error| error.to_string())?;
     let state = TrainState::from_bytes(&bytes).map_err(|error| error.to_string())?;
-    state.check_fingerprint(&resumed.state.fingerprint).map_err(|error| error.to_string())?;
-    let said = held.iter().find(|(other, _)| *other == slot).map(|(_, held)| held);
-    let found = Held { step: state.step, digest: state.weights_blake3() };
+    state
+        .check_fingerprint(&resumed.state.fingerprint)
+        .map_err(|error| error.to_string())?;
+    let said = held
+        .iter()
+        .find(|(other, _)| *other == slot)
+        .map(|(_, held)| held);
+    let found = Held {
+        step: state.step,
+        digest: state.weights_blake3(),
+    };
     if said == Some(&found) {
         return Ok(state);
     }
-    Err(format!("it came with hash {} at step {}", found.digest, found.step))
+    Err(format!(
+        "it came with hash {} at step {}",
+        found.digest, found.step
+    ))
 }
 
 #[cfg(test)]
@@ -196,7 +215,11 @@ mod tests {
         let spec = TrainSpec::digits_mlp("a");
         let mut state = TrainState::initial(&spec, "data").unwrap();
         state.step = 40;
-        let history = History { lost_steps: 3, checkpoints: 2, ..History::default() };
+        let history = History {
+            lost_steps: 3,
+            checkpoints: 2,
+            ..History::default()
+        };
         let text = serde_json::to_string(&history).unwrap();
         let restored = RestoredState {
             checkpoint: CheckpointRef {
@@ -212,14 +235,32 @@ mod tests {
         };
         let resumed = from_checkpoint(&restored, &state.fingerprint).unwrap();
         assert_eq!((resumed.state, resumed.history), (state, history));
-        let error = from_checkpoint(&restored, &[0; 32]).unwrap_err().to_string();
-        assert!(error.starts_with("checkpoint of step 40: this state belongs"), "{error}");
+        let error = from_checkpoint(&restored, &[0; 32])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("checkpoint of step 40: this state belongs"),
+            "{error}"
+        );
     }
 
     #[test]
     fn the_digest_that_most_hold_is_asked_first() {
-        let held = |slot, step, digest: &str| (slot, Held { step, digest: digest.into() });
-        let all = [held(0, 9, "x"), held(1, 9, "y"), held(2, 8, "y"), held(3, 9, "y")];
+        let held = |slot, step, digest: &str| {
+            (
+                slot,
+                Held {
+                    step,
+                    digest: digest.into(),
+                },
+            )
+        };
+        let all = [
+            held(0, 9, "x"),
+            held(1, 9, "y"),
+            held(2, 8, "y"),
+            held(3, 9, "y"),
+        ];
         assert_eq!(candidates(&all, 9), [1, 3, 0]);
     }
 }

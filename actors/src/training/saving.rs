@@ -54,9 +54,11 @@ impl Saver {
     /// Saves through the job's checkpointer.
     #[must_use]
     pub fn new(cluster: &Cluster, log: JobLog) -> Self {
-        let cluster = cluster.clone();
-        let actor = NamedActor::new(move || {
-            cluster.actor(Checkpointer::new()).name("checkpointer").max_restarts(RESTARTS_MAX)
+        let actor = NamedActor::new(cluster, |cluster| {
+            cluster
+                .actor(Checkpointer::new())
+                .name("checkpointer")
+                .max_restarts(RESTARTS_MAX)
         });
         Saver {
             actor: Arc::new(actor),
@@ -157,7 +159,11 @@ impl Saver {
     }
 
     fn settle(&mut self, attempt: Attempt) -> Result<(), CheckpointError> {
-        let Attempt { order, took, outcome } = attempt;
+        let Attempt {
+            order,
+            took,
+            outcome,
+        } = attempt;
         self.under_way = None;
         match outcome {
             Ok(checkpoint) => {
@@ -194,7 +200,9 @@ impl Saver {
         if self.under_way.is_some() {
             return;
         }
-        let Some(order) = self.waiting.take() else { return };
+        let Some(order) = self.waiting.take() else {
+            return;
+        };
         self.under_way = Some(order.step);
         let actor = Arc::clone(&self.actor);
         self.attempts.spawn(async move {
@@ -202,12 +210,19 @@ impl Saver {
             let begun = Instant::now();
             let outcome = match actor.get().await {
                 Ok(checkpointer) => {
-                    checkpointer.save(SaveOrder::clone(&order)).timeout(ATTEMPT_MAX).await
+                    checkpointer
+                        .save(SaveOrder::clone(&order))
+                        .timeout(ATTEMPT_MAX)
+                        .await
                 }
                 Err(error) => Err(CallFailure::System(error)),
             };
             let outcome = outcome.map_err(|failure| judged(&actor, failure));
-            Attempt { order, took: begun.elapsed(), outcome }
+            Attempt {
+                order,
+                took: begun.elapsed(),
+                outcome,
+            }
         });
     }
 }

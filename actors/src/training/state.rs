@@ -147,7 +147,11 @@ impl TrainState {
             };
             sections.extend(layout.slots.iter().map(|slot| {
                 let offset = start + slot.offset as u64 * 4;
-                (format!("{vector}.{}", slot.name), offset, slot.value_count() as u64 * 4)
+                (
+                    format!("{vector}.{}", slot.name),
+                    offset,
+                    slot.value_count() as u64 * 4,
+                )
             }));
         }
         sections

@@ -16,7 +16,9 @@ impl Trainer {
     /// A trainer of the job that `spec` describes. Data is loaded when it is prepared, so that a
     /// missing file is an answer and not a crash that is tried again and again.
     pub fn new(spec: TrainSpec) -> Self {
-        Trainer { replica: Replica::new(spec) }
+        Trainer {
+            replica: Replica::new(spec),
+        }
     }
 
     /// Who and where it is, and the state it holds.
@@ -36,7 +38,11 @@ impl Trainer {
     }
 
     /// Applies the updates it lacks and computes its share of a step.
-    pub fn step(&mut self, ctx: &ActorContext, order: StepOrder) -> Result<StepReply, TrainerError> {
+    pub fn step(
+        &mut self,
+        ctx: &ActorContext,
+        order: StepOrder,
+    ) -> Result<StepReply, TrainerError> {
         let mut reply = tokio::task::block_in_place(|| self.replica.step(&order))?;
         reply.notice_ms = ctx.notice().map(|notice| notice.deadline_ms);
         Ok(reply)

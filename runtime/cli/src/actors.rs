@@ -23,7 +23,17 @@ pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Resu
             }
             let rows: Vec<Vec<String>> = reply.actors.iter().map(row).collect();
             print_table(
-                &["ID", "JOB", "NAME", "TYPE", "STATE", "NODE", "PID", "RESTARTS", "LAST EXIT"],
+                &[
+                    "ID",
+                    "JOB",
+                    "NAME",
+                    "TYPE",
+                    "STATE",
+                    "NODE",
+                    "PID",
+                    "RESTARTS",
+                    "LAST EXIT",
+                ],
                 &rows,
             );
         }
@@ -62,7 +72,11 @@ fn row(actor: &Actor) -> Vec<String> {
     vec![
         ActorId(actor.id).to_string(),
         JobId(actor.job).to_string(),
-        if actor.name.is_empty() { "-".to_owned() } else { actor.name.clone() },
+        if actor.name.is_empty() {
+            "-".to_owned()
+        } else {
+            actor.name.clone()
+        },
         actor.type_name.clone(),
         actor.state.clone(),
         or_dash(actor.node.map(NodeId)),

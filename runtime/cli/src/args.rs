@@ -367,18 +367,27 @@ pub(crate) struct ExplainArguments {
 
 /// Milliseconds of a duration such as `500ms`, `10s`, `5m`, `24h`.
 fn parse_duration_ms(text: &str) -> Result<u64, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let factor = match unit {
         "ms" => 1,
         "s" => 1_000,
         "m" => 60_000,
         "h" => 3_600_000,
-        _ => return Err(format!("`{text}` is not a duration: write 500ms, 10s, 5m or 24h")),
+        _ => {
+            return Err(format!(
+                "`{text}` is not a duration: write 500ms, 10s, 5m or 24h"
+            ));
+        }
     };
-    let number: u64 =
-        number.parse().map_err(|_| format!("`{text}` is not a duration: write 500ms or 10s"))?;
-    number.checked_mul(factor).ok_or_else(|| format!("`{text}` is too long"))
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("`{text}` is not a duration: write 500ms or 10s"))?;
+    number
+        .checked_mul(factor)
+        .ok_or_else(|| format!("`{text}` is too long"))
 }
 
 #[cfg(test)]

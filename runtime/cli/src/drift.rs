@@ -2,7 +2,7 @@
 
 use anyhow::bail;
 use mobula_actors::drift::client;
-use mobula_actors::drift::state::{Drifted, DriftEvent, MonitorStatus};
+use mobula_actors::drift::state::{DriftEvent, Drifted, MonitorStatus};
 use mobula_core::clock::Clock;
 use serde::Serialize;
 
@@ -42,13 +42,24 @@ pub(crate) async fn run(target: &Target, command: DriftCommand) -> anyhow::Resul
     let with_events = || monitors.iter().zip(&events);
     if format.json {
         let json: Vec<MonitorJson<'_>> = with_events()
-            .map(|(status, drift_events)| MonitorJson { status, drift_events })
+            .map(|(status, drift_events)| MonitorJson {
+                status,
+                drift_events,
+            })
             .collect();
         return print_json(&json);
     }
     let rows: Vec<Vec<String>> = monitors.iter().map(row).collect();
     print_table(
-        &["ENDPOINT", "MODEL", "WINDOWS", "ROWS", "EVENTS", "LAST WINDOW", "SUGGESTION"],
+        &[
+            "ENDPOINT",
+            "MODEL",
+            "WINDOWS",
+            "ROWS",
+            "EVENTS",
+            "LAST WINDOW",
+            "SUGGESTION",
+        ],
         &rows,
     );
     for (monitor, events) in with_events() {
@@ -61,7 +72,10 @@ pub(crate) async fn run(target: &Target, command: DriftCommand) -> anyhow::Resul
 
 fn row(monitor: &MonitorStatus) -> Vec<String> {
     let suggestion = monitor.retrain_suggestion.as_ref().map(|suggestion| {
-        format!("retrain {}:{}: {}", suggestion.model, suggestion.version, suggestion.reason)
+        format!(
+            "retrain {}:{}: {}",
+            suggestion.model, suggestion.version, suggestion.reason
+        )
     });
     vec![
         monitor.endpoint.clone(),
@@ -85,13 +99,20 @@ fn print_event(monitor: &MonitorStatus, event: &DriftEvent) {
         report.features_compared,
         report.samples
     );
-    for drifted in report.drifted.iter().filter(|row| row.statistic != "ks").take(FEATURES_SHOWN) {
+    for drifted in report
+        .drifted
+        .iter()
+        .filter(|row| row.statistic != "ks")
+        .take(FEATURES_SHOWN)
+    {
         println!("  {}", described(drifted));
     }
 }
 
 fn described(drifted: &Drifted) -> String {
-    let p_value = drifted.p_value.map_or_else(String::new, |p| format!(", p {p:.2e}"));
+    let p_value = drifted
+        .p_value
+        .map_or_else(String::new, |p| format!(", p {p:.2e}"));
     format!(
         "{} {} {:.3}{p_value} (threshold {}), {} rows against {}",
         drifted.feature,

@@ -25,7 +25,9 @@ pub(crate) async fn run(target: &Target, arguments: ExplainArguments) -> anyhow:
     let reply = cluster
         .control()
         .read("explain", |mut client| {
-            let request = ExplainRequest { subject: Some(subject.clone()) };
+            let request = ExplainRequest {
+                subject: Some(subject),
+            };
             async move { client.explain(request).await }
         })
         .await?;

@@ -14,7 +14,9 @@ use crate::clock::SystemClock;
 
 /// Reads a configuration file, or takes the defaults.
 pub(crate) fn read_config(path: Option<&Path>) -> anyhow::Result<Config> {
-    let Some(path) = path else { return Ok(Config::default()) };
+    let Some(path) = path else {
+        return Ok(Config::default());
+    };
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("the configuration {} cannot be read", path.display()))?;
     Ok(Config::from_toml(&text, &path.display().to_string())?)

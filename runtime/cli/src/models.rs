@@ -60,7 +60,11 @@ fn row(version: &ModelVersion) -> Vec<String> {
         or_dash(accuracy.map(|accuracy| format!("{accuracy:.4}"))),
         JobId(description.job).to_string(),
         age(version.registered_ms, SystemClock.now_ms()),
-        description.digest.get(..12).unwrap_or(&description.digest).to_owned(),
+        description
+            .digest
+            .get(..12)
+            .unwrap_or(&description.digest)
+            .to_owned(),
     ]
 }
 
@@ -76,7 +80,10 @@ pub(crate) async fn run(target: &Target, command: ModelsCommand) -> anyhow::Resu
                 return print_versions_json(&versions);
             }
             let rows: Vec<Vec<String>> = versions.iter().map(row).collect();
-            print_table(&["MODEL", "VERSION", "ACCURACY", "JOB", "AGE", "DIGEST"], &rows);
+            print_table(
+                &["MODEL", "VERSION", "ACCURACY", "JOB", "AGE", "DIGEST"],
+                &rows,
+            );
         }
         ModelsCommand::Show { model, format } => {
             let versions = client::versions(&cluster, &model).await?;
@@ -102,7 +109,10 @@ fn show(version: &ModelVersion) {
     println!("weights    {}", description.weights_blake3);
     println!("data       {}", description.dataset_blake3);
     println!("job        {}", JobId(description.job));
-    println!("age        {}", age(version.registered_ms, SystemClock.now_ms()));
+    println!(
+        "age        {}",
+        age(version.registered_ms, SystemClock.now_ms())
+    );
     for (metric, value) in &description.metrics {
         println!("{metric:<10} {value:.4}");
     }

@@ -16,7 +16,11 @@ fn id_or_name(text: &str) -> (u64, String) {
     }
 }
 
-fn amount(free: Option<&Resources>, capacity: Option<&Resources>, of: fn(&Resources) -> u64) -> String {
+fn amount(
+    free: Option<&Resources>,
+    capacity: Option<&Resources>,
+    of: fn(&Resources) -> u64,
+) -> String {
     let of_some = |resources: Option<&Resources>| resources.map_or(0, of);
     format!("{}/{}", Milli(of_some(free)), Milli(of_some(capacity)))
 }
@@ -51,7 +55,15 @@ pub(crate) async fn run(target: &Target, command: NodesCommand) -> anyhow::Resul
                 })
                 .collect();
             print_table(
-                &["ID", "NAME", "STATE", "CPU FREE", "GPU FREE", "ACTORS", "DEADLINE_MS"],
+                &[
+                    "ID",
+                    "NAME",
+                    "STATE",
+                    "CPU FREE",
+                    "GPU FREE",
+                    "ACTORS",
+                    "DEADLINE_MS",
+                ],
                 &rows,
             );
         }
@@ -60,12 +72,23 @@ pub(crate) async fn run(target: &Target, command: NodesCommand) -> anyhow::Resul
             cluster
                 .control()
                 .mutate("drain a node", |mut client, stamp| {
-                    let request =
-                        DrainNodeRequest { stamp: Some(stamp), node: id, name: name.clone(), undo };
+                    let request = DrainNodeRequest {
+                        stamp: Some(stamp),
+                        node: id,
+                        name: name.clone(),
+                        undo,
+                    };
                     async move { client.drain_node(request).await }
                 })
                 .await?;
-            println!("{node} {}", if undo { "takes new work again" } else { "is draining" });
+            println!(
+                "{node} {}",
+                if undo {
+                    "takes new work again"
+                } else {
+                    "is draining"
+                }
+            );
         }
         NodesCommand::Preempt { node, grace } => {
             let (id, name) = id_or_name(&node);

@@ -50,13 +50,19 @@ struct DeploymentJson<'a> {
 }
 
 fn url(endpoint: &Endpoint) -> Option<String> {
-    endpoint.http_address.as_ref().map(|address| format!("http://{address}"))
+    endpoint
+        .http_address
+        .as_ref()
+        .map(|address| format!("http://{address}"))
 }
 
 fn state(endpoint: &Endpoint) -> &'static str {
     match endpoint {
         Endpoint { deleting: true, .. } => "deleting",
-        Endpoint { http_address: Some(_), .. } => "serving",
+        Endpoint {
+            http_address: Some(_),
+            ..
+        } => "serving",
         _ => "deploying",
     }
 }
@@ -64,7 +70,13 @@ fn state(endpoint: &Endpoint) -> &'static str {
 pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Result<()> {
     let cluster = connect(target).await?;
     match command {
-        ServeCommand::Deploy { model, endpoint, replicas, timeout, format } => {
+        ServeCommand::Deploy {
+            model,
+            endpoint,
+            replicas,
+            timeout,
+            format,
+        } => {
             let (model, version) = model_and_version(&model)?;
             let name = endpoint.unwrap_or_else(|| model.to_owned());
             let deployment = client::deploy(&cluster, &name, model, version, replicas).await?;
@@ -74,7 +86,10 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
                 Ok(endpoint) => print_deployment(&endpoint, &deployment.token, format.json),
                 // The token exists nowhere else, so that it is not lost with the error.
                 Err(error) => {
-                    bail!("{error}; it goes on starting, and its token is {}", deployment.token)
+                    bail!(
+                        "{error}; it goes on starting, and its token is {}",
+                        deployment.token
+                    )
                 }
             }
         }
@@ -144,7 +159,9 @@ async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
         (1..=endpoint.replicas)
             .map(|number| replica_name(&endpoint.name, number))
             .filter(|name| {
-                actors.iter().any(|actor| actor.state == "running" && actor.name == *name)
+                actors
+                    .iter()
+                    .any(|actor| actor.state == "running" && actor.name == *name)
             })
             .count()
     };
@@ -178,7 +195,10 @@ async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
             ]
         })
         .collect();
-    print_table(&["ENDPOINT", "MODEL", "STATE", "REPLICAS", "URL", "AGE"], &rows);
+    print_table(
+        &["ENDPOINT", "MODEL", "STATE", "REPLICAS", "URL", "AGE"],
+        &rows,
+    );
     Ok(())
 }
 

@@ -10,7 +10,9 @@ pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<()> {
     let cluster = connect(target).await?;
     let status = cluster
         .control()
-        .read("read the status", |mut client| async move { client.status(StatusRequest {}).await })
+        .read("read the status", |mut client| async move {
+            client.status(StatusRequest {}).await
+        })
         .await?;
     if format.json {
         return print_json(&status);
@@ -20,9 +22,15 @@ pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<()> {
         "head     {} in term {}, applied {}, at {}",
         status.role, status.term, status.applied_index, status.api_address
     );
-    println!("nodes    {} alive of {}", status.nodes_alive, status.nodes_total);
+    println!(
+        "nodes    {} alive of {}",
+        status.nodes_alive, status.nodes_total
+    );
     println!("jobs     {} live", status.jobs_running);
-    println!("actors   {} placed, {} pending", status.actors_running, status.actors_pending);
+    println!(
+        "actors   {} placed, {} pending",
+        status.actors_running, status.actors_pending
+    );
     println!("storage  {}", status.storage_url);
     if !status.storage_problem.is_empty() {
         println!("         PROBLEM: {}", status.storage_problem);

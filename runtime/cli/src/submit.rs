@@ -15,11 +15,21 @@ use crate::output::print_json;
 
 pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::Result<ExitCode> {
     let env = parse_env(&arguments.env)?;
-    let is_toml = arguments.program.extension().is_some_and(|extension| extension == "toml");
+    let is_toml = arguments
+        .program
+        .extension()
+        .is_some_and(|extension| extension == "toml");
     // A wrong file is refused before anything is connected to.
-    let train = if is_toml { Some(read_train_file(&arguments)?) } else { None };
+    let train = if is_toml {
+        Some(read_train_file(&arguments)?)
+    } else {
+        None
+    };
     if !arguments.program.is_file() {
-        bail!("{} is not a file: give a program, or a .toml job", arguments.program.display());
+        bail!(
+            "{} is not a file: give a program, or a .toml job",
+            arguments.program.display()
+        );
     }
     let cluster = connect(target).await?;
     let name = match (&arguments.name, &train) {
@@ -30,7 +40,9 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
     let mut job = cluster.new_job(&name);
     job = match train {
         Some((_, text)) => job.builtin().args(["train".to_owned(), text]),
-        None => job.program(&arguments.program).args(arguments.arguments.clone()),
+        None => job
+            .program(&arguments.program)
+            .args(arguments.arguments.clone()),
     };
     for (key, value) in env {
         job = job.env(key, value);
@@ -38,11 +50,17 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
     if let Some(key) = &arguments.idempotency_key {
         job = job.idempotency_key(key);
     }
-    let handle = job.cpus(arguments.cpus).max_restarts(arguments.max_restarts).submit().await?;
+    let handle = job
+        .cpus(arguments.cpus)
+        .max_restarts(arguments.max_restarts)
+        .submit()
+        .await?;
     let id = handle.id();
     if !arguments.follow {
         if arguments.format.json {
-            print_json(&serde_json::json!({ "job": id.0, "driver": handle.driver().map(|d| d.0) }))?;
+            print_json(
+                &serde_json::json!({ "job": id.0, "driver": handle.driver().map(|d| d.0) }),
+            )?;
         } else {
             println!("{id} submitted; follow it with `mobula jobs logs -f {id}`");
         }
@@ -78,7 +96,10 @@ fn read_train_file(arguments: &SubmitArguments) -> anyhow::Result<(TrainSpec, St
 }
 
 fn file_stem(arguments: &SubmitArguments) -> anyhow::Result<String> {
-    let stem = arguments.program.file_stem().context("the program has no file name")?;
+    let stem = arguments
+        .program
+        .file_stem()
+        .context("the program has no file name")?;
     Ok(stem.to_string_lossy().into_owned())
 }
 

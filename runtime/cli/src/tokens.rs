@@ -7,7 +7,12 @@ use crate::connect::connect;
 use crate::output::print_json;
 
 pub(crate) async fn run(target: &Target, command: TokensCommand) -> anyhow::Result<()> {
-    let TokensCommand::Create { role, ttl, uses, format } = command;
+    let TokensCommand::Create {
+        role,
+        ttl,
+        uses,
+        format,
+    } = command;
     let cluster = connect(target).await?;
     let reply = cluster
         .control()

@@ -26,10 +26,14 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
         Some(name) => name,
         None => host_name().context("the machine has no usable name: give --name")?,
     };
-    let data_dir = arguments.data_dir.unwrap_or_else(|| PathBuf::from(&config.data_dir));
+    let data_dir = arguments
+        .data_dir
+        .unwrap_or_else(|| PathBuf::from(&config.data_dir));
     let head = arguments.head.unwrap_or(config.head_api);
     let mut options = WorkerOptions::new(name, data_dir, vec![head]);
-    let token_file = arguments.join_token_file.or(config.token_file.map(PathBuf::from));
+    let token_file = arguments
+        .join_token_file
+        .or(config.token_file.map(PathBuf::from));
     options.token = token_file
         .map(|file| {
             std::fs::read_to_string(&file)
@@ -44,8 +48,9 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
     if let Some(cpus) = arguments.cpus {
         options.resources.cpu_milli = Some(milli("--cpus", cpus)?);
     }
-    options.notice_file =
-        arguments.notice_file.or(config.preemption.notice_file.map(PathBuf::from));
+    options.notice_file = arguments
+        .notice_file
+        .or(config.preemption.notice_file.map(PathBuf::from));
     options.notice_poll_ms = config.preemption.poll_ms;
     options.default_grace_ms = config.preemption.default_grace_ms;
     Ok(options)
@@ -57,8 +62,9 @@ fn host_name() -> Option<String> {
 }
 
 fn listen_ip(text: &str) -> anyhow::Result<std::net::IpAddr> {
-    let address: SocketAddr =
-        text.parse().with_context(|| format!("worker.listen is `{text}`: expected ip:0"))?;
+    let address: SocketAddr = text
+        .parse()
+        .with_context(|| format!("worker.listen is `{text}`: expected ip:0"))?;
     if address.port() != 0 {
         bail!("worker.listen is `{text}`: the port must be 0, for each host takes its own");
     }
@@ -93,9 +99,7 @@ fn resources(config: &ResourcesConfig) -> anyhow::Result<ResourceOverride> {
         custom: config
             .custom
             .iter()
-            .map(|(name, amount)| {
-                Ok((name.clone(), milli("worker.resources.custom", *amount)?))
-            })
+            .map(|(name, amount)| Ok((name.clone(), milli("worker.resources.custom", *amount)?)))
             .collect::<anyhow::Result<_>>()?,
     })
 }

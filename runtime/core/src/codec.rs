@@ -46,7 +46,9 @@ pub struct EncodeError {
 }
 
 fn configuration() -> Configuration<LittleEndian, Fixint, NoLimit> {
-    bincode::config::standard().with_fixed_int_encoding().with_little_endian()
+    bincode::config::standard()
+        .with_fixed_int_encoding()
+        .with_little_endian()
 }
 
 /// Encodes `value`.
@@ -69,11 +71,19 @@ pub fn encode_plain<T: Serialize + ?Sized>(value: &T) -> Vec<u8> {
 /// reserve cautiously and the input itself is bounded.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8], limit_bytes: usize) -> Result<T, DecodeError> {
     if bytes.len() > limit_bytes {
-        return Err(DecodeError::TooLarge { size_bytes: bytes.len(), limit_bytes });
+        return Err(DecodeError::TooLarge {
+            size_bytes: bytes.len(),
+            limit_bytes,
+        });
     }
     let type_name = std::any::type_name::<T>();
-    let (value, used) = bincode::serde::decode_from_slice(bytes, configuration())
-        .map_err(|error| DecodeError::Malformed { type_name, reason: error.to_string() })?;
+    let (value, used) =
+        bincode::serde::decode_from_slice(bytes, configuration()).map_err(|error| {
+            DecodeError::Malformed {
+                type_name,
+                reason: error.to_string(),
+            }
+        })?;
     match bytes.len() - used {
         0 => Ok(value),
         count => Err(DecodeError::TrailingBytes { type_name, count }),
@@ -101,12 +111,21 @@ mod tests {
     #[test]
     fn a_huge_length_prefix_is_an_error_and_not_an_allocation() {
         let bytes = u64::MAX.to_le_bytes();
-        assert!(matches!(decode::<Vec<u64>>(&bytes, 64), Err(DecodeError::Malformed { .. })));
+        assert!(matches!(
+            decode::<Vec<u64>>(&bytes, 64),
+            Err(DecodeError::Malformed { .. })
+        ));
     }
 
     #[test]
     fn limits_and_trailing_bytes_are_refused() {
-        assert!(matches!(decode::<u8>(&[1, 2], 8), Err(DecodeError::TrailingBytes { count: 1, .. })));
-        assert!(matches!(decode::<u64>(&[0; 8], 4), Err(DecodeError::TooLarge { limit_bytes: 4, .. })));
+        assert!(matches!(
+            decode::<u8>(&[1, 2], 8),
+            Err(DecodeError::TrailingBytes { count: 1, .. })
+        ));
+        assert!(matches!(
+            decode::<u64>(&[0; 8], 4),
+            Err(DecodeError::TooLarge { limit_bytes: 4, .. })
+        ));
     }
 }

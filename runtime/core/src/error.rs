@@ -102,7 +102,10 @@ pub struct Rejection {
 impl Rejection {
     /// A refusal of kind `code`.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Rejection { code, message: message.into() }
+        Rejection {
+            code,
+            message: message.into(),
+        }
     }
 
     /// The request itself is wrong.
@@ -156,7 +159,9 @@ pub enum CallError {
         executed: Executed,
     },
     /// The actor's mailbox is full.
-    #[error("{actor} is overloaded: {capacity} calls are waiting, which is its limit; call again later")]
+    #[error(
+        "{actor} is overloaded: {capacity} calls are waiting, which is its limit; call again later"
+    )]
     Overloaded {
         /// The actor's id or name.
         actor: String,
@@ -208,6 +213,9 @@ mod tests {
             executed: Executed::Unknown,
         };
         let bytes = crate::codec::encode_plain(&error);
-        assert_eq!(crate::codec::decode::<CallError>(&bytes, 1024).unwrap(), error);
+        assert_eq!(
+            crate::codec::decode::<CallError>(&bytes, 1024).unwrap(),
+            error
+        );
     }
 }

@@ -118,7 +118,10 @@ mod tests {
     fn ids_parse_what_they_print() {
         assert_eq!("job-12".parse::<JobId>().unwrap(), JobId(12));
         assert_eq!("12".parse::<JobId>().unwrap(), JobId(12));
-        assert_eq!(ActorId(7).to_string().parse::<ActorId>().unwrap(), ActorId(7));
+        assert_eq!(
+            ActorId(7).to_string().parse::<ActorId>().unwrap(),
+            ActorId(7)
+        );
         let error = "node-12".parse::<JobId>().unwrap_err();
         assert_eq!(
             error.to_string(),

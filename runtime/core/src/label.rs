@@ -44,7 +44,9 @@ impl fmt::Display for Requirement {
 /// The first requirement that `labels` do not meet.
 #[must_use]
 pub fn first_unmet<'a>(selector: &'a [Requirement], labels: &Labels) -> Option<&'a Requirement> {
-    selector.iter().find(|requirement| !requirement.matches(labels))
+    selector
+        .iter()
+        .find(|requirement| !requirement.matches(labels))
 }
 
 #[cfg(test)]
@@ -60,6 +62,9 @@ mod tests {
         assert!(Requirement::NotIn("disk".into(), values(&["ssd"])).matches(&labels));
         assert!(!Requirement::NotIn("zone".into(), values(&["a"])).matches(&labels));
         let missing = [Requirement::Exists("gpu".into())];
-        assert_eq!(first_unmet(&missing, &labels).unwrap().to_string(), "gpu exists");
+        assert_eq!(
+            first_unmet(&missing, &labels).unwrap().to_string(),
+            "gpu exists"
+        );
     }
 }

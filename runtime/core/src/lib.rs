@@ -5,19 +5,19 @@
 //! 2. A type that is persisted or sent has explicit, stable tags and a round-trip test.
 //! 3. Everything iterated is ordered, so that replicas agree byte for byte.
 
-pub mod id;
-pub mod resource;
-pub mod label;
-pub mod spec;
-pub mod exit;
-pub mod error;
 pub mod clock;
 pub mod codec;
-pub mod control;
-pub mod order;
-pub mod row;
-pub mod storage;
 pub mod config;
+pub mod control;
+pub mod error;
+pub mod exit;
+pub mod id;
+pub mod label;
+pub mod order;
+pub mod resource;
+pub mod row;
+pub mod spec;
+pub mod storage;
 
 pub use error::{CallError, ErrorCode, Executed, Rejection};
 pub use exit::ExitReason;

@@ -32,10 +32,19 @@ pub struct Shortfall {
 
 impl fmt::Display for Shortfall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Shortfall { resource, asked, available } = self;
+        let Shortfall {
+            resource,
+            asked,
+            available,
+        } = self;
         match resource.as_str() {
             "memory" => write!(f, "memory: asks {asked} bytes, {available} bytes free"),
-            _ => write!(f, "{resource}: asks {}, {} free", Milli(*asked), Milli(*available)),
+            _ => write!(
+                f,
+                "{resource}: asks {}, {} free",
+                Milli(*asked),
+                Milli(*available)
+            ),
         }
     }
 }
@@ -58,7 +67,10 @@ impl Resources {
     /// Only CPU, in thousandths of a core.
     #[must_use]
     pub fn cpu_milli(cpu_milli: u64) -> Self {
-        Resources { cpu_milli, ..Resources::default() }
+        Resources {
+            cpu_milli,
+            ..Resources::default()
+        }
     }
 
     /// Every resource that `request` asks of `self` in vain, in a fixed order; empty when it fits.
@@ -69,10 +81,13 @@ impl Resources {
             ("memory", request.memory_bytes, self.memory_bytes),
             ("gpu", request.gpu_milli, self.gpu_milli),
         ];
-        let custom = request
-            .custom
-            .iter()
-            .map(|(name, asked)| (name.as_str(), *asked, self.custom.get(name).copied().unwrap_or(0)));
+        let custom = request.custom.iter().map(|(name, asked)| {
+            (
+                name.as_str(),
+                *asked,
+                self.custom.get(name).copied().unwrap_or(0),
+            )
+        });
         fixed
             .into_iter()
             .chain(custom)
@@ -130,7 +145,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn any_resources() -> impl Strategy<Value = Resources> {
-        (0..10_000u64, 0..1u64 << 40, 0..8_000u64, proptest::collection::btree_map("[a-c]", 0..9_000u64, 0..3))
+        (
+            0..10_000u64,
+            0..1u64 << 40,
+            0..8_000u64,
+            proptest::collection::btree_map("[a-c]", 0..9_000u64, 0..3),
+        )
             .prop_map(|(cpu_milli, memory_bytes, gpu_milli, custom)| Resources {
                 cpu_milli,
                 memory_bytes,
@@ -158,9 +178,20 @@ mod tests {
 
     #[test]
     fn a_shortfall_names_the_resource_and_both_numbers() {
-        let node = Resources { cpu_milli: 1500, ..Resources::default() };
-        let request = Resources { cpu_milli: 2000, gpu_milli: 250, ..Resources::default() };
-        let text: Vec<String> = node.shortfalls(&request).iter().map(ToString::to_string).collect();
+        let node = Resources {
+            cpu_milli: 1500,
+            ..Resources::default()
+        };
+        let request = Resources {
+            cpu_milli: 2000,
+            gpu_milli: 250,
+            ..Resources::default()
+        };
+        let text: Vec<String> = node
+            .shortfalls(&request)
+            .iter()
+            .map(ToString::to_string)
+            .collect();
         assert_eq!(text, ["cpu: asks 2, 1.5 free", "gpu: asks 0.25, 0 free"]);
     }
 }

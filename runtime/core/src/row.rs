@@ -22,7 +22,9 @@ const SCAN_ROWS: usize = 256;
 
 /// The row under `key`.
 pub fn get<T: DeserializeOwned>(reader: &dyn Reader, table: Table, key: &[u8]) -> Option<T> {
-    reader.get(table, key).map(|bytes| from_bytes(table, &bytes))
+    reader
+        .get(table, key)
+        .map(|bytes| from_bytes(table, &bytes))
 }
 
 /// Writes `row` under `key`.
@@ -42,7 +44,9 @@ pub fn all<T: DeserializeOwned>(
     let mut after: Option<Vec<u8>> = None;
     loop {
         let page = reader.scan(table, prefix, after.as_deref(), SCAN_ROWS);
-        let Some((last, _)) = page.last() else { return rows };
+        let Some((last, _)) = page.last() else {
+            return rows;
+        };
         after = Some(last.clone());
         rows.extend(page.into_iter().map(|(key, bytes)| {
             let row = from_bytes(table, &bytes);
@@ -53,7 +57,10 @@ pub fn all<T: DeserializeOwned>(
 
 fn from_bytes<T: DeserializeOwned>(table: Table, bytes: &[u8]) -> T {
     let (version, value) = bytes.split_first().expect("a row has a version byte");
-    assert_eq!(*version, VERSION, "a row of {table:?} is of a newer version than this binary");
+    assert_eq!(
+        *version, VERSION,
+        "a row of {table:?} is of a newer version than this binary"
+    );
     codec::decode(value, ROW_BYTES_MAX)
         .unwrap_or_else(|error| panic!("a row of {table:?} is damaged: {error}"))
 }

@@ -46,20 +46,29 @@ pub struct RestartPolicy {
 
 impl RestartPolicy {
     /// Never again.
-    pub const NEVER: RestartPolicy =
-        RestartPolicy { max_restarts: 0, backoff_initial_ms: 0, backoff_max_ms: 0 };
+    pub const NEVER: RestartPolicy = RestartPolicy {
+        max_restarts: 0,
+        backoff_initial_ms: 0,
+        backoff_max_ms: 0,
+    };
 
     /// At most `max_restarts` times, 100 ms after the first end, at most 5 s after later ones.
     #[must_use]
     pub const fn times(max_restarts: u32) -> Self {
-        RestartPolicy { max_restarts, backoff_initial_ms: 100, backoff_max_ms: 5_000 }
+        RestartPolicy {
+            max_restarts,
+            backoff_initial_ms: 100,
+            backoff_max_ms: 5_000,
+        }
     }
 
     /// The delay before restart number `restart` (counted from 1), in milliseconds.
     #[must_use]
     pub fn backoff_ms(&self, restart: u32) -> u64 {
         let doublings = restart.saturating_sub(1).min(32);
-        self.backoff_initial_ms.saturating_mul(1 << doublings).min(self.backoff_max_ms)
+        self.backoff_initial_ms
+            .saturating_mul(1 << doublings)
+            .min(self.backoff_max_ms)
     }
 }
 
@@ -150,7 +159,10 @@ mod tests {
     #[test]
     fn backoff_doubles_up_to_its_cap() {
         let policy = RestartPolicy::times(10);
-        assert_eq!([1, 2, 3, 20, 99].map(|n| policy.backoff_ms(n)), [100, 200, 400, 5000, 5000]);
+        assert_eq!(
+            [1, 2, 3, 20, 99].map(|n| policy.backoff_ms(n)),
+            [100, 200, 400, 5000, 5000]
+        );
         assert_eq!(RestartPolicy::NEVER.backoff_ms(1), 0);
     }
 }

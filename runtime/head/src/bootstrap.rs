@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use mobula_net::identity::{ClusterCa, Credentials, Identity, Role, Validity};
 use rand::RngCore;
@@ -27,6 +27,7 @@ pub(crate) struct HeadIdentity {
     pub(crate) cluster_id: String,
     pub(crate) ca: Arc<ClusterCa>,
     pub(crate) credentials: Credentials,
+    dir: PathBuf,
 }
 
 impl HeadIdentity {
@@ -34,25 +35,66 @@ impl HeadIdentity {
     pub(crate) fn load_or_create(data_dir: &Path, raft_id: u64) -> Result<Self, HeadError> {
         create_private_dir(data_dir)?;
         let cluster_id = load_or_create_cluster_id(data_dir)?;
-        let ca = ClusterCa::load_or_create(&data_dir.join("ca"), &cluster_id)
-            .map_err(|source| HeadError::Identity { reason: source.to_string() })?;
-        let credentials = issue_own(&ca, &cluster_id, raft_id)?;
-        Ok(HeadIdentity { cluster_id, ca: Arc::new(ca), credentials })
+        let ca =
+            ClusterCa::load_or_create(&data_dir.join("ca"), &cluster_id).map_err(|source| {
+                HeadError::Identity {
+                    reason: source.to_string(),
+                }
+            })?;
+        let credentials = load_or_issue_own(&ca, &cluster_id, raft_id, &identity_dir(data_dir))?;
+        Ok(HeadIdentity {
+            cluster_id,
+            ca: Arc::new(ca),
+            credentials,
+            dir: identity_dir(data_dir),
+        })
     }
 
-    /// A new certificate for this head.
+    /// A new certificate for this head, kept like the one before.
     pub(crate) fn renew(&self) -> Result<Credentials, HeadError> {
         let identity = self.credentials.identity();
-        self.ca
-            .issue_with_new_key(identity, Validity::for_ttl(CERTIFICATE_TTL))
-            .map_err(|source| HeadError::Identity { reason: source.to_string() })
+        let credentials = issue(&self.ca, identity)?;
+        save(&credentials, &self.dir)?;
+        Ok(credentials)
     }
 }
 
-fn issue_own(ca: &ClusterCa, cluster_id: &str, raft_id: u64) -> Result<Credentials, HeadError> {
+fn identity_dir(data_dir: &Path) -> PathBuf {
+    data_dir.join("identity")
+}
+
+/// The key is kept over restarts: peers of the process before then learn at once, by a stateless
+/// reset, that it is gone, instead of waiting for a timeout.
+fn load_or_issue_own(
+    ca: &ClusterCa,
+    cluster_id: &str,
+    raft_id: u64,
+    dir: &Path,
+) -> Result<Credentials, HeadError> {
+    create_private_dir(dir)?;
+    if let Ok(credentials) = Credentials::load(dir)
+        && SystemTime::now() < credentials.renew_at()
+        && credentials.ca_key_hash() == ca.key_hash()
+    {
+        return Ok(credentials);
+    }
     let identity = Identity::new(cluster_id, Role::Head, format!("head-{raft_id}"), raft_id);
-    ca.issue_with_new_key(&identity, Validity::for_ttl(CERTIFICATE_TTL))
-        .map_err(|source| HeadError::Identity { reason: source.to_string() })
+    let credentials = issue(ca, &identity)?;
+    save(&credentials, dir)?;
+    Ok(credentials)
+}
+
+fn issue(ca: &ClusterCa, identity: &Identity) -> Result<Credentials, HeadError> {
+    ca.issue_with_new_key(identity, Validity::for_ttl(CERTIFICATE_TTL))
+        .map_err(|source| HeadError::Identity {
+            reason: source.to_string(),
+        })
+}
+
+fn save(credentials: &Credentials, dir: &Path) -> Result<(), HeadError> {
+    credentials.save(dir).map_err(|source| HeadError::Identity {
+        reason: source.to_string(),
+    })
 }
 
 fn load_or_create_cluster_id(data_dir: &Path) -> Result<String, HeadError> {
@@ -75,12 +117,18 @@ pub(crate) fn create_private_dir(path: &Path) -> Result<(), HeadError> {
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .map_err(|source| HeadError::DataDir { path: path.to_owned(), source })
+        .map_err(|source| HeadError::DataDir {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 /// Writes a file that only its owner can read: beside the path first, then renamed over it.
 pub(crate) fn write_private(path: &Path, text: &str) -> Result<(), HeadError> {
-    let failed = |source| HeadError::DataDir { path: PathBuf::from(path), source };
+    let failed = |source| HeadError::DataDir {
+        path: PathBuf::from(path),
+        source,
+    };
     let beside = path.with_extension("new");
     let mut file = fs::OpenOptions::new()
         .write(true)
@@ -89,6 +137,8 @@ pub(crate) fn write_private(path: &Path, text: &str) -> Result<(), HeadError> {
         .mode(0o600)
         .open(&beside)
         .map_err(failed)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+    file.write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(failed)?;
     fs::rename(&beside, path).map_err(failed)
 }

@@ -54,7 +54,10 @@ pub(crate) enum CommandError {
     Rejected(#[from] Rejection),
     /// The module's answer is not what this version expects.
     #[error("the answer of module {module} cannot be read: {reason}")]
-    Answer { module: &'static str, reason: String },
+    Answer {
+        module: &'static str,
+        reason: String,
+    },
 }
 
 impl CommandError {
@@ -95,8 +98,9 @@ impl HeadContext {
         seq: u64,
         command: &Command,
     ) -> Result<Response, CommandError> {
-        let (_, bytes) =
-            self.propose(session, seq, ModuleId::SCHEDULER, command.encode()).await?;
+        let (_, bytes) = self
+            .propose(session, seq, ModuleId::SCHEDULER, command.encode())
+            .await?;
         Response::decode(&bytes).map_err(|error| CommandError::Answer {
             module: "scheduler",
             reason: error.to_string(),
@@ -139,7 +143,8 @@ impl HeadContext {
     ) -> Result<Empty, Status> {
         self.authorize_scheduler(caller, &command)?;
         let stamp = stamp.unwrap_or_default();
-        self.propose_scheduler(SessionId(stamp.session), stamp.sequence, &command).await?;
+        self.propose_scheduler(SessionId(stamp.session), stamp.sequence, &command)
+            .await?;
         Ok(Empty {})
     }
 }

@@ -43,8 +43,14 @@ pub(crate) fn effect_queue() -> (EffectSender, EffectReceiver) {
     let (sender, receiver) = mpsc::channel(EFFECTS_CAPACITY);
     let lost = Arc::new(AtomicBool::new(false));
     (
-        EffectSender { runs: sender, lost: lost.clone() },
-        EffectReceiver { runs: receiver, lost },
+        EffectSender {
+            runs: sender,
+            lost: lost.clone(),
+        },
+        EffectReceiver {
+            runs: receiver,
+            lost,
+        },
     )
 }
 
@@ -71,7 +77,9 @@ pub(crate) async fn run(
                 Effect::Place => nudges.place.notify_one(),
                 Effect::Order { node, order } if leadership.is_leader => {
                     let term = Term(leadership.term);
-                    context.sessions.send(node, HeadMessage::Order { term, order });
+                    context
+                        .sessions
+                        .send(node, HeadMessage::Order { term, order });
                 }
                 Effect::Order { .. } => {}
             }
@@ -91,7 +99,9 @@ async fn send_everything_again(context: &HeadContext, nudges: &Nudges) {
         match context.standing_orders(node).await {
             Ok(orders) => {
                 for order in orders {
-                    context.sessions.send(node, HeadMessage::Order { term, order });
+                    context
+                        .sessions
+                        .send(node, HeadMessage::Order { term, order });
                 }
             }
             Err(error) => tracing::warn!(%node, %error, "standing orders cannot be read"),

@@ -66,12 +66,7 @@ fn live_nodes(reader: &dyn Reader) -> Vec<(NodeId, Incarnation)> {
     }
 }
 
-async fn expire(
-    context: &HeadContext,
-    node: NodeId,
-    incarnation: Incarnation,
-    silence: Duration,
-) {
+async fn expire(context: &HeadContext, node: NodeId, incarnation: Incarnation, silence: Duration) {
     tracing::warn!(
         %node,
         silence_ms = silence.as_millis() as u64,
@@ -79,7 +74,10 @@ async fn expire(
         "lease ran out; declaring the node lost"
     );
     let command = Command::NodeLost { node, incarnation };
-    if let Err(error) = context.propose_scheduler(SessionId::INTERNAL, 0, &command).await {
+    if let Err(error) = context
+        .propose_scheduler(SessionId::INTERNAL, 0, &command)
+        .await
+    {
         tracing::warn!(%node, %error, "the node could not be declared lost; trying again");
     }
 }

@@ -45,7 +45,10 @@ pub(crate) async fn run(duties: LeaderDuties) {
         let term = leadership.borrow().term;
         tracing::info!(term, "leading");
         let mut tasks = duties.start();
-        let driver_ended = leadership.wait_for(|l| !l.is_leader || l.term != term).await.is_err();
+        let driver_ended = leadership
+            .wait_for(|l| !l.is_leader || l.term != term)
+            .await
+            .is_err();
         tasks.shutdown().await;
         duties.context.sessions.clear();
         tracing::info!(term, "leading no more");
@@ -60,7 +63,11 @@ impl LeaderDuties {
         let mut tasks = JoinSet::new();
         tasks.spawn(place(self.context.clone(), self.nudges.clone()));
         tasks.spawn(health::run(self.context.clone()));
-        tasks.spawn(control(self.context.clone(), self.nudges.clone(), self.controllers.clone()));
+        tasks.spawn(control(
+            self.context.clone(),
+            self.nudges.clone(),
+            self.controllers.clone(),
+        ));
         tasks.spawn(tokens::ensure(
             self.context.clone(),
             self.data_dir.clone(),
@@ -89,7 +96,11 @@ async fn place(context: Arc<HeadContext>, nudges: Arc<Nudges>) {
 
 /// One pass; whether it placed anything.
 async fn place_once(context: &HeadContext) -> Result<bool, String> {
-    let reader = context.raft.read().await.map_err(|error| error.to_string())?;
+    let reader = context
+        .raft
+        .read()
+        .await
+        .map_err(|error| error.to_string())?;
     let Some(command) = mobula_scheduler::placement_pass(&reader, context.clock.now_ms()) else {
         return Ok(false);
     };

@@ -89,12 +89,17 @@ impl HeadOptions {
     pub fn from_config(config: &Config, clock: Arc<dyn Clock>) -> Result<Self, HeadError> {
         let head = &config.head;
         if !head.peers.is_empty() {
-            return Err(HeadError::Replicas { count: head.peers.len() });
+            return Err(HeadError::Replicas {
+                count: head.peers.len(),
+            });
         }
         let address = |what, text: &str| {
-            text.parse::<SocketAddr>().map_err(|error| {
-                HeadError::Address { what, text: text.to_owned(), reason: error.to_string() }
-            })
+            text.parse::<SocketAddr>()
+                .map_err(|error| HeadError::Address {
+                    what,
+                    text: text.to_owned(),
+                    reason: error.to_string(),
+                })
         };
         let s3 = &config.storage.s3;
         Ok(HeadOptions {
@@ -145,13 +150,14 @@ impl Head {
                 address: options.api_listen,
                 reason: error.to_string(),
             })?;
-        let endpoint = Endpoint::bind(options.cluster_listen, &identity.credentials).map_err(
-            |error| HeadError::Listen {
-                what: "the cluster endpoint",
-                address: options.cluster_listen,
-                reason: error.to_string(),
-            },
-        )?;
+        let endpoint =
+            Endpoint::bind(options.cluster_listen, &identity.credentials).map_err(|error| {
+                HeadError::Listen {
+                    what: "the cluster endpoint",
+                    address: options.cluster_listen,
+                    reason: error.to_string(),
+                }
+            })?;
 
         let modules = collect_modules(options.modules);
         let (effect_sender, effect_receiver) = dispatcher::effect_queue();
@@ -198,14 +204,23 @@ impl Head {
             tokens: options.tokens,
         };
         tasks.spawn(named("the leader's duties", leadership::run(duties)));
-        tasks.spawn(named("worker sessions", serve_cluster(context.clone(), endpoint.clone())));
+        tasks.spawn(named(
+            "worker sessions",
+            serve_cluster(context.clone(), endpoint.clone()),
+        ));
         let renewal = renew_certificate(identity, endpoint.clone(), api_listener.credentials());
         tasks.spawn(named("certificate renewal", renewal));
         let serve = serve_api(context.clone(), api_listener, shutdown_receiver);
         tasks.spawn(named("the control API", serve));
 
         tracing::info!(api = %api_address, cluster = %cluster_address, id = context.cluster_id, "head started");
-        Ok(Head { context, driver, endpoint, shutdown, tasks })
+        Ok(Head {
+            context,
+            driver,
+            endpoint,
+            shutdown,
+            tasks,
+        })
     }
 
     /// Where the control API listens.
@@ -260,7 +275,11 @@ async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static s
 
 fn collect_modules(modules: Vec<Arc<dyn StateModule>>) -> BTreeMap<ModuleId, Arc<dyn StateModule>> {
     let scheduler: Arc<dyn StateModule> = Arc::new(Scheduler);
-    modules.into_iter().chain([scheduler]).map(|module| (module.id(), module)).collect()
+    modules
+        .into_iter()
+        .chain([scheduler])
+        .map(|module| (module.id(), module))
+        .collect()
 }
 
 async fn serve_cluster(context: Arc<HeadContext>, endpoint: Endpoint) {

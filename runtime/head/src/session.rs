@@ -71,7 +71,10 @@ impl Sessions {
 
     fn close(&self, node: NodeId, serial: u64) {
         let mut entries = self.entries.lock();
-        if entries.get(&node).is_some_and(|entry| entry.serial == serial) {
+        if entries
+            .get(&node)
+            .is_some_and(|entry| entry.serial == serial)
+        {
             entries.remove(&node);
         }
     }
@@ -85,7 +88,9 @@ impl Sessions {
     /// begins with every standing order.
     pub(crate) fn send(&self, node: NodeId, message: HeadMessage) {
         let mut entries = self.entries.lock();
-        let Some(entry) = entries.get(&node) else { return };
+        let Some(entry) = entries.get(&node) else {
+            return;
+        };
         if entry.outbox.try_send(message).is_err() {
             tracing::warn!(%node, "outbox is full or closed; ending the session");
             entries.remove(&node);
@@ -94,9 +99,10 @@ impl Sessions {
 
     fn renew(&self, node: NodeId, serial: u64) {
         if let Some(entry) = self.entries.lock().get_mut(&node)
-            && entry.serial == serial {
-                entry.last_renewal = Instant::now();
-            }
+            && entry.serial == serial
+        {
+            entry.last_renewal = Instant::now();
+        }
     }
 
     /// The nodes that have a session.
@@ -129,15 +135,24 @@ impl Sessions {
             let entry = entries.get_mut(&node)?;
             entry.log_requests.retain(|_, waiting| !waiting.is_closed());
             entry.log_requests.insert(request, reply);
-            let message = HeadMessage::ReadLog { request, actor, incarnation, offset, limit_bytes };
+            let message = HeadMessage::ReadLog {
+                request,
+                actor,
+                incarnation,
+                offset,
+                limit_bytes,
+            };
             entry.outbox.try_send(message).ok()?;
         }
         tokio::time::timeout(LOG_TIMEOUT, answer).await.ok()?.ok()
     }
 
     fn answer_log(&self, node: NodeId, request: u64, bytes: Vec<u8>) {
-        let waiting =
-            self.entries.lock().get_mut(&node).and_then(|e| e.log_requests.remove(&request));
+        let waiting = self
+            .entries
+            .lock()
+            .get_mut(&node)
+            .and_then(|e| e.log_requests.remove(&request));
         if let Some(reply) = waiting {
             // Whoever asked may have given up; then nobody needs the bytes.
             let _ = reply.send(bytes);
@@ -155,7 +170,9 @@ pub(crate) async fn serve(context: Arc<HeadContext>, connection: Connection) {
             }
         }
         Ok((lane, _)) => tracing::warn!(worker = %peer.id, ?lane, "unexpected lane"),
-        Err(lost) => tracing::debug!(worker = %peer.id, %lost, "connection lost before its session"),
+        Err(lost) => {
+            tracing::debug!(worker = %peer.id, %lost, "connection lost before its session")
+        }
     }
 }
 
@@ -164,7 +181,10 @@ async fn serve_stream(
     peer: &Identity,
     stream: FramedStream,
 ) -> Result<(), String> {
-    let FramedStream { mut sender, mut receiver } = stream;
+    let FramedStream {
+        mut sender,
+        mut receiver,
+    } = stream;
     let hello = match receiver.receive_message::<WorkerMessage>().await {
         Ok(Some(WorkerMessage::Hello(hello))) => hello,
         other => return Err(format!("expected a hello, got {other:?}")),
@@ -173,7 +193,9 @@ async fn serve_stream(
     let (node, incarnation) = match registered {
         Ok(registered) => registered,
         Err(reason) => {
-            let refusal = HeadMessage::Refused { reason: reason.clone() };
+            let refusal = HeadMessage::Refused {
+                reason: reason.clone(),
+            };
             // The refusal is a courtesy; the stream may be gone already.
             let _ = sender.send_message(&refusal).await;
             let _ = sender.finish().await;
@@ -181,7 +203,12 @@ async fn serve_stream(
         }
     };
     let (serial, outbox) = context.sessions.open(node, incarnation);
-    let session = Session { context: context.clone(), node, incarnation, serial };
+    let session = Session {
+        context: context.clone(),
+        node,
+        incarnation,
+        serial,
+    };
     let result = session.run(sender, receiver, outbox).await;
     context.sessions.close(node, serial);
     result
@@ -206,7 +233,10 @@ async fn register(
         labels: hello.labels,
         version: hello.version,
     };
-    match context.propose_scheduler(SessionId::INTERNAL, 0, &command).await {
+    match context
+        .propose_scheduler(SessionId::INTERNAL, 0, &command)
+        .await
+    {
         Ok(Response::Registered { node, incarnation }) => Ok((node, incarnation)),
         Ok(other) => Err(format!("unexpected answer to a registration: {other:?}")),
         Err(error) => Err(error.to_string()),
@@ -278,23 +308,42 @@ impl Session {
     }
 
     async fn greet(&self, sender: &mut FramedSender) -> Result<(), String> {
-        let welcome = self.context.welcome(self.term(), self.node, self.incarnation);
+        let welcome = self
+            .context
+            .welcome(self.term(), self.node, self.incarnation);
         sender
             .send_message(&HeadMessage::Welcome(welcome))
             .await
             .map_err(|error| error.to_string())?;
-        let orders =
-            self.context.standing_orders(self.node).await.map_err(|error| error.to_string())?;
+        let orders = self
+            .context
+            .standing_orders(self.node)
+            .await
+            .map_err(|error| error.to_string())?;
         let standing = orders.iter().filter_map(incarnation_of).collect();
         for order in orders {
-            self.queue(sender, &HeadMessage::Order { term: self.term(), order })?;
+            self.queue(
+                sender,
+                &HeadMessage::Order {
+                    term: self.term(),
+                    order,
+                },
+            )?;
         }
-        self.queue(sender, &HeadMessage::OrdersComplete { term: self.term(), standing })?;
+        self.queue(
+            sender,
+            &HeadMessage::OrdersComplete {
+                term: self.term(),
+                standing,
+            },
+        )?;
         sender.flush().await.map_err(|error| error.to_string())
     }
 
     fn queue(&self, sender: &mut FramedSender, message: &HeadMessage) -> Result<(), String> {
-        sender.queue_message(message).map_err(|error| error.to_string())
+        sender
+            .queue_message(message)
+            .map_err(|error| error.to_string())
     }
 
     async fn apply_event(
@@ -302,9 +351,15 @@ impl Session {
         sequence: u64,
         event: WorkerEvent,
     ) -> (u64, Result<Response, String>) {
-        let command =
-            Command::NodeEvent { node: self.node, incarnation: self.incarnation, event };
-        let applied = self.context.propose_scheduler(SessionId::INTERNAL, 0, &command).await;
+        let command = Command::NodeEvent {
+            node: self.node,
+            incarnation: self.incarnation,
+            event,
+        };
+        let applied = self
+            .context
+            .propose_scheduler(SessionId::INTERNAL, 0, &command)
+            .await;
         (sequence, applied.map_err(|error| error.to_string()))
     }
 
@@ -337,7 +392,10 @@ impl Session {
     }
 
     async fn leave(&self) -> Result<(), String> {
-        let command = Command::NodeLost { node: self.node, incarnation: self.incarnation };
+        let command = Command::NodeLost {
+            node: self.node,
+            incarnation: self.incarnation,
+        };
         self.context
             .propose_scheduler(SessionId::INTERNAL, 0, &command)
             .await
@@ -350,7 +408,9 @@ impl Session {
 fn incarnation_of(order: &Order) -> Option<(ActorId, Incarnation)> {
     match order {
         Order::Start(start) => Some((start.actor, start.incarnation)),
-        Order::Stop { actor, incarnation, .. } => Some((*actor, *incarnation)),
+        Order::Stop {
+            actor, incarnation, ..
+        } => Some((*actor, *incarnation)),
         Order::Notice { .. } | Order::NoticeWithdrawn => None,
     }
 }
@@ -386,7 +446,10 @@ mod tests {
 
     #[test]
     fn a_host_name_gives_its_node_back() {
-        assert_eq!(node_of_host_name(&host_name(NodeId(3), HostId(9))), Some(NodeId(3)));
+        assert_eq!(
+            node_of_host_name(&host_name(NodeId(3), HostId(9))),
+            Some(NodeId(3))
+        );
         assert_eq!(node_of_host_name("worker-1"), None);
     }
 

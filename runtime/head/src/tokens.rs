@@ -39,13 +39,18 @@ async fn ensure_one(
     ttl_ms: u64,
 ) -> Result<(), String> {
     if let Ok(text) = std::fs::read_to_string(path)
-        && let Ok(token) = Token::parse(text.trim()) {
-            let reader = context.raft.read().await.map_err(|error| error.to_string())?;
-            let now_ms = context.clock.now_ms();
-            if mobula_scheduler::check_token(&reader, &token.secret_hash(), now_ms).is_ok() {
-                return Ok(());
-            }
+        && let Ok(token) = Token::parse(text.trim())
+    {
+        let reader = context
+            .raft
+            .read()
+            .await
+            .map_err(|error| error.to_string())?;
+        let now_ms = context.clock.now_ms();
+        if mobula_scheduler::check_token(&reader, &token.secret_hash(), now_ms).is_ok() {
+            return Ok(());
         }
+    }
     let (text, _) = create(context, SessionId::INTERNAL, 0, role, ttl_ms, None)
         .await
         .map_err(|error| error.to_string())?;

@@ -25,7 +25,10 @@ impl Changes {
         match subject {
             // A module's count is asked for by clients (`WaitModule`), so it is kept without them.
             Subject::Module(_) => {
-                slots.entry(subject.clone()).or_default().send_modify(|count| *count += 1);
+                slots
+                    .entry(subject.clone())
+                    .or_default()
+                    .send_modify(|count| *count += 1);
             }
             _ => {
                 if let Some(slot) = slots.get(subject) {

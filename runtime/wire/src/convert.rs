@@ -40,7 +40,11 @@ impl From<PlacementPolicy> for control::Placement {
             None => (None, false),
         };
         control::Placement {
-            selector: placement.selector.into_iter().map(requirement_message).collect(),
+            selector: placement
+                .selector
+                .into_iter()
+                .map(requirement_message)
+                .collect(),
             strategy: match placement.strategy {
                 Strategy::Pack => "pack".to_owned(),
                 Strategy::Spread => "spread".to_owned(),
@@ -58,7 +62,11 @@ fn requirement_message(requirement: Requirement) -> control::Requirement {
         Requirement::NotIn(key, values) => (key, "not_in", values),
         Requirement::Exists(key) => (key, "exists", Vec::new()),
     };
-    control::Requirement { key, operator: operator.to_owned(), values }
+    control::Requirement {
+        key,
+        operator: operator.to_owned(),
+        values,
+    }
 }
 
 impl TryFrom<control::Placement> for PlacementPolicy {
@@ -74,20 +82,29 @@ impl TryFrom<control::Placement> for PlacementPolicy {
                 )));
             }
         };
-        let selector = placement.selector.into_iter().map(requirement).collect::<Result<_, _>>()?;
+        let selector = placement
+            .selector
+            .into_iter()
+            .map(requirement)
+            .collect::<Result<_, _>>()?;
         Ok(PlacementPolicy {
             selector,
             strategy,
             affinity_key: placement.affinity_key,
-            spread_key: placement
-                .spread_key
-                .map(|key| SpreadKey { key, strict: placement.spread_strict }),
+            spread_key: placement.spread_key.map(|key| SpreadKey {
+                key,
+                strict: placement.spread_strict,
+            }),
         })
     }
 }
 
 fn requirement(message: control::Requirement) -> Result<Requirement, Rejection> {
-    let control::Requirement { key, operator, values } = message;
+    let control::Requirement {
+        key,
+        operator,
+        values,
+    } = message;
     match operator.as_str() {
         "in" => Ok(Requirement::In(key, values)),
         "not_in" => Ok(Requirement::NotIn(key, values)),
@@ -162,7 +179,11 @@ impl TryFrom<control::JobSpec> for JobSpec {
             args: spec.args,
             env: spec.env.into_iter().collect(),
             resources: spec.resources.map(Into::into).unwrap_or_default(),
-            placement: spec.placement.map(TryInto::try_into).transpose()?.unwrap_or_default(),
+            placement: spec
+                .placement
+                .map(TryInto::try_into)
+                .transpose()?
+                .unwrap_or_default(),
             restart: spec.restart.map_or(RestartPolicy::NEVER, Into::into),
             idempotency_key: spec.idempotency_key,
         })
@@ -171,7 +192,9 @@ impl TryFrom<control::JobSpec> for JobSpec {
 
 /// A BLAKE3 digest in lower-case hexadecimal: it becomes part of a path, so nothing else may be.
 pub fn checked_digest(text: String) -> Result<String, Rejection> {
-    let is_hex = text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let is_hex = text
+        .bytes()
+        .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
     if text.len() == 64 && is_hex {
         return Ok(text);
     }
@@ -186,7 +209,9 @@ impl TryFrom<ActorSpec> for control::ActorSpec {
 
     fn try_from(spec: ActorSpec) -> Result<Self, Rejection> {
         let ActorKind::Actor { type_name } = spec.kind else {
-            return Err(Rejection::invalid("a driver cannot be created as an actor: submit a job"));
+            return Err(Rejection::invalid(
+                "a driver cannot be created as an actor: submit a job",
+            ));
         };
         Ok(control::ActorSpec {
             type_name,
@@ -217,11 +242,17 @@ impl TryFrom<control::ActorSpec> for ActorSpec {
             )));
         }
         Ok(ActorSpec {
-            kind: ActorKind::Actor { type_name: spec.type_name },
+            kind: ActorKind::Actor {
+                type_name: spec.type_name,
+            },
             name: spec.name.filter(|name| !name.is_empty()),
             init: spec.init,
             resources: spec.resources.map(Into::into).unwrap_or_default(),
-            placement: spec.placement.map(TryInto::try_into).transpose()?.unwrap_or_default(),
+            placement: spec
+                .placement
+                .map(TryInto::try_into)
+                .transpose()?
+                .unwrap_or_default(),
             restart: spec.restart.map_or(RestartPolicy::NEVER, Into::into),
             isolated: spec.isolated,
             mailbox_capacity: match spec.mailbox_capacity {
@@ -240,7 +271,10 @@ mod tests {
     fn a_job_spec_survives_the_round_trip() {
         let spec = JobSpec {
             name: "pi".into(),
-            program: Program::Artifact { blake3: "ab".repeat(32), size_bytes: 9 },
+            program: Program::Artifact {
+                blake3: "ab".repeat(32),
+                size_bytes: 9,
+            },
             args: vec!["100".into()],
             env: [("A".to_owned(), "b".to_owned())].into(),
             resources: Resources::cpu_milli(500),
@@ -248,7 +282,10 @@ mod tests {
                 selector: vec![Requirement::NotIn("zone".into(), vec!["a".into()])],
                 strategy: Strategy::Spread,
                 affinity_key: None,
-                spread_key: Some(SpreadKey { key: "k".into(), strict: true }),
+                spread_key: Some(SpreadKey {
+                    key: "k".into(),
+                    strict: true,
+                }),
             },
             restart: RestartPolicy::times(3),
             idempotency_key: Some("key".into()),
@@ -259,11 +296,17 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let mut message = control::JobSpec { name: "x".into(), ..Default::default() };
+        let mut message = control::JobSpec {
+            name: "x".into(),
+            ..Default::default()
+        };
         message.artifact_blake3 = "../../etc/passwd".into();
         let error = JobSpec::try_from(message).unwrap_err();
         assert!(error.message.contains("not a BLAKE3 digest"), "{error}");
-        let placement = control::Placement { strategy: "best".into(), ..Default::default() };
+        let placement = control::Placement {
+            strategy: "best".into(),
+            ..Default::default()
+        };
         let error = PlacementPolicy::try_from(placement).unwrap_err();
         assert!(error.message.contains("use `pack` or `spread`"), "{error}");
     }

@@ -10,13 +10,13 @@
 //! 1. Any bytes decode to a value or an error, in memory bounded by the lane's frame limit.
 //! 2. A message's variant numbers are persisted in running clusters: new ones go at the end.
 
+pub mod call;
+pub mod convert;
 pub mod frame;
 pub mod hello;
-pub mod session;
 pub mod host;
-pub mod call;
 pub mod raft;
-pub mod convert;
+pub mod session;
 
 pub use mobula_core::codec;
 

@@ -37,7 +37,9 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<ExitCode> {
     };
     let progress = Progress::start(arguments.format.json);
     progress.say("starting 1 head and 3 workers");
-    let record = start(&options).await.context("the cluster does not start")?;
+    let record = start(&options)
+        .await
+        .context("the cluster does not start")?;
     let mut report = Report::default();
     let outcome = stages::run(&record, &progress, &mut report).await;
     if arguments.keep {
@@ -66,7 +68,11 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<ExitCode> {
     } else {
         report.print();
     }
-    Ok(if report.all_passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.all_passed() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Where everything is kept, and whether that is to be removed at the end.
@@ -74,6 +80,12 @@ fn data_dir(given: Option<PathBuf>) -> anyhow::Result<(PathBuf, bool)> {
     match given {
         Some(dir) => Ok((std::path::absolute(dir)?, false)),
         // Short, because Unix sockets in it have paths of 108 bytes at the most.
-        None => Ok((tempfile::Builder::new().prefix("mobula-demo-").tempdir()?.keep(), true)),
+        None => Ok((
+            tempfile::Builder::new()
+                .prefix("mobula-demo-")
+                .tempdir()?
+                .keep(),
+            true,
+        )),
     }
 }

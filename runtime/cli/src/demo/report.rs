@@ -73,7 +73,14 @@ impl Report {
             })
             .collect();
         print_table(&["", "STAGE", "TOOK", "FIGURES"], &rows);
-        println!("{}", if self.all_passed() { "all stages passed" } else { "NOT all stages passed" });
+        println!(
+            "{}",
+            if self.all_passed() {
+                "all stages passed"
+            } else {
+                "NOT all stages passed"
+            }
+        );
     }
 }
 
@@ -95,14 +102,21 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
-        Progress { bar, is_quiet, started: Instant::now() }
+        Progress {
+            bar,
+            is_quiet,
+            started: Instant::now(),
+        }
     }
 
     /// Says what happens now.
     pub(super) fn say(&self, text: &str) {
         match &self.bar {
             Some(bar) => {
-                bar.println(format!("{:>6.1} s  {text}", self.started.elapsed().as_secs_f64()));
+                bar.println(format!(
+                    "{:>6.1} s  {text}",
+                    self.started.elapsed().as_secs_f64()
+                ));
                 bar.set_message(text.to_owned());
                 bar.set_length(0);
             }

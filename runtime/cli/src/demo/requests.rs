@@ -54,7 +54,10 @@ impl Load {
 
 impl Client {
     pub(super) fn new(http_address: &str, endpoint: &str, token: &str) -> anyhow::Result<Self> {
-        let http = reqwest::Client::builder().timeout(TIMEOUT).tcp_nodelay(true).build()?;
+        let http = reqwest::Client::builder()
+            .timeout(TIMEOUT)
+            .tcp_nodelay(true)
+            .build()?;
         Ok(Client {
             http,
             infer_url: format!("http://{http_address}/v2/models/{endpoint}/infer"),
@@ -72,14 +75,21 @@ impl Client {
                 "data": image,
             }],
         });
-        let response =
-            self.http.post(&self.infer_url).bearer_auth(&self.token).json(&body).send().await?;
+        let response = self
+            .http
+            .post(&self.infer_url)
+            .bearer_auth(&self.token)
+            .json(&body)
+            .send()
+            .await?;
         let status = response.status();
         let answer: Value = response.json().await?;
         if !status.is_success() {
             bail!("{status}: {answer}");
         }
-        let outputs = answer["outputs"].as_array().context("an answer has outputs")?;
+        let outputs = answer["outputs"]
+            .as_array()
+            .context("an answer has outputs")?;
         let class = outputs
             .iter()
             .find(|output| output["name"] == "class")
@@ -100,7 +110,12 @@ impl Client {
             let client = self.clone();
             let images: Vec<(Vec<f32>, u8)> = (lane..data.len())
                 .step_by(CONCURRENCY)
-                .map(|i| (data.image(i).iter().copied().map(change).collect(), data.labels[i]))
+                .map(|i| {
+                    (
+                        data.image(i).iter().copied().map(change).collect(),
+                        data.labels[i],
+                    )
+                })
                 .collect();
             workers.spawn(async move {
                 let mut answers = Vec::with_capacity(images.len());

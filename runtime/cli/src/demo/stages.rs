@@ -43,7 +43,10 @@ pub(super) async fn run(
         "cluster",
         started,
         true,
-        format!("1 head, {} workers, as processes", record.processes.len() - 1),
+        format!(
+            "1 head, {} workers, as processes",
+            record.processes.len() - 1
+        ),
     );
     let spec = TrainSpec::from_toml(JOB, "digits-mlp.toml")?;
     let undisturbed = undisturbed(&cluster, &spec, progress, report).await?;
@@ -51,7 +54,9 @@ pub(super) async fn run(
     let model = spec.name.clone();
     let version = registered(&cluster, &model, progress, report).await?;
     let client = deployed(&cluster, &model, version, progress, report).await?;
-    let held_out = Dataset::load(&spec.dataset)?.split(spec.seed, spec.held_out_fraction).held_out;
+    let held_out = Dataset::load(&spec.dataset)?
+        .split(spec.seed, spec.held_out_fraction)
+        .held_out;
     answered(&client, &held_out, progress, report).await?;
     drifted(&cluster, &model, &client, &held_out, progress, report).await
 }
@@ -108,13 +113,19 @@ async fn disturbed(
         ),
     );
     let is_equal = result.weights_blake3 == undisturbed.weights_blake3;
-    progress.say(&format!("weights undisturbed {}", undisturbed.weights_blake3));
+    progress.say(&format!(
+        "weights undisturbed {}",
+        undisturbed.weights_blake3
+    ));
     progress.say(&format!("weights disturbed   {}", result.weights_blake3));
     report.note(
         "same bits",
         Instant::now(),
         is_equal,
-        format!("weights {} the undisturbed ones", if is_equal { "equal" } else { "DIFFER FROM" }),
+        format!(
+            "weights {} the undisturbed ones",
+            if is_equal { "equal" } else { "DIFFER FROM" }
+        ),
     );
     Ok(())
 }
@@ -148,13 +159,18 @@ async fn deployed(
         serving::client::deploy(cluster, model, model, Some(version), REPLICAS).await?;
     let endpoint = serving::client::wait_ready(cluster, &deployment, READY_LIMIT).await??;
     let token = &deployment.token;
-    let address = endpoint.http_address.context("a ready endpoint has an address")?;
+    let address = endpoint
+        .http_address
+        .context("a ready endpoint has an address")?;
     let nodes = replica_nodes(cluster).await?;
     report.note(
         "deploy",
         started,
         nodes.len() == REPLICAS as usize,
-        format!("{REPLICAS} replicas on {} nodes, http://{address}", nodes.len()),
+        format!(
+            "{REPLICAS} replicas on {} nodes, http://{address}",
+            nodes.len()
+        ),
     );
     report.curl = Some(format!(
         "curl -H 'Authorization: Bearer {token}' http://{address}/v2/models/{model}"
@@ -165,7 +181,9 @@ async fn deployed(
 /// The nodes that replicas run on.
 async fn replica_nodes(cluster: &Cluster) -> anyhow::Result<BTreeSet<u64>> {
     let actors = cluster.list_actors(Some(JobId::SYSTEM)).await?;
-    let replicas = actors.iter().filter(|actor| actor.type_name == Replica::TYPE_NAME);
+    let replicas = actors
+        .iter()
+        .filter(|actor| actor.type_name == Replica::TYPE_NAME);
     Ok(replicas.filter_map(|actor| actor.node).collect())
 }
 
@@ -214,10 +232,18 @@ async fn drifted(
     for _ in 0..SHIFTED_ROUNDS_MAX {
         sent += client.send_all(held_out, shifted).await?.count;
         let events = drift::client::events(cluster, endpoint).await?;
-        let Some(event) = events.get(before) else { continue };
-        let worst = event.report.drifted.first().context("a drift event names a feature")?;
+        let Some(event) = events.get(before) else {
+            continue;
+        };
+        let worst = event
+            .report
+            .drifted
+            .first()
+            .context("a drift event names a feature")?;
         let monitors = drift::client::monitors(cluster, Some(endpoint)).await?;
-        let suggestion = monitors.first().and_then(|monitor| monitor.retrain_suggestion.as_ref());
+        let suggestion = monitors
+            .first()
+            .and_then(|monitor| monitor.retrain_suggestion.as_ref());
         report.note(
             "drift",
             started,
@@ -225,7 +251,7 @@ async fn drifted(
             format!(
                 "after {sent} requests: {} of {} features, {} {} {:.3} over {} ({} against {} \
                  rows); retrain suggested",
-                event.report.drifted.len(),
+                event.report.features_drifted,
                 event.report.features_compared,
                 worst.feature,
                 worst.statistic,
@@ -237,6 +263,11 @@ async fn drifted(
         );
         return Ok(());
     }
-    report.note("drift", started, false, format!("{sent} inverted images raised nothing"));
+    report.note(
+        "drift",
+        started,
+        false,
+        format!("{sent} inverted images raised nothing"),
+    );
     Ok(())
 }

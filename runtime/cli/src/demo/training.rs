@@ -71,7 +71,10 @@ pub(super) async fn follow(
             let line: String = text.drain(..=end).collect();
             let Some(step) = step_of(&line) else { continue };
             progress.at(step, steps);
-            if pending.peek().is_some_and(|(at, _)| step as f64 >= at * steps as f64) {
+            if pending
+                .peek()
+                .is_some_and(|(at, _)| step as f64 >= at * steps as f64)
+            {
                 let (_, fault) = pending.next().context("a fault was just seen")?;
                 let what = carry_out(cluster, job, fault).await?;
                 progress.say(&format!("step {step}: {what}"));
@@ -81,7 +84,11 @@ pub(super) async fn follow(
     }
     let ended = handle.wait().await?;
     if ended.state != "succeeded" {
-        bail!("{job} {}: {}", ended.state, ended.exit_reason.unwrap_or_default());
+        bail!(
+            "{job} {}: {}",
+            ended.state,
+            ended.exit_reason.unwrap_or_default()
+        );
     }
     if pending.peek().is_some() {
         bail!("{job} ended before every fault was carried out");
@@ -113,14 +120,21 @@ async fn carry_out(cluster: &Cluster, job: JobId, fault: Fault) -> anyhow::Resul
                     async move { client.preempt_node(request).await }
                 })
                 .await?;
-            Ok(format!("preempted {} with {} s of grace", node.name, grace.as_secs()))
+            Ok(format!(
+                "preempted {} with {} s of grace",
+                node.name,
+                grace.as_secs()
+            ))
         }
         Fault::KillTrainerHost => {
             let pid = trainer.pid.context("a running actor has a process")?;
             // SAFETY: kill takes two numbers and touches no memory of ours.
             let result = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
             if result != 0 {
-                bail!("pid {pid} cannot be killed: {}", std::io::Error::last_os_error());
+                bail!(
+                    "pid {pid} cannot be killed: {}",
+                    std::io::Error::last_os_error()
+                );
             }
             Ok(format!("killed host {pid} on {} with SIGKILL", node.name))
         }
@@ -135,7 +149,9 @@ async fn running_trainer(cluster: &Cluster, job: JobId) -> anyhow::Result<(Actor
         let actors = cluster
             .control()
             .read("list actors", |mut client| async move {
-                client.list_actors(ListActorsRequest { job: Some(job.0) }).await
+                client
+                    .list_actors(ListActorsRequest { job: Some(job.0) })
+                    .await
             })
             .await?
             .actors;
@@ -146,7 +162,10 @@ async fn running_trainer(cluster: &Cluster, job: JobId) -> anyhow::Result<(Actor
             })
             .await?
             .nodes;
-        let driver_node = actors.iter().find(|a| a.type_name == "driver").and_then(|a| a.node);
+        let driver_node = actors
+            .iter()
+            .find(|a| a.type_name == "driver")
+            .and_then(|a| a.node);
         let mut candidates: Vec<(Actor, Node)> = actors
             .into_iter()
             .filter(|actor| actor.type_name == TRAINER_TYPE && actor.state == "running")

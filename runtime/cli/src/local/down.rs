@@ -17,9 +17,16 @@ pub(crate) async fn run(data_dir: &Path) -> anyhow::Result<()> {
         println!("there is no cluster in {}", data_dir.display());
         return Ok(());
     };
-    let count = record.processes.iter().filter(|process| process.is_alive()).count();
+    let count = record
+        .processes
+        .iter()
+        .filter(|process| process.is_alive())
+        .count();
     stop_all(&record).await?;
-    println!("stopped {count} processes; the data stays in {}", data_dir.display());
+    println!(
+        "stopped {count} processes; the data stays in {}",
+        data_dir.display()
+    );
     Ok(())
 }
 

@@ -17,7 +17,11 @@ pub(crate) fn start_time_of(pid: u32) -> Option<u64> {
     // The name in parentheses may hold anything, so fields are counted behind its end.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let is_zombie = *fields.first()? == "Z";
-    if is_zombie { None } else { fields.get(19)?.parse().ok() }
+    if is_zombie {
+        None
+    } else {
+        fields.get(19)?.parse().ok()
+    }
 }
 
 /// Starts this binary with `arguments`, its output in `log`, in a process group of its own, so
@@ -57,7 +61,11 @@ pub(crate) async fn wait_for_file(
             bail!("it ended at once ({status}):\n{}", last_lines(log));
         }
         if Instant::now() >= deadline {
-            bail!("it was not ready after {} s; its log ends with:\n{}", limit.as_secs(), last_lines(log));
+            bail!(
+                "it was not ready after {} s; its log ends with:\n{}",
+                limit.as_secs(),
+                last_lines(log)
+            );
         }
         tokio::time::sleep(POLL).await;
     }

@@ -66,11 +66,9 @@ impl ClusterRecord {
 
     /// Writes the record.
     pub(crate) fn write(&self) -> anyhow::Result<()> {
-        write_whole(&self.data_dir.join(CLUSTER_FILE), &serde_json::to_value(self)?)
-    }
-
-    /// The process of this name.
-    pub(crate) fn process(&self, name: &str) -> Option<&ProcessRecord> {
-        self.processes.iter().find(|process| process.name == name)
+        write_whole(
+            &self.data_dir.join(CLUSTER_FILE),
+            &serde_json::to_value(self)?,
+        )
     }
 }

@@ -50,9 +50,18 @@ pub(crate) async fn run(arguments: LocalUpArguments) -> anyhow::Result<()> {
     if arguments.format.json {
         print_json(&record)?;
     } else {
-        println!("cluster {} is up in {}", record.cluster_id, record.data_dir.display());
+        println!(
+            "cluster {} is up in {}",
+            record.cluster_id,
+            record.data_dir.display()
+        );
         for process in &record.processes {
-            println!("  {:<10} pid {:<8} log {}", process.name, process.pid, process.log.display());
+            println!(
+                "  {:<10} pid {:<8} log {}",
+                process.name,
+                process.pid,
+                process.log.display()
+            );
         }
         let dir = record.data_dir.display();
         println!("use it with `mobula --cluster {dir} status`");
@@ -105,7 +114,9 @@ pub(crate) async fn start(options: &LocalOptions) -> anyhow::Result<ClusterRecor
 }
 
 fn refuse_second(dir: &Path) -> anyhow::Result<()> {
-    let Some(record) = ClusterRecord::read(dir)? else { return Ok(()) };
+    let Some(record) = ClusterRecord::read(dir)? else {
+        return Ok(());
+    };
     if let Some(process) = record.processes.iter().find(|process| process.is_alive()) {
         bail!(
             "a cluster runs in {} already ({} has pid {}): stop it with `mobula local down \
@@ -148,15 +159,18 @@ async fn start_processes(
     let log = dir.join("head-1.log");
     let mut head = spawn(&arguments, &log)?;
     processes.push(record_of(&head, "head", "head-1", &log)?);
-    let ready =
-        wait_for_file(&mut head, &ready_file, &log, READY_LIMIT).await.context("head-1 does not serve")?;
+    let ready = wait_for_file(&mut head, &ready_file, &log, READY_LIMIT)
+        .await
+        .context("head-1 does not serve")?;
     let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
     let api_address = text("api_address");
     processes[0].addresses = vec![api_address.clone(), text("cluster_address")];
 
     let token_dir = dir.join("tokens");
-    let worker_token = copy_token(&mut head, &head_dir, WORKER_TOKEN_FILE, &token_dir, &log).await?;
-    let client_token = copy_token(&mut head, &head_dir, CLIENT_TOKEN_FILE, &token_dir, &log).await?;
+    let worker_token =
+        copy_token(&mut head, &head_dir, WORKER_TOKEN_FILE, &token_dir, &log).await?;
+    let client_token =
+        copy_token(&mut head, &head_dir, CLIENT_TOKEN_FILE, &token_dir, &log).await?;
 
     for number in 1..=options.workers {
         let name = format!("worker-{number}");
@@ -168,7 +182,10 @@ async fn start_processes(
         option("--head", api_address.clone());
         option("--join-token-file", worker_token.display().to_string());
         option("--cpus", options.cpus.to_string());
-        option("--notice-file", dir.join(&name).join("notice").display().to_string());
+        option(
+            "--notice-file",
+            dir.join(&name).join("notice").display().to_string(),
+        );
         let worker = spawn(&arguments, &log)?;
         processes.push(record_of(&worker, "worker", &name, &log)?);
     }
@@ -189,8 +206,9 @@ fn record_of(child: &Child, role: &str, name: &str, log: &Path) -> anyhow::Resul
         role: role.to_owned(),
         name: name.to_owned(),
         pid: child.id(),
-        start_time: start_time_of(child.id())
-            .with_context(|| format!("{name} ended at once:\n{}", super::process::last_lines(log)))?,
+        start_time: start_time_of(child.id()).with_context(|| {
+            format!("{name} ended at once:\n{}", super::process::last_lines(log))
+        })?,
         addresses: Vec::new(),
         log: log.to_owned(),
     })
@@ -219,8 +237,13 @@ async fn copy_token(
             ),
         }
     };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(token_dir)?;
-    let name = Path::new(file).file_name().context("a token file has a name")?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(token_dir)?;
+    let name = Path::new(file)
+        .file_name()
+        .context("a token file has a name")?;
     let target = token_dir.join(name);
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
@@ -247,10 +270,17 @@ async fn wait_for_workers(record: &ClusterRecord, count: u32) -> anyhow::Result<
         }
         let gone = record.processes.iter().find(|process| !process.is_alive());
         if let Some(process) = gone {
-            bail!("{} ended:\n{}", process.name, super::process::last_lines(&process.log));
+            bail!(
+                "{} ended:\n{}",
+                process.name,
+                super::process::last_lines(&process.log)
+            );
         }
         if std::time::Instant::now() >= deadline {
-            bail!("only {alive} of {count} workers joined within {} s", READY_LIMIT.as_secs());
+            bail!(
+                "only {alive} of {count} workers joined within {} s",
+                READY_LIMIT.as_secs()
+            );
         }
         tokio::time::sleep(POLL).await;
     }

@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use crate::support::{TestCluster, kill_9, mobula, small_job, wait_for};
 
-const STEPS: u32 = 600;
+/// Some seconds of training: long enough for a head to come back while it goes on.
+const STEPS: u32 = 6_000;
 
 /// The step that a job has reached, by its own output.
 fn step_of(cluster: &TestCluster, job: &str) -> u64 {
@@ -67,8 +68,15 @@ fn start_head_again(cluster: &TestCluster) -> std::process::Child {
         .unwrap();
     let mut command: Command = mobula();
     command
-        .args(["head", "--api-listen", ready["api_address"].as_str().unwrap()])
-        .args(["--cluster-listen", ready["cluster_address"].as_str().unwrap()])
+        .args([
+            "head",
+            "--api-listen",
+            ready["api_address"].as_str().unwrap(),
+        ])
+        .args([
+            "--cluster-listen",
+            ready["cluster_address"].as_str().unwrap(),
+        ])
         .arg("--data-dir")
         .arg(cluster.dir().join("head-1"))
         .arg("--storage-url")
@@ -88,7 +96,9 @@ fn hosts_a_worker_and_the_head_die_and_the_weights_are_the_same() {
     let expected = undisturbed(&cluster);
 
     let job = cluster.submit_toml(&small_job("disturbed", STEPS));
-    let mut moments: Vec<u64> = (0..4).map(|_| rng.random_range(20..u64::from(STEPS) / 2)).collect();
+    let mut moments: Vec<u64> = (0..4)
+        .map(|_| rng.random_range(50..u64::from(STEPS) * 2 / 3))
+        .collect();
     moments.sort_unstable();
 
     wait_for_step(&cluster, &job, moments[0]);
@@ -138,7 +148,11 @@ fn a_preempted_worker_hands_off_within_its_grace_and_no_step_is_lost() {
     assert_eq!(result["lost_steps"], 0, "{result}");
     wait_for("the preempted node to be gone", || {
         let nodes = cluster.json(&["nodes", "list"]);
-        let shown = nodes.as_array()?.iter().find(|shown| shown["id"] == node)?.clone();
+        let shown = nodes
+            .as_array()?
+            .iter()
+            .find(|shown| shown["id"] == node)?
+            .clone();
         (shown["state"] == "lost").then_some(())
     });
 }
@@ -148,13 +162,23 @@ fn a_notice_by_file_and_by_sigterm_counts_too() {
     let cluster = TestCluster::up(3);
     let node = |name: &str| {
         let nodes = cluster.json(&["nodes", "list"]);
-        nodes.as_array().unwrap().iter().find(|node| node["name"] == name).unwrap().clone()
+        nodes
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|node| node["name"] == name)
+            .unwrap()
+            .clone()
     };
     std::fs::write(cluster.dir().join("worker-1/notice"), "5").unwrap();
-    wait_for("worker-1 to have notice", || (node("worker-1")["state"] != "alive").then_some(()));
+    wait_for("worker-1 to have notice", || {
+        (node("worker-1")["state"] != "alive").then_some(())
+    });
     // SAFETY: kill takes two numbers and touches no memory of ours.
     unsafe { libc::kill(cluster.pid("worker-2").cast_signed(), libc::SIGTERM) };
-    wait_for("worker-2 to have notice", || (node("worker-2")["state"] != "alive").then_some(()));
+    wait_for("worker-2 to have notice", || {
+        (node("worker-2")["state"] != "alive").then_some(())
+    });
     assert_eq!(node("worker-3")["state"], "alive");
 }
 
@@ -166,7 +190,11 @@ fn a_drained_node_is_emptied_and_takes_work_again() {
     cluster.ok(&["nodes", "drain", "worker-1"]);
     wait_for("worker-1 to be empty", || {
         let nodes = cluster.json(&["nodes", "list"]);
-        let shown = nodes.as_array()?.iter().find(|node| node["name"] == "worker-1")?.clone();
+        let shown = nodes
+            .as_array()?
+            .iter()
+            .find(|node| node["name"] == "worker-1")?
+            .clone();
         (shown["actors"] == 0 && shown["state"] == "draining").then_some(())
     });
     cluster.ok(&["nodes", "drain", "worker-1", "--undo"]);

@@ -9,7 +9,10 @@ fn every_example_configuration_is_valid() {
     let mut count = 0;
     for entry in std::fs::read_dir(repository("cluster-configs")).unwrap() {
         let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "toml") {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
             let text = std::fs::read_to_string(&path).unwrap();
             Config::from_toml(&text, &path.display().to_string()).unwrap();
             count += 1;
@@ -33,10 +36,17 @@ fn an_unknown_key_is_refused_with_its_place() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("head.toml");
     std::fs::write(&file, "[head]\ndata_dirr = \"/x\"\n").unwrap();
-    let output = mobula().args(["head", "--config"]).arg(&file).output().unwrap();
+    let output = mobula()
+        .args(["head", "--config"])
+        .arg(&file)
+        .output()
+        .unwrap();
     assert!(!output.status.success());
     let text = text_of(&output);
-    assert!(text.contains("head.toml:2:1: unknown field `data_dirr`"), "{text}");
+    assert!(
+        text.contains("head.toml:2:1: unknown field `data_dirr`"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -47,5 +57,9 @@ fn three_heads_are_refused_by_name() {
         .output()
         .unwrap();
     assert!(!output.status.success());
-    assert!(text_of(&output).contains("runs one replica only"), "{}", text_of(&output));
+    assert!(
+        text_of(&output).contains("runs one replica only"),
+        "{}",
+        text_of(&output)
+    );
 }

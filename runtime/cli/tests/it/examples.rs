@@ -9,7 +9,11 @@ use crate::support::{TestCluster, text_of};
 fn example(name: &str) -> PathBuf {
     let binary = PathBuf::from(env!("CARGO_BIN_EXE_mobula"));
     let path = binary.parent().unwrap().join("examples").join(name);
-    assert!(path.is_file(), "{} is not built: run `cargo build --workspace --examples`", path.display());
+    assert!(
+        path.is_file(),
+        "{} is not built: run `cargo build --workspace --examples`",
+        path.display()
+    );
     path
 }
 
@@ -27,15 +31,21 @@ fn embedded(name: &str, arguments: &[&str]) -> String {
 #[test]
 fn counter_runs_embedded_and_submitted() {
     let text = embedded("counter", &[]);
-    assert!(text.contains("counter"), "{text}");
+    assert!(text.contains("after the restart it is 5 again"), "{text}");
     let cluster = TestCluster::up(2);
     let program = example("counter");
     let text = cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
-    assert!(text.contains("counter"), "{text}");
+    assert!(text.contains("after the restart it is 5 again"), "{text}");
     // The second time the program is there already.
     cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
     let jobs = cluster.json(&["jobs", "list"]);
-    assert!(jobs.as_array().unwrap().iter().all(|job| job["state"] == "succeeded"), "{jobs}");
+    assert!(
+        jobs.as_array()
+            .unwrap()
+            .iter()
+            .all(|job| job["state"] == "succeeded"),
+        "{jobs}"
+    );
 }
 
 #[test]
@@ -53,7 +63,13 @@ fn the_same_idempotency_key_is_the_same_job() {
     let cluster = TestCluster::up(1);
     let program = example("counter");
     let submit = || {
-        cluster.json(&["submit", program.to_str().unwrap(), "--idempotency-key", "once"])["job"].clone()
+        cluster.json(&[
+            "submit",
+            program.to_str().unwrap(),
+            "--idempotency-key",
+            "once",
+        ])["job"]
+            .clone()
     };
     let first = submit();
     assert_eq!(submit(), first);

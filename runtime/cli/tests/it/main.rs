@@ -1,6 +1,11 @@
 //! Process-level tests: real binaries, real sockets, real disks. One binary, so that it is linked
 //! once.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test a panic is the failure, and says where"
+)]
+
 mod bad_input;
 mod chaos;
 mod configs;

@@ -17,7 +17,10 @@ const POLL: Duration = Duration::from_millis(50);
 pub(crate) fn mobula() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mobula"));
     // What a developer's shell may have set must not reach the tests.
-    command.env_remove("MOBULA_CLUSTER").env_remove("MOBULA_TOKEN").stdin(Stdio::null());
+    command
+        .env_remove("MOBULA_CLUSTER")
+        .env_remove("MOBULA_TOKEN")
+        .stdin(Stdio::null());
     command
 }
 
@@ -35,14 +38,20 @@ pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T 
         if let Some(found) = look() {
             return found;
         }
-        assert!(Instant::now() < deadline, "{what} did not happen within {} s", LIMIT.as_secs());
+        assert!(
+            Instant::now() < deadline,
+            "{what} did not happen within {} s",
+            LIMIT.as_secs()
+        );
         std::thread::sleep(POLL);
     }
 }
 
 /// A folder of the repository.
 pub(crate) fn repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .join(path)
 }
 
 /// A cluster that is taken down when the test ends.
@@ -59,9 +68,19 @@ impl TestCluster {
 
     /// The same, with more arguments and environment for `local up`.
     pub(crate) fn up_with(workers: u32, arguments: &[&str], env: &[(&str, &str)]) -> Self {
-        let dir = tempfile::Builder::new().prefix("mobula-test-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("mobula-test-")
+            .tempdir()
+            .unwrap();
         let output = mobula()
-            .args(["local", "up", "--json", "--workers", &workers.to_string(), "--data-dir"])
+            .args([
+                "local",
+                "up",
+                "--json",
+                "--workers",
+                &workers.to_string(),
+                "--data-dir",
+            ])
             .arg(dir.path())
             .args(arguments)
             .envs(env.iter().copied())
@@ -84,19 +103,31 @@ impl TestCluster {
     /// The process id of a process of the cluster.
     pub(crate) fn pid(&self, name: &str) -> u32 {
         let processes = self.record["processes"].as_array().unwrap();
-        let process = processes.iter().find(|process| process["name"] == name).unwrap();
+        let process = processes
+            .iter()
+            .find(|process| process["name"] == name)
+            .unwrap();
         u32::try_from(process["pid"].as_u64().unwrap()).unwrap()
     }
 
     /// Runs a command against the cluster.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
-        mobula().arg("--cluster").arg(self.dir()).args(arguments).output().unwrap()
+        mobula()
+            .arg("--cluster")
+            .arg(self.dir())
+            .args(arguments)
+            .output()
+            .unwrap()
     }
 
     /// Runs a command that must succeed; what it printed.
     pub(crate) fn ok(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
-        assert!(output.status.success(), "{arguments:?}: {}", text_of(&output));
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            text_of(&output)
+        );
         String::from_utf8(output.stdout).unwrap()
     }
 
@@ -110,7 +141,11 @@ impl TestCluster {
     /// Runs a command that must fail; what it printed.
     pub(crate) fn refused(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
-        assert!(!output.status.success(), "{arguments:?} succeeded: {}", text_of(&output));
+        assert!(
+            !output.status.success(),
+            "{arguments:?} succeeded: {}",
+            text_of(&output)
+        );
         text_of(&output)
     }
 
@@ -137,7 +172,10 @@ impl TestCluster {
         let ended = self.wait_job(job);
         if ended["state"] != "succeeded" {
             let logs = text_of(&self.run(&["jobs", "logs", job]));
-            panic!("{job} ended as {ended}; it printed:\n{logs}\n{}", self.logs());
+            panic!(
+                "{job} ended as {ended}; it printed:\n{logs}\n{}",
+                self.logs()
+            );
         }
         serde_json::from_str(ended["result_json"].as_str().unwrap()).unwrap()
     }
@@ -160,7 +198,10 @@ impl Drop for TestCluster {
         if std::thread::panicking() {
             eprintln!("{}", self.logs());
         }
-        let _ = mobula().args(["local", "down", "--data-dir"]).arg(self.dir()).output();
+        let _ = mobula()
+            .args(["local", "down", "--data-dir"])
+            .arg(self.dir())
+            .output();
     }
 }
 

@@ -47,7 +47,12 @@ pub enum ConfigError {
 pub fn line_and_column(text: &str, offset: usize) -> (usize, usize) {
     let before = &text.as_bytes()[..offset.min(text.len())];
     let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
-    let column = before.iter().rev().take_while(|byte| **byte != b'\n').count() + 1;
+    let column = before
+        .iter()
+        .rev()
+        .take_while(|byte| **byte != b'\n')
+        .count()
+        + 1;
     (line, column)
 }
 
@@ -70,11 +75,20 @@ impl Config {
 
     fn check(&self, file: &str) -> Result<(), ConfigError> {
         let range = |key, value: String, rule| {
-            Err(ConfigError::Range { file: file.to_owned(), key, value, rule })
+            Err(ConfigError::Range {
+                file: file.to_owned(),
+                key,
+                value,
+                rule,
+            })
         };
         let raft = &self.raft;
         if !(5..=1_000).contains(&raft.tick_ms) {
-            return range("raft.tick_ms", raft.tick_ms.to_string(), "allowed are 5 to 1000 ms");
+            return range(
+                "raft.tick_ms",
+                raft.tick_ms.to_string(),
+                "allowed are 5 to 1000 ms",
+            );
         }
         if raft.heartbeat_ticks == 0 {
             return range("raft.heartbeat_ticks", "0".into(), "must be at least 1");
@@ -109,7 +123,11 @@ impl Config {
             );
         }
         if self.tokens.worker_ttl_hours == 0 || self.tokens.client_ttl_hours == 0 {
-            return range("tokens", "0 hours".into(), "a token must live for at least an hour");
+            return range(
+                "tokens",
+                "0 hours".into(),
+                "a token must live for at least an hour",
+            );
         }
         Ok(())
     }
@@ -126,9 +144,13 @@ mod tests {
 
     #[test]
     fn unknown_and_mistyped_keys_are_refused_with_their_place() {
-        let error = Config::from_toml("[raft]\ntick_ms = 25\nelektion = 3\n", "a.toml").unwrap_err();
+        let error =
+            Config::from_toml("[raft]\ntick_ms = 25\nelektion = 3\n", "a.toml").unwrap_err();
         let text = error.to_string();
-        assert!(text.starts_with("a.toml:3:1: unknown field `elektion`"), "{text}");
+        assert!(
+            text.starts_with("a.toml:3:1: unknown field `elektion`"),
+            "{text}"
+        );
         let error = Config::from_toml("[raft]\ntick_ms = \"x\"\n", "a.toml").unwrap_err();
         assert!(error.to_string().starts_with("a.toml:2:"), "{error}");
     }

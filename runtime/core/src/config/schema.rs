@@ -61,7 +61,10 @@ pub struct StorageConfig {
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        StorageConfig { url: "file:///var/lib/mobula/store".into(), s3: S3Config::default() }
+        StorageConfig {
+            url: "file:///var/lib/mobula/store".into(),
+            s3: S3Config::default(),
+        }
     }
 }
 
@@ -189,7 +192,11 @@ pub struct PreemptionConfig {
 
 impl Default for PreemptionConfig {
     fn default() -> Self {
-        PreemptionConfig { notice_file: None, poll_ms: 1_000, default_grace_ms: 30_000 }
+        PreemptionConfig {
+            notice_file: None,
+            poll_ms: 1_000,
+            default_grace_ms: 30_000,
+        }
     }
 }
 
@@ -207,7 +214,11 @@ pub struct LimitsConfig {
 
 impl Default for LimitsConfig {
     fn default() -> Self {
-        LimitsConfig { lease_ms: 10_000, suspect_ms: 6_000, renew_ms: 1_000 }
+        LimitsConfig {
+            lease_ms: 10_000,
+            suspect_ms: 6_000,
+            renew_ms: 1_000,
+        }
     }
 }
 
@@ -223,6 +234,9 @@ pub struct TokensConfig {
 
 impl Default for TokensConfig {
     fn default() -> Self {
-        TokensConfig { worker_ttl_hours: 24, client_ttl_hours: 24 * 30 }
+        TokensConfig {
+            worker_ttl_hours: 24,
+            client_ttl_hours: 24 * 30,
+        }
     }
 }

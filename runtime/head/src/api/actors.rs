@@ -6,7 +6,9 @@ use mobula_core::control::{Caller, Subject};
 use mobula_core::error::Rejection;
 use mobula_core::id::{ActorId, Incarnation, JobId};
 use mobula_core::spec::ActorSpec;
-use mobula_scheduler::{ActorIncarnation, ActorTarget, Command, Query, QueryResponse, Resolution, Response};
+use mobula_scheduler::{
+    ActorIncarnation, ActorTarget, Command, Query, QueryResponse, Resolution, Response,
+};
 use mobula_wire::control::resolve_actor_request::Target;
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
@@ -40,9 +42,9 @@ pub(super) async fn create(
     context.authorize_scheduler(caller, &command)?;
     let (session, seq) = stamp(request.stamp);
     match context.propose_scheduler(session, seq, &command).await? {
-        Response::ActorsCreated { actors } => {
-            Ok(api::CreateActorsReply { actors: actors.into_iter().map(|actor| actor.0).collect() })
-        }
+        Response::ActorsCreated { actors } => Ok(api::CreateActorsReply {
+            actors: actors.into_iter().map(|actor| actor.0).collect(),
+        }),
         other => Err(unexpected(&other)),
     }
 }
@@ -56,7 +58,14 @@ pub(super) async fn list(
     let mut actors = Vec::new();
     let mut after = None;
     loop {
-        let page = match context.ask(Query::ListActors { job, after, limit: 0 }).await? {
+        let page = match context
+            .ask(Query::ListActors {
+                job,
+                after,
+                limit: 0,
+            })
+            .await?
+        {
             QueryResponse::Actors(page) => page,
             _ => Vec::new(),
         };
@@ -90,14 +99,20 @@ pub(super) async fn resolve(
     let actor = match request.target {
         Some(Target::Actor(actor)) => ActorId(actor),
         Some(Target::Named(named)) => by_name(context, JobId(named.job), named.name).await?,
-        None => return Err(rejected(&Rejection::invalid("name an actor by its id or its name"))),
+        None => {
+            return Err(rejected(&Rejection::invalid(
+                "name an actor by its id or its name",
+            )));
+        }
     };
     let limit = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
     let deadline = tokio::time::Instant::now() + limit;
     loop {
         let mut ticket = context.changes.follow(Subject::Actor(actor));
         let now = view(context, actor).await?;
-        let is_newer = now.incarnation.is_some_and(|i| i > request.after_incarnation);
+        let is_newer = now
+            .incarnation
+            .is_some_and(|i| i > request.after_incarnation);
         let is_settled = now.state == "ended" || (now.state == "running" && is_newer);
         let left = deadline.saturating_duration_since(tokio::time::Instant::now());
         if is_settled || left.is_zero() {
@@ -109,7 +124,10 @@ pub(super) async fn resolve(
 }
 
 async fn by_name(context: &HeadContext, job: JobId, name: String) -> Result<ActorId, Status> {
-    let query = Query::ResolveActor { job, target: ActorTarget::Name(name) };
+    let query = Query::ResolveActor {
+        job,
+        target: ActorTarget::Name(name),
+    };
     match context.ask(query).await? {
         QueryResponse::Resolved(Resolution::Address(address)) => Ok(address.actor),
         QueryResponse::Resolved(
@@ -150,7 +168,10 @@ pub(super) async fn leave(
         Some(job) => job,
         None => JobId(view(context, actor).await?.job),
     };
-    let command =
-        Command::YieldActor { job, actor, incarnation: Incarnation(request.incarnation) };
+    let command = Command::YieldActor {
+        job,
+        actor,
+        incarnation: Incarnation(request.incarnation),
+    };
     context.change(caller, request.stamp, command).await
 }

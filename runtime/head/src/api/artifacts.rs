@@ -32,7 +32,11 @@ pub(super) async fn has(
     only_clients(caller)?;
     let id = artifact_id(&request.blake3, request.size_bytes)
         .map_err(|rejection| rejected(&rejection))?;
-    let present = context.artifacts.contains(&id).await.map_err(storage_status)?;
+    let present = context
+        .artifacts
+        .contains(&id)
+        .await
+        .map_err(storage_status)?;
     Ok(api::HasArtifactReply { present })
 }
 
@@ -46,8 +50,8 @@ pub(super) async fn put(
         .message()
         .await?
         .ok_or_else(|| rejected(&Rejection::invalid("an artifact needs at least one chunk")))?;
-    let announced = artifact_id(&first.blake3, first.size_bytes)
-        .map_err(|rejection| rejected(&rejection))?;
+    let announced =
+        artifact_id(&first.blake3, first.size_bytes).map_err(|rejection| rejected(&rejection))?;
     let size_bytes = announced.size_bytes;
     if size_bytes > ARTIFACT_BYTES_MAX {
         return Err(rejected(&Rejection::invalid(format!(
@@ -79,8 +83,15 @@ pub(super) async fn put(
             received.size_bytes, received.blake3, announced.blake3
         ))));
     }
-    context.artifacts.put_file(file.path()).await.map_err(storage_status)?;
-    Ok(api::PutArtifactReply { blake3: announced.blake3.to_string(), size_bytes })
+    context
+        .artifacts
+        .put_file(file.path())
+        .await
+        .map_err(storage_status)?;
+    Ok(api::PutArtifactReply {
+        blake3: announced.blake3.to_string(),
+        size_bytes,
+    })
 }
 
 /// The name of an artifact, as a client gives it.

@@ -18,7 +18,10 @@ pub(super) fn peer_identity<T>(request: &Request<T>) -> Option<&Identity> {
 }
 
 /// Who sent `request`.
-pub(super) async fn caller<T>(context: &HeadContext, request: &Request<T>) -> Result<Caller, Status> {
+pub(super) async fn caller<T>(
+    context: &HeadContext,
+    request: &Request<T>,
+) -> Result<Caller, Status> {
     if let Some(identity) = peer_identity(request) {
         return caller_of(identity).map_err(|rejection| rejected(&rejection));
     }
@@ -34,13 +37,23 @@ fn bearer<T>(request: &Request<T>) -> Result<&str, Rejection> {
              directory holds one in tokens/client.token), or a client certificate of the cluster",
         )
     };
-    let value = request.metadata().get("authorization").ok_or_else(missing)?;
-    value.to_str().ok().and_then(|text| text.strip_prefix("Bearer ")).ok_or_else(missing)
+    let value = request
+        .metadata()
+        .get("authorization")
+        .ok_or_else(missing)?;
+    value
+        .to_str()
+        .ok()
+        .and_then(|text| text.strip_prefix("Bearer "))
+        .ok_or_else(missing)
 }
 
 async fn caller_with_token(context: &HeadContext, text: &str) -> Result<Caller, Status> {
     let token = Token::parse(text.trim()).map_err(|error| {
-        rejected(&Rejection::new(ErrorCode::Unauthenticated, error.to_string()))
+        rejected(&Rejection::new(
+            ErrorCode::Unauthenticated,
+            error.to_string(),
+        ))
     })?;
     if token.ca_key_hash() != context.ca.key_hash() {
         return Err(rejected(&Rejection::new(
@@ -49,9 +62,8 @@ async fn caller_with_token(context: &HeadContext, text: &str) -> Result<Caller, 
         )));
     }
     let reader = context.raft.read().await?;
-    let role =
-        mobula_scheduler::check_token(&reader, &token.secret_hash(), context.clock.now_ms())
-            .map_err(|rejection| rejected(&rejection))?;
+    let role = mobula_scheduler::check_token(&reader, &token.secret_hash(), context.clock.now_ms())
+        .map_err(|rejection| rejected(&rejection))?;
     match role {
         TokenUse::Client => Ok(Caller::Client),
         TokenUse::Worker | TokenUse::Head => Err(rejected(&Rejection::new(

@@ -33,31 +33,44 @@ pub(super) async fn submit(
     context.authorize_scheduler(caller, &command)?;
     let (session, seq) = stamp(request.stamp);
     match context.propose_scheduler(session, seq, &command).await? {
-        Response::JobSubmitted { job, driver, .. } => {
-            Ok(api::SubmitJobReply { job: job.0, driver: driver.0 })
-        }
+        Response::JobSubmitted { job, driver, .. } => Ok(api::SubmitJobReply {
+            job: job.0,
+            driver: driver.0,
+        }),
         other => Err(unexpected(&other)),
     }
 }
 
 async fn require_program(context: &HeadContext, program: &Program) -> Result<(), Status> {
-    let Program::Artifact { blake3, size_bytes } = program else { return Ok(()) };
+    let Program::Artifact { blake3, size_bytes } = program else {
+        return Ok(());
+    };
     let id = artifact_id(blake3, *size_bytes).map_err(|rejection| rejected(&rejection))?;
     let present = context.artifacts.contains(&id).await.map_err(|error| {
-        make_status(ErrorCode::Unavailable, "no", format!("the program cannot be looked up: {error}"))
+        make_status(
+            ErrorCode::Unavailable,
+            "no",
+            format!("the program cannot be looked up: {error}"),
+        )
     })?;
     if present {
         return Ok(());
     }
     Err(rejected(&Rejection::new(
         ErrorCode::FailedPrecondition,
-        format!("no program with BLAKE3 {blake3} is stored: upload it first (`mobula submit` does)"),
+        format!(
+            "no program with BLAKE3 {blake3} is stored: upload it first (`mobula submit` does)"
+        ),
     )))
 }
 
 /// An answer of the scheduler that does not fit the question: a defect.
 pub(super) fn unexpected(response: &Response) -> Status {
-    make_status(ErrorCode::Internal, "yes", format!("unexpected answer {response:?}"))
+    make_status(
+        ErrorCode::Internal,
+        "yes",
+        format!("unexpected answer {response:?}"),
+    )
 }
 
 pub(super) async fn list(
@@ -74,7 +87,11 @@ pub(super) async fn list(
         };
         let Some(last) = page.last() else { break };
         after = Some(last.job);
-        jobs.extend(page.into_iter().filter(|view| view.job != JobId::SYSTEM).map(views::job));
+        jobs.extend(
+            page.into_iter()
+                .filter(|view| view.job != JobId::SYSTEM)
+                .map(views::job),
+        );
     }
     Ok(api::ListJobsReply { jobs })
 }
@@ -87,9 +104,10 @@ pub(super) async fn view(context: &HeadContext, job: JobId) -> Result<api::Job, 
     let is_pending = view.state == "pending";
     let mut message = views::job(view);
     if is_pending
-        && let QueryResponse::Explained(why) = context.ask(Query::ExplainJob { job }).await? {
-            message.pending_reason = Some(why.verdict);
-        }
+        && let QueryResponse::Explained(why) = context.ask(Query::ExplainJob { job }).await?
+    {
+        message.pending_reason = Some(why.verdict);
+    }
     Ok(message)
 }
 
@@ -99,7 +117,12 @@ pub(super) async fn view_with_driver(
     job: JobId,
 ) -> Result<(api::Job, api::Actor), Status> {
     let job = view(context, job).await?;
-    match context.ask(Query::Actor { actor: ActorId(job.driver) }).await? {
+    match context
+        .ask(Query::Actor {
+            actor: ActorId(job.driver),
+        })
+        .await?
+    {
         QueryResponse::Actor(driver) => Ok((job, views::actor(driver))),
         _ => Err(Status::internal("the scheduler answered another question")),
     }
@@ -143,7 +166,9 @@ pub(super) async fn stop(
     caller: &Caller,
     request: api::StopJobRequest,
 ) -> Result<Empty, Status> {
-    let command = Command::StopJob { job: JobId(request.job) };
+    let command = Command::StopJob {
+        job: JobId(request.job),
+    };
     context.change(caller, request.stamp, command).await
 }
 

@@ -72,15 +72,27 @@ async fn send_log(
         };
         let ended = view.ended_ms.is_some();
         if let Some((node, incarnation)) = jobs::place_of(&driver) {
-            let restarted = position.as_ref().is_some_and(|p| p.incarnation != incarnation);
+            let restarted = position
+                .as_ref()
+                .is_some_and(|p| p.incarnation != incarnation);
             if restarted {
                 let note = format!("--- restarted on {node} ({incarnation}) ---\n");
-                if pieces.send(Ok(api::LogChunk { data: note.into_bytes() })).await.is_err() {
+                if pieces
+                    .send(Ok(api::LogChunk {
+                        data: note.into_bytes(),
+                    }))
+                    .await
+                    .is_err()
+                {
                     return;
                 }
             }
             if restarted || position.is_none() {
-                position = Some(Position { node, incarnation, offset: 0 });
+                position = Some(Position {
+                    node,
+                    incarnation,
+                    offset: 0,
+                });
             }
         }
         let mut read = 0;
@@ -94,8 +106,15 @@ async fn send_log(
                     }
                 }
                 None if ended || !follow => {
-                    let note = format!("--- the output on {} cannot be read: no session ---\n", position.node);
-                    let _ = pieces.send(Ok(api::LogChunk { data: note.into_bytes() })).await;
+                    let note = format!(
+                        "--- the output on {} cannot be read: no session ---\n",
+                        position.node
+                    );
+                    let _ = pieces
+                        .send(Ok(api::LogChunk {
+                            data: note.into_bytes(),
+                        }))
+                        .await;
                     return;
                 }
                 None => {}

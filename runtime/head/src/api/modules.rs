@@ -22,7 +22,11 @@ fn module(context: &HeadContext, id: u32) -> Result<(ModuleId, Arc<dyn StateModu
         // The scheduler has methods of its own.
         .filter(|id| *id != ModuleId::SCHEDULER)
         .and_then(|id| Some((id, context.modules.get(&id)?.clone())))
-        .ok_or_else(|| rejected(&Rejection::not_found(format!("no domain module has id {id}"))))
+        .ok_or_else(|| {
+            rejected(&Rejection::not_found(format!(
+                "no domain module has id {id}"
+            )))
+        })
 }
 
 pub(super) fn stamp(stamp: Option<api::Stamp>) -> (SessionId, u64) {
@@ -36,7 +40,9 @@ pub(super) async fn apply(
     request: api::ApplyRequest,
 ) -> Result<api::ApplyReply, Status> {
     let (id, module) = module(context, request.module)?;
-    module.authorize(caller, &request.payload).map_err(|rejection| rejected(&rejection))?;
+    module
+        .authorize(caller, &request.payload)
+        .map_err(|rejection| rejected(&rejection))?;
     let (session, seq) = stamp(request.stamp);
     let (index, response) = context.propose(session, seq, id, request.payload).await?;
     Ok(api::ApplyReply { response, index })
@@ -70,5 +76,7 @@ pub(super) async fn wait(
     let limit = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
     // Whether it changed or the time is over, the answer is the revision now.
     let _ = tokio::time::timeout(limit, ticket.changed()).await;
-    Ok(api::WaitModuleReply { revision: context.changes.module_revision(id) })
+    Ok(api::WaitModuleReply {
+        revision: context.changes.module_revision(id),
+    })
 }

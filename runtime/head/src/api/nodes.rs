@@ -17,9 +17,9 @@ pub(super) async fn list(
     _request: api::ListNodesRequest,
 ) -> Result<api::ListNodesReply, Status> {
     match context.ask(Query::ListNodes).await? {
-        QueryResponse::Nodes(nodes) => {
-            Ok(api::ListNodesReply { nodes: nodes.into_iter().map(views::node).collect() })
-        }
+        QueryResponse::Nodes(nodes) => Ok(api::ListNodesReply {
+            nodes: nodes.into_iter().map(views::node).collect(),
+        }),
         _ => Err(Status::internal("the scheduler answered another question")),
     }
 }
@@ -32,13 +32,17 @@ async fn find(context: &HeadContext, id: u64, name: &str) -> Result<NodeId, Stat
     let QueryResponse::Nodes(nodes) = context.ask(Query::ListNodes).await? else {
         return Err(Status::internal("the scheduler answered another question"));
     };
-    nodes.iter().find(|node| node.name == name).map(|node| node.node).ok_or_else(|| {
-        let known: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
-        rejected(&Rejection::not_found(format!(
-            "no node is called `{name}`: the nodes are [{}]",
-            known.join(", ")
-        )))
-    })
+    nodes
+        .iter()
+        .find(|node| node.name == name)
+        .map(|node| node.node)
+        .ok_or_else(|| {
+            let known: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+            rejected(&Rejection::not_found(format!(
+                "no node is called `{name}`: the nodes are [{}]",
+                known.join(", ")
+            )))
+        })
 }
 
 pub(super) async fn drain(
@@ -47,7 +51,16 @@ pub(super) async fn drain(
     request: api::DrainNodeRequest,
 ) -> Result<Empty, Status> {
     let node = find(context, request.node, &request.name).await?;
-    context.change(caller, request.stamp, Command::DrainNode { node, on: !request.undo }).await
+    context
+        .change(
+            caller,
+            request.stamp,
+            Command::DrainNode {
+                node,
+                on: !request.undo,
+            },
+        )
+        .await
 }
 
 pub(super) async fn preempt(
@@ -56,7 +69,10 @@ pub(super) async fn preempt(
     request: api::PreemptNodeRequest,
 ) -> Result<Empty, Status> {
     let node = find(context, request.node, &request.name).await?;
-    let command = Command::PreemptNode { node, grace_ms: request.grace_ms };
+    let command = Command::PreemptNode {
+        node,
+        grace_ms: request.grace_ms,
+    };
     context.change(caller, request.stamp, command).await
 }
 
@@ -67,8 +83,14 @@ pub(super) async fn explain(
 ) -> Result<api::ExplainReply, Status> {
     let query = match request.subject {
         Some(Subject::Job(job)) => Query::ExplainJob { job: JobId(job) },
-        Some(Subject::Actor(actor)) => Query::ExplainActor { actor: ActorId(actor) },
-        None => return Err(rejected(&Rejection::invalid("name a job or an actor to explain"))),
+        Some(Subject::Actor(actor)) => Query::ExplainActor {
+            actor: ActorId(actor),
+        },
+        None => {
+            return Err(rejected(&Rejection::invalid(
+                "name a job or an actor to explain",
+            )));
+        }
     };
     match context.ask(query).await? {
         QueryResponse::Explained(explanation) => Ok(views::explanation(explanation)),

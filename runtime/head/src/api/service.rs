@@ -19,7 +19,9 @@ pub(crate) struct ControlService {
 macro_rules! answer {
     ($self:ident, $request:ident, $function:path) => {{
         let caller = auth::caller(&$self.context, &$request).await?;
-        Ok(Response::new($function(&$self.context, &caller, $request.into_inner()).await?))
+        Ok(Response::new(
+            $function(&$self.context, &caller, $request.into_inner()).await?,
+        ))
     }};
 }
 
@@ -29,7 +31,9 @@ impl Control for ControlService {
 
     async fn join(&self, r: Request<api::JoinRequest>) -> Result<Response<api::JoinReply>, Status> {
         let peer = auth::peer_identity(&r).cloned();
-        Ok(Response::new(status::join(&self.context, peer, r.into_inner()).await?))
+        Ok(Response::new(
+            status::join(&self.context, peer, r.into_inner()).await?,
+        ))
     }
 
     async fn create_token(

@@ -42,7 +42,11 @@ pub(super) async fn join(
     let identity = Identity::new(&context.cluster_id, role, &request.name, 0);
     let certificate_pem = context
         .ca
-        .issue(&request.csr_pem, &identity, Validity::for_ttl(CERTIFICATE_TTL))
+        .issue(
+            &request.csr_pem,
+            &identity,
+            Validity::for_ttl(CERTIFICATE_TTL),
+        )
         .map_err(|error| rejected(&Rejection::invalid(error.to_string())))?;
     Ok(api::JoinReply {
         certificate_pem,
@@ -56,25 +60,34 @@ pub(super) async fn join(
 async fn role_by_token(context: &HeadContext, text: &str) -> Result<Role, Status> {
     let unauthenticated =
         |message: String| rejected(&Rejection::new(ErrorCode::Unauthenticated, message));
-    let token =
-        Token::parse(text.trim()).map_err(|error| unauthenticated(error.to_string()))?;
+    let token = Token::parse(text.trim()).map_err(|error| unauthenticated(error.to_string()))?;
     if token.ca_key_hash() != context.ca.key_hash() {
         return Err(unauthenticated(
             "the token is of another cluster: use one that this cluster's head made".into(),
         ));
     }
-    let command = Command::UseToken { secret_hash: token.secret_hash() };
-    match context.propose_scheduler(SessionId::INTERNAL, 0, &command).await? {
-        Response::TokenAccepted { role: TokenUse::Worker, .. } => Ok(Role::Node),
-        Response::TokenAccepted { role: TokenUse::Client, .. } => Ok(Role::Client),
+    let command = Command::UseToken {
+        secret_hash: token.secret_hash(),
+    };
+    match context
+        .propose_scheduler(SessionId::INTERNAL, 0, &command)
+        .await?
+    {
+        Response::TokenAccepted {
+            role: TokenUse::Worker,
+            ..
+        } => Ok(Role::Node),
+        Response::TokenAccepted {
+            role: TokenUse::Client,
+            ..
+        } => Ok(Role::Client),
         other => Err(unexpected(&other)),
     }
 }
 
 /// Names become part of certificates and paths.
 fn check_name(name: &str) -> Result<(), Status> {
-    let is_plain =
-        |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
+    let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
     if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(is_plain) {
         return Ok(());
     }
@@ -114,7 +127,10 @@ pub(super) async fn create_token(
     let (session, seq) = stamp(request.stamp);
     let (token, expires_at_ms) =
         tokens::create(context, session, seq, role, request.ttl_ms, uses).await?;
-    Ok(api::CreateTokenReply { token, expires_at_ms })
+    Ok(api::CreateTokenReply {
+        token,
+        expires_at_ms,
+    })
 }
 
 pub(super) async fn open_session(
@@ -122,9 +138,14 @@ pub(super) async fn open_session(
     caller: &Caller,
     request: api::OpenSessionRequest,
 ) -> Result<api::OpenSessionReply, Status> {
-    let command = Command::OpenSession { client: request.client };
+    let command = Command::OpenSession {
+        client: request.client,
+    };
     context.authorize_scheduler(caller, &command)?;
-    match context.propose_scheduler(SessionId::INTERNAL, 0, &command).await? {
+    match context
+        .propose_scheduler(SessionId::INTERNAL, 0, &command)
+        .await?
+    {
         Response::SessionOpened { session } => Ok(api::OpenSessionReply { session: session.0 }),
         other => Err(unexpected(&other)),
     }
@@ -144,7 +165,12 @@ pub(super) async fn status(context: &HeadContext) -> Result<api::StatusReply, St
     Ok(api::StatusReply {
         cluster_id: context.cluster_id.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        role: if leadership.is_leader { "leader" } else { "follower" }.to_owned(),
+        role: if leadership.is_leader {
+            "leader"
+        } else {
+            "follower"
+        }
+        .to_owned(),
         term: leadership.term,
         applied_index: leadership.applied_index,
         first_log_index: leadership.first_log_index,

@@ -51,12 +51,15 @@ pub(super) fn node(view: NodeView) -> api::Node {
 }
 
 pub(super) fn explanation(explanation: Explanation) -> api::ExplainReply {
-    let nodes = explanation.nodes.into_iter().map(|verdict| api::NodeVerdict {
-        node: verdict.node.0,
-        name: verdict.name,
-        fits: verdict.fits,
-        reason: verdict.reason,
-    });
+    let nodes = explanation
+        .nodes
+        .into_iter()
+        .map(|verdict| api::NodeVerdict {
+            node: verdict.node.0,
+            name: verdict.name,
+            fits: verdict.fits,
+            reason: verdict.reason,
+        });
     api::ExplainReply {
         subject: explanation.subject,
         state: explanation.state,

@@ -16,7 +16,10 @@ use raft::prelude::{Entry, EntryType};
 use super::proposals::TableView;
 
 /// The head's own table: what is about the log rather than about any module.
-const HEAD_TABLE: Table = Table { module: ModuleId(0), tag: 0 };
+const HEAD_TABLE: Table = Table {
+    module: ModuleId(0),
+    tag: 0,
+};
 
 /// The key under which the newest time in the log is kept.
 const LOG_TIME_KEY: &[u8] = b"log_time_ms";
@@ -62,7 +65,10 @@ impl Applier {
     /// Applies `entries` in order; their writes go into `target`.
     pub(super) fn apply(&self, entries: &[Entry], target: &mut WriteBatch) -> AppliedRun {
         let mut batch = ApplyBatch::new(self.engine.clone());
-        let mut run = AppliedRun { outcomes: Vec::with_capacity(entries.len()), effects: vec![] };
+        let mut run = AppliedRun {
+            outcomes: Vec::with_capacity(entries.len()),
+            effects: vec![],
+        };
         for entry in entries {
             // The type first: an entry that ends a joint configuration has no data either.
             if entry.get_entry_type() != EntryType::EntryNormal {
@@ -80,7 +86,11 @@ impl Applier {
                 }
                 Err(rejection) => Err(rejection),
             };
-            run.outcomes.push(AppliedEntry { index: entry.index, term: entry.term, result });
+            run.outcomes.push(AppliedEntry {
+                index: entry.index,
+                term: entry.term,
+                result,
+            });
         }
         batch.write_into(target);
         run
@@ -97,7 +107,12 @@ impl Applier {
         let mut txn = batch.begin();
         match session::check(&txn, command.session, command.seq, now_ms) {
             Seen::Fresh => {}
-            Seen::Duplicate(stored) => return Ok(Applied { response: replay(&stored)?, effects: vec![] }),
+            Seen::Duplicate(stored) => {
+                return Ok(Applied {
+                    response: replay(&stored)?,
+                    effects: vec![],
+                });
+            }
             Seen::Expired => {
                 return Err(Rejection::fenced(format!(
                     "{} has expired or command {} is too old for it: open a new session; whether \
@@ -107,9 +122,16 @@ impl Applier {
             }
         }
         let Some(module) = self.modules.get(&command.module) else {
-            return Err(Rejection::not_found(format!("no module has id {}", command.module.0)));
+            return Err(Rejection::not_found(format!(
+                "no module has id {}",
+                command.module.0
+            )));
         };
-        let context = ApplyContext { index: entry.index, term: entry.term, now_ms };
+        let context = ApplyContext {
+            index: entry.index,
+            term: entry.term,
+            now_ms,
+        };
         let outcome = module.apply(&context, &mut txn, &command.payload);
         // A refusal is an answer too: a retry must get the same one, without its writes.
         let mut txn = match &outcome {
@@ -120,7 +142,13 @@ impl Applier {
             }
         };
         let answer = outcome.as_ref().map(|applied| &applied.response);
-        session::record(&mut txn, command.session, command.seq, now_ms, codec::encode_plain(&answer));
+        session::record(
+            &mut txn,
+            command.session,
+            command.seq,
+            now_ms,
+            codec::encode_plain(&answer),
+        );
         txn.commit();
         outcome
     }

@@ -14,7 +14,7 @@ use mobula_core::control::{Command, ModuleId, StateModule};
 use mobula_storage::engine::{Durability, RocksEngine};
 use mobula_storage::raft_log::{LogPoint, RaftLog};
 use raft::prelude::Entry;
-use raft::{ReadOnlyOption, ReadState, RawNode, StateRole};
+use raft::{RawNode, ReadOnlyOption, ReadState, StateRole};
 use tokio::sync::{oneshot, watch};
 
 use super::apply::{AppliedEntry, Applier};
@@ -91,7 +91,8 @@ impl Driver {
     ) -> Result<(Driver, RaftHandle), HeadError> {
         let log = RaftLog::open(engine).map_err(|error| HeadError::Log(error.to_string()))?;
         if log.is_empty() {
-            log.bootstrap(&[options.raft_id]).map_err(|error| HeadError::Log(error.to_string()))?;
+            log.bootstrap(&[options.raft_id])
+                .map_err(|error| HeadError::Log(error.to_string()))?;
         }
         let config = raft::Config {
             id: options.raft_id,
@@ -112,7 +113,8 @@ impl Driver {
             .map_err(|error| HeadError::Log(error.to_string()))?;
         // A group of one need not wait for an election timeout to learn that nobody else leads.
         if log.conf_state().voters == [options.raft_id] {
-            node.campaign().map_err(|error| HeadError::Log(error.to_string()))?;
+            node.campaign()
+                .map_err(|error| HeadError::Log(error.to_string()))?;
         }
         let applier = Applier::new(log.engine().clone(), options.modules);
         let (inputs, receiver) = sync_channel(INPUT_CAPACITY);
@@ -136,7 +138,10 @@ impl Driver {
             .name("raft".into())
             .spawn(move || state.run(receiver))
             .map_err(|error| HeadError::Log(error.to_string()))?;
-        let handle = RaftHandle { inputs: inputs.clone(), leadership: leadership_receiver };
+        let handle = RaftHandle {
+            inputs: inputs.clone(),
+            leadership: leadership_receiver,
+        };
         Ok((Driver { inputs, thread }, handle))
     }
 
@@ -191,7 +196,11 @@ impl Loop {
                 Input::Stop => return false,
             }
             count += 1;
-            next = if count < INPUTS_PER_READY_MAX { inputs.try_recv().ok() } else { None };
+            next = if count < INPUTS_PER_READY_MAX {
+                inputs.try_recv().ok()
+            } else {
+                None
+            };
         }
         true
     }
@@ -208,7 +217,13 @@ impl Loop {
         match self.node.propose(Vec::new(), data) {
             Ok(()) => {
                 let index = self.node.raft.raft_log.last_index();
-                self.waiting.insert(index, Waiting { term: self.node.raft.term, reply });
+                self.waiting.insert(
+                    index,
+                    Waiting {
+                        term: self.node.raft.term,
+                        reply,
+                    },
+                );
             }
             Err(raft::Error::ProposalDropped) => {
                 let why = "8 MiB of commands are not committed yet";
@@ -236,20 +251,27 @@ impl Loop {
 
     fn not_leader(&self) -> ProposeError {
         let leader = self.node.raft.leader_id;
-        ProposeError::NotLeader { leader: (leader != raft::INVALID_ID).then_some(leader) }
+        ProposeError::NotLeader {
+            leader: (leader != raft::INVALID_ID).then_some(leader),
+        }
     }
 
     fn handle_ready(&mut self) {
         let mut ready = self.node.ready();
         self.refuse_messages(&ready.take_messages());
         let mut write = self.log.begin();
-        write.append(ready.entries()).unwrap_or_else(|error| abort("append to the log", &error));
+        write
+            .append(ready.entries())
+            .unwrap_or_else(|error| abort("append to the log", &error));
         if let Some(hard_state) = ready.hs() {
             write.set_hard_state(hard_state);
         }
         if !write.is_empty() {
-            let durability =
-                if ready.must_sync() { Durability::Synced } else { Durability::Buffered };
+            let durability = if ready.must_sync() {
+                Durability::Synced
+            } else {
+                Durability::Buffered
+            };
             self.log
                 .commit(write, durability)
                 .unwrap_or_else(|error| abort("write the log", &error));
@@ -278,13 +300,23 @@ impl Loop {
         let Some(last) = entries.last() else { return };
         let mut write = self.log.begin();
         let run = self.applier.apply(entries, write.batch_mut());
-        write.set_applied(LogPoint { index: last.index, term: last.term });
+        write.set_applied(LogPoint {
+            index: last.index,
+            term: last.term,
+        });
         self.log
             .commit(write, Durability::Buffered)
             .unwrap_or_else(|error| abort("write the tables", &error));
         self.led_term_applied = self.led_term_applied.max(last.term);
-        for AppliedEntry { index, term, result } in run.outcomes {
-            let Some(waiting) = self.waiting.remove(&index) else { continue };
+        for AppliedEntry {
+            index,
+            term,
+            result,
+        } in run.outcomes
+        {
+            let Some(waiting) = self.waiting.remove(&index) else {
+                continue;
+            };
             let answer = if waiting.term == term {
                 Ok(Outcome { index, result })
             } else {
@@ -299,7 +331,9 @@ impl Loop {
 
     fn confirm_reads(&mut self, states: Vec<ReadState>) {
         for state in states {
-            let Ok(context) = <[u8; 8]>::try_from(state.request_ctx.as_slice()) else { continue };
+            let Ok(context) = <[u8; 8]>::try_from(state.request_ctx.as_slice()) else {
+                continue;
+            };
             if let Some(reply) = self.asked_reads.remove(&u64::from_le_bytes(context)) {
                 self.confirmed_reads.push_back((state.index, reply));
             }
@@ -308,8 +342,14 @@ impl Loop {
 
     fn answer_reads(&mut self) {
         let applied = self.log.applied().index;
-        while self.confirmed_reads.front().is_some_and(|(index, _)| *index <= applied) {
-            let Some((_, reply)) = self.confirmed_reads.pop_front() else { return };
+        while self
+            .confirmed_reads
+            .front()
+            .is_some_and(|(index, _)| *index <= applied)
+        {
+            let Some((_, reply)) = self.confirmed_reads.pop_front() else {
+                return;
+            };
             if !reply.is_closed() {
                 let _ = reply.send(Ok(self.applier.reader()));
             }
@@ -328,14 +368,16 @@ impl Loop {
         };
         self.leadership.send_if_modified(|now| {
             // Indexes alone wake nobody.
-            let changed = (now.is_leader, now.term, now.leader)
-                != (next.is_leader, next.term, next.leader);
+            let changed =
+                (now.is_leader, now.term, now.leader) != (next.is_leader, next.term, next.leader);
             *now = next;
             changed
         });
         if raft.state != StateRole::Leader && !self.waiting.is_empty() {
             for (_, waiting) in std::mem::take(&mut self.waiting) {
-                let _ = waiting.reply.send(Err(ProposeError::Unknown("leadership was lost")));
+                let _ = waiting
+                    .reply
+                    .send(Err(ProposeError::Unknown("leadership was lost")));
             }
         }
     }

@@ -32,9 +32,14 @@ pub(crate) type TableView = TablesReader<RocksSnapshot>;
 /// What the driver is asked.
 pub(crate) enum Input {
     /// Put this command into the log.
-    Propose { command: Command, reply: oneshot::Sender<Result<Outcome, ProposeError>> },
+    Propose {
+        command: Command,
+        reply: oneshot::Sender<Result<Outcome, ProposeError>>,
+    },
     /// Answer once everything that was committed before is applied.
-    Read { reply: oneshot::Sender<Result<TableView, ProposeError>> },
+    Read {
+        reply: oneshot::Sender<Result<TableView, ProposeError>>,
+    },
     /// End the thread.
     Stop,
 }
@@ -124,7 +129,13 @@ impl RaftHandle {
         payload: Vec<u8>,
     ) -> Result<Outcome, ProposeError> {
         // The driver stamps the time when it takes the command into the log.
-        let command = Command { session, seq, now_ms: 0, module, payload };
+        let command = Command {
+            session,
+            seq,
+            now_ms: 0,
+            module,
+            payload,
+        };
         let (reply, answer) = oneshot::channel();
         self.send(Input::Propose { command, reply })?;
         match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {

@@ -20,13 +20,18 @@ use super::{Driver, DriverOptions, RaftHandle};
 use crate::dispatcher::effect_queue;
 
 const COUNTER: ModuleId = ModuleId(200);
-const TABLE: Table = Table { module: COUNTER, tag: 1 };
+const TABLE: Table = Table {
+    module: COUNTER,
+    tag: 1,
+};
 
 /// Adds the byte in its payload to a sum, which is its answer; refuses zero after writing.
 struct Counter;
 
 fn sum(reader: &dyn Reader) -> u64 {
-    reader.get(TABLE, b"sum").map_or(0, |bytes| u64::from_be_bytes(bytes.try_into().unwrap()))
+    reader
+        .get(TABLE, b"sum")
+        .map_or(0, |bytes| u64::from_be_bytes(bytes.try_into().unwrap()))
 }
 
 impl StateModule for Counter {
@@ -51,7 +56,10 @@ impl StateModule for Counter {
             txn.put(TABLE, b"refused", vec![1]);
             return Err(Rejection::invalid("zero adds nothing"));
         }
-        Ok(Applied { response: next.to_be_bytes().to_vec(), effects: Vec::new() })
+        Ok(Applied {
+            response: next.to_be_bytes().to_vec(),
+            effects: Vec::new(),
+        })
     }
 
     fn query(&self, reader: &dyn Reader, _: u64, _: &[u8]) -> Result<Vec<u8>, Rejection> {
@@ -81,7 +89,10 @@ async fn start(dir: &Path, raft: RaftConfig) -> (Driver, RaftHandle) {
         DriverOptions {
             raft_id: 1,
             raft,
-            modules: modules.into_iter().map(|module| (module.id(), module)).collect(),
+            modules: modules
+                .into_iter()
+                .map(|module| (module.id(), module))
+                .collect(),
             clock: Arc::new(StepClock(AtomicU64::new(1_000))),
             effects,
         },
@@ -89,19 +100,34 @@ async fn start(dir: &Path, raft: RaftConfig) -> (Driver, RaftHandle) {
     .unwrap();
     let mut leadership = handle.leadership();
     let elected = leadership.wait_for(|l| l.is_leader);
-    tokio::time::timeout(Duration::from_secs(20), elected).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(20), elected)
+        .await
+        .unwrap()
+        .unwrap();
     (driver, handle)
 }
 
 async fn add(handle: &RaftHandle, session: SessionId, seq: u64, by: u8) -> Result<u64, Rejection> {
-    let outcome = handle.propose(session, seq, COUNTER, vec![by]).await.unwrap();
-    outcome.result.map(|bytes| u64::from_be_bytes(bytes.try_into().unwrap()))
+    let outcome = handle
+        .propose(session, seq, COUNTER, vec![by])
+        .await
+        .unwrap();
+    outcome
+        .result
+        .map(|bytes| u64::from_be_bytes(bytes.try_into().unwrap()))
 }
 
 async fn open_session(handle: &RaftHandle) -> SessionId {
-    let command = Command::OpenSession { client: "test".into() };
+    let command = Command::OpenSession {
+        client: "test".into(),
+    };
     let outcome = handle
-        .propose(SessionId::INTERNAL, 0, ModuleId::SCHEDULER, command.encode())
+        .propose(
+            SessionId::INTERNAL,
+            0,
+            ModuleId::SCHEDULER,
+            command.encode(),
+        )
         .await
         .unwrap();
     match Response::decode(&outcome.result.unwrap()).unwrap() {
@@ -116,12 +142,20 @@ async fn acknowledged_commands_survive_a_restart_and_retries_count_once() {
     let (driver, handle) = start(dir.path(), RaftConfig::default()).await;
     let session = open_session(&handle).await;
     assert_eq!(add(&handle, session, 1, 5).await, Ok(5));
-    assert_eq!(add(&handle, session, 1, 5).await, Ok(5), "a retry is not a second time");
+    assert_eq!(
+        add(&handle, session, 1, 5).await,
+        Ok(5),
+        "a retry is not a second time"
+    );
     driver.stop().await;
     drop(handle);
 
     let (driver, handle) = start(dir.path(), RaftConfig::default()).await;
-    assert_eq!(add(&handle, session, 1, 5).await, Ok(5), "nor is one after a restart");
+    assert_eq!(
+        add(&handle, session, 1, 5).await,
+        Ok(5),
+        "nor is one after a restart"
+    );
     assert_eq!(add(&handle, session, 2, 2).await, Ok(7));
     assert_eq!(sum(&handle.read().await.unwrap()), 7);
     driver.stop().await;
@@ -146,8 +180,11 @@ async fn concurrent_commands_all_count_and_a_read_sees_what_was_acknowledged() {
     let dir = tempfile::tempdir().unwrap();
     let (driver, handle) = start(dir.path(), RaftConfig::default()).await;
     let commands = (0..200).map(|_| add(&handle, SessionId::INTERNAL, 0, 1));
-    let mut sums: Vec<u64> =
-        futures::future::join_all(commands).await.into_iter().map(Result::unwrap).collect();
+    let mut sums: Vec<u64> = futures::future::join_all(commands)
+        .await
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
     sums.sort_unstable();
     assert_eq!(sums, (1..=200).collect::<Vec<u64>>());
     assert_eq!(sum(&handle.read().await.unwrap()), 200);
@@ -157,7 +194,11 @@ async fn concurrent_commands_all_count_and_a_read_sees_what_was_acknowledged() {
 #[tokio::test]
 async fn the_log_is_compacted_and_the_state_stays() {
     let dir = tempfile::tempdir().unwrap();
-    let raft = RaftConfig { compact_entries: 50, keep_entries: 20, ..RaftConfig::default() };
+    let raft = RaftConfig {
+        compact_entries: 50,
+        keep_entries: 20,
+        ..RaftConfig::default()
+    };
     let (driver, handle) = start(dir.path(), raft.clone()).await;
     for _ in 0..200 {
         add(&handle, SessionId::INTERNAL, 0, 1).await.unwrap();
@@ -176,7 +217,10 @@ async fn the_log_is_compacted_and_the_state_stays() {
 async fn an_unknown_module_is_an_answer_and_not_a_crash() {
     let dir = tempfile::tempdir().unwrap();
     let (driver, handle) = start(dir.path(), RaftConfig::default()).await;
-    let outcome = handle.propose(SessionId::INTERNAL, 0, ModuleId(99), vec![]).await.unwrap();
+    let outcome = handle
+        .propose(SessionId::INTERNAL, 0, ModuleId(99), vec![])
+        .await
+        .unwrap();
     assert_eq!(outcome.result.unwrap_err().code, ErrorCode::NotFound);
     driver.stop().await;
 }

@@ -1,0 +1,5 @@
+//! Scenarios on real processes (tier B): a cluster of the `mobula` binary is hurt by a seeded
+//! schedule while clients work on it, and the checkers look at what they saw.
+
+mod cluster;
+mod submits;
