@@ -41,6 +41,10 @@ const WATCH_WAIT: Duration = Duration::from_secs(30);
 /// The pause after something that could not be done now.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
+/// How long a router that leaves its node waits for the requests that it has: they take
+/// milliseconds, and meanwhile nobody listens.
+const LEAVE_DRAIN: Duration = Duration::from_secs(1);
+
 /// How long the monitor may take for a call, its start included.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -92,9 +96,16 @@ impl Router {
         }
     }
 
-    /// Leaves a node that will be taken away; the endpoint's address changes with it.
+    /// Leaves a node that will be taken away, once the requests that it has are answered; another
+    /// router takes new ones elsewhere.
     #[mobula(notice)]
     async fn leave(&mut self, ctx: &ActorContext, deadline_ms: u64) {
+        if tokio::time::timeout(LEAVE_DRAIN, self.drain())
+            .await
+            .is_err()
+        {
+            tracing::warn!("a router leaves its node with requests unanswered");
+        }
         if let Err(error) = ctx.yield_now().await {
             tracing::warn!(%error, deadline_ms, "a router could not leave its node early");
         }

@@ -125,7 +125,7 @@ pub struct TrainResult {
     pub rejected_checkpoints: u64,
     /// From the first start of the driver until now.
     pub wall_ms: u64,
-    /// Samples in a second, of the last driver.
+    /// Samples in a second, of the last driver that took steps.
     pub samples_per_second: f64,
     /// BLAKE3 of the model version's file, which is also its name in the object store.
     pub model_digest: String,
@@ -242,7 +242,15 @@ impl Driver {
                 history: History::default(),
             });
         }
-        Ok(resume(initial, self.incarnation, saver, links, self.log).await?)
+        Ok(resume(
+            initial,
+            self.spec.steps,
+            self.incarnation,
+            saver,
+            links,
+            self.log,
+        )
+        .await?)
     }
 
     async fn take_steps(
@@ -378,7 +386,7 @@ impl Driver {
         progress: &Progress,
         history: History,
     ) -> Result<(), JobError> {
-        let samples_per_second = progress.samples_per_second();
+        let measured = progress.samples_per_second();
         saver.offer(self.order(&coordinator, &saver, &history));
         let replicas_agreeing = coordinator.confirm().await as u64;
         let (file, accuracy) = tokio::task::block_in_place(|| {
@@ -389,6 +397,10 @@ impl Driver {
         let published = self.publish(&file).await?;
         let status = self.cluster.job_handle(self.job).status().await?;
         let counters = coordinator.counters();
+        let wall_ms = now_ms().saturating_sub(status.started_ms.unwrap_or(status.submitted_ms));
+        // A driver that found all steps taken measured none.
+        let samples = (coordinator.state().step * self.spec.global_batch) as f64;
+        let samples_per_second = measured.unwrap_or(samples * 1e3 / wall_ms.max(1) as f64);
         let result = TrainResult {
             weights_blake3: coordinator.digest().to_owned(),
             accuracy,
@@ -404,7 +416,7 @@ impl Driver {
             replicas_agreeing,
             checkpoints: saver.committed_count(),
             rejected_checkpoints: history.rejected_checkpoints,
-            wall_ms: now_ms().saturating_sub(status.started_ms.unwrap_or(status.submitted_ms)),
+            wall_ms,
             samples_per_second,
             model_digest: published.digest,
             model_size_bytes: published.size_bytes,
@@ -480,6 +492,24 @@ fn now_ms() -> u64 {
 mod tests {
     use super::*;
     use crate::training::layout::ModelSpec;
+
+    #[test]
+    fn the_example_jobs_can_be_trained() {
+        for (file, text) in [
+            (
+                "mlp",
+                include_str!("../../../cluster-configs/jobs/digits-mlp.toml"),
+            ),
+            (
+                "cnn",
+                include_str!("../../../cluster-configs/jobs/digits-cnn.toml"),
+            ),
+        ] {
+            let spec = TrainSpec::from_toml(text, file).unwrap();
+            load(&spec).unwrap();
+            check_messages(&spec).unwrap();
+        }
+    }
 
     #[test]
     fn the_margin_is_a_share_of_a_long_grace_and_two_seconds_of_a_short_one() {

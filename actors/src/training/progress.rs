@@ -55,10 +55,10 @@ impl Progress {
         (self.line_at, self.done_at_line) = (Instant::now(), self.done);
     }
 
-    /// Samples in a second, since this driver began.
+    /// Samples in a second, since this driver began; none if it took no step.
     #[must_use]
-    pub fn samples_per_second(&self) -> f64 {
+    pub fn samples_per_second(&self) -> Option<f64> {
         let seconds = self.begun.elapsed().as_secs_f64().max(1e-9);
-        (self.done * self.global_batch) as f64 / seconds
+        (self.done > 0).then(|| (self.done * self.global_batch) as f64 / seconds)
     }
 }

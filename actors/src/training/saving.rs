@@ -46,7 +46,7 @@ pub struct Saver {
     pause: Duration,
     committed_step: Option<u64>,
     committed_count: u64,
-    longest: Option<Duration>,
+    latest: Option<Duration>,
     log: JobLog,
 }
 
@@ -68,7 +68,7 @@ impl Saver {
             pause: PAUSE_FIRST,
             committed_step: None,
             committed_count: 0,
-            longest: None,
+            latest: None,
             log,
         }
     }
@@ -85,10 +85,10 @@ impl Saver {
         self.committed_step
     }
 
-    /// What a save takes, from the longest one so far.
+    /// What a save takes, as the latest one did.
     #[must_use]
     pub fn expected_time(&self) -> Duration {
-        self.longest.unwrap_or(USUAL_SAVE)
+        self.latest.unwrap_or(USUAL_SAVE)
     }
 
     /// Goes on from a job's earlier checkpoints.
@@ -170,7 +170,7 @@ impl Saver {
                 self.pause = PAUSE_FIRST;
                 self.committed_step = Some(checkpoint.step);
                 self.committed_count += 1;
-                self.longest = Some(self.longest.map_or(took, |longest| longest.max(took)));
+                self.latest = Some(took);
                 self.log.line(format_args!(
                     "checkpoint of step {} committed: {} bytes in {} ms, {}",
                     checkpoint.step,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::support::{TestCluster, text_of};
+use crate::support::{TestCluster, repository, text_of};
 
 /// A built example of the SDK: beside the binary under test.
 fn example(name: &str) -> PathBuf {
@@ -75,4 +75,15 @@ fn the_same_idempotency_key_is_the_same_job() {
     assert_eq!(submit(), first);
     cluster.wait_job(&format!("job-{first}"));
     assert_eq!(submit(), first);
+}
+
+#[test]
+fn the_convolutional_example_job_trains() {
+    let cluster = TestCluster::up(2);
+    let file = repository("cluster-configs/jobs/digits-cnn.toml");
+    let job = cluster.json(&["submit", file.to_str().unwrap()])["job"].clone();
+    let result = cluster.result_of(&format!("job-{job}"));
+    assert!(result["accuracy"].as_f64().unwrap() >= 0.95, "{result}");
+    let models = cluster.json(&["models", "list"]);
+    assert_eq!(models.as_array().unwrap().len(), 1, "{models}");
 }

@@ -429,7 +429,7 @@ fn refuses(served: &Served) {
         (
             INFER,
             token,
-            with("data", json!(["x"; 64])),
+            with("data", json!(vec!["x"; FEATURES])),
             400,
             "expected FP32",
         ),

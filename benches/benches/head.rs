@@ -1,0 +1,161 @@
+//! Commands through a head: proposed, written and fsynced to the Raft log on a real disk, applied,
+//! answered. Beside it what the disk does by itself: as many bytes, one fsync.
+
+use std::fs::File;
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+
+use mobula_benches::SystemClock;
+use mobula_benches::measure::{Samples, Settings, repeat, repeat_async};
+use mobula_benches::report::Report;
+use mobula_core::config::{LimitsConfig, RaftConfig, TokensConfig};
+use mobula_core::control::{
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
+};
+use mobula_core::error::Rejection;
+use mobula_core::id::SessionId;
+use mobula_head::raft::RaftHandle;
+use mobula_head::{Head, HeadOptions};
+use mobula_wire::session::StorageLocation;
+use tokio::sync::oneshot;
+
+/// What a command carries: as a small report of a worker does.
+const PAYLOAD_BYTES: usize = 128;
+
+const PROPOSERS: [usize; 3] = [1, 16, 256];
+
+const TALLY: ModuleId = ModuleId(200);
+const TABLE: Table = Table {
+    module: TALLY,
+    tag: 1,
+};
+
+/// Counts its commands, so that each of them is a read, a write and an answer.
+struct Tally;
+
+fn count(reader: &dyn Reader) -> u64 {
+    reader.get(TABLE, b"count").map_or(0, |bytes| {
+        u64::from_be_bytes(bytes.try_into().expect("only apply writes here"))
+    })
+}
+
+impl StateModule for Tally {
+    fn id(&self) -> ModuleId {
+        TALLY
+    }
+
+    fn name(&self) -> &'static str {
+        "tally"
+    }
+
+    fn apply(&self, _: &ApplyContext, txn: &mut dyn Txn, _: &[u8]) -> Result<Applied, Rejection> {
+        let response = (count(txn) + 1).to_be_bytes().to_vec();
+        txn.put(TABLE, b"count", response.clone());
+        Ok(Applied {
+            response,
+            effects: Vec::new(),
+        })
+    }
+
+    fn query(&self, reader: &dyn Reader, _: u64, _: &[u8]) -> Result<Vec<u8>, Rejection> {
+        Ok(count(reader).to_be_bytes().to_vec())
+    }
+
+    fn authorize(&self, _: &Caller, _: &[u8]) -> Result<(), Rejection> {
+        Ok(())
+    }
+}
+
+async fn start_head(dir: &Path) -> Result<Head, Box<dyn std::error::Error>> {
+    let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let head = Head::start(HeadOptions {
+        data_dir: dir.join("head"),
+        api_listen: any_port,
+        cluster_listen: any_port,
+        storage: StorageLocation {
+            url: format!("file://{}", dir.join("store").display()),
+            endpoint: None,
+            region: None,
+            allow_http: false,
+            access_key_env: String::new(),
+            secret_key_env: String::new(),
+        },
+        raft: RaftConfig::default(),
+        limits: LimitsConfig::default(),
+        tokens: TokensConfig::default(),
+        modules: vec![Arc::new(Tally)],
+        controllers: Vec::new(),
+        clock: Arc::new(SystemClock),
+    })
+    .await?;
+    let mut leadership = head.raft().leadership();
+    leadership.wait_for(|now| now.is_leader).await?;
+    Ok(head)
+}
+
+async fn propose(raft: &RaftHandle) {
+    let payload = vec![7; PAYLOAD_BYTES];
+    let outcome = raft.propose(SessionId::INTERNAL, 0, TALLY, payload).await;
+    outcome
+        .expect("this head leads, and is not overloaded")
+        .result
+        .expect("a tally refuses nothing");
+}
+
+/// Appends and fsyncs again and again, as a log does.
+fn disk(settings: Settings, dir: &Path, bytes: usize) -> std::io::Result<Samples> {
+    let mut file = File::create(dir.join("limit"))?;
+    let block = vec![7; bytes];
+    file.write_all(&block)?;
+    file.sync_data()?;
+    Ok(repeat(settings, || {
+        file.write_all(&block)
+            .and_then(|()| file.sync_data())
+            .expect("it was possible before");
+    }))
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let Some(settings) = Settings::from_args() else {
+        return Ok(());
+    };
+    // Beside the build's output and not in /tmp, which may be memory.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let mut report = Report::new("commands of 128 bytes through one head");
+    let head = start_head(dir.path()).await?;
+    let raft = head.raft();
+    for proposers in PROPOSERS {
+        let before = count(&raft.read().await?);
+        let samples = repeat_async(settings, proposers, || propose(&raft)).await;
+        let applied = count(&raft.read().await?) - before;
+        assert!(
+            applied >= samples.count(),
+            "{applied} of {} are there",
+            samples.count()
+        );
+        report.add(format!("{proposers} proposers"), samples);
+
+        // While the head is idle, on the same disk.
+        let samples = disk(settings, dir.path(), proposers * PAYLOAD_BYTES)?;
+        let records = samples.per_second() * proposers as f64;
+        let note = format!("{records:.0} records/s in blocks of {proposers}");
+        report.add_with(
+            format!("limit: fsync of {proposers} records"),
+            samples,
+            note,
+        );
+    }
+    let reads = repeat_async(settings, 16, async || {
+        raft.read().await.expect("this head leads");
+    });
+    report.add("16 linearizable readers", reads.await);
+    let (stop, stopped) = oneshot::channel::<()>();
+    drop(stop);
+    // The sender is gone, so this is over at once.
+    head.run(async { drop(stopped.await) }).await?;
+    report.print();
+    Ok(())
+}
