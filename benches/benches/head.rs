@@ -136,14 +136,14 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             "{applied} of {} are there",
             samples.count()
         );
-        report.add(format!("{proposers} proposers"), samples);
+        report.add(format!("{proposers} at a time"), samples);
 
         // While the head is idle, on the same disk.
         let samples = disk(settings, dir.path(), proposers * PAYLOAD_BYTES)?;
         let records = samples.per_second() * proposers as f64;
         let note = format!("{records:.0} records/s in blocks of {proposers}");
         report.add_with(
-            format!("limit: fsync of {proposers} records"),
+            format!("limit: fsync of {proposers} together"),
             samples,
             note,
         );
@@ -151,7 +151,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let reads = repeat_async(settings, 16, async || {
         raft.read().await.expect("this head leads");
     });
-    report.add("16 linearizable readers", reads.await);
+    report.add("linearizable reads, 16 at a time", reads.await);
     let (stop, stopped) = oneshot::channel::<()>();
     drop(stop);
     // The sender is gone, so this is over at once.

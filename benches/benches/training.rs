@@ -72,11 +72,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "the steps must have trained something"
         );
         let note = gflops(operations_per_step(&spec), &samples);
-        report.add_with(
-            format!("step, reduced as from {workers} workers"),
-            samples,
-            note,
-        );
+        report.add_with(format!("step, reduced in {workers} part(s)"), samples, note);
     }
     // The largest layer of one virtual shard, and a size at which gemm is at its best.
     let shard = usize::try_from(spec.global_batch / u64::from(spec.virtual_shards))?;

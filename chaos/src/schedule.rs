@@ -209,7 +209,11 @@ mod tests {
         assert_eq!(drawn, EXPECTED_OF_SEED_1, "{drawn}");
     }
 
-    const EXPECTED_OF_SEED_1: &str = "seed 1";
+    const EXPECTED_OF_SEED_1: &str = "\
+seed 1: repeat with MOBULA_TEST_SEED=1
+  after   26 operations: head-1 kill -9, back after 477 ms
+  after   34 operations: worker-1 kill -9, back after 226 ms
+  after   59 operations: worker-1 stopped for 1437 ms";
 
     #[test]
     fn a_plan_that_cannot_be_met_is_refused() {

@@ -35,6 +35,7 @@ pub use explain::{Explanation, NodeVerdict, explain_actor, explain_job};
 pub use orders::{GPU_DEVICES_VARIABLE, next_wakeup_ms, orders_for_node};
 pub use placement::placement_pass;
 pub use query::{ActorTarget, Query, QueryResponse, Resolution, answer};
+pub use state::actor::Start;
 pub use state::session;
 pub use state::token::check as check_token;
 pub use view::{ActorView, ClusterStatus, JobView, NodeView, TokenView};

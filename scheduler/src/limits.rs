@@ -80,3 +80,6 @@ pub const GRACE_MS_MAX: u64 = 24 * 60 * 60 * 1000;
 
 /// The largest encoded command or query.
 pub const PAYLOAD_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Starts of an actor that are remembered; the output of older ones is no longer found.
+pub const STARTS_KEPT_MAX: usize = 16;

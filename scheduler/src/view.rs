@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::command::Role;
 use crate::row::Counter;
-use crate::state::actor::{self, ActorRow, ActorState};
+use crate::state::actor::{self, ActorRow, ActorState, Start};
 use crate::state::job::{self, JobRow, JobState, Outcome};
 use crate::state::node::{self, NodeRow};
 use crate::state::session;
@@ -100,6 +100,8 @@ pub struct ActorView {
     pub node: Option<NodeId>,
     /// The incarnation granted last; 0 before the first.
     pub incarnation: Incarnation,
+    /// Its latest starts, oldest first: where its output is.
+    pub starts: Vec<Start>,
     /// How often it was started again.
     pub restarts: u32,
     /// What it holds while it is on a node.
@@ -147,6 +149,7 @@ impl ActorView {
             group: row.group,
             node: row.state.node(),
             incarnation: row.incarnation,
+            starts: row.starts,
             restarts: row.restarts,
             resources: row.resources,
             host: place.as_ref().map(|place| place.host),

@@ -317,7 +317,7 @@ impl Cluster {
     pub async fn apply(&self, module: ModuleId, payload: Vec<u8>) -> Result<Vec<u8>> {
         let reply = self
             .control()
-            .mutate("apply a command", |mut api, stamp| {
+            .mutate("", |mut api, stamp| {
                 let request = api::ApplyRequest {
                     stamp: Some(stamp),
                     module: u32::from(module.0),
@@ -333,7 +333,7 @@ impl Cluster {
     pub async fn query(&self, module: ModuleId, payload: Vec<u8>) -> Result<Vec<u8>> {
         let reply = self
             .control()
-            .read("ask a module", |mut api| {
+            .read("", |mut api| {
                 let request = api::QueryRequest {
                     module: u32::from(module.0),
                     payload: payload.clone(),

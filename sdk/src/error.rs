@@ -15,7 +15,7 @@ pub enum Error {
     #[error(transparent)]
     Call(CallError),
     /// The head refused a request, or could not be reached.
-    #[error("{operation}: {message} ({executed})")]
+    #[error("{}{message}{}", lead(operation), tail(*executed))]
     Control {
         /// What was asked for.
         operation: String,
@@ -50,6 +50,23 @@ pub enum Error {
     /// An error of the user's own code, as text.
     #[error("{0}")]
     User(String),
+}
+
+/// What was asked for, where that says more than the refusal itself.
+fn lead(operation: &str) -> String {
+    if operation.is_empty() {
+        String::new()
+    } else {
+        format!("{operation}: ")
+    }
+}
+
+/// Whether it took effect, where that is not what everyone expects of an error.
+fn tail(executed: Executed) -> String {
+    match executed {
+        Executed::No => String::new(),
+        Executed::Yes | Executed::Unknown => format!(" ({executed})"),
+    }
 }
 
 impl Error {

@@ -2,7 +2,7 @@
 //!
 //! Invariants:
 //! 1. Offering never waits. What does not fit is dropped, counted, and reported with the next rows.
-//! 2. At most [`WAITING_MAX`] requests wait, each of at most one batch of rows.
+//! 2. At most `WAITING_MAX` requests wait, each of at most one batch of rows.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

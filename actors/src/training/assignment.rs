@@ -59,7 +59,7 @@ impl Assignment {
         let free: Vec<u32> = missing
             .iter()
             .copied()
-            .filter(|shard| !self.is_under_way(*shard))
+            .filter(|shard| !self.is_covered(*shard))
             .collect();
         let able: Vec<usize> = workers
             .iter()
@@ -118,15 +118,19 @@ impl Assignment {
         self.slow.insert(number).then_some(order.worker)
     }
 
-    /// Whether a worker is slow with an order of this step.
+    /// Whether an order of this step is awaited, and not yet slow.
     #[must_use]
-    pub fn is_slow(&self, worker: usize) -> bool {
+    pub fn is_under_way(&self, number: u64) -> bool {
+        self.outstanding.contains_key(&number) && !self.slow.contains(&number)
+    }
+
+    fn is_slow(&self, worker: usize) -> bool {
         self.slow
             .iter()
             .any(|number| self.outstanding[number].worker == worker)
     }
 
-    fn is_under_way(&self, shard: u32) -> bool {
+    fn is_covered(&self, shard: u32) -> bool {
         self.outstanding
             .values()
             .any(|order| order.shards.contains(&shard) && !self.slow.contains(&order.number))
@@ -237,7 +241,7 @@ mod tests {
                 present.sort_unstable();
                 assignment.plan(&missing, &present);
                 let able = present.iter().any(|worker| !assignment.is_slow(*worker));
-                let idle = missing.iter().find(|shard| !assignment.is_under_way(**shard));
+                let idle = missing.iter().find(|shard| !assignment.is_covered(**shard));
                 prop_assert!(!able || idle.is_none(), "shard {:?} waits for nobody", idle);
             }
         }

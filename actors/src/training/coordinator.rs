@@ -12,14 +12,13 @@
 //! 4. A coordinator that meets a newer driver's epoch stops.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::future::Future;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::assignment::{Assignment, Order};
+use super::crew::{Crew, Event, Happened, LinkError, Presence, Slot, TrainerLink};
 use super::job_log::JobLog;
 use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
 use super::optimizer::{Optimizer, StepError, StepReport};
@@ -38,38 +37,6 @@ const SLOW_FACTOR: u32 = 8;
 const WAITING_REPORT: Duration = Duration::from_secs(5);
 /// How long a last confirmation of the final bits is waited for.
 const CONFIRM_MAX: Duration = Duration::from_secs(5);
-/// Pauses between attempts to reach a trainer.
-const GREET_PAUSE_FIRST: Duration = Duration::from_millis(50);
-const GREET_PAUSE_MAX: Duration = Duration::from_secs(2);
-/// How long a process that leaves may still be seen.
-const LEAVE_PAUSE: Duration = Duration::from_millis(200);
-
-/// Why a trainer did not answer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum LinkError {
-    /// It answered that it cannot.
-    #[error(transparent)]
-    Trainer(#[from] TrainerError),
-    /// It cannot be reached; whether it got the order is unknown and does not matter.
-    #[error("{0}")]
-    Lost(String),
-}
-
-/// The way to one trainer, over all its restarts. Calls of one link arrive in their order.
-pub trait TrainerLink: Clone + Send + Sync + 'static {
-    /// Waits until it is there, within a bound, creating it if it has ended.
-    fn greet(&self) -> impl Future<Output = Result<Greeting, LinkError>> + Send;
-    /// Gives it a state.
-    fn prepare(
-        &self,
-        epoch: Epoch,
-        state: Vec<u8>,
-    ) -> impl Future<Output = Result<Held, LinkError>> + Send;
-    /// Orders a share of a step.
-    fn step(&self, order: StepOrder) -> impl Future<Output = Result<StepReply, LinkError>> + Send;
-    /// Lets it leave its node.
-    fn leave(&self) -> impl Future<Output = Result<(), LinkError>> + Send;
-}
 
 /// Why training cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -133,48 +100,6 @@ pub struct Counters {
     pub digest_mismatches: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Presence {
-    /// Not there; it is being waited for.
-    Away,
-    /// There, and on its way to the present state.
-    Preparing,
-    /// Takes part.
-    Ready,
-}
-
-struct Slot<L> {
-    link: L,
-    presence: Presence,
-    /// Grows when it is given up; what was under way then is ignored.
-    ticket: u64,
-    incarnation: Option<u64>,
-    node: String,
-    /// The step at which its replica stands when it has done what it was ordered.
-    step: u64,
-    /// Orders that it has not answered, and when they were sent.
-    orders: BTreeMap<u64, Instant>,
-    notice_ms: Option<u64>,
-}
-
-struct Event {
-    slot: usize,
-    ticket: u64,
-    what: Happened,
-}
-
-enum Happened {
-    Greeted(Greeting),
-    Prepared {
-        sent: Held,
-        answer: Result<Held, LinkError>,
-    },
-    Stepped {
-        number: u64,
-        answer: Box<Result<StepReply, LinkError>>,
-    },
-}
-
 /// A step under way.
 struct Step {
     reducer: TreeReducer,
@@ -191,8 +116,7 @@ pub struct Coordinator<L> {
     state: TrainState,
     digest: String,
     epoch: Epoch,
-    slots: Vec<Slot<L>>,
-    tasks: JoinSet<Event>,
+    crew: Crew<L>,
     /// The latest updates with their steps, oldest first.
     updates: VecDeque<(u64, Partial)>,
     next_order: u64,
@@ -212,34 +136,19 @@ impl<L: TrainerLink> Coordinator<L> {
         counters: Counters,
         log: JobLog,
     ) -> Self {
-        let slots = links.into_iter().map(|link| Slot {
-            link,
-            presence: Presence::Away,
-            ticket: 0,
-            incarnation: None,
-            node: "no node yet".to_owned(),
-            step: 0,
-            orders: BTreeMap::new(),
-            notice_ms: None,
-        });
-        let mut coordinator = Coordinator {
+        Coordinator {
             optimizer: Optimizer::new(spec),
             digest: state.weights_blake3(),
             spec: spec.clone(),
             state,
             epoch: first_epoch,
-            slots: slots.collect(),
-            tasks: JoinSet::new(),
+            crew: Crew::new(links),
             updates: VecDeque::new(),
             next_order: 0,
             usual_step: None,
             counters,
             log,
-        };
-        for slot in 0..coordinator.slots.len() {
-            coordinator.summon(slot, false, Duration::ZERO);
         }
-        coordinator
     }
 
     /// The state after the steps taken so far.
@@ -259,10 +168,7 @@ impl<L: TrainerLink> Coordinator<L> {
 
     /// How many trainers take part.
     pub fn ready_count(&self) -> usize {
-        self.slots
-            .iter()
-            .filter(|slot| slot.presence == Presence::Ready)
-            .count()
+        self.crew.which(Slot::is_ready).len()
     }
 
     /// Takes one step. When this is dropped half-way the state is as before, and the step can be
@@ -284,34 +190,17 @@ impl<L: TrainerLink> Coordinator<L> {
 
     /// Has the trainers apply the last update, and counts those that end with our very bits.
     pub async fn confirm(&mut self) -> usize {
-        let ready: Vec<usize> = self.free_workers();
-        let mut asked = JoinSet::new();
-        for index in ready {
-            let slot = &self.slots[index];
-            let Some(updates) = self.updates_since(slot.step) else {
-                continue;
-            };
-            let (epoch, step) = (self.epoch, self.state.step);
-            let order = StepOrder {
-                epoch,
-                step,
-                updates,
+        let order_for = |slot: &Slot<L>| {
+            Some(StepOrder {
+                epoch: self.epoch,
+                step: self.state.step,
+                updates: self.updates_since(slot.step)?,
                 shards: 0..0,
-            };
-            let link = slot.link.clone();
-            asked.spawn(async move { link.step(order).await });
-        }
-        let mut equal = 0;
-        let collect = async {
-            while let Some(answer) = asked.join_next().await {
-                if let Ok(Ok(reply)) = answer {
-                    equal += usize::from(reply.digest == self.digest);
-                }
-            }
+            })
         };
-        // Whoever is silent now is not counted, and nothing depends on it.
-        let _ = tokio::time::timeout(CONFIRM_MAX, collect).await;
-        equal
+        let replies = self.crew.ask_free(order_for, CONFIRM_MAX).await;
+        let is_equal = |reply: &&StepReply| reply.digest == self.digest;
+        replies.iter().filter(is_equal).count()
     }
 
     async fn reduce(&mut self) -> Result<Partial, CoordinatorError> {
@@ -327,7 +216,7 @@ impl<L: TrainerLink> Coordinator<L> {
             self.give_orders(&mut step);
             let wake = self.slow_at(&step).unwrap_or(next_report);
             tokio::select! {
-                event = next_event(&mut self.tasks) => self.handle(event, &mut step)?,
+                event = self.crew.next_event() => self.handle(event, &mut step)?,
                 () = tokio::time::sleep_until(wake) => {
                     self.mark_slow(&mut step);
                     if Instant::now() >= next_report {
@@ -342,19 +231,11 @@ impl<L: TrainerLink> Coordinator<L> {
         }
     }
 
-    /// Trainers that take part and owe no answer from an earlier step.
-    fn free_workers(&self) -> Vec<usize> {
-        let free = |slot: &Slot<L>| slot.presence == Presence::Ready && slot.orders.is_empty();
-        (0..self.slots.len())
-            .filter(|index| free(&self.slots[*index]))
-            .collect()
-    }
-
     fn give_orders(&mut self, step: &mut Step) {
         let fresh = step.reducer.missing().len() == self.spec.virtual_shards as usize
             && step.assignment.is_fresh();
         let workers = if fresh {
-            let free = self.free_workers();
+            let free = self.crew.which(Slot::is_free);
             // Below the minimum a step does not begin; one that has begun is finished by whoever
             // is left.
             if free.len() < self.required_count() {
@@ -362,12 +243,11 @@ impl<L: TrainerLink> Coordinator<L> {
             }
             free
         } else {
-            let takes_part = |index: &usize| {
-                let slot = &self.slots[*index];
-                slot.presence == Presence::Ready
-                    && (slot.orders.is_empty() || slot.step == self.state.step)
-            };
-            (0..self.slots.len()).filter(takes_part).collect()
+            // Whoever is still busy with an earlier step would answer too late.
+            let at_step = self.state.step;
+            let takes_part =
+                |slot: &Slot<L>| slot.is_free() || (slot.is_ready() && slot.step == at_step);
+            self.crew.which(takes_part)
         };
         for order in step.assignment.plan(&step.reducer.missing(), &workers) {
             self.next_order = step.assignment.next_number();
@@ -378,10 +258,9 @@ impl<L: TrainerLink> Coordinator<L> {
     /// How many must be free for a step to begin: those that owe an answer count as present.
     fn required_count(&self) -> usize {
         let owing = self
-            .slots
-            .iter()
-            .filter(|slot| slot.presence == Presence::Ready && !slot.orders.is_empty())
-            .count();
+            .crew
+            .which(|slot| slot.is_ready() && !slot.is_free())
+            .len();
         (self.spec.workers.min as usize)
             .saturating_sub(owing)
             .max(1)
@@ -389,37 +268,24 @@ impl<L: TrainerLink> Coordinator<L> {
 
     fn send(&mut self, order: Order, step: &mut Step) {
         let index = order.worker;
-        let Some(updates) = self.updates_since(self.slots[index].step) else {
+        let Some(updates) = self.updates_since(self.crew.slots()[index].step) else {
             // It was away for too many steps.
             let _ = step.assignment.lost(index);
             self.prepare(index);
             return;
         };
-        let slot = &mut self.slots[index];
-        slot.step = self.state.step;
-        slot.orders.insert(order.number, Instant::now());
-        let (link, ticket, number) = (slot.link.clone(), slot.ticket, order.number);
+        let number = order.number;
         let order = StepOrder {
             epoch: self.epoch,
             step: self.state.step,
             updates,
             shards: order.shards,
         };
-        self.tasks.spawn(async move {
-            let answer = Box::new(link.step(order).await);
-            Event {
-                slot: index,
-                ticket,
-                what: Happened::Stepped { number, answer },
-            }
-        });
+        self.crew.order(index, number, order);
     }
 
     fn handle(&mut self, event: Event, step: &mut Step) -> Result<(), CoordinatorError> {
         let index = event.slot;
-        if self.slots[index].ticket != event.ticket {
-            return Ok(());
-        }
         match event.what {
             Happened::Greeted(greeting) => self.greeted(index, greeting),
             Happened::Prepared { sent, answer } => match answer {
@@ -431,13 +297,10 @@ impl<L: TrainerLink> Coordinator<L> {
                 ),
                 Err(error) => self.failed(index, &error, step)?,
             },
-            Happened::Stepped { number, answer } => {
-                self.slots[index].orders.remove(&number);
-                match *answer {
-                    Ok(reply) => self.stepped(index, number, reply, step)?,
-                    Err(error) => self.failed(index, &error, step)?,
-                }
-            }
+            Happened::Stepped { number, answer } => match *answer {
+                Ok(reply) => self.stepped(index, number, reply, step)?,
+                Err(error) => self.failed(index, &error, step)?,
+            },
         }
         Ok(())
     }
@@ -449,7 +312,7 @@ impl<L: TrainerLink> Coordinator<L> {
         reply: StepReply,
         step: &mut Step,
     ) -> Result<(), CoordinatorError> {
-        self.slots[index].notice_ms = reply.notice_ms;
+        self.crew.slot(index).notice_ms = reply.notice_ms;
         step.assignment.answered(number);
         if reply.step != self.state.step {
             // A slow answer to a step that others have finished.
@@ -482,7 +345,7 @@ impl<L: TrainerLink> Coordinator<L> {
             dissenters.push(index);
         }
         let count = dissenters.len();
-        if count > 1 && 2 * count > self.slots.len() + 1 {
+        if count > 1 && 2 * count > self.crew.slots().len() + 1 {
             let ours = self.digest.clone();
             return Err(CoordinatorError::Outvoted {
                 step: self.state.step,
@@ -494,7 +357,9 @@ impl<L: TrainerLink> Coordinator<L> {
         self.log.line(format_args!(
             "trainer-{index} on {} has parameters {theirs} at step {}, and {} is right: its sums \
              are refused and it gets the state again",
-            self.slots[index].node, self.state.step, self.digest
+            self.crew.slots()[index].node,
+            self.state.step,
+            self.digest
         ));
         let _ = step.assignment.lost(index);
         self.prepare(index);
@@ -514,7 +379,7 @@ impl<L: TrainerLink> Coordinator<L> {
                 return Err(CoordinatorError::Fenced(current.driver_incarnation()));
             }
             LinkError::Trainer(TrainerError::Unfit(reason)) => {
-                let (node, reason) = (self.slots[index].node.clone(), reason.clone());
+                let (node, reason) = (self.crew.slots()[index].node.clone(), reason.clone());
                 return Err(CoordinatorError::Unfit {
                     slot: index,
                     node,
@@ -535,8 +400,8 @@ impl<L: TrainerLink> Coordinator<L> {
 
     fn lose(&mut self, index: usize, reason: &str, step: &mut Step) {
         let shards = step.assignment.lost(index);
-        let slot = &mut self.slots[index];
-        if slot.presence == Presence::Ready {
+        let slot = &self.crew.slots()[index];
+        if slot.is_ready() {
             self.counters.trainers_lost += 1;
             self.counters.reassigned_shards += shards as u64;
             self.epoch = self.epoch.next();
@@ -546,47 +411,11 @@ impl<L: TrainerLink> Coordinator<L> {
                 slot.node, self.state.step
             ));
         }
-        self.give_up(index);
-        self.summon(index, false, GREET_PAUSE_FIRST);
-    }
-
-    fn give_up(&mut self, index: usize) {
-        let slot = &mut self.slots[index];
-        slot.presence = Presence::Away;
-        slot.ticket += 1;
-        slot.orders.clear();
-    }
-
-    /// Waits in the background until the trainer is there; one that shall `leave` first is told.
-    fn summon(&mut self, index: usize, leave: bool, pause: Duration) {
-        let slot = &self.slots[index];
-        let (link, ticket) = (slot.link.clone(), slot.ticket);
-        self.tasks.spawn(async move {
-            if leave && let Err(error) = link.leave().await {
-                // The notice is withdrawn, or the process is gone already: the greeting tells.
-                tracing::debug!(%error, index, "a trainer did not leave");
-            }
-            let mut pause = pause;
-            loop {
-                tokio::time::sleep(pause).await;
-                match link.greet().await {
-                    Ok(greeting) => {
-                        return Event {
-                            slot: index,
-                            ticket,
-                            what: Happened::Greeted(greeting),
-                        };
-                    }
-                    // As long as the job lives it hopes for its trainers; each attempt waits.
-                    Err(error) => tracing::debug!(%error, index, "a trainer is not there yet"),
-                }
-                pause = (pause * 2).clamp(GREET_PAUSE_FIRST, GREET_PAUSE_MAX);
-            }
-        });
+        self.crew.lose(index);
     }
 
     fn greeted(&mut self, index: usize, greeting: Greeting) {
-        let slot = &mut self.slots[index];
+        let slot = self.crew.slot(index);
         if slot
             .incarnation
             .is_some_and(|known| known != greeting.incarnation)
@@ -597,7 +426,7 @@ impl<L: TrainerLink> Coordinator<L> {
         slot.node = greeting.node_name;
         slot.notice_ms = greeting.notice_ms;
         if slot.notice_ms.is_some() {
-            self.let_leave(index);
+            self.crew.let_leave(index);
         } else {
             self.prepare(index);
         }
@@ -605,29 +434,16 @@ impl<L: TrainerLink> Coordinator<L> {
 
     /// Sends the present state in the background.
     fn prepare(&mut self, index: usize) {
-        let slot = &mut self.slots[index];
-        slot.presence = Presence::Preparing;
-        // An answer to an older order says nothing about the new state.
-        slot.ticket += 1;
-        slot.orders.clear();
-        let (link, ticket, epoch) = (slot.link.clone(), slot.ticket, self.epoch);
         let sent = Held {
             step: self.state.step,
             digest: self.digest.clone(),
         };
-        let state = self.state.to_bytes();
-        self.tasks.spawn(async move {
-            let answer = link.prepare(epoch, state).await;
-            Event {
-                slot: index,
-                ticket,
-                what: Happened::Prepared { sent, answer },
-            }
-        });
+        self.crew
+            .prepare(index, self.epoch, sent, self.state.to_bytes());
     }
 
     fn joined(&mut self, index: usize, at_step: u64) {
-        let slot = &mut self.slots[index];
+        let slot = self.crew.slot(index);
         slot.presence = Presence::Ready;
         slot.step = at_step;
         self.epoch = self.epoch.next();
@@ -639,23 +455,17 @@ impl<L: TrainerLink> Coordinator<L> {
     }
 
     fn let_noticed_leave(&mut self) {
-        for index in 0..self.slots.len() {
-            let slot = &self.slots[index];
-            if slot.presence == Presence::Ready && slot.notice_ms.is_some() {
-                self.counters.handoffs += 1;
-                self.log.line(format_args!(
-                    "trainer-{index} leaves {} at step {}: the node will be taken away",
-                    slot.node, self.state.step
-                ));
-                self.epoch = self.epoch.next();
-                self.let_leave(index);
-            }
+        let noticed = |slot: &Slot<L>| slot.is_ready() && slot.notice_ms.is_some();
+        for index in self.crew.which(noticed) {
+            self.counters.handoffs += 1;
+            self.epoch = self.epoch.next();
+            self.log.line(format_args!(
+                "trainer-{index} leaves {} at step {}: the node will be taken away",
+                self.crew.slots()[index].node,
+                self.state.step
+            ));
+            self.crew.let_leave(index);
         }
-    }
-
-    fn let_leave(&mut self, index: usize) {
-        self.give_up(index);
-        self.summon(index, true, LEAVE_PAUSE);
     }
 
     fn updates_since(&self, step: u64) -> Option<Vec<Partial>> {
@@ -686,20 +496,16 @@ impl<L: TrainerLink> Coordinator<L> {
 
     /// When the next order of this step becomes slow.
     fn slow_at(&self, step: &Step) -> Option<Instant> {
-        self.slots
-            .iter()
-            .enumerate()
-            .filter(|(index, slot)| {
-                slot.step == self.state.step && !step.assignment.is_slow(*index)
-            })
-            .flat_map(|(_, slot)| slot.orders.values())
+        let orders = self.crew.slots().iter().flat_map(|slot| &slot.orders);
+        orders
+            .filter(|(number, _)| step.assignment.is_under_way(**number))
+            .map(|(_, sent)| *sent + self.slow_after())
             .min()
-            .map(|sent| *sent + self.slow_after())
     }
 
     fn mark_slow(&mut self, step: &mut Step) {
         let limit = self.slow_after();
-        for slot in &self.slots {
+        for slot in self.crew.slots() {
             for (number, sent) in &slot.orders {
                 if sent.elapsed() >= limit
                     && let Some(worker) = step.assignment.mark_slow(*number)
@@ -726,16 +532,6 @@ impl<L: TrainerLink> Coordinator<L> {
              shards are to be computed",
             self.state.step
         ));
-    }
-}
-
-/// The next thing that happens; never, where nothing is under way.
-async fn next_event(tasks: &mut JoinSet<Event>) -> Event {
-    match tasks.join_next().await {
-        Some(Ok(event)) => event,
-        // Only we abort tasks, by dropping all of them.
-        Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
-        None => std::future::pending().await,
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use mobula::{CallFailure, Cluster};
 use mobula_core::Incarnation;
 
-use super::coordinator::{LinkError, TrainerLink};
+use super::crew::{LinkError, TrainerLink};
 use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
 use super::named_actor::NamedActor;
 use super::spec::TrainSpec;

@@ -18,7 +18,8 @@
 //!
 //! * [`job`] is the driver of a training job, from its TOML to its result; [`resume`] finds where a driver
 //!   that was started again goes on; [`saving`] keeps checkpoints coming; [`publish`] stores the model.
-//! * [`coordinator`] leads the trainers from step to step; [`assignment`] plans who computes what.
+//! * [`coordinator`] leads the trainers from step to step; [`crew`] knows who is there, and [`assignment`]
+//!   plans who computes what.
 //! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what both sides say;
 //!   [`link`] is the way between them.
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
@@ -43,6 +44,7 @@ mod product;
 
 pub mod assignment;
 pub mod coordinator;
+pub mod crew;
 pub mod job;
 pub mod job_log;
 pub mod link;
@@ -51,6 +53,7 @@ pub mod named_actor;
 pub mod progress;
 pub mod publish;
 pub mod replica;
+pub mod result;
 pub mod resume;
 pub mod saving;
 pub mod trainer;

@@ -8,7 +8,8 @@ use std::time::Duration;
 use mobula_core::Incarnation;
 use tokio::task::JoinSet;
 
-use super::coordinator::{Counters, TrainerLink};
+use super::coordinator::Counters;
+use super::crew::TrainerLink;
 use super::job_log::JobLog;
 use super::link::ClusterLink;
 use super::messages::Held;

@@ -73,7 +73,7 @@ impl Run {
                     return handle.id().0;
                 }
                 Err(error) => {
-                    println!("client {client}, {key}: {error} ({})", error.executed());
+                    println!("client {client}, {key}: {error}");
                     match error.executed() {
                         Executed::No => pending.not_executed(),
                         Executed::Yes | Executed::Unknown => pending.unknown(),

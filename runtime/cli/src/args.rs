@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use mobula_core::id::{ActorId, JobId};
 
-/// An actor-based distributed runtime with a head that cannot be lost.
+/// An actor-based distributed runtime: a head, workers, and jobs made of actors, in one binary.
 #[derive(Parser)]
 #[command(name = "mobula", version, arg_required_else_help = true)]
 pub(crate) struct Arguments {
@@ -78,6 +78,13 @@ pub(crate) enum Command {
     Explain(ExplainArguments),
 }
 
+impl Command {
+    /// Whether it goes on until it is stopped.
+    pub(crate) fn is_daemon(&self) -> bool {
+        matches!(self, Command::Head(_) | Command::Worker(_))
+    }
+}
+
 #[derive(Args)]
 pub(crate) struct HeadArguments {
     /// Configuration file; see cluster-configs/.
@@ -140,8 +147,8 @@ pub(crate) enum LocalCommand {
 
 #[derive(Args, Clone)]
 pub(crate) struct LocalDirectory {
-    /// Where it keeps everything [default: ~/.mobula/local].
-    #[arg(long, value_name = "DIR", env = "MOBULA_CLUSTER")]
+    /// Where it keeps everything [default: --cluster, or ~/.mobula/local].
+    #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
 }
 

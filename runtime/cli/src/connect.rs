@@ -1,6 +1,8 @@
 //! From the options to a connected cluster.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use mobula::Cluster;
@@ -13,19 +15,26 @@ pub(crate) fn default_local_dir() -> anyhow::Result<PathBuf> {
     Ok(PathBuf::from(home).join(".mobula/local"))
 }
 
+/// After which silence is said what is being waited for.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Connects to the cluster that the options name.
 pub(crate) async fn connect(target: &Target) -> anyhow::Result<Cluster> {
     if let (Some(api), Some(file)) = (&target.api, &target.token_file) {
         let token = std::fs::read_to_string(file)
             .with_context(|| format!("the token file {} cannot be read", file.display()))?;
-        return Cluster::connect(&api.to_string(), token.trim())
-            .await
-            .with_context(|| format!("no connection to the head at {api}"));
+        return connect_to(*api, token.trim()).await;
     }
     let dir = match &target.cluster {
         Some(dir) => dir.clone(),
         None => default_local_dir()?,
     };
+    // SDK programs understand this form of MOBULA_CLUSTER too.
+    if let Some(api) = dir.to_str().and_then(|text| text.parse().ok()) {
+        let token = std::env::var("MOBULA_TOKEN")
+            .context("MOBULA_TOKEN is not set: it must hold a client token of that cluster")?;
+        return connect_to(api, token.trim()).await;
+    }
     if !dir.join(crate::local::CLUSTER_FILE).exists() {
         bail!(
             "there is no cluster in {}: start one with `mobula local up`, or name one with \
@@ -33,7 +42,25 @@ pub(crate) async fn connect(target: &Target) -> anyhow::Result<Cluster> {
             dir.display()
         );
     }
-    Cluster::from_data_dir(&dir)
+    patiently(Cluster::from_data_dir(&dir))
         .await
         .with_context(|| format!("no connection to the cluster in {}", dir.display()))
+}
+
+async fn connect_to(api: SocketAddr, token: &str) -> anyhow::Result<Cluster> {
+    patiently(Cluster::connect(&api.to_string(), token))
+        .await
+        .with_context(|| format!("no connection to the head at {api}"))
+}
+
+/// Says what is being waited for when it takes long: a head may be on its way back.
+async fn patiently<T>(connecting: impl Future<Output = T>) -> T {
+    tokio::pin!(connecting);
+    match tokio::time::timeout(PATIENCE, &mut connecting).await {
+        Ok(connected) => connected,
+        Err(_) => {
+            eprintln!("waiting for the head …");
+            connecting.await
+        }
+    }
 }

@@ -35,8 +35,14 @@ pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result
         }
         JobsCommand::Logs { job, follow } => print_logs(&cluster, job, follow).await?,
         JobsCommand::Stop { job } => {
-            cluster.job_handle(job).stop().await?;
-            println!("{job} is stopping");
+            let handle = cluster.job_handle(job);
+            handle.stop().await?;
+            let now = handle.status().await?;
+            if now.ended_ms.is_some() {
+                println!("{job} has ended: {}", now.state);
+            } else {
+                println!("{job} is stopping");
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -31,6 +31,9 @@ fn main() -> ExitCode {
         return code;
     }
     let arguments = Arguments::parse();
+    if !arguments.command.is_daemon() {
+        end_quietly_on_a_closed_pipe();
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -50,12 +53,19 @@ fn main() -> ExitCode {
     }
 }
 
+/// `mobula … | head` ends when `head` has seen enough, as other commands do, instead of panicking
+/// over the write that fails. Daemons keep ignoring the signal: their peers come and go.
+fn end_quietly_on_a_closed_pipe() {
+    // SAFETY: sets a signal's disposition before any thread is started; no handler is involved.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let target = arguments.target;
     match arguments.command {
         Command::Head(options) => head::run(options).await?,
         Command::Worker(options) => worker::run(options).await?,
-        Command::Local(command) => return local::run(command).await,
+        Command::Local(command) => return local::run(&target, command).await,
         Command::Demo(options) => return demo::run(options).await,
         Command::Submit(options) => return submit::run(&target, options).await,
         Command::Jobs(command) => return jobs::run(&target, command).await,

@@ -1,12 +1,14 @@
 //! `mobula nodes`.
 
+use mobula_core::clock::Clock;
 use mobula_core::id::NodeId;
 use mobula_core::resource::Milli;
 use mobula_wire::control::{DrainNodeRequest, ListNodesRequest, PreemptNodeRequest, Resources};
 
 use crate::args::{NodesCommand, Target};
+use crate::clock::SystemClock;
 use crate::connect::connect;
-use crate::output::{or_dash, print_json, print_table};
+use crate::output::{age, or_dash, print_json, print_table};
 
 /// A node by id (`node-3`, `3`) or by name.
 fn id_or_name(text: &str) -> (u64, String) {
@@ -38,6 +40,7 @@ pub(crate) async fn run(target: &Target, command: NodesCommand) -> anyhow::Resul
             if format.json {
                 return print_json(&reply.nodes);
             }
+            let now_ms = SystemClock.now_ms();
             let rows: Vec<Vec<String>> = reply
                 .nodes
                 .iter()
@@ -50,19 +53,13 @@ pub(crate) async fn run(target: &Target, command: NodesCommand) -> anyhow::Resul
                         amount(free, capacity, |r| r.cpu_milli),
                         amount(free, capacity, |r| r.gpu_milli),
                         node.actors.to_string(),
-                        or_dash(node.deadline_ms),
+                        or_dash(node.deadline_ms.map(|at| format!("in {}", age(now_ms, at)))),
                     ]
                 })
                 .collect();
             print_table(
                 &[
-                    "ID",
-                    "NAME",
-                    "STATE",
-                    "CPU FREE",
-                    "GPU FREE",
-                    "ACTORS",
-                    "DEADLINE_MS",
+                    "ID", "NAME", "STATE", "CPU FREE", "GPU FREE", "ACTORS", "GONE",
                 ],
                 &rows,
             );

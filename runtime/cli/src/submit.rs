@@ -1,6 +1,8 @@
 //! `mobula submit`: a program that uses the SDK, or a TOML file for a built-in job.
 
 use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -30,6 +32,9 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
             "{} is not a file: give a program, or a .toml job",
             arguments.program.display()
         );
+    }
+    if train.is_none() {
+        require_executable(&arguments.program)?;
     }
     let cluster = connect(target).await?;
     let name = match (&arguments.name, &train) {
@@ -82,8 +87,8 @@ async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<Exit
         eprintln!("{id} succeeded");
         return Ok(ExitCode::SUCCESS);
     }
-    let why = job.exit_reason.as_deref().unwrap_or("no reason is known");
-    eprintln!("{id} {}: {why}", job.state);
+    let why = job.exit_reason.as_deref().unwrap_or(&job.state);
+    eprintln!("{id}: {why}");
     Ok(ExitCode::FAILURE)
 }
 
@@ -93,6 +98,23 @@ fn read_train_file(arguments: &SubmitArguments) -> anyhow::Result<(TrainSpec, St
         .with_context(|| format!("the job file {} cannot be read", path.display()))?;
     let spec = TrainSpec::from_toml(&text, &path.display().to_string())?;
     Ok((spec, text))
+}
+
+/// A program is run on every worker, so what cannot be one is refused here.
+fn require_executable(path: &Path) -> anyhow::Result<()> {
+    const ELF: &[u8; 4] = b"\x7fELF";
+    let mut start = [0; 4];
+    let read = std::fs::File::open(path)
+        .and_then(|mut file| file.read_exact(&mut start))
+        .is_ok();
+    if read && start == *ELF {
+        return Ok(());
+    }
+    bail!(
+        "{} is not a Linux program: give a binary that uses the SDK (`cargo build` makes it under \
+         target/), or a .toml job",
+        path.display()
+    )
 }
 
 fn file_stem(arguments: &SubmitArguments) -> anyhow::Result<String> {

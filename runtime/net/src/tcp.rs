@@ -328,6 +328,14 @@ pub enum ApiConnectError {
         /// Why not.
         rejection: PeerRejection,
     },
+    /// The connection broke before it could be used: whoever listens there is going, or coming.
+    #[error("the connection to {address} broke while it was set up: {reason}; try again")]
+    Interrupted {
+        /// The address.
+        address: SocketAddr,
+        /// What happened.
+        reason: String,
+    },
     /// The TLS handshake failed in another way: not Mobula, or it refused us.
     #[error("tls handshake with {address} failed: {reason}")]
     Handshake {
@@ -358,6 +366,7 @@ impl ApiConnectError {
             ApiConnectError::ConnectionRefused { .. }
                 | ApiConnectError::Unreachable { .. }
                 | ApiConnectError::TimedOut { .. }
+                | ApiConnectError::Interrupted { .. }
         )
     }
 }
@@ -395,6 +404,9 @@ pub async fn connect_channel(
                 if let Some(ours) = inner.downcast_ref::<ApiConnectError>() {
                     return ours.clone();
                 }
+                if let Some(error) = inner.downcast_ref::<io::Error>() {
+                    return interrupted(address, error);
+                }
                 source = inner.source();
             }
             ApiConnectError::Protocol {
@@ -426,9 +438,13 @@ async fn connect_stream(
                     reason: error.to_string(),
                 },
             })?;
-        let failed = |error: io::Error| ApiConnectError::Handshake {
-            address,
-            reason: error.to_string(),
+        let failed = |error: io::Error| match error.kind() {
+            // What rustls says of a peer that speaks, but not as it must.
+            io::ErrorKind::InvalidData => ApiConnectError::Handshake {
+                address,
+                reason: error.to_string(),
+            },
+            _ => interrupted(address, &error),
         };
         stream.set_nodelay(true).map_err(failed)?;
         let name = ServerName::try_from(SERVER_NAME).expect("the fixed name is a DNS name");
@@ -443,6 +459,13 @@ async fn connect_stream(
     tokio::time::timeout(CONNECT_TIMEOUT, attempt)
         .await
         .unwrap_or_else(|_| Err(timed_out(address)))
+}
+
+fn interrupted(address: SocketAddr, error: &io::Error) -> ApiConnectError {
+    ApiConnectError::Interrupted {
+        address,
+        reason: error.to_string(),
+    }
 }
 
 fn timed_out(address: SocketAddr) -> ApiConnectError {

@@ -192,6 +192,25 @@ async fn each_reason_for_no_connection_has_its_own_error() {
         matches!(error, ApiConnectError::Handshake { .. }),
         "{error}"
     );
+    assert!(!error.is_retryable());
+}
+
+#[tokio::test]
+async fn a_head_that_dies_during_the_handshake_may_be_asked_again() {
+    let ca = ClusterCa::create("demo").unwrap();
+    let listener = tokio::net::TcpListener::bind(loopback()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (error, ()) = tokio::join!(
+        connect_channel(address, ClientTls::Pinned(ca.key_hash())),
+        // As a killed process does: its kernel ends the connection before a word is answered.
+        async { drop(listener.accept().await.unwrap()) }
+    );
+    let error = error.unwrap_err();
+    assert!(
+        matches!(error, ApiConnectError::Interrupted { .. }),
+        "{error}"
+    );
+    assert!(error.is_retryable());
 }
 
 #[tokio::test]

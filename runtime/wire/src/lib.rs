@@ -2,7 +2,7 @@
 //!
 //! * [`frame`]: the envelope of everything that is not gRPC; [`hello`]: how a stream begins.
 //! * [`session`]: worker agent and leader. [`host`]: agent and host process. [`call`]: calls of
-//!   actors. [`raft`]: head and head.
+//!   actors.
 //! * [`control`]: the gRPC control API, generated from `proto/mobula/v1/control.proto`;
 //!   [`convert`]: its messages to and from the types of `mobula-core`.
 //!
@@ -15,7 +15,6 @@ pub mod convert;
 pub mod frame;
 pub mod hello;
 pub mod host;
-pub mod raft;
 pub mod session;
 
 pub use mobula_core::codec;

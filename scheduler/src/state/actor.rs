@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::node::Lease;
 use super::{Apply, group, job};
 use crate::command::EventOutcome;
-use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT};
+use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT, STARTS_KEPT_MAX};
 use crate::placement::gpu::GpuShare;
 use crate::row::{
     self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, LEASES,
@@ -42,6 +42,17 @@ pub(crate) struct ActorRow {
     /// Those restarts that count against the policy.
     pub(crate) counted_restarts: u32,
     pub(crate) last_exit: Option<ExitReason>,
+    /// Its latest starts, oldest first: where its output is.
+    pub(crate) starts: Vec<Start>,
+}
+
+/// One start of an actor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    /// The node that it was given to.
+    pub node: NodeId,
+    /// Its incarnation there.
+    pub incarnation: Incarnation,
 }
 
 /// Where an actor stands.
@@ -228,6 +239,7 @@ pub(crate) fn create(
         restarts: 0,
         counted_restarts: 0,
         last_exit: None,
+        starts: Vec::new(),
     };
     make_pending(apply, actor, 0);
     id
@@ -290,6 +302,10 @@ pub(crate) fn assign(apply: &mut Apply<'_>, mut actor: ActorRow, grant: Grant) -
     };
     row::put(apply.txn, LEASES, &row::pair(node.0, actor.id.0), &lease);
     actor.incarnation = incarnation;
+    if actor.starts.len() >= STARTS_KEPT_MAX {
+        actor.starts.remove(0);
+    }
+    actor.starts.push(Start { node, incarnation });
     actor.state = ActorState::Assigned {
         node,
         node_incarnation,

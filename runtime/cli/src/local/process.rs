@@ -27,6 +27,11 @@ pub(crate) fn start_time_of(pid: u32) -> Option<u64> {
 /// Starts this binary with `arguments`, its output in `log`, in a process group of its own, so
 /// that a Ctrl-C in this terminal does not reach it.
 pub(crate) fn spawn(arguments: &[String], log: &Path) -> anyhow::Result<Child> {
+    // What an earlier process wrote is kept beside, so that errors show this one's lines only.
+    if log.exists() {
+        std::fs::rename(log, log.with_extension("log.previous"))
+            .with_context(|| format!("the log {} cannot be moved", log.display()))?;
+    }
     let program = std::env::current_exe().context("this program's own path is not known")?;
     let output = File::options()
         .create(true)

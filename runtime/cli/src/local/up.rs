@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::process::{spawn, start_time_of, wait_for_file};
 use super::record::{ClusterRecord, ProcessRecord};
-use super::{data_dir, stop_all};
+use super::stop_all;
 use crate::args::LocalUpArguments;
 use crate::output::print_json;
 
@@ -32,7 +32,7 @@ pub(crate) struct LocalOptions {
     pub(crate) config: Option<PathBuf>,
 }
 
-pub(crate) async fn run(arguments: LocalUpArguments) -> anyhow::Result<()> {
+pub(crate) async fn run(data_dir: PathBuf, arguments: LocalUpArguments) -> anyhow::Result<()> {
     if arguments.heads != 1 {
         bail!(
             "--heads {} is not possible: this version runs one head; leave the option out",
@@ -40,7 +40,7 @@ pub(crate) async fn run(arguments: LocalUpArguments) -> anyhow::Result<()> {
         );
     }
     let options = LocalOptions {
-        data_dir: data_dir(&arguments.directory)?,
+        data_dir,
         workers: arguments.workers,
         cpus: arguments.cpus,
         storage_url: arguments.storage_url,

@@ -193,7 +193,7 @@ fn what_does_not_exist_is_said_so() {
     let cluster = TestCluster::up(1);
     let cases: [(&[&str], &str); 8] = [
         (&["jobs", "show", "job-99"], "job-99"),
-        (&["jobs", "show", "node-1"], "is not a job id"),
+        (&["jobs", "show", "node-1"], "expected `job-<number>`"),
         (&["actors", "show", "actor-99"], "actor-99"),
         (&["nodes", "drain", "nobody"], "no node is called `nobody`"),
         (

@@ -216,12 +216,9 @@ fn an_endpoint_answers_the_protocol_refuses_with_reasons_and_goes_without_a_trac
         1
     );
 
-    let pids: BTreeSet<u64> = ["serving/", "drift/"]
-        .iter()
-        .flat_map(|prefix| served.actors(prefix))
-        .map(|actor| actor["pid"].as_u64().unwrap())
-        .collect();
-    assert!(!pids.is_empty());
+    // The replicas and their router, and the monitor.
+    assert_eq!(served.actors("serving/").len() as u64, REPLICAS + 1);
+    assert_eq!(served.actors("drift/").len(), 1);
     cluster.ok(&["serve", "delete", "digits"]);
     wait_for("the endpoint to be gone", || {
         let listed = cluster.json(&["serve", "list"]);
@@ -510,8 +507,16 @@ fn requests_are_answered_while_a_replica_dies_and_comes_back() {
         (replica["state"] == "running").then(|| replica["pid"].as_u64())?
     };
     let pid = wait_for("a replica to run", running);
+    let mut2 = served.actors("serving/digits/replica-2");
     kill_9(u32::try_from(pid).unwrap());
-    // Every answer is the right one, from the kill until the replica runs again.
+    if std::env::var("MUT").is_ok() {
+        kill_9(u32::try_from(mut2[0]["pid"].as_u64().unwrap()).unwrap());
+    }
+    // Every answer is the right one: from the kill, which some of the first requests run into,
+    // until the replica runs again.
+    for _ in 0..20 {
+        assert_eq!(served.classify(image), expected);
+    }
     wait_for("the replica to run again", || {
         assert_eq!(served.classify(image), expected);
         running().filter(|now| *now != pid)
@@ -555,7 +560,7 @@ fn images_unlike_the_training_data_raise_a_drift_event_and_others_do_not() {
         };
         let row = rows.iter().find(is_feature).unwrap();
         assert_eq!(row["current_count"], WINDOW_ROWS, "{row}");
-        assert!(row["reference_count"].as_u64().unwrap() > 1000, "{row}");
+        assert!(row["reference_count"].as_u64().unwrap() >= 1000, "{row}");
         assert!(row["threshold"].as_f64().unwrap() > 0.0, "{row}");
     }
     let psi = rows.iter().find(|row| row["statistic"] == "psi").unwrap();

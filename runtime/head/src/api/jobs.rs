@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mobula_core::control::{Caller, Subject};
 use mobula_core::error::{ErrorCode, Rejection};
-use mobula_core::id::{ActorId, Incarnation, JobId, NodeId};
+use mobula_core::id::{ActorId, Incarnation, JobId};
 use mobula_core::spec::{JobSpec, Program};
 use mobula_scheduler::{Command, Query, QueryResponse, Response};
 use mobula_wire::control::{self as api, Empty};
@@ -17,6 +17,9 @@ use crate::context::HeadContext;
 
 /// How often a waiter looks again even though nothing woke it: wake-ups are hints.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Pending jobs of a list that are explained: each explanation looks at every node.
+const EXPLAINED_MAX: usize = 100;
 
 pub(super) async fn submit(
     context: &HeadContext,
@@ -93,7 +96,19 @@ pub(super) async fn list(
                 .map(views::job),
         );
     }
+    let pending = jobs.iter_mut().filter(|job| job.state == "pending");
+    for job in pending.take(EXPLAINED_MAX) {
+        job.pending_reason = pending_reason(context, JobId(job.id)).await?;
+    }
     Ok(api::ListJobsReply { jobs })
+}
+
+/// What keeps a job's driver pending.
+async fn pending_reason(context: &HeadContext, job: JobId) -> Result<Option<String>, Status> {
+    match context.ask(Query::ExplainJob { job }).await? {
+        QueryResponse::Explained(why) => Ok(Some(why.verdict)),
+        _ => Ok(None),
+    }
 }
 
 /// A job, with what keeps its driver pending.
@@ -101,36 +116,11 @@ pub(super) async fn view(context: &HeadContext, job: JobId) -> Result<api::Job, 
     let QueryResponse::Job(view) = context.ask(Query::Job { job }).await? else {
         return Err(Status::internal("the scheduler answered another question"));
     };
-    let is_pending = view.state == "pending";
     let mut message = views::job(view);
-    if is_pending
-        && let QueryResponse::Explained(why) = context.ask(Query::ExplainJob { job }).await?
-    {
-        message.pending_reason = Some(why.verdict);
+    if message.state == "pending" {
+        message.pending_reason = pending_reason(context, job).await?;
     }
     Ok(message)
-}
-
-/// A job and its driver.
-pub(super) async fn view_with_driver(
-    context: &HeadContext,
-    job: JobId,
-) -> Result<(api::Job, api::Actor), Status> {
-    let job = view(context, job).await?;
-    match context
-        .ask(Query::Actor {
-            actor: ActorId(job.driver),
-        })
-        .await?
-    {
-        QueryResponse::Actor(driver) => Ok((job, views::actor(driver))),
-        _ => Err(Status::internal("the scheduler answered another question")),
-    }
-}
-
-/// Where a driver is, or was last.
-pub(super) fn place_of(driver: &api::Actor) -> Option<(NodeId, Incarnation)> {
-    Some((NodeId(driver.node?), Incarnation(driver.incarnation?)))
 }
 
 pub(super) async fn get(

@@ -7,7 +7,8 @@ use std::time::Duration;
 use futures::Stream;
 use mobula_core::control::Caller;
 use mobula_core::error::{ErrorCode, Rejection};
-use mobula_core::id::{Incarnation, JobId, NodeId};
+use mobula_core::id::{ActorId, JobId};
+use mobula_scheduler::{Query, QueryResponse, Start};
 use mobula_wire::control as api;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -48,11 +49,46 @@ pub(super) async fn job_logs(
 }
 
 /// Where reading stands.
-#[derive(PartialEq, Eq)]
 struct Position {
-    node: NodeId,
-    incarnation: Incarnation,
+    start: Start,
     offset: u64,
+}
+
+/// What there is to read of a job.
+struct Readable {
+    driver: ActorId,
+    /// The driver's starts, oldest first.
+    starts: Vec<Start>,
+    has_ended: bool,
+}
+
+async fn readable(context: &HeadContext, job: JobId) -> Result<Readable, Status> {
+    let view = jobs::view(context, job).await?;
+    let actor = ActorId(view.driver);
+    match context.ask(Query::Actor { actor }).await? {
+        QueryResponse::Actor(driver) => Ok(Readable {
+            driver: actor,
+            starts: driver.starts,
+            has_ended: view.ended_ms.is_some(),
+        }),
+        _ => Err(Status::internal("the scheduler answered another question")),
+    }
+}
+
+/// A client that went away; nobody is left to tell.
+struct ClientGone;
+
+struct Sender(mpsc::Sender<Result<api::LogChunk, Status>>);
+
+impl Sender {
+    async fn send(&self, data: Vec<u8>) -> Result<(), ClientGone> {
+        let chunk = Ok(api::LogChunk { data });
+        self.0.send(chunk).await.map_err(|_| ClientGone)
+    }
+
+    async fn note(&self, text: String) -> Result<(), ClientGone> {
+        self.send(format!("--- {text} ---\n").into_bytes()).await
+    }
 }
 
 async fn send_log(
@@ -61,87 +97,85 @@ async fn send_log(
     follow: bool,
     pieces: mpsc::Sender<Result<api::LogChunk, Status>>,
 ) {
+    // An error means that the client is gone, which ends the work and concerns nobody else.
+    let _ = send_starts(&context, job, follow, &Sender(pieces)).await;
+}
+
+/// Sends the output of one start of the driver after the other.
+async fn send_starts(
+    context: &HeadContext,
+    job: JobId,
+    follow: bool,
+    sender: &Sender,
+) -> Result<(), ClientGone> {
     let mut position: Option<Position> = None;
-    while !pieces.is_closed() {
-        let (view, driver) = match jobs::view_with_driver(&context, job).await {
-            Ok(found) => found,
+    loop {
+        let readable = match readable(context, job).await {
+            Ok(readable) => readable,
             Err(status) => {
-                let _ = pieces.send(Err(status)).await;
-                return;
+                return sender.0.send(Err(status)).await.map_err(|_| ClientGone);
             }
         };
-        let ended = view.ended_ms.is_some();
-        if let Some((node, incarnation)) = jobs::place_of(&driver) {
-            let restarted = position
-                .as_ref()
-                .is_some_and(|p| p.incarnation != incarnation);
-            if restarted {
-                let note = format!("--- restarted on {node} ({incarnation}) ---\n");
-                if pieces
-                    .send(Ok(api::LogChunk {
-                        data: note.into_bytes(),
-                    }))
-                    .await
-                    .is_err()
-                {
-                    return;
-                }
+        let is_over = readable.has_ended || !follow;
+        if position.is_none() {
+            position = readable.starts.first().map(|start| Position {
+                start: *start,
+                offset: 0,
+            });
+        }
+        let Some(here) = &mut position else {
+            if is_over {
+                return Ok(());
             }
-            if restarted || position.is_none() {
+            tokio::time::sleep(FOLLOW_INTERVAL).await;
+            continue;
+        };
+        let next = readable
+            .starts
+            .iter()
+            .find(|start| start.incarnation > here.start.incarnation);
+        match read_piece(context, readable.driver, here).await {
+            Some(data) if !data.is_empty() => {
+                here.offset += data.len() as u64;
+                sender.send(data).await?;
+                continue;
+            }
+            Some(_) => {}
+            None if next.is_some() || is_over => {
+                let node = here.start.node;
+                sender
+                    .note(format!(
+                        "the output on {node} cannot be read: it has no session"
+                    ))
+                    .await?;
+            }
+            None => {}
+        }
+        match next {
+            Some(start) => {
+                let Start { node, incarnation } = *start;
+                sender
+                    .note(format!("started again on {node} ({incarnation})"))
+                    .await?;
                 position = Some(Position {
-                    node,
-                    incarnation,
+                    start: *start,
                     offset: 0,
                 });
             }
-        }
-        let mut read = 0;
-        if let Some(position) = &mut position {
-            match read_piece(&context, &driver, position).await {
-                Some(data) => {
-                    read = data.len();
-                    position.offset += read as u64;
-                    if read > 0 && pieces.send(Ok(api::LogChunk { data })).await.is_err() {
-                        return;
-                    }
-                }
-                None if ended || !follow => {
-                    let note = format!(
-                        "--- the output on {} cannot be read: no session ---\n",
-                        position.node
-                    );
-                    let _ = pieces
-                        .send(Ok(api::LogChunk {
-                            data: note.into_bytes(),
-                        }))
-                        .await;
-                    return;
-                }
-                None => {}
-            }
-        }
-        if read == 0 {
-            if ended || !follow {
-                return;
-            }
-            tokio::time::sleep(FOLLOW_INTERVAL).await;
+            None if is_over => return Ok(()),
+            None => tokio::time::sleep(FOLLOW_INTERVAL).await,
         }
     }
 }
 
 async fn read_piece(
     context: &HeadContext,
-    driver: &api::Actor,
+    driver: ActorId,
     position: &Position,
 ) -> Option<Vec<u8>> {
+    let Start { node, incarnation } = position.start;
     context
         .sessions
-        .read_log(
-            position.node,
-            mobula_core::id::ActorId(driver.id),
-            position.incarnation,
-            position.offset,
-            PIECE_BYTES,
-        )
+        .read_log(node, driver, incarnation, position.offset, PIECE_BYTES)
         .await
 }

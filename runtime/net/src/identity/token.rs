@@ -33,7 +33,7 @@ pub struct Token {
 pub enum TokenError {
     /// Not of our form at all.
     #[error(
-        "this is not a mobula token: expected `mbl1.<role>.<ca hash>.<secret>`, as `mobula token \
+        "this is not a mobula token: expected `mbl1.<role>.<ca hash>.<secret>`, as `mobula tokens \
          create` prints it; check that it was copied whole"
     )]
     Form,

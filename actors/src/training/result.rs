@@ -1,0 +1,48 @@
+//! What a training job leaves as its result, in stable names.
+
+use serde::{Deserialize, Serialize};
+
+/// What a training job leaves as its result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainResult {
+    /// BLAKE3 of weights and optimizer state, in hex.
+    pub weights_blake3: String,
+    /// Share of the held-out samples that are classified correctly.
+    pub accuracy: f64,
+    /// Steps taken.
+    pub steps: u64,
+    /// Starts of the driver after the first.
+    pub restarts: u32,
+    /// Steps that had to be taken again.
+    pub lost_steps: u64,
+    /// Whether `lost_steps` is complete: false if once nobody was left who knew.
+    pub lost_steps_known: bool,
+    /// Starts of trainers after the first ones.
+    pub trainer_restarts: u64,
+    /// Trainers that were lost while they took part, as far as this driver or a checkpoint knows.
+    pub trainers_lost: u64,
+    /// Trainers that left a node with notice.
+    pub handoffs: u64,
+    /// Shards that were given to other trainers because theirs was lost.
+    pub reassigned_shards: u64,
+    /// Sums that were refused because they came from other bits.
+    pub digest_mismatches: u64,
+    /// Trainers that hold the final bits at the end.
+    pub replicas_agreeing: u64,
+    /// Checkpoints that were committed.
+    pub checkpoints: u64,
+    /// Checkpoints that failed verification.
+    pub rejected_checkpoints: u64,
+    /// From the first start of the driver until now.
+    pub wall_ms: u64,
+    /// Samples in a second, of the last driver that took steps.
+    pub samples_per_second: f64,
+    /// BLAKE3 of the model version's file, which is also its name in the object store.
+    pub model_digest: String,
+    /// Its size.
+    pub model_size_bytes: u64,
+    /// The name under which it was registered, if it was.
+    pub model: Option<String>,
+    /// The version that it got there.
+    pub model_version: Option<u64>,
+}
