@@ -45,6 +45,17 @@ impl Settings {
     }
 }
 
+impl Settings {
+    /// The settings of one of so many rounds.
+    #[must_use]
+    pub fn round_of(self, rounds: u32) -> Settings {
+        Settings {
+            warm_up: self.warm_up / rounds,
+            length: self.length / rounds,
+        }
+    }
+}
+
 /// What came out of measuring one thing.
 #[derive(Debug, Clone)]
 pub struct Samples {
@@ -53,7 +64,9 @@ pub struct Samples {
 }
 
 impl Samples {
-    fn new() -> Self {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
         let max = u64::try_from(LATENCY_MAX.as_nanos()).expect("a minute in nanoseconds fits");
         Samples {
             latencies_ns: Histogram::new_with_bounds(1, max, DIGITS)
@@ -65,6 +78,12 @@ impl Samples {
     fn record(&mut self, latency: Duration) {
         let nanoseconds = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
         self.latencies_ns.saturating_record(nanoseconds);
+    }
+
+    /// Takes in what another round of the same measured.
+    pub fn merge(&mut self, other: &Samples) {
+        self.latencies_ns += &other.latencies_ns;
+        self.elapsed += other.elapsed;
     }
 
     /// How many times it was done.
@@ -83,6 +102,12 @@ impl Samples {
     #[must_use]
     pub fn quantile(&self, share: f64) -> Duration {
         Duration::from_nanos(self.latencies_ns.value_at_quantile(share))
+    }
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Samples::new()
     }
 }
 
@@ -129,7 +154,7 @@ where
         let all: Vec<_> = (0..callers).map(|_| Box::pin(caller())).collect();
         let mut sum = Samples::new();
         for one in futures::future::join_all(all).await {
-            sum.latencies_ns += &one.latencies_ns;
+            sum.merge(&one);
         }
         sum.elapsed = start.elapsed();
         sum
@@ -161,5 +186,8 @@ mod tests {
         let samples = repeat(settings, || done += 1);
         assert_eq!(samples.count(), done);
         assert!(samples.quantile(0.5) <= samples.quantile(0.99));
+        let mut twice = samples.clone();
+        twice.merge(&samples);
+        assert_eq!(twice.count(), 2 * done);
     }
 }

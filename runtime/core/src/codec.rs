@@ -4,7 +4,7 @@
 //! It lives in the lowest crate because replicated tables are encoded with it too, and those may
 //! not import the wire. Nothing else names bincode, so that it can be replaced in this file.
 
-use bincode::config::{Configuration, Fixint, LittleEndian, NoLimit};
+use bincode::config::{Configuration, Fixint, Limit, LittleEndian, NoLimit};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -67,8 +67,9 @@ pub fn encode_plain<T: Serialize + ?Sized>(value: &T) -> Vec<u8> {
 
 /// Decodes all of `bytes`, which may be at most `limit_bytes` long.
 ///
-/// A length prefix cannot make this allocate more than the input could hold: serde's containers
-/// reserve cautiously and the input itself is bounded.
+/// A length prefix inside cannot make this allocate much more than the input itself: bincode
+/// claims what a prefix promises from a budget, which is the smallest of three that holds the
+/// input. (The budget is a type parameter there, hence steps instead of the exact size.)
 pub fn decode<T: DeserializeOwned>(bytes: &[u8], limit_bytes: usize) -> Result<T, DecodeError> {
     if bytes.len() > limit_bytes {
         return Err(DecodeError::TooLarge {
@@ -76,14 +77,32 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8], limit_bytes: usize) -> Result<T
             limit_bytes,
         });
     }
+    const SMALL: usize = 1 << 20;
+    const MEDIUM: usize = 16 << 20;
+    const LARGE: usize = 256 << 20;
+    match bytes.len() {
+        0..=SMALL => decode_within::<T, SMALL>(bytes),
+        ..=MEDIUM => decode_within::<T, MEDIUM>(bytes),
+        ..=LARGE => decode_within::<T, LARGE>(bytes),
+        size_bytes => Err(DecodeError::TooLarge {
+            size_bytes,
+            limit_bytes: LARGE,
+        }),
+    }
+}
+
+fn decode_within<T: DeserializeOwned, const BUDGET_BYTES: usize>(
+    bytes: &[u8],
+) -> Result<T, DecodeError> {
     let type_name = std::any::type_name::<T>();
-    let (value, used) =
-        bincode::serde::decode_from_slice(bytes, configuration()).map_err(|error| {
-            DecodeError::Malformed {
-                type_name,
-                reason: error.to_string(),
-            }
-        })?;
+    let budgeted: Configuration<LittleEndian, Fixint, Limit<BUDGET_BYTES>> =
+        configuration().with_limit::<BUDGET_BYTES>();
+    let (value, used) = bincode::serde::decode_from_slice(bytes, budgeted).map_err(|error| {
+        DecodeError::Malformed {
+            type_name,
+            reason: error.to_string(),
+        }
+    })?;
     match bytes.len() - used {
         0 => Ok(value),
         count => Err(DecodeError::TrailingBytes { type_name, count }),
@@ -115,6 +134,23 @@ mod tests {
             decode::<Vec<u64>>(&bytes, 64),
             Err(DecodeError::Malformed { .. })
         ));
+    }
+
+    #[test]
+    fn a_huge_text_length_is_an_error_too() {
+        // Found by the property above: the allocation that this asked for aborted the process.
+        let mut bytes = (1_u64 << 45).to_le_bytes().to_vec();
+        bytes.extend(b"abc");
+        let text = decode::<String>(&bytes, 64);
+        assert!(
+            matches!(text, Err(DecodeError::Malformed { .. })),
+            "{text:?}"
+        );
+        let blob = decode::<Option<Vec<u8>>>(&[&[1], bytes.as_slice()].concat(), 64);
+        assert!(
+            matches!(blob, Err(DecodeError::Malformed { .. })),
+            "{blob:?}"
+        );
     }
 
     #[test]

@@ -238,7 +238,8 @@ async fn drifted(
         let worst = event
             .report
             .drifted
-            .first()
+            .iter()
+            .find(|drifted| drifted.feature != "prediction")
             .context("a drift event names a feature")?;
         let monitors = drift::client::monitors(cluster, Some(endpoint)).await?;
         let suggestion = monitors
