@@ -80,14 +80,18 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8], limit_bytes: usize) -> Result<T
     const SMALL: usize = 1 << 20;
     const MEDIUM: usize = 16 << 20;
     const LARGE: usize = 256 << 20;
-    match bytes.len() {
-        0..=SMALL => decode_within::<T, SMALL>(bytes),
-        ..=MEDIUM => decode_within::<T, MEDIUM>(bytes),
-        ..=LARGE => decode_within::<T, LARGE>(bytes),
-        size_bytes => Err(DecodeError::TooLarge {
+    let size_bytes = bytes.len();
+    if size_bytes <= SMALL {
+        decode_within::<T, SMALL>(bytes)
+    } else if size_bytes <= MEDIUM {
+        decode_within::<T, MEDIUM>(bytes)
+    } else if size_bytes <= LARGE {
+        decode_within::<T, LARGE>(bytes)
+    } else {
+        Err(DecodeError::TooLarge {
             size_bytes,
             limit_bytes: LARGE,
-        }),
+        })
     }
 }
 

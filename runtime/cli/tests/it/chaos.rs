@@ -56,8 +56,19 @@ fn actor_of(cluster: &TestCluster, job: &str, type_name: &str) -> (u32, u64) {
     })
 }
 
+/// A head that was started again; it ends with the test, whatever becomes of it.
+struct HeadAgain(std::process::Child);
+
+impl Drop for HeadAgain {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts a killed head again on its own directory and addresses.
-fn start_head_again(cluster: &TestCluster) -> std::process::Child {
+fn start_head_again(cluster: &TestCluster) -> HeadAgain {
     let ready: Value = serde_json::from_str(
         &std::fs::read_to_string(cluster.dir().join("head-1/ready.json")).unwrap(),
     )
@@ -83,7 +94,7 @@ fn start_head_again(cluster: &TestCluster) -> std::process::Child {
         .arg(format!("file://{}", cluster.dir().join("store").display()))
         .stdout(Stdio::null())
         .stderr(log);
-    command.spawn().unwrap()
+    HeadAgain(command.spawn().unwrap())
 }
 
 #[test]
@@ -114,7 +125,7 @@ fn hosts_a_worker_and_the_head_die_and_the_weights_are_the_same() {
     wait_for_step(&cluster, &job, moments[2]);
     println!("step {}: killing the head", moments[2]);
     kill_9(cluster.pid("head-1"));
-    let mut head = start_head_again(&cluster);
+    let _head = start_head_again(&cluster);
 
     wait_for_step(&cluster, &job, moments[3]);
     let (_, node) = actor_of(&cluster, &job, "mobula.trainer");
@@ -131,8 +142,6 @@ fn hosts_a_worker_and_the_head_die_and_the_weights_are_the_same() {
 
     let result = cluster.result_of(&job);
     assert_eq!(result["weights_blake3"], expected, "seed {seed}: {result}");
-    kill_9(head.id());
-    head.wait().unwrap();
 }
 
 #[test]

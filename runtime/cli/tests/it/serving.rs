@@ -1,181 +1,20 @@
 //! A trained version behind an endpoint: the protocol, its refusals, a replica that dies, and drift.
 
+mod served;
+
 use std::collections::BTreeSet;
 
-use mobula_actors::training::data::{Dataset, FEATURES};
-use mobula_actors::training::spec::TrainSpec;
+use mobula_actors::training::data::FEATURES;
 use reqwest::Method;
-use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
-use tokio::runtime::Runtime;
 
-use crate::support::{TestCluster, kill_9, small_job, wait_for};
+use self::served::{Answer, ROWS, Served, output, request_of};
+use crate::support::{kill_9, wait_for};
 
-const STEPS: u32 = 150;
 const REPLICAS: u64 = 2;
 
 /// Rows in a monitor's window.
 const WINDOW_ROWS: u64 = 200;
-
-/// Rows in a request: fewer than an endpoint takes.
-const ROWS: usize = 100;
-
-/// An answer, whatever its status.
-struct Answer {
-    status: u16,
-    headers: HeaderMap,
-    body: Vec<u8>,
-}
-
-impl Answer {
-    fn json(&self) -> Value {
-        let text = String::from_utf8_lossy(&self.body);
-        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {text}"))
-    }
-}
-
-/// A cluster with a trained model that is served.
-struct Served {
-    cluster: TestCluster,
-    http: reqwest::Client,
-    runtime: Runtime,
-    held_out: Dataset,
-    accuracy: f64,
-    deployment: Value,
-}
-
-impl Served {
-    /// Trains, registers and deploys `digits`.
-    fn up(workers: u32) -> Self {
-        let cluster = TestCluster::up(workers);
-        let text =
-            small_job("digits", STEPS).replace("seed = 7", "register = \"digits\"\nseed = 7");
-        let spec = TrainSpec::from_toml(&text, "job.toml").unwrap();
-        let job = cluster.submit_toml(&text);
-        let result = cluster.result_of(&job);
-        assert_eq!(result["model_version"], 1, "{result}");
-        let replicas = REPLICAS.to_string();
-        let deployment = cluster.json(&["serve", "deploy", "digits:1", "--replicas", &replicas]);
-        Served {
-            cluster,
-            http: reqwest::Client::new(),
-            runtime: tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap(),
-            held_out: Dataset::load(&spec.dataset)
-                .unwrap()
-                .split(spec.seed, spec.held_out_fraction)
-                .held_out,
-            accuracy: result["accuracy"].as_f64().unwrap(),
-            deployment,
-        }
-    }
-
-    fn token(&self) -> &str {
-        self.deployment["token"].as_str().unwrap()
-    }
-
-    /// Calls the endpoint; `path` begins after its address.
-    fn call(
-        &self,
-        method: Method,
-        path: &str,
-        token: Option<&str>,
-        json_length: Option<usize>,
-        body: Vec<u8>,
-    ) -> Answer {
-        let url = format!("{}{path}", self.deployment["url"].as_str().unwrap());
-        let mut request = self.http.request(method, url).body(body);
-        if let Some(token) = token {
-            request = request.bearer_auth(token);
-        }
-        if let Some(length) = json_length {
-            request = request.header("Inference-Header-Content-Length", length);
-        }
-        self.runtime.block_on(async {
-            let response = request.send().await.unwrap();
-            Answer {
-                status: response.status().as_u16(),
-                headers: response.headers().clone(),
-                body: response.bytes().await.unwrap().to_vec(),
-            }
-        })
-    }
-
-    fn get(&self, path: &str) -> Answer {
-        self.call(Method::GET, path, Some(self.token()), None, Vec::new())
-    }
-
-    fn infer(&self, request: &Value) -> Answer {
-        let body = request.to_string().into_bytes();
-        let path = "/v2/models/digits/infer";
-        self.call(Method::POST, path, Some(self.token()), None, body)
-    }
-
-    /// The classes of some images, which must be answered.
-    fn classify(&self, images: &[f32]) -> Vec<u64> {
-        let answer = self.infer(&request_of(images));
-        assert_eq!(answer.status, 200, "{}", answer.json());
-        integers(&output(&answer.json(), "class")["data"])
-    }
-
-    /// The system's actors that have not ended and whose name begins so.
-    fn actors(&self, prefix: &str) -> Vec<Value> {
-        let actors = self.cluster.json(&["actors", "list"]);
-        let is_wanted = |actor: &&Value| {
-            actor["name"].as_str().unwrap().starts_with(prefix) && actor["state"] != "ended"
-        };
-        actors
-            .as_array()
-            .unwrap()
-            .iter()
-            .filter(is_wanted)
-            .cloned()
-            .collect()
-    }
-
-    /// Sends images, changed, over and over until `look` finds something in what the monitor says.
-    fn send_until<T>(
-        &self,
-        what: &str,
-        change: fn(f32) -> f32,
-        mut look: impl FnMut(&Value) -> Option<T>,
-    ) -> T {
-        let images: Vec<f32> = self.held_out.images.iter().copied().map(change).collect();
-        let mut requests = images.chunks_exact(ROWS * FEATURES).cycle();
-        wait_for(what, || {
-            self.classify(requests.next().unwrap());
-            // Until the first window is full there is no monitor to speak of.
-            let monitors = self.cluster.json(&["drift", "status"]);
-            look(monitors.as_array().unwrap().first()?)
-        })
-    }
-}
-
-fn request_of(images: &[f32]) -> Value {
-    let rows = images.len() / FEATURES;
-    json!({
-        "inputs": [{"name": "image", "shape": [rows, FEATURES], "datatype": "FP32", "data": images}],
-    })
-}
-
-fn output<'a>(answer: &'a Value, name: &str) -> &'a Value {
-    let outputs = answer["outputs"].as_array().unwrap();
-    outputs
-        .iter()
-        .find(|output| output["name"] == name)
-        .unwrap()
-}
-
-fn integers(values: &Value) -> Vec<u64> {
-    values
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|value| value.as_u64().unwrap())
-        .collect()
-}
 
 #[test]
 fn an_endpoint_answers_the_protocol_refuses_with_reasons_and_goes_without_a_trace() {
@@ -246,7 +85,7 @@ fn described(served: &Served) {
     }
     let server = served.get("/v2").json();
     assert_eq!(server["name"], "mobula", "{server}");
-    assert!(integers_of_names(&server["extensions"]).contains(&"binary_tensor_data"));
+    assert!(names_of(&server["extensions"]).contains(&"binary_tensor_data"));
     for path in ["/v2/models/digits", "/v2/models/digits/versions/1"] {
         let model = served.get(path).json();
         assert_eq!(model["versions"], json!(["1"]), "{model}");
@@ -259,7 +98,7 @@ fn described(served: &Served) {
     }
 }
 
-fn integers_of_names(names: &Value) -> Vec<&str> {
+fn names_of(names: &Value) -> Vec<&str> {
     names
         .as_array()
         .unwrap()
@@ -509,11 +348,7 @@ fn requests_are_answered_while_a_replica_dies_and_comes_back() {
         (replica["state"] == "running").then(|| replica["pid"].as_u64())?
     };
     let pid = wait_for("a replica to run", running);
-    let mut2 = served.actors("serving/digits/replica-2");
     kill_9(u32::try_from(pid).unwrap());
-    if std::env::var("MUT").is_ok() {
-        kill_9(u32::try_from(mut2[0]["pid"].as_u64().unwrap()).unwrap());
-    }
     // Every answer is the right one: from the kill, which some of the first requests run into,
     // until the replica runs again.
     for _ in 0..REQUESTS {

@@ -1,99 +1,25 @@
 //! Bytes at rest: checkpoints in S3, a store that is down, damaged bytes, and a disk that is full.
 
+mod s3_server;
+mod small_disk;
+
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output, Stdio};
 
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use hyper_util::server::conn::auto::Builder;
 use mobula_actors::training::data::Dataset;
 use mobula_actors::training::local::LocalTrainer;
 use mobula_actors::training::spec::TrainSpec;
-use s3s::auth::SimpleAuth;
-use s3s::service::S3ServiceBuilder;
 use serde_json::Value;
-use tokio::net::{TcpListener, TcpSocket};
-use tokio::runtime::Runtime;
-use tokio::task::JoinSet;
 
+use self::s3_server::{ACCESS_KEY, BUCKET, ClosedPort, PREFIX, S3Server, SECRET_KEY};
+use self::small_disk::SmallDisk;
 use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
 
 /// Long enough that there is a middle to be killed in.
 const STEPS: u32 = 1500;
-
-const BUCKET: &str = "bucket";
-const PREFIX: &str = "clusters/one";
-const ACCESS_KEY: &str = "mobula-test";
-const SECRET_KEY: &str = "not-a-secret";
-
-/// Connections that wait to be accepted.
-const BACKLOG: u32 = 64;
-
-/// The address of an S3 server that does not answer yet: its port is taken, so that nobody else
-/// gets it, but connections to it are refused.
-struct ClosedPort {
-    socket: TcpSocket,
-    address: SocketAddr,
-}
-
-impl ClosedPort {
-    fn take() -> Self {
-        let socket = TcpSocket::new_v4().unwrap();
-        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = socket.local_addr().unwrap();
-        ClosedPort { socket, address }
-    }
-}
-
-/// An S3 server over a folder, until it is dropped.
-struct S3Server {
-    folder: tempfile::TempDir,
-    // Ends the server and its connections when dropped.
-    _runtime: Runtime,
-}
-
-impl S3Server {
-    fn start(port: ClosedPort) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
-        let mut service = S3ServiceBuilder::new(s3s_fs::FileSystem::new(folder.path()).unwrap());
-        service.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
-        let service = service.build();
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
-        let listener: TcpListener = {
-            let _entered = runtime.enter();
-            port.socket.listen(BACKLOG).unwrap()
-        };
-        runtime.spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((socket, _)) = listener.accept().await {
-                let service = service.clone();
-                connections.spawn(async move {
-                    // A client that goes away is no concern of the server.
-                    let _ = Builder::new(TokioExecutor::new())
-                        .serve_connection(TokioIo::new(socket), service)
-                        .await;
-                });
-            }
-        });
-        S3Server {
-            folder,
-            _runtime: runtime,
-        }
-    }
-
-    /// The files under a folder of the cluster's prefix.
-    fn files(&self, folder: &str) -> Vec<PathBuf> {
-        files_under(&self.folder.path().join(BUCKET).join(PREFIX).join(folder))
-    }
-}
 
 /// All files below a folder, sorted.
 fn files_under(folder: &Path) -> Vec<PathBuf> {
@@ -318,65 +244,6 @@ fn signal(pid: u32, signal: i32) {
     unsafe { libc::kill(pid.cast_signed(), signal) };
 }
 
-/// A disk of its own, in memory. The mount is in a mount namespace that only this thread and the
-/// processes that it starts have, so it goes with them however the test ends.
-struct SmallDisk {
-    dir: tempfile::TempDir,
-}
-
-impl SmallDisk {
-    /// `Err` says why this system does not allow it.
-    fn mount(size_bytes: u64) -> std::io::Result<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let target = std::ffi::CString::new(dir.path().to_str().unwrap()).unwrap();
-        let options = std::ffi::CString::new(format!("size={size_bytes}")).unwrap();
-        let succeeded = |result: i32| match result {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        };
-        // SAFETY: unshare takes a number; the texts that mount gets end with a zero byte and live
-        // until it returns, and null is allowed where it is given.
-        unsafe {
-            succeeded(libc::unshare(libc::CLONE_NEWNS))?;
-            let private = libc::MS_REC | libc::MS_PRIVATE;
-            let (none, root) = (std::ptr::null(), c"/".as_ptr());
-            succeeded(libc::mount(none, root, none, private, none.cast()))?;
-            let tmpfs = c"tmpfs".as_ptr();
-            let options = options.as_ptr().cast();
-            succeeded(libc::mount(tmpfs, target.as_ptr(), tmpfs, 0, options))?;
-        }
-        Ok(SmallDisk { dir })
-    }
-
-    fn path(&self) -> &Path {
-        self.dir.path()
-    }
-
-    /// Leaves no space at all.
-    fn fill(&self) {
-        let filler = self.path().join("filler");
-        let mut filler = File::options()
-            .create(true)
-            .append(true)
-            .open(filler)
-            .unwrap();
-        let page = [0xA5; 4096];
-        while filler.write_all(&page).is_ok() {}
-    }
-
-    fn free(&self) {
-        std::fs::remove_file(self.path().join("filler")).unwrap();
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let target = std::ffi::CString::new(self.dir.path().to_str().unwrap()).unwrap();
-        // SAFETY: the text ends with a zero byte and lives until the call returns.
-        unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
-    }
-}
-
 /// A head without workers; killed when dropped.
 struct LoneHead {
     process: Child,
@@ -510,7 +377,8 @@ fn a_head_without_space_says_so_and_loses_nothing_that_it_acknowledged() {
     let mut head = LoneHead::start(&disk, elsewhere.path());
     let api = head.wait_ready();
     let output = head.run(&api, &["jobs", "list", "--json"]);
-    let jobs: Value = serde_json::from_slice(&output.stdout).expect(&text_of(&output));
+    assert!(output.status.success(), "{}", text_of(&output));
+    let jobs: Value = serde_json::from_slice(&output.stdout).unwrap();
     let kept: BTreeSet<String> = jobs
         .as_array()
         .unwrap()

@@ -1,0 +1,173 @@
+//! A cluster with a trained model behind an endpoint, and a client of that endpoint.
+
+use mobula_actors::training::data::{Dataset, FEATURES};
+use mobula_actors::training::spec::TrainSpec;
+use reqwest::Method;
+use reqwest::header::HeaderMap;
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use super::REPLICAS;
+use crate::support::{TestCluster, small_job, wait_for};
+
+const STEPS: u32 = 150;
+
+/// Rows in a request: fewer than an endpoint takes.
+pub(super) const ROWS: usize = 100;
+
+/// An answer, whatever its status.
+pub(super) struct Answer {
+    pub(super) status: u16,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Vec<u8>,
+}
+
+impl Answer {
+    pub(super) fn json(&self) -> Value {
+        let text = String::from_utf8_lossy(&self.body);
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+}
+
+/// A cluster with a trained model that is served.
+pub(super) struct Served {
+    pub(super) cluster: TestCluster,
+    http: reqwest::Client,
+    runtime: Runtime,
+    pub(super) held_out: Dataset,
+    pub(super) accuracy: f64,
+    pub(super) deployment: Value,
+}
+
+impl Served {
+    /// Trains, registers and deploys `digits`.
+    pub(super) fn up(workers: u32) -> Self {
+        let cluster = TestCluster::up(workers);
+        let text =
+            small_job("digits", STEPS).replace("seed = 7", "register = \"digits\"\nseed = 7");
+        let spec = TrainSpec::from_toml(&text, "job.toml").unwrap();
+        let job = cluster.submit_toml(&text);
+        let result = cluster.result_of(&job);
+        assert_eq!(result["model_version"], 1, "{result}");
+        let replicas = REPLICAS.to_string();
+        let deployment = cluster.json(&["serve", "deploy", "digits:1", "--replicas", &replicas]);
+        Served {
+            cluster,
+            http: reqwest::Client::new(),
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap(),
+            held_out: Dataset::load(&spec.dataset)
+                .unwrap()
+                .split(spec.seed, spec.held_out_fraction)
+                .held_out,
+            accuracy: result["accuracy"].as_f64().unwrap(),
+            deployment,
+        }
+    }
+
+    pub(super) fn token(&self) -> &str {
+        self.deployment["token"].as_str().unwrap()
+    }
+
+    /// Calls the endpoint; `path` begins after its address.
+    pub(super) fn call(
+        &self,
+        method: Method,
+        path: &str,
+        token: Option<&str>,
+        json_length: Option<usize>,
+        body: Vec<u8>,
+    ) -> Answer {
+        let url = format!("{}{path}", self.deployment["url"].as_str().unwrap());
+        let mut request = self.http.request(method, url).body(body);
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
+        if let Some(length) = json_length {
+            request = request.header("Inference-Header-Content-Length", length);
+        }
+        self.runtime.block_on(async {
+            let response = request.send().await.unwrap();
+            Answer {
+                status: response.status().as_u16(),
+                headers: response.headers().clone(),
+                body: response.bytes().await.unwrap().to_vec(),
+            }
+        })
+    }
+
+    pub(super) fn get(&self, path: &str) -> Answer {
+        self.call(Method::GET, path, Some(self.token()), None, Vec::new())
+    }
+
+    pub(super) fn infer(&self, request: &Value) -> Answer {
+        let body = request.to_string().into_bytes();
+        let path = "/v2/models/digits/infer";
+        self.call(Method::POST, path, Some(self.token()), None, body)
+    }
+
+    /// The classes of some images, which must be answered.
+    pub(super) fn classify(&self, images: &[f32]) -> Vec<u64> {
+        let answer = self.infer(&request_of(images));
+        assert_eq!(answer.status, 200, "{}", answer.json());
+        integers(&output(&answer.json(), "class")["data"])
+    }
+
+    /// The system's actors that have not ended and whose name begins so.
+    pub(super) fn actors(&self, prefix: &str) -> Vec<Value> {
+        let actors = self.cluster.json(&["actors", "list"]);
+        let is_wanted = |actor: &&Value| {
+            actor["name"].as_str().unwrap().starts_with(prefix) && actor["state"] != "ended"
+        };
+        actors
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(is_wanted)
+            .cloned()
+            .collect()
+    }
+
+    /// Sends images, changed, over and over until `look` finds something in what the monitor says.
+    pub(super) fn send_until<T>(
+        &self,
+        what: &str,
+        change: fn(f32) -> f32,
+        mut look: impl FnMut(&Value) -> Option<T>,
+    ) -> T {
+        let images: Vec<f32> = self.held_out.images.iter().copied().map(change).collect();
+        let mut requests = images.chunks_exact(ROWS * FEATURES).cycle();
+        wait_for(what, || {
+            self.classify(requests.next().unwrap());
+            // Until the first window is full there is no monitor to speak of.
+            let monitors = self.cluster.json(&["drift", "status"]);
+            look(monitors.as_array().unwrap().first()?)
+        })
+    }
+}
+
+pub(super) fn request_of(images: &[f32]) -> Value {
+    let rows = images.len() / FEATURES;
+    json!({
+        "inputs": [{"name": "image", "shape": [rows, FEATURES], "datatype": "FP32", "data": images}],
+    })
+}
+
+pub(super) fn output<'a>(answer: &'a Value, name: &str) -> &'a Value {
+    let outputs = answer["outputs"].as_array().unwrap();
+    outputs
+        .iter()
+        .find(|output| output["name"] == name)
+        .unwrap()
+}
+
+pub(super) fn integers(values: &Value) -> Vec<u64> {
+    values
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|value| value.as_u64().unwrap())
+        .collect()
+}
