@@ -168,13 +168,19 @@ impl Control {
             };
         }
         session.last_sequence += 1;
-        session.used = Some(Instant::now());
         let stamp = api::Stamp {
             session: session.id,
             sequence: session.last_sequence,
         };
-        self.repeat(operation, true, |client| ask(client, stamp))
-            .await
+        let answer = self
+            .repeat(operation, true, |client| ask(client, stamp))
+            .await;
+        session.used = match &answer {
+            // The head has forgotten the session: the next change opens another one.
+            Err(error) if error.code() == Some(ErrorCode::SessionExpired) => None,
+            _ => Some(Instant::now()),
+        };
+        answer
     }
 
     /// Sends what cannot be sent twice (a stream): one attempt on a connection that stands.
@@ -333,7 +339,13 @@ pub(crate) fn status_error(operation: &str, status: &Status, may_have_arrived: b
     });
     let uncertain = matches!(
         code,
-        ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Internal
+        ErrorCode::Unavailable
+            | ErrorCode::DeadlineExceeded
+            | ErrorCode::Internal
+            // Said before the head looks whether an earlier attempt was applied.
+            | ErrorCode::Overloaded
+            | ErrorCode::Unauthenticated
+            | ErrorCode::SessionExpired
     );
     Error::Control {
         operation: operation.to_owned(),

@@ -117,7 +117,14 @@ impl UntypedRef {
             ) {
                 return Err(error.into());
             }
-            self.mark_failed(start).await;
+            // Another caller may hold the route for as long as the actor is pending; this call's
+            // own time is not to be spent on that.
+            let marking = self.mark_failed(start);
+            match deadline {
+                // In vain is no harm: the next call finds the failure by itself.
+                Some(limit) => drop(tokio::time::timeout_at(limit.at, marking).await),
+                None => marking.await,
+            }
             if !matches!(
                 error,
                 CallError::ActorUnavailable {

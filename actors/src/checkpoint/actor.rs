@@ -155,6 +155,12 @@ impl Checkpointer {
         &mut self,
         incarnation: Incarnation,
     ) -> Result<RestoreReport, CheckpointError> {
+        // First of all: what is read below must not change under a driver that was replaced.
+        self.apply(&CheckpointCommand::Fence {
+            job: self.job,
+            incarnation,
+        })
+        .await?;
         let known = committed(&self.cluster, self.job).await?;
         let references: Vec<ManifestRef> = known
             .checkpoints

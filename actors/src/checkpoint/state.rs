@@ -89,6 +89,13 @@ pub enum CheckpointCommand {
         /// The job.
         job: JobId,
     },
+    /// A driver begins: older starts of it commit no more.
+    Fence {
+        /// The job.
+        job: JobId,
+        /// The driver's incarnation.
+        incarnation: Incarnation,
+    },
 }
 
 impl CheckpointCommand {
@@ -102,7 +109,8 @@ impl CheckpointCommand {
         match self {
             CheckpointCommand::Committed { job, .. }
             | CheckpointCommand::Rejected { job, .. }
-            | CheckpointCommand::Forget { job } => *job,
+            | CheckpointCommand::Forget { job }
+            | CheckpointCommand::Fence { job, .. } => *job,
         }
     }
 }
@@ -265,6 +273,11 @@ impl StateModule for CheckpointModule {
                 reject(context, txn, job, incarnation, rejected)?;
             }
             CheckpointCommand::Forget { job } => forget(txn, job)?,
+            CheckpointCommand::Fence { job, incarnation } => {
+                let mut row = load(txn, job).unwrap_or_default();
+                row.known.fence(job, incarnation)?;
+                store(context, txn, job, row);
+            }
         }
         let effects = vec![Effect::Changed(Subject::Module(ModuleId::CHECKPOINT))];
         Ok(Applied {

@@ -243,12 +243,14 @@ impl StateModule for Registry {
         })
     }
 
-    fn authorize(&self, caller: &Caller, _payload: &[u8]) -> Result<(), Rejection> {
+    fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
+        let Command::Register(new) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         match caller {
-            Caller::Client | Caller::Host { .. } | Caller::Head => Ok(()),
-            Caller::Node(_) => Err(Rejection::new(
+            Caller::Client | Caller::Head => Ok(()),
+            Caller::Host { job, .. } if job.0 == new.job => Ok(()),
+            Caller::Host { .. } | Caller::Node(_) => Err(Rejection::new(
                 ErrorCode::PermissionDenied,
-                "models are registered by jobs and clients",
+                "models are registered by clients, and by jobs that name themselves as their origin",
             )),
         }
     }

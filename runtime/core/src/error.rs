@@ -52,11 +52,13 @@ pub enum ErrorCode {
     DeadlineExceeded = 10,
     /// A defect of ours.
     Internal = 11,
+    /// The exactly-once session is not known any more; open another one.
+    SessionExpired = 12,
 }
 
 impl ErrorCode {
     /// All of them, in the order of their numbers.
-    pub const ALL: [ErrorCode; 11] = [
+    pub const ALL: [ErrorCode; 12] = [
         ErrorCode::InvalidArgument,
         ErrorCode::NotFound,
         ErrorCode::AlreadyExists,
@@ -68,6 +70,7 @@ impl ErrorCode {
         ErrorCode::Unavailable,
         ErrorCode::DeadlineExceeded,
         ErrorCode::Internal,
+        ErrorCode::SessionExpired,
     ];
 
     /// A short stable word for JSON and metrics.
@@ -85,6 +88,7 @@ impl ErrorCode {
             ErrorCode::Unavailable => "unavailable",
             ErrorCode::DeadlineExceeded => "deadline_exceeded",
             ErrorCode::Internal => "internal",
+            ErrorCode::SessionExpired => "session_expired",
         }
     }
 }

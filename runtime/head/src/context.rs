@@ -18,7 +18,7 @@ use mobula_wire::control::{Empty, Stamp};
 use mobula_wire::session::StorageLocation;
 use tonic::Status;
 
-use crate::api::rejected;
+use crate::api::{rejected, stamp};
 use crate::raft::{ProposeError, RaftHandle};
 use crate::session::Sessions;
 use crate::watch::Changes;
@@ -138,13 +138,12 @@ impl HeadContext {
     pub(crate) async fn change(
         &self,
         caller: &Caller,
-        stamp: Option<Stamp>,
+        requested: Option<Stamp>,
         command: Command,
     ) -> Result<Empty, Status> {
         self.authorize_scheduler(caller, &command)?;
-        let stamp = stamp.unwrap_or_default();
-        self.propose_scheduler(SessionId(stamp.session), stamp.sequence, &command)
-            .await?;
+        let (session, seq) = stamp(self, caller, requested).await?;
+        self.propose_scheduler(session, seq, &command).await?;
         Ok(Empty {})
     }
 }

@@ -45,17 +45,28 @@ pub(crate) async fn run(duties: LeaderDuties) {
         let term = leadership.borrow().term;
         tracing::info!(term, "leading");
         let mut tasks = duties.start();
-        let driver_ended = leadership
-            .wait_for(|l| !l.is_leader || l.term != term)
-            .await
-            .is_err();
+        let is_over = tokio::select! {
+            changed = leadership.wait_for(|l| !l.is_leader || l.term != term) => changed.is_err(),
+            () = first_panic(&mut tasks) => true,
+        };
         tasks.shutdown().await;
         duties.context.sessions.clear();
         tracing::info!(term, "leading no more");
-        if driver_ended {
+        // With the driver gone, or a duty that panicked, this head must not seem to lead.
+        if is_over {
             return;
         }
     }
+}
+
+/// Waits for a task that panicked; those that are done do not count.
+async fn first_panic(tasks: &mut JoinSet<()>) {
+    while let Some(ended) = tasks.join_next().await {
+        if ended.is_err() {
+            return;
+        }
+    }
+    std::future::pending().await
 }
 
 impl LeaderDuties {

@@ -32,8 +32,9 @@ const OUTBOX_CAPACITY: usize = 1024;
 /// How many events of one worker may be in the log at the same time, so that they share fsyncs.
 const EVENTS_IN_FLIGHT_MAX: usize = 64;
 
-/// How long a host's certificate lives: hosts outlive neither their job nor their node for long.
-const HOST_CERTIFICATE_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long a host's certificate lives. Hosts cannot renew theirs yet, and an endpoint's hosts live
+/// as long as the endpoint: a year.
+const HOST_CERTIFICATE_TTL: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// How long to wait for a worker's piece of a log.
 const LOG_TIMEOUT: Duration = Duration::from_secs(5);
@@ -292,7 +293,7 @@ impl Session {
                             events.push_back(self.apply_event(sequence, event));
                         }
                         WorkerMessage::SignHost { request, csr_pem, job, host } => {
-                            let result = self.sign_host(&csr_pem, job, host);
+                            let result = self.sign_host(&csr_pem, job, host).await;
                             let answer = HeadMessage::HostSigned { request, result };
                             sender.send_message(&answer).await.map_err(|e| e.to_string())?;
                         }
@@ -377,7 +378,20 @@ impl Session {
         }
     }
 
-    fn sign_host(&self, csr_pem: &str, job: JobId, host: HostId) -> Result<String, String> {
+    /// A worker gets certificates for what it was told to run, and for nothing else.
+    async fn sign_host(&self, csr_pem: &str, job: JobId, host: HostId) -> Result<String, String> {
+        let orders = self.context.standing_orders(self.node).await;
+        let is_ordered = |order: &Order| matches!(order, Order::Start(start) if start.job == job);
+        if !orders
+            .map_err(|error| error.to_string())?
+            .iter()
+            .any(is_ordered)
+        {
+            return Err(format!(
+                "{} has no order to run anything of {job}, so its hosts get no certificate for it",
+                self.node
+            ));
+        }
         let identity = Identity::new(
             &self.context.cluster_id,
             Role::Host,

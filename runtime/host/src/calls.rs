@@ -81,11 +81,7 @@ async fn serve_connection(connection: Connection, table: Arc<ActorTable>, job: J
 fn may_call(peer: &Identity, job: JobId) -> Result<(), String> {
     match (peer.role, peer.job.map(JobId)) {
         (Role::Client, _) => Ok(()),
-        (Role::Host, Some(caller))
-            if caller == job || caller == JobId::SYSTEM || job == JobId::SYSTEM =>
-        {
-            Ok(())
-        }
+        (Role::Host, Some(caller)) if caller == job || caller == JobId::SYSTEM => Ok(()),
         (Role::Host, Some(caller)) => Err(format!(
             "a process of {caller} may not call actors of {job}"
         )),
@@ -194,7 +190,7 @@ mod tests {
             (host(3), JobId(3), true),
             (host(4), JobId(3), false),
             (host(0), JobId(3), true),
-            (host(4), JobId::SYSTEM, true),
+            (host(4), JobId::SYSTEM, false),
             (Identity::new("c", Role::Client, "me", 1), JobId(3), true),
             (Identity::new("c", Role::Host, "h", 1), JobId(3), false),
             (Identity::new("c", Role::Node, "n", 1), JobId(3), false),

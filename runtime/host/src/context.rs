@@ -287,10 +287,12 @@ impl ActorContext {
 
     /// Called once the constructor is over; one that already ended itself stops here.
     pub(crate) fn attach(&self, cell: ractor::ActorCell) {
+        // Published first: whoever ends it from here on finds the cell, and whoever did before is
+        // seen. It is set once only, so there is nothing to lose in the result.
+        let _ = self.0.cell.set(cell.clone());
         if self.ending().is_some() {
             cell.stop(None);
         }
-        let _ = self.0.cell.set(cell);
     }
 }
 

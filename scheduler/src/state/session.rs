@@ -26,6 +26,12 @@ struct SessionRow {
     highest_seq: u64,
 }
 
+/// The text that a session was opened with; `None` where there is no such session.
+#[must_use]
+pub fn owner(reader: &dyn Reader, session: SessionId) -> Option<String> {
+    row::get::<SessionRow>(reader, SESSIONS, &session.to_key()).map(|row| row.client)
+}
+
 /// What the table knows about a command's (session, sequence number).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seen {

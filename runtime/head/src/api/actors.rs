@@ -40,7 +40,7 @@ pub(super) async fn create(
         }),
     };
     context.authorize_scheduler(caller, &command)?;
-    let (session, seq) = stamp(request.stamp);
+    let (session, seq) = stamp(context, caller, request.stamp).await?;
     match context.propose_scheduler(session, seq, &command).await? {
         Response::ActorsCreated { actors } => Ok(api::CreateActorsReply {
             actors: actors.into_iter().map(|actor| actor.0).collect(),

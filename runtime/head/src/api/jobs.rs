@@ -34,7 +34,7 @@ pub(super) async fn submit(
     require_program(context, &spec.program).await?;
     let command = Command::SubmitJob { spec };
     context.authorize_scheduler(caller, &command)?;
-    let (session, seq) = stamp(request.stamp);
+    let (session, seq) = stamp(context, caller, request.stamp).await?;
     match context.propose_scheduler(session, seq, &command).await? {
         Response::JobSubmitted { job, driver, .. } => Ok(api::SubmitJobReply {
             job: job.0,

@@ -43,7 +43,7 @@ pub(super) async fn job_logs(
     // Refused here, so that a wrong id is an error and not an empty log.
     jobs::view(context, job).await?;
     let (pieces, stream) = mpsc::channel(PIECES_WAITING_MAX);
-    // The task ends with the stream: sending fails once the client is gone.
+    // The task ends with the stream.
     tokio::spawn(send_log(context.clone(), job, request.follow, pieces));
     Ok(Box::pin(ReceiverStream::new(stream)))
 }
@@ -97,8 +97,14 @@ async fn send_log(
     follow: bool,
     pieces: mpsc::Sender<Result<api::LogChunk, Status>>,
 ) {
-    // An error means that the client is gone, which ends the work and concerns nobody else.
-    let _ = send_starts(&context, job, follow, &Sender(pieces)).await;
+    let gone = pieces.clone();
+    let sender = Sender(pieces);
+    tokio::select! {
+        // An error means that the client is gone, which concerns nobody else.
+        _ = send_starts(&context, job, follow, &sender) => {}
+        // A quiet job has nothing to send, so this is how its follower's end is noticed.
+        () = gone.closed() => {}
+    }
 }
 
 /// Sends the output of one start of the driver after the other.

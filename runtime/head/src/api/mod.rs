@@ -13,6 +13,7 @@ mod status;
 mod views;
 
 pub(crate) use artifacts::ARTIFACT_BYTES_MAX;
+pub(crate) use modules::stamp;
 pub(crate) use service::ControlService;
 
 use mobula_core::error::{ErrorCode, Rejection};
@@ -42,6 +43,7 @@ fn grpc_code(code: ErrorCode) -> Code {
         ErrorCode::Unavailable => Code::Unavailable,
         ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
         ErrorCode::Internal => Code::Internal,
+        ErrorCode::SessionExpired => Code::FailedPrecondition,
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::control::{Caller, ModuleId, StateModule, Subject};
-use mobula_core::error::Rejection;
+use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::SessionId;
 use mobula_wire::control as api;
 use tonic::Status;
@@ -29,9 +29,38 @@ fn module(context: &HeadContext, id: u32) -> Result<(ModuleId, Arc<dyn StateModu
         })
 }
 
-pub(super) fn stamp(stamp: Option<api::Stamp>) -> (SessionId, u64) {
+/// Who a session belongs to: the beginning of its stored name. Clients share one, for a client
+/// token may do everything anyway.
+pub(super) fn principal(caller: &Caller) -> String {
+    match caller {
+        Caller::Host { job, node } => format!("{job}@{node}/"),
+        Caller::Client => "client/".to_owned(),
+        Caller::Node(node) => format!("{node}/"),
+        Caller::Head => "head/".to_owned(),
+    }
+}
+
+/// The exactly-once context of a request, which must be the caller's own: in another's, a command
+/// would be taken for one that was answered, or push that one's answers out.
+pub(crate) async fn stamp(
+    context: &HeadContext,
+    caller: &Caller,
+    stamp: Option<api::Stamp>,
+) -> Result<(SessionId, u64), Status> {
     let stamp = stamp.unwrap_or_default();
-    (SessionId(stamp.session), stamp.sequence)
+    let session = SessionId(stamp.session);
+    if session != SessionId::INTERNAL {
+        let reader = context.raft.read().await?;
+        // One that is not known is refused when the command is applied.
+        let owner = mobula_scheduler::session::owner(&reader, session);
+        if owner.is_some_and(|owner| !owner.starts_with(&principal(caller))) {
+            return Err(rejected(&Rejection::new(
+                ErrorCode::PermissionDenied,
+                format!("{session} was opened by someone else: open one of your own"),
+            )));
+        }
+    }
+    Ok((session, stamp.sequence))
 }
 
 pub(super) async fn apply(
@@ -43,7 +72,7 @@ pub(super) async fn apply(
     module
         .authorize(caller, &request.payload)
         .map_err(|rejection| rejected(&rejection))?;
-    let (session, seq) = stamp(request.stamp);
+    let (session, seq) = stamp(context, caller, request.stamp).await?;
     let (index, response) = context.propose(session, seq, id, request.payload).await?;
     Ok(api::ApplyReply { response, index })
 }

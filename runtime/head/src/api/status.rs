@@ -11,7 +11,7 @@ use mobula_wire::control as api;
 use tonic::Status;
 
 use super::jobs::unexpected;
-use super::modules::stamp;
+use super::modules::principal;
 use super::rejected;
 use crate::context::HeadContext;
 use crate::tokens;
@@ -36,7 +36,13 @@ pub(super) async fn join(
     check_name(&request.name)?;
     let role = match peer {
         // Whoever still has a certificate for this name gets the next one for it.
-        Some(peer) if request.token.is_empty() && peer.id == request.name => peer.role,
+        Some(peer)
+            if request.token.is_empty()
+                && peer.id == request.name
+                && matches!(peer.role, Role::Node | Role::Client) =>
+        {
+            peer.role
+        }
         _ => role_by_token(context, &request.token).await?,
     };
     let identity = Identity::new(&context.cluster_id, role, &request.name, 0);
@@ -124,13 +130,23 @@ pub(super) async fn create_token(
         ))));
     }
     let uses = (request.uses != 0).then_some(request.uses);
-    let (session, seq) = stamp(request.stamp);
+    // Never answered from a session's window: that would name another secret than was stored. What
+    // a lost reply leaves behind is a token that nobody knows, which expires.
     let (token, expires_at_ms) =
-        tokens::create(context, session, seq, role, request.ttl_ms, uses).await?;
+        tokens::create(context, SessionId::INTERNAL, 0, role, request.ttl_ms, uses).await?;
     Ok(api::CreateTokenReply {
         token,
         expires_at_ms,
     })
+}
+
+/// What is kept of a client's own name for itself; the whole must fit the scheduler's limit.
+fn shortened(name: &str) -> String {
+    const KEPT_CHARS_MAX: usize = 64;
+    name.chars()
+        .filter(char::is_ascii)
+        .take(KEPT_CHARS_MAX)
+        .collect()
 }
 
 pub(super) async fn open_session(
@@ -139,7 +155,7 @@ pub(super) async fn open_session(
     request: api::OpenSessionRequest,
 ) -> Result<api::OpenSessionReply, Status> {
     let command = Command::OpenSession {
-        client: request.client,
+        client: principal(caller) + &shortened(&request.client),
     };
     context.authorize_scheduler(caller, &command)?;
     match context

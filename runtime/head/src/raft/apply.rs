@@ -114,11 +114,14 @@ impl Applier {
                 });
             }
             Seen::Expired => {
-                return Err(Rejection::fenced(format!(
-                    "{} has expired or command {} is too old for it: open a new session; whether \
-                     the command was applied before is not known any more",
-                    command.session, command.seq
-                )));
+                return Err(Rejection::new(
+                    ErrorCode::SessionExpired,
+                    format!(
+                        "{} has expired or command {} is too old for it: open a new session; \
+                         whether the command was applied before is not known any more",
+                        command.session, command.seq
+                    ),
+                ));
             }
         }
         let Some(module) = self.modules.get(&command.module) else {

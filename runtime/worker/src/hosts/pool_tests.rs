@@ -2,7 +2,8 @@
 
 use super::*;
 use mobula_core::resource::Resources;
-use mobula_core::spec::{ActorSpec, PlacementPolicy, RestartPolicy};
+use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, RestartPolicy};
+use mobula_wire::host::HostMessage;
 
 fn pool() -> Pool {
     Pool::new(Devices::new(vec!["gpu-a".into()]))
