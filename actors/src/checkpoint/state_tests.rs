@@ -245,3 +245,18 @@ fn bad_bytes_and_long_texts_are_refused() {
         .unwrap_err();
     assert!(error.message.contains("manifest path"), "{error}");
 }
+
+#[test]
+fn a_driver_that_was_replaced_commits_nothing_even_before_its_successor_does() {
+    let mut head = Head::default();
+    head.commit(3, 7, 80).unwrap();
+    head.apply(&CheckpointCommand::Fence {
+        job: JobId(3),
+        incarnation: Incarnation(8),
+    })
+    .unwrap();
+    let error = head.commit(3, 7, 100).unwrap_err();
+    assert_eq!(error.code, mobula_core::ErrorCode::Fenced);
+    head.commit(3, 8, 90).unwrap();
+    assert_eq!(head.steps(3), [90, 80]);
+}

@@ -331,4 +331,18 @@ mod tests {
                 .contains("hexadecimal")
         );
     }
+
+    #[test]
+    fn a_job_registers_what_came_of_itself_only() {
+        use mobula_core::id::{JobId, NodeId};
+        let payload = codec::encode_plain(&Command::Register(new_version('1')));
+        let host = |job| Caller::Host {
+            job: JobId(job),
+            node: NodeId(1),
+        };
+        assert!(Registry.authorize(&host(3), &payload).is_ok());
+        assert!(Registry.authorize(&Caller::Client, &payload).is_ok());
+        let error = Registry.authorize(&host(4), &payload).unwrap_err();
+        assert_eq!(error.code, ErrorCode::PermissionDenied);
+    }
 }
