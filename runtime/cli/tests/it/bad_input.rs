@@ -1,18 +1,24 @@
 //! Bad input gets a clear error, and nothing is lost.
 
 use std::net::TcpListener;
+use std::process::Output;
 
-use crate::support::{TestCluster, mobula, repository, small_job, text_of};
+use crate::support::{TestCluster, mobula, repository, small_job, text_of, wait_for};
 
 /// Asks for the status with a token text.
-fn status_with_token(cluster: &TestCluster, token: &str) -> String {
+fn ask_with_token(cluster: &TestCluster, token: &str) -> Output {
     let file = cluster.dir().join("a.token");
     std::fs::write(&file, token).unwrap();
-    let output = mobula()
+    mobula()
         .args(["status", "--api", cluster.api(), "--token-file"])
         .arg(&file)
         .output()
-        .unwrap();
+        .unwrap()
+}
+
+/// The same, with a token that must be refused; what was said.
+fn refusal_of_token(cluster: &TestCluster, token: &str) -> String {
+    let output = ask_with_token(cluster, token);
     assert!(!output.status.success(), "{}", text_of(&output));
     text_of(&output)
 }
@@ -22,24 +28,26 @@ fn tokens_that_are_wrong_expired_absent_or_foreign_are_told_apart() {
     let cluster = TestCluster::up(1);
     let good = std::fs::read_to_string(cluster.dir().join("tokens/client.token")).unwrap();
 
-    let text = status_with_token(&cluster, "nonsense");
+    let text = refusal_of_token(&cluster, "nonsense");
     assert!(text.contains("token"), "{text}");
 
     let (start, secret) = good.trim().rsplit_once('.').unwrap();
     let mut changed: Vec<u8> = secret.bytes().collect();
     changed[3] = if changed[3] == b'A' { b'B' } else { b'A' };
     let forged = format!("{start}.{}", String::from_utf8(changed).unwrap());
-    let text = status_with_token(&cluster, &forged);
+    let text = refusal_of_token(&cluster, &forged);
     assert!(text.contains("unknown to this cluster"), "{text}");
 
     let short = cluster.ok(&["tokens", "create", "--role", "client", "--ttl", "1ms"]);
-    std::thread::sleep(std::time::Duration::from_millis(20));
-    let text = status_with_token(&cluster, &short);
-    assert!(text.contains("expired"), "{text}");
+    wait_for("the refusal of a token that lives for 1 ms", || {
+        let output = ask_with_token(&cluster, &short);
+        let is_refused = !output.status.success() && text_of(&output).contains("expired");
+        is_refused.then_some(())
+    });
 
     let other = TestCluster::up(0);
     let foreign = std::fs::read_to_string(other.dir().join("tokens/client.token")).unwrap();
-    let text = status_with_token(&cluster, &foreign);
+    let text = refusal_of_token(&cluster, &foreign);
     assert!(
         text.contains("another cluster") || text.contains("other cluster"),
         "{text}"
