@@ -11,6 +11,9 @@ use crate::{EXIT_USAGE_OR_MISSING, progress};
 /// Space a full build and its tests take, with room to spare.
 const DISK_BYTES_WANTED: u64 = 12 << 30;
 
+/// Cargo's subcommands without which `cargo xtask test` cannot run, and who brings them.
+const TEST_COMPONENTS: [(&str, &str); 2] = [("fmt", "rustfmt"), ("clippy", "clippy")];
+
 /// How much `cargo xtask test` checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TestScope {
@@ -51,7 +54,7 @@ pub(crate) fn test(scope: TestScope) -> ExitCode {
         return ExitCode::from(EXIT_USAGE_OR_MISSING);
     }
     let workspace = Workspace::find();
-    for (subcommand, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+    for (subcommand, component) in TEST_COMPONENTS {
         if !workspace.has_cargo_subcommand(subcommand) {
             eprintln!(
                 "missing: cargo {subcommand}\nto install:\n  rustup component add {component}"
@@ -91,10 +94,17 @@ pub(crate) fn doctor() -> ExitCode {
             }
         }
     }
-    println!("used by `cargo xtask test`:");
+    let mut components_missing = false;
+    for (subcommand, component) in TEST_COMPONENTS {
+        if workspace.has_cargo_subcommand(subcommand) {
+            println!("  ok       cargo {subcommand}");
+        } else {
+            println!("  MISSING  cargo {subcommand}: rustup component add {component}");
+            components_missing = true;
+        }
+    }
+    println!("used by `cargo xtask test` where it is there:");
     for (subcommand, without) in [
-        ("fmt", "needed: rustup component add rustfmt"),
-        ("clippy", "needed: rustup component add clippy"),
         ("nextest", "`cargo test` is used instead"),
         ("deny", "dependency policy is not checked"),
     ] {
@@ -120,11 +130,14 @@ pub(crate) fn doctor() -> ExitCode {
         };
         println!("  {verdict}: {free_gib} GiB free, a full build wants about {wanted_gib} GiB");
     }
-    if missing.is_empty() {
-        return ExitCode::SUCCESS;
+    if !missing.is_empty() {
+        println!("{}", install::instructions(&missing));
     }
-    println!("{}", install::instructions(&missing));
-    ExitCode::from(EXIT_USAGE_OR_MISSING)
+    if missing.is_empty() && !components_missing {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(EXIT_USAGE_OR_MISSING)
+    }
 }
 
 fn full_steps(workspace: &Workspace) -> Vec<Step> {

@@ -57,3 +57,25 @@ fn missing_tools_are_named_and_nothing_is_installed() {
     assert!(stderr.contains("MOBULA_NO_INSTALL is set"), "{stderr}");
     assert!(stderr.contains("to install"), "{stderr}");
 }
+
+#[test]
+fn doctor_fails_where_something_is_missing_and_names_it() {
+    let lacking = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .arg("doctor")
+        .env("PROTOC", "/no/such/protoc")
+        .output()
+        .expect("cargo built xtask for this test");
+    let stdout = String::from_utf8_lossy(&lacking.stdout);
+    assert_eq!(lacking.status.code(), Some(2), "{stdout}");
+    assert!(stdout.contains("MISSING  protoc"), "{stdout}");
+    assert!(stdout.contains("to install"), "{stdout}");
+    // A cargo that has no such subcommands is all it takes, whatever else is there.
+    let without_components = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .arg("doctor")
+        .env("CARGO", "/bin/false")
+        .output()
+        .expect("cargo built xtask for this test");
+    let stdout = String::from_utf8_lossy(&without_components.stdout);
+    assert_eq!(without_components.status.code(), Some(2), "{stdout}");
+    assert!(stdout.contains("MISSING  cargo clippy"), "{stdout}");
+}
