@@ -1,16 +1,11 @@
-//! How the scheduler's tables look as bytes, and typed access to them.
+//! The scheduler's tables and counters. How a row looks as bytes is in [`mobula_core::row`].
 //!
 //! Invariants:
-//! 1. A table's tag, and the first byte of each value (the row's version), never change meaning.
-//! 2. Keys are big-endian numbers, so that key order is number order.
-//! 3. A row that does not decode aborts: a replica that cannot read its state must not answer
-//!    from it.
-//! 4. Enums inside rows and commands are append-only: their position is their tag.
+//! 1. A table's tag never changes meaning.
+//! 2. Enums inside rows and commands are append-only: their position is their tag.
 
-use mobula_core::codec;
 use mobula_core::control::{ModuleId, Reader, Table, Txn};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+pub(crate) use mobula_core::row::{from_bytes, get, number_at, pair, put, scan};
 
 const fn table(tag: u8) -> Table {
     Table {
@@ -59,79 +54,6 @@ pub(crate) const SESSIONS_BY_AGE: Table = table(18);
 pub(crate) const TOKENS: Table = table(19);
 /// Hash of the secret → token id.
 pub(crate) const TOKENS_BY_HASH: Table = table(20);
-
-/// Larger than any row: an actor's constructor argument is at most a quarter of it.
-const ROW_BYTES_MAX: usize = 1024 * 1024;
-
-/// Rows that one read of a long scan fetches.
-const SCAN_ROWS: usize = 256;
-
-/// The version of all rows that this code writes.
-const VERSION: u8 = 1;
-
-/// The row under `key`.
-pub(crate) fn get<T: DeserializeOwned>(reader: &dyn Reader, table: Table, key: &[u8]) -> Option<T> {
-    reader
-        .get(table, key)
-        .map(|bytes| from_bytes(table, &bytes))
-}
-
-/// Writes `row` under `key`.
-pub(crate) fn put<T: Serialize>(txn: &mut dyn Txn, table: Table, key: &[u8], row: &T) {
-    let mut bytes = vec![VERSION];
-    bytes.extend_from_slice(&codec::encode_plain(row));
-    txn.put(table, key, bytes);
-}
-
-/// Decodes a row's value.
-pub(crate) fn from_bytes<T: DeserializeOwned>(table: Table, bytes: &[u8]) -> T {
-    let tag = table.tag;
-    match bytes.split_first() {
-        Some((&VERSION, body)) => match codec::decode(body, ROW_BYTES_MAX) {
-            Ok(row) => row,
-            Err(error) => panic!("scheduler table {tag} holds an unreadable row: {error}"),
-        },
-        Some((version, _)) => panic!(
-            "scheduler table {tag} holds a row of version {version}, this binary reads {VERSION}: \
-             start a binary at least as new as the one that wrote it"
-        ),
-        None => panic!("scheduler table {tag} holds an empty row"),
-    }
-}
-
-/// Two numbers as one key.
-pub(crate) fn pair(first: u64, second: u64) -> Vec<u8> {
-    [first.to_be_bytes(), second.to_be_bytes()].concat()
-}
-
-/// The number at position `index` (counted in numbers) of a key made of numbers.
-pub(crate) fn number_at(key: &[u8], index: usize) -> u64 {
-    let bytes = key
-        .get(index * 8..index * 8 + 8)
-        .expect("keys are written by `pair` and `to_key`");
-    u64::from_be_bytes(bytes.try_into().expect("the slice has eight bytes"))
-}
-
-/// All rows whose key starts with `prefix`, in key order, a page at a time.
-pub(crate) fn scan<'a>(
-    reader: &'a dyn Reader,
-    table: Table,
-    prefix: &[u8],
-) -> impl Iterator<Item = (Vec<u8>, Vec<u8>)> + use<'a> {
-    let prefix = prefix.to_vec();
-    let mut last: Option<Vec<u8>> = None;
-    let mut finished = false;
-    std::iter::from_fn(move || {
-        if finished {
-            return None;
-        }
-        let rows = reader.scan(table, &prefix, last.as_deref(), SCAN_ROWS);
-        finished = rows.len() < SCAN_ROWS;
-        last = rows.last().map(|(key, _)| key.clone());
-        Some(rows)
-    })
-    .flatten()
-}
 
 /// Counts and number sources, each one row in [`COUNTERS`]. Numbers are persisted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

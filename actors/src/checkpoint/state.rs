@@ -11,7 +11,7 @@
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, Effect, ModuleId, Reader, StateModule, Subject, Table, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
 };
 use mobula_core::{ErrorCode, Incarnation, JobId, Rejection};
 use serde::de::DeserializeOwned;
@@ -279,11 +279,7 @@ impl StateModule for CheckpointModule {
                 store(context, txn, job, row);
             }
         }
-        let effects = vec![Effect::Changed(Subject::Module(ModuleId::CHECKPOINT))];
-        Ok(Applied {
-            response: Vec::new(),
-            effects,
-        })
+        Ok(Applied::changed(self.id(), Vec::new()))
     }
 
     fn query(&self, reader: &dyn Reader, _: u64, payload: &[u8]) -> Result<Vec<u8>, Rejection> {

@@ -7,7 +7,7 @@
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, Effect, ModuleId, Reader, StateModule, Subject, Table, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::JobId;
@@ -275,11 +275,7 @@ impl StateModule for Drift {
     ) -> Result<Applied, Rejection> {
         let Command::Report(found) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         report(context, txn, found)?;
-        let effects = vec![Effect::Changed(Subject::Module(ModuleId::DRIFT))];
-        Ok(Applied {
-            response: Vec::new(),
-            effects,
-        })
+        Ok(Applied::changed(self.id(), Vec::new()))
     }
 
     fn query(

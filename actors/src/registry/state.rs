@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, Effect, ModuleId, Reader, StateModule, Subject, Table, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::row;
@@ -210,10 +210,8 @@ impl StateModule for Registry {
     ) -> Result<Applied, Rejection> {
         let Command::Register(new) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         let version = register(context, txn, new)?;
-        Ok(Applied {
-            response: codec::encode_plain(&version),
-            effects: vec![Effect::Changed(Subject::Module(ModuleId::REGISTRY))],
-        })
+        let response = codec::encode_plain(&version);
+        Ok(Applied::changed(self.id(), response))
     }
 
     fn query(

@@ -7,7 +7,7 @@
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, Effect, ModuleId, Reader, StateModule, Subject, Table, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::{Incarnation, JobId};
@@ -256,8 +256,7 @@ impl StateModule for Serving {
                 Vec::new()
             }
         };
-        let effects = vec![Effect::Changed(Subject::Module(ModuleId::SERVING))];
-        Ok(Applied { response, effects })
+        Ok(Applied::changed(self.id(), response))
     }
 
     fn query(

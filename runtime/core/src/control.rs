@@ -96,6 +96,17 @@ pub struct Applied {
     pub effects: Vec<Effect>,
 }
 
+impl Applied {
+    /// `response`, and whoever watches `module` is woken.
+    #[must_use]
+    pub fn changed(module: ModuleId, response: Vec<u8>) -> Self {
+        Applied {
+            response,
+            effects: vec![Effect::Changed(Subject::Module(module))],
+        }
+    }
+}
+
 /// Something for the leader to do after a command is applied. Followers drop it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {

@@ -4,12 +4,13 @@
 //! 1. The first byte of a row is its version; code that meets a newer one stops.
 //! 2. A row that does not decode panics: a replica that cannot read its state must not answer
 //!    from it.
+//! 3. Numbers in keys are big-endian, so that key order is number order.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::codec;
-use crate::control::{Reader, Table, Txn};
+use crate::control::{ModuleId, Reader, Table, Txn};
 
 /// Larger than any row: bulk bytes have no business in the tables.
 pub const ROW_BYTES_MAX: usize = 1024 * 1024;
@@ -34,33 +35,72 @@ pub fn put<T: Serialize>(txn: &mut dyn Txn, table: Table, key: &[u8], row: &T) {
     txn.put(table, key, bytes);
 }
 
-/// All rows whose key starts with `prefix`, in key order. For tables with a small bound.
+/// All rows whose key starts with `prefix`, decoded, in key order. For tables with a small bound.
 pub fn all<T: DeserializeOwned>(
     reader: &dyn Reader,
     table: Table,
     prefix: &[u8],
 ) -> Vec<(Vec<u8>, T)> {
-    let mut rows = Vec::new();
-    let mut after: Option<Vec<u8>> = None;
-    loop {
-        let page = reader.scan(table, prefix, after.as_deref(), SCAN_ROWS);
-        let Some((last, _)) = page.last() else {
-            return rows;
-        };
-        after = Some(last.clone());
-        rows.extend(page.into_iter().map(|(key, bytes)| {
+    scan(reader, table, prefix)
+        .map(|(key, bytes)| {
             let row = from_bytes(table, &bytes);
             (key, row)
-        }));
+        })
+        .collect()
+}
+
+/// All rows whose key starts with `prefix`, as bytes (see [`from_bytes`]), in key order and read a
+/// page at a time.
+pub fn scan<'a>(
+    reader: &'a dyn Reader,
+    table: Table,
+    prefix: &[u8],
+) -> impl Iterator<Item = (Vec<u8>, Vec<u8>)> + use<'a> {
+    let prefix = prefix.to_vec();
+    let mut last: Option<Vec<u8>> = None;
+    let mut finished = false;
+    std::iter::from_fn(move || {
+        if finished {
+            return None;
+        }
+        let rows = reader.scan(table, &prefix, last.as_deref(), SCAN_ROWS);
+        finished = rows.len() < SCAN_ROWS;
+        last = rows.last().map(|(key, _)| key.clone());
+        Some(rows)
+    })
+    .flatten()
+}
+
+/// Decodes a row's bytes.
+pub fn from_bytes<T: DeserializeOwned>(table: Table, bytes: &[u8]) -> T {
+    let Table {
+        module: ModuleId(module),
+        tag,
+    } = table;
+    match bytes.split_first() {
+        Some((&VERSION, body)) => match codec::decode(body, ROW_BYTES_MAX) {
+            Ok(row) => row,
+            Err(error) => panic!("table {tag} of module {module} holds an unreadable row: {error}"),
+        },
+        Some((version, _)) => panic!(
+            "table {tag} of module {module} holds a row of version {version}, this binary reads \
+             {VERSION}: start a binary at least as new as the one that wrote it"
+        ),
+        None => panic!("table {tag} of module {module} holds an empty row"),
     }
 }
 
-fn from_bytes<T: DeserializeOwned>(table: Table, bytes: &[u8]) -> T {
-    let (version, value) = bytes.split_first().expect("a row has a version byte");
-    assert_eq!(
-        *version, VERSION,
-        "a row of {table:?} is of a newer version than this binary"
-    );
-    codec::decode(value, ROW_BYTES_MAX)
-        .unwrap_or_else(|error| panic!("a row of {table:?} is damaged: {error}"))
+/// Two numbers as one key.
+#[must_use]
+pub fn pair(first: u64, second: u64) -> Vec<u8> {
+    [first.to_be_bytes(), second.to_be_bytes()].concat()
+}
+
+/// The number at position `index` (counted in numbers) of a key made of numbers.
+#[must_use]
+pub fn number_at(key: &[u8], index: usize) -> u64 {
+    let bytes = key
+        .get(index * 8..index * 8 + 8)
+        .expect("a key of numbers is written by `pair` or from an id");
+    u64::from_be_bytes(bytes.try_into().expect("the slice has eight bytes"))
 }
