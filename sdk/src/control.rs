@@ -7,6 +7,7 @@
 //!    window while it is being sent again.
 //! 3. Only what the transport or a missing leader is to blame for is tried again, and only for
 //!    [`Access::retry_window`].
+//! 4. A change is stamped anew, in another session, only if it surely had no effect before.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -151,6 +152,27 @@ impl Control {
         Fut: Future<Output = std::result::Result<tonic::Response<T>, Status>>,
     {
         let mut session = self.0.session.lock().await;
+        let answer = self.stamped(&mut session, operation, &ask).await;
+        match &answer {
+            // The head forgot the session before this change reached it (a clock that jumped, a
+            // restored head): in a new session it takes effect for the first time. What may have
+            // been applied in the old one is the caller's to decide.
+            Err(error)
+                if error.code() == Some(ErrorCode::SessionExpired)
+                    && error.executed() == Executed::No =>
+            {
+                self.stamped(&mut session, operation, &ask).await
+            }
+            _ => answer,
+        }
+    }
+
+    /// Sends a change with the next stamp of `session`, which is opened where it is not usable.
+    async fn stamped<T, F, Fut>(&self, session: &mut Session, operation: &str, ask: &F) -> Result<T>
+    where
+        F: Fn(ApiClient, api::Stamp) -> Fut,
+        Fut: Future<Output = std::result::Result<tonic::Response<T>, Status>>,
+    {
         if session
             .used
             .is_none_or(|used| used.elapsed() > SESSION_REUSE)

@@ -275,6 +275,45 @@ async fn a_lost_reply_creates_one_actor() {
 }
 
 #[tokio::test]
+async fn a_change_in_a_forgotten_session_is_sent_once_more_in_a_new_one() {
+    let stage = stage().await;
+    let first = stage.outside.actor(Counter::new(5)).spawn().await.unwrap();
+    stage.head.first_known_session.store(10, Ordering::SeqCst);
+    let second = stage.outside.actor(Counter::new(5)).spawn().await.unwrap();
+    assert_eq!(
+        (first.actor_id(), second.actor_id()),
+        (ActorId(100), ActorId(101))
+    );
+    assert_eq!(
+        *stage.head.stamps.lock().unwrap(),
+        [(9, 1), (9, 2), (10, 1)]
+    );
+    // A head that knows no session at all is not asked for ever.
+    stage.head.first_known_session.store(90, Ordering::SeqCst);
+    let refused = stage.outside.actor(Counter::new(5)).spawn().await;
+    let error = refused.err().unwrap();
+    assert_eq!(
+        (error.code(), error.executed()),
+        (Some(ErrorCode::SessionExpired), Executed::No)
+    );
+    assert_eq!(stage.head.stamps.lock().unwrap().len(), 5);
+}
+
+#[tokio::test]
+async fn what_a_forgotten_session_may_have_done_is_not_done_again() {
+    let stage = stage().await;
+    stage.head.lose_replies.store(1, Ordering::SeqCst);
+    stage.head.forgets_with_reply.store(true, Ordering::SeqCst);
+    let unknown = stage.outside.actor(Counter::new(5)).spawn().await;
+    let error = unknown.err().unwrap();
+    assert_eq!(
+        (error.code(), error.executed()),
+        (Some(ErrorCode::SessionExpired), Executed::Unknown)
+    );
+    assert_eq!(*stage.head.stamps.lock().unwrap(), [(9, 1), (9, 1)]);
+}
+
+#[tokio::test]
 async fn without_a_job_or_an_actor_the_error_says_what_to_do() {
     let stage = stage().await;
     let error = stage.outside.set_result("x").await.unwrap_err();

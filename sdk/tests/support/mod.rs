@@ -9,11 +9,12 @@
 )]
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mobula::prelude::*;
+use mobula_core::error::ErrorCode;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{HostId, NodeId};
 use mobula_core::order::StartActor;
@@ -49,6 +50,10 @@ pub struct Head {
     sessions: AtomicU64,
     /// How many answers to mutations are still to be lost.
     pub lose_replies: AtomicU32,
+    /// Sessions below this one are forgotten.
+    pub first_known_session: AtomicU64,
+    /// Whether a lost reply takes its session along.
+    pub forgets_with_reply: AtomicBool,
     /// The stamps of all mutations that arrived.
     pub stamps: Mutex<Vec<(u64, u64)>>,
     applied: Mutex<BTreeMap<(u64, u64), Vec<u64>>>,
@@ -60,6 +65,12 @@ impl Head {
         let stamp = request.stamp.unwrap();
         let stamp = (stamp.session, stamp.sequence);
         self.stamps.lock().unwrap().push(stamp);
+        if stamp.0 < self.first_known_session.load(Ordering::SeqCst) {
+            let mut status = Status::failed_precondition("the session is not known");
+            let code = ErrorCode::SessionExpired.as_str().parse().unwrap();
+            status.metadata_mut().insert("mobula-code", code);
+            return Err(status);
+        }
         let known = self.applied.lock().unwrap().get(&stamp).cloned();
         let ids = match known {
             Some(ids) => ids,
@@ -95,6 +106,10 @@ impl Head {
                 left.checked_sub(1)
             })
             .is_ok();
+        if lost && self.forgets_with_reply.load(Ordering::SeqCst) {
+            self.first_known_session
+                .store(stamp.0 + 1, Ordering::SeqCst);
+        }
         if lost {
             Err(Status::unavailable("the reply is lost"))
         } else {
@@ -335,6 +350,8 @@ pub async fn stage() -> Stage {
         incarnations: AtomicU32::new(1),
         sessions: AtomicU64::new(9),
         lose_replies: AtomicU32::new(0),
+        first_known_session: AtomicU64::new(0),
+        forgets_with_reply: AtomicBool::new(false),
         stamps: Mutex::default(),
         applied: Mutex::default(),
     });

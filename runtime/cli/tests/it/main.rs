@@ -11,5 +11,6 @@ mod chaos;
 mod configs;
 mod examples;
 mod serving;
+mod sessions;
 mod storage;
 mod support;
