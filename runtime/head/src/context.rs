@@ -16,6 +16,7 @@ use mobula_storage::artifact::ArtifactStore;
 use mobula_storage::blob::BlobStore;
 use mobula_wire::control::{Empty, Stamp};
 use mobula_wire::session::StorageLocation;
+use tokio::sync::Semaphore;
 use tonic::Status;
 
 use crate::api::{rejected, stamp};
@@ -39,6 +40,8 @@ pub(crate) struct HeadContext {
     pub(crate) cluster_address: SocketAddr,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) started_ms: u64,
+    /// One for each job's log that is being read.
+    pub(crate) log_streams: Arc<Semaphore>,
     /// Where a client uploads to before the digest is verified.
     pub(crate) upload_dir: std::path::PathBuf,
 }

@@ -40,7 +40,7 @@ use mobula_storage::engine::{RocksEngine, RocksOptions};
 use mobula_wire::control::control_server::ControlServer;
 use mobula_wire::session::StorageLocation;
 use parking_lot::Mutex;
-use tokio::sync::watch as tokio_watch;
+use tokio::sync::{Semaphore, watch as tokio_watch};
 use tokio::task::JoinSet;
 
 pub use bootstrap::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE};
@@ -188,6 +188,7 @@ impl Head {
             cluster_address,
             started_ms: options.clock.now_ms(),
             clock: options.clock,
+            log_streams: Arc::new(Semaphore::new(api::LOG_STREAMS_MAX)),
             upload_dir,
         });
 

@@ -26,6 +26,10 @@ const FOLLOW_INTERVAL: Duration = Duration::from_millis(150);
 /// How many pieces wait for a slow client.
 const PIECES_WAITING_MAX: usize = 4;
 
+/// Logs that are being read at the same time: each asks the tables twice and a worker once in
+/// every [`FOLLOW_INTERVAL`], together some thousand cheap reads a second.
+pub(crate) const LOG_STREAMS_MAX: usize = 128;
+
 pub(super) type LogStream = Pin<Box<dyn Stream<Item = Result<api::LogChunk, Status>> + Send>>;
 
 pub(super) async fn job_logs(
@@ -42,9 +46,21 @@ pub(super) async fn job_logs(
     }
     // Refused here, so that a wrong id is an error and not an empty log.
     jobs::view(context, job).await?;
+    let slot = Arc::clone(&context.log_streams)
+        .try_acquire_owned()
+        .map_err(|_| {
+            rejected(&Rejection::new(
+                ErrorCode::Overloaded,
+                format!("{LOG_STREAMS_MAX} logs are being read already: try again later"),
+            ))
+        })?;
     let (pieces, stream) = mpsc::channel(PIECES_WAITING_MAX);
-    // The task ends with the stream.
-    tokio::spawn(send_log(context.clone(), job, request.follow, pieces));
+    let log = send_log(context.clone(), job, request.follow, pieces);
+    // The task ends with the stream, and gives its slot back then.
+    tokio::spawn(async move {
+        log.await;
+        drop(slot);
+    });
     Ok(Box::pin(ReceiverStream::new(stream)))
 }
 

@@ -13,6 +13,7 @@ mod status;
 mod views;
 
 pub(crate) use artifacts::ARTIFACT_BYTES_MAX;
+pub(crate) use logs::LOG_STREAMS_MAX;
 pub(crate) use modules::stamp;
 pub(crate) use service::ControlService;
 

@@ -1,0 +1,12 @@
+//! One real head: its log on a disk, its API over TLS, its sessions over QUIC. One binary, so that
+//! it is linked once.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test a panic is the failure, and says where"
+)]
+
+mod certificates;
+mod logs;
+mod one_head;
+mod stamps;
