@@ -17,7 +17,8 @@ use mobula_host::client::CallClient;
 use mobula_host::registry::ConstructError;
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_host::{
-    ActorContext, ActorType, DynActor, HostInfo, HostRuntime, MethodError, Registry,
+    ActorBody, ActorContext, ActorType, DynActor, HostInfo, HostRuntime, MethodCall, MethodError,
+    Registry,
 };
 use mobula_net::endpoint::Endpoint;
 use mobula_net::identity::{ClusterCa, Identity, Role, Validity};
@@ -47,19 +48,17 @@ struct Echo;
 impl DynActor for Echo {
     fn dispatch<'a>(
         &'a mut self,
-        _method: &'a str,
-        arguments: &'a [u8],
-        _context: &'a ActorContext,
+        call: MethodCall<'a>,
     ) -> BoxFuture<'a, Result<Vec<u8>, MethodError>> {
-        Box::pin(std::future::ready(Ok(arguments.to_vec())))
+        Box::pin(std::future::ready(Ok(call.arguments.to_vec())))
     }
 }
 
 fn construct(
     _init: Vec<u8>,
     _context: ActorContext,
-) -> BoxFuture<'static, Result<Box<dyn DynActor>, ConstructError>> {
-    Box::pin(std::future::ready(Ok(Box::new(Echo) as Box<dyn DynActor>)))
+) -> BoxFuture<'static, Result<ActorBody, ConstructError>> {
+    Box::pin(std::future::ready(Ok(ActorBody::serial(Echo))))
 }
 
 /// A table in which the echo runs.

@@ -64,6 +64,7 @@ pub use cluster::{Cluster, ContextExt};
 pub use error::{CallFailure, Error, Result};
 pub use job::JobHandle;
 pub use mobula_core as core;
+pub use mobula_host::actor::run_blocking;
 pub use mobula_host::{ActorContext, Notice};
 pub use mobula_macros::{actor, main};
 pub use mobula_wire::session::StorageLocation;

@@ -5,7 +5,9 @@ use std::fmt::Display;
 use futures::future::BoxFuture;
 use mobula_core::codec;
 use mobula_core::error::Executed;
-pub use mobula_host::actor::{DynActor, MethodError};
+pub use mobula_host::actor::{
+    Access, ActorBody, Concurrency, ConcurrentActor, Dispatching, DynActor, MethodCall, MethodError,
+};
 pub use mobula_host::inventory;
 pub use mobula_host::registry::{ActorType, ConstructError};
 use serde::Serialize;
@@ -16,10 +18,7 @@ use crate::call::{Call, FallibleCall};
 use crate::error::Error;
 
 /// What a registered constructor returns.
-pub type Constructing = BoxFuture<'static, Result<Box<dyn DynActor>, ConstructError>>;
-
-/// What dispatching a call returns.
-pub type Dispatching<'a> = BoxFuture<'a, Result<Vec<u8>, MethodError>>;
+pub type Constructing = BoxFuture<'static, Result<ActorBody, ConstructError>>;
 
 /// What a hook returns.
 pub type Hook<'a> = BoxFuture<'a, ()>;

@@ -36,15 +36,24 @@ impl From<MethodError> for CallError {
     }
 }
 
-/// An actor whose type its host does not know.
+/// One call as its actor sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct MethodCall<'a> {
+    /// The method's name.
+    pub method: &'a str,
+    /// The encoded arguments.
+    pub arguments: &'a [u8],
+    /// What the actor knows about itself.
+    pub context: &'a ActorContext,
+}
+
+/// The outcome of a method, still to come: the encoded value, or why there is none.
+pub type Dispatching<'a> = BoxFuture<'a, Result<Vec<u8>, MethodError>>;
+
+/// An actor whose type its host does not know. Its methods run one after another.
 pub trait DynActor: Send + 'static {
     /// Runs one method to its end.
-    fn dispatch<'a>(
-        &'a mut self,
-        method: &'a str,
-        arguments: &'a [u8],
-        context: &'a ActorContext,
-    ) -> BoxFuture<'a, Result<Vec<u8>, MethodError>>;
+    fn dispatch<'a>(&'a mut self, call: MethodCall<'a>) -> Dispatching<'a>;
 
     /// Runs once, before the first call.
     fn started<'a>(&'a mut self, _context: &'a ActorContext) -> BoxFuture<'a, ()> {
@@ -65,5 +74,67 @@ pub trait DynActor: Send + 'static {
     /// panic or a kill.
     fn on_stop<'a>(&'a mut self, _context: &'a ActorContext) -> BoxFuture<'a, ()> {
         Box::pin(std::future::ready(()))
+    }
+}
+
+/// How a method of a [`ConcurrentActor`] uses its actor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Alone: it waits for everything before it, and everything after it waits.
+    Exclusive,
+    /// Beside other shared methods, up to the limit of its group.
+    Shared {
+        /// Which of the actor's groups.
+        group: usize,
+    },
+}
+
+/// How many methods of one type of actors run at once, and which.
+#[derive(Debug, Clone, Copy)]
+pub struct Concurrency {
+    /// The limit of each group. The first is the group of whatever names none.
+    pub limits: &'static [u32],
+    /// How a method uses the actor. An unknown method is shared: it only answers that it is
+    /// unknown.
+    pub access: fn(&str) -> Access,
+}
+
+/// An actor that can run several methods at once.
+pub trait ConcurrentActor: DynActor + Sync {
+    /// Runs one method whose access is shared.
+    fn dispatch_shared<'a>(&'a self, call: MethodCall<'a>) -> Dispatching<'a>;
+}
+
+/// What a constructor makes.
+pub enum ActorBody {
+    /// One method after another, in the order of admission.
+    Serial(Box<dyn DynActor>),
+    /// Several at once.
+    Concurrent(Box<dyn ConcurrentActor>, Concurrency),
+}
+
+impl ActorBody {
+    /// An actor that runs one method after another.
+    #[must_use]
+    pub fn serial(actor: impl DynActor) -> Self {
+        ActorBody::Serial(Box::new(actor))
+    }
+
+    /// An actor that runs as many methods at once as `concurrency` says.
+    #[must_use]
+    pub fn concurrent(actor: impl ConcurrentActor, concurrency: Concurrency) -> Self {
+        ActorBody::Concurrent(Box::new(actor), concurrency)
+    }
+}
+
+/// Runs what blocks its thread, a computation or synchronous I/O, so that the other actors of the
+/// process go on: their tasks are given to another thread first. Nothing can end it before its
+/// time but the end of the process.
+pub fn run_blocking<T>(work: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        // One thread alone has nobody to hand its tasks to.
+        _ => work(),
     }
 }

@@ -28,6 +28,7 @@ use crate::calls::serve_calls;
 use crate::client::CallClient;
 use crate::context::{HostInfo, HostRuntime, Notice};
 use crate::registry::{DuplicateTypeError, Registry};
+use crate::shell::panic_text;
 use crate::supervision::{ActorEvent, ActorTable, EVENTS_WAITING_MAX, SupervisorStartError};
 
 /// The largest bootstrap file: certificates and addresses.
@@ -316,15 +317,6 @@ fn driver_exit(outcome: Result<Result<(), String>, JoinError>) -> ExitReason {
             Err(_) => ExitReason::Stopped,
         },
     }
-}
-
-/// What a panic said, as far as it is text.
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a text".to_owned())
 }
 
 async fn next_message(receiver: &mut FramedReceiver) -> Result<AgentMessage, String> {

@@ -3,7 +3,8 @@
 //!
 //! * [`actor`]: what an actor is to its host; [`registry`]: the types a program has;
 //!   [`context`]: what an actor knows about itself.
-//! * [`mailbox`]: admission in front of a ractor actor; [`supervision`]: starts, ends, panics.
+//! * [`mailbox`]: admission in front of a ractor actor; `admission` and `concurrent`: several
+//!   methods of one actor at once; [`supervision`]: starts, ends, panics.
 //! * [`calls`]: answering calls from other processes; [`client`]: making them.
 //! * [`agent`]: the link to the worker's agent, and a host process from start to end.
 //!
@@ -14,16 +15,18 @@
 //! 4. No actor outlives its agent: a host whose agent is gone ends.
 
 pub mod actor;
+mod admission;
 pub mod agent;
 pub mod calls;
 pub mod client;
+mod concurrent;
 pub mod context;
 pub mod mailbox;
 pub mod registry;
 mod shell;
 pub mod supervision;
 
-pub use actor::{DynActor, MethodError};
+pub use actor::{Access, ActorBody, ConcurrentActor, DynActor, MethodCall, MethodError};
 pub use context::{ActorContext, HostInfo, HostRuntime, Notice};
 pub use registry::{ActorType, Registry};
 

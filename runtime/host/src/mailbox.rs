@@ -6,7 +6,8 @@
 //! Invariants:
 //! 1. At most `capacity` calls wait in front of an actor.
 //! 2. A [`Reply`] answers exactly once: whoever drops it unanswered has it say what is known.
-//! 3. Methods of one actor run one after another, in the order of admission.
+//! 3. Methods of one actor run one after another, in the order of admission; where its type asks
+//!    for more, `concurrent` says which run together.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +20,8 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 
+use crate::actor::{DynActor, MethodCall};
+use crate::concurrent::ConcurrentRunner;
 use crate::context::ActorContext;
 
 /// What a call brought.
@@ -165,46 +168,67 @@ pub(crate) enum Envelope {
 /// that it can still be given when the method panics.
 pub(crate) type InFlight = Arc<Mutex<Option<Reply>>>;
 
+/// The way in front of one method after another.
+pub(crate) struct SerialIntake {
+    capacity: u32,
+    permits: Arc<Semaphore>,
+    pub(crate) in_flight: InFlight,
+    pub(crate) notice_waits: AtomicBool,
+}
+
+impl SerialIntake {
+    pub(crate) fn new(capacity: u32) -> Self {
+        SerialIntake {
+            capacity,
+            permits: Arc::new(Semaphore::new(capacity as usize)),
+            in_flight: InFlight::default(),
+            notice_waits: AtomicBool::new(false),
+        }
+    }
+}
+
+/// Where a mailbox puts its calls.
+#[derive(Clone)]
+pub(crate) enum Intake {
+    /// Into ractor's own queue.
+    Serial(Arc<SerialIntake>),
+    /// To tasks of their own.
+    Concurrent(Arc<ConcurrentRunner>),
+}
+
 /// One running incarnation of an actor, seen from outside.
 pub struct Mailbox {
     pub(crate) actor: ActorId,
     pub(crate) incarnation: Incarnation,
     pub(crate) context: ActorContext,
     pub(crate) ractor: ractor::ActorRef<Envelope>,
-    pub(crate) in_flight: InFlight,
-    pub(crate) notice_waits: Arc<AtomicBool>,
-    capacity: u32,
-    permits: Arc<Semaphore>,
+    pub(crate) intake: Intake,
 }
 
 impl Mailbox {
     pub(crate) fn new(
         context: ActorContext,
         ractor: ractor::ActorRef<Envelope>,
-        capacity: u32,
-        in_flight: InFlight,
-        notice_waits: Arc<AtomicBool>,
+        intake: Intake,
     ) -> Self {
         Mailbox {
             actor: context.actor(),
             incarnation: context.incarnation(),
             context,
             ractor,
-            in_flight,
-            notice_waits,
-            capacity,
-            permits: Arc::new(Semaphore::new(capacity as usize)),
+            intake,
         }
     }
 
     /// Admits a call, or answers it with why not.
     pub fn admit(&self, call: IncomingCall) {
-        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
-            call.reply.send(Err(CallError::Overloaded {
-                actor: self.actor.to_string(),
-                capacity: self.capacity,
-            }));
-            return;
+        let serial = match &self.intake {
+            Intake::Serial(serial) => serial,
+            Intake::Concurrent(runner) => return runner.admit(call),
+        };
+        let Ok(permit) = Arc::clone(&serial.permits).try_acquire_owned() else {
+            let error = overloaded(self.actor, serial.capacity);
+            return call.reply.send(Err(error));
         };
         // An actor that has just ended gives the message back; dropping it answers the caller.
         drop(self.ractor.send_message(Envelope::Call { call, permit }));
@@ -212,34 +236,97 @@ impl Mailbox {
 
     /// Tells the actor about a notice. One waits at most: a later one only repeats it.
     pub(crate) fn notify(&self, deadline_ms: u64) {
-        if !self.notice_waits.swap(true, Ordering::AcqRel) {
-            drop(self.ractor.send_message(Envelope::Notice { deadline_ms }));
+        let waits = match &self.intake {
+            Intake::Serial(serial) => &serial.notice_waits,
+            Intake::Concurrent(runner) => &runner.notice_waits,
+        };
+        if waits.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        match &self.intake {
+            Intake::Serial(_) => {
+                drop(self.ractor.send_message(Envelope::Notice { deadline_ms }));
+            }
+            Intake::Concurrent(runner) => runner.notify(deadline_ms),
+        }
+    }
+
+    /// Ends the actor at its next await.
+    pub(crate) fn kill(&self) {
+        if let Intake::Concurrent(runner) = &self.intake {
+            runner.kill();
+        }
+        self.ractor.kill();
+    }
+}
+
+/// The actor's mailbox is full.
+pub(crate) fn overloaded(actor: ActorId, capacity: u32) -> CallError {
+    CallError::Overloaded {
+        actor: actor.to_string(),
+        capacity,
+    }
+}
+
+/// A call whose method begins now.
+pub(crate) struct Begun {
+    method: String,
+    arguments: Vec<u8>,
+    pub(crate) reply: Reply,
+}
+
+impl Begun {
+    pub(crate) fn call<'a>(&'a self, context: &'a ActorContext) -> MethodCall<'a> {
+        MethodCall {
+            method: &self.method,
+            arguments: &self.arguments,
+            context,
         }
     }
 }
 
-/// Runs one admitted call.
-pub(crate) async fn run_call(
-    actor: &mut dyn crate::actor::DynActor,
-    context: &ActorContext,
-    in_flight: &InFlight,
-    call: IncomingCall,
-    permit: OwnedSemaphorePermit,
-) {
+/// Begins a call, or answers that it is too late for it.
+pub(crate) fn begin(context: &ActorContext, call: IncomingCall) -> Option<Begun> {
     let IncomingCall {
         method,
         arguments,
         deadline,
         mut reply,
     } = call;
-    drop(permit);
     if let Some(deadline) = deadline.filter(|deadline| deadline.at <= Instant::now()) {
         reply.send(Err(deadline.error(context.actor(), Executed::No)));
-        return;
+        return None;
     }
     reply.begun = true;
+    Some(Begun {
+        method,
+        arguments,
+        reply,
+    })
+}
+
+/// Runs one admitted call of an actor that runs one at a time.
+pub(crate) async fn run_call(
+    actor: &mut dyn DynActor,
+    context: &ActorContext,
+    in_flight: &InFlight,
+    call: IncomingCall,
+) {
+    let Some(begun) = begin(context, call) else {
+        return;
+    };
+    let Begun {
+        method,
+        arguments,
+        reply,
+    } = begun;
     *in_flight.lock() = Some(reply);
-    let result = actor.dispatch(&method, &arguments, context).await;
+    let call = MethodCall {
+        method: &method,
+        arguments: &arguments,
+        context,
+    };
+    let result = actor.dispatch(call).await;
     if let Some(reply) = in_flight.lock().take() {
         reply.send(result.map_err(CallError::from));
     }

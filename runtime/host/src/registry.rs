@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use futures::future::BoxFuture;
 
-use crate::actor::DynActor;
+use crate::actor::ActorBody;
 use crate::context::ActorContext;
 
 /// Why a constructor brought no actor.
@@ -23,7 +23,7 @@ pub enum ConstructError {
 
 /// A constructor: encoded arguments in, an actor out.
 pub type Constructor =
-    fn(Vec<u8>, ActorContext) -> BoxFuture<'static, Result<Box<dyn DynActor>, ConstructError>>;
+    fn(Vec<u8>, ActorContext) -> BoxFuture<'static, Result<ActorBody, ConstructError>>;
 
 /// One type of actors.
 #[derive(Clone, Copy)]

@@ -1,6 +1,6 @@
 //! The ractor actor around each of ours: constructs it, hands it its calls, and tidies up.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use mobula_core::exit::ExitReason;
@@ -8,9 +8,10 @@ use mobula_core::order::StartActor;
 use mobula_core::spec::ActorKind;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SpawnErr};
 
-use crate::actor::DynActor;
+use crate::actor::{ActorBody, DynActor};
+use crate::concurrent::ConcurrentRunner;
 use crate::context::ActorContext;
-use crate::mailbox::{Envelope, InFlight, Mailbox, run_call};
+use crate::mailbox::{Envelope, Intake, Mailbox, SerialIntake, run_call};
 use crate::registry::ConstructError;
 use crate::supervision::{ActorEvent, ActorTable};
 
@@ -28,10 +29,17 @@ pub(crate) struct Startup {
 
 /// What it holds while it runs.
 pub(crate) struct Running {
-    actor: Box<dyn DynActor>,
     context: ActorContext,
-    in_flight: InFlight,
-    notice_waits: Arc<AtomicBool>,
+    body: Body,
+}
+
+enum Body {
+    Serial {
+        actor: Box<dyn DynActor>,
+        intake: Arc<SerialIntake>,
+    },
+    /// Its calls do not come this way.
+    Concurrent(Arc<ConcurrentRunner>),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -84,15 +92,23 @@ impl Actor for ActorShell {
             .await
             .map_err(StartupError::Construct)?;
 
-        let in_flight = InFlight::default();
-        let notice_waits = Arc::new(AtomicBool::new(false));
-        let mailbox = Arc::new(Mailbox::new(
-            context.clone(),
-            myself.clone(),
-            spec.mailbox_capacity,
-            Arc::clone(&in_flight),
-            Arc::clone(&notice_waits),
-        ));
+        let capacity = spec.mailbox_capacity;
+        let (body, intake) = match constructed {
+            ActorBody::Serial(actor) => {
+                let intake = Arc::new(SerialIntake::new(capacity));
+                let body = Body::Serial {
+                    actor,
+                    intake: Arc::clone(&intake),
+                };
+                (body, Intake::Serial(intake))
+            }
+            ActorBody::Concurrent(actor, concurrency) => {
+                let runner = ConcurrentRunner::new(actor, concurrency, context.clone(), capacity);
+                let body = Body::Concurrent(Arc::clone(&runner));
+                (body, Intake::Concurrent(runner))
+            }
+        };
+        let mailbox = Arc::new(Mailbox::new(context.clone(), myself.clone(), intake));
         if !table.enter(mailbox.clone()) {
             return Err(StartupError::Stopped.into());
         }
@@ -103,12 +119,7 @@ impl Actor for ActorShell {
         if let Some(notice) = context.notice() {
             mailbox.notify(notice.deadline_ms);
         }
-        Ok(Running {
-            actor: constructed,
-            context,
-            in_flight,
-            notice_waits,
-        })
+        Ok(Running { context, body })
     }
 
     async fn post_start(
@@ -116,7 +127,10 @@ impl Actor for ActorShell {
         _myself: ActorRef<Envelope>,
         running: &mut Running,
     ) -> Result<(), ActorProcessingErr> {
-        running.actor.started(&running.context).await;
+        match &mut running.body {
+            Body::Serial { actor, .. } => actor.started(&running.context).await,
+            Body::Concurrent(runner) => runner.started().await,
+        }
         Ok(())
     }
 
@@ -126,18 +140,17 @@ impl Actor for ActorShell {
         message: Envelope,
         running: &mut Running,
     ) -> Result<(), ActorProcessingErr> {
-        let Running {
-            actor,
-            context,
-            in_flight,
-            notice_waits,
-        } = running;
+        let Running { context, body } = running;
+        let Body::Serial { actor, intake } = body else {
+            return Ok(());
+        };
         match message {
             Envelope::Call { call, permit } => {
-                run_call(actor.as_mut(), context, in_flight, call, permit).await;
+                drop(permit);
+                run_call(actor.as_mut(), context, &intake.in_flight, call).await;
             }
             Envelope::Notice { deadline_ms } => {
-                notice_waits.store(false, Ordering::Release);
+                intake.notice_waits.store(false, Ordering::Release);
                 actor.on_notice(deadline_ms, context).await;
             }
         }
@@ -149,9 +162,21 @@ impl Actor for ActorShell {
         _myself: ActorRef<Envelope>,
         running: &mut Running,
     ) -> Result<(), ActorProcessingErr> {
-        running.actor.on_stop(&running.context).await;
+        match &mut running.body {
+            Body::Serial { actor, .. } => actor.on_stop(&running.context).await,
+            Body::Concurrent(runner) => runner.stopped().await,
+        }
         Ok(())
     }
+}
+
+/// What a panic said, as far as it is text.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a text".to_owned())
 }
 
 /// A reason of bearable length.

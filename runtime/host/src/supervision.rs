@@ -21,7 +21,7 @@ use tokio::task::AbortHandle;
 use tokio_util::task::TaskTracker;
 
 use crate::context::{HostRuntime, Notice};
-use crate::mailbox::{IncomingCall, Mailbox, unavailable};
+use crate::mailbox::{IncomingCall, Intake, Mailbox, unavailable};
 use crate::registry::Registry;
 use crate::shell::{ActorShell, Startup, shortened, start_failure};
 
@@ -202,7 +202,7 @@ impl ActorTable {
             }
             Some(Slot::Running(mailbox)) => {
                 mailbox.context.end(ExitReason::Stopped);
-                mailbox.ractor.kill();
+                mailbox.kill();
             }
         }
     }
@@ -273,7 +273,7 @@ impl ActorTable {
         self.tasks.spawn(async move {
             if mailbox.ractor.get_cell().wait(Some(grace)).await.is_err() {
                 tracing::warn!(%actor, grace_ms = grace.as_millis() as u64, "killed after its grace");
-                mailbox.ractor.kill();
+                mailbox.kill();
             }
         });
     }
@@ -354,7 +354,7 @@ impl ActorTable {
         }
     }
 
-    async fn finished(&self, end: End) {
+    async fn finished(self: &Arc<Self>, end: End) {
         let Some(mailbox) = self.by_ractor_id.lock().remove(&end.ractor_id) else {
             return;
         };
@@ -368,23 +368,44 @@ impl ActorTable {
                 slots.remove(&actor);
             }
         }
-        let waiting = mailbox.in_flight.lock().take();
-        let reason = match end.panic {
-            Some(text) => {
-                if let Some(reply) = waiting {
-                    reply.send(Err(mobula_core::CallError::Panicked(text.clone())));
-                }
-                ExitReason::Panicked(text)
+        match &mailbox.intake {
+            Intake::Serial(serial) => {
+                let waiting = serial.in_flight.lock().take();
+                let reason = match end.panic {
+                    Some(text) => {
+                        if let Some(reply) = waiting {
+                            reply.send(Err(mobula_core::CallError::Panicked(text.clone())));
+                        }
+                        ExitReason::Panicked(text)
+                    }
+                    // Dropping the answer says that the method was under way.
+                    None => mailbox.context.ending().unwrap_or(ExitReason::Completed),
+                };
+                self.report(ActorEvent::Exited {
+                    actor,
+                    incarnation,
+                    reason,
+                })
+                .await;
             }
-            // Dropping the answer says that the method was under way.
-            None => mailbox.context.ending().unwrap_or(ExitReason::Completed),
-        };
-        self.report(ActorEvent::Exited {
-            actor,
-            incarnation,
-            reason,
-        })
-        .await;
+            Intake::Concurrent(runner) => {
+                let runner = Arc::clone(runner);
+                let table = Arc::clone(self);
+                // Beside the others' ends: a method may take its time to reach its next await.
+                self.tasks.spawn(async move {
+                    runner.kill();
+                    runner.close().await;
+                    let ending = mailbox.context.ending();
+                    let reason = end.panic.map(ExitReason::Panicked).or(ending);
+                    let event = ActorEvent::Exited {
+                        actor,
+                        incarnation,
+                        reason: reason.unwrap_or(ExitReason::Completed),
+                    };
+                    table.report(event).await;
+                });
+            }
+        }
     }
 
     pub(crate) async fn report(&self, event: ActorEvent) {
@@ -397,7 +418,7 @@ impl ActorTable {
 impl Drop for ActorTable {
     fn drop(&mut self) {
         for mailbox in self.by_ractor_id.lock().values() {
-            mailbox.ractor.kill();
+            mailbox.kill();
         }
         self.supervisor.stop(None);
     }

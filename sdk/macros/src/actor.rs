@@ -3,13 +3,14 @@
 use proc_macro2::{Ident, TokenStream};
 use quote::{format_ident, quote};
 use syn::spanned::Spanned;
-use syn::{Error, ImplItem, ImplItemFn, ItemImpl, LitStr, PathArguments, Result, Type, parse2};
+use syn::{Error, ImplItem, ImplItemFn, ItemImpl, PathArguments, Result, Type, parse2};
 
 use crate::method::{Method, Output, Purpose};
+use crate::options::Options;
 
 /// Reads the attribute and its block, and writes everything that makes an actor.
 pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenStream> {
-    let name = read_name(arguments)?;
+    let options = Options::read(arguments)?;
     let mut block: ItemImpl = parse2(item)
         .map_err(|error| Error::new(error.span(), "#[mobula::actor] stands on an `impl` block"))?;
     let type_ident = check_block(&block)?;
@@ -41,7 +42,7 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
         .iter()
         .filter(|m| m.purpose == Purpose::Call)
         .collect();
-    let type_name = match name {
+    let type_name = match &options.name {
         Some(name) => quote!(#name),
         None => quote!(::core::concat!(
             ::core::module_path!(),
@@ -49,8 +50,8 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
             ::core::stringify!(#type_ident)
         )),
     };
-    let dispatch = write_dispatch(&actor, &methods);
-    let registration = write_registration(&actor, &constructor);
+    let dispatch = write_dispatch(&actor, &methods, &options)?;
+    let registration = write_registration(&actor, &constructor, &options, &calls)?;
     let trait_and_impl = write_calls(&type_ident, &actor, &calls);
     Ok(quote! {
         #block
@@ -63,23 +64,6 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
         #registration
         #trait_and_impl
     })
-}
-
-fn read_name(arguments: TokenStream) -> Result<Option<LitStr>> {
-    let mut name = None;
-    let parser = syn::meta::parser(|meta| {
-        if !meta.path.is_ident("name") {
-            return Err(meta.error("unknown: only `name = \"..\"` can be given here"));
-        }
-        let text: LitStr = meta.value()?.parse()?;
-        if text.value().is_empty() || text.value().len() > 128 {
-            return Err(Error::new(text.span(), "a type's name has 1 to 128 bytes"));
-        }
-        name = Some(text);
-        Ok(())
-    });
-    syn::parse::Parser::parse2(parser, arguments)?;
-    Ok(name)
 }
 
 fn check_block(block: &ItemImpl) -> Result<Ident> {
@@ -129,7 +113,13 @@ fn write_descriptor(function: &ImplItemFn, constructor: &Method) -> TokenStream 
     }
 }
 
-fn write_registration(actor: &Type, constructor: &Method) -> TokenStream {
+fn write_registration(
+    actor: &Type,
+    constructor: &Method,
+    options: &Options,
+    calls: &[&Method],
+) -> Result<TokenStream> {
+    let body = write_body(options, calls)?;
     let names: Vec<_> = constructor.arguments.iter().map(|(name, _)| name).collect();
     let types = constructor.arguments.iter().map(|(_, argument)| argument);
     let context = constructor.takes_context.then(|| quote!(&context,));
@@ -139,7 +129,7 @@ fn write_registration(actor: &Type, constructor: &Method) -> TokenStream {
         Output::Value(_) => call,
         Output::Fallible(..) => quote!(::mobula::__private::constructed(#call)?),
     };
-    quote! {
+    Ok(quote! {
         const _: () = {
             #[allow(unused_variables, clippy::let_unit_value)]
             fn construct(
@@ -150,10 +140,7 @@ fn write_registration(actor: &Type, constructor: &Method) -> TokenStream {
                     let (#(#names,)*): (#(#types,)*) =
                         ::mobula::__private::constructor_arguments(&init)?;
                     let actor: #actor = #constructed;
-                    ::core::result::Result::Ok(
-                        ::std::boxed::Box::new(actor)
-                            as ::std::boxed::Box<dyn ::mobula::__private::DynActor>,
-                    )
+                    ::core::result::Result::Ok(#body)
                 })
             }
             ::mobula::__private::inventory::submit! {
@@ -163,36 +150,93 @@ fn write_registration(actor: &Type, constructor: &Method) -> TokenStream {
                 }
             }
         };
-    }
+    })
 }
 
-fn write_dispatch(actor: &Type, methods: &[Method]) -> TokenStream {
-    let arms = methods
+/// The actor as its host takes it: one method at a time, or several.
+fn write_body(options: &Options, calls: &[&Method]) -> Result<TokenStream> {
+    if !options.is_concurrent() {
+        if let Some(method) = calls.iter().find(|method| method.group.is_some()) {
+            options.group_of(method)?;
+        }
+        return Ok(quote!(::mobula::__private::ActorBody::serial(actor)));
+    }
+    let limits = options.limits();
+    let arms = calls
         .iter()
-        .filter(|m| m.purpose == Purpose::Call)
-        .map(write_arm);
+        .map(|method| {
+            let text = method.name.to_string();
+            let group = options.group_of(method)?;
+            Ok(match method.is_exclusive {
+                true => quote!(#text => ::mobula::__private::Access::Exclusive,),
+                false => quote!(#text => ::mobula::__private::Access::Shared { group: #group },),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(quote! {
+        ::mobula::__private::ActorBody::concurrent(
+            actor,
+            ::mobula::__private::Concurrency {
+                limits: &[#(#limits),*],
+                access: |method| match method {
+                    #(#arms)*
+                    _ => ::mobula::__private::Access::Shared { group: 0 },
+                },
+            },
+        )
+    })
+}
+
+fn write_dispatch(actor: &Type, methods: &[Method], options: &Options) -> Result<TokenStream> {
+    let calls = methods.iter().filter(|m| m.purpose == Purpose::Call);
     let hooks = methods.iter().filter_map(write_hook);
-    quote! {
+    let (shared, exclusive): (Vec<&Method>, Vec<&Method>) =
+        calls.partition(|method| options.is_concurrent() && !method.is_exclusive);
+    let exclusive = write_match(actor, &exclusive);
+    let concurrent = options.is_concurrent().then(|| {
+        let shared = write_match(actor, &shared);
+        quote! {
+            impl ::mobula::__private::ConcurrentActor for #actor {
+                #[allow(unused_variables, clippy::let_unit_value)]
+                fn dispatch_shared<'a>(
+                    &'a self,
+                    call: ::mobula::__private::MethodCall<'a>,
+                ) -> ::mobula::__private::Dispatching<'a> {
+                    #shared
+                }
+            }
+        }
+    });
+    Ok(quote! {
         impl ::mobula::__private::DynActor for #actor {
             #[allow(unused_variables, clippy::let_unit_value)]
             fn dispatch<'a>(
                 &'a mut self,
-                method: &'a str,
-                arguments: &'a [u8],
-                context: &'a ::mobula::ActorContext,
+                call: ::mobula::__private::MethodCall<'a>,
             ) -> ::mobula::__private::Dispatching<'a> {
-                ::std::boxed::Box::pin(async move {
-                    match method {
-                        #(#arms)*
-                        unknown => ::core::result::Result::Err(
-                            ::mobula::__private::unknown_method::<#actor>(unknown),
-                        ),
-                    }
-                })
+                #exclusive
             }
 
             #(#hooks)*
         }
+
+        #concurrent
+    })
+}
+
+/// Finds the method by its name, and runs it.
+fn write_match(actor: &Type, methods: &[&Method]) -> TokenStream {
+    let arms = methods.iter().map(|method| write_arm(method));
+    quote! {
+        let ::mobula::__private::MethodCall { method, arguments, context, .. } = call;
+        ::std::boxed::Box::pin(async move {
+            match method {
+                #(#arms)*
+                unknown => ::core::result::Result::Err(
+                    ::mobula::__private::unknown_method::<#actor>(unknown),
+                ),
+            }
+        })
     }
 }
 
@@ -205,6 +249,11 @@ fn write_arm(method: &Method) -> TokenStream {
     let types = arguments.iter().map(|(_, argument)| argument);
     let context = method.takes_context.then(|| quote!(context,));
     let wait = method.is_async.then(|| quote!(.await));
+    let call = quote!(self.#name(#context #(#names),*) #wait);
+    let call = match method.blocks {
+        true => quote!(::mobula::run_blocking(|| #call)),
+        false => call,
+    };
     let encode = match method.output {
         Output::Value(_) => quote!(::mobula::__private::value(#text, &returned)),
         Output::Fallible(..) => quote!(::mobula::__private::outcome(#text, &returned)),
@@ -213,7 +262,7 @@ fn write_arm(method: &Method) -> TokenStream {
         #text => {
             let (#(#names,)*): (#(#types,)*) =
                 ::mobula::__private::arguments(#text, arguments)?;
-            let returned = self.#name(#context #(#names),*) #wait;
+            let returned = #call;
             #encode
         }
     }
@@ -360,7 +409,19 @@ mod tests {
             ),
             (
                 quote!(impl Counter { fn new() -> Self {} #[mobula(private)] fn n(&mut self) {} }),
-                "`private` is unknown: use local, started, notice or stop",
+                "`private` is unknown: use local, started, notice, stop, blocking or",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} #[mobula(group = "io")] fn n(&mut self) {} }),
+                "one with `&mut self` runs alone",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} #[mobula(group = "io")] fn n(&self) {} }),
+                "declare this group: #[mobula::actor(groups(io = 4))]",
+            ),
+            (
+                quote!(impl Counter { fn new() -> Self {} #[mobula(blocking)] async fn n(&self) {} }),
+                "mobula::run_blocking",
             ),
             (
                 quote!(impl Counter { fn new() -> Self {} #[mobula(stop)] fn n() {} }),
@@ -375,9 +436,15 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_name_is_refused() {
+    fn wrong_options_are_refused() {
         let block = quote!(impl Counter { fn new() -> Self {} });
-        for arguments in [quote!(title = "x"), quote!(name = "")] {
+        for arguments in [
+            quote!(title = "x"),
+            quote!(name = ""),
+            quote!(max_concurrency = 0),
+            quote!(groups(io)),
+            quote!(groups(io = 1, io = 2)),
+        ] {
             assert!(expand(arguments, block.clone()).is_err());
         }
         assert!(expand(quote!(name = "shop.counter"), block).is_ok());
@@ -401,5 +468,29 @@ mod tests {
         assert!(text.contains("pub trait CounterCalls"), "{text}");
         assert!(!text.contains("\"hidden\""), "{text}");
         assert!(!text.contains("mobula (local)"), "{text}");
+    }
+
+    #[test]
+    fn groups_reach_the_host() {
+        let block = quote!(
+            impl Shop {
+                fn new() -> Self {}
+                fn buy(&mut self) {}
+                fn look(&self) {}
+                #[mobula(group = "io", blocking)]
+                fn read(&self) {}
+            }
+        );
+        let options = quote!(max_concurrency = 8, groups(cpu = 1, io = 2));
+        let text = expand(options, block).unwrap().to_string();
+        for expected in [
+            "limits : & [8u32 , 1u32 , 2u32]",
+            "\"buy\" => :: mobula :: __private :: Access :: Exclusive",
+            "\"look\" => :: mobula :: __private :: Access :: Shared { group : 0usize }",
+            "\"read\" => :: mobula :: __private :: Access :: Shared { group : 2usize }",
+            "run_blocking (|| self . read",
+        ] {
+            assert!(text.contains(expected), "{expected}: {text}");
+        }
     }
 }

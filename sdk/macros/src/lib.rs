@@ -6,6 +6,7 @@
 mod actor;
 mod entry;
 mod method;
+mod options;
 
 use proc_macro::TokenStream;
 
@@ -23,6 +24,13 @@ use proc_macro::TokenStream;
 ///   (takes the deadline in milliseconds since the Unix epoch) and `#[mobula(stop)]` make it a
 ///   hook.
 /// * `#[mobula::actor(name = "shop.counter")]` names the type; otherwise its path is its name.
+/// * `#[mobula::actor(max_concurrency = 8)]`: up to eight methods with `&self` run at once, each in
+///   a task of its own; one with `&mut self` waits for all that came before it, runs alone, and
+///   all that came after it wait. `groups(io = 4)` declares a group with a limit of its own, and
+///   `#[mobula(group = "io")]` puts a method into it. The type must be `Sync` then. Without these,
+///   methods run one after another.
+/// * `#[mobula(blocking)]` on a plain `fn` says that it blocks its thread, by computing or by
+///   synchronous I/O: other actors of the process go on meanwhile.
 #[proc_macro_attribute]
 pub fn actor(arguments: TokenStream, item: TokenStream) -> TokenStream {
     actor::expand(arguments.into(), item.into())

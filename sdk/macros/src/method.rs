@@ -2,10 +2,11 @@
 
 use proc_macro2::{Ident, Span, TokenStream, TokenTree};
 use quote::ToTokens;
+use syn::meta::ParseNestedMeta;
 use syn::spanned::Spanned;
 use syn::{
-    Attribute, Error, FnArg, GenericArgument, ImplItemFn, Pat, PathArguments, Result, ReturnType,
-    Type,
+    Attribute, Error, FnArg, GenericArgument, ImplItemFn, LitStr, Pat, PathArguments, Result,
+    ReturnType, Type,
 };
 
 /// Names that an `ActorRef` has already: a call would not reach the actor.
@@ -52,7 +53,13 @@ pub(crate) struct Method {
     pub(crate) name: Ident,
     pub(crate) docs: Vec<Attribute>,
     pub(crate) is_async: bool,
+    /// Whether it takes `&mut self`.
+    pub(crate) is_exclusive: bool,
     pub(crate) takes_context: bool,
+    /// The concurrency group that it names.
+    pub(crate) group: Option<LitStr>,
+    /// Whether it blocks its thread, and says so.
+    pub(crate) blocks: bool,
     pub(crate) arguments: Vec<(Ident, TokenStream)>,
     pub(crate) output: Output,
 }
@@ -60,7 +67,11 @@ pub(crate) struct Method {
 impl Method {
     /// Reads `function`, and takes our own attributes off it. `actor` stands for `Self`.
     pub(crate) fn read(function: &mut ImplItemFn, actor: &Type) -> Result<Self> {
-        let marked = take_purpose(function)?;
+        let Marks {
+            purpose: marked,
+            group,
+            blocking,
+        } = take_marks(function)?;
         let signature = &function.sig;
         let name = signature.ident.clone();
         let purpose = match (marked, signature.receiver()) {
@@ -83,10 +94,16 @@ impl Method {
             name,
             docs,
             is_async: signature.asyncness.is_some(),
+            is_exclusive: signature
+                .receiver()
+                .is_some_and(|receiver| receiver.mutability.is_some()),
             takes_context: false,
+            group,
+            blocks: blocking.is_some(),
             arguments: Vec::new(),
             output: Output::Value(quote::quote!(())),
         };
+        method.check_marks(blocking)?;
         if purpose == Purpose::Local {
             return Ok(method);
         }
@@ -95,6 +112,28 @@ impl Method {
         method.output = read_output(&function.sig.output, purpose, actor)?;
         method.check_hook(function)?;
         Ok(method)
+    }
+
+    fn check_marks(&self, blocking: Option<Span>) -> Result<()> {
+        let called = self.purpose == Purpose::Call;
+        if let Some(group) = &self.group
+            && (self.is_exclusive || !called)
+        {
+            return Err(Error::new(
+                group.span(),
+                "only a method with `&self` runs beside others and can be in a group: one with \
+                 `&mut self` runs alone",
+            ));
+        }
+        match blocking {
+            Some(span) if self.is_async => Err(Error::new(
+                span,
+                "`blocking` stands on a plain `fn`: in an `async fn`, put what blocks into \
+                 `mobula::run_blocking(|| ..)`",
+            )),
+            Some(span) if !called => Err(Error::new(span, "`blocking` is for methods")),
+            _ => Ok(()),
+        }
     }
 
     fn check_shape(&self, function: &ImplItemFn) -> Result<()> {
@@ -175,36 +214,67 @@ impl Method {
     }
 }
 
-fn take_purpose(function: &mut ImplItemFn) -> Result<Option<(Purpose, Span)>> {
-    let mut found = None;
+/// What `#[mobula(..)]` says about a function.
+#[derive(Default)]
+struct Marks {
+    purpose: Option<(Purpose, Span)>,
+    group: Option<LitStr>,
+    blocking: Option<Span>,
+}
+
+fn take_marks(function: &mut ImplItemFn) -> Result<Marks> {
+    let mut marks = Marks::default();
     let mut kept = Vec::new();
+    let mut seen = false;
     for attribute in std::mem::take(&mut function.attrs) {
         if !attribute.path().is_ident("mobula") {
             kept.push(attribute);
             continue;
         }
-        let word: Ident = attribute.parse_args()?;
-        let purpose = match word.to_string().as_str() {
-            "local" => Purpose::Local,
-            "started" => Purpose::Started,
-            "notice" => Purpose::Notice,
-            "stop" => Purpose::Stop,
-            other => {
-                return Err(Error::new(
-                    word.span(),
-                    format!("`{other}` is unknown: use local, started, notice or stop"),
-                ));
-            }
-        };
-        if found.replace((purpose, word.span())).is_some() {
+        if std::mem::replace(&mut seen, true) {
             return Err(Error::new(
-                word.span(),
+                attribute.span(),
                 "a function has one #[mobula(..)] at most",
             ));
         }
+        attribute.parse_nested_meta(|meta| read_mark(&meta, &mut marks))?;
     }
     function.attrs = kept;
-    Ok(found)
+    Ok(marks)
+}
+
+fn read_mark(meta: &ParseNestedMeta<'_>, marks: &mut Marks) -> Result<()> {
+    let word = meta.path.require_ident()?;
+    let purpose = match word.to_string().as_str() {
+        "group" => {
+            marks.group = Some(meta.value()?.parse()?);
+            return Ok(());
+        }
+        "blocking" => {
+            marks.blocking = Some(word.span());
+            return Ok(());
+        }
+        "local" => Purpose::Local,
+        "started" => Purpose::Started,
+        "notice" => Purpose::Notice,
+        "stop" => Purpose::Stop,
+        other => {
+            return Err(Error::new(
+                word.span(),
+                format!(
+                    "`{other}` is unknown: use local, started, notice, stop, blocking or \
+                     group = \"..\""
+                ),
+            ));
+        }
+    };
+    if marks.purpose.replace((purpose, word.span())).is_some() {
+        return Err(Error::new(
+            word.span(),
+            "a function is for one purpose only",
+        ));
+    }
+    Ok(())
 }
 
 fn read_output(output: &ReturnType, purpose: Purpose, actor: &Type) -> Result<Output> {

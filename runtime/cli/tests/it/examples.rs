@@ -58,6 +58,21 @@ fn parallel_pi_runs_embedded_and_submitted_with_the_same_answer() {
     assert!(text.contains("3.14"), "{text}");
 }
 
+/// Examples that check what they show themselves, and what they print at their end.
+const CHECKED: [(&str, &str); 1] = [("concurrency", "loaders at once")];
+
+#[test]
+fn examples_that_check_themselves_run_embedded_and_submitted() {
+    let cluster = TestCluster::up(2);
+    for (name, ending) in CHECKED {
+        let text = embedded(name, &[]);
+        assert!(text.contains(ending), "{name}: {text}");
+        let program = example(name);
+        let text = cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+        assert!(text.contains(ending), "{name}: {text}");
+    }
+}
+
 #[test]
 fn the_same_idempotency_key_is_the_same_job() {
     let cluster = TestCluster::up(1);

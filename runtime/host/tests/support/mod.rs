@@ -21,7 +21,8 @@ use mobula_host::mailbox::{CallResult, IncomingCall, Reply};
 use mobula_host::registry::ConstructError;
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_host::{
-    ActorContext, ActorType, DynActor, HostInfo, HostRuntime, MethodError, Registry,
+    ActorBody, ActorContext, ActorType, DynActor, HostInfo, HostRuntime, MethodCall, MethodError,
+    Registry,
 };
 use mobula_net::endpoint::Endpoint;
 use mobula_net::identity::{ClusterCa, Credentials, Identity, Role, Validity};
@@ -59,10 +60,13 @@ pub struct Probe {
 impl DynActor for Probe {
     fn dispatch<'a>(
         &'a mut self,
-        method: &'a str,
-        arguments: &'a [u8],
-        context: &'a ActorContext,
+        call: MethodCall<'a>,
     ) -> BoxFuture<'a, Result<Vec<u8>, MethodError>> {
+        let MethodCall {
+            method,
+            arguments,
+            context,
+        } = call;
         Box::pin(async move {
             let text: String = codec::decode(arguments, 1 << 20)
                 .map_err(|error| MethodError::BadCall(error.to_string()))?;
@@ -117,7 +121,7 @@ impl DynActor for Probe {
 fn construct(
     init: Vec<u8>,
     context: ActorContext,
-) -> BoxFuture<'static, Result<Box<dyn DynActor>, ConstructError>> {
+) -> BoxFuture<'static, Result<ActorBody, ConstructError>> {
     Box::pin(async move {
         match init.as_slice() {
             b"fail" => Err(ConstructError::Failed("told to".to_owned())),
@@ -126,10 +130,10 @@ fn construct(
             b"never" => std::future::pending().await,
             _ => {
                 let gate = gate(&context.actor().to_string());
-                Ok(Box::new(Probe {
+                Ok(ActorBody::serial(Probe {
                     told: Vec::new(),
                     gate,
-                }) as Box<dyn DynActor>)
+                }))
             }
         }
     })
