@@ -4,7 +4,7 @@
 //! * On a head: an ordered key-value [`engine`] (RocksDB, or memory in tests); the [`raft_log`] and
 //!   the replicated [`tables`] on it; a [`snapshot`] of the tables as a checked stream of bytes.
 //! * Anywhere: a [`blob`] store (files or S3); in it [`checkpoint`]s of jobs, fenced and verified,
-//!   and [`artifact`]s, addressed by what they hold.
+//!   [`artifact`]s, addressed by what they hold, and a [`state_log`] for each durable actor.
 //!
 //! Invariants:
 //! 1. Nothing that is read back is believed before its checksum or hash is verified, except what
@@ -18,4 +18,5 @@ pub mod digest;
 pub mod engine;
 pub mod raft_log;
 pub mod snapshot;
+pub mod state_log;
 pub mod tables;
