@@ -145,13 +145,16 @@ pub enum Command {
         expires_at_ms: u64,
         /// How often it works; `None`: as often as one likes.
         uses: Option<u32>,
+        /// The last characters of its text, by which people tell tokens apart. Short: what is here
+        /// is no secret any more.
+        ends_with: String,
     },
     /// Shows a token and counts the use. Answer: [`Response::TokenAccepted`].
     UseToken {
         /// Hash of the secret that was shown.
         secret_hash: [u8; 32],
     },
-    /// Makes a token useless. Answer: [`Response::Done`], also when it is gone already.
+    /// Makes a token useless. Answer: [`Response::Done`]; refused where there is none.
     RevokeToken {
         /// The token's name.
         id: String,

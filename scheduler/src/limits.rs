@@ -57,6 +57,9 @@ pub const SESSION_TOUCH_MS: u64 = 60 * 1000;
 /// Join and client tokens at once.
 pub const TOKENS_MAX: u64 = 10_000;
 
+/// How much of a token's end is kept for people: 24 bits of a secret of 256.
+pub const TOKEN_END_BYTES_MAX: usize = 4;
+
 /// Rows that are cleaned up in passing by one command, so that no command takes long.
 pub const SWEEP_ROWS: usize = 128;
 

@@ -247,6 +247,8 @@ pub struct TokenView {
     pub expires_at_ms: u64,
     /// How often it still works; none: as often as one likes.
     pub uses_left: Option<u32>,
+    /// The last characters of its text.
+    pub ends_with: String,
     /// Whether it would be refused now.
     pub expired: bool,
 }
@@ -258,6 +260,7 @@ impl TokenView {
             role: row.role,
             expires_at_ms: row.expires_at_ms,
             uses_left: row.uses_left,
+            ends_with: row.ends_with,
             expired: row.expires_at_ms <= now_ms,
         }
     }

@@ -362,6 +362,15 @@ pub(crate) enum TokensCommand {
         #[command(flatten)]
         format: Format,
     },
+    /// List the tokens there are, without their secrets.
+    List(Format),
+    /// Make a token useless, at once.
+    Revoke {
+        /// Its name, as `tokens list` shows it.
+        id: String,
+        #[command(flatten)]
+        format: Format,
+    },
 }
 
 #[derive(Args)]

@@ -1,26 +1,42 @@
 //! `mobula tokens`.
 
-use mobula_wire::control::CreateTokenRequest;
+use mobula::Cluster;
+use mobula_core::clock::Clock;
+use mobula_wire::control::{CreateTokenRequest, ListTokensRequest, RevokeTokenRequest, TokenInfo};
 
-use crate::args::{Target, TokensCommand};
+use crate::args::{Format, Target, TokensCommand};
+use crate::clock::SystemClock;
 use crate::connect::connect;
-use crate::output::print_json;
+use crate::output::{age, or_dash, print_json, print_table};
 
 pub(crate) async fn run(target: &Target, command: TokensCommand) -> anyhow::Result<()> {
-    let TokensCommand::Create {
-        role,
-        ttl,
-        uses,
-        format,
-    } = command;
     let cluster = connect(target).await?;
+    match command {
+        TokensCommand::Create {
+            role,
+            ttl,
+            uses,
+            format,
+        } => create(&cluster, role, ttl, uses, format).await,
+        TokensCommand::List(format) => list(&cluster, format).await,
+        TokensCommand::Revoke { id, format } => revoke(&cluster, id, format).await,
+    }
+}
+
+async fn create(
+    cluster: &Cluster,
+    role: String,
+    ttl_ms: u64,
+    uses: u32,
+    format: Format,
+) -> anyhow::Result<()> {
     let reply = cluster
         .control()
         .mutate("create a token", |mut client, stamp| {
             let request = CreateTokenRequest {
                 stamp: Some(stamp),
                 role: role.clone(),
-                ttl_ms: ttl,
+                ttl_ms,
                 uses,
             };
             async move { client.create_token(request).await }
@@ -30,5 +46,58 @@ pub(crate) async fn run(target: &Target, command: TokensCommand) -> anyhow::Resu
         return print_json(&reply);
     }
     println!("{}", reply.token);
+    Ok(())
+}
+
+async fn list(cluster: &Cluster, format: Format) -> anyhow::Result<()> {
+    let reply = cluster
+        .control()
+        .read("list tokens", |mut client| async move {
+            client.list_tokens(ListTokensRequest {}).await
+        })
+        .await?;
+    if format.json {
+        return print_json(&reply.tokens);
+    }
+    let now_ms = SystemClock.now_ms();
+    let rows: Vec<Vec<String>> = reply
+        .tokens
+        .iter()
+        .map(|token| row(token, now_ms))
+        .collect();
+    print_table(&["ID", "ROLE", "EXPIRES", "USES LEFT", "ENDS WITH"], &rows);
+    Ok(())
+}
+
+fn row(token: &TokenInfo, now_ms: u64) -> Vec<String> {
+    let expires = if token.expired {
+        "expired".to_owned()
+    } else {
+        format!("in {}", age(now_ms, token.expires_at_ms))
+    };
+    vec![
+        token.id.clone(),
+        token.role.clone(),
+        expires,
+        or_dash(token.uses_left),
+        format!("…{}", token.ends_with),
+    ]
+}
+
+async fn revoke(cluster: &Cluster, id: String, format: Format) -> anyhow::Result<()> {
+    cluster
+        .control()
+        .mutate("revoke a token", |mut client, stamp| {
+            let request = RevokeTokenRequest {
+                stamp: Some(stamp),
+                id: id.clone(),
+            };
+            async move { client.revoke_token(request).await }
+        })
+        .await?;
+    if format.json {
+        return print_json(&serde_json::json!({ "id": id }));
+    }
+    println!("{id} is revoked");
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use mobula_core::config::TokensConfig;
 use mobula_core::id::SessionId;
 use mobula_net::identity::{Role, Token};
+use mobula_scheduler::limits::TOKEN_END_BYTES_MAX;
 use mobula_scheduler::{Command, Role as TokenUse};
 
 use crate::bootstrap::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE, create_private_dir, write_private};
@@ -51,16 +52,25 @@ async fn ensure_one(
             return Ok(());
         }
     }
-    let (text, _) = create(context, SessionId::INTERNAL, 0, role, ttl_ms, None)
+    let made = create(context, SessionId::INTERNAL, 0, role, ttl_ms, None)
         .await
         .map_err(|error| error.to_string())?;
     if let Some(parent) = path.parent() {
         create_private_dir(parent).map_err(|error| error.to_string())?;
     }
-    write_private(path, &text).map_err(|error| error.to_string())
+    write_private(path, &made.text).map_err(|error| error.to_string())
 }
 
-/// Makes a token; its text, and when it expires.
+/// A token that was just made.
+pub(crate) struct NewToken {
+    /// Its name.
+    pub(crate) id: String,
+    /// What its bearer shows.
+    pub(crate) text: String,
+    pub(crate) expires_at_ms: u64,
+}
+
+/// Makes a token.
 pub(crate) async fn create(
     context: &HeadContext,
     session: SessionId,
@@ -68,19 +78,26 @@ pub(crate) async fn create(
     role: Role,
     ttl_ms: u64,
     uses: Option<u32>,
-) -> Result<(String, u64), CommandError> {
+) -> Result<NewToken, CommandError> {
     let token = Token::generate(role, context.ca.key_hash());
+    let text = token.to_text();
     let secret_hash = token.secret_hash();
     let expires_at_ms = context.clock.now_ms().saturating_add(ttl_ms);
+    let id = format!("{}-{}", use_of(role), hex_prefix(&secret_hash));
     let command = Command::CreateToken {
-        id: format!("{}-{}", use_of(role), hex_prefix(&secret_hash)),
+        id: id.clone(),
         secret_hash,
         role: use_of(role),
         expires_at_ms,
         uses,
+        ends_with: end_of(&text).to_owned(),
     };
     context.propose_scheduler(session, seq, &command).await?;
-    Ok((token.to_text(), expires_at_ms))
+    Ok(NewToken {
+        id,
+        text,
+        expires_at_ms,
+    })
 }
 
 /// What the scheduler's table calls the role that a token gives.
@@ -91,6 +108,11 @@ fn use_of(role: Role) -> TokenUse {
         // Hosts get their certificates from the head through their agent, never by a token.
         Role::Client | Role::Host => TokenUse::Client,
     }
+}
+
+/// What lists show of a token's text, which is ASCII.
+fn end_of(text: &str) -> &str {
+    &text[text.len() - TOKEN_END_BYTES_MAX..]
 }
 
 /// Enough of the hash to tell tokens apart in a list; the hash is no secret.

@@ -141,6 +141,7 @@ pub(crate) fn apply(apply: &mut Apply<'_>, command: Command) -> Result<Response,
             role,
             expires_at_ms,
             uses,
+            ends_with,
         } => {
             let row = token::TokenRow {
                 id,
@@ -148,6 +149,7 @@ pub(crate) fn apply(apply: &mut Apply<'_>, command: Command) -> Result<Response,
                 role,
                 expires_at_ms,
                 uses_left: uses,
+                ends_with,
             };
             token::create(apply, row)
         }

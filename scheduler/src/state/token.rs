@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Apply, check_name, overloaded};
 use crate::command::{Response, Role};
-use crate::limits::TOKENS_MAX;
+use crate::limits::{TOKEN_END_BYTES_MAX, TOKENS_MAX};
 use crate::row::{self, Counter, TOKENS, TOKENS_BY_HASH};
 
 /// A token, without its secret.
@@ -20,6 +20,7 @@ pub(crate) struct TokenRow {
     pub(crate) role: Role,
     pub(crate) expires_at_ms: u64,
     pub(crate) uses_left: Option<u32>,
+    pub(crate) ends_with: String,
 }
 
 /// All tokens, in order of their names.
@@ -67,6 +68,13 @@ fn usable(reader: &dyn Reader, secret_hash: &[u8; 32], now_ms: u64) -> Result<To
 
 pub(crate) fn create(apply: &mut Apply<'_>, token: TokenRow) -> Result<Response, Rejection> {
     check_name("the token's name", &token.id)?;
+    if token.ends_with.len() > TOKEN_END_BYTES_MAX {
+        return Err(Rejection::invalid(format!(
+            "token `{}` would show {} bytes of its end: at most {TOKEN_END_BYTES_MAX}",
+            token.id,
+            token.ends_with.len()
+        )));
+    }
     if token.expires_at_ms <= apply.now_ms() {
         return Err(Rejection::invalid(format!(
             "token `{}` would be expired from the start: give it a time to live",
@@ -144,8 +152,11 @@ pub(crate) fn consume(
 }
 
 pub(crate) fn revoke(apply: &mut Apply<'_>, id: &str) -> Result<Response, Rejection> {
-    if let Some(token) = row::get::<TokenRow>(apply.txn, TOKENS, id.as_bytes()) {
-        remove(apply, &token);
-    }
+    let token = row::get::<TokenRow>(apply.txn, TOKENS, id.as_bytes()).ok_or_else(|| {
+        Rejection::not_found(format!(
+            "there is no token `{id}`: `mobula tokens list` shows those there are"
+        ))
+    })?;
+    remove(apply, &token);
     Ok(Response::Done)
 }

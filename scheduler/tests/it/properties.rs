@@ -342,6 +342,7 @@ impl Replica {
                 role: Role::Client,
                 expires_at_ms: self.now_ms + 1_000,
                 uses,
+                ends_with: String::new(),
             },
             Step::UseToken { id } => Command::UseToken {
                 secret_hash: [id; 32],

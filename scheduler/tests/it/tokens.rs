@@ -3,7 +3,9 @@
 use mobula_core::control::{Caller, StateModule};
 use mobula_core::order::WorkerEvent;
 use mobula_core::{ActorId, Incarnation, JobId, NodeId};
-use mobula_scheduler::{ActorIncarnation, Command, Response, Role, Scheduler, check_token};
+use mobula_scheduler::{
+    ActorIncarnation, Command, Query, QueryResponse, Response, Role, Scheduler, check_token,
+};
 
 use crate::cluster::Cluster;
 
@@ -15,6 +17,7 @@ fn create(id: &str, hash: u8, expires_at_ms: u64, uses: Option<u32>) -> Command 
         role: Role::Worker,
         expires_at_ms,
         uses,
+        ends_with: "abcd".into(),
     }
 }
 
@@ -54,6 +57,33 @@ fn each_way_a_token_is_useless_has_its_own_message() {
         unknown.contains("unknown to this cluster, or was revoked"),
         "{unknown}"
     );
+}
+
+#[test]
+fn a_list_shows_no_more_of_a_token_than_its_end() {
+    let mut cluster = Cluster::new();
+    cluster.ok(create("join", 1, 5_000, Some(2)));
+    let question = Query::ListTokens {
+        after: None,
+        limit: 0,
+    };
+    let answered = mobula_scheduler::answer(&cluster.tables, 1_000, question).unwrap();
+    let QueryResponse::Tokens(tokens) = answered else {
+        panic!("tokens are answered with tokens");
+    };
+    assert_eq!(tokens.len(), 1);
+    assert_eq!(
+        (tokens[0].token.as_str(), tokens[0].ends_with.as_str()),
+        ("join", "abcd")
+    );
+    let mut telling = create("telling", 2, 5_000, None);
+    if let Command::CreateToken { ends_with, .. } = &mut telling {
+        *ends_with = "abcde".into();
+    }
+    assert!(cluster.refused(telling).contains("at most 4"));
+    cluster.ok(Command::RevokeToken { id: "join".into() });
+    let gone = cluster.refused(Command::RevokeToken { id: "join".into() });
+    assert!(gone.contains("there is no token `join`"), "{gone}");
 }
 
 #[test]

@@ -269,6 +269,8 @@ head_api! {
     }
     refuses {
         create_token(CreateTokenRequest) -> CreateTokenReply;
+        list_tokens(ListTokensRequest) -> ListTokensReply;
+        revoke_token(RevokeTokenRequest) -> Empty;
         submit_job(SubmitJobRequest) -> SubmitJobReply;
         list_jobs(ListJobsRequest) -> ListJobsReply;
         get_job(GetJobRequest) -> Job;

@@ -45,6 +45,22 @@ fn tokens_that_are_wrong_expired_absent_or_foreign_are_told_apart() {
         is_refused.then_some(())
     });
 
+    let made = cluster.json(&["tokens", "create", "--role", "client"]);
+    let (id, token) = (
+        made["id"].as_str().unwrap(),
+        made["token"].as_str().unwrap(),
+    );
+    assert!(ask_with_token(&cluster, token).status.success());
+    let listed = cluster.ok(&["tokens", "list"]);
+    assert!(listed.contains(id), "{listed}");
+    let (_, secret) = token.rsplit_once('.').unwrap();
+    assert!(!listed.contains(&secret[secret.len() - 5..]), "{listed}");
+    cluster.ok(&["tokens", "revoke", id]);
+    let text = refusal_of_token(&cluster, token);
+    assert!(text.contains("was revoked"), "{text}");
+    let text = cluster.refused(&["tokens", "revoke", id]);
+    assert!(text.contains("there is no token"), "{text}");
+
     let other = TestCluster::up(0);
     let foreign = std::fs::read_to_string(other.dir().join("tokens/client.token")).unwrap();
     let text = refusal_of_token(&cluster, &foreign);

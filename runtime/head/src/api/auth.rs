@@ -82,7 +82,11 @@ fn caller_of(identity: &Identity) -> Result<Caller, Rejection> {
     };
     match identity.role {
         Role::Head => Ok(Caller::Head),
-        Role::Client => Ok(Caller::Client),
+        // A revoked token is to open nothing at once, and a certificate cannot be revoked.
+        Role::Client => Err(Rejection::new(
+            ErrorCode::PermissionDenied,
+            "a client's certificate is for calls to actors: show the control API a client token",
+        )),
         Role::Node => Err(Rejection::new(
             ErrorCode::PermissionDenied,
             "a worker's certificate is for its session only: use a client token",

@@ -10,6 +10,7 @@ mod modules;
 mod nodes;
 mod service;
 mod status;
+mod tokens;
 mod views;
 
 pub(crate) use artifacts::ARTIFACT_BYTES_MAX;

@@ -6,7 +6,7 @@ use mobula_wire::control::control_server::Control;
 use mobula_wire::control::{self as api, Empty};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{actors, artifacts, auth, jobs, logs, modules, nodes, status};
+use super::{actors, artifacts, auth, jobs, logs, modules, nodes, status, tokens};
 use crate::context::HeadContext;
 
 /// The control API over a head's context.
@@ -40,7 +40,21 @@ impl Control for ControlService {
         &self,
         r: Request<api::CreateTokenRequest>,
     ) -> Result<Response<api::CreateTokenReply>, Status> {
-        answer!(self, r, status::create_token)
+        answer!(self, r, tokens::create)
+    }
+
+    async fn list_tokens(
+        &self,
+        r: Request<api::ListTokensRequest>,
+    ) -> Result<Response<api::ListTokensReply>, Status> {
+        answer!(self, r, tokens::list)
+    }
+
+    async fn revoke_token(
+        &self,
+        r: Request<api::RevokeTokenRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, tokens::revoke)
     }
 
     async fn status(

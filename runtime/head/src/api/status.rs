@@ -14,13 +14,9 @@ use super::jobs::unexpected;
 use super::modules::principal;
 use super::rejected;
 use crate::context::HeadContext;
-use crate::tokens;
 
 /// How long the certificate of a worker or client lives; it joins again before.
 const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
-
-/// The longest that a token may live: a year.
-const TOKEN_TTL_MS_MAX: u64 = 365 * 24 * 3_600_000;
 
 /// A name that is asked for to see whether the store answers; it need not exist.
 const PROBE_PATH: &str = "probe/status";
@@ -35,11 +31,10 @@ pub(super) async fn join(
 ) -> Result<api::JoinReply, Status> {
     check_name(&request.name)?;
     let role = match peer {
-        // Whoever still has a certificate for this name gets the next one for it.
+        // A worker that still has a certificate for this name gets the next one for it. Clients
+        // show their token again, which may have been revoked.
         Some(peer)
-            if request.token.is_empty()
-                && peer.id == request.name
-                && matches!(peer.role, Role::Node | Role::Client) =>
+            if request.token.is_empty() && peer.id == request.name && peer.role == Role::Node =>
         {
             peer.role
         }
@@ -101,43 +96,6 @@ fn check_name(name: &str) -> Result<(), Status> {
         "the name `{}` is not usable: 1 to {NAME_BYTES_MAX} of a-z, 0-9, `-`, `_` and `.`",
         name.chars().take(NAME_BYTES_MAX).collect::<String>()
     ))))
-}
-
-pub(super) async fn create_token(
-    context: &HeadContext,
-    caller: &Caller,
-    request: api::CreateTokenRequest,
-) -> Result<api::CreateTokenReply, Status> {
-    if !matches!(caller, Caller::Client | Caller::Head) {
-        return Err(rejected(&Rejection::new(
-            ErrorCode::PermissionDenied,
-            "tokens are made by clients, not by jobs or workers",
-        )));
-    }
-    let role = match request.role.as_str() {
-        "worker" => Role::Node,
-        "client" => Role::Client,
-        other => {
-            return Err(rejected(&Rejection::invalid(format!(
-                "token role `{other}` is unknown: use `worker` or `client`"
-            ))));
-        }
-    };
-    if request.ttl_ms == 0 || request.ttl_ms > TOKEN_TTL_MS_MAX {
-        return Err(rejected(&Rejection::invalid(format!(
-            "a token cannot live for {} ms: give 1 ms to 365 days",
-            request.ttl_ms
-        ))));
-    }
-    let uses = (request.uses != 0).then_some(request.uses);
-    // Never answered from a session's window: that would name another secret than was stored. What
-    // a lost reply leaves behind is a token that nobody knows, which expires.
-    let (token, expires_at_ms) =
-        tokens::create(context, SessionId::INTERNAL, 0, role, request.ttl_ms, uses).await?;
-    Ok(api::CreateTokenReply {
-        token,
-        expires_at_ms,
-    })
 }
 
 /// What is kept of a client's own name for itself; the whole must fit the scheduler's limit.

@@ -1,6 +1,6 @@
 //! The scheduler's views as messages of the control API.
 
-use mobula_scheduler::{ActorView, Explanation, JobView, NodeView};
+use mobula_scheduler::{ActorView, Explanation, JobView, NodeView, TokenView};
 use mobula_wire::control as api;
 
 pub(super) fn job(view: JobView) -> api::Job {
@@ -66,5 +66,16 @@ pub(super) fn explanation(explanation: Explanation) -> api::ExplainReply {
         verdict: explanation.verdict,
         nodes: nodes.collect(),
         next_step: explanation.next_step,
+    }
+}
+
+pub(super) fn token(view: TokenView) -> api::TokenInfo {
+    api::TokenInfo {
+        id: view.token,
+        role: view.role.to_string(),
+        expires_at_ms: view.expires_at_ms,
+        expired: view.expired,
+        uses_left: view.uses_left,
+        ends_with: view.ends_with,
     }
 }

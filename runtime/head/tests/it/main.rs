@@ -10,3 +10,4 @@ mod certificates;
 mod logs;
 mod one_head;
 mod stamps;
+mod tokens;

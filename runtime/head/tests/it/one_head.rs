@@ -114,8 +114,32 @@ impl OneHead {
     /// A person with a client token, on a connection of their own.
     pub(crate) async fn client(&self) -> Api {
         let token = self.token(CLIENT_TOKEN_FILE).await;
+        self.client_with(&token).await
+    }
+
+    /// Somebody with this token, on a connection of their own.
+    pub(crate) async fn client_with(&self, token: &str) -> Api {
+        let pinned = ClientTls::Pinned(Token::parse(token).unwrap().ca_key_hash());
+        self.api(pinned, Some(token.to_owned())).await
+    }
+
+    /// What `token` is exchanged for; the CA's certificate; where the cluster is.
+    pub(crate) async fn join(
+        &self,
+        token: String,
+        name: &str,
+    ) -> Result<(Credentials, api::JoinReply), Status> {
         let pinned = ClientTls::Pinned(Token::parse(&token).unwrap().ca_key_hash());
-        self.api(pinned, Some(token)).await
+        let key = PrivateKey::generate().unwrap();
+        let request = api::JoinRequest {
+            token,
+            csr_pem: key.certificate_request().unwrap(),
+            name: name.to_owned(),
+        };
+        let mut door = self.api(pinned, None).await;
+        let joined = door.join(request).await?.into_inner();
+        let credentials = Credentials::new(&joined.certificate_pem, key, &joined.ca_pem).unwrap();
+        Ok((credentials, joined))
     }
 
     /// Somebody with a certificate.
@@ -131,16 +155,7 @@ impl OneHead {
     /// A worker that has joined, has said hello and was welcomed.
     pub(crate) async fn worker(&self, name: &str) -> TestWorker {
         let token = self.token(WORKER_TOKEN_FILE).await;
-        let pinned = ClientTls::Pinned(Token::parse(&token).unwrap().ca_key_hash());
-        let key = PrivateKey::generate().unwrap();
-        let request = api::JoinRequest {
-            token,
-            csr_pem: key.certificate_request().unwrap(),
-            name: name.to_owned(),
-        };
-        let mut door = self.api(pinned, None).await;
-        let joined = door.join(request).await.unwrap().into_inner();
-        let credentials = Credentials::new(&joined.certificate_pem, key, &joined.ca_pem).unwrap();
+        let (credentials, joined) = self.join(token, name).await.unwrap();
         let endpoint = Endpoint::bind_client("127.0.0.1:0".parse().unwrap(), &credentials).unwrap();
         let address = joined.cluster_address.parse().unwrap();
         let connection = endpoint
