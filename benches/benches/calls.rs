@@ -13,7 +13,7 @@ use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::order::{ActorAddress, StartActor};
 use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_host::calls::serve_calls;
-use mobula_host::client::CallClient;
+use mobula_host::client::{CallClient, OutgoingCall};
 use mobula_host::registry::ConstructError;
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_host::{
@@ -34,7 +34,7 @@ const ECHO: ActorId = ActorId(1);
 const FIRST: Incarnation = Incarnation(1);
 
 /// Arguments and answer of each call.
-const ARGUMENT: [u8; 16] = [7; 16];
+static ARGUMENT: [u8; 16] = [7; 16];
 
 /// Calls in flight where calls are not made one after the other.
 const IN_FLIGHT: usize = 64;
@@ -129,8 +129,9 @@ async fn calls(
     callers: usize,
 ) -> Samples {
     let call = async || {
-        let answer = client.call(target, "echo", ARGUMENT.to_vec(), None).await;
-        assert_eq!(answer.expect("the echo is there"), ARGUMENT);
+        let call = OutgoingCall::new("echo", &ARGUMENT[..]);
+        let answer = client.call(target, call).await;
+        assert_eq!(answer.expect("the echo is there")[..], ARGUMENT);
     };
     repeat_async(settings, callers, call).await
 }

@@ -9,6 +9,7 @@ use std::future::IntoFuture;
 use std::marker::PhantomData;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use mobula_core::codec::{self, EncodeError};
 use mobula_core::error::{CallError, Executed};
@@ -20,7 +21,7 @@ use crate::reference::UntypedRef;
 struct Prepared {
     target: UntypedRef,
     method: &'static str,
-    arguments: Result<Vec<u8>>,
+    arguments: Result<Bytes>,
     timeout: Option<Duration>,
 }
 
@@ -30,7 +31,7 @@ impl Prepared {
         method: &'static str,
         arguments: std::result::Result<Vec<u8>, EncodeError>,
     ) -> Self {
-        let arguments = arguments.map_err(|error| {
+        let arguments = arguments.map(Bytes::from).map_err(|error| {
             Error::encoding(format!("arguments of `{method}`"), error, Executed::No)
         });
         Prepared {
@@ -41,7 +42,7 @@ impl Prepared {
         }
     }
 
-    async fn run(self) -> Result<Vec<u8>> {
+    async fn run(self) -> Result<Bytes> {
         self.target
             .call(self.method, self.arguments?, self.timeout)
             .await

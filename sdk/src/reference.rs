@@ -9,10 +9,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::id::{ActorId, Incarnation, NodeId};
 use mobula_core::order::ActorAddress;
-use mobula_host::client::PendingCall;
+use mobula_host::client::{OutgoingCall, PendingCall};
 use mobula_host::mailbox::Deadline;
 use mobula_wire::control as api;
 use tokio::time::Instant;
@@ -80,9 +81,9 @@ impl UntypedRef {
     pub(crate) async fn call(
         &self,
         method: &'static str,
-        arguments: Vec<u8>,
+        arguments: Bytes,
         timeout: Option<Duration>,
-    ) -> Result<Vec<u8>> {
+    ) -> Result<Bytes> {
         let cluster = self.cluster()?;
         let deadline = timeout.and_then(|timeout| {
             let limit_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
@@ -150,7 +151,7 @@ impl UntypedRef {
         &self,
         cluster: &Cluster,
         method: &'static str,
-        arguments: &[u8],
+        arguments: &Bytes,
         deadline: Option<Deadline>,
     ) -> Result<(Incarnation, PendingCall)> {
         let calls = cluster.calls().await?;
@@ -162,9 +163,8 @@ impl UntypedRef {
                 route.address.insert(address).clone()
             }
         };
-        let pending = calls
-            .start(&address, method, arguments.to_vec(), deadline)
-            .await;
+        let call = OutgoingCall::new(method, arguments.clone()).with_deadline(deadline);
+        let pending = calls.start(&address, call).await;
         drop(route);
         Ok((address.incarnation, pending))
     }

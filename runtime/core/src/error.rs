@@ -188,6 +188,45 @@ pub enum CallError {
     /// The method ran, but its value cannot be delivered.
     #[error("the method ran, but its result is lost: {0}")]
     ResultLost(String),
+    /// The caller, or whoever it called for, cancelled the call.
+    #[error("the call to {actor} was cancelled ({executed})")]
+    Cancelled {
+        /// The actor's id or name.
+        actor: String,
+        /// Whether the call took effect: *no* where it had not begun.
+        executed: Executed,
+    },
+    /// An object that the call needs, or that holds its result, exists nowhere any more.
+    #[error("{object} is lost: {reason} ({executed})")]
+    ObjectLost {
+        /// The object's id.
+        object: String,
+        /// How it was lost, and why it was not made again.
+        reason: String,
+        /// Whether the call took effect.
+        executed: Executed,
+    },
+    /// The actor's process went over its memory limit and was ended, or a value does not fit into
+    /// the node's shared memory.
+    #[error("{what} ran out of memory: {reason} ({executed})")]
+    OutOfMemory {
+        /// Who: an actor, a task or an object store.
+        what: String,
+        /// The limit, what was used, and what to do.
+        reason: String,
+        /// Whether the call took effect.
+        executed: Executed,
+    },
+    /// The actor's node is gone with everything on it.
+    #[error("{actor} was lost with {node} ({executed})")]
+    NodeLost {
+        /// The actor's id or name.
+        actor: String,
+        /// The node's id or name.
+        node: String,
+        /// Whether the call took effect.
+        executed: Executed,
+    },
 }
 
 impl CallError {
@@ -199,7 +238,11 @@ impl CallError {
             CallError::Panicked(_) => Executed::Unknown,
             CallError::ActorDied { executed, .. }
             | CallError::ActorUnavailable { executed, .. }
-            | CallError::DeadlineExceeded { executed, .. } => *executed,
+            | CallError::DeadlineExceeded { executed, .. }
+            | CallError::Cancelled { executed, .. }
+            | CallError::ObjectLost { executed, .. }
+            | CallError::OutOfMemory { executed, .. }
+            | CallError::NodeLost { executed, .. } => *executed,
             CallError::Overloaded { .. } | CallError::BadCall(_) => Executed::No,
         }
     }

@@ -1,13 +1,15 @@
 //! Answering calls from other processes: the host's side of the call lane.
 //!
 //! Invariants:
-//! 1. Requests of one stream are admitted in the order in which they arrive; answers go back as
+//! 1. Messages of one stream are handled in the order in which they arrive; answers go back as
 //!    they are ready.
-//! 2. A stream has at most [`CALLS_IN_FLIGHT_MAX`] unanswered calls: beyond that it is not read,
-//!    so that QUIC's flow control holds the caller back.
+//! 2. A stream has at most [`CALLS_IN_FLIGHT_MAX`](mobula_wire::call::CALLS_IN_FLIGHT_MAX)
+//!    unanswered calls: a caller that makes more breaks the protocol and is cut off. Requests are
+//!    always read, so that a cancellation never waits behind the call that it is for.
 //! 3. A process may call actors of its own job only, unless one of the two belongs to the system;
 //!    client certificates may call any.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,18 +18,17 @@ use mobula_core::id::JobId;
 use mobula_net::endpoint::{Connection, Endpoint};
 use mobula_net::identity::{Identity, Role};
 use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
-use mobula_wire::call::{CallReply, CallRequest};
+use mobula_wire::call::{CallMessageError, CallRequest, CallerMessage};
+use mobula_wire::frame::{Frame, FrameKind};
+use mobula_wire::frame_queue::FrameQueue;
 use mobula_wire::hello::Lane;
-use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::mailbox::{Deadline, IncomingCall, Reply};
+use crate::caller_stream::{CallerStream, ProtocolError};
+use crate::mailbox::{Deadline, IncomingCall};
+use crate::reply::{CancelLevel, Reply};
 use crate::supervision::ActorTable;
-
-/// Unanswered calls on one stream, which is one calling process: as many as an actor's mailbox
-/// holds by default, so that one caller alone can fill it and be told `Overloaded`.
-pub const CALLS_IN_FLIGHT_MAX: usize = 2048;
 
 /// Connections served at once: every host of a large job may call one actor.
 pub const CONNECTIONS_MAX: usize = 4096;
@@ -97,87 +98,139 @@ async fn serve_stream(
     permission: Result<(), String>,
 ) {
     let (sender, receiver) = stream.split();
-    let (replies, waiting) = mpsc::channel(CALLS_IN_FLIGHT_MAX);
-    // Whichever side ends first ends the stream: without answers reading on would be pointless,
-    // and when the caller has finished its side the last answers still go out.
-    let (_, ()) = tokio::join!(
-        write_replies(sender, waiting),
-        read_requests(receiver, replies, &table, permission),
-    );
-}
-
-async fn read_requests(
-    mut receiver: FramedReceiver,
-    replies: mpsc::Sender<CallReply>,
-    table: &ActorTable,
-    permission: Result<(), String>,
-) {
-    loop {
-        // A slot for the answer first: it bounds what is in flight, and answering never waits.
-        let Ok(slot) = replies.clone().reserve_owned().await else {
-            return;
-        };
-        let request = match receiver.receive_message::<CallRequest>().await {
-            Ok(Some(request)) => request,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::debug!(%error, "a call stream ended");
-                return;
+    let calls = Arc::new(CallerStream::default());
+    let _end = EndOnDrop(&calls);
+    let reading = async {
+        match read_messages(receiver, &calls, &table, permission).await {
+            // The last answers still go out.
+            Ok(()) => calls.finish(),
+            Err(reason) => {
+                tracing::debug!(%reason, "a call stream ended");
+                calls.end();
             }
-        };
-        let CallRequest {
-            call,
-            actor,
-            incarnation,
-            method,
-            timeout_ms,
-            arguments,
-        } = request;
-        let reply = Reply::on_stream(actor, call, slot);
-        if let Err(reason) = &permission {
-            reply.send(Err(CallError::BadCall(reason.clone())));
-            continue;
         }
-        let deadline = timeout_ms.and_then(|limit_ms| {
-            let at = Instant::now().checked_add(Duration::from_millis(limit_ms))?;
-            Some(Deadline { at, limit_ms })
-        });
-        table.admit(
-            actor,
-            incarnation,
-            IncomingCall {
-                method,
-                arguments,
-                deadline,
-                reply,
-            },
-        );
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = write_answers(sender, &calls) => {}
+        () = reading => {}
     }
 }
 
-async fn write_replies(mut sender: FramedSender, mut waiting: mpsc::Receiver<CallReply>) {
-    while let Some(first) = waiting.recv().await {
+/// Also when the connection's task is dropped.
+struct EndOnDrop<'a>(&'a CallerStream);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// Why a caller's stream is read no further.
+#[derive(Debug, thiserror::Error)]
+enum StreamError {
+    #[error(transparent)]
+    Receive(#[from] mobula_net::lane::ReceiveError),
+    #[error(transparent)]
+    Message(#[from] CallMessageError),
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    #[error("a frame of kind {0:?} has no place on the call lane")]
+    Kind(FrameKind),
+}
+
+async fn read_messages(
+    mut receiver: FramedReceiver,
+    calls: &Arc<CallerStream>,
+    table: &ActorTable,
+    permission: Result<(), String>,
+) -> Result<(), StreamError> {
+    while let Some(first) = receiver.receive().await? {
         let mut next = Some(first);
-        // What is ready together goes out together.
-        while let Some(reply) = next.take() {
-            if let Err(error) = sender.queue_message(&reply) {
-                tracing::debug!(%error, "a reply could not be sent");
+        // What arrived together is handled together.
+        while let Some(Frame { kind, payload }) = next {
+            if kind != FrameKind::Message {
+                return Err(StreamError::Kind(kind));
+            }
+            match CallerMessage::decode(payload)? {
+                CallerMessage::Request(request) => {
+                    handle_request(request, calls, table, &permission)?;
+                }
+                CallerMessage::Cancel { call, forced } => {
+                    let level = if forced {
+                        CancelLevel::Forced
+                    } else {
+                        CancelLevel::Requested
+                    };
+                    calls.cancel(call, level);
+                }
+                CallerMessage::Credit { call, items } => calls.grant(call, items)?,
+            }
+            next = receiver.receive_buffered()?;
+        }
+        calls.has_room().await;
+    }
+    Ok(())
+}
+
+fn handle_request(
+    request: CallRequest,
+    calls: &Arc<CallerStream>,
+    table: &ActorTable,
+    permission: &Result<(), String>,
+) -> Result<(), ProtocolError> {
+    let CallRequest {
+        call,
+        actor,
+        incarnation,
+        method,
+        timeout_ms,
+        key,
+        window,
+        arguments,
+    } = request;
+    let (reply, control) = Reply::on_stream(actor, window, Arc::clone(calls), call);
+    calls.enter(call, control)?;
+    if let Err(reason) = permission {
+        reply.send(Err(CallError::BadCall(reason.clone())));
+        return Ok(());
+    }
+    let deadline = timeout_ms.and_then(|limit_ms| {
+        let at = Instant::now().checked_add(Duration::from_millis(limit_ms))?;
+        Some(Deadline { at, limit_ms })
+    });
+    table.admit(
+        actor,
+        incarnation,
+        IncomingCall {
+            method,
+            arguments,
+            deadline,
+            key,
+            reply,
+        },
+    );
+    Ok(())
+}
+
+async fn write_answers(mut sender: FramedSender, calls: &CallerStream) {
+    let limits = sender.limits();
+    let mut frames = FrameQueue::new();
+    let mut batch = Vec::new();
+    while poll_fn(|context| calls.poll_outgoing(context, &mut batch)).await {
+        for message in batch.drain(..) {
+            if let Err(error) = frames.push_message(limits, |head| message.encode_head(head)) {
+                tracing::error!(%error, "an answer could not be sent");
                 return;
             }
-            if sender.queued_bytes() < COALESCED_BYTES {
-                next = waiting.try_recv().ok();
-            }
         }
-        if sender.flush().await.is_err() {
+        if let Err(error) = sender.send_frames(&mut frames).await {
+            tracing::debug!(%error, "a caller takes no more answers");
             return;
         }
     }
     let _ = sender.finish().await;
 }
-
-/// Messages are gathered up to this size before they are handed to QUIC: about as much as one
-/// round of its sending takes up.
-pub(crate) const COALESCED_BYTES: usize = 64 * 1024;
 
 #[cfg(test)]
 mod tests {

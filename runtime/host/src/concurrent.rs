@@ -14,6 +14,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use futures::FutureExt;
 use mobula_core::error::CallError;
 use mobula_core::exit::ExitReason;
@@ -167,7 +168,8 @@ impl ConcurrentRunner {
         };
         match outcome {
             Some(Ok(result)) => {
-                begun.reply.send(result.map_err(CallError::from));
+                let result = result.map(Bytes::from).map_err(CallError::from);
+                begun.reply.send(result);
                 None
             }
             Some(Err(panic)) => {

@@ -5,7 +5,8 @@
 //!   [`context`]: what an actor knows about itself.
 //! * [`mailbox`]: admission in front of a ractor actor; `admission` and `concurrent`: several
 //!   methods of one actor at once; [`supervision`]: starts, ends, panics.
-//! * [`calls`]: answering calls from other processes; [`client`]: making them.
+//! * [`calls`]: answering calls from other processes; [`reply`]: the duty to answer one.
+//! * [`client`]: making calls; [`pending`]: calls whose answer is still to come.
 //! * [`agent`]: the link to the worker's agent, and a host process from start to end.
 //!
 //! Invariants:
@@ -17,12 +18,16 @@
 pub mod actor;
 mod admission;
 pub mod agent;
+mod caller_stream;
 pub mod calls;
 pub mod client;
 mod concurrent;
 pub mod context;
+mod host_stream;
 pub mod mailbox;
+pub mod pending;
 pub mod registry;
+pub mod reply;
 mod shell;
 pub mod supervision;
 

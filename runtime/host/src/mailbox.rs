@@ -5,123 +5,25 @@
 //!
 //! Invariants:
 //! 1. At most `capacity` calls wait in front of an actor.
-//! 2. A [`Reply`] answers exactly once: whoever drops it unanswered has it say what is known.
-//! 3. Methods of one actor run one after another, in the order of admission; where its type asks
+//! 2. Methods of one actor run one after another, in the order of admission; where its type asks
 //!    for more, `concurrent` says which run together.
+//! 3. A call that was cancelled while it waited is not executed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::id::{ActorId, Incarnation};
-use mobula_wire::call::CallReply;
-use mobula_wire::frame::FrameLimits;
+use mobula_wire::call::{CallKey, MethodName};
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use crate::actor::{DynActor, MethodCall};
 use crate::concurrent::ConcurrentRunner;
 use crate::context::ActorContext;
-
-/// What a call brought.
-pub type CallResult = Result<Vec<u8>, CallError>;
-
-/// Room in a reply's frame for everything but the value itself.
-pub(crate) const FRAME_OVERHEAD_BYTES: usize = 1024;
-
-/// The largest encoded arguments or value.
-pub const VALUE_BYTES_MAX: usize =
-    FrameLimits::CALL.payload_bytes_max as usize - FRAME_OVERHEAD_BYTES;
-
-enum ReplyTo {
-    SameProcess(oneshot::Sender<CallResult>),
-    Stream {
-        call: u64,
-        slot: mpsc::OwnedPermit<CallReply>,
-    },
-}
-
-/// The duty to answer one call.
-pub struct Reply {
-    actor: ActorId,
-    begun: bool,
-    to: Option<ReplyTo>,
-}
-
-impl Reply {
-    /// An answer within this process.
-    #[must_use]
-    pub fn same_process(actor: ActorId) -> (Self, oneshot::Receiver<CallResult>) {
-        let (sender, receiver) = oneshot::channel();
-        (
-            Reply {
-                actor,
-                begun: false,
-                to: Some(ReplyTo::SameProcess(sender)),
-            },
-            receiver,
-        )
-    }
-
-    /// An answer on a stream, which has kept `slot` free for it.
-    #[must_use]
-    pub fn on_stream(actor: ActorId, call: u64, slot: mpsc::OwnedPermit<CallReply>) -> Self {
-        Reply {
-            actor,
-            begun: false,
-            to: Some(ReplyTo::Stream { call, slot }),
-        }
-    }
-
-    /// Answers.
-    pub fn send(mut self, result: CallResult) {
-        self.answer(result);
-    }
-
-    fn answer(&mut self, result: CallResult) {
-        let result = match result {
-            Ok(value) if value.len() > VALUE_BYTES_MAX => Err(CallError::ResultLost(format!(
-                "it has {} bytes encoded, the limit is {VALUE_BYTES_MAX}: return it in parts, or \
-                 store it and return where it is",
-                value.len()
-            ))),
-            other => other,
-        };
-        match self.to.take() {
-            // Who asked may have given up waiting: then there is nobody to tell.
-            Some(ReplyTo::SameProcess(sender)) => drop(sender.send(result)),
-            Some(ReplyTo::Stream { call, slot }) => drop(slot.send(CallReply { call, result })),
-            None => {}
-        }
-    }
-}
-
-impl Drop for Reply {
-    fn drop(&mut self) {
-        if self.to.is_none() {
-            return;
-        }
-        let (reason, executed) = match self.begun {
-            true => ("it ended while the method ran", Executed::Unknown),
-            false => ("it ended before the method began", Executed::No),
-        };
-        self.answer(Err(unavailable(self.actor, reason, executed)));
-    }
-}
-
-/// The actor cannot be reached: `reason` says what stands in the way.
-pub(crate) fn unavailable(
-    actor: ActorId,
-    reason: impl Into<String>,
-    executed: Executed,
-) -> CallError {
-    CallError::ActorUnavailable {
-        actor: actor.to_string(),
-        reason: reason.into(),
-        executed,
-    }
-}
+use crate::reply::Reply;
 
 /// When a call is over, answered or not.
 #[derive(Debug, Clone, Copy)]
@@ -145,11 +47,13 @@ impl Deadline {
 /// A call on its way to an actor's method.
 pub struct IncomingCall {
     /// The method's name.
-    pub method: String,
+    pub method: MethodName,
     /// The encoded arguments.
-    pub arguments: Vec<u8>,
+    pub arguments: Bytes,
     /// Past this it is not begun any more.
     pub deadline: Option<Deadline>,
+    /// By which a repetition is recognized, where the caller wants exactly one execution.
+    pub key: Option<CallKey>,
     /// Where the answer goes.
     pub reply: Reply,
 }
@@ -270,8 +174,8 @@ pub(crate) fn overloaded(actor: ActorId, capacity: u32) -> CallError {
 
 /// A call whose method begins now.
 pub(crate) struct Begun {
-    method: String,
-    arguments: Vec<u8>,
+    method: MethodName,
+    arguments: Bytes,
     pub(crate) reply: Reply,
 }
 
@@ -285,20 +189,20 @@ impl Begun {
     }
 }
 
-/// Begins a call, or answers that it is too late for it.
+/// Begins a call, unless it is too late for it or its caller has cancelled it; then it is answered.
 pub(crate) fn begin(context: &ActorContext, call: IncomingCall) -> Option<Begun> {
     let IncomingCall {
         method,
         arguments,
         deadline,
-        mut reply,
+        key: _,
+        reply,
     } = call;
     if let Some(deadline) = deadline.filter(|deadline| deadline.at <= Instant::now()) {
         reply.send(Err(deadline.error(context.actor(), Executed::No)));
         return None;
     }
-    reply.begun = true;
-    Some(Begun {
+    reply.begin().then_some(Begun {
         method,
         arguments,
         reply,
@@ -328,6 +232,6 @@ pub(crate) async fn run_call(
     };
     let result = actor.dispatch(call).await;
     if let Some(reply) = in_flight.lock().take() {
-        reply.send(result.map_err(CallError::from));
+        reply.send(result.map(Bytes::from).map_err(CallError::from));
     }
 }

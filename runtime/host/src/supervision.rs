@@ -21,8 +21,9 @@ use tokio::task::AbortHandle;
 use tokio_util::task::TaskTracker;
 
 use crate::context::{HostRuntime, Notice};
-use crate::mailbox::{IncomingCall, Intake, Mailbox, unavailable};
+use crate::mailbox::{IncomingCall, Intake, Mailbox};
 use crate::registry::Registry;
+use crate::reply::unavailable;
 use crate::shell::{ActorShell, Startup, shortened, start_failure};
 
 /// Actors in one host process: beyond this, one process's loss takes too much with it.

@@ -12,7 +12,7 @@ use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, HostId, NodeId};
 use mobula_host::agent::{HostEnd, HostProcess};
 use mobula_host::calls::serve_calls;
-use mobula_host::client::CallClient;
+use mobula_host::client::{CallClient, OutgoingCall};
 use mobula_host::mailbox::Deadline;
 use mobula_net::endpoint::Endpoint;
 use mobula_net::local::LocalListener;
@@ -52,13 +52,17 @@ async fn calls_cross_quic_in_order_and_bring_users_errors() {
     let client = client(&certificates.client());
     let target = address(&host.endpoint, actor);
 
-    let first = client.start(&target, "tell", text("a"), None).await;
-    let second = client.start(&target, "tell", text("b"), None).await;
+    let first = client
+        .start(&target, OutgoingCall::new("tell", text("a")))
+        .await;
+    let second = client
+        .start(&target, OutgoingCall::new("tell", text("b")))
+        .await;
     assert_eq!(told(second.answer().await), ["started", "a", "b"]);
     assert_eq!(told(first.answer().await), ["started", "a"]);
 
     let error = client
-        .call(&target, "refuse", text("no"), None)
+        .call(&target, OutgoingCall::new("refuse", text("no")))
         .await
         .unwrap_err();
     assert_eq!(
@@ -69,17 +73,20 @@ async fn calls_cross_quic_in_order_and_bring_users_errors() {
         }
     );
     let error = client
-        .call(&target, "large", text(""), None)
+        .call(&target, OutgoingCall::new("large", text("")))
         .await
         .unwrap_err();
     assert!(matches!(error, CallError::ResultLost(_)), "{error}");
     let error = client
-        .call(&target, "tell", vec![0; 9 << 20], None)
+        .call(&target, OutgoingCall::new("tell", vec![0; 9 << 20]))
         .await
         .unwrap_err();
     assert!(error.to_string().contains("pass them in parts"), "{error}");
     // The stream is still good.
-    client.call(&target, "tell", text("c"), None).await.unwrap();
+    client
+        .call(&target, OutgoingCall::new("tell", text("c")))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -93,7 +100,7 @@ async fn many_callers_share_one_stream() {
         let (client, target) = (client.clone(), target.clone());
         tokio::spawn(async move {
             client
-                .call(&target, "tell", text(&n.to_string()), None)
+                .call(&target, OutgoingCall::new("tell", text(&n.to_string())))
                 .await
         })
     });
@@ -106,7 +113,11 @@ async fn many_callers_share_one_stream() {
         }
     }
     assert_eq!(answered + overloaded, 200);
-    let all = told(client.call(&target, "tell", text("last"), None).await);
+    let all = told(
+        client
+            .call(&target, OutgoingCall::new("tell", text("last")))
+            .await,
+    );
     assert_eq!(
         all.len(),
         answered + 2,
@@ -121,7 +132,9 @@ async fn a_lost_connection_makes_what_was_sent_unknown() {
     let host = serve(&certificates, actor).await;
     let client = client(&certificates.client());
     let target = address(&host.endpoint, actor);
-    let pending = client.start(&target, "wait", text("a"), None).await;
+    let pending = client
+        .start(&target, OutgoingCall::new("wait", text("a")))
+        .await;
     open("actor-202 began").await;
     host.server.abort();
     host.endpoint.close("the host dies").await;
@@ -148,7 +161,7 @@ async fn what_never_left_was_not_executed() {
     let acceptor = tokio::spawn(async move { accepting.accept().await.is_some() });
     let target = address(&stranger, ActorId(203));
     let error = client
-        .call(&target, "tell", text("a"), None)
+        .call(&target, OutgoingCall::new("tell", text("a")))
         .await
         .unwrap_err();
     assert_eq!(error.executed(), Executed::No, "{error}");
@@ -163,7 +176,7 @@ async fn another_jobs_process_may_not_call() {
     let client = client(&certificates.host(JOB.0 + 1));
     let target = address(&host.endpoint, actor);
     let error = client
-        .call(&target, "tell", text("a"), None)
+        .call(&target, OutgoingCall::new("tell", text("a")))
         .await
         .unwrap_err();
     assert_eq!(
@@ -185,7 +198,10 @@ async fn a_deadline_ends_the_wait_and_says_what_is_known() {
         limit_ms: 500,
     };
     let pending = client
-        .start(&target, "wait", text("a"), Some(deadline))
+        .start(
+            &target,
+            OutgoingCall::new("wait", text("a")).with_deadline(Some(deadline)),
+        )
         .await;
     open("actor-205 began").await;
     let error = pending.answer().await.unwrap_err();
@@ -201,7 +217,10 @@ async fn a_deadline_ends_the_wait_and_says_what_is_known() {
         "{error}"
     );
     gate("actor-205").add_permits(1);
-    client.call(&target, "tell", text("b"), None).await.unwrap();
+    client
+        .call(&target, OutgoingCall::new("tell", text("b")))
+        .await
+        .unwrap();
 }
 
 fn bootstrap(certificates: &Certificates, socket: &std::path::Path) -> HostBootstrap {
@@ -278,12 +297,21 @@ async fn a_host_obeys_its_agent_and_ends_with_it() {
     };
     let outside = client(&certificates.client());
     assert_eq!(
-        told(outside.call(&target, "tell", text("a"), None).await),
+        told(
+            outside
+                .call(&target, OutgoingCall::new("tell", text("a")))
+                .await
+        ),
         ["started", "a"]
     );
     let inside = runtime.calls().unwrap();
     assert_eq!(
-        told(inside.call(&target, "tell", text("b"), None).await).len(),
+        told(
+            inside
+                .call(&target, OutgoingCall::new("tell", text("b")))
+                .await
+        )
+        .len(),
         3
     );
 

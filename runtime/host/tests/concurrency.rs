@@ -130,7 +130,7 @@ async fn shared_methods_run_beside_each_other_and_exclusive_ones_alone() {
     let write = call(&table, actor, "write", "w");
     let behind = call(&table, actor, "io", "e");
     // Three wait: c, w and e.
-    let error = call(&table, actor, "read", "f").await.unwrap().unwrap_err();
+    let error = call(&table, actor, "read", "f").await.unwrap_err();
     assert!(
         matches!(error, CallError::Overloaded { capacity: 3, .. }),
         "{error}"
@@ -138,13 +138,13 @@ async fn shared_methods_run_beside_each_other_and_exclusive_ones_alone() {
     for name in ["a", "b", "c", "d"] {
         gate(&format!("actor-300 {name}")).add_permits(1);
     }
-    let log: Vec<String> = codec::decode(&write.await.unwrap().unwrap(), 1 << 10).unwrap();
+    let log: Vec<String> = codec::decode(&write.await.unwrap(), 1 << 10).unwrap();
     assert_eq!(log, ["started", "w"]);
     for answer in [a, b, waits, io] {
-        answer.await.unwrap().unwrap();
+        answer.await.unwrap();
     }
     gate("actor-300 e").add_permits(1);
-    behind.await.unwrap().unwrap();
+    behind.await.unwrap();
 }
 
 #[tokio::test]
@@ -157,9 +157,9 @@ async fn a_panic_ends_the_actor_and_all_that_runs_in_it() {
     let panicking = call(&table, actor, "panic", "p");
     // It came after the exclusive one, which waits for `a`: let that go.
     gate("actor-301 a").add_permits(1);
-    beside.await.unwrap().unwrap();
-    waiting.await.unwrap().unwrap();
-    let error = panicking.await.unwrap().unwrap_err();
+    beside.await.unwrap();
+    waiting.await.unwrap();
+    let error = panicking.await.unwrap_err();
     assert_eq!(error, CallError::Panicked("in p".into()));
     let reason = ExitReason::Panicked("in p".into());
     assert_eq!(next(&mut events).await, exited(actor, reason));
@@ -173,10 +173,10 @@ async fn what_runs_beside_a_panic_is_unknown_and_what_waits_did_not_run() {
     open("actor-302 a began").await;
     let panicking = call(&table, actor, "panic", "p");
     let waiting = call(&table, actor, "write", "w");
-    panicking.await.unwrap().unwrap_err();
-    let error = beside.await.unwrap().unwrap_err();
+    panicking.await.unwrap_err();
+    let error = beside.await.unwrap_err();
     assert_eq!(error.executed(), Executed::Unknown, "{error}");
-    let error = waiting.await.unwrap().unwrap_err();
+    let error = waiting.await.unwrap_err();
     assert_eq!(error.executed(), Executed::No, "{error}");
     let reason = ExitReason::Panicked("in p".into());
     assert_eq!(next(&mut events).await, exited(actor, reason));
@@ -191,7 +191,7 @@ async fn a_stop_waits_for_what_runs_and_kills_after_the_grace() {
     open("actor-303 a began").await;
     table.stop_actor(actor, FIRST, PATIENCE).await;
     gate("actor-303 a").add_permits(1);
-    running.await.unwrap().unwrap();
+    running.await.unwrap();
     open("actor-303 stopped").await;
     assert_eq!(next(&mut events).await, exited(actor, ExitReason::Stopped));
 
@@ -202,7 +202,7 @@ async fn a_stop_waits_for_what_runs_and_kills_after_the_grace() {
     table
         .stop_actor(actor, FIRST, std::time::Duration::ZERO)
         .await;
-    let error = running.await.unwrap().unwrap_err();
+    let error = running.await.unwrap_err();
     assert_eq!(error.executed(), Executed::Unknown, "{error}");
     assert_eq!(next(&mut events).await, exited(actor, ExitReason::Stopped));
 }
@@ -212,7 +212,7 @@ async fn a_notice_comes_in_its_turn() {
     let actor = ActorId(305);
     let (table, _events) = crowd(actor).await;
     table.notify(Some(mobula_host::Notice { deadline_ms: 7 }));
-    let log = call(&table, actor, "write", "w").await.unwrap().unwrap();
+    let log = call(&table, actor, "write", "w").await.unwrap();
     let log: Vec<String> = codec::decode(&log, 1 << 10).unwrap();
     assert_eq!(log, ["started", "notice 7", "w"]);
 }

@@ -9,7 +9,8 @@ use mobula_core::error::{CallError, Executed};
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_host::Notice;
-use mobula_host::mailbox::{IncomingCall, Reply};
+use mobula_host::mailbox::IncomingCall;
+use mobula_host::reply::Reply;
 use mobula_host::supervision::ActorEvent;
 use support::{FIRST, PATIENCE, call, gate, next, open, order, table, table_with, told};
 
@@ -29,10 +30,10 @@ async fn calls_run_in_the_order_in_which_they_were_admitted() {
     open("actor-100 began").await;
     let answers = ["b", "c"].map(|text| call(&table, actor, "tell", text));
     gate("actor-100").add_permits(1);
-    assert_eq!(told(waiting.await.unwrap()), ["started", "a"]);
+    assert_eq!(told(waiting.await), ["started", "a"]);
     let [b, c] = answers;
-    assert_eq!(told(b.await.unwrap()), ["started", "a", "b"]);
-    assert_eq!(told(c.await.unwrap()), ["started", "a", "b", "c"]);
+    assert_eq!(told(b.await), ["started", "a", "b"]);
+    assert_eq!(told(c.await), ["started", "a", "b", "c"]);
 }
 
 #[tokio::test]
@@ -42,7 +43,7 @@ async fn past_its_capacity_a_mailbox_refuses() {
     let running = call(&table, actor, "wait", "a");
     open("actor-101 began").await;
     let waiting = ["b", "c"].map(|text| call(&table, actor, "tell", text));
-    let error = call(&table, actor, "tell", "d").await.unwrap().unwrap_err();
+    let error = call(&table, actor, "tell", "d").await.unwrap_err();
     assert_eq!(
         error,
         CallError::Overloaded {
@@ -52,14 +53,12 @@ async fn past_its_capacity_a_mailbox_refuses() {
     );
     assert_eq!(error.executed(), Executed::No);
     gate("actor-101").add_permits(1);
-    running.await.unwrap().unwrap();
+    running.await.unwrap();
     for answer in waiting {
-        answer.await.unwrap().unwrap();
+        answer.await.unwrap();
     }
     assert_eq!(
-        told(call(&table, actor, "tell", "e").await.unwrap())
-            .last()
-            .unwrap(),
+        told(call(&table, actor, "tell", "e").await).last().unwrap(),
         "e"
     );
 }
@@ -76,17 +75,17 @@ async fn a_panic_ends_its_actor_only_and_says_what_ran() {
     let panicking = call(&table, actor, "panic", "boom");
     let behind = call(&table, actor, "tell", "never");
     gate("actor-102").add_permits(1);
-    running.await.unwrap().unwrap();
-    let error = panicking.await.unwrap().unwrap_err();
+    running.await.unwrap();
+    let error = panicking.await.unwrap_err();
     assert_eq!(error, CallError::Panicked("told to: boom".into()));
     assert_eq!(error.executed(), Executed::Unknown);
-    assert_eq!(behind.await.unwrap().unwrap_err().executed(), Executed::No);
+    assert_eq!(behind.await.unwrap_err().executed(), Executed::No);
     assert_eq!(
         next(&mut events).await,
         exited(actor, ExitReason::Panicked("told to: boom".into()))
     );
 
-    let gone = call(&table, actor, "tell", "x").await.unwrap().unwrap_err();
+    let gone = call(&table, actor, "tell", "x").await.unwrap_err();
     assert!(
         matches!(
             gone,
@@ -97,16 +96,10 @@ async fn a_panic_ends_its_actor_only_and_says_what_ran() {
         ),
         "{gone}"
     );
-    call(&table, other, "tell", "still here")
-        .await
-        .unwrap()
-        .unwrap();
+    call(&table, other, "tell", "still here").await.unwrap();
 
     // A second panic: the supervisor has survived the first.
-    call(&table, other, "panic", "too")
-        .await
-        .unwrap()
-        .unwrap_err();
+    call(&table, other, "panic", "too").await.unwrap_err();
     assert_eq!(
         next(&mut events).await,
         exited(other, ExitReason::Panicked("told to: too".into()))
@@ -123,14 +116,11 @@ async fn a_panic_ends_its_actor_only_and_says_what_ran() {
 async fn users_errors_bad_calls_and_large_values_are_told_apart() {
     let actor = ActorId(104);
     let (table, _events) = table_with(actor).await;
-    let user = call(&table, actor, "refuse", "no")
-        .await
-        .unwrap()
-        .unwrap_err();
+    let user = call(&table, actor, "refuse", "no").await.unwrap_err();
     assert!(matches!(user, CallError::User { .. }), "{user}");
-    let bad = call(&table, actor, "fly", "").await.unwrap().unwrap_err();
+    let bad = call(&table, actor, "fly", "").await.unwrap_err();
     assert_eq!(bad, CallError::BadCall("no method `fly`".into()));
-    let large = call(&table, actor, "large", "").await.unwrap().unwrap_err();
+    let large = call(&table, actor, "large", "").await.unwrap_err();
     assert_eq!(large.executed(), Executed::Yes);
     assert!(large.to_string().contains("return it in parts"), "{large}");
 }
@@ -144,8 +134,8 @@ async fn a_stop_lets_the_method_finish_and_the_actor_tidy_up() {
     let behind = call(&table, actor, "tell", "b");
     table.stop_actor(actor, FIRST, PATIENCE).await;
     gate("actor-105").add_permits(1);
-    running.await.unwrap().unwrap();
-    assert_eq!(behind.await.unwrap().unwrap_err().executed(), Executed::No);
+    running.await.unwrap();
+    assert_eq!(behind.await.unwrap_err().executed(), Executed::No);
     open("actor-105 stopped").await;
     assert_eq!(next(&mut events).await, exited(actor, ExitReason::Stopped));
     // Said again, since the agent may have missed it.
@@ -162,10 +152,7 @@ async fn after_its_grace_an_actor_is_killed() {
     table
         .stop_actor(actor, FIRST, Duration::from_millis(10))
         .await;
-    assert_eq!(
-        running.await.unwrap().unwrap_err().executed(),
-        Executed::Unknown
-    );
+    assert_eq!(running.await.unwrap_err().executed(), Executed::Unknown);
     assert_eq!(next(&mut events).await, exited(actor, ExitReason::Stopped));
     assert_eq!(table.count(), 0);
 }
@@ -173,20 +160,14 @@ async fn after_its_grace_an_actor_is_killed() {
 #[tokio::test]
 async fn an_actor_may_end_itself() {
     let (table, mut events) = table_with(ActorId(107)).await;
-    call(&table, ActorId(107), "complete", "")
-        .await
-        .unwrap()
-        .unwrap();
+    call(&table, ActorId(107), "complete", "").await.unwrap();
     assert_eq!(
         next(&mut events).await,
         exited(ActorId(107), ExitReason::Completed)
     );
     table.start_actor(order(ActorId(108), FIRST, b"")).await;
     next(&mut events).await;
-    call(&table, ActorId(108), "fail", "tired")
-        .await
-        .unwrap()
-        .unwrap();
+    call(&table, ActorId(108), "fail", "tired").await.unwrap();
     assert_eq!(
         next(&mut events).await,
         exited(ActorId(108), ExitReason::Failed("tired".into()))
@@ -235,7 +216,7 @@ async fn a_constructor_that_never_ends_can_be_stopped() {
     let (table, mut events) = table().await;
     let actor = ActorId(114);
     table.start_actor(order(actor, FIRST, b"never")).await;
-    let early = call(&table, actor, "tell", "x").await.unwrap().unwrap_err();
+    let early = call(&table, actor, "tell", "x").await.unwrap_err();
     assert!(
         early.to_string().contains("it is starting (not executed)"),
         "{early}"
@@ -259,7 +240,7 @@ async fn each_incarnation_starts_once_and_the_newest_wins() {
     };
     assert_eq!(seen, [started, exited(actor, ExitReason::Stopped)]);
     // `call` means the first start, which is fenced now.
-    let error = call(&table, actor, "tell", "x").await.unwrap().unwrap_err();
+    let error = call(&table, actor, "tell", "x").await.unwrap_err();
     assert!(
         error
             .to_string()
@@ -273,7 +254,7 @@ async fn a_notice_reaches_actors_and_watchers() {
     let actor = ActorId(116);
     let (table, _events) = table_with(actor).await;
     table.notify(Some(Notice { deadline_ms: 42 }));
-    let heard = told(call(&table, actor, "tell", "x").await.unwrap());
+    let heard = told(call(&table, actor, "tell", "x").await);
     assert_eq!(heard, ["started", "notice 42", "x"]);
     table.notify(None);
     table.stop_all(PATIENCE).await;
@@ -284,19 +265,20 @@ async fn a_notice_reaches_actors_and_watchers() {
 async fn a_call_past_its_deadline_is_not_begun() {
     let actor = ActorId(117);
     let (table, _events) = table_with(actor).await;
-    let (reply, answer) = Reply::same_process(actor);
+    let (reply, answer) = Reply::same_process(actor, None);
     let deadline = mobula_host::mailbox::Deadline {
         at: tokio::time::Instant::now(),
         limit_ms: 1,
     };
     let call = IncomingCall {
         method: "tell".into(),
-        arguments: Vec::new(),
+        arguments: bytes::Bytes::new(),
         deadline: Some(deadline),
+        key: None,
         reply,
     };
     table.admit(actor, FIRST, call);
-    let error = answer.await.unwrap().unwrap_err();
+    let error = answer.await.unwrap_err();
     assert!(
         matches!(
             error,

@@ -19,6 +19,7 @@ use mobula_wire::frame::{
     Decoded, Frame, FrameError, FrameKind, FrameLimits, HEADER_SIZE_BYTES, decode_frame,
     encode_frame, encode_header,
 };
+use mobula_wire::frame_queue::FrameQueue;
 use mobula_wire::hello::HelloRefusal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -29,6 +30,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 const COALESCE_BYTES: usize = 64 << 10;
 /// Read in steps of at least this, at most as much as has arrived already (but no less than
 /// [`READ_STEP_MAX_BYTES`]): a header that announces 8 MiB does not yet get 8 MiB.
+/// A stream that fills a step gets the next one twice as large.
 const READ_STEP_MIN_BYTES: usize = 4 << 10;
 const READ_STEP_MAX_BYTES: usize = 64 << 10;
 /// A buffer that grew for one large frame is given back.
@@ -240,6 +242,34 @@ impl FramedSender {
         self.flush().await
     }
 
+    /// Sends frames that were put together elsewhere, after whatever is queued here. Cancel safe:
+    /// what has left is gone from `frames`.
+    pub async fn send_frames(&mut self, frames: &mut FrameQueue) -> Result<(), SendError> {
+        self.flush().await?;
+        while !frames.is_empty() {
+            match (&mut self.writer, frames.front_shared()) {
+                (Writer::Quic(_), Some(piece)) => {
+                    // A clone shares the memory, so that what left can be counted.
+                    let mut rest = piece.clone();
+                    let before = rest.len();
+                    self.writer.write_shared(&mut rest).await?;
+                    frames.advance(before - rest.len());
+                }
+                _ => {
+                    let sent = self.writer.write(frames.front()).await?;
+                    frames.advance(sent);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What a frame on this stream may have.
+    #[must_use]
+    pub fn limits(&self) -> FrameLimits {
+        self.limits
+    }
+
     async fn make_room(&mut self) -> Result<(), SendError> {
         if self.queued.len() >= COALESCE_BYTES || !self.tail.is_empty() {
             self.flush().await?;
@@ -349,6 +379,7 @@ enum Reader {
 pub struct FramedReceiver {
     reader: Reader,
     buffer: BytesMut,
+    read_step: usize,
     limits: FrameLimits,
     guard: Guard,
 }
@@ -358,6 +389,7 @@ impl FramedReceiver {
         FramedReceiver {
             reader,
             buffer: BytesMut::new(),
+            read_step: READ_STEP_MIN_BYTES,
             limits,
             guard,
         }
@@ -366,16 +398,14 @@ impl FramedReceiver {
     /// The next frame, or `None` when the peer has ended the stream. Cancel safe. After an error the
     /// stream is of no more use.
     pub async fn receive(&mut self) -> Result<Option<Frame>, ReceiveError> {
-        match self.receive_any().await? {
-            Some(Frame {
-                kind: kind @ (FrameKind::Hello | FrameKind::Welcome),
-                ..
-            }) => Err(ReceiveError::Unexpected { kind }),
-            Some(Frame {
-                kind: FrameKind::Refusal,
-                payload,
-            }) => Err(ReceiveError::Refused(HelloRefusal::decode(&payload)?)),
-            frame => Ok(frame),
+        self.receive_any().await?.map(established).transpose()
+    }
+
+    /// The next frame if it has arrived already, for whoever handles many at once.
+    pub fn receive_buffered(&mut self) -> Result<Option<Frame>, ReceiveError> {
+        match decode_frame(&mut self.buffer, self.limits)? {
+            Decoded::Frame(frame) => established(frame).map(Some),
+            Decoded::Incomplete { .. } => Ok(None),
         }
     }
 
@@ -405,7 +435,8 @@ impl FramedReceiver {
             };
             let step_max = READ_STEP_MAX_BYTES.max(self.buffer.len());
             self.buffer
-                .reserve(missing_bytes.clamp(READ_STEP_MIN_BYTES, step_max));
+                .reserve(missing_bytes.clamp(self.read_step, step_max));
+            let room = self.buffer.capacity() - self.buffer.len();
             let count = match &mut self.reader {
                 Reader::Quic(stream) => stream.read_buf(&mut self.buffer).await,
                 Reader::Local(stream) => stream.read_buf(&mut self.buffer).await,
@@ -416,6 +447,10 @@ impl FramedReceiver {
             match (count, self.buffer.is_empty()) {
                 (0, true) => return Ok(None),
                 (0, false) => return Err(ReceiveError::Truncated { missing_bytes }),
+                // As fast a sender will fill a larger step as well, for the price of one.
+                (count, _) if count >= room => {
+                    self.read_step = (2 * self.read_step).min(READ_STEP_MAX_BYTES);
+                }
                 _ => {}
             }
         }
@@ -429,6 +464,15 @@ impl fmt::Debug for FramedReceiver {
             .field("limits", &self.limits)
             .field("guarded", &self.guard.is_some())
             .finish_non_exhaustive()
+    }
+}
+
+/// A frame as it may come once the handshake is over.
+fn established(frame: Frame) -> Result<Frame, ReceiveError> {
+    match frame.kind {
+        kind @ (FrameKind::Hello | FrameKind::Welcome) => Err(ReceiveError::Unexpected { kind }),
+        FrameKind::Refusal => Err(ReceiveError::Refused(HelloRefusal::decode(&frame.payload)?)),
+        FrameKind::Message | FrameKind::Chunk => Ok(frame),
     }
 }
 
@@ -487,6 +531,29 @@ mod tests {
             assert!(receiver.receive().await.unwrap().is_none());
         };
         tokio::join!(sending, receiving);
+    }
+
+    #[tokio::test]
+    async fn frames_put_together_elsewhere_arrive_however_often_sending_is_interrupted() {
+        let (mut a, mut b) = pair(FrameLimits::CALL);
+        let mut frames = FrameQueue::new();
+        let large = Bytes::from(vec![3_u8; 1 << 20]);
+        for payload in [large.clone(), Bytes::from_static(b"small"), large] {
+            frames.push_message(FrameLimits::CALL, |_| payload).unwrap();
+        }
+        let mut sizes = Vec::new();
+        while sizes.len() < 3 {
+            let _ = a.sender.send_frames(&mut frames).now_or_never();
+            if let Some(frame) = b.receiver.receive().now_or_never() {
+                sizes.push(frame.unwrap().unwrap().payload.len());
+            }
+            while let Some(frame) = b.receiver.receive_buffered().unwrap() {
+                sizes.push(frame.payload.len());
+            }
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(sizes, [1 << 20, 5, 1 << 20]);
+        assert!(frames.is_empty());
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! What Mobula's processes say to each other.
 //!
-//! * [`frame`]: the envelope of everything that is not gRPC; [`hello`]: how a stream begins.
+//! * [`frame`]: the envelope of everything that is not gRPC; [`frame_queue`]: frames on their way
+//!   out; [`hello`]: how a stream begins.
 //! * [`session`]: worker agent and leader. [`host`]: agent and host process. [`call`]: calls of
 //!   actors.
 //! * [`control`]: the gRPC control API, generated from `proto/mobula/v1/control.proto`;
@@ -13,6 +14,7 @@
 pub mod call;
 pub mod convert;
 pub mod frame;
+pub mod frame_queue;
 pub mod hello;
 pub mod host;
 pub mod session;

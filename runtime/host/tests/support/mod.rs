@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use mobula_core::codec;
-use mobula_core::error::CallError;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::order::{ActorAddress, StartActor};
 use mobula_core::resource::Resources;
 use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
-use mobula_host::mailbox::{CallResult, IncomingCall, Reply};
+use mobula_host::mailbox::IncomingCall;
 use mobula_host::registry::ConstructError;
+use mobula_host::reply::{CallResult, LocalCall, Reply};
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_host::{
     ActorBody, ActorContext, ActorType, DynActor, HostInfo, HostRuntime, MethodCall, MethodError,
@@ -28,7 +28,7 @@ use mobula_net::endpoint::Endpoint;
 use mobula_net::identity::{ClusterCa, Credentials, Identity, Role, Validity};
 use mobula_wire::host::HostRole;
 use mobula_wire::session::StorageLocation;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc};
 
 pub const JOB: JobId = JobId(3);
 pub const PROBE: ActorId = ActorId(7);
@@ -218,25 +218,20 @@ pub async fn next(events: &mut mpsc::Receiver<ActorEvent>) -> ActorEvent {
 }
 
 /// Calls an actor of the table.
-pub fn call(
-    table: &ActorTable,
-    actor: ActorId,
-    method: &str,
-    text: &str,
-) -> oneshot::Receiver<CallResult> {
-    let (reply, answer) = Reply::same_process(actor);
-    let arguments = codec::encode_plain(text);
+pub fn call(table: &ActorTable, actor: ActorId, method: &str, text: &str) -> LocalCall {
+    let (reply, answer) = Reply::same_process(actor, None);
     let call = IncomingCall {
-        method: method.to_owned(),
-        arguments,
+        method: method.to_owned().into(),
+        arguments: codec::encode_plain(text).into(),
         deadline: None,
+        key: None,
         reply,
     };
     table.admit(actor, FIRST, call);
     answer
 }
 
-pub fn told(result: Result<Vec<u8>, CallError>) -> Vec<String> {
+pub fn told(result: CallResult) -> Vec<String> {
     codec::decode(&result.unwrap(), 1 << 20).unwrap()
 }
 
