@@ -30,14 +30,21 @@ pub const COMMAND_INIT_BYTES_MAX: usize = 1024 * 1024;
 /// Arguments and environment of a job together: they are replicated and sent with each start.
 pub const JOB_SPEC_BYTES_MAX: usize = 64 * 1024;
 
+/// Arguments of a job, and variables in its environment: each costs eight bytes and more in a row,
+/// however short it is.
+pub const JOB_SPEC_ENTRIES_MAX: usize = 4096;
+
 /// A job's result: a summary. Bulk results belong into objects or checkpoints.
 pub const RESULT_BYTES_MAX: usize = 64 * 1024;
 
 /// Names of nodes, jobs, actors, clients, tokens; keys of labels and placement.
 pub const NAME_BYTES_MAX: usize = 128;
 
-/// Labels of a node, and entries of a selector.
+/// Labels of a node, and custom resources that it offers.
 pub const LABELS_MAX: usize = 64;
+
+/// Labels, values and custom resources that one request names: 32 KiB of names at the most.
+pub const REQUEST_NAMES_MAX: usize = 256;
 
 /// The text inside an exit reason; a longer one is cut, its host's log has all of it.
 pub const EXIT_TEXT_BYTES_MAX: usize = 4096;

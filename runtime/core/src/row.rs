@@ -32,6 +32,12 @@ pub fn get<T: DeserializeOwned>(reader: &dyn Reader, table: Table, key: &[u8]) -
 pub fn put<T: Serialize>(txn: &mut dyn Txn, table: Table, key: &[u8], row: &T) {
     let mut bytes = vec![VERSION];
     bytes.extend(codec::encode_plain(row));
+    // Whoever checks a command must bound all of it: a larger row is written and never read again.
+    debug_assert!(
+        bytes.len() <= ROW_BYTES_MAX,
+        "a row of {table:?} has {} bytes, more than can be read back",
+        bytes.len()
+    );
     txn.put(table, key, bytes);
 }
 

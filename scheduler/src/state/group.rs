@@ -16,7 +16,8 @@ use super::actor::{self, ActorRow, ActorState, Grant};
 use super::{Apply, check_name, job, overloaded, precondition, stopping};
 use crate::command::{ActorIncarnation, Assignment, Response, SkippedAssignment};
 use crate::limits::{
-    ACTORS_PER_COMMAND_MAX, COMMAND_INIT_BYTES_MAX, GANG_MEMBERS_MAX, LABELS_MAX, LIVE_ACTORS_MAX,
+    ACTORS_PER_COMMAND_MAX, COMMAND_INIT_BYTES_MAX, GANG_MEMBERS_MAX, LIVE_ACTORS_MAX,
+    REQUEST_NAMES_MAX,
 };
 use crate::placement::{Nodes, Request, gpu::GpuShare};
 use crate::row::{self, Counter, GROUPS};
@@ -203,26 +204,48 @@ pub(crate) fn check_placement(
             "{what} asks for nothing of the custom resource `{name}`: leave it out"
         )));
     }
-    let entries = placement.selector.len().max(resources.custom.len());
-    let largest = placement
-        .selector
-        .iter()
-        .map(|requirement| match requirement {
-            Requirement::In(_, values) | Requirement::NotIn(_, values) => values.len(),
-            Requirement::Exists(_) => 1,
-        });
-    let entries = largest.max().unwrap_or(0).max(entries);
-    if entries > LABELS_MAX {
-        return Err(Rejection::invalid(format!(
-            "{what} names {entries} labels, values or custom resources, the limit is {LABELS_MAX}: \
-             ask for fewer"
-        )));
-    }
+    check_names(what, resources, placement)?;
     if let Some(key) = &placement.affinity_key {
         check_name("the affinity key", key)?;
     }
     if let Some(spread) = &placement.spread_key {
         check_name("the spread key", &spread.key)?;
+    }
+    Ok(())
+}
+
+/// Bounds everything in a request that is text: it is kept in several rows.
+fn check_names(
+    what: &str,
+    resources: &Resources,
+    placement: &PlacementPolicy,
+) -> Result<(), Rejection> {
+    let mut count = resources.custom.len();
+    for name in resources.custom.keys() {
+        check_name("a custom resource's name", name)?;
+    }
+    for requirement in &placement.selector {
+        let (label, values) = match requirement {
+            Requirement::In(label, values) | Requirement::NotIn(label, values) => {
+                (label, values.as_slice())
+            }
+            Requirement::Exists(label) => (label, [].as_slice()),
+        };
+        count += 1 + values.len();
+        check_name("a selector's label", label)?;
+        // A label's value may be empty, so an empty one may be asked for.
+        for value in values.iter().filter(|value| !value.is_empty()) {
+            check_name(
+                &format!("a value for the selector's label `{label}`"),
+                value,
+            )?;
+        }
+    }
+    if count > REQUEST_NAMES_MAX {
+        return Err(Rejection::invalid(format!(
+            "{what} names {count} labels, values and custom resources, the limit is \
+             {REQUEST_NAMES_MAX}: ask for fewer, or give the nodes one label that says it all"
+        )));
     }
     Ok(())
 }

@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::{Apply, actor, check_name, group, overloaded, precondition, stopping};
 use crate::command::Response;
 use crate::limits::{
-    FINISHED_JOBS_KEPT, JOB_SPEC_BYTES_MAX, JOB_STOP_GRACE_MS, LIVE_ACTORS_MAX, LIVE_JOBS_MAX,
-    RESULT_BYTES_MAX,
+    FINISHED_JOBS_KEPT, JOB_SPEC_BYTES_MAX, JOB_SPEC_ENTRIES_MAX, JOB_STOP_GRACE_MS,
+    LIVE_ACTORS_MAX, LIVE_JOBS_MAX, RESULT_BYTES_MAX,
 };
 use crate::row::{self, Counter, JOB_SPECS, JOBS, JOBS_BY_KEY, JOBS_FINISHED};
 
@@ -222,6 +222,14 @@ fn check_spec(spec: &JobSpec) -> Result<(), Rejection> {
         return Err(Rejection::invalid(format!(
             "arguments and environment of job `{}` have {size} bytes, the limit is \
              {JOB_SPEC_BYTES_MAX}: pass a file or an object instead",
+            spec.name
+        )));
+    }
+    let entries = spec.args.len().max(spec.env.len());
+    if entries > JOB_SPEC_ENTRIES_MAX {
+        return Err(Rejection::invalid(format!(
+            "job `{}` has {entries} arguments or environment variables, the limit is \
+             {JOB_SPEC_ENTRIES_MAX}: pass a file or an object instead",
             spec.name
         )));
     }

@@ -1,12 +1,13 @@
 //! Tables stay within their bounds however much has happened.
 
 use mobula_core::control::{ApplyContext, StateModule};
+use mobula_core::label::Requirement;
 use mobula_core::{ActorId, JobId};
 use mobula_scheduler::limits::{FINISHED_ACTORS_KEPT, FINISHED_JOBS_KEPT};
 use mobula_scheduler::memory_txn::MemoryTables;
 use mobula_scheduler::{Command, Query, QueryResponse, Response, Scheduler, invariants};
 
-use crate::cluster::{actor_spec, job_spec};
+use crate::cluster::{Cluster, actor_spec, job_spec};
 
 /// Tables to which many commands are applied without a copy before each.
 #[derive(Default)]
@@ -103,4 +104,66 @@ fn the_oldest_ended_actors_go_even_in_a_job_that_never_ends() {
         actor: ActorId(forgotten + 1)
     }));
     invariants::check(&log.tables).unwrap();
+}
+
+/// A row that is larger than what is read back would stop every head at once.
+#[test]
+fn nothing_of_a_request_is_unbounded() {
+    let mut cluster = Cluster::new();
+    let long = "x".repeat(2 << 20);
+    let select = |requirement| {
+        let mut spec = job_spec("job", 0);
+        spec.placement.selector = vec![requirement];
+        spec
+    };
+    let with = |change: fn(&mut mobula_core::spec::JobSpec)| {
+        let mut spec = job_spec("job", 0);
+        change(&mut spec);
+        spec
+    };
+    let mut custom = job_spec("job", 0);
+    custom.resources.custom.insert(long.clone(), 1);
+    let many = vec![String::new(); 200_000];
+    let cases = [
+        (
+            with(|spec| spec.args = vec![String::new(); 200_000]),
+            "has 200000 arguments",
+        ),
+        (
+            with(|spec| spec.env = (0..5_000).map(|n| (n.to_string(), String::new())).collect()),
+            "has 5000 arguments or environment variables",
+        ),
+        (custom, "a custom resource's name has"),
+        (
+            select(Requirement::Exists(long.clone())),
+            "a selector's label has",
+        ),
+        (
+            select(Requirement::In("zone".into(), vec![long])),
+            "a value for the selector's label `zone` has",
+        ),
+        (
+            select(Requirement::NotIn("zone".into(), many)),
+            "names 200001 labels, values and custom resources",
+        ),
+    ];
+    for (spec, expected) in cases {
+        let actor = mobula_core::spec::ActorSpec {
+            placement: spec.placement.clone(),
+            resources: spec.resources.clone(),
+            ..actor_spec(None, 1)
+        };
+        let refused = cluster.refused(Command::SubmitJob { spec });
+        assert!(refused.contains(expected), "{refused}");
+        if !expected.contains("arguments") {
+            let refused = cluster.refused(Command::CreateActors {
+                job: JobId::SYSTEM,
+                actors: vec![actor],
+                gang: false,
+                get_or_create: false,
+                creator: None,
+            });
+            assert!(refused.contains(expected), "{refused}");
+        }
+    }
 }
