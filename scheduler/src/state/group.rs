@@ -12,7 +12,8 @@ use mobula_core::spec::{ActorKind, ActorSpec, INIT_LIMIT_BYTES, PlacementPolicy}
 use mobula_core::{ActorId, ErrorCode, GroupId, JobId, NodeId, Rejection, Resources};
 use serde::{Deserialize, Serialize};
 
-use super::actor::{self, ActorRow, ActorState, Grant};
+use super::actor::{self, ActorRow, ActorState};
+use super::lifecycle::{self, Grant};
 use super::{Apply, check_name, job, overloaded, precondition, stopping};
 use crate::command::{ActorIncarnation, Assignment, Response, SkippedAssignment};
 use crate::limits::{
@@ -98,7 +99,7 @@ pub(crate) fn create_actors(
     let group = (gang && missing > 0).then(|| GroupId(Counter::LastGroup.increment(apply.txn)));
     let mut actors = Vec::with_capacity(specs.len());
     for (spec, existing) in specs.iter().zip(existing) {
-        actors.push(existing.unwrap_or_else(|| actor::create(apply, job, spec, group)));
+        actors.push(existing.unwrap_or_else(|| lifecycle::create(apply, job, spec, group)));
     }
     if let Some(id) = group {
         let row = GroupRow {
@@ -312,7 +313,7 @@ pub(crate) fn assign(
             group.placed = true;
             row::put(apply.txn, GROUPS, &group.id.to_key(), &group);
         }
-        let incarnation = actor::assign(apply, row, grant);
+        let incarnation = lifecycle::assign(apply, row, grant);
         assigned.push(ActorIncarnation { actor, incarnation });
     }
     Ok(Response::Assigned { assigned, skipped })

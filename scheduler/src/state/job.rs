@@ -14,7 +14,7 @@ use mobula_core::spec::{
 use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection, Resources};
 use serde::{Deserialize, Serialize};
 
-use super::{Apply, actor, check_name, group, overloaded, precondition, stopping};
+use super::{Apply, actor, check_name, group, lifecycle, overloaded, precondition, stopping};
 use crate::command::Response;
 use crate::limits::{
     FINISHED_JOBS_KEPT, JOB_SPEC_BYTES_MAX, JOB_SPEC_ENTRIES_MAX, JOB_STOP_GRACE_MS,
@@ -162,7 +162,7 @@ pub(crate) fn submit(apply: &mut Apply<'_>, spec: JobSpec) -> Result<Response, R
         row::put(apply.txn, JOBS_BY_KEY, key.as_bytes(), &id);
     }
     row::put(apply.txn, JOB_SPECS, &id.to_key(), &spec);
-    let driver = actor::create(apply, id, &driver_spec(&spec), None);
+    let driver = lifecycle::create(apply, id, &driver_spec(&spec), None);
     let submitted_ms = apply.now_ms();
     let job = JobRow {
         id,
@@ -382,7 +382,7 @@ fn forget_oldest(apply: &mut Apply<'_>) {
         let actors: Vec<ActorId> = actor::ids_of_job(apply.txn, id).collect();
         for actor in actors {
             let actor = actor::load(apply.txn, actor).expect("the index names rows that exist");
-            actor::forget(apply, &actor);
+            lifecycle::forget(apply, &actor);
         }
         if let Some(key) = load_spec(apply.txn, id).idempotency_key {
             apply.txn.delete(JOBS_BY_KEY, key.as_bytes());

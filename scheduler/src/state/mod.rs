@@ -8,6 +8,7 @@
 pub(crate) mod actor;
 pub(crate) mod group;
 pub(crate) mod job;
+pub(crate) mod lifecycle;
 pub(crate) mod node;
 pub mod session;
 pub(crate) mod stopping;

@@ -13,7 +13,7 @@ use mobula_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Apply, actor, check_name, overloaded, precondition, stopping};
+use super::{Apply, actor, check_name, lifecycle, overloaded, precondition, stopping};
 use crate::command::{EventOutcome, Response};
 use crate::limits::{DRAIN_GRACE_MS, GRACE_MS_MAX, LABELS_MAX, NODES_MAX};
 use crate::placement::gpu::GpuShare;
@@ -271,7 +271,7 @@ fn end_all(apply: &mut Apply<'_>, node: NodeId, reason: &ExitReason) {
         let row = actor::load(apply.txn, id).expect("a lease names an actor that exists");
         // Ending one actor may have ended others of its job; those are no longer here.
         if row.state.node() == Some(node) {
-            actor::end_incarnation(apply, row, reason.clone());
+            lifecycle::end_incarnation(apply, row, reason.clone());
         }
     }
 }
@@ -323,13 +323,13 @@ pub(crate) fn event(
                 call_address,
                 pid,
             };
-            actor::started(apply, id, actor, incarnation, place)
+            lifecycle::started(apply, id, actor, incarnation, place)
         }
         WorkerEvent::ActorExited {
             actor,
             incarnation,
             reason,
-        } => actor::exited(apply, id, actor, incarnation, reason),
+        } => lifecycle::exited(apply, id, actor, incarnation, reason),
         WorkerEvent::Notice {
             deadline_ms,
             source,

@@ -9,14 +9,14 @@ use mobula_core::order::Order;
 use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection};
 
 use super::actor::{self, ActorRow, ActorState, Then};
-use super::{Apply, node, precondition};
+use super::{Apply, lifecycle, node, precondition};
 use crate::command::Response;
 
 /// Ends an actor for good: at once if nothing runs, otherwise by telling its worker.
 pub(crate) fn stop(apply: &mut Apply<'_>, actor: ActorRow, grace_ms: u64) {
     match actor.state {
         ActorState::Ended { .. } => {}
-        ActorState::Pending { .. } => actor::end(apply, actor, ExitReason::Stopped),
+        ActorState::Pending { .. } => lifecycle::end(apply, actor, ExitReason::Stopped),
         ActorState::Stopping {
             then: Then::End, ..
         } => {}
@@ -112,7 +112,7 @@ pub(crate) fn yield_command(
             grace_ms: 0,
         },
     );
-    actor::end_incarnation(apply, actor, ExitReason::Preempted);
+    lifecycle::end_incarnation(apply, actor, ExitReason::Preempted);
     Ok(Response::Done)
 }
 

@@ -1,0 +1,332 @@
+//! The life of an actor: from pending over assigned and running to ended, and round again.
+//!
+//! Invariants:
+//! 1. Each assignment is a new incarnation; events of any other one change nothing (I4).
+//! 2. An actor that ends unasked starts again while its policy allows; what the infrastructure
+//!    took away does not count against it.
+//! 3. An ended actor never lives again, and its name is free.
+
+use mobula_core::control::Subject;
+use mobula_core::order::Order;
+use mobula_core::spec::{ActorKind, ActorSpec, RestartPolicy};
+use mobula_core::{ActorId, ExitReason, GroupId, Incarnation, JobId, NodeId};
+
+use super::actor::{self, ActorRow, ActorState, HostPlace, Start, Then};
+use super::node::Lease;
+use super::{Apply, group, job};
+use crate::command::EventOutcome;
+use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT, STARTS_KEPT_MAX};
+use crate::placement::gpu::GpuShare;
+use crate::row::{
+    self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, LEASES,
+    PENDING,
+};
+
+/// Creates one pending actor. Whoever calls this has checked the specification and the bounds.
+pub(crate) fn create(
+    apply: &mut Apply<'_>,
+    job: JobId,
+    spec: &ActorSpec,
+    group: Option<GroupId>,
+) -> ActorId {
+    let id = ActorId(Counter::LastActor.increment(apply.txn));
+    Counter::LiveActors.increment(apply.txn);
+    let now_ms = apply.now_ms();
+    row::put(apply.txn, ACTOR_SPECS, &id.to_key(), spec);
+    row::put(apply.txn, ACTORS_BY_JOB, &row::pair(job.0, id.0), &());
+    if let Some(name) = &spec.name {
+        row::put(apply.txn, ACTORS_BY_NAME, &actor::name_key(job, name), &id);
+    }
+    let actor = ActorRow {
+        id,
+        job,
+        group,
+        name: spec.name.clone(),
+        driver: spec.kind == ActorKind::Driver,
+        resources: spec.resources.clone(),
+        restart: spec.restart.clone(),
+        created_ms: now_ms,
+        state: ActorState::Ended {
+            reason: ExitReason::Completed,
+            at_ms: now_ms,
+            finished: 0,
+        },
+        incarnation: Incarnation::default(),
+        restarts: 0,
+        counted_restarts: 0,
+        last_exit: None,
+        starts: Vec::new(),
+    };
+    make_pending(apply, actor, 0);
+    id
+}
+
+fn make_pending(apply: &mut Apply<'_>, mut actor: ActorRow, delay_ms: u64) {
+    let since_ms = apply.now_ms();
+    let not_before_ms = since_ms.saturating_add(delay_ms);
+    actor.state = ActorState::Pending {
+        since_ms,
+        not_before_ms,
+    };
+    row::put(
+        apply.txn,
+        PENDING,
+        &row::pair(not_before_ms, actor.id.0),
+        &(),
+    );
+    Counter::PendingActors.increment(apply.txn);
+    actor::store(apply, &actor);
+    apply.place();
+}
+
+fn leave_pending(apply: &mut Apply<'_>, actor: &ActorRow) {
+    if let ActorState::Pending { not_before_ms, .. } = actor.state {
+        apply
+            .txn
+            .delete(PENDING, &row::pair(not_before_ms, actor.id.0));
+        Counter::PendingActors.decrement(apply.txn);
+    }
+}
+
+/// Where and with what a new incarnation runs.
+pub(crate) struct Grant {
+    pub(crate) node: NodeId,
+    pub(crate) node_incarnation: Incarnation,
+    pub(crate) gpus: Vec<GpuShare>,
+    pub(crate) affinity_key: Option<String>,
+    pub(crate) spread_key: Option<String>,
+}
+
+/// Gives a pending actor to a node. Whoever calls this has checked that it fits.
+pub(crate) fn assign(apply: &mut Apply<'_>, mut actor: ActorRow, grant: Grant) -> Incarnation {
+    leave_pending(apply, &actor);
+    let Grant {
+        node,
+        node_incarnation,
+        gpus,
+        affinity_key,
+        spread_key,
+    } = grant;
+    let incarnation = Incarnation(apply.context.index);
+    let lease = Lease {
+        job: actor.job,
+        incarnation,
+        resources: actor.resources.clone(),
+        gpus,
+        affinity_key,
+        spread_key,
+    };
+    row::put(apply.txn, LEASES, &row::pair(node.0, actor.id.0), &lease);
+    actor.incarnation = incarnation;
+    if actor.starts.len() >= STARTS_KEPT_MAX {
+        actor.starts.remove(0);
+    }
+    actor.starts.push(Start { node, incarnation });
+    actor.state = ActorState::Assigned {
+        node,
+        node_incarnation,
+        since_ms: apply.now_ms(),
+    };
+    actor::store(apply, &actor);
+    let order = crate::orders::start(apply.txn, &actor, &lease);
+    apply.order(node, order);
+    incarnation
+}
+
+/// A worker says that an actor runs.
+pub(crate) fn started(
+    apply: &mut Apply<'_>,
+    node: NodeId,
+    id: ActorId,
+    incarnation: Incarnation,
+    place: HostPlace,
+) -> EventOutcome {
+    let Some(mut actor) = current(apply, node, id, incarnation) else {
+        // Something runs there that should not: have it ended.
+        apply.order(
+            node,
+            Order::Stop {
+                actor: id,
+                incarnation,
+                grace_ms: 0,
+            },
+        );
+        return EventOutcome::AlreadyKnown;
+    };
+    let ActorState::Assigned {
+        node,
+        node_incarnation,
+        ..
+    } = actor.state
+    else {
+        return EventOutcome::AlreadyKnown;
+    };
+    let since_ms = apply.now_ms();
+    actor.state = ActorState::Running {
+        node,
+        node_incarnation,
+        since_ms,
+        place,
+    };
+    actor::store(apply, &actor);
+    if actor.driver {
+        job::driver_started(apply, actor.job);
+    }
+    EventOutcome::Applied
+}
+
+/// A worker says that an actor ended.
+pub(crate) fn exited(
+    apply: &mut Apply<'_>,
+    node: NodeId,
+    id: ActorId,
+    incarnation: Incarnation,
+    reason: ExitReason,
+) -> EventOutcome {
+    match current(apply, node, id, incarnation) {
+        None => EventOutcome::AlreadyKnown,
+        Some(actor) => {
+            end_incarnation(apply, actor, reason);
+            EventOutcome::Applied
+        }
+    }
+}
+
+/// The actor, if this is its incarnation and it is on this node.
+fn current(
+    apply: &Apply<'_>,
+    node: NodeId,
+    id: ActorId,
+    incarnation: Incarnation,
+) -> Option<ActorRow> {
+    actor::load(apply.txn, id)
+        .filter(|actor| actor.incarnation == incarnation && actor.state.node() == Some(node))
+}
+
+/// An incarnation is over: its resources are free, and the actor starts again or has ended.
+pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason) {
+    let node = actor
+        .state
+        .node()
+        .expect("only what a node holds can end there");
+    apply.txn.delete(LEASES, &row::pair(node.0, actor.id.0));
+    apply.changed(Subject::Node(node));
+    apply.place();
+    let reason = bounded(match (&actor.state, reason) {
+        (_, ExitReason::Completed) => ExitReason::Completed,
+        (
+            ActorState::Stopping {
+                then: Then::End, ..
+            },
+            _,
+        ) => ExitReason::Stopped,
+        (
+            ActorState::Stopping {
+                then: Then::StartElsewhere,
+                ..
+            },
+            _,
+        ) => ExitReason::Preempted,
+        (_, reason) => reason,
+    });
+    actor.last_exit = Some(reason.clone());
+    if !may_restart(apply, &actor, &reason) {
+        return end(apply, actor, reason);
+    }
+    actor.restarts = actor.restarts.saturating_add(1);
+    let mut delay_ms = 0;
+    if reason.counts_against_budget() {
+        actor.counted_restarts += 1;
+        delay_ms = actor.restart.backoff_ms(actor.counted_restarts);
+    }
+    job::count_restart(apply, actor.job, actor.driver);
+    make_pending(apply, actor, delay_ms);
+}
+
+fn may_restart(apply: &Apply<'_>, actor: &ActorRow, reason: &ExitReason) -> bool {
+    // `max_restarts` of 0 means never, whoever is to blame.
+    let RestartPolicy { max_restarts, .. } = actor.restart;
+    let in_budget = !reason.counts_against_budget() || actor.counted_restarts < max_restarts;
+    !reason.is_wanted() && max_restarts > 0 && in_budget && job::is_open(apply.txn, actor.job)
+}
+
+/// Cuts the text inside a reason, which is kept in a table.
+fn bounded(reason: ExitReason) -> ExitReason {
+    let cut = |mut text: String| {
+        if text.len() > EXIT_TEXT_BYTES_MAX {
+            let end = text.floor_char_boundary(EXIT_TEXT_BYTES_MAX);
+            text.truncate(end);
+            text.push('…');
+        }
+        text
+    };
+    match reason {
+        ExitReason::Failed(text) => ExitReason::Failed(cut(text)),
+        ExitReason::Panicked(text) => ExitReason::Panicked(cut(text)),
+        ExitReason::StartFailed(text) => ExitReason::StartFailed(cut(text)),
+        other => other,
+    }
+}
+
+/// The actor is over for good.
+pub(crate) fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason) {
+    leave_pending(apply, &actor);
+    if let Some(name) = &actor.name {
+        apply
+            .txn
+            .delete(ACTORS_BY_NAME, &actor::name_key(actor.job, name));
+    }
+    let finished = Counter::LastFinished.increment(apply.txn);
+    let at_ms = apply.now_ms();
+    actor.last_exit = Some(reason.clone());
+    actor.state = ActorState::Ended {
+        reason: reason.clone(),
+        at_ms,
+        finished,
+    };
+    actor::store(apply, &actor);
+    Counter::LiveActors.decrement(apply.txn);
+    if !actor.driver {
+        row::put(
+            apply.txn,
+            ACTORS_FINISHED,
+            &row::pair(finished, actor.id.0),
+            &(),
+        );
+        if Counter::FinishedActors.increment(apply.txn) > FINISHED_ACTORS_KEPT {
+            forget_oldest(apply);
+        }
+    }
+    if let Some(group) = actor.group {
+        group::member_ended(apply, group);
+    }
+    job::actor_ended(apply, &actor, &reason);
+}
+
+fn forget_oldest(apply: &mut Apply<'_>) {
+    let oldest = apply.txn.scan(ACTORS_FINISHED, &[], None, 1);
+    for (key, _) in oldest {
+        let id = ActorId(row::number_at(&key, 1));
+        let actor =
+            actor::load(apply.txn, id).expect("the list of ended actors names rows that exist");
+        forget(apply, &actor);
+    }
+}
+
+/// Removes an ended actor from all tables.
+pub(crate) fn forget(apply: &mut Apply<'_>, actor: &ActorRow) {
+    let ActorState::Ended { finished, .. } = actor.state else {
+        unreachable!("only ended actors are forgotten, {} has not", actor.id)
+    };
+    if !actor.driver {
+        apply
+            .txn
+            .delete(ACTORS_FINISHED, &row::pair(finished, actor.id.0));
+        Counter::FinishedActors.decrement(apply.txn);
+    }
+    apply.txn.delete(ACTORS, &actor.id.to_key());
+    apply.txn.delete(ACTOR_SPECS, &actor.id.to_key());
+    apply
+        .txn
+        .delete(ACTORS_BY_JOB, &row::pair(actor.job.0, actor.id.0));
+}
