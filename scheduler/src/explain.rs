@@ -102,7 +102,7 @@ fn explain_pending(
     not_before_ms: u64,
     now_ms: u64,
 ) -> Explanation {
-    let request = Request::load(reader, row);
+    let request = Request::of(row);
     let mut nodes = Nodes::load_all(reader);
     let checks: Vec<(NodeVerdict, Option<Unfit>)> = nodes
         .iter()
@@ -173,10 +173,7 @@ fn gang_verdict(
         let verdict = format!("its gang waits for {id}, which may start in {left_ms} ms");
         return Some((verdict, "wait".to_owned()));
     }
-    let requests: Vec<Request> = members
-        .iter()
-        .map(|member| Request::load(reader, member))
-        .collect();
+    let requests: Vec<Request> = members.iter().map(Request::of).collect();
     Some(match gang::place(nodes, &requests) {
         Ok(_) => placeable(),
         Err(no_place) => (

@@ -3,7 +3,7 @@
 //! Invariant: a table grows only up to the bound named here; past it a command is refused with
 //! `Overloaded`, or the oldest finished row goes.
 
-/// Workers known at once, lost ones included. A pass looks at each of them for each candidate.
+/// Workers known at once, lost ones included. A pass looks at each of them for each request.
 pub const NODES_MAX: u64 = 1024;
 
 /// Actors that have not ended, in the whole cluster: at about 1 KiB a row, 100 MiB of tables.
@@ -70,8 +70,9 @@ pub const TOKEN_END_BYTES_MAX: usize = 4;
 /// Rows that are cleaned up in passing by one command, so that no command takes long.
 pub const SWEEP_ROWS: usize = 128;
 
-/// Pending actors that one placement pass looks at: times [`NODES_MAX`], a million checks.
-pub const PASS_CANDIDATES: usize = 1024;
+/// How often one placement pass asks a node whether it takes an actor: tenths of a second. Only
+/// different requests count, so a thousand of them on a thousand nodes.
+pub const PASS_CHECKS: usize = 1 << 20;
 
 /// A pass stops looking once it has placed this many; the next pass goes on. Keeps entries small.
 pub const PASS_ASSIGNMENTS: usize = 256;

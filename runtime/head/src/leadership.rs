@@ -15,9 +15,12 @@ use crate::context::HeadContext;
 use crate::dispatcher::Nudges;
 use crate::{health, tokens};
 
-/// How long placement sleeps at the most: restarts that wait for their back-off become due
-/// without any command.
-const PLACEMENT_INTERVAL: Duration = Duration::from_millis(200);
+/// How long placement sleeps at the most. It is woken by what makes a pass worth while, and wakes
+/// by itself when a back-off is over; this only bounds what a defect in either costs.
+const PLACEMENT_PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// The pause after a pass that could not read or propose, or after many in a row.
+const PLACEMENT_RETRY: Duration = Duration::from_millis(200);
 
 /// How long controllers sleep at the most.
 const CONTROLLER_INTERVAL: Duration = Duration::from_millis(500);
@@ -89,13 +92,18 @@ impl LeaderDuties {
 }
 
 async fn place(context: Arc<HeadContext>, nudges: Arc<Nudges>) {
+    let mut pause = Duration::ZERO;
     loop {
-        // Whichever comes first: a nudge, or the interval.
-        let _ = tokio::time::timeout(PLACEMENT_INTERVAL, nudges.place.notified()).await;
+        // Whichever comes first: a nudge, or the time.
+        let _ = tokio::time::timeout(pause, nudges.place.notified()).await;
+        pause = PLACEMENT_RETRY;
         for _ in 0..PASSES_IN_A_ROW_MAX {
             match place_once(&context).await {
-                Ok(true) => {}
-                Ok(false) => break,
+                Ok(Pass::Placed) => {}
+                Ok(Pass::NothingFor(idle)) => {
+                    pause = idle;
+                    break;
+                }
                 Err(reason) => {
                     tracing::warn!(%reason, "placement pass failed");
                     break;
@@ -105,22 +113,34 @@ async fn place(context: Arc<HeadContext>, nudges: Arc<Nudges>) {
     }
 }
 
-/// One pass; whether it placed anything.
-async fn place_once(context: &HeadContext) -> Result<bool, String> {
+/// What a placement pass came to.
+enum Pass {
+    /// It placed something; another may find more.
+    Placed,
+    /// Nothing can be placed for this long, unless something changes.
+    NothingFor(Duration),
+}
+
+async fn place_once(context: &HeadContext) -> Result<Pass, String> {
     let reader = context
         .raft
         .read()
         .await
         .map_err(|error| error.to_string())?;
-    let Some(command) = mobula_scheduler::placement_pass(&reader, context.clock.now_ms()) else {
-        return Ok(false);
+    let now_ms = context.clock.now_ms();
+    let Some(command) = mobula_scheduler::placement_pass(&reader, now_ms) else {
+        let wakeup_ms = mobula_scheduler::next_wakeup_ms(&reader, now_ms);
+        let idle = wakeup_ms.map_or(PLACEMENT_PAUSE_MAX, |at_ms| {
+            Duration::from_millis(at_ms.saturating_sub(now_ms))
+        });
+        return Ok(Pass::NothingFor(idle.min(PLACEMENT_PAUSE_MAX)));
     };
     drop(reader);
     context
         .propose_scheduler(SessionId::INTERNAL, 0, &command)
         .await
         .map_err(|error| error.to_string())?;
-    Ok(true)
+    Ok(Pass::Placed)
 }
 
 async fn control(

@@ -8,9 +8,9 @@
 //!    id wins a tie.
 //! 2. First come, first served: by the time from which an actor may be placed, then by its id. One
 //!    that does not fit does not hold up those behind it.
-//! 3. Work is bounded: at most [`PASS_CANDIDATES`] actors are looked at on at most
-//!    [`crate::limits::NODES_MAX`] nodes, and a pass ends after [`PASS_ASSIGNMENTS`] decisions (a
-//!    gang is never cut in two, so it may go over by one gang).
+//! 3. Work is bounded: a pass asks nodes [`PASS_CHECKS`] times, and ends after [`PASS_ASSIGNMENTS`]
+//!    decisions (a gang is never cut in two, so it may go over by one gang). Of many actors that
+//!    want the same in vain one is asked for, so that they do not hide who comes after them.
 //! 4. The pending members of a gang get nodes together or not at all.
 
 pub(crate) mod filter;
@@ -20,13 +20,14 @@ pub(crate) mod score;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use mobula_core::codec;
 use mobula_core::control::Reader;
 use mobula_core::label::Labels;
 use mobula_core::spec::PlacementPolicy;
 use mobula_core::{ActorId, GroupId, Incarnation, JobId, NodeId, Resources};
 
 use crate::command::{Assignment, Command};
-use crate::limits::{PASS_ASSIGNMENTS, PASS_CANDIDATES};
+use crate::limits::{PASS_ASSIGNMENTS, PASS_CHECKS};
 use crate::row::{self, PENDING};
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::group;
@@ -43,21 +44,22 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    pub(crate) fn load(reader: &dyn Reader, actor: &ActorRow) -> Self {
-        let spec = actor::load_spec(reader, actor.id);
+    pub(crate) fn of(actor: &ActorRow) -> Self {
         Request {
             actor: actor.id,
             job: actor.job,
-            resources: spec.resources,
-            placement: spec.placement,
+            resources: actor.resources.clone(),
+            placement: actor.placement.clone(),
         }
     }
 
-    /// Whether a node that does not take `other` does not take this one either.
-    fn is_like(&self, other: &Request) -> bool {
-        self.job == other.job
-            && self.resources == other.resources
-            && self.placement == other.placement
+    /// Everything on which it depends whether a node takes this (see [`filter::check`]), as a key:
+    /// where one is refused, all that are alike are.
+    fn kind(&self) -> Vec<u8> {
+        let spread = self.placement.spread_key.as_ref();
+        let strict = spread.filter(|spread| spread.strict);
+        let apart = strict.map(|spread| (self.job, &spread.key));
+        codec::encode_plain(&(&self.resources, &self.placement.selector, apart))
     }
 }
 
@@ -178,6 +180,10 @@ impl Nodes {
         }
     }
 
+    pub(crate) fn count(&self) -> usize {
+        self.nodes.len()
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = &NodeSnapshot> {
         self.nodes.values()
     }
@@ -244,41 +250,49 @@ impl Nodes {
 /// to propose, after which another pass may find more.
 #[must_use]
 pub fn placement_pass(reader: &dyn Reader, now_ms: u64) -> Option<Command> {
-    let candidates = reader.scan(PENDING, &[], None, PASS_CANDIDATES);
-    if candidates.is_empty() {
-        return None;
-    }
+    let is_due = |(key, _): &(Vec<u8>, Vec<u8>)| row::number_at(key, 0) <= now_ms;
+    let mut due = row::scan(reader, PENDING, &[])
+        .take_while(is_due)
+        .peekable();
+    due.peek()?;
     let mut nodes = Nodes::load_all(reader);
+    let asked_max = PASS_CHECKS / nodes.count().max(1);
+    let mut asked = 0;
     let mut assignments = Vec::new();
-    let mut hopeless: Vec<Request> = Vec::new();
+    let mut hopeless: BTreeSet<Vec<u8>> = BTreeSet::new();
     let mut groups_seen: BTreeSet<GroupId> = BTreeSet::new();
-    for (key, _) in candidates {
-        if row::number_at(&key, 0) > now_ms || assignments.len() >= PASS_ASSIGNMENTS {
+    for (key, _) in due {
+        if assignments.len() >= PASS_ASSIGNMENTS || asked >= asked_max {
             break;
         }
         let id = ActorId(row::number_at(&key, 1));
         let actor = actor::load(reader, id).expect("the list of pending actors names rows");
-        if let Some(group) = actor.group {
-            if groups_seen.insert(group) {
-                assignments.extend(place_gang(reader, &mut nodes, group, now_ms));
-            }
-            continue;
-        }
-        let request = Request::load(reader, &actor);
+        let members = match actor.group {
+            None => vec![actor],
+            Some(group) if groups_seen.insert(group) => ready_members(reader, group, now_ms),
+            Some(_) => continue,
+        };
+        let requests: Vec<Request> = members.iter().map(Request::of).collect();
         // Nodes only fill up during a pass, so what did not fit does not fit later in it either.
-        if hopeless.iter().any(|other| other.is_like(&request)) {
+        if requests.iter().any(|one| hopeless.contains(&one.kind())) {
             continue;
         }
-        match nodes.place(&request) {
-            Some(assignment) => assignments.push(assignment),
-            None => hopeless.push(request),
+        asked += requests.len();
+        match gang::place(&mut nodes, &requests) {
+            Ok(placed) => assignments.extend(placed),
+            // The first to find no place did so on nodes that others may have filled for nothing.
+            Err(no_place) if no_place.placed > 0 => {}
+            Err(no_place) => {
+                let lacking = requests.iter().find(|one| one.actor == no_place.actor);
+                hopeless.extend(lacking.map(Request::kind));
+            }
         }
     }
     (!assignments.is_empty()).then_some(Command::Assign { assignments })
 }
 
-/// Decides for all pending members of a gang; empty when they cannot all be placed now.
-fn place_gang(reader: &dyn Reader, nodes: &mut Nodes, id: GroupId, now_ms: u64) -> Vec<Assignment> {
+/// The pending members of a gang; none as long as one of them must wait.
+fn ready_members(reader: &dyn Reader, id: GroupId, now_ms: u64) -> Vec<ActorRow> {
     let group = group::load(reader, id).expect("a group is kept as long as one member lives");
     let members = group::pending_members(reader, &group);
     let waits = |actor: &ActorRow| match actor.state {
@@ -288,9 +302,5 @@ fn place_gang(reader: &dyn Reader, nodes: &mut Nodes, id: GroupId, now_ms: u64) 
     if members.iter().any(waits) {
         return Vec::new();
     }
-    let requests: Vec<Request> = members
-        .iter()
-        .map(|row| Request::load(reader, row))
-        .collect();
-    gang::place(nodes, &requests).unwrap_or_default()
+    members
 }

@@ -1,7 +1,7 @@
 //! Actors as the tables have them. What happens to them is in [`super::lifecycle`].
 
 use mobula_core::control::{Reader, Subject};
-use mobula_core::spec::{ActorKind, ActorSpec, RestartPolicy};
+use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, RestartPolicy};
 use mobula_core::{
     ActorId, ExitReason, GroupId, HostId, Incarnation, JobId, NodeId, Rejection, Resources,
 };
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::Apply;
 use crate::row::{self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME};
 
-/// An actor, without its (possibly large) specification.
+/// An actor, with what a placement pass needs of its (possibly large) specification.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ActorRow {
     pub(crate) id: ActorId,
@@ -19,6 +19,7 @@ pub(crate) struct ActorRow {
     pub(crate) name: Option<String>,
     pub(crate) driver: bool,
     pub(crate) resources: Resources,
+    pub(crate) placement: PlacementPolicy,
     pub(crate) restart: RestartPolicy,
     pub(crate) created_ms: u64,
     pub(crate) state: ActorState,

@@ -390,7 +390,7 @@ fn check_one(
             not_before_ms - apply.now_ms()
         ));
     }
-    let request = Request::load(apply.txn, &row);
+    let request = Request::of(&row);
     let gpus: Vec<GpuShare> =
         nodes.reserve(assignment.node, Some(assignment.node_incarnation), &request)?;
     let grant = Grant {

@@ -44,6 +44,7 @@ pub(crate) fn create(
         name: spec.name.clone(),
         driver: spec.kind == ActorKind::Driver,
         resources: spec.resources.clone(),
+        placement: spec.placement.clone(),
         restart: spec.restart.clone(),
         created_ms: now_ms,
         state: ActorState::Ended {

@@ -167,3 +167,21 @@ fn nothing_of_a_request_is_unbounded() {
         }
     }
 }
+
+#[test]
+fn thousands_that_want_the_same_in_vain_hide_nobody() {
+    let mut cluster = Cluster::new();
+    let (node, _) = cluster.register("a", "boot-1", 4);
+    for _ in 0..3 {
+        cluster.create(JobId::SYSTEM, vec![actor_spec(None, 99); 1000], false);
+        cluster.create(JobId::SYSTEM, vec![actor_spec(None, 99); 100], true);
+    }
+    for number in 0..20 {
+        let mut spec = job_spec(&number.to_string(), 0);
+        spec.resources.cpu_milli = 99_000;
+        cluster.submit(spec);
+    }
+    let modest = cluster.create(JobId::SYSTEM, vec![actor_spec(None, 1)], false)[0];
+    cluster.place();
+    assert_eq!(cluster.actor(modest).node, Some(node));
+}
