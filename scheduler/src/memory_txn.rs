@@ -33,6 +33,12 @@ impl MemoryTables {
     pub fn row_count(&self) -> usize {
         self.rows.len()
     }
+
+    /// How many bytes all rows have together, without their keys.
+    #[must_use]
+    pub fn value_bytes(&self) -> usize {
+        self.rows.values().map(Vec::len).sum()
+    }
 }
 
 impl Reader for MemoryTables {

@@ -30,7 +30,7 @@ pub(crate) const JOBS_BY_KEY: Table = table(6);
 pub(crate) const JOBS_FINISHED: Table = table(7);
 /// Actor id → `ActorRow`.
 pub(crate) const ACTORS: Table = table(8);
-/// Actor id → `ActorSpec`, which never changes.
+/// Actor id → `ActorSpec`, which only loses its constructor argument when the actor has ended.
 pub(crate) const ACTOR_SPECS: Table = table(9);
 /// Job id, actor id → nothing.
 pub(crate) const ACTORS_BY_JOB: Table = table(10);

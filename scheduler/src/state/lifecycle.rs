@@ -286,6 +286,7 @@ pub(crate) fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason
         finished,
     };
     actor::store(apply, &actor);
+    forget_init(apply, actor.id);
     Counter::LiveActors.decrement(apply.txn);
     if !actor.driver {
         row::put(
@@ -302,6 +303,20 @@ pub(crate) fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason
         group::member_ended(apply, group);
     }
     job::actor_ended(apply, &actor, &reason);
+}
+
+/// An ended actor is never constructed again, and its argument may be a quarter of a megabyte.
+fn forget_init(apply: &mut Apply<'_>, id: ActorId) {
+    let spec = actor::load_spec(apply.txn, id);
+    if !spec.init.is_empty() {
+        let init = Vec::new();
+        row::put(
+            apply.txn,
+            ACTOR_SPECS,
+            &id.to_key(),
+            &ActorSpec { init, ..spec },
+        );
+    }
 }
 
 fn forget_oldest(apply: &mut Apply<'_>) {

@@ -185,3 +185,20 @@ fn thousands_that_want_the_same_in_vain_hide_nobody() {
     cluster.place();
     assert_eq!(cluster.actor(modest).node, Some(node));
 }
+
+#[test]
+fn an_ended_actor_keeps_no_constructor_argument() {
+    let mut cluster = Cluster::new();
+    let mut spec = actor_spec(None, 1);
+    spec.init = vec![7; 200 << 10];
+    let actor = cluster.create(JobId::SYSTEM, vec![spec], false)[0];
+    let living = cluster.tables.value_bytes();
+    cluster.ok(Command::StopActor {
+        job: None,
+        actor,
+        grace_ms: 0,
+    });
+    assert_eq!(cluster.actor(actor).type_name, "test");
+    let ended = cluster.tables.value_bytes();
+    assert!(living - ended > 199 << 10, "{living} bytes, then {ended}");
+}
