@@ -145,8 +145,12 @@ pub(crate) fn require(reader: &dyn Reader, id: ActorId) -> Result<ActorRow, Reje
 
 /// `driver`, or the registered name of the actor's type.
 pub(crate) fn type_name(reader: &dyn Reader, id: ActorId) -> String {
-    match load_spec(reader, id).kind {
-        ActorKind::Driver => "driver".to_owned(),
+    type_name_of(&load_spec(reader, id).kind).to_owned()
+}
+
+pub(crate) fn type_name_of(kind: &ActorKind) -> &str {
+    match kind {
+        ActorKind::Driver => "driver",
         ActorKind::Actor { type_name } => type_name,
     }
 }

@@ -280,9 +280,34 @@ fn existing_actors(
                 ),
             ));
         }
+        if let Some(actor) = actor {
+            check_same_type(reader, actor, name, spec)?;
+        }
         existing.push(actor);
     }
     Ok(existing)
+}
+
+/// Refuses an actor that has the name and is something else: its caller would speak another
+/// language to it.
+fn check_same_type(
+    reader: &dyn Reader,
+    actor: ActorId,
+    name: &str,
+    spec: &ActorSpec,
+) -> Result<(), Rejection> {
+    let found = actor::type_name(reader, actor);
+    let wanted = actor::type_name_of(&spec.kind);
+    if found == wanted {
+        return Ok(());
+    }
+    Err(Rejection::new(
+        ErrorCode::AlreadyExists,
+        format!(
+            "`{name}` is {actor}, a living `{found}`, and a `{wanted}` was asked for: stop it, or \
+             choose another name"
+        ),
+    ))
 }
 
 /// A decision that holds: the actor, and what it is granted.

@@ -187,6 +187,16 @@ fn names_are_unique_while_their_actor_lives() {
             actors: vec![first]
         }
     );
+    let mut other = actor_spec(Some("n"), 1);
+    other.kind = mobula_core::spec::ActorKind::Actor {
+        type_name: "other".into(),
+    };
+    let refused = create(true, false, vec![other]).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::AlreadyExists);
+    assert!(
+        refused.message.contains("a living `test`, and a `other`"),
+        "{refused}"
+    );
     let part = vec![actor_spec(Some("n"), 1), actor_spec(Some("m"), 1)];
     assert!(
         create(true, true, part)
