@@ -7,7 +7,7 @@ use mobula_core::control::Reader;
 use mobula_core::{ActorId, JobId, NodeId, Rejection};
 use serde::{Deserialize, Serialize};
 
-use crate::placement::filter::{self, Unfit};
+use crate::placement::filter::{self, Distance, Unfit};
 use crate::placement::{Nodes, Request, gang};
 use crate::state::actor::{self, ActorRow, ActorState, Then};
 use crate::state::group;
@@ -204,36 +204,60 @@ fn alone_verdict(checks: &[(NodeVerdict, Option<Unfit>)]) -> (String, String) {
             "start one with `mobula worker`".to_owned(),
         );
     }
-    if checks.iter().any(|(_, unfit)| unfit.is_none()) {
+    let unfit: Vec<(&NodeVerdict, &Unfit)> = checks
+        .iter()
+        .filter_map(|(verdict, unfit)| Some((verdict, unfit.as_ref()?)))
+        .collect();
+    if unfit.len() < checks.len() {
         return placeable();
     }
-    let count = checks.len();
-    let may_pass = checks
+    let present: Vec<_> = unfit
         .iter()
-        .filter(|(_, u)| u.as_ref().is_some_and(Unfit::may_pass))
-        .count();
-    // With several nodes that could take it later, the first is as good an example as any.
-    let shown = checks
+        .filter(|(_, unfit)| !matches!(unfit, Unfit::Lost))
+        .collect();
+    let lost = unfit.len() - present.len();
+    if present.is_empty() {
+        return (
+            format!("all {lost} nodes are lost"),
+            "start their workers again, or add one with `mobula worker`".to_owned(),
+        );
+    }
+    // Of several nodes the one that is nearest to taking it is the best example.
+    let (example, reason) = present
         .iter()
-        .find(|(_, u)| u.as_ref().is_some_and(Unfit::may_pass));
-    let (example, _) = shown
-        .or(checks.first())
-        .expect("there is at least one node");
+        .min_by_key(|(_, unfit)| unfit.distance())
+        .expect("there is at least one that is not lost");
+    let lost = match lost {
+        0 => String::new(),
+        lost => format!(", {lost} more are lost"),
+    };
     let verdict = format!(
-        "none of {count} nodes takes it; {} (`{}`): {}",
-        example.node, example.name, example.reason
+        "none of {} nodes takes it{lost}; {} (`{}`): {}",
+        present.len(),
+        example.node,
+        example.name,
+        example.reason
     );
-    let next_step = if may_pass > 0 {
-        format!("wait until something ends on one of {may_pass} nodes, or add a worker")
-    } else if checks
-        .iter()
-        .any(|(_, u)| u.as_ref().is_some_and(Unfit::may_be_withdrawn))
-    {
-        "add a worker, or take back the draining or the notice of a node".to_owned()
-    } else {
-        "no present node can ever take it as they are: change what it asks for, or add a worker \
-         that offers it"
-            .to_owned()
+    let next_step = match reason.distance() {
+        Distance::MayPass => {
+            let may_pass = present
+                .iter()
+                .filter(|(_, unfit)| unfit.distance() == Distance::MayPass);
+            format!(
+                "wait until something ends on one of {} nodes, or add a worker",
+                may_pass.count()
+            )
+        }
+        Distance::Draining => format!(
+            "add a worker, or take back the draining with `mobula nodes drain {} --undo`",
+            example.name
+        ),
+        Distance::Noticed => "add a worker; a node that is there again after its notice takes \
+                              actors when its worker is started again"
+            .to_owned(),
+        Distance::Never => "no present node can ever take it as they are: change what it asks \
+                            for, or add a worker that offers it"
+            .to_owned(),
     };
     (verdict, next_step)
 }
@@ -273,7 +297,10 @@ pub fn explain_job(reader: &dyn Reader, id: JobId, now_ms: u64) -> Result<Explan
         .next()
     });
     let Some(first) = first else {
-        let verdict = format!("all {} living actors run", row.live_actors);
+        let verdict = match row.live_actors {
+            0 => "it has no living actor".to_owned(),
+            living => format!("all {living} living actors run"),
+        };
         return Ok(Explanation {
             subject,
             state,

@@ -35,18 +35,29 @@ pub(crate) enum Unfit {
     },
 }
 
-impl Unfit {
-    /// Whether someone may take it back: a notice, or the draining.
-    pub(crate) fn may_be_withdrawn(&self) -> bool {
-        matches!(self, Unfit::Draining | Unfit::Noticed { .. })
-    }
+/// How far a node is from taking an actor, nearest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Distance {
+    /// Waiting for other actors to end can help.
+    MayPass,
+    /// Somebody may end the draining.
+    Draining,
+    /// Its agent may withdraw the notice.
+    Noticed,
+    /// Not as the node is.
+    Never,
+}
 
-    /// Whether waiting for other actors to end can help.
-    pub(crate) fn may_pass(&self) -> bool {
-        matches!(
-            self,
-            Unfit::Full(_) | Unfit::GpuFragmented { .. } | Unfit::Spread { .. }
-        )
+impl Unfit {
+    pub(crate) fn distance(&self) -> Distance {
+        match self {
+            Unfit::Full(_) | Unfit::GpuFragmented { .. } | Unfit::Spread { .. } => {
+                Distance::MayPass
+            }
+            Unfit::Draining => Distance::Draining,
+            Unfit::Noticed { .. } => Distance::Noticed,
+            Unfit::Lost | Unfit::Selector(_) | Unfit::TooSmall(_) => Distance::Never,
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Explanations of jobs, and of actors that wait for time.
 
-use mobula_core::ExitReason;
+use mobula_core::{ExitReason, JobId};
 use mobula_scheduler::{Query, QueryResponse, explain_actor, explain_job};
 
 use crate::cluster::{Cluster, actor_spec, job_spec};
@@ -76,4 +76,11 @@ fn the_status_counts_everything() {
         (status.capacity.cpu_milli, status.leased.cpu_milli),
         (3000, 2000)
     );
+}
+
+#[test]
+fn a_job_without_actors_is_not_said_to_run() {
+    let cluster = Cluster::new();
+    let explained = explain_job(&cluster.tables, JobId::SYSTEM, cluster.now_ms).unwrap();
+    assert_eq!(explained.verdict, "it has no living actor");
 }

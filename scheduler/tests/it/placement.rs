@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! case NAME
-//! node NAME [cpu=N] [gpu=N] [custom.NAME=N] [LABEL:VALUE ...] [drain] [notice]
+//! node NAME [cpu=N] [gpu=N] [custom.NAME=N] [LABEL:VALUE ...] [drain] [notice] [lost]
 //! actor NAME [cpu=N] [gpu=N] [custom.NAME=N] [strategy=spread] [affinity=KEY]
 //!       [spread=KEY] [strict=KEY] [select=LABEL:V1,V2] [gang=KEY]
 //! place                 run passes
@@ -57,7 +57,7 @@ fn node(cluster: &mut Cluster, names: &mut Names, words: &[&str]) {
             labels.insert(key.to_owned(), value.to_owned());
         }
     }
-    let (node, _) = cluster.register_with(words[0], "boot", capacity, labels);
+    let (node, incarnation) = cluster.register_with(words[0], "boot", capacity, labels);
     if words.contains(&"drain") {
         cluster.ok(Command::DrainNode { node, on: true });
     }
@@ -66,6 +66,9 @@ fn node(cluster: &mut Cluster, names: &mut Names, words: &[&str]) {
             node,
             grace_ms: 10_000,
         });
+    }
+    if words.contains(&"lost") {
+        cluster.ok(Command::NodeLost { node, incarnation });
     }
     names.nodes.insert(words[0].to_owned(), node);
 }
