@@ -32,7 +32,7 @@ pub use command::{
     ActorIncarnation, Assignment, Command, EventOutcome, Response, Role, SkippedAssignment,
 };
 pub use explain::{Explanation, NodeVerdict, explain_actor, explain_job};
-pub use orders::{GPU_DEVICES_VARIABLE, next_wakeup_ms, orders_for_node};
+pub use orders::{next_wakeup_ms, orders_for_node};
 pub use placement::placement_pass;
 pub use query::{ActorTarget, Query, QueryResponse, Resolution, answer};
 pub use state::actor::Start;

@@ -10,10 +10,7 @@ use mobula_core::order::{Order, StartActor};
 use crate::row::{self, PENDING};
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::job;
-use crate::state::node::{self, Lease};
-
-/// Environment variable that names the GPUs given to an actor, as CUDA reads it.
-pub const GPU_DEVICES_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
+use crate::state::node;
 
 /// Everything that `node` should be running or ending, in order of the actors' ids, after the
 /// notice if there is one. Empty for a node that is lost or not known.
@@ -25,7 +22,7 @@ pub fn orders_for_node(reader: &dyn Reader, node: NodeId) -> Vec<Order> {
     let notice = row.notice.map(|notice| Order::Notice {
         deadline_ms: notice.deadline_ms,
     });
-    let actors = node::leases(reader, node).map(|(id, lease)| {
+    let actors = node::leases(reader, node).map(|(id, _)| {
         let actor = actor::load(reader, id).expect("a lease names an actor that exists");
         match actor.state {
             ActorState::Stopping { grace_ms, .. } => Order::Stop {
@@ -33,24 +30,16 @@ pub fn orders_for_node(reader: &dyn Reader, node: NodeId) -> Vec<Order> {
                 incarnation: actor.incarnation,
                 grace_ms,
             },
-            _ => start(reader, &actor, &lease),
+            _ => start(reader, &actor),
         }
     });
     notice.into_iter().chain(actors).collect()
 }
 
-/// The order that starts the current incarnation of `actor`.
-pub(crate) fn start(reader: &dyn Reader, actor: &ActorRow, lease: &Lease) -> Order {
+/// The order that starts the current incarnation of `actor`. Which devices it gets is the agent's
+/// choice: only that knows when a process has let go of one.
+pub(crate) fn start(reader: &dyn Reader, actor: &ActorRow) -> Order {
     let job = job::load_spec(reader, actor.job);
-    let mut env = job.env;
-    if !lease.gpus.is_empty() {
-        let devices: Vec<String> = lease
-            .gpus
-            .iter()
-            .map(|gpu| gpu.device.to_string())
-            .collect();
-        env.insert(GPU_DEVICES_VARIABLE.to_owned(), devices.join(","));
-    }
     Order::Start(Box::new(StartActor {
         actor: actor.id,
         incarnation: actor.incarnation,
@@ -58,7 +47,7 @@ pub(crate) fn start(reader: &dyn Reader, actor: &ActorRow, lease: &Lease) -> Ord
         program: job.program,
         spec: actor::load_spec(reader, actor.id),
         args: if actor.driver { job.args } else { Vec::new() },
-        env,
+        env: job.env,
     }))
 }
 

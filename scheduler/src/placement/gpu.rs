@@ -1,5 +1,8 @@
 //! Shares of GPUs: whole devices, or one share of one device.
 //!
+//! The numbers of devices are for counting only: they say that the shares fit. The worker's agent
+//! packs by the same rule, and chooses the device itself when the process before has let go of it.
+//!
 //! Invariants:
 //! 1. A share below one GPU lies on one device; whole GPUs are devices that nobody else uses.
 //! 2. The choice is a function of what is free: shares go to the fullest device that takes them,
@@ -14,7 +17,7 @@ pub const WHOLE_MILLI: u64 = 1000;
 /// A part of one device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuShare {
-    /// The device's number on its node.
+    /// A number below the node's count of devices.
     pub device: u32,
     /// How much of it, in thousandths.
     pub milli: u32,

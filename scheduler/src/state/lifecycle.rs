@@ -129,7 +129,7 @@ pub(crate) fn assign(apply: &mut Apply<'_>, mut actor: ActorRow, grant: Grant) -
         since_ms: apply.now_ms(),
     };
     actor::store(apply, &actor);
-    let order = crate::orders::start(apply.txn, &actor, &lease);
+    let order = crate::orders::start(apply.txn, &actor);
     apply.order(node, order);
     incarnation
 }
