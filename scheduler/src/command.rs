@@ -21,7 +21,7 @@ use crate::limits::PAYLOAD_BYTES_MAX;
 pub enum Command {
     /// A worker agent joins, or says again that it is there. Answer: [`Response::Registered`].
     RegisterNode {
-        /// Unique name of the worker; the same name is the same [`NodeId`] for ever.
+        /// Unique name of the worker; the same name is the same [`NodeId`] as long as it is known.
         name: String,
         /// Differs each time the agent starts without the hosts of the time before. With the same
         /// one the incarnation stays; with another one everything assigned before ends.
@@ -143,7 +143,8 @@ pub enum Command {
         role: Role,
         /// Until when it works, in milliseconds since the Unix epoch.
         expires_at_ms: u64,
-        /// How often it works; `None`: as often as one likes.
+        /// How often something can join with it; `None`: as often as one likes. Never for a
+        /// client's, which accompanies every call.
         uses: Option<u32>,
         /// The last characters of its text, by which people tell tokens apart. Short: what is here
         /// is no secret any more.

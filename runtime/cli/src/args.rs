@@ -356,7 +356,7 @@ pub(crate) enum TokensCommand {
         /// How long it lives, such as `24h`.
         #[arg(long, default_value = "24h", value_parser = parse_duration_ms)]
         ttl: u64,
-        /// How often it can be used [default: without limit].
+        /// How often a worker can join with it [default: without limit].
         #[arg(long, default_value_t = 0)]
         uses: u32,
         #[command(flatten)]

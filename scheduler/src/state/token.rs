@@ -87,6 +87,13 @@ pub(crate) fn create(apply: &mut Apply<'_>, token: TokenRow) -> Result<Response,
             token.id
         )));
     }
+    if token.uses_left.is_some() && token.role == Role::Client {
+        return Err(Rejection::invalid(format!(
+            "token `{}` is a client's, which goes with every call, so its uses are not counted: \
+             give it a short time to live instead",
+            token.id
+        )));
+    }
     if let Some(known) = row::get::<TokenRow>(apply.txn, TOKENS, token.id.as_bytes()) {
         if known.secret_hash == token.secret_hash && known.role == token.role {
             return Ok(Response::Done);
