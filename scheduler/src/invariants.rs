@@ -5,15 +5,17 @@
 use std::collections::BTreeMap;
 
 use mobula_core::control::{Reader, Table};
-use mobula_core::{ActorId, JobId, NodeId};
+use mobula_core::spec::JobSpec;
+use mobula_core::{ActorId, JobId, NodeId, SessionId};
 
 use crate::limits::{
     FINISHED_ACTORS_KEPT, FINISHED_JOBS_KEPT, NODES_MAX, SESSIONS_MAX, TOKENS_MAX,
 };
 use crate::placement::gpu;
 use crate::row::{
-    self, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, GROUPS, JOBS,
-    JOBS_FINISHED, LEASES, NODES, PENDING, SESSIONS, TOKENS,
+    self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, GROUPS,
+    JOB_SPECS, JOBS, JOBS_BY_KEY, JOBS_FINISHED, LEASES, NODES, NODES_BY_NAME, PENDING,
+    SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE, TOKENS, TOKENS_BY_HASH,
 };
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::group::GroupRow;
@@ -58,7 +60,8 @@ pub fn check(reader: &dyn Reader) -> Result<(), Violation> {
     gangs_are_whole(reader, &actors)?;
     jobs_match_actors(reader, &actors)?;
     living_are_counted(reader, &actors)?;
-    counters_match_rows(reader)
+    counters_match_rows(reader)?;
+    indexes_match_rows(reader)
 }
 
 /// On every node, free and leased add up to the capacity, device by device too (I10).
@@ -314,9 +317,40 @@ fn counters_match_rows(reader: &dyn Reader) -> Result<(), Violation> {
             format!("{count} {what}, the limit is {limit}")
         })?;
     }
-    let indexed = rows(ACTORS_BY_JOB);
-    let actors = rows(ACTORS);
-    ensure(indexed == actors, RULE, || {
-        format!("{indexed} actors by job, {actors} actors")
-    })
+    Ok(())
+}
+
+/// What is found by an index is there, and what is there is found (I13: no row is left behind).
+fn indexes_match_rows(reader: &dyn Reader) -> Result<(), Violation> {
+    const RULE: &str = "indexes match rows";
+    let rows = |table: Table| row::scan(reader, table, &[]).count();
+    // The system job has no specification.
+    let system = usize::from(reader.get(JOBS, &JobId::SYSTEM.to_key()).is_some());
+    let jobs = row::all::<JobSpec>(reader, JOB_SPECS, &[]);
+    let keyed = jobs
+        .iter()
+        .filter(|(_, spec)| spec.idempotency_key.is_some());
+    let cases = [
+        ("nodes by name", rows(NODES_BY_NAME), rows(NODES)),
+        ("specifications of jobs", jobs.len() + system, rows(JOBS)),
+        ("jobs by key", rows(JOBS_BY_KEY), keyed.count()),
+        ("specifications of actors", rows(ACTOR_SPECS), rows(ACTORS)),
+        ("actors by job", rows(ACTORS_BY_JOB), rows(ACTORS)),
+        ("sessions by age", rows(SESSIONS_BY_AGE), rows(SESSIONS)),
+        ("tokens by hash", rows(TOKENS_BY_HASH), rows(TOKENS)),
+    ];
+    for (what, found, expected) in cases {
+        ensure(found == expected, RULE, || {
+            format!("{found} {what}, there are {expected}")
+        })?;
+    }
+    for (key, _) in row::scan(reader, SESSION_RESPONSES, &[]) {
+        let session = SessionId(row::number_at(&key, 0));
+        ensure(
+            reader.get(SESSIONS, &session.to_key()).is_some(),
+            RULE,
+            || format!("a response of {session}, which is not open"),
+        )?;
+    }
+    Ok(())
 }

@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! 1. A question changes nothing.
-//! 2. A list answers at most [`PAGE_ROWS`] rows; the next page begins after the last one.
+//! 2. A list answers at most [`PAGE_ROWS`] rows, and the next page begins after the last one; the
+//!    list of nodes comes as a whole, as there are few.
 //! 3. Variants are append-only: their position is their tag on the wire.
 
 use mobula_core::control::Reader;

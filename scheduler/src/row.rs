@@ -5,7 +5,7 @@
 //! 2. Enums inside rows and commands are append-only: their position is their tag.
 
 use mobula_core::control::{ModuleId, Reader, Table, Txn};
-pub(crate) use mobula_core::row::{from_bytes, get, number_at, pair, put, scan};
+pub(crate) use mobula_core::row::{all, from_bytes, get, number_at, pair, put, scan};
 
 const fn table(tag: u8) -> Table {
     Table {

@@ -94,7 +94,7 @@ pub struct ActorView {
     pub type_name: String,
     /// `pending`, `assigned`, `running`, `stopping` or `ended`.
     pub state: String,
-    /// The gang that it was created in, while that exists.
+    /// The gang that it was created in.
     pub group: Option<GroupId>,
     /// The node it is on.
     pub node: Option<NodeId>,

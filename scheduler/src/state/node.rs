@@ -1,7 +1,8 @@
 //! Workers: joining, being lost, being drained, being given notice.
 //!
 //! Invariants:
-//! 1. A name has one id for ever; each start of its agent has an incarnation of its own.
+//! 1. A name has one id as long as the node is known; each start of its agent has an incarnation
+//!    of its own. Only a lost node is ever forgotten, to make room for another.
 //! 2. An incarnation that was declared lost never counts as alive again (I6).
 //! 3. What a node has given away is the sum of its leases; nothing else stores it (I10).
 
