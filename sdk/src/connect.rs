@@ -99,7 +99,7 @@ impl Cluster {
         })?;
         let control = Control::new(Access {
             addresses: parsed(&info.api_addresses)?,
-            tls: ClientTls::Mutual(credentials),
+            tls: ClientTls::MutualRenewed(credentials),
             token: None,
             client_name: format!("{} {} on {}", info.job, info.host, info.node_name),
             retry_window: RETRY_WINDOW_INSIDE,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mobula_core::clock::Clock;
 use mobula_core::config::LimitsConfig;
@@ -40,6 +41,8 @@ pub(crate) struct HeadContext {
     pub(crate) cluster_address: SocketAddr,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) started_ms: u64,
+    /// How long a host's certificate lives; its agent renews it at half of that.
+    pub(crate) host_certificate_ttl: Duration,
     /// One for each job's log that is being read.
     pub(crate) log_streams: Arc<Semaphore>,
     /// Where a client uploads to before the digest is verified.

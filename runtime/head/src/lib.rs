@@ -74,7 +74,7 @@ pub struct HeadOptions {
     pub raft: RaftConfig,
     /// Leases.
     pub limits: LimitsConfig,
-    /// How long the first tokens live.
+    /// How long the first tokens and the hosts' certificates live.
     pub tokens: TokensConfig,
     /// Replicated modules beside the scheduler.
     pub modules: Vec<Arc<dyn StateModule>>,
@@ -188,6 +188,9 @@ impl Head {
             cluster_address,
             started_ms: options.clock.now_ms(),
             clock: options.clock,
+            host_certificate_ttl: Duration::from_secs(
+                options.tokens.host_certificate_ttl_hours * 3600,
+            ),
             log_streams: Arc::new(Semaphore::new(api::LOG_STREAMS_MAX)),
             upload_dir,
         });

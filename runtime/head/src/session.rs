@@ -32,10 +32,6 @@ const OUTBOX_CAPACITY: usize = 1024;
 /// How many events of one worker may be in the log at the same time, so that they share fsyncs.
 const EVENTS_IN_FLIGHT_MAX: usize = 64;
 
-/// How long a host's certificate lives. Hosts cannot renew theirs yet, and an endpoint's hosts live
-/// as long as the endpoint: a year.
-const HOST_CERTIFICATE_TTL: Duration = Duration::from_secs(365 * 24 * 3600);
-
 /// How long to wait for a worker's piece of a log.
 const LOG_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -401,7 +397,11 @@ impl Session {
         .with_job(job.0);
         self.context
             .ca
-            .issue(csr_pem, &identity, Validity::for_ttl(HOST_CERTIFICATE_TTL))
+            .issue(
+                csr_pem,
+                &identity,
+                Validity::for_ttl(self.context.host_certificate_ttl),
+            )
             .map_err(|error| error.to_string())
     }
 

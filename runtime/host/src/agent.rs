@@ -4,7 +4,9 @@
 //! 1. The bootstrap file holds a private key and is deleted as soon as it is read.
 //! 2. When the agent's socket closes the process ends: an actor that nobody watches would be a
 //!    second copy of one that was started elsewhere.
-//! 3. Reports reach the agent in the order in which things happened, and before the process ends.
+//! 3. Its certificate is short-lived. The agent brings the next one before it ends; connections
+//!    made from then on use it.
+//! 4. Reports reach the agent in the order in which things happened, and before the process ends.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -15,7 +17,7 @@ use std::time::Duration;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_net::endpoint::Endpoint;
-use mobula_net::identity::{Credentials, PrivateKey};
+use mobula_net::identity::{Credentials, CurrentCredentials, PrivateKey};
 use mobula_net::lane::{FramedReceiver, FramedSender};
 use mobula_net::local::connect_local;
 use mobula_wire::hello::Lane;
@@ -217,6 +219,7 @@ impl HostProcess {
                     self.table.notify(Some(Notice { deadline_ms }));
                 }
                 Ok(AgentMessage::NoticeWithdrawn) => self.table.notify(None),
+                Ok(AgentMessage::Certificate { certificate_pem }) => self.renew(&certificate_pem),
                 Ok(AgentMessage::Shutdown { grace_ms }) => {
                     self.table.stop_all(Duration::from_millis(grace_ms)).await;
                     break HostEnd::Shutdown;
@@ -273,6 +276,9 @@ impl HostProcess {
                         self.table.notify(Some(Notice { deadline_ms }));
                     }
                     Ok(AgentMessage::NoticeWithdrawn) => self.table.notify(None),
+                    Ok(AgentMessage::Certificate { certificate_pem }) => {
+                        self.renew(&certificate_pem);
+                    }
                     Ok(AgentMessage::Stop { actor: named, incarnation: start, grace_ms })
                         if named == actor && start == incarnation =>
                     {
@@ -297,6 +303,26 @@ impl HostProcess {
         }
         main.abort();
         ExitReason::Stopped
+    }
+
+    /// Uses the next certificate. One that cannot be used changes nothing: the agent tries again.
+    fn renew(&self, certificate_pem: &str) {
+        let Some(current) = self.runtime.credentials().map(CurrentCredentials::get) else {
+            return;
+        };
+        let replaced = current
+            .renewed(certificate_pem)
+            .map_err(|error| error.to_string())
+            .and_then(|next| {
+                self.endpoint
+                    .replace_credentials(&next)
+                    .map_err(|error| error.to_string())?;
+                self.runtime.set_credentials(next);
+                Ok(())
+            });
+        if let Err(reason) = replaced {
+            tracing::warn!(reason, "the next certificate cannot be used");
+        }
     }
 
     async fn close(self) {

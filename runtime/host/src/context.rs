@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
-use mobula_net::identity::Credentials;
+use mobula_net::identity::{Credentials, CurrentCredentials};
 use mobula_wire::host::{HostBootstrap, HostRole};
 use mobula_wire::session::StorageLocation;
 use parking_lot::Mutex;
@@ -62,7 +62,7 @@ pub struct HostRuntime {
     info: HostInfo,
     notices: watch::Sender<Option<Notice>>,
     stop_requested: watch::Sender<bool>,
-    credentials: OnceLock<Credentials>,
+    credentials: OnceLock<CurrentCredentials>,
     calls: OnceLock<CallClient>,
     extension: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
@@ -103,13 +103,15 @@ impl HostRuntime {
 
     /// The process's certificate and key, once it has them.
     #[must_use]
-    pub fn credentials(&self) -> Option<&Credentials> {
+    pub fn credentials(&self) -> Option<&CurrentCredentials> {
         self.credentials.get()
     }
 
-    /// Gives the runtime its certificate and key. Only the first ones count.
+    /// Gives the runtime its certificate and key, or the next ones.
     pub fn set_credentials(&self, credentials: Credentials) {
-        let _ = self.credentials.set(credentials);
+        self.credentials
+            .get_or_init(|| CurrentCredentials::new(credentials.clone()))
+            .replace(credentials);
     }
 
     /// Calls to other actors; absent until the process has its endpoint.

@@ -14,7 +14,8 @@ use mobula_host::agent::{HostEnd, HostProcess};
 use mobula_host::calls::serve_calls;
 use mobula_host::client::{CallClient, OutgoingCall};
 use mobula_host::mailbox::Deadline;
-use mobula_net::endpoint::Endpoint;
+use mobula_net::endpoint::{Endpoint, LaneClass};
+use mobula_net::identity::{Credentials, Role};
 use mobula_net::local::LocalListener;
 use mobula_wire::host::{AgentMessage, HostBootstrap, HostMessage, HostRole};
 use support::{
@@ -36,7 +37,7 @@ async fn serve(certificates: &Certificates, actor: ActorId) -> Host {
     Host { endpoint, server }
 }
 
-fn client(credentials: &mobula_net::identity::Credentials) -> CallClient {
+fn client(credentials: &Credentials) -> CallClient {
     CallClient::new(listen(credentials), None)
 }
 
@@ -224,7 +225,10 @@ async fn a_deadline_ends_the_wait_and_says_what_is_known() {
 }
 
 fn bootstrap(certificates: &Certificates, socket: &std::path::Path) -> HostBootstrap {
-    let credentials = certificates.host(JOB.0);
+    bootstrap_with(&certificates.host(JOB.0), socket)
+}
+
+fn bootstrap_with(credentials: &Credentials, socket: &std::path::Path) -> HostBootstrap {
     HostBootstrap {
         cluster_id: "test".into(),
         job: JOB,
@@ -349,6 +353,107 @@ async fn a_host_obeys_its_agent_and_ends_with_it() {
         .unwrap()
         .unwrap();
     assert!(matches!(end, HostEnd::AgentLost(_)), "{end:?}");
+}
+
+#[tokio::test]
+async fn a_host_is_called_and_calls_past_the_end_of_its_first_certificate() {
+    let certificates = Certificates::new();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("agent.sock");
+    let listener = LocalListener::bind(&socket, "test").unwrap();
+    let first = certificates.short_lived_host(JOB.0, Duration::from_secs(2));
+    let bootstrap = bootstrap_with(&first, &socket);
+    let (process, accepted) =
+        tokio::join!(HostProcess::start(bootstrap, registry()), listener.accept());
+    let process = process.unwrap();
+    let runtime = Arc::clone(process.runtime());
+    let (_lane, agent, _peer) = accepted.unwrap();
+    let (mut orders, mut reports) = agent.split();
+    let running = tokio::spawn(process.run_actors());
+    let Ok(Some(HostMessage::Hello { call_address, .. })) = reports.receive_message().await else {
+        panic!("a host says hello first");
+    };
+    let actor = ActorId(208);
+    let start = AgentMessage::Start(Box::new(order(actor, FIRST, b"")));
+    orders.send_message(&start).await.unwrap();
+    let Ok(Some(HostMessage::Started { .. })) = reports.receive_message().await else {
+        panic!("the actor starts");
+    };
+    let target = mobula_core::order::ActorAddress {
+        actor,
+        incarnation: FIRST,
+        node: NodeId(1),
+        call_address: call_address.clone(),
+    };
+    let other = serve(&certificates, ActorId(209)).await;
+    let others_actor = address(&other.endpoint, ActorId(209));
+    let outside = client(&certificates.client());
+    outside
+        .call(&target, OutgoingCall::new("tell", text("a")))
+        .await
+        .unwrap();
+    let inside = runtime.calls().unwrap();
+    inside
+        .call(&others_actor, OutgoingCall::new("tell", text("a")))
+        .await
+        .unwrap();
+
+    // One for another name changes nothing; the right one is taken.
+    let stranger = certificates.host(JOB.0 + 1);
+    let hour = Duration::from_secs(3600);
+    for certificate_pem in [
+        certificates.next_for(&stranger, hour),
+        certificates.next_for(&first, hour),
+    ] {
+        let message = AgentMessage::Certificate { certificate_pem };
+        orders.send_message(&message).await.unwrap();
+    }
+    let renewed = async {
+        while runtime.credentials().unwrap().get().not_after() == first.not_after() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, renewed).await.unwrap();
+    let next = runtime.credentials().unwrap().get();
+    assert_eq!(next.identity(), first.identity());
+
+    // What shows the first certificate is of no use once that has ended ...
+    let own = listen(&first);
+    let others = other.endpoint.local_address();
+    let refused = async {
+        loop {
+            match own.connect(others, LaneClass::Control, Role::Host).await {
+                // It ends with its certificates.
+                Ok(connection) => drop(connection.closed().await),
+                Err(error) => return error,
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, refused).await.unwrap();
+
+    // ... and the host goes on, both ways, on connections that begin after that.
+    let late = client(&certificates.client());
+    assert_eq!(
+        told(
+            late.call(&target, OutgoingCall::new("tell", text("b")))
+                .await
+        ),
+        ["started", "a", "b"]
+    );
+    let again = async {
+        // A call that meets the end of its connection may fail; the next has a new one.
+        while inside
+            .call(&others_actor, OutgoingCall::new("tell", text("b")))
+            .await
+            .is_err()
+        {}
+    };
+    tokio::time::timeout(PATIENCE, again).await.unwrap();
+    drop((orders, reports));
+    tokio::time::timeout(PATIENCE, running)
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Uri};
 
-use crate::identity::{CaKeyHash, Credentials, Identity, Role, peer_identity};
+use crate::identity::{CaKeyHash, Credentials, CurrentCredentials, Identity, Role, peer_identity};
 use crate::tls::{self, ALPN_API, PeerRejection, RejectionSlot, SERVER_NAME, TlsError};
 
 /// An honest handshake takes two round trips; whoever needs longer holds a slot for nothing.
@@ -290,6 +290,9 @@ pub enum ClientTls {
     Pinned(CaKeyHash),
     /// By certificates on both sides.
     Mutual(Credentials),
+    /// The same, with the newest certificate at each connection: for channels that live longer
+    /// than one.
+    MutualRenewed(CurrentCredentials),
 }
 
 /// Why there is no connection to a head.
@@ -425,6 +428,9 @@ async fn connect_stream(
         ClientTls::Pinned(hash) => tls::client_config_pinned(*hash, Role::Head, ALPN_API, &slot)?,
         ClientTls::Mutual(credentials) => {
             tls::client_config_mtls(credentials, Role::Head, ALPN_API, &slot)?
+        }
+        ClientTls::MutualRenewed(current) => {
+            tls::client_config_mtls(&current.get(), Role::Head, ALPN_API, &slot)?
         }
     };
     let attempt = async {

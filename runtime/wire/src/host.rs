@@ -92,6 +92,11 @@ pub enum AgentMessage {
         /// How long it may take, in milliseconds.
         grace_ms: u64,
     },
+    /// The next certificate for the process's key; the one before ends soon.
+    Certificate {
+        /// It, PEM.
+        certificate_pem: String,
+    },
 }
 
 /// From a host to its agent.

@@ -23,9 +23,10 @@ use tokio::time::Instant;
 use crate::hosts::action::{Action, Alarm, Launch};
 use crate::hosts::connection::Connected;
 use crate::hosts::devices::Devices;
-use crate::hosts::launcher::Launcher;
+use crate::hosts::launcher::{Launched, Launcher};
 use crate::hosts::pool::Pool;
 use crate::hosts::process::{HostProcess, ProcessEnd};
+use crate::hosts::renewal::{HostCertificate, Renewals};
 use crate::logs::Logs;
 use crate::notices::{Notice, NoticeBoard, NoticeChange, NoticeSource, until};
 use crate::session_handle::{FromLeader, SessionHandle};
@@ -60,7 +61,9 @@ pub(crate) enum Input {
     /// A host's stream has ended and everything on it was read.
     HostDisconnected(HostId),
     /// A launch has come to its end.
-    HostLaunched(HostId, Result<HostProcess, String>),
+    HostLaunched(HostId, Result<Launched, String>),
+    /// The leader has signed a host's next certificate, or not.
+    HostCertified(HostId, Result<HostCertificate, String>),
     /// A host's process is dead.
     HostDied(HostId, ProcessEnd),
 }
@@ -80,6 +83,7 @@ pub(crate) struct Agent {
     early: BTreeMap<HostId, Connected>,
     alarms: BTreeMap<(Instant, u64), Alarm>,
     last_alarm: u64,
+    renewals: Renewals,
     notices: NoticeBoard,
     welcome: Option<Arc<Welcome>>,
     tasks: JoinSet<()>,
@@ -108,6 +112,7 @@ impl Agent {
             early: BTreeMap::new(),
             alarms: BTreeMap::new(),
             last_alarm: 0,
+            renewals: Renewals::default(),
             notices: NoticeBoard::default(),
             welcome: None,
             tasks: JoinSet::new(),
@@ -123,12 +128,14 @@ impl Agent {
                 break exit;
             }
             let next_alarm = self.alarms.first_key_value().map(|((at, _), _)| *at);
+            let next_renewal = self.renewals.next_at();
             let notice = self.notices.current();
             tokio::select! {
                 // Whoever holds the handle dropped it without a word: that is a stop as well.
                 _ = &mut stop => break WorkerExit::Stopped,
                 Some(input) = self.inputs.recv() => self.handle(input).await,
                 () = sleep_until(next_alarm) => self.ring(),
+                () = sleep_until(next_renewal) => self.renew_due(),
                 () = sleep_until_deadline(notice) => {
                     let source = notice.expect("the deadline is a notice's").source;
                     break WorkerExit::Preempted { source };
@@ -199,6 +206,7 @@ impl Agent {
                 self.pool.disconnected(host);
             }
             Input::HostLaunched(host, result) => self.handle_launched(host, result),
+            Input::HostCertified(host, result) => self.handle_certified(host, result),
             Input::HostDied(host, end) => self.handle_died(host, end),
         }
     }
@@ -302,16 +310,22 @@ impl Agent {
         }
     }
 
-    fn handle_launched(&mut self, host: HostId, result: Result<HostProcess, String>) {
+    fn handle_launched(&mut self, host: HostId, result: Result<Launched, String>) {
         match result {
-            Ok(process) if self.pool.has_host(host) => {
+            Ok(Launched {
+                process,
+                certificate,
+            }) if self.pool.has_host(host) => {
+                self.renewals.hold(host, certificate);
                 let pid = process.pid();
                 tracing::info!(%host, pid, "host started");
                 self.processes.insert(host, process.clone());
                 self.watch(host, process);
                 self.pool.launched(host, pid);
             }
-            Ok(unwanted) => {
+            Ok(Launched {
+                process: unwanted, ..
+            }) => {
                 // Its actors ended, or the node became another incarnation, while it started.
                 unwanted.kill();
                 self.watch(host, unwanted);
@@ -327,8 +341,41 @@ impl Agent {
         }
     }
 
+    fn renew_due(&mut self) {
+        while let Some((host, certificate)) = self.renewals.take_due(Instant::now()) {
+            let (launcher, to_self) = (self.launcher.clone(), self.to_self.clone());
+            self.tasks.spawn(async move {
+                let result = launcher.renew(host, certificate).await;
+                // Nobody needs a certificate when the agent has ended.
+                let _ = to_self.send(Input::HostCertified(host, result)).await;
+            });
+        }
+    }
+
+    fn handle_certified(&mut self, host: HostId, result: Result<HostCertificate, String>) {
+        if !self.processes.contains_key(&host) {
+            return;
+        }
+        let told = result.and_then(|certificate| {
+            let stream = self.streams.get(&host).ok_or("it is not connected yet")?;
+            let certificate_pem = certificate.credentials.certificate_pem().to_owned();
+            stream
+                .try_send(AgentMessage::Certificate { certificate_pem })
+                .map_err(|_| "it does not read its messages")?;
+            Ok(certificate)
+        });
+        match told {
+            Ok(certificate) => self.renewals.hold(host, certificate),
+            Err(reason) => {
+                tracing::warn!(%host, reason, "the host has no next certificate yet");
+                self.renewals.failed(host);
+            }
+        }
+    }
+
     fn handle_died(&mut self, host: HostId, end: ProcessEnd) {
         tracing::info!(%host, %end, "host ended");
+        self.renewals.forget(host);
         self.launcher.forget(host);
         let last_output = self.logs.tail(host);
         self.logs.close(host);
@@ -433,6 +480,7 @@ impl Agent {
         for host in hosts {
             self.streams.remove(host);
             self.early.remove(host);
+            self.renewals.forget(*host);
             self.logs.close(*host);
             if let Some(process) = self.processes.remove(host) {
                 process.kill();

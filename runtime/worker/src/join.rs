@@ -269,7 +269,9 @@ impl Joiner {
                         address: address.to_owned(),
                         expected_by: match tls {
                             ClientTls::Pinned(_) => "the token",
-                            ClientTls::Mutual(_) => "the stored identity",
+                            ClientTls::Mutual(_) | ClientTls::MutualRenewed(_) => {
+                                "the stored identity"
+                            }
                         },
                         reason: error.to_string(),
                         identity_dir: self.identity_dir.clone(),

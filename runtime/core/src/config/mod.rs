@@ -129,6 +129,14 @@ impl Config {
                 "a token must live for at least an hour",
             );
         }
+        // Outages of half of it are survived; a year is as good as no renewal at all.
+        if !(1..=365 * 24).contains(&self.tokens.host_certificate_ttl_hours) {
+            return range(
+                "tokens.host_certificate_ttl_hours",
+                self.tokens.host_certificate_ttl_hours.to_string(),
+                "allowed are 1 hour to 365 days",
+            );
+        }
         Ok(())
     }
 }
@@ -164,6 +172,10 @@ mod tests {
             ("[limits]\nsuspect_ms = 90000", "limits.suspect_ms"),
             ("[storage]\nurl = \"/tmp\"", "storage.url"),
             ("[tokens]\nworker_ttl_hours = 0", "tokens"),
+            (
+                "[tokens]\nhost_certificate_ttl_hours = 0",
+                "tokens.host_certificate_ttl_hours",
+            ),
         ];
         for (text, key) in cases {
             let error = Config::from_toml(text, "a.toml").unwrap_err();

@@ -230,6 +230,8 @@ pub struct TokensConfig {
     pub worker_ttl_hours: u64,
     /// How long the first client token lives, in hours.
     pub client_ttl_hours: u64,
+    /// How long a host's certificate lives, in hours; it is renewed at half of that.
+    pub host_certificate_ttl_hours: u64,
 }
 
 impl Default for TokensConfig {
@@ -237,6 +239,7 @@ impl Default for TokensConfig {
         TokensConfig {
             worker_ttl_hours: 24,
             client_ttl_hours: 24 * 30,
+            host_certificate_ttl_hours: 24,
         }
     }
 }

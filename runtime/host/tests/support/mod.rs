@@ -252,6 +252,22 @@ impl Certificates {
         Certificates(ClusterCa::create("test").unwrap())
     }
 
+    /// What an agent gets for a host that shows `credentials`: their next certificate.
+    pub fn next_for(&self, credentials: &Credentials, ttl: Duration) -> String {
+        let request = credentials.private_key().certificate_request().unwrap();
+        self.0
+            .issue(&request, credentials.identity(), Validity::for_ttl(ttl))
+            .unwrap()
+    }
+
+    /// A host's, which ends soon.
+    pub fn short_lived_host(&self, job: u64, ttl: Duration) -> Credentials {
+        let identity = Identity::new("test", Role::Host, format!("host-{job}"), 1).with_job(job);
+        self.0
+            .issue_with_new_key(&identity, Validity::for_ttl(ttl))
+            .unwrap()
+    }
+
     pub fn issue(&self, identity: &Identity) -> Credentials {
         self.0
             .issue_with_new_key(identity, Validity::for_ttl(Duration::from_secs(3600)))

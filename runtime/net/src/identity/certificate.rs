@@ -340,6 +340,22 @@ impl Credentials {
         self.0.not_before + life / 2
     }
 
+    /// The same key and CA with the next certificate, which must be for the same name.
+    pub fn renewed(&self, certificate_pem: &str) -> Result<Self, CertificateError> {
+        let next = Credentials::new(
+            certificate_pem,
+            self.0.key.clone(),
+            &self.0.ca_certificate_pem,
+        )?;
+        if next.0.identity != self.0.identity {
+            return Err(malformed(
+                "next certificate",
+                "it is for another name than the one that it follows",
+            ));
+        }
+        Ok(next)
+    }
+
     /// The hash of the CA's key.
     #[must_use]
     pub fn ca_key_hash(&self) -> CaKeyHash {

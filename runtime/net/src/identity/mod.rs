@@ -10,6 +10,7 @@
 
 mod ca;
 mod certificate;
+mod current;
 mod files;
 mod token;
 
@@ -18,6 +19,7 @@ pub(crate) use certificate::not_after;
 pub use certificate::{
     CaKeyHash, CertificateError, Credentials, PrivateKey, ca_key_hash, peer_identity,
 };
+pub use current::CurrentCredentials;
 pub use files::FileError;
 pub use token::{Token, TokenError};
 

@@ -11,14 +11,16 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use mobula_core::id::{HostId, JobId};
 use mobula_core::spec::Program;
-use mobula_net::identity::PrivateKey;
+use mobula_net::identity::{Credentials, PrivateKey};
 use mobula_wire::host::{HostBootstrap, HostRole, host_environment};
 use mobula_wire::session::Welcome;
 
 use super::action::Launch;
 use super::process::{HostProcess, ProcessSpec, Spawner};
 use super::program::Programs;
+use super::renewal::HostCertificate;
 use crate::logs;
 use crate::paths::write_private;
 use crate::session_handle::SessionHandle;
@@ -42,6 +44,13 @@ const INHERITED: [&str; 14] = [
     "AWS_SESSION_TOKEN",
 ];
 
+/// A host that was started.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    pub(crate) process: HostProcess,
+    pub(crate) certificate: HostCertificate,
+}
+
 /// Everything of one worker that a launch needs.
 #[derive(Debug)]
 pub(crate) struct Launcher {
@@ -64,12 +73,12 @@ impl Launcher {
         launch: &Launch,
         welcome: &Arc<Welcome>,
         log: &Path,
-    ) -> Result<HostProcess, String> {
+    ) -> Result<Launched, String> {
         let program = self
             .programs
             .path(&launch.program, &welcome.storage)
             .await?;
-        let (key_pem, certificate_pem) = self.certify(launch).await?;
+        let credentials = self.certify(launch).await?;
         let bootstrap = HostBootstrap {
             cluster_id: self.cluster_id.clone(),
             job: launch.job,
@@ -81,8 +90,8 @@ impl Launcher {
             listen_ip: self.listen_ip.to_string(),
             api_addresses: welcome.api_addresses.clone(),
             ca_pem: self.ca_pem.clone(),
-            certificate_pem,
-            key_pem,
+            certificate_pem: credentials.certificate_pem().to_owned(),
+            key_pem: credentials.private_key().to_pem().to_owned(),
             storage: welcome.storage.clone(),
         };
         let bootstrap_path = self.run_dir.join(format!("{}.json", launch.host));
@@ -102,7 +111,13 @@ impl Launcher {
             output,
         };
         match self.spawner.spawn(spec).await {
-            Ok(process) => Ok(process),
+            Ok(process) => Ok(Launched {
+                process,
+                certificate: HostCertificate {
+                    job: launch.job,
+                    credentials,
+                },
+            }),
             Err(error) => {
                 self.forget(launch.host);
                 Err(error.to_string())
@@ -111,21 +126,36 @@ impl Launcher {
     }
 
     /// Removes the bootstrap of a host that never read it.
-    pub(crate) fn forget(&self, host: mobula_core::id::HostId) {
+    pub(crate) fn forget(&self, host: HostId) {
         // Usually the host has removed it itself.
         let _ = std::fs::remove_file(self.run_dir.join(format!("{host}.json")));
     }
 
-    async fn certify(&self, launch: &Launch) -> Result<(String, String), String> {
+    async fn certify(&self, launch: &Launch) -> Result<Credentials, String> {
         let key = PrivateKey::generate().map_err(|error| error.to_string())?;
+        let certificate_pem = self.sign(&key, launch.job, launch.host).await?;
+        Credentials::new(&certificate_pem, key, &self.ca_pem).map_err(|error| error.to_string())
+    }
+
+    /// The next certificate of a host, for the key that it has.
+    pub(crate) async fn renew(
+        &self,
+        host: HostId,
+        certificate: HostCertificate,
+    ) -> Result<HostCertificate, String> {
+        let HostCertificate { job, credentials } = certificate;
+        let certificate_pem = self.sign(credentials.private_key(), job, host).await?;
+        let credentials = credentials
+            .renewed(&certificate_pem)
+            .map_err(|error| error.to_string())?;
+        Ok(HostCertificate { job, credentials })
+    }
+
+    async fn sign(&self, key: &PrivateKey, job: JobId, host: HostId) -> Result<String, String> {
         let csr_pem = key
             .certificate_request()
             .map_err(|error| error.to_string())?;
-        let certificate_pem = self
-            .session
-            .sign_host(csr_pem, launch.job, launch.host)
-            .await?;
-        Ok((key.to_pem().to_owned(), certificate_pem))
+        self.session.sign_host(csr_pem, job, host).await
     }
 }
 
@@ -178,7 +208,7 @@ fn environment(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId, Term};
+    use mobula_core::id::{ActorId, Incarnation, NodeId, Term};
     use mobula_wire::host::BOOTSTRAP_ENV;
     use mobula_wire::session::StorageLocation;
 

@@ -1,6 +1,6 @@
 //! Host processes: which actor runs in which ([`pool`]), how one is launched ([`launcher`],
-//! [`program`]), the process itself ([`process`]), and the agent's end of its socket
-//! ([`connection`]).
+//! [`program`]), its certificate after the first one ([`renewal`]), the process itself
+//! ([`process`]), and the agent's end of its socket ([`connection`]).
 
 pub(crate) mod action;
 pub(crate) mod connection;
@@ -10,3 +10,4 @@ pub(crate) mod launcher;
 pub(crate) mod pool;
 pub(crate) mod process;
 pub(crate) mod program;
+pub(crate) mod renewal;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use mobula_core::exit::ExitReason;
 use mobula_core::spec::ActorKind;
+use mobula_net::identity::{Credentials, PrivateKey};
 use mobula_net::lane::FramedStream;
 use mobula_net::local::connect_local;
 use mobula_wire::hello::Lane;
@@ -74,10 +75,13 @@ async fn serve(bootstrap: HostBootstrap) -> i32 {
             _ => 0,
         };
     }
-    serve_actors(stream).await
+    let key = PrivateKey::from_pem(&bootstrap.key_pem).unwrap();
+    let first = Credentials::new(&bootstrap.certificate_pem, key, &bootstrap.ca_pem).unwrap();
+    serve_actors(stream, first).await
 }
 
-async fn serve_actors(mut stream: FramedStream) -> i32 {
+async fn serve_actors(mut stream: FramedStream, mut credentials: Credentials) -> i32 {
+    let mut renewals = 0;
     loop {
         let Ok(Some(message)) = stream.receiver.receive_message::<AgentMessage>().await else {
             return 9;
@@ -101,8 +105,17 @@ async fn serve_actors(mut stream: FramedStream) -> i32 {
             } => HostMessage::Exited {
                 actor,
                 incarnation,
-                reason: ExitReason::Stopped,
+                reason: match renewals {
+                    0 => ExitReason::Stopped,
+                    _ => ExitReason::Failed(format!("{renewals} certificates")),
+                },
             },
+            AgentMessage::Certificate { certificate_pem } => {
+                let next = credentials.renewed(&certificate_pem).unwrap();
+                assert!(next.not_after() >= credentials.not_after());
+                (credentials, renewals) = (next, renewals + 1);
+                continue;
+            }
             AgentMessage::Notice { .. } | AgentMessage::NoticeWithdrawn => continue,
             AgentMessage::Shutdown { .. } => return 0,
         };

@@ -21,6 +21,8 @@ pub(crate) const CLUSTER: &str = "test";
 
 pub(crate) struct FakeHead {
     ca: ClusterCa,
+    /// How long the certificates of hosts live.
+    pub(crate) host_ttl: Duration,
     endpoint: Endpoint,
     pub(crate) dir: tempfile::TempDir,
 }
@@ -31,6 +33,11 @@ pub(crate) struct Talk {
     stream: FramedStream,
     connection: Connection,
     ca: ClusterCa,
+    host_ttl: Duration,
+    /// How many certificates of hosts were asked for.
+    pub(crate) signed: u32,
+    /// How many of the next ones are refused.
+    pub(crate) refuse_to_sign: u32,
 }
 
 impl FakeHead {
@@ -43,6 +50,7 @@ impl FakeHead {
         let endpoint = Endpoint::bind(address, &credentials).unwrap();
         FakeHead {
             ca,
+            host_ttl: Duration::from_secs(3600),
             endpoint,
             dir: tempfile::tempdir().unwrap(),
         }
@@ -89,6 +97,9 @@ impl FakeHead {
                 stream,
                 connection,
                 ca,
+                host_ttl: self.host_ttl,
+                signed: 0,
+                refuse_to_sign: 0,
             }
         };
         tokio::time::timeout(BOUND, accept).await.unwrap()
@@ -138,40 +149,68 @@ impl Talk {
     /// The next message that is not about renewals or certificates; those are answered.
     pub(crate) async fn next(&mut self) -> Option<WorkerMessage> {
         loop {
-            let received = self.stream.receiver.receive_message::<WorkerMessage>();
-            let message = tokio::time::timeout(BOUND, received)
-                .await
-                .unwrap()
-                .ok()
-                .flatten()?;
-            match message {
-                WorkerMessage::Renew { sequence } => {
-                    let renewed = HeadMessage::Renewed {
-                        term: Term(5),
-                        sequence,
-                    };
-                    // The worker may have hung up meanwhile.
-                    self.stream.sender.send_message(&renewed).await.ok()?;
-                }
-                WorkerMessage::SignHost {
-                    request,
-                    csr_pem,
-                    job,
-                    host,
-                } => {
-                    let result = Ok(self.sign(&csr_pem, job, host));
-                    self.send(&HeadMessage::HostSigned { request, result })
-                        .await;
-                }
-                other => return Some(other),
+            let message = self.receive().await?;
+            if let Some(other) = self.answer(message).await? {
+                return Some(other);
             }
         }
+    }
+
+    /// Answers until so many certificates were asked for; nothing else may happen meanwhile.
+    pub(crate) async fn until_signed(&mut self, count: u32) {
+        while self.signed < count {
+            let message = self.receive().await.expect("the session goes on");
+            let other = self.answer(message).await.expect("the session goes on");
+            assert_eq!(other, None);
+        }
+    }
+
+    async fn receive(&mut self) -> Option<WorkerMessage> {
+        let received = self.stream.receiver.receive_message::<WorkerMessage>();
+        tokio::time::timeout(BOUND, received)
+            .await
+            .unwrap()
+            .ok()
+            .flatten()
+    }
+
+    /// Answers what is about renewals or certificates, and gives anything else back; `None` when
+    /// the session is over.
+    async fn answer(&mut self, message: WorkerMessage) -> Option<Option<WorkerMessage>> {
+        match message {
+            WorkerMessage::Renew { sequence } => {
+                let renewed = HeadMessage::Renewed {
+                    term: Term(5),
+                    sequence,
+                };
+                // The worker may have hung up meanwhile.
+                self.stream.sender.send_message(&renewed).await.ok()?;
+            }
+            WorkerMessage::SignHost {
+                request,
+                csr_pem,
+                job,
+                host,
+            } => {
+                self.signed += 1;
+                let result = if self.refuse_to_sign > 0 {
+                    self.refuse_to_sign -= 1;
+                    Err("not now".to_owned())
+                } else {
+                    Ok(self.sign(&csr_pem, job, host))
+                };
+                self.send(&HeadMessage::HostSigned { request, result })
+                    .await;
+            }
+            other => return Some(Some(other)),
+        }
+        Some(None)
     }
 
     fn sign(&self, csr_pem: &str, job: JobId, host: HostId) -> String {
         let identity =
             Identity::new(CLUSTER, Role::Host, format!("node-1.{host}"), 1).with_job(job.0);
-        let validity = Validity::for_ttl(Duration::from_secs(3600));
+        let validity = Validity::for_ttl(self.host_ttl);
         self.ca.issue(csr_pem, &identity, validity).unwrap()
     }
 

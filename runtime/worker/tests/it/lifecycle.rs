@@ -1,5 +1,7 @@
 //! Actors and sessions come and go.
 
+use std::time::Duration;
+
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation, Term};
 use mobula_core::order::{Order, WorkerEvent};
@@ -64,6 +66,49 @@ async fn events_are_sent_again_until_they_are_acknowledged() {
         .unwrap()
         .unwrap();
     assert_eq!(exit, WorkerExit::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hosts_certificate_is_renewed_as_long_as_it_lives_and_after_refusals() {
+    let mut head = FakeHead::start();
+    head.host_ttl = Duration::from_secs(1);
+    let mut worker = head.start_worker().await;
+    let mut talk = head.welcome(10).await;
+    let pid = talk.start_actor(1, 1).await;
+    assert_eq!(talk.signed, 1);
+    talk.refuse_to_sign = 1;
+    // The refused one, and three that the host gets: it lives for longer than its first ones.
+    talk.until_signed(5).await;
+    assert!(is_alive(pid));
+    let stop = Order::Stop {
+        actor: ActorId(1),
+        incarnation: Incarnation(1),
+        grace_ms: 1000,
+    };
+    talk.order(stop).await;
+    // The host counts them before it obeys, for its messages come in order.
+    let told = talk.acknowledged_event().await;
+    let WorkerEvent::ActorExited {
+        reason: ExitReason::Failed(text),
+        ..
+    } = &told
+    else {
+        panic!("expected a count of certificates, got {told:?}")
+    };
+    let count: u32 = text.split(' ').next().unwrap().parse().unwrap();
+    assert!(count >= 2, "{text}");
+    // A host that is gone is not asked for any more.
+    worker.stop();
+    while let Some(message) = talk.next().await {
+        if message == WorkerMessage::Leaving {
+            break;
+        }
+    }
+    drop(talk);
+    tokio::time::timeout(BOUND, worker.wait())
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
