@@ -105,6 +105,7 @@ async fn table() -> Result<Arc<ActorTable>, Failure> {
         },
         args: Vec::new(),
         env: Default::default(),
+        files: Vec::new(),
     };
     table.start_actor(order).await;
     match events.recv().await {

@@ -48,6 +48,7 @@ pub(crate) fn start(reader: &dyn Reader, actor: &ActorRow) -> Order {
         spec: actor::load_spec(reader, actor.id),
         args: if actor.driver { job.args } else { Vec::new() },
         env: job.env,
+        files: job.files,
     }))
 }
 

@@ -285,6 +285,10 @@ impl Cluster {
 
     /// Stores the job's result as JSON; only its driver may, and the last one counts.
     pub async fn set_result<T: Serialize + ?Sized>(&self, result: &T) -> Result<()> {
+        self.set_result_json(serde_json::to_string(result)?).await
+    }
+
+    pub(crate) async fn set_result_json(&self, result_json: String) -> Result<()> {
         let role = self.runtime().map(|runtime| runtime.info().role.clone());
         let (
             Some(HostRole::Driver {
@@ -297,7 +301,6 @@ impl Cluster {
                 "only a job's driver can store its result".to_owned(),
             ));
         };
-        let result_json = serde_json::to_string(result)?;
         self.control()
             .mutate("store the job's result", |mut api, stamp| {
                 let request = api::SetJobResultRequest {

@@ -70,6 +70,19 @@ fn tail(executed: Executed) -> String {
 }
 
 impl Error {
+    /// Whether the same may succeed later, with nothing changed but the cluster's condition: a
+    /// driver that ends with such an error is started again as its restart policy says.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self.code() {
+            Some(code) => matches!(
+                code,
+                ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::DeadlineExceeded
+            ),
+            None => matches!(self, Error::Call(CallError::ActorUnavailable { .. })),
+        }
+    }
+
     /// Whether the operation took effect.
     #[must_use]
     pub fn executed(&self) -> Executed {

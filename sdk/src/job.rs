@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use mobula_core::id::{ActorId, JobId};
 use mobula_core::resource::Resources;
-use mobula_core::spec::{JobSpec, PlacementPolicy, Program, RestartPolicy};
+use mobula_core::spec::{JobFile, JobSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_wire::control as api;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
@@ -34,6 +34,7 @@ const WAIT_EACH: Duration = Duration::from_secs(30);
 pub struct JobBuilder {
     cluster: Cluster,
     program: Option<PathBuf>,
+    files: Vec<(PathBuf, String)>,
     spec: JobSpec,
 }
 
@@ -48,10 +49,13 @@ impl JobBuilder {
             placement: PlacementPolicy::default(),
             restart: RestartPolicy::NEVER,
             idempotency_key: None,
+            files: Vec::new(),
+            retry_errors: false,
         };
         JobBuilder {
             cluster,
             program: None,
+            files: Vec::new(),
             spec,
         }
     }
@@ -80,6 +84,14 @@ impl JobBuilder {
         self
     }
 
+    /// Ships a file, which then lies as `name` (a relative path) in the working directory of every
+    /// process of the job, read-only. At most 64 files and 8 GiB together; the same bytes are
+    /// uploaded once, however many jobs use them.
+    pub fn file(mut self, path: impl Into<PathBuf>, name: impl Into<String>) -> Self {
+        self.files.push((path.into(), name.into()));
+        self
+    }
+
     /// CPU cores that the driver itself needs; thousandths count.
     pub fn cpus(mut self, cpus: f64) -> Self {
         self.spec.resources.cpu_milli = milli(cpus);
@@ -98,9 +110,19 @@ impl JobBuilder {
         self
     }
 
-    /// How often the driver is started again after an end that nobody asked for.
+    /// How often the driver is started again after an end that nobody asked for: its process
+    /// died, it panicked, the cluster did not answer it. The first restart comes after 100 ms, later
+    /// ones after up to 5 s; what the infrastructure took away does not count. An error that `main`
+    /// returned is final, see [`JobBuilder::retry_errors`].
     pub fn max_restarts(mut self, times: u32) -> Self {
         self.spec.restart = RestartPolicy::times(times);
+        self
+    }
+
+    /// Starts the driver again also when its `main` returned an error of its own. Without this such
+    /// an error ends the job: a program that refused its input once refuses it again.
+    pub fn retry_errors(mut self) -> Self {
+        self.spec.retry_errors = true;
         self
     }
 
@@ -115,10 +137,20 @@ impl JobBuilder {
         let JobBuilder {
             cluster,
             program,
+            files,
             mut spec,
         } = self;
         if let Some(path) = program {
-            spec.program = ship(&cluster, &path).await?;
+            let (blake3, size_bytes) = ship(&cluster, "program", &path).await?;
+            spec.program = Program::Artifact { blake3, size_bytes };
+        }
+        for (path, name) in files {
+            let (blake3, size_bytes) = ship(&cluster, "file", &path).await?;
+            spec.files.push(JobFile {
+                name,
+                blake3,
+                size_bytes,
+            });
         }
         let reply = cluster
             .control()
@@ -139,21 +171,18 @@ impl JobBuilder {
     }
 }
 
-async fn ship(cluster: &Cluster, path: &Path) -> Result<Program> {
-    let what = || format!("program {}", path.display());
+/// Uploads a file unless the cluster has it; its digest and size. `kind` says what it is, for errors.
+async fn ship(cluster: &Cluster, kind: &str, path: &Path) -> Result<(String, u64)> {
+    let what = || format!("{kind} {}", path.display());
     let owned = path.to_owned();
     let (blake3, size_bytes) = tokio::task::spawn_blocking(move || digest(&owned))
         .await
         .map_err(|error| Error::setup(what(), error))?
         .map_err(|error| Error::setup(what(), error))?;
-    let program = Program::Artifact {
-        blake3: blake3.clone(),
-        size_bytes,
-    };
     let asked = blake3.clone();
     let known = cluster
         .control()
-        .read("ask for a program", |mut api| {
+        .read("ask for an artifact", |mut api| {
             let request = api::HasArtifactRequest {
                 blake3: asked.clone(),
                 size_bytes,
@@ -162,7 +191,7 @@ async fn ship(cluster: &Cluster, path: &Path) -> Result<Program> {
         })
         .await?;
     if known.present {
-        return Ok(program);
+        return Ok((blake3, size_bytes));
     }
     // Bounded: the reader waits when the connection is slower than the disk.
     let (chunks, receiver) = mpsc::channel(4);
@@ -172,7 +201,7 @@ async fn ship(cluster: &Cluster, path: &Path) -> Result<Program> {
         tokio::task::spawn_blocking(move || read_chunks(&owned, &named, size_bytes, &chunks));
     let sent = cluster
         .control()
-        .once("ship a program", |mut api| async move {
+        .once("ship an artifact", |mut api| async move {
             api.put_artifact(ReceiverStream::new(receiver)).await
         })
         .await;
@@ -187,7 +216,7 @@ async fn ship(cluster: &Cluster, path: &Path) -> Result<Program> {
             "it changed while it was shipped; submit it again",
         ));
     }
-    Ok(program)
+    Ok((blake3, size_bytes))
 }
 
 fn digest(path: &Path) -> std::io::Result<(String, u64)> {
@@ -203,7 +232,7 @@ fn read_chunks(
     chunks: &mpsc::Sender<api::ArtifactChunk>,
 ) -> std::io::Result<()> {
     let mut file = std::fs::File::open(path)?;
-    let mut name = (blake3.to_owned(), size_bytes);
+    let mut name = Some((blake3.to_owned(), size_bytes));
     loop {
         let mut data = Vec::with_capacity(CHUNK_BYTES);
         let read = file
@@ -211,9 +240,9 @@ fn read_chunks(
             .take(CHUNK_BYTES as u64)
             .read_to_end(&mut data)?;
         // Only the first chunk names the digest and the size.
-        let (blake3, size_bytes) = std::mem::take(&mut name);
-        let first = size_bytes != 0;
-        if read == 0 && !first {
+        let is_first = name.is_some();
+        let (blake3, size_bytes) = name.take().unwrap_or_default();
+        if read == 0 && !is_first {
             return Ok(());
         }
         let chunk = api::ArtifactChunk {
@@ -222,7 +251,7 @@ fn read_chunks(
             data,
         };
         if chunks.blocking_send(chunk).is_err() || read == 0 {
-            // The head has refused the program; its answer says why.
+            // The head has refused it, and its answer says why; or the file is empty.
             return Ok(());
         }
     }
@@ -365,6 +394,19 @@ impl LogStream {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_empty_file_is_one_empty_chunk() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("empty");
+        std::fs::write(&path, "").unwrap();
+        let (sender, mut receiver) = mpsc::channel(8);
+        read_chunks(&path, "ab", 0, &sender).unwrap();
+        drop(sender);
+        let chunk = receiver.blocking_recv().unwrap();
+        assert_eq!((chunk.blake3.as_str(), chunk.data.len()), ("ab", 0));
+        assert!(receiver.blocking_recv().is_none());
+    }
 
     #[test]
     fn a_program_is_read_in_chunks_and_named_once() {

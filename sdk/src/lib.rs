@@ -68,3 +68,10 @@ pub use mobula_host::actor::run_blocking;
 pub use mobula_host::{ActorContext, Notice};
 pub use mobula_macros::{actor, main};
 pub use mobula_wire::session::StorageLocation;
+
+/// The pages of `docs/` whose code is compiled with the SDK's tests.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../docs/jobs.md")]
+    struct Jobs;
+}

@@ -15,6 +15,7 @@ use mobula_core::exit::ExitReason;
 use mobula_host::Registry;
 use mobula_host::agent::{HostEnd, HostProcess, take_bootstrap};
 use mobula_wire::host::{HostBootstrap, HostRole};
+use serde::Serialize;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
@@ -44,19 +45,69 @@ const LOG_PAUSE: Duration = Duration::from_millis(500);
 
 /// What a user's main may return.
 pub trait MainOutcome {
-    /// Success, or the error as text.
-    fn into_outcome(self) -> std::result::Result<(), String>;
+    /// How the job's `main` ended.
+    fn into_outcome(self) -> MainEnd;
+}
+
+/// How a job's `main` ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MainEnd {
+    /// All went well; what it returned is the job's result.
+    Completed {
+        /// As JSON; `None` if it returned `()`.
+        result_json: Option<String>,
+    },
+    /// It returned an error of its own: the job has failed, unless it asked for another try.
+    Failed(String),
+    /// The cluster did not do its part: the driver is started again, as its restart policy says.
+    Unavailable(String),
 }
 
 impl MainOutcome for () {
-    fn into_outcome(self) -> std::result::Result<(), String> {
-        Ok(())
+    fn into_outcome(self) -> MainEnd {
+        MainEnd::Completed { result_json: None }
     }
 }
 
-impl<E: Display> MainOutcome for std::result::Result<(), E> {
-    fn into_outcome(self) -> std::result::Result<(), String> {
-        self.map_err(|error| error.to_string())
+impl<T: Serialize, E: Display + 'static> MainOutcome for std::result::Result<T, E> {
+    fn into_outcome(self) -> MainEnd {
+        let value = match self {
+            Ok(value) => value,
+            Err(error) => return failure(&error),
+        };
+        match serde_json::to_value(&value) {
+            // `()` is `null`, and nothing to store.
+            Ok(serde_json::Value::Null) => MainEnd::Completed { result_json: None },
+            Ok(value) => MainEnd::Completed {
+                result_json: Some(value.to_string()),
+            },
+            Err(error) => MainEnd::Failed(format!("the result cannot be written as JSON: {error}")),
+        }
+    }
+}
+
+fn failure<E: Display + 'static>(error: &E) -> MainEnd {
+    let of_the_cluster = (error as &dyn std::any::Any).downcast_ref::<Error>();
+    if of_the_cluster.is_some_and(Error::may_pass) {
+        MainEnd::Unavailable(error.to_string())
+    } else {
+        MainEnd::Failed(error.to_string())
+    }
+}
+
+/// Stores what `main` returned, then says how the driver ends.
+async fn conclude(cluster: &Cluster, end: MainEnd) -> ExitReason {
+    match end {
+        MainEnd::Completed { result_json: None } => ExitReason::Completed,
+        MainEnd::Completed {
+            result_json: Some(json),
+        } => match cluster.set_result_json(json).await {
+            Ok(()) => ExitReason::Completed,
+            Err(error) if error.may_pass() => ExitReason::Unavailable(error.to_string()),
+            Err(error) => ExitReason::Failed(error.to_string()),
+        },
+        MainEnd::Unavailable(text) => ExitReason::Unavailable(text),
+        MainEnd::Failed(text) => ExitReason::Failed(text),
     }
 }
 
@@ -145,8 +196,12 @@ where
             HostEnd::AgentLost(reason) => Err(Error::NotInCluster(reason)),
         },
         HostRole::Driver { args, .. } => {
-            let main = main(cluster, args);
-            let outcome = Box::pin(process.run_driver(async { main.await.into_outcome() })).await;
+            let main = main(cluster.clone(), args);
+            let run = async move {
+                let end = main.await.into_outcome();
+                conclude(&cluster, end).await
+            };
+            let outcome = Box::pin(process.run_driver(run)).await;
             match outcome {
                 ExitReason::Completed | ExitReason::Stopped => Ok(ExitCode::SUCCESS),
                 // Into the job's log, where whoever follows it looks.

@@ -283,10 +283,24 @@ impl StateModule for CheckpointModule {
     }
 
     fn query(&self, reader: &dyn Reader, _: u64, payload: &[u8]) -> Result<Vec<u8>, Rejection> {
-        let CheckpointQuery::List { job } = codec::decode(payload, PAYLOAD_BYTES_MAX)
-            .map_err(|error| Rejection::invalid(format!("checkpoint question: {error}")))?;
+        let CheckpointQuery::List { job } = read_query(payload)?;
         let known = load(reader, job).map(|row| row.known).unwrap_or_default();
         Ok(codec::encode_plain(&known))
+    }
+
+    fn authorize_query(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
+        let CheckpointQuery::List { job } = read_query(payload)?;
+        match caller {
+            Caller::Host { job: own, .. } if *own != job && *own != JobId::SYSTEM => {
+                Err(Rejection::new(
+                    ErrorCode::PermissionDenied,
+                    format!(
+                        "a host of {own} may not see the checkpoints of {job}: use a client token"
+                    ),
+                ))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
@@ -321,6 +335,11 @@ impl StateModule for CheckpointModule {
             format!("{who} may not change the checkpoints of {job}: {next}"),
         ))
     }
+}
+
+fn read_query(payload: &[u8]) -> Result<CheckpointQuery, Rejection> {
+    codec::decode(payload, PAYLOAD_BYTES_MAX)
+        .map_err(|error| Rejection::invalid(format!("checkpoint question: {error}")))
 }
 
 fn commit(

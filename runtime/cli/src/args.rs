@@ -217,6 +217,13 @@ pub(crate) struct SubmitArguments {
     /// An environment variable for its processes, KEY=VALUE; can be repeated.
     #[arg(long = "env", value_name = "KEY=VALUE")]
     pub(crate) env: Vec<String>,
+    /// A file that its processes find in their working directory, PATH or PATH:NAME; can be
+    /// repeated.
+    #[arg(long = "file", value_name = "PATH[:NAME]")]
+    pub(crate) files: Vec<String>,
+    /// Start the driver again also when its `main` returned an error.
+    #[arg(long)]
+    pub(crate) retry_errors: bool,
     /// A second submission with the same key is the same job.
     #[arg(long)]
     pub(crate) idempotency_key: Option<String>,

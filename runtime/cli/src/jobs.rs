@@ -19,7 +19,8 @@ pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result
         JobsCommand::List(format) => {
             let jobs = cluster.list_jobs().await?;
             if format.json {
-                print_json(&jobs)?;
+                let jobs: Result<Vec<_>, _> = jobs.iter().map(as_json).collect();
+                print_json(&jobs?)?;
                 return Ok(ExitCode::SUCCESS);
             }
             let rows: Vec<Vec<String>> = jobs.iter().map(row).collect();
@@ -28,7 +29,7 @@ pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result
         JobsCommand::Show { job, format } => {
             let job = cluster.job_handle(job).status().await?;
             if format.json {
-                print_json(&job)?;
+                print_json(&as_json(&job)?)?;
             } else {
                 show(&job);
             }
@@ -57,6 +58,19 @@ pub(crate) async fn print_logs(cluster: &Cluster, job: JobId, follow: bool) -> a
         stdout.flush()?;
     }
     Ok(())
+}
+
+/// A job as `--json` prints it: the API's message, and its result as the JSON that it is.
+pub(crate) fn as_json(job: &Job) -> anyhow::Result<serde_json::Value> {
+    let mut value = serde_json::to_value(job)?;
+    let result = match &job.result_json {
+        Some(text) => serde_json::from_str(text)?,
+        None => serde_json::Value::Null,
+    };
+    if let Some(object) = value.as_object_mut() {
+        object.insert("result".to_owned(), result);
+    }
+    Ok(value)
 }
 
 /// Why a job is not (or not any more) running.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -12,11 +12,12 @@ use mobula_core::id::JobId;
 
 use crate::args::{SubmitArguments, Target};
 use crate::connect::connect;
-use crate::jobs::print_logs;
+use crate::jobs::{as_json, print_logs};
 use crate::output::print_json;
 
 pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::Result<ExitCode> {
     let env = parse_env(&arguments.env)?;
+    let files = parse_files(&arguments.files)?;
     let is_toml = arguments
         .program
         .extension()
@@ -52,6 +53,13 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
     for (key, value) in env {
         job = job.env(key, value);
     }
+    for (path, name) in files {
+        job = job.file(path, name);
+    }
+    // A built-in job is deterministic in its results, not in what may get into its way.
+    if arguments.retry_errors || is_toml {
+        job = job.retry_errors();
+    }
     if let Some(key) = &arguments.idempotency_key {
         job = job.idempotency_key(key);
     }
@@ -79,7 +87,7 @@ async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<Exit
     print_logs(cluster, id, true).await?;
     let job = cluster.job_handle(id).wait().await?;
     if json {
-        print_json(&job)?;
+        print_json(&as_json(&job)?)?;
     } else if let Some(result) = &job.result_json {
         println!("result: {result}");
     }
@@ -132,6 +140,28 @@ fn parse_env(pairs: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
             pair.split_once('=')
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))
                 .with_context(|| format!("`{pair}` is not KEY=VALUE"))
+        })
+        .collect()
+}
+
+/// Files to ship and the names they get: `PATH`, or `PATH:NAME`.
+fn parse_files(texts: &[String]) -> anyhow::Result<Vec<(PathBuf, String)>> {
+    texts
+        .iter()
+        .map(|text| {
+            let whole = Path::new(text);
+            let (path, name) = match text.rsplit_once(':') {
+                // A colon may be part of a file's own name.
+                Some((path, name)) if !whole.exists() => (PathBuf::from(path), name.to_owned()),
+                _ => {
+                    let name = whole.file_name().unwrap_or_default().to_string_lossy();
+                    (whole.to_owned(), name.into_owned())
+                }
+            };
+            if !path.is_file() {
+                bail!("{} is not a file that can be shipped", path.display());
+            }
+            Ok((path, name))
         })
         .collect()
 }

@@ -158,6 +158,13 @@ pub trait StateModule: Send + Sync {
 
     /// Whether `caller` may send this command; asked at the API, before anything is proposed.
     fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection>;
+
+    /// Whether `caller` may ask this question. A module whose rows belong to jobs refuses hosts of
+    /// other jobs; one whose rows are for all, which is the default, refuses nobody.
+    fn authorize_query(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
+        let _ = (caller, payload);
+        Ok(())
+    }
 }
 
 /// Who sends a command, as their certificate or token says.

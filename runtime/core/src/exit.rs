@@ -25,6 +25,16 @@ pub enum ExitReason {
     NodeLost,
     /// It left a node that was about to go, as asked.
     Preempted,
+    /// Its host process used more memory than it may, and was ended for it.
+    OutOfMemory {
+        /// How much the process (with all that it started) may use, in bytes; 0 if the machine's
+        /// own memory was the limit.
+        limit_bytes: u64,
+        /// The most that it was seen to use, in bytes; 0 if nobody knows.
+        used_bytes: u64,
+    },
+    /// A driver could not go on because something outside it did not answer: another start may.
+    Unavailable(String),
 }
 
 impl ExitReason {
@@ -41,6 +51,8 @@ impl ExitReason {
             ExitReason::StartFailed(_) => "start_failed",
             ExitReason::NodeLost => "node_lost",
             ExitReason::Preempted => "preempted",
+            ExitReason::OutOfMemory { .. } => "out_of_memory",
+            ExitReason::Unavailable(_) => "unavailable",
         }
     }
 
@@ -48,6 +60,12 @@ impl ExitReason {
     #[must_use]
     pub fn is_wanted(&self) -> bool {
         matches!(self, ExitReason::Completed | ExitReason::Stopped)
+    }
+
+    /// Whether the program itself ended in an error: another start would most likely end alike.
+    #[must_use]
+    pub fn is_user_error(&self) -> bool {
+        matches!(self, ExitReason::Failed(_))
     }
 
     /// Whether a restart counts against the actor's budget. What the infrastructure took away
@@ -72,6 +90,39 @@ impl fmt::Display for ExitReason {
             ExitReason::StartFailed(why) => write!(f, "could not be started: {why}"),
             ExitReason::NodeLost => f.write_str("node lost"),
             ExitReason::Preempted => f.write_str("preempted"),
+            ExitReason::OutOfMemory {
+                limit_bytes,
+                used_bytes,
+            } => {
+                match limit_bytes {
+                    0 => f.write_str("out of memory: the machine had none left")?,
+                    limit => write!(f, "out of memory: limit {limit} bytes")?,
+                }
+                match used_bytes {
+                    0 => Ok(()),
+                    used => write!(f, ", used {used} bytes"),
+                }
+            }
+            ExitReason::Unavailable(why) => write!(f, "could not go on: {why}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn out_of_memory_says_what_is_known() {
+        let text = |limit_bytes, used_bytes| {
+            ExitReason::OutOfMemory {
+                limit_bytes,
+                used_bytes,
+            }
+            .to_string()
+        };
+        assert_eq!(text(64, 70), "out of memory: limit 64 bytes, used 70 bytes");
+        assert_eq!(text(64, 0), "out of memory: limit 64 bytes");
+        assert_eq!(text(0, 0), "out of memory: the machine had none left");
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::ExitReason;
 use crate::id::{ActorId, HostId, Incarnation, JobId, NodeId};
-use crate::spec::{ActorSpec, Program};
+use crate::spec::{ActorSpec, JobFile, Program};
 
 /// An instruction to a worker. Carried in a message that names the leader's term.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +49,8 @@ pub struct StartActor {
     pub args: Vec<String>,
     /// Environment of the host process.
     pub env: BTreeMap<String, String>,
+    /// Files of the job, for the working directory.
+    pub files: Vec<JobFile>,
 }
 
 /// Something that happened on a worker.

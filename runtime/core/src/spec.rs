@@ -150,11 +150,118 @@ pub struct JobSpec {
     pub restart: RestartPolicy,
     /// A second submission with the same key returns the same job.
     pub idempotency_key: Option<String>,
+    /// Files that lie in the working directory of its processes.
+    pub files: Vec<JobFile>,
+    /// Whether the driver is also started again when its `main` returned an error of its own.
+    pub retry_errors: bool,
+}
+
+/// A file of a job, shipped by content hash.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct JobFile {
+    /// Where it lies, relative to the working directory: parts joined by `/`.
+    pub name: String,
+    /// BLAKE3 of its bytes, in lower-case hexadecimal.
+    pub blake3: String,
+    /// Its size, in bytes.
+    pub size_bytes: u64,
+}
+
+/// Files of one job: each is fetched by every worker that runs a process of the job.
+pub const JOB_FILES_MAX: usize = 64;
+
+/// Bytes of all files of one job together: they are copied to each worker's disk.
+pub const JOB_FILES_BYTES_MAX: u64 = 8 << 30;
+
+/// The longest name of a file: what common file systems take.
+const FILE_NAME_BYTES_MAX: usize = 255;
+
+/// Checks number, size and names of a job's files; the error is for people. Names become paths on
+/// workers, so they must stay inside the working directory and not contradict each other.
+pub fn check_files(files: &[JobFile]) -> Result<(), String> {
+    if files.len() > JOB_FILES_MAX {
+        return Err(format!(
+            "{} files, the limit is {JOB_FILES_MAX}: pack them into an archive",
+            files.len()
+        ));
+    }
+    let total_bytes = files
+        .iter()
+        .fold(0u64, |sum, file| sum.saturating_add(file.size_bytes));
+    if total_bytes > JOB_FILES_BYTES_MAX {
+        return Err(format!(
+            "the files have {total_bytes} bytes, the limit is {JOB_FILES_BYTES_MAX}: put bulk data \
+             into the object store"
+        ));
+    }
+    let mut taken = std::collections::BTreeSet::new();
+    for file in files {
+        let name = &file.name;
+        let is_plain = |part: &str| {
+            !matches!(part, "" | "." | "..")
+                && !part.contains(|c: char| c.is_control() || c == '\\')
+        };
+        if name.len() > FILE_NAME_BYTES_MAX || !name.split('/').all(is_plain) {
+            return Err(format!(
+                "`{}` cannot be the name of a file: use a relative path of at most \
+                 {FILE_NAME_BYTES_MAX} bytes without `.` and `..`",
+                name.escape_debug()
+            ));
+        }
+        if !taken.insert(name.as_str()) {
+            return Err(format!(
+                "two files are called `{name}`: name one of them differently"
+            ));
+        }
+    }
+    // In order, a name that is also a folder stands before what would lie in it.
+    for name in &taken {
+        let folder = format!("{name}/");
+        if taken
+            .range(folder.as_str()..)
+            .next()
+            .is_some_and(|next| next.starts_with(&folder))
+        {
+            return Err(format!("`{name}` is both a file and the folder of another"));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_files_stay_inside_the_working_directory() {
+        let check = |names: &[&str]| {
+            let file = |name: &&str| JobFile {
+                name: (*name).to_owned(),
+                blake3: String::new(),
+                size_bytes: 1,
+            };
+            check_files(&names.iter().map(file).collect::<Vec<_>>())
+        };
+        assert_eq!(check(&["a", "b/c.txt", "b/d", "b-c"]), Ok(()));
+        for bad in [
+            "",
+            "/etc/passwd",
+            "../x",
+            "a/../b",
+            "a//b",
+            "a/",
+            "./a",
+            "a\nb",
+        ] {
+            let error = check(&[bad]).unwrap_err();
+            assert!(error.contains("cannot be the name"), "{bad:?}: {error}");
+        }
+        assert!(check(&["a", "a"]).unwrap_err().contains("two files"));
+        let both = check(&["a/b", "a-x", "a"]).unwrap_err();
+        assert!(both.contains("both a file and the folder"), "{both}");
+        let many = vec!["x"; JOB_FILES_MAX + 1];
+        assert!(check(&many).unwrap_err().contains("the limit is 64"));
+    }
 
     #[test]
     fn backoff_doubles_up_to_its_cap() {

@@ -231,10 +231,10 @@ impl HostProcess {
         end
     }
 
-    /// Runs a job's `main` and reports how it ended; answers the same.
+    /// Runs a job's `main`, which says how it ended, and reports that; answers the same.
     pub async fn run_driver<F>(mut self, main: F) -> ExitReason
     where
-        F: Future<Output = Result<(), String>> + Send + 'static,
+        F: Future<Output = ExitReason> + Send + 'static,
     {
         let HostRole::Driver {
             actor, incarnation, ..
@@ -265,7 +265,7 @@ impl HostProcess {
         main: F,
     ) -> ExitReason
     where
-        F: Future<Output = Result<(), String>> + Send + 'static,
+        F: Future<Output = ExitReason> + Send + 'static,
     {
         let mut main = tokio::spawn(main);
         let grace = loop {
@@ -334,10 +334,9 @@ impl HostProcess {
     }
 }
 
-fn driver_exit(outcome: Result<Result<(), String>, JoinError>) -> ExitReason {
+fn driver_exit(outcome: Result<ExitReason, JoinError>) -> ExitReason {
     match outcome {
-        Ok(Ok(())) => ExitReason::Completed,
-        Ok(Err(text)) => ExitReason::Failed(text),
+        Ok(reason) => reason,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => ExitReason::Panicked(panic_text(panic.as_ref())),
             Err(_) => ExitReason::Stopped,
@@ -417,15 +416,12 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_main_becomes_an_exit_reason() {
-        async fn exit(
-            main: impl Future<Output = Result<(), String>> + Send + 'static,
-        ) -> ExitReason {
+        async fn exit(main: impl Future<Output = ExitReason> + Send + 'static) -> ExitReason {
             driver_exit(tokio::spawn(main).await)
         }
-        assert_eq!(exit(async { Ok(()) }).await, ExitReason::Completed);
         assert_eq!(
-            exit(async { Err("no".to_owned()) }).await,
-            ExitReason::Failed("no".into())
+            exit(async { ExitReason::Completed }).await,
+            ExitReason::Completed
         );
         assert_eq!(
             exit(async { panic!("oh {}", 1) }).await,

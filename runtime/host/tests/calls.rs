@@ -475,7 +475,7 @@ async fn a_driver_reports_how_its_main_ended() {
     let (_orders, mut reports) = agent.split();
     let reason = process
         .unwrap()
-        .run_driver(async { Err("no data".to_owned()) })
+        .run_driver(async { ExitReason::Failed("no data".to_owned()) })
         .await;
     assert_eq!(reason, ExitReason::Failed("no data".into()));
     let mut seen = Vec::new();

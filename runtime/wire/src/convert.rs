@@ -5,8 +5,8 @@ use mobula_core::error::Rejection;
 use mobula_core::label::Requirement;
 use mobula_core::resource::Resources;
 use mobula_core::spec::{
-    ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, INIT_LIMIT_BYTES, JobSpec, PlacementPolicy,
-    Program, RestartPolicy, SpreadKey, Strategy,
+    ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, INIT_LIMIT_BYTES, JobFile, JobSpec,
+    PlacementPolicy, Program, RestartPolicy, SpreadKey, Strategy,
 };
 
 use crate::control;
@@ -151,7 +151,31 @@ impl From<JobSpec> for control::JobSpec {
             placement: Some(spec.placement.into()),
             restart: Some(spec.restart.into()),
             idempotency_key: spec.idempotency_key,
+            files: spec.files.into_iter().map(Into::into).collect(),
+            retry_errors: spec.retry_errors,
         }
+    }
+}
+
+impl From<JobFile> for control::JobFile {
+    fn from(file: JobFile) -> Self {
+        control::JobFile {
+            name: file.name,
+            blake3: file.blake3,
+            size_bytes: file.size_bytes,
+        }
+    }
+}
+
+impl TryFrom<control::JobFile> for JobFile {
+    type Error = Rejection;
+
+    fn try_from(file: control::JobFile) -> Result<Self, Rejection> {
+        Ok(JobFile {
+            name: file.name,
+            blake3: checked_digest(file.blake3)?,
+            size_bytes: file.size_bytes,
+        })
     }
 }
 
@@ -186,6 +210,12 @@ impl TryFrom<control::JobSpec> for JobSpec {
                 .unwrap_or_default(),
             restart: spec.restart.map_or(RestartPolicy::NEVER, Into::into),
             idempotency_key: spec.idempotency_key,
+            files: spec
+                .files
+                .into_iter()
+                .map(TryInto::try_into)
+                .collect::<Result<_, _>>()?,
+            retry_errors: spec.retry_errors,
         })
     }
 }
@@ -289,6 +319,12 @@ mod tests {
             },
             restart: RestartPolicy::times(3),
             idempotency_key: Some("key".into()),
+            files: vec![JobFile {
+                name: "data/a.csv".into(),
+                blake3: "cd".repeat(32),
+                size_bytes: 4,
+            }],
+            retry_errors: true,
         };
         let message = control::JobSpec::from(spec.clone());
         assert_eq!(JobSpec::try_from(message).unwrap(), spec);

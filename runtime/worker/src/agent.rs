@@ -332,6 +332,7 @@ impl Agent {
             }
             Err(reason) => {
                 tracing::warn!(%host, reason, "host could not be started");
+                self.forget(host);
                 self.logs.close(host);
                 self.pool.launch_failed(host, &reason);
             }
@@ -376,10 +377,15 @@ impl Agent {
     fn handle_died(&mut self, host: HostId, end: ProcessEnd) {
         tracing::info!(%host, %end, "host ended");
         self.renewals.forget(host);
-        self.launcher.forget(host);
+        self.forget(host);
         let last_output = self.logs.tail(host);
         self.logs.close(host);
         self.pool.died(host, end, last_output);
+    }
+
+    fn forget(&mut self, host: HostId) {
+        let launcher = self.launcher.clone();
+        self.tasks.spawn(async move { launcher.forget(host).await });
     }
 
     fn perform(&mut self) {

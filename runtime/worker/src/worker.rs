@@ -17,6 +17,7 @@ use crate::discover::Machine;
 use crate::error::WorkerError;
 use crate::hosts::connection;
 use crate::hosts::devices::Devices;
+use crate::hosts::files::JobDirs;
 use crate::hosts::launcher::Launcher;
 use crate::hosts::process::Spawner;
 use crate::hosts::program::Programs;
@@ -226,7 +227,7 @@ fn assemble(
         listen_ip: options.listen_ip,
         agent_socket: socket,
         run_dir: paths.run(),
-        work_dir: paths.work(),
+        job_dirs: JobDirs::new(paths.work()),
         programs: Programs::new(builtin, paths.artifacts()),
         spawner,
         session: handle.clone(),

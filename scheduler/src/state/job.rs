@@ -113,6 +113,8 @@ pub(crate) fn load_spec(reader: &dyn Reader, id: JobId) -> JobSpec {
             placement: PlacementPolicy::default(),
             restart: RestartPolicy::NEVER,
             idempotency_key: None,
+            files: Vec::new(),
+            retry_errors: false,
         };
     }
     row::get(reader, JOB_SPECS, &id.to_key()).expect("every job row has its specification")
@@ -233,6 +235,8 @@ fn check_spec(spec: &JobSpec) -> Result<(), Rejection> {
             spec.name
         )));
     }
+    mobula_core::spec::check_files(&spec.files)
+        .map_err(|why| Rejection::invalid(format!("files of job `{}`: {why}", spec.name)))?;
     if let Program::Artifact { blake3, .. } = &spec.program {
         let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
         if blake3.len() != 64 || !blake3.bytes().all(is_hex) {

@@ -247,8 +247,15 @@ pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason
 fn may_restart(apply: &Apply<'_>, actor: &ActorRow, reason: &ExitReason) -> bool {
     // `max_restarts` of 0 means never, whoever is to blame.
     let RestartPolicy { max_restarts, .. } = actor.restart;
+    let gives_up = actor.driver
+        && reason.is_user_error()
+        && !job::load_spec(apply.txn, actor.job).retry_errors;
     let in_budget = !reason.counts_against_budget() || actor.counted_restarts < max_restarts;
-    !reason.is_wanted() && max_restarts > 0 && in_budget && job::is_open(apply.txn, actor.job)
+    !reason.is_wanted()
+        && !gives_up
+        && max_restarts > 0
+        && in_budget
+        && job::is_open(apply.txn, actor.job)
 }
 
 /// Cuts the text inside a reason, which is kept in a table.
@@ -265,6 +272,7 @@ fn bounded(reason: ExitReason) -> ExitReason {
         ExitReason::Failed(text) => ExitReason::Failed(cut(text)),
         ExitReason::Panicked(text) => ExitReason::Panicked(cut(text)),
         ExitReason::StartFailed(text) => ExitReason::StartFailed(cut(text)),
+        ExitReason::Unavailable(text) => ExitReason::Unavailable(cut(text)),
         other => other,
     }
 }

@@ -230,6 +230,8 @@ pub(crate) fn job_spec(name: &str, max_restarts: u32) -> JobSpec {
         placement: PlacementPolicy::default(),
         restart: RestartPolicy::times(max_restarts),
         idempotency_key: None,
+        files: Vec::new(),
+        retry_errors: true,
     }
 }
 

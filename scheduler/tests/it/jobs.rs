@@ -2,6 +2,7 @@
 
 use mobula_core::control::Effect;
 use mobula_core::order::WorkerEvent;
+use mobula_core::spec::JobSpec;
 use mobula_core::{ErrorCode, ExitReason, Incarnation, JobId};
 use mobula_scheduler::{
     ActorIncarnation, ActorTarget, Command, Query, QueryResponse, Resolution, Response,
@@ -393,4 +394,43 @@ fn bad_requests_are_refused_with_the_limit() {
         result_json,
     });
     assert!(refused.contains("limit is 65536"), "{refused}");
+}
+
+#[test]
+fn an_error_of_main_is_final_unless_the_job_asks_for_another_try() {
+    let error = || ExitReason::Failed("no such column".into());
+    let absent = || ExitReason::Unavailable("no leader".into());
+    let killed = || ExitReason::OutOfMemory {
+        limit_bytes: 64,
+        used_bytes: 64,
+    };
+    for (retry_errors, reason, goes_on) in [
+        (false, error(), false),
+        (true, error(), true),
+        (false, absent(), true),
+        (false, killed(), true),
+    ] {
+        let mut cluster = Cluster::new();
+        cluster.register("a", "boot-1", 8);
+        let spec = JobSpec {
+            retry_errors,
+            ..job_spec("train", 2)
+        };
+        let (job, driver) = cluster.submit(spec);
+        cluster.place();
+        cluster.start(driver);
+        cluster.exit(driver, reason.clone());
+        let view = cluster.job(job);
+        let expected = if goes_on { "running" } else { "failed" };
+        assert_eq!(view.state, expected, "{retry_errors} {reason}");
+        assert_eq!(view.restarts, u32::from(goes_on), "{retry_errors} {reason}");
+    }
+    // An actor's own errors are its policy's business.
+    let (mut cluster, job, _) = running();
+    let worker = cluster.create(job, vec![actor_spec(None, 1)], false)[0];
+    cluster.place();
+    cluster.start(worker);
+    let before = cluster.actor(worker).restarts;
+    cluster.exit(worker, error());
+    assert_eq!(cluster.actor(worker).restarts, before + 1);
 }

@@ -130,6 +130,7 @@ impl Head {
                 spec,
                 args: Vec::new(),
                 env: BTreeMap::new(),
+                files: Vec::new(),
             })
             .await;
     }

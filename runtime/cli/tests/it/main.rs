@@ -10,6 +10,7 @@ mod bad_input;
 mod chaos;
 mod configs;
 mod examples;
+mod jobs;
 mod serving;
 mod sessions;
 mod storage;

@@ -13,6 +13,7 @@ use mobula_wire::control::resolve_actor_request::Target;
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
 
+use super::access::{may_read, only_job};
 use super::jobs::{LOOK_AGAIN, unexpected};
 use super::modules::{WAIT_MAX, stamp};
 use super::{rejected, views};
@@ -51,10 +52,14 @@ pub(super) async fn create(
 
 pub(super) async fn list(
     context: &HeadContext,
-    _caller: &Caller,
+    caller: &Caller,
     request: api::ListActorsRequest,
 ) -> Result<api::ListActorsReply, Status> {
-    let job = request.job.map(JobId);
+    // A host that asks for all of them sees all that it may.
+    let job = request.job.map(JobId).or(only_job(caller));
+    if let Some(job) = job {
+        may_read(caller, job)?;
+    }
     let mut actors = Vec::new();
     let mut after = None;
     loop {
@@ -76,6 +81,17 @@ pub(super) async fn list(
     Ok(api::ListActorsReply { actors })
 }
 
+/// An actor that `caller` may read of.
+pub(super) async fn view_for(
+    context: &HeadContext,
+    caller: &Caller,
+    actor: ActorId,
+) -> Result<api::Actor, Status> {
+    let view = view(context, actor).await?;
+    may_read(caller, JobId(view.job))?;
+    Ok(view)
+}
+
 async fn view(context: &HeadContext, actor: ActorId) -> Result<api::Actor, Status> {
     match context.ask(Query::Actor { actor }).await? {
         QueryResponse::Actor(view) => Ok(views::actor(view)),
@@ -85,20 +101,23 @@ async fn view(context: &HeadContext, actor: ActorId) -> Result<api::Actor, Statu
 
 pub(super) async fn get(
     context: &HeadContext,
-    _caller: &Caller,
+    caller: &Caller,
     request: api::GetActorRequest,
 ) -> Result<api::Actor, Status> {
-    view(context, ActorId(request.actor)).await
+    view_for(context, caller, ActorId(request.actor)).await
 }
 
 pub(super) async fn resolve(
     context: &HeadContext,
-    _caller: &Caller,
+    caller: &Caller,
     request: api::ResolveActorRequest,
 ) -> Result<api::Actor, Status> {
     let actor = match request.target {
         Some(Target::Actor(actor)) => ActorId(actor),
-        Some(Target::Named(named)) => by_name(context, JobId(named.job), named.name).await?,
+        Some(Target::Named(named)) => {
+            may_read(caller, JobId(named.job))?;
+            by_name(context, JobId(named.job), named.name).await?
+        }
         None => {
             return Err(rejected(&Rejection::invalid(
                 "name an actor by its id or its name",
@@ -109,7 +128,7 @@ pub(super) async fn resolve(
     let deadline = tokio::time::Instant::now() + limit;
     loop {
         let mut ticket = context.changes.follow(Subject::Actor(actor));
-        let now = view(context, actor).await?;
+        let now = view_for(context, caller, actor).await?;
         let is_newer = now
             .incarnation
             .is_some_and(|i| i > request.after_incarnation);

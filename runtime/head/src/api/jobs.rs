@@ -10,6 +10,7 @@ use mobula_scheduler::{Command, Query, QueryResponse, Response};
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
 
+use super::access::{may_read, only_job};
 use super::artifacts::artifact_id;
 use super::modules::{WAIT_MAX, stamp};
 use super::{rejected, status as make_status, views};
@@ -31,7 +32,16 @@ pub(super) async fn submit(
         .ok_or_else(|| Rejection::invalid("the request has no job in it"))
         .and_then(JobSpec::try_from)
         .map_err(|rejection| rejected(&rejection))?;
-    require_program(context, &spec.program).await?;
+    if let Program::Artifact { blake3, size_bytes } = &spec.program {
+        require_artifact(context, "program", blake3, *size_bytes).await?;
+    }
+    // Refused before the store is asked once for each of them.
+    mobula_core::spec::check_files(&spec.files)
+        .map_err(|why| rejected(&Rejection::invalid(why)))?;
+    for file in &spec.files {
+        let what = format!("file `{}`", file.name);
+        require_artifact(context, &what, &file.blake3, file.size_bytes).await?;
+    }
     let command = Command::SubmitJob { spec };
     context.authorize_scheduler(caller, &command)?;
     let (session, seq) = stamp(context, caller, request.stamp).await?;
@@ -44,16 +54,19 @@ pub(super) async fn submit(
     }
 }
 
-async fn require_program(context: &HeadContext, program: &Program) -> Result<(), Status> {
-    let Program::Artifact { blake3, size_bytes } = program else {
-        return Ok(());
-    };
-    let id = artifact_id(blake3, *size_bytes).map_err(|rejection| rejected(&rejection))?;
+/// What a job names must be stored before the job exists.
+async fn require_artifact(
+    context: &HeadContext,
+    what: &str,
+    blake3: &str,
+    size_bytes: u64,
+) -> Result<(), Status> {
+    let id = artifact_id(blake3, size_bytes).map_err(|rejection| rejected(&rejection))?;
     let present = context.artifacts.contains(&id).await.map_err(|error| {
         make_status(
             ErrorCode::Unavailable,
             "no",
-            format!("the program cannot be looked up: {error}"),
+            format!("the {what} cannot be looked up: {error}"),
         )
     })?;
     if present {
@@ -61,9 +74,7 @@ async fn require_program(context: &HeadContext, program: &Program) -> Result<(),
     }
     Err(rejected(&Rejection::new(
         ErrorCode::FailedPrecondition,
-        format!(
-            "no program with BLAKE3 {blake3} is stored: upload it first (`mobula submit` does)"
-        ),
+        format!("no {what} with BLAKE3 {blake3} is stored: upload it first (`mobula submit` does)"),
     )))
 }
 
@@ -78,9 +89,13 @@ pub(super) fn unexpected(response: &Response) -> Status {
 
 pub(super) async fn list(
     context: &HeadContext,
-    _caller: &Caller,
+    caller: &Caller,
     _request: api::ListJobsRequest,
 ) -> Result<api::ListJobsReply, Status> {
+    if let Some(own) = only_job(caller) {
+        let jobs = vec![view(context, own).await?];
+        return Ok(api::ListJobsReply { jobs });
+    }
     let mut jobs = Vec::new();
     let mut after = None;
     loop {
@@ -125,18 +140,20 @@ pub(super) async fn view(context: &HeadContext, job: JobId) -> Result<api::Job, 
 
 pub(super) async fn get(
     context: &HeadContext,
-    _caller: &Caller,
+    caller: &Caller,
     request: api::GetJobRequest,
 ) -> Result<api::Job, Status> {
+    may_read(caller, JobId(request.job))?;
     view(context, JobId(request.job)).await
 }
 
 pub(super) async fn wait(
     context: &HeadContext,
-    _caller: &Caller,
+    caller: &Caller,
     request: api::WaitJobRequest,
 ) -> Result<api::Job, Status> {
     let job = JobId(request.job);
+    may_read(caller, job)?;
     let limit = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
     let deadline = tokio::time::Instant::now() + limit;
     loop {

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{jobs, rejected};
+use super::{access, jobs, rejected};
 use crate::context::HeadContext;
 
 /// How much is asked for at once; well below the control lane's frame.
@@ -38,12 +38,7 @@ pub(super) async fn job_logs(
     request: api::JobLogsRequest,
 ) -> Result<LogStream, Status> {
     let job = JobId(request.job);
-    if matches!(caller, Caller::Host { job: own, .. } if *own != job) {
-        return Err(rejected(&Rejection::new(
-            ErrorCode::PermissionDenied,
-            format!("the output of {job} is not for other jobs"),
-        )));
-    }
+    access::may_read(caller, job)?;
     // Refused here, so that a wrong id is an error and not an empty log.
     jobs::view(context, job).await?;
     let slot = Arc::clone(&context.log_streams)

@@ -1,6 +1,7 @@
 //! The gRPC control API. `service` is the table of contents: one line a method; the files beside
 //! it hold what the methods do.
 
+mod access;
 mod actors;
 mod artifacts;
 mod auth;

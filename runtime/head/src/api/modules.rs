@@ -79,10 +79,13 @@ pub(super) async fn apply(
 
 pub(super) async fn query(
     context: &HeadContext,
-    _caller: &Caller,
+    caller: &Caller,
     request: api::QueryRequest,
 ) -> Result<api::QueryReply, Status> {
     let (_, module) = module(context, request.module)?;
+    module
+        .authorize_query(caller, &request.payload)
+        .map_err(|rejection| rejected(&rejection))?;
     let reader = context.raft.read().await?;
     let payload = module
         .query(&reader, context.clock.now_ms(), &request.payload)

@@ -8,6 +8,7 @@ use mobula_wire::control::explain_request::Subject;
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
 
+use super::access::may_read;
 use super::{rejected, views};
 use crate::context::HeadContext;
 
@@ -78,14 +79,19 @@ pub(super) async fn preempt(
 
 pub(super) async fn explain(
     context: &HeadContext,
-    _caller: &Caller,
+    caller: &Caller,
     request: api::ExplainRequest,
 ) -> Result<api::ExplainReply, Status> {
     let query = match request.subject {
-        Some(Subject::Job(job)) => Query::ExplainJob { job: JobId(job) },
-        Some(Subject::Actor(actor)) => Query::ExplainActor {
-            actor: ActorId(actor),
-        },
+        Some(Subject::Job(job)) => {
+            may_read(caller, JobId(job))?;
+            Query::ExplainJob { job: JobId(job) }
+        }
+        Some(Subject::Actor(actor)) => {
+            let actor = ActorId(actor);
+            super::actors::view_for(context, caller, actor).await?;
+            Query::ExplainActor { actor }
+        }
         None => {
             return Err(rejected(&Rejection::invalid(
                 "name a job or an actor to explain",

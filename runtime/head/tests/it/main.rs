@@ -9,5 +9,6 @@
 mod certificates;
 mod logs;
 mod one_head;
+mod reads;
 mod stamps;
 mod tokens;

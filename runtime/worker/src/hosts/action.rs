@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId};
 use mobula_core::order::WorkerEvent;
-use mobula_core::spec::Program;
+use mobula_core::spec::{JobFile, Program};
 use mobula_wire::host::{AgentMessage, HostRole};
 
 /// An actor's incarnation.
@@ -35,6 +35,7 @@ pub(crate) struct Launch {
     pub(crate) program: Program,
     pub(crate) role: HostRole,
     pub(crate) env: BTreeMap<String, String>,
+    pub(crate) files: Vec<JobFile>,
     /// For `CUDA_VISIBLE_DEVICES`; empty: no GPU.
     pub(crate) visible_devices: String,
     /// Whose own process it is, if one actor's.

@@ -18,6 +18,7 @@ use mobula_wire::host::{HostBootstrap, HostRole, host_environment};
 use mobula_wire::session::Welcome;
 
 use super::action::Launch;
+use super::files::JobDirs;
 use super::process::{HostProcess, ProcessSpec, Spawner};
 use super::program::Programs;
 use super::renewal::HostCertificate;
@@ -60,20 +61,31 @@ pub(crate) struct Launcher {
     pub(crate) listen_ip: IpAddr,
     pub(crate) agent_socket: PathBuf,
     pub(crate) run_dir: PathBuf,
-    pub(crate) work_dir: PathBuf,
+    pub(crate) job_dirs: JobDirs,
     pub(crate) programs: Programs,
     pub(crate) spawner: Spawner,
     pub(crate) session: SessionHandle,
 }
 
 impl Launcher {
-    /// Launches; the error is for people.
+    /// Launches; the error is for people. What a host holds on to is given back by
+    /// [`Launcher::forget`], whether it was started or not.
     pub(crate) async fn launch(
         &self,
         launch: &Launch,
         welcome: &Arc<Welcome>,
         log: &Path,
     ) -> Result<Launched, String> {
+        let working_dir = self
+            .job_dirs
+            .prepare(
+                launch.host,
+                launch.job,
+                &launch.files,
+                &self.programs,
+                &welcome.storage,
+            )
+            .await?;
         let program = self
             .programs
             .path(&launch.program, &welcome.storage)
@@ -107,28 +119,29 @@ impl Launcher {
             env: environment(launch, welcome, &bootstrap_path, |name| {
                 std::env::var_os(name)
             }),
-            working_dir: self.work_dir.clone(),
+            working_dir,
             output,
         };
-        match self.spawner.spawn(spec).await {
-            Ok(process) => Ok(Launched {
-                process,
-                certificate: HostCertificate {
-                    job: launch.job,
-                    credentials,
-                },
-            }),
-            Err(error) => {
-                self.forget(launch.host);
-                Err(error.to_string())
-            }
-        }
+        let process = self
+            .spawner
+            .spawn(spec)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(Launched {
+            process,
+            certificate: HostCertificate {
+                job: launch.job,
+                credentials,
+            },
+        })
     }
 
-    /// Removes the bootstrap of a host that never read it.
-    pub(crate) fn forget(&self, host: HostId) {
+    /// Removes what a host leaves that is dead or was never started: a bootstrap that nobody read,
+    /// and with the last host of a job its working directory.
+    pub(crate) async fn forget(&self, host: HostId) {
         // Usually the host has removed it itself.
         let _ = std::fs::remove_file(self.run_dir.join(format!("{host}.json")));
+        self.job_dirs.release(host).await;
     }
 
     async fn certify(&self, launch: &Launch) -> Result<Credentials, String> {
@@ -221,6 +234,7 @@ mod tests {
             env: [("A", "job"), ("PATH", "/job"), (BOOTSTRAP_ENV, "/forged")]
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .into(),
+            files: Vec::new(),
             visible_devices: "GPU-a".into(),
             owner: None,
         }

@@ -1,11 +1,12 @@
 //! Host processes: which actor runs in which ([`pool`]), how one is launched ([`launcher`],
-//! [`program`]), its certificate after the first one ([`renewal`]), the process itself
+//! [`program`], [`files`]), its certificate after the first one ([`renewal`]), the process itself
 //! ([`process`]), and the agent's end of its socket ([`connection`]).
 
 pub(crate) mod action;
 pub(crate) mod connection;
 pub(crate) mod devices;
 pub(crate) mod ended;
+pub(crate) mod files;
 pub(crate) mod launcher;
 pub(crate) mod pool;
 pub(crate) mod process;

@@ -29,6 +29,7 @@ fn start_of(actor: u64, incarnation: u64) -> StartActor {
         },
         args: Vec::new(),
         env: BTreeMap::new(),
+        files: Vec::new(),
     }
 }
 

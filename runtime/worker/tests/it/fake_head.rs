@@ -278,6 +278,7 @@ pub(crate) fn plain(actor: u64, incarnation: u64) -> StartActor {
         },
         args: Vec::new(),
         env: BTreeMap::new(),
+        files: Vec::new(),
     }
 }
 

@@ -71,6 +71,7 @@ impl Pool {
             program: start.program.clone(),
             role,
             env: start.env.clone(),
+            files: start.files.clone(),
             visible_devices: self.devices.visible(&shares),
             owner: is_own.then_some(key),
         };
