@@ -1,5 +1,5 @@
-//! An actor's method called within its process and over QUIC, with mutual TLS, between two
-//! endpoints. Beside it a datagram that goes there and back over the loopback device.
+//! An actor's method called within its process, over a Unix socket, and over QUIC with mutual TLS,
+//! between two endpoints. Beside it a datagram that goes there and back over the loopback device.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::order::{ActorAddress, StartActor};
 use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_host::calls::serve_calls;
-use mobula_host::client::{CallClient, OutgoingCall};
+use mobula_host::client::{CallClient, OutgoingCall, Paths};
 use mobula_host::registry::ConstructError;
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_host::{
@@ -38,6 +38,9 @@ static ARGUMENT: [u8; 16] = [7; 16];
 
 /// Calls in flight where calls are not made one after the other.
 const IN_FLIGHT: usize = 64;
+
+/// As many as a mailbox holds by default.
+const MANY_IN_FLIGHT: usize = 1000;
 
 /// How long the certificates of this run are good.
 const VALID: Duration = Duration::from_secs(3600);
@@ -207,12 +210,17 @@ fn main() -> Result<(), Failure> {
     report.add(format!("same process, {IN_FLIGHT} in flight"), together);
 
     client_runtime.block_on(async {
-        let client = CallClient::new(Endpoint::bind(any_port, &caller)?, None);
         let target = address(at);
-        let alone = calls(settings, &client, &target, 1).await;
-        report.add("QUIC, one at a time", alone);
-        let together = calls(settings, &client, &target, IN_FLIGHT).await;
-        report.add(format!("QUIC, {IN_FLIGHT} in flight"), together);
+        for (name, paths) in [("Unix", Paths::Any), ("QUIC", Paths::QuicOnly)] {
+            let endpoint = Endpoint::bind(any_port, &caller)?;
+            let client = CallClient::with_paths(endpoint, None, paths);
+            let alone = calls(settings, &client, &target, 1).await;
+            report.add(format!("{name}, one at a time"), alone);
+            for callers in [IN_FLIGHT, MANY_IN_FLIGHT] {
+                let together = calls(settings, &client, &target, callers).await;
+                report.add(format!("{name}, {callers} in flight"), together);
+            }
+        }
         Ok::<_, Failure>(())
     })?;
     server.abort();

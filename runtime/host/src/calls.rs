@@ -6,7 +6,9 @@
 //! 2. A stream has at most [`CALLS_IN_FLIGHT_MAX`](mobula_wire::call::CALLS_IN_FLIGHT_MAX)
 //!    unanswered calls: a caller that makes more breaks the protocol and is cut off. Requests are
 //!    always read, so that a cancellation never waits behind the call that it is for.
-//! 3. A process may call actors of its own job only, unless one of the two belongs to the system;
+//! 3. A caller of this machine may change over to a Unix socket; what it may do there is what its
+//!    certificate on the QUIC connection says, and the socket's stream ends with that connection.
+//! 4. A process may call actors of its own job only, unless one of the two belongs to the system;
 //!    client certificates may call any.
 
 use std::future::poll_fn;
@@ -18,6 +20,7 @@ use mobula_core::id::JobId;
 use mobula_net::endpoint::{Connection, Endpoint};
 use mobula_net::identity::{Identity, Role};
 use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
+use mobula_net::same_machine::SameMachineListener;
 use mobula_wire::call::{CallMessageError, CallRequest, CallerMessage};
 use mobula_wire::frame::{Frame, FrameKind};
 use mobula_wire::frame_queue::FrameQueue;
@@ -38,44 +41,115 @@ const STREAMS_PER_CONNECTION_MAX: usize = 16;
 
 /// Answers calls until the endpoint is closed.
 pub async fn serve_calls(endpoint: Endpoint, table: Arc<ActorTable>, job: JobId) {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = endpoint.accept() => {
-                let Some(connection) = accepted else { break };
-                if connections.len() >= CONNECTIONS_MAX {
-                    tracing::warn!(peer = %connection.peer(), limit = CONNECTIONS_MAX, "too many callers");
-                    connection.close("this host serves as many connections as it may; call later");
-                    continue;
-                }
-                connections.spawn(serve_connection(connection, Arc::clone(&table), job));
-            }
-            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+    let neighbours = match SameMachineListener::bind() {
+        Ok(listener) => Some(Arc::new(listener)),
+        Err(error) => {
+            tracing::warn!(%error, "callers of this machine have to use QUIC");
+            None
         }
+    };
+    let letting_in = async {
+        match &neighbours {
+            Some(listener) => listener.run().await,
+            None => std::future::pending().await,
+        }
+    };
+    let serving = async {
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = endpoint.accept() => {
+                    let Some(connection) = accepted else { break };
+                    if connections.len() >= CONNECTIONS_MAX {
+                        tracing::warn!(peer = %connection.peer(), limit = CONNECTIONS_MAX, "too many callers");
+                        connection.close("this host serves as many connections as it may; call later");
+                        continue;
+                    }
+                    let served = Served {
+                        table: Arc::clone(&table),
+                        permission: may_call(connection.peer(), job),
+                        neighbours: neighbours.clone(),
+                    };
+                    connections.spawn(served.serve_connection(connection));
+                }
+                Some(_) = connections.join_next(), if !connections.is_empty() => {}
+            }
+        }
+        connections.shutdown().await;
+    };
+    tokio::select! {
+        () = serving => {}
+        () = letting_in => {}
     }
-    connections.shutdown().await;
 }
 
-async fn serve_connection(connection: Connection, table: Arc<ActorTable>, job: JobId) {
-    let permission = may_call(connection.peer(), job);
-    let mut streams = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = connection.accept() => match accepted {
-                Ok((Lane::Call, stream)) if streams.len() < STREAMS_PER_CONNECTION_MAX => {
-                    streams.spawn(serve_stream(stream, Arc::clone(&table), permission.clone()));
-                }
-                // Dropping the stream resets it, and so refuses it.
-                Ok((lane, _stream)) => tracing::warn!(%lane, "refused a stream"),
-                Err(lost) => {
-                    tracing::debug!(%lost, "a caller's connection ended");
-                    break;
-                }
-            },
-            Some(_) = streams.join_next(), if !streams.is_empty() => {}
+/// What one connection's streams share.
+#[derive(Clone)]
+struct Served {
+    table: Arc<ActorTable>,
+    /// Whether the peer may call; the text says why not.
+    permission: Result<(), String>,
+    neighbours: Option<Arc<SameMachineListener>>,
+}
+
+impl Served {
+    async fn serve_connection(self, connection: Connection) {
+        let mut streams = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = connection.accept() => match accepted {
+                    Ok((Lane::Call, stream)) if streams.len() < STREAMS_PER_CONNECTION_MAX => {
+                        streams.spawn(self.clone().serve_stream(stream));
+                    }
+                    Ok((Lane::SameMachine, question))
+                        if streams.len() < STREAMS_PER_CONNECTION_MAX =>
+                    {
+                        streams.spawn(self.clone().serve_neighbour(question));
+                    }
+                    // Dropping the stream resets it, and so refuses it.
+                    Ok((lane, _stream)) => tracing::warn!(%lane, "refused a stream"),
+                    Err(lost) => {
+                        tracing::debug!(%lost, "a caller's connection ended");
+                        break;
+                    }
+                },
+                Some(_) = streams.join_next(), if !streams.is_empty() => {}
+            }
+        }
+        streams.shutdown().await;
+    }
+
+    async fn serve_neighbour(self, question: FramedStream) {
+        // Without a socket the question is dropped, and the caller stays where it is.
+        let Some(listener) = &self.neighbours else {
+            return;
+        };
+        match listener.offer(question, Lane::Call).await {
+            Ok(stream) => self.serve_stream(stream).await,
+            Err(error) => tracing::debug!(%error, "a caller of this machine did not change over"),
         }
     }
-    streams.shutdown().await;
+
+    async fn serve_stream(self, stream: FramedStream) {
+        let (sender, receiver) = stream.split();
+        let calls = Arc::new(CallerStream::default());
+        let _end = EndOnDrop(&calls);
+        let reading = async {
+            match read_messages(receiver, &calls, &self.table, &self.permission).await {
+                // The last answers still go out.
+                Ok(()) => calls.finish(),
+                Err(reason) => {
+                    tracing::debug!(%reason, "a call stream ended");
+                    calls.end();
+                }
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            () = write_answers(sender, &calls) => {}
+            () = reading => {}
+        }
+    }
 }
 
 /// Whether `peer` may call actors of `job`; the text says why not.
@@ -89,31 +163,6 @@ fn may_call(peer: &Identity, job: JobId) -> Result<(), String> {
         (role, _) => Err(format!(
             "a certificate of role `{role}` may not call actors: use a host's or a client's"
         )),
-    }
-}
-
-async fn serve_stream(
-    stream: FramedStream,
-    table: Arc<ActorTable>,
-    permission: Result<(), String>,
-) {
-    let (sender, receiver) = stream.split();
-    let calls = Arc::new(CallerStream::default());
-    let _end = EndOnDrop(&calls);
-    let reading = async {
-        match read_messages(receiver, &calls, &table, permission).await {
-            // The last answers still go out.
-            Ok(()) => calls.finish(),
-            Err(reason) => {
-                tracing::debug!(%reason, "a call stream ended");
-                calls.end();
-            }
-        }
-        std::future::pending().await
-    };
-    tokio::select! {
-        () = write_answers(sender, &calls) => {}
-        () = reading => {}
     }
 }
 
@@ -143,7 +192,7 @@ async fn read_messages(
     mut receiver: FramedReceiver,
     calls: &Arc<CallerStream>,
     table: &ActorTable,
-    permission: Result<(), String>,
+    permission: &Result<(), String>,
 ) -> Result<(), StreamError> {
     while let Some(first) = receiver.receive().await? {
         let mut next = Some(first);
@@ -154,7 +203,7 @@ async fn read_messages(
             }
             match CallerMessage::decode(payload)? {
                 CallerMessage::Request(request) => {
-                    handle_request(request, calls, table, &permission)?;
+                    handle_request(request, calls, table, permission)?;
                 }
                 CallerMessage::Cancel { call, forced } => {
                     let level = if forced {

@@ -5,6 +5,8 @@
 //! 2. A call that was never handed to the transport failed as *not executed*; one that was, and
 //!    whose stream then broke, as *unknown*.
 //! 3. Nothing is sent twice from here: sending again is the decision of who knows the new address.
+//! 4. A host on this machine is called over a Unix socket if it offers one, any other over QUIC.
+//!    The choice is made once for a stream, before its first call is written, so order holds.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -14,9 +16,10 @@ use std::sync::{Arc, Weak};
 use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::order::ActorAddress;
-use mobula_net::endpoint::{Endpoint, LaneClass};
+use mobula_net::endpoint::{Connection, Endpoint, LaneClass, OpenError};
 use mobula_net::identity::Role;
-use mobula_net::lane::{FramedReceiver, FramedSender};
+use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
+use mobula_net::same_machine::{change_over, is_own_address};
 use mobula_wire::call::{
     CallKey, CallRequest, CalleeMessage, METHOD_BYTES_MAX, MethodName, STREAM_WINDOW_MAX,
 };
@@ -35,6 +38,26 @@ use crate::supervision::ActorTable;
 
 /// Hosts that one process calls at once; each costs a connection.
 pub const HOSTS_MAX: usize = 4096;
+
+/// Which ways to other processes a client takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Paths {
+    /// The fastest that there is.
+    Any,
+    /// QUIC also to hosts on this machine.
+    QuicOnly,
+}
+
+/// The way that calls to one host take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallPath {
+    /// A mailbox of this process.
+    SameProcess,
+    /// A Unix socket.
+    SameMachine,
+    /// QUIC.
+    Network,
+}
 
 /// A call to make.
 #[derive(Debug, Clone)]
@@ -83,6 +106,7 @@ struct ClientInner {
     endpoint: Endpoint,
     /// The actors of this very process, and the address under which others call them.
     local: Option<(SocketAddr, Weak<ActorTable>)>,
+    paths: Paths,
     streams: Mutex<HashMap<SocketAddr, Arc<HostStream>>>,
     /// Ends the streams' tasks with the last client.
     ended: CancellationToken,
@@ -98,9 +122,20 @@ impl CallClient {
     /// A client that calls from `endpoint`; calls to `local` actors do not leave the process.
     #[must_use]
     pub fn new(endpoint: Endpoint, local: Option<(SocketAddr, Weak<ActorTable>)>) -> Self {
+        CallClient::with_paths(endpoint, local, Paths::Any)
+    }
+
+    /// The same over some ways only, to measure and to test them.
+    #[must_use]
+    pub fn with_paths(
+        endpoint: Endpoint,
+        local: Option<(SocketAddr, Weak<ActorTable>)>,
+        paths: Paths,
+    ) -> Self {
         CallClient(Arc::new(ClientInner {
             endpoint,
             local,
+            paths,
             streams: Mutex::new(HashMap::new()),
             ended: CancellationToken::new(),
         }))
@@ -110,6 +145,16 @@ impl CallClient {
     #[must_use]
     pub fn own_address(&self) -> Option<SocketAddr> {
         self.0.local.as_ref().map(|(address, _)| *address)
+    }
+
+    /// The way to the host at `address`, once it was called.
+    #[must_use]
+    pub fn path_to(&self, address: SocketAddr) -> Option<CallPath> {
+        if self.own_address() == Some(address) {
+            return Some(CallPath::SameProcess);
+        }
+        let streams = self.0.streams.lock();
+        streams.get(&address)?.path.get().copied()
     }
 
     /// Makes a call and waits for its answer.
@@ -220,11 +265,11 @@ impl CallClient {
         let stream = Arc::new(HostStream::default());
         // Ends when the stream breaks, or by the token; its answers are in the stream.
         let endpoint = self.0.endpoint.clone();
-        let ended = self.0.ended.clone();
+        let (paths, ended) = (self.0.paths, self.0.ended.clone());
         let served = Arc::clone(&stream);
         tokio::spawn(async move {
             let reason = tokio::select! {
-                reason = run_stream(&endpoint, address, &served) => reason,
+                reason = run_stream(&endpoint, address, paths, &served) => reason,
                 () = ended.cancelled() => "this process stopped calling".to_owned(),
             };
             served.end(&reason);
@@ -243,7 +288,12 @@ impl std::fmt::Debug for CallClient {
 }
 
 /// Connects, then writes requests and reads answers until either side fails; answers why.
-async fn run_stream(endpoint: &Endpoint, address: SocketAddr, stream: &HostStream) -> String {
+async fn run_stream(
+    endpoint: &Endpoint,
+    address: SocketAddr,
+    paths: Paths,
+    stream: &HostStream,
+) -> String {
     let connection = match endpoint
         .connect(address, LaneClass::Control, Role::Host)
         .await
@@ -251,17 +301,39 @@ async fn run_stream(endpoint: &Endpoint, address: SocketAddr, stream: &HostStrea
         Ok(connection) => connection,
         Err(error) => return format!("its host {address} does not take the connection: {error}"),
     };
-    let framed = match connection.open(Lane::Call).await {
-        Ok(framed) => framed,
+    let framed = match open_stream(&connection, address, paths).await {
+        Ok((path, framed)) => {
+            let _ = stream.path.set(path);
+            framed
+        }
         Err(error) => return format!("its host {address} does not open a call stream: {error}"),
     };
     let (sender, receiver) = framed.split();
     let reason = tokio::select! {
         reason = write_requests(sender, stream) => reason,
         reason = read_answers(receiver, stream) => reason,
+        // A Unix socket would not notice.
+        lost = connection.closed() => lost.to_string(),
     };
     connection.close("the call stream ended");
     format!("the connection to its host {address} is lost: {reason}")
+}
+
+/// A Unix socket where that is possible, QUIC otherwise.
+async fn open_stream(
+    connection: &Connection,
+    address: SocketAddr,
+    paths: Paths,
+) -> Result<(CallPath, FramedStream), OpenError> {
+    if paths == Paths::Any && is_own_address(address.ip()) {
+        match change_over(connection, Lane::Call).await {
+            Ok(stream) => return Ok((CallPath::SameMachine, stream)),
+            Err(error) => {
+                tracing::debug!(%address, %error, "a host of this machine is called over QUIC");
+            }
+        }
+    }
+    Ok((CallPath::Network, connection.open(Lane::Call).await?))
 }
 
 async fn write_requests(mut sender: FramedSender, stream: &HostStream) -> String {

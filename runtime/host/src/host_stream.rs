@@ -11,7 +11,7 @@
 //! 4. Items that were not asked for, or that do not follow each other, end the stream.
 
 use std::collections::{HashSet, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
@@ -23,6 +23,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::caller_stream::COALESCED_BYTES;
+use crate::client::CallPath;
 use crate::mailbox::Deadline;
 use crate::reply::{CallResult, CancelLevel, remember, unavailable};
 
@@ -38,6 +39,8 @@ pub(crate) struct HostStream {
     state: Mutex<State>,
     /// Told when there is room for calls again.
     room: Notify,
+    /// How it reaches the host, once it does.
+    pub(crate) path: OnceLock<CallPath>,
 }
 
 #[derive(Default)]

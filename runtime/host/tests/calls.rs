@@ -12,7 +12,7 @@ use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, HostId, NodeId};
 use mobula_host::agent::{HostEnd, HostProcess};
 use mobula_host::calls::serve_calls;
-use mobula_host::client::{CallClient, OutgoingCall};
+use mobula_host::client::{CallClient, CallPath, OutgoingCall, Paths};
 use mobula_host::mailbox::Deadline;
 use mobula_net::endpoint::{Endpoint, LaneClass};
 use mobula_net::identity::{Credentials, Role};
@@ -46,11 +46,20 @@ fn text(value: &str) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn calls_cross_quic_in_order_and_bring_users_errors() {
+async fn calls_cross_each_path_in_order_and_bring_users_errors() {
+    let cases = [
+        (Paths::Any, CallPath::SameMachine, 200),
+        (Paths::QuicOnly, CallPath::Network, 210),
+    ];
+    for (paths, expected, actor) in cases {
+        calls_arrive_in_order(paths, expected, ActorId(actor)).await;
+    }
+}
+
+async fn calls_arrive_in_order(paths: Paths, expected: CallPath, actor: ActorId) {
     let certificates = Certificates::new();
-    let actor = ActorId(200);
     let host = serve(&certificates, actor).await;
-    let client = client(&certificates.client());
+    let client = CallClient::with_paths(listen(&certificates.client()), None, paths);
     let target = address(&host.endpoint, actor);
 
     let first = client
@@ -61,6 +70,8 @@ async fn calls_cross_quic_in_order_and_bring_users_errors() {
         .await;
     assert_eq!(told(second.answer().await), ["started", "a", "b"]);
     assert_eq!(told(first.answer().await), ["started", "a"]);
+    let path = client.path_to(host.endpoint.local_address());
+    assert_eq!(path, Some(expected));
 
     let error = client
         .call(&target, OutgoingCall::new("refuse", text("no")))
@@ -150,6 +161,25 @@ async fn a_lost_connection_makes_what_was_sent_unknown() {
         ),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn the_end_of_the_quic_connection_ends_the_unix_socket_beside_it() {
+    let certificates = Certificates::new();
+    let actor = ActorId(211);
+    let host = serve(&certificates, actor).await;
+    let endpoint = listen(&certificates.client());
+    let client = CallClient::new(endpoint.clone(), None);
+    let target = address(&host.endpoint, actor);
+    let pending = client
+        .start(&target, OutgoingCall::new("wait", text("a")))
+        .await;
+    open("actor-211 began").await;
+    // The certificates of both sides are gone with it.
+    endpoint.close("expired").await;
+    let error = pending.answer().await.unwrap_err();
+    assert_eq!(error.executed(), Executed::Unknown, "{error}");
+    gate("actor-211").add_permits(1);
 }
 
 #[tokio::test]

@@ -40,6 +40,10 @@ impl ByHand {
     /// Takes the stream that `client` opens with its first call.
     async fn accept(endpoint: &Endpoint) -> Self {
         let connection = endpoint.accept().await.unwrap();
+        // It offers no socket, so the caller stays with QUIC.
+        let (lane, question) = connection.accept().await.unwrap();
+        assert_eq!(lane, Lane::SameMachine);
+        drop(question);
         let (lane, stream) = connection.accept().await.unwrap();
         assert_eq!(lane, Lane::Call);
         ByHand {

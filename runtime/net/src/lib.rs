@@ -4,7 +4,8 @@
 //! * [`tcp`]: the transport of gRPC.
 //! * [`endpoint`]: QUIC between heads, workers and hosts; [`lane`]: framed streams on it; [`pool`]:
 //!   connections kept by address.
-//! * [`local`]: the same framed streams over a Unix socket.
+//! * [`local`]: the same framed streams over a Unix socket; [`same_machine`]: how two processes that
+//!   know each other by certificate change over to one.
 //!
 //! Invariants:
 //! 1. There is no listener without authentication, and no way to switch it off.
@@ -17,6 +18,7 @@ pub mod identity;
 pub mod lane;
 pub mod local;
 pub mod pool;
+pub mod same_machine;
 pub mod tcp;
 pub mod tls;
 

@@ -145,6 +145,7 @@ async fn greet(
     // Raft has no business on a local socket: heads know each other by certificate.
     let judge = |lane| match lane {
         Lane::Raft => Err("heads talk over quic".to_owned()),
+        Lane::SameMachine => Err("this is a local socket already".to_owned()),
         Lane::Control | Lane::Call | Lane::Bulk => Ok(()),
     };
     match accept_stream(stream, &cluster_id, judge).await {
@@ -179,7 +180,7 @@ pub async fn connect_local(
     Ok(stream)
 }
 
-fn check_peer(stream: &UnixStream, path: &Path) -> Result<LocalPeer, LocalError> {
+pub(crate) fn check_peer(stream: &UnixStream, path: &Path) -> Result<LocalPeer, LocalError> {
     let credentials = stream.peer_cred().map_err(|source| LocalError::Socket {
         action: "learn who is at",
         path: path.to_owned(),

@@ -30,7 +30,7 @@ impl LaneClass {
     #[must_use]
     pub const fn of(lane: Lane) -> Self {
         match lane {
-            Lane::Control | Lane::Raft | Lane::Call => LaneClass::Control,
+            Lane::Control | Lane::Raft | Lane::Call | Lane::SameMachine => LaneClass::Control,
             Lane::Bulk => LaneClass::Bulk,
         }
     }

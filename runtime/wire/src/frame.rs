@@ -127,6 +127,7 @@ impl FrameLimits {
     pub const fn of(lane: Lane) -> Self {
         match lane {
             Lane::Control => FrameLimits::CONTROL,
+            Lane::SameMachine => FrameLimits::HELLO,
             Lane::Raft => FrameLimits::RAFT,
             Lane::Call => FrameLimits::CALL,
             Lane::Bulk => FrameLimits::BULK,

@@ -26,6 +26,8 @@ pub enum Lane {
     Call = 3,
     /// Objects, snapshots, checkpoints, gradients.
     Bulk = 4,
+    /// Asks a host for a Unix socket to make calls over, where both are on one machine.
+    SameMachine = 5,
 }
 
 /// A lane number that this build does not know.
@@ -48,6 +50,7 @@ impl TryFrom<u8> for Lane {
             2 => Ok(Lane::Raft),
             3 => Ok(Lane::Call),
             4 => Ok(Lane::Bulk),
+            5 => Ok(Lane::SameMachine),
             number => Err(UnknownLane(number)),
         }
     }
@@ -60,6 +63,7 @@ impl fmt::Display for Lane {
             Lane::Raft => "raft",
             Lane::Call => "call",
             Lane::Bulk => "bulk",
+            Lane::SameMachine => "same-machine",
         })
     }
 }
@@ -186,6 +190,7 @@ mod tests {
             (Lane::Raft, 2),
             (Lane::Call, 3),
             (Lane::Bulk, 4),
+            (Lane::SameMachine, 5),
         ] {
             assert_eq!(codec::encode_plain(&lane), [number]);
             assert_eq!(codec::decode::<Lane>(&[number], 1).unwrap(), lane);

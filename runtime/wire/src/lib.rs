@@ -3,7 +3,7 @@
 //! * [`frame`]: the envelope of everything that is not gRPC; [`frame_queue`]: frames on their way
 //!   out; [`hello`]: how a stream begins.
 //! * [`session`]: worker agent and leader. [`host`]: agent and host process. [`call`]: calls of
-//!   actors.
+//!   actors; [`same_machine`]: how they change over to a Unix socket.
 //! * [`control`]: the gRPC control API, generated from `proto/mobula/v1/control.proto`;
 //!   [`convert`]: its messages to and from the types of `mobula-core`.
 //!
@@ -17,6 +17,7 @@ pub mod frame;
 pub mod frame_queue;
 pub mod hello;
 pub mod host;
+pub mod same_machine;
 pub mod session;
 
 pub use mobula_core::codec;
