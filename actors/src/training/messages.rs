@@ -11,14 +11,15 @@ use serde::{Deserialize, Serialize};
 
 use super::reduction::Partial;
 
-/// Grows with every change of who takes part: the driver's incarnation above, a count below. So a
-/// new driver outranks whatever an old one still sends.
+/// Grows with changes of who takes part: the driver's incarnation above, a count below. So a new
+/// driver outranks whatever an old one still sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 
 impl Epoch {
-    /// Changes of membership that one driver can number; far more than a job sees.
+    /// Changes of membership that one driver can number, as a power of two; past them the number
+    /// stands still, for a driver's epochs must never reach those of the next.
     const COUNT_BITS: u32 = 20;
 
     /// The first epoch of a driver's start.
@@ -30,7 +31,8 @@ impl Epoch {
     /// The next epoch of the same driver.
     #[must_use]
     pub fn next(self) -> Self {
-        Epoch(self.0 + 1)
+        let last = self.0 | ((1 << Self::COUNT_BITS) - 1);
+        Epoch((self.0 + 1).min(last))
     }
 
     /// The driver's start that it belongs to.
