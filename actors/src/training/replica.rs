@@ -153,13 +153,14 @@ impl Loaded {
                 ordered: step,
             });
         }
-        for root in new {
-            self.optimizer.step(&mut self.state, root).map_err(unfit)?;
-        }
+        let applied = new
+            .iter()
+            .try_for_each(|root| self.optimizer.step(&mut self.state, root).map(drop));
+        // Also where one was refused: the model must not stay behind those before it.
         if !new.is_empty() {
             self.model.load_flat(&self.state.params).map_err(unfit)?;
         }
-        Ok(())
+        applied.map_err(unfit)
     }
 }
 
@@ -262,6 +263,25 @@ mod tests {
     }
 
     #[test]
+    fn a_refused_update_leaves_model_and_state_at_the_same_step() {
+        let spec = spec();
+        let (mut a, mut b) = (Replica::new(spec.clone()), Replica::new(spec.clone()));
+        a.prepare(Epoch(1), None).unwrap();
+        b.prepare(Epoch(1), None).unwrap();
+        let good = root(&spec, vec![a.step(&order(1, 0, vec![], 0..4)).unwrap()]);
+        let mut bad = good.clone();
+        bad.grads[0] = f32::NAN;
+        let error = b
+            .step(&order(1, 2, vec![good.clone(), bad], 0..1))
+            .unwrap_err();
+        assert!(error.to_string().contains("not finite"), "{error}");
+        assert_eq!(b.held().unwrap().step, 1);
+        let b = b.step(&order(1, 1, vec![], 0..4)).unwrap();
+        let a = a.step(&order(1, 1, vec![good], 0..4)).unwrap();
+        assert_eq!(a, b);
+    }
+
+    #[test]
     fn stale_unprepared_and_unfit_are_told_apart() {
         let mut replica = Replica::new(spec());
         let error = replica.step(&order(5, 0, vec![], 0..1)).unwrap_err();
@@ -299,7 +319,12 @@ mod tests {
 
     #[test]
     fn a_newer_driver_outranks_every_epoch_of_an_older_one() {
-        let old = Epoch::first_of(7).next().next();
+        let mut old = Epoch::first_of(7);
+        for _ in 0..1 << 20 {
+            let next = old.next();
+            assert!(next >= old);
+            old = next;
+        }
         assert!(Epoch::first_of(8) > old);
         assert_eq!(old.driver_incarnation(), 7);
     }
