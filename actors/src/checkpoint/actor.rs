@@ -281,9 +281,13 @@ fn reference(checkpoint: &CheckpointRef) -> Result<ManifestRef, CheckpointError>
 fn head_error(error: &mobula::Error) -> CheckpointError {
     match error.code() {
         Some(ErrorCode::Fenced) => CheckpointError::Fenced(error.to_string()),
-        Some(ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Overloaded) => {
-            CheckpointError::Unavailable(error.to_string())
-        }
+        // Also a session that the head forgot: every command here may be sent twice.
+        Some(
+            ErrorCode::Unavailable
+            | ErrorCode::DeadlineExceeded
+            | ErrorCode::Overloaded
+            | ErrorCode::SessionExpired,
+        ) => CheckpointError::Unavailable(error.to_string()),
         _ => CheckpointError::Refused(error.to_string()),
     }
 }
@@ -302,7 +306,53 @@ fn save_error(error: &SaveError) -> CheckpointError {
 
 fn load_error(error: &LoadError) -> CheckpointError {
     match error {
-        LoadError::TooLarge { .. } => CheckpointError::Refused(error.to_string()),
-        _ => CheckpointError::Unavailable(error.to_string()),
+        // What is gone by now can be written again.
+        LoadError::Blob(_) | LoadError::Missing { .. } => {
+            CheckpointError::Unavailable(error.to_string())
+        }
+        // What is damaged stays so under this incarnation's name: waiting would never end.
+        LoadError::Damaged { .. } | LoadError::TooLarge { .. } => {
+            CheckpointError::Refused(error.to_string())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_may_pass_is_waited_for() {
+        let path = || "manifest/job-1/000000000010-7.json".to_owned();
+        let damaged = LoadError::Damaged {
+            path: path(),
+            reason: "it is cut off".to_owned(),
+        };
+        let judged = load_error(&damaged);
+        assert!(matches!(judged, CheckpointError::Refused(_)), "{judged}");
+        let judged = load_error(&LoadError::Missing { path: path() });
+        assert!(
+            matches!(judged, CheckpointError::Unavailable(_)),
+            "{judged}"
+        );
+        let refusal = |code| mobula::Error::Control {
+            operation: "commit".to_owned(),
+            code,
+            message: "no".to_owned(),
+            executed: mobula_core::error::Executed::Unknown,
+        };
+        for code in [
+            ErrorCode::Unavailable,
+            ErrorCode::Overloaded,
+            ErrorCode::SessionExpired,
+        ] {
+            let judged = head_error(&refusal(code));
+            assert!(
+                matches!(judged, CheckpointError::Unavailable(_)),
+                "{judged}"
+            );
+        }
+        let judged = head_error(&refusal(ErrorCode::PermissionDenied));
+        assert!(matches!(judged, CheckpointError::Refused(_)), "{judged}");
     }
 }

@@ -54,9 +54,15 @@ impl PublishVersionError {
             | PublishVersionError::File(VersionFileError::Store(_))
             | PublishVersionError::Publish(PublishError::File(VersionFileError::Store(_))) => true,
             PublishVersionError::Publish(PublishError::Register(error)) => {
+                // Registering the same version again is the same version.
                 matches!(
                     error.code(),
-                    Some(ErrorCode::Unavailable | ErrorCode::Overloaded)
+                    Some(
+                        ErrorCode::Unavailable
+                            | ErrorCode::DeadlineExceeded
+                            | ErrorCode::Overloaded
+                            | ErrorCode::SessionExpired
+                    )
                 )
             }
             _ => false,
