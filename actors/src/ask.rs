@@ -6,8 +6,9 @@ use mobula_core::control::ModuleId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The largest answer of a module.
-const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// The largest answer of a module, which is what one message of the control API holds. Lists that
+/// may be longer come in pages.
+const ANSWER_BYTES_MAX: usize = 5 * 1024 * 1024;
 
 /// Asks a module; `operation` says in errors what for.
 pub(crate) async fn query<Q: Serialize, A: DeserializeOwned>(

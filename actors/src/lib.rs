@@ -15,6 +15,7 @@ pub mod serving;
 pub mod training;
 
 mod ask;
+mod name;
 mod payload;
 mod plug;
 pub mod storage;

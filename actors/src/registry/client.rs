@@ -52,17 +52,36 @@ pub async fn register(cluster: &Cluster, new: NewVersion) -> mobula::Result<Mode
     ask::answer(&answer)
 }
 
-/// The newest version of every model.
+/// The newest version of every model, by name.
 pub async fn list(cluster: &Cluster) -> mobula::Result<Vec<ModelVersion>> {
-    ask::query(cluster, ModuleId::REGISTRY, "list models", &Query::List).await
+    let mut models: Vec<ModelVersion> = Vec::new();
+    loop {
+        let after = models.last().map(|last| last.description.model.clone());
+        let query = Query::List { after };
+        let page: Vec<ModelVersion> =
+            ask::query(cluster, ModuleId::REGISTRY, "list models", &query).await?;
+        if page.is_empty() {
+            return Ok(models);
+        }
+        models.extend(page);
+    }
 }
 
 /// All versions of a model, oldest first.
 pub async fn versions(cluster: &Cluster, model: &str) -> mobula::Result<Vec<ModelVersion>> {
-    let query = Query::Versions {
-        model: model.to_owned(),
-    };
-    ask::query(cluster, ModuleId::REGISTRY, "look up a model", &query).await
+    let mut versions: Vec<ModelVersion> = Vec::new();
+    loop {
+        let query = Query::Versions {
+            model: model.to_owned(),
+            after: versions.last().map_or(0, |last| last.version),
+        };
+        let page: Vec<ModelVersion> =
+            ask::query(cluster, ModuleId::REGISTRY, "look up a model", &query).await?;
+        if page.is_empty() {
+            return Ok(versions);
+        }
+        versions.extend(page);
+    }
 }
 
 /// One version of a model; the newest if `version` is absent.

@@ -33,14 +33,22 @@ const BY_DIGEST: Table = Table {
 /// The largest command or question.
 const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
 
-/// Versions that a model may have: a row has a few KiB, so 40 MiB a model at the very most.
+/// Versions that a model may have: a row has a KiB or two and 15 KiB at the most, so 150 MiB a
+/// model at the very most.
 const VERSIONS_MAX: u64 = 10_000;
 
 /// Models: the bound on a list of all of them.
 const MODELS_MAX: usize = 1_000;
 
-/// The longest name of a model; it is a part of URLs and file names.
-const NAME_BYTES_MAX: usize = 64;
+/// The largest specification that is kept of a training job; ours have less than one KiB.
+const TRAINING_JSON_BYTES_MAX: usize = 8 * 1024;
+
+/// Metrics of a version, and the longest name of one in bytes.
+const METRICS_MAX: usize = 64;
+const METRIC_NAME_BYTES_MAX: usize = 64;
+
+/// Versions in one answer: 4 MiB at the most, which the control API carries.
+const PAGE_ROWS: usize = 256;
 
 /// A change to the registry. Append-only: positions are tags.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,12 +92,19 @@ pub struct ModelVersion {
 /// A question. Append-only: positions are tags.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Query {
-    /// The newest version of every model. Answer: `Vec<ModelVersion>`.
-    List,
-    /// All versions of a model, oldest first. Answer: `Vec<ModelVersion>`.
+    /// The newest version of each model, by name, a page of them. Answer: `Vec<ModelVersion>`,
+    /// empty after the last.
+    List {
+        /// Only models with a larger name.
+        after: Option<String>,
+    },
+    /// The versions of a model, oldest first, a page of them. Answer: `Vec<ModelVersion>`, empty
+    /// after the last.
     Versions {
         /// The model.
         model: String,
+        /// Only larger ones; 0 for all.
+        after: u64,
     },
     /// One version. Answer: [`ModelVersion`].
     Version {
@@ -171,24 +186,36 @@ fn register(
 }
 
 fn check(new: &NewVersion) -> Result<(), Rejection> {
-    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-    if new.model.is_empty() || new.model.len() > NAME_BYTES_MAX || !new.model.bytes().all(is_plain)
-    {
-        return Err(Rejection::invalid(format!(
-            "`{}` cannot name a model: use 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`",
-            new.model
-        )));
-    }
+    crate::name::check("a model", &new.model)?;
     let digests = [
         ("digest", &new.digest),
         ("weights_blake3", &new.weights_blake3),
+        ("dataset_blake3", &new.dataset_blake3),
     ];
     for (field, value) in digests {
-        if value.len() != 64 || !value.bytes().all(|b| b.is_ascii_hexdigit()) {
+        // Lower case only: a file's name is its digest, letter by letter.
+        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if value.len() != 64 || !value.bytes().all(is_digit) {
+            let shown: String = value.chars().take(80).collect();
             return Err(Rejection::invalid(format!(
-                "{field} is `{value}`: expected 64 hexadecimal digits"
+                "{field} is `{shown}`: expected 64 lower-case hexadecimal digits"
             )));
         }
+    }
+    let size = new.training_json.len();
+    if size > TRAINING_JSON_BYTES_MAX {
+        return Err(Rejection::invalid(format!(
+            "training_json has {size} bytes, the limit is {TRAINING_JSON_BYTES_MAX}: register what \
+             decides the training, not its course"
+        )));
+    }
+    let longest = new.metrics.keys().map(String::len).max().unwrap_or(0);
+    if new.metrics.len() > METRICS_MAX || longest > METRIC_NAME_BYTES_MAX {
+        return Err(Rejection::invalid(format!(
+            "{} metrics with names of up to {longest} bytes, the limits are {METRICS_MAX} and \
+             {METRIC_NAME_BYTES_MAX}: register fewer, or shorten their names",
+            new.metrics.len()
+        )));
     }
     Ok(())
 }
@@ -221,19 +248,24 @@ impl StateModule for Registry {
         payload: &[u8],
     ) -> Result<Vec<u8>, Rejection> {
         Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
-            Query::List => {
-                let newest = row::all::<u64>(reader, NEWEST, &[]);
-                let versions = newest.into_iter().filter_map(|(model, version)| {
-                    let model = String::from_utf8(model).ok()?;
-                    find(reader, &model, Some(version)).ok()
+            Query::List { after } => {
+                let after = after.as_deref().map(str::as_bytes);
+                let newest = reader.scan(NEWEST, &[], after, PAGE_ROWS);
+                let versions = newest.into_iter().map(|(model, _)| {
+                    let model = String::from_utf8(model).expect("a model's name is ASCII");
+                    find(reader, &model, None).expect("the newest version of a model exists")
                 });
                 codec::encode_plain(&versions.collect::<Vec<ModelVersion>>())
             }
-            Query::Versions { model } => {
+            Query::Versions { model, after } => {
                 find(reader, &model, None)?;
                 let prefix = [model.as_bytes(), &[0]].concat();
-                let rows = row::all::<ModelVersion>(reader, VERSIONS, &prefix);
-                codec::encode_plain(&rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>())
+                let after = version_key(&model, after);
+                let rows = reader.scan(VERSIONS, &prefix, Some(&after), PAGE_ROWS);
+                let versions = rows
+                    .iter()
+                    .map(|(_, bytes)| row::from_bytes(VERSIONS, bytes));
+                codec::encode_plain(&versions.collect::<Vec<ModelVersion>>())
             }
             Query::Version { model, version } => {
                 codec::encode_plain(&find(reader, &model, version)?)
@@ -322,11 +354,82 @@ mod tests {
                 .message
                 .contains("cannot name a model")
         );
-        assert!(
-            apply(&mut txn, new_version('z'))
-                .unwrap_err()
-                .message
-                .contains("hexadecimal")
+        for digest in ['z', 'A'] {
+            let error = apply(&mut txn, new_version(digest)).unwrap_err();
+            assert!(error.message.contains("lower-case hexadecimal"), "{error}");
+        }
+    }
+
+    #[test]
+    fn nothing_of_a_version_is_unbounded() {
+        let mut txn = MemoryTables::default();
+        let metric = |name: String| BTreeMap::from([(name, 1.0)]);
+        let cases = [
+            (
+                NewVersion {
+                    training_json: "x".repeat(8 * 1024 + 1),
+                    ..new_version('1')
+                },
+                "training_json has 8193 bytes",
+            ),
+            (
+                NewVersion {
+                    metrics: metric("x".repeat(65)),
+                    ..new_version('1')
+                },
+                "names of up to 65 bytes",
+            ),
+            (
+                NewVersion {
+                    dataset_blake3: "b".repeat(100_000),
+                    ..new_version('1')
+                },
+                "dataset_blake3 is",
+            ),
+        ];
+        for (new, expected) in cases {
+            let error = apply(&mut txn, new).unwrap_err();
+            assert!(error.message.contains(expected), "{error}");
+            assert!(error.message.len() < 300, "{error}");
+        }
+    }
+
+    #[test]
+    fn lists_come_in_pages_that_the_api_carries() {
+        let mut txn = MemoryTables::default();
+        let count = PAGE_ROWS as u64 + 10;
+        for number in 0..count {
+            let mut new = new_version('1');
+            new.digest = format!("{number:064x}");
+            new.training_json = "x".repeat(TRAINING_JSON_BYTES_MAX);
+            apply(&mut txn, new.clone()).unwrap();
+            new.model = format!("m{number:04}");
+            apply(&mut txn, new).unwrap();
+        }
+        let ask = |query: &Query| -> Vec<ModelVersion> {
+            let bytes = Registry
+                .query(&txn, 0, &codec::encode_plain(query))
+                .unwrap();
+            assert!(bytes.len() < 4 << 20, "{} bytes", bytes.len());
+            codec::decode(&bytes, 4 << 20).unwrap()
+        };
+        let versions = |after| {
+            ask(&Query::Versions {
+                model: "digits".into(),
+                after,
+            })
+        };
+        let first = versions(0);
+        let last = first.last().unwrap().version;
+        assert_eq!((first.len(), last), (PAGE_ROWS, PAGE_ROWS as u64));
+        assert_eq!(versions(last).last().unwrap().version, count);
+        assert_eq!(versions(count), []);
+        let first = ask(&Query::List { after: None });
+        let last = first.last().unwrap().description.model.clone();
+        let rest = ask(&Query::List { after: Some(last) });
+        assert_eq!(
+            (first.len(), first.len() + rest.len()),
+            (PAGE_ROWS, count as usize + 1)
         );
     }
 

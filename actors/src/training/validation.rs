@@ -5,6 +5,7 @@
 use super::layout::{LAYERS_MAX, Layout, ModelSpec, WIDTH_MAX};
 use super::optimizer::OptimizerSpec;
 use super::spec::{TrainSpec, WorkerRange};
+use crate::name;
 
 /// Virtual shards, at most: finer division only adds buffers and messages to a step.
 pub const VIRTUAL_SHARDS_MAX: u32 = 256;
@@ -43,6 +44,13 @@ impl TrainSpec {
                 && !self.name.starts_with('-'),
             format!("a name has 1 to {NAME_LEN_MAX} of a-z, 0-9 and -, and does not begin with -"),
             "choose another name",
+        )?;
+        check(
+            "register",
+            self.register.as_deref().unwrap_or_default(),
+            self.register.as_deref().is_none_or(name::is_valid),
+            format!("a model cannot be called that: {}", name::RULE),
+            "choose another name, or leave it out to store the version only",
         )?;
         check(
             "dataset",
@@ -261,6 +269,11 @@ mod tests {
                 "checkpoint_every_steps is 0",
             ),
             (with("dataset = \"\""), 1, "dataset is "),
+            (
+                with("register = \"my model\""),
+                1,
+                "register is my model: a model cannot be called that",
+            ),
             (
                 with("optimizer = { sgd = { momentum = 1.0 } }"),
                 1,
