@@ -31,9 +31,6 @@ const ENDPOINTS_MAX: usize = 1_000;
 /// Replicas of an endpoint.
 pub const REPLICAS_MAX: u32 = 64;
 
-/// The longest name of an endpoint; it is a part of URLs.
-const NAME_BYTES_MAX: usize = 64;
-
 /// An endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
@@ -55,7 +52,8 @@ pub struct Endpoint {
     pub deployed_ms: u64,
     /// Where it answers, `ip:port`; absent until its router says so.
     pub http_address: Option<String>,
-    /// The incarnation of the router that said so.
+    /// The incarnation of the router that said so; before, the log index of the deployment, which
+    /// routers of this endpoint are younger than and those of an earlier one of the name are not.
     pub router_incarnation: Incarnation,
     /// Whether it is being taken down.
     pub deleting: bool,
@@ -139,13 +137,7 @@ fn deploy(
     replicas: u32,
     token_hash: [u8; 32],
 ) -> Result<Endpoint, Rejection> {
-    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(is_plain) {
-        return Err(Rejection::invalid(format!(
-            "`{name}` cannot name an endpoint: use 1 to {NAME_BYTES_MAX} letters, digits, `-`, \
-             `_` and `.`"
-        )));
-    }
+    crate::name::check("an endpoint", &name)?;
     if replicas == 0 || replicas > REPLICAS_MAX {
         return Err(Rejection::invalid(format!(
             "{replicas} replicas are not possible: ask for 1 to {REPLICAS_MAX}"
@@ -153,14 +145,19 @@ fn deploy(
     }
     let version = registry::state::find(txn, model, version)?;
     if let Some(existing) = row::get::<Endpoint>(txn, ENDPOINTS, name.as_bytes()) {
-        return Err(Rejection::new(
-            ErrorCode::AlreadyExists,
+        let message = if existing.deleting {
+            format!(
+                "endpoint `{name}` is being taken down: deploy it again when `mobula serve list` \
+                 shows it no more"
+            )
+        } else {
             format!(
                 "endpoint `{name}` serves {}:{} already: delete it first with `mobula serve \
                  delete {name}`",
                 existing.model, existing.version
-            ),
-        ));
+            )
+        };
+        return Err(Rejection::new(ErrorCode::AlreadyExists, message));
     }
     if endpoints(txn).len() >= ENDPOINTS_MAX {
         return Err(Rejection::new(
@@ -178,7 +175,7 @@ fn deploy(
         token_hash,
         deployed_ms: context.now_ms,
         http_address: None,
-        router_incarnation: Incarnation(0),
+        router_incarnation: Incarnation(context.index),
         deleting: false,
     };
     row::put(txn, ENDPOINTS, name.as_bytes(), &endpoint);

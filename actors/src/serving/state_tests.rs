@@ -153,6 +153,30 @@ fn only_the_newest_router_says_where_an_endpoint_answers() {
 }
 
 #[test]
+fn a_router_of_an_earlier_endpoint_of_the_name_says_nothing_about_this_one() {
+    let mut head = Head::with_model();
+    head.deploy("digits", None, 1).unwrap();
+    head.reconcile();
+    // What a router that was cut off since then still has to say.
+    let late = Command::RouterReady {
+        endpoint: "digits".into(),
+        incarnation: Incarnation(head.index),
+        http_address: "127.0.0.1:9".into(),
+    };
+    head.serving(&Command::Delete {
+        endpoint: "digits".into(),
+    })
+    .unwrap();
+    let error = head.deploy("digits", None, 1).unwrap_err();
+    assert!(error.message.contains("being taken down"), "{error}");
+    while head.reconcile() > 0 {}
+    head.deploy("digits", None, 1).unwrap();
+    let error = head.serving(&late).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Fenced);
+    assert_eq!(find(&head.tables, "digits").unwrap().http_address, None);
+}
+
+#[test]
 fn what_cannot_be_deployed_is_refused_with_the_reason() {
     let mut head = Head::with_model();
     for (name, version, replicas, expected) in [
