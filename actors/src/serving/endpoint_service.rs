@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::batcher::BatchAnswer;
 use super::feed::{Feed, Observation};
 use super::fleet::{BATCH_ROWS_MAX, Backend, Fleet, Prediction};
-use super::http::{InferenceService, ServiceFuture};
+use super::http::{BodyLimits, InferenceService, ServiceFuture};
 use super::oip::{
     Datatype, DecodeError, InferRequest, InferResponse, ModelMetadata, OipError, Parameters,
     ServerMetadata, Tensor, TensorData, TensorMetadata,
@@ -27,6 +27,17 @@ pub const INPUT: &str = "image";
 pub const PROBABILITIES: &str = "probabilities";
 /// The output with the most probable class.
 pub const CLASS: &str = "class";
+
+/// What a value takes in a JSON body: a number of 17 digits with sign and exponent, and the white space of a printer that
+/// puts each on a line of its own.
+const VALUE_TEXT_BYTES: usize = 64;
+
+/// The bodies that an endpoint reads: a full batch as JSON, and what is around it. A thousand connections can so be made
+/// to hold a gigabyte.
+pub const BODY_LIMITS: BodyLimits = BodyLimits {
+    max_bytes: BATCH_ROWS_MAX * FEATURES * VALUE_TEXT_BYTES + 64 * 1024,
+    timeout: Duration::from_secs(20),
+};
 
 /// Answers the protocol for one endpoint.
 pub struct EndpointService<B> {

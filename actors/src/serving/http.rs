@@ -2,12 +2,13 @@
 //!
 //! 1. Every answer that is not a success has a JSON body `{"error": "<text>"}`, whatever went wrong and wherever.
 //! 2. The token is checked before anything else of a request is read, the model before its body.
-//! 3. A body is bounded, and so is what it inflates to. Large bodies are decoded off the async threads.
+//! 3. A body is bounded in size and time, and so is what it inflates to. Large bodies are decoded off the async threads.
 //! 4. A service sees only requests that fit the metadata it gave.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
@@ -28,9 +29,15 @@ use super::oip::{
 };
 use super::statistics::ModelStatistics;
 
-/// Bytes a request body may have, before and after inflating: 64 MiB holds a batch of 128 images of 224×224×3 FP32
-/// pixels with room to spare, while a thousand connections cannot be made to hold more than the machine has.
-pub const DEFAULT_MAX_BODY_BYTES: usize = 64 << 20;
+/// What a request's body may take. Every connection may be made to hold as much, so the model decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BodyLimits {
+    /// Bytes, before and after inflating; above them a request is answered with 413.
+    pub max_bytes: usize,
+    /// From the request's head to the body's last byte; past it a request is answered with 408. A client that stalls
+    /// would keep one of the server's connections for ever.
+    pub timeout: Duration,
+}
 
 /// Bodies from this size on are decoded on the blocking pool: below, the hand-over costs more than the work.
 const OFFLOAD_MIN_BYTES: usize = 256 << 10;
@@ -79,24 +86,19 @@ pub trait InferenceService: Send + Sync + 'static {
 struct Front {
     service: Arc<dyn InferenceService>,
     auth: BearerAuth,
-    max_body_bytes: usize,
+    body: BodyLimits,
 }
 
-/// The protocol's routes with the default body limit.
-pub fn oip_router(service: Arc<dyn InferenceService>, auth: BearerAuth) -> Router {
-    oip_router_with_body_limit(service, auth, DEFAULT_MAX_BODY_BYTES)
-}
-
-/// The protocol's routes; bodies above the limit, compressed or not, are answered with 413.
-pub fn oip_router_with_body_limit(
+/// The protocol's routes.
+pub fn oip_router(
     service: Arc<dyn InferenceService>,
     auth: BearerAuth,
-    max_body_bytes: usize,
+    body: BodyLimits,
 ) -> Router {
     let front = Front {
         service,
         auth,
-        max_body_bytes,
+        body,
     };
     let mut router = Router::new()
         .route("/v2", get(server_metadata))
@@ -116,7 +118,7 @@ pub fn oip_router_with_body_limit(
     router
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
-        .layer(DefaultBodyLimit::max(max_body_bytes))
+        .layer(DefaultBodyLimit::max(body.max_bytes))
         // Outermost, so that it also guards the addresses that do not exist.
         .layer(from_fn_with_state(front.clone(), authenticate))
         .with_state(front)
@@ -235,8 +237,8 @@ async fn infer(
     let version = at.version.as_deref();
     let metadata = front.service.model_metadata(&at.model, version).await?;
     let answer_encoding = compression::accepted(request.headers());
-    let (body, headers) = read_body(request, front.max_body_bytes).await?;
-    let max_body_bytes = front.max_body_bytes;
+    let (body, headers) = read_body(request, front.body).await?;
+    let max_body_bytes = front.body.max_bytes;
     let request = off_async_threads(body.len(), move || {
         let body = compression::inflate(&headers, body, max_body_bytes)?;
         let request = match json_length(&headers, body.len())? {
@@ -268,24 +270,23 @@ async fn infer(
     .await
 }
 
-async fn read_body(
-    request: Request,
-    max_body_bytes: usize,
-) -> Result<(Bytes, HeaderMap), OipError> {
+async fn read_body(request: Request, limits: BodyLimits) -> Result<(Bytes, HeaderMap), OipError> {
     use axum::extract::FromRequest;
     let headers = request.headers().clone();
-    let body = Bytes::from_request(request, &())
-        .await
-        .map_err(|rejection| match rejection {
-            BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
-                OipError::BodyTooLarge {
-                    limit_bytes: max_body_bytes as u64,
-                }
+    let reading = tokio::time::timeout(limits.timeout, Bytes::from_request(request, &()));
+    let read = reading.await.map_err(|_| OipError::BodyTimeout {
+        limit_ms: u64::try_from(limits.timeout.as_millis()).unwrap_or(u64::MAX),
+    })?;
+    let body = read.map_err(|rejection| match rejection {
+        BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
+            OipError::BodyTooLarge {
+                limit_bytes: limits.max_bytes as u64,
             }
-            other => OipError::BodyUnreadable {
-                reason: other.to_string(),
-            },
-        })?;
+        }
+        other => OipError::BodyUnreadable {
+            reason: other.to_string(),
+        },
+    })?;
     Ok((body, headers))
 }
 
@@ -375,6 +376,9 @@ impl IntoResponse for OipError {
     }
 }
 
+#[cfg(test)]
+#[path = "http_fixture.rs"]
+mod fixture;
 #[cfg(test)]
 #[path = "http_tests.rs"]
 mod tests;

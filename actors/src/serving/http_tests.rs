@@ -1,248 +1,16 @@
 //! The protocol against a real server on a loopback socket.
 
 use std::io::Write;
-use std::sync::Mutex;
+use std::time::Duration;
 
-use reqwest::{Client, Method, RequestBuilder, StatusCode};
-use tokio::net::TcpListener;
-use tokio::sync::{Notify, oneshot};
-use tokio::task::JoinHandle;
+use reqwest::{Client, Method, StatusCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
-use super::super::oip::{
-    Datatype, Parameters, RequestedOutput, Tensor, TensorData, TensorMetadata, decode_response,
-    encode_request,
-};
-use super::super::server::{ServeSummary, serve};
-use super::super::statistics::RequestTimes;
+use super::super::oip::{Parameters, RequestedOutput, TensorData, encode_request};
+use super::super::server::ServeSummary;
+use super::fixture::{BODY_LIMIT, decode, json_body, request, start, start_with_body_timeout};
 use super::*;
-
-/// A model `double` that doubles `x` FP32[-1,2] into `y` and greets with `text`; a model `slow` that waits to be told;
-/// `full` and `down` that are always so.
-#[derive(Default)]
-struct Doubler {
-    statistics: Mutex<ModelStatistics>,
-    slow_started: Notify,
-    slow_may_finish: Notify,
-}
-
-impl Doubler {
-    fn metadata(&self, model: &str, version: Option<&str>) -> Result<ModelMetadata, OipError> {
-        if !["double", "slow", "full", "down"].contains(&model) {
-            return Err(OipError::UnknownModel {
-                model: model.to_owned(),
-            });
-        }
-        if let Some(version) = version.filter(|version| *version != "1") {
-            let (model, version) = (model.to_owned(), version.to_owned());
-            return Err(OipError::UnknownVersion {
-                model,
-                version,
-                served: vec!["1".to_owned()],
-            });
-        }
-        let tensor = |name: &str, datatype, shape: &[i64]| TensorMetadata {
-            name: name.to_owned(),
-            datatype,
-            shape: shape.to_vec(),
-        };
-        Ok(ModelMetadata {
-            name: model.to_owned(),
-            versions: vec!["1".to_owned()],
-            platform: "test".to_owned(),
-            max_batch_size: 4_096,
-            inputs: vec![tensor("x", Datatype::Fp32, &[-1, 2])],
-            outputs: vec![
-                tensor("y", Datatype::Fp32, &[-1, 2]),
-                tensor("text", Datatype::Bytes, &[-1]),
-            ],
-        })
-    }
-
-    fn double(&self, model: &str, request: &InferRequest) -> InferResponse {
-        let x = request.input("x").unwrap();
-        let TensorData::Fp32(values) = x.data() else {
-            unreachable!("validated")
-        };
-        let rows = x.shape()[0];
-        let doubled = TensorData::Fp32(values.iter().map(|value| value * 2.0).collect());
-        let text = TensorData::Bytes(vec!["grüezi".into(); rows as usize]);
-        let zero = std::time::Duration::ZERO;
-        let times = RequestTimes {
-            queue: zero,
-            compute_input: zero,
-            compute_infer: zero,
-            compute_output: zero,
-        };
-        self.statistics
-            .lock()
-            .unwrap()
-            .record_success(rows, times, 1);
-        InferResponse {
-            model_name: model.to_owned(),
-            model_version: "1".to_owned(),
-            outputs: vec![
-                Tensor::new("y", x.shape().to_vec(), doubled).unwrap(),
-                Tensor::new("text", vec![rows], text).unwrap(),
-            ],
-            ..InferResponse::default()
-        }
-    }
-}
-
-impl InferenceService for Doubler {
-    fn server_metadata(&self) -> ServerMetadata {
-        ServerMetadata {
-            name: "mobula".to_owned(),
-            version: "0".to_owned(),
-            extensions: vec!["binary_tensor_data".to_owned()],
-        }
-    }
-
-    fn server_ready(&self) -> ServiceFuture<'_, ()> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn model_metadata<'a>(
-        &'a self,
-        model: &'a str,
-        version: Option<&'a str>,
-    ) -> ServiceFuture<'a, ModelMetadata> {
-        Box::pin(async move { self.metadata(model, version) })
-    }
-
-    fn model_ready<'a>(
-        &'a self,
-        model: &'a str,
-        version: Option<&'a str>,
-    ) -> ServiceFuture<'a, ()> {
-        Box::pin(async move {
-            self.metadata(model, version)?;
-            if model == "down" {
-                let reason = "no replica runs".to_owned();
-                return Err(OipError::NotReady {
-                    model: model.to_owned(),
-                    reason,
-                });
-            }
-            Ok(())
-        })
-    }
-
-    fn model_statistics<'a>(
-        &'a self,
-        model: &'a str,
-        version: Option<&'a str>,
-    ) -> ServiceFuture<'a, (String, ModelStatistics)> {
-        Box::pin(async move {
-            self.metadata(model, version)?;
-            Ok(("1".to_owned(), self.statistics.lock().unwrap().clone()))
-        })
-    }
-
-    fn infer<'a>(
-        &'a self,
-        model: &'a str,
-        _version: Option<&'a str>,
-        request: InferRequest,
-    ) -> ServiceFuture<'a, InferResponse> {
-        Box::pin(async move {
-            if model == "full" {
-                return Err(OipError::Overloaded {
-                    queued: 8,
-                    limit: 8,
-                });
-            }
-            if model == "slow" {
-                self.slow_started.notify_one();
-                self.slow_may_finish.notified().await;
-            }
-            Ok(self.double(model, &request))
-        })
-    }
-}
-
-struct Server {
-    service: Arc<Doubler>,
-    client: Client,
-    base: String,
-    stop: oneshot::Sender<()>,
-    task: JoinHandle<ServeSummary>,
-}
-
-const BODY_LIMIT: usize = 100_000;
-
-async fn start() -> Server {
-    let service = Arc::new(Doubler::default());
-    let auth = BearerAuth::with_token("secret");
-    let as_service: Arc<dyn InferenceService> = Arc::<Doubler>::clone(&service);
-    let router = oip_router_with_body_limit(as_service, auth, BODY_LIMIT);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let base = format!("http://{}", listener.local_addr().unwrap());
-    let (stop, stopped) = oneshot::channel();
-    let shutdown = async {
-        let _ = stopped.await;
-    };
-    let task = tokio::spawn(async { serve(listener, router, shutdown).await.unwrap() });
-    Server {
-        service,
-        client: Client::new(),
-        base,
-        stop,
-        task,
-    }
-}
-
-impl Server {
-    fn call(&self, method: Method, path: &str) -> RequestBuilder {
-        self.client
-            .request(method, format!("{}{path}", self.base))
-            .bearer_auth("secret")
-    }
-
-    async fn get_json(&self, path: &str) -> Value {
-        let response = self.call(Method::GET, path).send().await.unwrap();
-        assert_eq!(response.status(), StatusCode::OK, "{path}");
-        assert_eq!(response.headers()["content-type"], "application/json");
-        response.json().await.unwrap()
-    }
-
-    /// The error text of a call; every failure has a JSON body.
-    async fn error_of(&self, call: RequestBuilder, status: u16) -> String {
-        let response = call.send().await.unwrap();
-        assert_eq!(response.status().as_u16(), status);
-        let body: Value = response.json().await.expect("a JSON body");
-        body["error"].as_str().expect("an error text").to_owned()
-    }
-
-    fn infer(&self, model: &str, body: impl Into<reqwest::Body>) -> RequestBuilder {
-        // No Content-Type, as tritonclient does it.
-        self.call(Method::POST, &format!("/v2/models/{model}/infer"))
-            .body(body)
-    }
-}
-
-fn request(rows: u64) -> InferRequest {
-    let values = (0..rows * 2).map(|value| value as f32).collect();
-    let x = Tensor::new("x", vec![rows, 2], TensorData::Fp32(values)).unwrap();
-    InferRequest {
-        id: Some("r1".to_owned()),
-        inputs: vec![x],
-        ..InferRequest::default()
-    }
-}
-
-fn json_body(rows: u64) -> Vec<u8> {
-    encode_request(&request(rows), false).unwrap().bytes
-}
-
-async fn decode(response: reqwest::Response) -> InferResponse {
-    assert_eq!(response.status(), StatusCode::OK);
-    let header = response.headers().get("inference-header-content-length");
-    let length = header.map(|value| value.to_str().unwrap().parse().unwrap());
-    let is_binary = response.headers()["content-type"] == "application/octet-stream";
-    assert_eq!(is_binary, length.is_some());
-    decode_response(&response.bytes().await.unwrap(), length).unwrap()
-}
 
 #[tokio::test]
 async fn metadata_health_and_statistics() {
@@ -521,4 +289,23 @@ async fn shutdown_finishes_what_is_in_flight_and_refuses_the_rest() {
             aborted_connections: 0
         }
     );
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_ends_its_request() {
+    let server = start_with_body_timeout(Duration::from_millis(50)).await;
+    let address = server.base.strip_prefix("http://").unwrap();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let head = "POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n\
+                Content-Length: 100\r\n\r\n{\"inputs\"";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // The server says why, and gives the connection up.
+    let mut answer = String::new();
+    let reading = stream.read_to_string(&mut answer);
+    tokio::time::timeout(Duration::from_secs(30), reading)
+        .await
+        .expect("the connection is closed")
+        .unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    assert!(answer.contains("did not arrive within 50 ms"), "{answer}");
 }

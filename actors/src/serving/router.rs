@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 
 use super::auth::BearerAuth;
 use super::controller::{monitor_name, replica_name};
-use super::endpoint_service::EndpointService;
+use super::endpoint_service::{BODY_LIMITS, EndpointService};
 use super::feed::{FeedReader, feed};
 use super::fleet::{BATCH_TIMEOUT, Backend, BackendFailure, Berth, Fleet};
 use super::http::oip_router;
@@ -168,7 +168,8 @@ impl Running {
         let mut server = JoinSet::new();
         let context = ctx.clone();
         server.spawn(async move {
-            if let Err(error) = server::serve(listener, oip_router(service, auth), shutdown).await {
+            let routes = oip_router(service, auth, BODY_LIMITS);
+            if let Err(error) = server::serve(listener, routes, shutdown).await {
                 context.fail(error.to_string());
             }
         });

@@ -400,6 +400,14 @@ pub enum OipError {
         /// The model's words.
         reason: String,
     },
+    /// The body did not arrive in time.
+    #[error(
+        "the request body did not arrive within {limit_ms} ms: send smaller batches, or look at the connection"
+    )]
+    BodyTimeout {
+        /// The limit, in milliseconds.
+        limit_ms: u64,
+    },
 }
 
 impl OipError {
@@ -416,6 +424,7 @@ impl OipError {
                 404
             }
             Self::MethodNotAllowed { .. } => 405,
+            Self::BodyTimeout { .. } => 408,
             Self::BodyTooLarge { .. } => 413,
             Self::UnsupportedEncoding { .. } => 415,
             Self::NotReady { .. }
