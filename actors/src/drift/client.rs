@@ -11,11 +11,20 @@ pub async fn monitors(
     cluster: &Cluster,
     endpoint: Option<&str>,
 ) -> mobula::Result<Vec<MonitorStatus>> {
-    let operation = "list monitors";
-    let query = Query::Monitors {
-        endpoint: endpoint.map(str::to_owned),
-    };
-    ask::query(cluster, ModuleId::DRIFT, operation, &query).await
+    let mut monitors: Vec<MonitorStatus> = Vec::new();
+    loop {
+        let query = Query::Monitors {
+            endpoint: endpoint.map(str::to_owned),
+            after: monitors.last().map(|last| last.endpoint.clone()),
+        };
+        let page: Vec<MonitorStatus> =
+            ask::query(cluster, ModuleId::DRIFT, "list monitors", &query).await?;
+        let is_last = page.is_empty() || endpoint.is_some();
+        monitors.extend(page);
+        if is_last {
+            return Ok(monitors);
+        }
+    }
 }
 
 /// The drift events of an endpoint, oldest first.

@@ -1,9 +1,10 @@
 //! What monitors found, replicated: drift events and retrain suggestions.
 //!
 //! Invariants:
-//! 1. An event is raised when drift begins: not again for every window in which it goes on, and not
-//!    again when a report is repeated.
-//! 2. Both lists are bounded; the oldest goes first.
+//! 1. An event is raised when drift of a version begins: not again for every window in which it
+//!    goes on, whoever reports that, and not again when a report is repeated.
+//! 2. A suggestion is about the version that is watched: another version's monitor ends it.
+//! 3. Both lists are bounded; the oldest goes first.
 
 use mobula_core::codec;
 use mobula_core::control::{
@@ -37,6 +38,10 @@ pub const DRIFTED_MAX: usize = 64;
 /// Monitors whose findings are kept: as many as there can be endpoints. Past it the one that
 /// reported longest ago goes.
 const MONITORS_MAX: usize = 1_000;
+
+/// Monitors in one answer: with some 20 KiB each, well below what one message of the control API
+/// holds.
+const PAGE_ROWS: usize = 100;
 
 /// One statistic of something that drifted: a feature, or the predictions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -114,7 +119,7 @@ pub struct MonitorStatus {
     pub last: Report,
     /// When it was reported, in milliseconds since the Unix epoch.
     pub last_ms: u64,
-    /// What to do, if the last event has not been dealt with.
+    /// What to do about the version that is served, if it has drifted.
     pub retrain_suggestion: Option<RetrainSuggestion>,
 }
 
@@ -154,10 +159,13 @@ pub enum Command {
 /// A question. Append-only: positions are tags.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Query {
-    /// All monitors, or that of one endpoint. Answer: `Vec<MonitorStatus>`.
+    /// That of one endpoint, or all monitors, by endpoint, a page of them. Answer:
+    /// `Vec<MonitorStatus>`, of a list empty after the last.
     Monitors {
         /// Only that one.
         endpoint: Option<String>,
+        /// In a list, only those of endpoints with a larger name.
+        after: Option<String>,
     },
     /// Events of an endpoint, oldest first. Answer: `Vec<DriftEvent>`.
     Events {
@@ -188,8 +196,9 @@ fn report(context: &ApplyContext, txn: &mut dyn Txn, report: Report) -> Result<(
             )));
         }
     }
+    let is_same_version = |model: &str, version| model == report.model && version == report.version;
     let goes_on = before.as_ref().is_some_and(|before| {
-        before.last.drifts() && before.last.incarnation == report.incarnation
+        before.last.drifts() && is_same_version(&before.last.model, before.last.version)
     });
     if before.is_none() {
         make_room(txn);
@@ -201,7 +210,9 @@ fn report(context: &ApplyContext, txn: &mut dyn Txn, report: Report) -> Result<(
         events: before.as_ref().map_or(0, |b| b.events),
         last: report.clone(),
         last_ms: context.now_ms,
-        retrain_suggestion: before.and_then(|b| b.retrain_suggestion),
+        retrain_suggestion: before
+            .and_then(|before| before.retrain_suggestion)
+            .filter(|known| is_same_version(&known.model, known.version)),
     };
     if report.drifts() && !goes_on {
         status.events += 1;
@@ -285,12 +296,20 @@ impl StateModule for Drift {
         payload: &[u8],
     ) -> Result<Vec<u8>, Rejection> {
         Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
-            Query::Monitors { endpoint: None } => {
-                let rows = row::all::<MonitorStatus>(reader, MONITORS, &[]);
-                codec::encode_plain(&rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>())
+            Query::Monitors {
+                endpoint: None,
+                after,
+            } => {
+                let after = after.as_deref().map(str::as_bytes);
+                let rows = reader.scan(MONITORS, &[], after, PAGE_ROWS);
+                let monitors = rows
+                    .iter()
+                    .map(|(_, bytes)| row::from_bytes(MONITORS, bytes));
+                codec::encode_plain(&monitors.collect::<Vec<MonitorStatus>>())
             }
             Query::Monitors {
                 endpoint: Some(endpoint),
+                ..
             } => {
                 let row = row::get::<MonitorStatus>(reader, MONITORS, endpoint.as_bytes());
                 codec::encode_plain(&row.into_iter().collect::<Vec<_>>())
@@ -379,6 +398,26 @@ mod tests {
     }
 
     #[test]
+    fn a_monitor_that_starts_again_finds_no_new_drift_and_another_version_starts_afresh() {
+        let mut tables = MemoryTables::default();
+        apply(&mut tables, seen(1, 0, true)).unwrap();
+        apply(&mut tables, seen(2, 0, true)).unwrap();
+        assert_eq!(status(&tables).events, 1);
+        let trained_again = |window, drifts| Report {
+            version: 2,
+            ..seen(3, window, drifts)
+        };
+        apply(&mut tables, trained_again(0, false)).unwrap();
+        assert_eq!(status(&tables).retrain_suggestion, None);
+        apply(&mut tables, trained_again(1, true)).unwrap();
+        let now = status(&tables);
+        assert_eq!(
+            (now.events, now.retrain_suggestion.unwrap().version),
+            (2, 2)
+        );
+    }
+
+    #[test]
     fn an_older_start_of_the_monitor_is_fenced() {
         let mut tables = MemoryTables::default();
         apply(&mut tables, seen(2, 0, false)).unwrap();
@@ -390,9 +429,9 @@ mod tests {
     #[test]
     fn old_events_go() {
         let mut tables = MemoryTables::default();
-        // Each start of the monitor finds it anew.
-        for incarnation in 1..=EVENTS_MAX + 5 {
-            apply(&mut tables, seen(incarnation, 0, true)).unwrap();
+        for round in 0..EVENTS_MAX + 5 {
+            apply(&mut tables, seen(1, 2 * round, true)).unwrap();
+            apply(&mut tables, seen(1, 2 * round + 1, false)).unwrap();
         }
         let prefix = [b"digits".as_slice(), &[0]].concat();
         let events = row::all::<DriftEvent>(&tables, EVENTS, &prefix);
@@ -438,10 +477,22 @@ mod tests {
                 )
                 .unwrap();
         }
-        assert_eq!(
-            row::all::<MonitorStatus>(&tables, MONITORS, &[]).len(),
-            MONITORS_MAX
-        );
+        let mut listed: Vec<MonitorStatus> = Vec::new();
+        loop {
+            let query = Query::Monitors {
+                endpoint: None,
+                after: listed.last().map(|last| last.endpoint.clone()),
+            };
+            let bytes = Drift
+                .query(&tables, 0, &codec::encode_plain(&query))
+                .unwrap();
+            let page: Vec<MonitorStatus> = codec::decode(&bytes, 4 << 20).unwrap();
+            if page.is_empty() {
+                break;
+            }
+            listed.extend(page);
+        }
+        assert_eq!(listed.len(), MONITORS_MAX);
         assert_eq!(row::all::<DriftEvent>(&tables, EVENTS, b"e0\0").len(), 0);
         assert_eq!(row::all::<DriftEvent>(&tables, EVENTS, b"e1\0").len(), 1);
     }
