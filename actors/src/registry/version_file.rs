@@ -143,6 +143,10 @@ impl VersionFile {
         let limit = usize::try_from(VERSION_FILE_BYTES_MAX).unwrap_or(usize::MAX);
         let file: Self =
             codec::decode(body, limit).map_err(|error| malformed(error.to_string()))?;
+        // Before anything is computed from the widths of its layers.
+        file.model
+            .check()
+            .map_err(|error| malformed(error.to_string()))?;
         let expected = Layout::of(&file.model).value_count();
         if file.parameters.len() != expected {
             return Err(malformed(format!(
@@ -162,9 +166,10 @@ impl VersionFile {
     pub fn build_reference(&self) -> Result<Reference, VersionFileError> {
         let data = &self.reference;
         let rows = data.columns.first().map_or(0, Vec::len);
-        if data.columns.iter().any(|column| column.len() != rows) {
+        let are_equal = data.columns.iter().all(|column| column.len() == rows);
+        if !are_equal || data.columns.len() != data.feature_names.len() {
             return Err(VersionFileError::Malformed(
-                "the columns of its reference data differ in length".to_owned(),
+                "the columns of its reference data differ in length, or lack names".to_owned(),
             ));
         }
         let row_major: Vec<f32> = (0..rows)
@@ -317,6 +322,16 @@ pub(crate) mod tests {
             let error = VersionFile::from_bytes(&damaged).unwrap_err();
             assert!(matches!(error, VersionFileError::Malformed(_)), "{error}");
         }
+        let mut nameless = digits(20);
+        nameless.reference.feature_names.truncate(32);
+        let error = nameless.build_reference().unwrap_err();
+        assert!(error.to_string().contains("lack names"), "{error}");
+        let mut huge = digits(20);
+        huge.model = ModelSpec::Mlp {
+            hidden: vec![usize::MAX; 3],
+        };
+        let error = VersionFile::from_bytes(&huge.to_bytes()).unwrap_err();
+        assert!(error.to_string().contains("hidden is"), "{error}");
         let mut short = digits(20);
         short.parameters.pop();
         let error = VersionFile::from_bytes(&short.to_bytes()).unwrap_err();

@@ -82,7 +82,7 @@ impl TrainSpec {
             "at least one step lies between checkpoints".to_owned(),
             "give 1 or more",
         )?;
-        self.validate_model()
+        self.model.check()
     }
 
     fn validate_division(&self) -> Result<(), InvalidField> {
@@ -164,29 +164,6 @@ impl TrainSpec {
         )
     }
 
-    fn validate_model(&self) -> Result<(), InvalidField> {
-        let (key, widths, layers_min) = match &self.model {
-            ModelSpec::Mlp { hidden } => ("hidden", hidden, 0),
-            ModelSpec::Cnn { channels } => ("channels", channels, 1),
-        };
-        check(
-            key,
-            format!("{widths:?}"),
-            (layers_min..=LAYERS_MAX).contains(&widths.len())
-                && widths.iter().all(|width| (1..=WIDTH_MAX).contains(width)),
-            format!("{layers_min} to {LAYERS_MAX} layers of 1 to {WIDTH_MAX}"),
-            "give fewer or narrower layers",
-        )?;
-        let parameter_count = Layout::of(&self.model).value_count();
-        check(
-            key,
-            format!("{widths:?}, {parameter_count} parameters"),
-            parameter_count <= PARAMETERS_MAX,
-            format!("a model has at most {PARAMETERS_MAX} parameters"),
-            "give fewer or narrower layers",
-        )
-    }
-
     /// Checks the spec against the data: a step must not be larger than an epoch.
     pub fn validate_sample_count(&self, train_sample_count: usize) -> Result<(), InvalidField> {
         check(
@@ -198,6 +175,33 @@ impl TrainSpec {
                 self.dataset
             ),
             "lower the batch or give more data",
+        )
+    }
+}
+
+impl ModelSpec {
+    /// Checks the number and width of its layers. Nothing may be computed from a shape that was
+    /// not checked.
+    pub fn check(&self) -> Result<(), InvalidField> {
+        let (key, widths, layers_min) = match self {
+            ModelSpec::Mlp { hidden } => ("hidden", hidden, 0),
+            ModelSpec::Cnn { channels } => ("channels", channels, 1),
+        };
+        check(
+            key,
+            format!("{widths:?}"),
+            (layers_min..=LAYERS_MAX).contains(&widths.len())
+                && widths.iter().all(|width| (1..=WIDTH_MAX).contains(width)),
+            format!("{layers_min} to {LAYERS_MAX} layers of 1 to {WIDTH_MAX}"),
+            "give fewer or narrower layers",
+        )?;
+        let parameter_count = Layout::of(self).value_count();
+        check(
+            key,
+            format!("{widths:?}, {parameter_count} parameters"),
+            parameter_count <= PARAMETERS_MAX,
+            format!("a model has at most {PARAMETERS_MAX} parameters"),
+            "give fewer or narrower layers",
         )
     }
 }
