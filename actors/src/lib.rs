@@ -20,4 +20,4 @@ mod payload;
 mod plug;
 pub mod storage;
 
-pub use plug::{controllers, modules};
+pub use plug::{controllers, modules, retention};

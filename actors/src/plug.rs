@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use mobula_core::control::{Controller, StateModule};
+use mobula_core::control::{Controller, Retention, StateModule};
 
-use crate::checkpoint::CheckpointModule;
+use crate::checkpoint::{CheckpointModule, CheckpointRetention};
 use crate::drift::state::Drift;
 use crate::registry::Registry;
 use crate::serving::controller::ServingController;
@@ -25,4 +25,10 @@ pub fn modules() -> Vec<Arc<dyn StateModule>> {
 #[must_use]
 pub fn controllers() -> Vec<Box<dyn Controller>> {
     vec![Box::new(ServingController)]
+}
+
+/// What says which checkpoints in the object store must stay.
+#[must_use]
+pub fn retention() -> Arc<dyn Retention> {
+    Arc::new(CheckpointRetention)
 }

@@ -90,6 +90,7 @@ async fn start_head(dir: &Path) -> Result<Head, Box<dyn std::error::Error>> {
         tokens: TokensConfig::default(),
         modules: vec![Arc::new(Tally)],
         controllers: Vec::new(),
+        sweep: None,
         clock: Arc::new(SystemClock),
     })
     .await?;

@@ -117,7 +117,7 @@ impl Cluster {
         }
     }
 
-    pub(crate) fn runtime(&self) -> Option<&Arc<HostRuntime>> {
+    fn runtime(&self) -> Option<&Arc<HostRuntime>> {
         match &self.inner.place {
             Place::Inside(runtime) => Some(runtime),
             Place::Outside { .. } => None,

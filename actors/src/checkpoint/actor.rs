@@ -296,7 +296,9 @@ fn save_error(error: &SaveError) -> CheckpointError {
     let text = error.to_string();
     match error {
         // Also a full disk or a refused key: somebody can mend it while the job goes on.
-        SaveError::Blob(_) | SaveError::Undecided { .. } => CheckpointError::Unavailable(text),
+        SaveError::Blob(_) | SaveError::Undecided { .. } | SaveError::TooSlow { .. } => {
+            CheckpointError::Unavailable(text)
+        }
         SaveError::Fenced { .. } => CheckpointError::Fenced(text),
         SaveError::Invalid(_) | SaveError::ManifestTooLarge { .. } => {
             CheckpointError::Refused(text)

@@ -4,6 +4,7 @@
 //! a command through Raft, fenced by the driver's incarnation.
 //!
 //! * [`state`]: the replicated table of committed checkpoints, a pure module of the head.
+//! * [`retention`]: which of them must stay in the object store.
 //! * [`actor`]: the checkpointer, which saves and restores on a job's behalf.
 //!
 //! Invariants:
@@ -12,6 +13,8 @@
 //!    its reason, and the one before it is tried.
 
 pub mod actor;
+pub mod retention;
 pub mod state;
 
+pub use retention::CheckpointRetention;
 pub use state::CheckpointModule;

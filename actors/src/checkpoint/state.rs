@@ -96,6 +96,13 @@ pub enum CheckpointCommand {
         /// The driver's incarnation.
         incarnation: Incarnation,
     },
+    /// Keep only the newest of a job that has ended.
+    Trim {
+        /// The job.
+        job: JobId,
+        /// How many, at least one.
+        keep: u32,
+    },
 }
 
 impl CheckpointCommand {
@@ -110,7 +117,8 @@ impl CheckpointCommand {
             CheckpointCommand::Committed { job, .. }
             | CheckpointCommand::Rejected { job, .. }
             | CheckpointCommand::Forget { job }
-            | CheckpointCommand::Fence { job, .. } => *job,
+            | CheckpointCommand::Fence { job, .. }
+            | CheckpointCommand::Trim { job, .. } => *job,
         }
     }
 }
@@ -273,6 +281,14 @@ impl StateModule for CheckpointModule {
                 reject(context, txn, job, incarnation, rejected)?;
             }
             CheckpointCommand::Forget { job } => forget(txn, job)?,
+            CheckpointCommand::Trim { job, keep } => {
+                // Forgotten meanwhile: nothing is kept of it.
+                if let Some(mut row) = load(txn, job) {
+                    let keep = usize::try_from(keep).unwrap_or(usize::MAX).max(1);
+                    row.known.checkpoints.truncate(keep);
+                    rewrite(txn, job, &row);
+                }
+            }
             CheckpointCommand::Fence { job, incarnation } => {
                 let mut row = load(txn, job).unwrap_or_default();
                 row.known.fence(job, incarnation)?;
@@ -404,6 +420,11 @@ fn forget(txn: &mut dyn Txn, job: JobId) -> Result<(), Rejection> {
     Ok(())
 }
 
+/// Writes a row that is there already, without counting it as a use of the job.
+fn rewrite(txn: &mut dyn Txn, job: JobId, row: &Row) {
+    txn.put(JOBS, &job.to_key(), codec::encode_plain(row));
+}
+
 fn store(context: &ApplyContext, txn: &mut dyn Txn, job: JobId, mut row: Row) {
     if row.used_index == 0 {
         let count = count(txn);
@@ -422,7 +443,7 @@ fn store(context: &ApplyContext, txn: &mut dyn Txn, job: JobId, mut row: Row) {
         &row.used_index.to_be_bytes(),
         codec::encode_plain(&job),
     );
-    txn.put(JOBS, &job.to_key(), codec::encode_plain(&row));
+    rewrite(txn, job, &row);
 }
 
 /// Makes room for one more job; the count stays as it is.
@@ -446,6 +467,19 @@ fn remove(txn: &mut dyn Txn, job: JobId, used_index: u64) {
 fn count(reader: &dyn Reader) -> u64 {
     reader.get(COUNT, COUNT_KEY).map_or(0, |bytes| {
         u64::from_be_bytes(bytes.try_into().expect("eight bytes are stored"))
+    })
+}
+
+/// What is known of a job; none if nothing is.
+pub(super) fn known(reader: &dyn Reader, job: JobId) -> Option<JobCheckpoints> {
+    load(reader, job).map(|row| row.known)
+}
+
+/// What is known of every job, by its id.
+pub(super) fn all_known(reader: &dyn Reader) -> impl Iterator<Item = (JobId, JobCheckpoints)> + '_ {
+    mobula_core::row::scan(reader, JOBS, &[]).map(|(key, value)| {
+        let job = JobId(mobula_core::row::number_at(&key, 0));
+        (job, decode_row::<Row>(&value).known)
     })
 }
 

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
-use mobula_core::config::Config;
-use mobula_head::{Head, HeadOptions};
+use mobula_core::config::{Config, SweepConfig};
+use mobula_head::{Head, HeadOptions, SweepOptions};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -41,6 +42,15 @@ pub(crate) fn write_whole(path: &Path, value: &serde_json::Value) -> anyhow::Res
         .with_context(|| format!("{} cannot be written", path.display()))
 }
 
+fn sweep_options(config: &SweepConfig) -> Option<SweepOptions> {
+    let minutes = |count: u64| Duration::from_secs(count.saturating_mul(60));
+    (config.interval_minutes > 0).then(|| SweepOptions {
+        interval: minutes(config.interval_minutes),
+        age_min: minutes(config.age_minutes),
+        retention: mobula_actors::retention(),
+    })
+}
+
 pub(crate) async fn run(arguments: HeadArguments) -> anyhow::Result<()> {
     start_logging();
     let mut config = read_config(arguments.config.as_deref())?;
@@ -59,6 +69,7 @@ pub(crate) async fn run(arguments: HeadArguments) -> anyhow::Result<()> {
     let mut options = HeadOptions::from_config(&config, Arc::new(SystemClock))?;
     options.modules = mobula_actors::modules();
     options.controllers = mobula_actors::controllers();
+    options.sweep = sweep_options(&config.storage.sweep);
     let head = Head::start(options).await?;
     if let Some(path) = &arguments.ready_file {
         let ready = json!({

@@ -1,10 +1,12 @@
 //! `mobula status`.
 
+use mobula_core::clock::Clock;
 use mobula_wire::control::StatusRequest;
 
 use crate::args::{Format, Target};
+use crate::clock::SystemClock;
 use crate::connect::connect;
-use crate::output::print_json;
+use crate::output::{age, print_json};
 
 pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<()> {
     let cluster = connect(target).await?;
@@ -34,6 +36,20 @@ pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<()> {
     println!("storage  {}", status.storage_url);
     if !status.storage_problem.is_empty() {
         println!("         PROBLEM: {}", status.storage_problem);
+    }
+    if let Some(sweep) = &status.sweep
+        && let Some(last_ms) = sweep.last_ms
+    {
+        println!(
+            "sweep    {} ago; {} checkpoints kept, {} blobs ({} bytes) removed",
+            age(last_ms, SystemClock.now_ms()),
+            sweep.checkpoints_kept,
+            sweep.blobs_deleted,
+            sweep.bytes_deleted
+        );
+        if !sweep.problem.is_empty() {
+            println!("         PROBLEM: {}", sweep.problem);
+        }
     }
     Ok(())
 }

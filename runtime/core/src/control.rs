@@ -9,7 +9,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::Rejection;
-use crate::id::{ActorId, JobId, NodeId, SessionId};
+use crate::id::{ActorId, Incarnation, JobId, NodeId, SessionId};
 use crate::order::Order;
 
 /// Which replicated module owns a command or a table. Numbers are persisted and never change.
@@ -193,6 +193,34 @@ pub trait Controller: Send {
 
     /// What to propose now, in order.
     fn reconcile(&mut self, reader: &dyn Reader, now_ms: u64) -> Vec<Proposal>;
+}
+
+/// What the tables say about checkpoints in the object store, for the leader's sweep of it. Only
+/// who knows the tables may say that bytes are needed no more.
+pub trait Retention: Send + Sync {
+    /// What to propose before a sweep, so that fewer are kept.
+    fn tidy(&self, reader: &dyn Reader, now_ms: u64) -> Vec<Proposal>;
+
+    /// Every checkpoint that is visible.
+    fn committed(&self, reader: &dyn Reader) -> Vec<StoredCheckpoint>;
+
+    /// Whether a checkpoint that is not visible may become so. Once the answer was no it stays no.
+    fn may_be_committed(
+        &self,
+        reader: &dyn Reader,
+        job: JobId,
+        step: u64,
+        incarnation: Incarnation,
+    ) -> bool;
+}
+
+/// Where a checkpoint is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredCheckpoint {
+    /// Its manifest in the object store.
+    pub manifest_path: String,
+    /// BLAKE3 of the manifest, in hex.
+    pub manifest_digest: String,
 }
 
 /// A command that a controller wants applied.

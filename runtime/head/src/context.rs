@@ -23,6 +23,7 @@ use tonic::Status;
 use crate::api::{rejected, stamp};
 use crate::raft::{ProposeError, RaftHandle};
 use crate::session::Sessions;
+use crate::sweep::SweepReports;
 use crate::watch::Changes;
 
 /// What every part of a running head shares.
@@ -43,6 +44,8 @@ pub(crate) struct HeadContext {
     pub(crate) started_ms: u64,
     /// How long a host's certificate lives; its agent renews it at half of that.
     pub(crate) host_certificate_ttl: Duration,
+    /// What sweeping the object store did.
+    pub(crate) sweeps: SweepReports,
     /// One for each job's log that is being read.
     pub(crate) log_streams: Arc<Semaphore>,
     /// Where a client uploads to before the digest is verified.

@@ -1,4 +1,5 @@
-//! What only the leader does: placement passes, lease expiry, controllers, the first tokens.
+//! What only the leader does: placement passes, lease expiry, controllers, the first tokens, and
+//! sweeping the object store.
 //! The tasks start when leadership begins and are ended when it ends.
 
 use std::path::PathBuf;
@@ -13,7 +14,8 @@ use tokio::task::JoinSet;
 
 use crate::context::HeadContext;
 use crate::dispatcher::Nudges;
-use crate::{health, tokens};
+use crate::sweep::SweepOptions;
+use crate::{health, sweep, tokens};
 
 /// How long placement sleeps at the most. It is woken by what makes a pass worth while, and wakes
 /// by itself when a back-off is over; this only bounds what a defect in either costs.
@@ -36,6 +38,7 @@ pub(crate) struct LeaderDuties {
     pub(crate) controllers: Arc<Mutex<Vec<Box<dyn Controller>>>>,
     pub(crate) data_dir: PathBuf,
     pub(crate) tokens: TokensConfig,
+    pub(crate) sweep: Option<SweepOptions>,
 }
 
 /// Follows leadership until the driver ends.
@@ -87,6 +90,9 @@ impl LeaderDuties {
             self.data_dir.clone(),
             self.tokens.clone(),
         ));
+        if let Some(options) = &self.sweep {
+            tasks.spawn(sweep::run(self.context.clone(), options.clone()));
+        }
         tasks
     }
 }

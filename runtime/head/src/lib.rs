@@ -18,6 +18,7 @@ mod health;
 mod leadership;
 pub mod raft;
 mod session;
+mod sweep;
 mod tokens;
 mod watch;
 
@@ -45,6 +46,7 @@ use tokio::task::JoinSet;
 
 pub use bootstrap::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE};
 pub use error::HeadError;
+pub use sweep::SweepOptions;
 
 use crate::bootstrap::HeadIdentity;
 use crate::context::HeadContext;
@@ -80,6 +82,8 @@ pub struct HeadOptions {
     pub modules: Vec<Arc<dyn StateModule>>,
     /// The modules' leader-only loops.
     pub controllers: Vec<Box<dyn Controller>>,
+    /// Whether and when the object store is swept; needs a module that knows what must stay.
+    pub sweep: Option<SweepOptions>,
     /// Time.
     pub clock: Arc<dyn Clock>,
 }
@@ -119,6 +123,7 @@ impl HeadOptions {
             tokens: config.tokens.clone(),
             modules: Vec::new(),
             controllers: Vec::new(),
+            sweep: None,
             clock,
         })
     }
@@ -191,6 +196,7 @@ impl Head {
             host_certificate_ttl: Duration::from_secs(
                 options.tokens.host_certificate_ttl_hours * 3600,
             ),
+            sweeps: sweep::SweepReports::default(),
             log_streams: Arc::new(Semaphore::new(api::LOG_STREAMS_MAX)),
             upload_dir,
         });
@@ -206,6 +212,7 @@ impl Head {
             controllers: Arc::new(Mutex::new(options.controllers)),
             data_dir: options.data_dir.clone(),
             tokens: options.tokens,
+            sweep: options.sweep,
         };
         tasks.spawn(named("the leader's duties", leadership::run(duties)));
         tasks.spawn(named(

@@ -1,14 +1,22 @@
 //! Sweeping: removing checkpoints that nobody keeps, and chunks that nothing names.
 //!
+//! How the owner of the tables uses it: [`Sweeper::list`], *then* read the tables, then
+//! [`Sweeper::plan`] with what they keep and what they may still come to keep, then
+//! [`Sweeper::sweep`].
+//!
 //! Invariants:
-//! 1. A sweep first reads every kept manifest; if one cannot be read, nothing is deleted.
-//! 2. Chunks are listed before manifests, so whatever was committed in between still protects its
-//!    chunks.
+//! 1. A sweep first reads every kept manifest; if one cannot be read, nothing is deleted. One that
+//!    is not there any more names nothing.
+//! 2. Chunks are listed before manifests, and both before the tables are read, so whatever was
+//!    committed in between still protects its chunks.
 //! 3. The plan is stored before anything is deleted, and removed last: a sweep that died can be
 //!    looked into.
 //! 4. Manifests go before chunks, so that no visible manifest ever misses a chunk.
 //! 5. Nothing younger than the plan's age is deleted, and what was renewed since the plan is
-//!    spared. The age must be at least twice the longest upload.
+//!    spared. The age must be at least twice [`SAVE_TIME_MAX`](super::SAVE_TIME_MAX), which the
+//!    writer keeps to.
+//! 6. A store is swept by one cluster, the first that claimed it: another one's tables do not know
+//!    what is kept there.
 //!
 //! Only the leader may sweep, one sweep at a time; that is the caller's to ensure.
 
@@ -26,6 +34,12 @@ use crate::digest::Digest;
 /// lifecycle rules, not from here.
 const BLOBS_MAX: usize = 2_000_000;
 
+/// Who sweeps the store.
+const OWNER_PATH: &str = "gc/owner";
+
+/// The longest id of a cluster, and room to show what else might be there.
+const OWNER_BYTES_MAX: u64 = 256;
+
 /// What a sweep would delete.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GcPlan {
@@ -41,6 +55,14 @@ pub struct GcPlan {
     pub size_bytes: u64,
 }
 
+impl GcPlan {
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.manifests.is_empty() && self.chunks.is_empty()
+    }
+}
+
 /// What a sweep did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct GcReport {
@@ -50,9 +72,47 @@ pub struct GcReport {
     pub spared: usize,
 }
 
+/// What there is in a store.
+#[derive(Debug, Clone, Default)]
+pub struct Stored {
+    chunks: Vec<BlobInfo>,
+    manifests: Vec<(ManifestName, BlobInfo)>,
+}
+
+impl Stored {
+    /// The names of all manifests.
+    pub fn manifests(&self) -> impl Iterator<Item = ManifestName> + '_ {
+        self.manifests.iter().map(|(name, _)| *name)
+    }
+
+    /// How many blobs that is.
+    #[must_use]
+    pub fn blob_count(&self) -> usize {
+        self.chunks.len() + self.manifests.len()
+    }
+}
+
+/// What the tables say about the checkpoints in a store.
+#[derive(Debug, Clone, Default)]
+pub struct Kept {
+    /// Every checkpoint of every job that is visible.
+    pub committed: Vec<ManifestRef>,
+    /// Those that are not, and may still become so.
+    pub may_be_committed: BTreeSet<ManifestName>,
+}
+
 /// Why nothing was swept, or not all.
 #[derive(Debug, thiserror::Error)]
 pub enum GcError {
+    /// Another cluster keeps its checkpoints here.
+    #[error(
+        "the store is that of cluster `{owner}`: give each cluster a bucket, prefix or folder of \
+         its own (`storage.url`); if cluster `{owner}` is no more, delete `{OWNER_PATH}` there"
+    )]
+    Foreign {
+        /// Its id.
+        owner: String,
+    },
     /// A kept checkpoint's manifest cannot be read, so its chunks are not known.
     #[error("nothing is swept, because a kept checkpoint cannot be read: {0}")]
     KeptUnreadable(#[source] LoadError),
@@ -74,33 +134,67 @@ impl Sweeper {
         Sweeper { blobs }
     }
 
-    /// Finds what may be deleted: `keep` names every checkpoint of every job that must stay.
+    /// Makes `cluster_id` the cluster that sweeps this store, unless another one does.
+    pub async fn claim(&self, cluster_id: &str) -> Result<(), GcError> {
+        let ours = cluster_id.to_owned().into_bytes();
+        self.blobs.put_if_absent(OWNER_PATH, ours.into()).await?;
+        let owner = self.blobs.get(OWNER_PATH, OWNER_BYTES_MAX).await?;
+        if owner == cluster_id.as_bytes() {
+            return Ok(());
+        }
+        Err(GcError::Foreign {
+            owner: String::from_utf8_lossy(&owner).into_owned(),
+        })
+    }
+
+    /// What there is now.
+    pub async fn list(&self) -> Result<Stored, GcError> {
+        let chunks = self.blobs.list(CHUNK_FOLDER, BLOBS_MAX).await?;
+        let manifests = self.blobs.list(MANIFEST_FOLDER, BLOBS_MAX).await?;
+        Ok(Stored {
+            chunks,
+            manifests: manifests
+                .into_iter()
+                .filter_map(|blob| Some((ManifestName::parse(&blob.path)?, blob)))
+                .collect(),
+        })
+    }
+
+    /// Finds what of `stored` may be deleted, at most `blobs_max` of it; `kept` must have been read
+    /// from the tables after `stored` was listed.
     pub async fn plan(
         &self,
-        keep: &[ManifestRef],
+        stored: &Stored,
+        kept: &Kept,
         now_ms: u64,
         age_min_ms: u64,
+        blobs_max: usize,
     ) -> Result<GcPlan, GcError> {
         let older_than_ms = now_ms.saturating_sub(age_min_ms);
         let is_old = |blob: &BlobInfo| blob.modified_ms < older_than_ms;
-        let chunks = self.blobs.list(CHUNK_FOLDER, BLOBS_MAX).await?;
-        let manifests = self.blobs.list(MANIFEST_FOLDER, BLOBS_MAX).await?;
-        let kept_paths: BTreeSet<&str> = keep.iter().map(|kept| kept.path.as_str()).collect();
-        let (old, young): (Vec<_>, Vec<_>) = manifests
+        let kept_paths: BTreeSet<&str> = kept
+            .committed
             .iter()
-            .filter(|blob| ManifestName::parse(&blob.path).is_some())
-            .filter(|blob| !kept_paths.contains(blob.path.as_str()))
-            .partition(|blob| is_old(blob));
+            .map(|kept| kept.path.as_str())
+            .collect();
+        let (dead, open): (Vec<_>, Vec<_>) = stored
+            .manifests
+            .iter()
+            .filter(|(_, blob)| !kept_paths.contains(blob.path.as_str()))
+            .partition(|(name, blob)| is_old(blob) && !kept.may_be_committed.contains(name));
         let mut named: BTreeSet<Digest> = BTreeSet::new();
         let reader = CheckpointReader::new(self.blobs.clone(), u64::MAX);
-        for kept in keep {
-            let manifest = reader
-                .manifest(kept)
-                .await
-                .map_err(GcError::KeptUnreadable)?;
-            named.extend(manifest.chunks.iter().map(|chunk| chunk.blake3));
+        for kept in &kept.committed {
+            match reader.manifest(kept).await {
+                Ok(manifest) => named.extend(manifest.chunks.iter().map(|chunk| chunk.blake3)),
+                // It names nothing, and nobody can restore it.
+                Err(LoadError::Missing { path }) => {
+                    tracing::warn!(path, "a committed checkpoint is not in the store any more");
+                }
+                Err(error) => return Err(GcError::KeptUnreadable(error)),
+            }
         }
-        for blob in young {
+        for (_, blob) in open {
             // On its way to being committed. One that cannot be read names nothing that a reader
             // could use.
             match self.blobs.get(&blob.path, MANIFEST_LIMIT_BYTES).await {
@@ -112,26 +206,37 @@ impl Sweeper {
                 Err(error) => return Err(error.into()),
             }
         }
-        let chunks: Vec<&BlobInfo> = chunks
+        let dead: Vec<&BlobInfo> = dead
+            .into_iter()
+            .map(|(_, blob)| blob)
+            .take(blobs_max)
+            .collect();
+        let chunks: Vec<&BlobInfo> = stored
+            .chunks
             .iter()
             .filter(|blob| is_old(blob))
             .filter(|blob| {
                 digest_of_path(&blob.path).is_some_and(|digest| !named.contains(&digest))
             })
+            // Where manifests are left over, so are all chunks: those go first.
+            .take(blobs_max - dead.len())
             .collect();
         let paths = |blobs: &[&BlobInfo]| blobs.iter().map(|blob| blob.path.clone()).collect();
         Ok(GcPlan {
             created_ms: now_ms,
             older_than_ms,
-            manifests: paths(&old),
+            manifests: paths(&dead),
             chunks: paths(&chunks),
-            size_bytes: old.iter().chain(&chunks).map(|blob| blob.size_bytes).sum(),
+            size_bytes: dead.iter().chain(&chunks).map(|blob| blob.size_bytes).sum(),
         })
     }
 
     /// Deletes what `plan` lists, unless it was written again since. May be called again after an
     /// error.
     pub async fn sweep(&self, plan: &GcPlan) -> Result<GcReport, GcError> {
+        if plan.is_empty() {
+            return Ok(GcReport::default());
+        }
         let plan_bytes =
             serde_json::to_vec_pretty(plan).expect("a plan holds only strings and numbers");
         let plan_path = format!(

@@ -4,6 +4,7 @@
 //! chunks/<blake3>                                  immutable, shared between checkpoints
 //! manifest/<job>/<step, 12 digits>-<incarnation>.json   created last, once
 //! gc/<time>-<digest>.json                          a sweep that is under way
+//! gc/owner                                         the cluster that sweeps
 //! ```
 //!
 //! Invariants:
@@ -31,12 +32,12 @@ mod tests;
 use std::sync::Arc;
 
 pub use chunk::{CHUNK_BYTES_DEFAULT, ChunkRef};
-pub use gc::{GcError, GcPlan, GcReport, Sweeper};
+pub use gc::{GcError, GcPlan, GcReport, Kept, Stored, Sweeper};
 pub use manifest::{InvalidManifest, Manifest, ManifestName, ManifestRef, Section, manifest_path};
 pub use reader::{
     Checkpoint, CheckpointReader, LoadError, Rejected, RestoreError, Restored, StoredManifest,
 };
-pub use writer::{CheckpointWriter, SaveError, SaveRequest, Saved};
+pub use writer::{CheckpointWriter, SAVE_TIME_MAX, SaveError, SaveRequest, Saved};
 
 /// A checkpoint whose manifest was written or verified here.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -368,6 +368,19 @@ async fn pass(blobs: &BlobStore, now_ms: u64) {
     }
 }
 
+/// More than there is.
+const MANY: usize = 1000;
+
+fn committed(checkpoints: &[&CheckpointHandle]) -> Kept {
+    Kept {
+        committed: checkpoints
+            .iter()
+            .map(|checkpoint| checkpoint.reference.clone())
+            .collect(),
+        ..Kept::default()
+    }
+}
+
 #[tokio::test]
 async fn a_sweep_removes_what_nobody_keeps_and_nothing_else() {
     let blobs = in_memory();
@@ -381,13 +394,17 @@ async fn a_sweep_removes_what_nobody_keeps_and_nothing_else() {
     blobs.delete(&orphan.reference.path).await.unwrap();
     let sweeper = Sweeper::new(blobs.clone());
     let now_ms = later_ms(&blobs).await;
-    let keep = [kept.reference.clone()];
-    let young = sweeper.plan(&keep, now_ms, 1_000_000).await.unwrap();
+    let keep = committed(&[&kept]);
+    let stored = sweeper.list().await.unwrap();
+    let plan = |age_min_ms, blobs_max| sweeper.plan(&stored, &keep, now_ms, age_min_ms, blobs_max);
+    let young = plan(1_000_000, MANY).await.unwrap();
     assert!(
         young.manifests.is_empty() && young.chunks.is_empty(),
         "all of it is young"
     );
-    let plan = sweeper.plan(&keep, now_ms, 0).await.unwrap();
+    let few = plan(0, 3).await.unwrap();
+    assert_eq!((few.manifests.len(), few.chunks.len()), (1, 2));
+    let plan = plan(0, MANY).await.unwrap();
     assert_eq!(
         plan.manifests,
         std::slice::from_ref(&dropped.reference.path)
@@ -428,8 +445,10 @@ async fn an_uncommitted_but_young_manifest_protects_its_chunks() {
         .save(request(2, Some(&parent)), state(1, 400))
         .await
         .unwrap();
-    let plan = Sweeper::new(blobs.clone())
-        .plan(&[], now_ms, 0)
+    let sweeper = Sweeper::new(blobs.clone());
+    let stored = sweeper.list().await.unwrap();
+    let plan = sweeper
+        .plan(&stored, &Kept::default(), now_ms, 0, MANY)
         .await
         .unwrap();
     assert_eq!(plan.manifests, [parent.reference.path]);
@@ -447,13 +466,45 @@ async fn a_kept_checkpoint_that_cannot_be_read_stops_the_sweep() {
         .await
         .unwrap();
     let now_ms = later_ms(&blobs).await;
-    let result = Sweeper::new(blobs.clone())
-        .plan(&[kept.reference], now_ms, 0)
-        .await;
+    let sweeper = Sweeper::new(blobs.clone());
+    let stored = sweeper.list().await.unwrap();
+    let keep = committed(&[&kept]);
+    let result = sweeper.plan(&stored, &keep, now_ms, 0, MANY).await;
     assert!(
         matches!(result, Err(GcError::KeptUnreadable(_))),
         "{result:?}"
     );
+    // One that somebody deleted protects nothing, and stops nothing.
+    blobs.delete(&kept.reference.path).await.unwrap();
+    let plan = sweeper.plan(&stored, &keep, now_ms, 0, MANY).await.unwrap();
+    assert_eq!(plan.chunks.len(), kept.manifest.chunks.len());
+}
+
+#[tokio::test]
+async fn an_old_manifest_that_may_still_be_committed_is_spared_with_its_chunks() {
+    let blobs = in_memory();
+    let open = saved(&blobs, 1).await;
+    let now_ms = later_ms(&blobs).await;
+    let sweeper = Sweeper::new(blobs.clone());
+    let stored = sweeper.list().await.unwrap();
+    let kept = Kept {
+        committed: Vec::new(),
+        may_be_committed: stored.manifests().collect(),
+    };
+    let plan = sweeper.plan(&stored, &kept, now_ms, 0, MANY).await.unwrap();
+    assert!(plan.is_empty(), "{plan:?}");
+    sweeper.sweep(&plan).await.unwrap();
+    assert!(reader(&blobs).load(&open.reference).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_store_is_swept_by_the_cluster_that_claimed_it_first() {
+    let sweeper = Sweeper::new(in_memory());
+    sweeper.claim("one").await.unwrap();
+    sweeper.claim("one").await.unwrap();
+    let refused = sweeper.claim("two").await.unwrap_err().to_string();
+    assert!(refused.contains("that of cluster `one`"), "{refused}");
+    assert!(refused.contains("delete `gc/owner`"), "{refused}");
 }
 
 #[tokio::test]
@@ -462,7 +513,11 @@ async fn a_chunk_that_was_renewed_since_the_plan_is_spared() {
     let dropped = saved(&blobs, 1).await;
     let now_ms = later_ms(&blobs).await;
     let sweeper = Sweeper::new(blobs.clone());
-    let plan = sweeper.plan(&[], now_ms, 0).await.unwrap();
+    let stored = sweeper.list().await.unwrap();
+    let plan = sweeper
+        .plan(&stored, &Kept::default(), now_ms, 0, MANY)
+        .await
+        .unwrap();
     pass(&blobs, now_ms).await;
     let renewed = saved(&blobs, 1).await;
     let report = sweeper.sweep(&plan).await.unwrap();

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::stream::{self, TryStreamExt};
@@ -20,6 +21,10 @@ use crate::digest::Digest;
 
 /// Chunks on their way at once: at the usual size, 32 MiB beyond what the caller holds anyway.
 const UPLOADS_MAX: usize = 4;
+
+/// The longest that a save may take from its first chunk to its manifest. A sweep deletes chunks
+/// that nothing names when they are twice as old.
+pub const SAVE_TIME_MAX: Duration = Duration::from_secs(30 * 60);
 
 /// How often the manifest is created when it is said to exist and then is not found: an S3 conflict
 /// between two of our own tries looks like that.
@@ -85,6 +90,16 @@ pub enum SaveError {
     /// The request contradicts itself.
     #[error(transparent)]
     Invalid(#[from] InvalidManifest),
+    /// Its first chunks may be swept before its manifest names them.
+    #[error(
+        "the upload took {took_s} s, the limit is {} s: the store is too slow for a state of this \
+         size, or this process was suspended; try again",
+        SAVE_TIME_MAX.as_secs()
+    )]
+    TooSlow {
+        /// How long it took, in seconds.
+        took_s: u64,
+    },
     /// There are too many chunks for one manifest.
     #[error(
         "the manifest would have {size_bytes} bytes, the limit is {limit_bytes}; use larger chunks"
@@ -127,6 +142,7 @@ impl CheckpointWriter {
     /// Saves `bytes`. May be called again with the same request and bytes after any error or
     /// crash: it then finishes what was begun.
     pub async fn save(&self, request: SaveRequest, bytes: Bytes) -> Result<Saved, SaveError> {
+        let begun = Instant::now();
         let chunk_bytes = self.chunk_bytes;
         let total_bytes = bytes.len() as u64;
         // Seconds of hashing for a large state: not on an executor thread.
@@ -162,6 +178,11 @@ impl CheckpointWriter {
         let missing = not_in(pinned, &manifest.chunks, &chunks.parts);
         let uploaded_bytes = missing.iter().map(|(chunk, _)| chunk.length).sum();
         self.upload(missing).await?;
+        let took = begun.elapsed();
+        if took > SAVE_TIME_MAX {
+            let took_s = took.as_secs();
+            return Err(SaveError::TooSlow { took_s });
+        }
         let digest = Digest::of(&manifest_bytes);
         let reference = ManifestRef {
             path: manifest.path(),

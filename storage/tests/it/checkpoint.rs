@@ -6,7 +6,8 @@ use bytes::Bytes;
 use mobula_core::id::{Incarnation, JobId};
 use mobula_storage::blob::{BlobStore, S3Options};
 use mobula_storage::checkpoint::{
-    CheckpointHandle, CheckpointReader, CheckpointWriter, SaveError, SaveRequest, Section, Sweeper,
+    CheckpointHandle, CheckpointReader, CheckpointWriter, Kept, SaveError, SaveRequest, Section,
+    Sweeper,
 };
 
 use crate::s3::S3Server;
@@ -80,8 +81,13 @@ async fn save_restore_and_sweep(blobs: BlobStore) {
 
     let year_2100_ms = 4_102_444_800_000;
     let sweeper = Sweeper::new(blobs.clone());
+    let stored = sweeper.list().await.unwrap();
+    let kept = Kept {
+        committed: references[1..].to_vec(),
+        ..Kept::default()
+    };
     let plan = sweeper
-        .plan(&references[1..], year_2100_ms, 0)
+        .plan(&stored, &kept, year_2100_ms, 0, 1000)
         .await
         .unwrap();
     let report = sweeper.sweep(&plan).await.unwrap();

@@ -10,7 +10,7 @@ mod schema;
 
 pub use schema::{
     Config, HeadConfig, LimitsConfig, PreemptionConfig, RaftConfig, ResourcesConfig, S3Config,
-    StorageConfig, TokensConfig, WorkerConfig,
+    StorageConfig, SweepConfig, TokensConfig, WorkerConfig,
 };
 
 /// Why a configuration is refused.
@@ -122,6 +122,13 @@ impl Config {
                 "must be a URL: file:///path or s3://bucket/prefix",
             );
         }
+        if self.storage.sweep.age_minutes < SWEEP_AGE_MINUTES_MIN {
+            return range(
+                "storage.sweep.age_minutes",
+                self.storage.sweep.age_minutes.to_string(),
+                "must be at least 60, twice the longest time that saving a checkpoint may take",
+            );
+        }
         if self.tokens.worker_ttl_hours == 0 || self.tokens.client_ttl_hours == 0 {
             return range(
                 "tokens",
@@ -140,6 +147,9 @@ impl Config {
         Ok(())
     }
 }
+
+/// Twice the longest time that saving a checkpoint may take: what is younger may be on its way.
+const SWEEP_AGE_MINUTES_MIN: u64 = 60;
 
 #[cfg(test)]
 mod tests {
@@ -171,6 +181,10 @@ mod tests {
             ("[limits]\nrenew_ms = 9000", "limits.renew_ms"),
             ("[limits]\nsuspect_ms = 90000", "limits.suspect_ms"),
             ("[storage]\nurl = \"/tmp\"", "storage.url"),
+            (
+                "[storage.sweep]\nage_minutes = 59",
+                "storage.sweep.age_minutes",
+            ),
             ("[tokens]\nworker_ttl_hours = 0", "tokens"),
             (
                 "[tokens]\nhost_certificate_ttl_hours = 0",

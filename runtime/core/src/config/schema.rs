@@ -57,6 +57,8 @@ pub struct StorageConfig {
     pub url: String,
     /// What S3 needs beyond the URL.
     pub s3: S3Config,
+    /// When checkpoints that nobody keeps are removed.
+    pub sweep: SweepConfig,
 }
 
 impl Default for StorageConfig {
@@ -64,6 +66,26 @@ impl Default for StorageConfig {
         StorageConfig {
             url: "file:///var/lib/mobula/store".into(),
             s3: S3Config::default(),
+            sweep: SweepConfig::default(),
+        }
+    }
+}
+
+/// `[storage.sweep]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SweepConfig {
+    /// How often, in minutes; 0: never.
+    pub interval_minutes: u64,
+    /// How old something is at least before it is removed, in minutes.
+    pub age_minutes: u64,
+}
+
+impl Default for SweepConfig {
+    fn default() -> Self {
+        SweepConfig {
+            interval_minutes: 60,
+            age_minutes: 180,
         }
     }
 }

@@ -98,6 +98,17 @@ fn check_name(name: &str) -> Result<(), Status> {
     ))))
 }
 
+fn swept(context: &HeadContext) -> api::Sweep {
+    let report = context.sweeps.lock().clone();
+    api::Sweep {
+        last_ms: report.last_ms,
+        checkpoints_kept: report.kept,
+        blobs_deleted: report.deleted,
+        bytes_deleted: report.deleted_bytes,
+        problem: report.problem.unwrap_or_default(),
+    }
+}
+
 /// What is kept of a client's own name for itself; the whole must fit the scheduler's limit.
 fn shortened(name: &str) -> String {
     const KEPT_CHARS_MAX: usize = 64;
@@ -158,5 +169,6 @@ pub(super) async fn status(context: &HeadContext) -> Result<api::StatusReply, St
         cluster_address: context.cluster_address.to_string(),
         started_ms: context.started_ms,
         storage_problem,
+        sweep: Some(swept(context)),
     })
 }
