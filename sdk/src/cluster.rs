@@ -117,7 +117,7 @@ impl Cluster {
         }
     }
 
-    fn runtime(&self) -> Option<&Arc<HostRuntime>> {
+    pub(crate) fn runtime(&self) -> Option<&Arc<HostRuntime>> {
         match &self.inner.place {
             Place::Inside(runtime) => Some(runtime),
             Place::Outside { .. } => None,

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use mobula_core::error::{CallError, ErrorCode, Executed};
+use mobula_core::object::ObjectError;
 use serde::{Deserialize, Serialize};
 
 /// What most functions of this crate return.
@@ -50,6 +51,9 @@ pub enum Error {
     /// An error of the user's own code, as text.
     #[error("{0}")]
     User(String),
+    /// An object has no value here.
+    #[error(transparent)]
+    Object(ObjectError),
 }
 
 /// What was asked for, where that says more than the refusal itself.
@@ -91,6 +95,7 @@ impl Error {
             Error::Control { executed, .. } | Error::Encoding { executed, .. } => *executed,
             Error::NotInCluster(_) | Error::Setup { .. } => Executed::No,
             Error::User(_) => Executed::Yes,
+            Error::Object(error) => error.executed(),
         }
     }
 

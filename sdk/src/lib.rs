@@ -34,6 +34,7 @@
 //! * [`connect`]: the ways into a cluster; [`cluster`]: what can be asked of it; [`control`]: the
 //!   head's API under it.
 //! * [`mod@actor`]: creating actors and referring to them; [`call`]: calling them.
+//! * [`object`]: values that are put once and read by reference.
 //! * [`job`]: programs that run on a cluster. [`process`]: what `#[mobula::main]` does;
 //!   [`embedded`]: a cluster for one program.
 //! * [`error`]: what can go wrong, and whether it took effect.
@@ -50,6 +51,8 @@ pub mod control;
 pub mod embedded;
 pub mod error;
 pub mod job;
+pub mod object;
+mod plain;
 pub mod prelude;
 pub mod process;
 mod reference;
@@ -68,6 +71,8 @@ pub use mobula_host::actor::run_blocking;
 pub use mobula_host::{ActorContext, Notice};
 pub use mobula_macros::{actor, main};
 pub use mobula_wire::session::StorageLocation;
+pub use object::{ObjectRef, Waited};
+pub use plain::Plain;
 
 /// The pages of `docs/` whose code is compiled with the SDK's tests.
 #[cfg(doctest)]

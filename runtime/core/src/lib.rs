@@ -13,6 +13,7 @@ pub mod error;
 pub mod exit;
 pub mod id;
 pub mod label;
+pub mod object;
 pub mod order;
 pub mod resource;
 pub mod row;

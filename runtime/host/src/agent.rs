@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::calls::serve_calls;
 use crate::client::CallClient;
 use crate::context::{HostInfo, HostRuntime, Notice};
+use crate::objects::ObjectTable;
 use crate::registry::{DuplicateTypeError, Registry};
 use crate::shell::panic_text;
 use crate::supervision::{ActorEvent, ActorTable, EVENTS_WAITING_MAX, SupervisorStartError};
@@ -154,6 +155,8 @@ impl HostProcess {
         let (table, events) = ActorTable::start(Arc::clone(&runtime), registry).await?;
         let local = (call_address, Arc::downgrade(&table));
         runtime.set_calls(CallClient::new(endpoint.clone(), Some(local)));
+        let calls = runtime.calls().expect("it was set above").clone();
+        runtime.set_objects(ObjectTable::start(call_address.to_string(), calls));
         let server = tokio::spawn(serve_calls(
             endpoint.clone(),
             Arc::clone(&table),
@@ -326,6 +329,9 @@ impl HostProcess {
     }
 
     async fn close(self) {
+        if let Some(objects) = self.runtime.objects() {
+            objects.close();
+        }
         self.closing.cancel();
         let _ = self.writer.await;
         self.server.abort();

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::client::CallClient;
+use crate::objects::ObjectTable;
 
 /// The node will be taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +65,7 @@ pub struct HostRuntime {
     stop_requested: watch::Sender<bool>,
     credentials: OnceLock<CurrentCredentials>,
     calls: OnceLock<CallClient>,
+    objects: OnceLock<Arc<ObjectTable>>,
     extension: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -79,6 +81,7 @@ impl HostRuntime {
             stop_requested: watch::Sender::new(false),
             credentials: OnceLock::new(),
             calls: OnceLock::new(),
+            objects: OnceLock::new(),
             extension: OnceLock::new(),
         })
     }
@@ -124,6 +127,17 @@ impl HostRuntime {
     pub fn set_calls(&self, client: CallClient) {
         // A second client would be a second ordered stream to the same hosts.
         let _ = self.calls.set(client);
+    }
+
+    /// The process's objects; absent until it has its endpoint.
+    #[must_use]
+    pub fn objects(&self) -> Option<&Arc<ObjectTable>> {
+        self.objects.get()
+    }
+
+    /// Gives the runtime its objects. Only the first ones count.
+    pub fn set_objects(&self, objects: Arc<ObjectTable>) {
+        let _ = self.objects.set(objects);
     }
 
     /// The notice that stands, and every change of it.

@@ -7,6 +7,7 @@
 //!   methods of one actor at once; [`supervision`]: starts, ends, panics.
 //! * [`calls`]: answering calls from other processes; [`reply`]: the duty to answer one.
 //! * [`client`]: making calls; [`pending`]: calls whose answer is still to come.
+//! * [`objects`]: values that processes share by reference.
 //! * [`agent`]: the link to the worker's agent, and a host process from start to end.
 //!
 //! Invariants:
@@ -25,6 +26,7 @@ mod concurrent;
 pub mod context;
 mod host_stream;
 pub mod mailbox;
+pub mod objects;
 pub mod pending;
 pub mod registry;
 pub mod reply;

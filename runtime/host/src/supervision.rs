@@ -14,6 +14,7 @@ use mobula_core::error::Executed;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_core::order::StartActor;
+use mobula_wire::object::OBJECTS_ACTOR;
 use parking_lot::Mutex;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::{Notify, mpsc};
@@ -318,6 +319,11 @@ impl ActorTable {
 
     /// Admits a call to one incarnation of an actor, or answers it with why not.
     pub fn admit(&self, actor: ActorId, incarnation: Incarnation, call: IncomingCall) {
+        if actor == OBJECTS_ACTOR
+            && let Some(objects) = self.runtime.objects()
+        {
+            return objects.serve(call);
+        }
         let refusal = match self.slots.lock().get(&actor) {
             Some(Slot::Running(mailbox)) if mailbox.incarnation == incarnation => {
                 // Under the lock, so that calls enter in the order in which they were read.

@@ -4,6 +4,7 @@
 //!   out; [`hello`]: how a stream begins.
 //! * [`session`]: worker agent and leader. [`host`]: agent and host process. [`call`]: calls of
 //!   actors; [`same_machine`]: how they change over to a Unix socket.
+//! * [`object`]: values that processes share, their owners and holders.
 //! * [`control`]: the gRPC control API, generated from `proto/mobula/v1/control.proto`;
 //!   [`convert`]: its messages to and from the types of `mobula-core`.
 //!
@@ -17,6 +18,7 @@ pub mod frame;
 pub mod frame_queue;
 pub mod hello;
 pub mod host;
+pub mod object;
 pub mod same_machine;
 pub mod session;
 

@@ -1,0 +1,488 @@
+//! All objects of one process: those it owns, those it borrows.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use mobula_core::codec;
+use mobula_core::error::{CallError, Executed};
+use mobula_core::object::{ObjectError, ObjectId, ProcessId};
+use mobula_wire::object::{
+    Changes, Format, METHOD_CHANGE, METHOD_NEXT, Next, Reference, WireValue,
+};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::cell::{Cell, Outcome, Value};
+use super::handle::{Object, Side, capture_contained, held};
+use super::link::Link;
+use super::owner::{Aftermath, Entry, OwnerTable};
+use super::payload::Payload;
+use crate::client::CallClient;
+use crate::mailbox::IncomingCall;
+
+/// How long a question of a holder waits for something to happen.
+pub const NEXT_WAIT: Duration = Duration::from_secs(10);
+
+/// How long a holder may be silent before what it holds is released. It asks at least every
+/// [`NEXT_WAIT`], so this is many lost questions in a row.
+pub const HOLDER_LEASE: Duration = Duration::from_secs(60);
+
+/// How long a sent reference keeps its object although nobody has taken it in.
+pub const TRANSIT_MAX: Duration = Duration::from_secs(600);
+
+/// How often old questions, holders and holds are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Creates the value of an object anew when its bytes are lost.
+pub trait Lineage: Send + Sync {
+    /// Starts to produce the value again, for `completer`, because of `reason`. Dropping the
+    /// completer says that it cannot be done.
+    fn recreate(&self, completer: Completer, reason: &str);
+}
+
+/// A finished value on its way from whoever produced it to the object's owner.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectValue {
+    value: WireValue,
+    /// References inside the value, each held for the owner.
+    contains: Vec<Reference>,
+}
+
+/// The objects of a process.
+pub struct ObjectTable {
+    process: ProcessId,
+    call_address: String,
+    calls: CallClient,
+    runtime: tokio::runtime::Handle,
+    next_sequence: AtomicU64,
+    next_transit: AtomicU64,
+    owned: OwnerTable,
+    links: Mutex<HashMap<ProcessId, Arc<Link>>>,
+    /// Everything that runs for the table; ends with it.
+    tasks: Mutex<JoinSet<()>>,
+}
+
+impl ObjectTable {
+    /// The objects of a process that takes calls at `call_address`. Must be called inside a tokio
+    /// runtime.
+    #[must_use]
+    pub fn start(call_address: String, calls: CallClient) -> Arc<Self> {
+        let table = Arc::new(ObjectTable {
+            process: ProcessId(RandomState::new().hash_one(std::process::id())),
+            call_address,
+            calls,
+            runtime: tokio::runtime::Handle::current(),
+            next_sequence: AtomicU64::new(1),
+            next_transit: AtomicU64::new(RandomState::new().hash_one("transit") | 1),
+            owned: OwnerTable::default(),
+            links: Mutex::default(),
+            tasks: Mutex::new(JoinSet::new()),
+        });
+        let sweeping = sweep(Arc::downgrade(&table));
+        table.tasks.lock().spawn(sweeping);
+        table
+    }
+
+    /// This process.
+    #[must_use]
+    pub fn process(&self) -> ProcessId {
+        self.process
+    }
+
+    pub(crate) fn call_address(&self) -> &str {
+        &self.call_address
+    }
+
+    /// Puts an encoded value.
+    pub fn put<T: Serialize + ?Sized>(
+        self: &Arc<Self>,
+        value: &T,
+    ) -> Result<Object, codec::EncodeError> {
+        let (payload, contains) = capture_contained(|| Payload::encoded(value));
+        let (object, entry) = self.create_entry(Cell::settled(Ok(Value::Inline(payload?))));
+        if !contains.is_empty() {
+            *entry.contains.lock() = contains;
+        }
+        Ok(object)
+    }
+
+    /// Puts bytes that are to be read as `format`.
+    pub fn put_bytes(self: &Arc<Self>, format: Format, bytes: Bytes) -> Object {
+        self.create(Cell::settled(Ok(Value::Inline(Payload { format, bytes }))))
+    }
+
+    /// An object whose value will come later, or never.
+    pub fn create_pending(self: &Arc<Self>) -> (Object, Completer) {
+        let (object, entry) = self.create_entry(Cell::default());
+        let completer = self.completer(object.id(), &entry);
+        (object, completer)
+    }
+
+    /// As [`create_pending`](ObjectTable::create_pending), with a way to produce the value again
+    /// should its bytes be lost.
+    pub fn create_pending_with(self: &Arc<Self>, lineage: Arc<dyn Lineage>) -> (Object, Completer) {
+        let (object, completer) = self.create_pending();
+        *completer.entry.lineage.lock() = Some(lineage);
+        (object, completer)
+    }
+
+    /// Prepares a value that another process will own: a task's result.
+    pub fn encode_result<T: Serialize + ?Sized>(
+        self: &Arc<Self>,
+        value: &T,
+    ) -> Result<ObjectValue, codec::EncodeError> {
+        let (payload, contains) = capture_contained(|| Payload::encoded(value));
+        let payload = payload?;
+        Ok(ObjectValue {
+            value: WireValue::Inline {
+                format: payload.format,
+                bytes: payload.bytes.to_vec(),
+            },
+            contains: contains.iter().map(Object::export).collect(),
+        })
+    }
+
+    /// Takes in a reference that was sent to this process.
+    #[must_use]
+    pub fn import(self: &Arc<Self>, reference: &Reference) -> Object {
+        let Reference {
+            object: id,
+            owner,
+            transit,
+        } = reference;
+        if id.owner == self.process {
+            return self.import_own(*id, *transit);
+        }
+        let mut links = self.links.lock();
+        if let Some(link) = links.get(&id.owner)
+            && let Some(cell) = link.borrow(id.sequence, *transit, held())
+        {
+            let link = Arc::clone(link);
+            drop(links);
+            return self.borrowed(*id, link, cell);
+        }
+        let link = Link::new(id.owner, owner.clone());
+        let cell = link
+            .borrow(id.sequence, *transit, held())
+            .expect("a new link has not ended");
+        links.insert(id.owner, Arc::clone(&link));
+        drop(links);
+        let running = run_link(Arc::downgrade(self), Arc::clone(&link));
+        self.spawn(running);
+        self.borrowed(*id, link, cell)
+    }
+
+    fn borrowed(self: &Arc<Self>, id: ObjectId, link: Arc<Link>, cell: Arc<Cell>) -> Object {
+        Object::new(id, Arc::clone(self), Side::Borrowed { link, cell })
+    }
+
+    fn import_own(self: &Arc<Self>, id: ObjectId, transit: u64) -> Object {
+        let entry = self.owned.receive(id.sequence, transit).unwrap_or_else(|| {
+            Arc::new(Entry {
+                sequence: id.sequence,
+                cell: Cell::settled(Err(ObjectError::Freed { object: id })),
+                handles: 1.into(),
+                ..Entry::default()
+            })
+        });
+        Object::new(id, Arc::clone(self), Side::Owned(entry))
+    }
+
+    /// Answers a call of [`OBJECTS_ACTOR`](mobula_wire::object::OBJECTS_ACTOR).
+    pub fn serve(self: &Arc<Self>, call: IncomingCall) {
+        let IncomingCall {
+            method,
+            arguments,
+            reply,
+            ..
+        } = call;
+        let bad = |reason: String| CallError::BadCall(format!("objects, `{method}`: {reason}"));
+        let aftermath = match &*method {
+            METHOD_CHANGE => match codec::decode::<Changes>(&arguments, arguments.len()) {
+                Ok(changes) if changes.owner == self.process => {
+                    let aftermath =
+                        self.owned
+                            .change(self.process, changes.holder, &changes.changes);
+                    reply.send(Ok(Bytes::new()));
+                    aftermath
+                }
+                Ok(changes) => return reply.send(Err(replaced(changes.owner))),
+                Err(error) => return reply.send(Err(bad(error.to_string()))),
+            },
+            METHOD_NEXT => match codec::decode::<Next>(&arguments, arguments.len()) {
+                Ok(next) if next.owner == self.process => {
+                    self.owned.next(self.process, &next, reply)
+                }
+                Ok(next) => return reply.send(Err(replaced(next.owner))),
+                Err(error) => return reply.send(Err(bad(error.to_string()))),
+            },
+            _ => return reply.send(Err(bad("there is no such method".to_owned()))),
+        };
+        self.finish(aftermath);
+    }
+
+    /// A process is known to be gone: what it held is released.
+    pub fn process_gone(self: &Arc<Self>, process: ProcessId) {
+        self.finish(self.owned.holder_gone(process));
+    }
+
+    /// How many of its objects others may refer to, and how many processes do.
+    #[must_use]
+    pub fn sent_counts(&self) -> (usize, usize) {
+        self.owned.counts()
+    }
+
+    pub(crate) fn export(&self, entry: &Arc<Entry>, is_held: bool) -> u64 {
+        let transit = if is_held { self.next_transit() } else { 0 };
+        self.owned.send(entry, transit);
+        transit
+    }
+
+    pub(crate) fn next_transit(&self) -> u64 {
+        // An odd number plus an even one is never 0.
+        self.next_transit.fetch_add(2, Ordering::Relaxed)
+    }
+
+    pub(crate) fn dropped(self: &Arc<Self>, entry: &Arc<Entry>) {
+        if entry.is_sent.load(Ordering::Acquire) {
+            self.finish(self.owned.dropped(entry));
+        } else {
+            entry.handles.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    fn create(self: &Arc<Self>, cell: Cell) -> Object {
+        self.create_entry(cell).0
+    }
+
+    fn create_entry(self: &Arc<Self>, cell: Cell) -> (Object, Arc<Entry>) {
+        let id = ObjectId {
+            owner: self.process,
+            sequence: self.next_sequence.fetch_add(1, Ordering::Relaxed),
+        };
+        let entry = Entry {
+            sequence: id.sequence,
+            cell,
+            handles: 1.into(),
+            ..Entry::default()
+        };
+        let entry = Arc::new(entry);
+        let object = Object::new(id, Arc::clone(self), Side::Owned(Arc::clone(&entry)));
+        (object, entry)
+    }
+
+    fn completer(self: &Arc<Self>, id: ObjectId, entry: &Arc<Entry>) -> Completer {
+        Completer {
+            id,
+            table: Arc::clone(self),
+            entry: Arc::clone(entry),
+            is_done: false,
+        }
+    }
+
+    fn is_wanted(&self, entry: &Arc<Entry>) -> bool {
+        match entry.is_sent.load(Ordering::Acquire) {
+            true => self.owned.contains(entry.sequence),
+            false => entry.handles.load(Ordering::Acquire) > 0,
+        }
+    }
+
+    fn settle(self: &Arc<Self>, id: ObjectId, entry: &Entry, outcome: Outcome) {
+        if entry.cell.settle(outcome) && entry.is_sent.load(Ordering::Acquire) {
+            self.finish(self.owned.settled(id));
+        }
+    }
+
+    /// The bytes of `object` are not where `seen` says: its owner produces them again, or settles
+    /// it as lost. Wait for it once more.
+    pub fn report_missing(self: &Arc<Self>, object: &Object, seen: &Outcome, reason: &str) {
+        match object.side() {
+            Side::Owned(entry) => self.recreate(entry, seen, reason),
+            Side::Borrowed { link, .. } => link.missing(object.id().sequence, seen),
+        }
+    }
+
+    fn recreate(self: &Arc<Self>, entry: &Arc<Entry>, seen: &Outcome, reason: &str) {
+        let id = ObjectId {
+            owner: self.process,
+            sequence: entry.sequence,
+        };
+        let lineage = entry.lineage.lock().clone();
+        match lineage {
+            Some(lineage) => {
+                if entry.cell.reset(seen) {
+                    lineage.recreate(self.completer(id, entry), reason);
+                }
+            }
+            None => {
+                let lost = ObjectError::Lost {
+                    object: id,
+                    reason: reason.to_owned(),
+                };
+                entry.cell.replace(Err(lost));
+                self.finish(self.owned.settled(id));
+            }
+        }
+    }
+
+    fn finish(self: &Arc<Self>, mut aftermath: Aftermath) {
+        aftermath.send_answers();
+        for entry in aftermath.missing.drain(..) {
+            if let Some(seen) = entry.cell.outcome() {
+                self.recreate(
+                    &entry,
+                    &seen,
+                    "its bytes are gone from the node that held them",
+                );
+            }
+        }
+        // Dropped here, without any lock: a freed value may contain handles of other objects.
+        drop(aftermath);
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock();
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(task, &self.runtime);
+    }
+
+    /// Ends everything that runs for the table.
+    pub fn close(&self) {
+        self.tasks.lock().abort_all();
+        let links = std::mem::take(&mut *self.links.lock());
+        for link in links.into_values() {
+            link.end("this process ends");
+        }
+    }
+}
+
+impl std::fmt::Debug for ObjectTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ObjectTable")
+            .field("process", &self.process)
+            .finish_non_exhaustive()
+    }
+}
+
+fn replaced(owner: ProcessId) -> CallError {
+    CallError::ActorDied {
+        actor: owner.to_string(),
+        reason: "another process takes calls at its address".to_owned(),
+        executed: Executed::No,
+    }
+}
+
+async fn sweep(table: Weak<ObjectTable>) {
+    let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(table) = table.upgrade() else {
+            return;
+        };
+        table.finish(table.owned.sweep(Instant::now()));
+    }
+}
+
+async fn run_link(table: Weak<ObjectTable>, link: Arc<Link>) {
+    loop {
+        let Some((own, calls)) = table
+            .upgrade()
+            .map(|table| (table.process, table.calls.clone()))
+        else {
+            return;
+        };
+        let reason = link.run(own, &calls).await;
+        let Some(table) = table.upgrade() else {
+            return;
+        };
+        let mut links = table.links.lock();
+        let is_ended = match &reason {
+            Some(_) => true,
+            None => link.end_if_idle(),
+        };
+        if is_ended {
+            links.retain(|_, other| !Arc::ptr_eq(other, &link));
+            drop(links);
+            if let Some(reason) = reason {
+                link.end(&reason);
+            }
+            return;
+        }
+    }
+}
+
+/// The duty to bring one pending object to a value or an error. Dropped unfulfilled, the object
+/// is lost.
+#[must_use = "dropping it loses the object"]
+pub struct Completer {
+    id: ObjectId,
+    table: Arc<ObjectTable>,
+    entry: Arc<Entry>,
+    is_done: bool,
+}
+
+impl Completer {
+    /// Which object.
+    #[must_use]
+    pub fn id(&self) -> ObjectId {
+        self.id
+    }
+
+    /// Whether anybody still refers to the object, here or elsewhere, or may soon.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.table.is_wanted(&self.entry)
+    }
+
+    /// The object has this value.
+    pub fn complete(mut self, value: ObjectValue) {
+        self.is_done = true;
+        let ObjectValue { value, contains } = value;
+        let contains: Vec<Object> = contains
+            .iter()
+            .map(|reference| self.table.import(reference))
+            .collect();
+        *self.entry.contains.lock() = contains;
+        let value = match value {
+            WireValue::Inline { format, bytes } => Value::Inline(Payload {
+                format,
+                bytes: bytes.into(),
+            }),
+            WireValue::Stored(stored) => Value::Stored(stored),
+        };
+        self.table.settle(self.id, &self.entry, Ok(value));
+    }
+
+    /// The object will never have a value.
+    pub fn fail(mut self, error: ObjectError) {
+        self.is_done = true;
+        self.table.settle(self.id, &self.entry, Err(error));
+    }
+}
+
+impl Drop for Completer {
+    fn drop(&mut self) {
+        if !self.is_done {
+            let error = ObjectError::Lost {
+                object: self.id,
+                reason: "whoever was to produce it gave up".to_owned(),
+            };
+            self.table.settle(self.id, &self.entry, Err(error));
+        }
+    }
+}
+
+impl std::fmt::Debug for Completer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Completer")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}

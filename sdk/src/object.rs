@@ -1,0 +1,210 @@
+//! Objects: values that are put once and read by reference, from any process of the job.
+//!
+//! Invariants:
+//! 1. A value never changes. Reading it twice, anywhere, gives the same bytes, or a typed error.
+//! 2. An object lives as long as a reference to it, in a process or on its way to one, and as long
+//!    as the process that created it: its *owner*.
+//! 3. A reference may be sent as an argument, returned, or put inside another object.
+
+use std::any::Any;
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mobula_core::codec;
+use mobula_core::error::Executed;
+use mobula_core::object::{ObjectError, ObjectId};
+use mobula_host::objects::{Object, ObjectTable, Value, holding, wait_for};
+use mobula_wire::object::{Format, Reference};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::cluster::Cluster;
+use crate::error::{Error, Result};
+use crate::plain;
+
+/// A reference to a value of type `T` that some process has put or will produce. Clones are cheap.
+pub struct ObjectRef<T> {
+    object: Object,
+    value: PhantomData<fn() -> T>,
+}
+
+/// What [`Cluster::wait`] answers.
+#[derive(Debug)]
+pub struct Waited<T> {
+    /// Those that have come to a value or an error, in the order in which they were given.
+    pub ready: Vec<ObjectRef<T>>,
+    /// The others.
+    pub pending: Vec<ObjectRef<T>>,
+}
+
+impl<T> ObjectRef<T> {
+    /// A reference to `object`, whose value must be a `T`: reading it is checked.
+    #[must_use]
+    pub fn from_object(object: Object) -> Self {
+        ObjectRef {
+            object,
+            value: PhantomData,
+        }
+    }
+
+    /// The reference without its type.
+    #[must_use]
+    pub fn object(&self) -> &Object {
+        &self.object
+    }
+
+    /// Which object.
+    #[must_use]
+    pub fn id(&self) -> ObjectId {
+        self.object.id()
+    }
+
+    /// Whether it has come to a value or an error, as far as this process knows.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.object.is_settled()
+    }
+}
+
+impl<T: DeserializeOwned + 'static> ObjectRef<T> {
+    /// Waits for the value and reads it. Where producing it failed, that error is returned.
+    pub async fn get(&self) -> Result<T> {
+        let outcome = match self.object.outcome() {
+            Some(outcome) => outcome,
+            None => self.object.wait().await,
+        };
+        match outcome? {
+            Value::Inline(payload) => self.decode(payload.format, &payload.bytes),
+            Value::Stored(_) => Err(Error::Object(ObjectError::Unavailable {
+                reason: "this process has no access to the node's shared memory".to_owned(),
+            })),
+        }
+    }
+
+    /// As [`get`](ObjectRef::get), giving up after `timeout`: the value may still come.
+    pub async fn get_timeout(&self, timeout: Duration) -> Result<T> {
+        match tokio::time::timeout(timeout, self.get()).await {
+            Ok(value) => value,
+            Err(_) => Err(Error::Object(ObjectError::DeadlineExceeded {
+                object: self.id(),
+                limit_ms: crate::cluster::millis(timeout),
+            })),
+        }
+    }
+
+    fn decode(&self, format: Format, bytes: &[u8]) -> Result<T> {
+        let wrong = |reason: String| {
+            Error::Object(ObjectError::WrongType {
+                object: self.id(),
+                reason,
+            })
+        };
+        match format {
+            // References inside are kept by this object until they are registered.
+            Format::Encoded => holding(&self.object, || codec::decode(bytes, bytes.len()))
+                .map_err(|error| wrong(error.to_string())),
+            Format::Plain(element) => plain::decode(element, bytes).map_err(wrong),
+        }
+    }
+}
+
+impl Cluster {
+    /// Puts a value: it is encoded once, and read wherever its reference gets to. A vector of
+    /// numbers is kept as it is.
+    pub async fn put<T: Serialize + 'static>(&self, value: T) -> Result<ObjectRef<T>> {
+        let objects = self.objects()?;
+        if let Some((element, bytes)) = plain::bytes_of(&value as &dyn Any) {
+            let bytes = Bytes::copy_from_slice(bytes);
+            let object = objects.put_bytes(Format::Plain(element), bytes);
+            return Ok(ObjectRef::from_object(object));
+        }
+        let object = objects
+            .put(&value)
+            .map_err(|error| Error::encoding("value to put", error, Executed::No))?;
+        Ok(ObjectRef::from_object(object))
+    }
+
+    /// Waits until `count` of `references` have come to a value or an error, for at most
+    /// `timeout`; answers which have and which have not.
+    pub async fn wait<T>(
+        &self,
+        references: &[ObjectRef<T>],
+        count: usize,
+        timeout: Duration,
+    ) -> Result<Waited<T>> {
+        let objects: Vec<&Object> = references.iter().map(ObjectRef::object).collect();
+        // Past the timeout the answer says how far it got.
+        let _ = tokio::time::timeout(timeout, wait_for(&objects, count)).await;
+        let (ready, pending) = references
+            .iter()
+            .cloned()
+            .partition(|reference| reference.is_ready());
+        Ok(Waited { ready, pending })
+    }
+
+    /// The objects of this process.
+    pub(crate) fn objects(&self) -> Result<&Arc<ObjectTable>> {
+        self.runtime()
+            .and_then(|runtime| runtime.objects())
+            .ok_or_else(|| {
+                Error::NotInCluster(
+                    "objects belong to a process of a job, and this is none: put them in the \
+                     job's main, in a task or in an actor"
+                        .to_owned(),
+                )
+            })
+    }
+}
+
+impl<T> Clone for ObjectRef<T> {
+    fn clone(&self) -> Self {
+        ObjectRef::from_object(self.object.clone())
+    }
+}
+
+impl<T> fmt::Debug for ObjectRef<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "ObjectRef<{}>({})",
+            std::any::type_name::<T>(),
+            self.id()
+        )
+    }
+}
+
+impl<T> fmt::Display for ObjectRef<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.id().fmt(f)
+    }
+}
+
+impl<T> Serialize for ObjectRef<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        self.object.export().serialize(serializer)
+    }
+}
+
+impl<'de, T> Deserialize<'de> for ObjectRef<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let reference = Reference::deserialize(deserializer)?;
+        let objects = mobula_host::objects::current().ok_or_else(|| {
+            serde::de::Error::custom(
+                "a reference to an object can be read in a process of its job only",
+            )
+        })?;
+        Ok(ObjectRef::from_object(objects.import(&reference)))
+    }
+}
+
+impl From<ObjectError> for Error {
+    fn from(error: ObjectError) -> Self {
+        match error {
+            ObjectError::Failed(error) => Error::Call(error),
+            error => Error::Object(error),
+        }
+    }
+}
