@@ -77,6 +77,8 @@ pub use plain::Plain;
 /// The pages of `docs/` whose code is compiled with the SDK's tests.
 #[cfg(doctest)]
 mod pages {
+    #[doc = include_str!("../../docs/errors.md")]
+    struct Errors;
     #[doc = include_str!("../../docs/jobs.md")]
     struct Jobs;
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask`: the two commands a newcomer needs, `demo` and `test`, and `doctor`.
+//! `cargo xtask`: the two commands a newcomer needs, `demo` and `test`; `bench` and `doctor`.
 //!
 //! Invariants:
 //! 1. No dependencies. This crate compiles in seconds on a machine that has only Rust, and only
@@ -8,6 +8,7 @@
 //! 3. No silent change to the machine. A package is installed only through apt-get, only with
 //!    rights that are already there, and the command is printed first.
 
+mod bench;
 mod commands;
 mod install;
 mod libclang;
@@ -29,6 +30,10 @@ commands:
                   trains, survives a preemption, serves and detects drift
   test [--quick]  every check: format, clippy, docs, unit, property and process-level tests,
                   doc tests, dependency policy; --quick leaves out docs and process-level tests
+  bench core [--peers] [args]
+                  the core suite on a cluster of processes, under the names of Ray's own
+                  benchmark; --peers runs Ray from PyPI beside it; `--quick` and
+                  `--only <part of a name>` go to the suite (see benches/README.md)
   doctor          say what this machine has and lacks, and how to install the rest
   help            this text
 
@@ -50,6 +55,7 @@ fn main() -> ExitCode {
         ("demo", demo_arguments) => commands::demo(demo_arguments),
         ("test", []) => commands::test(commands::TestScope::Full),
         ("test", [flag]) if flag == "--quick" => commands::test(commands::TestScope::Quick),
+        ("bench", [suite, bench_arguments @ ..]) if suite == "core" => bench::core(bench_arguments),
         ("doctor", []) => commands::doctor(),
         ("help" | "--help" | "-h", _) => {
             println!("{HELP}");
@@ -59,6 +65,7 @@ fn main() -> ExitCode {
             println!("{HELP}");
             ExitCode::SUCCESS
         }
+        ("bench", _) => usage_error("`bench` takes the name of a suite: `core`"),
         ("test" | "doctor", unexpected) => usage_error(&format!(
             "`{command}` does not take `{}`",
             unexpected.join(" ")

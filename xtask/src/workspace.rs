@@ -36,6 +36,11 @@ impl Workspace {
         Self { root, target }
     }
 
+    /// The checkout.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Where build output goes.
     pub(crate) fn target(&self) -> &Path {
         &self.target

@@ -15,6 +15,7 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
+use mobula_core::id::{ActorId, Incarnation};
 use mobula_core::order::ActorAddress;
 use mobula_net::endpoint::{Connection, Endpoint, LaneClass, OpenError};
 use mobula_net::identity::Role;
@@ -98,6 +99,67 @@ impl OutgoingCall {
     }
 }
 
+/// An actor's address as calls use it: looked at once, for all calls to one start of an actor.
+#[derive(Clone)]
+pub struct CallRoute(Arc<RouteInner>);
+
+struct RouteInner {
+    actor: ActorId,
+    incarnation: Incarnation,
+    address: SocketAddr,
+    /// The stream that the last call took: it saves the look into the table of streams.
+    stream: Mutex<Option<Arc<HostStream>>>,
+}
+
+impl CallRoute {
+    /// The route to `target`.
+    pub fn new(target: &ActorAddress) -> Result<Self, CallError> {
+        let address = target.call_address.parse::<SocketAddr>().map_err(|_| {
+            let reason = format!("`{}` is not an address (ip:port)", target.call_address);
+            unavailable(target.actor, reason, Executed::No)
+        })?;
+        Ok(CallRoute(Arc::new(RouteInner {
+            actor: target.actor,
+            incarnation: target.incarnation,
+            address,
+            stream: Mutex::new(None),
+        })))
+    }
+
+    /// The start of the actor that it leads to.
+    #[must_use]
+    pub fn incarnation(&self) -> Incarnation {
+        self.0.incarnation
+    }
+}
+
+impl std::fmt::Debug for CallRoute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CallRoute")
+            .field("actor", &self.0.actor)
+            .field("incarnation", &self.0.incarnation)
+            .field("address", &self.0.address)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A call on its way, or what it still has to wait for.
+enum Prepared {
+    Done(Route),
+    Remote(Arc<HostStream>, NewCall),
+}
+
+impl From<NewCall> for OutgoingCall {
+    fn from(new: NewCall) -> Self {
+        OutgoingCall {
+            method: new.request.method,
+            arguments: new.request.arguments,
+            deadline: new.deadline,
+            key: new.request.key,
+        }
+    }
+}
+
 /// Calls to actors anywhere in the cluster. Clones share their streams.
 #[derive(Clone)]
 pub struct CallClient(Arc<ClientInner>);
@@ -164,9 +226,10 @@ impl CallClient {
 
     /// Makes a call. When this returns, its place in the order of calls is taken.
     pub async fn start(&self, target: &ActorAddress, call: OutgoingCall) -> PendingCall {
-        let deadline = call.deadline;
-        let route = self.begin(target, call, None).await;
-        PendingCall::new(target.actor, deadline, route)
+        match CallRoute::new(target) {
+            Ok(route) => self.start_on(&route, call).await,
+            Err(error) => PendingCall::new(target.actor, call.deadline, Route::Failed(error)),
+        }
     }
 
     /// Makes a call that brings several values, of which at most `window` (1 to
@@ -178,26 +241,74 @@ impl CallClient {
         call: OutgoingCall,
         window: u32,
     ) -> PendingStream {
-        let deadline = call.deadline;
-        let window = window.clamp(1, STREAM_WINDOW_MAX);
-        let route = self.begin(target, call, Some(window)).await;
-        PendingStream::new(target.actor, deadline, route)
-    }
-
-    async fn begin(&self, target: &ActorAddress, call: OutgoingCall, window: Option<u32>) -> Route {
-        match self.try_begin(target, call, window).await {
-            Ok(route) => route,
-            Err(error) => Route::Failed(error),
+        match CallRoute::new(target) {
+            Ok(route) => self.start_stream_on(&route, call, window).await,
+            Err(error) => PendingStream::new(target.actor, call.deadline, Route::Failed(error)),
         }
     }
 
-    async fn try_begin(
+    /// As [`CallClient::start`], for whoever calls one actor often.
+    pub async fn start_on(&self, route: &CallRoute, call: OutgoingCall) -> PendingCall {
+        let deadline = call.deadline;
+        PendingCall::new(route.0.actor, deadline, self.begin(route, call, None).await)
+    }
+
+    /// As [`CallClient::start_stream`], for whoever calls one actor often.
+    pub async fn start_stream_on(
         &self,
-        target: &ActorAddress,
+        route: &CallRoute,
         call: OutgoingCall,
-        window: Option<u32>,
-    ) -> Result<Route, CallError> {
-        let (actor, incarnation) = (target.actor, target.incarnation);
+        window: u32,
+    ) -> PendingStream {
+        let deadline = call.deadline;
+        let window = window.clamp(1, STREAM_WINDOW_MAX);
+        let begun = self.begin(route, call, Some(window)).await;
+        PendingStream::new(route.0.actor, deadline, begun)
+    }
+
+    /// As [`CallClient::start_on`] if there is room for the call at once; otherwise it stays in
+    /// `call`.
+    pub fn try_start_on(
+        &self,
+        route: &CallRoute,
+        call: &mut Option<OutgoingCall>,
+    ) -> Option<PendingCall> {
+        let deadline = call.as_ref()?.deadline;
+        let begun = match self.prepare(route, call.take()?, None) {
+            Prepared::Done(begun) => begun,
+            Prepared::Remote(stream, new) => {
+                let mut new = Some(new);
+                match stream.try_enter(&mut new) {
+                    Some(Ok(sent)) => Route::Stream(sent),
+                    Some(Err(error)) => Route::Failed(error),
+                    None => {
+                        *call = new.map(OutgoingCall::from);
+                        return None;
+                    }
+                }
+            }
+        };
+        Some(PendingCall::new(route.0.actor, deadline, begun))
+    }
+
+    async fn begin(&self, route: &CallRoute, call: OutgoingCall, window: Option<u32>) -> Route {
+        match self.prepare(route, call, window) {
+            Prepared::Done(begun) => begun,
+            Prepared::Remote(stream, new) => match stream.enter(new).await {
+                Ok(sent) => Route::Stream(sent),
+                Err(error) => Route::Failed(error),
+            },
+        }
+    }
+
+    /// All that a call needs no waiting for.
+    fn prepare(&self, route: &CallRoute, call: OutgoingCall, window: Option<u32>) -> Prepared {
+        let RouteInner {
+            actor,
+            incarnation,
+            address,
+            ..
+        } = *route.0;
         let OutgoingCall {
             method,
             arguments,
@@ -205,16 +316,12 @@ impl CallClient {
             key,
         } = call;
         if arguments.len() > VALUE_BYTES_MAX || method.len() > METHOD_BYTES_MAX {
-            return Err(CallError::BadCall(format!(
+            return Prepared::Done(Route::Failed(CallError::BadCall(format!(
                 "the arguments of `{method}` have {} bytes encoded, the limit is \
                  {VALUE_BYTES_MAX}: pass them in parts, or store them and pass where they are",
                 arguments.len()
-            )));
+            ))));
         }
-        let address = target.call_address.parse::<SocketAddr>().map_err(|_| {
-            let reason = format!("`{}` is not an address (ip:port)", target.call_address);
-            unavailable(actor, reason, Executed::No)
-        })?;
         if let Some((own, table)) = &self.0.local
             && *own == address
             && let Some(table) = table.upgrade()
@@ -228,11 +335,15 @@ impl CallClient {
                 reply,
             };
             table.admit(actor, incarnation, call);
-            return Ok(Route::SameProcess(pending));
+            return Prepared::Done(Route::SameProcess(pending));
         }
-        let stream = self
-            .stream(address)
-            .map_err(|reason| unavailable(actor, reason, Executed::No))?;
+        let stream = match self.stream_of(route) {
+            Ok(stream) => stream,
+            Err(reason) => {
+                let error = unavailable(actor, reason, Executed::No);
+                return Prepared::Done(Route::Failed(error));
+            }
+        };
         let request = CallRequest {
             // Assigned by the stream, and the timeout when it is written.
             call: 0,
@@ -244,8 +355,19 @@ impl CallClient {
             window,
             arguments,
         };
-        let sent = stream.enter(NewCall { request, deadline }).await?;
-        Ok(Route::Stream(sent))
+        Prepared::Remote(stream, NewCall { request, deadline })
+    }
+
+    fn stream_of(&self, route: &CallRoute) -> Result<Arc<HostStream>, String> {
+        let mut known = route.0.stream.lock();
+        if let Some(stream) = &*known
+            && !stream.is_ended()
+        {
+            return Ok(Arc::clone(stream));
+        }
+        let stream = self.stream(route.0.address)?;
+        *known = Some(Arc::clone(&stream));
+        Ok(stream)
     }
 
     fn stream(&self, address: SocketAddr) -> Result<Arc<HostStream>, String> {

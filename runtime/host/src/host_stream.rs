@@ -150,7 +150,7 @@ impl HostStream {
     }
 
     /// Takes the call out of `call`, or leaves it there if there is no room for it now.
-    fn try_enter(
+    pub(crate) fn try_enter(
         self: &Arc<Self>,
         call: &mut Option<NewCall>,
     ) -> Option<Result<SentCall, CallError>> {

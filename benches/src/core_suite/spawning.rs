@@ -1,0 +1,84 @@
+//! Creating actors, and what idle ones take.
+
+use std::time::{Duration, Instant};
+
+use futures::future::{join_all, try_join_all};
+use mobula::Result;
+use mobula::prelude::*;
+
+use crate::Options;
+use crate::actors::{Server, ServerCalls as _};
+use crate::memory;
+use crate::outcome::{Outcome, Rate};
+
+/// Actors with a process each, created together.
+const ISOLATED: usize = 4;
+
+pub(crate) async fn measure(
+    cluster: &Cluster,
+    options: &Options,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    if options.wants("spawn, isolated process") {
+        let mut rates = Vec::new();
+        for _ in 0..options.rounds {
+            let began = Instant::now();
+            let actors = try_join_all(
+                (0..ISOLATED).map(|_| cluster.actor(Server::new()).isolated().spawn()),
+            )
+            .await?;
+            try_join_all(actors.iter().map(|actor| actor.small_value().into_future())).await?;
+            rates.push(ISOLATED as f64 / began.elapsed().as_secs_f64());
+            stop(&actors).await?;
+        }
+        outcome.rate("spawn, isolated process", &Rate::of(&rates));
+    }
+    if options.wants("spawn, in a host") {
+        idle_actors(cluster, options, outcome).await?;
+    }
+    Ok(())
+}
+
+/// Until each of them has answered a call, which is when it runs.
+async fn idle_actors(cluster: &Cluster, options: &Options, outcome: &mut Outcome) -> Result<()> {
+    let first = cluster.actor(Server::new()).spawn().await?;
+    first.small_value().await?;
+    let before_bytes = memory::largest_host_bytes();
+    let began = Instant::now();
+    let spawned =
+        join_all((0..options.idle_actors).map(|_| cluster.actor(Server::new()).spawn())).await;
+    let mut actors = Vec::new();
+    let mut refusal = None;
+    for actor in spawned {
+        match actor {
+            Ok(actor) => actors.push(actor),
+            Err(error) => refusal = Some(error.to_string()),
+        }
+    }
+    let created = began.elapsed();
+    for chunk in actors.chunks(500) {
+        try_join_all(chunk.iter().map(|actor| actor.small_value().into_future())).await?;
+    }
+    let running = began.elapsed();
+    let count = actors.len() as f64;
+    outcome.figure("idle actors on this machine", count, "");
+    if let Some(refusal) = refusal {
+        outcome.absent("more idle actors", &refusal);
+    }
+    let rates = [count / created.as_secs_f64()];
+    outcome.rate("spawn, in a host: accepted by the head", &Rate::of(&rates));
+    let rates = [count / running.as_secs_f64()];
+    outcome.rate("spawn, in a host: each has answered", &Rate::of(&rates));
+    let grown_bytes = memory::largest_host_bytes().saturating_sub(before_bytes);
+    let each_kib = grown_bytes as f64 / count.max(1.0) / 1024.0;
+    outcome.figure("memory of an idle actor in its host", each_kib, "KiB");
+    actors.push(first);
+    stop(&actors).await
+}
+
+async fn stop(actors: &[ActorRef<Server>]) -> Result<()> {
+    for chunk in actors.chunks(500) {
+        try_join_all(chunk.iter().map(|actor| actor.stop_actor(Duration::ZERO))).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,214 @@
+//! `cargo xtask bench core`: builds the core suite, runs it on a cluster of processes, and puts it
+//! beside Ray where that is asked for.
+//!
+//! Ray comes from PyPI into a virtual environment under the target folder and is asked with its own
+//! `ray microbenchmark`, one pattern of its `TESTS_TO_RUN` after the other, in the same run as ours.
+
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+
+use crate::install::{self, StillMissing};
+use crate::workspace::{SHARED_BUILD, Workspace};
+use crate::{EXIT_USAGE_OR_MISSING, progress, steps};
+
+/// What of `ray microbenchmark` has a row of ours.
+const PATTERNS: [&str; 1] = ["actor calls"];
+
+/// A rate by its name.
+#[derive(Debug, Clone, PartialEq)]
+struct Rate {
+    name: String,
+    per_second: f64,
+}
+
+/// Runs the suite; `arguments` may hold `--peers`, everything else is the suite's own.
+pub(crate) fn core(arguments: &[String]) -> ExitCode {
+    let peers = arguments.iter().any(|argument| argument == "--peers");
+    let own: Vec<&String> = arguments.iter().filter(|arg| *arg != "--peers").collect();
+    if let Err(StillMissing) = install::ensure_requirements() {
+        return ExitCode::from(EXIT_USAGE_OR_MISSING);
+    }
+    let workspace = Workspace::find();
+    let mut build = workspace.cargo(&SHARED_BUILD);
+    eprintln!("+ {}", steps::shown(&build));
+    match progress::run(&mut build, workspace.target()) {
+        Ok(status) if status.success() => {}
+        Ok(status) => return failed(&format!("the build failed ({status})")),
+        Err(error) => return failed(&format!("cannot start cargo: {error}")),
+    }
+    let results = workspace.root().join("benches/results");
+    if let Err(error) = std::fs::create_dir_all(&results) {
+        return failed(&format!("{}: {error}", results.display()));
+    }
+    let date = today();
+    let mut suite = Command::new(workspace.binary("mobula-bench-core"));
+    suite
+        .env_remove("MOBULA_CLUSTER")
+        .arg("--output")
+        .arg(results.join(format!("core-{date}.json")))
+        .args(own);
+    let ours = match rates_of(&mut suite, our_rate) {
+        Ok(rates) => rates,
+        Err(reason) => return failed(&reason),
+    };
+    if !peers {
+        return ExitCode::SUCCESS;
+    }
+    match ray(&workspace) {
+        Ok((version, theirs)) => {
+            let table = compared(&ours, &theirs, &version);
+            println!("\n{table}");
+            let path = results.join(format!("core-peers-{date}.md"));
+            match std::fs::write(&path, table) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => failed(&format!("{}: {error}", path.display())),
+            }
+        }
+        Err(reason) => failed(&reason),
+    }
+}
+
+fn failed(reason: &str) -> ExitCode {
+    eprintln!("error: {reason}");
+    ExitCode::FAILURE
+}
+
+/// The day in UTC, for the names of files.
+fn today() -> String {
+    let output = Command::new("date").args(["-u", "+%F"]).output();
+    output
+        .ok()
+        .and_then(|output| String::from_utf8(output.stdout).ok())
+        .map_or_else(|| "undated".to_owned(), |text| text.trim().to_owned())
+}
+
+/// Runs a command, shows its output as it comes, and picks the rates out of it.
+fn rates_of(command: &mut Command, parse: fn(&str) -> Option<Rate>) -> Result<Vec<Rate>, String> {
+    eprintln!("+ {}", steps::shown(command));
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("cannot start {}: {error}", steps::shown(command)))?;
+    let mut rates = Vec::new();
+    if let Some(output) = child.stdout.take() {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            println!("{line}");
+            rates.extend(parse(&line));
+        }
+    }
+    match child.wait() {
+        Ok(status) if status.success() => Ok(rates),
+        Ok(status) => Err(format!("{} ended with {status}", steps::shown(command))),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// `1:1 actor calls sync        23456.7 /s  ± 12.3`
+fn our_rate(line: &str) -> Option<Rate> {
+    let (before, _) = line.split_once(" /s")?;
+    let (name, number) = before.trim_end().rsplit_once(' ')?;
+    Some(Rate {
+        name: name.trim().to_owned(),
+        per_second: number.parse().ok()?,
+    })
+}
+
+/// `1:1 actor calls sync per second 804.12 +- 3.4`
+fn rays_rate(line: &str) -> Option<Rate> {
+    let (name, rest) = line.split_once(" per second ")?;
+    let number = rest.split_whitespace().next()?;
+    Some(Rate {
+        name: name.trim().to_owned(),
+        per_second: number.parse().ok()?,
+    })
+}
+
+/// Ray's version and rates.
+fn ray(workspace: &Workspace) -> Result<(String, Vec<Rate>), String> {
+    let environment = workspace.target().join("peers/ray");
+    let program = |name: &str| -> PathBuf { environment.join("bin").join(name) };
+    if !program("ray").is_file() {
+        run(Command::new("python3")
+            .args(["-m", "venv"])
+            .arg(&environment))?;
+        run(Command::new(program("pip")).args(["install", "--quiet", "ray"]))?;
+    }
+    let version = Command::new(program("ray"))
+        .arg("--version")
+        .output()
+        .map_err(|error| error.to_string())?;
+    let version = String::from_utf8_lossy(&version.stdout).trim().to_owned();
+    let mut rates = Vec::new();
+    for pattern in PATTERNS {
+        let mut command = Command::new(program("ray"));
+        command
+            .arg("microbenchmark")
+            .env("TESTS_TO_RUN", pattern)
+            .current_dir(workspace.target());
+        rates.extend(rates_of(&mut command, rays_rate)?);
+    }
+    Ok((version, rates))
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    eprintln!("+ {}", steps::shown(command));
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{} ended with {status}", steps::shown(command))),
+        Err(error) => Err(format!("cannot start {}: {error}", steps::shown(command))),
+    }
+}
+
+/// Rows that both have, in our order.
+fn compared(ours: &[Rate], theirs: &[Rate], version: &str) -> String {
+    let mut table = format!("| {version} names | mobula, per second | ray, per second | ratio |\n");
+    table.push_str("|---|---|---|---|\n");
+    for Rate { name, per_second } in ours {
+        let Some(peer) = theirs.iter().find(|peer| peer.name == *name) else {
+            continue;
+        };
+        let ratio = per_second / peer.per_second.max(f64::MIN_POSITIVE);
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            table,
+            "| {name} | {per_second:.0} | {:.0} | {ratio:.0}× |",
+            peer.per_second
+        );
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rate(name: &str, per_second: f64) -> Rate {
+        Rate {
+            name: name.into(),
+            per_second,
+        }
+    }
+
+    #[test]
+    fn rates_are_read_out_of_both_programs_words() {
+        let ours = "1:1 actor calls sync                              23456.7 /s  ± 12.3";
+        assert_eq!(our_rate(ours), Some(rate("1:1 actor calls sync", 23456.7)));
+        assert_eq!(our_rate("limit: memcpy     9.81 GB/s"), None);
+        let theirs = "1:1 actor calls sync per second 804.12 +- 3.4";
+        assert_eq!(
+            rays_rate(theirs),
+            Some(rate("1:1 actor calls sync", 804.12))
+        );
+        assert_eq!(rays_rate("2026-11-21 INFO worker.py:1942 -- Started"), None);
+    }
+
+    #[test]
+    fn only_what_both_measured_is_compared() {
+        let ours = [rate("a", 300.0), rate("b", 5.0)];
+        let table = compared(&ours, &[rate("a", 2.0), rate("c", 1.0)], "ray 2");
+        assert!(table.ends_with("| a | 300 | 2 | 150× |\n"), "{table}");
+        assert!(!table.contains("| b |"));
+    }
+}
