@@ -11,25 +11,24 @@
 //!    with the state of the present step; nobody waits for either.
 //! 4. A coordinator that meets a newer driver's epoch stops.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::assignment::{Assignment, Order};
-use super::crew::{Crew, Event, Happened, LinkError, Presence, Slot, TrainerLink};
+use super::crew::{Crew, Event, Happened, Slot, TrainerLink};
 use super::job_log::JobLog;
-use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
+use super::messages::{Epoch, StepOrder, StepReply};
 use super::optimizer::{Optimizer, StepError, StepReport};
 use super::reduction::{Partial, ReductionError, TreeReducer};
 use super::spec::TrainSpec;
 use super::state::TrainState;
+use super::updates::RecentUpdates;
 
-/// Updates kept for trainers that were late by a few steps; older ones get the whole state.
-const UPDATES_MAX: usize = 8;
-/// Bytes of those updates: they travel with one order, which must fit a frame.
-const UPDATE_BYTES_MAX: usize = 4 * 1024 * 1024;
+mod membership;
+
 /// An answer is called slow after this, and after [`SLOW_FACTOR`] usual steps.
 const SLOW_AFTER_MIN: Duration = Duration::from_millis(250);
 const SLOW_FACTOR: u32 = 8;
@@ -117,8 +116,7 @@ pub struct Coordinator<L> {
     digest: String,
     epoch: Epoch,
     crew: Crew<L>,
-    /// The latest updates with their steps, oldest first.
-    updates: VecDeque<(u64, Partial)>,
+    updates: RecentUpdates,
     next_order: u64,
     /// Smoothed time of a step.
     usual_step: Option<Duration>,
@@ -143,7 +141,7 @@ impl<L: TrainerLink> Coordinator<L> {
             state,
             epoch: first_epoch,
             crew: Crew::new(links),
-            updates: VecDeque::new(),
+            updates: RecentUpdates::default(),
             next_order: 0,
             usual_step: None,
             counters,
@@ -180,7 +178,7 @@ impl<L: TrainerLink> Coordinator<L> {
         let root = self.reduce().await?;
         let report = self.optimizer.step(&mut self.state, &root)?;
         self.digest = self.state.weights_blake3();
-        self.remember(report.step, root);
+        self.updates.push(root);
         if !waited {
             let took = begun.elapsed();
             self.usual_step = Some(self.usual_step.map_or(took, |usual| (usual * 7 + took) / 8));
@@ -332,160 +330,8 @@ impl<L: TrainerLink> Coordinator<L> {
         Ok(())
     }
 
-    /// A trainer has other parameters than we: whoever is in the minority is wrong.
-    fn disagree(
-        &mut self,
-        index: usize,
-        theirs: String,
-        step: &mut Step,
-    ) -> Result<(), CoordinatorError> {
-        self.counters.digest_mismatches += 1;
-        let dissenters = step.dissent.entry(theirs.clone()).or_default();
-        if !dissenters.contains(&index) {
-            dissenters.push(index);
-        }
-        let count = dissenters.len();
-        if count > 1 && 2 * count > self.crew.slots().len() + 1 {
-            let ours = self.digest.clone();
-            return Err(CoordinatorError::Outvoted {
-                step: self.state.step,
-                count,
-                theirs,
-                ours,
-            });
-        }
-        self.log.line(format_args!(
-            "trainer-{index} on {} has parameters {theirs} at step {}, and {} is right: its sums \
-             are refused and it gets the state again",
-            self.crew.slots()[index].node,
-            self.state.step,
-            self.digest
-        ));
-        let _ = step.assignment.lost(index);
-        self.prepare(index);
-        Ok(())
-    }
-
-    fn failed(
-        &mut self,
-        index: usize,
-        error: &LinkError,
-        step: &mut Step,
-    ) -> Result<(), CoordinatorError> {
-        match error {
-            LinkError::Trainer(TrainerError::Stale { current, .. })
-                if current.driver_incarnation() > self.epoch.driver_incarnation() =>
-            {
-                return Err(CoordinatorError::Fenced(current.driver_incarnation()));
-            }
-            LinkError::Trainer(TrainerError::Unfit(reason)) => {
-                let (node, reason) = (self.crew.slots()[index].node.clone(), reason.clone());
-                return Err(CoordinatorError::Unfit {
-                    slot: index,
-                    node,
-                    reason,
-                });
-            }
-            LinkError::Trainer(TrainerError::OutOfStep { .. } | TrainerError::Stale { .. }) => {
-                let _ = step.assignment.lost(index);
-                self.prepare(index);
-            }
-            LinkError::Trainer(TrainerError::Unprepared) => {
-                self.lose(index, "it was started again", step);
-            }
-            LinkError::Lost(reason) => self.lose(index, reason, step),
-        }
-        Ok(())
-    }
-
-    fn lose(&mut self, index: usize, reason: &str, step: &mut Step) {
-        let shards = step.assignment.lost(index);
-        let slot = &self.crew.slots()[index];
-        if slot.is_ready() {
-            self.counters.trainers_lost += 1;
-            self.counters.reassigned_shards += shards as u64;
-            self.epoch = self.epoch.next();
-            self.log.line(format_args!(
-                "trainer-{index} on {} is lost at step {}: {reason}; {shards} shards of this step \
-                 go to the others",
-                slot.node, self.state.step
-            ));
-        }
-        self.crew.lose(index);
-    }
-
-    fn greeted(&mut self, index: usize, greeting: Greeting) {
-        let slot = self.crew.slot(index);
-        if slot
-            .incarnation
-            .is_some_and(|known| known != greeting.incarnation)
-        {
-            self.counters.trainer_restarts += 1;
-        }
-        slot.incarnation = Some(greeting.incarnation);
-        slot.node = greeting.node_name;
-        slot.notice_ms = greeting.notice_ms;
-        if slot.notice_ms.is_some() {
-            self.crew.let_leave(index);
-        } else {
-            self.prepare(index);
-        }
-    }
-
-    /// Sends the present state in the background.
-    fn prepare(&mut self, index: usize) {
-        let sent = Held {
-            step: self.state.step,
-            digest: self.digest.clone(),
-        };
-        self.crew
-            .prepare(index, self.epoch, sent, self.state.to_bytes());
-    }
-
-    fn joined(&mut self, index: usize, at_step: u64) {
-        let slot = self.crew.slot(index);
-        slot.presence = Presence::Ready;
-        slot.step = at_step;
-        self.epoch = self.epoch.next();
-        let node = slot.node.clone();
-        let ready = self.ready_count();
-        self.log.line(format_args!(
-            "trainer-{index} on {node} takes part from step {at_step}: {ready} trainers"
-        ));
-    }
-
-    fn let_noticed_leave(&mut self) {
-        let noticed = |slot: &Slot<L>| slot.is_ready() && slot.notice_ms.is_some();
-        for index in self.crew.which(noticed) {
-            self.counters.handoffs += 1;
-            self.epoch = self.epoch.next();
-            self.log.line(format_args!(
-                "trainer-{index} leaves {} at step {}: the node will be taken away",
-                self.crew.slots()[index].node,
-                self.state.step
-            ));
-            self.crew.let_leave(index);
-        }
-    }
-
     fn updates_since(&self, step: u64) -> Option<Vec<Partial>> {
-        let lacking = usize::try_from(self.state.step.checked_sub(step)?).ok()?;
-        let from = self.updates.len().checked_sub(lacking)?;
-        Some(
-            self.updates
-                .range(from..)
-                .map(|(_, root)| root.clone())
-                .collect(),
-        )
-    }
-
-    fn remember(&mut self, step: u64, root: Partial) {
-        let root_bytes = root.grads.len() * 4;
-        self.updates.push_back((step, root));
-        let fitting = (UPDATE_BYTES_MAX / root_bytes.max(1)).clamp(1, UPDATES_MAX);
-        while self.updates.len() > fitting {
-            self.updates.pop_front();
-        }
+        self.updates.last(self.state.step.checked_sub(step)?)
     }
 
     fn slow_after(&self) -> Duration {

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::*;
+use crate::training::crew::LinkError;
 use crate::training::local::LocalTrainer;
+use crate::training::messages::{Greeting, Held};
 use crate::training::random::{Purpose, Stream};
 use crate::training::replica::{Replica, load};
 

@@ -9,13 +9,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mobula::{Actor, Cluster, Notice};
+use mobula::{Actor, Cluster};
 use mobula_core::{ActorId, Incarnation, JobId};
-use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::coordinator::{Coordinator, CoordinatorError};
 use super::data::Split;
+use super::departure::new_notice;
 use super::job_log::JobLog;
 use super::layout::Layout;
 use super::link::ClusterLink;
@@ -33,14 +32,6 @@ use super::trainer::Trainer;
 use crate::checkpoint::actor::{CheckpointError, STATE_BYTES_MAX, SaveOrder, committed};
 use crate::registry::VersionFile;
 
-/// Time before the end of a notice that is not counted on: the machine may go a little early.
-const MARGIN_MIN: Duration = Duration::from_secs(2);
-const MARGIN_PERCENT: u32 = 15;
-/// How long a driver that has yielded may still be there.
-const YIELDED_MAX: Duration = Duration::from_secs(30);
-/// Attempts to leave while the head does not know of the notice yet.
-const YIELD_ATTEMPTS_MAX: u32 = 10;
-const YIELD_PAUSE: Duration = Duration::from_millis(200);
 /// Pauses between attempts to store the result's files.
 const PUBLISH_PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PUBLISH_PAUSE_MAX: Duration = Duration::from_secs(15);
@@ -137,14 +128,14 @@ fn check_messages(spec: &TrainSpec) -> Result<(), JobError> {
     Ok(())
 }
 
-struct Driver {
-    cluster: Cluster,
+pub(super) struct Driver {
+    pub(super) cluster: Cluster,
     spec: TrainSpec,
     split: Split,
     job: JobId,
-    actor: ActorId,
-    incarnation: Incarnation,
-    log: JobLog,
+    pub(super) actor: ActorId,
+    pub(super) incarnation: Incarnation,
+    pub(super) log: JobLog,
 }
 
 impl Driver {
@@ -240,7 +231,7 @@ impl Driver {
     }
 
     /// What to save now. The history counts this checkpoint already.
-    fn order(
+    pub(super) fn order(
         &self,
         coordinator: &Coordinator<ClusterLink>,
         saver: &Saver,
@@ -274,64 +265,6 @@ impl Driver {
             weights_blake3: coordinator.digest().to_owned(),
             metadata,
         }
-    }
-
-    /// Saves if the grace allows it, and leaves the node. Returns if the notice was withdrawn.
-    async fn leave(
-        &self,
-        notice: Notice,
-        coordinator: &Coordinator<ClusterLink>,
-        saver: &mut Saver,
-        history: &History,
-    ) -> Result<(), JobError> {
-        let step = coordinator.state().step;
-        let left = Duration::from_millis(notice.deadline_ms.saturating_sub(now_ms()));
-        let usable = usable_time(left);
-        let needed = saver.expected_time();
-        if usable < needed {
-            self.log.line(format_args!(
-                "notice: {} ms are left and {} ms of them usable, a checkpoint of step {step} \
-                 needs {} ms: not saving, the newest checkpoint is of step {}",
-                left.as_millis(),
-                usable.as_millis(),
-                needed.as_millis(),
-                saver.committed_step().unwrap_or(0),
-            ));
-        } else {
-            let begun = Instant::now();
-            saver.offer(self.order(coordinator, saver, history));
-            let saved = saver.flush(Some(begun + usable)).await?;
-            self.log.line(format_args!(
-                "notice: {} ms were left; the checkpoint of step {step} {} after {} ms",
-                left.as_millis(),
-                if saved {
-                    "is committed"
-                } else {
-                    "is not committed, the grace is over"
-                },
-                begun.elapsed().as_millis(),
-            ));
-        }
-        self.yield_node().await
-    }
-
-    /// Has the head start the driver elsewhere. Returns if it may not.
-    async fn yield_node(&self) -> Result<(), JobError> {
-        let notices = self.cluster.notices();
-        for attempt in 1.. {
-            let Err(error) = self.cluster.yield_actor(self.actor, self.incarnation).await else {
-                break;
-            };
-            // The agent tells its hosts and the head at the same time: the head may be behind.
-            if attempt == YIELD_ATTEMPTS_MAX || notices.borrow().is_none() {
-                self.log.line(format_args!("the driver stays: {error}"));
-                return Ok(());
-            }
-            tokio::time::sleep(YIELD_PAUSE).await;
-        }
-        // The agent ends this process, and the head starts the driver elsewhere.
-        tokio::time::sleep(YIELDED_MAX).await;
-        Err(JobError::NotStopped(self.actor))
     }
 
     async fn finish(
@@ -417,26 +350,7 @@ impl Driver {
     }
 }
 
-/// What can be counted on of the time that is left.
-fn usable_time(left: Duration) -> Duration {
-    left.saturating_sub(MARGIN_MIN.max(left * MARGIN_PERCENT / 100))
-}
-
-/// Waits for a notice other than the one that was `seen`.
-async fn new_notice(notices: &mut watch::Receiver<Option<Notice>>, seen: Option<Notice>) -> Notice {
-    loop {
-        let standing = *notices.borrow_and_update();
-        match standing {
-            Some(notice) if standing != seen => return notice,
-            _ => {}
-        }
-        if notices.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-fn now_ms() -> u64 {
+pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
@@ -467,15 +381,6 @@ mod tests {
     }
 
     #[test]
-    fn the_margin_is_a_share_of_a_long_grace_and_two_seconds_of_a_short_one() {
-        let usable = |seconds| usable_time(Duration::from_secs(seconds)).as_secs_f64();
-        assert_eq!(
-            [usable(1), usable(2), usable(10), usable(100)],
-            [0.0, 0.0, 8.0, 85.0]
-        );
-    }
-
-    #[test]
     fn a_model_that_no_message_holds_is_refused_with_its_numbers() {
         let mut spec = TrainSpec::digits_mlp("a");
         check_messages(&spec).unwrap();
@@ -484,21 +389,5 @@ mod tests {
         };
         let error = check_messages(&spec).unwrap_err().to_string();
         assert!(error.contains("one message holds 8323072"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn a_notice_is_acted_on_once_and_again_when_it_changes() {
-        let (sender, mut receiver) = watch::channel(Some(Notice { deadline_ms: 5 }));
-        let first = new_notice(&mut receiver, None).await;
-        assert_eq!(first.deadline_ms, 5);
-        let again = new_notice(&mut receiver, Some(first));
-        assert!(
-            tokio::time::timeout(Duration::from_millis(20), again)
-                .await
-                .is_err()
-        );
-        sender.send_replace(None);
-        sender.send_replace(Some(Notice { deadline_ms: 9 }));
-        assert_eq!(new_notice(&mut receiver, Some(first)).await.deadline_ms, 9);
     }
 }

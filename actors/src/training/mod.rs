@@ -17,9 +17,10 @@
 //! Around it, the distributed part:
 //!
 //! * [`job`] is the driver of a training job, from its TOML to its result; [`resume`] finds where a driver
-//!   that was started again goes on; [`saving`] keeps checkpoints coming; [`publish`] stores the model.
-//! * [`coordinator`] leads the trainers from step to step; [`crew`] knows who is there, and [`assignment`]
-//!   plans who computes what.
+//!   that was started again goes on; [`saving`] keeps checkpoints coming; `departure` leaves a node that
+//!   was given notice; [`publish`] stores the model.
+//! * [`coordinator`] leads the trainers from step to step; [`crew`] knows who is there, [`assignment`]
+//!   plans who computes what, `updates` keeps the latest sums for who was late.
 //! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what both sides say;
 //!   [`link`] is the way between them.
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
@@ -38,9 +39,11 @@ pub mod spec;
 pub mod state;
 pub mod validation;
 
+mod departure;
 mod loss;
 mod patches;
 mod product;
+mod updates;
 
 pub mod assignment;
 pub mod coordinator;
