@@ -87,6 +87,7 @@ async fn table() -> Result<Arc<ActorTable>, Failure> {
     let registry = Registry::new([ActorType {
         name: "echo",
         constructor: construct,
+        durable: false,
     }])?;
     let (table, mut events) = ActorTable::start(runtime, registry).await?;
     let order = StartActor {

@@ -68,7 +68,7 @@ pub use error::{CallFailure, Error, Result};
 pub use job::JobHandle;
 pub use mobula_core as core;
 pub use mobula_host::actor::run_blocking;
-pub use mobula_host::{ActorContext, Notice};
+pub use mobula_host::{ActorContext, ActorState, Notice, StateError};
 pub use mobula_macros::{actor, main};
 pub use mobula_wire::session::StorageLocation;
 pub use object::{ObjectRef, Waited};

@@ -6,4 +6,4 @@ pub use crate::error::CallFailure;
 pub use crate::object::{ObjectRef, Waited};
 pub use mobula_core::error::{CallError, Executed};
 pub use mobula_core::id::{ActorId, Incarnation, JobId};
-pub use mobula_host::{ActorContext, Notice};
+pub use mobula_host::{ActorContext, Notice, StateError};

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_net::identity::{Credentials, CurrentCredentials};
+use mobula_storage::blob::{BlobError, BlobStore};
 use mobula_wire::host::{HostBootstrap, HostRole};
 use mobula_wire::session::StorageLocation;
 use parking_lot::Mutex;
@@ -14,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::client::CallClient;
 use crate::objects::ObjectTable;
+use crate::state::ActorState;
 
 /// The node will be taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +69,8 @@ pub struct HostRuntime {
     calls: OnceLock<CallClient>,
     objects: OnceLock<Arc<ObjectTable>>,
     extension: OnceLock<Arc<dyn Any + Send + Sync>>,
+    /// Opened when the first durable actor starts.
+    blobs: Mutex<Option<BlobStore>>,
 }
 
 static CURRENT: OnceLock<Arc<HostRuntime>> = OnceLock::new();
@@ -83,6 +87,7 @@ impl HostRuntime {
             calls: OnceLock::new(),
             objects: OnceLock::new(),
             extension: OnceLock::new(),
+            blobs: Mutex::new(None),
         })
     }
 
@@ -171,6 +176,16 @@ impl HostRuntime {
         Arc::clone(self.extension.get_or_init(make))
     }
 
+    /// The store of bytes at rest; its connections are shared.
+    pub(crate) fn blobs(&self) -> Result<BlobStore, BlobError> {
+        let mut blobs = self.blobs.lock();
+        if let Some(store) = &*blobs {
+            return Ok(store.clone());
+        }
+        let store = BlobStore::at(&self.info.storage)?;
+        Ok(blobs.insert(store).clone())
+    }
+
     /// Where this process takes calls, once it does.
     #[must_use]
     pub fn call_address(&self) -> Option<SocketAddr> {
@@ -198,16 +213,29 @@ struct ContextInner {
     /// Why the actor ends, once somebody decided so; the first reason stays.
     ending: Mutex<Option<ExitReason>>,
     cell: OnceLock<ractor::ActorCell>,
+    state: ActorState,
 }
 
 impl ActorContext {
-    /// The context of one incarnation of an actor.
+    /// The context of one incarnation of an actor that keeps nothing.
     #[must_use]
     pub fn new(
         actor: ActorId,
         incarnation: Incarnation,
         name: Option<String>,
         runtime: Arc<HostRuntime>,
+    ) -> Self {
+        ActorContext::with_state(actor, incarnation, name, runtime, ActorState::default())
+    }
+
+    /// The context of one incarnation of an actor that keeps `state`.
+    #[must_use]
+    pub fn with_state(
+        actor: ActorId,
+        incarnation: Incarnation,
+        name: Option<String>,
+        runtime: Arc<HostRuntime>,
+        state: ActorState,
     ) -> Self {
         ActorContext(Arc::new(ContextInner {
             actor,
@@ -216,6 +244,7 @@ impl ActorContext {
             runtime,
             ending: Mutex::new(None),
             cell: OnceLock::new(),
+            state,
         }))
     }
 
@@ -282,6 +311,13 @@ impl ActorContext {
     /// Ends this actor once the present method is over, as failed: its restart policy decides.
     pub fn fail(&self, reason: impl Into<String>) {
         self.end(ExitReason::Failed(reason.into()));
+    }
+
+    /// What it keeps beyond its own life, if its type is declared `durable`; otherwise everything
+    /// that is asked of this fails.
+    #[must_use]
+    pub fn state(&self) -> &ActorState {
+        &self.0.state
     }
 
     /// The process that it shares with other actors.

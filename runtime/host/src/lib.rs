@@ -5,6 +5,8 @@
 //!   [`context`]: what an actor knows about itself.
 //! * [`mailbox`]: admission in front of a ractor actor; `admission` and `concurrent`: several
 //!   methods of one actor at once; [`supervision`]: starts, ends, panics.
+//! * [`scope`]: what a running method knows about its call; [`state`]: what a durable actor keeps;
+//!   [`answers`]: its answers to `exactly_once` calls.
 //! * [`calls`]: answering calls from other processes; [`reply`]: the duty to answer one.
 //! * [`client`]: making calls; [`pending`]: calls whose answer is still to come.
 //! * [`objects`]: values that processes share by reference.
@@ -19,6 +21,7 @@
 pub mod actor;
 mod admission;
 pub mod agent;
+pub mod answers;
 mod caller_stream;
 pub mod calls;
 pub mod client;
@@ -30,12 +33,16 @@ pub mod objects;
 pub mod pending;
 pub mod registry;
 pub mod reply;
+pub mod scope;
 mod shell;
+pub mod state;
 pub mod supervision;
 
 pub use actor::{Access, ActorBody, ConcurrentActor, DynActor, MethodCall, MethodError};
 pub use context::{ActorContext, HostInfo, HostRuntime, Notice};
 pub use registry::{ActorType, Registry};
+pub use scope::CallScope;
+pub use state::{ActorState, StateError};
 
 #[doc(hidden)]
 pub use inventory;

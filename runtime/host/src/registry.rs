@@ -32,6 +32,8 @@ pub struct ActorType {
     pub name: &'static str,
     /// Makes one.
     pub constructor: Constructor,
+    /// Whether it keeps state: that is restored before the constructor runs.
+    pub durable: bool,
 }
 
 inventory::collect!(ActorType);
@@ -104,6 +106,7 @@ mod tests {
                     String::new(),
                 ))))
             },
+            durable: false,
         };
         let error = Registry::new([actor_type, actor_type]).unwrap_err();
         assert_eq!(error, DuplicateTypeError { name: "a" });

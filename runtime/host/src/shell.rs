@@ -4,15 +4,17 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use mobula_core::exit::ExitReason;
+use mobula_core::id::{ActorId, Incarnation};
 use mobula_core::order::StartActor;
 use mobula_core::spec::ActorKind;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SpawnErr};
 
 use crate::actor::{ActorBody, DynActor};
 use crate::concurrent::ConcurrentRunner;
-use crate::context::ActorContext;
+use crate::context::{ActorContext, HostRuntime};
 use crate::mailbox::{Envelope, Intake, Mailbox, SerialIntake, run_call};
 use crate::registry::ConstructError;
+use crate::state::{ActorState, StateError};
 use crate::supervision::{ActorEvent, ActorTable};
 
 /// The longest text of a panic or failure that is reported; the log has all of it.
@@ -57,6 +59,21 @@ enum StartupError {
     UnknownType { name: String, known: String },
     #[error("{0}")]
     Construct(ConstructError),
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+/// Takes over what the actor's earlier starts have kept.
+async fn restore(
+    runtime: &HostRuntime,
+    actor: ActorId,
+    incarnation: Incarnation,
+) -> Result<ActorState, StartupError> {
+    let store = runtime
+        .blobs()
+        .map_err(|error| StateError::NotRestored(error.to_string()))?;
+    let state = ActorState::open(store, &runtime.info().cluster_id, actor, incarnation).await?;
+    Ok(state)
 }
 
 impl Actor for ActorShell {
@@ -87,7 +104,12 @@ impl Actor for ActorShell {
                     known: table.registry().names().join(", "),
                     name: type_name,
                 })?;
-        let context = ActorContext::new(actor, incarnation, spec.name, Arc::clone(table.runtime()));
+        let runtime = Arc::clone(table.runtime());
+        let state = match actor_type.durable {
+            true => restore(&runtime, actor, incarnation).await?,
+            false => ActorState::default(),
+        };
+        let context = ActorContext::with_state(actor, incarnation, spec.name, runtime, state);
         let constructed = (actor_type.constructor)(spec.init, context.clone())
             .await
             .map_err(StartupError::Construct)?;
@@ -195,6 +217,8 @@ pub(crate) fn start_failure(error: SpawnErr) -> ExitReason {
                 StartupError::Construct(ConstructError::Failed(text)) => {
                     ExitReason::Failed(shortened(text))
                 }
+                // The store may be back at the next try.
+                StartupError::State(error) => ExitReason::Failed(shortened(error.to_string())),
                 other => ExitReason::StartFailed(shortened(other.to_string())),
             },
             Err(panic) => ExitReason::Panicked(shortened(panic.to_string())),

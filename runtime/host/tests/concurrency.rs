@@ -91,6 +91,7 @@ async fn crowd(actor: ActorId) -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) 
     let registry = Registry::new([ActorType {
         name: "probe",
         constructor: construct,
+        durable: false,
     }]);
     let (table, mut events) = ActorTable::start(runtime(), registry.unwrap())
         .await

@@ -120,6 +120,7 @@ fn write_registration(
     calls: &[&Method],
 ) -> Result<TokenStream> {
     let body = write_body(options, calls)?;
+    let durable = options.durable;
     let names: Vec<_> = constructor.arguments.iter().map(|(name, _)| name).collect();
     let types = constructor.arguments.iter().map(|(_, argument)| argument);
     let context = constructor.takes_context.then(|| quote!(&context,));
@@ -147,6 +148,7 @@ fn write_registration(
                 ::mobula::__private::ActorType {
                     name: <#actor as ::mobula::Actor>::TYPE_NAME,
                     constructor: construct,
+                    durable: #durable,
                 }
             }
         };
@@ -444,6 +446,7 @@ mod tests {
             quote!(max_concurrency = 0),
             quote!(groups(io)),
             quote!(groups(io = 1, io = 2)),
+            quote!(durable, max_concurrency = 2),
         ] {
             assert!(expand(arguments, block.clone()).is_err());
         }

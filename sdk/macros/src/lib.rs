@@ -29,6 +29,9 @@ use proc_macro::TokenStream;
 ///   all that came after it wait. `groups(io = 4)` declares a group with a limit of its own, and
 ///   `#[mobula(group = "io")]` puts a method into it. The type must be `Sync` then. Without these,
 ///   methods run one after another.
+/// * `#[mobula::actor(durable)]`: the actor keeps what its methods save in `ctx.state()` beyond its
+///   own life. It is committed when a method returns, and restored before the constructor of the
+///   next start runs, on whatever worker that is.
 /// * `#[mobula(blocking)]` on a plain `fn` says that it blocks its thread, by computing or by
 ///   synchronous I/O: other actors of the process go on meanwhile.
 #[proc_macro_attribute]

@@ -3,6 +3,7 @@
 use proc_macro2::TokenStream;
 use syn::meta::ParseNestedMeta;
 use syn::parse::Parser;
+use syn::spanned::Spanned;
 use syn::{Error, Ident, LitInt, LitStr, Result, Token};
 
 use crate::method::Method;
@@ -21,12 +22,21 @@ pub(crate) struct Options {
     /// The limit of the methods that name no group.
     max_concurrency: Option<u32>,
     groups: Vec<(Ident, u32)>,
+    /// Whether it keeps state.
+    pub(crate) durable: bool,
 }
 
 impl Options {
     pub(crate) fn read(arguments: TokenStream) -> Result<Self> {
         let mut options = Options::default();
+        let span = arguments.span();
         syn::meta::parser(|meta| options.read_one(&meta)).parse2(arguments)?;
+        if options.durable && options.is_concurrent() {
+            return Err(Error::new(
+                span,
+                "a durable actor runs one method at a time: what each changed is committed as one",
+            ));
+        }
         Ok(options)
     }
 
@@ -43,10 +53,16 @@ impl Options {
             self.max_concurrency = Some(read_limit(&meta.value()?.parse()?)?);
             return Ok(());
         }
+        if meta.path.is_ident("durable") {
+            self.durable = true;
+            return Ok(());
+        }
         if meta.path.is_ident("groups") {
             return meta.parse_nested_meta(|group| self.read_group(&group));
         }
-        Err(meta.error("unknown: use `name = \"..\"`, `max_concurrency = 8` or `groups(io = 4)`"))
+        Err(meta.error(
+            "unknown: use `name = \"..\"`, `durable`, `max_concurrency = 8` or `groups(io = 4)`",
+        ))
     }
 
     fn read_group(&mut self, meta: &ParseNestedMeta<'_>) -> Result<()> {

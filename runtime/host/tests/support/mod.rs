@@ -143,6 +143,7 @@ pub fn registry() -> Registry {
     Registry::new([ActorType {
         name: "probe",
         constructor: construct,
+        durable: false,
     }])
     .unwrap()
 }
