@@ -284,6 +284,11 @@ impl<A> ActorRef<A> {
             .stop_actor(self.actor_id(), grace)
             .await
     }
+
+    /// Ends the actor for good without any grace: its method is dropped at its next await.
+    pub async fn kill_actor(&self) -> Result<()> {
+        self.stop_actor(Duration::ZERO).await
+    }
 }
 
 impl<A> Clone for ActorRef<A> {

@@ -386,6 +386,14 @@ impl Cluster {
         Ok(reply.jobs)
     }
 
+    /// The client for calls to actors, where it is there already.
+    pub(crate) fn ready_calls(&self) -> Option<&CallClient> {
+        match &self.inner.place {
+            Place::Inside(runtime) => runtime.calls(),
+            Place::Outside { calls, .. } => calls.get(),
+        }
+    }
+
     /// The client for calls to actors.
     pub(crate) async fn calls(&self) -> Result<CallClient> {
         match &self.inner.place {

@@ -4,6 +4,7 @@ use std::fmt;
 
 use mobula_core::error::{CallError, ErrorCode, Executed};
 use mobula_core::object::ObjectError;
+use mobula_host::StateError;
 use serde::{Deserialize, Serialize};
 
 /// What most functions of this crate return.
@@ -131,6 +132,12 @@ impl Error {
 impl From<CallError> for Error {
     fn from(error: CallError) -> Self {
         Error::Call(error)
+    }
+}
+
+impl From<StateError> for Error {
+    fn from(error: StateError) -> Self {
+        Error::User(error.to_string())
     }
 }
 

@@ -98,7 +98,10 @@ mod tests {
         window.under_way.remove(&1);
         assert_eq!(window.take(), None, "call 0 is still under way");
         window.under_way.remove(&0);
-        assert_eq!((window.take(), window.take()), (Some(WINDOW), Some(WINDOW + 1)));
+        assert_eq!(
+            (window.take(), window.take()),
+            (Some(WINDOW), Some(WINDOW + 1))
+        );
         assert_eq!(window.take(), None, "call 2 is the oldest now");
     }
 }

@@ -33,52 +33,63 @@
 //!
 //! * [`connect`]: the ways into a cluster; [`cluster`]: what can be asked of it; [`control`]: the
 //!   head's API under it.
-//! * [`mod@actor`]: creating actors and referring to them; [`call`]: calling them.
 //! * [`object`]: values that are put once and read by reference.
+//! * [`mod@actor`]: creating actors and referring to them; [`call`]: calling them; [`stream`]: calls
+//!   that bring several values.
 //! * [`job`]: programs that run on a cluster. [`process`]: what `#[mobula::main]` does;
 //!   [`embedded`]: a cluster for one program.
 //! * [`error`]: what can go wrong, and whether it took effect.
 //!
 //! Invariants:
-//! 1. A change is sent again only with the same stamp, a call only if it surely did not run.
+//! 1. A change is sent again only with the same stamp, a call only if it surely did not run or its
+//!    caller says that it may.
 //! 2. Every error says whether what was asked for took effect: yes, no, or unknown.
 
 pub mod actor;
 pub mod call;
+mod calling;
 pub mod cluster;
 pub mod connect;
 pub mod control;
 pub mod embedded;
 pub mod error;
+mod exactly_once;
 pub mod job;
 pub mod object;
 mod plain;
 pub mod prelude;
 pub mod process;
 mod reference;
+pub mod stream;
 
 #[doc(hidden)]
 #[path = "private.rs"]
 pub mod __private;
 
 pub use actor::{Actor, ActorRef, Init};
-pub use call::{Call, FallibleCall};
+pub use call::{Call, FallibleCall, RunningCall, RunningFallibleCall};
 pub use cluster::{Cluster, ContextExt};
 pub use error::{CallFailure, Error, Result};
 pub use job::JobHandle;
 pub use mobula_core as core;
+pub use mobula_host::CallScope;
 pub use mobula_host::actor::run_blocking;
 pub use mobula_host::{ActorContext, ActorState, Notice, StateError};
 pub use mobula_macros::{actor, main};
 pub use mobula_wire::session::StorageLocation;
 pub use object::{ObjectRef, Waited};
 pub use plain::Plain;
+pub use stream::{ItemStream, StreamCall, StreamOf};
 
 /// The pages of `docs/` whose code is compiled with the SDK's tests.
 #[cfg(doctest)]
 mod pages {
+    #[doc = include_str!("../../docs/actors.md")]
+    struct Actors;
+
     #[doc = include_str!("../../docs/errors.md")]
     struct Errors;
+
     #[doc = include_str!("../../docs/jobs.md")]
     struct Jobs;
 }

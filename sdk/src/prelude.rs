@@ -4,6 +4,7 @@ pub use crate::actor::{Actor, ActorRef, Init};
 pub use crate::cluster::{Cluster, ContextExt};
 pub use crate::error::CallFailure;
 pub use crate::object::{ObjectRef, Waited};
+pub use crate::stream::{ItemStream, StreamOf};
 pub use mobula_core::error::{CallError, Executed};
 pub use mobula_core::id::{ActorId, Incarnation, JobId};
-pub use mobula_host::{ActorContext, Notice, StateError};
+pub use mobula_host::{ActorContext, CallScope, Notice, StateError};

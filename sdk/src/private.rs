@@ -3,6 +3,7 @@
 use std::fmt::Display;
 
 use futures::future::BoxFuture;
+use futures::stream::{Stream, StreamExt};
 use mobula_core::codec;
 use mobula_core::error::Executed;
 pub use mobula_host::actor::{
@@ -10,12 +11,14 @@ pub use mobula_host::actor::{
 };
 pub use mobula_host::inventory;
 pub use mobula_host::registry::{ActorType, ConstructError};
+use mobula_host::reply::{ItemSender, SendItemError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::actor::{Actor, ActorRef, Init};
-use crate::call::{Call, FallibleCall};
+use crate::call::{Call, FallibleCall, Prepared};
 use crate::error::Error;
+use crate::stream::StreamCall;
 
 /// What a registered constructor returns.
 pub type Constructing = BoxFuture<'static, Result<ActorBody, ConstructError>>;
@@ -91,7 +94,7 @@ where
     T: Serialize,
     R: DeserializeOwned + Send + 'static,
 {
-    Call::new(actor.untyped(), method, codec::encode(arguments))
+    Call::new(prepared(actor, method, arguments))
 }
 
 /// A call of a method that returns a `Result`.
@@ -105,5 +108,54 @@ where
     R: DeserializeOwned + Send + 'static,
     E: DeserializeOwned + Send + 'static,
 {
-    FallibleCall::new(actor.untyped(), method, codec::encode(arguments))
+    FallibleCall::new(prepared(actor, method, arguments))
+}
+
+/// A call of a method that returns a stream.
+pub fn stream_call<A: Actor, T, R>(
+    actor: &ActorRef<A>,
+    method: &'static str,
+    arguments: &T,
+) -> StreamCall<R>
+where
+    T: Serialize,
+    R: DeserializeOwned + Send + 'static,
+{
+    StreamCall::new(prepared(actor, method, arguments))
+}
+
+fn prepared<A: Actor, T: Serialize>(
+    actor: &ActorRef<A>,
+    method: &'static str,
+    arguments: &T,
+) -> Prepared {
+    Prepared::new(actor.untyped(), method, codec::encode(arguments))
+}
+
+/// Sends a method's values as its caller takes them.
+pub async fn send_items<T: Serialize>(
+    method: &str,
+    items: impl Stream<Item = T>,
+    sender: Option<ItemSender>,
+) -> Result<Vec<u8>, MethodError> {
+    let Some(mut sender) = sender else {
+        return Err(MethodError::BadCall(format!(
+            "`{method}` brings several values, and the caller takes one; does it run another \
+             release of the program?"
+        )));
+    };
+    let mut items = std::pin::pin!(items);
+    while let Some(item) = items.next().await {
+        match sender.send(value(method, &item)?.into()).await {
+            Ok(()) => {}
+            // Nobody reads on: that ends the method, and is no error.
+            Err(SendItemError::Closed) => break,
+            Err(error) => {
+                return Err(MethodError::ResultLost(format!(
+                    "value of `{method}`: {error}"
+                )));
+            }
+        }
+    }
+    Ok(Vec::new())
 }

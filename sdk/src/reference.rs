@@ -1,32 +1,23 @@
-//! Finding an actor and sending it a call, whichever start of it lives now.
+//! Finding an actor, whichever start of it lives now, and putting calls on their way to it.
 //!
 //! Invariants:
 //! 1. Where an actor lives is looked up once and kept until a call shows that it moved.
-//! 2. A call whose answer says *not executed* is sent to the actor's present start, within the
-//!    call's time; every other failure is the caller's to judge.
-//! 3. Calls through one reference enter the transport in the order in which they began.
+//! 2. Calls through one reference enter the transport in the order in which they began.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::id::{ActorId, Incarnation, NodeId};
 use mobula_core::order::ActorAddress;
-use mobula_host::client::{OutgoingCall, PendingCall};
-use mobula_host::mailbox::Deadline;
+use mobula_host::client::{CallClient, OutgoingCall, PendingCall, PendingStream};
 use mobula_wire::control as api;
-use tokio::time::Instant;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 
 /// How long one question to the head waits for a restarted actor before we look again.
 const RESOLVE_WAIT: Duration = Duration::from_secs(5);
-
-/// How long an actor that the head calls running may stay out of reach before a call without a
-/// timeout gives up; a lost node is replaced well before.
-const UNREACHABLE_MAX: Duration = Duration::from_secs(60);
 
 /// How long to wait for a newer start before the same one is tried again.
 const SAME_START_WAIT: Duration = Duration::from_millis(500);
@@ -78,98 +69,48 @@ impl UntypedRef {
         }
     }
 
-    pub(crate) async fn call(
-        &self,
-        method: &'static str,
-        arguments: Bytes,
-        timeout: Option<Duration>,
-    ) -> Result<Bytes> {
-        let cluster = self.cluster()?;
-        let deadline = timeout.and_then(|timeout| {
-            let limit_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-            Some(Deadline {
-                at: Instant::now().checked_add(timeout)?,
-                limit_ms,
-            })
-        });
-        let mut unreachable_since: Option<(Incarnation, Instant)> = None;
-        loop {
-            // Within the deadline: the call has not begun, so giving up is harmless.
-            let starting = self.start(&cluster, method, &arguments, deadline);
-            let (start, pending) = match deadline {
-                None => starting.await?,
-                Some(limit) => {
-                    tokio::time::timeout_at(limit.at, starting)
-                        .await
-                        .map_err(|_| CallError::DeadlineExceeded {
-                            actor: self.0.id.to_string(),
-                            limit_ms: limit.limit_ms,
-                            executed: Executed::No,
-                        })??
-                }
-            };
-            let error = match pending.answer().await {
-                Ok(value) => return Ok(value),
-                Err(error) => error,
-            };
-            if !matches!(
-                error,
-                CallError::ActorUnavailable { .. } | CallError::Panicked(_)
-            ) {
-                return Err(error.into());
-            }
-            // Another caller may hold the route for as long as the actor is pending; this call's
-            // own time is not to be spent on that.
-            let marking = self.mark_failed(start);
-            match deadline {
-                // In vain is no harm: the next call finds the failure by itself.
-                Some(limit) => drop(tokio::time::timeout_at(limit.at, marking).await),
-                None => marking.await,
-            }
-            if !matches!(
-                error,
-                CallError::ActorUnavailable {
-                    executed: Executed::No,
-                    ..
-                }
-            ) {
-                return Err(error.into());
-            }
-            let since = match unreachable_since {
-                Some((same, since)) if same == start => since,
-                _ => Instant::now(),
-            };
-            if since.elapsed() > UNREACHABLE_MAX {
-                return Err(error.into());
-            }
-            unreachable_since = Some((start, since));
-        }
-    }
-
     /// Puts a call on its way to the actor's present start, and says which that is.
-    async fn start(
+    pub(crate) async fn start(
         &self,
         cluster: &Cluster,
-        method: &'static str,
-        arguments: &Bytes,
-        deadline: Option<Deadline>,
+        call: OutgoingCall,
     ) -> Result<(Incarnation, PendingCall)> {
-        let calls = cluster.calls().await?;
+        let calls = client(cluster).await?;
         let mut route = self.0.route.lock().await;
-        let address = match &route.address {
-            Some(address) => address.clone(),
-            None => {
-                let address = resolve(cluster, self.0.id, route.failed).await?;
-                route.address.insert(address).clone()
-            }
-        };
-        let call = OutgoingCall::new(method, arguments.clone()).with_deadline(deadline);
-        let pending = calls.start(&address, call).await;
-        drop(route);
+        let address = self.address(cluster, &mut route).await?;
+        let pending = calls.start(address, call).await;
         Ok((address.incarnation, pending))
     }
 
-    async fn mark_failed(&self, start: Incarnation) {
+    /// The same for a call that brings several values, of which `window` may wait here.
+    pub(crate) async fn start_stream(
+        &self,
+        cluster: &Cluster,
+        call: OutgoingCall,
+        window: u32,
+    ) -> Result<(Incarnation, PendingStream)> {
+        let calls = client(cluster).await?;
+        let mut route = self.0.route.lock().await;
+        let address = self.address(cluster, &mut route).await?;
+        let pending = calls.start_stream(address, call, window).await;
+        Ok((address.incarnation, pending))
+    }
+
+    async fn address<'a>(
+        &self,
+        cluster: &Cluster,
+        route: &'a mut Route,
+    ) -> Result<&'a ActorAddress> {
+        if route.address.is_none() {
+            // Rare, and large: boxed, so that it is no part of every call.
+            let resolving = Box::pin(resolve(cluster, self.0.id, route.failed));
+            route.address = Some(resolving.await?);
+        }
+        Ok(route.address.as_ref().expect("it was put there just now"))
+    }
+
+    /// Has the next call look for a newer start than this one.
+    pub(crate) async fn mark_failed(&self, start: Incarnation) {
         let mut route = self.0.route.lock().await;
         if route
             .address
@@ -179,6 +120,14 @@ impl UntypedRef {
             route.address = None;
         }
         route.failed = route.failed.max(Some(start));
+    }
+}
+
+/// The client for calls, which a process outside the cluster may have to join for first.
+async fn client(cluster: &Cluster) -> Result<CallClient> {
+    match cluster.ready_calls() {
+        Some(calls) => Ok(calls.clone()),
+        None => Box::pin(cluster.calls()).await,
     }
 }
 

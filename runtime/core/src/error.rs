@@ -227,6 +227,17 @@ pub enum CallError {
         /// Whether the call took effect.
         executed: Executed,
     },
+    /// The answer to an `exactly_once` call is not kept any more.
+    #[error(
+        "{actor} keeps no answer to call {key} any more: it cannot tell whether it executed it; \
+         look at the actor's state"
+    )]
+    Forgotten {
+        /// The actor's id or name.
+        actor: String,
+        /// The call's key.
+        key: String,
+    },
 }
 
 impl CallError {
@@ -235,7 +246,7 @@ impl CallError {
     pub fn executed(&self) -> Executed {
         match self {
             CallError::User { .. } | CallError::ResultLost(_) => Executed::Yes,
-            CallError::Panicked(_) => Executed::Unknown,
+            CallError::Panicked(_) | CallError::Forgotten { .. } => Executed::Unknown,
             CallError::ActorDied { executed, .. }
             | CallError::ActorUnavailable { executed, .. }
             | CallError::DeadlineExceeded { executed, .. }

@@ -6,6 +6,7 @@ use futures::future::BoxFuture;
 use mobula_core::error::CallError;
 
 use crate::context::ActorContext;
+use crate::reply::ItemSender;
 
 /// Why a method brought no value. A panic is not one of these: supervision sees it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,7 +38,7 @@ impl From<MethodError> for CallError {
 }
 
 /// One call as its actor sees it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct MethodCall<'a> {
     /// The method's name.
     pub method: &'a str,
@@ -45,6 +46,8 @@ pub struct MethodCall<'a> {
     pub arguments: &'a [u8],
     /// What the actor knows about itself.
     pub context: &'a ActorContext,
+    /// Where several values go, if the caller takes them.
+    pub items: Option<ItemSender>,
 }
 
 /// The outcome of a method, still to come: the encoded value, or why there is none.

@@ -14,7 +14,6 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bytes::Bytes;
 use futures::FutureExt;
 use mobula_core::error::CallError;
 use mobula_core::exit::ExitReason;
@@ -25,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 use crate::actor::{Access, Concurrency, ConcurrentActor};
 use crate::admission::Admission;
 use crate::context::ActorContext;
-use crate::mailbox::{IncomingCall, begin, overloaded};
+use crate::mailbox::{IncomingCall, overloaded};
+use crate::method::Begun;
 use crate::shell::{panic_text, shortened};
 
 enum Work {
@@ -151,29 +151,29 @@ impl ConcurrentRunner {
 
     /// Runs one method; answers what it said if it panicked.
     async fn run_one(&self, access: Access, call: IncomingCall) -> Option<String> {
-        let begun = begin(&self.context, call)?;
-        let parts = begun.call(&self.context);
+        let (mut begun, reply) = Begun::begin(&self.context, call)?;
         let outcome = match access {
             Access::Exclusive => {
                 let mut actor = self.write();
-                self.unless_killed(actor.dispatch(parts)).await
+                let running = begun.run(&self.context, |call| actor.dispatch(call));
+                self.unless_killed(running).await
             }
             Access::Shared { .. } => {
                 let actor = self
                     .actor
                     .try_read()
                     .expect("nothing exclusive runs beside");
-                self.unless_killed(actor.dispatch_shared(parts)).await
+                let running = begun.run(&self.context, |call| actor.dispatch_shared(call));
+                self.unless_killed(running).await
             }
         };
         match outcome {
             Some(Ok(result)) => {
-                let result = result.map(Bytes::from).map_err(CallError::from);
-                begun.reply.send(result);
+                reply.send(result);
                 None
             }
             Some(Err(panic)) => {
-                begun.reply.send(Err(CallError::Panicked(panic.clone())));
+                reply.send(Err(CallError::Panicked(panic.clone())));
                 Some(panic)
             }
             // Dropping the answer says that the method was under way.

@@ -3,7 +3,8 @@
 //!
 //! * [`actor`]: what an actor is to its host; [`registry`]: the types a program has;
 //!   [`context`]: what an actor knows about itself.
-//! * [`mailbox`]: admission in front of a ractor actor; `admission` and `concurrent`: several
+//! * [`mailbox`]: admission in front of a ractor actor; `method`: one call from the beginning of
+//!   its method to its answer; `admission` and `concurrent`: several
 //!   methods of one actor at once; [`supervision`]: starts, ends, panics.
 //! * [`scope`]: what a running method knows about its call; [`state`]: what a durable actor keeps;
 //!   [`answers`]: its answers to `exactly_once` calls.
@@ -30,6 +31,7 @@ pub mod context;
 mod host_stream;
 pub mod mailbox;
 pub mod objects;
+mod method;
 pub mod pending;
 pub mod registry;
 pub mod reply;

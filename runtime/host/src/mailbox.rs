@@ -20,9 +20,10 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use crate::actor::{DynActor, MethodCall};
+use crate::actor::DynActor;
 use crate::concurrent::ConcurrentRunner;
 use crate::context::ActorContext;
+use crate::method::Begun;
 use crate::reply::Reply;
 
 /// When a call is over, answered or not.
@@ -172,43 +173,6 @@ pub(crate) fn overloaded(actor: ActorId, capacity: u32) -> CallError {
     }
 }
 
-/// A call whose method begins now.
-pub(crate) struct Begun {
-    method: MethodName,
-    arguments: Bytes,
-    pub(crate) reply: Reply,
-}
-
-impl Begun {
-    pub(crate) fn call<'a>(&'a self, context: &'a ActorContext) -> MethodCall<'a> {
-        MethodCall {
-            method: &self.method,
-            arguments: &self.arguments,
-            context,
-        }
-    }
-}
-
-/// Begins a call, unless it is too late for it or its caller has cancelled it; then it is answered.
-pub(crate) fn begin(context: &ActorContext, call: IncomingCall) -> Option<Begun> {
-    let IncomingCall {
-        method,
-        arguments,
-        deadline,
-        key: _,
-        reply,
-    } = call;
-    if let Some(deadline) = deadline.filter(|deadline| deadline.at <= Instant::now()) {
-        reply.send(Err(deadline.error(context.actor(), Executed::No)));
-        return None;
-    }
-    reply.begin().then_some(Begun {
-        method,
-        arguments,
-        reply,
-    })
-}
-
 /// Runs one admitted call of an actor that runs one at a time.
 pub(crate) async fn run_call(
     actor: &mut dyn DynActor,
@@ -216,22 +180,12 @@ pub(crate) async fn run_call(
     in_flight: &InFlight,
     call: IncomingCall,
 ) {
-    let Some(begun) = begin(context, call) else {
+    let Some((mut begun, reply)) = Begun::begin(context, call) else {
         return;
     };
-    let Begun {
-        method,
-        arguments,
-        reply,
-    } = begun;
     *in_flight.lock() = Some(reply);
-    let call = MethodCall {
-        method: &method,
-        arguments: &arguments,
-        context,
-    };
-    let result = actor.dispatch(call).await;
+    let result = begun.run(context, |call| actor.dispatch(call)).await;
     if let Some(reply) = in_flight.lock().take() {
-        reply.send(result.map(Bytes::from).map_err(CallError::from));
+        reply.send(result);
     }
 }

@@ -92,6 +92,11 @@ impl PendingCall {
 
     /// Waits for the answer, up to the deadline.
     pub async fn answer(mut self) -> CallResult {
+        self.wait().await
+    }
+
+    /// The same for whoever may yet [`PendingCall::cancel`] it. The answer is given out once.
+    pub async fn wait(&mut self) -> CallResult {
         let answer = poll_fn(|context| self.route.poll_answer(context));
         let Some(deadline) = self.deadline else {
             return answer.await;

@@ -39,7 +39,7 @@ const FORMAT: u8 = 1;
 const _: () = assert!(VALUES_BYTES_MAX + 2 * ANSWERS_BYTES_MAX < STATE_BYTES_MAX);
 
 /// Why a value was not read, changed or committed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum StateError {
     /// The actor's type keeps nothing.
     #[error("this actor keeps no state: declare its type with #[mobula::actor(durable)]")]

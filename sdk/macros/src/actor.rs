@@ -127,8 +127,8 @@ fn write_registration(
     let wait = constructor.is_async.then(|| quote!(.await));
     let call = quote!(<#actor>::construct(#context #(#names),*) #wait);
     let constructed = match constructor.output {
-        Output::Value(_) => call,
         Output::Fallible(..) => quote!(::mobula::__private::constructed(#call)?),
+        _ => call,
     };
     Ok(quote! {
         const _: () = {
@@ -230,7 +230,7 @@ fn write_dispatch(actor: &Type, methods: &[Method], options: &Options) -> Result
 fn write_match(actor: &Type, methods: &[&Method]) -> TokenStream {
     let arms = methods.iter().map(|method| write_arm(method));
     quote! {
-        let ::mobula::__private::MethodCall { method, arguments, context, .. } = call;
+        let ::mobula::__private::MethodCall { method, arguments, context, items, .. } = call;
         ::std::boxed::Box::pin(async move {
             match method {
                 #(#arms)*
@@ -259,6 +259,7 @@ fn write_arm(method: &Method) -> TokenStream {
     let encode = match method.output {
         Output::Value(_) => quote!(::mobula::__private::value(#text, &returned)),
         Output::Fallible(..) => quote!(::mobula::__private::outcome(#text, &returned)),
+        Output::Items(_) => quote!(::mobula::__private::send_items(#text, returned, items).await),
     };
     quote! {
         #text => {
@@ -314,6 +315,7 @@ fn write_calls(type_ident: &Ident, actor: &Type, calls: &[&Method]) -> TokenStre
         let make = match method.output {
             Output::Value(_) => quote!(call),
             Output::Fallible(..) => quote!(fallible_call),
+            Output::Items(_) => quote!(stream_call),
         };
         quote!(#signature { ::mobula::__private::#make(self, #text, &(#(#names,)*)) })
     });
@@ -341,6 +343,7 @@ fn write_signature(method: &Method) -> TokenStream {
     let returned = match &method.output {
         Output::Value(value) => quote!(::mobula::Call<#value>),
         Output::Fallible(value, error) => quote!(::mobula::FallibleCall<#value, #error>),
+        Output::Items(item) => quote!(::mobula::StreamCall<#item>),
     };
     quote!(fn #name(&self, #(#names: #types),*) -> #returned)
 }
@@ -471,6 +474,25 @@ mod tests {
         assert!(text.contains("pub trait CounterCalls"), "{text}");
         assert!(!text.contains("\"hidden\""), "{text}");
         assert!(!text.contains("mobula (local)"), "{text}");
+    }
+
+    #[test]
+    fn streams_are_told_from_values() {
+        let block = quote!(
+            impl Counter {
+                fn new() -> Self {}
+                fn count(&self) -> impl futures::Stream<Item = Option<u64>> + use<'_> {}
+                async fn boxed(&mut self) -> StreamOf<Result<u64, E>> {}
+            }
+        );
+        let text = expand(TokenStream::new(), block).unwrap().to_string();
+        for expected in [
+            "fn count (& self ,) -> :: mobula :: StreamCall < Option < u64 > >",
+            "fn boxed (& self ,) -> :: mobula :: StreamCall < Result < u64 , E > >",
+            "send_items (\"count\" , returned , items)",
+        ] {
+            assert!(text.contains(expected), "{expected}: {text}");
+        }
     }
 
     #[test]

@@ -20,6 +20,8 @@ use proc_macro::TokenStream;
 ///   `ActorRef<Counter>` it appears under the same name through the trait `CounterCalls`, which is
 ///   generated beside the type. It may take `ctx: &ActorContext` right after `self`. Arguments and
 ///   values are owned and implement serde's traits; a `Result<T, E>` brings the caller that `E`.
+/// * A method that returns `impl Stream<Item = T>` (or `StreamOf<T>`) gives the caller a stream of
+///   `T`; it runs until the stream ends, and goes on only as the caller reads.
 /// * `#[mobula(local)]` keeps a function out of that; `#[mobula(started)]`, `#[mobula(notice)]`
 ///   (takes the deadline in milliseconds since the Unix epoch) and `#[mobula(stop)]` make it a
 ///   hook.

@@ -6,13 +6,14 @@ use syn::meta::ParseNestedMeta;
 use syn::spanned::Spanned;
 use syn::{
     Attribute, Error, FnArg, GenericArgument, ImplItemFn, LitStr, Pat, PathArguments, Result,
-    ReturnType, Type,
+    ReturnType, Type, TypeParamBound,
 };
 
 /// Names that an `ActorRef` has already: a call would not reach the actor.
-const RESERVED: [&str; 9] = [
+const RESERVED: [&str; 10] = [
     "actor_id",
     "stop_actor",
+    "kill_actor",
     "clone",
     "clone_from",
     "into",
@@ -45,6 +46,8 @@ pub(crate) enum Output {
     Value(TokenStream),
     /// A value or the user's error.
     Fallible(TokenStream, TokenStream),
+    /// Values of this type, one after another.
+    Items(TokenStream),
 }
 
 /// One function, understood.
@@ -281,8 +284,14 @@ fn read_output(output: &ReturnType, purpose: Purpose, actor: &Type) -> Result<Ou
     let ReturnType::Type(_, returned) = output else {
         return Ok(Output::Value(quote::quote!(())));
     };
-    check_owned(returned, "a returned value")?;
     let tokens = |part: &Type| replace_self(part.to_token_stream(), actor);
+    if purpose == Purpose::Call
+        && let Some(item) = stream_item(returned)
+    {
+        check_owned(item, "a returned value")?;
+        return Ok(Output::Items(tokens(item)));
+    }
+    check_owned(returned, "a returned value")?;
     let Some(parts) = result_parts(returned) else {
         return Ok(Output::Value(tokens(returned)));
     };
@@ -294,6 +303,36 @@ fn read_output(output: &ReturnType, purpose: Purpose, actor: &Type) -> Result<Ou
             returned.span(),
             "the caller gets the error as the type it is: write `Result<T, E>` with both types",
         )),
+    }
+}
+
+/// The `T` of `impl Stream<Item = T>` and of `StreamOf<T>`.
+fn stream_item(returned: &Type) -> Option<&Type> {
+    match returned {
+        Type::ImplTrait(implemented) => implemented.bounds.iter().find_map(|bound| {
+            let TypeParamBound::Trait(bound) = bound else {
+                return None;
+            };
+            let last = bound.path.segments.last()?;
+            let PathArguments::AngleBracketed(arguments) = &last.arguments else {
+                return None;
+            };
+            arguments.args.iter().find_map(|argument| match argument {
+                GenericArgument::AssocType(item) if last.ident == "Stream" => Some(&item.ty),
+                _ => None,
+            })
+        }),
+        Type::Path(path) => {
+            let last = path.path.segments.last()?;
+            let PathArguments::AngleBracketed(arguments) = &last.arguments else {
+                return None;
+            };
+            match arguments.args.first()? {
+                GenericArgument::Type(item) if last.ident == "StreamOf" => Some(item),
+                _ => None,
+            }
+        }
+        _ => None,
     }
 }
 

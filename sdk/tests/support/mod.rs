@@ -300,9 +300,12 @@ pub struct Stage {
     pub inside: Cluster,
     /// The cluster as a person's program sees it.
     pub outside: Cluster,
+    /// Its object store.
+    pub directory: tempfile::TempDir,
 }
 
 pub async fn stage() -> Stage {
+    let directory = tempfile::tempdir().unwrap();
     let ca = ClusterCa::create("test").unwrap();
     let loopback = "127.0.0.1:0".parse().unwrap();
     let identity = Identity::new("test", Role::Head, "head-1", 1);
@@ -323,7 +326,7 @@ pub async fn stage() -> Stage {
         role: HostRole::Actors,
         api_addresses: vec![api_address.clone()],
         storage: StorageLocation {
-            url: "file:///nowhere".into(),
+            url: format!("file://{}", directory.path().display()),
             endpoint: None,
             region: None,
             allow_http: false,
@@ -377,5 +380,6 @@ pub async fn stage() -> Stage {
         head,
         inside: context.cluster(),
         outside,
+        directory,
     }
 }

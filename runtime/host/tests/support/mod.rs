@@ -66,6 +66,7 @@ impl DynActor for Probe {
             method,
             arguments,
             context,
+            ..
         } = call;
         Box::pin(async move {
             let text: String = codec::decode(arguments, 1 << 20)
