@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::support::{TestCluster, repository, text_of};
 
 /// A built example of the SDK: beside the binary under test.
-pub(crate) fn example(name: &str) -> PathBuf {
+fn example(name: &str) -> PathBuf {
     let binary = PathBuf::from(env!("CARGO_BIN_EXE_mobula"));
     let path = binary.parent().unwrap().join("examples").join(name);
     assert!(
@@ -59,13 +59,7 @@ fn parallel_pi_runs_embedded_and_submitted_with_the_same_answer() {
 }
 
 /// Examples that check what they show themselves, and what they print at their end.
-const CHECKED: [(&str, &str); 5] = [
-    ("concurrency", "loaders at once"),
-    ("streaming", "streamed"),
-    ("cancellation", "all cancelled"),
-    ("durable_counter", "counted to 100 with 100 increments"),
-    ("errors", "all errors told apart"),
-];
+const CHECKED: [(&str, &str); 1] = [("concurrency", "loaders at once")];
 
 #[test]
 fn examples_that_check_themselves_run_embedded_and_submitted() {

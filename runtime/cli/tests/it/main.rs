@@ -9,7 +9,6 @@
 mod bad_input;
 mod chaos;
 mod configs;
-mod exactly_once;
 mod examples;
 mod in_process;
 mod jobs;
