@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::support::{TestCluster, repository, text_of};
 
 /// A built example of the SDK: beside the binary under test.
-fn example(name: &str) -> PathBuf {
+pub(crate) fn example(name: &str) -> PathBuf {
     let binary = PathBuf::from(env!("CARGO_BIN_EXE_mobula"));
     let path = binary.parent().unwrap().join("examples").join(name);
     assert!(
