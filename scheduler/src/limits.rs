@@ -43,6 +43,9 @@ pub const NAME_BYTES_MAX: usize = 128;
 /// Labels of a node, and custom resources that it offers.
 pub const LABELS_MAX: usize = 64;
 
+/// Calls that may wait in front of one actor: at 1 KiB a call, a gigabyte.
+pub const MAILBOX_CAPACITY_MAX: u32 = 1 << 20;
+
 /// Labels, values and custom resources that one request names: 32 KiB of names at the most.
 pub const REQUEST_NAMES_MAX: usize = 256;
 
@@ -86,7 +89,8 @@ pub const JOB_STOP_GRACE_MS: u64 = 10_000;
 /// How long actors may take to leave a draining node, in milliseconds.
 pub const DRAIN_GRACE_MS: u64 = 30_000;
 
-/// The largest grace that a command may ask for, in milliseconds: one day.
+/// The largest grace that a command may ask for, and the longest back-off before a restart, in
+/// milliseconds: one day.
 pub const GRACE_MS_MAX: u64 = 24 * 60 * 60 * 1000;
 
 /// The largest encoded command or query.

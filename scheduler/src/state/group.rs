@@ -18,7 +18,7 @@ use super::{Apply, check_name, job, overloaded, precondition, stopping};
 use crate::command::{ActorIncarnation, Assignment, Response, SkippedAssignment};
 use crate::limits::{
     ACTORS_PER_COMMAND_MAX, COMMAND_INIT_BYTES_MAX, GANG_MEMBERS_MAX, LIVE_ACTORS_MAX,
-    REQUEST_NAMES_MAX,
+    MAILBOX_CAPACITY_MAX, REQUEST_NAMES_MAX,
 };
 use crate::placement::{Nodes, Request, gpu::GpuShare};
 use crate::row::{self, Counter, GROUPS};
@@ -184,7 +184,16 @@ fn check_actor(spec: &ActorSpec) -> Result<(), Rejection> {
             "the mailbox of `{type_name}` has room for no call: give it a capacity of at least 1"
         )));
     }
-    check_placement(&format!("`{type_name}`"), &spec.resources, &spec.placement)
+    if spec.mailbox_capacity > MAILBOX_CAPACITY_MAX {
+        return Err(Rejection::invalid(format!(
+            "the mailbox of `{type_name}` would hold {} calls, the limit is {MAILBOX_CAPACITY_MAX}: \
+             let callers wait instead",
+            spec.mailbox_capacity
+        )));
+    }
+    let what = format!("`{type_name}`");
+    job::check_restart(&what, &spec.restart)?;
+    check_placement(&what, &spec.resources, &spec.placement)
 }
 
 /// Refuses requests that no node could ever meet, or that are too large to keep.

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{Apply, actor, check_name, group, lifecycle, overloaded, precondition, stopping};
 use crate::command::Response;
 use crate::limits::{
-    FINISHED_JOBS_KEPT, JOB_SPEC_BYTES_MAX, JOB_SPEC_ENTRIES_MAX, JOB_STOP_GRACE_MS,
+    FINISHED_JOBS_KEPT, GRACE_MS_MAX, JOB_SPEC_BYTES_MAX, JOB_SPEC_ENTRIES_MAX, JOB_STOP_GRACE_MS,
     LIVE_ACTORS_MAX, LIVE_JOBS_MAX, RESULT_BYTES_MAX,
 };
 use crate::row::{self, Counter, JOB_SPECS, JOBS, JOBS_BY_KEY, JOBS_FINISHED};
@@ -237,16 +237,58 @@ fn check_spec(spec: &JobSpec) -> Result<(), Rejection> {
     }
     mobula_core::spec::check_files(&spec.files)
         .map_err(|why| Rejection::invalid(format!("files of job `{}`: {why}", spec.name)))?;
-    if let Program::Artifact { blake3, .. } = &spec.program {
-        let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-        if blake3.len() != 64 || !blake3.bytes().all(is_hex) {
-            return Err(Rejection::invalid(format!(
-                "program `{}` is not a BLAKE3 hash: expected 64 lower-case hexadecimal digits",
-                blake3.chars().take(80).collect::<String>()
-            )));
-        }
+    for file in &spec.files {
+        check_blake3(&format!("the hash of file `{}`", file.name), &file.blake3)?;
     }
+    if let Program::Artifact { blake3, .. } = &spec.program {
+        check_blake3("the program's hash", blake3)?;
+    }
+    check_process_text(spec)?;
+    check_restart("the driver", &spec.restart)?;
     group::check_placement("the driver", &spec.resources, &spec.placement)
+}
+
+fn check_blake3(what: &str, hash: &str) -> Result<(), Rejection> {
+    let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    if hash.len() == 64 && hash.bytes().all(is_hex) {
+        return Ok(());
+    }
+    let shown: String = hash.chars().take(80).collect();
+    Err(Rejection::invalid(format!(
+        "{what} is `{shown}`, not BLAKE3: expected 64 lower-case hexadecimal digits"
+    )))
+}
+
+/// Refuses what no process can be started with; each worker would find that out in turn.
+fn check_process_text(spec: &JobSpec) -> Result<(), Rejection> {
+    let variable = |name: &&String| name.is_empty() || name.contains(['=', '\0']);
+    if let Some(name) = spec.env.keys().find(variable) {
+        return Err(Rejection::invalid(format!(
+            "`{}` cannot name an environment variable: give it a name without `=` and NUL",
+            name.escape_debug()
+        )));
+    }
+    let texts = spec.args.iter().chain(spec.env.values());
+    if let Some(text) = texts.into_iter().find(|text| text.contains('\0')) {
+        return Err(Rejection::invalid(format!(
+            "the argument or environment value `{}` contains NUL, which ends a text for the \
+             operating system: leave it out",
+            text.escape_debug()
+        )));
+    }
+    Ok(())
+}
+
+/// Refuses a back-off that nobody lives to see the end of.
+pub(crate) fn check_restart(what: &str, restart: &RestartPolicy) -> Result<(), Rejection> {
+    let longest = restart.backoff_max_ms;
+    if longest > GRACE_MS_MAX {
+        return Err(Rejection::invalid(format!(
+            "{what} waits up to {longest} ms before a restart, the limit is {GRACE_MS_MAX} ms (one \
+             day): lower backoff_max_ms"
+        )));
+    }
+    Ok(())
 }
 
 fn driver_spec(spec: &JobSpec) -> ActorSpec {

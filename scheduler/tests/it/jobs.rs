@@ -383,6 +383,8 @@ fn bad_requests_are_refused_with_the_limit() {
     assert!(create(|s| s.resources.gpu_milli = 1500).contains("1500 thousandths of a GPU"));
     assert!(create(|s| s.init = vec![0; 300_000]).contains("262144"));
     assert!(create(|s| s.mailbox_capacity = 0).contains("capacity of at least 1"));
+    assert!(create(|s| s.mailbox_capacity = u32::MAX).contains("the limit is 1048576"));
+    assert!(create(|s| s.restart.backoff_max_ms = u64::MAX).contains("lower backoff_max_ms"));
     assert!(create(|s| s.name = Some("x".repeat(200))).contains("limit is 128"));
     assert!(create(|s| s.resources.custom.extend([("x".to_owned(), 0)])).contains("leave it out"));
     let ActorIncarnation { actor, incarnation } = driver;
@@ -394,6 +396,38 @@ fn bad_requests_are_refused_with_the_limit() {
         result_json,
     });
     assert!(refused.contains("limit is 65536"), "{refused}");
+}
+
+#[test]
+fn a_job_that_no_worker_could_start_is_refused_at_once() {
+    let mut cluster = Cluster::new();
+    let mut refused = |change: fn(&mut JobSpec)| {
+        let mut spec = job_spec("train", 1);
+        change(&mut spec);
+        cluster.refused(Command::SubmitJob { spec })
+    };
+    assert!(refused(|s| s.args.push("a\0b".into())).contains("contains NUL"));
+    assert!(refused(|s| drop(s.env.insert("K".into(), "\0".into()))).contains("contains NUL"));
+    for name in ["", "A=B", "A\0"] {
+        let mut spec = job_spec("train", 1);
+        spec.env.insert(name.into(), "v".into());
+        let refused = cluster.refused(Command::SubmitJob { spec });
+        assert!(
+            refused.contains("cannot name an environment variable"),
+            "{refused}"
+        );
+    }
+    for blake3 in [String::new(), "../x".into(), "x".repeat(2 << 20)] {
+        let mut spec = job_spec("train", 1);
+        spec.files.push(mobula_core::spec::JobFile {
+            name: "a".into(),
+            blake3,
+            size_bytes: 1,
+        });
+        let refused = cluster.refused(Command::SubmitJob { spec });
+        assert!(refused.contains("the hash of file `a` is"), "{refused}");
+        assert!(refused.len() < 300, "{refused}");
+    }
 }
 
 #[test]
