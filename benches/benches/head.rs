@@ -75,6 +75,9 @@ async fn start_head(dir: &Path) -> Result<Head, Box<dyn std::error::Error>> {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let head = Head::start(HeadOptions {
         data_dir: dir.join("head"),
+        name: None,
+        join: None,
+        wants_to_vote: true,
         api_listen: any_port,
         cluster_listen: any_port,
         storage: StorageLocation {

@@ -40,7 +40,7 @@ pub(crate) struct Format {
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Run a head.
+    /// Run a head; or, with a command behind, look at the group of heads and change it.
     Head(HeadArguments),
     /// Run a worker.
     Worker(WorkerArguments),
@@ -81,15 +81,35 @@ pub(crate) enum Command {
 impl Command {
     /// Whether it goes on until it is stopped.
     pub(crate) fn is_daemon(&self) -> bool {
-        matches!(self, Command::Head(_) | Command::Worker(_))
+        match self {
+            Command::Head(arguments) => arguments.command.is_none(),
+            Command::Worker(_) => true,
+            _ => false,
+        }
     }
 }
 
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct HeadArguments {
+    #[command(subcommand)]
+    pub(crate) command: Option<HeadCommand>,
     /// Configuration file; see cluster-configs/.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// The head's name at its first start, instead of head.name.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// The control API of a head whose group this one joins at its first start, instead of
+    /// head.join; can be repeated.
+    #[arg(long, value_name = "IP:PORT")]
+    pub(crate) join: Vec<SocketAddr>,
+    /// File with a head token from `mobula head add`, instead of head.join_token_file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) join_token_file: Option<PathBuf>,
+    /// Follow without a vote until `mobula head promote`.
+    #[arg(long)]
+    pub(crate) learner: bool,
     /// Where its state is kept, instead of head.data_dir.
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
@@ -107,6 +127,41 @@ pub(crate) struct HeadArguments {
     pub(crate) ready_file: Option<PathBuf>,
 }
 
+#[derive(Subcommand)]
+pub(crate) enum HeadCommand {
+    /// The heads: who leads, who votes, how far each is.
+    Members(Format),
+    /// Make a token with which one more head can join, and say how.
+    Add {
+        /// How long the token lives, such as `1h`.
+        #[arg(long, default_value = "1h", value_parser = parse_duration_ms)]
+        ttl: u64,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Let a head that follows vote, once it has caught up.
+    Promote {
+        /// The head: its Raft id, or its name.
+        head: String,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Take a head out of the group for good. One that leads hands leadership over first.
+    Remove {
+        /// The head: its Raft id, or its name.
+        head: String,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Hand leadership to another head.
+    Transfer {
+        /// The head: its Raft id, or its name [default: the one that is furthest].
+        head: Option<String>,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
 #[derive(Args)]
 pub(crate) struct WorkerArguments {
     /// Configuration file; see cluster-configs/.
@@ -118,8 +173,8 @@ pub(crate) struct WorkerArguments {
     /// Where its state is kept, instead of worker.data_dir.
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// A head's control API, instead of worker.head_api.
-    #[arg(long, value_name = "IP:PORT")]
+    /// The control API of one or more heads, separated by commas, instead of worker.head_api.
+    #[arg(long, value_name = "IP:PORT,…")]
     pub(crate) head: Option<String>,
     /// File with a join token, instead of worker.token_file.
     #[arg(long, value_name = "FILE")]
@@ -164,7 +219,7 @@ pub(crate) struct LocalStatusArguments {
 pub(crate) struct LocalUpArguments {
     #[command(flatten)]
     pub(crate) directory: LocalDirectory,
-    /// How many heads (this version runs one).
+    /// How many heads: 1, 3 or 5.
     #[arg(long, default_value_t = 1)]
     pub(crate) heads: u32,
     /// How many workers.
@@ -357,7 +412,7 @@ pub(crate) enum DriftCommand {
 pub(crate) enum TokensCommand {
     /// Make a token; it is printed once.
     Create {
-        /// `worker` or `client`.
+        /// `worker`, `client` or `head`.
         #[arg(long)]
         role: String,
         /// How long it lives, such as `24h`.

@@ -1,17 +1,18 @@
 //! `mobula head`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use mobula_core::config::{Config, SweepConfig};
-use mobula_head::{Head, HeadOptions, SweepOptions};
+use mobula_head::{Head, HeadOptions, JoinOptions, SweepOptions};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::args::HeadArguments;
+use crate::args::{HeadArguments, Target};
 use crate::clock::SystemClock;
+use crate::heads;
 
 /// Reads a configuration file, or takes the defaults.
 pub(crate) fn read_config(path: Option<&Path>) -> anyhow::Result<Config> {
@@ -51,7 +52,46 @@ fn sweep_options(config: &SweepConfig) -> Option<SweepOptions> {
     })
 }
 
-pub(crate) async fn run(arguments: HeadArguments) -> anyhow::Result<()> {
+pub(crate) async fn run(target: &Target, mut arguments: HeadArguments) -> anyhow::Result<()> {
+    match arguments.command.take() {
+        Some(command) => heads::run(target, command).await,
+        None => serve(arguments).await,
+    }
+}
+
+/// How to join, at the first start; the token is read from a file only, for arguments are seen by
+/// every user of the machine.
+fn join_options(
+    addresses: &[String],
+    token_file: Option<&Path>,
+) -> anyhow::Result<Option<JoinOptions>> {
+    if addresses.is_empty() {
+        return Ok(None);
+    }
+    let addresses = addresses
+        .iter()
+        .map(|text| {
+            text.parse()
+                .with_context(|| format!("head.join names `{text}`: expected ip:port"))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let file = token_file.context(
+        "a group is joined with a token: make one with `mobula head add`, put it into a file and \
+         name that with --join-token-file",
+    )?;
+    // At later starts the file may be gone: the identity is there then.
+    let token = match std::fs::read_to_string(file) {
+        Ok(text) => text.trim().to_owned(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(error) => {
+            return Err(error)
+                .with_context(|| format!("the token file {} cannot be read", file.display()));
+        }
+    };
+    Ok(Some(JoinOptions { addresses, token }))
+}
+
+async fn serve(arguments: HeadArguments) -> anyhow::Result<()> {
     start_logging();
     let mut config = read_config(arguments.config.as_deref())?;
     if let Some(dir) = &arguments.data_dir {
@@ -66,7 +106,19 @@ pub(crate) async fn run(arguments: HeadArguments) -> anyhow::Result<()> {
     if let Some(url) = arguments.storage_url {
         config.storage.url = url;
     }
+    if arguments.name.is_some() {
+        config.head.name = arguments.name;
+    }
+    if !arguments.join.is_empty() {
+        config.head.join = arguments.join.iter().map(ToString::to_string).collect();
+    }
+    let token_file =
+        arguments
+            .join_token_file
+            .or(config.head.join_token_file.clone().map(PathBuf::from));
     let mut options = HeadOptions::from_config(&config, Arc::new(SystemClock))?;
+    options.join = join_options(&config.head.join, token_file.as_deref())?;
+    options.wants_to_vote = !arguments.learner;
     options.modules = mobula_actors::modules();
     options.controllers = mobula_actors::controllers();
     options.sweep = sweep_options(&config.storage.sweep);
@@ -75,6 +127,7 @@ pub(crate) async fn run(arguments: HeadArguments) -> anyhow::Result<()> {
         let ready = json!({
             "pid": std::process::id(),
             "cluster_id": head.cluster_id(),
+            "raft_id": head.raft_id(),
             "api_address": head.api_address().to_string(),
             "cluster_address": head.cluster_address().to_string(),
         });

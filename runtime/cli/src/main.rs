@@ -8,6 +8,7 @@ mod demo;
 mod drift;
 mod explain;
 mod head;
+mod heads;
 mod jobs;
 mod local;
 mod models;
@@ -63,7 +64,7 @@ fn end_quietly_on_a_closed_pipe() {
 async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let target = arguments.target;
     match arguments.command {
-        Command::Head(options) => head::run(options).await?,
+        Command::Head(options) => head::run(&target, options).await?,
         Command::Worker(options) => worker::run(options).await?,
         Command::Local(command) => return local::run(&target, command).await,
         Command::Demo(options) => return demo::run(options).await,

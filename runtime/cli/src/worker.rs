@@ -30,7 +30,9 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
         .data_dir
         .unwrap_or_else(|| PathBuf::from(&config.data_dir));
     let head = arguments.head.unwrap_or(config.head_api);
-    let mut options = WorkerOptions::new(name, data_dir, vec![head]);
+    // Several may be named, so that a worker can also join while one of them is away.
+    let heads = head.split(',').map(|head| head.trim().to_owned()).collect();
+    let mut options = WorkerOptions::new(name, data_dir, heads);
     let token_file = arguments
         .join_token_file
         .or(config.token_file.map(PathBuf::from));

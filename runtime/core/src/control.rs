@@ -18,6 +18,8 @@ use crate::order::Order;
 pub struct ModuleId(pub u8);
 
 impl ModuleId {
+    /// The heads themselves: who is a member, and where.
+    pub const HEADS: ModuleId = ModuleId(0);
     /// Nodes, jobs, actors, groups, sessions, tokens.
     pub const SCHEDULER: ModuleId = ModuleId(1);
     /// Committed checkpoints of jobs.

@@ -21,7 +21,7 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 use crate::api::{rejected, stamp};
-use crate::raft::{ProposeError, RaftHandle};
+use crate::raft::{Member, ProposeError, RaftHandle};
 use crate::session::Sessions;
 use crate::sweep::SweepReports;
 use crate::watch::Changes;
@@ -29,6 +29,8 @@ use crate::watch::Changes;
 /// What every part of a running head shares.
 pub(crate) struct HeadContext {
     pub(crate) cluster_id: String,
+    pub(crate) raft_id: u64,
+    pub(crate) name: String,
     pub(crate) ca: Arc<ClusterCa>,
     pub(crate) raft: RaftHandle,
     pub(crate) modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
@@ -114,6 +116,44 @@ impl HeadContext {
             module: "scheduler",
             reason: error.to_string(),
         })
+    }
+
+    /// This head, as it would have the others know it.
+    pub(crate) fn own(&self) -> Member {
+        Member {
+            raft_id: self.raft_id,
+            name: self.name.clone(),
+            api_address: self.api_address.to_string(),
+            cluster_address: self.cluster_address.to_string(),
+        }
+    }
+
+    /// The leader, where one is known, and where it is.
+    pub(crate) fn leader(&self) -> Option<Member> {
+        let leader = self.raft.leadership().borrow().leader?;
+        if leader == self.raft_id {
+            return Some(self.own());
+        }
+        self.raft.group().borrow().member(leader).cloned()
+    }
+
+    /// The leader, or this head while none is known.
+    pub(crate) fn leading_or_own(&self) -> Member {
+        self.leader().unwrap_or_else(|| self.own())
+    }
+
+    /// The control API of every head, the leader's first.
+    pub(crate) fn api_addresses(&self) -> Vec<String> {
+        let group = self.raft.group();
+        let view = group.borrow();
+        let mut addresses = vec![self.leading_or_own().api_address];
+        let own = self.own();
+        for member in view.members.iter().chain([&own]) {
+            if !addresses.contains(&member.api_address) {
+                addresses.push(member.api_address.clone());
+            }
+        }
+        addresses
     }
 
     /// Everything that a node should be doing.

@@ -30,6 +30,13 @@ impl EffectSender {
             self.lost.store(true, Ordering::Release);
         }
     }
+
+    /// The tables were replaced as a whole: whatever waits for a change has one.
+    pub(crate) fn everything_changed(&self) {
+        self.lost.store(true, Ordering::Release);
+        // Full means that the dispatcher will look anyway.
+        let _ = self.runs.try_send(Vec::new());
+    }
 }
 
 /// The dispatcher's end.
@@ -94,6 +101,7 @@ pub(crate) async fn run(
 async fn send_everything_again(context: &HeadContext, nudges: &Nudges) {
     tracing::warn!("effects were dropped; sending every standing order again");
     nudges.place.notify_one();
+    context.changes.note_all();
     let term = Term(context.raft.leadership().borrow().term);
     for node in context.sessions.nodes() {
         match context.standing_orders(node).await {

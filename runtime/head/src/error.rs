@@ -54,14 +54,36 @@ pub enum HeadError {
     /// The object store's URL or settings are wrong.
     #[error("the object store cannot be used: {0}")]
     Storage(String),
-    /// More than one head is configured.
+    /// The identity says that there was a log, and there is none.
     #[error(
-        "`head.peers` names {count} other heads, but this version runs one replica only: leave \
-         `head.peers` empty"
+        "head {raft_id} has an identity but its log is gone: under the old id it could vote twice; \
+         remove it from the group (`mobula head remove {raft_id}`), empty {data_dir} and join \
+         again with a new token"
     )]
-    Replicas {
-        /// How many peers are named.
-        count: usize,
+    LostLog {
+        /// Its id in Raft.
+        raft_id: u64,
+        /// Its data directory.
+        data_dir: PathBuf,
+    },
+    /// This head is no member of its group any more.
+    #[error(
+        "head {raft_id} was removed from its group; to bring this machine back, empty {data_dir} \
+         and join again with a new token"
+    )]
+    Removed {
+        /// Its id in Raft.
+        raft_id: u64,
+        /// Its data directory.
+        data_dir: PathBuf,
+    },
+    /// The group cannot be joined.
+    #[error("cannot join the group of heads at {address}: {reason}")]
+    Join {
+        /// Where it was tried.
+        address: String,
+        /// What went wrong, and what to do.
+        reason: String,
     },
     /// A thread or listener ended that must not.
     #[error("{0} ended unexpectedly")]

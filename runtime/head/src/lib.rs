@@ -14,7 +14,10 @@ mod bootstrap;
 mod context;
 mod dispatcher;
 mod error;
+mod group;
 mod health;
+mod join;
+mod leader_client;
 mod leadership;
 pub mod raft;
 mod session;
@@ -32,12 +35,13 @@ use mobula_core::clock::Clock;
 use mobula_core::config::{Config, LimitsConfig, RaftConfig, TokensConfig};
 use mobula_core::control::{Controller, ModuleId, StateModule};
 use mobula_net::endpoint::Endpoint;
-use mobula_net::identity::Role;
+use mobula_net::identity::{Credentials, Role};
 use mobula_net::tcp::ApiListener;
 use mobula_scheduler::Scheduler;
 use mobula_storage::artifact::ArtifactStore;
 use mobula_storage::blob::BlobStore;
 use mobula_storage::engine::{RocksEngine, RocksOptions};
+use mobula_storage::raft_log::RaftLog;
 use mobula_wire::control::control_server::ControlServer;
 use mobula_wire::session::StorageLocation;
 use parking_lot::Mutex;
@@ -46,16 +50,14 @@ use tokio::task::JoinSet;
 
 pub use bootstrap::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE};
 pub use error::HeadError;
+pub use join::JoinOptions;
 pub use sweep::SweepOptions;
 
 use crate::bootstrap::HeadIdentity;
 use crate::context::HeadContext;
-use crate::raft::{Driver, DriverOptions};
+use crate::raft::{Driver, DriverOptions, EmptyLog, PeerNetwork, input_queue};
 
-/// The Raft id of a group's first member.
-const FIRST_RAFT_ID: u64 = 1;
-
-/// Connections of workers and hosts that are served at the same time: one each, ten thousand
+/// Connections of workers and other heads that are served at the same time: one each, ten thousand
 /// nodes at the most.
 const CONNECTIONS_MAX: usize = 10_000;
 
@@ -66,6 +68,13 @@ const RENEWAL_INTERVAL: Duration = Duration::from_secs(60);
 pub struct HeadOptions {
     /// Where its state is kept.
     pub data_dir: PathBuf,
+    /// Its name, at its first start; left out, one is made up.
+    pub name: Option<String>,
+    /// The group to join at its first start; without, it begins a cluster of its own.
+    pub join: Option<JoinOptions>,
+    /// Whether it asks to vote once it has caught up, instead of staying a learner until somebody
+    /// promotes it.
+    pub wants_to_vote: bool,
     /// Where the control API listens; port 0 takes a free one.
     pub api_listen: SocketAddr,
     /// Where the cluster's QUIC endpoint listens; port 0 takes a free one.
@@ -92,11 +101,6 @@ impl HeadOptions {
     /// The options that a configuration file asks for.
     pub fn from_config(config: &Config, clock: Arc<dyn Clock>) -> Result<Self, HeadError> {
         let head = &config.head;
-        if !head.peers.is_empty() {
-            return Err(HeadError::Replicas {
-                count: head.peers.len(),
-            });
-        }
         let address = |what, text: &str| {
             text.parse::<SocketAddr>()
                 .map_err(|error| HeadError::Address {
@@ -108,6 +112,9 @@ impl HeadOptions {
         let s3 = &config.storage.s3;
         Ok(HeadOptions {
             data_dir: PathBuf::from(&head.data_dir),
+            name: head.name.clone(),
+            join: None,
+            wants_to_vote: true,
             api_listen: address("head.api_listen", &head.api_listen)?,
             cluster_listen: address("head.cluster_listen", &head.cluster_listen)?,
             storage: StorageLocation {
@@ -133,7 +140,9 @@ impl HeadOptions {
 pub struct Head {
     context: Arc<HeadContext>,
     driver: Driver,
+    network: PeerNetwork,
     endpoint: Endpoint,
+    data_dir: PathBuf,
     shutdown: tokio_watch::Sender<bool>,
     tasks: JoinSet<&'static str>,
 }
@@ -141,10 +150,11 @@ pub struct Head {
 impl Head {
     /// Opens the state in the data directory and starts serving.
     pub async fn start(options: HeadOptions) -> Result<Head, HeadError> {
-        let identity = HeadIdentity::load_or_create(&options.data_dir, FIRST_RAFT_ID)?;
+        let mut identity = load_or_join(&options).await?;
         let upload_dir = options.data_dir.join("uploads");
         bootstrap::create_private_dir(&upload_dir)?;
         let engine = RocksEngine::open(options.data_dir.join("raft"), &RocksOptions::small())?;
+        refuse_lost_log(&engine, &identity, &options.data_dir)?;
         let blobs = BlobStore::at(&options.storage)
             .map_err(|error| HeadError::Storage(error.to_string()))?;
 
@@ -166,20 +176,35 @@ impl Head {
 
         let modules = collect_modules(options.modules);
         let (effect_sender, effect_receiver) = dispatcher::effect_queue();
+        let record = identity.record.clone();
+        let inputs = input_queue();
+        let network = PeerNetwork::new(record.raft_id, endpoint.clone(), inputs.0.clone());
+        let seeds = record.heads.iter();
+        network.seed(seeds.map(|head| (head.raft_id, head.cluster_address.clone())));
         let (driver, raft) = Driver::start(
             engine,
             DriverOptions {
-                raft_id: FIRST_RAFT_ID,
+                raft_id: record.raft_id,
+                empty_log: if record.joined {
+                    EmptyLog::Waits
+                } else {
+                    EmptyLog::BecomesGroup
+                },
                 raft: options.raft,
                 modules: modules.clone(),
                 clock: options.clock.clone(),
                 effects: effect_sender,
+                inputs,
+                peers: Box::new(network.clone()),
             },
         )?;
+        identity.note_log()?;
         let api_address = api_listener.local_address();
         let cluster_address = endpoint.local_address();
         let context = Arc::new(HeadContext {
             cluster_id: identity.cluster_id.clone(),
+            raft_id: record.raft_id,
+            name: record.name.clone(),
             ca: identity.ca.clone(),
             raft,
             modules,
@@ -216,19 +241,41 @@ impl Head {
         };
         tasks.spawn(named("the leader's duties", leadership::run(duties)));
         tasks.spawn(named(
-            "worker sessions",
-            serve_cluster(context.clone(), endpoint.clone()),
+            "the cluster endpoint",
+            serve_cluster(context.clone(), endpoint.clone(), network.clone()),
         ));
-        let renewal = renew_certificate(identity, endpoint.clone(), api_listener.credentials());
+        let credentials = tokio_watch::Sender::new(identity.credentials.clone());
+        let place = group::Place {
+            context: context.clone(),
+            own: context.own(),
+            seeds: record.heads,
+            wants_to_vote: options.wants_to_vote,
+            credentials: credentials.subscribe(),
+        };
+        let told_removed = network.clone();
+        tasks.spawn(named(REMOVED, async move {
+            tokio::select! {
+                () = group::run(place) => {}
+                () = told_removed.removed() => {}
+            }
+        }));
+        let renewal = renew_certificate(
+            identity,
+            endpoint.clone(),
+            api_listener.credentials(),
+            credentials,
+        );
         tasks.spawn(named("certificate renewal", renewal));
         let serve = serve_api(context.clone(), api_listener, shutdown_receiver);
         tasks.spawn(named("the control API", serve));
 
-        tracing::info!(api = %api_address, cluster = %cluster_address, id = context.cluster_id, "head started");
+        tracing::info!(raft_id = context.raft_id, api = %api_address, cluster = %cluster_address, id = context.cluster_id, "head started");
         Ok(Head {
             context,
             driver,
+            network,
             endpoint,
+            data_dir: options.data_dir,
             shutdown,
             tasks,
         })
@@ -244,6 +291,12 @@ impl Head {
     #[must_use]
     pub fn cluster_address(&self) -> SocketAddr {
         self.context.cluster_address
+    }
+
+    /// Its id in Raft.
+    #[must_use]
+    pub fn raft_id(&self) -> u64 {
+        self.context.raft_id
     }
 
     /// The cluster's id.
@@ -271,13 +324,52 @@ impl Head {
         let _ = self.shutdown.send(true);
         self.endpoint.close("the head stops").await;
         self.tasks.shutdown().await;
+        self.network.stop().await;
         self.driver.stop().await;
         match failed {
             None => Ok(()),
+            Some(REMOVED) => Err(HeadError::Removed {
+                raft_id: self.context.raft_id,
+                data_dir: self.data_dir,
+            }),
             Some(name) => Err(HeadError::Ended(name)),
         }
     }
 }
+
+/// The identity in the data directory, or one that the group gives.
+async fn load_or_join(options: &HeadOptions) -> Result<HeadIdentity, HeadError> {
+    if let Some(join) = &options.join
+        && !HeadIdentity::exists(&options.data_dir)
+    {
+        let made_up = || format!("head-{:08x}", rand::random::<u32>());
+        let name = options.name.clone().unwrap_or_else(made_up);
+        join::join(&options.data_dir, &name, join).await?;
+    }
+    HeadIdentity::load_or_create(&options.data_dir, options.name.as_deref())
+}
+
+/// A log that was there once and is not any more must not begin anew under the same id.
+fn refuse_lost_log(
+    engine: &RocksEngine,
+    identity: &HeadIdentity,
+    data_dir: &std::path::Path,
+) -> Result<(), HeadError> {
+    let log = RaftLog::open(engine.clone()).map_err(|error| HeadError::Log(error.to_string()))?;
+    let member = log
+        .member()
+        .map_err(|error| HeadError::Log(error.to_string()))?;
+    if identity.record.has_log && member.is_none() {
+        return Err(HeadError::LostLog {
+            raft_id: identity.record.raft_id,
+            data_dir: data_dir.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// The name of the task that ends when this head was removed from its group.
+const REMOVED: &str = "this head's place in the group";
 
 async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {
     task.await;
@@ -293,20 +385,29 @@ fn collect_modules(modules: Vec<Arc<dyn StateModule>>) -> BTreeMap<ModuleId, Arc
         .collect()
 }
 
-async fn serve_cluster(context: Arc<HeadContext>, endpoint: Endpoint) {
+async fn serve_cluster(context: Arc<HeadContext>, endpoint: Endpoint, network: PeerNetwork) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             connection = endpoint.accept() => {
                 let Some(connection) = connection else { return };
-                if connection.peer().role != Role::Node {
-                    tracing::warn!(peer = %connection.peer(), "only workers connect to a head");
-                    connection.close("only workers connect to a head");
-                } else if connections.len() >= CONNECTIONS_MAX {
+                if connections.len() >= CONNECTIONS_MAX {
                     tracing::warn!(peer = %connection.peer(), "too many connections");
                     connection.close("the head serves 10000 connections at the most");
-                } else {
-                    connections.spawn(session::serve(context.clone(), connection));
+                    continue;
+                }
+                match connection.peer().role {
+                    Role::Node => {
+                        connections.spawn(session::serve(context.clone(), connection));
+                    }
+                    Role::Head => {
+                        let network = network.clone();
+                        connections.spawn(async move { network.serve(connection).await });
+                    }
+                    Role::Host | Role::Client => {
+                        tracing::warn!(peer = %connection.peer(), "only workers and heads connect to a head");
+                        connection.close("only workers and heads connect to a head");
+                    }
                 }
             }
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
@@ -340,6 +441,7 @@ async fn renew_certificate(
     mut identity: HeadIdentity,
     endpoint: Endpoint,
     api_credentials: mobula_net::tcp::ApiCredentials,
+    renewed: tokio_watch::Sender<Credentials>,
 ) {
     loop {
         tokio::time::sleep(RENEWAL_INTERVAL).await;
@@ -354,6 +456,7 @@ async fn renew_certificate(
                 if let Err(error) = api_credentials.replace(&credentials) {
                     tracing::error!(%error, "the control API refuses the new certificate");
                 }
+                renewed.send_replace(credentials.clone());
                 identity.credentials = credentials;
             }
             Err(error) => tracing::error!(%error, "the certificate cannot be renewed"),

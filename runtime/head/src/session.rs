@@ -449,7 +449,7 @@ impl HeadContext {
             lease_ms: self.limits.lease_ms,
             renew_ms: self.limits.renew_ms,
             storage: self.storage_location.clone(),
-            api_addresses: vec![self.api_address.to_string()],
+            api_addresses: self.api_addresses(),
         }
     }
 }

@@ -38,6 +38,13 @@ impl Changes {
         }
     }
 
+    /// Notes that anything may have changed.
+    pub(crate) fn note_all(&self) {
+        for slot in self.slots.lock().values() {
+            slot.send_modify(|count| *count += 1);
+        }
+    }
+
     /// A ticket that wakes at the next change of `subject`.
     pub(crate) fn follow(&self, subject: Subject) -> watch::Receiver<u64> {
         let mut slots = self.slots.lock();

@@ -4,7 +4,8 @@
 //!   out; [`hello`]: how a stream begins.
 //! * [`session`]: worker agent and leader. [`host`]: agent and host process. [`call`]: calls of
 //!   actors; [`same_machine`]: how they change over to a Unix socket.
-//! * [`object`]: values that processes share, their owners and holders.
+//! * [`object`]: values that processes share, their owners and holders. [`raft`]: heads among
+//!   each other.
 //! * [`control`]: the gRPC control API, generated from `proto/mobula/v1/control.proto`;
 //!   [`convert`]: its messages to and from the types of `mobula-core`.
 //!
@@ -19,6 +20,7 @@ pub mod frame_queue;
 pub mod hello;
 pub mod host;
 pub mod object;
+pub mod raft;
 pub mod same_machine;
 pub mod session;
 

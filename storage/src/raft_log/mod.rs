@@ -26,7 +26,7 @@ use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 pub use codec::{RaftDecodeError, RaftMessage, decode_raft, encode_raft};
 pub use write::LogWrite;
 
-use crate::engine::{Column, Durability, Engine, EngineError};
+use crate::engine::{Column, Durability, Engine, EngineError, WriteBatch};
 
 /// The single keys of [`Column::Meta`]; persisted, never changed.
 mod key {
@@ -34,6 +34,7 @@ mod key {
     pub(super) const CONF_STATE: &[u8] = b"raft/conf_state";
     pub(super) const APPLIED: &[u8] = b"raft/applied";
     pub(super) const TRUNCATED: &[u8] = b"raft/truncated";
+    pub(super) const MEMBER: &[u8] = b"raft/member";
 }
 
 /// Index and term that a fresh group starts from, as if everything up to there were compacted:
@@ -66,6 +67,17 @@ pub enum RaftLogError {
         first_index: u64,
         /// The last index that is stored.
         last_index: u64,
+    },
+    /// The store belongs to another member of the group.
+    #[error(
+        "this raft log is member {stored}'s, and member {asked} was to be started on it: a log \
+         and the identity beside it belong together; give this head its own data directory"
+    )]
+    OtherMember {
+        /// Whose log it is.
+        stored: u64,
+        /// Who was to be started.
+        asked: u64,
     },
     /// A compaction above the applied index, or of what is already gone. A defect of the caller.
     #[error("cannot compact up to {index}: {truncated_index} is compacted, {applied} is applied")]
@@ -234,6 +246,34 @@ impl<E: Engine> RaftLog<E> {
     pub fn is_empty(&self) -> bool {
         let position = self.position();
         position.last.index == 0 && position.conf_state == ConfState::default()
+    }
+
+    /// The Raft id of the member whose log this is, where one was bound to it.
+    pub fn member(&self) -> Result<Option<u64>, RaftLogError> {
+        let Some(bytes) = self.shared.engine.get(Column::Meta, key::MEMBER)? else {
+            return Ok(None);
+        };
+        let bytes: [u8; 8] = bytes.try_into().map_err(|_| RaftLogError::Damaged {
+            what: "the member's id".to_owned(),
+            reason: "is not 8 bytes".to_owned(),
+        })?;
+        Ok(Some(u64::from_be_bytes(bytes)))
+    }
+
+    /// Makes this the log of member `raft_id`, for good: a store votes under one id only.
+    pub fn bind_member(&self, raft_id: u64) -> Result<(), RaftLogError> {
+        match self.member()? {
+            Some(stored) if stored != raft_id => Err(RaftLogError::OtherMember {
+                stored,
+                asked: raft_id,
+            }),
+            Some(_) => Ok(()),
+            None => {
+                let mut batch = WriteBatch::new();
+                batch.put(Column::Meta, key::MEMBER, raft_id.to_be_bytes());
+                Ok(self.shared.engine.write(batch, Durability::Synced)?)
+            }
+        }
     }
 
     /// The engine, for reads of the tables.

@@ -61,9 +61,12 @@ impl<E: Engine> raft::Storage for RaftLog<E> {
         let truncated = self.truncated();
         let mut slot = locked(&self.shared.snapshots);
         if let Some(snapshot) = &slot.prepared {
-            // Older than the log's start, it would leave the follower with a hole.
-            let index = snapshot.get_metadata().index;
-            if index >= request_index && index >= truncated.index {
+            // Older than the log's start, it would leave the follower with a hole; and a follower
+            // throws away one from before it became a member.
+            let metadata = snapshot.get_metadata();
+            let (index, members) = (metadata.index, metadata.get_conf_state());
+            let knows_follower = members.voters.contains(&to) || members.learners.contains(&to);
+            if index >= request_index && index >= truncated.index && knows_follower {
                 return Ok(snapshot.clone());
             }
         }

@@ -282,6 +282,14 @@ fn a_snapshot_is_handed_out_only_while_it_fits_the_log() {
     append(&log, &entries(2..=9, 1), 9);
     let mut snapshot = Snapshot::default();
     snapshot.mut_metadata().index = 5;
+    snapshot.mut_metadata().mut_conf_state().voters = vec![1];
+    log.set_prepared_snapshot(snapshot.clone());
+    assert_eq!(
+        log.snapshot(5, 2),
+        unavailable,
+        "member 2 came after it, and would throw it away"
+    );
+    snapshot.mut_metadata().mut_conf_state().learners = vec![2];
     log.set_prepared_snapshot(snapshot.clone());
     assert_eq!(log.snapshot(5, 2).unwrap(), snapshot);
     assert_eq!(log.snapshot(6, 2), unavailable);
@@ -328,6 +336,26 @@ fn an_installed_snapshot_replaces_log_and_membership_in_one_batch() {
     assert_eq!(log.conf_state().voters, [1, 2, 3]);
     append(&log, &[entry(21, 4)], 21);
     assert_eq!(terms(&log), [(21, 4)]);
+}
+
+#[test]
+fn a_log_belongs_to_one_member_for_ever() {
+    let engine = MemoryEngine::new();
+    let log = RaftLog::open(engine.clone()).unwrap();
+    assert_eq!(log.member().unwrap(), None);
+    log.bind_member(7).unwrap();
+    log.bind_member(7).unwrap();
+    engine.crash();
+    let log = RaftLog::open(engine).unwrap();
+    assert_eq!(log.member().unwrap(), Some(7));
+    assert!(matches!(
+        log.bind_member(8),
+        Err(RaftLogError::OtherMember {
+            stored: 7,
+            asked: 8
+        })
+    ));
+    assert!(log.is_empty(), "an owner is not yet a history");
 }
 
 fn open_rocks(path: &Path) -> Result<RaftLog<RocksEngine>, RaftLogError> {

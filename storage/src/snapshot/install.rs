@@ -9,7 +9,7 @@ use super::{
     KIND_HEADER, KIND_ROWS, SnapshotError, SnapshotPlace, row_part_length,
 };
 use crate::engine::{Column, Durability, Engine, WriteBatch};
-use crate::raft_log::{LogPoint, RaftLog, decode_raft};
+use crate::raft_log::{LogPoint, LogWrite, RaftLog, decode_raft};
 use crate::tables::RowHasher;
 
 /// Takes frames in order, verifies them, and in the end installs all of them at once.
@@ -186,6 +186,20 @@ impl SnapshotInstall {
     /// # Panics
     /// If the stream is not complete.
     pub fn install<E: Engine>(self, log: &RaftLog<E>) -> Result<SnapshotPlace, SnapshotError> {
+        let (write, place) = self.stage(log)?;
+        log.commit(write, Durability::Synced)?;
+        Ok(place)
+    }
+
+    /// The batch that makes the snapshot the state of `log` and its tables, for a caller that has
+    /// more to write with it: a hard state, and the entries behind. The log must be behind it.
+    ///
+    /// # Panics
+    /// If the stream is not complete.
+    pub fn stage<E: Engine>(
+        self,
+        log: &RaftLog<E>,
+    ) -> Result<(LogWrite, SnapshotPlace), SnapshotError> {
         let place = match self.place {
             Some(place) if self.ended => place,
             _ => panic!("a snapshot is installed after its end frame was verified"),
@@ -200,8 +214,7 @@ impl SnapshotInstall {
         let mut write = log.begin();
         *write.batch_mut() = self.rows;
         write.reset_to(place.applied, &place.conf_state);
-        log.commit(write, Durability::Synced)?;
-        Ok(place)
+        Ok((write, place))
     }
 }
 

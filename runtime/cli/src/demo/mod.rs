@@ -30,6 +30,7 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<ExitCode> {
     let (data_dir, temporary) = data_dir(arguments.data_dir)?;
     let options = LocalOptions {
         data_dir,
+        heads: 1,
         workers: WORKERS,
         cpus: CPUS,
         storage_url: None,

@@ -4,6 +4,7 @@
 //! folder for each process.
 
 mod down;
+mod heads;
 mod process;
 mod record;
 mod status;

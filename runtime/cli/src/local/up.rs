@@ -11,21 +11,23 @@ use mobula_head::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE};
 use mobula_wire::control::ListNodesRequest;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::process::{spawn, start_time_of, wait_for_file};
+use super::heads::Heads;
+use super::process::{spawn, start_time_of};
 use super::record::{ClusterRecord, ProcessRecord};
 use super::stop_all;
 use crate::args::LocalUpArguments;
 use crate::output::print_json;
 
 /// How long a process may take to serve.
-const READY_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const READY_LIMIT: Duration = Duration::from_secs(30);
 
 /// How often is looked whether the workers have joined.
-const POLL: Duration = Duration::from_millis(50);
+pub(super) const POLL: Duration = Duration::from_millis(50);
 
 /// What a local cluster is made of.
 pub(crate) struct LocalOptions {
     pub(crate) data_dir: PathBuf,
+    pub(crate) heads: u32,
     pub(crate) workers: u32,
     pub(crate) cpus: f64,
     pub(crate) storage_url: Option<String>,
@@ -33,14 +35,22 @@ pub(crate) struct LocalOptions {
 }
 
 pub(crate) async fn run(data_dir: PathBuf, arguments: LocalUpArguments) -> anyhow::Result<()> {
-    if arguments.heads != 1 {
+    if ![1, 3, 5].contains(&arguments.heads) {
         bail!(
-            "--heads {} is not possible: this version runs one head; leave the option out",
+            "--heads {} is not possible: a group has 1, 3 or 5 (an even number survives no more \
+             losses than one less)",
+            arguments.heads
+        );
+    }
+    if arguments.heads > 1 && arguments.config.is_some() {
+        bail!(
+            "--config fixes one head's addresses: leave it out with --heads {}",
             arguments.heads
         );
     }
     let options = LocalOptions {
         data_dir,
+        heads: arguments.heads,
         workers: arguments.workers,
         cpus: arguments.cpus,
         storage_url: arguments.storage_url,
@@ -135,42 +145,11 @@ async fn start_processes(
     processes: &mut Vec<ProcessRecord>,
 ) -> anyhow::Result<ClusterRecord> {
     let dir = &options.data_dir;
-    let head_dir = dir.join("head-1");
-    std::fs::create_dir_all(&head_dir)?;
-    let ready_file = head_dir.join("ready.json");
-    // A file of an earlier start would be taken for this one's.
-    let _ = std::fs::remove_file(&ready_file);
-    let storage_url = options
-        .storage_url
-        .clone()
-        .unwrap_or_else(|| format!("file://{}", dir.join("store").display()));
-    let mut arguments = vec!["head".to_owned()];
-    let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
-    if let Some(config) = &options.config {
-        option("--config", config.display().to_string());
-    } else {
-        // Free ports: several local clusters must not collide. A configuration may fix them.
-        option("--api-listen", "127.0.0.1:0".to_owned());
-        option("--cluster-listen", "127.0.0.1:0".to_owned());
-    }
-    option("--data-dir", head_dir.display().to_string());
-    option("--storage-url", storage_url);
-    option("--ready-file", ready_file.display().to_string());
-    let log = dir.join("head-1.log");
-    let mut head = spawn(&arguments, &log)?;
-    processes.push(record_of(&head, "head", "head-1", &log)?);
-    let ready = wait_for_file(&mut head, &ready_file, &log, READY_LIMIT)
-        .await
-        .context("head-1 does not serve")?;
-    let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
-    let api_address = text("api_address");
-    processes[0].addresses = vec![api_address.clone(), text("cluster_address")];
-
+    let mut heads = Heads::start_first(options, processes).await?;
     let token_dir = dir.join("tokens");
-    let worker_token =
-        copy_token(&mut head, &head_dir, WORKER_TOKEN_FILE, &token_dir, &log).await?;
-    let client_token =
-        copy_token(&mut head, &head_dir, CLIENT_TOKEN_FILE, &token_dir, &log).await?;
+    let worker_token = heads.copy_token(WORKER_TOKEN_FILE, &token_dir).await?;
+    let client_token = heads.copy_token(CLIENT_TOKEN_FILE, &token_dir).await?;
+    heads.start_others(options, processes, &token_dir).await?;
 
     for number in 1..=options.workers {
         let name = format!("worker-{number}");
@@ -179,7 +158,7 @@ async fn start_processes(
         let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
         option("--name", name.clone());
         option("--data-dir", dir.join(&name).display().to_string());
-        option("--head", api_address.clone());
+        option("--head", heads.api_addresses.join(","));
         option("--join-token-file", worker_token.display().to_string());
         option("--cpus", options.cpus.to_string());
         option(
@@ -190,9 +169,9 @@ async fn start_processes(
         processes.push(record_of(&worker, "worker", &name, &log)?);
     }
     let record = ClusterRecord {
-        cluster_id: text("cluster_id"),
+        cluster_id: heads.cluster_id,
         data_dir: dir.clone(),
-        api_addresses: vec![api_address],
+        api_addresses: heads.api_addresses,
         client_token_file: client_token,
         processes: processes.clone(),
     };
@@ -201,7 +180,12 @@ async fn start_processes(
     Ok(record)
 }
 
-fn record_of(child: &Child, role: &str, name: &str, log: &Path) -> anyhow::Result<ProcessRecord> {
+pub(super) fn record_of(
+    child: &Child,
+    role: &str,
+    name: &str,
+    log: &Path,
+) -> anyhow::Result<ProcessRecord> {
     Ok(ProcessRecord {
         role: role.to_owned(),
         name: name.to_owned(),
@@ -212,43 +196,6 @@ fn record_of(child: &Child, role: &str, name: &str, log: &Path) -> anyhow::Resul
         addresses: Vec::new(),
         log: log.to_owned(),
     })
-}
-
-/// Copies a token that the head made to where users look for it.
-async fn copy_token(
-    head: &mut Child,
-    head_dir: &Path,
-    file: &str,
-    token_dir: &Path,
-    log: &Path,
-) -> anyhow::Result<PathBuf> {
-    use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-    let source = head_dir.join(file);
-    let deadline = std::time::Instant::now() + READY_LIMIT;
-    let text = loop {
-        match std::fs::read_to_string(&source) {
-            Ok(text) => break text,
-            Err(_) if std::time::Instant::now() < deadline && head.try_wait()?.is_none() => {
-                tokio::time::sleep(POLL).await;
-            }
-            Err(error) => bail!(
-                "the head made no token ({error}); its log ends with:\n{}",
-                super::process::last_lines(log)
-            ),
-        }
-    };
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(token_dir)?;
-    let name = Path::new(file)
-        .file_name()
-        .context("a token file has a name")?;
-    let target = token_dir.join(name);
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600);
-    std::io::Write::write_all(&mut options.open(&target)?, text.as_bytes())?;
-    Ok(target)
 }
 
 async fn wait_for_workers(record: &ClusterRecord, count: u32) -> anyhow::Result<()> {

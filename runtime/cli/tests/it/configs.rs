@@ -50,16 +50,28 @@ fn an_unknown_key_is_refused_with_its_place() {
 }
 
 #[test]
-fn three_heads_are_refused_by_name() {
+fn a_head_that_is_to_join_without_a_token_says_how_to_get_one() {
+    let dir = tempfile::tempdir().unwrap();
     let output = mobula()
-        .args(["head", "--config"])
-        .arg(repository("cluster-configs/head-three.toml"))
+        .args(["head", "--join", "127.0.0.1:1", "--data-dir"])
+        .arg(dir.path().join("head"))
         .output()
         .unwrap();
     assert!(!output.status.success());
-    assert!(
-        text_of(&output).contains("runs one replica only"),
-        "{}",
-        text_of(&output)
-    );
+    let text = text_of(&output);
+    assert!(text.contains("mobula head add"), "{text}");
+    assert!(!dir.path().join("head").exists(), "nothing is left behind");
+}
+
+#[test]
+fn an_even_number_of_heads_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = mobula()
+        .args(["local", "up", "--heads", "2", "--data-dir"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let text = text_of(&output);
+    assert!(text.contains("a group has 1, 3 or 5"), "{text}");
 }

@@ -34,8 +34,13 @@ pub struct HeadConfig {
     pub api_listen: String,
     /// `ip:port` of the cluster's QUIC endpoint.
     pub cluster_listen: String,
-    /// `ip:port` of the other heads' QUIC endpoints.
-    pub peers: Vec<String>,
+    /// The head's name; left out, one is made up at its first start.
+    pub name: Option<String>,
+    /// `ip:port` of the control APIs of a group's heads, which a new head joins at its first
+    /// start; empty: it begins a cluster of its own.
+    pub join: Vec<String>,
+    /// The file that holds the head token to join with.
+    pub join_token_file: Option<String>,
 }
 
 impl Default for HeadConfig {
@@ -44,7 +49,9 @@ impl Default for HeadConfig {
             data_dir: "/var/lib/mobula/head".into(),
             api_listen: "127.0.0.1:7100".into(),
             cluster_listen: "127.0.0.1:7101".into(),
-            peers: Vec::new(),
+            name: None,
+            join: Vec::new(),
+            join_token_file: None,
         }
     }
 }

@@ -5,6 +5,7 @@ mod access;
 mod actors;
 mod artifacts;
 mod auth;
+mod heads;
 mod jobs;
 mod logs;
 mod modules;
@@ -22,13 +23,17 @@ pub(crate) use service::ControlService;
 use mobula_core::error::{ErrorCode, Rejection};
 use tonic::{Code, Status};
 
-use crate::context::CommandError;
+use crate::context::{CommandError, HeadContext};
 use crate::raft::ProposeError;
 
 /// The metadata key with the finer kind of an error.
 const CODE_KEY: &str = "mobula-code";
 /// The metadata key that says whether the request took effect.
 const EXECUTED_KEY: &str = "mobula-executed";
+
+/// The metadata key with the API address of the leader, beside a refusal of a head that does not
+/// lead.
+pub(crate) const LEADER_KEY: &str = "mobula-leader";
 
 /// The largest message of a client: an artifact's chunk, or a domain command.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
@@ -58,6 +63,18 @@ fn status(code: ErrorCode, executed: &str, message: String) -> Status {
     }
     if let Ok(value) = executed.parse() {
         metadata.insert(EXECUTED_KEY, value);
+    }
+    status
+}
+
+/// Puts the leader's address beside what another head may do better.
+pub(crate) fn with_leader(context: &HeadContext, mut status: Status) -> Status {
+    if status.code() == Code::Unavailable
+        && let Some(leader) = context.leader()
+        && leader.raft_id != context.raft_id
+        && let Ok(address) = leader.api_address.parse()
+    {
+        status.metadata_mut().insert(LEADER_KEY, address);
     }
     status
 }

@@ -19,8 +19,8 @@ fn module(context: &HeadContext, id: u32) -> Result<(ModuleId, Arc<dyn StateModu
     u8::try_from(id)
         .ok()
         .map(ModuleId)
-        // The scheduler has methods of its own.
-        .filter(|id| *id != ModuleId::SCHEDULER)
+        // The scheduler and the heads have methods of their own.
+        .filter(|id| ![ModuleId::SCHEDULER, ModuleId::HEADS].contains(id))
         .and_then(|id| Some((id, context.modules.get(&id)?.clone())))
         .ok_or_else(|| {
             rejected(&Rejection::not_found(format!(

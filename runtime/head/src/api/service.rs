@@ -6,7 +6,9 @@ use mobula_wire::control::control_server::Control;
 use mobula_wire::control::{self as api, Empty};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{actors, artifacts, auth, jobs, logs, modules, nodes, status, tokens};
+use super::{
+    actors, artifacts, auth, heads, jobs, logs, modules, nodes, status, tokens, with_leader,
+};
 use crate::context::HeadContext;
 
 /// The control API over a head's context.
@@ -15,13 +17,19 @@ pub(crate) struct ControlService {
     pub(crate) context: Arc<HeadContext>,
 }
 
-/// Answers a method: who calls is found out first, then the function does the work.
+/// Answers a method: who calls is found out first, then the function does the work. What this head
+/// cannot do because it does not lead names the leader.
 macro_rules! answer {
     ($self:ident, $request:ident, $function:path) => {{
-        let caller = auth::caller(&$self.context, &$request).await?;
-        Ok(Response::new(
-            $function(&$self.context, &caller, $request.into_inner()).await?,
-        ))
+        let context = &$self.context;
+        let answered = async {
+            let caller = auth::caller(context, &$request).await?;
+            $function(context, &caller, $request.into_inner()).await
+        };
+        answered
+            .await
+            .map(Response::new)
+            .map_err(|status| with_leader(context, status))
     }};
 }
 
@@ -31,9 +39,10 @@ impl Control for ControlService {
 
     async fn join(&self, r: Request<api::JoinRequest>) -> Result<Response<api::JoinReply>, Status> {
         let peer = auth::peer_identity(&r).cloned();
-        Ok(Response::new(
-            status::join(&self.context, peer, r.into_inner()).await?,
-        ))
+        status::join(&self.context, peer, r.into_inner())
+            .await
+            .map(Response::new)
+            .map_err(|status| with_leader(&self.context, status))
     }
 
     async fn create_token(
@@ -62,10 +71,16 @@ impl Control for ControlService {
         r: Request<api::StatusRequest>,
     ) -> Result<Response<api::StatusReply>, Status> {
         // Workers ask too: for the address of the cluster's endpoint.
-        if auth::peer_identity(&r).is_none() {
-            auth::caller(&self.context, &r).await?;
-        }
-        Ok(Response::new(status::status(&self.context).await?))
+        let answered = async {
+            if auth::peer_identity(&r).is_none() {
+                auth::caller(&self.context, &r).await?;
+            }
+            status::status(&self.context).await
+        };
+        answered
+            .await
+            .map(Response::new)
+            .map_err(|status| with_leader(&self.context, status))
     }
 
     async fn open_session(
@@ -186,6 +201,61 @@ impl Control for ControlService {
         r: Request<api::ExplainRequest>,
     ) -> Result<Response<api::ExplainReply>, Status> {
         answer!(self, r, nodes::explain)
+    }
+
+    async fn list_heads(
+        &self,
+        r: Request<api::ListHeadsRequest>,
+    ) -> Result<Response<api::ListHeadsReply>, Status> {
+        // Also while there is no leader to confirm a token: its addresses are what is wanted then.
+        let answered = async {
+            let caller = auth::caller_by_own_tables(&self.context, &r).await?;
+            heads::list(&self.context, &caller, r.into_inner()).await
+        };
+        answered
+            .await
+            .map(Response::new)
+            .map_err(|status| with_leader(&self.context, status))
+    }
+
+    async fn announce_head(
+        &self,
+        r: Request<api::AnnounceHeadRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        let peer = auth::peer_identity(&r).cloned();
+        heads::announce(&self.context, peer.as_ref(), r.into_inner())
+            .await
+            .map(Response::new)
+            .map_err(|status| with_leader(&self.context, status))
+    }
+
+    async fn head_key(
+        &self,
+        r: Request<api::HeadKeyRequest>,
+    ) -> Result<Response<api::HeadKeyReply>, Status> {
+        let peer = auth::peer_identity(&r).cloned();
+        heads::key(&self.context, peer.as_ref(), &r.into_inner()).map(Response::new)
+    }
+
+    async fn promote_head(
+        &self,
+        r: Request<api::PromoteHeadRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, heads::promote)
+    }
+
+    async fn remove_head(
+        &self,
+        r: Request<api::RemoveHeadRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, heads::remove)
+    }
+
+    async fn transfer_leadership(
+        &self,
+        r: Request<api::TransferLeadershipRequest>,
+    ) -> Result<Response<api::TransferLeadershipReply>, Status> {
+        answer!(self, r, heads::transfer)
     }
 
     async fn has_artifact(

@@ -10,6 +10,7 @@ use mobula_scheduler::{Command, Query, QueryResponse, Response, Role as TokenUse
 use mobula_wire::control as api;
 use tonic::Status;
 
+use super::heads;
 use super::jobs::unexpected;
 use super::modules::principal;
 use super::rejected;
@@ -40,7 +41,12 @@ pub(super) async fn join(
         }
         _ => role_by_token(context, &request.token).await?,
     };
-    let identity = Identity::new(&context.cluster_id, role, &request.name, 0);
+    // A head's certificate is for one life of its disk, which its Raft id stands for.
+    let (raft_id, heads) = match role {
+        Role::Head => heads::allocate(context).await?,
+        _ => (0, Vec::new()),
+    };
+    let identity = Identity::new(&context.cluster_id, role, &request.name, raft_id);
     let certificate_pem = context
         .ca
         .issue(
@@ -53,7 +59,9 @@ pub(super) async fn join(
         certificate_pem,
         ca_pem: context.ca.certificate_pem().to_owned(),
         cluster_id: context.cluster_id.clone(),
-        cluster_address: context.cluster_address.to_string(),
+        cluster_address: context.leading_or_own().cluster_address,
+        raft_id,
+        heads,
     })
 }
 
@@ -82,6 +90,10 @@ async fn role_by_token(context: &HeadContext, text: &str) -> Result<Role, Status
             role: TokenUse::Client,
             ..
         } => Ok(Role::Client),
+        Response::TokenAccepted {
+            role: TokenUse::Head,
+            ..
+        } => Ok(Role::Head),
         other => Err(unexpected(&other)),
     }
 }
@@ -141,6 +153,7 @@ pub(super) async fn status(context: &HeadContext) -> Result<api::StatusReply, St
         return Err(Status::internal("the scheduler answered another question"));
     };
     let leadership = *context.raft.leadership().borrow();
+    let leader = context.leader();
     let storage_problem = match context.blobs.head(PROBE_PATH).await {
         Ok(_) => String::new(),
         Err(error) => error.to_string(),
@@ -170,5 +183,10 @@ pub(super) async fn status(context: &HeadContext) -> Result<api::StatusReply, St
         started_ms: context.started_ms,
         storage_problem,
         sweep: Some(swept(context)),
+        leader_api_address: leader
+            .as_ref()
+            .map_or_else(String::new, |leader| leader.api_address.clone()),
+        leader_cluster_address: leader.map_or_else(String::new, |leader| leader.cluster_address),
+        api_addresses: context.api_addresses(),
     })
 }

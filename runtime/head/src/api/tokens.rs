@@ -34,9 +34,10 @@ pub(super) async fn create(
     let role = match request.role.as_str() {
         "worker" => Role::Node,
         "client" => Role::Client,
+        "head" => Role::Head,
         other => {
             return Err(rejected(&Rejection::invalid(format!(
-                "token role `{other}` is unknown: use `worker` or `client`"
+                "token role `{other}` is unknown: use `worker`, `client` or `head`"
             ))));
         }
     };

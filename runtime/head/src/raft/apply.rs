@@ -10,14 +10,16 @@ use mobula_core::control::{
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_scheduler::session::{self, Seen};
 use mobula_storage::engine::{Engine, RocksEngine, WriteBatch};
+use mobula_storage::raft_log::decode_raft;
 use mobula_storage::tables::{ApplyBatch, TablesReader};
-use raft::prelude::{Entry, EntryType};
+use raft::prelude::{ConfChange, Entry, EntryType};
 
+use super::membership::{self, Configuration};
 use super::proposals::TableView;
 
 /// The head's own table: what is about the log rather than about any module.
 const HEAD_TABLE: Table = Table {
-    module: ModuleId(0),
+    module: ModuleId::HEADS,
     tag: 0,
 };
 
@@ -37,10 +39,23 @@ pub(super) struct AppliedEntry {
     pub(super) result: Result<Vec<u8>, Rejection>,
 }
 
+/// What an entry did that was, or might have been, a change of the group.
+pub(super) struct AppliedChange {
+    pub(super) index: u64,
+    /// Of the proposal; `None` for an entry that changes nothing, such as what raft makes of a
+    /// change while another is pending.
+    pub(super) nonce: Option<u64>,
+    pub(super) result: Result<(), Rejection>,
+}
+
 /// What a run of entries did.
+#[derive(Default)]
 pub(super) struct AppliedRun {
     pub(super) outcomes: Vec<AppliedEntry>,
+    pub(super) changes: Vec<AppliedChange>,
     pub(super) effects: Vec<Effect>,
+    /// Whether membership or its table may have changed.
+    pub(super) touches_group: bool,
 }
 
 /// Applies entries.
@@ -62,35 +77,51 @@ impl Applier {
         TablesReader::new(self.engine.snapshot())
     }
 
-    /// Applies `entries` in order; their writes go into `target`.
-    pub(super) fn apply(&self, entries: &[Entry], target: &mut WriteBatch) -> AppliedRun {
+    /// Applies `entries` in order; their writes go into `target`, changes of the group also into
+    /// `configuration`.
+    pub(super) fn apply(
+        &self,
+        entries: &[Entry],
+        configuration: &mut dyn Configuration,
+        target: &mut WriteBatch,
+    ) -> AppliedRun {
         let mut batch = ApplyBatch::new(self.engine.clone());
-        let mut run = AppliedRun {
-            outcomes: Vec::with_capacity(entries.len()),
-            effects: vec![],
-        };
+        let mut run = AppliedRun::default();
         for entry in entries {
-            // The type first: an entry that ends a joint configuration has no data either.
-            if entry.get_entry_type() != EntryType::EntryNormal {
-                tracing::error!(index = entry.index, "membership changes are not made yet");
-                continue;
-            }
-            // A new leader's first entry is empty.
-            if entry.data.is_empty() {
-                continue;
-            }
-            let result = match self.apply_one(entry, &mut batch) {
-                Ok(applied) => {
-                    run.effects.extend(applied.effects);
-                    Ok(applied.response)
+            // The type first: entries without data may still be changes.
+            match entry.get_entry_type() {
+                EntryType::EntryNormal if entry.data.is_empty() => {
+                    // A new leader's first entry, or a change that raft refused.
+                    run.changes.push(AppliedChange {
+                        index: entry.index,
+                        nonce: None,
+                        result: Ok(()),
+                    });
                 }
-                Err(rejection) => Err(rejection),
-            };
-            run.outcomes.push(AppliedEntry {
-                index: entry.index,
-                term: entry.term,
-                result,
-            });
+                EntryType::EntryNormal => {
+                    let result = self.apply_one(entry, &mut batch, &mut run.touches_group);
+                    let result = result.map(|applied| {
+                        run.effects.extend(applied.effects);
+                        applied.response
+                    });
+                    run.outcomes.push(AppliedEntry {
+                        index: entry.index,
+                        term: entry.term,
+                        result,
+                    });
+                }
+                EntryType::EntryConfChange => {
+                    run.touches_group = true;
+                    run.changes.push(AppliedChange {
+                        index: entry.index,
+                        nonce: membership::nonce_of(&entry.context),
+                        result: apply_change(entry, configuration, &mut batch),
+                    });
+                }
+                EntryType::EntryConfChangeV2 => {
+                    tracing::error!(index = entry.index, "no head proposes joint changes");
+                }
+            }
         }
         batch.write_into(target);
         run
@@ -100,9 +131,11 @@ impl Applier {
         &self,
         entry: &Entry,
         batch: &mut ApplyBatch<RocksEngine>,
+        touches_group: &mut bool,
     ) -> Result<Applied, Rejection> {
         let command: Command = codec::decode(&entry.data, COMMAND_BYTES_MAX)
             .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?;
+        *touches_group |= command.module == ModuleId::HEADS;
         let now_ms = advance_log_time(batch, command.now_ms);
         let mut txn = batch.begin();
         match session::check(&txn, command.session, command.seq, now_ms) {
@@ -155,6 +188,23 @@ impl Applier {
         txn.commit();
         outcome
     }
+}
+
+/// A refused change leaves configuration and table as they are.
+fn apply_change(
+    entry: &Entry,
+    configuration: &mut dyn Configuration,
+    batch: &mut ApplyBatch<RocksEngine>,
+) -> Result<(), Rejection> {
+    let change: ConfChange = decode_raft(&entry.data)
+        .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?;
+    let mut txn = batch.begin();
+    let result = membership::apply_change(configuration, &mut txn, &change, &entry.context);
+    match &result {
+        Ok(()) => txn.commit(),
+        Err(_) => txn.discard(),
+    }
+    result
 }
 
 fn replay(stored: &[u8]) -> Result<Vec<u8>, Rejection> {

@@ -1,18 +1,42 @@
 //! The replicated log and what drives it.
 //!
-//! `proposals` (async) → `driver` (one thread, owns raft-rs) → `apply` (pure modules) → effects.
+//! `proposals` (async) → `inputs` → `node_loop` (one thread, owns raft-rs) → `apply` (pure modules)
+//! → effects. Other heads are behind `transport`.
 //!
 //! Invariants:
-//! 1. raft-rs and the engine are touched by the driver's thread only.
-//! 2. What a client is told was fsynced before.
+//! 1. raft-rs and the log are touched by the driver's thread only.
+//! 2. What a client is told was fsynced before, on a majority.
 //! 3. A failed write ends the process: what is on disk is then unknown (the kernel may call pages
 //!    clean that never reached it).
 
-mod apply;
-mod driver;
 mod proposals;
+
+mod inputs;
+
+mod driver;
+mod node_loop;
+
+mod apply;
+mod changes;
+mod membership;
+mod reads;
+mod snapshots;
+
+mod snapshot_stream;
+mod transport;
+
+#[cfg(test)]
+mod group_tests;
+#[cfg(test)]
+mod test_group;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use driver::{Driver, DriverOptions};
-pub use proposals::{Leadership, Outcome, ProposeError, RaftHandle};
+pub(crate) use driver::{Driver, DriverOptions, EmptyLog};
+pub(crate) use inputs::input_queue;
+pub(crate) use membership::{GroupChange, HeadCommand, MEMBERS_MAX, allocated_id};
+pub use membership::{GroupView, Member};
+pub use proposals::{
+    ChangeError, GroupProgress, Leadership, MemberProgress, Outcome, ProposeError, RaftHandle,
+};
+pub(crate) use transport::PeerNetwork;

@@ -4,7 +4,7 @@
 //! 1. A proposal ends in exactly one of: its outcome, not executed, or unknown.
 //! 2. Waiting work is bounded by the input queue; past it callers get `Overloaded`.
 
-use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::control::{Command, ModuleId};
@@ -14,9 +14,8 @@ use mobula_storage::engine::RocksSnapshot;
 use mobula_storage::tables::TablesReader;
 use tokio::sync::{oneshot, watch};
 
-/// How many inputs may wait for the driver: at 1 ms an fsync and hundreds in a batch, this is well
-/// under a second of work, and at most a few MiB.
-pub(crate) const INPUT_CAPACITY: usize = 4096;
+use super::inputs::{Input, InputSender, NotTaken};
+use super::membership::{GroupChange, GroupView};
 
 /// How long to wait for one answer of the driver before saying that nothing is known. Far above
 /// an fsync, far below a user's patience.
@@ -28,21 +27,6 @@ const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The tables at one moment.
 pub(crate) type TableView = TablesReader<RocksSnapshot>;
-
-/// What the driver is asked.
-pub(crate) enum Input {
-    /// Put this command into the log.
-    Propose {
-        command: Command,
-        reply: oneshot::Sender<Result<Outcome, ProposeError>>,
-    },
-    /// Answer once everything that was committed before is applied.
-    Read {
-        reply: oneshot::Sender<Result<TableView, ProposeError>>,
-    },
-    /// End the thread.
-    Stop,
-}
 
 /// What became of an applied command.
 #[derive(Debug, Clone)]
@@ -61,6 +45,17 @@ pub enum ProposeError {
     NotLeader {
         /// The Raft id of the leader, where one is known.
         leader: Option<u64>,
+    },
+    /// The command is larger than what is replicated.
+    #[error(
+        "a command of {size_bytes} bytes is over the limit of {limit_bytes}: keep bytes in the \
+         object store, and only their names in commands"
+    )]
+    TooLarge {
+        /// Its size.
+        size_bytes: usize,
+        /// The limit.
+        limit_bytes: usize,
     },
     /// The log or the queue before it is full.
     #[error("the head is overloaded: {0}; try again later")]
@@ -82,7 +77,9 @@ impl ProposeError {
     #[must_use]
     pub fn executed(&self) -> Executed {
         match self {
-            ProposeError::NotLeader { .. } | ProposeError::Overloaded(_) => Executed::No,
+            ProposeError::NotLeader { .. }
+            | ProposeError::Overloaded(_)
+            | ProposeError::TooLarge { .. } => Executed::No,
             ProposeError::Unknown(_) | ProposeError::Stopped => Executed::Unknown,
         }
     }
@@ -92,9 +89,48 @@ impl ProposeError {
     pub fn code(&self) -> ErrorCode {
         match self {
             ProposeError::Overloaded(_) => ErrorCode::Overloaded,
+            ProposeError::TooLarge { .. } => ErrorCode::InvalidArgument,
             _ => ErrorCode::Unavailable,
         }
     }
+}
+
+/// Why the group was not changed, or leadership not handed over.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// It was not proposed, or nobody knows what became of it.
+    #[error(transparent)]
+    Propose(#[from] ProposeError),
+    /// It would do harm, or means nobody.
+    #[error(transparent)]
+    Refused(#[from] Rejection),
+    /// The head that leads is to be removed: it hands leadership over first.
+    #[error("head {0} leads: leadership is handed over before it is removed")]
+    IsLeader(u64),
+}
+
+/// How far one member is, as the leader knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemberProgress {
+    /// Which one.
+    pub raft_id: u64,
+    /// Whether it was heard of within an election timeout.
+    pub active: bool,
+    /// `probe`, `replicate` or `snapshot`: how entries get to it.
+    pub replication: &'static str,
+    /// The last entry that it is known to hold.
+    pub matched_index: u64,
+}
+
+/// How far the group is, as one head knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupProgress {
+    /// The term.
+    pub term: u64,
+    /// The last committed entry.
+    pub committed_index: u64,
+    /// By Raft id; empty unless this head leads.
+    pub members: Vec<MemberProgress>,
 }
 
 /// Who leads, as this head knows it.
@@ -115,8 +151,9 @@ pub struct Leadership {
 /// A handle on the Raft driver; cheap to clone.
 #[derive(Clone)]
 pub struct RaftHandle {
-    pub(crate) inputs: SyncSender<Input>,
-    pub(crate) leadership: watch::Receiver<Leadership>,
+    pub(super) inputs: InputSender,
+    pub(super) leadership: watch::Receiver<Leadership>,
+    pub(super) group: watch::Receiver<Arc<GroupView>>,
 }
 
 impl RaftHandle {
@@ -138,11 +175,7 @@ impl RaftHandle {
         };
         let (reply, answer) = oneshot::channel();
         self.send(Input::Propose { command, reply })?;
-        match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
-            Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => Err(ProposeError::Stopped),
-            Err(_) => Err(ProposeError::Unknown("no answer within 10 s")),
-        }
+        wait_for(answer).await?
     }
 
     /// A consistent view of the tables that holds everything acknowledged before this call.
@@ -160,18 +193,58 @@ impl RaftHandle {
         }
     }
 
+    /// The tables as this head has them now, whatever the others may have decided since.
+    pub(crate) async fn local_view(&self) -> Result<TableView, ProposeError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::LocalView { reply })?;
+        wait_for(answer).await
+    }
+
+    /// Changes the group, and waits until the change is applied.
+    pub(crate) async fn change_group(&self, change: GroupChange) -> Result<(), ChangeError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Change { change, reply })?;
+        wait_for(answer).await?
+    }
+
+    /// Begins to hand leadership over; to whom.
+    pub(crate) async fn transfer_leadership(&self, to: Option<u64>) -> Result<u64, ChangeError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Transfer { to, reply })?;
+        wait_for(answer).await?
+    }
+
+    /// How far the group is.
+    pub async fn progress(&self) -> Result<GroupProgress, ProposeError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Progress { reply })?;
+        wait_for(answer).await
+    }
+
     fn send(&self, input: Input) -> Result<(), ProposeError> {
-        self.inputs.try_send(input).map_err(|error| match error {
-            TrySendError::Full(_) => {
-                ProposeError::Overloaded("4096 requests are waiting for the log")
-            }
-            TrySendError::Disconnected(_) => ProposeError::Stopped,
+        self.inputs.send(input).map_err(|error| match error {
+            NotTaken::Full => ProposeError::Overloaded("4096 requests are waiting for the log"),
+            NotTaken::Stopped => ProposeError::Stopped,
         })
+    }
+
+    /// Follows who is in the group.
+    #[must_use]
+    pub fn group(&self) -> watch::Receiver<Arc<GroupView>> {
+        self.group.clone()
     }
 
     /// Follows who leads.
     #[must_use]
     pub fn leadership(&self) -> watch::Receiver<Leadership> {
         self.leadership.clone()
+    }
+}
+
+async fn wait_for<T>(answer: oneshot::Receiver<T>) -> Result<T, ProposeError> {
+    match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(_)) => Err(ProposeError::Stopped),
+        Err(_) => Err(ProposeError::Unknown("no answer within 10 s")),
     }
 }

@@ -1,103 +1,19 @@
-//! The driver over a real RocksDB: what is acknowledged survives, once, and the log stays short.
+//! The driver alone over a real RocksDB: what is acknowledged survives, once, and the log stays
+//! short.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use mobula_core::clock::Clock;
-use mobula_core::codec;
 use mobula_core::config::RaftConfig;
-use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
-};
-use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::control::{ModuleId, Reader};
+use mobula_core::error::ErrorCode;
 use mobula_core::id::SessionId;
-use mobula_scheduler::{Command, Response, Scheduler};
-use mobula_storage::engine::{RocksEngine, RocksOptions};
 
-use super::{Driver, DriverOptions, RaftHandle};
-use crate::dispatcher::effect_queue;
-
-const COUNTER: ModuleId = ModuleId(200);
-const TABLE: Table = Table {
-    module: COUNTER,
-    tag: 1,
-};
-
-/// Adds the byte in its payload to a sum, which is its answer; refuses zero after writing.
-struct Counter;
-
-fn sum(reader: &dyn Reader) -> u64 {
-    reader
-        .get(TABLE, b"sum")
-        .map_or(0, |bytes| u64::from_be_bytes(bytes.try_into().unwrap()))
-}
-
-impl StateModule for Counter {
-    fn id(&self) -> ModuleId {
-        COUNTER
-    }
-
-    fn name(&self) -> &'static str {
-        "counter"
-    }
-
-    fn apply(
-        &self,
-        _context: &ApplyContext,
-        txn: &mut dyn Txn,
-        payload: &[u8],
-    ) -> Result<Applied, Rejection> {
-        let next = sum(txn) + u64::from(payload[0]);
-        txn.put(TABLE, b"sum", next.to_be_bytes().to_vec());
-        txn.put(TABLE, b"touched", vec![1]);
-        if payload[0] == 0 {
-            txn.put(TABLE, b"refused", vec![1]);
-            return Err(Rejection::invalid("zero adds nothing"));
-        }
-        Ok(Applied {
-            response: next.to_be_bytes().to_vec(),
-            effects: Vec::new(),
-        })
-    }
-
-    fn query(&self, reader: &dyn Reader, _: u64, _: &[u8]) -> Result<Vec<u8>, Rejection> {
-        Ok(codec::encode_plain(&sum(reader)))
-    }
-
-    fn authorize(&self, _: &Caller, _: &[u8]) -> Result<(), Rejection> {
-        Ok(())
-    }
-}
-
-/// A clock that goes forward by one each time, and back when told to.
-struct StepClock(AtomicU64);
-
-impl Clock for StepClock {
-    fn now_ms(&self) -> u64 {
-        self.0.fetch_add(1, Ordering::Relaxed)
-    }
-}
+use super::test_group::{Alone, TABLE, add, open_session, start_driver, sum};
+use super::{Driver, EmptyLog, ProposeError, RaftHandle};
 
 async fn start(dir: &Path, raft: RaftConfig) -> (Driver, RaftHandle) {
-    let engine = RocksEngine::open(dir, &RocksOptions::small()).unwrap();
-    let modules: [Arc<dyn StateModule>; 2] = [Arc::new(Counter), Arc::new(Scheduler)];
-    let (effects, _dropped) = effect_queue();
-    let (driver, handle) = Driver::start(
-        engine,
-        DriverOptions {
-            raft_id: 1,
-            raft,
-            modules: modules
-                .into_iter()
-                .map(|module| (module.id(), module))
-                .collect(),
-            clock: Arc::new(StepClock(AtomicU64::new(1_000))),
-            effects,
-        },
-    )
-    .unwrap();
+    let (driver, handle) = start_driver(1, dir, EmptyLog::BecomesGroup, raft, |_| Box::new(Alone));
     let mut leadership = handle.leadership();
     let elected = leadership.wait_for(|l| l.is_leader);
     tokio::time::timeout(Duration::from_secs(20), elected)
@@ -105,35 +21,6 @@ async fn start(dir: &Path, raft: RaftConfig) -> (Driver, RaftHandle) {
         .unwrap()
         .unwrap();
     (driver, handle)
-}
-
-async fn add(handle: &RaftHandle, session: SessionId, seq: u64, by: u8) -> Result<u64, Rejection> {
-    let outcome = handle
-        .propose(session, seq, COUNTER, vec![by])
-        .await
-        .unwrap();
-    outcome
-        .result
-        .map(|bytes| u64::from_be_bytes(bytes.try_into().unwrap()))
-}
-
-async fn open_session(handle: &RaftHandle) -> SessionId {
-    let command = Command::OpenSession {
-        client: "test".into(),
-    };
-    let outcome = handle
-        .propose(
-            SessionId::INTERNAL,
-            0,
-            ModuleId::SCHEDULER,
-            command.encode(),
-        )
-        .await
-        .unwrap();
-    match Response::decode(&outcome.result.unwrap()).unwrap() {
-        Response::SessionOpened { session } => session,
-        other => panic!("{other:?}"),
-    }
 }
 
 #[tokio::test]
@@ -222,5 +109,21 @@ async fn an_unknown_module_is_an_answer_and_not_a_crash() {
         .await
         .unwrap();
     assert_eq!(outcome.result.unwrap_err().code, ErrorCode::NotFound);
+    driver.stop().await;
+}
+
+#[tokio::test]
+async fn a_command_that_no_frame_could_carry_is_refused_before_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let (driver, handle) = start(dir.path(), RaftConfig::default()).await;
+    let refused = handle
+        .propose(SessionId::INTERNAL, 0, ModuleId(99), vec![0; 8 << 20])
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(refused, ProposeError::TooLarge { .. }),
+        "{refused}"
+    );
+    assert_eq!(add(&handle, SessionId::INTERNAL, 0, 1).await, Ok(1));
     driver.stop().await;
 }

@@ -12,6 +12,7 @@ mod ca;
 mod certificate;
 mod current;
 mod files;
+mod sealed;
 mod token;
 
 pub use ca::{ClusterCa, Validity};
@@ -21,6 +22,7 @@ pub use certificate::{
 };
 pub use current::CurrentCredentials;
 pub use files::FileError;
+pub use sealed::{SealError, SecretReader, seal};
 pub use token::{Token, TokenError};
 
 use std::fmt;

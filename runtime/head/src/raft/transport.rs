@@ -1,0 +1,571 @@
+//! Raft's messages between heads, over the cluster's QUIC endpoint.
+//!
+//! ```text
+//! driver ─send─► bounded queues, two for each peer ─► one task a peer ─► two streams ─► peer
+//! driver ◄─────────────── inbox ◄───────── one task a stream ◄────────────────────── peer
+//! ```
+//!
+//! Each head connects to each other one and sends on its own connection only. Heartbeats, votes and
+//! their answers have a stream of their own, so that a batch of entries delays no heartbeat.
+//!
+//! Invariants:
+//! 1. The driver never waits here: what a queue does not take is dropped, and raft sends again.
+//! 2. A message counts only if its sender's certificate, the stream's hello and the message itself
+//!    name one and the same member, and the message is for this head.
+//! 3. A head that was removed is told so, and nothing that it says is passed on.
+//! 4. Snapshots come with their bytes (see `snapshot_stream`) or not at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use mobula_net::endpoint::{Connection, Endpoint, LaneClass};
+use mobula_net::identity::Role;
+use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
+use mobula_net::{FrameKind, Lane};
+use mobula_storage::raft_log::{decode_raft, encode_raft};
+use mobula_wire::raft::{RaftHello, RaftRefusal};
+use parking_lot::Mutex;
+use raft::prelude::{Message, MessageType};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::inputs::{Input, InputSender};
+use super::membership::GroupView;
+use super::snapshot_stream;
+use super::snapshots::PinnedTables;
+
+/// Messages that may wait for one peer in one of its queues; raft itself has at most 256 batches of
+/// entries under way.
+const QUEUE_MAX: usize = 512;
+
+/// Bytes that may wait for one peer: half of what raft would have under way at the most.
+const QUEUE_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// Bytes that are written together before it is looked whether they leave.
+const FLUSH_BYTES: usize = 256 * 1024;
+
+/// A peer that takes nothing for so long is as good as gone; raft keeps no lead without it anyway.
+const SEND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A peer's hello comes with its stream.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+const BACKOFF_INITIAL: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+
+/// Streams of one connection that are read at one time: two for messages, one for a snapshot, and
+/// as many again while a peer's old ones end.
+const STREAMS_MAX: usize = 6;
+
+/// The way to the other heads, as the driver sees it.
+pub(crate) trait Peers: Send {
+    /// Sends towards `message.to`, or drops it.
+    fn send(&mut self, message: Message);
+
+    /// Sends a snapshot with the tables that belong to it. Its end is reported as
+    /// [`Input::SnapshotSent`], whatever it is.
+    fn send_snapshot(&mut self, message: Message, tables: PinnedTables);
+
+    /// Takes in who is in the group, and where.
+    fn set_group(&mut self, group: &GroupView);
+}
+
+/// The transport; clones are the same one.
+#[derive(Clone)]
+pub(crate) struct PeerNetwork(Arc<Shared>);
+
+struct Shared {
+    raft_id: u64,
+    cluster_address: String,
+    endpoint: Endpoint,
+    inputs: InputSender,
+    runtime: tokio::runtime::Handle,
+    routes: Mutex<BTreeMap<u64, Route>>,
+    removed: Mutex<BTreeSet<u64>>,
+    /// Set when another head says that this one was removed.
+    told_removed: watch::Sender<bool>,
+    /// Owned here, so that they end with the transport.
+    tasks: Mutex<JoinSet<()>>,
+}
+
+/// The way to one peer.
+struct Route {
+    address: watch::Sender<Option<SocketAddr>>,
+    /// Heartbeats, votes, answers.
+    urgent: mpsc::Sender<Vec<u8>>,
+    entries: mpsc::Sender<Vec<u8>>,
+    queued_bytes: Arc<AtomicUsize>,
+    /// The peer was just heard of: an attempt to connect may succeed now.
+    heard: Arc<Notify>,
+    task: AbortHandle,
+}
+
+impl Drop for Route {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl PeerNetwork {
+    /// The transport of the head `raft_id`; must be called within the runtime that it is to use.
+    pub(crate) fn new(raft_id: u64, endpoint: Endpoint, inputs: InputSender) -> Self {
+        PeerNetwork(Arc::new(Shared {
+            raft_id,
+            cluster_address: endpoint.local_address().to_string(),
+            endpoint,
+            inputs,
+            runtime: tokio::runtime::Handle::current(),
+            routes: Mutex::default(),
+            removed: Mutex::default(),
+            told_removed: watch::Sender::new(false),
+            tasks: Mutex::default(),
+        }))
+    }
+
+    /// Learns where peers are before any table says so: a new head knows them from its join.
+    pub(crate) fn seed(&self, members: impl IntoIterator<Item = (u64, String)>) {
+        for (raft_id, address) in members {
+            self.0.learn(raft_id, &address);
+        }
+    }
+
+    /// Waits until another head says that this one was removed.
+    pub(crate) async fn removed(&self) {
+        let mut told = self.0.told_removed.subscribe();
+        if told.wait_for(|told| *told).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Ends all tasks.
+    pub(crate) async fn stop(&self) {
+        self.0.routes.lock().clear();
+        let mut tasks = std::mem::take(&mut *self.0.tasks.lock());
+        tasks.shutdown().await;
+    }
+
+    /// Serves a connection that another head has made, until it ends.
+    pub(crate) async fn serve(&self, connection: Connection) {
+        let peer = connection.peer().incarnation;
+        let mut streams = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = connection.accept(), if streams.len() < STREAMS_MAX => {
+                    let Ok((lane, stream)) = accepted else { break };
+                    let shared = self.0.clone();
+                    match lane {
+                        Lane::Raft => streams.spawn(shared.receive_messages(peer, stream)),
+                        Lane::Bulk => streams.spawn(async move {
+                            let (raft_id, inputs) = (shared.raft_id, &shared.inputs);
+                            snapshot_stream::receive(raft_id, peer, inputs, stream).await;
+                        }),
+                        lane => {
+                            tracing::warn!(peer, %lane, "a head opened a lane that heads do not use");
+                            continue;
+                        }
+                    };
+                }
+                Some(_) = streams.join_next(), if !streams.is_empty() => {}
+            }
+        }
+        streams.shutdown().await;
+    }
+}
+
+impl Peers for PeerNetwork {
+    fn send(&mut self, message: Message) {
+        let is_urgent = message.entries.is_empty();
+        let to = message.to;
+        let bytes = encode_raft(&message);
+        let size_bytes = bytes.len();
+        let taken = {
+            let routes = self.0.routes.lock();
+            let Some(route) = routes.get(&to) else {
+                return;
+            };
+            let queue = if is_urgent {
+                &route.urgent
+            } else {
+                &route.entries
+            };
+            let before = route.queued_bytes.fetch_add(size_bytes, Ordering::Relaxed);
+            let taken = before + size_bytes <= QUEUE_BYTES_MAX && queue.try_send(bytes).is_ok();
+            if !taken {
+                route.queued_bytes.fetch_sub(size_bytes, Ordering::Relaxed);
+            }
+            taken
+        };
+        if !taken && !is_urgent {
+            // Raft then probes the peer, instead of counting on what was dropped. Full means that
+            // a report is waiting already.
+            let _ = self.0.inputs.send(Input::Unreachable(to));
+        }
+    }
+
+    fn send_snapshot(&mut self, message: Message, tables: PinnedTables) {
+        let to = message.to;
+        let address = {
+            let routes = self.0.routes.lock();
+            routes.get(&to).and_then(|route| *route.address.borrow())
+        };
+        let (endpoint, inputs) = (self.0.endpoint.clone(), self.0.inputs.clone());
+        let mut tasks = self.0.tasks.lock();
+        // Those that have ended.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(
+            snapshot_stream::send(endpoint, address, inputs, message, tables),
+            &self.0.runtime,
+        );
+    }
+
+    fn set_group(&mut self, group: &GroupView) {
+        *self.0.removed.lock() = group.removed.iter().copied().collect();
+        for member in &group.members {
+            self.0
+                .learn_if_unknown(member.raft_id, &member.cluster_address);
+        }
+        // While this head's own tables are empty it knows the others from its join.
+        if !group.voters.is_empty() {
+            let mut routes = self.0.routes.lock();
+            routes.retain(|raft_id, _| group.contains(*raft_id));
+        }
+    }
+}
+
+impl Shared {
+    fn learn_if_unknown(self: &Arc<Self>, raft_id: u64, address: &str) {
+        let is_known = self
+            .routes
+            .lock()
+            .get(&raft_id)
+            .is_some_and(|route| route.address.borrow().is_some());
+        if !is_known {
+            self.learn(raft_id, address);
+        }
+    }
+
+    /// Notes where a peer is, and begins to talk to it if it is new.
+    fn learn(self: &Arc<Self>, raft_id: u64, address: &str) {
+        if raft_id == self.raft_id {
+            return;
+        }
+        let Ok(address) = address.parse::<SocketAddr>() else {
+            tracing::warn!(raft_id, address, "a head's address is none");
+            return;
+        };
+        let mut routes = self.routes.lock();
+        let route = routes.entry(raft_id).or_insert_with(|| self.route(raft_id));
+        route.address.send_if_modified(|known| {
+            let changed = *known != Some(address);
+            *known = Some(address);
+            changed
+        });
+    }
+
+    fn route(self: &Arc<Self>, raft_id: u64) -> Route {
+        let (urgent, urgent_receiver) = mpsc::channel(QUEUE_MAX);
+        let (entries, entries_receiver) = mpsc::channel(QUEUE_MAX);
+        let (address, address_receiver) = watch::channel(None);
+        let queued_bytes = Arc::new(AtomicUsize::new(0));
+        let heard = Arc::new(Notify::new());
+        let peer = Peer {
+            raft_id,
+            address: address_receiver,
+            heard: heard.clone(),
+            urgent: Queue {
+                messages: urgent_receiver,
+                bytes: queued_bytes.clone(),
+            },
+            entries: Queue {
+                messages: entries_receiver,
+                bytes: queued_bytes.clone(),
+            },
+        };
+        let task = self
+            .tasks
+            .lock()
+            .spawn_on(peer.run(Arc::downgrade(self)), &self.runtime);
+        Route {
+            address,
+            urgent,
+            entries,
+            queued_bytes,
+            heard,
+            task,
+        }
+    }
+
+    async fn receive_messages(self: Arc<Self>, peer: u64, stream: FramedStream) {
+        let FramedStream {
+            sender,
+            mut receiver,
+        } = stream;
+        let hello = tokio::time::timeout(HELLO_TIMEOUT, receiver.receive_message::<RaftHello>());
+        let Ok(Ok(Some(hello))) = hello.await else {
+            tracing::warn!(peer, "a raft stream did not begin with a hello");
+            return;
+        };
+        if let Err(refusal) = self.judge(peer, &hello) {
+            tracing::warn!(peer, ?refusal, "a raft stream is refused");
+            refuse(sender, &refusal).await;
+            return;
+        }
+        self.learn(peer, &hello.cluster_address);
+        if let Some(route) = self.routes.lock().get(&peer) {
+            route.heard.notify_one();
+        }
+        loop {
+            let payload = match receiver.receive().await {
+                Ok(Some(frame)) if frame.kind == FrameKind::Message => frame.payload,
+                Ok(None) => return,
+                Ok(Some(_)) => {
+                    tracing::warn!(peer, "a raft stream carries something else");
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(peer, %error, "a raft stream broke");
+                    return;
+                }
+            };
+            if self.removed.lock().contains(&peer) {
+                refuse(sender, &RaftRefusal::Removed).await;
+                return;
+            }
+            match decode_raft::<Message>(&payload) {
+                Ok(message)
+                    if message.from == peer
+                        && message.to == self.raft_id
+                        && message.get_msg_type() != MessageType::MsgSnapshot =>
+                {
+                    // One that finds no place is lost as on a bad network.
+                    let _ = self.inputs.send(Input::Step(Box::new(message)));
+                }
+                Ok(message) => {
+                    tracing::warn!(
+                        peer,
+                        from = message.from,
+                        to = message.to,
+                        "a raft message in another's name"
+                    );
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(peer, %error, "not a raft message");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn judge(&self, peer: u64, hello: &RaftHello) -> Result<(), RaftRefusal> {
+        if hello.from != peer {
+            return Err(RaftRefusal::OtherCertificate);
+        }
+        if hello.to != self.raft_id {
+            return Err(RaftRefusal::OtherMember {
+                found: self.raft_id,
+            });
+        }
+        if self.removed.lock().contains(&peer) {
+            return Err(RaftRefusal::Removed);
+        }
+        Ok(())
+    }
+}
+
+async fn refuse(mut sender: FramedSender, refusal: &RaftRefusal) {
+    // A courtesy: the peer may be gone, and must not hold us up.
+    let answer = async {
+        sender.send_message(refusal).await?;
+        sender.finish().await
+    };
+    let _ = tokio::time::timeout(SEND_TIMEOUT, answer).await;
+}
+
+/// Messages that wait for a peer.
+struct Queue {
+    messages: mpsc::Receiver<Vec<u8>>,
+    bytes: Arc<AtomicUsize>,
+}
+
+impl Queue {
+    fn count(&self, message: &[u8]) {
+        self.bytes.fetch_sub(message.len(), Ordering::Relaxed);
+    }
+
+    async fn next(&mut self) -> Option<Vec<u8>> {
+        let message = self.messages.recv().await?;
+        self.count(&message);
+        Some(message)
+    }
+
+    fn try_next(&mut self) -> Option<Vec<u8>> {
+        let message = self.messages.try_recv().ok()?;
+        self.count(&message);
+        Some(message)
+    }
+}
+
+/// The sending side to one peer.
+struct Peer {
+    raft_id: u64,
+    address: watch::Receiver<Option<SocketAddr>>,
+    heard: Arc<Notify>,
+    urgent: Queue,
+    entries: Queue,
+}
+
+/// Why a conversation with a peer ended.
+#[derive(Debug, thiserror::Error)]
+enum PeerLost {
+    #[error("{0}")]
+    Connect(String),
+    #[error("head {found} is at this address")]
+    OtherMember { found: u64 },
+    #[error("it says that this head was removed from the group")]
+    Removed,
+    #[error("it refuses this head's certificate")]
+    OtherCertificate,
+    #[error("{0}")]
+    Broken(String),
+    #[error("it takes nothing")]
+    Stuck,
+    #[error("this head ends")]
+    Ended,
+}
+
+fn broken(error: &dyn std::fmt::Display) -> PeerLost {
+    PeerLost::Broken(error.to_string())
+}
+
+impl Peer {
+    /// Talks to the peer, connecting again and again, until the transport is gone.
+    async fn run(mut self, shared: std::sync::Weak<Shared>) {
+        let mut backoff = BACKOFF_INITIAL;
+        loop {
+            let Ok(address) = self.address.wait_for(Option::is_some).await.map(|a| *a) else {
+                return;
+            };
+            let (Some(address), Some(transport)) = (address, shared.upgrade()) else {
+                return;
+            };
+            let began = tokio::time::Instant::now();
+            let mut moved = self.address.clone();
+            moved.mark_unchanged();
+            let lost = tokio::select! {
+                ended = self.converse(address, &transport) => match ended {
+                    Ok(never) => match never {},
+                    Err(lost) => lost,
+                },
+                _ = moved.changed() => continue,
+            };
+            match lost {
+                PeerLost::Ended => return,
+                PeerLost::Removed => {
+                    tracing::error!(peer = self.raft_id, "this head was removed from the group");
+                    transport.told_removed.send_replace(true);
+                }
+                lost => tracing::debug!(peer = self.raft_id, %address, %lost, "no way to a head"),
+            }
+            // What waits is stale by the time that the peer can be reached again.
+            while self.urgent.try_next().is_some() || self.entries.try_next().is_some() {}
+            // Full means that there is enough to do already.
+            let _ = transport.inputs.send(Input::Unreachable(self.raft_id));
+            drop(transport);
+            if began.elapsed() > BACKOFF_MAX * 2 {
+                backoff = BACKOFF_INITIAL;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff) => {}
+                () = self.heard.notified() => {}
+                _ = moved.changed() => {}
+            }
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    async fn converse(
+        &mut self,
+        address: SocketAddr,
+        transport: &Arc<Shared>,
+    ) -> Result<Infallible, PeerLost> {
+        let connecting = transport
+            .endpoint
+            .connect(address, LaneClass::Control, Role::Head);
+        let connection = tokio::select! {
+            connected = connecting => connected.map_err(|e| PeerLost::Connect(e.to_string()))?,
+            // It was started meanwhile: a fresh attempt finds it at once.
+            () = self.heard.notified() => {
+                return Err(PeerLost::Connect("it was heard of; connecting anew".into()));
+            }
+        };
+        let found = connection.peer().incarnation;
+        if found != self.raft_id {
+            return Err(PeerLost::OtherMember { found });
+        }
+        let hello = RaftHello {
+            from: transport.raft_id,
+            to: self.raft_id,
+            cluster_address: transport.cluster_address.clone(),
+        };
+        let (urgent, urgent_back) = open(&connection, &hello).await?;
+        let (entries, entries_back) = open(&connection, &hello).await?;
+        tracing::info!(peer = self.raft_id, %address, "connected to a head");
+        tokio::select! {
+            ended = pump(&mut self.urgent, urgent) => ended,
+            ended = pump(&mut self.entries, entries) => ended,
+            refused = listen(urgent_back) => refused,
+            refused = listen(entries_back) => refused,
+            lost = connection.closed() => Err(broken(&lost)),
+        }
+    }
+}
+
+async fn open(
+    connection: &Connection,
+    hello: &RaftHello,
+) -> Result<(FramedSender, FramedReceiver), PeerLost> {
+    let mut stream = connection
+        .open(Lane::Raft)
+        .await
+        .map_err(|error| broken(&error))?;
+    let sent = tokio::time::timeout(SEND_TIMEOUT, stream.sender.send_message(hello));
+    sent.await
+        .map_err(|_| PeerLost::Stuck)?
+        .map_err(|error| broken(&error))?;
+    Ok(stream.split())
+}
+
+/// Sends what comes, together what comes together.
+async fn pump(queue: &mut Queue, mut sender: FramedSender) -> Result<Infallible, PeerLost> {
+    loop {
+        let mut next = Some(queue.next().await.ok_or(PeerLost::Ended)?);
+        while let Some(message) = next.take() {
+            sender
+                .queue(FrameKind::Message, &message)
+                .map_err(|error| broken(&error))?;
+            if sender.queued_bytes() < FLUSH_BYTES {
+                next = queue.try_next();
+            }
+        }
+        tokio::time::timeout(SEND_TIMEOUT, sender.flush())
+            .await
+            .map_err(|_| PeerLost::Stuck)?
+            .map_err(|error| broken(&error))?;
+    }
+}
+
+/// Waits for a refusal: nothing else comes back on a stream of messages.
+async fn listen(mut receiver: FramedReceiver) -> Result<Infallible, PeerLost> {
+    match receiver.receive_message::<RaftRefusal>().await {
+        Ok(Some(RaftRefusal::Removed)) => Err(PeerLost::Removed),
+        Ok(Some(RaftRefusal::OtherMember { found })) => Err(PeerLost::OtherMember { found }),
+        Ok(Some(RaftRefusal::OtherCertificate)) => Err(PeerLost::OtherCertificate),
+        Ok(None) => Err(PeerLost::Broken("it ended the stream".into())),
+        Err(error) => Err(broken(&error)),
+    }
+}
