@@ -103,6 +103,7 @@ impl Cluster {
             token: None,
             client_name: format!("{} {} on {}", info.job, info.host, info.node_name),
             retry_window: RETRY_WINDOW_INSIDE,
+            followed: Some(runtime.api_addresses()),
         })?;
         let job = Some(info.job);
         let holder = match info.role {
@@ -153,6 +154,7 @@ impl Cluster {
             token: Some(token.to_owned()),
             client_name: format!("client pid {}", std::process::id()),
             retry_window: RETRY_WINDOW_OUTSIDE,
+            followed: None,
         })?;
         let place = Place::Outside {
             token: token.to_owned(),

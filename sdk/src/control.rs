@@ -5,7 +5,9 @@
 //!    so that it takes effect once however often it is sent.
 //! 2. One change of a session is under way at a time: its number can never fall out of the head's
 //!    window while it is being sent again.
-//! 3. Only what the transport or a missing leader is to blame for is tried again, and only for
+//! 3. Whichever head is asked, the leader is found: one that does not lead names it, and each new
+//!    connection learns where the others are.
+//! 4. Only what the transport or a missing leader is to blame for is tried again, and only for
 //!    [`Access::retry_window`].
 //! 4. A change is stamped anew, in another session, only if it surely had no effect before.
 
@@ -19,6 +21,7 @@ use mobula_net::tcp::{ClientTls, connect_channel};
 use mobula_wire::control as api;
 use mobula_wire::control::control_client::ControlClient;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -27,6 +30,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use crate::error::{Error, Result};
+use crate::heads::Heads;
 
 /// The gRPC client, with authentication.
 pub type ApiClient = ControlClient<InterceptedService<Channel, Authentication>>;
@@ -36,6 +40,9 @@ const MESSAGE_BYTES_MAX: usize = 5 * 1024 * 1024;
 
 /// The head forgets a session after an hour without use; before that we open another one.
 const SESSION_REUSE: Duration = Duration::from_secs(30 * 60);
+
+/// A head that was just connected to says at once where the others are.
+const LEARN_TIMEOUT: Duration = Duration::from_secs(1);
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -69,6 +76,8 @@ pub struct Access {
     pub client_name: String,
     /// For how long a request is tried again while no head answers.
     pub retry_window: Duration,
+    /// Where the heads are now, where somebody keeps track of it for this process.
+    pub followed: Option<watch::Receiver<Vec<String>>>,
 }
 
 /// The control API. Clones share their connection and session.
@@ -82,10 +91,8 @@ struct ControlInner {
     session: tokio::sync::Mutex<Session>,
 }
 
-#[derive(Default)]
 struct Connected {
-    /// Which address is used, or tried next.
-    position: usize,
+    heads: Heads,
     client: Option<ApiClient>,
 }
 
@@ -108,9 +115,8 @@ enum Failure {
 impl Control {
     /// A client; it connects with its first request.
     pub fn new(access: Access) -> Result<Self> {
-        if access.addresses.is_empty() {
-            return Err(Error::setup("control API", "no address of a head is known"));
-        }
+        let heads = Heads::new(access.addresses.clone())
+            .ok_or_else(|| Error::setup("control API", "no address of a head is known"))?;
         let bearer = match &access.token {
             None => None,
             Some(token) => {
@@ -125,15 +131,18 @@ impl Control {
         Ok(Control(Arc::new(ControlInner {
             access,
             authentication: Authentication { bearer },
-            connected: Mutex::new(Connected::default()),
+            connected: Mutex::new(Connected {
+                heads,
+                client: None,
+            }),
             session: tokio::sync::Mutex::new(Session::default()),
         })))
     }
 
-    /// The heads' API addresses.
+    /// The heads' API addresses, as far as they are known.
     #[must_use]
-    pub fn addresses(&self) -> &[SocketAddr] {
-        &self.0.access.addresses
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.0.connected.lock().heads.addresses().to_vec()
     }
 
     /// Asks something that changes nothing; it is asked again while no head answers.
@@ -221,7 +230,7 @@ impl Control {
             .map(tonic::Response::into_inner)
             .map_err(|status| {
                 if is_transient(&status) {
-                    self.forget_connection();
+                    self.forget_connection(named_leader(&status));
                 }
                 status_error(operation, &status, true)
             })
@@ -248,30 +257,41 @@ impl Control {
                 Failure::NotSent { retryable, .. } => *retryable,
                 Failure::Status(status) => is_transient(status),
             };
-            if let Failure::Status(_) = failure
+            let mut leader = None;
+            if let Failure::Status(status) = &failure
                 && retryable
             {
-                may_have_arrived = true;
-                self.forget_connection();
+                // A head that does not lead says that it did nothing.
+                may_have_arrived |= !was_not_executed(status);
+                leader = named_leader(status);
+                self.forget_connection(leader);
             }
             if !retryable || Instant::now() + backoff > last {
                 return Err(give_up(operation, failure, changes && may_have_arrived));
             }
-            tokio::time::sleep(backoff).await;
+            // The first name is followed at once; heads that name each other in turn are electing.
+            let wait = match leader {
+                Some(_) if backoff == BACKOFF_FIRST => Duration::ZERO,
+                _ => backoff,
+            };
+            tokio::time::sleep(wait).await;
             backoff = (backoff * 2).min(BACKOFF_MAX);
         }
     }
 
     async fn client(&self) -> std::result::Result<ApiClient, Failure> {
-        let (position, connected) = {
-            let connected = self.0.connected.lock();
-            (connected.position, connected.client.clone())
-        };
-        if let Some(client) = connected {
-            return Ok(client);
-        }
         let access = &self.0.access;
-        let address = access.addresses[position % access.addresses.len()];
+        let address = {
+            let mut connected = self.0.connected.lock();
+            if let Some(client) = &connected.client {
+                return Ok(client.clone());
+            }
+            if let Some(followed) = &access.followed {
+                let now: Vec<SocketAddr> = addresses_of(&followed.borrow());
+                connected.heads.learn(&now);
+            }
+            connected.heads.current()
+        };
         match connect_channel(address, access.tls.clone()).await {
             Ok(channel) => {
                 let client =
@@ -279,10 +299,11 @@ impl Control {
                         .max_decoding_message_size(MESSAGE_BYTES_MAX)
                         .max_encoding_message_size(MESSAGE_BYTES_MAX);
                 self.0.connected.lock().client = Some(client.clone());
+                self.learn_heads(client.clone()).await;
                 Ok(client)
             }
             Err(error) => {
-                self.0.connected.lock().position = position + 1;
+                self.0.connected.lock().heads.next();
                 let retryable = error.is_retryable();
                 Err(Failure::NotSent {
                     reason: error.to_string(),
@@ -292,12 +313,44 @@ impl Control {
         }
     }
 
-    fn forget_connection(&self) {
+    /// Asks a head that was just connected to where the others are. It answers from what it has, so
+    /// this costs one round trip; without an answer what is known stays.
+    async fn learn_heads(&self, mut client: ApiClient) {
+        let asked = client.list_heads(api::ListHeadsRequest { by_leader: false });
+        if let Ok(Ok(reply)) = tokio::time::timeout(LEARN_TIMEOUT, asked).await {
+            let heads = reply.into_inner().heads;
+            let found: Vec<String> = heads.into_iter().map(|head| head.api_address).collect();
+            self.0.connected.lock().heads.learn(&addresses_of(&found));
+        }
+    }
+
+    fn forget_connection(&self, leader: Option<SocketAddr>) {
         let mut connected = self.0.connected.lock();
         connected.client = None;
-        // Another head may answer where this one cannot.
-        connected.position += 1;
+        match leader {
+            Some(leader) => connected.heads.prefer(leader),
+            // Another head may answer where this one cannot.
+            None => connected.heads.next(),
+        }
     }
+}
+
+fn addresses_of(texts: &[String]) -> Vec<SocketAddr> {
+    texts.iter().filter_map(|text| text.parse().ok()).collect()
+}
+
+/// The leader that a head names which does not lead.
+fn named_leader(status: &Status) -> Option<SocketAddr> {
+    let text = status.metadata().get("mobula-leader")?.to_str().ok()?;
+    text.parse().ok()
+}
+
+/// Whether the head says that the request took no effect.
+fn was_not_executed(status: &Status) -> bool {
+    status
+        .metadata()
+        .get("mobula-executed")
+        .is_some_and(|executed| executed == "no")
 }
 
 impl std::fmt::Debug for Control {

@@ -54,6 +54,7 @@ pub mod control;
 pub mod embedded;
 pub mod error;
 mod exactly_once;
+mod heads;
 pub mod job;
 pub mod object;
 mod plain;

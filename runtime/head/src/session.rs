@@ -260,8 +260,14 @@ impl Session {
     ) -> Result<(), String> {
         self.greet(&mut sender).await?;
         let mut events = FuturesOrdered::new();
+        let mut group = self.context.raft.group();
         loop {
             tokio::select! {
+                Ok(()) = group.changed() => {
+                    let api_addresses = self.context.api_addresses();
+                    let heads = HeadMessage::Heads { api_addresses };
+                    sender.send_message(&heads).await.map_err(|e| e.to_string())?;
+                }
                 message = outbox.recv() => {
                     let Some(message) = message else {
                         return Err("a newer session replaced this one, or leadership ended".into());

@@ -223,6 +223,9 @@ impl HostProcess {
                 }
                 Ok(AgentMessage::NoticeWithdrawn) => self.table.notify(None),
                 Ok(AgentMessage::Certificate { certificate_pem }) => self.renew(&certificate_pem),
+                Ok(AgentMessage::Heads { api_addresses }) => {
+                    self.runtime.set_api_addresses(api_addresses);
+                }
                 Ok(AgentMessage::Shutdown { grace_ms }) => {
                     self.table.stop_all(Duration::from_millis(grace_ms)).await;
                     break HostEnd::Shutdown;
@@ -281,6 +284,9 @@ impl HostProcess {
                     Ok(AgentMessage::NoticeWithdrawn) => self.table.notify(None),
                     Ok(AgentMessage::Certificate { certificate_pem }) => {
                         self.renew(&certificate_pem);
+                    }
+                    Ok(AgentMessage::Heads { api_addresses }) => {
+                        self.runtime.set_api_addresses(api_addresses);
                     }
                     Ok(AgentMessage::Stop { actor: named, incarnation: start, grace_ms })
                         if named == actor && start == incarnation =>

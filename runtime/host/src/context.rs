@@ -39,7 +39,8 @@ pub struct HostInfo {
     pub host: HostId,
     /// What this process is there for.
     pub role: HostRole,
-    /// The control API's addresses.
+    /// The control API's addresses when the process was started; see
+    /// [`HostRuntime::api_addresses`].
     pub api_addresses: Vec<String>,
     /// Where bytes at rest are.
     pub storage: StorageLocation,
@@ -63,6 +64,7 @@ impl From<&HostBootstrap> for HostInfo {
 /// What all actors of one host process share.
 pub struct HostRuntime {
     info: HostInfo,
+    api_addresses: watch::Sender<Vec<String>>,
     notices: watch::Sender<Option<Notice>>,
     stop_requested: watch::Sender<bool>,
     credentials: OnceLock<CurrentCredentials>,
@@ -80,6 +82,7 @@ impl HostRuntime {
     #[must_use]
     pub fn new(info: HostInfo) -> Arc<Self> {
         Arc::new(HostRuntime {
+            api_addresses: watch::Sender::new(info.api_addresses.clone()),
             info,
             notices: watch::Sender::new(None),
             stop_requested: watch::Sender::new(false),
@@ -107,6 +110,17 @@ impl HostRuntime {
     #[must_use]
     pub fn info(&self) -> &HostInfo {
         &self.info
+    }
+
+    /// The control API's addresses, as the agent last heard them.
+    #[must_use]
+    pub fn api_addresses(&self) -> watch::Receiver<Vec<String>> {
+        self.api_addresses.subscribe()
+    }
+
+    /// Takes in where the heads are now.
+    pub fn set_api_addresses(&self, addresses: Vec<String>) {
+        self.api_addresses.send_replace(addresses);
     }
 
     /// The process's certificate and key, once it has them.

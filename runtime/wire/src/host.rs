@@ -97,6 +97,11 @@ pub enum AgentMessage {
         /// It, PEM.
         certificate_pem: String,
     },
+    /// Other heads than before make up the group now.
+    Heads {
+        /// The control API's addresses, the leader's first.
+        api_addresses: Vec<String>,
+    },
 }
 
 /// From a host to its agent.

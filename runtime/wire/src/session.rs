@@ -127,6 +127,11 @@ pub enum HeadMessage {
         /// Every incarnation that the worker should be running or ending.
         standing: Vec<(mobula_core::id::ActorId, Incarnation)>,
     },
+    /// Other heads than before make up the group now.
+    Heads {
+        /// The control API's addresses, the leader's first.
+        api_addresses: Vec<String>,
+    },
 }
 
 /// What a worker must know to take part.

@@ -186,6 +186,15 @@ impl Agent {
                 self.handle_welcome(welcome).await;
                 drop(ready);
             }
+            Input::Leader(FromLeader::Heads(api_addresses)) => {
+                if let Some(welcome) = &mut self.welcome {
+                    // For the hosts that are launched from now on.
+                    Arc::make_mut(welcome)
+                        .api_addresses
+                        .clone_from(&api_addresses);
+                }
+                self.pool.heads(&api_addresses);
+            }
             Input::Leader(FromLeader::Order(order)) => self.handle_order(order),
             Input::Leader(FromLeader::ReadLog {
                 session,
@@ -212,6 +221,7 @@ impl Agent {
     }
 
     async fn handle_welcome(&mut self, welcome: Arc<Welcome>) {
+        self.pool.heads(&welcome.api_addresses);
         let before = self
             .welcome
             .replace(welcome.clone())

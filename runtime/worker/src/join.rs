@@ -12,12 +12,14 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use mobula_net::identity::{CertificateError, Credentials, PrivateKey, Role, Token};
 use mobula_net::tcp::{ApiConnectError, ClientTls, connect_channel};
 use mobula_wire::control::control_client::ControlClient;
 use mobula_wire::control::{JoinReply, JoinRequest, StatusRequest};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tonic::Code;
 use tonic::transport::Channel;
@@ -33,6 +35,9 @@ const RPC_TIMEOUT: Duration = Duration::from_secs(10);
 /// worker may be started together with its head.
 const FIRST_JOIN_ATTEMPTS: u32 = 8;
 
+/// Control APIs that are remembered: those of a group, and of the one before.
+const HEADS_MAX: usize = 16;
+
 /// The worker's place in its cluster.
 #[derive(Debug, Clone)]
 pub(crate) struct Membership {
@@ -47,13 +52,17 @@ pub(crate) struct Membership {
 struct ClusterFile {
     cluster_id: String,
     cluster_address: String,
+    /// The heads' control APIs, as last heard.
+    #[serde(default)]
+    api_addresses: Vec<String>,
 }
 
 /// Everything that joining and renewing need.
 #[derive(Debug, Clone)]
 pub(crate) struct Joiner {
     name: String,
-    head_api: Vec<String>,
+    /// Control APIs, as last heard; those of the configuration come last. Shared by all clones.
+    head_api: Arc<Mutex<Vec<String>>>,
     token: Option<TokenText>,
     identity_dir: PathBuf,
 }
@@ -72,10 +81,26 @@ impl Joiner {
     pub(crate) fn new(options: &WorkerOptions, identity_dir: PathBuf) -> Joiner {
         Joiner {
             name: options.name.clone(),
-            head_api: options.head_api.clone(),
+            head_api: Arc::new(Mutex::new(options.head_api.clone())),
             token: options.token.clone().map(TokenText),
             identity_dir,
         }
+    }
+
+    /// Takes in where the heads are now. Those that were known before stay behind them, for the
+    /// case that all of these are gone one day.
+    pub(crate) fn learn(&self, api_addresses: &[String]) {
+        let mut known = self.head_api.lock();
+        let before = std::mem::take(&mut *known);
+        for address in api_addresses.iter().cloned().chain(before) {
+            if known.len() < HEADS_MAX && !known.contains(&address) {
+                known.push(address);
+            }
+        }
+    }
+
+    fn head_api(&self) -> Vec<String> {
+        self.head_api.lock().clone()
     }
 
     /// The stored identity if it is still good, otherwise a new one.
@@ -89,7 +114,7 @@ impl Joiner {
             && token.ca_key_hash() != stored.credentials.ca_key_hash()
         {
             return Err(JoinError::OtherCluster {
-                address: self.head_api.join(", "),
+                address: self.head_api().join(", "),
                 expected_by: "the stored identity",
                 reason: format!("the token is not of cluster `{}`", stored.cluster_id),
                 identity_dir: self.identity_dir.clone(),
@@ -145,7 +170,7 @@ impl Joiner {
     ) -> Result<String, JoinError> {
         let tls = ClientTls::Mutual(credentials.clone());
         let mut last = None;
-        for address in &self.head_api {
+        for address in &self.head_api() {
             let reply = async {
                 let mut client = self.connect(address, &tls).await?;
                 let mut request = tonic::Request::new(StatusRequest {});
@@ -162,7 +187,14 @@ impl Joiner {
                 })
             };
             match reply.await {
-                Ok(reply) => return Ok(reply.into_inner().cluster_address),
+                Ok(reply) => {
+                    let reply = reply.into_inner();
+                    self.learn(&reply.api_addresses);
+                    if !reply.leader_cluster_address.is_empty() {
+                        return Ok(reply.leader_cluster_address);
+                    }
+                    last = Some(self.unreachable(&format!("{address} knows of no leader")));
+                }
                 Err(error) => last = Some(error),
             }
         }
@@ -212,7 +244,7 @@ impl Joiner {
             .certificate_request()
             .map_err(|error| self.unusable(&error))?;
         let mut last = None;
-        for address in &self.head_api {
+        for address in &self.head_api() {
             let reply = async {
                 let mut client = self.connect(address, tls).await?;
                 let mut request = tonic::Request::new(JoinRequest {
@@ -239,6 +271,12 @@ impl Joiner {
     fn accept(&self, key: PrivateKey, reply: JoinReply) -> Result<Membership, JoinError> {
         let credentials = Credentials::new(&reply.certificate_pem, key, &reply.ca_pem)
             .map_err(|error| self.unusable(&error))?;
+        let heads: Vec<String> = reply
+            .heads
+            .into_iter()
+            .map(|head| head.api_address)
+            .collect();
+        self.learn(&heads);
         let membership = Membership {
             credentials,
             cluster_id: reply.cluster_id,
@@ -297,7 +335,7 @@ impl Joiner {
 
     fn unreachable(&self, reason: &str) -> JoinError {
         JoinError::HeadUnreachable {
-            addresses: self.head_api.join(", "),
+            addresses: self.head_api().join(", "),
             reason: reason.to_owned(),
         }
     }
@@ -330,7 +368,10 @@ impl Joiner {
         let ClusterFile {
             cluster_id,
             cluster_address,
+            api_addresses,
         } = read_json(&self.cluster_file()).map_err(|error| self.unusable(&error))?;
+        // What was asked for at this start comes first; then what was heard before.
+        self.learn(&[self.head_api(), api_addresses].concat());
         Ok(Some(Membership {
             credentials,
             cluster_id,
@@ -342,8 +383,9 @@ impl Joiner {
         let file = ClusterFile {
             cluster_id: membership.cluster_id.clone(),
             cluster_address: membership.cluster_address.clone(),
+            api_addresses: self.head_api(),
         };
-        let text = serde_json::to_vec_pretty(&file).expect("two strings are JSON");
+        let text = serde_json::to_vec_pretty(&file).expect("strings are JSON");
         // The credentials come last: only with them is there an identity at all.
         write_private(&self.cluster_file(), &text).map_err(|error| self.unusable(&error))?;
         membership
@@ -423,6 +465,23 @@ mod tests {
         let membership = joiner(dir.path(), None).membership().await.unwrap();
         assert_eq!(membership.cluster_address, "127.0.0.1:2");
         assert_eq!(membership.credentials.identity().id, "w-1");
+    }
+
+    #[test]
+    fn heads_that_were_heard_of_come_first_and_none_is_forgotten_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let joiner = joiner(dir.path(), None);
+        let clone = joiner.clone();
+        joiner.learn(&["10.0.0.2:1".into(), "10.0.0.3:1".into()]);
+        assert_eq!(
+            clone.head_api(),
+            ["10.0.0.2:1", "10.0.0.3:1", "127.0.0.1:1"]
+        );
+        for number in 0..100 {
+            joiner.learn(&[format!("10.0.1.{number}:1")]);
+        }
+        assert_eq!(joiner.head_api().len(), HEADS_MAX);
+        assert_eq!(joiner.head_api()[0], "10.0.1.99:1");
     }
 
     #[tokio::test]

@@ -60,6 +60,12 @@ impl Lease {
         }
     }
 
+    /// Whether the oldest renewal that is not acknowledged was sent longer than `limit` ago.
+    pub(crate) fn is_answer_overdue(&self, limit: Duration, now: Instant) -> bool {
+        let oldest = self.pending.front();
+        oldest.is_some_and(|(_, sent_at)| now.duration_since(*sent_at) > limit)
+    }
+
     /// Until when the worker holds its lease.
     pub(crate) fn held_until(&self) -> Instant {
         self.renewed_at + self.duration * 4 / 5
@@ -80,10 +86,16 @@ mod tests {
         let second = lease.renew(at(2_000));
         lease.acknowledge(second);
         assert_eq!(lease.held_until(), at(10_000));
+        assert!(!lease.is_answer_overdue(Duration::ZERO, at(9_000)));
+        let third = lease.renew(at(3_000));
+        assert!(!lease.is_answer_overdue(Duration::from_millis(2_500), at(5_500)));
+        assert!(lease.is_answer_overdue(Duration::from_millis(2_500), at(5_501)));
+        lease.acknowledge(third);
+        assert_eq!(lease.held_until(), at(11_000));
         // An older answer that comes late changes nothing, nor does one to nothing.
         lease.acknowledge(first);
         lease.acknowledge(99);
-        assert_eq!(lease.held_until(), at(10_000));
+        assert_eq!(lease.held_until(), at(11_000));
     }
 
     #[test]

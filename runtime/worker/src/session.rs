@@ -6,7 +6,9 @@
 //!    acknowledged.
 //! 3. Between two attempts there is a pause that grows to 3 s, with jitter so that a fleet does not
 //!    come back at once. The worker never gives up, and its hosts run on.
-//! 4. A session without an acknowledged renewal for four fifths of the lease is over (see
+//! 4. When the leader owes an answer for [`SILENCE_MAX`], the other heads are asked who leads: a
+//!    worker finds a new leader before its transport notices that the old one is gone.
+//! 5. A session without an acknowledged renewal for four fifths of the lease is over (see
 //!    [`crate::lease`]); the worker looks for a leader that answers.
 
 use std::collections::BTreeMap;
@@ -41,6 +43,13 @@ const RESEND_INTERVAL: Duration = Duration::from_secs(5);
 /// Events that are copied out of the outbox at once.
 const EVENT_BATCH: usize = 256;
 
+/// A leader that owes an answer for so long may have been replaced: the others are asked. Longer
+/// than an election, and short enough that a worker finds a new leader well within its lease.
+const SILENCE_MAX: Duration = Duration::from_millis(2_500);
+
+/// How long the others may take to say so.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+
 const BACKOFF_INITIAL: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(3);
 
@@ -59,6 +68,8 @@ enum SessionEnd {
     Protocol,
     #[error("no renewal of the lease was acknowledged for too long")]
     LeaseLost,
+    #[error("the leader fell silent, and {found} leads now")]
+    OtherLeader { found: String },
     #[error("the head ended the session")]
     Finished,
     #[error("the stream broke: {0}")]
@@ -163,6 +174,18 @@ impl Session {
         }
     }
 
+    /// Ends the session if another head leads. A leader that is only slow keeps it.
+    async fn check_who_leads(&self) -> Result<(), SessionEnd> {
+        let credentials = self.membership.borrow().credentials.clone();
+        let asking = self.joiner.cluster_address(&credentials);
+        match tokio::time::timeout(ASK_TIMEOUT, asking).await {
+            Ok(Ok(found)) if found != self.cluster_address => {
+                Err(SessionEnd::OtherLeader { found })
+            }
+            _ => Ok(()),
+        }
+    }
+
     async fn connect(&mut self) -> Result<FramedStream, SessionEnd> {
         self.membership.mark_unchanged();
         let failed = |error: &dyn std::fmt::Display| SessionEnd::Connect(error.to_string());
@@ -206,6 +229,7 @@ impl Session {
             node = %welcome.node, incarnation = %welcome.incarnation, term = welcome.term.0,
             "session with the leader"
         );
+        self.joiner.learn(&welcome.api_addresses);
         let lease = Lease::granted(welcome.lease_ms, sent_at);
         let renew_period = Duration::from_millis(welcome.renew_ms.max(10));
         // No event of a lost incarnation may be sent in the name of the new one: wait until the
@@ -256,7 +280,12 @@ impl Session {
             let lease_end = tokio::time::Instant::from_std(talk.lease.held_until());
             tokio::select! {
                 message = receive(receiver) => self.handle_message(message?, talk).await?,
-                _ = renew.tick() => talk.renew().await?,
+                _ = renew.tick() => {
+                    talk.renew().await?;
+                    if talk.lease.is_answer_overdue(SILENCE_MAX, Instant::now()) {
+                        self.check_who_leads().await?;
+                    }
+                }
                 () = outbox.added.notified() => talk.send_events(&outbox).await?,
                 _ = resend.tick() => talk.resend_events(&outbox).await?,
                 command = self.commands.recv() => match command {
@@ -327,6 +356,10 @@ impl Session {
                 if self.is_current(term) {
                     self.to_agent(FromLeader::OrdersComplete(standing)).await?;
                 }
+            }
+            HeadMessage::Heads { api_addresses } => {
+                self.joiner.learn(&api_addresses);
+                self.to_agent(FromLeader::Heads(api_addresses)).await?;
             }
             HeadMessage::Refused { reason } => return Err(SessionEnd::Refused(reason)),
             HeadMessage::Welcome(_) => return Err(SessionEnd::Protocol),

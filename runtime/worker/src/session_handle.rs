@@ -164,6 +164,8 @@ pub(crate) enum FromLeader {
     /// A session has begun. Dropping the sender says that the agent is ready for it.
     Welcome(Arc<Welcome>, oneshot::Sender<()>),
     Order(Order),
+    /// The control API's addresses have changed.
+    Heads(Vec<String>),
     /// All standing orders were sent; nothing else is to run.
     OrdersComplete(Vec<Key>),
     ReadLog {

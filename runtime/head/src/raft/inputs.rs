@@ -217,9 +217,10 @@ mod tests {
     fn messages_are_bounded_in_bytes_too() {
         let (sender, receiver) = input_queue();
         let message = || {
-            let mut message = Message::default();
-            message.context = vec![0; 16 * 1024 * 1024].into();
-            Input::Step(Box::new(message))
+            Input::Step(Box::new(Message {
+                context: vec![0; 16 * 1024 * 1024],
+                ..Message::default()
+            }))
         };
         let taken = (0..8).filter(|_| sender.send(message()).is_ok()).count();
         assert_eq!(taken, 3, "four with their heads are above 64 MiB");

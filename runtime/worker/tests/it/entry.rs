@@ -116,7 +116,9 @@ async fn serve_actors(mut stream: FramedStream, mut credentials: Credentials) ->
                 (credentials, renewals) = (next, renewals + 1);
                 continue;
             }
-            AgentMessage::Notice { .. } | AgentMessage::NoticeWithdrawn => continue,
+            AgentMessage::Notice { .. }
+            | AgentMessage::NoticeWithdrawn
+            | AgentMessage::Heads { .. } => continue,
             AgentMessage::Shutdown { .. } => return 0,
         };
         stream.sender.send_message(&answer).await.unwrap();

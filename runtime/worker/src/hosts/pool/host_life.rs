@@ -146,6 +146,19 @@ impl Pool {
         }
     }
 
+    /// Tells the hosts where the heads are. One that is being launched has addresses of a moment
+    /// ago, and learns better ones from any of them.
+    pub(crate) fn heads(&mut self, api_addresses: &[String]) {
+        for (id, host) in &self.hosts {
+            if host.is_ready() && host.dead.is_none() {
+                let message = AgentMessage::Heads {
+                    api_addresses: api_addresses.to_vec(),
+                };
+                self.actions.push(Action::Send(*id, message));
+            }
+        }
+    }
+
     /// Something is due; it may have happened meanwhile.
     pub(crate) fn alarm(&mut self, alarm: Alarm) {
         match alarm {
