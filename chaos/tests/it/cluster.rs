@@ -41,17 +41,32 @@ fn text_of(output: &Output) -> String {
     String::from_utf8_lossy(&both).into_owned()
 }
 
+/// A head that can be hurt.
+struct Head {
+    name: String,
+    process: Target,
+    /// Of one that this test started itself, which it must also wait for.
+    child: Option<Child>,
+}
+
 /// A cluster that is taken down, with every head that was started again, when the test ends.
 pub(crate) struct HurtCluster {
     dir: tempfile::TempDir,
-    head: Target,
-    /// The head that this test started itself, which it must also wait for.
-    head_child: Option<Child>,
+    heads: Vec<Head>,
+}
+
+impl Head {
+    fn reap(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It was killed just before.
+            let _ = child.wait();
+        }
+    }
 }
 
 impl HurtCluster {
-    /// One head and `workers` workers.
-    pub(crate) fn up(workers: u32) -> Self {
+    /// `heads` heads and `workers` workers.
+    pub(crate) fn up(heads: u32, workers: u32) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("mobula-chaos-")
             .tempdir()
@@ -61,6 +76,8 @@ impl HurtCluster {
                 "local",
                 "up",
                 "--json",
+                "--heads",
+                &heads.to_string(),
                 "--workers",
                 &workers.to_string(),
                 "--data-dir",
@@ -71,16 +88,18 @@ impl HurtCluster {
         assert!(output.status.success(), "local up: {}", text_of(&output));
         let record: Value = serde_json::from_slice(&output.stdout).unwrap();
         let processes = record["processes"].as_array().unwrap();
-        let head = processes
-            .iter()
-            .find(|process| process["name"] == HEAD)
-            .unwrap();
-        let pid = u32::try_from(head["pid"].as_u64().unwrap()).unwrap();
-        let head = Target::adopt(pid, head["start_time"].as_u64().unwrap()).unwrap();
+        let heads = processes.iter().filter(|process| process["role"] == "head");
+        let heads = heads.map(|head| {
+            let pid = u32::try_from(head["pid"].as_u64().unwrap()).unwrap();
+            Head {
+                name: head["name"].as_str().unwrap().to_owned(),
+                process: Target::adopt(pid, head["start_time"].as_u64().unwrap()).unwrap(),
+                child: None,
+            }
+        });
         HurtCluster {
+            heads: heads.collect(),
             dir,
-            head,
-            head_child: None,
         }
     }
 
@@ -93,35 +112,54 @@ impl HurtCluster {
         Cluster::from_data_dir(self.dir()).await.unwrap()
     }
 
-    /// Puts a fault onto the head, and heals it.
+    /// The place of the head that leads. Where none says so, the first: it is hurt all the same.
+    fn leader(&self) -> usize {
+        if self.heads.len() == 1 {
+            return 0;
+        }
+        let listed = mobula()
+            .arg("--cluster")
+            .arg(self.dir())
+            .args(["head", "members", "--json"])
+            .output()
+            .unwrap();
+        let listed: Value = serde_json::from_slice(&listed.stdout).unwrap_or_default();
+        let members = listed["heads"].as_array().into_iter().flatten();
+        let leads = |member: &&Value| member["leader"] == true;
+        let name = members.clone().find(leads).map(|member| &member["name"]);
+        let named = |head: &Head| name.is_some_and(|name| *name == head.name);
+        self.heads.iter().position(named).unwrap_or(0)
+    }
+
+    /// Puts a fault onto the head that leads, and heals it.
     pub(crate) async fn hurt_head(&mut self, fault: Fault) {
+        let leader = self.leader();
+        println!("it is {}", self.heads[leader].name);
         match fault {
             Fault::Kill { down } => {
-                self.head.kill().unwrap();
-                self.head.wait_until_gone(GONE_LIMIT).unwrap();
-                self.reap();
+                self.heads[leader].process.kill().unwrap();
+                self.heads[leader]
+                    .process
+                    .wait_until_gone(GONE_LIMIT)
+                    .unwrap();
+                self.heads[leader].reap();
                 tokio::time::sleep(down).await;
-                self.start_head();
+                self.start_head(leader);
             }
             Fault::Pause { silent } => {
-                let paused = self.head.pause().unwrap();
+                let paused = self.heads[leader].process.pause().unwrap();
                 tokio::time::sleep(silent).await;
                 paused.resume();
             }
         }
     }
 
-    fn reap(&mut self) {
-        if let Some(mut child) = self.head_child.take() {
-            child.wait().unwrap();
-        }
-    }
-
     /// Starts a killed head again on its own directory and addresses.
-    fn start_head(&mut self) {
-        let ready = std::fs::read_to_string(self.dir().join(HEAD).join("ready.json")).unwrap();
+    fn start_head(&mut self, position: usize) {
+        let name = self.heads[position].name.clone();
+        let ready = std::fs::read_to_string(self.dir().join(&name).join("ready.json")).unwrap();
         let ready: Value = serde_json::from_str(&ready).unwrap();
-        let log = self.dir().join(format!("{HEAD}.log"));
+        let log = self.dir().join(format!("{name}.log"));
         let log = std::fs::File::options().append(true).open(log).unwrap();
         let child = mobula()
             .args([
@@ -134,15 +172,16 @@ impl HurtCluster {
                 ready["cluster_address"].as_str().unwrap(),
             ])
             .arg("--data-dir")
-            .arg(self.dir().join(HEAD))
+            .arg(self.dir().join(&name))
             .arg("--storage-url")
             .arg(format!("file://{}", self.dir().join("store").display()))
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
             .unwrap();
-        self.head = Target::running(child.id()).unwrap();
-        self.head_child = Some(child);
+        let head = &mut self.heads[position];
+        head.process = Target::running(child.id()).unwrap();
+        head.child = Some(child);
     }
 
     /// The ends of all logs, for messages.
@@ -172,10 +211,10 @@ impl Drop for HurtCluster {
             .args(["local", "down", "--data-dir"])
             .arg(self.dir())
             .output();
-        // The record names the first head only.
-        let _ = self.head.kill();
-        if let Some(mut child) = self.head_child.take() {
-            let _ = child.wait();
+        // The record names the first life of each head only.
+        for head in &mut self.heads {
+            let _ = head.process.kill();
+            head.reap();
         }
     }
 }

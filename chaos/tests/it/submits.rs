@@ -189,6 +189,15 @@ async fn hurt(cluster: &mut HurtCluster, schedule: &Schedule, run: &Run) -> usiz
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn every_acknowledged_job_is_there_once_and_ends_once_while_the_head_dies() {
+    run_scenario(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn every_acknowledged_job_is_there_once_and_ends_once_while_leaders_of_three_die() {
+    run_scenario(3).await;
+}
+
+async fn run_scenario(heads: u32) {
     let seed = seed_from_env().unwrap();
     let plan = Plan {
         kills: 3,
@@ -198,12 +207,12 @@ async fn every_acknowledged_job_is_there_once_and_ends_once_while_the_head_dies(
     };
     let schedule = Schedule::draw(seed, &plan).unwrap();
     println!("{schedule}");
-    let outcome = tokio::time::timeout(LIMIT, scenario(&schedule)).await;
+    let outcome = tokio::time::timeout(LIMIT, scenario(heads, &schedule)).await;
     outcome.unwrap_or_else(|_| panic!("not done within {} s; {schedule}", LIMIT.as_secs()));
 }
 
-async fn scenario(schedule: &Schedule) {
-    let mut cluster = HurtCluster::up(2);
+async fn scenario(heads: u32, schedule: &Schedule) {
+    let mut cluster = HurtCluster::up(heads, 2);
     let run = Run {
         history: History::new(),
         ended: watch::Sender::new(0),

@@ -167,7 +167,9 @@ fn start(
     let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
     if let Some(config) = &options.config {
         option("--config", config.display().to_string());
-    } else {
+    }
+    // A configuration may fix the addresses of a single head; those of several must differ.
+    if options.config.is_none() || options.heads > 1 {
         option("--api-listen", api);
         option("--cluster-listen", cluster);
     }

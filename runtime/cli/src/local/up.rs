@@ -42,12 +42,6 @@ pub(crate) async fn run(data_dir: PathBuf, arguments: LocalUpArguments) -> anyho
             arguments.heads
         );
     }
-    if arguments.heads > 1 && arguments.config.is_some() {
-        bail!(
-            "--config fixes one head's addresses: leave it out with --heads {}",
-            arguments.heads
-        );
-    }
     let options = LocalOptions {
         data_dir,
         heads: arguments.heads,

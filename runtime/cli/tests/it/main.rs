@@ -10,6 +10,7 @@ mod bad_input;
 mod chaos;
 mod configs;
 mod examples;
+mod heads;
 mod in_process;
 mod jobs;
 mod serving;

@@ -1,0 +1,372 @@
+//! Groups of heads as processes: they lose their leader, grow, shrink, and take back who was away.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use mobula::Cluster;
+use mobula_wire::control::{CreateTokenRequest, DrainNodeRequest};
+use serde_json::Value;
+
+use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
+
+/// A head that a test started itself; it ends with the test.
+struct Started(Child);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The heads, as the leader knows them.
+fn heads(cluster: &TestCluster) -> Vec<Value> {
+    let output = cluster.run(&["head", "members", "--json"]);
+    let reply: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    reply["heads"].as_array().cloned().unwrap_or_default()
+}
+
+fn head(cluster: &TestCluster, name: &str) -> Option<Value> {
+    heads(cluster).into_iter().find(|head| head["name"] == name)
+}
+
+fn leader(cluster: &TestCluster) -> String {
+    wait_for("a leader", || {
+        let heads = heads(cluster);
+        // One that was killed is named by those that have not noticed.
+        let leads = |head: &&Value| head["leader"] == true && head["active"] == true;
+        Some(heads.iter().find(leads)?["name"].as_str()?.to_owned())
+    })
+}
+
+fn wait_for_voters(cluster: &TestCluster, count: usize) {
+    wait_for(&format!("{count} voters"), || {
+        let heads = heads(cluster);
+        let votes = |head: &&Value| head["role"] == "voter" && head["active"] == true;
+        (heads.iter().filter(votes).count() == count && heads.len() == count).then_some(())
+    });
+}
+
+/// Starts a head on `name`'s directory, with `arguments` besides.
+fn start_head(cluster: &TestCluster, name: &str, arguments: &[&str]) -> Started {
+    let dir = cluster.dir().join(name);
+    let ready = std::fs::read_to_string(dir.join("ready.json")).unwrap_or_default();
+    let ready: Value = serde_json::from_str(&ready).unwrap_or_default();
+    let address = |key: &str| ready[key].as_str().unwrap_or("127.0.0.1:0").to_owned();
+    let log = cluster.dir().join(format!("{name}.log"));
+    let log = File::options().create(true).append(true).open(log).unwrap();
+    let mut command = mobula();
+    command
+        .args(["head", "--name", name])
+        .args(["--api-listen", &address("api_address")])
+        .args(["--cluster-listen", &address("cluster_address")])
+        .arg("--data-dir")
+        .arg(&dir)
+        .arg("--ready-file")
+        .arg(dir.join("ready.json"))
+        .arg("--storage-url")
+        .arg(format!("file://{}", cluster.dir().join("store").display()))
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(log);
+    Started(command.spawn().unwrap())
+}
+
+/// Joins a head with a token of its own.
+fn join_head(cluster: &TestCluster, name: &str) -> Started {
+    let added = cluster.json(&["head", "add"]);
+    let file = cluster.dir().join(format!("{name}.token"));
+    std::fs::write(&file, added["token"].as_str().unwrap()).unwrap();
+    std::fs::create_dir_all(cluster.dir().join(name)).unwrap();
+    let join = added["join"].as_str().unwrap();
+    start_head(
+        cluster,
+        name,
+        &["--join", join, "--join-token-file", file.to_str().unwrap()],
+    )
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// Something small that goes through the log.
+async fn write_once(cluster: &Cluster) -> mobula::Result<()> {
+    let wrote = cluster.control().mutate("drain a node", |mut api, stamp| {
+        let request = DrainNodeRequest {
+            stamp: Some(stamp),
+            name: "worker-1".to_owned(),
+            undo: true,
+            ..DrainNodeRequest::default()
+        };
+        async move { api.drain_node(request).await }
+    });
+    wrote.await.map(|_| ())
+}
+
+#[test]
+fn a_leader_dies_and_writes_workers_and_jobs_go_on_under_another() {
+    let cluster = TestCluster::up_with(2, &["--heads", "3"], &[]);
+    let record: Value =
+        serde_json::from_str(&std::fs::read_to_string(cluster.dir().join("cluster.json")).unwrap())
+            .unwrap();
+    assert_eq!(record["api_addresses"].as_array().unwrap().len(), 3);
+    wait_for_voters(&cluster, 3);
+    let job = cluster.submit_toml(&small_job("survivor", 4_000));
+    let nodes_before = cluster.json(&["nodes", "list"]);
+
+    let mut gaps_ms = Vec::new();
+    let mut started = Vec::new();
+    for _ in 0..5 {
+        let lost = leader(&cluster);
+        let pid = pid_of(&cluster, &lost, &started);
+        // A client that is connected and writes all the time, as a busy program does.
+        let gap = runtime().block_on(async {
+            let client = Cluster::from_data_dir(cluster.dir()).await.unwrap();
+            write_once(&client).await.unwrap();
+            kill_9(pid);
+            let began = Instant::now();
+            write_once(&client).await.unwrap();
+            began.elapsed()
+        });
+        gaps_ms.push(gap.as_millis());
+        started.push((lost.clone(), start_head(&cluster, &lost, &[])));
+        wait_for_voters(&cluster, 3);
+    }
+    println!("from kill -9 of the leader to the next acknowledged write: {gaps_ms:?} ms");
+
+    let result = cluster.result_of(&job);
+    assert_eq!(result["steps"], 4_000, "{result}");
+    assert_eq!(
+        (&result["restarts"], &result["trainers_lost"]),
+        (&0.into(), &0.into()),
+        "no change of leaders may cost a worker: {result}"
+    );
+    let nodes = cluster.json(&["nodes", "list"]);
+    let incarnations = |nodes: &Value| -> Vec<Value> {
+        let nodes = nodes.as_array().unwrap();
+        nodes
+            .iter()
+            .map(|node| node["incarnation"].clone())
+            .collect()
+    };
+    assert_eq!(incarnations(&nodes), incarnations(&nodes_before), "{nodes}");
+    // Any head answers.
+    let token = cluster.dir().join("tokens/client.token");
+    for head in heads(&cluster) {
+        let shown = mobula()
+            .args(["--api", head["api_address"].as_str().unwrap()])
+            .arg("--token-file")
+            .arg(&token)
+            .args(["tokens", "create", "--role", "worker"])
+            .output()
+            .unwrap();
+        assert!(shown.status.success(), "{}", text_of(&shown));
+    }
+}
+
+fn pid_of(cluster: &TestCluster, name: &str, started: &[(String, Started)]) -> u32 {
+    let again = started.iter().rev().find(|(head, _)| head == name);
+    again.map_or_else(|| cluster.pid(name), |(_, head)| head.0.id())
+}
+
+#[test]
+fn a_group_grows_from_one_to_three_and_shrinks_to_another_one_while_a_job_runs() {
+    let cluster = TestCluster::up(2);
+    let job = cluster.submit_toml(&small_job("traveller", 4_000));
+    let _second = join_head(&cluster, "head-2");
+    wait_for_voters(&cluster, 2);
+    let mut third = join_head(&cluster, "head-3");
+    wait_for_voters(&cluster, 3);
+    assert_eq!(leader(&cluster), "head-1");
+    let ids: Vec<u64> = heads(&cluster)
+        .iter()
+        .map(|head| head["raft_id"].as_u64().unwrap())
+        .collect();
+    assert!(ids[0] == 1 && ids[1] > 1 && ids[2] > ids[1], "{ids:?}");
+
+    // The leader hands over, is removed, and ends.
+    cluster.ok(&["head", "remove", "head-1"]);
+    wait_for("head-1 to end", || {
+        let log = std::fs::read_to_string(cluster.dir().join("head-1.log")).ok()?;
+        log.contains("was removed from its group").then_some(())
+    });
+    assert_ne!(leader(&cluster), "head-1");
+    cluster.ok(&["head", "transfer", "head-2"]);
+    assert_eq!(leader(&cluster), "head-2");
+    cluster.ok(&["head", "remove", "head-3"]);
+    wait_for("head-3 to end", || third.0.try_wait().unwrap());
+    wait_for_voters(&cluster, 1);
+    assert_eq!(leader(&cluster), "head-2");
+
+    let result = cluster.result_of(&job);
+    assert_eq!(result["steps"], 4_000, "{result}");
+    assert_eq!(result["restarts"], 0, "{result}");
+    // The one that is left will not remove itself.
+    let refused = cluster.refused(&["head", "remove", "head-2"]);
+    assert!(refused.contains("no other voter is alive"), "{refused}");
+    // A head that was removed does not come back.
+    let output = wait_with_output(&cluster, "head-3");
+    assert!(output.contains("was removed from its group"), "{output}");
+}
+
+/// Starts a head that must end by itself; its log.
+fn wait_with_output(cluster: &TestCluster, name: &str) -> String {
+    let mut head = start_head(cluster, name, &[]);
+    let status = wait_for(&format!("{name} to end"), || head.0.try_wait().unwrap());
+    assert!(!status.success());
+    std::fs::read_to_string(cluster.dir().join(format!("{name}.log"))).unwrap()
+}
+
+#[test]
+fn a_follower_that_was_away_past_the_compaction_catches_up_by_snapshot() {
+    let config = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(
+        config.path(),
+        "[raft]\ncompact_entries = 100\nkeep_entries = 20\n",
+    )
+    .unwrap();
+    let config = config.path().to_str().unwrap();
+    let cluster = TestCluster::up_with(1, &["--heads", "3", "--config", config], &[]);
+    wait_for_voters(&cluster, 3);
+    let leads = leader(&cluster);
+    let away = ["head-1", "head-2", "head-3"]
+        .into_iter()
+        .find(|name| *name != leads)
+        .unwrap();
+    kill_9(cluster.pid(away));
+    let matched = head(&cluster, away).unwrap()["matched_index"]
+        .as_u64()
+        .unwrap();
+    runtime().block_on(async {
+        let client = Cluster::from_data_dir(cluster.dir()).await.unwrap();
+        for _ in 0..400 {
+            write_once(&client).await.unwrap();
+        }
+    });
+    wait_for("a log that begins behind the follower", || {
+        let status = cluster.json(&["status"]);
+        (status["role"] == "leader" && status["first_log_index"].as_u64()? > matched + 50)
+            .then_some(())
+    });
+    let _again = start_head(&cluster, away, &["--config", config]);
+    wait_for("the follower to catch up", || {
+        let shown = head(&cluster, away)?;
+        let is_close = shown["matched_index"].as_u64()? > matched + 300;
+        (shown["replication"] == "replicate" && is_close).then_some(())
+    });
+    let log = std::fs::read_to_string(cluster.dir().join(format!("{away}.log"))).unwrap();
+    assert!(log.contains("installing a snapshot"), "{log}");
+    // It carries its weight: with another one gone, the two are a majority.
+    kill_9(cluster.pid(&leads));
+    runtime().block_on(async {
+        let client = Cluster::from_data_dir(cluster.dir()).await.unwrap();
+        write_once(&client).await.unwrap();
+    });
+}
+
+#[test]
+fn a_wiped_head_is_refused_under_its_old_id_and_replaced_under_a_new_one() {
+    let cluster = TestCluster::up_with(1, &["--heads", "3"], &[]);
+    wait_for_voters(&cluster, 3);
+    let leads = leader(&cluster);
+    let wiped = ["head-1", "head-2", "head-3"]
+        .into_iter()
+        .find(|name| *name != leads)
+        .unwrap();
+    let old_id = head(&cluster, wiped).unwrap()["raft_id"].as_u64().unwrap();
+    kill_9(cluster.pid(wiped));
+    let dir: PathBuf = cluster.dir().join(wiped);
+    // Half a wipe: the identity is still there, and must not vote on an empty log.
+    std::fs::remove_dir_all(dir.join("raft")).unwrap();
+    let log = wait_with_output(&cluster, wiped);
+    assert!(log.contains("its log is gone"), "{log}");
+    wait_for("the leader to see that it is gone", || {
+        (head(&cluster, wiped)?["active"] == false).then_some(())
+    });
+    cluster.ok(&["head", "remove", wiped]);
+    std::fs::remove_dir_all(&dir).unwrap();
+    let _new = join_head(&cluster, wiped);
+    wait_for_voters(&cluster, 3);
+    let new_id = head(&cluster, wiped).unwrap()["raft_id"].as_u64().unwrap();
+    assert!(new_id > old_id, "{new_id} after {old_id}");
+}
+
+#[test]
+fn a_token_of_another_role_or_a_used_up_one_does_not_make_a_head() {
+    let cluster = TestCluster::up(0);
+    let try_to_join = |token: &str, name: &str| {
+        let file = cluster.dir().join("some.token");
+        std::fs::write(&file, token).unwrap();
+        let output = mobula()
+            .args(["head", "--join", cluster.api(), "--name", name])
+            .args([
+                "--api-listen",
+                "127.0.0.1:0",
+                "--cluster-listen",
+                "127.0.0.1:0",
+            ])
+            .arg("--join-token-file")
+            .arg(&file)
+            .arg("--data-dir")
+            .arg(cluster.dir().join(name))
+            .output()
+            .unwrap();
+        assert!(!output.status.success());
+        assert!(!cluster.dir().join(name).join("ca").exists());
+        text_of(&output)
+    };
+    let worker = cluster.json(&["tokens", "create", "--role", "worker"]);
+    let refused = try_to_join(worker["token"].as_str().unwrap(), "head-8");
+    assert!(refused.contains("mobula head add"), "{refused}");
+    // A role is not a matter of what the token says about itself.
+    let forged = worker["token"]
+        .as_str()
+        .unwrap()
+        .replace(".node.", ".head.");
+    let refused = try_to_join(&forged, "head-8");
+    assert!(refused.contains("unknown to this cluster"), "{refused}");
+
+    let once = runtime().block_on(async {
+        let client = Cluster::from_data_dir(cluster.dir()).await.unwrap();
+        let made = client.control().mutate("make a token", |mut api, stamp| {
+            let request = CreateTokenRequest {
+                stamp: Some(stamp),
+                role: "head".to_owned(),
+                ttl_ms: 60_000,
+                uses: 1,
+            };
+            async move { api.create_token(request).await }
+        });
+        made.await.unwrap().token
+    });
+    let file = cluster.dir().join("once.token");
+    std::fs::write(&file, &once).unwrap();
+    std::fs::create_dir_all(cluster.dir().join("head-2")).unwrap();
+    let join = [
+        "--join",
+        cluster.api(),
+        "--join-token-file",
+        file.to_str().unwrap(),
+        "--learner",
+    ];
+    let _second = start_head(&cluster, "head-2", &join);
+    wait_for("head-2 to follow", || {
+        let shown = head(&cluster, "head-2")?;
+        (shown["role"] == "learner" && shown["replication"] == "replicate").then_some(())
+    });
+    let refused = try_to_join(&once, "head-9");
+    assert!(refused.contains("used as often as it may be"), "{refused}");
+    // It stays a learner until somebody promotes it.
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(head(&cluster, "head-2").unwrap()["role"], "learner");
+    cluster.ok(&["head", "promote", "head-2"]);
+    wait_for_voters(&cluster, 2);
+}
