@@ -33,6 +33,8 @@ const PRINTED_MESSAGES: &[&str] = &[
     "ExplainReply",
     "NodeVerdict",
     "CreateTokenReply",
+    "Head",
+    "ListHeadsReply",
 ];
 
 fn root() -> PathBuf {
