@@ -77,7 +77,8 @@ impl LeaderClient {
                 }
                 last = status;
             }
-            if Instant::now() >= deadline {
+            // Nothing changes by waiting where nobody can be asked.
+            if self.addresses.is_empty() || Instant::now() >= deadline {
                 return Err(last);
             }
             tokio::time::sleep(PAUSE).await;

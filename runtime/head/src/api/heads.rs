@@ -12,8 +12,8 @@ use tonic::Status;
 use super::rejected;
 use crate::context::{CommandError, HeadContext};
 use crate::raft::{
-    ChangeError, GroupChange, GroupView, HeadCommand, MEMBERS_MAX, Member, MemberProgress,
-    ProposeError, allocated_id,
+    ChangeError, GroupChange, HeadCommand, MEMBERS_MAX, Member, MemberProgress, ProposeError,
+    allocated_id,
 };
 
 /// How long a transfer of leadership may take: raft gives up after one election timeout.
@@ -63,13 +63,24 @@ fn only_heads(context: &HeadContext, peer: Option<&Identity>) -> Result<u64, Sta
 }
 
 /// The heads as messages; what the leader knows besides is in `progress`.
-fn heads(view: &GroupView, leader: Option<u64>, progress: &[MemberProgress]) -> Vec<api::Head> {
+fn heads(
+    context: &HeadContext,
+    leader: Option<u64>,
+    progress: &[MemberProgress],
+) -> Vec<api::Head> {
+    let view = context.raft.group().borrow().clone();
+    // The table says so a moment later than the head itself.
+    let own = context.own();
     let voters = view.voters.iter().map(|id| (*id, "voter"));
     let learners = view.learners.iter().map(|id| (*id, "learner"));
     let mut heads: Vec<api::Head> = voters
         .chain(learners)
         .map(|(raft_id, role)| {
-            let member = view.member(raft_id);
+            let member = if raft_id == own.raft_id {
+                Some(&own)
+            } else {
+                view.member(raft_id)
+            };
             let text = |of: fn(&Member) -> &String| member.map(of).cloned().unwrap_or_default();
             let known = progress.iter().find(|member| member.raft_id == raft_id);
             api::Head {
@@ -104,9 +115,8 @@ pub(super) async fn list(
         .into());
     }
     let progress = context.raft.progress().await?;
-    let view = context.raft.group().borrow().clone();
     Ok(api::ListHeadsReply {
-        heads: heads(&view, leadership.leader, &progress.members),
+        heads: heads(context, leadership.leader, &progress.members),
         answered_by: context.raft_id,
         term: progress.term,
         committed_index: progress.committed_index,
@@ -128,8 +138,7 @@ pub(super) async fn allocate(context: &HeadContext) -> Result<(u64, Vec<api::Hea
     let raft_id = allocated_id(&response)
         .ok_or_else(|| Status::internal("a Raft id that was given out is no number"))?;
     let leader = context.raft.leadership().borrow().leader;
-    let view = context.raft.group().borrow().clone();
-    Ok((raft_id, heads(&view, leader, &[])))
+    Ok((raft_id, heads(context, leader, &[])))
 }
 
 /// The CA's key, for a head.
