@@ -47,6 +47,9 @@ const LEARN_TIMEOUT: Duration = Duration::from_secs(1);
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
+/// The longest pause where another head can be asked meanwhile.
+const BACKOFF_IN_GROUP_MAX: Duration = Duration::from_millis(150);
+
 /// Adds the client token to each request; with a client certificate there is none.
 #[derive(Clone)]
 pub struct Authentication {
@@ -269,9 +272,11 @@ impl Control {
             if !retryable || Instant::now() + backoff > last {
                 return Err(give_up(operation, failure, changes && may_have_arrived));
             }
-            // The first name is followed at once; heads that name each other in turn are electing.
+            // The first name is followed at once; heads that name each other in turn are electing,
+            // which takes less than a second.
             let wait = match leader {
                 Some(_) if backoff == BACKOFF_FIRST => Duration::ZERO,
+                _ if self.addresses().len() > 1 => backoff.min(BACKOFF_IN_GROUP_MAX),
                 _ => backoff,
             };
             tokio::time::sleep(wait).await;

@@ -58,7 +58,7 @@ pub(crate) struct HeadRecord {
 impl HeadIdentity {
     /// Whether an earlier start left an identity in `data_dir`.
     pub(crate) fn exists(data_dir: &Path) -> bool {
-        data_dir.join(RECORD_FILE).exists() || data_dir.join("cluster_id").exists()
+        data_dir.join(RECORD_FILE).exists()
     }
 
     /// Reads what an earlier start left in `data_dir`, or makes it: a first head of a new cluster.
@@ -104,8 +104,8 @@ impl HeadIdentity {
         let dir = identity_dir(data_dir);
         create_private_dir(&dir)?;
         save(credentials, &dir)?;
-        write_record(data_dir, record)?;
-        write_private(&data_dir.join("cluster_id"), ca.cluster_id())
+        write_private(&data_dir.join("cluster_id"), ca.cluster_id())?;
+        write_record(data_dir, record)
     }
 
     /// Notes that the log is there.

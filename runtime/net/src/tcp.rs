@@ -35,9 +35,10 @@ const HANDSHAKES_MAX: usize = 256;
 const READY_MAX: usize = 64;
 /// Connecting to a head: TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A dead head is noticed within interval + timeout even if no call is under way.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A head that is gone without a word, or paused, is noticed within interval + timeout, also by a
+/// call that is under way: early enough to ask another one within the patience of a person.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// After a failed `accept` (no file descriptors left): long enough not to spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
