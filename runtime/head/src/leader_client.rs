@@ -15,6 +15,9 @@ use crate::api::LEADER_KEY;
 /// A leader that takes longer for one request is as good as none.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Names that are followed in one round: heads may name each other in turn during an election.
+const NAMES_MAX: u32 = 2;
+
 /// Between rounds over all addresses.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -41,26 +44,26 @@ impl LeaderClient {
         let deadline = Instant::now() + limit;
         let mut last = Status::unavailable("no address of a head is known");
         loop {
-            let mut position = 0;
+            let (mut position, mut strangers, mut followed) = (0, 0, 0);
             while position < self.addresses.len() {
                 let address = self.addresses[position];
                 position += 1;
                 let attempt = async {
-                    let channel = connect_channel(address, tls()).await.map_err(|error| {
-                        if error.is_retryable() {
-                            Status::unavailable(error.to_string())
-                        } else {
-                            Status::failed_precondition(error.to_string())
-                        }
-                    })?;
-                    ask(ControlClient::new(channel)).await
+                    let channel = connect_channel(address, tls())
+                        .await
+                        .map_err(|error| (error.is_retryable(), error.to_string()))?;
+                    Ok(ask(ControlClient::new(channel)).await)
                 };
                 let status = match tokio::time::timeout(ATTEMPT_TIMEOUT, attempt).await {
-                    Ok(Ok(response)) => {
+                    Ok(Ok(Ok(response))) => {
                         self.prefer(address);
                         return Ok(response.into_inner());
                     }
-                    Ok(Err(status)) => status,
+                    Ok(Ok(Err(status))) => status,
+                    Ok(Err((is_retryable, reason))) => {
+                        strangers += usize::from(!is_retryable);
+                        Status::unavailable(reason)
+                    }
                     Err(_) => Status::unavailable(format!("{address} does not answer")),
                 };
                 if !matches!(
@@ -71,14 +74,16 @@ impl LeaderClient {
                 }
                 if let Some(leader) = named_leader(&status)
                     && leader != address
+                    && followed < NAMES_MAX
                     && self.prefer(leader)
                 {
+                    followed += 1;
                     position = 0;
                 }
                 last = status;
             }
-            // Nothing changes by waiting where nobody can be asked.
-            if self.addresses.is_empty() || Instant::now() >= deadline {
+            // Nothing changes by waiting where nobody, or nobody of this cluster, can be asked.
+            if strangers == self.addresses.len() || Instant::now() >= deadline {
                 return Err(last);
             }
             tokio::time::sleep(PAUSE).await;

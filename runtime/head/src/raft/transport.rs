@@ -85,6 +85,8 @@ struct Shared {
     inputs: InputSender,
     runtime: tokio::runtime::Handle,
     routes: Mutex<BTreeMap<u64, Route>>,
+    /// The addresses in the members table when it was last looked at.
+    rows: Mutex<BTreeMap<u64, String>>,
     removed: Mutex<BTreeSet<u64>>,
     /// Set when another head says that this one was removed.
     told_removed: watch::Sender<bool>,
@@ -95,7 +97,7 @@ struct Shared {
 /// The way to one peer.
 struct Route {
     address: watch::Sender<Option<SocketAddr>>,
-    /// Heartbeats, votes, answers.
+    /// Heartbeats, votes, reads, answers.
     urgent: mpsc::Sender<Vec<u8>>,
     entries: mpsc::Sender<Vec<u8>>,
     queued_bytes: Arc<AtomicUsize>,
@@ -120,6 +122,7 @@ impl PeerNetwork {
             inputs,
             runtime: tokio::runtime::Handle::current(),
             routes: Mutex::default(),
+            rows: Mutex::default(),
             removed: Mutex::default(),
             told_removed: watch::Sender::new(false),
             tasks: Mutex::default(),
@@ -178,7 +181,7 @@ impl PeerNetwork {
 
 impl Peers for PeerNetwork {
     fn send(&mut self, message: Message) {
-        let is_urgent = message.entries.is_empty();
+        let is_urgent = message.get_msg_type() != MessageType::MsgAppend;
         let to = message.to;
         let bytes = encode_raft(&message);
         let size_bytes = bytes.len();
@@ -237,17 +240,6 @@ impl Peers for PeerNetwork {
 }
 
 impl Shared {
-    fn learn_if_unknown(self: &Arc<Self>, raft_id: u64, address: &str) {
-        let is_known = self
-            .routes
-            .lock()
-            .get(&raft_id)
-            .is_some_and(|route| route.address.borrow().is_some());
-        if !is_known {
-            self.learn(raft_id, address);
-        }
-    }
-
     /// Notes where a peer is, and begins to talk to it if it is new.
     fn learn(self: &Arc<Self>, raft_id: u64, address: &str) {
         if raft_id == self.raft_id {
@@ -455,7 +447,6 @@ impl Peer {
             };
             let began = tokio::time::Instant::now();
             let mut moved = self.address.clone();
-            moved.mark_unchanged();
             let lost = tokio::select! {
                 ended = self.converse(address, &transport) => match ended {
                     Ok(never) => match never {},
