@@ -22,6 +22,7 @@ mod membership;
 mod reads;
 mod snapshots;
 
+mod peer;
 mod snapshot_stream;
 mod transport;
 

@@ -16,15 +16,13 @@
 //! 4. Snapshots come with their bytes (see `snapshot_stream`) or not at all.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use mobula_net::endpoint::{Connection, Endpoint, LaneClass};
-use mobula_net::identity::Role;
-use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
+use mobula_net::endpoint::{Connection, Endpoint};
+use mobula_net::lane::{FramedSender, FramedStream};
 use mobula_net::{FrameKind, Lane};
 use mobula_storage::raft_log::{decode_raft, encode_raft};
 use mobula_wire::raft::{RaftHello, RaftRefusal};
@@ -35,6 +33,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::inputs::{Input, InputSender};
 use super::membership::GroupView;
+use super::peer::{Peer, Queue};
 use super::snapshot_stream;
 use super::snapshots::PinnedTables;
 
@@ -45,17 +44,11 @@ const QUEUE_MAX: usize = 512;
 /// Bytes that may wait for one peer: half of what raft would have under way at the most.
 const QUEUE_BYTES_MAX: usize = 32 * 1024 * 1024;
 
-/// Bytes that are written together before it is looked whether they leave.
-const FLUSH_BYTES: usize = 256 * 1024;
-
 /// A peer that takes nothing for so long is as good as gone; raft keeps no lead without it anyway.
-const SEND_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A peer's hello comes with its stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-
-const BACKOFF_INITIAL: Duration = Duration::from_millis(50);
-const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
 /// Streams of one connection that are read at one time: two for messages, one for a snapshot, and
 /// as many again while a peer's old ones end.
@@ -78,18 +71,18 @@ pub(crate) trait Peers: Send {
 #[derive(Clone)]
 pub(crate) struct PeerNetwork(Arc<Shared>);
 
-struct Shared {
-    raft_id: u64,
-    cluster_address: String,
-    endpoint: Endpoint,
-    inputs: InputSender,
+pub(super) struct Shared {
+    pub(super) raft_id: u64,
+    pub(super) cluster_address: String,
+    pub(super) endpoint: Endpoint,
+    pub(super) inputs: InputSender,
     runtime: tokio::runtime::Handle,
     routes: Mutex<BTreeMap<u64, Route>>,
     /// The addresses in the members table when it was last looked at.
     rows: Mutex<BTreeMap<u64, String>>,
     removed: Mutex<BTreeSet<u64>>,
     /// Set when another head says that this one was removed.
-    told_removed: watch::Sender<bool>,
+    pub(super) told_removed: watch::Sender<bool>,
     /// Owned here, so that they end with the transport.
     tasks: Mutex<JoinSet<()>>,
 }
@@ -228,8 +221,12 @@ impl Peers for PeerNetwork {
     fn set_group(&mut self, group: &GroupView) {
         *self.0.removed.lock() = group.removed.iter().copied().collect();
         for member in &group.members {
-            self.0
-                .learn_if_unknown(member.raft_id, &member.cluster_address);
+            // A row that is as before may be older than what the member itself has said since.
+            let (raft_id, address) = (member.raft_id, &member.cluster_address);
+            let row = self.0.rows.lock().insert(raft_id, address.clone());
+            if row.as_ref() != Some(address) {
+                self.0.learn(raft_id, address);
+            }
         }
         // While this head's own tables are empty it knows the others from its join.
         if !group.voters.is_empty() {
@@ -376,187 +373,4 @@ async fn refuse(mut sender: FramedSender, refusal: &RaftRefusal) {
         sender.finish().await
     };
     let _ = tokio::time::timeout(SEND_TIMEOUT, answer).await;
-}
-
-/// Messages that wait for a peer.
-struct Queue {
-    messages: mpsc::Receiver<Vec<u8>>,
-    bytes: Arc<AtomicUsize>,
-}
-
-impl Queue {
-    fn count(&self, message: &[u8]) {
-        self.bytes.fetch_sub(message.len(), Ordering::Relaxed);
-    }
-
-    async fn next(&mut self) -> Option<Vec<u8>> {
-        let message = self.messages.recv().await?;
-        self.count(&message);
-        Some(message)
-    }
-
-    fn try_next(&mut self) -> Option<Vec<u8>> {
-        let message = self.messages.try_recv().ok()?;
-        self.count(&message);
-        Some(message)
-    }
-}
-
-/// The sending side to one peer.
-struct Peer {
-    raft_id: u64,
-    address: watch::Receiver<Option<SocketAddr>>,
-    heard: Arc<Notify>,
-    urgent: Queue,
-    entries: Queue,
-}
-
-/// Why a conversation with a peer ended.
-#[derive(Debug, thiserror::Error)]
-enum PeerLost {
-    #[error("{0}")]
-    Connect(String),
-    #[error("head {found} is at this address")]
-    OtherMember { found: u64 },
-    #[error("it says that this head was removed from the group")]
-    Removed,
-    #[error("it refuses this head's certificate")]
-    OtherCertificate,
-    #[error("{0}")]
-    Broken(String),
-    #[error("it takes nothing")]
-    Stuck,
-    #[error("this head ends")]
-    Ended,
-}
-
-fn broken(error: &dyn std::fmt::Display) -> PeerLost {
-    PeerLost::Broken(error.to_string())
-}
-
-impl Peer {
-    /// Talks to the peer, connecting again and again, until the transport is gone.
-    async fn run(mut self, shared: std::sync::Weak<Shared>) {
-        let mut backoff = BACKOFF_INITIAL;
-        loop {
-            let Ok(address) = self.address.wait_for(Option::is_some).await.map(|a| *a) else {
-                return;
-            };
-            let (Some(address), Some(transport)) = (address, shared.upgrade()) else {
-                return;
-            };
-            let began = tokio::time::Instant::now();
-            let mut moved = self.address.clone();
-            let lost = tokio::select! {
-                ended = self.converse(address, &transport) => match ended {
-                    Ok(never) => match never {},
-                    Err(lost) => lost,
-                },
-                _ = moved.changed() => continue,
-            };
-            match lost {
-                PeerLost::Ended => return,
-                PeerLost::Removed => {
-                    tracing::error!(peer = self.raft_id, "this head was removed from the group");
-                    transport.told_removed.send_replace(true);
-                }
-                lost => tracing::debug!(peer = self.raft_id, %address, %lost, "no way to a head"),
-            }
-            // What waits is stale by the time that the peer can be reached again.
-            while self.urgent.try_next().is_some() || self.entries.try_next().is_some() {}
-            // Full means that there is enough to do already.
-            let _ = transport.inputs.send(Input::Unreachable(self.raft_id));
-            drop(transport);
-            if began.elapsed() > BACKOFF_MAX * 2 {
-                backoff = BACKOFF_INITIAL;
-            }
-            tokio::select! {
-                () = tokio::time::sleep(backoff) => {}
-                () = self.heard.notified() => {}
-                _ = moved.changed() => {}
-            }
-            backoff = (backoff * 2).min(BACKOFF_MAX);
-        }
-    }
-
-    async fn converse(
-        &mut self,
-        address: SocketAddr,
-        transport: &Arc<Shared>,
-    ) -> Result<Infallible, PeerLost> {
-        let connecting = transport
-            .endpoint
-            .connect(address, LaneClass::Control, Role::Head);
-        let connection = tokio::select! {
-            connected = connecting => connected.map_err(|e| PeerLost::Connect(e.to_string()))?,
-            // It was started meanwhile: a fresh attempt finds it at once.
-            () = self.heard.notified() => {
-                return Err(PeerLost::Connect("it was heard of; connecting anew".into()));
-            }
-        };
-        let found = connection.peer().incarnation;
-        if found != self.raft_id {
-            return Err(PeerLost::OtherMember { found });
-        }
-        let hello = RaftHello {
-            from: transport.raft_id,
-            to: self.raft_id,
-            cluster_address: transport.cluster_address.clone(),
-        };
-        let (urgent, urgent_back) = open(&connection, &hello).await?;
-        let (entries, entries_back) = open(&connection, &hello).await?;
-        tracing::info!(peer = self.raft_id, %address, "connected to a head");
-        tokio::select! {
-            ended = pump(&mut self.urgent, urgent) => ended,
-            ended = pump(&mut self.entries, entries) => ended,
-            refused = listen(urgent_back) => refused,
-            refused = listen(entries_back) => refused,
-            lost = connection.closed() => Err(broken(&lost)),
-        }
-    }
-}
-
-async fn open(
-    connection: &Connection,
-    hello: &RaftHello,
-) -> Result<(FramedSender, FramedReceiver), PeerLost> {
-    let mut stream = connection
-        .open(Lane::Raft)
-        .await
-        .map_err(|error| broken(&error))?;
-    let sent = tokio::time::timeout(SEND_TIMEOUT, stream.sender.send_message(hello));
-    sent.await
-        .map_err(|_| PeerLost::Stuck)?
-        .map_err(|error| broken(&error))?;
-    Ok(stream.split())
-}
-
-/// Sends what comes, together what comes together.
-async fn pump(queue: &mut Queue, mut sender: FramedSender) -> Result<Infallible, PeerLost> {
-    loop {
-        let mut next = Some(queue.next().await.ok_or(PeerLost::Ended)?);
-        while let Some(message) = next.take() {
-            sender
-                .queue(FrameKind::Message, &message)
-                .map_err(|error| broken(&error))?;
-            if sender.queued_bytes() < FLUSH_BYTES {
-                next = queue.try_next();
-            }
-        }
-        tokio::time::timeout(SEND_TIMEOUT, sender.flush())
-            .await
-            .map_err(|_| PeerLost::Stuck)?
-            .map_err(|error| broken(&error))?;
-    }
-}
-
-/// Waits for a refusal: nothing else comes back on a stream of messages.
-async fn listen(mut receiver: FramedReceiver) -> Result<Infallible, PeerLost> {
-    match receiver.receive_message::<RaftRefusal>().await {
-        Ok(Some(RaftRefusal::Removed)) => Err(PeerLost::Removed),
-        Ok(Some(RaftRefusal::OtherMember { found })) => Err(PeerLost::OtherMember { found }),
-        Ok(Some(RaftRefusal::OtherCertificate)) => Err(PeerLost::OtherCertificate),
-        Ok(None) => Err(PeerLost::Broken("it ended the stream".into())),
-        Err(error) => Err(broken(&error)),
-    }
 }
