@@ -192,6 +192,9 @@ fn a_group_grows_from_one_to_three_and_shrinks_to_another_one_while_a_job_runs()
         .collect();
     assert!(ids[0] == 1 && ids[1] > 1 && ids[2] > ids[1], "{ids:?}");
 
+    // `local up` has made a record of head-1 only, which is about to go.
+    note_addresses(&cluster);
+
     // The leader hands over, is removed, and ends.
     cluster.ok(&["head", "remove", "head-1"]);
     wait_for("head-1 to end", || {
@@ -215,6 +218,15 @@ fn a_group_grows_from_one_to_three_and_shrinks_to_another_one_while_a_job_runs()
     // A head that was removed does not come back.
     let output = wait_with_output(&cluster, "head-3");
     assert!(output.contains("was removed from its group"), "{output}");
+}
+
+/// Puts the addresses of all heads into the cluster's record.
+fn note_addresses(cluster: &TestCluster) {
+    let file = cluster.dir().join("cluster.json");
+    let mut record: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let addresses = heads(cluster).into_iter();
+    record["api_addresses"] = addresses.map(|head| head["api_address"].clone()).collect();
+    std::fs::write(&file, record.to_string()).unwrap();
 }
 
 /// Starts a head that must end by itself; its log.

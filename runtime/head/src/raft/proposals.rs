@@ -22,8 +22,9 @@ use super::membership::{GroupChange, GroupView};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long one `read_index` may take: it can be dropped silently (a new leader that has not yet
-/// committed in its term, a change of role), and then must be asked again.
-const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_millis(500);
+/// committed in its term, a change of role), and then must be asked again. Well above a round trip,
+/// and little beside an election.
+const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The tables at one moment.
 pub(crate) type TableView = TablesReader<RocksSnapshot>;
