@@ -200,6 +200,8 @@ impl Head {
             ca_pem: self.ca.certificate_pem().to_owned(),
             cluster_id: "test".into(),
             cluster_address: String::new(),
+            raft_id: 0,
+            heads: Vec::new(),
         }
     }
 }
@@ -286,6 +288,12 @@ head_api! {
         drain_node(DrainNodeRequest) -> Empty;
         preempt_node(PreemptNodeRequest) -> Empty;
         explain(ExplainRequest) -> ExplainReply;
+        list_heads(ListHeadsRequest) -> ListHeadsReply;
+        announce_head(AnnounceHeadRequest) -> Empty;
+        head_key(HeadKeyRequest) -> HeadKeyReply;
+        promote_head(PromoteHeadRequest) -> Empty;
+        remove_head(RemoveHeadRequest) -> Empty;
+        transfer_leadership(TransferLeadershipRequest) -> TransferLeadershipReply;
         has_artifact(HasArtifactRequest) -> HasArtifactReply;
         apply(ApplyRequest) -> ApplyReply;
         query(QueryRequest) -> QueryReply;
