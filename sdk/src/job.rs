@@ -5,8 +5,8 @@
 //! 2. Submitting is a change like any other: sent again it stays one job.
 
 use std::collections::BTreeMap;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::id::{ActorId, JobId};
@@ -14,16 +14,12 @@ use mobula_core::resource::Resources;
 use mobula_core::spec::{JobFile, JobSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_wire::control as api;
 use serde::de::DeserializeOwned;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 
 use crate::actor::milli;
 use crate::cluster::{Cluster, millis};
 use crate::control::status_error;
 use crate::error::{Error, Result};
-
-/// Bytes of a program in one message.
-const CHUNK_BYTES: usize = 512 * 1024;
+use crate::upload::{Observer, UploadProgress, ship};
 
 /// How long one question for a job's end waits before it is asked again: shorter than what a
 /// proxy or firewall lets pass in silence.
@@ -36,6 +32,7 @@ pub struct JobBuilder {
     program: Option<PathBuf>,
     files: Vec<(PathBuf, String)>,
     spec: JobSpec,
+    observer: Observer,
 }
 
 impl JobBuilder {
@@ -57,6 +54,7 @@ impl JobBuilder {
             program: None,
             files: Vec::new(),
             spec,
+            observer: Arc::new(|_| {}),
         }
     }
 
@@ -132,6 +130,14 @@ impl JobBuilder {
         self
     }
 
+    /// Calls `observe` as the program and each file is uploaded: at the beginning, after each piece
+    /// that was handed to the connection, and at the end. What the cluster has already is not
+    /// uploaded and not told. The call comes from a thread that may wait, so it may draw.
+    pub fn on_upload(mut self, observe: impl Fn(&UploadProgress) + Send + Sync + 'static) -> Self {
+        self.observer = Arc::new(observe);
+        self
+    }
+
     /// Ships the program if the cluster lacks it, and starts the job.
     pub async fn submit(self) -> Result<JobHandle> {
         let JobBuilder {
@@ -139,13 +145,14 @@ impl JobBuilder {
             program,
             files,
             mut spec,
+            observer,
         } = self;
         if let Some(path) = program {
-            let (blake3, size_bytes) = ship(&cluster, "program", &path).await?;
+            let (blake3, size_bytes) = ship(&cluster, "program", &path, &observer).await?;
             spec.program = Program::Artifact { blake3, size_bytes };
         }
         for (path, name) in files {
-            let (blake3, size_bytes) = ship(&cluster, "file", &path).await?;
+            let (blake3, size_bytes) = ship(&cluster, "file", &path, &observer).await?;
             spec.files.push(JobFile {
                 name,
                 blake3,
@@ -168,92 +175,6 @@ impl JobBuilder {
             JobId(reply.job),
             Some(ActorId(reply.driver)),
         ))
-    }
-}
-
-/// Uploads a file unless the cluster has it; its digest and size. `kind` says what it is, for errors.
-async fn ship(cluster: &Cluster, kind: &str, path: &Path) -> Result<(String, u64)> {
-    let what = || format!("{kind} {}", path.display());
-    let owned = path.to_owned();
-    let (blake3, size_bytes) = tokio::task::spawn_blocking(move || digest(&owned))
-        .await
-        .map_err(|error| Error::setup(what(), error))?
-        .map_err(|error| Error::setup(what(), error))?;
-    let asked = blake3.clone();
-    let known = cluster
-        .control()
-        .read("ask for an artifact", |mut api| {
-            let request = api::HasArtifactRequest {
-                blake3: asked.clone(),
-                size_bytes,
-            };
-            async move { api.has_artifact(request).await }
-        })
-        .await?;
-    if known.present {
-        return Ok((blake3, size_bytes));
-    }
-    // Bounded: the reader waits when the connection is slower than the disk.
-    let (chunks, receiver) = mpsc::channel(4);
-    let owned = path.to_owned();
-    let named = blake3.clone();
-    let reader =
-        tokio::task::spawn_blocking(move || read_chunks(&owned, &named, size_bytes, &chunks));
-    let sent = cluster
-        .control()
-        .once("ship an artifact", |mut api| async move {
-            api.put_artifact(ReceiverStream::new(receiver)).await
-        })
-        .await;
-    reader
-        .await
-        .map_err(|error| Error::setup(what(), error))?
-        .map_err(|error| Error::setup(what(), error))?;
-    let stored = sent?;
-    if stored.blake3 != blake3 {
-        return Err(Error::setup(
-            what(),
-            "it changed while it was shipped; submit it again",
-        ));
-    }
-    Ok((blake3, size_bytes))
-}
-
-fn digest(path: &Path) -> std::io::Result<(String, u64)> {
-    let mut hasher = blake3::Hasher::new();
-    let size_bytes = std::io::copy(&mut std::fs::File::open(path)?, &mut hasher)?;
-    Ok((hasher.finalize().to_hex().to_string(), size_bytes))
-}
-
-fn read_chunks(
-    path: &Path,
-    blake3: &str,
-    size_bytes: u64,
-    chunks: &mpsc::Sender<api::ArtifactChunk>,
-) -> std::io::Result<()> {
-    let mut file = std::fs::File::open(path)?;
-    let mut name = Some((blake3.to_owned(), size_bytes));
-    loop {
-        let mut data = Vec::with_capacity(CHUNK_BYTES);
-        let read = file
-            .by_ref()
-            .take(CHUNK_BYTES as u64)
-            .read_to_end(&mut data)?;
-        // Only the first chunk names the digest and the size.
-        let is_first = name.is_some();
-        let (blake3, size_bytes) = name.take().unwrap_or_default();
-        if read == 0 && !is_first {
-            return Ok(());
-        }
-        let chunk = api::ArtifactChunk {
-            blake3,
-            size_bytes,
-            data,
-        };
-        if chunks.blocking_send(chunk).is_err() || read == 0 {
-            // The head has refused it, and its answer says why; or the file is empty.
-            return Ok(());
-        }
     }
 }
 
@@ -388,47 +309,5 @@ impl LogStream {
             Ok(chunk) => Ok(chunk.map(|chunk| chunk.data)),
             Err(status) => Err(status_error("read a job's log", &status, false)),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_empty_file_is_one_empty_chunk() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("empty");
-        std::fs::write(&path, "").unwrap();
-        let (sender, mut receiver) = mpsc::channel(8);
-        read_chunks(&path, "ab", 0, &sender).unwrap();
-        drop(sender);
-        let chunk = receiver.blocking_recv().unwrap();
-        assert_eq!((chunk.blake3.as_str(), chunk.data.len()), ("ab", 0));
-        assert!(receiver.blocking_recv().is_none());
-    }
-
-    #[test]
-    fn a_program_is_read_in_chunks_and_named_once() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("program");
-        let bytes: Vec<u8> = (0..CHUNK_BYTES + 10).map(|i| i as u8).collect();
-        std::fs::write(&path, &bytes).unwrap();
-        let (blake3, size_bytes) = digest(&path).unwrap();
-        assert_eq!(blake3, blake3::hash(&bytes).to_hex().to_string());
-        let (sender, mut receiver) = mpsc::channel(8);
-        read_chunks(&path, &blake3, size_bytes, &sender).unwrap();
-        drop(sender);
-        let mut chunks = Vec::new();
-        while let Some(chunk) = receiver.blocking_recv() {
-            chunks.push(chunk);
-        }
-        let names: Vec<_> = chunks
-            .iter()
-            .map(|c| (c.blake3.as_str(), c.size_bytes))
-            .collect();
-        assert_eq!(names, [(blake3.as_str(), bytes.len() as u64), ("", 0)]);
-        let joined: Vec<u8> = chunks.into_iter().flat_map(|chunk| chunk.data).collect();
-        assert_eq!(joined, bytes);
     }
 }

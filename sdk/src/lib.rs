@@ -62,6 +62,7 @@ pub mod prelude;
 pub mod process;
 mod reference;
 pub mod stream;
+mod upload;
 
 #[doc(hidden)]
 #[path = "private.rs"]
@@ -81,6 +82,7 @@ pub use mobula_wire::session::StorageLocation;
 pub use object::{ObjectRef, Waited};
 pub use plain::Plain;
 pub use stream::{ItemStream, StreamCall, StreamOf};
+pub use upload::UploadProgress;
 
 /// The pages of `docs/` whose code is compiled with the SDK's tests.
 #[cfg(doctest)]

@@ -18,6 +18,7 @@ mod serve;
 mod status;
 mod submit;
 mod tokens;
+mod upload;
 mod worker;
 
 use std::process::ExitCode;

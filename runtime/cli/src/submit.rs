@@ -66,6 +66,7 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
     let handle = job
         .cpus(arguments.cpus)
         .max_restarts(arguments.max_restarts)
+        .on_upload(crate::upload::shown())
         .submit()
         .await?;
     let id = handle.id();
