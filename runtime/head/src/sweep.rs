@@ -23,6 +23,10 @@ use crate::raft::ProposeError;
 /// Blobs that one round deletes, one after the other: minutes on a slow store.
 const DELETIONS_MAX: usize = 10_000;
 
+/// How long a round that failed waits for the next at the most: a store that was out of reach is
+/// back before people look again.
+const RETRY_PAUSE: Duration = Duration::from_secs(300);
+
 /// When and what the leader sweeps.
 #[derive(Clone)]
 pub struct SweepOptions {
@@ -92,8 +96,12 @@ pub(crate) async fn run(context: Arc<HeadContext>, options: SweepOptions) {
     let sweeper = Sweeper::new(context.blobs.clone());
     loop {
         let round = round(&context, &sweeper, &options).await;
+        let pause = match round {
+            Ok(_) => options.interval,
+            Err(_) => options.interval.min(RETRY_PAUSE),
+        };
         context.sweeps.lock().add(round, context.clock.now_ms());
-        tokio::time::sleep(options.interval).await;
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -151,7 +159,7 @@ async fn round(
     Ok(Done {
         kept: kept.committed.len() as u64,
         deleted: report.deleted as u64,
-        deleted_bytes: plan.size_bytes,
+        deleted_bytes: report.deleted_bytes,
     })
 }
 

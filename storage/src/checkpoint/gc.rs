@@ -68,6 +68,8 @@ impl GcPlan {
 pub struct GcReport {
     /// Blobs that were deleted.
     pub deleted: usize,
+    /// Their size.
+    pub deleted_bytes: u64,
     /// Blobs that were written again since the plan, and so spared.
     pub spared: usize,
 }
@@ -251,9 +253,10 @@ impl Sweeper {
         for path in plan.manifests.iter().chain(&plan.chunks) {
             match self.blobs.head(path).await? {
                 Some(blob) if blob.modified_ms >= plan.older_than_ms => report.spared += 1,
-                Some(_) => {
+                Some(blob) => {
                     self.blobs.delete(path).await?;
                     report.deleted += 1;
+                    report.deleted_bytes += blob.size_bytes;
                 }
                 None => {}
             }

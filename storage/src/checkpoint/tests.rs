@@ -415,6 +415,7 @@ async fn a_sweep_removes_what_nobody_keeps_and_nothing_else() {
         report,
         GcReport {
             deleted: 15,
+            deleted_bytes: plan.size_bytes,
             spared: 0
         }
     );
