@@ -46,6 +46,11 @@ pub(crate) async fn run(target: &Target, arguments: ExplainArguments) -> anyhow:
             .collect();
         print_table(&["NODE", "FITS", "REASON"], &rows);
     }
+    if let Some(problem) = &reply.storage_problem {
+        println!(
+            "the object store does not answer, and what is loaded or saved there waits: {problem}"
+        );
+    }
     if !reply.next_step.is_empty() {
         println!("next: {}", reply.next_step);
     }

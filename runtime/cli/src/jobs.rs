@@ -98,6 +98,10 @@ fn show(job: &Job) {
     if let Some(why) = why(job) {
         println!("why        {why}");
     }
+    if let Some(problem) = &job.storage_problem {
+        println!("storage    PROBLEM: {problem}");
+        println!("           what the job loads or saves there waits until it answers");
+    }
     if let Some(result) = &job.result_json {
         println!("result     {result}");
     }

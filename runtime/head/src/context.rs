@@ -23,6 +23,7 @@ use tonic::Status;
 use crate::api::{rejected, stamp};
 use crate::raft::{Member, ProposeError, RaftHandle};
 use crate::session::Sessions;
+use crate::store_health::StoreHealth;
 use crate::sweep::SweepReports;
 use crate::watch::Changes;
 
@@ -38,6 +39,7 @@ pub(crate) struct HeadContext {
     pub(crate) changes: Changes,
     pub(crate) artifacts: ArtifactStore,
     pub(crate) blobs: BlobStore,
+    pub(crate) store_health: StoreHealth,
     pub(crate) storage_location: StorageLocation,
     pub(crate) limits: LimitsConfig,
     pub(crate) api_address: SocketAddr,

@@ -21,6 +21,7 @@ mod leader_client;
 mod leadership;
 pub mod raft;
 mod session;
+mod store_health;
 mod sweep;
 mod tokens;
 mod watch;
@@ -210,6 +211,7 @@ impl Head {
             modules,
             sessions: session::Sessions::default(),
             changes: watch::Changes::default(),
+            store_health: store_health::StoreHealth::new(blobs.clone()),
             artifacts: ArtifactStore::new(blobs.clone(), api::ARTIFACT_BYTES_MAX),
             blobs,
             storage_location: options.storage,

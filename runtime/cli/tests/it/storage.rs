@@ -171,7 +171,16 @@ fn a_job_waits_for_a_store_that_is_down_and_says_so() {
         "{problem}"
     );
     assert!(cluster.ok(&["status"]).contains("PROBLEM: "));
-    assert_eq!(cluster.json(&["jobs", "show", &job])["state"], "running");
+    let shown = cluster.json(&["jobs", "show", &job]);
+    assert_eq!(shown["state"], "running");
+    assert!(names_the_store(shown["storage_problem"].as_str().unwrap()));
+    let for_people = cluster.ok(&["jobs", "show", &job]);
+    assert!(for_people.contains("storage    PROBLEM: "), "{for_people}");
+    let explained = cluster.ok(&["explain", &job]);
+    assert!(
+        explained.contains("the object store does not answer") && names_the_store(&explained),
+        "{explained}"
+    );
 
     let server = S3Server::start(port);
     let result = cluster.result_of(&job);

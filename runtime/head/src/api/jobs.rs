@@ -144,7 +144,11 @@ pub(super) async fn get(
     request: api::GetJobRequest,
 ) -> Result<api::Job, Status> {
     may_read(caller, JobId(request.job))?;
-    view(context, JobId(request.job)).await
+    let mut message = view(context, JobId(request.job)).await?;
+    if message.ended_ms.is_none() {
+        message.storage_problem = context.store_health.problem().await;
+    }
+    Ok(message)
 }
 
 pub(super) async fn wait(

@@ -99,7 +99,15 @@ pub(super) async fn explain(
         }
     };
     match context.ask(query).await? {
-        QueryResponse::Explained(explanation) => Ok(views::explanation(explanation)),
+        QueryResponse::Explained(explanation) => {
+            let mut reply = views::explanation(explanation);
+            // What has ended waits for nothing.
+            let has_ended = ["ended", "succeeded", "failed", "stopped"];
+            if !has_ended.contains(&reply.state.as_str()) {
+                reply.storage_problem = context.store_health.problem().await;
+            }
+            Ok(reply)
+        }
         _ => Err(Status::internal("the scheduler answered another question")),
     }
 }

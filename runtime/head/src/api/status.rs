@@ -19,9 +19,6 @@ use crate::context::HeadContext;
 /// How long the certificate of a worker or client lives; it joins again before.
 const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
 
-/// A name that is asked for to see whether the store answers; it need not exist.
-const PROBE_PATH: &str = "probe/status";
-
 /// The longest name of a worker or client.
 const NAME_BYTES_MAX: usize = 63;
 
@@ -154,10 +151,7 @@ pub(super) async fn status(context: &HeadContext) -> Result<api::StatusReply, St
     };
     let leadership = *context.raft.leadership().borrow();
     let leader = context.leader();
-    let storage_problem = match context.blobs.head(PROBE_PATH).await {
-        Ok(_) => String::new(),
-        Err(error) => error.to_string(),
-    };
+    let storage_problem = context.store_health.problem_now().await.unwrap_or_default();
     let nodes_total =
         counts.nodes_alive + counts.nodes_noticed + counts.nodes_draining + counts.nodes_lost;
     Ok(api::StatusReply {

@@ -16,6 +16,7 @@ pub(super) fn job(view: JobView) -> api::Job {
         result_json: view.result,
         exit_reason: view.exit_reason,
         pending_reason: None,
+        storage_problem: None,
     }
 }
 
@@ -66,6 +67,7 @@ pub(super) fn explanation(explanation: Explanation) -> api::ExplainReply {
         verdict: explanation.verdict,
         nodes: nodes.collect(),
         next_step: explanation.next_step,
+        storage_problem: None,
     }
 }
 
