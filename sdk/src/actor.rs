@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::error::Executed;
@@ -187,13 +188,17 @@ impl<A: Actor> ActorBuilder<A> {
     /// Creates it. It may still be pending when this returns: calls wait for it.
     pub async fn spawn(self) -> Result<ActorRef<A>> {
         let (cluster, get_or_create) = (self.cluster.clone(), self.get_or_create);
-        let created = cluster
-            .create_actors(vec![self.finish()?], false, get_or_create)
-            .await?;
-        let id = created
-            .first()
-            .copied()
-            .ok_or_else(|| missing("an actor"))?;
+        let spec = self.finish()?;
+        let id = if spec.name.is_none() && !get_or_create {
+            let creations = Arc::clone(&cluster.inner.creations);
+            creations.create(&cluster, spec).await?
+        } else {
+            let created = cluster
+                .create_actors(vec![spec], false, get_or_create)
+                .await?;
+            let id = created.first().copied();
+            id.ok_or_else(|| missing("an actor"))?
+        };
         Ok(ActorRef::from_id(&cluster, id))
     }
 
@@ -208,7 +213,7 @@ pub(crate) fn milli(amount: f64) -> u64 {
     (amount * 1000.0).round() as u64
 }
 
-fn missing(what: &str) -> Error {
+pub(crate) fn missing(what: &str) -> Error {
     Error::Control {
         operation: "create actors".to_owned(),
         code: mobula_core::ErrorCode::Internal,

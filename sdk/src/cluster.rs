@@ -21,6 +21,7 @@ use tokio::sync::{OnceCell, watch};
 
 use crate::actor::{Actor, ActorBuilder, ActorRef, GroupBuilder, Init};
 use crate::control::Control;
+use crate::creation::Creations;
 use crate::embedded::LocalCluster;
 use crate::error::{Error, Result};
 use crate::job::{JobBuilder, JobHandle};
@@ -37,6 +38,8 @@ pub struct Cluster {
 pub(crate) struct ClusterInner {
     pub(crate) control: Control,
     pub(crate) place: Place,
+    /// Actors that wait to be created together.
+    pub(crate) creations: Arc<Creations>,
     /// A cluster of our own, which ends with the last clone.
     pub(crate) embedded: Option<LocalCluster>,
 }

@@ -116,6 +116,7 @@ impl Cluster {
         let inner = ClusterInner {
             control,
             place: Place::Inside(runtime),
+            creations: Arc::default(),
             embedded: None,
         };
         Ok(Cluster {
@@ -164,6 +165,7 @@ impl Cluster {
             inner: Arc::new(ClusterInner {
                 control,
                 place,
+                creations: Arc::default(),
                 embedded,
             }),
             job: None,

@@ -51,6 +51,7 @@ mod calling;
 pub mod cluster;
 pub mod connect;
 pub mod control;
+mod creation;
 pub mod embedded;
 pub mod error;
 mod exactly_once;

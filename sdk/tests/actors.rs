@@ -275,6 +275,23 @@ async fn a_lost_reply_creates_one_actor() {
 }
 
 #[tokio::test]
+async fn actors_that_are_created_at_the_same_time_share_requests() {
+    let stage = stage().await;
+    let spawning = (0..40).map(|n| stage.outside.actor(Counter::new(n)).spawn());
+    let counters = futures::future::try_join_all(spawning).await.unwrap();
+    // Each got its own, in the order in which they were asked for.
+    for (n, counter) in (0..).zip(&counters) {
+        assert_eq!(counter.add(0).await.unwrap(), n);
+    }
+    let requests = stage.head.stamps.lock().unwrap().len();
+    assert!(
+        requests <= 2,
+        "{requests} requests for {} actors",
+        counters.len()
+    );
+}
+
+#[tokio::test]
 async fn a_change_in_a_forgotten_session_is_sent_once_more_in_a_new_one() {
     let stage = stage().await;
     let first = stage.outside.actor(Counter::new(5)).spawn().await.unwrap();

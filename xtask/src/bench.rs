@@ -14,7 +14,7 @@ use crate::workspace::{SHARED_BUILD, Workspace};
 use crate::{EXIT_USAGE_OR_MISSING, progress, steps};
 
 /// What of `ray microbenchmark` has a row of ours.
-const PATTERNS: [&str; 1] = ["actor calls"];
+const PATTERNS: [&str; 3] = ["actor calls", "get calls", "put calls"];
 
 /// A rate by its name.
 #[derive(Debug, Clone, PartialEq)]

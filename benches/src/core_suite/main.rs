@@ -12,6 +12,7 @@ mod actors;
 mod calls;
 mod limits;
 mod memory;
+mod objects;
 mod outcome;
 mod spawning;
 
@@ -78,6 +79,7 @@ async fn main(cluster: Cluster, args: Vec<String>) -> mobula::Result<()> {
         memory::idle_processes(&mut outcome);
     }
     calls::measure(&cluster, &options, &mut outcome).await?;
+    objects::measure(&cluster, &options, &mut outcome).await?;
     spawning::measure(&cluster, &options, &mut outcome).await?;
     if options.wants("limit") {
         limits::measure(&options, &mut outcome)?;
