@@ -252,8 +252,18 @@ impl UntypedRef {
             .with_key(held.as_ref().map(HeldKey::key));
         let mut patience = Patience::default();
         loop {
-            let starting = limit.within(self.start(&cluster, call.clone()));
-            let (start, pending) = interest.unless_ended(self.id(), starting).await???;
+            let at_once = match interest.level() {
+                CancelLevel::None => self.start_now(&cluster, &call),
+                _ => None,
+            };
+            let (start, pending) = match at_once {
+                Some(started) => started,
+                None => {
+                    // Apart, so that the future of an ordinary call stays small.
+                    let starting = Box::pin(limit.within(self.start(&cluster, call.clone())));
+                    interest.unless_ended(self.id(), starting).await???
+                }
+            };
             if let Some(sent) = sent.take() {
                 // Whoever started it may be gone.
                 let _ = sent.send(());

@@ -10,7 +10,7 @@ use std::time::Duration;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::id::{ActorId, Incarnation, NodeId};
 use mobula_core::order::ActorAddress;
-use mobula_host::client::{CallClient, OutgoingCall, PendingCall, PendingStream};
+use mobula_host::client::{CallClient, CallRoute, OutgoingCall, PendingCall, PendingStream};
 use mobula_wire::control as api;
 
 use crate::cluster::Cluster;
@@ -38,7 +38,7 @@ struct RefInner {
 
 #[derive(Default)]
 struct Route {
-    address: Option<ActorAddress>,
+    known: Option<CallRoute>,
     /// A start that did not take a call; a newer one is hoped for.
     failed: Option<Incarnation>,
 }
@@ -77,9 +77,9 @@ impl UntypedRef {
     ) -> Result<(Incarnation, PendingCall)> {
         let calls = client(cluster).await?;
         let mut route = self.0.route.lock().await;
-        let address = self.address(cluster, &mut route).await?;
-        let pending = calls.start(address, call).await;
-        Ok((address.incarnation, pending))
+        let known = self.find(cluster, &mut route).await?;
+        let pending = calls.start_on(known, call).await;
+        Ok((known.incarnation(), pending))
     }
 
     /// The same for a call that brings several values, of which `window` may wait here.
@@ -91,33 +91,44 @@ impl UntypedRef {
     ) -> Result<(Incarnation, PendingStream)> {
         let calls = client(cluster).await?;
         let mut route = self.0.route.lock().await;
-        let address = self.address(cluster, &mut route).await?;
-        let pending = calls.start_stream(address, call, window).await;
-        Ok((address.incarnation, pending))
+        let known = self.find(cluster, &mut route).await?;
+        let pending = calls.start_stream_on(known, call, window).await;
+        Ok((known.incarnation(), pending))
     }
 
-    async fn address<'a>(
+    /// The same if nothing has to be waited for, as is nearly always so: the actor is where it was,
+    /// and there is room for the call.
+    pub(crate) fn start_now(
         &self,
         cluster: &Cluster,
-        route: &'a mut Route,
-    ) -> Result<&'a ActorAddress> {
-        if route.address.is_none() {
+        call: &OutgoingCall,
+    ) -> Option<(Incarnation, PendingCall)> {
+        // Fails if somebody waits for the route: this call's place is behind that one's.
+        let route = self.0.route.try_lock().ok()?;
+        let known = route.known.as_ref()?;
+        let calls = cluster.ready_calls()?;
+        let pending = calls.try_start_on(known, &mut Some(call.clone()))?;
+        Some((known.incarnation(), pending))
+    }
+
+    async fn find<'a>(&self, cluster: &Cluster, route: &'a mut Route) -> Result<&'a CallRoute> {
+        if route.known.is_none() {
             // Rare, and large: boxed, so that it is no part of every call.
             let resolving = Box::pin(resolve(cluster, self.0.id, route.failed));
-            route.address = Some(resolving.await?);
+            route.known = Some(CallRoute::new(&resolving.await?)?);
         }
-        Ok(route.address.as_ref().expect("it was put there just now"))
+        Ok(route.known.as_ref().expect("it was put there just now"))
     }
 
     /// Has the next call look for a newer start than this one.
     pub(crate) async fn mark_failed(&self, start: Incarnation) {
         let mut route = self.0.route.lock().await;
         if route
-            .address
+            .known
             .as_ref()
-            .is_some_and(|address| address.incarnation == start)
+            .is_some_and(|known| known.incarnation() == start)
         {
-            route.address = None;
+            route.known = None;
         }
         route.failed = route.failed.max(Some(start));
     }
