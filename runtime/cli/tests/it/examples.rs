@@ -59,7 +59,14 @@ fn parallel_pi_runs_embedded_and_submitted_with_the_same_answer() {
 }
 
 /// Examples that check what they show themselves, and what they print at their end.
-const CHECKED: [(&str, &str); 1] = [("concurrency", "loaders at once")];
+const CHECKED: [(&str, &str); 6] = [
+    ("concurrency", "loaders at once"),
+    ("streaming", "streamed"),
+    ("cancellation", "all cancelled"),
+    ("durable_counter", "counted to 100 with 100 increments"),
+    ("errors", "all errors told apart"),
+    ("names", "the books are right"),
+];
 
 #[test]
 fn examples_that_check_themselves_run_embedded_and_submitted() {

@@ -9,6 +9,7 @@
 mod bad_input;
 mod chaos;
 mod configs;
+mod exactly_once;
 mod examples;
 mod heads;
 mod in_process;

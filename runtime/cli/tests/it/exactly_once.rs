@@ -1,0 +1,66 @@
+//! The process of a durable counter dies again and again under `exactly_once` increments, and each
+//! counts once.
+
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::Value;
+
+use crate::examples::example;
+use crate::support::{TestCluster, kill_9, wait_for};
+
+/// `MOBULA_TEST_INCREMENTS` and `MOBULA_TEST_SEED` choose others.
+const INCREMENTS: u64 = 10_000;
+
+fn from_env(variable: &str, default: u64) -> u64 {
+    std::env::var(variable)
+        .ok()
+        .map_or(default, |text| text.parse().unwrap())
+}
+
+/// The counter's process, once it is not the one that was killed last; `None` when the job is over.
+fn next_victim(cluster: &TestCluster, job: &str, last: Option<u32>) -> Option<u32> {
+    wait_for("another start of the counter", || {
+        let shown = cluster.run(&["jobs", "show", job, "--json"]);
+        let shown: Value = serde_json::from_slice(&shown.stdout).ok()?;
+        if shown["ended_ms"].is_u64() {
+            return Some(None);
+        }
+        let output = cluster.run(&["actors", "list", "--job", job, "--json"]);
+        let actors: Value = serde_json::from_slice(&output.stdout).ok()?;
+        let counter = actors.as_array()?.iter().find(|actor| {
+            actor["type_name"] == "durable_counter::Counter" && actor["state"] == "running"
+        })?;
+        let pid = u32::try_from(counter["pid"].as_u64()?).ok()?;
+        (Some(pid) != last).then_some(Some(pid))
+    })
+}
+
+#[test]
+fn increments_count_exactly_once_however_often_the_counter_is_killed() {
+    let seed = from_env("MOBULA_TEST_SEED", rand::random());
+    let increments = from_env("MOBULA_TEST_INCREMENTS", INCREMENTS);
+    println!("MOBULA_TEST_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let cluster = TestCluster::up(2);
+    let program = example("durable_counter");
+    let count = increments.to_string();
+    let job = cluster.json(&["submit", program.to_str().unwrap(), "--", &count])["job"].clone();
+    let job = format!("job-{job}");
+
+    let mut kills = 0;
+    let mut last = None;
+    while let Some(pid) = next_victim(&cluster, &job, last) {
+        // Somewhere in its life: as it starts, or well into its calls.
+        std::thread::sleep(Duration::from_millis(random.random_range(0..1200)));
+        // It may have ended by itself meanwhile, and its number is not given out again so soon.
+        kill_9(pid);
+        kills += 1;
+        last = Some(pid);
+    }
+    let result = cluster.result_of(&job);
+    assert_eq!(result["n"], increments, "after {kills} kills, seed {seed}");
+    assert!(kills >= 3, "only {kills} kills: count further");
+    println!("{increments} increments, {kills} kills");
+}
