@@ -12,7 +12,7 @@ use mobula_core::control::ModuleId;
 use mobula_core::id::{ActorId, Incarnation, JobId};
 use mobula_core::spec::ActorSpec;
 use mobula_host::client::CallClient;
-use mobula_host::{ActorContext, HostRuntime, Notice};
+use mobula_host::{ActorContext, HostRuntime, Notice, TaskContext};
 use mobula_wire::control as api;
 use mobula_wire::host::HostRole;
 use mobula_wire::session::StorageLocation;
@@ -25,6 +25,8 @@ use crate::creation::Creations;
 use crate::embedded::LocalCluster;
 use crate::error::{Error, Result};
 use crate::job::{JobBuilder, JobHandle};
+use crate::task::pool::TaskPools;
+use crate::task::{Task, TaskBuilder};
 
 /// A cluster, and in it a job, as far as the process has one. Clones are the same.
 #[derive(Clone)]
@@ -40,6 +42,8 @@ pub(crate) struct ClusterInner {
     pub(crate) place: Place,
     /// Actors that wait to be created together.
     pub(crate) creations: Arc<Creations>,
+    /// The tasks that this process has submitted.
+    pub(crate) tasks: TaskPools,
     /// A cluster of our own, which ends with the last clone.
     pub(crate) embedded: Option<LocalCluster>,
 }
@@ -127,7 +131,7 @@ impl Cluster {
         }
     }
 
-    fn required_job(&self) -> Result<JobId> {
+    pub(crate) fn required_job(&self) -> Result<JobId> {
         self.job.ok_or_else(|| {
             Error::NotInCluster(
                 "actors belong to a job, and this process is none's driver: run it with `mobula \
@@ -186,6 +190,11 @@ impl Cluster {
             )));
         }
         Ok(ActorRef::from_id(self, ActorId(actor.id)))
+    }
+
+    /// Describes a task to submit: `cluster.task(square(3)).submit()`.
+    pub fn task<T>(&self, task: Task<T>) -> TaskBuilder<T> {
+        TaskBuilder::new(self.clone(), task)
     }
 
     pub(crate) async fn create_actors(
@@ -448,5 +457,17 @@ impl ContextExt for ActorContext {
                 .yield_actor(self.actor(), self.incarnation())
                 .await
         })
+    }
+}
+
+/// What the SDK adds to a task's context.
+pub trait TaskContextExt {
+    /// The cluster, in the task's own job: what the task submits and creates is fenced by its slot.
+    fn cluster(&self) -> Cluster;
+}
+
+impl TaskContextExt for TaskContext {
+    fn cluster(&self) -> Cluster {
+        self.slot().cluster()
     }
 }

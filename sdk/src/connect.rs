@@ -25,6 +25,7 @@ use crate::cluster::{Cluster, ClusterInner, Place};
 use crate::control::{Access, Control};
 use crate::embedded::LocalCluster;
 use crate::error::{Error, Result};
+use crate::task::pool::TaskPools;
 
 /// How long a program inside the cluster goes on without any head: as long as actors must.
 const RETRY_WINDOW_INSIDE: Duration = Duration::from_secs(600);
@@ -117,6 +118,7 @@ impl Cluster {
             control,
             place: Place::Inside(runtime),
             creations: Arc::default(),
+            tasks: TaskPools::default(),
             embedded: None,
         };
         Ok(Cluster {
@@ -166,6 +168,7 @@ impl Cluster {
                 control,
                 place,
                 creations: Arc::default(),
+                tasks: TaskPools::default(),
                 embedded,
             }),
             job: None,

@@ -2,9 +2,11 @@
 
 use std::fmt;
 
+use mobula_core::codec;
 use mobula_core::error::{CallError, ErrorCode, Executed};
 use mobula_core::object::ObjectError;
 use mobula_host::StateError;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// What most functions of this crate return.
@@ -105,6 +107,17 @@ impl Error {
     pub fn code(&self) -> Option<ErrorCode> {
         match self {
             Error::Control { code, .. } => Some(*code),
+            _ => None,
+        }
+    }
+
+    /// The error that the user's own method or task returned, if it is one and of this type.
+    #[must_use]
+    pub fn user_error<E: DeserializeOwned>(&self) -> Option<E> {
+        match self {
+            Error::Call(CallError::User { payload, .. }) => {
+                codec::decode(payload, payload.len()).ok()
+            }
             _ => None,
         }
     }

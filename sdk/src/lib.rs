@@ -36,6 +36,7 @@
 //! * [`object`]: values that are put once and read by reference.
 //! * [`mod@actor`]: creating actors and referring to them; [`call`]: calling them; [`stream`]: calls
 //!   that bring several values.
+//! * [`mod@task`]: functions that run somewhere in the cluster.
 //! * [`job`]: programs that run on a cluster. [`process`]: what `#[mobula::main]` does;
 //!   [`embedded`]: a cluster for one program.
 //! * [`error`]: what can go wrong, and whether it took effect.
@@ -64,6 +65,7 @@ pub mod process;
 mod reference;
 pub mod stream;
 mod upload;
+pub mod task;
 
 #[doc(hidden)]
 #[path = "private.rs"]
@@ -77,13 +79,14 @@ pub use job::JobHandle;
 pub use mobula_core as core;
 pub use mobula_host::CallScope;
 pub use mobula_host::actor::run_blocking;
-pub use mobula_host::{ActorContext, ActorState, Notice, StateError};
-pub use mobula_macros::{actor, main};
+pub use mobula_host::{ActorContext, ActorState, Notice, StateError, TaskContext};
+pub use mobula_macros::{actor, main, task};
 pub use mobula_wire::session::StorageLocation;
 pub use object::{ObjectRef, Waited};
 pub use plain::Plain;
 pub use stream::{ItemStream, StreamCall, StreamOf};
 pub use upload::UploadProgress;
+pub use task::{Task, TaskBuilder};
 
 /// The pages of `docs/` whose code is compiled with the SDK's tests.
 #[cfg(doctest)]

@@ -16,6 +16,7 @@ use bytes::Bytes;
 use mobula_core::codec;
 use mobula_core::error::Executed;
 use mobula_core::object::{ObjectError, ObjectId};
+use mobula_host::TaskContext;
 use mobula_host::objects::{Object, ObjectTable, Value, holding, wait_for};
 use mobula_wire::object::{Format, Reference};
 use serde::de::DeserializeOwned;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::plain;
+use crate::task::scope::waiting;
 
 /// A reference to a value of type `T` that some process has put or will produce. Clones are cheap.
 pub struct ObjectRef<T> {
@@ -74,7 +76,7 @@ impl<T: DeserializeOwned + 'static> ObjectRef<T> {
     pub async fn get(&self) -> Result<T> {
         let outcome = match self.object.outcome() {
             Some(outcome) => outcome,
-            None => self.object.wait().await,
+            None => waiting(self.object.wait()).await,
         };
         match outcome? {
             Value::Inline(payload) => self.decode(payload.format, &payload.bytes),
@@ -137,7 +139,7 @@ impl Cluster {
     ) -> Result<Waited<T>> {
         let objects: Vec<&Object> = references.iter().map(ObjectRef::object).collect();
         // Past the timeout the answer says how far it got.
-        let _ = tokio::time::timeout(timeout, wait_for(&objects, count)).await;
+        let _ = tokio::time::timeout(timeout, waiting(wait_for(&objects, count))).await;
         let (ready, pending) = references
             .iter()
             .cloned()
@@ -191,11 +193,15 @@ impl<T> Serialize for ObjectRef<T> {
 impl<'de, T> Deserialize<'de> for ObjectRef<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         let reference = Reference::deserialize(deserializer)?;
-        let objects = mobula_host::objects::current().ok_or_else(|| {
-            serde::de::Error::custom(
-                "a reference to an object can be read in a process of its job only",
-            )
-        })?;
+        let of_task =
+            TaskContext::current().and_then(|task| task.slot().runtime().objects().cloned());
+        let objects = of_task
+            .or_else(mobula_host::objects::current)
+            .ok_or_else(|| {
+                serde::de::Error::custom(
+                    "a reference to an object can be read in a process of its job only",
+                )
+            })?;
         Ok(ObjectRef::from_object(objects.import(&reference)))
     }
 }

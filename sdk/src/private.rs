@@ -10,8 +10,11 @@ pub use mobula_host::actor::{
     Access, ActorBody, Concurrency, ConcurrentActor, Dispatching, DynActor, MethodCall, MethodError,
 };
 pub use mobula_host::inventory;
+use mobula_host::objects::capture;
 pub use mobula_host::registry::{ActorType, ConstructError};
 use mobula_host::reply::{ItemSender, SendItemError};
+pub use mobula_host::tasks::{TaskCall, TaskType};
+use mobula_host::tasks::{TaskContext, encode_outcome};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -19,6 +22,8 @@ use crate::actor::{Actor, ActorRef, Init};
 use crate::call::{Call, FallibleCall, Prepared};
 use crate::error::Error;
 use crate::stream::StreamCall;
+use crate::task::Task;
+pub use crate::task::TaskDefaults;
 
 /// What a registered constructor returns.
 pub type Constructing = BoxFuture<'static, Result<ActorBody, ConstructError>>;
@@ -67,15 +72,17 @@ pub fn outcome<T: Serialize, E: Serialize + Display>(
 ) -> Result<Vec<u8>, MethodError> {
     match outcome {
         Ok(returned) => value(method, returned),
-        Err(error) => {
-            let payload = codec::encode(error).map_err(|reason| {
-                MethodError::ResultLost(format!("error of `{method}` ({error}): {reason}"))
-            })?;
-            Err(MethodError::User {
-                payload,
-                message: error.to_string(),
-            })
-        }
+        Err(error) => Err(user_error(method, error)),
+    }
+}
+
+fn user_error<E: Serialize + Display>(method: &str, error: &E) -> MethodError {
+    match codec::encode(error) {
+        Ok(payload) => MethodError::User {
+            payload,
+            message: error.to_string(),
+        },
+        Err(reason) => MethodError::ResultLost(format!("error of `{method}` ({error}): {reason}")),
     }
 }
 
@@ -158,4 +165,30 @@ pub async fn send_items<T: Serialize>(
         }
     }
     Ok(Vec::new())
+}
+
+/// What a registered task's function returns.
+pub type Executing = BoxFuture<'static, Result<Vec<u8>, MethodError>>;
+
+/// Describes a task by its arguments.
+pub fn task<T, A: Serialize>(defaults: &'static TaskDefaults, arguments: &A) -> Task<T> {
+    let (encoded, references) = capture(|| codec::encode(arguments));
+    let encoded = encoded.map_err(|error| format!("its arguments: {error}"));
+    Task::new(defaults, encoded, references)
+}
+
+/// Writes a task's value.
+pub fn task_value<T: Serialize>(context: &TaskContext, value: &T) -> Result<Vec<u8>, MethodError> {
+    encode_outcome(context, value)
+}
+
+/// Writes a task's value, or its own error.
+pub fn task_outcome<T: Serialize, E: Serialize + Display>(
+    context: &TaskContext,
+    outcome: &Result<T, E>,
+) -> Result<Vec<u8>, MethodError> {
+    match outcome {
+        Ok(returned) => encode_outcome(context, returned),
+        Err(error) => Err(user_error(context.name(), error)),
+    }
 }

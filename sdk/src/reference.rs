@@ -165,7 +165,7 @@ async fn resolve(
 }
 
 /// The address in the head's answer; `None` while the actor is on its way.
-fn address_of(id: ActorId, actor: &api::Actor) -> Result<Option<ActorAddress>> {
+pub(crate) fn address_of(id: ActorId, actor: &api::Actor) -> Result<Option<ActorAddress>> {
     if actor.state == "ended" {
         return Err(Error::Call(CallError::ActorDied {
             actor: id.to_string(),

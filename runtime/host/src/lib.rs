@@ -8,6 +8,7 @@
 //!   methods of one actor at once; [`supervision`]: starts, ends, panics.
 //! * [`scope`]: what a running method knows about its call; [`state`]: what a durable actor keeps;
 //!   [`answers`]: its answers to `exactly_once` calls.
+//! * [`tasks`]: functions that are called by name, in slots.
 //! * [`calls`]: answering calls from other processes; [`reply`]: the duty to answer one.
 //! * [`client`]: making calls; [`pending`]: calls whose answer is still to come.
 //! * [`objects`]: values that processes share by reference.
@@ -39,12 +40,14 @@ pub mod scope;
 mod shell;
 pub mod state;
 pub mod supervision;
+pub mod tasks;
 
 pub use actor::{Access, ActorBody, ConcurrentActor, DynActor, MethodCall, MethodError};
 pub use context::{ActorContext, HostInfo, HostRuntime, Notice};
 pub use registry::{ActorType, Registry};
 pub use scope::CallScope;
 pub use state::{ActorState, StateError};
+pub use tasks::TaskContext;
 
 #[doc(hidden)]
 pub use inventory;

@@ -25,6 +25,7 @@ use crate::concurrent::ConcurrentRunner;
 use crate::context::ActorContext;
 use crate::method::Begun;
 use crate::reply::Reply;
+use crate::tasks::slot::SlotRunner;
 
 /// When a call is over, answered or not.
 #[derive(Debug, Clone, Copy)]
@@ -99,6 +100,8 @@ pub(crate) enum Intake {
     Serial(Arc<SerialIntake>),
     /// To tasks of their own.
     Concurrent(Arc<ConcurrentRunner>),
+    /// To the thread of a slot.
+    Slot(Arc<SlotRunner>),
 }
 
 /// One running incarnation of an actor, seen from outside.
@@ -130,6 +133,7 @@ impl Mailbox {
         let serial = match &self.intake {
             Intake::Serial(serial) => serial,
             Intake::Concurrent(runner) => return runner.admit(call),
+            Intake::Slot(slot) => return slot.admit(call),
         };
         let Ok(permit) = Arc::clone(&serial.permits).try_acquire_owned() else {
             let error = overloaded(self.actor, serial.capacity);
@@ -144,6 +148,8 @@ impl Mailbox {
         let waits = match &self.intake {
             Intake::Serial(serial) => &serial.notice_waits,
             Intake::Concurrent(runner) => &runner.notice_waits,
+            // What runs may have its time; whoever has more finds another slot.
+            Intake::Slot(slot) => return slot.shut("its node will be gone soon"),
         };
         if waits.swap(true, Ordering::AcqRel) {
             return;
@@ -153,13 +159,16 @@ impl Mailbox {
                 drop(self.ractor.send_message(Envelope::Notice { deadline_ms }));
             }
             Intake::Concurrent(runner) => runner.notify(deadline_ms),
+            Intake::Slot(_) => {}
         }
     }
 
     /// Ends the actor at its next await.
     pub(crate) fn kill(&self) {
-        if let Intake::Concurrent(runner) = &self.intake {
-            runner.kill();
+        match &self.intake {
+            Intake::Serial(_) => {}
+            Intake::Concurrent(runner) => runner.kill(),
+            Intake::Slot(slot) => slot.kill(),
         }
         self.ractor.kill();
     }

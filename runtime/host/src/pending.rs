@@ -5,12 +5,14 @@
 //!    all the same. Dropping a [`PendingStream`] cancels the call.
 //! 2. A deadline that passes says *not executed* only if the call was never sent.
 
-use std::future::poll_fn;
-use std::task::{Context, Poll};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::id::ActorId;
+use tokio::time::Sleep;
 
 use crate::host_stream::SentCall;
 use crate::mailbox::Deadline;
@@ -79,6 +81,8 @@ pub struct PendingCall {
     actor: ActorId,
     deadline: Option<Deadline>,
     route: Route,
+    /// Runs out at the deadline; made when it is first waited for.
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl PendingCall {
@@ -87,6 +91,7 @@ impl PendingCall {
             actor,
             deadline,
             route,
+            timer: None,
         }
     }
 
@@ -97,14 +102,22 @@ impl PendingCall {
 
     /// The same for whoever may yet [`PendingCall::cancel`] it. The answer is given out once.
     pub async fn wait(&mut self) -> CallResult {
-        let answer = poll_fn(|context| self.route.poll_answer(context));
-        let Some(deadline) = self.deadline else {
-            return answer.await;
-        };
-        match tokio::time::timeout_at(deadline.at, answer).await {
-            Ok(result) => result,
-            Err(_) => Err(deadline.error(self.actor, self.route.give_up())),
+        poll_fn(|context| self.poll_answer(context)).await
+    }
+
+    /// The same for whoever waits for many.
+    pub fn poll_answer(&mut self, context: &mut Context<'_>) -> Poll<CallResult> {
+        if let Poll::Ready(result) = self.route.poll_answer(context) {
+            return Poll::Ready(result);
         }
+        let Some(deadline) = self.deadline else {
+            return Poll::Pending;
+        };
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline.at)));
+        ready!(timer.as_mut().poll(context));
+        Poll::Ready(Err(deadline.error(self.actor, self.route.give_up())))
     }
 
     /// Says that the call is not wanted any more. It is answered all the same:

@@ -9,6 +9,7 @@ use futures::future::BoxFuture;
 
 use crate::actor::ActorBody;
 use crate::context::ActorContext;
+use crate::tasks::registry::TaskRegistry;
 
 /// Why a constructor brought no actor.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,27 +39,31 @@ pub struct ActorType {
 
 inventory::collect!(ActorType);
 
-/// Two types of one program have the same name.
+/// Two actor types, or two tasks, of one program have the same name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "two actor types of this program are named `{name}`: give one of them another name with \
-     #[mobula::actor(name = \"...\")]"
+    "two {kind}s of this program are named `{name}`: give one of them another name with \
+     #[mobula::{kind}(name = \"...\")]"
 )]
 pub struct DuplicateTypeError {
+    /// `actor` or `task`.
+    pub kind: &'static str,
     /// The name.
     pub name: &'static str,
 }
 
-/// Actor types by name.
+/// Actor types and tasks by name.
 #[derive(Clone, Default)]
 pub struct Registry {
     types: BTreeMap<&'static str, ActorType>,
+    tasks: TaskRegistry,
 }
 
 impl Registry {
-    /// All types that are linked into this program.
+    /// All types and tasks that are linked into this program.
     pub fn of_this_program() -> Result<Self, DuplicateTypeError> {
-        Registry::new(inventory::iter::<ActorType>.into_iter().copied())
+        let types = Registry::new(inventory::iter::<ActorType>.into_iter().copied())?;
+        Ok(types.with_tasks(TaskRegistry::of_this_program()?))
     }
 
     /// Only these types.
@@ -67,11 +72,24 @@ impl Registry {
         for actor_type in types {
             if registry.types.insert(actor_type.name, actor_type).is_some() {
                 return Err(DuplicateTypeError {
+                    kind: "actor",
                     name: actor_type.name,
                 });
             }
         }
         Ok(registry)
+    }
+
+    /// The same types, and these tasks.
+    #[must_use]
+    pub fn with_tasks(self, tasks: TaskRegistry) -> Self {
+        Registry { tasks, ..self }
+    }
+
+    /// The tasks.
+    #[must_use]
+    pub fn tasks(&self) -> &TaskRegistry {
+        &self.tasks
     }
 
     /// The type of this name.
@@ -80,7 +98,7 @@ impl Registry {
         self.types.get(name).copied()
     }
 
-    /// All names, in order.
+    /// The names of all actor types, in order.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
         self.types.keys().map(|name| (*name).to_owned()).collect()
@@ -109,7 +127,13 @@ mod tests {
             durable: false,
         };
         let error = Registry::new([actor_type, actor_type]).unwrap_err();
-        assert_eq!(error, DuplicateTypeError { name: "a" });
+        assert_eq!(
+            error,
+            DuplicateTypeError {
+                kind: "actor",
+                name: "a"
+            }
+        );
         let registry = Registry::new([actor_type]).unwrap();
         assert_eq!(registry.names(), ["a"]);
         assert!(registry.get("b").is_none());

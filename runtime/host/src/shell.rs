@@ -16,6 +16,7 @@ use crate::mailbox::{Envelope, Intake, Mailbox, SerialIntake, run_call};
 use crate::registry::ConstructError;
 use crate::state::{ActorState, StateError};
 use crate::supervision::{ActorEvent, ActorTable};
+use crate::tasks::slot::{SLOT_TYPE, SlotRunner};
 
 /// The longest text of a panic or failure that is reported; the log has all of it.
 const REASON_BYTES_MAX: usize = 4096;
@@ -42,6 +43,8 @@ enum Body {
     },
     /// Its calls do not come this way.
     Concurrent(Arc<ConcurrentRunner>),
+    /// Neither do these.
+    Slot(Arc<SlotRunner>),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +64,8 @@ enum StartupError {
     Construct(ConstructError),
     #[error(transparent)]
     State(#[from] StateError),
+    #[error("the system gives the slot no thread: {0}")]
+    SlotThread(std::io::Error),
 }
 
 /// Takes over what the actor's earlier starts have kept.
@@ -96,39 +101,32 @@ impl Actor for ActorShell {
         let ActorKind::Actor { type_name } = spec.kind else {
             return Err(StartupError::IsDriver.into());
         };
-        let actor_type =
-            table
-                .registry()
+        let runtime = Arc::clone(table.runtime());
+        let capacity = spec.mailbox_capacity;
+        let (context, body, intake) = if type_name == SLOT_TYPE {
+            let context = ActorContext::new(actor, incarnation, spec.name, runtime);
+            let tasks = table.registry().tasks().clone();
+            let slot = SlotRunner::start(context.clone(), spec.resources, tasks, capacity)
+                .map_err(StartupError::SlotThread)?;
+            (context, Body::Slot(Arc::clone(&slot)), Intake::Slot(slot))
+        } else {
+            let registry = table.registry();
+            let actor_type = registry
                 .get(&type_name)
                 .ok_or_else(|| StartupError::UnknownType {
-                    known: table.registry().names().join(", "),
+                    known: registry.names().join(", "),
                     name: type_name,
                 })?;
-        let runtime = Arc::clone(table.runtime());
-        let state = match actor_type.durable {
-            true => restore(&runtime, actor, incarnation).await?,
-            false => ActorState::default(),
-        };
-        let context = ActorContext::with_state(actor, incarnation, spec.name, runtime, state);
-        let constructed = (actor_type.constructor)(spec.init, context.clone())
-            .await
-            .map_err(StartupError::Construct)?;
-
-        let capacity = spec.mailbox_capacity;
-        let (body, intake) = match constructed {
-            ActorBody::Serial(actor) => {
-                let intake = Arc::new(SerialIntake::new(capacity));
-                let body = Body::Serial {
-                    actor,
-                    intake: Arc::clone(&intake),
-                };
-                (body, Intake::Serial(intake))
-            }
-            ActorBody::Concurrent(actor, concurrency) => {
-                let runner = ConcurrentRunner::new(actor, concurrency, context.clone(), capacity);
-                let body = Body::Concurrent(Arc::clone(&runner));
-                (body, Intake::Concurrent(runner))
-            }
+            let state = match actor_type.durable {
+                true => restore(&runtime, actor, incarnation).await?,
+                false => ActorState::default(),
+            };
+            let context = ActorContext::with_state(actor, incarnation, spec.name, runtime, state);
+            let constructed = (actor_type.constructor)(spec.init, context.clone())
+                .await
+                .map_err(StartupError::Construct)?;
+            let (body, intake) = around(constructed, &context, capacity);
+            (context, body, intake)
         };
         let mailbox = Arc::new(Mailbox::new(context.clone(), myself.clone(), intake));
         if !table.enter(mailbox.clone()) {
@@ -152,6 +150,7 @@ impl Actor for ActorShell {
         match &mut running.body {
             Body::Serial { actor, .. } => actor.started(&running.context).await,
             Body::Concurrent(runner) => runner.started().await,
+            Body::Slot(_) => {}
         }
         Ok(())
     }
@@ -187,8 +186,28 @@ impl Actor for ActorShell {
         match &mut running.body {
             Body::Serial { actor, .. } => actor.on_stop(&running.context).await,
             Body::Concurrent(runner) => runner.stopped().await,
+            Body::Slot(slot) => slot.stopped().await,
         }
         Ok(())
+    }
+}
+
+/// What a constructed actor is to its ractor actor, and where its mailbox puts its calls.
+fn around(constructed: ActorBody, context: &ActorContext, capacity: u32) -> (Body, Intake) {
+    match constructed {
+        ActorBody::Serial(actor) => {
+            let intake = Arc::new(SerialIntake::new(capacity));
+            let body = Body::Serial {
+                actor,
+                intake: Arc::clone(&intake),
+            };
+            (body, Intake::Serial(intake))
+        }
+        ActorBody::Concurrent(actor, concurrency) => {
+            let runner = ConcurrentRunner::new(actor, concurrency, context.clone(), capacity);
+            let body = Body::Concurrent(Arc::clone(&runner));
+            (body, Intake::Concurrent(runner))
+        }
     }
 }
 

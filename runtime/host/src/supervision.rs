@@ -376,6 +376,23 @@ impl ActorTable {
             }
         }
         match &mailbox.intake {
+            Intake::Slot(slot) => {
+                let slot = Arc::clone(slot);
+                let table = Arc::clone(self);
+                // Its resources are in use until its thread has let go of the last task.
+                self.tasks.spawn(async move {
+                    slot.kill();
+                    slot.ended().await;
+                    let ending = mailbox.context.ending();
+                    let reason = end.panic.map(ExitReason::Panicked).or(ending);
+                    let event = ActorEvent::Exited {
+                        actor,
+                        incarnation,
+                        reason: reason.unwrap_or(ExitReason::Completed),
+                    };
+                    table.report(event).await;
+                });
+            }
             Intake::Serial(serial) => {
                 let waiting = serial.in_flight.lock().take();
                 let reason = match end.panic {

@@ -3,7 +3,8 @@
 //! * [`frame`]: the envelope of everything that is not gRPC; [`frame_queue`]: frames on their way
 //!   out; [`hello`]: how a stream begins.
 //! * [`session`]: worker agent and leader. [`host`]: agent and host process. [`call`]: calls of
-//!   actors; [`same_machine`]: how they change over to a Unix socket.
+//!   actors; [`same_machine`]: how they change over to a Unix socket; [`task`]: what is in front of
+//!   a task's arguments.
 //! * [`object`]: values that processes share, their owners and holders. [`raft`]: heads among
 //!   each other.
 //! * [`control`]: the gRPC control API, generated from `proto/mobula/v1/control.proto`;
@@ -23,6 +24,7 @@ pub mod object;
 pub mod raft;
 pub mod same_machine;
 pub mod session;
+pub mod task;
 
 pub use mobula_core::codec;
 

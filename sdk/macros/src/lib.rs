@@ -7,6 +7,7 @@ mod actor;
 mod entry;
 mod method;
 mod options;
+mod task;
 
 use proc_macro::TokenStream;
 
@@ -39,6 +40,27 @@ use proc_macro::TokenStream;
 #[proc_macro_attribute]
 pub fn actor(arguments: TokenStream, item: TokenStream) -> TokenStream {
     actor::expand(arguments.into(), item.into())
+        .unwrap_or_else(syn::Error::into_compile_error)
+        .into()
+}
+
+/// Makes a function a task: one execution of it is submitted with `cluster.task(square(3))` and
+/// runs in a slot of some worker.
+///
+/// * The function is `async` or not: it runs on a thread of its slot, so it may compute as long as
+///   it likes. It may take `ctx: &TaskContext` first. Arguments and value are owned and implement
+///   serde's traits; a `Result<T, E>` is a task of `T` that may fail with that `E`.
+/// * In its place stands a function of the same name and arguments that only *describes* the task:
+///   `square(3)` is a `Task<u64>`.
+/// * An argument whose type is written `ObjectRef<T>` is waited for: the task is sent when its
+///   value is there, and fails if that failed.
+/// * `#[mobula::task(cpus = 1, gpus = 0.5, memory_bytes = 1048576, max_retries = 3,
+///   retry_errors = true, name = "shop.square")]`: what it needs, how often it is executed again
+///   when its process or node was lost (3 unless said otherwise), whether its own errors and panics
+///   are a reason too, and its name (otherwise its path).
+#[proc_macro_attribute]
+pub fn task(arguments: TokenStream, item: TokenStream) -> TokenStream {
+    task::expand(arguments.into(), item.into())
         .unwrap_or_else(syn::Error::into_compile_error)
         .into()
 }

@@ -280,7 +280,7 @@ fn read_mark(meta: &ParseNestedMeta<'_>, marks: &mut Marks) -> Result<()> {
     Ok(())
 }
 
-fn read_output(output: &ReturnType, purpose: Purpose, actor: &Type) -> Result<Output> {
+pub(crate) fn read_output(output: &ReturnType, purpose: Purpose, actor: &Type) -> Result<Output> {
     let ReturnType::Type(_, returned) = output else {
         return Ok(Output::Value(quote::quote!(())));
     };
@@ -359,19 +359,22 @@ fn is_context(argument: &Type) -> bool {
     let Type::Reference(reference) = argument else {
         return false;
     };
-    let Type::Path(path) = &*reference.elem else {
+    reference.mutability.is_none() && names_type(&reference.elem, "ActorContext")
+}
+
+/// Whether a type is written as a path that ends in `name`.
+pub(crate) fn names_type(part: &Type, name: &str) -> bool {
+    let Type::Path(path) = part else {
         return false;
     };
-    reference.mutability.is_none()
-        && path
-            .path
-            .segments
-            .last()
-            .is_some_and(|last| last.ident == "ActorContext")
+    path.path
+        .segments
+        .last()
+        .is_some_and(|last| last.ident == name)
 }
 
 /// Refuses references and `impl Trait`, wherever in the type they stand.
-fn check_owned(part: &Type, what: &str) -> Result<()> {
+pub(crate) fn check_owned(part: &Type, what: &str) -> Result<()> {
     fn find(tokens: TokenStream, what: &str) -> Result<()> {
         for token in tokens {
             match token {

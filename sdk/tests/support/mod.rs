@@ -18,9 +18,10 @@ use mobula_core::error::ErrorCode;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{HostId, NodeId};
 use mobula_core::order::StartActor;
-use mobula_core::spec::{ActorSpec, Program};
+use mobula_core::spec::{ActorKind, ActorSpec, Program};
 use mobula_host::calls::serve_calls;
 use mobula_host::client::CallClient;
+use mobula_host::objects::ObjectTable;
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_host::{HostInfo, HostRuntime, Registry};
 use mobula_net::endpoint::Endpoint;
@@ -40,6 +41,12 @@ fn an_hour() -> Validity {
     Validity::for_ttl(Duration::from_secs(3600))
 }
 
+fn slot_kind() -> ActorKind {
+    ActorKind::Actor {
+        type_name: mobula_host::tasks::SLOT_TYPE.to_owned(),
+    }
+}
+
 pub struct Head {
     ca: ClusterCa,
     table: Mutex<Option<Arc<ActorTable>>>,
@@ -50,6 +57,8 @@ pub struct Head {
     sessions: AtomicU64,
     /// How many answers to mutations are still to be lost.
     pub lose_replies: AtomicU32,
+    /// How many slots for tasks run at once; more stay pending.
+    pub slots_max: AtomicU32,
     /// Sessions below this one are forgotten.
     pub first_known_session: AtomicU64,
     /// Whether a lost reply takes its session along.
@@ -120,6 +129,17 @@ impl Head {
     async fn start(&self, id: u64) {
         let table = self.table.lock().unwrap().clone().unwrap();
         let spec = self.specs.lock().unwrap()[&id].clone();
+        if spec.kind == slot_kind() {
+            let limit = self.slots_max.load(Ordering::SeqCst) as usize;
+            let specs = self.specs.lock().unwrap();
+            let is_slot = |id: &u64| specs[id].kind == slot_kind();
+            let running = self.actors.borrow();
+            let live = |actor: &&api::Actor| actor.state != "ended" && actor.id != id;
+            let slots = running.values().filter(live).filter(|a| is_slot(&a.id));
+            if slots.count() >= limit {
+                return;
+            }
+        }
         let incarnation = u64::from(self.incarnations.fetch_add(1, Ordering::SeqCst));
         table
             .start_actor(StartActor {
@@ -351,7 +371,10 @@ pub async fn stage() -> Stage {
         .unwrap();
     runtime.set_credentials(credentials);
     let local = (endpoint.local_address(), Arc::downgrade(&table));
-    runtime.set_calls(CallClient::new(endpoint.clone(), Some(local)));
+    let calls = CallClient::new(endpoint.clone(), Some(local));
+    let address = endpoint.local_address().to_string();
+    runtime.set_objects(ObjectTable::start(address, calls.clone()));
+    runtime.set_calls(calls);
     tokio::spawn(serve_calls(endpoint.clone(), Arc::clone(&table), JOB));
 
     let token = Token::generate(Role::Client, ca.key_hash()).to_text();
@@ -364,6 +387,7 @@ pub async fn stage() -> Stage {
         incarnations: AtomicU32::new(1),
         sessions: AtomicU64::new(9),
         lose_replies: AtomicU32::new(0),
+        slots_max: AtomicU32::new(u32::MAX),
         first_known_session: AtomicU64::new(0),
         forgets_with_reply: AtomicBool::new(false),
         stamps: Mutex::default(),

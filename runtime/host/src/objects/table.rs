@@ -68,6 +68,14 @@ pub struct ObjectTable {
     tasks: Mutex<JoinSet<()>>,
 }
 
+impl ObjectValue {
+    /// Whether its bytes are in a node's memory, and so can be lost with it.
+    #[must_use]
+    pub fn is_stored(&self) -> bool {
+        matches!(self.value, WireValue::Stored(_))
+    }
+}
+
 impl ObjectTable {
     /// The objects of a process that takes calls at `call_address`. Must be called inside a tokio
     /// runtime.
@@ -458,6 +466,20 @@ impl Completer {
             WireValue::Stored(stored) => Value::Stored(stored),
         };
         self.table.settle(self.id, &self.entry, Ok(value));
+    }
+
+    /// The object has this encoded value, in which there are no references.
+    pub fn complete_encoded(mut self, bytes: Bytes) {
+        self.is_done = true;
+        let format = Format::Encoded;
+        let value = Value::Inline(Payload { format, bytes });
+        self.table.settle(self.id, &self.entry, Ok(value));
+    }
+
+    /// The object has this value; should its bytes be lost, `lineage` produces it again.
+    pub fn complete_recreatable(self, value: ObjectValue, lineage: Arc<dyn Lineage>) {
+        *self.entry.lineage.lock() = Some(lineage);
+        self.complete(value);
     }
 
     /// The object will never have a value.

@@ -1,0 +1,315 @@
+//! One submitted task, and what follows from the answer to an execution of it.
+//!
+//! Invariants:
+//! 1. A record completes its object exactly once, also when it is dropped.
+//! 2. What surely did not run is pushed again without counting; what may have run only as often as
+//!    its policy allows.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mobula_core::error::{CallError, Executed};
+use mobula_core::object::{ObjectError, ObjectId};
+use mobula_host::mailbox::Deadline;
+use mobula_host::objects::{Completer, Lineage, Object};
+use mobula_host::tasks::complete_with_outcome;
+use mobula_wire::task::TaskHead;
+
+/// How often a task may be refused by a slot that ends just then, or is full, before something must
+/// be wrong. Each refusal costs a slot, so this is reached by defects only.
+const REFUSALS_MAX: u32 = 1000;
+
+/// When a task is executed again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RetryPolicy {
+    /// How often at most.
+    pub(crate) max_retries: u32,
+    /// Whether its own errors and panics are a reason too.
+    pub(crate) retry_errors: bool,
+}
+
+/// What follows from an answer that is an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is pushed again.
+    Again,
+    /// The error is the task's result.
+    Final,
+}
+
+/// Where a task stands with its retries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tries {
+    pub(crate) policy: RetryPolicy,
+    /// Executions that have begun or may have.
+    executions: u32,
+    refusals: u32,
+}
+
+impl Tries {
+    pub(crate) fn new(policy: RetryPolicy) -> Self {
+        Tries {
+            policy,
+            executions: 0,
+            refusals: 0,
+        }
+    }
+
+    /// The number of the execution that is due, from 1.
+    pub(crate) fn attempt(&self) -> u32 {
+        self.executions + 1
+    }
+
+    /// Judges what an execution brought, and counts it.
+    pub(crate) fn judge(&mut self, error: &CallError) -> Verdict {
+        let may_run_again = match error {
+            CallError::ActorUnavailable { executed, .. }
+            | CallError::ActorDied { executed, .. } => match executed {
+                Executed::No => return self.refused(),
+                Executed::Yes | Executed::Unknown => true,
+            },
+            CallError::Overloaded { .. } => return self.refused(),
+            CallError::User { .. } | CallError::Panicked(_) => self.policy.retry_errors,
+            _ => false,
+        };
+        self.executions += 1;
+        if may_run_again && self.executions <= self.policy.max_retries {
+            Verdict::Again
+        } else {
+            Verdict::Final
+        }
+    }
+
+    fn refused(&mut self) -> Verdict {
+        self.refusals += 1;
+        if self.refusals <= REFUSALS_MAX {
+            Verdict::Again
+        } else {
+            Verdict::Final
+        }
+    }
+}
+
+/// Whether an error says that the slot itself is of no more use.
+pub(crate) fn ends_slot(error: &CallError) -> bool {
+    matches!(
+        error,
+        CallError::ActorUnavailable { .. } | CallError::ActorDied { .. }
+    )
+}
+
+/// What a task's error calls it.
+pub(crate) fn title(name: &str) -> String {
+    format!("task `{name}`")
+}
+
+/// An error of a call to a slot, as one of the task.
+fn about_task(name: &str, error: CallError, slot_end: Option<&str>) -> CallError {
+    let actor = title(name);
+    match error {
+        CallError::ActorUnavailable {
+            reason, executed, ..
+        }
+        | CallError::ActorDied {
+            reason, executed, ..
+        } => CallError::ActorDied {
+            actor,
+            reason: slot_end.map_or(reason, ToOwned::to_owned),
+            executed,
+        },
+        CallError::DeadlineExceeded {
+            limit_ms, executed, ..
+        } => CallError::DeadlineExceeded {
+            actor,
+            limit_ms,
+            executed,
+        },
+        CallError::Overloaded { capacity, .. } => CallError::Overloaded { actor, capacity },
+        CallError::Cancelled { executed, .. } => CallError::Cancelled { actor, executed },
+        other => other,
+    }
+}
+
+/// What is needed to execute a task: kept as long as it may have to be executed again.
+pub(crate) struct TaskDescription {
+    pub(crate) name: &'static str,
+    /// Head and arguments of the first execution.
+    payload: Bytes,
+    pub(crate) policy: RetryPolicy,
+    /// What the arguments refer to, so that it is there for every execution.
+    _references: Vec<Object>,
+}
+
+impl TaskDescription {
+    pub(crate) fn new(
+        name: &'static str,
+        arguments: &[u8],
+        policy: RetryPolicy,
+        references: Vec<Object>,
+    ) -> Self {
+        TaskDescription {
+            name,
+            payload: TaskHead { attempt: 1 }.join(arguments).into(),
+            policy,
+            _references: references,
+        }
+    }
+
+    fn payload(&self, attempt: u32) -> Bytes {
+        if attempt == 1 {
+            return self.payload.clone();
+        }
+        let (_, arguments) = TaskHead::split(self.payload.clone())
+            .expect("the payload was made with a head in front");
+        TaskHead { attempt }.join(&arguments).into()
+    }
+}
+
+/// A submitted task.
+pub(crate) struct TaskRecord {
+    pub(crate) task: Arc<TaskDescription>,
+    pub(crate) deadline: Option<Deadline>,
+    pub(crate) tries: Tries,
+    result: Completer,
+}
+
+impl TaskRecord {
+    pub(crate) fn new(
+        task: Arc<TaskDescription>,
+        deadline: Option<Deadline>,
+        result: Completer,
+    ) -> Self {
+        TaskRecord {
+            deadline,
+            tries: Tries::new(task.policy),
+            result,
+            task,
+        }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.task.name
+    }
+
+    /// The object that its value becomes.
+    pub(crate) fn object(&self) -> ObjectId {
+        self.result.id()
+    }
+
+    /// What is pushed for the execution that is due.
+    pub(crate) fn payload(&self) -> Bytes {
+        self.task.payload(self.tries.attempt())
+    }
+
+    /// An execution brought a value.
+    pub(crate) fn complete(
+        self,
+        outcome: Bytes,
+        lineage: impl FnOnce(Arc<TaskDescription>) -> Option<Arc<dyn Lineage>>,
+    ) {
+        let task = self.task;
+        let again = Arc::clone(&task);
+        let completed = complete_with_outcome(self.result, outcome, || lineage(again));
+        if let Err((result, reason)) = completed {
+            let error = format!("value of {}: {reason}", title(task.name));
+            result.fail(ObjectError::Failed(CallError::ResultLost(error)));
+        }
+    }
+
+    /// What it needs has no value, and so it has none.
+    pub(crate) fn fail_with(self, error: ObjectError) {
+        self.result.fail(error);
+    }
+
+    /// It was cancelled before it was pushed.
+    pub(crate) fn fail_cancelled(self) {
+        let error = CallError::Cancelled {
+            actor: String::new(),
+            executed: Executed::No,
+        };
+        self.fail(error, None);
+    }
+
+    /// Its time ran out before it was pushed.
+    pub(crate) fn fail_late(self, deadline: Deadline) {
+        let error = CallError::DeadlineExceeded {
+            actor: String::new(),
+            limit_ms: deadline.limit_ms,
+            executed: Executed::No,
+        };
+        self.fail(error, None);
+    }
+
+    /// It has no value. `slot_end` says why its slot ended, where that is known.
+    pub(crate) fn fail(self, error: CallError, slot_end: Option<&str>) {
+        let error = about_task(self.task.name, error, slot_end);
+        self.result.fail(ObjectError::Failed(error));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unavailable(executed: Executed) -> CallError {
+        CallError::ActorUnavailable {
+            actor: "actor-1".into(),
+            reason: "gone".into(),
+            executed,
+        }
+    }
+
+    fn user() -> CallError {
+        CallError::User {
+            payload: Vec::new(),
+            message: "no".into(),
+        }
+    }
+
+    fn verdicts(max_retries: u32, retry_errors: bool, errors: &[CallError]) -> Vec<Verdict> {
+        let mut tries = Tries::new(RetryPolicy {
+            max_retries,
+            retry_errors,
+        });
+        errors.iter().map(|error| tries.judge(error)).collect()
+    }
+
+    #[test]
+    fn what_may_have_run_is_counted() {
+        use Verdict::{Again, Final};
+        let lost = || unavailable(Executed::Unknown);
+        assert_eq!(verdicts(0, false, &[lost()]), [Final]);
+        assert_eq!(
+            verdicts(2, false, &[lost(), lost(), lost()]),
+            [Again, Again, Final]
+        );
+    }
+
+    #[test]
+    fn what_surely_did_not_run_is_not() {
+        let refused = unavailable(Executed::No);
+        let mut tries = Tries::new(RetryPolicy {
+            max_retries: 0,
+            retry_errors: false,
+        });
+        for _ in 0..REFUSALS_MAX {
+            assert_eq!(tries.judge(&refused), Verdict::Again);
+        }
+        assert_eq!(tries.attempt(), 1);
+        assert_eq!(tries.judge(&refused), Verdict::Final, "but not for ever");
+    }
+
+    #[test]
+    fn own_errors_are_final_unless_said_otherwise() {
+        use Verdict::{Again, Final};
+        let panicked = || CallError::Panicked("oh".into());
+        assert_eq!(verdicts(3, false, &[user()]), [Final]);
+        assert_eq!(verdicts(3, false, &[panicked()]), [Final]);
+        assert_eq!(
+            verdicts(2, true, &[user(), panicked(), user()]),
+            [Again, Again, Final]
+        );
+        let bad = CallError::BadCall("no such task".into());
+        assert_eq!(verdicts(3, true, &[bad]), [Final]);
+    }
+}

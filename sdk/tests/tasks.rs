@@ -1,0 +1,202 @@
+//! Tasks written with the macro, in slots of one host process that also submits them.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod support;
+
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use mobula::Error;
+use mobula::prelude::*;
+use serde::{Deserialize, Serialize};
+use support::stage;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Odd(u64);
+
+impl fmt::Display for Odd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is odd", self.0)
+    }
+}
+
+static FLAKY: AtomicU32 = AtomicU32::new(0);
+static BEGUN: AtomicU32 = AtomicU32::new(0);
+
+#[mobula::task(cpus = 0.5)]
+async fn square(x: u64) -> u64 {
+    x * x
+}
+
+#[mobula::task]
+async fn half(x: u64) -> Result<u64, Odd> {
+    if x % 2 == 1 { Err(Odd(x)) } else { Ok(x / 2) }
+}
+
+#[mobula::task(max_retries = 0)]
+fn panics(text: String) -> u64 {
+    panic!("{text}")
+}
+
+/// Fails at its first two executions.
+#[mobula::task(max_retries = 2, retry_errors = true)]
+async fn flaky(ctx: &TaskContext) -> Result<u32, Odd> {
+    let before = FLAKY.fetch_add(1, Ordering::SeqCst);
+    if before < 2 {
+        return Err(Odd(u64::from(before)));
+    }
+    Ok(ctx.attempt())
+}
+
+#[mobula::task]
+async fn never() -> u64 {
+    BEGUN.fetch_add(1, Ordering::SeqCst);
+    std::future::pending().await
+}
+
+#[mobula::task]
+async fn add(a: ObjectRef<u64>, b: ObjectRef<u64>) -> Result<u64, Error> {
+    Ok(a.get().await? + b.get().await?)
+}
+
+/// Computed by tasks that submit tasks and wait for them.
+#[mobula::task]
+async fn fibonacci(ctx: &TaskContext, n: u64) -> Result<u64, Error> {
+    if n < 2 {
+        return Ok(n);
+    }
+    let cluster = ctx.cluster();
+    let parts = [n - 1, n - 2].map(|n| cluster.task(fibonacci(n)).submit());
+    Ok(parts[0].get().await? + parts[1].get().await?)
+}
+
+#[mobula::task]
+async fn with_child(ctx: &TaskContext) -> Result<u64, Error> {
+    ctx.cluster().task(never()).submit().get().await
+}
+
+/// Waits until something becomes true, for at most a minute.
+async fn until(what: &str, mut reached: impl FnMut() -> bool) {
+    let limit = tokio::time::Instant::now() + Duration::from_secs(60);
+    while !reached() {
+        assert!(
+            tokio::time::Instant::now() < limit,
+            "{what}: not within 60 s"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_tasks_bring_their_values() {
+    let cluster = stage().await.inside;
+    let squares: Vec<_> = (0..5000)
+        .map(|x| cluster.task(square(x)).submit())
+        .collect();
+    let some = cluster
+        .wait(&squares, 10, Duration::from_secs(60))
+        .await
+        .unwrap();
+    assert!(some.ready.len() >= 10);
+    for (x, square) in (0..).zip(squares) {
+        assert_eq!(square.get().await.unwrap(), x * x);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn errors_say_what_happened() {
+    let cluster = stage().await.inside;
+    let half_of = |x| cluster.task(half(x)).submit();
+    assert_eq!(half_of(8).get().await.unwrap(), 4);
+    let error = half_of(7).get().await.unwrap_err();
+    assert_eq!(error.user_error::<Odd>(), Some(Odd(7)));
+    assert_eq!(
+        (error.executed(), error.to_string().as_str()),
+        (Executed::Yes, "7 is odd")
+    );
+    let error = cluster.task(panics("oh".into())).submit().get().await;
+    assert_eq!(error, Err(Error::Call(CallError::Panicked("oh".into()))));
+    assert_eq!(half_of(2).get().await.unwrap(), 1, "the slot goes on");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn own_errors_are_a_reason_to_retry_on_request_only() {
+    let cluster = stage().await.inside;
+    let third = cluster.task(flaky()).submit().get().await.unwrap();
+    assert_eq!(third, 3);
+    FLAKY.store(0, Ordering::SeqCst);
+    let failed = cluster.task(flaky()).retry_errors(false).submit();
+    assert!(failed.get().await.is_err());
+    assert_eq!(FLAKY.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_timeout_counts_from_the_submission() {
+    let cluster = stage().await.inside;
+    let slow = cluster
+        .task(never())
+        .timeout(Duration::from_millis(200))
+        .submit();
+    let error = slow.get().await.unwrap_err();
+    let late = matches!(
+        error,
+        Error::Call(CallError::DeadlineExceeded { limit_ms: 200, .. })
+    );
+    assert!(late, "{error}");
+    assert!(error.to_string().contains("task `tasks::never`"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tasks_wait_for_what_they_need() {
+    let cluster = stage().await.inside;
+    let (a, b) = (
+        cluster.task(half(10)).submit(),
+        cluster.task(square(3)).submit(),
+    );
+    let sum = cluster.task(add(a.clone(), b)).submit();
+    let sum = cluster.task(add(sum.clone(), sum)).submit();
+    assert_eq!(sum.get().await.unwrap(), 28);
+    let put = cluster.put(5u64).await.unwrap();
+    let failed = cluster.task(half(7)).submit();
+    let error = cluster
+        .task(add(put, failed))
+        .submit()
+        .get()
+        .await
+        .unwrap_err();
+    assert_eq!(error.user_error::<Odd>(), Some(Odd(7)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tasks_that_wait_for_tasks_need_one_slot_only() {
+    let stage = stage().await;
+    stage.head.slots_max.store(1, Ordering::SeqCst);
+    let cluster = stage.inside;
+    let value = cluster.task(fibonacci(12)).submit();
+    let value = tokio::time::timeout(Duration::from_secs(60), value.get())
+        .await
+        .expect("they stand in each other's way");
+    assert_eq!(value.unwrap(), 144);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cancelling_a_task_cancels_what_it_submitted() {
+    let stage = stage().await;
+    stage.head.slots_max.store(1, Ordering::SeqCst);
+    let cluster = stage.inside;
+    let parent = cluster.task(with_child()).submit();
+    until("the child begins", || BEGUN.load(Ordering::SeqCst) == 1).await;
+    let waiting = cluster.task(never()).submit();
+    cluster.cancel_task(&waiting, false);
+    let error = waiting.get().await.unwrap_err();
+    assert_eq!(error.executed(), Executed::No, "{error}");
+    cluster.cancel_task(&parent, false);
+    let error = parent.get().await.unwrap_err();
+    assert!(
+        matches!(error, Error::Call(CallError::Cancelled { .. })),
+        "{error}"
+    );
+    // The one slot is free again only if the child has ended too.
+    assert_eq!(cluster.task(half(2)).submit().get().await.unwrap(), 1);
+}
