@@ -21,7 +21,16 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
     check_shape(&function)?;
     let parameters = Parameters::read(&function)?;
     let unit: Type = syn::parse_quote!(());
-    let output = read_output(&function.sig.output, Purpose::Call, &unit)?;
+    let (value, is_fallible) = match read_output(&function.sig.output, Purpose::Call, &unit)? {
+        Output::Value(value) => (value, false),
+        Output::Fallible(value, _) => (value, true),
+        Output::Items(_) => {
+            return Err(Error::new(
+                function.sig.output.span(),
+                "a task brings one value: return a `Vec`, or submit a task for each item",
+            ));
+        }
+    };
 
     let name = function.sig.ident.clone();
     let visibility = function.vis.clone();
@@ -33,11 +42,8 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
     function.vis = syn::Visibility::Inherited;
     function.attrs = attributes;
 
-    let execute = write_execution(&function, &inner, &name, &parameters, &output);
+    let execute = write_execution(&function, &inner, &name, &parameters, is_fallible);
     let defaults = options.write(&name);
-    let value = match &output {
-        Output::Value(value) | Output::Fallible(value, _) => value,
-    };
     let names: Vec<_> = parameters.values.iter().map(|(name, _)| name).collect();
     let types = parameters.values.iter().map(|(_, part)| part);
     let dependencies = parameters.dependencies();
@@ -134,16 +140,16 @@ fn write_execution(
     inner: &Ident,
     name: &Ident,
     parameters: &Parameters,
-    output: &Output,
+    is_fallible: bool,
 ) -> TokenStream {
     let text = name.to_string();
     let names: Vec<_> = parameters.values.iter().map(|(name, _)| name).collect();
     let types = parameters.values.iter().map(|(_, part)| part);
     let context = parameters.takes_context.then(|| quote!(&call.context,));
     let wait = function.sig.asyncness.map(|_| quote!(.await));
-    let encode = match output {
-        Output::Value(_) => quote!(::mobula::__private::task_value(&call.context, &returned)),
-        Output::Fallible(..) => quote!(::mobula::__private::task_outcome(&call.context, &returned)),
+    let encode = match is_fallible {
+        false => quote!(::mobula::__private::task_value(&call.context, &returned)),
+        true => quote!(::mobula::__private::task_outcome(&call.context, &returned)),
     };
     quote! {
         #[allow(unused_variables, clippy::let_unit_value)]
