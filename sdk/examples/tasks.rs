@@ -20,13 +20,13 @@ async fn sum_of_squares(ctx: &TaskContext, x: u64, pause_ms: u64) -> (u64, Strin
 
 /// Begins when both are there.
 #[mobula::task(cpus = 0.5)]
-async fn add(a: ObjectRef<u64>, b: ObjectRef<u64>) -> mobula::Result<u64> {
+async fn add(a: ObjectRef<u64>, b: ObjectRef<u64>) -> Result<u64, mobula::Error> {
     Ok(a.get().await? + b.get().await?)
 }
 
 /// A task that submits tasks and waits for them: its slot is theirs meanwhile.
 #[mobula::task(cpus = 0.5)]
-async fn fibonacci(ctx: &TaskContext, n: u64) -> mobula::Result<u64> {
+async fn fibonacci(ctx: &TaskContext, n: u64) -> Result<u64, mobula::Error> {
     if n < 2 {
         return Ok(n);
     }

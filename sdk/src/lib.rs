@@ -99,4 +99,6 @@ mod pages {
 
     #[doc = include_str!("../../docs/jobs.md")]
     struct Jobs;
+    #[doc = include_str!("../../docs/tasks.md")]
+    struct Tasks;
 }
