@@ -83,7 +83,7 @@ pub use mobula_host::{ActorContext, ActorState, Notice, StateError, TaskContext}
 pub use mobula_macros::{actor, main, task};
 pub use mobula_wire::session::StorageLocation;
 pub use object::{ObjectRef, Waited};
-pub use plain::Plain;
+pub use plain::{Plain, SharedSlice};
 pub use stream::{ItemStream, StreamCall, StreamOf};
 pub use upload::UploadProgress;
 pub use task::{Task, TaskBuilder};
@@ -101,4 +101,7 @@ mod pages {
     struct Jobs;
     #[doc = include_str!("../../docs/tasks.md")]
     struct Tasks;
+
+    #[doc = include_str!("../../docs/objects.md")]
+    struct Objects;
 }

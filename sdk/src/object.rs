@@ -12,19 +12,18 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use mobula_core::codec;
 use mobula_core::error::Executed;
 use mobula_core::object::{ObjectError, ObjectId};
 use mobula_host::TaskContext;
-use mobula_host::objects::{Object, ObjectTable, Value, holding, wait_for};
+use mobula_host::objects::{Object, ObjectTable, Payload, PutError, Value, holding, wait_for};
 use mobula_wire::object::{Format, Reference};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
-use crate::plain;
+use crate::plain::{self, Plain, SharedSlice};
 use crate::task::scope::waiting;
 
 /// A reference to a value of type `T` that some process has put or will produce. Clones are cheap.
@@ -74,16 +73,14 @@ impl<T> ObjectRef<T> {
 impl<T: DeserializeOwned + 'static> ObjectRef<T> {
     /// Waits for the value and reads it. Where producing it failed, that error is returned.
     pub async fn get(&self) -> Result<T> {
-        let outcome = match self.object.outcome() {
-            Some(outcome) => outcome,
-            None => waiting(self.object.wait()).await,
-        };
-        match outcome? {
-            Value::Inline(payload) => self.decode(payload.format, &payload.bytes),
-            Value::Stored(_) => Err(Error::Object(ObjectError::Unavailable {
-                reason: "this process has no access to the node's shared memory".to_owned(),
-            })),
+        // The usual case first: it needs neither waiting nor asking.
+        if let Some(outcome) = self.object.outcome()
+            && let Value::Inline(payload) = outcome?
+        {
+            return self.decode(&payload);
         }
+        let payload = waiting(self.object.table().read(&self.object)).await?;
+        self.decode(&payload)
     }
 
     /// As [`get`](ObjectRef::get), giving up after `timeout`: the value may still come.
@@ -97,14 +94,15 @@ impl<T: DeserializeOwned + 'static> ObjectRef<T> {
         }
     }
 
-    fn decode(&self, format: Format, bytes: &[u8]) -> Result<T> {
+    fn decode(&self, payload: &Payload) -> Result<T> {
+        let Payload { format, bytes } = payload;
         let wrong = |reason: String| {
             Error::Object(ObjectError::WrongType {
                 object: self.id(),
                 reason,
             })
         };
-        match format {
+        match *format {
             // References inside are kept by this object until they are registered.
             Format::Encoded => holding(&self.object, || codec::decode(bytes, bytes.len()))
                 .map_err(|error| wrong(error.to_string())),
@@ -113,19 +111,44 @@ impl<T: DeserializeOwned + 'static> ObjectRef<T> {
     }
 }
 
+impl<N: Plain> ObjectRef<Vec<N>> {
+    /// Waits for the value and reads it in place: nothing of a large one is copied. The object's
+    /// memory is not moved or used again while the slice lives.
+    pub async fn view(&self) -> Result<SharedSlice<N>> {
+        let payload = waiting(self.object.table().read(&self.object)).await?;
+        SharedSlice::new(payload).map_err(|reason| {
+            Error::Object(ObjectError::WrongType {
+                object: self.id(),
+                reason,
+            })
+        })
+    }
+}
+
 impl Cluster {
     /// Puts a value: it is encoded once, and read wherever its reference gets to. A vector of
     /// numbers is kept as it is.
     pub async fn put<T: Serialize + 'static>(&self, value: T) -> Result<ObjectRef<T>> {
         let objects = self.objects()?;
-        if let Some((element, bytes)) = plain::bytes_of(&value as &dyn Any) {
-            let bytes = Bytes::copy_from_slice(bytes);
-            let object = objects.put_bytes(Format::Plain(element), bytes);
-            return Ok(ObjectRef::from_object(object));
-        }
-        let object = objects
-            .put(&value)
-            .map_err(|error| Error::encoding("value to put", error, Executed::No))?;
+        let object = match plain::bytes_of(&value as &dyn Any) {
+            Some((element, bytes)) => objects.put_slice(Format::Plain(element), bytes).await?,
+            None => objects
+                .put_value(&value)
+                .await
+                .map_err(|error| match error {
+                    PutError::Encode(error) => Error::encoding("value to put", error, Executed::No),
+                    PutError::Store(error) => error.into(),
+                })?,
+        };
+        Ok(ObjectRef::from_object(object))
+    }
+
+    /// Puts numbers, copying them once: what [`put`](Cluster::put) does with a vector of them,
+    /// without taking it.
+    pub async fn put_slice<N: Plain>(&self, numbers: &[N]) -> Result<ObjectRef<Vec<N>>> {
+        let bytes = bytemuck::cast_slice(numbers);
+        let objects = self.objects()?;
+        let object = objects.put_slice(Format::Plain(N::ELEMENT), bytes).await?;
         Ok(ObjectRef::from_object(object))
     }
 

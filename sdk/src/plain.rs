@@ -1,9 +1,14 @@
 //! Plain values: vectors of numbers, whose bytes in memory are the value.
 
 use std::any::Any;
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 
 use bytemuck::Pod;
-use mobula_wire::object::Element;
+use bytes::Bytes;
+use mobula_host::objects::Payload;
+use mobula_wire::object::{Element, Format};
 use serde::de::DeserializeOwned;
 use serde::de::IntoDeserializer;
 use serde::de::value::SeqDeserializer;
@@ -88,6 +93,59 @@ fn numbers_of<N: Plain>(bytes: &[u8]) -> Result<Vec<N>, String> {
     let mut numbers = vec![N::zeroed(); bytes.len() / size_of::<N>()];
     bytemuck::cast_slice_mut(&mut numbers).copy_from_slice(bytes);
     Ok(numbers)
+}
+
+/// Numbers of an object, read in place. Clones are the same memory.
+#[derive(Clone)]
+pub struct SharedSlice<N> {
+    numbers: Numbers<N>,
+}
+
+#[derive(Clone)]
+enum Numbers<N> {
+    /// Aligned for `N`.
+    InPlace(Bytes),
+    /// A small value, which comes in a message at any address.
+    Copied(Arc<[N]>),
+}
+
+impl<N: Plain> SharedSlice<N> {
+    pub(crate) fn new(payload: Payload) -> Result<Self, String> {
+        match payload.format {
+            Format::Plain(element) if element == N::ELEMENT => {}
+            Format::Plain(element) => {
+                return Err(format!(
+                    "it holds numbers of type {element:?}, not {:?}",
+                    N::ELEMENT
+                ));
+            }
+            Format::Encoded => {
+                return Err("it was put as an encoded value: read it with `get`".to_owned());
+            }
+        }
+        let numbers = match bytemuck::try_cast_slice::<u8, N>(&payload.bytes) {
+            Ok(_) => Numbers::InPlace(payload.bytes),
+            Err(_) => Numbers::Copied(numbers_of::<N>(&payload.bytes)?.into()),
+        };
+        Ok(SharedSlice { numbers })
+    }
+}
+
+impl<N: Plain> Deref for SharedSlice<N> {
+    type Target = [N];
+
+    fn deref(&self) -> &[N] {
+        match &self.numbers {
+            Numbers::InPlace(bytes) => bytemuck::cast_slice(bytes),
+            Numbers::Copied(numbers) => numbers,
+        }
+    }
+}
+
+impl<N: Plain + fmt::Debug> fmt::Debug for SharedSlice<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
 }
 
 #[cfg(test)]

@@ -53,6 +53,8 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
     options.notice_file = arguments
         .notice_file
         .or(config.preemption.notice_file.map(PathBuf::from));
+    options.object_store_bytes = config.object_store_bytes;
+    options.object_spill_bytes = config.object_spill_bytes;
     options.notice_poll_ms = config.preemption.poll_ms;
     options.default_grace_ms = config.preemption.default_grace_ms;
     Ok(options)

@@ -5,6 +5,7 @@
 //! 2. A type that is persisted or sent has explicit, stable tags and a round-trip test.
 //! 3. Everything iterated is ordered, so that replicas agree byte for byte.
 
+pub mod arena;
 pub mod clock;
 pub mod codec;
 pub mod config;

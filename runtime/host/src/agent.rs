@@ -156,7 +156,14 @@ impl HostProcess {
         let local = (call_address, Arc::downgrade(&table));
         runtime.set_calls(CallClient::new(endpoint.clone(), Some(local)));
         let calls = runtime.calls().expect("it was set above").clone();
-        runtime.set_objects(ObjectTable::start(call_address.to_string(), calls));
+        let objects = ObjectTable::start(call_address.to_string(), calls);
+        if let Some(access) = &bootstrap.object_store {
+            objects
+                .connect_store(Path::new(&access.socket), &access.key, bootstrap.node)
+                .await
+                .map_err(|error| HostStartError::setup("node's object store", error))?;
+        }
+        runtime.set_objects(objects);
         let server = tokio::spawn(serve_calls(
             endpoint.clone(),
             Arc::clone(&table),

@@ -273,6 +273,7 @@ fn bootstrap_with(credentials: &Credentials, socket: &std::path::Path) -> HostBo
         certificate_pem: credentials.certificate_pem().to_owned(),
         key_pem: credentials.private_key().to_pem().to_owned(),
         storage: storage(),
+        object_store: None,
     }
 }
 

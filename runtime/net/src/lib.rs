@@ -13,6 +13,7 @@
 //! 3. No connection outlives the certificates that it was made with.
 //! 4. Nothing in here knows what the messages mean.
 
+pub mod descriptor;
 pub mod endpoint;
 pub mod identity;
 pub mod lane;

@@ -48,6 +48,17 @@ pub struct HostBootstrap {
     pub key_pem: String,
     /// Where bytes at rest are.
     pub storage: StorageLocation,
+    /// The node's shared memory for objects; absent: large values stay in their processes.
+    pub object_store: Option<ObjectStoreAccess>,
+}
+
+/// How a process reaches its node's object store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectStoreAccess {
+    /// The Unix socket that carries descriptors.
+    pub socket: String,
+    /// The secret that says which host the process is.
+    pub key: String,
 }
 
 /// What a process is there for.

@@ -5,8 +5,9 @@
 //! * [`session`]: worker agent and leader. [`host`]: agent and host process. [`call`]: calls of
 //!   actors; [`same_machine`]: how they change over to a Unix socket; [`task`]: what is in front of
 //!   a task's arguments.
-//! * [`object`]: values that processes share, their owners and holders. [`raft`]: heads among
-//!   each other.
+//! * [`object`]: values that processes share, their owners and holders; [`store`]: the shared
+//!   memory of a node.
+//! * [`raft`]: heads among each other.
 //! * [`control`]: the gRPC control API, generated from `proto/mobula/v1/control.proto`;
 //!   [`convert`]: its messages to and from the types of `mobula-core`.
 //!
@@ -24,6 +25,7 @@ pub mod object;
 pub mod raft;
 pub mod same_machine;
 pub mod session;
+pub mod store;
 pub mod task;
 
 pub use mobula_core::codec;

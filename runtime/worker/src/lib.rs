@@ -2,7 +2,8 @@
 //!
 //! It joins a cluster (`join`), keeps a session with the leader (`session`), starts and watches host
 //! processes (`agent`, `hosts`), finds out what the machine offers ([`discover`]), and passes on
-//! notices that the machine is about to be taken away ([`notices`]).
+//! notices that the machine is about to be taken away ([`notices`]). It keeps the node's shared
+//! memory for objects (`objects`).
 //!
 //! Invariants:
 //! 1. An incarnation of an actor is started at most once here, and its end is reported until the
@@ -21,6 +22,7 @@ mod join;
 mod lease;
 mod logs;
 pub mod notices;
+mod objects;
 mod options;
 mod outbox;
 mod paths;
@@ -29,5 +31,6 @@ mod session_handle;
 mod worker;
 
 pub use error::{JoinError, WorkerError};
+pub use objects::ObjectStoreMetrics;
 pub use options::{ResourceOverride, WorkerOptions};
 pub use worker::{Handle, Worker, WorkerExit, WorkerStatus, run};

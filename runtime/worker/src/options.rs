@@ -24,6 +24,9 @@ pub(crate) const HOST_SHUTDOWN_MS: u64 = 5_000;
 /// grace itself, and this covers the messages in between.
 pub(crate) const STOP_MARGIN_MS: u64 = 2_000;
 
+/// Less memory for objects than this holds not one arena of usual size.
+pub(crate) const OBJECT_STORE_BYTES_MIN: u64 = 1 << 20;
+
 /// What a worker is started with.
 #[derive(Clone)]
 pub struct WorkerOptions {
@@ -50,6 +53,11 @@ pub struct WorkerOptions {
     /// Whether SIGTERM to this process is a preemption notice. Off where the worker is embedded in
     /// a process that has its own handling.
     pub sigterm_is_notice: bool,
+    /// Memory for objects that hosts share, in bytes; absent: 30 % of what the node offers.
+    pub object_store_bytes: Option<u64>,
+    /// Disk for objects that this memory has no room for, in bytes; absent: half of what is free
+    /// when the worker starts.
+    pub object_spill_bytes: Option<u64>,
     /// The `mobula` binary for built-in actors; absent: this process's own binary.
     pub builtin_program: Option<PathBuf>,
 }
@@ -75,6 +83,8 @@ impl WorkerOptions {
             notice_poll_ms: 500,
             default_grace_ms: 30_000,
             sigterm_is_notice: true,
+            object_store_bytes: None,
+            object_spill_bytes: None,
             builtin_program: None,
         }
     }
@@ -93,6 +103,14 @@ impl WorkerOptions {
             return Err(WorkerError::BadOption {
                 option: "head_api",
                 reason: "no address: name at least one head's control API (host:port)".to_owned(),
+            });
+        }
+        if let Some(bytes) = self.object_store_bytes
+            && bytes < OBJECT_STORE_BYTES_MIN
+        {
+            return Err(WorkerError::BadOption {
+                option: "object_store_bytes",
+                reason: format!("{bytes} is too little: use {OBJECT_STORE_BYTES_MIN} or more"),
             });
         }
         if self.notice_poll_ms == 0 {

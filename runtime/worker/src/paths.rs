@@ -32,6 +32,7 @@ impl Paths {
             paths.logs(),
             paths.artifacts(),
             paths.work(),
+            paths.objects(),
         ] {
             private_dir(&dir).map_err(WorkerError::io("create", &dir))?;
         }
@@ -59,6 +60,11 @@ impl Paths {
         self.data_dir.join("work")
     }
 
+    /// Objects that memory has no room for.
+    pub(crate) fn objects(&self) -> PathBuf {
+        self.data_dir.join("objects")
+    }
+
     /// Takes the data directory; it is free again when the file is closed.
     pub(crate) fn lock(&self) -> Result<File, WorkerError> {
         let path = self.run().join("agent.lock");
@@ -82,7 +88,16 @@ impl Paths {
     /// Where hosts reach the agent: below the data directory, or in a short private directory when
     /// that path is too long for a socket.
     pub(crate) fn agent_socket(&self) -> Result<PathBuf, WorkerError> {
-        let path = self.run().join("agent.sock");
+        self.socket("agent.sock")
+    }
+
+    /// Where hosts reach the node's object store.
+    pub(crate) fn object_socket(&self) -> Result<PathBuf, WorkerError> {
+        self.socket("objects.sock")
+    }
+
+    fn socket(&self, name: &str) -> Result<PathBuf, WorkerError> {
+        let path = self.run().join(name);
         if path.as_os_str().len() <= SOCKET_PATH_BYTES_MAX {
             return Ok(path);
         }
@@ -94,7 +109,7 @@ impl Paths {
         let hash = fnv1a(self.data_dir.as_os_str().as_encoded_bytes());
         let dir = base.join(format!("mobula-{hash:016x}"));
         private_dir(&dir).map_err(WorkerError::io("create", &dir))?;
-        Ok(dir.join("agent.sock"))
+        Ok(dir.join(name))
     }
 }
 

@@ -24,12 +24,17 @@ use crate::hosts::program::Programs;
 use crate::join::{Joiner, Membership};
 use crate::logs::Logs;
 use crate::notices::{NoticeSource, sigterm, watch_file, watch_sigterm};
-use crate::options::WorkerOptions;
+use crate::objects::{Keys, ObjectStoreMetrics, Service, ServiceParts};
+use crate::options::{OBJECT_STORE_BYTES_MIN, WorkerOptions};
 use crate::paths::Paths;
 use crate::session::{Session, new_boot_id};
 
 /// How often to look whether the certificate is due; its life is a day.
 const RENEWAL_CHECK: Duration = Duration::from_secs(60);
+
+/// The share of the node's memory that objects may take, where nothing else is said: what other
+/// systems of this kind do, and what leaves most of it to the programs.
+const OBJECT_STORE_PERCENT: u64 = 30;
 
 /// Why a worker ended without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +86,7 @@ pub struct Worker;
 pub struct Handle {
     stop: Option<oneshot::Sender<()>>,
     status: watch::Receiver<WorkerStatus>,
+    object_store: watch::Receiver<ObjectStoreMetrics>,
     task: JoinHandle<WorkerExit>,
 }
 
@@ -89,6 +95,12 @@ impl Handle {
     #[must_use]
     pub fn status(&self) -> watch::Receiver<WorkerStatus> {
         self.status.clone()
+    }
+
+    /// How its object store does.
+    #[must_use]
+    pub fn object_store(&self) -> ObjectStoreMetrics {
+        *self.object_store.borrow()
     }
 
     /// Asks the worker to stop: its hosts are killed. [`Handle::wait`] says when that is done.
@@ -120,6 +132,7 @@ impl Worker {
         let parts = assemble(&options, &paths, joiner, membership)?;
         let (stop, stopped) = oneshot::channel();
         let status = parts.status.clone();
+        let object_store = parts.object_store.clone();
         let task = tokio::spawn(async move {
             let exit = parts.run(stopped).await;
             drop(lock);
@@ -128,6 +141,7 @@ impl Worker {
         Ok(Handle {
             stop: Some(stop),
             status,
+            object_store,
             task,
         })
     }
@@ -156,6 +170,7 @@ struct Parts {
     beside: JoinSet<()>,
     endpoint: Endpoint,
     status: watch::Receiver<WorkerStatus>,
+    object_store: watch::Receiver<ObjectStoreMetrics>,
 }
 
 impl Parts {
@@ -176,7 +191,8 @@ fn assemble(
     let machine = Machine::discover();
     let credentials = &membership.credentials;
     let address = SocketAddr::new(options.listen_ip, 0);
-    let endpoint = Endpoint::bind_client(address, credentials)
+    // Other agents come to it for objects.
+    let endpoint = Endpoint::bind(address, credentials)
         .map_err(|error| setup("open the quic endpoint", &error))?;
     let socket = paths.agent_socket()?;
     let listener = LocalListener::bind(&socket, membership.cluster_id.clone())
@@ -190,6 +206,19 @@ fn assemble(
     logs.prune();
 
     let capacity = options.resources.apply(machine.resources());
+    let object_keys = Keys::default();
+    let (objects, object_metrics) = Service::open(ServiceParts {
+        node: options.name.clone(),
+        socket: paths.object_socket()?,
+        spill_dir: paths.objects(),
+        memory_bytes: options.object_store_bytes.unwrap_or_else(|| {
+            (capacity.memory_bytes / 100 * OBJECT_STORE_PERCENT).max(OBJECT_STORE_BYTES_MIN)
+        }),
+        spill_bytes: options.object_spill_bytes,
+        endpoint: endpoint.clone(),
+        keys: object_keys.clone(),
+    })
+    .map_err(|error| setup("open the object store", &error))?;
     let devices = Devices::new(device_ids(&machine, capacity.gpu_milli));
     let mut labels = machine.labels();
     labels.extend(options.labels.clone());
@@ -226,6 +255,8 @@ fn assemble(
         ca_pem: launcher_ca,
         listen_ip: options.listen_ip,
         agent_socket: socket,
+        object_socket: paths.object_socket()?,
+        object_keys: object_keys.clone(),
         run_dir: paths.run(),
         job_dirs: JobDirs::new(paths.work()),
         programs: Programs::new(builtin, paths.artifacts()),
@@ -234,6 +265,7 @@ fn assemble(
     };
     let mut beside = JoinSet::new();
     beside.spawn(session.run());
+    beside.spawn(objects.run());
     beside.spawn(connection::serve(listener, to_agent.clone()));
     beside.spawn(renew_certificates(joiner, renewed, endpoint.clone()));
     spawn_notices(options, &to_agent, &mut beside)?;
@@ -243,6 +275,7 @@ fn assemble(
         beside,
         endpoint,
         status: status_receiver,
+        object_store: object_metrics,
     })
 }
 

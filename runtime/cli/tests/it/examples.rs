@@ -59,13 +59,14 @@ fn parallel_pi_runs_embedded_and_submitted_with_the_same_answer() {
 }
 
 /// Examples that check what they show themselves, and what they print at their end.
-const CHECKED: [(&str, &str); 6] = [
+const CHECKED: [(&str, &str); 7] = [
     ("concurrency", "loaders at once"),
     ("streaming", "streamed"),
     ("cancellation", "all cancelled"),
     ("durable_counter", "counted to 100 with 100 increments"),
     ("errors", "all errors told apart"),
     ("names", "the books are right"),
+    ("objects", "an object ends with its owner"),
 ];
 
 #[test]

@@ -174,6 +174,10 @@ pub struct WorkerConfig {
     pub labels: Labels,
     /// What it offers; what is left out is discovered.
     pub resources: ResourcesConfig,
+    /// Memory for objects that its hosts share, in bytes; left out: 30 % of what it offers.
+    pub object_store_bytes: Option<u64>,
+    /// Disk for objects that this memory has no room for, in bytes; left out: half of what is free.
+    pub object_spill_bytes: Option<u64>,
     /// Notices of preemption.
     pub preemption: PreemptionConfig,
 }
@@ -188,6 +192,8 @@ impl Default for WorkerConfig {
             listen: "127.0.0.1:0".into(),
             labels: Labels::new(),
             resources: ResourcesConfig::default(),
+            object_store_bytes: None,
+            object_spill_bytes: None,
             preemption: PreemptionConfig::default(),
         }
     }

@@ -8,6 +8,7 @@
 //!
 //! * [`cell`]: the state of an object and waiting for it; [`payload`]: bytes and how to read them.
 //! * [`handle`]: counted handles, sending and receiving them; [`table`]: all objects of a process.
+//! * [`store`]: the node's shared memory, for values that are large; `mapping`: its unsafe part.
 //! * `owner`: what the owner knows about holders elsewhere; `link`: what a holder tells the owner.
 //!
 //! Invariants:
@@ -20,8 +21,10 @@
 pub mod cell;
 pub mod handle;
 mod link;
+mod mapping;
 mod owner;
 pub mod payload;
+pub mod store;
 pub mod table;
 
 use std::sync::Arc;
@@ -29,7 +32,7 @@ use std::sync::Arc;
 pub use cell::{Outcome, Value, wait_for};
 pub use handle::{Object, capture, holding};
 pub use payload::Payload;
-pub use table::{Completer, Lineage, ObjectTable, ObjectValue};
+pub use table::{Completer, Lineage, ObjectTable, ObjectValue, PutError};
 
 use crate::context::HostRuntime;
 

@@ -2,16 +2,19 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
 use mobula_core::codec;
 use mobula_core::error::{CallError, Executed};
+use mobula_core::id::NodeId;
 use mobula_core::object::{ObjectError, ObjectId, ProcessId};
 use mobula_wire::object::{
-    Changes, Format, METHOD_CHANGE, METHOD_NEXT, Next, Reference, WireValue,
+    Changes, Format, INLINE_BYTES_MAX, METHOD_CHANGE, METHOD_NEXT, Next, Reference, WireValue,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -23,6 +26,7 @@ use super::handle::{Object, Side, capture_contained, held};
 use super::link::Link;
 use super::owner::{Aftermath, Entry, OwnerTable};
 use super::payload::Payload;
+use super::store::StoreClient;
 use crate::client::CallClient;
 use crate::mailbox::IncomingCall;
 
@@ -35,6 +39,10 @@ pub const HOLDER_LEASE: Duration = Duration::from_secs(60);
 
 /// How long a sent reference keeps its object although nobody has taken it in.
 pub const TRANSIT_MAX: Duration = Duration::from_secs(600);
+
+/// How often a value is looked for again when its bytes turn out to be lost; each time its owner
+/// has said that they are somewhere.
+const READ_ATTEMPTS_MAX: usize = 5;
 
 /// How often old questions, holders and holds are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -54,6 +62,29 @@ pub struct ObjectValue {
     contains: Vec<Reference>,
 }
 
+impl ObjectValue {
+    fn inline(payload: &Payload, contains: &[Object]) -> Self {
+        ObjectValue {
+            value: WireValue::Inline {
+                format: payload.format,
+                bytes: payload.bytes.to_vec(),
+            },
+            contains: contains.iter().map(Object::export).collect(),
+        }
+    }
+}
+
+/// Why a value is not put.
+#[derive(Debug, thiserror::Error)]
+pub enum PutError {
+    /// It cannot be encoded.
+    #[error(transparent)]
+    Encode(#[from] codec::EncodeError),
+    /// There is no room for it.
+    #[error(transparent)]
+    Store(#[from] ObjectError),
+}
+
 /// The objects of a process.
 pub struct ObjectTable {
     process: ProcessId,
@@ -62,6 +93,8 @@ pub struct ObjectTable {
     runtime: tokio::runtime::Handle,
     next_sequence: AtomicU64,
     next_transit: AtomicU64,
+    /// The node's shared memory, once the process is connected to it.
+    store: OnceLock<Arc<StoreClient>>,
     owned: OwnerTable,
     links: Mutex<HashMap<ProcessId, Arc<Link>>>,
     /// Everything that runs for the table; ends with it.
@@ -88,6 +121,7 @@ impl ObjectTable {
             runtime: tokio::runtime::Handle::current(),
             next_sequence: AtomicU64::new(1),
             next_transit: AtomicU64::new(RandomState::new().hash_one("transit") | 1),
+            store: OnceLock::new(),
             owned: OwnerTable::default(),
             links: Mutex::default(),
             tasks: Mutex::new(JoinSet::new()),
@@ -107,7 +141,114 @@ impl ObjectTable {
         &self.call_address
     }
 
-    /// Puts an encoded value.
+    /// Connects to the node's object store: from then on large values go there.
+    pub async fn connect_store(
+        self: &Arc<Self>,
+        socket: &Path,
+        key: &str,
+        node: NodeId,
+    ) -> io::Result<()> {
+        let (store, link) =
+            StoreClient::connect(socket, key.to_owned(), self.process, node).await?;
+        if self.store.set(Arc::clone(&store)).is_ok() {
+            let table = Arc::downgrade(self);
+            self.spawn(link.run(store, move |process| {
+                if let Some(table) = table.upgrade() {
+                    table.process_gone(process);
+                }
+            }));
+        }
+        Ok(())
+    }
+
+    /// Puts a value: small ones into this process's memory, large ones into the node's.
+    pub async fn put_value<T: Serialize + ?Sized>(
+        self: &Arc<Self>,
+        value: &T,
+    ) -> Result<Object, PutError> {
+        let (payload, contains) = capture_contained(|| Payload::encoded(value));
+        let payload = payload?;
+        let object = match self.store_for(payload.bytes.len()) {
+            None => self.create_entry(Cell::settled(Ok(Value::Inline(payload)))),
+            Some(store) => self.write(store, payload.format, &payload.bytes).await?,
+        };
+        let (object, entry) = object;
+        if !contains.is_empty() {
+            *entry.contains.lock() = contains;
+        }
+        Ok(object)
+    }
+
+    /// Puts bytes that are to be read as `format`; they are copied once.
+    pub async fn put_slice(
+        self: &Arc<Self>,
+        format: Format,
+        bytes: &[u8],
+    ) -> Result<Object, ObjectError> {
+        match self.store_for(bytes.len()) {
+            None => Ok(self.put_bytes(format, Bytes::copy_from_slice(bytes))),
+            Some(store) => Ok(self.write(store, format, bytes).await?.0),
+        }
+    }
+
+    /// Whether a value of this size goes into shared memory, and into which.
+    fn store_for(&self, size_bytes: usize) -> Option<&Arc<StoreClient>> {
+        self.store.get().filter(|_| size_bytes > INLINE_BYTES_MAX)
+    }
+
+    async fn write(
+        self: &Arc<Self>,
+        store: &StoreClient,
+        format: Format,
+        bytes: &[u8],
+    ) -> Result<(Object, Arc<Entry>), ObjectError> {
+        // Under the object's handle: when this is given up, dropping it frees what is written.
+        let (object, entry) = self.create_entry(Cell::default());
+        let stored = store.write(object.id(), format, bytes, true).await?;
+        entry.cell.settle(Ok(Value::Stored(stored)));
+        Ok((object, entry))
+    }
+
+    /// The bytes of a settled value: in place, where they are in shared memory. They may be
+    /// [missing](ObjectTable::report_missing) there.
+    pub async fn open(&self, value: &Value) -> Result<Payload, ObjectError> {
+        match value {
+            Value::Inline(payload) => Ok(payload.clone()),
+            Value::Stored(stored) => {
+                let store = self.store.get().ok_or_else(|| ObjectError::Unavailable {
+                    reason: "this process has no access to a node's shared memory".to_owned(),
+                })?;
+                Ok(Payload {
+                    format: stored.format,
+                    bytes: store.open(stored).await?,
+                })
+            }
+        }
+    }
+
+    /// Waits for an object and opens its value. Where the bytes are gone its owner is told, and
+    /// the value that it then produces, if it can, is waited for.
+    pub async fn read(self: &Arc<Self>, object: &Object) -> Result<Payload, ObjectError> {
+        for _ in 0..READ_ATTEMPTS_MAX {
+            let outcome = match object.outcome() {
+                Some(outcome) => outcome,
+                None => object.wait().await,
+            };
+            let value = outcome.clone()?;
+            match self.open(&value).await {
+                Err(ObjectError::Lost { reason, .. }) => {
+                    self.report_missing(object, &outcome, &reason);
+                }
+                opened => return opened,
+            }
+        }
+        Err(ObjectError::Lost {
+            object: object.id(),
+            reason: format!("it was lost {READ_ATTEMPTS_MAX} times while it was read"),
+        })
+    }
+
+    /// Puts an encoded value into this process's memory, whatever its size.
     pub fn put<T: Serialize + ?Sized>(
         self: &Arc<Self>,
         value: &T,
@@ -140,18 +281,32 @@ impl ObjectTable {
         (object, completer)
     }
 
-    /// Prepares a value that another process will own: a task's result.
+    /// Prepares a small value that another process will own, which travels in the answer.
     pub fn encode_result<T: Serialize + ?Sized>(
         self: &Arc<Self>,
         value: &T,
     ) -> Result<ObjectValue, codec::EncodeError> {
         let (payload, contains) = capture_contained(|| Payload::encoded(value));
+        Ok(ObjectValue::inline(&payload?, &contains))
+    }
+
+    /// Prepares a value that another process will own, a task's result: a large one goes into this
+    /// node's shared memory, where it outlives this process.
+    pub async fn store_result<T: Serialize + ?Sized>(
+        self: &Arc<Self>,
+        value: &T,
+    ) -> Result<ObjectValue, PutError> {
+        let (payload, contains) = capture_contained(|| Payload::encoded(value));
         let payload = payload?;
+        let Some(store) = self.store_for(payload.bytes.len()) else {
+            return Ok(ObjectValue::inline(&payload, &contains));
+        };
+        let id = self.next_id();
+        let stored = store
+            .write(id, payload.format, &payload.bytes, false)
+            .await?;
         Ok(ObjectValue {
-            value: WireValue::Inline {
-                format: payload.format,
-                bytes: payload.bytes.to_vec(),
-            },
+            value: WireValue::Stored(stored),
             contains: contains.iter().map(Object::export).collect(),
         })
     }
@@ -235,8 +390,12 @@ impl ObjectTable {
         self.finish(aftermath);
     }
 
-    /// A process is known to be gone: what it held is released.
+    /// A process is known to be gone: what it held is released, what it owned is lost.
     pub fn process_gone(self: &Arc<Self>, process: ProcessId) {
+        let link = self.links.lock().remove(&process);
+        if let Some(link) = link {
+            link.end("its owner has ended");
+        }
         self.finish(self.owned.holder_gone(process));
     }
 
@@ -260,8 +419,17 @@ impl ObjectTable {
     pub(crate) fn dropped(self: &Arc<Self>, entry: &Arc<Entry>) {
         if entry.is_sent.load(Ordering::Acquire) {
             self.finish(self.owned.dropped(entry));
-        } else {
-            entry.handles.fetch_sub(1, Ordering::AcqRel);
+        } else if entry.handles.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.free_bytes(entry);
+        }
+    }
+
+    /// Nobody refers to an object any more: what it takes in shared memory is free.
+    fn free_bytes(&self, entry: &Entry) {
+        if let (Some(store), Some(Ok(Value::Stored(stored)))) =
+            (self.store.get(), entry.cell.outcome())
+        {
+            store.free(&stored);
         }
     }
 
@@ -269,11 +437,15 @@ impl ObjectTable {
         self.create_entry(cell).0
     }
 
-    fn create_entry(self: &Arc<Self>, cell: Cell) -> (Object, Arc<Entry>) {
-        let id = ObjectId {
+    fn next_id(&self) -> ObjectId {
+        ObjectId {
             owner: self.process,
             sequence: self.next_sequence.fetch_add(1, Ordering::Relaxed),
-        };
+        }
+    }
+
+    fn create_entry(self: &Arc<Self>, cell: Cell) -> (Object, Arc<Entry>) {
+        let id = self.next_id();
         let entry = Entry {
             sequence: id.sequence,
             cell,
@@ -294,7 +466,7 @@ impl ObjectTable {
         }
     }
 
-    fn is_wanted(&self, entry: &Arc<Entry>) -> bool {
+    fn is_wanted(&self, entry: &Entry) -> bool {
         match entry.is_sent.load(Ordering::Acquire) {
             true => self.owned.contains(entry.sequence),
             false => entry.handles.load(Ordering::Acquire) > 0,
@@ -302,8 +474,14 @@ impl ObjectTable {
     }
 
     fn settle(self: &Arc<Self>, id: ObjectId, entry: &Entry, outcome: Outcome) {
-        if entry.cell.settle(outcome) && entry.is_sent.load(Ordering::Acquire) {
+        if !entry.cell.settle(outcome) {
+            return;
+        }
+        if entry.is_sent.load(Ordering::Acquire) {
             self.finish(self.owned.settled(id));
+        }
+        if !self.is_wanted(entry) {
+            self.free_bytes(entry);
         }
     }
 
@@ -349,6 +527,9 @@ impl ObjectTable {
                     "its bytes are gone from the node that held them",
                 );
             }
+        }
+        for entry in &aftermath.freed {
+            self.free_bytes(entry);
         }
         // Dropped here, without any lock: a freed value may contain handles of other objects.
         drop(aftermath);

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use mobula_core::id::{HostId, JobId};
 use mobula_core::spec::Program;
 use mobula_net::identity::{Credentials, PrivateKey};
-use mobula_wire::host::{HostBootstrap, HostRole, host_environment};
+use mobula_wire::host::{HostBootstrap, HostRole, ObjectStoreAccess, host_environment};
 use mobula_wire::session::Welcome;
 
 use super::action::Launch;
@@ -23,6 +23,7 @@ use super::process::{HostProcess, ProcessSpec, Spawner};
 use super::program::Programs;
 use super::renewal::HostCertificate;
 use crate::logs;
+use crate::objects::Keys;
 use crate::paths::write_private;
 use crate::session_handle::SessionHandle;
 
@@ -60,6 +61,8 @@ pub(crate) struct Launcher {
     pub(crate) ca_pem: String,
     pub(crate) listen_ip: IpAddr,
     pub(crate) agent_socket: PathBuf,
+    pub(crate) object_socket: PathBuf,
+    pub(crate) object_keys: Keys,
     pub(crate) run_dir: PathBuf,
     pub(crate) job_dirs: JobDirs,
     pub(crate) programs: Programs,
@@ -105,6 +108,10 @@ impl Launcher {
             certificate_pem: credentials.certificate_pem().to_owned(),
             key_pem: credentials.private_key().to_pem().to_owned(),
             storage: welcome.storage.clone(),
+            object_store: Some(ObjectStoreAccess {
+                socket: self.object_socket.to_string_lossy().into_owned(),
+                key: self.object_keys.issue(launch.host, launch.job),
+            }),
         };
         let bootstrap_path = self.run_dir.join(format!("{}.json", launch.host));
         let text = serde_json::to_vec(&bootstrap)
@@ -141,6 +148,7 @@ impl Launcher {
     pub(crate) async fn forget(&self, host: HostId) {
         // Usually the host has removed it itself.
         let _ = std::fs::remove_file(self.run_dir.join(format!("{host}.json")));
+        self.object_keys.revoke(host);
         self.job_dirs.release(host).await;
     }
 
