@@ -116,22 +116,41 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
     let wrong = ObjectRef::<Vec<u16>>::from_object(big.object().clone());
     println!("as other numbers: {}", wrong.view().await.unwrap_err());
 
-    // A large value of the actor's process, and a small one that nobody has read yet.
+    // Values of the actor's process: a small one and a large one that are read, and a large one
+    // that nobody has read when the process ends.
     let maker = &readers[0];
-    let small = maker.make("small".to_owned()).await.map_err(Error::from)?;
-    let large = maker
-        .make("large".repeat(100_000))
-        .await
-        .map_err(Error::from)?;
+    let small = made(maker, "small").await?;
+    let large = made(maker, &"large".repeat(100_000)).await?;
+    let unread = made(maker, &"unread".repeat(100_000)).await?;
     assert_eq!(small.get().await?, "small");
     assert_eq!(large.get().await?.len(), 500_000);
     // The actor does not live to answer.
     let _ = maker.crash().await;
-    match large.get_timeout(Duration::from_secs(60)).await {
+    ended(&cluster, maker).await?;
+    match unread.get_timeout(Duration::from_secs(60)).await {
         Err(Error::Object(error @ ObjectError::Lost { .. })) => {
             println!("an object ends with its owner: {error}");
         }
-        other => panic!("the owner of {large} is gone, and it is {other:?}"),
+        other => panic!("the owner of {unread} is gone, and it is {other:?}"),
     }
     Ok(())
+}
+
+async fn made(maker: &ActorRef<Reader>, text: &str) -> mobula::Result<ObjectRef<String>> {
+    maker.make(text.to_owned()).await.map_err(Error::from)
+}
+
+/// Waits until the cluster knows that an actor has ended.
+async fn ended(cluster: &Cluster, actor: &ActorRef<Reader>) -> mobula::Result<()> {
+    loop {
+        let actors = cluster.list_actors(None).await?;
+        let id = actor.actor_id().0;
+        if actors
+            .iter()
+            .any(|other| other.id == id && other.state == "ended")
+        {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
