@@ -19,6 +19,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use mobula_core::codec::{self, EncodeError};
 use mobula_core::error::{CallError, Executed};
+use mobula_host::objects::Object;
 use mobula_host::reply::CancelLevel;
 use serde::de::DeserializeOwned;
 use tokio::sync::{oneshot, watch};
@@ -33,6 +34,8 @@ pub(crate) struct Prepared {
     pub(crate) method: &'static str,
     pub(crate) arguments: Result<Bytes>,
     pub(crate) options: CallOptions,
+    /// Objects that the arguments refer to, kept until the answer: the call may be sent again.
+    pub(crate) objects: Vec<Object>,
 }
 
 impl Prepared {
@@ -49,7 +52,13 @@ impl Prepared {
             method,
             arguments,
             options: CallOptions::default(),
+            objects: Vec::new(),
         }
+    }
+
+    pub(crate) fn keeping(mut self, objects: Vec<Object>) -> Self {
+        self.objects = objects;
+        self
     }
 
     async fn run(self) -> Result<Bytes> {

@@ -136,7 +136,8 @@ fn prepared<A: Actor, T: Serialize>(
     method: &'static str,
     arguments: &T,
 ) -> Prepared {
-    Prepared::new(actor.untyped(), method, codec::encode(arguments))
+    let (encoded, sent) = capture(|| codec::encode(arguments));
+    Prepared::new(actor.untyped(), method, encoded).keeping(sent)
 }
 
 /// Sends a method's values as its caller takes them.

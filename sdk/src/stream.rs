@@ -71,11 +71,16 @@ impl<T: DeserializeOwned + Send + 'static> IntoFuture for StreamCall<T> {
                 method,
                 arguments,
                 options,
+                objects,
             } = self.prepared;
             let open = target
                 .open_stream(method, arguments?, options, self.window)
                 .await?;
-            let items = futures::stream::unfold(Some(open), move |open| next(method, open));
+            let items = futures::stream::unfold(Some(open), move |open| {
+                // Kept while there may be more: the method may still have to ask for them.
+                let _ = &objects;
+                next(method, open)
+            });
             Ok(ItemStream {
                 items: items.boxed(),
             })
