@@ -9,6 +9,7 @@
 //! 4. Reports reach the agent in the order in which things happened, and before the process ends.
 
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,6 +37,9 @@ use crate::supervision::{ActorEvent, ActorTable, EVENTS_WAITING_MAX, SupervisorS
 
 /// The largest bootstrap file: certificates and addresses.
 const BOOTSTRAP_BYTES_MAX: u64 = 1024 * 1024;
+
+/// How long the agent may take to let a process into the node's object store.
+const STORE_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a process cannot take part as its agent asked.
 #[derive(Debug, thiserror::Error)]
@@ -158,10 +162,13 @@ impl HostProcess {
         let calls = runtime.calls().expect("it was set above").clone();
         let objects = ObjectTable::start(call_address.to_string(), calls);
         if let Some(access) = &bootstrap.object_store {
-            objects
-                .connect_store(Path::new(&access.socket), &access.key, bootstrap.node)
-                .await
-                .map_err(|error| HostStartError::setup("node's object store", error))?;
+            let socket = Path::new(&access.socket);
+            let connecting = objects.connect_store(socket, &access.key, bootstrap.node);
+            let connected = tokio::time::timeout(STORE_CONNECT_TIMEOUT, connecting).await;
+            // Without it large values stay in their processes, and in what a call carries.
+            if let Err(error) = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                tracing::error!(%error, "no shared memory for objects");
+            }
         }
         runtime.set_objects(objects);
         let server = tokio::spawn(serve_calls(
