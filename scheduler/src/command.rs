@@ -191,6 +191,8 @@ pub enum Role {
     Client,
     /// May join as a head.
     Head,
+    /// May read metrics.
+    Metrics,
 }
 
 impl Role {
@@ -201,6 +203,7 @@ impl Role {
             Role::Worker => "worker",
             Role::Client => "client",
             Role::Head => "head",
+            Role::Metrics => "metrics",
         }
     }
 }

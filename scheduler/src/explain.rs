@@ -3,12 +3,15 @@
 //! Invariant: the reasons come from the same filter that places actors, so an explanation is what
 //! the next pass would decide.
 
+use std::collections::BTreeMap;
+
 use mobula_core::control::Reader;
 use mobula_core::{ActorId, JobId, NodeId, Rejection};
 use serde::{Deserialize, Serialize};
 
 use crate::placement::filter::{self, Distance, Unfit};
 use crate::placement::{Nodes, Request, gang};
+use crate::row::{self, PENDING};
 use crate::state::actor::{self, ActorRow, ActorState, Then};
 use crate::state::group;
 use crate::state::job::{self, JobState};
@@ -94,6 +97,44 @@ fn explain(reader: &dyn Reader, row: ActorRow, now_ms: u64) -> Explanation {
         nodes: Vec::new(),
         next_step: next_step.to_owned(),
     }
+}
+
+/// Pending actors that are looked at to be counted: times every node, a quarter of a million checks.
+const PENDING_COUNTED_MAX: usize = 256;
+
+/// What keeps the first [`PENDING_COUNTED_MAX`] pending actors from being placed, counted by a short
+/// stable word. An actor that fits on no node counts for what is in its way on most of them.
+pub(crate) fn pending_reasons(reader: &dyn Reader, now_ms: u64) -> BTreeMap<String, u64> {
+    let nodes = Nodes::load_all(reader);
+    let mut counts = BTreeMap::new();
+    for (key, _) in reader.scan(PENDING, &[], None, PENDING_COUNTED_MAX) {
+        let (not_before_ms, id) = (row::number_at(&key, 0), row::number_at(&key, 1));
+        let Some(actor) = actor::load(reader, ActorId(id)) else {
+            continue;
+        };
+        let reason = match not_before_ms > now_ms {
+            true => "backing_off",
+            false => commonest_obstacle(&nodes, &actor),
+        };
+        *counts.entry(reason.to_owned()).or_insert(0) += 1;
+    }
+    counts
+}
+
+fn commonest_obstacle(nodes: &Nodes, actor: &ActorRow) -> &'static str {
+    let request = Request::of(actor);
+    let mut obstacles: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for node in nodes.iter() {
+        match filter::check(node, &request) {
+            Ok(_) if actor.group.is_some() => return "gang_incomplete",
+            Ok(_) => return "placeable",
+            Err(unfit) => *obstacles.entry(unfit.code()).or_insert(0) += 1,
+        }
+    }
+    obstacles
+        .into_iter()
+        .max_by_key(|(_, nodes)| *nodes)
+        .map_or("no_nodes", |(code, _)| code)
 }
 
 fn explain_pending(

@@ -6,6 +6,8 @@
 //!    list of nodes comes as a whole, as there are few.
 //! 3. Variants are append-only: their position is their tag on the wire.
 
+use std::collections::BTreeMap;
+
 use mobula_core::control::Reader;
 use mobula_core::order::ActorAddress;
 use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, NodeId, Rejection, codec};
@@ -86,6 +88,8 @@ pub enum Query {
         /// Which incarnation.
         incarnation: Incarnation,
     },
+    /// What keeps actors pending, counted. Answer: [`QueryResponse::PendingReasons`].
+    PendingReasons,
 }
 
 /// How a caller names an actor.
@@ -127,6 +131,8 @@ pub enum QueryResponse {
         /// Why, as far as it is known: an older incarnation's reason is not kept.
         reason: Option<ExitReason>,
     },
+    /// Pending actors by a short stable word for what is in their way.
+    PendingReasons(BTreeMap<String, u64>),
 }
 
 /// Where an actor can be called, or why it cannot be now.
@@ -150,6 +156,8 @@ pub enum Resolution {
         /// Why.
         reason: ExitReason,
     },
+    /// Pending actors by a short stable word for what is in their way.
+    PendingReasons(BTreeMap<String, u64>),
 }
 
 impl Query {
@@ -210,6 +218,9 @@ pub fn answer(reader: &dyn Reader, now_ms: u64, query: Query) -> Result<QueryRes
         Query::ListTokens { after, limit } => {
             let tokens = token::page(reader, after.as_deref(), rows(limit)).into_iter();
             QueryResponse::Tokens(tokens.map(|row| TokenView::of(row, now_ms)).collect())
+        }
+        Query::PendingReasons => {
+            QueryResponse::PendingReasons(explain::pending_reasons(reader, now_ms))
         }
         Query::EndedActor { actor, incarnation } => ended(reader, actor, incarnation)?,
     })

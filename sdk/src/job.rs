@@ -19,6 +19,7 @@ use crate::actor::milli;
 use crate::cluster::{Cluster, millis};
 use crate::control::status_error;
 use crate::error::{Error, Result};
+use crate::timeline::Timeline;
 use crate::upload::{Observer, UploadProgress, ship};
 
 /// How long one question for a job's end waits before it is asked again: shorter than what a
@@ -257,6 +258,19 @@ impl JobHandle {
             .result_json
             .map(|text| serde_json::from_str(&text))
             .transpose()?)
+    }
+
+    /// What took how long in the job, as far as the cluster remembers.
+    pub async fn timeline(&self) -> Result<Timeline> {
+        let request = api::TimelineRequest { job: self.job.0 };
+        let reply = self
+            .cluster
+            .control()
+            .read("read a timeline", |mut api| async move {
+                api.timeline(request).await
+            })
+            .await?;
+        Ok(Timeline::new(reply))
     }
 
     /// Ends the job.

@@ -37,7 +37,8 @@
 //! * [`mod@actor`]: creating actors and referring to them; [`call`]: calling them; [`stream`]: calls
 //!   that bring several values.
 //! * [`mod@task`]: functions that run somewhere in the cluster.
-//! * [`job`]: programs that run on a cluster. [`process`]: what `#[mobula::main]` does;
+//! * [`job`]: programs that run on a cluster; [`timeline`]: what took how long in one.
+//!   [`process`]: what `#[mobula::main]` does;
 //!   [`embedded`]: a cluster for one program.
 //! * [`error`]: what can go wrong, and whether it took effect.
 //!
@@ -64,8 +65,9 @@ pub mod prelude;
 pub mod process;
 mod reference;
 pub mod stream;
-mod upload;
 pub mod task;
+pub mod timeline;
+mod upload;
 
 #[doc(hidden)]
 #[path = "private.rs"]
@@ -79,14 +81,16 @@ pub use job::JobHandle;
 pub use mobula_core as core;
 pub use mobula_host::CallScope;
 pub use mobula_host::actor::run_blocking;
+/// Begins something that shall stand in the job's timeline; it ends when the guard is dropped.
+pub use mobula_host::spans::begin as span;
 pub use mobula_host::{ActorContext, ActorState, Notice, StateError, TaskContext};
 pub use mobula_macros::{actor, main, task};
 pub use mobula_wire::session::StorageLocation;
 pub use object::{ObjectRef, Waited};
 pub use plain::{Plain, SharedSlice};
 pub use stream::{ItemStream, StreamCall, StreamOf};
-pub use upload::UploadProgress;
 pub use task::{Task, TaskBuilder};
+pub use upload::UploadProgress;
 
 /// The pages of `docs/` whose code is compiled with the SDK's tests.
 #[cfg(doctest)]

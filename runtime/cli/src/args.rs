@@ -74,6 +74,11 @@ pub(crate) enum Command {
     Tokens(TokensCommand),
     /// What the cluster is and how it does.
     Status(Format),
+    /// What a head or a worker counts and measures, as Prometheus reads it.
+    Metrics {
+        /// A worker, by its name or `node-3` [default: the head].
+        node: Option<String>,
+    },
     /// Why a job or an actor is where it is, or what keeps it pending.
     Explain(ExplainArguments),
 }
@@ -313,6 +318,14 @@ pub(crate) enum JobsCommand {
         /// The job.
         job: JobId,
     },
+    /// What took how long in it, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    Timeline {
+        /// The job.
+        job: JobId,
+        /// The file to write, in the Trace Event Format [default: standard output].
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -412,7 +425,7 @@ pub(crate) enum DriftCommand {
 pub(crate) enum TokensCommand {
     /// Make a token; it is printed once.
     Create {
-        /// `worker`, `client` or `head`.
+        /// `worker`, `client`, `head` or `metrics`.
         #[arg(long)]
         role: String,
         /// How long it lives, such as `24h`.

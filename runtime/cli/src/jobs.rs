@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use mobula::Cluster;
 use mobula_core::clock::Clock;
 use mobula_core::id::JobId;
@@ -35,6 +36,21 @@ pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result
             }
         }
         JobsCommand::Logs { job, follow } => print_logs(&cluster, job, follow).await?,
+        JobsCommand::Timeline { job, output } => {
+            let timeline = cluster.job_handle(job).timeline().await?;
+            let trace = timeline.to_chrome_trace();
+            let Some(path) = output else {
+                print_json(&trace)?;
+                return Ok(ExitCode::SUCCESS);
+            };
+            std::fs::write(&path, serde_json::to_vec(&trace)?)
+                .with_context(|| format!("{} cannot be written", path.display()))?;
+            println!(
+                "{} spans in {}; open it at https://ui.perfetto.dev",
+                timeline.spans().len(),
+                path.display()
+            );
+        }
         JobsCommand::Stop { job } => {
             let handle = cluster.job_handle(job);
             handle.stop().await?;

@@ -77,6 +77,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Serve(command) => serve::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,
         Command::Tokens(command) => tokens::run(&target, command).await?,
+        Command::Metrics { node } => status::metrics(&target, node).await?,
         Command::Status(format) => status::run(&target, format).await?,
         Command::Explain(options) => explain::run(&target, options).await?,
     }

@@ -1,12 +1,28 @@
-//! `mobula status`.
+//! `mobula status` and `mobula metrics`.
 
 use mobula_core::clock::Clock;
-use mobula_wire::control::StatusRequest;
+use mobula_wire::control::{MetricsRequest, StatusRequest};
 
 use crate::args::{Format, Target};
 use crate::clock::SystemClock;
 use crate::connect::connect;
 use crate::output::{age, print_json};
+
+/// `mobula metrics`.
+pub(crate) async fn metrics(target: &Target, node: Option<String>) -> anyhow::Result<()> {
+    // The head is meant by its own word as well.
+    let node = node.filter(|node| node != "head").unwrap_or_default();
+    let cluster = connect(target).await?;
+    let reply = cluster
+        .control()
+        .read("read metrics", |mut client| {
+            let request = MetricsRequest { node: node.clone() };
+            async move { client.metrics(request).await }
+        })
+        .await?;
+    print!("{}", reply.text);
+    Ok(())
+}
 
 pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<()> {
     let cluster = connect(target).await?;

@@ -18,6 +18,7 @@ pub mod object;
 pub mod order;
 pub mod resource;
 pub mod row;
+pub mod span;
 pub mod spec;
 pub mod storage;
 

@@ -32,6 +32,19 @@ pub enum Order {
     NoticeWithdrawn,
 }
 
+impl Order {
+    /// A short stable word for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Order::Start(_) => "start",
+            Order::Stop { .. } => "stop",
+            Order::Notice { .. } => "notice",
+            Order::NoticeWithdrawn => "notice_withdrawn",
+        }
+    }
+}
+
 /// Everything a worker needs to run one incarnation of an actor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartActor {
@@ -87,6 +100,19 @@ pub enum WorkerEvent {
     },
     /// The notice is withdrawn.
     NoticeWithdrawn,
+}
+
+impl WorkerEvent {
+    /// A short stable word for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            WorkerEvent::ActorStarted { .. } => "actor_started",
+            WorkerEvent::ActorExited { .. } => "actor_exited",
+            WorkerEvent::Notice { .. } => "notice",
+            WorkerEvent::NoticeWithdrawn => "notice_withdrawn",
+        }
+    }
 }
 
 /// Where an actor can be called.

@@ -21,10 +21,12 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 use crate::api::{rejected, stamp};
+use crate::metrics::HeadMetrics;
 use crate::raft::{Member, ProposeError, RaftHandle};
 use crate::session::Sessions;
 use crate::store_health::StoreHealth;
 use crate::sweep::SweepReports;
+use crate::timeline::Lives;
 use crate::watch::Changes;
 
 /// What every part of a running head shares.
@@ -36,6 +38,8 @@ pub(crate) struct HeadContext {
     pub(crate) raft: RaftHandle,
     pub(crate) modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
     pub(crate) sessions: Sessions,
+    pub(crate) metrics: HeadMetrics,
+    pub(crate) lives: Lives,
     pub(crate) changes: Changes,
     pub(crate) artifacts: ArtifactStore,
     pub(crate) blobs: BlobStore,
@@ -100,7 +104,19 @@ impl HeadContext {
         module: ModuleId,
         payload: Vec<u8>,
     ) -> Result<(u64, Vec<u8>), CommandError> {
-        let outcome = self.raft.propose(session, seq, module, payload).await?;
+        let _in_flight = self.metrics.proposing(payload.len());
+        let name = self.modules.get(&module).map_or("unknown", |m| m.name());
+        let began = std::time::Instant::now();
+        let proposed = self.raft.propose(session, seq, module, payload).await;
+        let outcome = match &proposed {
+            Ok(outcome) if outcome.result.is_ok() => "applied",
+            Ok(_) => "refused",
+            Err(ProposeError::NotLeader { .. }) => "not_leader",
+            Err(ProposeError::Overloaded(_)) => "overloaded",
+            Err(_) => "unknown",
+        };
+        self.metrics.proposed(name, outcome, began.elapsed());
+        let outcome = proposed?;
         Ok((outcome.index, outcome.result?))
     }
 

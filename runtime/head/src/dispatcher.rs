@@ -84,6 +84,10 @@ pub(crate) async fn run(
                 Effect::Place => nudges.place.notify_one(),
                 Effect::Order { node, order } if leadership.is_leader => {
                     let term = Term(leadership.term);
+                    context.metrics.ordered(order.kind());
+                    context
+                        .lives
+                        .ordered(node, &order, crate::timeline::now_us());
                     context
                         .sessions
                         .send(node, HeadMessage::Order { term, order });
@@ -100,6 +104,7 @@ pub(crate) async fn run(
 
 async fn send_everything_again(context: &HeadContext, nudges: &Nudges) {
     tracing::warn!("effects were dropped; sending every standing order again");
+    context.metrics.lost_effects();
     nudges.place.notify_one();
     context.changes.note_all();
     let term = Term(context.raft.leadership().borrow().term);

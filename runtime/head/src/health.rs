@@ -73,6 +73,7 @@ async fn expire(context: &HeadContext, node: NodeId, incarnation: Incarnation, s
         lease_ms = context.limits.lease_ms,
         "lease ran out; declaring the node lost"
     );
+    context.metrics.expired_lease();
     let command = Command::NodeLost { node, incarnation };
     if let Err(error) = context
         .propose_scheduler(SessionId::INTERNAL, 0, &command)

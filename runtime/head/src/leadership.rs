@@ -104,7 +104,15 @@ async fn place(context: Arc<HeadContext>, nudges: Arc<Nudges>) {
         let _ = tokio::time::timeout(pause, nudges.place.notified()).await;
         pause = PLACEMENT_RETRY;
         for _ in 0..PASSES_IN_A_ROW_MAX {
-            match place_once(&context).await {
+            let began = std::time::Instant::now();
+            let passed = place_once(&context).await;
+            let kind = match &passed {
+                Ok(Pass::Placed) => "placed",
+                Ok(Pass::NothingFor(_)) => "idle",
+                Err(_) => "failed",
+            };
+            context.metrics.placed(kind, began.elapsed());
+            match passed {
                 Ok(Pass::Placed) => {}
                 Ok(Pass::NothingFor(idle)) => {
                     pause = idle;

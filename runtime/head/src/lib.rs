@@ -19,10 +19,12 @@ mod health;
 mod join;
 mod leader_client;
 mod leadership;
+mod metrics;
 pub mod raft;
 mod session;
 mod store_health;
 mod sweep;
+mod timeline;
 mod tokens;
 mod watch;
 
@@ -210,6 +212,8 @@ impl Head {
             raft,
             modules,
             sessions: session::Sessions::default(),
+            metrics: metrics::HeadMetrics::default(),
+            lives: timeline::Lives::default(),
             changes: watch::Changes::default(),
             store_health: store_health::StoreHealth::new(blobs.clone()),
             artifacts: ArtifactStore::new(blobs.clone(), api::ARTIFACT_BYTES_MAX),
@@ -422,16 +426,26 @@ async fn serve_api(
     listener: ApiListener,
     mut shutdown: tokio_watch::Receiver<bool>,
 ) {
-    let service = ControlServer::new(api::ControlService { context })
-        .max_decoding_message_size(api::MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(api::MESSAGE_BYTES_MAX);
+    let service = ControlServer::new(api::ControlService {
+        context: context.clone(),
+    })
+    .max_decoding_message_size(api::MESSAGE_BYTES_MAX)
+    .max_encoding_message_size(api::MESSAGE_BYTES_MAX);
+    let scrapes = axum::Router::new()
+        .route("/metrics", axum::routing::get(api::scrape))
+        .route("/metrics/{node}", axum::routing::get(api::scrape))
+        .with_state(context.clone());
+    let routes = tonic::service::Routes::new(service)
+        .into_axum_router()
+        .merge(scrapes)
+        .layer(axum::middleware::from_fn_with_state(context, api::measure));
     let stop = async move {
         // An error means that the head is gone, which is a stop too.
         let _ = shutdown.wait_for(|stop| *stop).await;
     };
     let served = tonic::transport::Server::builder()
         .tcp_nodelay(true)
-        .add_service(service)
+        .add_routes(tonic::service::Routes::from(routes))
         .serve_with_incoming_shutdown(listener, stop)
         .await;
     if let Err(error) = served {

@@ -18,7 +18,7 @@ use mobula_net::endpoint::Connection;
 use mobula_net::identity::{Identity, Role, Validity};
 use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
 use mobula_scheduler::{Command, EventOutcome, Response};
-use mobula_wire::session::{HeadMessage, Welcome, WorkerHello, WorkerMessage};
+use mobula_wire::session::{HeadMessage, Question, Welcome, WorkerHello, WorkerMessage};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -31,6 +31,9 @@ const OUTBOX_CAPACITY: usize = 1024;
 
 /// How many events of one worker may be in the log at the same time, so that they share fsyncs.
 const EVENTS_IN_FLIGHT_MAX: usize = 64;
+
+/// Questions to one worker that wait for their answer: each is a person or a scraper.
+const QUESTIONS_MAX: usize = 64;
 
 /// How long to wait for a worker's piece of a log.
 const LOG_TIMEOUT: Duration = Duration::from_secs(5);
@@ -49,6 +52,7 @@ struct SessionEntry {
     outbox: mpsc::Sender<HeadMessage>,
     last_renewal: Instant,
     log_requests: BTreeMap<u64, oneshot::Sender<Vec<u8>>>,
+    questions: BTreeMap<u64, oneshot::Sender<Result<Vec<u8>, String>>>,
 }
 
 impl Sessions {
@@ -61,6 +65,7 @@ impl Sessions {
             outbox,
             last_renewal: Instant::now(),
             log_requests: BTreeMap::new(),
+            questions: BTreeMap::new(),
         };
         self.entries.lock().insert(node, entry);
         (serial, messages)
@@ -144,6 +149,51 @@ impl Sessions {
         tokio::time::timeout(LOG_TIMEOUT, answer).await.ok()?.ok()
     }
 
+    /// Asks a worker something for somebody who looks; the error is for people.
+    pub(crate) async fn ask(&self, node: NodeId, question: Question) -> Result<Vec<u8>, String> {
+        let request = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        {
+            let mut entries = self.entries.lock();
+            let entry = entries.get_mut(&node).ok_or("it has no session")?;
+            entry.questions.retain(|_, waiting| !waiting.is_closed());
+            if entry.questions.len() >= QUESTIONS_MAX {
+                return Err(format!("{QUESTIONS_MAX} questions wait for it already"));
+            }
+            entry.questions.insert(request, reply);
+            let message = HeadMessage::Ask { request, question };
+            let sent = entry.outbox.try_send(message);
+            sent.map_err(|_| "its outbox is full or closed")?;
+        }
+        match tokio::time::timeout(LOG_TIMEOUT, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err("its session ended".to_owned()),
+            Err(_) => Err(format!(
+                "it said nothing within {} s",
+                LOG_TIMEOUT.as_secs()
+            )),
+        }
+    }
+
+    fn answer_question(&self, node: NodeId, request: u64, result: Result<Vec<u8>, String>) {
+        let mut entries = self.entries.lock();
+        let waiting = entries
+            .get_mut(&node)
+            .and_then(|e| e.questions.remove(&request));
+        if let Some(reply) = waiting {
+            // Whoever asked may have given up.
+            let _ = reply.send(result);
+        }
+    }
+
+    /// How many sessions there are, and how many messages wait for workers.
+    pub(crate) fn count(&self) -> (u64, u64) {
+        let entries = self.entries.lock();
+        let waiting = |entry: &SessionEntry| OUTBOX_CAPACITY - entry.outbox.capacity();
+        let queued: usize = entries.values().map(waiting).sum();
+        (entries.len() as u64, queued as u64)
+    }
+
     fn answer_log(&self, node: NodeId, request: u64, bytes: Vec<u8>) {
         let waiting = self
             .entries
@@ -200,6 +250,7 @@ async fn serve_stream(
         }
     };
     let (serial, outbox) = context.sessions.open(node, incarnation);
+    context.metrics.opened_session();
     let session = Session {
         context: context.clone(),
         node,
@@ -302,6 +353,9 @@ impl Session {
                         WorkerMessage::Log { request, bytes } => {
                             self.context.sessions.answer_log(self.node, request, bytes);
                         }
+                        WorkerMessage::Answer { request, result } => {
+                            self.context.sessions.answer_question(self.node, request, result);
+                        }
                         WorkerMessage::Leaving => return self.leave().await,
                         WorkerMessage::Hello(_) => return Err("a second hello".into()),
                     }
@@ -325,6 +379,10 @@ impl Session {
             .map_err(|error| error.to_string())?;
         let standing = orders.iter().filter_map(incarnation_of).collect();
         for order in orders {
+            self.context.metrics.ordered(order.kind());
+            self.context
+                .lives
+                .ordered(self.node, &order, crate::timeline::now_us());
             self.queue(
                 sender,
                 &HeadMessage::Order {
@@ -354,6 +412,8 @@ impl Session {
         sequence: u64,
         event: WorkerEvent,
     ) -> (u64, Result<Response, String>) {
+        self.context.metrics.heard(event.kind());
+        self.context.lives.heard(&event, crate::timeline::now_us());
         let command = Command::NodeEvent {
             node: self.node,
             incarnation: self.incarnation,
@@ -401,6 +461,7 @@ impl Session {
             self.incarnation.0,
         )
         .with_job(job.0);
+        self.context.metrics.signed_host();
         self.context
             .ca
             .issue(

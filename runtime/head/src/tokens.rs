@@ -21,8 +21,8 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Sees to it that the data directory holds a working token for each role.
 pub(crate) async fn ensure(context: Arc<HeadContext>, data_dir: PathBuf, tokens: TokensConfig) {
     let wanted = [
-        (WORKER_TOKEN_FILE, Role::Node, tokens.worker_ttl_hours),
-        (CLIENT_TOKEN_FILE, Role::Client, tokens.client_ttl_hours),
+        (WORKER_TOKEN_FILE, TokenUse::Worker, tokens.worker_ttl_hours),
+        (CLIENT_TOKEN_FILE, TokenUse::Client, tokens.client_ttl_hours),
     ];
     for (file, role, ttl_hours) in wanted {
         let path = data_dir.join(file);
@@ -36,7 +36,7 @@ pub(crate) async fn ensure(context: Arc<HeadContext>, data_dir: PathBuf, tokens:
 async fn ensure_one(
     context: &HeadContext,
     path: &Path,
-    role: Role,
+    role: TokenUse,
     ttl_ms: u64,
 ) -> Result<(), String> {
     if let Ok(text) = std::fs::read_to_string(path)
@@ -75,19 +75,19 @@ pub(crate) async fn create(
     context: &HeadContext,
     session: SessionId,
     seq: u64,
-    role: Role,
+    role: TokenUse,
     ttl_ms: u64,
     uses: Option<u32>,
 ) -> Result<NewToken, CommandError> {
-    let token = Token::generate(role, context.ca.key_hash());
+    let token = Token::generate(shown_role(role), context.ca.key_hash());
     let text = token.to_text();
     let secret_hash = token.secret_hash();
     let expires_at_ms = context.clock.now_ms().saturating_add(ttl_ms);
-    let id = format!("{}-{}", use_of(role), hex_prefix(&secret_hash));
+    let id = format!("{role}-{}", hex_prefix(&secret_hash));
     let command = Command::CreateToken {
         id: id.clone(),
         secret_hash,
-        role: use_of(role),
+        role,
         expires_at_ms,
         uses,
         ends_with: end_of(&text).to_owned(),
@@ -100,13 +100,12 @@ pub(crate) async fn create(
     })
 }
 
-/// What the scheduler's table calls the role that a token gives.
-fn use_of(role: Role) -> TokenUse {
+/// The role that stands in a token's text, for whoever holds it; what it opens, the table says.
+fn shown_role(role: TokenUse) -> Role {
     match role {
-        Role::Node => TokenUse::Worker,
-        Role::Head => TokenUse::Head,
-        // Hosts get their certificates from the head through their agent, never by a token.
-        Role::Client | Role::Host => TokenUse::Client,
+        TokenUse::Worker => Role::Node,
+        TokenUse::Head => Role::Head,
+        TokenUse::Client | TokenUse::Metrics => Role::Client,
     }
 }
 

@@ -22,7 +22,9 @@ use mobula_net::identity::{Credentials, CurrentCredentials, PrivateKey};
 use mobula_net::lane::{FramedReceiver, FramedSender};
 use mobula_net::local::connect_local;
 use mobula_wire::hello::Lane;
-use mobula_wire::host::{AgentMessage, BOOTSTRAP_ENV, HostBootstrap, HostMessage, HostRole};
+use mobula_wire::host::{
+    AgentMessage, BOOTSTRAP_ENV, HostAnswer, HostBootstrap, HostMessage, HostQuestion, HostRole,
+};
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -34,6 +36,7 @@ use crate::objects::ObjectTable;
 use crate::registry::{DuplicateTypeError, Registry};
 use crate::shell::panic_text;
 use crate::supervision::{ActorEvent, ActorTable, EVENTS_WAITING_MAX, SupervisorStartError};
+use crate::{metrics, spans};
 
 /// The largest bootstrap file: certificates and addresses.
 const BOOTSTRAP_BYTES_MAX: u64 = 1024 * 1024;
@@ -240,6 +243,7 @@ impl HostProcess {
                 Ok(AgentMessage::Heads { api_addresses }) => {
                     self.runtime.set_api_addresses(api_addresses);
                 }
+                Ok(AgentMessage::Ask { request, question }) => self.answer(request, question),
                 Ok(AgentMessage::Shutdown { grace_ms }) => {
                     self.table.stop_all(Duration::from_millis(grace_ms)).await;
                     break HostEnd::Shutdown;
@@ -249,6 +253,17 @@ impl HostProcess {
         };
         self.close().await;
         end
+    }
+
+    fn answer(&self, request: u64, question: HostQuestion) {
+        let answer = match question {
+            HostQuestion::Metrics => HostAnswer::Metrics(metrics::snapshot(self.table.count())),
+            HostQuestion::Spans => HostAnswer::Spans(spans::of_job(self.runtime.info().job)),
+        };
+        // Whoever looks can look again; reports of ends go first.
+        let _ = self
+            .to_agent
+            .try_send(HostMessage::Answer { request, answer });
     }
 
     /// Runs a job's `main`, which says how it ended, and reports that; answers the same.
@@ -302,6 +317,7 @@ impl HostProcess {
                     Ok(AgentMessage::Heads { api_addresses }) => {
                         self.runtime.set_api_addresses(api_addresses);
                     }
+                    Ok(AgentMessage::Ask { request, question }) => self.answer(request, question),
                     Ok(AgentMessage::Stop { actor: named, incarnation: start, grace_ms })
                         if named == actor && start == incarnation =>
                     {

@@ -12,6 +12,7 @@
 //! * [`calls`]: answering calls from other processes; [`reply`]: the duty to answer one.
 //! * [`client`]: making calls; [`pending`]: calls whose answer is still to come.
 //! * [`objects`]: values that processes share by reference.
+//! * [`spans`]: what took how long, for the job's timeline.
 //! * [`agent`]: the link to the worker's agent, and a host process from start to end.
 //!
 //! Invariants:
@@ -32,12 +33,14 @@ pub mod context;
 mod host_stream;
 pub mod mailbox;
 mod method;
+mod metrics;
 pub mod objects;
 pub mod pending;
 pub mod registry;
 pub mod reply;
 pub mod scope;
 mod shell;
+pub mod spans;
 pub mod state;
 pub mod supervision;
 pub mod tasks;

@@ -28,6 +28,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::caller_stream::CallerStream;
+use crate::metrics::CallTimer;
 
 /// What a call brought.
 pub type CallResult = Result<Bytes, CallError>;
@@ -62,6 +63,7 @@ pub(crate) struct CallControl {
     /// One permit for each item that the caller takes; absent where it takes none.
     credit: Option<Semaphore>,
     destination: Destination,
+    timer: CallTimer,
 }
 
 enum Destination {
@@ -91,6 +93,7 @@ impl CallControl {
             token: OnceLock::new(),
             credit,
             destination,
+            timer: CallTimer::begin(),
         })
     }
 
@@ -156,6 +159,7 @@ impl CallControl {
     }
 
     fn deliver(&self, result: CallResult) {
+        self.timer.end(result.as_ref().map(|_| ()));
         match &self.destination {
             Destination::Stream { stream, call } => stream.answer(*call, result),
             Destination::SameProcess(answer) => {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::order::StartActor;
+use mobula_core::span::Span;
 
 use crate::session::StorageLocation;
 
@@ -113,6 +114,76 @@ pub enum AgentMessage {
         /// The control API's addresses, the leader's first.
         api_addresses: Vec<String>,
     },
+    /// Tell what is known here.
+    Ask {
+        /// The answer repeats it.
+        request: u64,
+        /// What.
+        question: HostQuestion,
+    },
+}
+
+/// What an agent asks a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostQuestion {
+    /// What it counted.
+    Metrics,
+    /// What took how long.
+    Spans,
+}
+
+/// What a host says to that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostAnswer {
+    /// What it counted.
+    Metrics(HostMetrics),
+    /// Its latest spans, oldest first.
+    Spans(Vec<Span>),
+}
+
+/// What may become of a call, in the order in which [`HostMetrics::calls`] counts them.
+pub const CALL_OUTCOMES: [&str; 7] = [
+    "ok",
+    "user_error",
+    "panicked",
+    "overloaded",
+    "deadline_exceeded",
+    "bad_call",
+    "other",
+];
+
+/// Buckets of durations of calls: from 4 µs, each twice as wide as the one before, to 2 s and more.
+pub const CALL_BUCKETS: usize = 21;
+
+/// The upper bound of a bucket, in microseconds; the last one has none.
+#[must_use]
+pub fn call_bucket_bound_us(bucket: usize) -> u64 {
+    4 << bucket.min(CALL_BUCKETS)
+}
+
+/// What a host process has counted since its start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostMetrics {
+    /// Actors that live in it.
+    pub actors: u64,
+    /// Calls that it has taken and not answered.
+    pub calls_in_flight: u64,
+    /// Calls that it has answered, by [`CALL_OUTCOMES`].
+    pub calls: Vec<u64>,
+    /// How many of them took how long, by [`call_bucket_bound_us`].
+    pub call_buckets: Vec<u64>,
+    /// How long they took together, in microseconds.
+    pub call_total_us: u64,
+    /// Spans that were forgotten for want of room.
+    pub spans_dropped: u64,
+}
+
+impl HostMetrics {
+    /// Whether it has as many counters as it should: a host may be of another release.
+    #[must_use]
+    pub fn is_well_formed(&self) -> bool {
+        self.calls.len() == CALL_OUTCOMES.len() && self.call_buckets.len() == CALL_BUCKETS
+    }
 }
 
 /// From a host to its agent.
@@ -142,6 +213,13 @@ pub enum HostMessage {
         incarnation: Incarnation,
         /// Why.
         reason: ExitReason,
+    },
+    /// The answer to a question.
+    Answer {
+        /// That of the question.
+        request: u64,
+        /// What is known.
+        answer: HostAnswer,
     },
 }
 

@@ -13,6 +13,7 @@ use mobula_core::id::{HostId, Incarnation, JobId, NodeId, Term};
 use mobula_core::label::Labels;
 use mobula_core::order::{Order, WorkerEvent};
 use mobula_core::resource::Resources;
+use mobula_core::span::Span;
 
 pub use mobula_core::storage::StorageLocation;
 
@@ -54,6 +55,37 @@ pub enum WorkerMessage {
     /// The last message of a worker that ended all its hosts and goes: what it ran can be started
     /// elsewhere at once, without waiting for its lease.
     Leaving,
+    /// The answer to `Ask`.
+    Answer {
+        /// That of the question.
+        request: u64,
+        /// What is known, in the question's own encoding; or why nothing is.
+        result: Result<Vec<u8>, String>,
+    },
+}
+
+/// The largest answer to a question: a control frame, with room for its head.
+pub const ANSWER_BYTES_MAX: usize = 960 * 1024;
+
+/// What the leader asks a worker, for somebody who looks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// What it and its hosts count: text, as Prometheus reads it.
+    Metrics,
+    /// What took how long for a job: a list of [`HostSpans`].
+    Spans {
+        /// The job.
+        job: JobId,
+    },
+}
+
+/// What one process recorded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostSpans {
+    /// The host process; `None` for the agent itself.
+    pub host: Option<HostId>,
+    /// Its spans.
+    pub spans: Vec<Span>,
 }
 
 /// Who the worker is and what it offers.
@@ -131,6 +163,13 @@ pub enum HeadMessage {
     Heads {
         /// The control API's addresses, the leader's first.
         api_addresses: Vec<String>,
+    },
+    /// Somebody wants to know something.
+    Ask {
+        /// The answer repeats it.
+        request: u64,
+        /// What.
+        question: Question,
     },
 }
 

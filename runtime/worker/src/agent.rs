@@ -12,14 +12,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::exit::ExitReason;
-use mobula_core::id::{HostId, Incarnation};
+use mobula_core::id::{HostId, Incarnation, JobId};
 use mobula_core::order::{Order, WorkerEvent};
+use mobula_core::span::{Span, SpanRing};
 use mobula_wire::host::{AgentMessage, HostMessage};
 use mobula_wire::session::Welcome;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::gather::Gathers;
 use crate::hosts::action::{Action, Alarm, Launch};
 use crate::hosts::connection::Connected;
 use crate::hosts::devices::Devices;
@@ -28,6 +30,7 @@ use crate::hosts::pool::Pool;
 use crate::hosts::process::{HostProcess, ProcessEnd};
 use crate::hosts::renewal::{HostCertificate, Renewals};
 use crate::logs::Logs;
+use crate::metrics::WorkerMetrics;
 use crate::notices::{Notice, NoticeBoard, NoticeChange, NoticeSource, until};
 use crate::session_handle::{FromLeader, SessionHandle};
 use crate::worker::{WorkerExit, WorkerStatus};
@@ -66,19 +69,21 @@ pub(crate) enum Input {
     HostCertified(HostId, Result<HostCertificate, String>),
     /// A host's process is dead.
     HostDied(HostId, ProcessEnd),
+    /// Hosts have had their time to answer a question.
+    GatherDue(u64),
 }
 
 /// The agent's tables.
 pub(crate) struct Agent {
     inputs: mpsc::Receiver<Input>,
-    to_self: mpsc::Sender<Input>,
+    pub(crate) to_self: mpsc::Sender<Input>,
     launcher: Arc<Launcher>,
-    session: SessionHandle,
-    status: watch::Sender<WorkerStatus>,
-    pool: Pool,
+    pub(crate) session: SessionHandle,
+    pub(crate) status: watch::Sender<WorkerStatus>,
+    pub(crate) pool: Pool,
     logs: Logs,
-    processes: BTreeMap<HostId, HostProcess>,
-    streams: BTreeMap<HostId, mpsc::Sender<AgentMessage>>,
+    pub(crate) processes: BTreeMap<HostId, HostProcess>,
+    pub(crate) streams: BTreeMap<HostId, mpsc::Sender<AgentMessage>>,
     /// Hosts that said hello before their launch was reported here.
     early: BTreeMap<HostId, Connected>,
     alarms: BTreeMap<(Instant, u64), Alarm>,
@@ -86,7 +91,13 @@ pub(crate) struct Agent {
     renewals: Renewals,
     notices: NoticeBoard,
     welcome: Option<Arc<Welcome>>,
-    tasks: JoinSet<()>,
+    pub(crate) tasks: JoinSet<()>,
+    pub(crate) gathers: Gathers,
+    pub(crate) metrics: WorkerMetrics,
+    /// What the agent itself took time for.
+    pub(crate) spans: SpanRing,
+    /// Launches that are under way: for which job, and since when.
+    launching: BTreeMap<HostId, (JobId, u64)>,
 }
 
 impl Agent {
@@ -116,6 +127,10 @@ impl Agent {
             notices: NoticeBoard::default(),
             welcome: None,
             tasks: JoinSet::new(),
+            gathers: Gathers::default(),
+            metrics: WorkerMetrics::default(),
+            spans: SpanRing::default(),
+            launching: BTreeMap::new(),
         }
     }
 
@@ -204,14 +219,25 @@ impl Agent {
                 limit_bytes,
             }) => {
                 let bytes = self.logs.read(key, offset, limit_bytes);
+                self.metrics.read_log(bytes.len());
                 self.session.send_log(session, request, bytes);
             }
             Input::Leader(FromLeader::OrdersComplete(standing)) => self.pool.keep_only(&standing),
             Input::Notice(change) => self.handle_notice(change),
             Input::HostConnected(connected) => self.handle_connected(connected),
+            Input::Leader(FromLeader::Ask {
+                session,
+                request,
+                question,
+            }) => self.handle_question(session, request, question),
+            Input::HostMessage(host, HostMessage::Answer { request, answer }) => {
+                self.handle_answer(host, request, answer);
+            }
             Input::HostMessage(host, message) => self.pool.message(host, message),
+            Input::GatherDue(number) => self.handle_gather_due(number),
             Input::HostDisconnected(host) => {
                 self.streams.remove(&host);
+                self.handle_silence(host);
                 self.pool.disconnected(host);
             }
             Input::HostLaunched(host, result) => self.handle_launched(host, result),
@@ -249,6 +275,7 @@ impl Agent {
     }
 
     fn handle_order(&mut self, order: Order) {
+        self.metrics.ordered(order.kind());
         match order {
             Order::Start(start) => {
                 let actors = self.pool.actor_count();
@@ -321,6 +348,7 @@ impl Agent {
     }
 
     fn handle_launched(&mut self, host: HostId, result: Result<Launched, String>) {
+        self.launched(host, result.is_ok());
         match result {
             Ok(Launched {
                 process,
@@ -388,6 +416,11 @@ impl Agent {
         tracing::info!(%host, %end, "host ended");
         self.renewals.forget(host);
         self.forget(host);
+        self.metrics.ended_host(match end {
+            ProcessEnd::Exited(0) => "exited",
+            ProcessEnd::Exited(_) => "failed",
+            ProcessEnd::Signaled(_) => "signaled",
+        });
         let last_output = self.logs.tail(host);
         self.logs.close(host);
         self.pool.died(host, end, last_output);
@@ -432,7 +465,12 @@ impl Agent {
                 }
             }
             Action::Kill(host) => self.kill_one(host),
-            Action::Report(event) => self.session.outbox.update(|outbox| outbox.push(event)),
+            Action::Report(event) => {
+                if let WorkerEvent::ActorExited { reason, .. } = &event {
+                    self.metrics.exited(reason.code());
+                }
+                self.session.outbox.update(|outbox| outbox.push(event));
+            }
             Action::Wake { after_ms, alarm } => {
                 self.last_alarm += 1;
                 let at = Instant::now() + Duration::from_millis(after_ms.min(ALARM_MS_MAX));
@@ -452,6 +490,22 @@ impl Agent {
         }
     }
 
+    /// A launch is over: what it took is kept.
+    fn launched(&mut self, host: HostId, is_started: bool) {
+        let Some((job, start_us)) = self.launching.remove(&host) else {
+            return;
+        };
+        let end_us = now_us();
+        if is_started {
+            let seconds = end_us.saturating_sub(start_us) as f64 / 1e6;
+            self.metrics.started_host(seconds);
+        } else {
+            self.metrics.failed_launch();
+        }
+        let span = Span::new("launch a process", "host", job, start_us, end_us);
+        self.spans.push(span.with("host", host.to_string()));
+    }
+
     fn launch(&mut self, launch: Launch) {
         let Some(welcome) = self.welcome.clone() else {
             // Only orders lead to launches, and orders come after a welcome.
@@ -459,6 +513,7 @@ impl Agent {
                 .launch_failed(launch.host, "the worker has no session yet");
             return;
         };
+        self.launching.insert(launch.host, (launch.job, now_us()));
         let incarnation: Incarnation = welcome.incarnation;
         let log = self
             .logs
@@ -508,6 +563,14 @@ impl Agent {
             tracing::error!("a killed host is still not dead; its incarnation fences it");
         }
     }
+}
+
+fn now_us() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| {
+            u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+        })
 }
 
 /// A day; later alarms are of no use to anybody.

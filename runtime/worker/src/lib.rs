@@ -17,12 +17,15 @@
 mod agent;
 pub mod discover;
 mod error;
+mod gather;
 mod hosts;
 mod join;
 mod lease;
 mod logs;
+mod metrics;
 pub mod notices;
 mod objects;
+mod observe;
 mod options;
 mod outbox;
 mod paths;

@@ -352,6 +352,15 @@ impl Session {
                 };
                 self.to_agent(read).await?;
             }
+            HeadMessage::Ask { request, question } => {
+                let session = self.number;
+                let ask = FromLeader::Ask {
+                    session,
+                    request,
+                    question,
+                };
+                self.to_agent(ask).await?;
+            }
             HeadMessage::OrdersComplete { term, standing } => {
                 if self.is_current(term) {
                     self.to_agent(FromLeader::OrdersComplete(standing)).await?;
@@ -408,7 +417,15 @@ impl Session {
             } if session == self.number => {
                 send(&mut talk.sender, &WorkerMessage::Log { request, bytes }).await
             }
-            Command::Log { .. } => Ok(()),
+            Command::Answer {
+                session,
+                request,
+                result,
+            } if session == self.number => {
+                send(&mut talk.sender, &WorkerMessage::Answer { request, result }).await
+            }
+            // Of a session that is over: nobody waits for it any more.
+            Command::Log { .. } | Command::Answer { .. } => Ok(()),
             Command::Restart => Err(SessionEnd::Restarted),
             Command::Leave(_) => Err(SessionEnd::AgentEnded),
         }

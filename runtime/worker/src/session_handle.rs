@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use mobula_core::id::{HostId, JobId};
 use mobula_core::order::Order;
-use mobula_wire::session::Welcome;
+use mobula_wire::session::{Question, Welcome};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -61,6 +61,11 @@ pub(crate) enum Command {
         session: u64,
         request: u64,
         bytes: Vec<u8>,
+    },
+    Answer {
+        session: u64,
+        request: u64,
+        result: Result<Vec<u8>, String>,
     },
     Restart,
     Leave(oneshot::Sender<()>),
@@ -141,6 +146,18 @@ impl SessionHandle {
         }
     }
 
+    /// Answers a question of somebody who looks, or drops the answer like that for a log.
+    pub(crate) fn send_answer(&self, session: u64, request: u64, result: Result<Vec<u8>, String>) {
+        let answer = Command::Answer {
+            session,
+            request,
+            result,
+        };
+        if self.commands.try_send(answer).is_err() {
+            tracing::debug!(request, "answer dropped");
+        }
+    }
+
     /// Tells the leader that this worker goes and that nothing runs on it any more. Returns when
     /// the leader has taken it in, or when nobody is there to hear it.
     pub(crate) async fn leave(&self) {
@@ -174,5 +191,11 @@ pub(crate) enum FromLeader {
         key: Key,
         offset: u64,
         limit_bytes: u32,
+    },
+    /// Somebody wants to know something.
+    Ask {
+        session: u64,
+        request: u64,
+        question: Question,
     },
 }

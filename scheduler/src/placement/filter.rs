@@ -49,6 +49,20 @@ pub(crate) enum Distance {
 }
 
 impl Unfit {
+    /// A short stable word for metrics.
+    pub(crate) fn code(&self) -> &'static str {
+        match self {
+            Unfit::Lost => "lost",
+            Unfit::Draining => "draining",
+            Unfit::Noticed { .. } => "noticed",
+            Unfit::Selector(_) => "selector",
+            Unfit::TooSmall(_) => "too_small",
+            Unfit::Full(_) => "full",
+            Unfit::GpuFragmented { .. } => "gpu_fragmented",
+            Unfit::Spread { .. } => "spread",
+        }
+    }
+
     pub(crate) fn distance(&self) -> Distance {
         match self {
             Unfit::Full(_) | Unfit::GpuFragmented { .. } | Unfit::Spread { .. } => {

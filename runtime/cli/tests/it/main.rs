@@ -14,6 +14,7 @@ mod examples;
 mod heads;
 mod in_process;
 mod jobs;
+mod observe;
 mod serving;
 mod sessions;
 mod storage;

@@ -37,6 +37,17 @@ pub(super) fn may_read(caller: &Caller, job: JobId) -> Result<(), Status> {
     }
 }
 
+/// Refuses a host of any job; `what` is shown to people.
+pub(super) fn not_for_jobs(caller: &Caller, what: &str) -> Result<(), Status> {
+    match only_job(caller) {
+        Some(own) => Err(rejected(&Rejection::new(
+            ErrorCode::PermissionDenied,
+            format!("{what} is not for processes of {own}: use a client token"),
+        ))),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -88,6 +88,7 @@ pub(super) async fn put(
         .put_file(file.path())
         .await
         .map_err(storage_status)?;
+    context.metrics.uploaded(size_bytes);
     Ok(api::PutArtifactReply {
         blake3: announced.blake3.to_string(),
         size_bytes,

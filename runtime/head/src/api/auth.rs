@@ -29,6 +29,35 @@ pub(super) async fn caller<T>(
     caller_with_token(context, text).await
 }
 
+/// Refuses whoever may not read metrics over plain HTTP: clients may, and tokens made for that.
+pub(super) async fn may_scrape(
+    context: &HeadContext,
+    headers: &axum::http::HeaderMap,
+    extensions: axum::http::Extensions,
+) -> Result<(), Status> {
+    let metadata = tonic::metadata::MetadataMap::from_headers(headers.clone());
+    let request = Request::from_parts(metadata, extensions, ());
+    if let Some(identity) = peer_identity(&request) {
+        let caller = caller_of(identity).map_err(|rejection| rejected(&rejection))?;
+        return super::access::not_for_jobs(&caller, "the cluster's metrics");
+    }
+    let text = bearer(&request).map_err(|rejection| rejected(&rejection))?;
+    let token = parsed(context, text)?;
+    // Of this head's own tables: a follower answers for itself, and a head without a leader is
+    // just what somebody wants to see.
+    match role_of(context, &context.raft.local_view().await?, &token)? {
+        TokenUse::Client | TokenUse::Metrics => Ok(()),
+        role => Err(only_to_join(role)),
+    }
+}
+
+fn only_to_join(role: TokenUse) -> Status {
+    rejected(&Rejection::new(
+        ErrorCode::PermissionDenied,
+        format!("this is a {role} token, which can only be used to join: use a client token"),
+    ))
+}
+
 fn bearer<T>(request: &Request<T>) -> Result<&str, Rejection> {
     let missing = || {
         Rejection::new(
@@ -64,8 +93,7 @@ pub(super) async fn caller_by_own_tables<T>(
 
 async fn caller_with_token(context: &HeadContext, text: &str) -> Result<Caller, Status> {
     let token = parsed(context, text)?;
-    let reader = context.raft.read().await?;
-    role_to_caller(context, &reader, &token)
+    role_to_caller(context, &context.raft.read().await?, &token)
 }
 
 fn parsed(context: &HeadContext, text: &str) -> Result<Token, Status> {
@@ -84,19 +112,23 @@ fn parsed(context: &HeadContext, text: &str) -> Result<Token, Status> {
     Ok(token)
 }
 
+fn role_of(context: &HeadContext, reader: &dyn Reader, token: &Token) -> Result<TokenUse, Status> {
+    mobula_scheduler::check_token(reader, &token.secret_hash(), context.clock.now_ms())
+        .map_err(|rejection| rejected(&rejection))
+}
+
 fn role_to_caller(
     context: &HeadContext,
     reader: &dyn Reader,
     token: &Token,
 ) -> Result<Caller, Status> {
-    let role = mobula_scheduler::check_token(reader, &token.secret_hash(), context.clock.now_ms())
-        .map_err(|rejection| rejected(&rejection))?;
-    match role {
+    match role_of(context, reader, token)? {
         TokenUse::Client => Ok(Caller::Client),
-        TokenUse::Worker | TokenUse::Head => Err(rejected(&Rejection::new(
+        TokenUse::Metrics => Err(rejected(&Rejection::new(
             ErrorCode::PermissionDenied,
-            format!("this is a {role} token, which can only be used to join: use a client token"),
+            "this is a metrics token, which can only read `/metrics`: use a client token",
         ))),
+        role @ (TokenUse::Worker | TokenUse::Head) => Err(only_to_join(role)),
     }
 }
 

@@ -10,6 +10,7 @@ mod jobs;
 mod logs;
 mod modules;
 mod nodes;
+mod observe;
 mod service;
 mod status;
 mod tokens;
@@ -18,6 +19,7 @@ mod views;
 pub(crate) use artifacts::ARTIFACT_BYTES_MAX;
 pub(crate) use logs::LOG_STREAMS_MAX;
 pub(crate) use modules::stamp;
+pub(crate) use observe::{measure, scrape};
 pub(crate) use service::ControlService;
 
 use mobula_core::error::{ErrorCode, Rejection};

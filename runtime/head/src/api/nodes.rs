@@ -26,7 +26,7 @@ pub(super) async fn list(
 }
 
 /// The node with this id, or, where a name is given, with that name.
-async fn find(context: &HeadContext, id: u64, name: &str) -> Result<NodeId, Status> {
+pub(super) async fn find(context: &HeadContext, id: u64, name: &str) -> Result<NodeId, Status> {
     if name.is_empty() {
         return Ok(NodeId(id));
     }

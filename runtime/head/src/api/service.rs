@@ -7,7 +7,8 @@ use mobula_wire::control::{self as api, Empty};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    actors, artifacts, auth, heads, jobs, logs, modules, nodes, status, tokens, with_leader,
+    actors, artifacts, auth, heads, jobs, logs, modules, nodes, observe, status, tokens,
+    with_leader,
 };
 use crate::context::HeadContext;
 
@@ -124,6 +125,20 @@ impl Control for ControlService {
         r: Request<api::SetJobResultRequest>,
     ) -> Result<Response<Empty>, Status> {
         answer!(self, r, jobs::set_result)
+    }
+
+    async fn timeline(
+        &self,
+        r: Request<api::TimelineRequest>,
+    ) -> Result<Response<api::TimelineReply>, Status> {
+        answer!(self, r, observe::timeline)
+    }
+
+    async fn metrics(
+        &self,
+        r: Request<api::MetricsRequest>,
+    ) -> Result<Response<api::MetricsReply>, Status> {
+        answer!(self, r, observe::metrics)
     }
 
     async fn job_logs(

@@ -3,8 +3,7 @@
 use mobula_core::control::Caller;
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::SessionId;
-use mobula_net::identity::Role;
-use mobula_scheduler::{Command, Query, QueryResponse};
+use mobula_scheduler::{Command, Query, QueryResponse, Role};
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
 
@@ -32,12 +31,13 @@ pub(super) async fn create(
 ) -> Result<api::CreateTokenReply, Status> {
     only_for_clients(caller)?;
     let role = match request.role.as_str() {
-        "worker" => Role::Node,
+        "worker" => Role::Worker,
         "client" => Role::Client,
         "head" => Role::Head,
+        "metrics" => Role::Metrics,
         other => {
             return Err(rejected(&Rejection::invalid(format!(
-                "token role `{other}` is unknown: use `worker`, `client` or `head`"
+                "token role `{other}` is unknown: use `worker`, `client`, `head` or `metrics`"
             ))));
         }
     };

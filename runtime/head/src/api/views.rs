@@ -1,5 +1,7 @@
 //! The scheduler's views as messages of the control API.
 
+use mobula_core::id::HostId;
+use mobula_core::span::Span;
 use mobula_scheduler::{ActorView, Explanation, JobView, NodeView, TokenView};
 use mobula_wire::control as api;
 
@@ -79,5 +81,20 @@ pub(super) fn token(view: TokenView) -> api::TokenInfo {
         expired: view.expired,
         uses_left: view.uses_left,
         ends_with: view.ends_with,
+    }
+}
+
+/// A span, and where it was recorded.
+pub(super) fn span(span: Span, node: &str, host: Option<HostId>) -> api::Span {
+    api::Span {
+        name: span.name,
+        category: span.category,
+        start_us: span.start_us,
+        end_us: span.end_us,
+        actor: span.actor.map(|(actor, _)| actor.0),
+        incarnation: span.actor.map(|(_, incarnation)| incarnation.0),
+        node: node.to_owned(),
+        host: host.map(|host| host.0),
+        detail: span.detail.into_iter().collect(),
     }
 }

@@ -8,6 +8,7 @@
 
 mod certificates;
 mod logs;
+mod metrics;
 mod one_head;
 mod reads;
 mod stamps;

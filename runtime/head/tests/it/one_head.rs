@@ -111,6 +111,34 @@ impl OneHead {
         tokio::time::timeout(BOUND, there).await.unwrap()
     }
 
+    /// A token for workers.
+    pub(crate) async fn worker_token(&self) -> String {
+        self.token(WORKER_TOKEN_FILE).await
+    }
+
+    /// Gets a page by plain HTTP; the status and the text.
+    pub(crate) async fn get(&self, path: &str, token: Option<&str>) -> (u16, String) {
+        use tonic::codegen::{Service, http};
+        let client = self.token(CLIENT_TOKEN_FILE).await;
+        let pinned = ClientTls::Pinned(Token::parse(&client).unwrap().ca_key_hash());
+        let mut channel = connect_channel(self.api_address, pinned).await.unwrap();
+        let mut request = http::Request::get(path);
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(tonic::body::Body::empty()).unwrap();
+        std::future::poll_fn(|context| channel.poll_ready(context))
+            .await
+            .unwrap();
+        let (parts, body) = channel.call(request).await.unwrap().into_parts();
+        let body = axum::body::Body::new(body);
+        let bytes = axum::body::to_bytes(body, 1 << 20).await.unwrap();
+        (
+            parts.status.as_u16(),
+            String::from_utf8(bytes.to_vec()).unwrap(),
+        )
+    }
+
     /// A person with a client token, on a connection of their own.
     pub(crate) async fn client(&self) -> Api {
         let token = self.token(CLIENT_TOKEN_FILE).await;

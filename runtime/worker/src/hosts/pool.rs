@@ -114,6 +114,16 @@ impl Pool {
         self.actors.len()
     }
 
+    /// How many actors wait for a GPU.
+    pub(crate) fn waiting_count(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whose code a host runs.
+    pub(crate) fn job_of(&self, host: HostId) -> Option<JobId> {
+        self.hosts.get(&host).map(|host| host.job)
+    }
+
     /// How many hosts there are, dead ones included whose last words are not read yet.
     pub(crate) fn host_count(&self) -> usize {
         self.hosts.len()

@@ -116,9 +116,11 @@ async fn serve_actors(mut stream: FramedStream, mut credentials: Credentials) ->
                 (credentials, renewals) = (next, renewals + 1);
                 continue;
             }
+            // A host that says nothing to a question holds up nobody for long.
             AgentMessage::Notice { .. }
             | AgentMessage::NoticeWithdrawn
-            | AgentMessage::Heads { .. } => continue,
+            | AgentMessage::Heads { .. }
+            | AgentMessage::Ask { .. } => continue,
             AgentMessage::Shutdown { .. } => return 0,
         };
         stream.sender.send_message(&answer).await.unwrap();

@@ -63,7 +63,8 @@ impl Pool {
     /// A host says something about an actor of its own.
     pub(crate) fn message(&mut self, id: HostId, message: HostMessage) {
         match message {
-            HostMessage::Hello { .. } => {}
+            // Answers are for whoever asked, and are taken out before.
+            HostMessage::Hello { .. } | HostMessage::Answer { .. } => {}
             HostMessage::Started { actor, incarnation } => {
                 let key = (actor, incarnation);
                 if let Some(placed) = self.actors.get_mut(&key)

@@ -1,0 +1,133 @@
+//! What is there to see of a running cluster: metrics and timelines.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::examples::example;
+use crate::support::{TestCluster, repository, wait_for};
+
+/// The names of metrics in a text of Prometheus' format.
+fn exported(text: &str) -> BTreeSet<String> {
+    text.lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+        .filter_map(|line| line.split(' ').next())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The names in the first column of the tables of `docs/metrics.md`.
+fn documented() -> BTreeSet<String> {
+    let text = std::fs::read_to_string(repository("docs/metrics.md")).unwrap();
+    text.lines()
+        .filter_map(|line| line.strip_prefix("| `"))
+        .filter_map(|line| line.split('`').next())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The value of a series.
+fn value(text: &str, series: &str) -> Option<f64> {
+    text.lines()
+        .find_map(|line| line.strip_prefix(series)?.trim().parse().ok())
+}
+
+#[test]
+fn metrics_are_exported_under_the_names_that_are_documented() {
+    let cluster = TestCluster::up(1);
+    let program = example("counter");
+    cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+    let head = cluster.ok(&["metrics"]);
+    let worker = cluster.ok(&["metrics", "worker-1"]);
+    let mut found = exported(&head);
+    found.extend(exported(&worker));
+    assert_eq!(found, documented(), "left: exported, right: documented");
+
+    assert_eq!(value(&head, "mobula_raft_is_leader"), Some(1.0));
+    let submitted = "mobula_api_requests_total{method=\"SubmitJob\",code=\"Ok\"}";
+    assert_eq!(value(&head, submitted), Some(1.0), "{head}");
+    // The driver, its actor, and the actor's second start.
+    let ordered = value(&head, "mobula_dispatcher_orders_total{kind=\"start\"}");
+    assert!(ordered >= Some(3.0), "{head}");
+    let panicked = "mobula_worker_actor_exits_total{kind=\"panicked\"}";
+    assert_eq!(value(&worker, panicked), Some(1.0), "{worker}");
+    let started = value(&worker, "mobula_worker_hosts_started_total");
+    assert!(started >= Some(2.0), "{worker}");
+
+    let text = cluster.refused(&["metrics", "worker-9"]);
+    assert!(text.contains("no node is called `worker-9`"), "{text}");
+}
+
+#[test]
+fn hosts_report_their_calls_through_their_agent() {
+    let cluster = TestCluster::up(1);
+    let program = example("parallel_pi");
+    let arguments = ["submit", program.to_str().unwrap(), "--", "4", "200000000"];
+    cluster.ok(&arguments);
+    let calls = |text: &str| -> f64 {
+        let series = text.lines().filter(|line| {
+            line.starts_with("mobula_worker_host_call_duration_seconds_count")
+                || line.starts_with("mobula_worker_host_calls_in_flight")
+        });
+        let values = series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        values.sum()
+    };
+    let text = wait_for("a call that a host tells of", || {
+        let text = cluster.ok(&["metrics", "worker-1"]);
+        (calls(&text) >= 1.0).then_some(text)
+    });
+    let memory = text
+        .lines()
+        .find(|line| line.starts_with("mobula_worker_host_resident_memory_bytes{"));
+    let bytes: f64 = memory.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(bytes > 1e6, "{memory:?}");
+    cluster.ok(&["jobs", "stop", "job-1"]);
+}
+
+#[test]
+fn a_timeline_shows_starts_and_restarts_nested_and_in_order() {
+    let cluster = TestCluster::up(1);
+    let program = example("counter");
+    cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+    let file = cluster.dir().join("trace.json");
+    let text = cluster.ok(&[
+        "jobs",
+        "timeline",
+        "job-1",
+        "--output",
+        file.to_str().unwrap(),
+    ]);
+    assert!(text.contains("ui.perfetto.dev"), "{text}");
+    let trace: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let events: Vec<&Value> = trace["traceEvents"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|event| event["ph"] == "X")
+        .collect();
+    let number = |event: &Value, key: &str| event[key].as_u64().unwrap();
+    // Ordered by their beginnings, and on each track either apart or one in the other.
+    for pair in events.windows(2) {
+        assert!(number(pair[0], "ts") <= number(pair[1], "ts"), "{pair:?}");
+    }
+    for (place, outer) in events.iter().enumerate() {
+        let end = number(outer, "ts") + number(outer, "dur");
+        let same_track =
+            |event: &&&Value| (&event["pid"], &event["tid"]) == (&outer["pid"], &outer["tid"]);
+        for inner in events[place + 1..].iter().filter(same_track) {
+            let begins_inside = number(inner, "ts") < end;
+            let ends_inside = number(inner, "ts") + number(inner, "dur") <= end;
+            assert!(!begins_inside || ends_inside, "{outer} and {inner}");
+        }
+    }
+    let count = |name: &str| events.iter().filter(|event| event["name"] == name).count();
+    assert_eq!(
+        count("counter"),
+        3,
+        "the job, and both lives of its actor: {events:#?}"
+    );
+    assert_eq!(count("run"), 3, "the driver, and the actor twice");
+    assert!(count("launch a process") >= 2, "{events:#?}");
+    let exits: Vec<&Value> = events.iter().map(|e| &e["args"]["exit"]).collect();
+    assert!(exits.contains(&&Value::from("panicked")), "{exits:?}");
+}
