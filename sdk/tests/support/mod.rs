@@ -318,6 +318,8 @@ head_api! {
         apply(ApplyRequest) -> ApplyReply;
         query(QueryRequest) -> QueryReply;
         wait_module(WaitModuleRequest) -> WaitModuleReply;
+        metrics(MetricsRequest) -> MetricsReply;
+        timeline(TimelineRequest) -> TimelineReply;
     }
 }
 
