@@ -114,7 +114,13 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
 
     // Reading as another type, or a vector of other numbers, is an error and not garbage.
     let wrong = ObjectRef::<Vec<u16>>::from_object(big.object().clone());
-    println!("as other numbers: {}", wrong.view().await.unwrap_err());
+    println!(
+        "as other numbers: {}",
+        wrong
+            .view()
+            .await
+            .expect_err("bytes are not read as other numbers")
+    );
 
     // Values of the actor's process: a small one and a large one that are read, and a large one
     // that nobody has read when the process ends.

@@ -67,7 +67,7 @@ async fn main(cluster: Cluster, args: Vec<String>) -> mobula::Result<()> {
     let mut right = 0;
     for (x, sum) in (0..count).zip(&sums) {
         let (sum, place) = sum.get().await?;
-        right += u64::from(sum == (0..x).map(|n| n * n).sum());
+        right += u64::from(sum == (0..x).map(|n| n * n).sum::<u64>());
         *places.entry(place).or_default() += 1;
     }
     println!("{right} of {count} are right, after {:?}", begun.elapsed());
@@ -79,7 +79,12 @@ async fn main(cluster: Cluster, args: Vec<String>) -> mobula::Result<()> {
     println!("the twelfth Fibonacci number is {twelfth}");
 
     let attempt = cluster.task(survives()).submit().get().await?;
-    let lost = cluster.task(exits()).submit().get().await.unwrap_err();
+    let lost = cluster
+        .task(exits())
+        .submit()
+        .get()
+        .await
+        .expect_err("a process that exits brings no value");
     println!("one survived at attempt {attempt}, one did not: {lost}");
     cluster
         .set_result(&serde_json::json!({

@@ -46,7 +46,7 @@ impl Arena {
 
     /// Takes the first range that is large enough; answers its offset.
     pub fn allocate(&mut self, size_bytes: u64) -> Option<u64> {
-        let size_bytes = rounded(size_bytes)?;
+        let size_bytes = block_bytes(size_bytes)?;
         let (offset, free_bytes) = self
             .free
             .iter()
@@ -64,7 +64,7 @@ impl Arena {
     /// Gives back a block of [`Arena::allocate`].
     pub fn release(&mut self, offset: u64, size_bytes: u64) -> Result<(), BadRelease> {
         let bad = BadRelease { offset, size_bytes };
-        let size_bytes = rounded(size_bytes).ok_or_else(|| bad.clone())?;
+        let size_bytes = block_bytes(size_bytes).ok_or_else(|| bad.clone())?;
         let end = offset.checked_add(size_bytes).ok_or_else(|| bad.clone())?;
         let before = self.free.range(..=offset).next_back();
         let after = self.free.range(offset..).next();
@@ -115,8 +115,9 @@ impl Arena {
 }
 
 /// The size of the block that holds so many bytes; an empty one takes a unit as well, so that no
-/// two blocks share an offset.
-fn rounded(size_bytes: u64) -> Option<u64> {
+/// two blocks share an offset. `None` beyond what a number holds.
+#[must_use]
+pub fn block_bytes(size_bytes: u64) -> Option<u64> {
     size_bytes.max(1).checked_next_multiple_of(ALIGN_BYTES)
 }
 

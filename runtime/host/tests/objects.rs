@@ -13,6 +13,8 @@ use mobula_host::client::CallClient;
 use mobula_host::objects::{Completer, Lineage, Object, ObjectTable, Value, holding, wait_for};
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_net::endpoint::Endpoint;
+use mobula_wire::object::{Element, Format};
+use mobula_wire::store::{StoreReply, StoreRequest};
 use support::{Certificates, PATIENCE, listen};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -290,4 +292,122 @@ async fn what_is_lost_is_created_anew_where_that_is_possible() {
         value(&without).await.unwrap_err(),
         ObjectError::Lost { .. }
     ));
+}
+
+/// What an agent says, played: it grants files, and notes what it is told.
+async fn play_agent(
+    listener: mobula_net::descriptor::DescriptorListener,
+    told: mpsc::UnboundedSender<StoreRequest>,
+) {
+    use std::os::fd::AsFd;
+    let (mut sender, mut receiver) = listener.accept().await.unwrap();
+    let mut arenas = Vec::new();
+    while let Some((payload, _)) = receiver.receive().await.unwrap() {
+        let request: StoreRequest = codec::decode(&payload, 1 << 16).unwrap();
+        let (reply, file) = match &request {
+            StoreRequest::Hello { .. } => (
+                Some(StoreReply::Welcome {
+                    agent: "here".into(),
+                    arena_bytes: 1 << 20,
+                }),
+                None,
+            ),
+            StoreRequest::Grant {
+                request,
+                size_bytes,
+            } => {
+                let file = tempfile::tempfile().unwrap();
+                file.set_len(*size_bytes).unwrap();
+                arenas.push(file);
+                let granted = StoreReply::Granted {
+                    request: *request,
+                    arena: arenas.len() as u64,
+                    size_bytes: *size_bytes,
+                };
+                (Some(granted), arenas.last())
+            }
+            StoreRequest::Free { object, .. } => {
+                (Some(StoreReply::Reclaimed { object: *object }), None)
+            }
+            StoreRequest::Open {
+                request, object, ..
+            } => (
+                Some(StoreReply::Refused {
+                    request: *request,
+                    error: ObjectError::Lost {
+                        object: *object,
+                        reason: "a test says so".into(),
+                    },
+                }),
+                None,
+            ),
+            _ => (None, None),
+        };
+        if let Some(reply) = reply {
+            let message = codec::encode_plain(&reply);
+            let descriptor = file.map(AsFd::as_fd);
+            sender.send(&message, descriptor).await.unwrap();
+        }
+        told.send(request).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn large_values_are_read_in_place_and_their_memory_is_used_again() {
+    let owner = Process::start(&Certificates::new()).await;
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("objects.sock");
+    let listener = mobula_net::descriptor::DescriptorListener::bind(&socket, 1 << 16).unwrap();
+    let (told, mut requests) = mpsc::unbounded_channel();
+    let agent = tokio::spawn(play_agent(listener, told));
+    owner
+        .objects
+        .connect_store(&socket, "key", mobula_core::id::NodeId(1))
+        .await
+        .unwrap();
+    let mut next = async || {
+        tokio::time::timeout(PATIENCE, requests.recv())
+            .await
+            .unwrap()
+            .unwrap()
+    };
+    assert!(matches!(next().await, StoreRequest::Hello { .. }));
+    let format = Format::Plain(Element::U8);
+    let bytes: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
+    let object = owner.objects.put_slice(format, &bytes).await.unwrap();
+    assert!(matches!(next().await, StoreRequest::Grant { .. }));
+    assert!(matches!(
+        next().await,
+        StoreRequest::Publish { offset: 0, .. }
+    ));
+    let view = owner.objects.read(&object).await.unwrap();
+    let again = owner.objects.read(&object).await.unwrap();
+    assert!(view.bytes == bytes);
+    assert_eq!(
+        view.bytes.as_ptr(),
+        again.bytes.as_ptr(),
+        "nothing is copied"
+    );
+    assert_eq!(view.bytes.as_ptr() as usize % 64, 0);
+    drop(object);
+    assert!(matches!(next().await, StoreRequest::Free { .. }));
+    // Its memory stays as it is while somebody looks at it: the next value needs other memory.
+    let second = owner.objects.put_slice(format, &bytes[1..]).await.unwrap();
+    assert!(matches!(next().await, StoreRequest::Grant { .. }));
+    assert!(matches!(next().await, StoreRequest::Publish { .. }));
+    assert!(view.bytes == bytes);
+    drop((view, again, second));
+    assert!(matches!(next().await, StoreRequest::Free { .. }));
+    // That of the first is free again: no more is asked for.
+    let third = owner.objects.put_slice(format, &bytes).await.unwrap();
+    let request = next().await;
+    assert!(
+        matches!(request, StoreRequest::Publish { .. }),
+        "{request:?}"
+    );
+    let Some(Ok(Value::Stored(stored))) = third.outcome() else {
+        panic!("it is large");
+    };
+    assert_eq!(stored.size_bytes, 300_000);
+    agent.abort();
 }

@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
-use mobula_core::arena::Arena;
+use mobula_core::arena::{Arena, block_bytes};
 use mobula_core::codec;
 use mobula_core::id::NodeId;
 use mobula_core::object::{ObjectError, ObjectId, ProcessId};
@@ -31,6 +31,10 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
 use super::mapping::{Mapping, View};
+
+/// How often one write may be granted memory and find it taken by another write of this process:
+/// each grant is an arena, so this is memory, not patience.
+const GRANTS_MAX: u32 = 16;
 
 /// The node's shared memory, as one process sees it.
 pub struct StoreClient {
@@ -177,7 +181,12 @@ impl StoreClient {
     }
 
     async fn allocate(&self, size_bytes: u64) -> Result<Range, ObjectError> {
+        // Asked for as what it will take: an arena of just the value's size may be too small.
+        let needed_bytes = block_bytes(size_bytes).ok_or_else(|| ObjectError::Unavailable {
+            reason: format!("{size_bytes} bytes are more than any memory has"),
+        })?;
         let mut grant: Option<Grant<'_>> = None;
+        let mut grants = 0;
         loop {
             // Registered before the look, so that no room is missed in between.
             let room = self.room.notified();
@@ -188,13 +197,23 @@ impl StoreClient {
             }
             let waiting = match &mut grant {
                 Some(waiting) => waiting,
-                none => none.insert(self.ask_for_memory(size_bytes)?),
+                none => none.insert(self.ask_for_memory(needed_bytes)?),
             };
             tokio::select! {
                 granted = &mut waiting.answer => {
                     waiting.is_answered = true;
                     granted.unwrap_or_else(|_| Err(self.gone()))?;
                     grant = None;
+                    grants += 1;
+                    if grants > GRANTS_MAX {
+                        return Err(ObjectError::Unavailable {
+                            reason: format!(
+                                "memory for {size_bytes} bytes was granted {GRANTS_MAX} times and \
+                                 taken by other writers of this process each time: write less at \
+                                 once"
+                            ),
+                        });
+                    }
                 }
                 () = room => {}
             }
