@@ -63,6 +63,12 @@ impl Waiter {
     }
 }
 
+/// Waits until the kitchen cooks: while it answers questions, no order has reached it.
+async fn until_busy(kitchen: &ActorRef<Kitchen>) {
+    let limit = Duration::from_millis(200);
+    while kitchen.interrupted().timeout(limit).await.is_ok() {}
+}
+
 #[mobula::main]
 async fn main(cluster: Cluster) -> mobula::Result<()> {
     let an_hour_ms = 3_600_000;
@@ -72,6 +78,7 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
 
     // One that has not begun does not run.
     let cooking = kitchen.cook(an_hour_ms).start().await?;
+    until_busy(&kitchen).await;
     let waiting = kitchen.cook(1).start().await?;
     waiting.cancel();
     let error = waiting.await.expect_err("it was cancelled");
@@ -86,14 +93,7 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
 
     // The call that a cancelled method waits for is cancelled with it.
     let order = waiter.order(kitchen.clone(), an_hour_ms).start().await?;
-    while kitchen
-        .interrupted()
-        .timeout(Duration::from_millis(200))
-        .await
-        .is_ok()
-    {
-        // The kitchen still answers: the order has not reached it.
-    }
+    until_busy(&kitchen).await;
     order.cancel();
     order.await.expect_err("it was cancelled");
     assert_eq!(kitchen.interrupted().await?, 2);

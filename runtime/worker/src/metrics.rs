@@ -250,7 +250,7 @@ impl Durations {
     fn of(counted: &HostMetrics) -> Self {
         let last = counted.call_buckets.len().saturating_sub(1);
         let bound = |place: usize| match place {
-            place if place == last => f64::MAX,
+            place if place == last => f64::INFINITY,
             place => call_bucket_bound_us(place) as f64 / 1e6,
         };
         let counts = counted.call_buckets.iter().enumerate();

@@ -42,7 +42,9 @@ impl Pace {
         match self.seconds.get(name) {
             None => 1,
             // Saturates where a task takes no time at all.
-            Some(seconds) => ((AHEAD.as_secs_f64() / seconds) as usize + 1).clamp(1, IN_FLIGHT_MAX),
+            Some(seconds) => ((AHEAD.as_secs_f64() / seconds) as usize)
+                .saturating_add(1)
+                .min(IN_FLIGHT_MAX),
         }
     }
 

@@ -46,8 +46,9 @@ fn increments_count_exactly_once_however_often_the_counter_is_killed() {
     let cluster = TestCluster::up(2);
     let program = example("durable_counter");
     let count = increments.to_string();
-    let job = cluster.json(&["submit", program.to_str().unwrap(), "--", &count])["job"].clone();
-    let job = format!("job-{job}");
+    let submitted = cluster.ok(&["submit", "--json", program.to_str().unwrap(), "--", &count]);
+    let submitted: Value = serde_json::from_str(&submitted).unwrap();
+    let job = format!("job-{}", submitted["job"]);
 
     let mut kills = 0;
     let mut last = None;

@@ -32,6 +32,11 @@ fn value(text: &str, series: &str) -> Option<f64> {
         .find_map(|line| line.strip_prefix(series)?.trim().parse().ok())
 }
 
+/// Whether there is one for each host process.
+fn is_of_hosts(name: &str) -> bool {
+    name.starts_with("mobula_worker_host_")
+}
+
 #[test]
 fn metrics_are_exported_under_the_names_that_are_documented() {
     let cluster = TestCluster::up(1);
@@ -41,6 +46,10 @@ fn metrics_are_exported_under_the_names_that_are_documented() {
     let worker = cluster.ok(&["metrics", "worker-1"]);
     let mut found = exported(&head);
     found.extend(exported(&worker));
+    // A series of each host, or of each reason: there is none where there are no hosts, or where
+    // nothing is pending.
+    found.extend(documented().into_iter().filter(|name| is_of_hosts(name)));
+    found.insert("mobula_actors_pending_by_reason".to_owned());
     assert_eq!(found, documented(), "left: exported, right: documented");
 
     assert_eq!(value(&head, "mobula_raft_is_leader"), Some(1.0));
@@ -76,6 +85,15 @@ fn hosts_report_their_calls_through_their_agent() {
         let text = cluster.ok(&["metrics", "worker-1"]);
         (calls(&text) >= 1.0).then_some(text)
     });
+    let found: BTreeSet<_> = exported(&text)
+        .into_iter()
+        .filter(|name| is_of_hosts(name))
+        .collect();
+    let documented: BTreeSet<_> = documented()
+        .into_iter()
+        .filter(|name| is_of_hosts(name))
+        .collect();
+    assert_eq!(found, documented, "left: exported, right: documented");
     let memory = text
         .lines()
         .find(|line| line.starts_with("mobula_worker_host_resident_memory_bytes{"));

@@ -200,6 +200,8 @@ impl StoreClient {
                 none => none.insert(self.ask_for_memory(needed_bytes)?),
             };
             tokio::select! {
+                // A grant brings both: its answer is not to be taken for withdrawn.
+                biased;
                 granted = &mut waiting.answer => {
                     waiting.is_answered = true;
                     granted.unwrap_or_else(|_| Err(self.gone()))?;
