@@ -177,7 +177,9 @@ impl Changes {
         let committed = node.raft.raft_log.committed;
         let lag = committed.saturating_sub(progress.matched);
         let is_alive = self.is_alive(node, raft_id);
-        if is_alive && progress.state == ProgressState::Replicate && lag <= PROMOTION_LAG_MAX {
+        // The state does not matter: what is matched the learner holds, and raft leaves one that has
+        // everything in state probe until there is something new to send.
+        if is_alive && lag <= PROMOTION_LAG_MAX {
             return Ok(());
         }
         let state = if is_alive {
@@ -186,9 +188,9 @@ impl Changes {
             "silent"
         };
         Err(refused(format!(
-            "head {raft_id} has not caught up: it holds entry {} of {committed} (at most \
-         {PROMOTION_LAG_MAX} may be missing) and is in state {state} (must be replicate); wait and \
-         try again",
+            "head {raft_id} ({state}) has not caught up: it holds entry {} of {committed}, at most \
+             {PROMOTION_LAG_MAX} may be missing, and it must have been heard of lately; wait and try \
+             again",
             progress.matched
         )))
     }

@@ -326,6 +326,19 @@ async fn a_follower_proposes_nothing_and_names_the_leader() {
     assert_eq!(sum(&group.leader().await.handle.read().await.unwrap()), 0);
 }
 
+/// The learner's own answer may overtake the report that its snapshot was sent. raft then keeps the
+/// learner in state probe until it has something to send to it, and a quiet group has nothing.
+#[tokio::test]
+async fn a_learner_of_a_quiet_group_is_promoted_whichever_end_of_its_snapshot_comes_first() {
+    for delay in [Duration::ZERO, Duration::from_millis(200)] {
+        let mut group = TestGroup::new(RaftConfig::default()).await;
+        group.delay_reports(delay);
+        let learner = group.add_learner().await;
+        group.promote(learner).await;
+        group.converge().await;
+    }
+}
+
 #[tokio::test]
 async fn a_group_grows_to_five_and_shrinks_to_one() {
     let mut group = TestGroup::of(5, short_log()).await;

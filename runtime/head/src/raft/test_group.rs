@@ -189,6 +189,8 @@ pub(super) struct Weather {
     lost_snapshots: u32,
     /// Snapshots whose bytes will still be damaged on their way.
     damaged_snapshots: u32,
+    /// How much later than its receiver's own answer the end of a snapshot is reported.
+    report_delay: Duration,
     /// Snapshots that arrived.
     pub(super) snapshots: u32,
     rng: Option<StdRng>,
@@ -230,7 +232,9 @@ impl Peers for Wire {
         let target = self.way_to(to);
         let (network, inbox) = (self.network.clone(), self.inbox.clone());
         std::thread::spawn(move || {
-            let arrived = target.is_some_and(|target| carry(&network, &target, message, &tables));
+            let arrived = target.is_some_and(|target| carry(&network, &target, message, tables));
+            let delay = network.lock().report_delay;
+            std::thread::sleep(delay);
             let _ = inbox.send(Input::SnapshotSent { to, arrived });
         });
     }
@@ -238,7 +242,7 @@ impl Peers for Wire {
     fn set_group(&mut self, _: &GroupView) {}
 }
 
-fn carry(network: &Network, target: &InputSender, message: Message, tables: &PinnedTables) -> bool {
+fn carry(network: &Network, target: &InputSender, message: Message, tables: PinnedTables) -> bool {
     let mut is_damaged = false;
     {
         let mut weather = network.lock();
@@ -442,6 +446,10 @@ impl TestGroup {
 
     pub(super) fn lose_snapshots(&self, count: u32) {
         self.network.lock().lost_snapshots = count;
+    }
+
+    pub(super) fn delay_reports(&self, delay: Duration) {
+        self.network.lock().report_delay = delay;
     }
 
     pub(super) fn damage_snapshots(&self, count: u32) {
