@@ -38,6 +38,14 @@ const QUESTIONS_MAX: usize = 64;
 /// How long to wait for a worker's piece of a log.
 const LOG_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A piece of a log.
+pub(crate) struct LogPiece {
+    /// Empty at the end.
+    pub(crate) bytes: Vec<u8>,
+    /// Whether a process may still write to it.
+    pub(crate) is_open: bool,
+}
+
 /// The sessions of this leader.
 #[derive(Clone, Default)]
 pub(crate) struct Sessions {
@@ -51,7 +59,7 @@ struct SessionEntry {
     serial: u64,
     outbox: mpsc::Sender<HeadMessage>,
     last_renewal: Instant,
-    log_requests: BTreeMap<u64, oneshot::Sender<Vec<u8>>>,
+    log_requests: BTreeMap<u64, oneshot::Sender<LogPiece>>,
     questions: BTreeMap<u64, oneshot::Sender<Result<Vec<u8>, String>>>,
 }
 
@@ -129,7 +137,7 @@ impl Sessions {
         incarnation: Incarnation,
         offset: u64,
         limit_bytes: u32,
-    ) -> Option<Vec<u8>> {
+    ) -> Option<LogPiece> {
         let request = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         {
@@ -194,7 +202,7 @@ impl Sessions {
         (entries.len() as u64, queued as u64)
     }
 
-    fn answer_log(&self, node: NodeId, request: u64, bytes: Vec<u8>) {
+    fn answer_log(&self, node: NodeId, request: u64, piece: LogPiece) {
         let waiting = self
             .entries
             .lock()
@@ -202,7 +210,7 @@ impl Sessions {
             .and_then(|e| e.log_requests.remove(&request));
         if let Some(reply) = waiting {
             // Whoever asked may have given up; then nobody needs the bytes.
-            let _ = reply.send(bytes);
+            let _ = reply.send(piece);
         }
     }
 }
@@ -350,8 +358,9 @@ impl Session {
                             let answer = HeadMessage::HostSigned { request, result };
                             sender.send_message(&answer).await.map_err(|e| e.to_string())?;
                         }
-                        WorkerMessage::Log { request, bytes } => {
-                            self.context.sessions.answer_log(self.node, request, bytes);
+                        WorkerMessage::Log { request, bytes, is_open } => {
+                            let piece = LogPiece { bytes, is_open };
+                            self.context.sessions.answer_log(self.node, request, piece);
                         }
                         WorkerMessage::Answer { request, result } => {
                             self.context.sessions.answer_question(self.node, request, result);

@@ -51,6 +51,8 @@ pub enum WorkerMessage {
         request: u64,
         /// Bytes from the offset that was asked for; empty at the end.
         bytes: Vec<u8>,
+        /// Whether a process may still write to it.
+        is_open: bool,
     },
     /// The last message of a worker that ended all its hosts and goes: what it ran can be started
     /// elsewhere at once, without waiting for its lease.

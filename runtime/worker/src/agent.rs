@@ -218,9 +218,11 @@ impl Agent {
                 offset,
                 limit_bytes,
             }) => {
+                // Looked at first: what is closed by now is read to its end.
+                let is_open = self.logs.is_open(key);
                 let bytes = self.logs.read(key, offset, limit_bytes);
                 self.metrics.read_log(bytes.len());
-                self.session.send_log(session, request, bytes);
+                self.session.send_log(session, request, bytes, is_open);
             }
             Input::Leader(FromLeader::OrdersComplete(standing)) => self.pool.keep_only(&standing),
             Input::Notice(change) => self.handle_notice(change),
@@ -413,6 +415,11 @@ impl Agent {
     }
 
     fn handle_died(&mut self, host: HostId, end: ProcessEnd) {
+        // A group's kill counts only for a process that a kill ended.
+        let end = match (end, self.launcher.limits.leave(host)) {
+            (ProcessEnd::Signaled(libc::SIGKILL), Some(found)) => ProcessEnd::OutOfMemory(found),
+            (end, _) => end,
+        };
         tracing::info!(%host, %end, "host ended");
         self.renewals.forget(host);
         self.forget(host);
@@ -420,6 +427,7 @@ impl Agent {
             ProcessEnd::Exited(0) => "exited",
             ProcessEnd::Exited(_) => "failed",
             ProcessEnd::Signaled(_) => "signaled",
+            ProcessEnd::OutOfMemory(_) => "out_of_memory",
         });
         let last_output = self.logs.tail(host);
         self.logs.close(host);

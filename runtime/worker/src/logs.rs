@@ -111,6 +111,12 @@ impl Logs {
         })
     }
 
+    /// Whether a process that runs writes to this actor's log: what is read is not the end then.
+    pub(crate) fn is_open(&self, key: Key) -> bool {
+        let path = self.actors.get(&key);
+        path.is_some_and(|path| self.hosts.values().any(|open| open == path))
+    }
+
     /// A log of an earlier life of this agent.
     fn find(&self, (actor, incarnation): Key) -> Option<PathBuf> {
         let name = file_name(actor, incarnation);
@@ -255,6 +261,9 @@ mod tests {
         assert_eq!(logs.read(KEY, 4, 3), b"two");
         assert_eq!(logs.read(KEY, 1000, 3), b"");
         assert_eq!(logs.tail(HostId(1)), "two | three | four");
+        assert!(logs.is_open(KEY));
+        logs.close(HostId(1));
+        assert!(!logs.is_open(KEY));
         let reborn = Logs::new(dir.path().to_path_buf());
         assert_eq!(reborn.read(KEY, 0, 3), b"one");
         assert_eq!(reborn.read((ActorId(4), Incarnation(7)), 0, 3), b"");

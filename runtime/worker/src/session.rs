@@ -414,8 +414,14 @@ impl Session {
                 session,
                 request,
                 bytes,
+                is_open,
             } if session == self.number => {
-                send(&mut talk.sender, &WorkerMessage::Log { request, bytes }).await
+                let message = WorkerMessage::Log {
+                    request,
+                    bytes,
+                    is_open,
+                };
+                send(&mut talk.sender, &message).await
             }
             Command::Answer {
                 session,

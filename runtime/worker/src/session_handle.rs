@@ -61,6 +61,7 @@ pub(crate) enum Command {
         session: u64,
         request: u64,
         bytes: Vec<u8>,
+        is_open: bool,
     },
     Answer {
         session: u64,
@@ -132,13 +133,14 @@ impl SessionHandle {
 
     /// Answers a question for a log. Without a session, or when too many answers wait, it is
     /// dropped: the leader asks again.
-    pub(crate) fn send_log(&self, session: u64, request: u64, bytes: Vec<u8>) {
+    pub(crate) fn send_log(&self, session: u64, request: u64, bytes: Vec<u8>, is_open: bool) {
         if self
             .commands
             .try_send(Command::Log {
                 session,
                 request,
                 bytes,
+                is_open,
             })
             .is_err()
         {

@@ -19,6 +19,7 @@ use crate::hosts::connection;
 use crate::hosts::devices::Devices;
 use crate::hosts::files::JobDirs;
 use crate::hosts::launcher::Launcher;
+use crate::hosts::limits::{Limits, MEMORY_LIMITS_LABEL};
 use crate::hosts::process::Spawner;
 use crate::hosts::program::Programs;
 use crate::join::{Joiner, Membership};
@@ -221,6 +222,8 @@ fn assemble(
     .map_err(|error| setup("open the object store", &error))?;
     let devices = Devices::new(device_ids(&machine, capacity.gpu_milli));
     let mut labels = machine.labels();
+    let limits = Limits::discover(&options.name);
+    labels.insert(MEMORY_LIMITS_LABEL.to_owned(), limits.label().to_owned());
     labels.extend(options.labels.clone());
     let hello = WorkerHello {
         name: options.name.clone(),
@@ -259,6 +262,7 @@ fn assemble(
         object_keys: object_keys.clone(),
         run_dir: paths.run(),
         job_dirs: JobDirs::new(paths.work()),
+        limits,
         programs: Programs::new(builtin, paths.artifacts()),
         spawner,
         session: handle.clone(),

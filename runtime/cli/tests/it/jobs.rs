@@ -1,7 +1,9 @@
 //! Jobs: what is shipped with them, what they leave, and what becomes of them when things go wrong.
 
+use std::path::PathBuf;
+
 use crate::examples::example;
-use crate::support::{TestCluster, text_of};
+use crate::support::{TestCluster, kill_9, small_job, text_of, wait_for};
 
 #[test]
 fn files_and_environment_are_shipped_and_the_result_is_kept() {
@@ -31,7 +33,7 @@ fn files_and_environment_are_shipped_and_the_result_is_kept() {
         shown["result"]
     );
     // The working directories went with the job's last processes.
-    crate::support::wait_for("the end of the working directories", || {
+    wait_for("the end of the working directories", || {
         let left = working_directories(&cluster);
         left.is_empty().then_some(())
     });
@@ -81,4 +83,92 @@ fn a_file_that_cannot_be_shipped_is_refused_before_anything_is_submitted() {
     let text = cluster.refused(&["submit", program, "--file", &named]);
     assert!(text.contains("cannot be the name of a file"), "{text}");
     assert_eq!(cluster.json(&["jobs", "list"]), serde_json::json!([]));
+}
+
+#[test]
+fn who_uses_more_memory_than_it_may_is_ended_and_told_so() {
+    let cluster = TestCluster::up(1);
+    let nodes = cluster.json(&["nodes", "list"]);
+    let limits = nodes[0]["labels"]["memory_limits"].as_str().unwrap();
+    let program = example("memory_limit");
+    cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+    let shown = cluster.json(&["jobs", "show", "job-1"]);
+    let result = shown["result"].as_str().unwrap();
+    if limits.starts_with("cgroup") {
+        let limit = 96 << 20;
+        let expected = format!("out of memory: limit {limit} bytes, used ");
+        assert!(result.starts_with(&expected), "{limits}: {result}");
+    } else {
+        assert!(limits.starts_with("none-"), "{limits}");
+        assert!(result.starts_with("nothing limits memory here"), "{result}");
+    }
+}
+
+#[test]
+fn a_job_goes_on_after_every_process_was_killed() {
+    let mut cluster = TestCluster::up(2);
+    let job = cluster.submit_toml(&small_job("survivor", 300));
+    // Far enough that there is something to go on from.
+    wait_for("a first checkpoint", || {
+        let log = text_of(&cluster.run(&["jobs", "logs", &job]));
+        log.lines()
+            .any(|line| line.contains("checkpoint of step") && line.contains(" committed: "))
+            .then_some(())
+    });
+    let before = cluster.json(&["jobs", "show", &job]);
+    assert_eq!(before["state"], "running", "{before}");
+    let groups = |cluster: &TestCluster| -> Vec<PathBuf> {
+        ["worker-1", "worker-2"]
+            .iter()
+            .flat_map(|worker| control_groups(worker, cluster.pid(worker)))
+            .collect()
+    };
+    let groups_before = groups(&cluster);
+    let nodes = cluster.json(&["nodes", "list"]);
+    let limits = nodes[0]["labels"]["memory_limits"].as_str().unwrap();
+    assert_eq!(limits.starts_with("cgroup"), !groups_before.is_empty());
+    for process in ["head-1", "worker-1", "worker-2"] {
+        kill_9(cluster.pid(process));
+    }
+    cluster.up_again(2);
+    // The dead workers could not clean up after themselves; the new ones did.
+    wait_for("the end of the dead workers' control groups", || {
+        groups_before
+            .iter()
+            .all(|path| !path.exists())
+            .then_some(())
+    });
+    let result = cluster.result_of(&job);
+    assert_eq!(result["steps"], 300, "{result}");
+    let after = cluster.json(&["jobs", "show", &job]);
+    assert_eq!(after["submitted_ms"], before["submitted_ms"]);
+    assert!(after["restarts"].as_u64() >= Some(1), "{after}");
+    let groups_after = groups(&cluster);
+    cluster.ok(&[
+        "local",
+        "down",
+        "--data-dir",
+        cluster.dir().to_str().unwrap(),
+    ]);
+    for path in groups_after {
+        assert!(!path.exists(), "{} was left", path.display());
+    }
+}
+
+/// The folders of control groups that a worker's process made.
+fn control_groups(worker: &str, pid: u32) -> Vec<PathBuf> {
+    let name = format!("mobula-{worker}-{pid}");
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            if is_folder && entry.file_name() == name.as_str() {
+                found.push(entry.path());
+            } else if is_folder {
+                folders.push(entry.path());
+            }
+        }
+    }
+    found
 }

@@ -91,6 +91,18 @@ impl TestCluster {
         TestCluster { dir, record }
     }
 
+    /// The same cluster once more, from what its dead processes left on disk.
+    pub(crate) fn up_again(&mut self, workers: u32) {
+        let output = mobula()
+            .args(["local", "up", "--json", "--workers", &workers.to_string()])
+            .arg("--data-dir")
+            .arg(self.dir())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "local up: {}", text_of(&output));
+        self.record = serde_json::from_slice(&output.stdout).unwrap();
+    }
+
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
     }

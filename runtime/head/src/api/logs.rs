@@ -16,12 +16,16 @@ use tonic::Status;
 
 use super::{access, jobs, rejected};
 use crate::context::HeadContext;
+use crate::session::LogPiece;
 
 /// How much is asked for at once; well below the control lane's frame.
 const PIECE_BYTES: u32 = 256 * 1024;
 
 /// How often a log that is being followed is looked at.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(150);
+
+/// How long a process that has reported its end may take to be dead: it is killed soon after.
+const LAST_LINES_WAIT: Duration = Duration::from_secs(6);
 
 /// How many pieces wait for a slow client.
 const PIECES_WAITING_MAX: usize = 4;
@@ -63,6 +67,8 @@ pub(super) async fn job_logs(
 struct Position {
     start: Start,
     offset: u64,
+    /// How long the last lines of a start that is over were waited for.
+    waited: Duration,
 }
 
 /// What there is to read of a job.
@@ -138,6 +144,7 @@ async fn send_starts(
             position = readable.starts.first().map(|start| Position {
                 start: *start,
                 offset: 0,
+                waited: Duration::ZERO,
             });
         }
         let Some(here) = &mut position else {
@@ -152,9 +159,17 @@ async fn send_starts(
             .iter()
             .find(|start| start.incarnation > here.start.incarnation);
         match read_piece(context, readable.driver, here).await {
-            Some(data) if !data.is_empty() => {
-                here.offset += data.len() as u64;
-                sender.send(data).await?;
+            Some(LogPiece { bytes, .. }) if !bytes.is_empty() => {
+                here.offset += bytes.len() as u64;
+                sender.send(bytes).await?;
+                continue;
+            }
+            // The process has said how it ends, and is not dead yet: it may print some more.
+            Some(LogPiece { is_open: true, .. })
+                if (next.is_some() || readable.has_ended) && here.waited < LAST_LINES_WAIT =>
+            {
+                here.waited += FOLLOW_INTERVAL;
+                tokio::time::sleep(FOLLOW_INTERVAL).await;
                 continue;
             }
             Some(_) => {}
@@ -177,6 +192,7 @@ async fn send_starts(
                 position = Some(Position {
                     start: *start,
                     offset: 0,
+                    waited: Duration::ZERO,
                 });
             }
             None if is_over => return Ok(()),
@@ -189,7 +205,7 @@ async fn read_piece(
     context: &HeadContext,
     driver: ActorId,
     position: &Position,
-) -> Option<Vec<u8>> {
+) -> Option<LogPiece> {
     let Start { node, incarnation } = position.start;
     context
         .sessions

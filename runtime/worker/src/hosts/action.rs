@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId};
 use mobula_core::order::WorkerEvent;
+use mobula_core::resource::Resources;
 use mobula_core::spec::{JobFile, Program};
 use mobula_wire::host::{AgentMessage, HostRole};
 
@@ -36,6 +37,8 @@ pub(crate) struct Launch {
     pub(crate) role: HostRole,
     pub(crate) env: BTreeMap<String, String>,
     pub(crate) files: Vec<JobFile>,
+    /// What its one actor asked for; `None` for a process that actors share.
+    pub(crate) resources: Option<Resources>,
     /// For `CUDA_VISIBLE_DEVICES`; empty: no GPU.
     pub(crate) visible_devices: String,
     /// Whose own process it is, if one actor's.

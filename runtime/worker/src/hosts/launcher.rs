@@ -19,6 +19,7 @@ use mobula_wire::session::Welcome;
 
 use super::action::Launch;
 use super::files::JobDirs;
+use super::limits::Limits;
 use super::process::{HostProcess, ProcessSpec, Spawner};
 use super::program::Programs;
 use super::renewal::HostCertificate;
@@ -65,6 +66,7 @@ pub(crate) struct Launcher {
     pub(crate) object_keys: Keys,
     pub(crate) run_dir: PathBuf,
     pub(crate) job_dirs: JobDirs,
+    pub(crate) limits: Limits,
     pub(crate) programs: Programs,
     pub(crate) spawner: Spawner,
     pub(crate) session: SessionHandle,
@@ -120,6 +122,13 @@ impl Launcher {
             .map_err(|error| format!("cannot write `{}`: {error}", bootstrap_path.display()))?;
         let output = logs::create(log)
             .map_err(|error| format!("cannot open log `{}`: {error}", log.display()))?;
+        let entrances = match &launch.resources {
+            Some(resources) => self
+                .limits
+                .enter(launch.host, resources)
+                .map_err(|error| format!("cannot limit what the host may use: {error}"))?,
+            None => Vec::new(),
+        };
         let spec = ProcessSpec {
             program,
             args: arguments(launch),
@@ -128,6 +137,7 @@ impl Launcher {
             }),
             working_dir,
             output,
+            entrances,
         };
         let process = self
             .spawner
@@ -148,6 +158,8 @@ impl Launcher {
     pub(crate) async fn forget(&self, host: HostId) {
         // Usually the host has removed it itself.
         let _ = std::fs::remove_file(self.run_dir.join(format!("{host}.json")));
+        // One that has died has left already.
+        self.limits.leave(host);
         self.object_keys.revoke(host);
         self.job_dirs.release(host).await;
     }
@@ -243,6 +255,7 @@ mod tests {
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .into(),
             files: Vec::new(),
+            resources: None,
             visible_devices: "GPU-a".into(),
             owner: None,
         }

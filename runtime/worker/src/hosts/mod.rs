@@ -1,5 +1,5 @@
 //! Host processes: which actor runs in which ([`pool`]), how one is launched ([`launcher`],
-//! [`program`], [`files`]), its certificate after the first one ([`renewal`]), the process itself
+//! [`program`], [`files`], [`limits`]), its certificate after the first one ([`renewal`]), the process itself
 //! ([`process`]), and the agent's end of its socket ([`connection`]).
 
 pub(crate) mod action;
@@ -8,6 +8,7 @@ pub(crate) mod devices;
 pub(crate) mod ended;
 pub(crate) mod files;
 pub(crate) mod launcher;
+pub(crate) mod limits;
 pub(crate) mod pool;
 pub(crate) mod process;
 pub(crate) mod program;

@@ -24,6 +24,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
+use super::limits::OutOfMemory;
+
 /// Starts that may wait for the spawner thread. One takes about a millisecond, and more than this
 /// many hosts at once would be beyond any machine's memory.
 const SPAWN_QUEUE: usize = 256;
@@ -35,6 +37,8 @@ pub(crate) enum ProcessEnd {
     Exited(i32),
     /// This signal ended it.
     Signaled(i32),
+    /// The kernel ended it for want of memory.
+    OutOfMemory(OutOfMemory),
 }
 
 impl std::fmt::Display for ProcessEnd {
@@ -42,6 +46,7 @@ impl std::fmt::Display for ProcessEnd {
         match self {
             ProcessEnd::Exited(code) => write!(f, "exited with code {code}"),
             ProcessEnd::Signaled(signal) => write!(f, "was ended by signal {signal}"),
+            ProcessEnd::OutOfMemory(_) => f.write_str("was ended for want of memory"),
         }
     }
 }
@@ -59,6 +64,8 @@ pub(crate) struct ProcessSpec {
     pub(crate) working_dir: PathBuf,
     /// Where its standard output and standard error go.
     pub(crate) output: File,
+    /// By which it enters its control groups.
+    pub(crate) entrances: Vec<File>,
 }
 
 /// Why a process was not started.
@@ -146,10 +153,17 @@ fn spawn_command(spec: ProcessSpec) -> std::io::Result<HostProcess> {
         .stdout(spec.output)
         .stderr(error_output);
     let agent = std::process::id();
+    let entrances = spec.entrances;
     // SAFETY: the closure runs in the forked child before exec and makes only system calls that
-    // are safe there (setsid, prctl, getppid); it neither allocates nor takes locks.
+    // are safe there (write, setsid, prctl, getppid); it neither allocates nor takes locks.
     unsafe {
-        command.pre_exec(move || prepare_child(agent));
+        command.pre_exec(move || {
+            for entrance in &entrances {
+                // 0 means whoever writes it.
+                rustix::io::write(entrance, b"0")?;
+            }
+            prepare_child(agent)
+        });
     }
     let child = command.spawn()?;
     let pid = i32::try_from(child.id())
@@ -271,6 +285,7 @@ mod tests {
             env: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
             working_dir: "/".into(),
             output,
+            entrances: Vec::new(),
         }
     }
 

@@ -202,7 +202,9 @@ async fn a_driver_ends_as_it_says_or_as_its_exit_code_says() {
     })
     .await;
     match talk.next().await {
-        Some(WorkerMessage::Log { request: 7, bytes }) => {
+        Some(WorkerMessage::Log {
+            request: 7, bytes, ..
+        }) => {
             let text = String::from_utf8(bytes).unwrap();
             assert!(text.contains("there is no data"), "{text}");
         }

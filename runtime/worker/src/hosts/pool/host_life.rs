@@ -291,6 +291,10 @@ impl Pool {
             (true, ProcessEnd::Exited(code)) => {
                 ExitReason::Failed(with_output(format!("driver exited with code {code}")))
             }
+            (_, ProcessEnd::OutOfMemory(found)) => ExitReason::OutOfMemory {
+                limit_bytes: found.limit_bytes,
+                used_bytes: found.used_bytes,
+            },
             (false, end) if host.call_address.is_none() => {
                 ExitReason::StartFailed(with_output(format!("host {end} before it was ready")))
             }

@@ -72,6 +72,7 @@ impl Pool {
             role,
             env: start.env.clone(),
             files: start.files.clone(),
+            resources: is_own.then(|| start.spec.resources.clone()),
             visible_devices: self.devices.visible(&shares),
             owner: is_own.then_some(key),
         };
