@@ -263,14 +263,14 @@ async fn garbage_and_another_process_at_the_address_are_refused() {
 
 #[tokio::test]
 async fn what_is_lost_is_created_anew_where_that_is_possible() {
-    struct Again(mpsc::UnboundedSender<Completer>);
+    struct Again(mpsc::Sender<Completer>);
     impl Lineage for Again {
         fn recreate(&self, completer: Completer, _: &str) {
-            self.0.send(completer).unwrap();
+            assert!(self.0.try_send(completer).is_ok(), "the test expects one");
         }
     }
     let (owner, holder) = two().await;
-    let (sender, mut recreations) = mpsc::unbounded_channel();
+    let (sender, mut recreations) = mpsc::channel(2);
     let (object, completer) = owner.objects.create_pending_with(Arc::new(Again(sender)));
     completer.complete(owner.objects.encode_result("first").unwrap());
     let borrowed = holder.receive(&object);
@@ -297,7 +297,7 @@ async fn what_is_lost_is_created_anew_where_that_is_possible() {
 /// What an agent says, played: it grants files, and notes what it is told.
 async fn play_agent(
     listener: mobula_net::descriptor::DescriptorListener,
-    told: mpsc::UnboundedSender<StoreRequest>,
+    told: mpsc::Sender<StoreRequest>,
 ) {
     use std::os::fd::AsFd;
     let (mut sender, mut receiver) = listener.accept().await.unwrap();
@@ -348,7 +348,7 @@ async fn play_agent(
             let descriptor = file.map(AsFd::as_fd);
             sender.send(&message, descriptor).await.unwrap();
         }
-        told.send(request).unwrap();
+        told.send(request).await.unwrap();
     }
 }
 
@@ -358,7 +358,8 @@ async fn large_values_are_read_in_place_and_their_memory_is_used_again() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("objects.sock");
     let listener = mobula_net::descriptor::DescriptorListener::bind(&socket, 1 << 16).unwrap();
-    let (told, mut requests) = mpsc::unbounded_channel();
+    // More requests than the test makes.
+    let (told, mut requests) = mpsc::channel(64);
     let agent = tokio::spawn(play_agent(listener, told));
     owner
         .objects

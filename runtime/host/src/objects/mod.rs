@@ -7,7 +7,8 @@
 //! ```
 //!
 //! * [`cell`]: the state of an object and waiting for it; [`payload`]: bytes and how to read them.
-//! * [`handle`]: counted handles, sending and receiving them; [`table`]: all objects of a process.
+//! * [`handle`]: counted handles, sending and receiving them; [`table`]: all objects of a process;
+//!   [`values`]: where their values are; [`completer`]: values that come later.
 //! * [`store`]: the node's shared memory, for values that are large; `mapping`: its unsafe part.
 //! * `owner`: what the owner knows about holders elsewhere; `link`: what a holder tells the owner.
 //!
@@ -19,6 +20,7 @@
 //! 3. What one process says about an owner's objects reaches that owner in order.
 
 pub mod cell;
+pub mod completer;
 pub mod handle;
 mod link;
 mod mapping;
@@ -26,13 +28,16 @@ mod owner;
 pub mod payload;
 pub mod store;
 pub mod table;
+pub mod values;
 
 use std::sync::Arc;
 
 pub use cell::{Outcome, Value, wait_for};
+pub use completer::{Completer, Lineage, ObjectValue};
 pub use handle::{Object, capture, holding};
 pub use payload::Payload;
-pub use table::{Completer, Lineage, ObjectTable, ObjectValue, PutError};
+pub use table::ObjectTable;
+pub use values::PutError;
 
 use crate::context::HostRuntime;
 

@@ -19,8 +19,9 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::cell::{Cell, Outcome, Value};
+use super::completer::Lineage;
 use super::handle::Object;
-use super::table::{HOLDER_LEASE, Lineage, NEXT_WAIT, TRANSIT_MAX};
+use super::table::{HOLDER_LEASE, NEXT_WAIT, TRANSIT_MAX};
 use crate::reply::Reply;
 
 /// Borrows that came before the announcement of their transit, remembered per object: as many as

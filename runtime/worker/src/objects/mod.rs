@@ -6,7 +6,8 @@
 //!  other agents ──► transfer ┘                     └── transfer (from other agents)
 //! ```
 //!
-//! * `table`: what is where, who reads it, what goes when memory is short: pure decisions.
+//! * `table`: what is where, who reads it, what goes when memory is short: pure decisions, over
+//!   `arenas`: the memory that is taken, and the blocks in it.
 //! * `service`: one task that owns the table, and performs what it decides. `link`: a host's
 //!   socket. `memory`: files in memory. `spill`: objects on disk. `transfer`: from node to node.
 //!
@@ -19,6 +20,7 @@
 //!    Files on disk lie in one directory that is emptied when an agent starts.
 //! 4. A host is given descriptors of its own job's arenas only.
 
+mod arenas;
 mod link;
 mod memory;
 mod metrics;

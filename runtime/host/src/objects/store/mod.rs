@@ -6,31 +6,37 @@
 //! get: written here and still there: at once; otherwise Open ── Opened ── a view ── Close
 //! ```
 //!
+//! * This file: writing and reading. `memory`: the arenas that the process writes in. `link`: its
+//!   messages to and from the agent.
+//!
 //! Invariants:
 //! 1. A block's memory is used again only after the agent has said `Reclaimed` and no view of it
 //!    is left here.
 //! 2. Each `Open` that was answered has one `Close`, when the last view of it is dropped.
-//! 3. Messages to the agent go out in the order in which they were made: a `Free` after its
-//!    `Publish`, a `Close` before an `Open` that was asked for later.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+mod link;
+mod memory;
+
+use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
-use mobula_core::arena::{Arena, block_bytes};
+use mobula_core::arena::block_bytes;
 use mobula_core::codec;
 use mobula_core::id::NodeId;
 use mobula_core::object::{ObjectError, ObjectId, ProcessId};
-use mobula_net::descriptor::{DescriptorReceiver, DescriptorSender, connect_descriptors};
+use mobula_net::descriptor::connect_descriptors;
 use mobula_wire::object::{Format, Stored};
 use mobula_wire::store::{STORE_MESSAGE_BYTES_MAX, StoreReply, StoreRequest};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
 use super::mapping::{Mapping, View};
+pub(crate) use link::StoreLink;
+use link::{Answer, Waiting, next_reply};
+use memory::{OwnMemory, Range};
 
 /// How often one write may be granted memory and find it taken by another write of this process:
 /// each grant is an arena, so this is memory, not patience.
@@ -52,8 +58,7 @@ pub struct StoreClient {
 
 #[derive(Default)]
 struct State {
-    arenas: BTreeMap<u64, OwnArena>,
-    blocks: HashMap<ObjectId, Block>,
+    own: OwnMemory,
     /// Arenas of others that something was read in.
     foreign: HashMap<u64, Arc<Mapping>>,
     opened: HashMap<ObjectId, Weak<Opened>>,
@@ -64,43 +69,6 @@ struct State {
     queue: VecDeque<StoreRequest>,
     /// Why there is no agent any more.
     ended: Option<String>,
-}
-
-struct OwnArena {
-    mapping: Arc<Mapping>,
-    blocks: Arena,
-}
-
-/// An answer of the agent: what it opened, or nothing beside that it did what it was asked.
-type Answer = Result<Option<Arc<Opened>>, ObjectError>;
-
-struct Waiting {
-    /// What is to be opened, if anything.
-    object: Option<ObjectId>,
-    answer: oneshot::Sender<Answer>,
-}
-
-/// Where bytes are, and in which mapping.
-struct Range {
-    mapping: Arc<Mapping>,
-    arena: u64,
-    offset: u64,
-    size_bytes: u64,
-}
-
-struct Block {
-    arena: u64,
-    offset: u64,
-    size_bytes: u64,
-    views: usize,
-    /// The agent has given it back, and views of it are left.
-    is_reclaimed: bool,
-}
-
-/// The tasks that carry messages between a process and its agent.
-pub(crate) struct StoreLink {
-    sender: DescriptorSender,
-    receiver: DescriptorReceiver,
 }
 
 impl StoreClient {
@@ -151,16 +119,7 @@ impl StoreClient {
         // in no published block.
         unsafe { range.mapping.write(offset, bytes) };
         let mut state = self.state.lock();
-        state.blocks.insert(
-            object,
-            Block {
-                arena: range.arena,
-                offset: range.offset,
-                size_bytes,
-                views: 0,
-                is_reclaimed: false,
-            },
-        );
+        state.own.publish(object, &range);
         self.push(
             &mut state,
             StoreRequest::Publish {
@@ -192,7 +151,7 @@ impl StoreClient {
             let room = self.room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            if let Some(range) = self.try_allocate(size_bytes) {
+            if let Some(range) = self.state.lock().own.allocate(size_bytes) {
                 return Ok(range);
             }
             let waiting = match &mut grant {
@@ -235,19 +194,6 @@ impl StoreClient {
         })
     }
 
-    fn try_allocate(&self, size_bytes: u64) -> Option<Range> {
-        let mut state = self.state.lock();
-        state.arenas.iter_mut().find_map(|(arena, own)| {
-            let offset = own.blocks.allocate(size_bytes)?;
-            Some(Range {
-                mapping: Arc::clone(&own.mapping),
-                arena: *arena,
-                offset,
-                size_bytes,
-            })
-        })
-    }
-
     /// The bytes of an object, in place. At once if this process reads or has written it, and
     /// otherwise after asking the agent, which may have to fetch or restore it.
     pub(crate) async fn open(&self, stored: &Stored) -> Result<Bytes, ObjectError> {
@@ -274,13 +220,12 @@ impl StoreClient {
             drop(state);
             return opened.bytes();
         }
-        let State { blocks, arenas, .. } = &mut *state;
-        let block = blocks
-            .get_mut(&object)
-            .filter(|block| !block.is_reclaimed)?;
-        let mapping = Arc::clone(&arenas.get(&block.arena)?.mapping);
-        block.views += 1;
-        let (offset, size_bytes) = (block.offset, block.size_bytes);
+        let Range {
+            mapping,
+            offset,
+            size_bytes,
+            ..
+        } = state.own.view(object)?;
         drop(state);
         let pin = OwnView {
             store: self.weak.clone(),
@@ -301,184 +246,9 @@ impl StoreClient {
         );
     }
 
-    fn ask(
-        &self,
-        object: Option<ObjectId>,
-        request: impl FnOnce(u64) -> StoreRequest,
-    ) -> Result<(u64, oneshot::Receiver<Answer>), ObjectError> {
-        let mut state = self.state.lock();
-        if state.ended.is_some() {
-            drop(state);
-            return Err(self.gone());
-        }
-        state.last_request += 1;
-        let number = state.last_request;
-        let (answer, waiting) = oneshot::channel();
-        state.waiting.insert(number, Waiting { object, answer });
-        self.push(&mut state, request(number));
-        Ok((number, waiting))
-    }
-
-    fn push(&self, state: &mut State, request: StoreRequest) {
-        if state.ended.is_none() {
-            state.queue.push_back(request);
-            self.outgoing.notify_one();
-        }
-    }
-
-    fn gone(&self) -> ObjectError {
-        let reason = self.state.lock().ended.clone();
-        ObjectError::Unavailable {
-            reason: reason.unwrap_or_else(|| "the agent does not answer".to_owned()),
-        }
-    }
-
-    fn end(&self, reason: &str) {
-        let mut state = self.state.lock();
-        state.ended.get_or_insert_with(|| reason.to_owned());
-        let waiting = std::mem::take(&mut state.waiting);
-        state.queue.clear();
-        drop(state);
-        drop(waiting);
-    }
-
-    async fn handle(&self, reply: StoreReply, descriptor: Option<OwnedFd>) -> io::Result<()> {
-        match (reply, descriptor) {
-            (
-                StoreReply::Granted {
-                    request,
-                    arena,
-                    size_bytes,
-                },
-                Some(descriptor),
-            ) => {
-                // Filling it with pages takes the kernel some milliseconds.
-                let mapped = tokio::task::spawn_blocking(move || {
-                    Mapping::writable(&descriptor, mapped_size(size_bytes)?)
-                });
-                let mapping = mapped.await??;
-                let mut state = self.state.lock();
-                let blocks = Arena::new(size_bytes);
-                state.arenas.insert(arena, OwnArena { mapping, blocks });
-                if let Some(waiting) = state.waiting.remove(&request) {
-                    // Who does not wait any more leaves the room to others.
-                    let _ = waiting.answer.send(Ok(None));
-                }
-                drop(state);
-                self.room.notify_waiters();
-            }
-            (
-                StoreReply::Opened {
-                    request,
-                    arena,
-                    offset,
-                    size_bytes,
-                    arena_bytes,
-                },
-                descriptor,
-            ) => {
-                if let (Some(arena_bytes), Some(descriptor)) = (arena_bytes, descriptor) {
-                    let mapping = Mapping::readable(&descriptor, mapped_size(arena_bytes)?)?;
-                    self.state.lock().foreign.insert(arena, mapping);
-                }
-                self.opened(request, arena, offset, size_bytes);
-            }
-            (StoreReply::Refused { request, error }, _) => {
-                if let Some(waiting) = self.state.lock().waiting.remove(&request) {
-                    let _ = waiting.answer.send(Err(error));
-                }
-            }
-            (StoreReply::Reclaimed { object }, _) => {
-                let mut state = self.state.lock();
-                if let Some(block) = state.blocks.get_mut(&object) {
-                    block.is_reclaimed = true;
-                    if block.views == 0 {
-                        self.release(&mut state, object);
-                    }
-                }
-            }
-            (StoreReply::Forget { arena }, _) => {
-                self.state.lock().foreign.remove(&arena);
-            }
-            (StoreReply::Pressure, _) => self.return_empty_arenas(),
-            (
-                StoreReply::ProcessGone { .. }
-                | StoreReply::Welcome { .. }
-                | StoreReply::Granted { .. },
-                _,
-            ) => {}
-        }
-        Ok(())
-    }
-
-    fn opened(&self, request: u64, arena: u64, offset: u64, size_bytes: u64) {
-        let mut state = self.state.lock();
-        let mapping = match state.foreign.get(&arena) {
-            Some(mapping) => Some(Arc::clone(mapping)),
-            None => state.arenas.get(&arena).map(|own| Arc::clone(&own.mapping)),
-        };
-        let Some(Waiting {
-            object: Some(object),
-            answer,
-        }) = state.waiting.remove(&request)
-        else {
-            return;
-        };
-        let opened = mapping.map(|mapping| {
-            Arc::new(Opened {
-                store: self.weak.clone(),
-                object,
-                range: Range {
-                    mapping,
-                    arena,
-                    offset,
-                    size_bytes,
-                },
-            })
-        });
-        if let Some(opened) = &opened {
-            state.opened.insert(object, Arc::downgrade(opened));
-        }
-        drop(state);
-        // Without the lock: where nobody waits, dropping it closes it.
-        drop(answer.send(Ok(opened)));
-    }
-
-    /// The memory of a reclaimed block without views is free.
-    fn release(&self, state: &mut State, object: ObjectId) {
-        let Some(block) = state.blocks.remove(&object) else {
-            return;
-        };
-        if let Some(own) = state.arenas.get_mut(&block.arena)
-            && let Err(error) = own.blocks.release(block.offset, block.size_bytes)
-        {
-            tracing::error!(%object, %error, "a block of shared memory is lost");
-        }
-        self.room.notify_waiters();
-    }
-
-    fn return_empty_arenas(&self) {
-        let mut state = self.state.lock();
-        let empty: Vec<u64> = state
-            .arenas
-            .iter()
-            .filter(|(_, own)| own.blocks.is_empty())
-            .map(|(arena, _)| *arena)
-            .collect();
-        for arena in empty {
-            state.arenas.remove(&arena);
-            self.push(&mut state, StoreRequest::ReturnArena { arena });
-        }
-    }
-
     fn view_dropped(&self, object: ObjectId) {
-        let mut state = self.state.lock();
-        let Some(block) = state.blocks.get_mut(&object) else {
-            return;
-        };
-        block.views -= 1;
-        if block.views == 0 && block.is_reclaimed {
-            self.release(&mut state, object);
+        if self.state.lock().own.view_dropped(object) {
+            self.room.notify_waiters();
         }
     }
 
@@ -499,10 +269,6 @@ impl StoreClient {
     pub fn arena_bytes(&self) -> u64 {
         self.arena_bytes
     }
-}
-
-fn mapped_size(size_bytes: u64) -> io::Result<usize> {
-    usize::try_from(size_bytes).map_err(|_| io::Error::other("an arena beyond all addresses"))
 }
 
 impl std::fmt::Debug for StoreClient {
@@ -576,53 +342,4 @@ impl Drop for Opened {
             store.closed(self.object);
         }
     }
-}
-
-impl StoreLink {
-    /// Carries messages until the agent is gone. `process_gone` is told of ended processes.
-    pub(crate) async fn run(self, store: Arc<StoreClient>, process_gone: impl Fn(ProcessId)) {
-        let StoreLink {
-            mut sender,
-            mut receiver,
-        } = self;
-        let sending = async {
-            loop {
-                let next = store.state.lock().queue.pop_front();
-                match next {
-                    Some(request) => sender.send(&codec::encode_plain(&request), None).await?,
-                    None => store.outgoing.notified().await,
-                }
-            }
-        };
-        let receiving = async {
-            while let Some((reply, descriptor)) = next_reply(&mut receiver).await? {
-                if let StoreReply::ProcessGone { process } = reply {
-                    process_gone(process);
-                } else {
-                    store.handle(reply, descriptor).await?;
-                }
-            }
-            Ok(())
-        };
-        let ended: io::Result<()> = tokio::select! {
-            ended = sending => ended,
-            ended = receiving => ended,
-        };
-        let reason = match ended {
-            Ok(()) => "the agent closed the socket".to_owned(),
-            Err(error) => error.to_string(),
-        };
-        store.end(&reason);
-    }
-}
-
-async fn next_reply(
-    receiver: &mut DescriptorReceiver,
-) -> io::Result<Option<(StoreReply, Option<OwnedFd>)>> {
-    let Some((payload, descriptor)) = receiver.receive().await? else {
-        return Ok(None);
-    };
-    let reply = codec::decode(&payload, STORE_MESSAGE_BYTES_MAX)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    Ok(Some((reply, descriptor)))
 }

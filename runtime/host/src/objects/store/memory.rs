@@ -1,0 +1,177 @@
+//! The arenas that this process writes in, and the blocks that it has written.
+//!
+//! Invariants:
+//! 1. A block is free again once the agent has given it back and no view of it is left here; never
+//!    before.
+//! 2. Only an arena without blocks is returned to the agent.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use mobula_core::arena::Arena;
+use mobula_core::object::ObjectId;
+
+use super::super::mapping::Mapping;
+
+/// Where bytes are, and in which mapping.
+pub(super) struct Range {
+    pub(super) mapping: Arc<Mapping>,
+    pub(super) arena: u64,
+    pub(super) offset: u64,
+    pub(super) size_bytes: u64,
+}
+
+struct OwnArena {
+    mapping: Arc<Mapping>,
+    blocks: Arena,
+}
+
+struct Block {
+    arena: u64,
+    offset: u64,
+    size_bytes: u64,
+    views: usize,
+    /// The agent has given it back, and views of it are left.
+    is_reclaimed: bool,
+}
+
+/// The memory of a process that it writes in itself.
+#[derive(Default)]
+pub(super) struct OwnMemory {
+    arenas: BTreeMap<u64, OwnArena>,
+    blocks: HashMap<ObjectId, Block>,
+}
+
+impl OwnMemory {
+    /// Takes in an arena that the agent has granted.
+    pub(super) fn add(&mut self, arena: u64, mapping: Arc<Mapping>, size_bytes: u64) {
+        let blocks = Arena::new(size_bytes);
+        self.arenas.insert(arena, OwnArena { mapping, blocks });
+    }
+
+    /// The mapping of an arena of this process.
+    pub(super) fn mapping(&self, arena: u64) -> Option<Arc<Mapping>> {
+        self.arenas.get(&arena).map(|own| Arc::clone(&own.mapping))
+    }
+
+    /// Room for a new block, if an arena has it.
+    pub(super) fn allocate(&mut self, size_bytes: u64) -> Option<Range> {
+        self.arenas.iter_mut().find_map(|(arena, own)| {
+            let offset = own.blocks.allocate(size_bytes)?;
+            Some(Range {
+                mapping: Arc::clone(&own.mapping),
+                arena: *arena,
+                offset,
+                size_bytes,
+            })
+        })
+    }
+
+    /// An allocated range is `object` from now on.
+    pub(super) fn publish(&mut self, object: ObjectId, range: &Range) {
+        let block = Block {
+            arena: range.arena,
+            offset: range.offset,
+            size_bytes: range.size_bytes,
+            views: 0,
+            is_reclaimed: false,
+        };
+        self.blocks.insert(object, block);
+    }
+
+    /// Where an object is that was written here and is still there; it stays until
+    /// [`view_dropped`](OwnMemory::view_dropped).
+    pub(super) fn view(&mut self, object: ObjectId) -> Option<Range> {
+        let block = self.blocks.get_mut(&object)?;
+        if block.is_reclaimed {
+            return None;
+        }
+        let mapping = Arc::clone(&self.arenas.get(&block.arena)?.mapping);
+        block.views += 1;
+        Some(Range {
+            mapping,
+            arena: block.arena,
+            offset: block.offset,
+            size_bytes: block.size_bytes,
+        })
+    }
+
+    /// One view of an object is over; true if its memory is free now.
+    pub(super) fn view_dropped(&mut self, object: ObjectId) -> bool {
+        let Some(block) = self.blocks.get_mut(&object) else {
+            return false;
+        };
+        block.views -= 1;
+        let is_over = block.views == 0 && block.is_reclaimed;
+        is_over && self.release(object)
+    }
+
+    /// The agent has given an object's block back; true if its memory is free now.
+    pub(super) fn reclaimed(&mut self, object: ObjectId) -> bool {
+        let Some(block) = self.blocks.get_mut(&object) else {
+            return false;
+        };
+        block.is_reclaimed = true;
+        block.views == 0 && self.release(object)
+    }
+
+    fn release(&mut self, object: ObjectId) -> bool {
+        let Some(block) = self.blocks.remove(&object) else {
+            return false;
+        };
+        if let Some(own) = self.arenas.get_mut(&block.arena)
+            && let Err(error) = own.blocks.release(block.offset, block.size_bytes)
+        {
+            tracing::error!(%object, %error, "a block of shared memory is lost");
+        }
+        true
+    }
+
+    /// Lets go of arenas without blocks; answers which.
+    pub(super) fn take_empty(&mut self) -> Vec<u64> {
+        let empty: Vec<u64> = self
+            .arenas
+            .iter()
+            .filter(|(_, own)| own.blocks.is_empty())
+            .map(|(arena, _)| *arena)
+            .collect();
+        for arena in &empty {
+            self.arenas.remove(arena);
+        }
+        empty
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mobula_core::object::ProcessId;
+
+    #[test]
+    fn a_block_is_free_once_it_is_given_back_and_nobody_looks_at_it() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let mapping = Mapping::writable(&file.into(), 4096).unwrap();
+        let mut memory = OwnMemory::default();
+        memory.add(5, mapping, 4096);
+        let object = |sequence| ObjectId {
+            owner: ProcessId(1),
+            sequence,
+        };
+        let range = memory.allocate(4096).unwrap();
+        memory.publish(object(1), &range);
+        assert!(memory.allocate(1).is_none());
+        assert!(memory.take_empty().is_empty());
+        assert_eq!(memory.view(object(1)).unwrap().offset, range.offset);
+        assert!(!memory.reclaimed(object(1)), "it is looked at");
+        assert!(
+            memory.view(object(1)).is_none(),
+            "it is the agent's no more"
+        );
+        assert!(memory.allocate(1).is_none());
+        assert!(memory.view_dropped(object(1)));
+        assert!(!memory.view_dropped(object(1)));
+        assert_eq!(memory.take_empty(), [5]);
+        assert!(memory.mapping(5).is_none());
+    }
+}

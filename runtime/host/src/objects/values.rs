@@ -1,0 +1,204 @@
+//! Where the values of a process's objects are: in its own memory, or in the node's.
+//!
+//! Invariants:
+//! 1. A value that is put is copied once: where it is small into this process's memory, and else
+//!    straight into the node's.
+//! 2. What was written and is not wanted after all is freed with the handle that it was written
+//!    under.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mobula_core::codec;
+use mobula_core::id::NodeId;
+use mobula_core::object::ObjectError;
+use mobula_wire::object::{Format, INLINE_BYTES_MAX};
+use serde::Serialize;
+
+use super::cell::{Cell, Value};
+use super::completer::ObjectValue;
+use super::handle::{Object, capture_contained};
+use super::owner::Entry;
+use super::payload::Payload;
+use super::store::StoreClient;
+use super::table::ObjectTable;
+
+/// How often a value is looked for again when its bytes turn out to be lost; each time its owner
+/// has said that they are somewhere.
+const READ_ATTEMPTS_MAX: usize = 5;
+
+/// Why a value is not put.
+#[derive(Debug, thiserror::Error)]
+pub enum PutError {
+    /// It cannot be encoded.
+    #[error(transparent)]
+    Encode(#[from] codec::EncodeError),
+    /// There is no room for it.
+    #[error(transparent)]
+    Store(#[from] ObjectError),
+}
+
+impl ObjectTable {
+    /// Connects to the node's object store: from then on large values go there.
+    pub async fn connect_store(
+        self: &Arc<Self>,
+        socket: &Path,
+        key: &str,
+        node: NodeId,
+    ) -> io::Result<()> {
+        let (store, link) =
+            StoreClient::connect(socket, key.to_owned(), self.process, node).await?;
+        if self.store.set(Arc::clone(&store)).is_ok() {
+            let table = Arc::downgrade(self);
+            self.spawn(link.run(store, move |process| {
+                if let Some(table) = table.upgrade() {
+                    table.process_gone(process);
+                }
+            }));
+        }
+        Ok(())
+    }
+
+    /// Puts a value: small ones into this process's memory, large ones into the node's.
+    pub async fn put_value<T: Serialize + ?Sized>(
+        self: &Arc<Self>,
+        value: &T,
+    ) -> Result<Object, PutError> {
+        let (payload, contains) = capture_contained(|| Payload::encoded(value));
+        let payload = payload?;
+        let object = match self.store_for(payload.bytes.len()) {
+            None => self.create_entry(Cell::settled(Ok(Value::Inline(payload)))),
+            Some(store) => self.write(store, payload.format, &payload.bytes).await?,
+        };
+        let (object, entry) = object;
+        if !contains.is_empty() {
+            *entry.contains.lock() = contains;
+        }
+        Ok(object)
+    }
+
+    /// Puts bytes that are to be read as `format`; they are copied once.
+    pub async fn put_slice(
+        self: &Arc<Self>,
+        format: Format,
+        bytes: &[u8],
+    ) -> Result<Object, ObjectError> {
+        match self.store_for(bytes.len()) {
+            None => Ok(self.put_bytes(format, Bytes::copy_from_slice(bytes))),
+            Some(store) => Ok(self.write(store, format, bytes).await?.0),
+        }
+    }
+
+    /// Whether a value of this size goes into shared memory, and into which.
+    fn store_for(&self, size_bytes: usize) -> Option<&Arc<StoreClient>> {
+        self.store.get().filter(|_| size_bytes > INLINE_BYTES_MAX)
+    }
+
+    async fn write(
+        self: &Arc<Self>,
+        store: &StoreClient,
+        format: Format,
+        bytes: &[u8],
+    ) -> Result<(Object, Arc<Entry>), ObjectError> {
+        // Under the object's handle: when this is given up, dropping it frees what is written.
+        let (object, entry) = self.create_entry(Cell::default());
+        let stored = store.write(object.id(), format, bytes, true).await?;
+        entry.cell.settle(Ok(Value::Stored(stored)));
+        Ok((object, entry))
+    }
+
+    /// The bytes of a settled value: in place, where they are in shared memory. They may be
+    /// [missing](ObjectTable::report_missing) there.
+    pub async fn open(&self, value: &Value) -> Result<Payload, ObjectError> {
+        match value {
+            Value::Inline(payload) => Ok(payload.clone()),
+            Value::Stored(stored) => {
+                let store = self.store.get().ok_or_else(|| ObjectError::Unavailable {
+                    reason: "this process has no access to a node's shared memory".to_owned(),
+                })?;
+                Ok(Payload {
+                    format: stored.format,
+                    bytes: store.open(stored).await?,
+                })
+            }
+        }
+    }
+
+    /// Waits for an object and opens its value. Where the bytes are gone its owner is told, and
+    /// the value that it then produces, if it can, is waited for.
+    pub async fn read(self: &Arc<Self>, object: &Object) -> Result<Payload, ObjectError> {
+        for _ in 0..READ_ATTEMPTS_MAX {
+            let outcome = match object.outcome() {
+                Some(outcome) => outcome,
+                None => object.wait().await,
+            };
+            let value = outcome.clone()?;
+            match self.open(&value).await {
+                Err(ObjectError::Lost { reason, .. }) => {
+                    self.report_missing(object, &outcome, &reason);
+                }
+                opened => return opened,
+            }
+        }
+        Err(ObjectError::Lost {
+            object: object.id(),
+            reason: format!("it was lost {READ_ATTEMPTS_MAX} times while it was read"),
+        })
+    }
+
+    /// Puts an encoded value into this process's memory, whatever its size.
+    pub fn put<T: Serialize + ?Sized>(
+        self: &Arc<Self>,
+        value: &T,
+    ) -> Result<Object, codec::EncodeError> {
+        let (payload, contains) = capture_contained(|| Payload::encoded(value));
+        let (object, entry) = self.create_entry(Cell::settled(Ok(Value::Inline(payload?))));
+        if !contains.is_empty() {
+            *entry.contains.lock() = contains;
+        }
+        Ok(object)
+    }
+
+    /// Puts bytes that are to be read as `format`.
+    pub fn put_bytes(self: &Arc<Self>, format: Format, bytes: Bytes) -> Object {
+        self.create(Cell::settled(Ok(Value::Inline(Payload { format, bytes }))))
+    }
+
+    /// Prepares a small value that another process will own, which travels in the answer.
+    pub fn encode_result<T: Serialize + ?Sized>(
+        self: &Arc<Self>,
+        value: &T,
+    ) -> Result<ObjectValue, codec::EncodeError> {
+        let (payload, contains) = capture_contained(|| Payload::encoded(value));
+        Ok(ObjectValue::inline(&payload?, &contains))
+    }
+
+    /// Prepares a value that another process will own, a task's result: a large one goes into this
+    /// node's shared memory, where it outlives this process.
+    pub async fn store_result<T: Serialize + ?Sized>(
+        self: &Arc<Self>,
+        value: &T,
+    ) -> Result<ObjectValue, PutError> {
+        let (payload, contains) = capture_contained(|| Payload::encoded(value));
+        let payload = payload?;
+        let Some(store) = self.store_for(payload.bytes.len()) else {
+            return Ok(ObjectValue::inline(&payload, &contains));
+        };
+        let id = self.next_id();
+        let stored = store
+            .write(id, payload.format, &payload.bytes, false)
+            .await?;
+        Ok(ObjectValue::stored(stored, &contains))
+    }
+
+    /// Nobody refers to an object any more: what it takes in shared memory is free.
+    pub(crate) fn free_bytes(&self, entry: &Entry) {
+        if let (Some(store), Some(Ok(Value::Stored(stored)))) =
+            (self.store.get(), entry.cell.outcome())
+        {
+            store.free(&stored);
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! An object from its publication to its end: who reads it, and when it is gone.
+
+use std::time::{Duration, Instant};
+
+use mobula_core::id::JobId;
+use mobula_core::object::{ObjectError, ObjectId};
+use mobula_wire::store::StoreReply;
+
+use super::super::arenas::{GivenBack, Spot};
+use super::room::Needed;
+use super::{Action, Object, Opener, PEERS, Place, Source, Table};
+
+/// Objects of a job that has had no process on this node, and was not asked for, for so long are
+/// dropped: nobody tells an agent that a job has ended elsewhere.
+const JOB_IDLE_MAX: Duration = Duration::from_secs(600);
+
+impl Table {
+    /// A host says that it has written an object; false if that cannot be.
+    pub(super) fn publish(
+        &mut self,
+        link: u64,
+        id: ObjectId,
+        spot: Spot,
+        size_bytes: u64,
+        is_owned_here: bool,
+    ) -> bool {
+        let Some(host) = self.links.get(&link) else {
+            return true;
+        };
+        let job = host.job;
+        let is_new = id.owner == host.process && !self.objects.contains_key(&id);
+        if !is_new || !self.arenas.publish(link, id, spot, size_bytes) {
+            return false;
+        }
+        let mut object = Object::new(job, size_bytes, Place::Memory(spot));
+        object.is_owned_here = is_owned_here;
+        self.insert(id, object);
+        true
+    }
+
+    fn insert(&mut self, id: ObjectId, object: Object) {
+        self.metrics.objects_bytes += object.size_bytes;
+        self.objects.insert(id, object);
+        self.used_now(id);
+    }
+
+    fn used_now(&mut self, id: ObjectId) {
+        if let Some(object) = self.objects.get_mut(&id) {
+            self.by_use.remove(&object.last_use);
+            self.last_use += 1;
+            object.last_use = self.last_use;
+            self.by_use.insert(self.last_use, id);
+        }
+    }
+
+    /// Somebody of `job` wants to read an object, which the agent at `agent` should have.
+    pub(crate) fn open(
+        &mut self,
+        opener: Opener,
+        id: ObjectId,
+        job: JobId,
+        size_bytes: u64,
+        agent: &str,
+        now: Instant,
+    ) {
+        self.seen.insert(job, now);
+        self.used_now(id);
+        let Some(object) = self.objects.get_mut(&id) else {
+            if agent == self.limits.agent || agent.is_empty() {
+                let error = ObjectError::Lost {
+                    object: id,
+                    reason: format!("{} does not have it any more", self.limits.node),
+                };
+                return self.refuse(opener, error);
+            }
+            let source = Source::Peer(agent.to_owned());
+            let mut object = Object::new(job, size_bytes, Place::Waiting(source));
+            object.is_copy = true;
+            object.openers.push(opener);
+            self.insert(id, object);
+            return self.need(size_bytes, Needed::Load(id), now);
+        };
+        // Another job is told no more than that there is no such object for it.
+        if object.job != job || object.is_freed {
+            return self.refuse(opener, ObjectError::Freed { object: id });
+        }
+        match object.place {
+            Place::Memory(_) | Place::Spilling(_) => self.give(opener, id),
+            Place::Waiting(_) | Place::Loading(..) => object.openers.push(opener),
+            Place::Disk(digest) => {
+                object.place = Place::Waiting(Source::Disk(digest));
+                object.openers.push(opener);
+                let size_bytes = object.size_bytes;
+                self.need(size_bytes, Needed::Load(id), now);
+            }
+        }
+    }
+
+    /// Pins an object in memory, and says where it is.
+    pub(super) fn give(&mut self, opener: Opener, id: ObjectId) {
+        let Some(object) = self.objects.get_mut(&id) else {
+            return self.refuse(opener, ObjectError::Freed { object: id });
+        };
+        let (Place::Memory(spot) | Place::Spilling(spot)) = object.place else {
+            unreachable!("only what is in memory is given");
+        };
+        let size_bytes = object.size_bytes;
+        match opener {
+            Opener::Peer(answer) => {
+                let block = self.arenas.block(spot, size_bytes);
+                if answer.send(Ok(block)).is_ok() {
+                    *object.pins.entry(PEERS).or_default() += 1;
+                    self.metrics.serves_total += 1;
+                }
+            }
+            Opener::Host { link, request } => {
+                if !self.links.contains_key(&link) {
+                    return;
+                }
+                let shown = match self.arenas.show(spot.arena, link) {
+                    Ok(shown) => shown,
+                    Err(error) => {
+                        let reason = format!("no descriptor for its memory: {error}");
+                        let error = ObjectError::Unavailable { reason };
+                        return self.answer(link, StoreReply::Refused { request, error }, None);
+                    }
+                };
+                *object.pins.entry(link).or_default() += 1;
+                let (arena_bytes, descriptor) = shown.unzip();
+                let answer = StoreReply::Opened {
+                    request,
+                    arena: spot.arena,
+                    offset: spot.offset,
+                    size_bytes,
+                    arena_bytes,
+                };
+                self.answer(link, answer, descriptor);
+            }
+        }
+    }
+
+    /// One reader of an object is done.
+    pub(crate) fn close(&mut self, link: u64, id: ObjectId) {
+        if let Some(object) = self.objects.get_mut(&id)
+            && let Some(count) = object.pins.get_mut(&link)
+        {
+            *count -= 1;
+            if *count == 0 {
+                object.pins.remove(&link);
+            }
+            self.settle_freed(id);
+        }
+    }
+
+    /// The owner of an object does not need it any more.
+    pub(crate) fn free(&mut self, id: ObjectId, job: JobId) {
+        if let Some(object) = self.objects.get_mut(&id)
+            && object.job == job
+        {
+            object.is_freed = true;
+            self.settle_freed(id);
+        }
+    }
+
+    /// Removes an object that is freed and that nothing holds any more.
+    pub(super) fn settle_freed(&mut self, id: ObjectId) {
+        let Some(object) = self.objects.get_mut(&id) else {
+            return;
+        };
+        if !object.is_freed {
+            return;
+        }
+        for opener in std::mem::take(&mut object.openers) {
+            self.refuse(opener, ObjectError::Freed { object: id });
+        }
+        let Some(object) = self.objects.get(&id) else {
+            return;
+        };
+        let is_moving = matches!(object.place, Place::Spilling(_) | Place::Loading(..));
+        if object.pins.is_empty() && !is_moving {
+            self.remove(id);
+        }
+    }
+
+    pub(super) fn remove(&mut self, id: ObjectId) {
+        let Some(object) = self.objects.remove(&id) else {
+            return;
+        };
+        self.by_use.remove(&object.last_use);
+        self.metrics.objects_bytes -= object.size_bytes;
+        match object.place {
+            Place::Memory(spot) | Place::Spilling(spot) | Place::Loading(spot, _) => {
+                self.give_back(spot, id, object.size_bytes);
+            }
+            Place::Disk(_) | Place::Waiting(Source::Disk(_)) => {
+                self.off_disk(object.size_bytes);
+                self.actions.push(Action::Remove(id));
+            }
+            Place::Waiting(Source::Peer(_)) => {}
+        }
+    }
+
+    /// A block is its writer's again.
+    pub(super) fn give_back(&mut self, spot: Spot, id: ObjectId, size_bytes: u64) {
+        match self.arenas.give_back(spot, id, size_bytes) {
+            GivenBack::ToHost(link) => {
+                self.answer(link, StoreReply::Reclaimed { object: id }, None);
+            }
+            GivenBack::Kept => {}
+            GivenBack::Last(dropped) => self.forget(dropped),
+        }
+    }
+
+    /// Drops what jobs left behind that ended elsewhere.
+    pub(crate) fn sweep(&mut self, now: Instant) {
+        for link in self.links.values() {
+            self.seen.insert(link.job, now);
+        }
+        let ended: Vec<JobId> = self
+            .seen
+            .iter()
+            .filter(|(_, seen)| now.duration_since(**seen) > JOB_IDLE_MAX)
+            .map(|(job, _)| *job)
+            .collect();
+        for job in ended {
+            self.seen.remove(&job);
+            self.free_all_of(job);
+        }
+    }
+
+    fn free_all_of(&mut self, job: JobId) {
+        let objects: Vec<ObjectId> = self
+            .objects
+            .iter()
+            .filter(|(_, object)| object.job == job)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in objects {
+            self.free(id, job);
+        }
+    }
+}

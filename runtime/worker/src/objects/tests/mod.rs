@@ -1,0 +1,6 @@
+//! Object stores with real sockets, files in memory and QUIC between them; hosts are played by the
+//! tests, which read through the descriptors that they are given.
+
+mod sharing;
+mod short_memory;
+mod stage;
