@@ -45,6 +45,10 @@ pub struct EncodeError {
     reason: String,
 }
 
+/// The largest value that is decoded, whatever the caller's limit: far above what one value should
+/// be, and below what a wrong length may make a process reserve.
+pub const VALUE_BYTES_MAX: usize = 16 << 30;
+
 fn configuration() -> Configuration<LittleEndian, Fixint, NoLimit> {
     bincode::config::standard()
         .with_fixed_int_encoding()
@@ -68,8 +72,9 @@ pub fn encode_plain<T: Serialize + ?Sized>(value: &T) -> Vec<u8> {
 /// Decodes all of `bytes`, which may be at most `limit_bytes` long.
 ///
 /// A length prefix inside cannot make this allocate much more than the input itself: bincode
-/// claims what a prefix promises from a budget, which is the smallest of three that holds the
-/// input. (The budget is a type parameter there, hence steps instead of the exact size.)
+/// claims what a prefix promises from a budget, which is the smallest of some that holds the input:
+/// 16 times its size at the most, above 256 MiB four times. (The budget is a type parameter there,
+/// hence steps instead of the exact size.)
 pub fn decode<T: DeserializeOwned>(bytes: &[u8], limit_bytes: usize) -> Result<T, DecodeError> {
     if bytes.len() > limit_bytes {
         return Err(DecodeError::TooLarge {
@@ -77,21 +82,19 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8], limit_bytes: usize) -> Result<T
             limit_bytes,
         });
     }
-    const SMALL: usize = 1 << 20;
-    const MEDIUM: usize = 16 << 20;
-    const LARGE: usize = 256 << 20;
-    let size_bytes = bytes.len();
-    if size_bytes <= SMALL {
-        decode_within::<T, SMALL>(bytes)
-    } else if size_bytes <= MEDIUM {
-        decode_within::<T, MEDIUM>(bytes)
-    } else if size_bytes <= LARGE {
-        decode_within::<T, LARGE>(bytes)
-    } else {
-        Err(DecodeError::TooLarge {
+    const MIB: usize = 1 << 20;
+    const GIB: usize = 1 << 30;
+    match bytes.len() {
+        size_bytes if size_bytes <= MIB => decode_within::<T, MIB>(bytes),
+        size_bytes if size_bytes <= 16 * MIB => decode_within::<T, { 16 * MIB }>(bytes),
+        size_bytes if size_bytes <= 256 * MIB => decode_within::<T, { 256 * MIB }>(bytes),
+        size_bytes if size_bytes <= GIB => decode_within::<T, GIB>(bytes),
+        size_bytes if size_bytes <= 4 * GIB => decode_within::<T, { 4 * GIB }>(bytes),
+        size_bytes if size_bytes <= VALUE_BYTES_MAX => decode_within::<T, VALUE_BYTES_MAX>(bytes),
+        size_bytes => Err(DecodeError::TooLarge {
             size_bytes,
-            limit_bytes: LARGE,
-        })
+            limit_bytes: VALUE_BYTES_MAX,
+        }),
     }
 }
 
@@ -155,6 +158,23 @@ mod tests {
             matches!(blob, Err(DecodeError::Malformed { .. })),
             "{blob:?}"
         );
+    }
+
+    #[test]
+    fn more_than_256_mib_come_back_and_a_wrong_length_among_them_does_not() {
+        let text = "x".repeat((256 << 20) + 1);
+        let mut bytes = encode_plain(&text);
+        assert!(decode::<String>(&bytes, bytes.len()).unwrap() == text);
+        drop(text);
+        // Within the budget of so long an input, and beyond it.
+        for length in [900_u64 << 20, 1 << 40] {
+            bytes[..8].copy_from_slice(&length.to_le_bytes());
+            let wrong = decode::<String>(&bytes, bytes.len()).map(|text| text.len());
+            assert!(
+                matches!(wrong, Err(DecodeError::Malformed { .. })),
+                "{wrong:?}"
+            );
+        }
     }
 
     #[test]
