@@ -10,6 +10,7 @@
 
 mod actors;
 mod calls;
+mod large_objects;
 mod limits;
 mod memory;
 mod objects;
@@ -80,6 +81,7 @@ async fn main(cluster: Cluster, args: Vec<String>) -> mobula::Result<()> {
     }
     calls::measure(&cluster, &options, &mut outcome).await?;
     objects::measure(&cluster, &options, &mut outcome).await?;
+    large_objects::measure(&cluster, &options, &mut outcome).await?;
     spawning::measure(&cluster, &options, &mut outcome).await?;
     if options.wants("limit") {
         limits::measure(&options, &mut outcome)?;

@@ -138,6 +138,14 @@ impl Rate {
         Ok(Rate::of(&rates))
     }
 
+    /// The same in units of which one operation makes `factor`.
+    pub(crate) fn times(self, factor: f64) -> Rate {
+        Rate {
+            mean: self.mean * factor,
+            deviation: self.deviation * factor,
+        }
+    }
+
     pub(crate) fn of(rates: &[f64]) -> Rate {
         let count = rates.len().max(1) as f64;
         let mean = rates.iter().sum::<f64>() / count;
