@@ -134,7 +134,7 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
     let _ = maker.crash().await;
     ended(&cluster, maker).await?;
     match unread.get_timeout(Duration::from_secs(60)).await {
-        Err(Error::Object(error @ ObjectError::Lost { .. })) => {
+        Err(Error::Object(error @ ObjectError::OwnerDied { .. })) => {
             println!("an object ends with its owner: {error}");
         }
         other => panic!("the owner of {unread} is gone, and it is {other:?}"),

@@ -16,6 +16,7 @@ use mobula_core::codec;
 use mobula_core::error::Executed;
 use mobula_core::object::{ObjectError, ObjectId};
 use mobula_host::TaskContext;
+use mobula_host::objects::store::COPY_IN_PLACE_BYTES_MAX;
 use mobula_host::objects::{Object, ObjectTable, Payload, PutError, Value, holding, wait_for};
 use mobula_wire::object::{Format, Reference};
 use serde::de::DeserializeOwned;
@@ -95,6 +96,13 @@ impl<T: DeserializeOwned + 'static> ObjectRef<T> {
     }
 
     fn decode(&self, payload: &Payload) -> Result<T> {
+        match payload.bytes.len() {
+            0..=COPY_IN_PLACE_BYTES_MAX => self.decode_here(payload),
+            _ => mobula_host::actor::run_blocking(|| self.decode_here(payload)),
+        }
+    }
+
+    fn decode_here(&self, payload: &Payload) -> Result<T> {
         let Payload { format, bytes } = payload;
         let wrong = |reason: String| {
             Error::Object(ObjectError::WrongType {

@@ -123,6 +123,9 @@ pub enum Effect {
     Changed(Subject),
     /// Something became pending, or resources became free: run a placement pass.
     Place,
+    /// A job is over: tell every worker. A hint only, which nothing rebuilds: a worker that misses
+    /// it cleans up later.
+    JobEnded(JobId),
 }
 
 /// What watchers wait for.

@@ -39,7 +39,7 @@ impl fmt::Display for ObjectId {
 /// Why an object has no value here. Sent between processes: new variants go at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum ObjectError {
-    /// Its bytes are gone for good, or its owner is.
+    /// Its bytes are gone for good, or its owner is out of reach.
     #[error("{object} is lost: {reason}; create it again")]
     Lost {
         /// Which.
@@ -102,6 +102,14 @@ pub enum ObjectError {
         /// Which.
         object: ObjectId,
         /// What it is, and how it can be read.
+        reason: String,
+    },
+    /// The process that the object belongs to has ended.
+    #[error("{object} is lost with its owner: {reason}; create it again, in a process that lives")]
+    OwnerDied {
+        /// Which.
+        object: ObjectId,
+        /// How that is known.
         reason: String,
     },
 }

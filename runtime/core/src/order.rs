@@ -30,6 +30,12 @@ pub enum Order {
     },
     /// The notice is withdrawn.
     NoticeWithdrawn,
+    /// A job is over, on all nodes: what it left behind is not needed any more. Sent once, to every
+    /// worker that is connected; one that is not finds out by the job's silence.
+    JobEnded {
+        /// The job.
+        job: JobId,
+    },
 }
 
 impl Order {
@@ -41,6 +47,7 @@ impl Order {
             Order::Stop { .. } => "stop",
             Order::Notice { .. } => "notice",
             Order::NoticeWithdrawn => "notice_withdrawn",
+            Order::JobEnded { .. } => "job_ended",
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use mobula_core::control::Effect;
 use mobula_core::id::Term;
+use mobula_core::order::Order;
 use mobula_wire::session::HeadMessage;
 use tokio::sync::{Notify, mpsc};
 
@@ -92,7 +93,18 @@ pub(crate) async fn run(
                         .sessions
                         .send(node, HeadMessage::Order { term, order });
                 }
-                Effect::Order { .. } => {}
+                Effect::JobEnded(job) if leadership.is_leader => {
+                    let term = Term(leadership.term);
+                    let order = Order::JobEnded { job };
+                    for node in context.sessions.nodes() {
+                        context.metrics.ordered(order.kind());
+                        let order = order.clone();
+                        context
+                            .sessions
+                            .send(node, HeadMessage::Order { term, order });
+                    }
+                }
+                Effect::Order { .. } | Effect::JobEnded(_) => {}
             }
         }
         nudges.controllers.notify_one();

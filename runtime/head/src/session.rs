@@ -501,7 +501,7 @@ fn incarnation_of(order: &Order) -> Option<(ActorId, Incarnation)> {
         Order::Stop {
             actor, incarnation, ..
         } => Some((*actor, *incarnation)),
-        Order::Notice { .. } | Order::NoticeWithdrawn => None,
+        Order::Notice { .. } | Order::NoticeWithdrawn | Order::JobEnded { .. } => None,
     }
 }
 

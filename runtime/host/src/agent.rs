@@ -168,7 +168,7 @@ impl HostProcess {
             let socket = Path::new(&access.socket);
             let connecting = objects.connect_store(socket, &access.key, bootstrap.node);
             let connected = tokio::time::timeout(STORE_CONNECT_TIMEOUT, connecting).await;
-            // Without it large values stay in their processes, and in what a call carries.
+            // Without it the process goes on, with values of a size that a message carries.
             if let Err(error) = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 tracing::error!(%error, "no shared memory for objects");
             }

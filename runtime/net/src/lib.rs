@@ -4,6 +4,7 @@
 //! * [`tcp`]: the transport of gRPC.
 //! * [`endpoint`]: QUIC between heads, workers and hosts; [`lane`]: framed streams on it; [`pool`]:
 //!   connections kept by address.
+//! * [`probe`]: whether a port is closed for sure.
 //! * [`local`]: the same framed streams over a Unix socket; [`same_machine`]: how two processes that
 //!   know each other by certificate change over to one.
 //!
@@ -19,6 +20,7 @@ pub mod identity;
 pub mod lane;
 pub mod local;
 pub mod pool;
+pub mod probe;
 pub mod same_machine;
 pub mod tcp;
 pub mod tls;

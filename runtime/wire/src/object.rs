@@ -68,6 +68,8 @@ pub struct Reference {
     /// Keeps the object alive at its owner until the receiver has registered; 0 where something
     /// else does.
     pub transit: u64,
+    /// The agent of its owner's node, which knows when that ends; empty where there is none.
+    pub agent: String,
 }
 
 /// A finished value as it travels from whoever produced it to the object's owner, and from there
@@ -204,6 +206,68 @@ mod tests {
             let _ = codec::decode::<Next>(&bytes, 512);
             let _ = codec::decode::<Settled>(&bytes, 512);
             let _ = codec::decode::<WireValue>(&bytes, 512);
+        }
+
+        /// Real messages that something happened to: a wrong length or tag in the midst of them.
+        #[test]
+        fn damaged_messages_decode_or_are_refused(
+            at in any::<prop::sample::Index>(),
+            bytes in prop_oneof![any::<[u8; 8]>(), Just(u64::MAX.to_le_bytes())],
+        ) {
+            let object = ObjectId {
+                owner: ProcessId(1),
+                sequence: 2,
+            };
+            let reference = Reference {
+                object,
+                owner: "10.0.0.1:7".into(),
+                transit: 3,
+                agent: "10.0.0.1:8".into(),
+            };
+            let changes = Changes {
+                holder: ProcessId(1),
+                owner: ProcessId(2),
+                changes: vec![
+                    Change::Borrow {
+                        sequence: 1,
+                        transit: 2,
+                    },
+                    Change::Missing { sequence: 3 },
+                ],
+            };
+            let inline = WireValue::Inline {
+                format: Format::Encoded,
+                bytes: vec![1; 30],
+            };
+            let stored = WireValue::Stored(Stored {
+                object,
+                format: Format::Plain(Element::U8),
+                size_bytes: 1,
+                node: NodeId(1),
+                agent: "10.0.0.1:8".into(),
+            });
+            let settled = Settled {
+                number: 7,
+                objects: vec![
+                    (1, Ok(inline)),
+                    (2, Ok(stored)),
+                    (3, Err(ObjectError::Freed { object })),
+                ],
+            };
+            let messages = [
+                codec::encode_plain(&reference),
+                codec::encode_plain(&changes),
+                codec::encode_plain(&settled),
+            ];
+            for mut damaged in messages {
+                let start = at.index(damaged.len());
+                for (target, byte) in damaged[start..].iter_mut().zip(bytes) {
+                    *target = byte;
+                }
+                let _ = codec::decode::<Reference>(&damaged, 512);
+                let _ = codec::decode::<Changes>(&damaged, 512);
+                let _ = codec::decode::<Settled>(&damaged, 512);
+            }
         }
     }
 }

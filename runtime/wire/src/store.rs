@@ -80,6 +80,18 @@ pub enum StoreRequest {
         /// The agent that has it.
         agent: String,
     },
+    /// To be told `ProcessGone` as soon as a process of the same job has ended, at once if it has.
+    Watch {
+        /// Which.
+        process: ProcessId,
+        /// The agent of its node.
+        agent: String,
+    },
+    /// A `Watch` is over.
+    Unwatch {
+        /// Which process.
+        process: ProcessId,
+    },
 }
 
 /// From an agent to a process.
@@ -134,7 +146,7 @@ pub enum StoreReply {
     },
     /// Memory is short: give back arenas that are empty.
     Pressure,
-    /// A process of this node has ended.
+    /// A process has ended: one of the same job on this node, or one that is watched.
     ProcessGone {
         /// Which.
         process: ProcessId,
@@ -158,6 +170,14 @@ pub enum PeerRequest {
         /// The job.
         job: JobId,
     },
+    /// Answered by `Gone` when a process has ended, at once if it has. More of the same follow on
+    /// the stream.
+    Watch {
+        /// Which.
+        process: ProcessId,
+        /// Its job.
+        job: JobId,
+    },
 }
 
 /// From an agent that is asked for an object.
@@ -175,6 +195,13 @@ pub enum PeerReply {
     },
     /// It does not come.
     Refused(ObjectError),
+    /// A watched process has ended, or is not known.
+    Gone {
+        /// Which.
+        process: ProcessId,
+        /// The job that it was asked for with.
+        job: JobId,
+    },
 }
 
 #[cfg(test)]
@@ -208,6 +235,65 @@ mod tests {
             let _ = codec::decode::<StoreReply>(&bytes, STORE_MESSAGE_BYTES_MAX);
             let _ = codec::decode::<PeerRequest>(&bytes, STORE_MESSAGE_BYTES_MAX);
             let _ = codec::decode::<PeerReply>(&bytes, STORE_MESSAGE_BYTES_MAX);
+        }
+
+        /// Real messages that something happened to: a wrong length or tag in the midst of them.
+        #[test]
+        fn damaged_messages_decode_or_are_refused(
+            at in any::<prop::sample::Index>(),
+            bytes in prop_oneof![any::<[u8; 8]>(), Just(u64::MAX.to_le_bytes())],
+            cut in any::<Option<prop::sample::Index>>(),
+        ) {
+            let object = ObjectId {
+                owner: ProcessId(7),
+                sequence: 9,
+            };
+            let error = ObjectError::StoreFull {
+                node: "one".into(),
+                needed_bytes: 1,
+                used_bytes: 2,
+                limit_bytes: 3,
+            };
+            let agent = || "10.0.0.1:7".to_owned();
+            let messages = [
+                codec::encode_plain(&StoreRequest::Hello {
+                    key: "key".into(),
+                    process: ProcessId(1),
+                }),
+                codec::encode_plain(&StoreRequest::Open {
+                    request: 4,
+                    object,
+                    agent: agent(),
+                    size_bytes: 1 << 30,
+                }),
+                codec::encode_plain(&StoreRequest::Watch {
+                    process: ProcessId(1),
+                    agent: agent(),
+                }),
+                codec::encode_plain(&StoreReply::Welcome {
+                    agent: agent(),
+                    arena_bytes: 1,
+                }),
+                codec::encode_plain(&StoreReply::Refused {
+                    request: 1,
+                    error: error.clone(),
+                }),
+                codec::encode_plain(&PeerReply::Refused(error)),
+            ];
+            for message in messages {
+                let mut damaged = message;
+                let start = at.index(damaged.len());
+                for (target, byte) in damaged[start..].iter_mut().zip(bytes) {
+                    *target = byte;
+                }
+                if let Some(cut) = cut {
+                    damaged.truncate(cut.index(damaged.len()));
+                }
+                let _ = codec::decode::<StoreRequest>(&damaged, STORE_MESSAGE_BYTES_MAX);
+                let _ = codec::decode::<StoreReply>(&damaged, STORE_MESSAGE_BYTES_MAX);
+                let _ = codec::decode::<PeerRequest>(&damaged, STORE_MESSAGE_BYTES_MAX);
+                let _ = codec::decode::<PeerReply>(&damaged, STORE_MESSAGE_BYTES_MAX);
+            }
         }
     }
 }

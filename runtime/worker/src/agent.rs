@@ -32,6 +32,7 @@ use crate::hosts::renewal::{HostCertificate, Renewals};
 use crate::logs::Logs;
 use crate::metrics::WorkerMetrics;
 use crate::notices::{Notice, NoticeBoard, NoticeChange, NoticeSource, until};
+use crate::objects::ObjectStore;
 use crate::session_handle::{FromLeader, SessionHandle};
 use crate::worker::{WorkerExit, WorkerStatus};
 
@@ -78,6 +79,7 @@ pub(crate) struct Agent {
     inputs: mpsc::Receiver<Input>,
     pub(crate) to_self: mpsc::Sender<Input>,
     launcher: Arc<Launcher>,
+    objects: ObjectStore,
     pub(crate) session: SessionHandle,
     pub(crate) status: watch::Sender<WorkerStatus>,
     pub(crate) pool: Pool,
@@ -104,6 +106,7 @@ impl Agent {
     pub(crate) fn new(
         inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
         launcher: Launcher,
+        objects: ObjectStore,
         session: SessionHandle,
         status: watch::Sender<WorkerStatus>,
         devices: Devices,
@@ -114,6 +117,7 @@ impl Agent {
             inputs,
             to_self,
             launcher: Arc::new(launcher),
+            objects,
             session,
             status,
             pool: Pool::new(devices),
@@ -304,6 +308,7 @@ impl Agent {
                 source: NoticeSource::Command,
                 deadline_ms: None,
             }),
+            Order::JobEnded { job } => self.objects.job_ended(job),
         }
     }
 

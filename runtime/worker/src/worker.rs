@@ -208,7 +208,7 @@ fn assemble(
 
     let capacity = options.resources.apply(machine.resources());
     let object_keys = Keys::default();
-    let (objects, object_metrics) = Service::open(ServiceParts {
+    let (objects, object_store, object_metrics) = Service::open(ServiceParts {
         node: options.name.clone(),
         socket: paths.object_socket()?,
         spill_dir: paths.objects(),
@@ -273,7 +273,15 @@ fn assemble(
     beside.spawn(connection::serve(listener, to_agent.clone()));
     beside.spawn(renew_certificates(joiner, renewed, endpoint.clone()));
     spawn_notices(options, &to_agent, &mut beside)?;
-    let agent = Agent::new((to_agent, inputs), launcher, handle, status, devices, logs);
+    let agent = Agent::new(
+        (to_agent, inputs),
+        launcher,
+        object_store,
+        handle,
+        status,
+        devices,
+        logs,
+    );
     Ok(Parts {
         agent,
         beside,

@@ -408,6 +408,7 @@ fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
     job.state = JobState::Over(outcome);
     job.ended_ms = Some(apply.now_ms());
     store(apply, &job);
+    apply.job_ended(job.id);
     Counter::LiveJobs.decrement(apply.txn);
     let finished = Counter::LastFinished.increment(apply.txn);
     row::put(

@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 
 use mobula_core::control::{ApplyContext, Effect, Subject, Txn};
 use mobula_core::order::Order;
-use mobula_core::{ErrorCode, NodeId, Rejection};
+use mobula_core::{ErrorCode, JobId, NodeId, Rejection};
 
 use crate::command::{Command, Response};
 use crate::limits::NAME_BYTES_MAX;
@@ -28,6 +28,7 @@ pub(crate) struct Apply<'a> {
     pub(crate) context: ApplyContext,
     pub(crate) txn: &'a mut dyn Txn,
     orders: Vec<Effect>,
+    ended: Vec<JobId>,
     changed: BTreeSet<Subject>,
     place: bool,
 }
@@ -38,6 +39,7 @@ impl<'a> Apply<'a> {
             context,
             txn,
             orders: Vec::new(),
+            ended: Vec::new(),
             changed: BTreeSet::new(),
             place: false,
         }
@@ -45,10 +47,12 @@ impl<'a> Apply<'a> {
 
     /// The effects, orders first: each subject that changed once, and one pass at most.
     pub(crate) fn into_effects(self) -> Vec<Effect> {
+        let ended = self.ended.into_iter().map(Effect::JobEnded);
         let changed = self.changed.into_iter().map(Effect::Changed);
         let place = self.place.then_some(Effect::Place);
         self.orders
             .into_iter()
+            .chain(ended)
             .chain(changed)
             .chain(place)
             .collect()
@@ -60,6 +64,10 @@ impl<'a> Apply<'a> {
 
     pub(crate) fn order(&mut self, node: NodeId, order: Order) {
         self.orders.push(Effect::Order { node, order });
+    }
+
+    pub(crate) fn job_ended(&mut self, job: JobId) {
+        self.ended.push(job);
     }
 
     pub(crate) fn changed(&mut self, subject: Subject) {

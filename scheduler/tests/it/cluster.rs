@@ -217,6 +217,7 @@ pub(crate) fn short(order: &Order) -> String {
         }
         Order::Notice { deadline_ms } => format!("notice {deadline_ms}"),
         Order::NoticeWithdrawn => "notice withdrawn".to_owned(),
+        Order::JobEnded { job } => format!("{job} ended"),
     }
 }
 

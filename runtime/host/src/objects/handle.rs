@@ -98,6 +98,10 @@ impl Object {
             Side::Owned(_) => self.0.table.call_address().to_owned(),
             Side::Borrowed { link, .. } => link.address().to_owned(),
         };
+        let agent = match &self.0.side {
+            Side::Owned(_) => self.0.table.agent_address().to_owned(),
+            Side::Borrowed { link, .. } => link.agent().to_owned(),
+        };
         let transit = match &self.0.side {
             Side::Owned(entry) => self.0.table.export(entry, !is_contained),
             Side::Borrowed { .. } if is_contained => 0,
@@ -111,6 +115,7 @@ impl Object {
             object: self.0.id,
             owner,
             transit,
+            agent,
         }
     }
 }

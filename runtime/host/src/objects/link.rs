@@ -3,10 +3,12 @@
 //!
 //! Invariants:
 //! 1. Changes are sent in the order in which they were made, and again until they arrived.
-//! 2. When the owner cannot be reached for [`OWNER_GONE_AFTER`], or another process answers at its
-//!    address, everything pending settles as lost.
+//! 2. Everything pending settles as an error as soon as the owner is known to have ended: its
+//!    node's agent says so, nobody listens at its address any more, or another process does; and
+//!    when it cannot be reached for [`OWNER_GONE_AFTER`] without that being known.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +18,7 @@ use mobula_core::error::CallError;
 use mobula_core::id::{Incarnation, NodeId};
 use mobula_core::object::{ObjectError, ObjectId, ProcessId};
 use mobula_core::order::ActorAddress;
+use mobula_net::probe::nobody_listens;
 use mobula_wire::object::{
     CHANGES_MAX, Change, Changes, METHOD_CHANGE, METHOD_NEXT, Next, OBJECTS_ACTOR, Settled,
     WireValue,
@@ -45,15 +48,28 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// A link that carries nothing is ended after this.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 
+/// Why a link ends before it is idle.
+#[derive(Debug, Clone)]
+pub(crate) enum Ending {
+    /// The owner has ended, for sure.
+    Died(String),
+    /// It does not answer, or not as it should.
+    Lost(String),
+}
+
 /// The way to one owner.
 pub(crate) struct Link {
     owner: ProcessId,
     address: String,
+    /// The agent of its node; empty where there is none.
+    agent: String,
     state: Mutex<State>,
     /// There are changes to send.
     changed: Notify,
     /// Something is borrowed again.
     borrowing: Notify,
+    /// It has ended.
+    ended: Notify,
 }
 
 #[derive(Default)]
@@ -63,7 +79,7 @@ struct State {
     /// for each reference that it sent within the last call.
     queue: Vec<Queued>,
     /// Why nothing goes out any more.
-    ended: Option<String>,
+    ending: Option<Ending>,
 }
 
 struct Borrowed {
@@ -78,18 +94,28 @@ struct Queued {
 }
 
 impl Link {
-    pub(crate) fn new(owner: ProcessId, address: String) -> Arc<Self> {
+    pub(crate) fn new(owner: ProcessId, address: String, agent: String) -> Arc<Self> {
         Arc::new(Link {
             owner,
             address,
+            agent,
             state: Mutex::default(),
             changed: Notify::new(),
             borrowing: Notify::new(),
+            ended: Notify::new(),
         })
+    }
+
+    pub(crate) fn owner(&self) -> ProcessId {
+        self.owner
     }
 
     pub(crate) fn address(&self) -> &str {
         &self.address
+    }
+
+    pub(crate) fn agent(&self) -> &str {
+        &self.agent
     }
 
     /// Takes in a reference; `None` if the link has ended.
@@ -100,7 +126,7 @@ impl Link {
         hold: Option<Object>,
     ) -> Option<Arc<Cell>> {
         let mut state = self.state.lock();
-        if state.ended.is_some() {
+        if state.ending.is_some() {
             return None;
         }
         let borrowed = state.borrowed.entry(sequence).or_insert_with(|| Borrowed {
@@ -144,10 +170,13 @@ impl Link {
     }
 
     /// The bytes are not where the owner said: asks it for another place.
-    pub(crate) fn missing(&self, sequence: u64, seen: &Outcome) {
+    pub(crate) fn missing(&self, sequence: u64, cell: &Cell, seen: &Outcome) {
         let mut state = self.state.lock();
-        if state.ended.is_some() {
-            return;
+        if let Some(ending) = &state.ending {
+            // Nobody is left who could know of another place.
+            let lost = self.lost(sequence, ending);
+            drop(state);
+            return cell.replace(Err(lost));
         }
         if let Some(borrowed) = state.borrowed.get(&sequence)
             && borrowed.cell.reset(seen)
@@ -157,7 +186,7 @@ impl Link {
     }
 
     fn push(&self, state: &mut State, change: Change) {
-        if state.ended.is_none() {
+        if state.ending.is_none() {
             state.queue.push(Queued {
                 change,
                 _hold: None,
@@ -167,28 +196,45 @@ impl Link {
     }
 
     /// Ends the link; what is pending is lost.
-    pub(crate) fn end(&self, reason: &str) {
+    pub(crate) fn end(&self, ending: &Ending) {
         let (borrowed, queue) = {
             let mut state = self.state.lock();
-            state.ended.get_or_insert_with(|| reason.to_owned());
+            state.ending.get_or_insert_with(|| ending.clone());
             (
                 std::mem::take(&mut state.borrowed),
                 std::mem::take(&mut state.queue),
             )
         };
         for (sequence, borrowed) in borrowed {
-            borrowed.cell.settle(Err(self.lost(sequence, reason)));
+            borrowed.cell.settle(Err(self.lost(sequence, ending)));
         }
         drop(queue);
+        self.ended.notify_waiters();
     }
 
-    fn lost(&self, sequence: u64, reason: &str) -> ObjectError {
-        ObjectError::Lost {
-            object: ObjectId {
-                owner: self.owner,
-                sequence,
-            },
-            reason: reason.to_owned(),
+    /// Waits until the owner is known to have ended, or to be out of reach; what that means for one
+    /// of its objects.
+    pub(crate) async fn ended(&self, sequence: u64) -> ObjectError {
+        loop {
+            let ended = self.ended.notified();
+            tokio::pin!(ended);
+            // Registered before the look, so that no end is missed in between.
+            ended.as_mut().enable();
+            if let Some(ending) = &self.state.lock().ending {
+                return self.lost(sequence, ending);
+            }
+            ended.await;
+        }
+    }
+
+    fn lost(&self, sequence: u64, ending: &Ending) -> ObjectError {
+        let object = ObjectId {
+            owner: self.owner,
+            sequence,
+        };
+        match ending.clone() {
+            Ending::Died(reason) => ObjectError::OwnerDied { object, reason },
+            Ending::Lost(reason) => ObjectError::Lost { object, reason },
         }
     }
 
@@ -202,21 +248,21 @@ impl Link {
         let mut state = self.state.lock();
         let is_idle = state.borrowed.is_empty() && state.queue.is_empty();
         if is_idle {
-            state.ended.get_or_insert_with(|| "idle".to_owned());
+            state.ending = Some(Ending::Lost("nothing is borrowed any more".to_owned()));
         }
         is_idle
     }
 
     /// Works until the owner is gone or nothing is borrowed any more; answers why it ended, or
     /// `None` when it is idle.
-    pub(crate) async fn run(&self, own: ProcessId, calls: &CallClient) -> Option<String> {
+    pub(crate) async fn run(&self, own: ProcessId, calls: &CallClient) -> Option<Ending> {
         tokio::select! {
-            reason = self.send_changes(own, calls) => reason,
-            reason = self.ask_next(own, calls) => Some(reason),
+            ending = self.send_changes(own, calls) => ending,
+            ending = self.ask_next(own, calls) => Some(ending),
         }
     }
 
-    async fn send_changes(&self, own: ProcessId, calls: &CallClient) -> Option<String> {
+    async fn send_changes(&self, own: ProcessId, calls: &CallClient) -> Option<Ending> {
         loop {
             let batch: Vec<Queued> = {
                 let mut state = self.state.lock();
@@ -237,13 +283,13 @@ impl Link {
             })
             .into();
             let call = || self.call(calls, METHOD_CHANGE, message.clone(), CHANGE_TIMEOUT);
-            if let Err(reason) = until_reached(call).await {
-                return Some(reason);
+            if let Err(ending) = self.until_reached(call).await {
+                return Some(ending);
             }
         }
     }
 
-    async fn ask_next(&self, own: ProcessId, calls: &CallClient) -> String {
+    async fn ask_next(&self, own: ProcessId, calls: &CallClient) -> Ending {
         let mut seen = 0;
         loop {
             if self.state.lock().borrowed.is_empty() {
@@ -259,16 +305,18 @@ impl Link {
             // The owner answers when there is nothing to say too; later than that it is stuck.
             let timeout = NEXT_WAIT + CHANGE_TIMEOUT;
             let call = || self.call(calls, METHOD_NEXT, message.clone(), timeout);
-            let answer = match until_reached(call).await {
+            let answer = match self.until_reached(call).await {
                 Ok(answer) => answer,
-                Err(reason) => return reason,
+                Err(ending) => return ending,
             };
             match codec::decode::<Settled>(&answer, answer.len()) {
                 Ok(settled) => {
                     seen = settled.number;
                     self.settle(settled);
                 }
-                Err(error) => return format!("its owner's answer cannot be read: {error}"),
+                Err(error) => {
+                    return Ending::Lost(format!("its owner's answer cannot be read: {error}"));
+                }
             }
         }
     }
@@ -315,28 +363,44 @@ impl Link {
         let call = OutgoingCall::new(method, arguments).with_deadline(Some(deadline));
         calls.call(&target, call).await
     }
-}
 
-/// Calls until there is an answer, or the owner has been out of reach for too long. Changes and
-/// questions may be repeated without harm.
-async fn until_reached<F, Fut>(call: F) -> Result<Bytes, String>
-where
-    F: Fn() -> Fut,
-    Fut: Future<Output = CallResult>,
-{
-    let began = Instant::now();
-    loop {
-        match call().await {
-            Ok(answer) => return Ok(answer),
-            Err(
-                error @ (CallError::ActorUnavailable { .. } | CallError::DeadlineExceeded { .. }),
-            ) => {
-                if began.elapsed() > OWNER_GONE_AFTER {
-                    return Err(format!("its owner is out of reach: {error}"));
+    /// Calls until there is an answer, or the owner has been out of reach for too long. Changes and
+    /// questions may be repeated without harm.
+    async fn until_reached<F, Fut>(&self, call: F) -> Result<Bytes, Ending>
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = CallResult>,
+    {
+        let began = Instant::now();
+        loop {
+            let error = match call().await {
+                Ok(answer) => return Ok(answer),
+                Err(error @ CallError::ActorUnavailable { .. }) => {
+                    if self.is_closed().await {
+                        let reason = format!("nobody listens at {} any more", self.address);
+                        return Err(Ending::Died(reason));
+                    }
+                    error
                 }
+                Err(error @ CallError::DeadlineExceeded { .. }) => error,
+                Err(error @ CallError::ActorDied { .. }) => {
+                    return Err(Ending::Died(error.to_string()));
+                }
+                Err(error) => return Err(Ending::Lost(error.to_string())),
+            };
+            if began.elapsed() > OWNER_GONE_AFTER {
+                return Err(Ending::Lost(format!("its owner is out of reach: {error}")));
             }
-            Err(error) => return Err(error.to_string()),
+            tokio::time::sleep(PAUSE).await;
         }
-        tokio::time::sleep(PAUSE).await;
+    }
+
+    /// Whether the owner's machine says that nobody listens at its address. Asked only after a
+    /// connection has failed, so that a forged answer of the network alone ends nothing.
+    async fn is_closed(&self) -> bool {
+        match self.address.parse::<SocketAddr>() {
+            Ok(address) => nobody_listens(address).await,
+            Err(_) => false,
+        }
     }
 }

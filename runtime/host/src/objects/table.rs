@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use super::cell::{Cell, Outcome};
 use super::completer::{Completer, Lineage};
 use super::handle::{Object, Side, held};
-use super::link::Link;
+use super::link::{Ending, Link};
 use super::owner::{Aftermath, Entry, OwnerTable};
 use super::store::StoreClient;
 use crate::client::CallClient;
@@ -112,6 +112,7 @@ impl ObjectTable {
             object: id,
             owner,
             transit,
+            agent,
         } = reference;
         if id.owner == self.process {
             return self.import_own(*id, *transit);
@@ -124,11 +125,14 @@ impl ObjectTable {
             drop(links);
             return self.borrowed(*id, link, cell);
         }
-        let link = Link::new(id.owner, owner.clone());
+        let link = Link::new(id.owner, owner.clone(), agent.clone());
         let cell = link
             .borrow(id.sequence, *transit, held())
             .expect("a new link has not ended");
         links.insert(id.owner, Arc::clone(&link));
+        if let Some(store) = self.store.get().filter(|_| !agent.is_empty()) {
+            store.watch(id.owner, agent);
+        }
         drop(links);
         let running = run_link(Arc::downgrade(self), Arc::clone(&link));
         self.spawn(running);
@@ -188,7 +192,7 @@ impl ObjectTable {
     pub fn process_gone(self: &Arc<Self>, process: ProcessId) {
         let link = self.links.lock().remove(&process);
         if let Some(link) = link {
-            link.end("its owner has ended");
+            link.end(&Ending::Died("the agent of its node saw it end".to_owned()));
         }
         self.finish(self.owned.holder_gone(process));
     }
@@ -266,7 +270,7 @@ impl ObjectTable {
     pub fn report_missing(self: &Arc<Self>, object: &Object, seen: &Outcome, reason: &str) {
         match object.side() {
             Side::Owned(entry) => self.recreate(entry, seen, reason),
-            Side::Borrowed { link, .. } => link.missing(object.id().sequence, seen),
+            Side::Borrowed { link, cell } => link.missing(object.id().sequence, cell, seen),
         }
     }
 
@@ -322,7 +326,7 @@ impl ObjectTable {
         self.tasks.lock().abort_all();
         let links = std::mem::take(&mut *self.links.lock());
         for link in links.into_values() {
-            link.end("this process ends");
+            link.end(&Ending::Lost("this process ends".to_owned()));
         }
     }
 }
@@ -363,20 +367,27 @@ async fn run_link(table: Weak<ObjectTable>, link: Arc<Link>) {
         else {
             return;
         };
-        let reason = link.run(own, &calls).await;
+        let ending = link.run(own, &calls).await;
         let Some(table) = table.upgrade() else {
             return;
         };
         let mut links = table.links.lock();
-        let is_ended = match &reason {
+        let is_ended = match &ending {
             Some(_) => true,
             None => link.end_if_idle(),
         };
         if is_ended {
-            links.retain(|_, other| !Arc::ptr_eq(other, &link));
+            let current = links.get(&link.owner());
+            if current.is_some_and(|current| Arc::ptr_eq(current, &link)) {
+                links.remove(&link.owner());
+                // Under the lock: a new link's `Watch` is not to be taken back.
+                if let Some(store) = table.store.get() {
+                    store.unwatch(link.owner());
+                }
+            }
             drop(links);
-            if let Some(reason) = reason {
-                link.end(&reason);
+            if let Some(ending) = ending {
+                link.end(&ending);
             }
             return;
         }

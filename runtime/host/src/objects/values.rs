@@ -9,21 +9,31 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use mobula_core::codec;
 use mobula_core::id::NodeId;
 use mobula_core::object::ObjectError;
-use mobula_wire::object::{Format, INLINE_BYTES_MAX};
+use mobula_wire::object::{ANSWER_BYTES_MAX, Format, INLINE_BYTES_MAX};
 use serde::Serialize;
 
 use super::cell::{Cell, Value};
 use super::completer::ObjectValue;
-use super::handle::{Object, capture_contained};
+use super::handle::{Object, Side, capture_contained};
 use super::owner::Entry;
 use super::payload::Payload;
 use super::store::StoreClient;
 use super::table::ObjectTable;
+
+/// What a process without access to shared memory keeps itself of one value: as much as travels to
+/// its holders in one answer. What is larger could be read nowhere else, so it is refused when it is
+/// put.
+const KEPT_BYTES_MAX: usize = ANSWER_BYTES_MAX;
+
+/// How long opening a value may take whose owner has ended: longer than the node's own agent takes
+/// to show a copy that it has. Another node may have ended together with the owner, without a word.
+const ORPHAN_OPEN_MAX: Duration = Duration::from_secs(1);
 
 /// How often a value is looked for again when its bytes turn out to be lost; each time its owner
 /// has said that they are somewhere.
@@ -49,7 +59,7 @@ impl ObjectTable {
         node: NodeId,
     ) -> io::Result<()> {
         let (store, link) =
-            StoreClient::connect(socket, key.to_owned(), self.process, node).await?;
+            StoreClient::connect(socket, key.to_owned(), self.process(), node).await?;
         if self.store.set(Arc::clone(&store)).is_ok() {
             let table = Arc::downgrade(self);
             self.spawn(link.run(store, move |process| {
@@ -68,7 +78,7 @@ impl ObjectTable {
     ) -> Result<Object, PutError> {
         let (payload, contains) = capture_contained(|| Payload::encoded(value));
         let payload = payload?;
-        let object = match self.store_for(payload.bytes.len()) {
+        let object = match self.store_for(payload.bytes.len())? {
             None => self.create_entry(Cell::settled(Ok(Value::Inline(payload)))),
             Some(store) => self.write(store, payload.format, &payload.bytes).await?,
         };
@@ -85,15 +95,31 @@ impl ObjectTable {
         format: Format,
         bytes: &[u8],
     ) -> Result<Object, ObjectError> {
-        match self.store_for(bytes.len()) {
+        match self.store_for(bytes.len())? {
             None => Ok(self.put_bytes(format, Bytes::copy_from_slice(bytes))),
             Some(store) => Ok(self.write(store, format, bytes).await?.0),
         }
     }
 
-    /// Whether a value of this size goes into shared memory, and into which.
-    fn store_for(&self, size_bytes: usize) -> Option<&Arc<StoreClient>> {
-        self.store.get().filter(|_| size_bytes > INLINE_BYTES_MAX)
+    /// Where the agent of this node answers others, if the process is connected to its store.
+    pub(crate) fn agent_address(&self) -> &str {
+        self.store.get().map_or("", |store| store.agent())
+    }
+
+    /// Into which shared memory a value of this size goes, if into any.
+    fn store_for(&self, size_bytes: usize) -> Result<Option<&Arc<StoreClient>>, ObjectError> {
+        match self.store.get() {
+            _ if size_bytes <= INLINE_BYTES_MAX => Ok(None),
+            Some(store) => Ok(Some(store)),
+            None if size_bytes <= KEPT_BYTES_MAX => Ok(None),
+            None => Err(ObjectError::Unavailable {
+                reason: format!(
+                    "this process has no access to its node's shared memory, and a value of \
+                     {size_bytes} bytes is more than it keeps itself, {KEPT_BYTES_MAX}; the log of \
+                     this process says why at its start"
+                ),
+            }),
+        }
     }
 
     async fn write(
@@ -126,6 +152,24 @@ impl ObjectTable {
         }
     }
 
+    /// As [`open`](ObjectTable::open), not waiting for a node to send what its owner, which has
+    /// ended, can tell of no other place.
+    async fn open_of(&self, object: &Object, value: &Value) -> Result<Payload, ObjectError> {
+        let Side::Borrowed { link, .. } = object.side() else {
+            return self.open(value).await;
+        };
+        let out_of_reach = async {
+            let error = link.ended(object.id().sequence).await;
+            tokio::time::sleep(ORPHAN_OPEN_MAX).await;
+            error
+        };
+        tokio::select! {
+            biased;
+            opened = self.open(value) => opened,
+            error = out_of_reach => Err(error),
+        }
+    }
+
     /// Waits for an object and opens its value. Where the bytes are gone its owner is told, and
     /// the value that it then produces, if it can, is waited for.
     pub async fn read(self: &Arc<Self>, object: &Object) -> Result<Payload, ObjectError> {
@@ -135,7 +179,7 @@ impl ObjectTable {
                 None => object.wait().await,
             };
             let value = outcome.clone()?;
-            match self.open(&value).await {
+            match self.open_of(object, &value).await {
                 Err(ObjectError::Lost { reason, .. }) => {
                     self.report_missing(object, &outcome, &reason);
                 }
@@ -183,7 +227,7 @@ impl ObjectTable {
     ) -> Result<ObjectValue, PutError> {
         let (payload, contains) = capture_contained(|| Payload::encoded(value));
         let payload = payload?;
-        let Some(store) = self.store_for(payload.bytes.len()) else {
+        let Some(store) = self.store_for(payload.bytes.len())? else {
             return Ok(ObjectValue::inline(&payload, &contains));
         };
         let id = self.next_id();

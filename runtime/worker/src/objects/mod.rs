@@ -9,15 +9,16 @@
 //! * `table`: what is where, who reads it, what goes when memory is short: pure decisions, over
 //!   `arenas`: the memory that is taken, and the blocks in it.
 //! * `service`: one task that owns the table, and performs what it decides. `link`: a host's
-//!   socket. `memory`: files in memory. `spill`: objects on disk. `transfer`: from node to node.
+//!   socket. `memory`: files in memory. `spill`: the file of objects on disk. `transfer`: from node to node.
+//!   `watch`: which processes of other nodes have ended.
 //!
 //! Invariants:
 //! 1. Memory is counted in whole arenas, as it is taken from the system, and never exceeds the
 //!    limit.
 //! 2. An object that somebody reads stays where it is. Others move to disk, least recently used
 //!    first, when memory is short; copies of other nodes' objects are dropped instead.
-//! 3. The files in memory have no names: when the agent and its hosts are gone nothing is left.
-//!    Files on disk lie in one directory that is emptied when an agent starts.
+//! 3. The files in memory have no names, and neither has the one on disk: when the agent and its
+//!    hosts are gone nothing is left.
 //! 4. A host is given descriptors of its own job's arenas only.
 
 mod arenas;
@@ -28,10 +29,11 @@ mod service;
 mod spill;
 mod table;
 mod transfer;
+mod watch;
 
 #[cfg(test)]
 mod tests;
 
 pub(crate) use link::Keys;
 pub use metrics::ObjectStoreMetrics;
-pub(crate) use service::{Service, ServiceParts};
+pub(crate) use service::{ObjectStore, Service, ServiceParts};

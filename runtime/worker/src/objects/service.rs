@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mobula_core::id::JobId;
-use mobula_core::object::{ObjectError, ObjectId};
+use mobula_core::object::{ObjectError, ObjectId, ProcessId};
 use mobula_net::descriptor::DescriptorListener;
 use mobula_net::endpoint::Endpoint;
 use mobula_wire::store::{STORE_MESSAGE_BYTES_MAX, StoreRequest};
@@ -21,9 +21,10 @@ use tokio::task::JoinSet;
 use super::link::{self, Keys, Linked};
 use super::memory::Block;
 use super::metrics::ObjectStoreMetrics;
-use super::spill::SpillDir;
+use super::spill::{OnDisk, SpillFile};
 use super::table::{Action, Limits, Opener, PEERS, Table};
 use super::transfer::Transfers;
+use super::watch::Watchers;
 
 /// Inputs that wait; who sends more waits, each takes the service microseconds.
 const INPUTS: usize = 4096;
@@ -54,9 +55,29 @@ pub(crate) enum Input {
     /// Another agent's host says that an object of this node is not needed any more.
     PeerFree(ObjectId, JobId),
     /// An object is on disk.
-    Spilled(ObjectId, Result<blake3::Hash, String>),
+    Spilled(ObjectId, Result<OnDisk, String>),
     /// An object has come.
     Loaded(ObjectId, Result<(), ObjectError>),
+    /// A job is over everywhere.
+    JobEnded(JobId),
+    /// Another agent wants to know when a process of this node ends.
+    PeerWatch(ProcessId, JobId, mpsc::Sender<(ProcessId, JobId)>),
+    /// A process of another node has ended.
+    ProcessGone(ProcessId, JobId),
+}
+
+/// The way to a node's object store for the rest of the agent.
+#[derive(Debug, Clone)]
+pub(crate) struct ObjectStore(mpsc::Sender<Input>);
+
+impl ObjectStore {
+    /// A job is over on all nodes: its objects go as soon as nobody reads them.
+    pub(crate) fn job_ended(&self, job: JobId) {
+        // The agent waits for nobody: what is not said now the store finds out by the job's silence.
+        if self.0.try_send(Input::JobEnded(job)).is_err() {
+            tracing::debug!(%job, "the object store is too busy to hear of a job's end");
+        }
+    }
 }
 
 /// What the service is made of.
@@ -77,8 +98,9 @@ pub(crate) struct Service {
     inputs: mpsc::Receiver<Input>,
     to_self: mpsc::Sender<Input>,
     table: Table,
-    spill: SpillDir,
+    spill: SpillFile,
     transfers: Transfers,
+    watchers: Watchers,
     disk: Arc<Semaphore>,
     fetches: Arc<Semaphore>,
     metrics: watch::Sender<ObjectStoreMetrics>,
@@ -89,9 +111,9 @@ impl Service {
     /// Opens the socket and the directory; serves once it is run.
     pub(crate) fn open(
         parts: ServiceParts,
-    ) -> io::Result<(Service, watch::Receiver<ObjectStoreMetrics>)> {
+    ) -> io::Result<(Service, ObjectStore, watch::Receiver<ObjectStoreMetrics>)> {
         let listener = DescriptorListener::bind(&parts.socket, STORE_MESSAGE_BYTES_MAX)?;
-        let spill = SpillDir::open(parts.spill_dir)?;
+        let spill = SpillFile::open(&parts.spill_dir)?;
         let (to_self, inputs) = mpsc::channel(INPUTS);
         let agent: SocketAddr = parts.endpoint.local_address();
         let limits = Limits {
@@ -107,7 +129,9 @@ impl Service {
         tasks.spawn(link::serve(listener, parts.keys, to_self.clone()));
         let transfers = Transfers::new(parts.endpoint);
         tasks.spawn(transfers.clone().serve(to_self.clone()));
+        let watchers = Watchers::new(transfers.clone(), to_self.clone());
         let service = Service {
+            watchers,
             inputs,
             to_self,
             table,
@@ -118,7 +142,8 @@ impl Service {
             metrics,
             tasks,
         };
-        Ok((service, receiver))
+        let store = ObjectStore(service.to_self.clone());
+        Ok((service, store, receiver))
     }
 
     /// Works until it is dropped.
@@ -164,6 +189,9 @@ impl Service {
             Input::PeerFree(object, job) => self.table.free(object, job),
             Input::Spilled(object, result) => self.table.spilled(object, result, now),
             Input::Loaded(object, result) => self.table.loaded(object, result),
+            Input::JobEnded(job) => self.table.job_ended(job),
+            Input::PeerWatch(process, job, gone) => self.table.peer_watch(process, job, gone),
+            Input::ProcessGone(process, job) => self.table.process_gone(process, job),
         }
     }
 
@@ -173,11 +201,11 @@ impl Service {
                 Action::Spill(object, block) => {
                     let spill = self.spill.clone();
                     self.on_disk(
-                        move || spill.write(object, &block).map_err(|e| e.to_string()),
+                        move || spill.write(&block).map_err(|e| e.to_string()),
                         move |written| Input::Spilled(object, written),
                     );
                 }
-                Action::Restore(object, block, digest) => {
+                Action::Restore(object, block, on_disk) => {
                     let spill = self.spill.clone();
                     let lost = move |error: String| ObjectError::Lost {
                         object,
@@ -186,13 +214,19 @@ impl Service {
                     self.on_disk(
                         move || {
                             spill
-                                .read(object, digest, &block)
+                                .read(on_disk, &block)
                                 .map_err(|error| error.to_string())
                         },
                         move |read| Input::Loaded(object, read.map_err(lost)),
                     );
                 }
-                Action::Remove(object) => self.spill.remove(object),
+                Action::Remove(on_disk) => {
+                    let spill = self.spill.clone();
+                    self.tasks.spawn(async move {
+                        // It fails with the runtime, and then the file goes as a whole.
+                        let _ = tokio::task::spawn_blocking(move || spill.remove(on_disk)).await;
+                    });
+                }
                 Action::Fetch(object, job, block, agent) => {
                     let (transfers, to_self) = (self.transfers.clone(), self.to_self.clone());
                     let fetches = Arc::clone(&self.fetches);
@@ -202,6 +236,8 @@ impl Service {
                         let _ = to_self.send(Input::Loaded(object, fetched)).await;
                     });
                 }
+                Action::Watch(agent, process, job) => self.watchers.watch(agent, process, job),
+                Action::Unwatch(agent, process, job) => self.watchers.unwatch(&agent, process, job),
                 Action::FreeAt(agent, object, job) => {
                     let transfers = self.transfers.clone();
                     self.tasks

@@ -22,14 +22,16 @@ use tokio::task::JoinSet;
 
 use super::memory::Block;
 use super::service::Input;
+use super::watch;
 
 /// Agents that this one serves at a time.
 const PEERS_MAX: usize = 1024;
 
-/// Objects that one agent may ask for at a time: twice what it fetches at a time.
-const STREAMS_MAX: usize = 16;
+/// Streams of one agent at a time: twice the objects that it fetches at a time, and one for the
+/// processes that it watches.
+const STREAMS_MAX: usize = 17;
 
-type AnyError = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The way to and from other agents. Clones share their connections.
 #[derive(Clone)]
@@ -98,7 +100,9 @@ impl Transfers {
                 return Err(format!("it has {size_bytes} bytes there, not {expected}").into());
             }
             Some(PeerReply::Refused(error)) => return Ok(Err(error)),
-            Some(PeerReply::Piece { .. }) | None => return Err("it answers nothing".into()),
+            Some(PeerReply::Piece { .. } | PeerReply::Gone { .. }) | None => {
+                return Err("it answers nothing".into());
+            }
         }
         let mut at = 0;
         while at < block.size_bytes {
@@ -137,7 +141,7 @@ impl Transfers {
         }
     }
 
-    async fn open(&self, agent: &str) -> Result<FramedStream, AnyError> {
+    pub(super) async fn open(&self, agent: &str) -> Result<FramedStream, AnyError> {
         let address: SocketAddr = agent.parse()?;
         let connection = self
             .pool
@@ -192,6 +196,11 @@ async fn serve_stream(mut stream: FramedStream, inputs: mpsc::Sender<Input>) {
         }
         Ok(Some(PeerRequest::Free { object, job })) => {
             let _ = inputs.send(Input::PeerFree(object, job)).await;
+        }
+        Ok(Some(PeerRequest::Watch { process, job })) => {
+            if let Err(error) = watch::serve(stream, (process, job), inputs).await {
+                tracing::debug!(%error, "another agent's stream of watches broke");
+            }
         }
         Ok(None) => {}
         Err(error) => tracing::debug!(%error, "another agent asks for nothing"),

@@ -34,6 +34,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
 use super::mapping::{Mapping, View};
+use crate::actor::run_blocking;
 pub(crate) use link::StoreLink;
 use link::{Answer, Waiting, next_reply};
 use memory::{OwnMemory, Range};
@@ -41,6 +42,10 @@ use memory::{OwnMemory, Range};
 /// How often one write may be granted memory and find it taken by another write of this process:
 /// each grant is an arena, so this is memory, not patience.
 const GRANTS_MAX: u32 = 16;
+
+/// What is copied without giving the thread's other tasks to another one first: some hundred
+/// microseconds' worth, about what handing them over can cost.
+pub const COPY_IN_PLACE_BYTES_MAX: usize = 4 << 20;
 
 /// The node's shared memory, as one process sees it.
 pub struct StoreClient {
@@ -65,7 +70,7 @@ struct State {
     waiting: HashMap<u64, Waiting>,
     last_request: u64,
     /// Bounded by what this process does: one for each call under way, and one for each block,
-    /// view or object that it lets go.
+    /// view, object or owner that it lets go.
     queue: VecDeque<StoreRequest>,
     /// Why there is no agent any more.
     ended: Option<String>,
@@ -115,9 +120,15 @@ impl StoreClient {
         let size_bytes = bytes.len() as u64;
         let range = self.allocate(size_bytes).await?;
         let offset = usize::try_from(range.offset).expect("a mapped offset fits");
-        // SAFETY: own arenas are mapped writable, and the range was allocated here just now: it is
-        // in no published block.
-        unsafe { range.mapping.write(offset, bytes) };
+        let copy = || {
+            // SAFETY: own arenas are mapped writable, and the range was allocated here just now: it
+            // is in no published block.
+            unsafe { range.mapping.write(offset, bytes) }
+        };
+        match bytes.len() {
+            0..=COPY_IN_PLACE_BYTES_MAX => copy(),
+            _ => run_blocking(copy),
+        }
         let mut state = self.state.lock();
         state.own.publish(object, &range);
         self.push(
@@ -233,6 +244,25 @@ impl StoreClient {
         };
         // SAFETY: the block is published, and not released while it has views.
         unsafe { View::bytes(mapping, offset, size_bytes, pin) }
+    }
+
+    /// Where the agent answers others.
+    pub(crate) fn agent(&self) -> &str {
+        &self.agent
+    }
+
+    /// Asks to be told when `process` ends, whose node's agent is at `agent`.
+    pub(crate) fn watch(&self, process: ProcessId, agent: &str) {
+        let agent = agent.to_owned();
+        self.push(
+            &mut self.state.lock(),
+            StoreRequest::Watch { process, agent },
+        );
+    }
+
+    /// It need not be told any more.
+    pub(crate) fn unwatch(&self, process: ProcessId) {
+        self.push(&mut self.state.lock(), StoreRequest::Unwatch { process });
     }
 
     /// Nobody refers to the object any more.

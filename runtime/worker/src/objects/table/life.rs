@@ -8,10 +8,10 @@ use mobula_wire::store::StoreReply;
 
 use super::super::arenas::{GivenBack, Spot};
 use super::room::Needed;
-use super::{Action, Object, Opener, PEERS, Place, Source, Table};
+use super::{Object, Opener, PEERS, Place, Source, Table};
 
 /// Objects of a job that has had no process on this node, and was not asked for, for so long are
-/// dropped: nobody tells an agent that a job has ended elsewhere.
+/// dropped. Only for what an agent that was not connected missed: it is told when a job ends.
 const JOB_IDLE_MAX: Duration = Duration::from_secs(600);
 
 impl Table {
@@ -87,8 +87,8 @@ impl Table {
         match object.place {
             Place::Memory(_) | Place::Spilling(_) => self.give(opener, id),
             Place::Waiting(_) | Place::Loading(..) => object.openers.push(opener),
-            Place::Disk(digest) => {
-                object.place = Place::Waiting(Source::Disk(digest));
+            Place::Disk(on_disk) => {
+                object.place = Place::Waiting(Source::Disk(on_disk));
                 object.openers.push(opener);
                 let size_bytes = object.size_bytes;
                 self.need(size_bytes, Needed::Load(id), now);
@@ -192,9 +192,8 @@ impl Table {
             Place::Memory(spot) | Place::Spilling(spot) | Place::Loading(spot, _) => {
                 self.give_back(spot, id, object.size_bytes);
             }
-            Place::Disk(_) | Place::Waiting(Source::Disk(_)) => {
-                self.off_disk(object.size_bytes);
-                self.actions.push(Action::Remove(id));
+            Place::Disk(on_disk) | Place::Waiting(Source::Disk(on_disk)) => {
+                self.off_disk(object.size_bytes, on_disk);
             }
             Place::Waiting(Source::Peer(_)) => {}
         }
@@ -211,7 +210,27 @@ impl Table {
         }
     }
 
-    /// Drops what jobs left behind that ended elsewhere.
+    /// A job is over everywhere: its objects go at once, but for those that a process of it still
+    /// reads or may still publish; these with its last process.
+    pub(crate) fn job_ended(&mut self, job: JobId) {
+        self.free_all_of(job);
+        if self.links.values().any(|link| link.job == job) {
+            self.ended.insert(job);
+        } else {
+            self.seen.remove(&job);
+        }
+    }
+
+    /// A link of a job was the last, perhaps.
+    pub(super) fn unlinked_from(&mut self, job: JobId) {
+        if self.ended.contains(&job) && !self.links.values().any(|link| link.job == job) {
+            self.ended.remove(&job);
+            self.seen.remove(&job);
+            self.free_all_of(job);
+        }
+    }
+
+    /// Drops what jobs left behind of whose end nobody told.
     pub(crate) fn sweep(&mut self, now: Instant) {
         for link in self.links.values() {
             self.seen.insert(link.job, now);

@@ -5,7 +5,7 @@
 //!
 //! * This file: the tables, and the hosts behind links. `life`: an object from its publication to
 //!   its end. `room`: requests for memory, and what makes room for them. `moving`: objects on their
-//!   way to and from disk and other nodes.
+//!   way to and from disk and other nodes. `watch`: who is told when which process ends.
 //!
 //! Invariants:
 //! 1. A block that is pinned, or on its way to or from disk or another node, is not given back.
@@ -16,8 +16,9 @@
 mod life;
 mod moving;
 mod room;
+mod watch;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -30,7 +31,9 @@ use super::arenas::{Arenas, Dropped, Spot};
 use super::link::{Answer, Linked};
 use super::memory::Block;
 use super::metrics::ObjectStoreMetrics;
+use super::spill::OnDisk;
 use room::{Need, Needed};
+use watch::Watches;
 
 /// The pins of other agents, which have no link.
 pub(crate) const PEERS: u64 = u64::MAX;
@@ -41,13 +44,17 @@ pub(crate) enum Action {
     /// Write an object to disk, then report with [`Table::spilled`].
     Spill(ObjectId, Block),
     /// Read an object from disk, then report with [`Table::loaded`].
-    Restore(ObjectId, Block, blake3::Hash),
+    Restore(ObjectId, Block, OnDisk),
     /// Get an object from the agent at an address, then report with [`Table::loaded`].
     Fetch(ObjectId, JobId, Block, String),
-    /// Remove an object's file.
-    Remove(ObjectId),
+    /// Give the disk back what an object takes there.
+    Remove(OnDisk),
     /// Tell the agent at an address that an object is not needed any more.
     FreeAt(String, ObjectId, JobId),
+    /// Have the agent at an address say when a process of its node has ended.
+    Watch(String, ProcessId, JobId),
+    /// It need not.
+    Unwatch(String, ProcessId, JobId),
 }
 
 /// What an agent offers.
@@ -77,7 +84,7 @@ struct Link {
 
 #[derive(Debug, Clone)]
 enum Source {
-    Disk(blake3::Hash),
+    Disk(OnDisk),
     Peer(String),
 }
 
@@ -85,7 +92,7 @@ enum Source {
 enum Place {
     Memory(Spot),
     Spilling(Spot),
-    Disk(blake3::Hash),
+    Disk(OnDisk),
     Waiting(Source),
     Loading(Spot, Source),
 }
@@ -139,6 +146,9 @@ pub(crate) struct Table {
     /// Why the last attempt to move something to disk failed.
     disk_problem: Option<String>,
     seen: BTreeMap<JobId, Instant>,
+    /// Jobs that are over and have processes here that have not ended yet.
+    ended: BTreeSet<JobId>,
+    watches: Watches,
     metrics: ObjectStoreMetrics,
     actions: Vec<Action>,
 }
@@ -158,6 +168,8 @@ impl Table {
             spilled_at: None,
             disk_problem: None,
             seen: BTreeMap::new(),
+            ended: BTreeSet::new(),
+            watches: Watches::default(),
             metrics: ObjectStoreMetrics::default(),
             actions: Vec::new(),
         }
@@ -225,11 +237,8 @@ impl Table {
         for object in touched {
             self.settle_freed(object);
         }
-        let others: Vec<u64> = self.links.keys().copied().collect();
-        for other in others {
-            let process = ended.process;
-            self.answer(other, StoreReply::ProcessGone { process }, None);
-        }
+        self.unlinked_from(ended.job);
+        self.end_watches(link, ended.process, ended.job);
     }
 
     /// Takes in a host's request; false if it breaks the protocol.
@@ -276,6 +285,8 @@ impl Table {
                 self.open(opener, object, job, size_bytes, &agent, now);
             }
             StoreRequest::Close { object } => self.close(link, object),
+            StoreRequest::Watch { process, agent } => self.watch(link, process, agent),
+            StoreRequest::Unwatch { process } => self.unwatch(link, job, process),
             StoreRequest::Free { object, agent } if agent == self.limits.agent => {
                 self.free(object, job);
             }

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use mobula_core::object::{ObjectError, ObjectId};
 
+use super::super::spill::OnDisk;
 use super::{Action, Place, Source, Table};
 
 /// The smallest arena that the agent makes for what it loads itself.
@@ -30,7 +31,7 @@ impl Table {
         };
         let block = self.arenas.block(spot, size_bytes);
         self.actions.push(match &source {
-            Source::Disk(digest) => Action::Restore(id, block, *digest),
+            Source::Disk(on_disk) => Action::Restore(id, block, *on_disk),
             Source::Peer(agent) => Action::Fetch(id, job, block, agent.clone()),
         });
         object.place = Place::Loading(spot, source);
@@ -63,12 +64,7 @@ impl Table {
     }
 
     /// An object is on disk now, or is not.
-    pub(crate) fn spilled(
-        &mut self,
-        id: ObjectId,
-        result: Result<blake3::Hash, String>,
-        now: Instant,
-    ) {
+    pub(crate) fn spilled(&mut self, id: ObjectId, result: Result<OnDisk, String>, now: Instant) {
         let Some(object) = self.objects.get_mut(&id) else {
             return;
         };
@@ -78,8 +74,8 @@ impl Table {
         let size_bytes = object.size_bytes;
         self.spilling_bytes -= size_bytes;
         match result {
-            Ok(digest) if object.pins.is_empty() && !object.is_freed => {
-                object.place = Place::Disk(digest);
+            Ok(on_disk) if object.pins.is_empty() && !object.is_freed => {
+                object.place = Place::Disk(on_disk);
                 self.spilled_at = Some(now);
                 self.disk_problem = None;
                 self.metrics.spills_total += 1;
@@ -88,9 +84,9 @@ impl Table {
                 self.give_back(spot, id, size_bytes);
             }
             // Somebody reads it again, or nobody ever will.
-            Ok(_) => {
+            Ok(on_disk) => {
                 object.place = Place::Memory(spot);
-                self.actions.push(Action::Remove(id));
+                self.actions.push(Action::Remove(on_disk));
                 self.settle_freed(id);
             }
             Err(reason) => {
@@ -111,16 +107,18 @@ impl Table {
         let Place::Loading(spot, source) = &object.place else {
             return;
         };
-        let (spot, is_from_disk) = (*spot, matches!(source, Source::Disk(_)));
+        let (spot, on_disk) = match source {
+            Source::Disk(on_disk) => (*spot, Some(*on_disk)),
+            Source::Peer(_) => (*spot, None),
+        };
         object.place = Place::Memory(spot);
         let openers = std::mem::take(&mut object.openers);
-        if is_from_disk {
-            self.off_disk(size_bytes);
-            self.actions.push(Action::Remove(id));
+        if let Some(on_disk) = on_disk {
+            self.off_disk(size_bytes, on_disk);
         }
         match result {
             Ok(()) => {
-                if is_from_disk {
+                if on_disk.is_some() {
                     self.metrics.restores_total += 1;
                 } else {
                     self.metrics.fetches_total += 1;
@@ -132,7 +130,7 @@ impl Table {
                 self.settle_freed(id);
             }
             Err(error) => {
-                if is_from_disk {
+                if on_disk.is_some() {
                     self.metrics.corrupt_total += 1;
                 }
                 for opener in openers {
@@ -143,7 +141,8 @@ impl Table {
         }
     }
 
-    pub(super) fn off_disk(&mut self, size_bytes: u64) {
+    pub(super) fn off_disk(&mut self, size_bytes: u64, on_disk: OnDisk) {
+        self.actions.push(Action::Remove(on_disk));
         self.metrics.spilled_objects -= 1;
         self.metrics.spilled_bytes -= size_bytes;
     }

@@ -185,7 +185,7 @@ impl Table {
                 let openers = std::mem::take(&mut object.openers);
                 match &object.place {
                     // It stays where it is, for who asks later.
-                    Place::Waiting(Source::Disk(digest)) => object.place = Place::Disk(*digest),
+                    Place::Waiting(Source::Disk(on_disk)) => object.place = Place::Disk(*on_disk),
                     _ => self.remove(id),
                 }
                 for opener in openers {

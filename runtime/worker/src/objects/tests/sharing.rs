@@ -3,6 +3,7 @@
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use mobula_core::codec;
+use mobula_core::id::JobId;
 use mobula_core::object::{ObjectError, ObjectId, ProcessId};
 use mobula_net::descriptor::connect_descriptors;
 use mobula_wire::store::{STORE_MESSAGE_BYTES_MAX, StoreReply, StoreRequest};
@@ -87,28 +88,7 @@ async fn an_ended_owner_leaves_nothing_and_a_result_outlives_its_writer() {
     let mut reader = node.host(1, 3).await;
     let mut writer = node.host(2, 3).await;
     let owned = writer.put(1, b"owned").await.unwrap();
-    writer.requests += 1;
-    let request = writer.requests;
-    writer
-        .send(StoreRequest::Grant {
-            request,
-            size_bytes: 6,
-        })
-        .await;
-    let StoreReply::Granted { arena, .. } = writer.answer().await else {
-        panic!("there is memory");
-    };
-    writer.arenas[&arena].write_all_at(b"result", 0).unwrap();
-    let result = writer.id(2);
-    writer
-        .send(StoreRequest::Publish {
-            object: result,
-            arena,
-            offset: 0,
-            size_bytes: 6,
-            is_owned_here: false,
-        })
-        .await;
+    let result = writer.put_result(2, b"result").await;
     assert_eq!(writer.open(result).await.unwrap().bytes, b"result");
     drop(writer);
     let process = ProcessId(2);
@@ -231,4 +211,77 @@ async fn who_breaks_the_protocol_is_cut_off() {
         .await
         .unwrap();
     assert!(receiver.receive().await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn the_end_of_a_job_leaves_nothing_of_it() {
+    let node = Node::start(&ca(), "one", 16 * MIB, MIB);
+    let mut other = node.host(1, 4).await;
+    let kept = other.put(1, b"of another job").await.unwrap();
+    let mut writer = node.host(2, 3).await;
+    let result = writer.put_result(1, b"result").await;
+    let mut reader = node.host(3, 3).await;
+    reader.open(result).await.unwrap();
+    drop(writer);
+    reader
+        .hear(StoreReply::ProcessGone {
+            process: ProcessId(2),
+        })
+        .await;
+    assert_eq!(reader.open(result).await.unwrap().bytes, b"result");
+    reader.close(result).await;
+    node.store.job_ended(JobId(3));
+    let Err(error) = reader.open(result).await else {
+        panic!("its job is over");
+    };
+    assert_eq!(error, ObjectError::Freed { object: result });
+    // Both are there as long as somebody may read them.
+    reader.put_result(2, b"late").await;
+    assert!(reader.open(result).await.is_err());
+    assert_eq!(node.metrics.borrow().objects, 3);
+    drop(reader);
+    node.until("the job's last process has ended", |metrics| {
+        metrics.objects == 1
+    })
+    .await;
+    assert_eq!(other.open(kept).await.unwrap().bytes, b"of another job");
+    // Told again, when there is nothing of it.
+    node.store.job_ended(JobId(3));
+    assert_eq!(other.open(kept).await.unwrap().bytes, b"of another job");
+}
+
+#[tokio::test]
+async fn the_end_of_a_process_is_told_to_who_watches_it_on_any_node() {
+    let ca = ca();
+    let one = Node::start(&ca, "one", 16 * MIB, MIB);
+    let two = Node::start(&ca, "two", 16 * MIB, MIB);
+    let watched = one.host(1, 3).await;
+    let other = one.host(2, 3).await;
+    let mut near = one.host(3, 3).await;
+    let mut far = two.host(4, 3).await;
+    let mut stranger = two.host(5, 4).await;
+    let gone = |process| StoreReply::ProcessGone { process };
+    let never = ProcessId(99);
+    for host in [&mut near, &mut far] {
+        for process in [watched.process, other.process, never] {
+            host.watch(process, &one.agent).await;
+        }
+        host.hear(gone(never)).await;
+        assert!(!host.heard.contains(&gone(watched.process)));
+    }
+    // Of another job it is told as little as of one that never was.
+    stranger.watch(watched.process, &one.agent).await;
+    stranger.hear(gone(watched.process)).await;
+    let process = watched.process;
+    drop(watched);
+    near.hear(gone(process)).await;
+    far.hear(gone(process)).await;
+    // With its agent a node's processes are gone too.
+    let process = other.process;
+    one.stop().await;
+    far.hear(gone(process)).await;
+    drop(other);
+    let mut late = two.host(6, 3).await;
+    late.watch(process, &far.agent).await;
+    late.hear(gone(process)).await;
 }

@@ -1,11 +1,11 @@
 //! Memory that does not suffice: what goes to disk and comes back, and what is refused.
 
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use mobula_core::object::ObjectError;
 use mobula_wire::store::StoreReply;
 
-use super::stage::{MIB, Node, ca, content};
+use super::stage::{MIB, Node, PATIENCE, ca, content};
 
 #[tokio::test]
 async fn what_memory_has_no_room_for_goes_to_disk_and_comes_back_checked() {
@@ -38,35 +38,37 @@ async fn what_memory_has_no_room_for_goes_to_disk_and_comes_back_checked() {
     }
     assert!(node.metrics.borrow().restores_total > 0);
 
-    // A byte on the disk turns over.
+    // A bit of everything on the disk turns over.
     node.until("moves are over", |metrics| {
         metrics.waiting_requests == 0 && metrics.spilled_objects > 0
     })
     .await;
-    let victim = objects
-        .iter()
-        .copied()
-        .find(|object| {
-            let name = object.to_string();
-            node.spilled_files()
-                .iter()
-                .any(|file| file.ends_with(&name) && file.metadata().unwrap().len() == MIB)
-        })
-        .expect("something is on disk");
-    let file = node.directory.path().join("spill").join(victim.to_string());
-    let mut flipped = std::fs::read(&file).unwrap();
-    flipped[777] ^= 4;
-    std::fs::write(&file, flipped).unwrap();
-    let opening = reader.open(victim);
-    let opened = tokio::select! {
-        opened = opening => opened,
-        never = async { loop { let reply = writer.reply().await; writer.heard.extend(reply); } } => never,
-    };
-    let Err(error) = opened else {
-        panic!("a damaged object was given out");
-    };
-    assert!(error.to_string().contains("digest differs"), "{error}");
-    assert_eq!(node.metrics.borrow().corrupt_total, 1);
+    let file = node.spill_file();
+    let size_bytes = file.metadata().unwrap().len();
+    for offset in (777..size_bytes).step_by(MIB as usize) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 4], offset).unwrap();
+    }
+    let mut errors = Vec::new();
+    for (index, object) in objects.iter().enumerate() {
+        let opening = reader.open(*object);
+        let opened = tokio::select! {
+            opened = opening => opened,
+            never = async { loop { let reply = writer.reply().await; writer.heard.extend(reply); } } => never,
+        };
+        match opened {
+            Ok(opened) => {
+                assert!(opened.bytes == content(index as u64 + 1, MIB), "{object}");
+                reader.close(*object).await;
+            }
+            Err(error) => errors.push(error.to_string()),
+        }
+    }
+    let corrupt = node.metrics.borrow().corrupt_total;
+    assert!(corrupt > 0, "something was on disk");
+    assert_eq!(errors.len() as u64, corrupt);
+    assert!(errors[0].contains("digest differs"), "{errors:?}");
     for object in objects {
         writer.free(object).await;
     }
@@ -74,7 +76,13 @@ async fn what_memory_has_no_room_for_goes_to_disk_and_comes_back_checked() {
         metrics.objects == 0 && metrics.spilled_bytes == 0
     })
     .await;
-    assert_eq!(node.spilled_files(), Vec::<PathBuf>::new());
+    // It is given back when nobody waits for it any more.
+    let emptied = async {
+        while file.metadata().unwrap().blocks() > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, emptied).await.unwrap();
 }
 
 #[tokio::test]

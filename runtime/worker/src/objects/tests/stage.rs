@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use mobula_core::codec;
@@ -18,7 +17,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::super::{Keys, ObjectStoreMetrics, Service, ServiceParts};
+use super::super::{Keys, ObjectStore, ObjectStoreMetrics, Service, ServiceParts};
 
 pub(super) const MIB: u64 = 1 << 20;
 
@@ -27,7 +26,9 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Node {
     pub(super) keys: Keys,
+    endpoint: Endpoint,
     pub(super) directory: TempDir,
+    pub(super) store: ObjectStore,
     pub(super) metrics: watch::Receiver<ObjectStoreMetrics>,
     pub(super) agent: String,
     pub(super) service: JoinHandle<()>,
@@ -46,19 +47,21 @@ impl Node {
         let endpoint = Endpoint::bind("127.0.0.1:0".parse().unwrap(), &credentials).unwrap();
         let agent = endpoint.local_address().to_string();
         let keys = Keys::default();
-        let (service, metrics) = Service::open(ServiceParts {
+        let (service, store, metrics) = Service::open(ServiceParts {
             node: name.to_owned(),
             socket: directory.path().join("objects.sock"),
             spill_dir: directory.path().join("spill"),
             memory_bytes,
             spill_bytes: Some(spill_bytes),
-            endpoint,
+            endpoint: endpoint.clone(),
             keys: keys.clone(),
         })
         .unwrap();
         Node {
             keys,
+            endpoint,
             directory,
+            store,
             metrics,
             agent,
             service: tokio::spawn(service.run()),
@@ -102,11 +105,36 @@ impl Node {
         }
     }
 
-    pub(super) fn spilled_files(&self) -> Vec<PathBuf> {
-        std::fs::read_dir(self.directory.path().join("spill"))
+    /// The file of its objects on disk, by the only name that it has.
+    pub(super) fn spill_file(&self) -> File {
+        let directory = self.directory.path().join("spill");
+        let mut files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let file = files
+            .find(|file| std::fs::read_link(file.path()).is_ok_and(|to| to.starts_with(&directory)))
+            .expect("it is open");
+        File::options()
+            .read(true)
+            .write(true)
+            .open(file.path())
             .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .collect()
+    }
+}
+
+impl Node {
+    /// Ends it as its process's end would: nobody listens at its address any more.
+    pub(super) async fn stop(self) {
+        self.service.abort();
+        self.endpoint.close("stopped").await;
+        let address = self.endpoint.local_address();
+        drop(self);
+        let closing = async {
+            while !mobula_net::probe::nobody_listens(address).await {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, closing)
+            .await
+            .expect("the last clone of the endpoint is dropped");
     }
 }
 
@@ -190,10 +218,25 @@ impl Host {
         }
     }
 
+    /// Puts an object that ends with this host.
     pub(super) async fn put(
         &mut self,
         sequence: u64,
         bytes: &[u8],
+    ) -> Result<ObjectId, ObjectError> {
+        self.write(sequence, bytes, true).await
+    }
+
+    /// Writes a result, which somebody else will own.
+    pub(super) async fn put_result(&mut self, sequence: u64, bytes: &[u8]) -> ObjectId {
+        self.write(sequence, bytes, false).await.unwrap()
+    }
+
+    async fn write(
+        &mut self,
+        sequence: u64,
+        bytes: &[u8],
+        is_owned_here: bool,
     ) -> Result<ObjectId, ObjectError> {
         self.requests += 1;
         let (request, size_bytes) = (self.requests, bytes.len() as u64);
@@ -213,23 +256,19 @@ impl Host {
                 self.arenas[&arena].write_all_at(bytes, 0).unwrap();
                 let object = self.id(sequence);
                 self.blocks.insert(object, arena);
-                self.publish(object, arena, bytes.len() as u64).await;
+                self.send(StoreRequest::Publish {
+                    object,
+                    arena,
+                    offset: 0,
+                    size_bytes: bytes.len() as u64,
+                    is_owned_here,
+                })
+                .await;
                 Ok(object)
             }
             StoreReply::Refused { error, .. } => Err(error),
             other => panic!("{other:?}"),
         }
-    }
-
-    pub(super) async fn publish(&mut self, object: ObjectId, arena: u64, size_bytes: u64) {
-        self.send(StoreRequest::Publish {
-            object,
-            arena,
-            offset: 0,
-            size_bytes,
-            is_owned_here: true,
-        })
-        .await;
     }
 
     pub(super) async fn open_at(
@@ -268,6 +307,11 @@ impl Host {
     pub(super) async fn open(&mut self, object: ObjectId) -> Result<Opened, ObjectError> {
         let agent = self.agent.clone();
         self.open_at(object, &agent, 0).await
+    }
+
+    pub(super) async fn watch(&mut self, process: ProcessId, agent: &str) {
+        let agent = agent.to_owned();
+        self.send(StoreRequest::Watch { process, agent }).await;
     }
 
     pub(super) async fn close(&mut self, object: ObjectId) {
