@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::placement::filter::{self, Distance, Unfit};
 use crate::placement::{Nodes, Request, gang};
-use crate::row::{self, PENDING};
 use crate::state::actor::{self, ActorRow, ActorState, Then};
 use crate::state::group;
 use crate::state::job::{self, JobState};
+use crate::state::lifecycle;
 
 /// Why an actor or a job is as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,9 +107,8 @@ const PENDING_COUNTED_MAX: usize = 256;
 pub(crate) fn pending_reasons(reader: &dyn Reader, now_ms: u64) -> BTreeMap<String, u64> {
     let nodes = Nodes::load_all(reader);
     let mut counts = BTreeMap::new();
-    for (key, _) in reader.scan(PENDING, &[], None, PENDING_COUNTED_MAX) {
-        let (not_before_ms, id) = (row::number_at(&key, 0), row::number_at(&key, 1));
-        let Some(actor) = actor::load(reader, ActorId(id)) else {
+    for (not_before_ms, id) in lifecycle::pending(reader).take(PENDING_COUNTED_MAX) {
+        let Some(actor) = actor::load(reader, id) else {
             continue;
         };
         let reason = match not_before_ms > now_ms {

@@ -20,6 +20,7 @@ use crate::row::{
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::group::GroupRow;
 use crate::state::job::{JobRow, JobState};
+use crate::state::lease;
 use crate::state::node::{self, NodeRow};
 
 /// A state of the tables that must not be.
@@ -68,13 +69,23 @@ pub fn check(reader: &dyn Reader) -> Result<(), Violation> {
 fn resources_add_up(reader: &dyn Reader) -> Result<(), Violation> {
     const RULE: &str = "resources add up";
     for node in node::all(reader) {
-        let leased = node::leased(reader, node.id);
-        let shortfalls = node.capacity.shortfalls(&leased);
+        let usage = lease::usage(reader, node.id);
+        let by_key: BTreeMap<_, _> = lease::usage_by_key(reader, node.id, &usage)
+            .into_iter()
+            .collect();
+        let sums = lease::sums(reader, node.id);
+        ensure((&usage, &by_key) == (&sums.0, &sums.1), RULE, || {
+            format!(
+                "{} keeps {usage:?}, {by_key:?}; its leases are {sums:?}",
+                node.id
+            )
+        })?;
+        let shortfalls = node.capacity.shortfalls(&usage.resources);
         ensure(shortfalls.is_empty(), RULE, || {
             format!("{} leases {shortfalls:?}", node.id)
         })?;
         let mut devices = gpu::devices(&node.capacity);
-        for (actor, lease) in node::leases(reader, node.id) {
+        for (actor, lease) in lease::of_node(reader, node.id) {
             let sum: u64 = lease.gpus.iter().map(|share| u64::from(share.milli)).sum();
             ensure(sum == lease.resources.gpu_milli, RULE, || {
                 format!(
@@ -111,7 +122,7 @@ fn leases_match_actors(
             NodeId(row::number_at(&key, 0)),
             ActorId(row::number_at(&key, 1)),
         );
-        let lease: node::Lease = row::from_bytes(LEASES, &value);
+        let lease: lease::Lease = row::from_bytes(LEASES, &value);
         let actor = actors.get(&id);
         let matches = actor.is_some_and(|actor| {
             actor.state.node() == Some(node)
@@ -156,6 +167,10 @@ fn pending_actors_are_listed(
         );
         ensure(listed, RULE, || {
             format!("{id} is listed for {at_ms} ms but is not pending then")
+        })?;
+        let from_ms = Counter::PendingFrom.value(reader);
+        ensure(from_ms <= at_ms, RULE, || {
+            format!("{id} is listed for {at_ms} ms, which nobody looks at before {from_ms} ms")
         })?;
     }
     let pending = actors

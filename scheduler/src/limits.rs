@@ -6,8 +6,8 @@
 /// Workers known at once, lost ones included. A pass looks at each of them for each request.
 pub const NODES_MAX: u64 = 1024;
 
-/// Actors that have not ended, in the whole cluster: at about 1 KiB a row, 100 MiB of tables.
-pub const LIVE_ACTORS_MAX: u64 = 100_000;
+/// Actors that have not ended, in the whole cluster: at about 1 KiB a row, 128 MiB of tables.
+pub const LIVE_ACTORS_MAX: u64 = 1 << 17;
 
 /// Jobs that have not ended; each has at least a driver process somewhere.
 pub const LIVE_JOBS_MAX: u64 = 10_000;

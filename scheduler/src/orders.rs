@@ -10,6 +10,7 @@ use mobula_core::order::{Order, StartActor};
 use crate::row::{self, PENDING};
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::job;
+use crate::state::lease;
 use crate::state::node;
 
 /// Everything that `node` should be running or ending, in order of the actors' ids, after the
@@ -22,7 +23,7 @@ pub fn orders_for_node(reader: &dyn Reader, node: NodeId) -> Vec<Order> {
     let notice = row.notice.map(|notice| Order::Notice {
         deadline_ms: notice.deadline_ms,
     });
-    let actors = node::leases(reader, node).map(|(id, _)| {
+    let actors = lease::of_node(reader, node).map(|(id, _)| {
         let actor = actor::load(reader, id).expect("a lease names an actor that exists");
         match actor.state {
             ActorState::Stopping { grace_ms, .. } => Order::Stop {

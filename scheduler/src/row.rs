@@ -2,7 +2,9 @@
 //!
 //! Invariants:
 //! 1. A table's tag never changes meaning.
-//! 2. Enums inside rows and commands are append-only: their position is their tag.
+//! 2. A table from whose beginning rows are taken away is read from where that has come to (a counter
+//!    says where), never from its beginning: the store walks over what was deleted there.
+//! 3. Enums inside rows and commands are append-only: their position is their tag.
 
 use mobula_core::control::{ModuleId, Reader, Table, Txn};
 pub(crate) use mobula_core::row::{all, from_bytes, get, number_at, pair, put, scan};
@@ -54,6 +56,10 @@ pub(crate) const SESSIONS_BY_AGE: Table = table(18);
 pub(crate) const TOKENS: Table = table(19);
 /// Hash of the secret → token id.
 pub(crate) const TOKENS_BY_HASH: Table = table(20);
+/// Node id → `Usage`: the sum of the node's leases.
+pub(crate) const USAGE: Table = table(21);
+/// Node id, kind, job id, placement key → how many of the node's actors have it.
+pub(crate) const USAGE_BY_KEY: Table = table(22);
 
 /// Counts and number sources, each one row in [`COUNTERS`]. Numbers are persisted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +79,12 @@ pub(crate) enum Counter {
     Sessions = 12,
     Tokens = 13,
     PendingActors = 14,
+    /// No actor is pending from an earlier time, in milliseconds: where to begin to look.
+    PendingFrom = 15,
+    /// Ended jobs up to this number have been forgotten: where the oldest that is kept follows.
+    ForgottenJobs = 16,
+    /// The same of ended actors.
+    ForgottenActors = 17,
 }
 
 impl Counter {
@@ -80,7 +92,7 @@ impl Counter {
         get(reader, COUNTERS, &[self as u8]).unwrap_or(0)
     }
 
-    fn set(self, txn: &mut dyn Txn, value: u64) {
+    pub(crate) fn set(self, txn: &mut dyn Txn, value: u64) {
         put(txn, COUNTERS, &[self as u8], &value);
     }
 

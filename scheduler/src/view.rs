@@ -12,6 +12,7 @@ use crate::command::Role;
 use crate::row::Counter;
 use crate::state::actor::{self, ActorRow, ActorState, Start};
 use crate::state::job::{self, JobRow, JobState, Outcome};
+use crate::state::lease;
 use crate::state::node::{self, NodeRow};
 use crate::state::session;
 use crate::state::token::TokenRow;
@@ -209,14 +210,14 @@ impl NodeView {
             (None, None, true) => "draining",
             (None, None, false) => "alive",
         };
+        let usage = lease::usage(reader, row.id);
         let free = match row.lost_ms {
             Some(_) => Resources::default(),
             None => row
                 .capacity
-                .minus(&node::leased(reader, row.id))
+                .minus(&usage.resources)
                 .expect("no more is leased than there is"),
         };
-        let actors = node::leases(reader, row.id).count();
         NodeView {
             node: row.id,
             name: row.name,
@@ -225,7 +226,7 @@ impl NodeView {
             capacity: row.capacity,
             free,
             labels: row.labels,
-            actors: u32::try_from(actors).expect("live actors are bounded far below"),
+            actors: usage.actors,
             deadline_ms: row.notice.as_ref().map(|notice| notice.deadline_ms),
             notice_source: row.notice.map(|notice| notice.source),
             draining: row.draining,
@@ -316,7 +317,7 @@ impl ClusterStatus {
             *count += 1;
             if row.lost_ms.is_none() {
                 status.capacity = status.capacity.plus(&row.capacity);
-                status.leased = status.leased.plus(&node::leased(reader, row.id));
+                status.leased = status.leased.plus(&lease::usage(reader, row.id).resources);
             }
         }
         status

@@ -28,9 +28,10 @@ use mobula_core::{ActorId, GroupId, Incarnation, JobId, NodeId, Resources};
 
 use crate::command::{Assignment, Command};
 use crate::limits::{PASS_ASSIGNMENTS, PASS_CHECKS};
-use crate::row::{self, PENDING};
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::group;
+use crate::state::lease::{self, CountedKey, KeyKind};
+use crate::state::lifecycle;
 use crate::state::node::{self, Notice};
 use gpu::GpuShare;
 
@@ -51,6 +52,16 @@ impl Request {
             resources: actor.resources.clone(),
             placement: actor.placement.clone(),
         }
+    }
+
+    fn affinity(&self) -> Option<CountedKey> {
+        let key = self.placement.affinity_key.clone()?;
+        Some((KeyKind::Affinity, self.job, key))
+    }
+
+    fn spread(&self) -> Option<CountedKey> {
+        let key = self.placement.spread_key.as_ref()?.key.clone();
+        Some((KeyKind::Spread, self.job, key))
     }
 
     /// Everything on which it depends whether a node takes this (see [`filter::check`]), as a key:
@@ -78,13 +89,18 @@ pub(crate) struct NodeSnapshot {
     /// What is free of each GPU, in thousandths.
     pub(crate) gpu_free_milli: Vec<u64>,
     pub(crate) actor_count: u32,
-    affinity: BTreeMap<(JobId, String), u32>,
-    spread: BTreeMap<(JobId, String), u32>,
+    by_key: BTreeMap<CountedKey, u32>,
 }
 
 impl NodeSnapshot {
     pub(crate) fn load(reader: &dyn Reader, row: node::NodeRow) -> Self {
-        let mut snapshot = NodeSnapshot {
+        let usage = lease::usage(reader, row.id);
+        let mut gpu_free_milli = gpu::devices(&row.capacity);
+        for (free, used) in gpu_free_milli.iter_mut().zip(&usage.gpu_milli) {
+            *free -= used;
+        }
+        let free = row.capacity.minus(&usage.resources);
+        NodeSnapshot {
             id: row.id,
             name: row.name,
             incarnation: row.incarnation,
@@ -92,26 +108,21 @@ impl NodeSnapshot {
             notice: row.notice,
             draining: row.draining,
             labels: row.labels,
-            gpu_free_milli: gpu::devices(&row.capacity),
-            free: row.capacity.clone(),
+            gpu_free_milli,
+            free: free.expect("what is leased was checked against the capacity"),
             capacity: row.capacity,
-            actor_count: 0,
-            affinity: BTreeMap::new(),
-            spread: BTreeMap::new(),
-        };
-        for (_, lease) in node::leases(reader, row.id) {
-            let keys = (lease.affinity_key, lease.spread_key);
-            snapshot.take(lease.job, &lease.resources, &lease.gpus, keys);
+            actor_count: usage.actors,
+            by_key: lease::usage_by_key(reader, row.id, &usage)
+                .into_iter()
+                .collect(),
         }
-        snapshot
     }
 
     fn take(
         &mut self,
-        job: JobId,
         resources: &Resources,
         gpus: &[GpuShare],
-        (affinity, spread): (Option<String>, Option<String>),
+        keys: impl Iterator<Item = CountedKey>,
     ) {
         self.free = self
             .free
@@ -122,34 +133,24 @@ impl NodeSnapshot {
             self.gpu_free_milli[device] -= u64::from(share.milli);
         }
         self.actor_count += 1;
-        if let Some(key) = affinity {
-            *self.affinity.entry((job, key)).or_default() += 1;
-        }
-        if let Some(key) = spread {
-            *self.spread.entry((job, key)).or_default() += 1;
+        for key in keys {
+            *self.by_key.entry(key).or_default() += 1;
         }
     }
 
     /// How many actors here share the request's affinity key.
     pub(crate) fn affinity_count(&self, request: &Request) -> u32 {
-        let key = request.placement.affinity_key.as_ref();
-        key.map_or(0, |key| {
-            self.affinity
-                .get(&(request.job, key.clone()))
-                .copied()
-                .unwrap_or(0)
-        })
+        self.count(request.affinity())
     }
 
     /// How many actors here share the request's spread key.
     pub(crate) fn spread_count(&self, request: &Request) -> u32 {
-        let spread = request.placement.spread_key.as_ref();
-        spread.map_or(0, |spread| {
-            self.spread
-                .get(&(request.job, spread.key.clone()))
-                .copied()
-                .unwrap_or(0)
-        })
+        self.count(request.spread())
+    }
+
+    fn count(&self, key: Option<CountedKey>) -> u32 {
+        key.and_then(|key| self.by_key.get(&key).copied())
+            .unwrap_or(0)
     }
 }
 
@@ -216,15 +217,8 @@ impl Nodes {
         }
         let gpus = filter::check(node, request).map_err(|unfit| format!("{id}: {unfit}"))?;
         self.before.push(node.clone());
-        let keys = (
-            request.placement.affinity_key.clone(),
-            request
-                .placement
-                .spread_key
-                .as_ref()
-                .map(|spread| spread.key.clone()),
-        );
-        node.take(request.job, &request.resources, &gpus, keys);
+        let keys = request.affinity().into_iter().chain(request.spread());
+        node.take(&request.resources, &gpus, keys);
         Ok(gpus)
     }
 
@@ -250,9 +244,8 @@ impl Nodes {
 /// to propose, after which another pass may find more.
 #[must_use]
 pub fn placement_pass(reader: &dyn Reader, now_ms: u64) -> Option<Command> {
-    let is_due = |(key, _): &(Vec<u8>, Vec<u8>)| row::number_at(key, 0) <= now_ms;
-    let mut due = row::scan(reader, PENDING, &[])
-        .take_while(is_due)
+    let mut due = lifecycle::pending(reader)
+        .take_while(|(from_ms, _)| *from_ms <= now_ms)
         .peekable();
     due.peek()?;
     let mut nodes = Nodes::load_all(reader);
@@ -261,11 +254,10 @@ pub fn placement_pass(reader: &dyn Reader, now_ms: u64) -> Option<Command> {
     let mut assignments = Vec::new();
     let mut hopeless: BTreeSet<Vec<u8>> = BTreeSet::new();
     let mut groups_seen: BTreeSet<GroupId> = BTreeSet::new();
-    for (key, _) in due {
+    for (_, id) in due {
         if assignments.len() >= PASS_ASSIGNMENTS || asked >= asked_max {
             break;
         }
-        let id = ActorId(row::number_at(&key, 1));
         let actor = actor::load(reader, id).expect("the list of pending actors names rows");
         let members = match actor.group {
             None => vec![actor],

@@ -350,6 +350,7 @@ pub(crate) fn assign(
         let incarnation = lifecycle::assign(apply, row, grant);
         assigned.push(ActorIncarnation { actor, incarnation });
     }
+    lifecycle::advance_pending(apply);
     Ok(Response::Assigned { assigned, skipped })
 }
 

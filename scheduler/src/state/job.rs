@@ -424,7 +424,10 @@ fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
 
 /// Removes the job that ended first, with its actors and its idempotency key.
 fn forget_oldest(apply: &mut Apply<'_>) {
-    for (key, _) in apply.txn.scan(JOBS_FINISHED, &[], None, 1) {
+    let forgotten = Counter::ForgottenJobs.value(apply.txn);
+    let after = row::pair(forgotten, u64::MAX);
+    for (key, _) in apply.txn.scan(JOBS_FINISHED, &[], Some(&after), 1) {
+        Counter::ForgottenJobs.set(apply.txn, row::number_at(&key, 0));
         let id = JobId(row::number_at(&key, 1));
         let actors: Vec<ActorId> = actor::ids_of_job(apply.txn, id).collect();
         for actor in actors {

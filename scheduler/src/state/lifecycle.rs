@@ -6,20 +6,19 @@
 //!    took away does not count against it.
 //! 3. An ended actor never lives again, and its name is free.
 
-use mobula_core::control::Subject;
+use mobula_core::control::{Reader, Subject};
 use mobula_core::order::Order;
 use mobula_core::spec::{ActorKind, ActorSpec, RestartPolicy};
 use mobula_core::{ActorId, ExitReason, GroupId, Incarnation, JobId, NodeId};
 
 use super::actor::{self, ActorRow, ActorState, HostPlace, Start, Then};
-use super::node::Lease;
+use super::lease::{self, Lease};
 use super::{Apply, group, job};
 use crate::command::EventOutcome;
-use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT, STARTS_KEPT_MAX};
+use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT, STARTS_KEPT_MAX, SWEEP_ROWS};
 use crate::placement::gpu::GpuShare;
 use crate::row::{
-    self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, LEASES,
-    PENDING,
+    self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, PENDING,
 };
 
 /// Creates one pending actor. Whoever calls this has checked the specification and the bounds.
@@ -89,6 +88,36 @@ fn leave_pending(apply: &mut Apply<'_>, actor: &ActorRow) {
     }
 }
 
+/// The pending actors with the time from which each may be placed, earliest first.
+pub(crate) fn pending(reader: &dyn Reader) -> impl Iterator<Item = (u64, ActorId)> + '_ {
+    let mut after = pending_after(reader);
+    std::iter::from_fn(move || {
+        let page = reader.scan(PENDING, &[], Some(&after), SWEEP_ROWS);
+        after.clone_from(&page.last()?.0);
+        Some(page)
+    })
+    .flatten()
+    .map(|(key, _)| (row::number_at(&key, 0), ActorId(row::number_at(&key, 1))))
+}
+
+fn pending_after(reader: &dyn Reader) -> Vec<u8> {
+    match Counter::PendingFrom.value(reader).checked_sub(1) {
+        Some(before_ms) => row::pair(before_ms, u64::MAX),
+        None => Vec::new(),
+    }
+}
+
+/// Notes from where on actors are pending, after some of them were placed.
+pub(crate) fn advance_pending(apply: &mut Apply<'_>) {
+    let now_ms = apply.now_ms();
+    let first = pending(apply.txn).next();
+    // Who becomes pending later does so from the present on: log time never goes back.
+    let from_ms = first.map_or(now_ms, |(from_ms, _)| from_ms.min(now_ms));
+    if from_ms > Counter::PendingFrom.value(apply.txn) {
+        Counter::PendingFrom.set(apply.txn, from_ms);
+    }
+}
+
 /// Where and with what a new incarnation runs.
 pub(crate) struct Grant {
     pub(crate) node: NodeId,
@@ -117,7 +146,7 @@ pub(crate) fn assign(apply: &mut Apply<'_>, mut actor: ActorRow, grant: Grant) -
         affinity_key,
         spread_key,
     };
-    row::put(apply.txn, LEASES, &row::pair(node.0, actor.id.0), &lease);
+    lease::grant(apply.txn, node, actor.id, &lease);
     actor.incarnation = incarnation;
     if actor.starts.len() >= STARTS_KEPT_MAX {
         actor.starts.remove(0);
@@ -210,7 +239,7 @@ pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason
         .state
         .node()
         .expect("only what a node holds can end there");
-    apply.txn.delete(LEASES, &row::pair(node.0, actor.id.0));
+    lease::release(apply.txn, node, actor.id);
     apply.changed(Subject::Node(node));
     apply.place();
     let reason = bounded(match (&actor.state, reason) {
@@ -328,8 +357,11 @@ fn forget_init(apply: &mut Apply<'_>, id: ActorId) {
 }
 
 fn forget_oldest(apply: &mut Apply<'_>) {
-    let oldest = apply.txn.scan(ACTORS_FINISHED, &[], None, 1);
+    let forgotten = Counter::ForgottenActors.value(apply.txn);
+    let after = row::pair(forgotten, u64::MAX);
+    let oldest = apply.txn.scan(ACTORS_FINISHED, &[], Some(&after), 1);
     for (key, _) in oldest {
+        Counter::ForgottenActors.set(apply.txn, row::number_at(&key, 0));
         let id = ActorId(row::number_at(&key, 1));
         let actor =
             actor::load(apply.txn, id).expect("the list of ended actors names rows that exist");

@@ -8,6 +8,7 @@
 pub(crate) mod actor;
 pub(crate) mod group;
 pub(crate) mod job;
+pub(crate) mod lease;
 pub(crate) mod lifecycle;
 pub(crate) mod node;
 pub mod session;

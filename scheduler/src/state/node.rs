@@ -4,21 +4,18 @@
 //! 1. A name has one id as long as the node is known; each start of its agent has an incarnation
 //!    of its own. Only a lost node is ever forgotten, to make room for another.
 //! 2. An incarnation that was declared lost never counts as alive again (I6).
-//! 3. What a node has given away is the sum of its leases; nothing else stores it (I10).
+//! 3. What a node has given away is the business of [`super::lease`] alone (I10).
 
 use mobula_core::control::{Reader, Subject};
 use mobula_core::label::Labels;
 use mobula_core::order::{Order, WorkerEvent};
-use mobula_core::{
-    ActorId, ErrorCode, ExitReason, Incarnation, JobId, NodeId, Rejection, Resources,
-};
+use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, NodeId, Rejection, Resources};
 use serde::{Deserialize, Serialize};
 
-use super::{Apply, actor, check_name, lifecycle, overloaded, precondition, stopping};
+use super::{Apply, actor, check_name, lease, lifecycle, overloaded, precondition, stopping};
 use crate::command::{EventOutcome, Response};
 use crate::limits::{DRAIN_GRACE_MS, GRACE_MS_MAX, LABELS_MAX, NODES_MAX};
-use crate::placement::gpu::GpuShare;
-use crate::row::{self, Counter, LEASES, NODES, NODES_BY_NAME};
+use crate::row::{self, Counter, NODES, NODES_BY_NAME};
 
 /// A worker, as the tables know it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,17 +39,6 @@ pub(crate) struct NodeRow {
 pub(crate) struct Notice {
     pub(crate) deadline_ms: u64,
     pub(crate) source: String,
-}
-
-/// What a node has given to one incarnation of an actor.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Lease {
-    pub(crate) job: JobId,
-    pub(crate) incarnation: Incarnation,
-    pub(crate) resources: Resources,
-    pub(crate) gpus: Vec<GpuShare>,
-    pub(crate) affinity_key: Option<String>,
-    pub(crate) spread_key: Option<String>,
 }
 
 /// A worker's own account of itself.
@@ -84,26 +70,6 @@ pub(crate) fn require(reader: &dyn Reader, id: NodeId) -> Result<NodeRow, Reject
 /// All nodes, in order of their ids.
 pub(crate) fn all(reader: &dyn Reader) -> impl Iterator<Item = NodeRow> + '_ {
     row::scan(reader, NODES, &[]).map(|(_, value)| row::from_bytes(NODES, &value))
-}
-
-/// What `node` has given away, in order of the actors' ids.
-pub(crate) fn leases(
-    reader: &dyn Reader,
-    node: NodeId,
-) -> impl Iterator<Item = (ActorId, Lease)> + '_ {
-    row::scan(reader, LEASES, &node.to_key()).map(|(key, value)| {
-        (
-            ActorId(row::number_at(&key, 1)),
-            row::from_bytes(LEASES, &value),
-        )
-    })
-}
-
-/// The sum of what `node` has given away.
-pub(crate) fn leased(reader: &dyn Reader, node: NodeId) -> Resources {
-    leases(reader, node).fold(Resources::default(), |sum, (_, lease)| {
-        sum.plus(&lease.resources)
-    })
 }
 
 pub(crate) fn register(
@@ -166,8 +132,13 @@ fn register_again(
     mut node: NodeRow,
     registration: Registration,
 ) -> Result<Response, Rejection> {
-    let leased = leased(apply.txn, node.id);
-    if let Some(shortfall) = registration.capacity.shortfalls(&leased).into_iter().next() {
+    let usage = lease::usage(apply.txn, node.id);
+    if let Some(shortfall) = registration
+        .capacity
+        .shortfalls(&usage.resources)
+        .into_iter()
+        .next()
+    {
         return Err(precondition(format!(
             "worker `{}` registers with less than its actors hold ({shortfall}): drain it first, \
              or start it with a new boot id",
@@ -175,7 +146,7 @@ fn register_again(
         )));
     }
     let gpus_shrink = registration.capacity.gpu_milli < node.capacity.gpu_milli;
-    if gpus_shrink && leases(apply.txn, node.id).any(|(_, lease)| !lease.gpus.is_empty()) {
+    if gpus_shrink && !usage.gpu_milli.is_empty() {
         return Err(precondition(format!(
             "worker `{}` registers with fewer GPUs while its actors hold some: drain it first, or \
              start it with a new boot id",
@@ -267,7 +238,9 @@ fn forget_one_lost(apply: &mut Apply<'_>) -> Result<(), Rejection> {
 
 /// Ends every incarnation that `node` holds, for `reason`.
 fn end_all(apply: &mut Apply<'_>, node: NodeId, reason: &ExitReason) {
-    let actors: Vec<ActorId> = leases(apply.txn, node).map(|(actor, _)| actor).collect();
+    let actors: Vec<ActorId> = lease::of_node(apply.txn, node)
+        .map(|(actor, _)| actor)
+        .collect();
     for id in actors {
         let row = actor::load(apply.txn, id).expect("a lease names an actor that exists");
         // Ending one actor may have ended others of its job; those are no longer here.
@@ -395,7 +368,9 @@ pub(crate) fn drain(apply: &mut Apply<'_>, id: NodeId, on: bool) -> Result<Respo
     node.draining = on;
     store(apply, &node);
     if on {
-        let actors: Vec<ActorId> = leases(apply.txn, id).map(|(actor, _)| actor).collect();
+        let actors: Vec<ActorId> = lease::of_node(apply.txn, id)
+            .map(|(actor, _)| actor)
+            .collect();
         for actor in actors {
             stopping::leave(apply, actor, DRAIN_GRACE_MS);
         }

@@ -79,25 +79,24 @@ pub fn record(txn: &mut dyn Txn, session: SessionId, seq: u64, now_ms: u64, resp
     }
     let moved = seq > row.highest_seq;
     if moved {
+        forget_below(txn, session, row.highest_seq, first_kept(seq));
         row.highest_seq = seq;
-        forget_below(
-            txn,
-            session,
-            seq.saturating_add(1).saturating_sub(SESSION_WINDOW),
-        );
     }
     if touched || moved {
         row::put(txn, SESSIONS, &session.to_key(), &row);
     }
 }
 
-/// Removes the responses that have left the window: no more than it holds.
-fn forget_below(txn: &mut dyn Txn, session: SessionId, first_kept: u64) {
-    let window = usize::try_from(SESSION_WINDOW).expect("the window is small");
-    for (key, _) in txn.scan(SESSION_RESPONSES, &session.to_key(), None, window + 1) {
-        if row::number_at(&key, 1) < first_kept {
-            txn.delete(SESSION_RESPONSES, &key);
-        }
+/// The first number of the window that ends with `highest_seq`.
+fn first_kept(highest_seq: u64) -> u64 {
+    highest_seq.saturating_add(1).saturating_sub(SESSION_WINDOW)
+}
+
+/// Removes the responses below `end` from the window that ended with `highest_seq`. By their
+/// numbers: a scan would walk over all that this session's commands ever left there.
+fn forget_below(txn: &mut dyn Txn, session: SessionId, highest_seq: u64, end: u64) {
+    for seq in first_kept(highest_seq)..end.min(highest_seq.saturating_add(1)) {
+        txn.delete(SESSION_RESPONSES, &row::pair(session.0, seq));
     }
 }
 
@@ -145,7 +144,7 @@ pub(crate) fn close(
                 format!("{session} was opened by another client: only that one may close it"),
             ));
         }
-        remove(apply.txn, session, row.used_ms);
+        remove(apply.txn, session, &row);
     }
     Ok(Response::Done)
 }
@@ -157,14 +156,20 @@ fn sweep(txn: &mut dyn Txn, now_ms: u64) {
         if now_ms.saturating_sub(used_ms) <= SESSION_IDLE_MS {
             break;
         }
-        remove(txn, SessionId(row::number_at(&key, 1)), used_ms);
+        let session = SessionId(row::number_at(&key, 1));
+        let row = row::get(txn, SESSIONS, &session.to_key());
+        remove(
+            txn,
+            session,
+            &row.expect("the list by age names sessions that exist"),
+        );
     }
 }
 
-fn remove(txn: &mut dyn Txn, session: SessionId, used_ms: u64) {
-    forget_below(txn, session, u64::MAX);
+fn remove(txn: &mut dyn Txn, session: SessionId, row: &SessionRow) {
+    forget_below(txn, session, row.highest_seq, u64::MAX);
     txn.delete(SESSIONS, &session.to_key());
-    txn.delete(SESSIONS_BY_AGE, &row::pair(used_ms, session.0));
+    txn.delete(SESSIONS_BY_AGE, &row::pair(row.used_ms, session.0));
     Counter::Sessions.decrement(txn);
 }
 
@@ -205,6 +210,33 @@ mod tests {
             Seen::Duplicate(b"two".to_vec())
         );
         assert_eq!(check(&tables, session, 1, START_MS), Seen::Fresh);
+    }
+
+    #[test]
+    fn a_session_keeps_its_window_only_whatever_numbers_it_skips() {
+        let mut tables = MemoryTables::default();
+        let empty = tables.row_count();
+        let session = opened(&mut tables, START_MS);
+        let rows = tables.row_count();
+        let mut highest = 0;
+        let mut seen: Vec<u64> = Vec::new();
+        for seq in [1, 3, 2, 60, 66, 65, 130, 300, 290, 301, 364, 1000] {
+            if check(&tables, session, seq, START_MS) == Seen::Fresh {
+                record(&mut tables, session, seq, START_MS, vec![1]);
+                seen.push(seq);
+            }
+            highest = highest.max(seq);
+            let kept = seen.iter().filter(|seen| **seen + SESSION_WINDOW > highest);
+            assert_eq!(tables.row_count() - rows, kept.count(), "after {seq}");
+        }
+        let context = ApplyContext {
+            index: 2,
+            term: 1,
+            now_ms: START_MS,
+        };
+        close(&mut Apply::new(context, &mut tables), session, "test").unwrap();
+        // The two counters stay.
+        assert_eq!(tables.row_count(), empty + 2);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Sequences of inputs, and what must come out.
 
+use super::placement::SHARED_ACTORS_MAX;
 use super::*;
 use mobula_core::resource::Resources;
 use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, RestartPolicy};
@@ -121,6 +122,22 @@ fn actors_of_a_job_share_a_host_and_the_last_one_closes_it() {
     assert_ne!(run(&mut pool, start_of(3, 1)), host);
     pool.alarm(Alarm::Shutdown(host));
     assert_eq!(kills(&pool.take_actions()), [host]);
+}
+
+#[test]
+fn a_shared_host_that_is_full_is_followed_by_another() {
+    let mut pool = pool();
+    let first = run(&mut pool, start_of(1, 1));
+    for actor in 2..=SHARED_ACTORS_MAX as u64 {
+        assert_eq!(run(&mut pool, start_of(actor, 1)), first);
+    }
+    let next = SHARED_ACTORS_MAX as u64 + 1;
+    let second = run(&mut pool, start_of(next, 1));
+    assert_ne!(second, first);
+    // It stays the one that takes actors, though the first has room again.
+    exit(&mut pool, first, 1, ExitReason::Completed);
+    pool.take_actions();
+    assert_eq!(run(&mut pool, start_of(next + 1, 1)), second);
 }
 
 #[test]

@@ -20,6 +20,10 @@ use super::{Host, Phase, Pool, notice_message};
 use crate::hosts::action::{Action, Key, Launch};
 use crate::hosts::devices::Share;
 
+/// Actors that share a process: beyond this, one process's loss takes too much with it, and the
+/// next ones get another. Below what a host itself accepts.
+pub(super) const SHARED_ACTORS_MAX: usize = 8192;
+
 impl Pool {
     pub(super) fn place(&mut self, key: Key) {
         let Some(placed) = self.actors.get(&key) else {
@@ -31,7 +35,7 @@ impl Pool {
         let is_own = is_driver || start.spec.isolated || gpu_milli > 0;
         let shared_key = (start.job, start.program.clone());
         let host = match self.shared.get(&shared_key) {
-            Some(host) if !is_own => *host,
+            Some(host) if !is_own && self.has_room(*host) => *host,
             _ => {
                 let Some(shares) = self.devices.take(gpu_milli) else {
                     self.waiting.push_back(key);
@@ -51,6 +55,11 @@ impl Pool {
                 self.start_in_host(key, host);
             }
         }
+    }
+
+    fn has_room(&self, host: HostId) -> bool {
+        let host = self.hosts.get(&host);
+        host.is_some_and(|host| host.actors.len() < SHARED_ACTORS_MAX)
     }
 
     fn launch(&mut self, key: Key, is_own: bool, shares: Vec<Share>) -> HostId {
