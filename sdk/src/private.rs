@@ -10,20 +10,21 @@ pub use mobula_host::actor::{
     Access, ActorBody, Concurrency, ConcurrentActor, Dispatching, DynActor, MethodCall, MethodError,
 };
 pub use mobula_host::inventory;
-use mobula_host::objects::capture;
+use mobula_host::objects::{brought, capture};
 pub use mobula_host::registry::{ActorType, ConstructError};
 use mobula_host::reply::{ItemSender, SendItemError};
+use mobula_host::tasks::{EncodedValue, TaskContext, while_blocked};
 pub use mobula_host::tasks::{TaskCall, TaskType};
-use mobula_host::tasks::{TaskContext, encode_outcome};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::actor::{Actor, ActorRef, Init};
 use crate::call::{Call, FallibleCall, Prepared};
 use crate::error::Error;
+use crate::plain;
 use crate::stream::StreamCall;
 use crate::task::Task;
-pub use crate::task::TaskDefaults;
+pub use crate::task::{Items, TaskDefaults};
 
 /// What a registered constructor returns.
 pub type Constructing = BoxFuture<'static, Result<ActorBody, ConstructError>>;
@@ -154,7 +155,8 @@ pub async fn send_items<T: Serialize>(
     };
     let mut items = std::pin::pin!(items);
     while let Some(item) = items.next().await {
-        match sender.send(value(method, &item)?.into()).await {
+        // Whoever reads slowly does not keep the slot of a task.
+        match while_blocked(sender.send(value(method, &item)?.into())).await {
             Ok(()) => {}
             // Nobody reads on: that ends the method, and is no error.
             Err(SendItemError::Closed) => break,
@@ -178,18 +180,42 @@ pub fn task<T, A: Serialize>(defaults: &'static TaskDefaults, arguments: &A) -> 
     Task::new(defaults, encoded, references)
 }
 
+/// Reads a task's arguments.
+pub fn task_arguments<T: DeserializeOwned>(name: &str, call: &TaskCall) -> Result<T, MethodError> {
+    brought(&call.values, || arguments(name, &call.arguments))
+}
+
 /// Writes a task's value.
-pub fn task_value<T: Serialize>(context: &TaskContext, value: &T) -> Result<Vec<u8>, MethodError> {
-    encode_outcome(context, value)
+pub fn task_value<T: Serialize + 'static>(
+    context: &TaskContext,
+    value: &T,
+) -> impl Future<Output = Result<Vec<u8>, MethodError>> + Send {
+    // Encoded before the first await, so that a value need not be `Sync`.
+    let encoded = match plain::bytes_of(value) {
+        Some((element, bytes)) => Ok(EncodedValue::plain(element, bytes)),
+        None => EncodedValue::of(context, value),
+    };
+    async move { encoded?.into_outcome(context).await }
+}
+
+/// Sends the values of a task that brings several.
+pub async fn task_items<T: Serialize>(
+    context: &TaskContext,
+    items: impl Stream<Item = T>,
+    sender: Option<ItemSender>,
+) -> Result<Vec<u8>, MethodError> {
+    send_items(context.name(), items, sender).await?;
+    task_value(context, &()).await
 }
 
 /// Writes a task's value, or its own error.
-pub fn task_outcome<T: Serialize, E: Serialize + Display>(
+pub fn task_outcome<T: Serialize + 'static, E: Serialize + Display>(
     context: &TaskContext,
     outcome: &Result<T, E>,
-) -> Result<Vec<u8>, MethodError> {
-    match outcome {
-        Ok(returned) => encode_outcome(context, returned),
+) -> impl Future<Output = Result<Vec<u8>, MethodError>> + Send {
+    let written = match outcome {
+        Ok(returned) => Ok(task_value(context, returned)),
         Err(error) => Err(user_error(context.name(), error)),
-    }
+    };
+    async move { written?.await }
 }

@@ -1,4 +1,5 @@
-//! Calls that bring several values, one after another as they are ready.
+//! Calls that bring several values, one after another as they are ready. Those of tasks come in the
+//! same way (`crate::task::items`).
 //!
 //! Invariants:
 //! 1. At most the window's number of values wait at the caller; beyond that the method waits.
@@ -81,9 +82,7 @@ impl<T: DeserializeOwned + Send + 'static> IntoFuture for StreamCall<T> {
                 let _ = &objects;
                 next(method, open)
             });
-            Ok(ItemStream {
-                items: items.boxed(),
-            })
+            Ok(ItemStream::new(items.boxed()))
         })
     }
 }
@@ -105,13 +104,17 @@ async fn next<T: DeserializeOwned>(
     }
 }
 
-/// The values of a call, as they come. Dropping it cancels the call.
-#[must_use = "dropping a stream cancels its call"]
+/// The values of a call or a task, as they come. Dropping it cancels the call or the task.
+#[must_use = "dropping a stream cancels what brings its values"]
 pub struct ItemStream<T> {
     items: BoxStream<'static, Result<T>>,
 }
 
 impl<T> ItemStream<T> {
+    pub(crate) fn new(items: BoxStream<'static, Result<T>>) -> Self {
+        ItemStream { items }
+    }
+
     /// The next value; an error is the last thing that comes. Cancel safe.
     pub async fn next(&mut self) -> Option<Result<T>> {
         self.items.next().await

@@ -1,6 +1,5 @@
 //! What a caller may ask of a call: an end before its time, several values, more than one try,
 //! exactly one execution.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod support;
 
@@ -27,7 +26,7 @@ struct Signals {
 
 fn signals(test: u32) -> Arc<Signals> {
     static ALL: std::sync::Mutex<Vec<(u32, Arc<Signals>)>> = std::sync::Mutex::new(Vec::new());
-    let mut all = ALL.lock().unwrap();
+    let mut all = ALL.lock().expect("nobody panics while it is held");
     if let Some((_, signals)) = all.iter().find(|(known, _)| *known == test) {
         return Arc::clone(signals);
     }
@@ -45,7 +44,7 @@ async fn happened(semaphore: &Semaphore) {
     tokio::time::timeout(PATIENCE, semaphore.acquire())
         .await
         .expect("it happens in time")
-        .unwrap()
+        .expect("it is never closed")
         .forget();
 }
 
@@ -94,7 +93,7 @@ impl Worker {
     /// Ends early when it is told to.
     async fn polite(&self) -> String {
         signals(self.test).began.add_permits(1);
-        let scope = CallScope::current().unwrap();
+        let scope = CallScope::current().expect("a method runs in one");
         tokio::select! {
             () = scope.cancelled() => "told to end".to_owned(),
             () = tokio::time::sleep(PATIENCE) => "never told".to_owned(),

@@ -1,5 +1,4 @@
 //! Tasks written with the macro, in slots of one host process that also submits them.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod support;
 
@@ -7,10 +6,12 @@ use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use futures::{Stream, StreamExt};
 use mobula::Error;
 use mobula::prelude::*;
 use serde::{Deserialize, Serialize};
 use support::stage;
+use tokio::sync::Semaphore;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Odd(u64);
@@ -74,6 +75,38 @@ async fn fibonacci(ctx: &TaskContext, n: u64) -> Result<u64, Error> {
 #[mobula::task]
 async fn with_child(ctx: &TaskContext) -> Result<u64, Error> {
     ctx.cluster().task(never()).submit().get().await
+}
+
+static GATE: Semaphore = Semaphore::const_new(0);
+
+/// Quick, or as long as the gate is closed.
+#[mobula::task]
+async fn passes(is_held: bool) -> u64 {
+    if is_held {
+        BEGUN.fetch_add(1, Ordering::SeqCst);
+        GATE.acquire().await.expect("it is never closed").forget();
+    }
+    1
+}
+
+/// Numbers, one after another, and how many of them were made at all.
+#[mobula::task]
+fn numbers(up_to: u64) -> impl Stream<Item = u64> {
+    futures::stream::iter(0..up_to).inspect(|_| {
+        MADE.fetch_add(1, Ordering::SeqCst);
+    })
+}
+
+static MADE: AtomicU32 = AtomicU32::new(0);
+
+/// Brings so many numbers and panics, unless this is the second attempt: then it brings all.
+#[mobula::task(max_retries = 1, retry_errors = true)]
+fn breaks_off(ctx: &TaskContext, after: u64, up_to: u64) -> StreamOf<u64> {
+    let is_first = ctx.attempt() == 1;
+    Box::pin(futures::stream::iter(0..up_to).map(move |n| {
+        assert!(!is_first || n < after, "broken off at {n}");
+        n
+    }))
 }
 
 /// Waits until something becomes true, for at most a minute.
@@ -199,4 +232,66 @@ async fn cancelling_a_task_cancels_what_it_submitted() {
     );
     // The one slot is free again only if the child has ended too.
     assert_eq!(cluster.task(half(2)).submit().get().await.unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tasks_behind_a_long_one_go_to_a_slot_that_is_idle() {
+    let stage = stage().await;
+    stage.head.slots_max.store(2, Ordering::SeqCst);
+    let cluster = stage.inside;
+    // From these the pool learns that such a task is quick, and gives slots many ahead.
+    let quick: Vec<_> = (0..2000)
+        .map(|_| cluster.task(passes(false)).submit())
+        .collect();
+    for value in quick {
+        assert_eq!(value.get().await.unwrap(), 1);
+    }
+    let mixed: Vec<_> = (0..100)
+        .map(|n| cluster.task(passes(n == 0)).submit())
+        .collect();
+    until("the long one begins", || BEGUN.load(Ordering::SeqCst) == 1).await;
+    for value in &mixed[1..] {
+        let value = tokio::time::timeout(Duration::from_secs(60), value.get());
+        let value = value.await.expect("it stands behind the long one");
+        assert_eq!(value.unwrap(), 1);
+    }
+    assert!(!mixed[0].is_ready());
+    GATE.add_permits(1);
+    assert_eq!(mixed[0].get().await.unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_task_brings_several_values_as_fast_as_they_are_read() {
+    let stage = stage().await;
+    stage.head.slots_max.store(1, Ordering::SeqCst);
+    let cluster = stage.inside;
+    let mut stream = cluster.task(numbers(1000)).window(4).submit();
+    assert_eq!(stream.next().await, Some(Ok(0)));
+    // While it waits for its reader its slot runs others: there is no other slot.
+    assert_eq!(cluster.task(half(2)).submit().get().await.unwrap(), 1);
+    let ahead = MADE.load(Ordering::SeqCst);
+    assert!(ahead <= 1 + 4 + 2 + 1, "{ahead} made for one that was read");
+    let rest: Vec<u64> = stream.map(|n| n.unwrap()).collect().await;
+    assert_eq!(rest, (1..1000).collect::<Vec<_>>());
+
+    // Dropped before its end, it ends.
+    MADE.store(0, Ordering::SeqCst);
+    let mut stream = cluster.task(numbers(1_000_000)).submit();
+    assert_eq!(stream.next().await, Some(Ok(0)));
+    drop(stream);
+    assert_eq!(cluster.task(half(4)).submit().get().await.unwrap(), 2);
+    assert!(MADE.load(Ordering::SeqCst) < 1_000_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_is_made_again_goes_on_where_it_broke_off() {
+    let cluster = stage().await.inside;
+    let stream = cluster.task(breaks_off(10, 30)).window(3).submit();
+    let all: Vec<u64> = stream.map(|n| n.unwrap()).collect().await;
+    assert_eq!(all, (0..30).collect::<Vec<_>>());
+    let broken = cluster.task(breaks_off(5, 30)).max_retries(0).submit();
+    let all: Vec<_> = broken.collect().await;
+    assert_eq!(all.len(), 6);
+    let error = all[5].as_ref().unwrap_err();
+    assert!(error.to_string().contains("broken off at 5"), "{error}");
 }

@@ -16,6 +16,7 @@ mod memory;
 mod objects;
 mod outcome;
 mod spawning;
+mod tasks;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -82,6 +83,7 @@ async fn main(cluster: Cluster, args: Vec<String>) -> mobula::Result<()> {
     calls::measure(&cluster, &options, &mut outcome).await?;
     objects::measure(&cluster, &options, &mut outcome).await?;
     large_objects::measure(&cluster, &options, &mut outcome).await?;
+    tasks::measure(&cluster, &options, &mut outcome).await?;
     spawning::measure(&cluster, &options, &mut outcome).await?;
     if options.wants("limit") {
         limits::measure(&options, &mut outcome)?;

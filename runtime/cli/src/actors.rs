@@ -1,6 +1,9 @@
 //! `mobula actors`.
 
+use std::collections::BTreeMap;
+
 use mobula_core::id::{ActorId, JobId, NodeId};
+use mobula_core::spec::TASK_SLOT_TYPE;
 use mobula_wire::control::{Actor, GetActorRequest, ListActorsRequest};
 
 use crate::args::{ActorsCommand, Target};
@@ -10,7 +13,7 @@ use crate::output::{or_dash, print_json, print_table};
 pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Result<()> {
     let cluster = connect(target).await?;
     match command {
-        ActorsCommand::List { job, format } => {
+        ActorsCommand::List { job, all, format } => {
             let job = job.map(|job| job.0);
             let reply = cluster
                 .control()
@@ -21,7 +24,10 @@ pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Resu
             if format.json {
                 return print_json(&reply.actors);
             }
-            let rows: Vec<Vec<String>> = reply.actors.iter().map(row).collect();
+            let is_slot = |actor: &&Actor| !all && actor.type_name == TASK_SLOT_TYPE;
+            let (slots, actors): (Vec<&Actor>, Vec<&Actor>) =
+                reply.actors.iter().partition(is_slot);
+            let rows: Vec<Vec<String>> = actors.into_iter().map(row).collect();
             print_table(
                 &[
                     "ID",
@@ -36,6 +42,9 @@ pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Resu
                 ],
                 &rows,
             );
+            if let Some(summary) = slot_summary(&slots) {
+                println!("{summary}");
+            }
         }
         ActorsCommand::Show { actor, format } => {
             let reply = cluster
@@ -68,6 +77,25 @@ pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Resu
     Ok(())
 }
 
+/// One line about the slots for tasks that the table does not show.
+fn slot_summary(slots: &[&Actor]) -> Option<String> {
+    if slots.is_empty() {
+        return None;
+    }
+    let mut states = BTreeMap::<&str, usize>::new();
+    for slot in slots {
+        *states.entry(&slot.state).or_default() += 1;
+    }
+    let states: Vec<String> = states
+        .iter()
+        .map(|(state, count)| format!("{count} {state}"))
+        .collect();
+    Some(format!(
+        "slots for tasks: {}; `--all` lists them",
+        states.join(", ")
+    ))
+}
+
 fn row(actor: &Actor) -> Vec<String> {
     vec![
         ActorId(actor.id).to_string(),
@@ -84,4 +112,23 @@ fn row(actor: &Actor) -> Vec<String> {
         actor.restarts.to_string(),
         or_dash(actor.exit_reason.as_ref()),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_counted_by_state() {
+        let slot = |state: &str| Actor {
+            state: state.to_owned(),
+            ..Actor::default()
+        };
+        let (a, b, c) = (slot("running"), slot("ended"), slot("running"));
+        assert_eq!(slot_summary(&[]), None);
+        assert_eq!(
+            slot_summary(&[&a, &b, &c]).unwrap(),
+            "slots for tasks: 1 ended, 2 running; `--all` lists them"
+        );
+    }
 }

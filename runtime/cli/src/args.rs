@@ -330,11 +330,14 @@ pub(crate) enum JobsCommand {
 
 #[derive(Subcommand)]
 pub(crate) enum ActorsCommand {
-    /// All actors that are kept.
+    /// All actors that are kept; slots for tasks are only counted, unless asked for.
     List {
         /// Only those of this job.
         #[arg(long)]
         job: Option<JobId>,
+        /// Slots for tasks too, one by one. With `--json` they always are.
+        #[arg(long)]
+        all: bool,
         #[command(flatten)]
         format: Format,
     },

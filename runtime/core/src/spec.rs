@@ -33,6 +33,17 @@ pub enum ActorKind {
     },
 }
 
+/// The built-in type of the slots that tasks run in. Every program has it.
+pub const TASK_SLOT_TYPE: &str = "mobula.task-slot";
+
+impl ActorKind {
+    /// Whether it is a slot for tasks.
+    #[must_use]
+    pub fn is_task_slot(&self) -> bool {
+        matches!(self, ActorKind::Actor { type_name } if type_name == TASK_SLOT_TYPE)
+    }
+}
+
 /// When an actor that ended without being asked to is started again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestartPolicy {

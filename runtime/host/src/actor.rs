@@ -3,7 +3,7 @@
 //! `#[mobula::actor]` writes the implementation; nothing keeps a program from writing its own.
 
 use futures::future::BoxFuture;
-use mobula_core::error::CallError;
+use mobula_core::error::{CallError, Executed};
 
 use crate::context::ActorContext;
 use crate::reply::ItemSender;
@@ -25,6 +25,14 @@ pub enum MethodError {
     /// The method ran, but its value cannot be encoded.
     #[error("the method ran, but its result is lost: {0}")]
     ResultLost(String),
+    /// The method ran, but nowhere is room for its value.
+    #[error("{what} ran out of memory: {reason}")]
+    OutOfMemory {
+        /// Whose value.
+        what: String,
+        /// What is full, and what to do.
+        reason: String,
+    },
 }
 
 impl From<MethodError> for CallError {
@@ -33,6 +41,11 @@ impl From<MethodError> for CallError {
             MethodError::User { payload, message } => CallError::User { payload, message },
             MethodError::BadCall(reason) => CallError::BadCall(reason),
             MethodError::ResultLost(reason) => CallError::ResultLost(reason),
+            MethodError::OutOfMemory { what, reason } => CallError::OutOfMemory {
+                what,
+                reason,
+                executed: Executed::Yes,
+            },
         }
     }
 }

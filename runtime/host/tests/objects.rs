@@ -10,7 +10,9 @@ use mobula_core::codec;
 use mobula_core::error::CallError;
 use mobula_core::object::ObjectError;
 use mobula_host::client::CallClient;
-use mobula_host::objects::{Completer, Lineage, Object, ObjectTable, Value, holding, wait_for};
+use mobula_host::objects::{
+    Completer, Lineage, Object, ObjectTable, Value, bring, brought, holding, wait_for,
+};
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_net::endpoint::Endpoint;
 use mobula_wire::object::{Element, Format};
@@ -103,6 +105,31 @@ async fn a_value_is_read_elsewhere_and_freed_with_its_last_reference() {
         value(&at_home).await.unwrap_err(),
         ObjectError::Freed { .. }
     ));
+}
+
+#[tokio::test]
+async fn a_value_that_is_brought_with_its_reference_is_there_at_once() {
+    let (owner, holder) = two().await;
+    let small = owner.objects.put("small").unwrap();
+    let large = owner.objects.put(&"l".repeat(1000)).unwrap();
+    let (pending, _completer) = owner.objects.create_pending();
+    let objects = [small, large, pending];
+    let values = bring(&objects, 500);
+    let borrowed = brought(&values, || {
+        objects.each_ref().map(|object| holder.receive(object))
+    });
+    assert!(borrowed[0].is_settled(), "nobody was asked for it");
+    assert_eq!(value(&borrowed[0]).await.unwrap(), "small");
+    assert!(!borrowed[2].is_settled());
+    assert_eq!(value(&borrowed[1]).await.unwrap().len(), 1000, "asked for");
+    // The owner knows of its holder all the same.
+    drop(objects);
+    until("the holder is known", || {
+        owner.objects.sent_counts() == (3, 1)
+    })
+    .await;
+    drop(borrowed);
+    until("all are freed", || owner.objects.sent_counts().0 == 0).await;
 }
 
 #[tokio::test]

@@ -21,37 +21,37 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
     check_shape(&function)?;
     let parameters = Parameters::read(&function)?;
     let unit: Type = syn::parse_quote!(());
-    let (value, is_fallible) = match read_output(&function.sig.output, Purpose::Call, &unit)? {
-        Output::Value(value) => (value, false),
-        Output::Fallible(value, _) => (value, true),
-        Output::Items(_) => {
-            return Err(Error::new(
-                function.sig.output.span(),
-                "a task brings one value: return a `Vec`, or submit a task for each item",
-            ));
-        }
+    let output = read_output(&function.sig.output, Purpose::Call, &unit)?;
+    let value = match &output {
+        Output::Value(value) | Output::Fallible(value, _) => value.clone(),
+        Output::Items(item) => quote!(::mobula::__private::Items<#item>),
     };
 
     let name = function.sig.ident.clone();
     let visibility = function.vis.clone();
-    let (docs, attributes): (Vec<_>, Vec<_>) = std::mem::take(&mut function.attrs)
+    // Around the function itself, so that what they say about lints holds for both.
+    let is_outer = |attribute: &syn::Attribute| {
+        ["doc", "allow", "expect"]
+            .iter()
+            .any(|name| attribute.path().is_ident(name))
+    };
+    let (outer, attributes): (Vec<_>, Vec<_>) = std::mem::take(&mut function.attrs)
         .into_iter()
-        .partition(|attribute| attribute.path().is_ident("doc"));
+        .partition(is_outer);
     let inner = format_ident!("run_{name}", span = name.span());
     function.sig.ident = inner.clone();
     function.vis = syn::Visibility::Inherited;
     function.attrs = attributes;
 
-    let execute = write_execution(&function, &inner, &name, &parameters, is_fallible);
+    let execute = write_execution(&function, &inner, &name, &parameters, &output);
     let defaults = options.write(&name);
     let names: Vec<_> = parameters.values.iter().map(|(name, _)| name).collect();
     let types = parameters.values.iter().map(|(_, part)| part);
     let dependencies = parameters.dependencies();
     Ok(quote! {
-        #(#docs)*
+        #(#outer)*
         #[doc = ""]
         #[doc = "This describes the task, for `cluster.task(..)`; it runs in a slot of a worker."]
-        #[allow(clippy::too_many_arguments)]
         #visibility fn #name(#(#names: #types),*) -> ::mobula::Task<#value> {
             #function
             #execute
@@ -140,25 +140,25 @@ fn write_execution(
     inner: &Ident,
     name: &Ident,
     parameters: &Parameters,
-    is_fallible: bool,
+    output: &Output,
 ) -> TokenStream {
     let text = name.to_string();
     let names: Vec<_> = parameters.values.iter().map(|(name, _)| name).collect();
     let types = parameters.values.iter().map(|(_, part)| part);
     let context = parameters.takes_context.then(|| quote!(&call.context,));
     let wait = function.sig.asyncness.map(|_| quote!(.await));
-    let encode = match is_fallible {
-        false => quote!(::mobula::__private::task_value(&call.context, &returned)),
-        true => quote!(::mobula::__private::task_outcome(&call.context, &returned)),
+    let encode = match output {
+        Output::Value(_) => quote!(task_value(&call.context, &returned)),
+        Output::Fallible(..) => quote!(task_outcome(&call.context, &returned)),
+        Output::Items(_) => quote!(task_items(&call.context, returned, call.items)),
     };
     quote! {
-        #[allow(unused_variables, clippy::let_unit_value)]
         fn execute(call: ::mobula::__private::TaskCall) -> ::mobula::__private::Executing {
             ::std::boxed::Box::pin(async move {
                 let (#(#names,)*): (#(#types,)*) =
-                    ::mobula::__private::arguments(#text, &call.arguments)?;
+                    ::mobula::__private::task_arguments(#text, &call)?;
                 let returned = #inner(#context #(#names),*) #wait;
-                #encode
+                ::mobula::__private::#encode.await
             })
         }
     }
@@ -338,6 +338,20 @@ mod tests {
             retry_errors = true
         );
         assert!(expand(all, function).is_ok());
+    }
+
+    #[test]
+    fn a_stream_is_several_values() {
+        let item = quote!(
+            fn count(to: u64) -> impl Stream<Item = u64> {}
+        );
+        let text = expand(TokenStream::new(), item).unwrap().to_string();
+        for expected in [
+            "-> :: mobula :: Task < :: mobula :: __private :: Items < u64 > >",
+            ":: task_items (& call . context , returned , call . items) . await",
+        ] {
+            assert!(text.contains(expected), "no {expected} in {text}");
+        }
     }
 
     #[test]

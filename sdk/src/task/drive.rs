@@ -5,6 +5,8 @@
 //!    that all it has only wait.
 //! 2. When the slot is gone, each task that was under way is pushed again or failed.
 //! 3. A slot of the pool's own is given back, a lent one only left.
+//! 4. A slot that does not answer is given no more, and what has not begun in it goes to one that is
+//!    idle.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -16,17 +18,19 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
-use mobula_core::error::CallError;
+use mobula_core::codec;
+use mobula_core::error::{CallError, Executed};
 use mobula_core::object::ObjectId;
 use mobula_core::order::ActorAddress;
-use mobula_host::client::{CallClient, OutgoingCall};
+use mobula_host::client::{CallClient, CallRoute, OutgoingCall};
 use mobula_host::pending::PendingCall;
 use mobula_host::reply::CallResult;
-use mobula_host::tasks::{END_METHOD, WATCH_METHOD};
-use tokio::sync::broadcast;
-use tokio::time::Instant;
+use mobula_host::tasks::{END_METHOD, RETURN_METHOD, WATCH_METHOD};
+use tokio::sync::{broadcast, watch};
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
+use super::items::{ItemSink, pump};
 use super::lease::no_slot;
 use super::lineage::TaskLineage;
 use super::pace::{IN_FLIGHT_MAX, Pace};
@@ -38,8 +42,13 @@ use crate::cluster::Cluster;
 /// short enough that others do not miss it.
 const IDLE_MAX: Duration = Duration::from_secs(1);
 
-/// A slot that has not answered for this long while tasks wait is asked whether its tasks only wait.
+/// A slot that has not answered for this long has a task that takes longer than expected. While
+/// others wait behind it, or in line, it is asked whether its tasks only wait, and for those that
+/// another slot could begin. Ten times what lies in front of a slot: one that is only busy answers.
 const STALLED: Duration = Duration::from_millis(20);
+
+/// Answers that are taken up before more is pushed: a slot must not run dry over them.
+const JUDGED_AT_ONCE: usize = 16;
 
 /// How long the head is asked why a slot ended, for the text of an error.
 const REASON_WAIT: Duration = Duration::from_secs(3);
@@ -48,7 +57,28 @@ const REASON_WAIT: Duration = Duration::from_secs(3);
 struct Flying {
     record: Option<TaskRecord>,
     pushed: Instant,
-    call: PendingCall,
+    call: Call,
+}
+
+/// Its call.
+enum Call {
+    /// It brings one value.
+    Value(PendingCall),
+    /// It brings several, which are handed on meanwhile.
+    Items {
+        pump: BoxFuture<'static, (CallResult, ItemSink)>,
+        cancel: watch::Sender<bool>,
+    },
+}
+
+impl Call {
+    fn cancel(&self, forced: bool) {
+        match self {
+            Call::Value(call) => call.cancel(forced),
+            // Nobody listens only if it has just ended.
+            Call::Items { cancel, .. } => drop(cancel.send(forced)),
+        }
+    }
 }
 
 /// The same, answered.
@@ -62,9 +92,17 @@ impl Future for Flying {
     type Output = Answered;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answered> {
-        let result = ready!(self.call.poll_answer(cx));
+        let (result, items) = match &mut self.call {
+            Call::Value(call) => (ready!(call.poll_answer(cx)), None),
+            Call::Items { pump, .. } => {
+                let (result, items) = ready!(pump.as_mut().poll(cx));
+                (result, Some(items))
+            }
+        };
+        let mut record = self.record.take().expect("answered once");
+        record.items = items;
         Poll::Ready(Answered {
-            record: self.record.take().expect("answered once"),
+            record,
             pushed: self.pushed,
             result,
         })
@@ -106,7 +144,15 @@ async fn drive_slot<'a>(
             return None;
         }
     };
+    let route = match CallRoute::new(&address) {
+        Ok(route) => route,
+        Err(error) => {
+            pool.fail_waiting(&error);
+            return None;
+        }
+    };
     let mut slot = Slot {
+        route,
         pool,
         cluster,
         calls,
@@ -115,8 +161,11 @@ async fn drive_slot<'a>(
         flying: FuturesUnordered::new(),
         cancellations: pool.cancellations.subscribe(),
         pace: Pace::new(),
+        heard: Instant::now(),
+        look: look_in(STALLED),
         waiting_in_slot: 0,
         watch: None,
+        returning: None,
         is_gone: false,
         again: Vec::new(),
         lost: Vec::new(),
@@ -130,14 +179,22 @@ struct Slot<'a> {
     cluster: &'a Cluster,
     calls: CallClient,
     address: ActorAddress,
+    /// The way there, looked up once.
+    route: CallRoute,
     /// For a lent slot: when no more may begin in it.
     back: Option<CancellationToken>,
     flying: FuturesUnordered<Flying>,
     cancellations: broadcast::Receiver<(ObjectId, bool)>,
     pace: Pace,
+    /// When it answered last, or was given something while it had nothing.
+    heard: Instant,
+    /// Comes around while tasks are behind another one.
+    look: Interval,
     /// Tasks under way that are known to wait for objects, so that others may go beside them.
     waiting_in_slot: usize,
     watch: Option<BoxFuture<'static, CallResult>>,
+    /// It was asked for what has not begun.
+    returning: Option<BoxFuture<'static, CallResult>>,
     is_gone: bool,
     /// To be pushed again, elsewhere.
     again: Vec<TaskRecord>,
@@ -169,19 +226,41 @@ impl Slot<'_> {
         let Some(name) = self.pool.next_name() else {
             return 0;
         };
-        let depth = self.pace.depth(name) + self.waiting_in_slot;
+        let depth = match self.is_stalled() {
+            true => 1,
+            false => self.pace.depth(name),
+        };
+        let depth = depth + self.waiting_in_slot;
         depth.min(IN_FLIGHT_MAX).saturating_sub(self.flying.len())
     }
 
+    fn is_stalled(&self) -> bool {
+        !self.flying.is_empty() && self.heard.elapsed() >= STALLED
+    }
+
     async fn push_all(&mut self) {
-        for _ in 0..self.room() {
-            let Some(record) = self.pool.take() else {
-                return;
-            };
-            let pushed = Instant::now();
+        let room = self.room();
+        if room == 0 {
+            return;
+        }
+        let records = self.pool.take(room);
+        let pushed = Instant::now();
+        if self.flying.is_empty() {
+            self.heard = pushed;
+        }
+        for mut record in records {
             let call =
                 OutgoingCall::new(record.name(), record.payload()).with_deadline(record.deadline);
-            let call = self.calls.start(&self.address, call).await;
+            let call = match record.items.take() {
+                None => Call::Value(self.calls.start_on(&self.route, call).await),
+                Some(items) => {
+                    let calls = &self.calls;
+                    let stream = calls.start_stream_on(&self.route, call, items.window).await;
+                    let (cancel, cancelled) = watch::channel(false);
+                    let pump = Box::pin(pump(stream, items, cancelled));
+                    Call::Items { pump, cancel }
+                }
+            };
             self.flying.push(Flying {
                 record: Some(record),
                 pushed,
@@ -215,29 +294,64 @@ impl Slot<'_> {
     async fn wait_for_answer(&mut self) {
         let takes_more = self.takes_more();
         let has_room = takes_more && self.flying.len() < IN_FLIGHT_MAX;
-        let may_watch = takes_more && self.watch.is_none() && self.pool.waiting() > 0;
+        let may_look = takes_more && (self.flying.len() > 1 || self.pool.waiting() > 0);
         tokio::select! {
             biased;
-            Some(answered) = self.flying.next() => self.judge(answered),
+            Some(answered) = self.flying.next() => {
+                self.judge(answered);
+                // Answers come in bursts: what is there already needs no further round.
+                for _ in 1..JUDGED_AT_ONCE {
+                    match futures::poll!(self.flying.next()) {
+                        Poll::Ready(Some(answered)) => self.judge(answered),
+                        _ => break,
+                    }
+                }
+            }
             Ok((task, forced)) = self.cancellations.recv() => self.cancel(task, forced),
-            watched = until_watched(&mut self.watch) => {
+            watched = until_answered(&mut self.watch) => {
                 self.watch = None;
                 if watched.is_ok() {
                     self.waiting_in_slot = self.flying.len();
                 }
             }
+            _ = until_answered(&mut self.returning) => self.returning = None,
             () = self.pool.work.notified(), if has_room => {
                 // Somebody else may be the one with room for it.
                 if self.room() == 0 && self.pool.state.lock().idle > 0 {
                     self.pool.work.notify_one();
                 }
             }
-            () = tokio::time::sleep(STALLED), if may_watch => {
-                let watch = OutgoingCall::new(WATCH_METHOD, Bytes::new());
-                let watch = self.calls.start(&self.address, watch).await;
-                self.watch = Some(Box::pin(watch.answer()));
-            }
+            _ = self.look.tick(), if may_look => self.look_after().await,
         }
+    }
+
+    /// Asks a slot that does not answer whether more could be done.
+    async fn look_after(&mut self) {
+        if !self.is_stalled() {
+            return;
+        }
+        let (waiting, idle) = {
+            let state = self.pool.state.lock();
+            (state.waiting_count(), state.idle)
+        };
+        if waiting > 0 && self.watch.is_none() {
+            self.watch = Some(self.ask(WATCH_METHOD, Bytes::new()).await);
+        }
+        // One has begun at least; the slot knows how many.
+        let behind = self.flying.len() - 1;
+        if waiting == 0 && idle > 0 && behind > 0 && self.returning.is_none() {
+            let count = codec::encode_plain(&u32::try_from(behind).unwrap_or(u32::MAX));
+            self.returning = Some(self.ask(RETURN_METHOD, count.into()).await);
+        }
+    }
+
+    async fn ask(
+        &mut self,
+        method: &'static str,
+        arguments: Bytes,
+    ) -> BoxFuture<'static, CallResult> {
+        let question = OutgoingCall::new(method, arguments);
+        Box::pin(self.calls.start_on(&self.route, question).await.answer())
     }
 
     fn cancel(&self, task: ObjectId, forced: bool) {
@@ -261,12 +375,16 @@ impl Slot<'_> {
         self.waiting_in_slot = self.waiting_in_slot.saturating_sub(1);
         let error = match result {
             Ok(value) => {
-                self.pace.answered(record.name(), pushed, Instant::now());
+                self.heard = Instant::now();
+                self.pace.answered(record.name(), pushed, self.heard);
                 let (pool, cluster) = (self.pool, self.cluster);
                 return record.complete(value, |task| TaskLineage::of(task, pool, cluster));
             }
             Err(error) => error,
         };
+        if error.executed() != Executed::No {
+            self.heard = Instant::now();
+        }
         let is_gone = ends_slot(&error);
         self.is_gone |= is_gone;
         match record.tries.judge(&error) {
@@ -306,10 +424,16 @@ impl Slot<'_> {
     }
 }
 
+fn look_in(interval: Duration) -> Interval {
+    let mut look = tokio::time::interval_at(Instant::now() + interval, interval);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    look
+}
+
 /// The answer to a question that is under way; never, if there is none.
-async fn until_watched(watch: &mut Option<BoxFuture<'static, CallResult>>) -> CallResult {
-    match watch {
-        Some(watch) => watch.await,
+async fn until_answered(question: &mut Option<BoxFuture<'static, CallResult>>) -> CallResult {
+    match question {
+        Some(question) => question.await,
         None => std::future::pending().await,
     }
 }

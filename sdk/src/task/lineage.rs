@@ -53,7 +53,7 @@ impl Lineage for TaskLineage {
             return;
         }
         tracing::info!(object = %completer.id(), %reason, "a task runs again for its lost value");
-        let record = TaskRecord::new(Arc::clone(&self.task), None, completer);
+        let record = TaskRecord::new(Arc::clone(&self.task), None, completer, None);
         self.pool.submit_after(&self.cluster, record, Vec::new());
     }
 }

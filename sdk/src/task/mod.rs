@@ -15,7 +15,7 @@
 //!
 //! * `pool`: the tasks that wait; `lease`: slots from the head; `drive`: tasks into slots; `pace`:
 //!   how many at once; `record`: one task, and when it is executed again; `scope`: tasks that
-//!   submit tasks; `lineage`: lost values.
+//!   submit tasks; `lineage`: lost values; `items`: tasks that bring several values.
 //!
 //! Invariants:
 //! 1. A submitted task completes its object exactly once, with its value or with why there is none.
@@ -25,12 +25,15 @@
 //! 3. The head grants slots and hears of no task.
 
 mod drive;
+mod items;
 mod lease;
 mod lineage;
 mod pace;
 pub(crate) mod pool;
 mod record;
 pub(crate) mod scope;
+
+pub use items::Items;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -43,12 +46,15 @@ use mobula_core::resource::Resources;
 use mobula_core::spec::{PlacementPolicy, SpreadKey, Strategy};
 use mobula_host::mailbox::Deadline;
 use mobula_host::objects::Object;
+use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use crate::actor::milli;
 use crate::cluster::{Cluster, millis};
 use crate::error::Result;
 use crate::object::ObjectRef;
+use crate::stream::{ItemStream, WINDOW_DEFAULT};
+use crate::task::items::ItemSink;
 use crate::task::pool::SlotKind;
 use crate::task::record::{RetryPolicy, TaskDescription, TaskRecord, title};
 
@@ -115,6 +121,8 @@ pub struct TaskBuilder<T> {
     kind: SlotKind,
     retries: RetryPolicy,
     timeout: Option<Duration>,
+    /// For tasks that bring several values: how many may wait to be read.
+    window: u32,
 }
 
 impl<T> TaskBuilder<T> {
@@ -140,6 +148,7 @@ impl<T> TaskBuilder<T> {
                 retry_errors: defaults.retry_errors,
             },
             timeout: None,
+            window: WINDOW_DEFAULT,
             task,
         }
     }
@@ -216,7 +225,7 @@ impl<T> TaskBuilder<T> {
     }
 }
 
-impl<T> TaskBuilder<T> {
+impl<T: DeserializeOwned> TaskBuilder<T> {
     /// Submits it. The reference is there at once, its value when the task has run; whatever goes
     /// wrong is an error of the value.
     ///
@@ -231,12 +240,51 @@ impl<T> TaskBuilder<T> {
 
     /// As [`submit`](TaskBuilder::submit), with an error where this process can own no objects.
     pub fn try_submit(self) -> Result<ObjectRef<T>> {
+        self.enqueue(None)
+    }
+}
+
+impl<T: DeserializeOwned + Send + 'static> TaskBuilder<Items<T>> {
+    /// How many values may wait here until they are read (1 to 65 536, by default
+    /// [`WINDOW_DEFAULT`](crate::stream::WINDOW_DEFAULT)); beyond that the task waits.
+    pub fn window(mut self, values: u32) -> Self {
+        self.window = values;
+        self
+    }
+
+    /// Submits it. The values come as it makes them, then the end; an error is the last thing that
+    /// comes. Dropping the stream cancels the task.
+    ///
+    /// An execution that is lost is repeated like any other, and as many values as have come already
+    /// are left out then: a task that makes other values each time needs `max_retries(0)`.
+    ///
+    /// # Panics
+    ///
+    /// In a process that is no part of a job: see [`try_submit`](TaskBuilder::try_submit).
+    pub fn submit(self) -> ItemStream<T> {
+        self.try_submit()
+            .unwrap_or_else(|error| panic!("a task cannot be submitted here: {error}"))
+    }
+
+    /// As [`submit`](TaskBuilder::submit), with an error where this process can own no objects.
+    pub fn try_submit(self) -> Result<ItemStream<T>> {
+        let name = self.task.defaults.name;
+        let (sink, items) = ItemSink::new(self.window);
+        Ok(items::read(name, items, self.enqueue(Some(sink))?))
+    }
+}
+
+impl<T> TaskBuilder<T> {
+    /// Puts the task in line. The reference is to its value, or to nothing where its values go into
+    /// `items`.
+    fn enqueue<V>(self, items: Option<ItemSink>) -> Result<ObjectRef<V>> {
         let TaskBuilder {
             cluster,
             task,
             kind,
             retries,
             timeout,
+            window: _,
         } = self;
         let job = cluster.required_job()?;
         let (object, completer) = cluster.objects()?.create_pending();
@@ -257,7 +305,7 @@ impl<T> TaskBuilder<T> {
                 limit_ms: millis(timeout),
             })
         });
-        let record = TaskRecord::new(Arc::new(description), deadline, completer);
+        let record = TaskRecord::new(Arc::new(description), deadline, completer, items);
         match cluster.inner.tasks.get(job, &kind) {
             Ok(pool) => {
                 scope::remember_child(&pool, record.object());

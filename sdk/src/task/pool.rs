@@ -9,7 +9,6 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use mobula_core::codec;
 use mobula_core::error::CallError;
 use mobula_core::id::JobId;
 use mobula_core::object::ObjectId;
@@ -49,23 +48,23 @@ pub(crate) struct SlotKind {
     pub(crate) placement: PlacementPolicy,
 }
 
-/// All pools of a process.
+/// All pools of a process. Looked through one by one at each submission: a program has a handful, and
+/// comparing two kinds costs less than making a key of one.
 #[derive(Default)]
-pub(crate) struct TaskPools(Mutex<HashMap<PoolKey, Arc<Pool>>>);
-
-/// The job, and the encoded kind of slots.
-type PoolKey = (JobId, Vec<u8>);
+pub(crate) struct TaskPools(Mutex<Vec<(JobId, Arc<Pool>)>>);
 
 impl TaskPools {
     /// The pool for `kind`, made at first use.
     pub(crate) fn get(&self, job: JobId, kind: &SlotKind) -> Result<Arc<Pool>, CallError> {
-        let key = codec::encode_plain(&(&kind.resources, &kind.placement));
         let mut pools = self.0.lock();
-        if let Some(pool) = pools.get(&(job, key.clone())) {
+        let known = pools
+            .iter()
+            .find(|(of, pool)| *of == job && pool.kind == *kind);
+        if let Some((_, pool)) = known {
             return Ok(Arc::clone(pool));
         }
         if pools.len() >= POOLS_MAX {
-            pools.retain(|_, pool| !pool.is_idle());
+            pools.retain(|(_, pool)| !pool.is_idle());
         }
         if pools.len() >= POOLS_MAX {
             return Err(CallError::Overloaded {
@@ -74,21 +73,21 @@ impl TaskPools {
             });
         }
         let pool = Arc::new(Pool::new(kind.clone()));
-        pools.insert((job, key), Arc::clone(&pool));
+        pools.push((job, Arc::clone(&pool)));
         Ok(pool)
     }
 
     /// The pools of `job`.
     pub(super) fn of_job(&self, job: JobId) -> Vec<Arc<Pool>> {
         let pools = self.0.lock();
-        let of_job = pools.iter().filter(|((of, _), _)| *of == job);
+        let of_job = pools.iter().filter(|(of, _)| *of == job);
         of_job.map(|(_, pool)| Arc::clone(pool)).collect()
     }
 
     /// Ends the task whose value `id` is to be, if this process submitted it.
     pub(crate) fn cancel(&self, id: ObjectId, forced: bool) {
-        let pools: Vec<_> = self.0.lock().values().map(Arc::clone).collect();
-        for pool in pools {
+        let pools = self.0.lock().clone();
+        for (_, pool) in pools {
             pool.cancel(id, forced);
         }
     }
@@ -270,17 +269,30 @@ impl Pool {
             .map(|record| record.name())
     }
 
-    /// Takes the next task out.
-    pub(super) fn take(&self) -> Option<TaskRecord> {
-        loop {
-            let record = self.state.lock().waiting.pop_front()?;
+    /// Takes the next tasks out, up to `count` of them that are still wanted.
+    pub(super) fn take(&self, count: usize) -> Vec<TaskRecord> {
+        let records: Vec<_> = {
+            let mut state = self.state.lock();
+            let count = count.min(state.waiting.len());
+            state.waiting.drain(..count).collect()
+        };
+        let is_wanted = |record: &TaskRecord| {
+            let is_late = record
+                .deadline
+                .is_some_and(|deadline| deadline.at <= Instant::now());
+            !is_late && !record.is_unread()
+        };
+        if records.iter().all(is_wanted) {
+            return records;
+        }
+        let (wanted, unwanted): (Vec<_>, Vec<_>) = records.into_iter().partition(is_wanted);
+        for record in unwanted {
             match record.deadline {
-                Some(deadline) if deadline.at <= Instant::now() => {
-                    record.fail_late(deadline);
-                }
-                _ => return Some(record),
+                Some(deadline) if deadline.at <= Instant::now() => record.fail_late(deadline),
+                _ => record.fail_cancelled(),
             }
         }
+        wanted
     }
 
     /// How many wait.

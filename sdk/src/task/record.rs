@@ -11,13 +11,23 @@ use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::object::{ObjectError, ObjectId};
 use mobula_host::mailbox::Deadline;
-use mobula_host::objects::{Completer, Lineage, Object};
+use mobula_host::objects::{Completer, Lineage, Object, bring};
+use mobula_host::reply::VALUE_BYTES_MAX;
 use mobula_host::tasks::complete_with_outcome;
 use mobula_wire::task::TaskHead;
+
+use super::items::ItemSink;
 
 /// How often a task may be refused by a slot that ends just then, or is full, before something must
 /// be wrong. Each refusal costs a slot, so this is reached by defects only.
 const REFUSALS_MAX: u32 = 1000;
+
+/// Values that travel with one task: a few of the largest that are kept in processes at all. More
+/// would be in the way of the tasks behind it.
+const BROUGHT_BYTES_MAX: usize = 256 * 1024;
+
+/// What the wire says about a value beside its bytes, at most: where a stored one is.
+const ABOUT_VALUE_BYTES: usize = 256;
 
 /// When a task is executed again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,13 +74,21 @@ impl Tries {
     pub(crate) fn judge(&mut self, error: &CallError) -> Verdict {
         let may_run_again = match error {
             CallError::ActorUnavailable { executed, .. }
-            | CallError::ActorDied { executed, .. } => match executed {
+            | CallError::ActorDied { executed, .. }
+            | CallError::OutOfMemory { executed, .. }
+            | CallError::NodeLost { executed, .. } => match executed {
                 Executed::No => return self.refused(),
                 Executed::Yes | Executed::Unknown => true,
             },
             CallError::Overloaded { .. } => return self.refused(),
             CallError::User { .. } | CallError::Panicked(_) => self.policy.retry_errors,
-            _ => false,
+            // Nobody wants it any more, or another execution would end in the same way.
+            CallError::Cancelled { .. }
+            | CallError::DeadlineExceeded { .. }
+            | CallError::BadCall(_)
+            | CallError::ResultLost(_)
+            | CallError::ObjectLost { .. }
+            | CallError::Forgotten { .. } => false,
         };
         self.executions += 1;
         if may_run_again && self.executions <= self.policy.max_retries {
@@ -90,11 +108,14 @@ impl Tries {
     }
 }
 
-/// Whether an error says that the slot itself is of no more use.
+/// Whether an error says that the slot itself is of no more use. Where only a value found no memory
+/// the slot goes on; a process that has ended for want of it says so at the next push.
 pub(crate) fn ends_slot(error: &CallError) -> bool {
     matches!(
         error,
-        CallError::ActorUnavailable { .. } | CallError::ActorDied { .. }
+        CallError::ActorUnavailable { .. }
+            | CallError::ActorDied { .. }
+            | CallError::NodeLost { .. }
     )
 }
 
@@ -126,6 +147,18 @@ fn about_task(name: &str, error: CallError, slot_end: Option<&str>) -> CallError
         },
         CallError::Overloaded { capacity, .. } => CallError::Overloaded { actor, capacity },
         CallError::Cancelled { executed, .. } => CallError::Cancelled { actor, executed },
+        CallError::OutOfMemory {
+            reason, executed, ..
+        } => CallError::OutOfMemory {
+            what: actor,
+            reason,
+            executed,
+        },
+        CallError::NodeLost { node, executed, .. } => CallError::NodeLost {
+            actor,
+            node,
+            executed,
+        },
         other => other,
     }
 }
@@ -133,11 +166,11 @@ fn about_task(name: &str, error: CallError, slot_end: Option<&str>) -> CallError
 /// What is needed to execute a task: kept as long as it may have to be executed again.
 pub(crate) struct TaskDescription {
     pub(crate) name: &'static str,
-    /// Head and arguments of the first execution.
+    /// Head and arguments of the first execution, without values.
     payload: Bytes,
     pub(crate) policy: RetryPolicy,
     /// What the arguments refer to, so that it is there for every execution.
-    _references: Vec<Object>,
+    references: Vec<Object>,
 }
 
 impl TaskDescription {
@@ -149,19 +182,24 @@ impl TaskDescription {
     ) -> Self {
         TaskDescription {
             name,
-            payload: TaskHead { attempt: 1 }.join(arguments).into(),
+            payload: TaskHead { attempt: 1 }.join(&[], arguments).into(),
             policy,
-            _references: references,
+            references,
         }
     }
 
     fn payload(&self, attempt: u32) -> Bytes {
-        if attempt == 1 {
+        let limit_bytes = BROUGHT_BYTES_MAX.min(VALUE_BYTES_MAX.saturating_sub(
+            // What encoding adds to each value.
+            self.payload.len() + ABOUT_VALUE_BYTES * self.references.len(),
+        ));
+        let values = bring(&self.references, limit_bytes);
+        if attempt == 1 && values.is_empty() {
             return self.payload.clone();
         }
-        let (_, arguments) = TaskHead::split(self.payload.clone())
+        let (_, _, arguments) = TaskHead::split(self.payload.clone())
             .expect("the payload was made with a head in front");
-        TaskHead { attempt }.join(&arguments).into()
+        TaskHead { attempt }.join(&values, &arguments).into()
     }
 }
 
@@ -170,6 +208,8 @@ pub(crate) struct TaskRecord {
     pub(crate) task: Arc<TaskDescription>,
     pub(crate) deadline: Option<Deadline>,
     pub(crate) tries: Tries,
+    /// Where its values go, if it brings several; away while it is under way.
+    pub(super) items: Option<ItemSink>,
     result: Completer,
 }
 
@@ -178,9 +218,11 @@ impl TaskRecord {
         task: Arc<TaskDescription>,
         deadline: Option<Deadline>,
         result: Completer,
+        items: Option<ItemSink>,
     ) -> Self {
         TaskRecord {
             deadline,
+            items,
             tries: Tries::new(task.policy),
             result,
             task,
@@ -189,6 +231,11 @@ impl TaskRecord {
 
     pub(crate) fn name(&self) -> &'static str {
         self.task.name
+    }
+
+    /// Whether it brings several values, and nobody reads them any more.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.items.as_ref().is_some_and(ItemSink::is_closed)
     }
 
     /// The object that its value becomes.
@@ -242,7 +289,13 @@ impl TaskRecord {
 
     /// It has no value. `slot_end` says why its slot ended, where that is known.
     pub(crate) fn fail(self, error: CallError, slot_end: Option<&str>) {
-        let error = about_task(self.task.name, error, slot_end);
+        let mut error = about_task(self.task.name, error, slot_end);
+        // Its slot knows only what was left of it when the task came there.
+        if let (CallError::DeadlineExceeded { limit_ms, .. }, Some(deadline)) =
+            (&mut error, self.deadline)
+        {
+            *limit_ms = deadline.limit_ms;
+        }
         self.result.fail(ObjectError::Failed(error));
     }
 }
@@ -272,6 +325,43 @@ mod tests {
             retry_errors,
         });
         errors.iter().map(|error| tries.judge(error)).collect()
+    }
+
+    #[test]
+    fn what_the_cluster_is_to_blame_for_is_a_reason_and_what_the_caller_wants_is_none() {
+        use Verdict::{Again, Final};
+        let executed = Executed::Unknown;
+        let no_memory = |executed| CallError::OutOfMemory {
+            what: "host-1".into(),
+            reason: "1 GiB is its limit".into(),
+            executed,
+        };
+        let no_node = CallError::NodeLost {
+            actor: "actor-1".into(),
+            node: "node-1".into(),
+            executed,
+        };
+        assert_eq!(
+            verdicts(
+                2,
+                false,
+                &[no_memory(executed), no_node, no_memory(executed)]
+            ),
+            [Again, Again, Final]
+        );
+        assert_eq!(verdicts(0, false, &[no_memory(Executed::No)]), [Again]);
+        let cancelled = CallError::Cancelled {
+            actor: "actor-1".into(),
+            executed,
+        };
+        let late = CallError::DeadlineExceeded {
+            actor: "actor-1".into(),
+            limit_ms: 1,
+            executed,
+        };
+        for wanted in [cancelled, late] {
+            assert_eq!(verdicts(3, true, &[wanted]), [Final]);
+        }
     }
 
     #[test]

@@ -57,7 +57,7 @@ fn actor_of(cluster: &TestCluster, job: &str, type_name: &str) -> (u32, u64) {
 }
 
 /// A head that was started again; it ends with the test, whatever becomes of it.
-struct HeadAgain(std::process::Child);
+pub(crate) struct HeadAgain(std::process::Child);
 
 impl Drop for HeadAgain {
     fn drop(&mut self) {
@@ -68,7 +68,7 @@ impl Drop for HeadAgain {
 }
 
 /// Starts a killed head again on its own directory and addresses.
-fn start_head_again(cluster: &TestCluster) -> HeadAgain {
+pub(crate) fn start_head_again(cluster: &TestCluster) -> HeadAgain {
     let ready: Value = serde_json::from_str(
         &std::fs::read_to_string(cluster.dir().join("head-1/ready.json")).unwrap(),
     )

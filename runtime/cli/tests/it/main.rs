@@ -20,3 +20,4 @@ mod sessions;
 mod storage;
 mod support;
 mod sweep;
+mod tasks;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mobula_core::object::ObjectError;
-use mobula_wire::object::Stored;
+use mobula_wire::object::{Stored, WireValue};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -24,6 +24,30 @@ pub enum Value {
     Inline(Payload),
     /// In a node's shared memory.
     Stored(Stored),
+}
+
+impl From<WireValue> for Value {
+    fn from(value: WireValue) -> Self {
+        match value {
+            WireValue::Inline { format, bytes } => Value::Inline(Payload {
+                format,
+                bytes: bytes.into(),
+            }),
+            WireValue::Stored(stored) => Value::Stored(stored),
+        }
+    }
+}
+
+impl From<Value> for WireValue {
+    fn from(value: Value) -> Self {
+        match value {
+            Value::Inline(payload) => WireValue::Inline {
+                format: payload.format,
+                bytes: payload.bytes.to_vec(),
+            },
+            Value::Stored(stored) => WireValue::Stored(stored),
+        }
+    }
 }
 
 /// The state of one object.

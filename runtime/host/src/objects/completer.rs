@@ -102,14 +102,7 @@ impl Completer {
             .map(|reference| self.table.import(reference))
             .collect();
         *self.entry.contains.lock() = contains;
-        let value = match value {
-            WireValue::Inline { format, bytes } => Value::Inline(Payload {
-                format,
-                bytes: bytes.into(),
-            }),
-            WireValue::Stored(stored) => Value::Stored(stored),
-        };
-        self.table.settle(self.id, &self.entry, Ok(value));
+        self.table.settle(self.id, &self.entry, Ok(value.into()));
     }
 
     /// The object has this encoded value, in which there are no references.

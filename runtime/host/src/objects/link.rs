@@ -21,7 +21,6 @@ use mobula_core::order::ActorAddress;
 use mobula_net::probe::nobody_listens;
 use mobula_wire::object::{
     CHANGES_MAX, Change, Changes, METHOD_CHANGE, METHOD_NEXT, Next, OBJECTS_ACTOR, Settled,
-    WireValue,
 };
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -29,7 +28,6 @@ use tokio::time::Instant;
 
 use super::cell::{Cell, Outcome, Value};
 use super::handle::Object;
-use super::payload::Payload;
 use super::table::NEXT_WAIT;
 use crate::client::{CallClient, OutgoingCall};
 use crate::mailbox::Deadline;
@@ -323,13 +321,7 @@ impl Link {
 
     fn settle(&self, settled: Settled) {
         for (sequence, value) in settled.objects {
-            let outcome = value.map(|value| match value {
-                WireValue::Inline { format, bytes } => Value::Inline(Payload {
-                    format,
-                    bytes: bytes.into(),
-                }),
-                WireValue::Stored(stored) => Value::Stored(stored),
-            });
+            let outcome = value.map(Value::from);
             let cell = {
                 let state = self.state.lock();
                 state

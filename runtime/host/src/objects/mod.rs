@@ -10,6 +10,7 @@
 //! * [`handle`]: counted handles, sending and receiving them; [`table`]: all objects of a process;
 //!   [`values`]: where their values are; [`completer`]: values that come later.
 //! * [`store`]: the node's shared memory, for values that are large; `mapping`: its unsafe part.
+//! * `brought`: values that travel with the references to them.
 //! * `owner`: what the owner knows about holders elsewhere; `link`: what a holder tells the owner.
 //!
 //! Invariants:
@@ -19,6 +20,7 @@
 //! 2. An object settles; only its owner can make it pending again, to create a lost value anew.
 //! 3. What one process says about an owner's objects reaches that owner in order.
 
+mod brought;
 pub mod cell;
 pub mod completer;
 pub mod handle;
@@ -32,6 +34,7 @@ pub mod values;
 
 use std::sync::Arc;
 
+pub use brought::{bring, brought};
 pub use cell::{Outcome, Value, wait_for};
 pub use completer::{Completer, Lineage, ObjectValue};
 pub use handle::{Object, capture, holding};

@@ -377,13 +377,7 @@ fn empty_answer(number: u64) -> Vec<u8> {
 }
 
 fn wire_value(outcome: Outcome) -> Result<WireValue, ObjectError> {
-    outcome.map(|value| match value {
-        Value::Inline(payload) => WireValue::Inline {
-            format: payload.format,
-            bytes: payload.bytes.to_vec(),
-        },
-        Value::Stored(stored) => WireValue::Stored(stored),
-    })
+    outcome.map(WireValue::from)
 }
 
 fn size_bytes_of(value: &Result<WireValue, ObjectError>) -> usize {

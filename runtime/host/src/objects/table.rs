@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::brought;
 use super::cell::{Cell, Outcome};
 use super::completer::{Completer, Lineage};
 use super::handle::{Object, Side, held};
@@ -140,6 +141,9 @@ impl ObjectTable {
     }
 
     fn borrowed(self: &Arc<Self>, id: ObjectId, link: Arc<Link>, cell: Arc<Cell>) -> Object {
+        if let Some(value) = brought::value_of(id) {
+            cell.settle(Ok(value));
+        }
         Object::new(id, Arc::clone(self), Side::Borrowed { link, cell })
     }
 

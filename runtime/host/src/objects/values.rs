@@ -226,15 +226,27 @@ impl ObjectTable {
         value: &T,
     ) -> Result<ObjectValue, PutError> {
         let (payload, contains) = capture_contained(|| Payload::encoded(value));
-        let payload = payload?;
-        let Some(store) = self.store_for(payload.bytes.len())? else {
-            return Ok(ObjectValue::inline(&payload, &contains));
-        };
-        let id = self.next_id();
-        let stored = store
-            .write(id, payload.format, &payload.bytes, false)
-            .await?;
-        Ok(ObjectValue::stored(stored, &contains))
+        let Payload { format, bytes } = payload?;
+        Ok(self.store_bytes(format, &bytes, &contains).await?)
+    }
+
+    /// The same for a value's bytes, which refer to the objects in `contains`.
+    pub(crate) async fn store_bytes(
+        &self,
+        format: Format,
+        bytes: &[u8],
+        contains: &[Object],
+    ) -> Result<ObjectValue, ObjectError> {
+        match self.store_for(bytes.len())? {
+            None => {
+                let bytes = Bytes::copy_from_slice(bytes);
+                Ok(ObjectValue::inline(&Payload { format, bytes }, contains))
+            }
+            Some(store) => {
+                let stored = store.write(self.next_id(), format, bytes, false).await?;
+                Ok(ObjectValue::stored(stored, contains))
+            }
+        }
     }
 
     /// Nobody refers to an object any more: what it takes in shared memory is free.

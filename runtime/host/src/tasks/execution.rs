@@ -165,7 +165,7 @@ impl Prepared {
             ));
             return Err((reply, error));
         };
-        let (head, arguments) = match TaskHead::split(arguments) {
+        let (head, values, arguments) = match TaskHead::split(arguments) {
             Ok(parts) => parts,
             Err(error) => return Err((reply, CallError::BadCall(error.to_string()))),
         };
@@ -189,7 +189,9 @@ impl Prepared {
         };
         let task = run(TaskCall {
             arguments,
+            values,
             context: context.clone(),
+            items: reply.items(),
         });
         let limit = deadline.map(|limit| (limit, Box::pin(tokio::time::sleep_until(limit.at))));
         let running = Running {

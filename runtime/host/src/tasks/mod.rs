@@ -26,6 +26,6 @@ pub(crate) mod slot;
 mod slot_tests;
 
 pub use context::{TaskChildren, TaskContext, while_blocked};
-pub use outcome::{complete_with_outcome, encode_outcome};
+pub use outcome::{EncodedValue, complete_with_outcome};
 pub use registry::{TaskCall, TaskRegistry, TaskType};
-pub use slot::{END_METHOD, SLOT_TYPE, WATCH_METHOD};
+pub use slot::{END_METHOD, RETURN_METHOD, SLOT_TYPE, WATCH_METHOD};

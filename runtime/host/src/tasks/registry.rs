@@ -8,15 +8,20 @@ use futures::future::BoxFuture;
 
 use crate::actor::MethodError;
 use crate::registry::DuplicateTypeError;
+use crate::reply::ItemSender;
 use crate::tasks::context::TaskContext;
 
 /// One execution of a task.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct TaskCall {
     /// Its encoded arguments.
     pub arguments: Bytes,
+    /// Values of objects that they refer to, for [`brought`](crate::objects::brought).
+    pub values: Bytes,
     /// What it knows about itself.
     pub context: TaskContext,
+    /// Where several values go, if the caller takes them.
+    pub items: Option<ItemSender>,
 }
 
 /// Runs a task: encoded arguments in, the encoded value out.

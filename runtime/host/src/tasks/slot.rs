@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::task::AtomicWaker;
+use mobula_core::codec;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::exit::ExitReason;
 use mobula_core::resource::Resources;
@@ -36,7 +37,7 @@ use crate::tasks::execution::Drive;
 use crate::tasks::registry::TaskRegistry;
 
 /// The actor type of slots.
-pub const SLOT_TYPE: &str = "mobula.task-slot";
+pub const SLOT_TYPE: &str = mobula_core::spec::TASK_SLOT_TYPE;
 
 /// Method of a slot: gives it back. It ends when the tasks that it has are over.
 pub const END_METHOD: &str = "mobula.end";
@@ -44,6 +45,10 @@ pub const END_METHOD: &str = "mobula.end";
 /// Method of a slot: answered when every task that it has begun waits for an object, and no other
 /// is there that could begin. Its holder may push one beyond what it would push otherwise.
 pub const WATCH_METHOD: &str = "mobula.watch";
+
+/// Method of a slot: gives up tasks that have not begun, the latest ones, as many as its argument (an
+/// encoded `u32`) says. Their callers are told `Overloaded`, and push them elsewhere.
+pub const RETURN_METHOD: &str = "mobula.return";
 
 /// Holders that watch one slot: one is enough, and it may have to ask again.
 const WATCHERS_MAX: usize = 4;
@@ -154,6 +159,7 @@ impl SlotRunner {
                 return call.reply.send(Ok(Bytes::new()));
             }
             WATCH_METHOD => return self.watch(call.reply),
+            RETURN_METHOD => return self.return_waiting(&call.arguments, call.reply),
             _ => {}
         }
         let refusal = {
@@ -169,6 +175,24 @@ impl SlotRunner {
             }
         };
         call.reply.send(Err(refusal));
+    }
+
+    /// The latest first: those in front may begin at any moment.
+    fn return_waiting(&self, count: &[u8], reply: Reply) {
+        let count = match codec::decode::<u32>(count, count.len()) {
+            Ok(count) => count as usize,
+            Err(error) => return reply.send(Err(CallError::BadCall(error.to_string()))),
+        };
+        let returned = {
+            let mut calls = self.0.calls.lock();
+            let kept = calls.waiting.len().saturating_sub(count);
+            calls.waiting.split_off(kept)
+        };
+        let refusal = overloaded(self.0.context.actor(), self.0.capacity);
+        for call in returned {
+            call.reply.send(Err(refusal.clone()));
+        }
+        reply.send(Ok(Bytes::new()));
     }
 
     fn watch(&self, reply: Reply) {

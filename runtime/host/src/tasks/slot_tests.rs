@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::context::while_blocked;
 use super::registry::{TaskCall, TaskRegistry, TaskType};
-use super::slot::{END_METHOD, SlotRunner, WATCH_METHOD};
+use super::slot::{END_METHOD, RETURN_METHOD, SlotRunner, WATCH_METHOD};
 use crate::actor::MethodError;
 use crate::context::{ActorContext, HostInfo, HostRuntime};
 use crate::mailbox::{Deadline, IncomingCall};
@@ -25,7 +25,7 @@ use crate::reply::{CallResult, CancelLevel, LocalCall, Reply};
 type Ran = futures::future::BoxFuture<'static, Result<Vec<u8>, MethodError>>;
 
 static GATE: AtomicBool = AtomicBool::new(false);
-static BEGUN: [Semaphore; 3] = [const { Semaphore::const_new(0) }; 3];
+static BEGUN: [Semaphore; 4] = [const { Semaphore::const_new(0) }; 4];
 static ORDER: AtomicU32 = AtomicU32::new(0);
 
 fn echo(call: TaskCall) -> Ran {
@@ -71,7 +71,7 @@ fn say_begun(call: &TaskCall) {
 
 /// Arguments that name a place in [`BEGUN`].
 fn at(place: u8) -> Bytes {
-    TaskHead { attempt: 1 }.join(&[place]).into()
+    TaskHead { attempt: 1 }.join(&[], &[place]).into()
 }
 
 async fn begun(place: usize) {
@@ -139,7 +139,7 @@ fn push_with(
 }
 
 fn push(slot: &SlotRunner, name: &str) -> LocalCall {
-    let arguments = TaskHead { attempt: 1 }.join(b"abc").into();
+    let arguments = TaskHead { attempt: 1 }.join(&[], b"abc").into();
     push_with(slot, name, arguments, None).0
 }
 
@@ -163,7 +163,7 @@ async fn tasks_run_one_after_another_and_know_their_attempt() {
         places.windows(2).all(|pair| pair[1] == pair[0] + 1),
         "{places:?}"
     );
-    let third = TaskHead { attempt: 3 }.join(&[]).into();
+    let third = TaskHead { attempt: 3 }.join(&[], &[]).into();
     let (call, _) = push_with(&slot, "attempt", third, None);
     assert_eq!(answer(call).await.unwrap()[..], 3u32.to_le_bytes());
 }
@@ -192,7 +192,7 @@ async fn a_task_that_waits_for_an_object_lets_others_run() {
     let (awaiting, _) = push_with(
         &slot,
         "awaits",
-        TaskHead { attempt: 1 }.join(&[]).into(),
+        TaskHead { attempt: 1 }.join(&[], &[]).into(),
         None,
     );
     let mut behind = push(&slot, "echo");
@@ -204,7 +204,7 @@ async fn a_task_that_waits_for_an_object_lets_others_run() {
 #[tokio::test]
 async fn limits_and_cancellation_end_what_awaits() {
     let slot = slot(16);
-    let arguments = || Bytes::from(TaskHead { attempt: 1 }.join(&[]));
+    let arguments = || Bytes::from(TaskHead { attempt: 1 }.join(&[], &[]));
     let deadline = Deadline {
         at: Instant::now() + Duration::from_millis(500),
         limit_ms: 500,
@@ -259,6 +259,25 @@ async fn a_thread_that_does_not_let_go_is_left_behind() {
     assert!(cancelled, "{error}");
     assert!(answer(behind).await.is_ok(), "the slot goes on");
     GATE.store(true, Ordering::Release);
+}
+
+#[tokio::test]
+async fn tasks_that_have_not_begun_are_given_back_on_request() {
+    let slot = slot(16);
+    let (running, cancellation) = push_with(&slot, "awaits", at(3), None);
+    begun(3).await;
+    let mut calls: Vec<_> = (0..4).map(|_| push(&slot, "echo")).collect();
+    let count: Bytes = mobula_core::codec::encode_plain(&3_u32).into();
+    let (returned, _) = push_with(&slot, RETURN_METHOD, count, None);
+    assert!(answer(returned).await.is_ok());
+    for call in calls.drain(1..) {
+        let error = answer(call).await.unwrap_err();
+        assert!(matches!(error, CallError::Overloaded { .. }), "{error}");
+    }
+    cancellation.cancel(CancelLevel::Requested);
+    assert!(answer(running).await.is_err());
+    let first = calls.remove(0);
+    assert!(answer(first).await.is_ok(), "it was to stay");
 }
 
 #[tokio::test]

@@ -51,10 +51,18 @@ struct Placed {
     held_reason: Option<ExitReason>,
 }
 
-#[derive(Debug)]
-struct Host {
+/// Whose process a host is: those with the same one share it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct SharedKey {
     job: JobId,
     program: Program,
+    /// Slots for tasks have processes of their own, for a task may end its process.
+    is_for_tasks: bool,
+}
+
+#[derive(Debug)]
+struct Host {
+    shared_key: SharedKey,
     is_shared: bool,
     actors: BTreeSet<Key>,
     shares: Vec<Share>,
@@ -78,7 +86,7 @@ impl Host {
 #[derive(Debug)]
 pub(crate) struct Pool {
     hosts: BTreeMap<HostId, Host>,
-    shared: BTreeMap<(JobId, Program), HostId>,
+    shared: BTreeMap<SharedKey, HostId>,
     actors: BTreeMap<Key, Placed>,
     /// Actors that wait for a GPU, in the order of their coming.
     waiting: VecDeque<Key>,
@@ -121,7 +129,7 @@ impl Pool {
 
     /// Whose code a host runs.
     pub(crate) fn job_of(&self, host: HostId) -> Option<JobId> {
-        self.hosts.get(&host).map(|host| host.job)
+        self.hosts.get(&host).map(|host| host.shared_key.job)
     }
 
     /// How many hosts there are, dead ones included whose last words are not read yet.

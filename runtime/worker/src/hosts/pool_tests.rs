@@ -141,6 +141,30 @@ fn a_shared_host_that_is_full_is_followed_by_another() {
 }
 
 #[test]
+fn slots_for_tasks_share_a_host_without_actors() {
+    let mut pool = pool();
+    let actors = run(&mut pool, start_of(1, 1));
+    let slot = |actor| {
+        let mut start = start_of(actor, 1);
+        start.spec.kind = ActorKind::Actor {
+            type_name: mobula_core::spec::TASK_SLOT_TYPE.to_owned(),
+        };
+        start
+    };
+    let tasks = run(&mut pool, slot(2));
+    assert_ne!(tasks, actors);
+    assert_eq!(run(&mut pool, slot(3)), tasks);
+    assert_eq!(run(&mut pool, start_of(4, 1)), actors);
+    // A task ends its process: the actors stay, and the next slot finds another host.
+    pool.disconnected(tasks);
+    pool.died(tasks, ProcessEnd::Exited(3), String::new());
+    let ended = reports(&pool.take_actions());
+    assert_eq!(ended.len(), 2, "{ended:?}");
+    assert_ne!(run(&mut pool, slot(5)), tasks);
+    assert_eq!(run(&mut pool, start_of(6, 1)), actors);
+}
+
+#[test]
 fn drivers_and_isolated_actors_have_hosts_of_their_own() {
     let mut pool = pool();
     let shared = run(&mut pool, start_of(1, 1));

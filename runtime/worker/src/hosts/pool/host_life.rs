@@ -205,9 +205,8 @@ impl Pool {
             return;
         };
         host.closing = true;
-        let shared_key = (host.job, host.program.clone());
-        if self.shared.get(&shared_key) == Some(&id) {
-            self.shared.remove(&shared_key);
+        if self.shared.get(&host.shared_key) == Some(&id) {
+            self.shared.remove(&host.shared_key);
         }
     }
 

@@ -1,7 +1,9 @@
 //! In which host an actor runs, and its start there.
 //!
-//! Ordinary actors of one job and program share a host. A driver, an isolated actor, and one that
-//! uses a GPU get a process of their own, because only a process can be killed while a kernel runs.
+//! Ordinary actors of one job and program share a host, and its slots for tasks share another: a
+//! task that ends its process takes tasks along, which are executed again, but no actor. A driver,
+//! an isolated actor, and one that uses a GPU get a process of their own, because only a process can
+//! be killed while a kernel runs.
 //!
 //! Invariants:
 //! 1. An actor is told to start once, and only in a host that is ready.
@@ -12,17 +14,25 @@
 use std::collections::BTreeSet;
 
 use mobula_core::id::HostId;
-use mobula_core::order::WorkerEvent;
+use mobula_core::order::{StartActor, WorkerEvent};
 use mobula_core::spec::ActorKind;
 use mobula_wire::host::{AgentMessage, HostRole};
 
-use super::{Host, Phase, Pool, notice_message};
+use super::{Host, Phase, Pool, SharedKey, notice_message};
 use crate::hosts::action::{Action, Key, Launch};
 use crate::hosts::devices::Share;
 
 /// Actors that share a process: beyond this, one process's loss takes too much with it, and the
 /// next ones get another. Below what a host itself accepts.
 pub(super) const SHARED_ACTORS_MAX: usize = 8192;
+
+fn shared_key(start: &StartActor) -> SharedKey {
+    SharedKey {
+        job: start.job,
+        program: start.program.clone(),
+        is_for_tasks: start.spec.kind.is_task_slot(),
+    }
+}
 
 impl Pool {
     pub(super) fn place(&mut self, key: Key) {
@@ -33,7 +43,7 @@ impl Pool {
         let is_driver = start.spec.kind == ActorKind::Driver;
         let gpu_milli = start.spec.resources.gpu_milli;
         let is_own = is_driver || start.spec.isolated || gpu_milli > 0;
-        let shared_key = (start.job, start.program.clone());
+        let shared_key = shared_key(start);
         let host = match self.shared.get(&shared_key) {
             Some(host) if !is_own && self.has_room(*host) => *host,
             _ => {
@@ -86,8 +96,7 @@ impl Pool {
             owner: is_own.then_some(key),
         };
         let host = Host {
-            job: start.job,
-            program: start.program.clone(),
+            shared_key: shared_key(start),
             is_shared: !is_own,
             actors: BTreeSet::new(),
             shares,
@@ -99,7 +108,7 @@ impl Pool {
             dead: None,
         };
         if host.is_shared {
-            self.shared.insert((host.job, host.program.clone()), id);
+            self.shared.insert(host.shared_key.clone(), id);
         }
         self.hosts.insert(id, host);
         self.actions.push(Action::Launch(Box::new(launch)));
