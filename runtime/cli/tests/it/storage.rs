@@ -1,7 +1,6 @@
 //! Bytes at rest: checkpoints in S3, a store that is down, damaged bytes, and a disk that is full.
 
 mod s3_server;
-mod small_disk;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -15,7 +14,7 @@ use mobula_actors::training::spec::TrainSpec;
 use serde_json::Value;
 
 use self::s3_server::{ACCESS_KEY, BUCKET, ClosedPort, PREFIX, S3Server, SECRET_KEY};
-use self::small_disk::SmallDisk;
+use crate::small_disk::SmallDisk;
 use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
 
 /// Long enough that there is a middle to be killed in.

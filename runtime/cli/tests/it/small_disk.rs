@@ -2,20 +2,30 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A disk of its own, in memory. The mount is in a mount namespace that only this thread and the
 /// processes that it starts have, so it goes with them however the test ends.
-pub(super) struct SmallDisk {
-    dir: tempfile::TempDir,
+pub(crate) struct SmallDisk {
+    path: PathBuf,
+    /// Where it is mounted, if the disk brought the directory along.
+    _dir: Option<tempfile::TempDir>,
 }
 
 impl SmallDisk {
     /// `Err` says why this system does not allow it.
-    pub(super) fn mount(size_bytes: u64) -> std::io::Result<Self> {
+    pub(crate) fn mount(size_bytes: u64) -> std::io::Result<Self> {
         let dir = tempfile::tempdir().unwrap();
-        let target = std::ffi::CString::new(dir.path().to_str().unwrap()).unwrap();
-        let options = std::ffi::CString::new(format!("size={size_bytes}")).unwrap();
+        let mut disk = SmallDisk::mount_at(dir.path(), size_bytes)?;
+        disk._dir = Some(dir);
+        Ok(disk)
+    }
+
+    /// The same in a directory of the test's, which is made if need be. Only its user can enter it.
+    pub(crate) fn mount_at(path: &Path, size_bytes: u64) -> std::io::Result<Self> {
+        std::fs::create_dir_all(path).unwrap();
+        let target = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        let options = std::ffi::CString::new(format!("size={size_bytes},mode=0700")).unwrap();
         let succeeded = |result: i32| match result {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
@@ -31,15 +41,18 @@ impl SmallDisk {
             let options = options.as_ptr().cast();
             succeeded(libc::mount(tmpfs, target.as_ptr(), tmpfs, 0, options))?;
         }
-        Ok(SmallDisk { dir })
+        Ok(SmallDisk {
+            path: path.to_owned(),
+            _dir: None,
+        })
     }
 
-    pub(super) fn path(&self) -> &Path {
-        self.dir.path()
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Leaves no space at all.
-    pub(super) fn fill(&self) {
+    pub(crate) fn fill(&self) {
         let filler = self.path().join("filler");
         let mut filler = File::options()
             .create(true)
@@ -50,14 +63,14 @@ impl SmallDisk {
         while filler.write_all(&page).is_ok() {}
     }
 
-    pub(super) fn free(&self) {
+    pub(crate) fn free(&self) {
         std::fs::remove_file(self.path().join("filler")).unwrap();
     }
 }
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        let target = std::ffi::CString::new(self.dir.path().to_str().unwrap()).unwrap();
+        let target = std::ffi::CString::new(self.path.to_str().unwrap()).unwrap();
         // SAFETY: the text ends with a zero byte and lives until the call returns.
         unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
     }
