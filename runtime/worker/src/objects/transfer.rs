@@ -1,9 +1,11 @@
 //! Objects from node to node: agent to agent, on the bulk lane.
 //!
 //! Invariants:
-//! 1. Every piece is checked against its digest before it is written.
+//! 1. Every piece is checked against its digest before it is written. Digests are computed, and
+//!    memory is copied, on blocking threads, of one piece while the network has another.
 //! 2. Only agents may ask, each for the job of the process that it asks for.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -18,7 +20,7 @@ use mobula_wire::frame::FrameKind;
 use mobula_wire::hello::Lane;
 use mobula_wire::store::{PIECE_BYTES, PeerReply, PeerRequest};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::memory::Block;
 use super::service::Input;
@@ -105,6 +107,7 @@ impl Transfers {
             }
         }
         let mut at = 0;
+        let mut writing: Option<JoinHandle<Result<(), AnyError>>> = None;
         while at < block.size_bytes {
             let digest = match stream.receiver.receive_message::<PeerReply>().await? {
                 Some(PeerReply::Piece { digest }) => digest,
@@ -117,11 +120,23 @@ impl Transfers {
             let fits = frame.kind == FrameKind::Chunk
                 && !piece.is_empty()
                 && piece.len() as u64 <= block.size_bytes - at;
-            if !fits || blake3::hash(&piece) != digest {
-                return Err("a piece of it is not what its digest says".into());
+            if !fits {
+                return Err("a piece of it is not of the size that is missing".into());
             }
-            block.memory.write_at(&piece, block.offset + at)?;
+            if let Some(before) = writing.take() {
+                before.await??;
+            }
+            let (memory, offset) = (block.memory.clone(), block.offset + at);
             at += piece.len() as u64;
+            writing = Some(tokio::task::spawn_blocking(move || {
+                if blake3::hash(&piece) != digest {
+                    return Err("a piece of it is not what its digest says".into());
+                }
+                Ok(memory.write_at(&piece, offset)?)
+            }));
+        }
+        if let Some(last) = writing {
+            last.await??;
         }
         Ok(Ok(()))
     }
@@ -224,15 +239,28 @@ async fn send(
     let begin = PeerReply::Begin { size_bytes };
     stream.sender.send_message(&begin).await?;
     let mut at = 0;
+    let mut next = read_piece(&block, at);
     while at < size_bytes {
-        let mut piece = vec![0; (size_bytes - at).min(PIECE_BYTES as u64) as usize];
-        block.memory.read_at(&mut piece, block.offset + at)?;
+        let (piece, digest) = next.await??;
         at += piece.len() as u64;
-        let digest = *blake3::hash(&piece).as_bytes();
+        // The next one is read while this one goes out.
+        next = read_piece(&block, at);
         let announced = PeerReply::Piece { digest };
         stream.sender.send_message(&announced).await?;
-        stream.sender.send_chunk(Bytes::from(piece)).await?;
+        stream.sender.send_chunk(piece).await?;
     }
     stream.sender.finish().await?;
     Ok(())
+}
+
+/// The piece at `at`, and its digest; an empty one at the end.
+fn read_piece(block: &Block, at: u64) -> JoinHandle<io::Result<(Bytes, [u8; 32])>> {
+    let block = block.clone();
+    tokio::task::spawn_blocking(move || {
+        let length = (block.size_bytes - at).min(PIECE_BYTES as u64) as usize;
+        let mut piece = vec![0; length];
+        block.memory.read_at(&mut piece, block.offset + at)?;
+        let digest = *blake3::hash(&piece).as_bytes();
+        Ok((Bytes::from(piece), digest))
+    })
 }

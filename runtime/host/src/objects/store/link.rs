@@ -15,6 +15,7 @@ use mobula_core::object::{ObjectError, ObjectId, ProcessId};
 use mobula_net::descriptor::{DescriptorReceiver, DescriptorSender};
 use mobula_wire::store::{STORE_MESSAGE_BYTES_MAX, StoreReply, StoreRequest};
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 
 use super::super::mapping::Mapping;
 use super::memory::Range;
@@ -53,14 +54,29 @@ impl StoreLink {
             }
         };
         let receiving = async {
-            while let Some((reply, descriptor)) = next_reply(&mut receiver).await? {
-                if let StoreReply::ProcessGone { process } = reply {
-                    process_gone(process);
-                } else {
-                    store.handle(reply, descriptor).await?;
+            let mut mappings = JoinSet::new();
+            loop {
+                tokio::select! {
+                    received = next_reply(&mut receiver) => match received? {
+                        Some((StoreReply::ProcessGone { process }, _)) => process_gone(process),
+                        Some((StoreReply::Granted { request, arena, size_bytes }, Some(descriptor))) => {
+                            // Filling a large one with pages takes the kernel long; others need not
+                            // wait for their answers meanwhile.
+                            mappings.spawn_blocking(move || {
+                                let mapping =
+                                    Mapping::writable(&descriptor, mapped_size(size_bytes)?)?;
+                                Ok::<_, io::Error>((request, arena, size_bytes, mapping))
+                            });
+                        }
+                        Some((reply, descriptor)) => store.handle(reply, descriptor)?,
+                        None => return Ok(()),
+                    },
+                    Some(mapped) = mappings.join_next() => {
+                        let (request, arena, size_bytes, mapping) = mapped??;
+                        store.granted(request, arena, size_bytes, mapping);
+                    }
                 }
             }
-            Ok(())
         };
         let ended: io::Result<()> = tokio::select! {
             ended = sending => ended,
@@ -117,16 +133,8 @@ impl StoreClient {
         drop(waiting);
     }
 
-    async fn handle(&self, reply: StoreReply, descriptor: Option<OwnedFd>) -> io::Result<()> {
+    fn handle(&self, reply: StoreReply, descriptor: Option<OwnedFd>) -> io::Result<()> {
         match (reply, descriptor) {
-            (
-                StoreReply::Granted {
-                    request,
-                    arena,
-                    size_bytes,
-                },
-                Some(descriptor),
-            ) => self.granted(request, arena, size_bytes, descriptor).await?,
             (
                 StoreReply::Opened {
                     request,
@@ -172,18 +180,8 @@ impl StoreClient {
         Ok(())
     }
 
-    async fn granted(
-        &self,
-        request: u64,
-        arena: u64,
-        size_bytes: u64,
-        descriptor: OwnedFd,
-    ) -> io::Result<()> {
-        // Filling it with pages takes the kernel some milliseconds.
-        let mapped = tokio::task::spawn_blocking(move || {
-            Mapping::writable(&descriptor, mapped_size(size_bytes)?)
-        });
-        let mapping = mapped.await??;
+    /// An arena to write in has come, with all of its pages.
+    fn granted(&self, request: u64, arena: u64, size_bytes: u64, mapping: Arc<Mapping>) {
         let mut state = self.state.lock();
         state.own.add(arena, mapping, size_bytes);
         if let Some(waiting) = state.waiting.remove(&request) {
@@ -192,7 +190,6 @@ impl StoreClient {
         }
         drop(state);
         self.room.notify_waiters();
-        Ok(())
     }
 
     fn opened(&self, request: u64, arena: u64, offset: u64, size_bytes: u64) {

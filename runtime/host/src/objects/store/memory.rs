@@ -31,6 +31,8 @@ struct Block {
     offset: u64,
     size_bytes: u64,
     views: usize,
+    /// Nobody refers to the object any more: the agent gives it back as soon as nobody reads it.
+    is_freed: bool,
     /// The agent has given it back, and views of it are left.
     is_reclaimed: bool,
 }
@@ -74,6 +76,7 @@ impl OwnMemory {
             offset: range.offset,
             size_bytes: range.size_bytes,
             views: 0,
+            is_freed: false,
             is_reclaimed: false,
         };
         self.blocks.insert(object, block);
@@ -94,6 +97,21 @@ impl OwnMemory {
             offset: block.offset,
             size_bytes: block.size_bytes,
         })
+    }
+
+    /// Nobody refers to an object any more, of which the agent is told.
+    pub(super) fn freed(&mut self, object: ObjectId) {
+        if let Some(block) = self.blocks.get_mut(&object) {
+            block.is_freed = true;
+        }
+    }
+
+    /// Whether room for a block is on its way: one of its size is freed, nobody looks at it here,
+    /// and the agent has only to say so.
+    pub(super) fn is_room_coming(&self, size_bytes: u64) -> bool {
+        self.blocks
+            .values()
+            .any(|block| block.is_freed && block.views == 0 && block.size_bytes >= size_bytes)
     }
 
     /// One view of an object is over; true if its memory is free now.
@@ -162,7 +180,11 @@ mod tests {
         memory.publish(object(1), &range);
         assert!(memory.allocate(1).is_none());
         assert!(memory.take_empty().is_empty());
+        assert!(!memory.is_room_coming(1));
+        memory.freed(object(1));
+        assert!(memory.is_room_coming(4096) && !memory.is_room_coming(4097));
         assert_eq!(memory.view(object(1)).unwrap().offset, range.offset);
+        assert!(!memory.is_room_coming(1), "it is looked at");
         assert!(!memory.reclaimed(object(1)), "it is looked at");
         assert!(
             memory.view(object(1)).is_none(),

@@ -21,6 +21,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mobula_core::arena::block_bytes;
@@ -32,6 +33,7 @@ use mobula_wire::object::{Format, Stored};
 use mobula_wire::store::{STORE_MESSAGE_BYTES_MAX, StoreReply, StoreRequest};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
 
 use super::mapping::{Mapping, View};
 use crate::actor::run_blocking;
@@ -42,6 +44,11 @@ use memory::{OwnMemory, Range};
 /// How often one write may be granted memory and find it taken by another write of this process:
 /// each grant is an arena, so this is memory, not patience.
 const GRANTS_MAX: u32 = 16;
+
+/// How long a write waits for memory of a value that was freed just now before it asks for more:
+/// many round trips to the agent, and less than making the pages of some MiB takes. A reader in
+/// another process may hold it longer.
+const RECLAIM_WAIT: Duration = Duration::from_millis(5);
 
 /// What is copied without giving the thread's other tasks to another one first: some hundred
 /// microseconds' worth, about what handing them over can cost.
@@ -157,6 +164,7 @@ impl StoreClient {
         })?;
         let mut grant: Option<Grant<'_>> = None;
         let mut grants = 0;
+        let reclaim_deadline = Instant::now() + RECLAIM_WAIT;
         loop {
             // Registered before the look, so that no room is missed in between.
             let room = self.room.notified();
@@ -164,6 +172,12 @@ impl StoreClient {
             room.as_mut().enable();
             if let Some(range) = self.state.lock().own.allocate(size_bytes) {
                 return Ok(range);
+            }
+            let may_wait = grant.is_none() && Instant::now() < reclaim_deadline;
+            if may_wait && self.state.lock().own.is_room_coming(size_bytes) {
+                // Sooner here than new memory, whose pages would have to be made first.
+                let _ = tokio::time::timeout_at(reclaim_deadline, room).await;
+                continue;
             }
             let waiting = match &mut grant {
                 Some(waiting) => waiting,
@@ -267,8 +281,10 @@ impl StoreClient {
 
     /// Nobody refers to the object any more.
     pub(crate) fn free(&self, stored: &Stored) {
+        let mut state = self.state.lock();
+        state.own.freed(stored.object);
         self.push(
-            &mut self.state.lock(),
+            &mut state,
             StoreRequest::Free {
                 object: stored.object,
                 agent: stored.agent.clone(),
