@@ -19,7 +19,7 @@ pub struct ObjectStoreMetrics {
     pub spilled_bytes: u64,
     /// Hosts that are connected.
     pub hosts: u64,
-    /// Requests that wait for memory.
+    /// Requests that wait for memory, or for an object that is about to be published.
     pub waiting_requests: u64,
     /// Objects that were moved to disk.
     pub spills_total: u64,

@@ -35,7 +35,7 @@ const DISK_TASKS_MAX: usize = 4;
 /// Objects that are fetched at a time: what keeps a network busy.
 const FETCHES_MAX: usize = 8;
 
-/// While something waits for memory, and otherwise.
+/// While something waits for memory or for an object, and otherwise.
 const TICK: Duration = Duration::from_millis(20);
 const IDLE_TICK: Duration = Duration::from_secs(5);
 
@@ -149,7 +149,7 @@ impl Service {
     /// Works until it is dropped.
     pub(crate) async fn run(mut self) {
         loop {
-            let tick = match self.table.needs_memory() {
+            let tick = match self.table.is_waited_for() {
                 true => TICK,
                 false => IDLE_TICK,
             };

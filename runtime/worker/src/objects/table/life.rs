@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use mobula_core::id::JobId;
-use mobula_core::object::{ObjectError, ObjectId};
+use mobula_core::object::{ObjectError, ObjectId, ProcessId};
 use mobula_wire::store::StoreReply;
 
 use super::super::arenas::{GivenBack, Spot};
@@ -13,6 +13,23 @@ use super::{Object, Opener, PEERS, Place, Source, Table};
 /// Objects of a job that has had no process on this node, and was not asked for, for so long are
 /// dropped. Only for what an agent that was not connected missed: it is told when a job ends.
 const JOB_IDLE_MAX: Duration = Duration::from_secs(600);
+
+/// How long an object may be asked for before its writer's word of it has arrived: the word and the
+/// question come on sockets of two processes, on a machine that may be busy. Whoever asks for what is
+/// gone although its writer lives waits as long.
+const PUBLISH_WAIT: Duration = Duration::from_secs(2);
+
+/// Questions that wait for such a word.
+const EARLY_MAX: usize = 4096;
+
+/// A question for an object that is not here yet.
+#[derive(Debug)]
+pub(super) struct Early {
+    object: ObjectId,
+    job: JobId,
+    opener: Opener,
+    deadline: Instant,
+}
 
 impl Table {
     /// A host says that it has written an object; false if that cannot be.
@@ -35,7 +52,53 @@ impl Table {
         let mut object = Object::new(job, size_bytes, Place::Memory(spot));
         object.is_owned_here = is_owned_here;
         self.insert(id, object);
+        let (now_here, others) = std::mem::take(&mut self.early)
+            .into_iter()
+            .partition(|early: &Early| early.object == id && early.job == job);
+        self.early = others;
+        for early in now_here {
+            self.give(early.opener, id);
+        }
         true
+    }
+
+    /// Whether an object may be on its way: its writer lives here.
+    fn may_come(&self, id: ObjectId, job: JobId) -> bool {
+        self.early.len() < EARLY_MAX
+            && self
+                .links
+                .values()
+                .any(|link| link.process == id.owner && link.job == job)
+    }
+
+    /// Refuses those whose object has not come in time, or will not, for its writer has ended.
+    pub(super) fn refuse_early(&mut self, now: Option<Instant>, ended: Option<ProcessId>) {
+        let (over, others) =
+            std::mem::take(&mut self.early)
+                .into_iter()
+                .partition(|early: &Early| {
+                    now.is_some_and(|now| now >= early.deadline)
+                        || ended == Some(early.object.owner)
+                });
+        self.early = others;
+        for early in over {
+            let lost = self.not_here(early.object);
+            self.refuse(early.opener, lost);
+        }
+    }
+
+    /// Nobody behind `link` waits any more.
+    pub(super) fn forget_early(&mut self, link: u64) {
+        self.early.retain(
+            |early| !matches!(early.opener, Opener::Host { link: other, .. } if other == link),
+        );
+    }
+
+    fn not_here(&self, object: ObjectId) -> ObjectError {
+        ObjectError::Lost {
+            object,
+            reason: format!("{} does not have it any more", self.limits.node),
+        }
     }
 
     fn insert(&mut self, id: ObjectId, object: Object) {
@@ -67,11 +130,17 @@ impl Table {
         self.used_now(id);
         let Some(object) = self.objects.get_mut(&id) else {
             if agent == self.limits.agent || agent.is_empty() {
-                let error = ObjectError::Lost {
-                    object: id,
-                    reason: format!("{} does not have it any more", self.limits.node),
-                };
-                return self.refuse(opener, error);
+                if self.may_come(id, job) {
+                    self.early.push(Early {
+                        object: id,
+                        job,
+                        opener,
+                        deadline: now + PUBLISH_WAIT,
+                    });
+                    return;
+                }
+                let lost = self.not_here(id);
+                return self.refuse(opener, lost);
             }
             let source = Source::Peer(agent.to_owned());
             let mut object = Object::new(job, size_bytes, Place::Waiting(source));

@@ -32,6 +32,7 @@ use super::link::{Answer, Linked};
 use super::memory::Block;
 use super::metrics::ObjectStoreMetrics;
 use super::spill::OnDisk;
+use life::Early;
 use room::{Need, Needed};
 use watch::Watches;
 
@@ -138,6 +139,8 @@ pub(crate) struct Table {
     by_use: BTreeMap<u64, ObjectId>,
     last_use: u64,
     needs: VecDeque<Need>,
+    /// In the order of their deadlines.
+    early: Vec<Early>,
     /// What is on its way to disk, in bytes.
     spilling_bytes: u64,
     pressed_at: Option<Instant>,
@@ -163,6 +166,7 @@ impl Table {
             by_use: BTreeMap::new(),
             last_use: 0,
             needs: VecDeque::new(),
+            early: Vec::new(),
             spilling_bytes: 0,
             pressed_at: None,
             spilled_at: None,
@@ -186,7 +190,7 @@ impl Table {
             arenas: self.arenas.count() as u64,
             objects: self.objects.len() as u64,
             hosts: self.links.len() as u64,
-            waiting_requests: self.needs.len() as u64,
+            waiting_requests: (self.needs.len() + self.early.len()) as u64,
             ..self.metrics
         }
     }
@@ -220,6 +224,8 @@ impl Table {
         self.needs.retain(
             |need| !matches!(need.what, Needed::Arena { link: other, .. } if other == link),
         );
+        self.forget_early(link);
+        self.refuse_early(None, Some(ended.process));
         for dropped in self.arenas.unlinked(link) {
             self.forget(dropped);
         }

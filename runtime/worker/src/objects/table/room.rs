@@ -42,8 +42,9 @@ pub(super) enum Needed {
 }
 
 impl Table {
-    pub(crate) fn needs_memory(&self) -> bool {
-        !self.needs.is_empty()
+    /// Whether something waits for what only time may bring.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        !self.needs.is_empty() || !self.early.is_empty()
     }
 
     pub(super) fn need(&mut self, size_bytes: u64, what: Needed, now: Instant) {
@@ -61,6 +62,9 @@ impl Table {
 
     /// Serves what waits for memory, as far as there is some, and makes room.
     pub(crate) fn pump(&mut self, now: Instant) {
+        if !self.early.is_empty() {
+            self.refuse_early(Some(now), None);
+        }
         while let Some(need) = self.needs.pop_front() {
             if self.satisfy(&need) {
                 continue;

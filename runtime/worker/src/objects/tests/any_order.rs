@@ -364,7 +364,7 @@ impl World {
             self.now += Duration::from_secs(1);
             self.table.pump(self.now);
             self.look();
-            if self.moves.is_empty() && !self.table.needs_memory() {
+            if self.moves.is_empty() && !self.table.is_waited_for() {
                 return;
             }
         }

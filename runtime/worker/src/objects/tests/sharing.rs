@@ -285,3 +285,32 @@ async fn the_end_of_a_process_is_told_to_who_watches_it_on_any_node() {
     late.watch(process, &far.agent).await;
     late.hear(gone(process)).await;
 }
+
+#[tokio::test]
+async fn an_object_may_be_asked_for_before_its_writers_word_has_arrived() {
+    let node = Node::start(&ca(), "one", 16 * MIB, MIB);
+    let mut writer = node.host(1, 3).await;
+    let mut reader = node.host(2, 3).await;
+    let object = writer.id(1);
+    let writing = async {
+        node.until("the question is there first", |metrics| {
+            metrics.waiting_requests == 1
+        })
+        .await;
+        writer.put(1, b"late").await.unwrap();
+        writer
+    };
+    let (opened, writer) = tokio::join!(reader.open(object), writing);
+    assert_eq!(opened.unwrap().bytes, b"late");
+    // With its writer the word is gone for good.
+    let never = writer.id(2);
+    let ending = async {
+        node.until("the next question waits", |metrics| {
+            metrics.waiting_requests == 1
+        })
+        .await;
+        drop(writer);
+    };
+    let (opened, ()) = tokio::join!(reader.open(never), ending);
+    assert!(matches!(opened, Err(ObjectError::Lost { .. })));
+}
