@@ -27,3 +27,4 @@ pub mod checker;
 pub mod faults;
 pub mod history;
 pub mod schedule;
+pub mod sim;

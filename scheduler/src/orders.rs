@@ -5,6 +5,7 @@
 
 use mobula_core::NodeId;
 use mobula_core::control::Reader;
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::order::{Order, StartActor};
 
 use crate::row::{self, PENDING};
@@ -23,6 +24,9 @@ pub fn orders_for_node(reader: &dyn Reader, node: NodeId) -> Vec<Order> {
     let notice = row.notice.map(|notice| Order::Notice {
         deadline_ms: notice.deadline_ms,
     });
+    if is_planted(Mutant::OrdersForgotten) {
+        return notice.into_iter().collect();
+    }
     let actors = lease::of_node(reader, node).map(|(id, _)| {
         let actor = actor::load(reader, id).expect("a lease names an actor that exists");
         match actor.state {

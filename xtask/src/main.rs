@@ -1,4 +1,5 @@
-//! `cargo xtask`: the two commands a newcomer needs, `demo` and `test`; `bench` and `doctor`.
+//! `cargo xtask`: the two commands a newcomer needs, `demo` and `test`; `bench`, `mutants` and
+//! `doctor`.
 //!
 //! Invariants:
 //! 1. No dependencies. This crate compiles in seconds on a machine that has only Rust, and only
@@ -12,6 +13,7 @@ mod bench;
 mod commands;
 mod install;
 mod libclang;
+mod mutants;
 mod progress;
 mod requirements;
 mod steps;
@@ -34,6 +36,9 @@ commands:
                   the core suite on a cluster of processes, under the names of Ray's own
                   benchmark; --peers runs Ray from PyPI beside it; `--quick` and
                   `--only <part of a name>` go to the suite (see benches/README.md)
+  mutants [NAME...] [--minutes T]
+                  plant one known defect after the other in the head, and let the simulator look
+                  for it (see chaos/README.md)
   doctor          say what this machine has and lacks, and how to install the rest
   help            this text
 
@@ -56,6 +61,7 @@ fn main() -> ExitCode {
         ("test", []) => commands::test(commands::TestScope::Full),
         ("test", [flag]) if flag == "--quick" => commands::test(commands::TestScope::Quick),
         ("bench", [suite, bench_arguments @ ..]) if suite == "core" => bench::core(bench_arguments),
+        ("mutants", hunt_arguments) => mutants::hunt(hunt_arguments),
         ("doctor", []) => commands::doctor(),
         ("help" | "--help" | "-h", _) => {
             println!("{HELP}");

@@ -81,6 +81,35 @@ pub(crate) enum Command {
     },
     /// Why a job or an actor is where it is, or what keeps it pending.
     Explain(ExplainArguments),
+    /// Hurt a cluster on purpose, and see whether it keeps its promises.
+    #[command(subcommand)]
+    Chaos(ChaosCommand),
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ChaosCommand {
+    /// Simulate whole clusters in one process, with faults drawn from a seed, and check every
+    /// answer. The same seed is the same run.
+    Sim(ChaosSimArguments),
+}
+
+#[derive(Args)]
+pub(crate) struct ChaosSimArguments {
+    /// The first seed [default: drawn from the clock, and printed].
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// How many seeds [default: one, or as many as --minutes allows].
+    #[arg(long, value_name = "M")]
+    pub(crate) seeds: Option<u64>,
+    /// After how many minutes no seed is begun.
+    #[arg(long, value_name = "T")]
+    pub(crate) minutes: Option<f64>,
+    /// How many seeds run at a time [default: one a core].
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Print what happens in a run of one seed.
+    #[arg(long)]
+    pub(crate) verbose: bool,
 }
 
 impl Command {

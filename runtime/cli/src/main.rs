@@ -2,6 +2,7 @@
 
 mod actors;
 mod args;
+mod chaos;
 mod clock;
 mod connect;
 mod demo;
@@ -80,6 +81,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Metrics { node } => status::metrics(&target, node).await?,
         Command::Status(format) => status::run(&target, format).await?,
         Command::Explain(options) => explain::run(&target, options).await?,
+        Command::Chaos(command) => return chaos::run_command(command),
     }
     Ok(ExitCode::SUCCESS)
 }

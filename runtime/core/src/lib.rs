@@ -14,6 +14,7 @@ pub mod error;
 pub mod exit;
 pub mod id;
 pub mod label;
+pub mod mutant;
 pub mod object;
 pub mod order;
 pub mod resource;

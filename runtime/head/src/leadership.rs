@@ -141,7 +141,7 @@ async fn place_once(context: &HeadContext) -> Result<Pass, String> {
         .read()
         .await
         .map_err(|error| error.to_string())?;
-    let now_ms = context.clock.now_ms();
+    let now_ms = context.raft.now_ms();
     let Some(command) = mobula_scheduler::placement_pass(&reader, now_ms) else {
         let wakeup_ms = mobula_scheduler::next_wakeup_ms(&reader, now_ms);
         let idle = wakeup_ms.map_or(PLACEMENT_PAUSE_MAX, |at_ms| {
@@ -171,7 +171,7 @@ async fn control(
                 continue;
             }
         };
-        let now_ms = context.clock.now_ms();
+        let now_ms = context.raft.now_ms();
         let proposals: Vec<_> = controllers
             .lock()
             .iter_mut()

@@ -22,6 +22,8 @@ mod leadership;
 mod metrics;
 pub mod raft;
 mod session;
+#[doc(hidden)]
+pub mod simulation;
 mod store_health;
 mod sweep;
 mod timeline;
@@ -44,7 +46,6 @@ use mobula_scheduler::Scheduler;
 use mobula_storage::artifact::ArtifactStore;
 use mobula_storage::blob::BlobStore;
 use mobula_storage::engine::{RocksEngine, RocksOptions};
-use mobula_storage::raft_log::RaftLog;
 use mobula_wire::control::control_server::ControlServer;
 use mobula_wire::session::StorageLocation;
 use parking_lot::Mutex;
@@ -58,7 +59,7 @@ pub use sweep::SweepOptions;
 
 use crate::bootstrap::HeadIdentity;
 use crate::context::HeadContext;
-use crate::raft::{Driver, DriverOptions, EmptyLog, PeerNetwork, input_queue};
+use crate::raft::{Chance, Driver, DriverOptions, EmptyLog, PeerNetwork, input_queue};
 
 /// Connections of workers and other heads that are served at the same time: one each, ten thousand
 /// nodes at the most.
@@ -157,7 +158,12 @@ impl Head {
         let upload_dir = options.data_dir.join("uploads");
         bootstrap::create_private_dir(&upload_dir)?;
         let engine = RocksEngine::open(options.data_dir.join("raft"), &RocksOptions::small())?;
-        refuse_lost_log(&engine, &identity, &options.data_dir)?;
+        if identity.record.has_log && raft::is_log_lost(&engine)? {
+            return Err(HeadError::LostLog {
+                raft_id: identity.record.raft_id,
+                data_dir: options.data_dir,
+            });
+        }
         let blobs = BlobStore::at(&options.storage)
             .map_err(|error| HeadError::Storage(error.to_string()))?;
 
@@ -186,6 +192,7 @@ impl Head {
         network.seed(seeds.map(|head| (head.raft_id, head.cluster_address.clone())));
         let (driver, raft) = Driver::start(
             engine,
+            inputs,
             DriverOptions {
                 raft_id: record.raft_id,
                 empty_log: if record.joined {
@@ -197,8 +204,8 @@ impl Head {
                 modules: modules.clone(),
                 clock: options.clock.clone(),
                 effects: effect_sender,
-                inputs,
                 peers: Box::new(network.clone()),
+                chance: Chance::drawn(),
             },
         )?;
         identity.note_log()?;
@@ -353,25 +360,6 @@ async fn load_or_join(options: &HeadOptions) -> Result<HeadIdentity, HeadError> 
         join::join(&options.data_dir, &name, join).await?;
     }
     HeadIdentity::load_or_create(&options.data_dir, options.name.as_deref())
-}
-
-/// A log that was there once and is not any more must not begin anew under the same id.
-fn refuse_lost_log(
-    engine: &RocksEngine,
-    identity: &HeadIdentity,
-    data_dir: &std::path::Path,
-) -> Result<(), HeadError> {
-    let log = RaftLog::open(engine.clone()).map_err(|error| HeadError::Log(error.to_string()))?;
-    let member = log
-        .member()
-        .map_err(|error| HeadError::Log(error.to_string()))?;
-    if identity.record.has_log && member.is_none() {
-        return Err(HeadError::LostLog {
-            raft_id: identity.record.raft_id,
-            data_dir: data_dir.to_owned(),
-        });
-    }
-    Ok(())
 }
 
 /// The name of the task that ends when this head was removed from its group.

@@ -23,6 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mobula_core::codec;
 use mobula_core::control::Reader;
 use mobula_core::label::Labels;
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::spec::PlacementPolicy;
 use mobula_core::{ActorId, GroupId, Incarnation, JobId, NodeId, Resources};
 
@@ -218,7 +219,9 @@ impl Nodes {
         let gpus = filter::check(node, request).map_err(|unfit| format!("{id}: {unfit}"))?;
         self.before.push(node.clone());
         let keys = request.affinity().into_iter().chain(request.spread());
-        node.take(&request.resources, &gpus, keys);
+        if !is_planted(Mutant::ResourcesNotTaken) {
+            node.take(&request.resources, &gpus, keys);
+        }
         Ok(gpus)
     }
 

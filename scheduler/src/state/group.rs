@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use mobula_core::control::Reader;
 use mobula_core::label::Requirement;
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::spec::{ActorKind, ActorSpec, INIT_LIMIT_BYTES, PlacementPolicy};
 use mobula_core::{ActorId, ErrorCode, GroupId, JobId, NodeId, Rejection, Resources};
 use serde::{Deserialize, Serialize};
@@ -426,8 +427,9 @@ fn check_one(
         ));
     }
     let request = Request::of(&row);
-    let gpus: Vec<GpuShare> =
-        nodes.reserve(assignment.node, Some(assignment.node_incarnation), &request)?;
+    let node_incarnation =
+        (!is_planted(Mutant::AssignUnchecked)).then_some(assignment.node_incarnation);
+    let gpus: Vec<GpuShare> = nodes.reserve(assignment.node, node_incarnation, &request)?;
     let grant = Grant {
         node: assignment.node,
         node_incarnation: assignment.node_incarnation,

@@ -7,6 +7,7 @@
 //! 3. [`JobId::SYSTEM`] is there from the start, has no driver, and never ends.
 
 use mobula_core::control::{Reader, Subject};
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::spec::{
     ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, JobSpec, PlacementPolicy, Program,
     RestartPolicy,
@@ -187,7 +188,8 @@ fn submitted_before(reader: &dyn Reader, spec: &JobSpec) -> Result<Option<Respon
     let Some(key) = &spec.idempotency_key else {
         return Ok(None);
     };
-    let Some(job) = row::get::<JobId>(reader, JOBS_BY_KEY, key.as_bytes()) else {
+    let known = row::get::<JobId>(reader, JOBS_BY_KEY, key.as_bytes());
+    let Some(job) = known.filter(|_| !is_planted(Mutant::KeyIgnored)) else {
         return Ok(None);
     };
     if load_spec(reader, job) != *spec {
@@ -312,7 +314,8 @@ pub(crate) fn stop(apply: &mut Apply<'_>, id: JobId) -> Result<Response, Rejecti
         )));
     }
     let job = require(apply.txn, id)?;
-    if job.state.is_open() {
+    let is_over = matches!(job.state, JobState::Over(_));
+    if job.state.is_open() || (is_over && is_planted(Mutant::OutcomeOverwritten)) {
         decide(apply, job, Outcome::Stopped, ExitReason::Stopped);
     }
     Ok(Response::Done)
@@ -338,7 +341,9 @@ pub(crate) fn set_result(
             "{driver} is not the driver of {id}: only the driver sets the job's result"
         )));
     }
-    stopping::check_incarnation(&actor::require(apply.txn, driver)?, incarnation)?;
+    if !is_planted(Mutant::StaleResultAccepted) {
+        stopping::check_incarnation(&actor::require(apply.txn, driver)?, incarnation)?;
+    }
     job.result_json = Some(result_json);
     store(apply, &job);
     Ok(Response::Done)

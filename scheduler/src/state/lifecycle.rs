@@ -7,6 +7,7 @@
 //! 3. An ended actor never lives again, and its name is free.
 
 use mobula_core::control::{Reader, Subject};
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::order::Order;
 use mobula_core::spec::{ActorKind, ActorSpec, RestartPolicy};
 use mobula_core::{ActorId, ExitReason, GroupId, Incarnation, JobId, NodeId};
@@ -137,7 +138,12 @@ pub(crate) fn assign(apply: &mut Apply<'_>, mut actor: ActorRow, grant: Grant) -
         affinity_key,
         spread_key,
     } = grant;
-    let incarnation = Incarnation(apply.context.index);
+    let is_reused = is_planted(Mutant::IncarnationReused) && actor.incarnation.0 > 0;
+    let incarnation = if is_reused {
+        actor.incarnation
+    } else {
+        Incarnation(apply.context.index)
+    };
     let lease = Lease {
         job: actor.job,
         incarnation,
@@ -230,7 +236,8 @@ fn current(
     incarnation: Incarnation,
 ) -> Option<ActorRow> {
     actor::load(apply.txn, id)
-        .filter(|actor| actor.incarnation == incarnation && actor.state.node() == Some(node))
+        .filter(|actor| actor.incarnation == incarnation || is_planted(Mutant::StaleActorAccepted))
+        .filter(|actor| actor.state.node() == Some(node))
 }
 
 /// An incarnation is over: its resources are free, and the actor starts again or has ended.
@@ -239,7 +246,9 @@ pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason
         .state
         .node()
         .expect("only what a node holds can end there");
-    lease::release(apply.txn, node, actor.id);
+    if !is_planted(Mutant::LeaseLeaks) {
+        lease::release(apply.txn, node, actor.id);
+    }
     apply.changed(Subject::Node(node));
     apply.place();
     let reason = bounded(match (&actor.state, reason) {
@@ -284,7 +293,7 @@ fn may_restart(apply: &Apply<'_>, actor: &ActorRow, reason: &ExitReason) -> bool
         && !gives_up
         && max_restarts > 0
         && in_budget
-        && job::is_open(apply.txn, actor.job)
+        && (job::is_open(apply.txn, actor.job) || is_planted(Mutant::RestartAfterStop))
 }
 
 /// Cuts the text inside a reason, which is kept in a table.

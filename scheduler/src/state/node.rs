@@ -8,6 +8,7 @@
 
 use mobula_core::control::{Reader, Subject};
 use mobula_core::label::Labels;
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::order::{Order, WorkerEvent};
 use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, NodeId, Rejection, Resources};
 use serde::{Deserialize, Serialize};
@@ -81,7 +82,11 @@ pub(crate) fn register(
     match known {
         None => register_new(apply, registration),
         Some(id) => {
-            let node = load(apply.txn, id).expect("the index by name names a node that exists");
+            let mut node = load(apply.txn, id).expect("the index by name names a node that exists");
+            if is_planted(Mutant::LostNodeReturns) && node.boot_id == registration.boot_id {
+                node.lost_ms = None;
+                store(apply, &node);
+            }
             if node.lost_ms.is_none() && node.boot_id == registration.boot_id {
                 register_again(apply, node, registration)
             } else {
@@ -267,7 +272,9 @@ pub(crate) fn lost(
     node.lost_ms = Some(apply.now_ms());
     node.notice = None;
     store(apply, &node);
-    end_all(apply, id, &ExitReason::NodeLost);
+    if !is_planted(Mutant::LostNodeKeepsActors) {
+        end_all(apply, id, &ExitReason::NodeLost);
+    }
     Ok(Response::Event(EventOutcome::Applied))
 }
 
@@ -278,7 +285,8 @@ pub(crate) fn event(
     event: WorkerEvent,
 ) -> Result<Response, Rejection> {
     let mut node = require(apply.txn, id)?;
-    if node.incarnation != incarnation || node.lost_ms.is_some() {
+    let is_stale = node.incarnation != incarnation || node.lost_ms.is_some();
+    if is_stale && !is_planted(Mutant::StaleNodeAccepted) {
         return Ok(Response::Event(EventOutcome::Fenced {
             current: node.incarnation,
         }));

@@ -11,6 +11,7 @@
 //! 3. There are at most [`SESSIONS_MAX`] sessions with [`SESSION_WINDOW`] responses each.
 
 use mobula_core::control::{Reader, Txn};
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::{Rejection, SessionId};
 use serde::{Deserialize, Serialize};
 
@@ -79,7 +80,12 @@ pub fn record(txn: &mut dyn Txn, session: SessionId, seq: u64, now_ms: u64, resp
     }
     let moved = seq > row.highest_seq;
     if moved {
-        forget_below(txn, session, row.highest_seq, first_kept(seq));
+        let kept_from = if is_planted(Mutant::SessionWindowOfOne) {
+            seq
+        } else {
+            first_kept(seq)
+        };
+        forget_below(txn, session, row.highest_seq, kept_from);
         row.highest_seq = seq;
     }
     if touched || moved {

@@ -65,12 +65,47 @@ impl Columns {
     }
 }
 
+/// How the disk fails, once it does. Every write fails from then on, until [`MemoryEngine::mend`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskFault {
+    /// The disk is full: nothing of the batch is written.
+    Full,
+    /// The sync fails, and what was to be synced is lost.
+    SyncLost,
+    /// The sync fails after all, and everything has reached the disk nevertheless: the writer dies
+    /// between its write and whatever it meant to do next.
+    SyncKept,
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     current: Columns,
     durable: Columns,
     unsynced: std::collections::VecDeque<WriteBatch>,
-    writes_until_full: Option<usize>,
+    /// After how many more writes the disk fails, and how.
+    fault: Option<(usize, DiskFault)>,
+}
+
+impl Inner {
+    fn fail(&mut self, batch: WriteBatch, fault: DiskFault) -> EngineError {
+        if fault == DiskFault::Full {
+            return EngineError::NoSpace {
+                path: PathBuf::from("memory"),
+                reason: "the test has filled this disk".to_owned(),
+            };
+        }
+        if fault == DiskFault::SyncKept {
+            self.unsynced.push_back(batch);
+            for batch in std::mem::take(&mut self.unsynced) {
+                self.durable.apply(&batch);
+            }
+        }
+        EngineError::Io {
+            path: PathBuf::from("memory"),
+            operation: "syncing the log",
+            reason: "the test has broken this disk".to_owned(),
+        }
+    }
 }
 
 /// The store in memory.
@@ -117,7 +152,31 @@ impl MemoryEngine {
 
     /// Lets `count` more writes succeed; the ones after it find the disk full.
     pub fn fill_disk_after(&self, count: usize) {
-        self.lock().writes_until_full = Some(count);
+        self.fail_after(count, DiskFault::Full);
+    }
+
+    /// Lets `count` more writes succeed; the ones after it fail.
+    pub fn fail_after(&self, count: usize, fault: DiskFault) {
+        self.lock().fault = Some((count, fault));
+    }
+
+    /// Whether the disk fails, or will.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.lock().fault.is_some()
+    }
+
+    /// From now on the disk takes writes again.
+    pub fn mend(&self) {
+        self.lock().fault = None;
+    }
+
+    /// What a power cut would leave of it now.
+    #[must_use]
+    pub fn durable(&self) -> MemorySnapshot {
+        MemorySnapshot {
+            columns: self.lock().durable.clone(),
+        }
     }
 }
 
@@ -146,14 +205,9 @@ impl Engine for MemoryEngine {
 
     fn write(&self, batch: WriteBatch, durability: Durability) -> Result<(), EngineError> {
         let mut inner = self.lock();
-        match inner.writes_until_full.as_mut() {
-            Some(0) => {
-                return Err(EngineError::NoSpace {
-                    path: PathBuf::from("memory"),
-                    reason: "the test has filled this disk".to_owned(),
-                });
-            }
-            Some(left) => *left -= 1,
+        match inner.fault {
+            Some((0, fault)) => return Err(inner.fail(batch, fault)),
+            Some((left, fault)) => inner.fault = Some((left - 1, fault)),
             None => {}
         }
         inner.current.apply(&batch);

@@ -20,7 +20,7 @@ mod conformance;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-pub use memory::{MemoryEngine, MemorySnapshot};
+pub use memory::{DiskFault, MemoryEngine, MemorySnapshot};
 pub use mobula_core::control::Row;
 pub use rocks::{RocksEngine, RocksOptions, RocksSnapshot};
 

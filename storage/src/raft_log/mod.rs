@@ -12,6 +12,7 @@
 
 mod codec;
 mod storage;
+mod view;
 mod write;
 
 #[cfg(test)]
@@ -24,6 +25,7 @@ use raft::StorageError;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 
 pub use codec::{RaftDecodeError, RaftMessage, decode_raft, encode_raft};
+pub use view::LogView;
 pub use write::LogWrite;
 
 use crate::engine::{Column, Durability, Engine, EngineError, WriteBatch};

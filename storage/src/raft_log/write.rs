@@ -1,6 +1,7 @@
 //! One batch of changes to the log, the state beside it, and, through [`LogWrite::batch_mut`], the
 //! tables: what must become true together.
 
+use mobula_core::mutant::{Mutant, is_planted};
 use raft::eraftpb::{ConfState, Entry, HardState};
 
 use super::{LogPoint, Position, RaftLogError, encode_raft, entry_key, key};
@@ -42,7 +43,7 @@ impl LogWrite {
             self.batch
                 .put(Column::Log, entry_key(entry.index), encode_raft(entry));
         }
-        if last_index > last.index {
+        if last_index > last.index && !is_planted(Mutant::LogTailKept) {
             let (from, to) = (entry_key(last.index + 1), entry_key(last_index + 1));
             self.batch.delete_range(Column::Log, from, to);
         }
@@ -108,7 +109,10 @@ impl LogWrite {
         }
     }
 
-    pub(super) fn truncate_to(&mut self, point: LogPoint) {
+    pub(super) fn truncate_to(&mut self, mut point: LogPoint) {
+        if is_planted(Mutant::CompactedTermForgotten) {
+            point.term = 0;
+        }
         let from = entry_key(self.position.first_index());
         self.batch
             .delete_range(Column::Log, from, entry_key(point.index + 1));

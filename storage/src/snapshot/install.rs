@@ -3,6 +3,7 @@
 use std::io;
 
 use mobula_core::codec::{self, DecodeError};
+use mobula_core::mutant::{Mutant, is_planted};
 
 use super::{
     End, FORMAT, FRAME_HEAD_BYTES, FRAME_LIMIT_BYTES, FRAME_TAIL_BYTES, Header, KIND_END,
@@ -33,7 +34,9 @@ impl SnapshotInstall {
     pub fn new(limit_bytes: u64) -> Self {
         let mut rows = WriteBatch::new();
         // 256 modules at most, so this is above every row key.
-        rows.delete_range(Column::State, [], [u8::MAX; 8]);
+        if !is_planted(Mutant::SnapshotKeepsOldRows) {
+            rows.delete_range(Column::State, [], [u8::MAX; 8]);
+        }
         SnapshotInstall {
             limit_bytes,
             offset: 0,

@@ -52,6 +52,7 @@ pub(crate) const MAY_IMPORT: &[(&str, Allowed)] = &[
             "mobula-storage",
         ]),
     ),
+    ("mobula-chaos", Allowed::Anything),
     (
         "mobula-cli",
         Allowed::Only(&[
@@ -65,9 +66,9 @@ pub(crate) const MAY_IMPORT: &[(&str, Allowed)] = &[
             "mobula-head",
             "mobula-worker",
             "mobula-actors",
+            "mobula-chaos",
         ]),
     ),
-    ("mobula-chaos", Allowed::Anything),
     ("mobula-benches", Allowed::Anything),
     ("xtask", Allowed::Only(&[])),
 ];

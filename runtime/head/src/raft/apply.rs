@@ -8,8 +8,9 @@ use mobula_core::control::{
     Applied, ApplyContext, Command, Effect, ModuleId, Reader, StateModule, Table, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_scheduler::session::{self, Seen};
-use mobula_storage::engine::{Engine, RocksEngine, WriteBatch};
+use mobula_storage::engine::{Engine, Read, WriteBatch};
 use mobula_storage::raft_log::decode_raft;
 use mobula_storage::tables::{ApplyBatch, TablesReader};
 use raft::prelude::{ConfChange, Entry, EntryType};
@@ -33,59 +34,56 @@ const COMMAND_BYTES_MAX: usize = 8 * 1024 * 1024;
 const RESPONSE_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// What one entry did.
-pub(super) struct AppliedEntry {
-    pub(super) index: u64,
-    pub(super) term: u64,
-    pub(super) result: Result<Vec<u8>, Rejection>,
+pub(crate) struct AppliedEntry {
+    pub(crate) index: u64,
+    pub(crate) term: u64,
+    pub(crate) result: Result<Vec<u8>, Rejection>,
 }
 
 /// What an entry did that was, or might have been, a change of the group.
-pub(super) struct AppliedChange {
-    pub(super) index: u64,
+pub(crate) struct AppliedChange {
+    pub(crate) index: u64,
     /// Of the proposal; `None` for an entry that changes nothing, such as what raft makes of a
     /// change while another is pending.
-    pub(super) nonce: Option<u64>,
-    pub(super) result: Result<(), Rejection>,
+    pub(crate) nonce: Option<u64>,
+    pub(crate) result: Result<(), Rejection>,
 }
 
 /// What a run of entries did.
 #[derive(Default)]
-pub(super) struct AppliedRun {
-    pub(super) outcomes: Vec<AppliedEntry>,
-    pub(super) changes: Vec<AppliedChange>,
-    pub(super) effects: Vec<Effect>,
+pub(crate) struct AppliedRun {
+    pub(crate) outcomes: Vec<AppliedEntry>,
+    pub(crate) changes: Vec<AppliedChange>,
+    pub(crate) effects: Vec<Effect>,
     /// Whether membership or its table may have changed.
-    pub(super) touches_group: bool,
+    pub(crate) touches_group: bool,
 }
 
 /// Applies entries.
-pub(super) struct Applier {
-    engine: RocksEngine,
+pub(crate) struct Applier<E> {
+    engine: E,
     modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
 }
 
-impl Applier {
-    pub(super) fn new(
-        engine: RocksEngine,
-        modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
-    ) -> Self {
+impl<E: Engine> Applier<E> {
+    pub(crate) fn new(engine: E, modules: BTreeMap<ModuleId, Arc<dyn StateModule>>) -> Self {
         Applier { engine, modules }
     }
 
     /// The tables as they are now.
-    pub(super) fn reader(&self) -> TableView {
+    pub(crate) fn reader(&self) -> TableView<E::Snapshot> {
         TablesReader::new(self.engine.snapshot())
     }
 
     /// Applies `entries` in order; their writes go into `target`, changes of the group also into
     /// `configuration`.
-    pub(super) fn apply(
+    pub(crate) fn apply(
         &self,
         entries: &[Entry],
         configuration: &mut dyn Configuration,
         target: &mut WriteBatch,
     ) -> AppliedRun {
-        let mut batch = ApplyBatch::new(self.engine.clone());
+        let mut batch = ApplyBatch::new(&self.engine);
         let mut run = AppliedRun::default();
         for entry in entries {
             // The type first: entries without data may still be changes.
@@ -130,7 +128,7 @@ impl Applier {
     fn apply_one(
         &self,
         entry: &Entry,
-        batch: &mut ApplyBatch<RocksEngine>,
+        batch: &mut ApplyBatch<&E>,
         touches_group: &mut bool,
     ) -> Result<Applied, Rejection> {
         let command: Command = codec::decode(&entry.data, COMMAND_BYTES_MAX)
@@ -140,6 +138,8 @@ impl Applier {
         let mut txn = batch.begin();
         match session::check(&txn, command.session, command.seq, now_ms) {
             Seen::Fresh => {}
+            Seen::Duplicate(_) if is_planted(Mutant::SessionUnchecked) => {}
+            Seen::Expired if is_planted(Mutant::ExpiredSessionRuns) => {}
             Seen::Duplicate(stored) => {
                 return Ok(Applied {
                     response: replay(&stored)?,
@@ -178,23 +178,25 @@ impl Applier {
             }
         };
         let answer = outcome.as_ref().map(|applied| &applied.response);
-        session::record(
-            &mut txn,
-            command.session,
-            command.seq,
-            now_ms,
-            codec::encode_plain(&answer),
-        );
+        if answer.is_ok() || !is_planted(Mutant::RefusalNotRecorded) {
+            session::record(
+                &mut txn,
+                command.session,
+                command.seq,
+                now_ms,
+                codec::encode_plain(&answer),
+            );
+        }
         txn.commit();
         outcome
     }
 }
 
 /// A refused change leaves configuration and table as they are.
-fn apply_change(
+fn apply_change<R: Read>(
     entry: &Entry,
     configuration: &mut dyn Configuration,
-    batch: &mut ApplyBatch<RocksEngine>,
+    batch: &mut ApplyBatch<R>,
 ) -> Result<(), Rejection> {
     let change: ConfChange = decode_raft(&entry.data)
         .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?;
@@ -212,16 +214,24 @@ fn replay(stored: &[u8]) -> Result<Vec<u8>, Rejection> {
         .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?
 }
 
-/// Log time never goes back, whatever a new leader's clock says.
-fn advance_log_time(batch: &mut ApplyBatch<RocksEngine>, stamped_ms: u64) -> u64 {
-    let newest = batch
+/// The newest time in the log.
+pub(super) fn log_time_ms(reader: &dyn Reader) -> u64 {
+    reader
         .get(HEAD_TABLE, LOG_TIME_KEY)
         .and_then(|bytes| bytes.try_into().ok().map(u64::from_be_bytes))
-        .unwrap_or(0);
+        .unwrap_or(0)
+}
+
+/// Log time never goes back, whatever a new leader's clock says.
+fn advance_log_time<R: Read>(batch: &mut ApplyBatch<R>, stamped_ms: u64) -> u64 {
+    let newest = log_time_ms(batch);
     if stamped_ms > newest {
         let mut txn = batch.begin();
         txn.put(HEAD_TABLE, LOG_TIME_KEY, stamped_ms.to_be_bytes().to_vec());
         txn.commit();
+    }
+    if is_planted(Mutant::LogTimeGoesBack) {
+        return stamped_ms;
     }
     stamped_ms.max(newest)
 }

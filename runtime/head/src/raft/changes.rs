@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::mutant::{Mutant, is_planted};
+use mobula_storage::engine::Engine;
 use raft::{ProgressState, StateRole};
 use tokio::sync::oneshot;
 
@@ -39,6 +41,7 @@ struct Waiting {
 
 /// The changes that were proposed here, and who is alive to take part in them.
 pub(super) struct Changes {
+    now: Instant,
     /// When each other head was last heard of. (raft's own flag is cleared once in each election
     /// timeout and so, for a moment, says of everybody that he is gone.)
     heard: BTreeMap<u64, Instant>,
@@ -52,8 +55,9 @@ pub(super) struct Changes {
 }
 
 impl Changes {
-    pub(super) fn new(silence_max: Duration) -> Self {
+    pub(super) fn new(silence_max: Duration, now: Instant) -> Self {
         Changes {
+            now,
             heard: BTreeMap::new(),
             silence_max,
             waiting: BTreeMap::new(),
@@ -62,20 +66,30 @@ impl Changes {
         }
     }
 
+    /// Notes what time it is.
+    pub(super) fn advance_to(&mut self, now: Instant) {
+        self.now = now;
+    }
+
     /// Notes that a head of the group said something.
-    pub(super) fn heard(&mut self, node: &Node, from: u64) {
+    pub(super) fn heard<E: Engine>(&mut self, node: &Node<E>, from: u64) {
         if node.raft.prs().get(from).is_some() {
-            self.heard.insert(from, Instant::now());
+            self.heard.insert(from, self.now);
         }
     }
 
-    fn is_alive(&self, node: &Node, raft_id: u64) -> bool {
-        let is_heard = |at: &Instant| at.elapsed() <= self.silence_max;
+    fn is_alive<E: Engine>(&self, node: &Node<E>, raft_id: u64) -> bool {
+        let is_heard = |at: &Instant| self.now.saturating_duration_since(*at) <= self.silence_max;
         raft_id == node.raft.id || self.heard.get(&raft_id).is_some_and(is_heard)
     }
 
     /// Checks a change and puts it into the log.
-    pub(super) fn propose(&mut self, node: &mut Node, change: GroupChange, reply: Reply) {
+    pub(super) fn propose<E: Engine>(
+        &mut self,
+        node: &mut Node<E>,
+        change: GroupChange,
+        reply: Reply,
+    ) {
         if node.raft.state != StateRole::Leader {
             // Whoever asked may have given up, here and below.
             let _ = reply.send(Err(not_leader(node).into()));
@@ -94,7 +108,7 @@ impl Changes {
         self.append(node, waiting);
     }
 
-    fn append(&mut self, node: &mut Node, mut waiting: Waiting) {
+    fn append<E: Engine>(&mut self, node: &mut Node<E>, mut waiting: Waiting) {
         // Across leaders too: the term is part of it.
         self.last_nonce += 1;
         waiting.nonce = (node.raft.term << 32) | self.last_nonce;
@@ -116,7 +130,7 @@ impl Changes {
         let Some(waiting) = self.waiting.remove(&applied.index) else {
             return;
         };
-        if applied.nonce == Some(waiting.nonce) {
+        if applied.nonce == Some(waiting.nonce) || is_planted(Mutant::ChangeSwallowed) {
             let _ = waiting.reply.send(applied.result.map_err(Into::into));
         } else {
             self.vanished.push(waiting);
@@ -124,7 +138,7 @@ impl Changes {
     }
 
     /// Proposes again what vanished. To be called when nothing is between `ready` and `advance`.
-    pub(super) fn propose_again(&mut self, node: &mut Node) {
+    pub(super) fn propose_again<E: Engine>(&mut self, node: &mut Node<E>) {
         for waiting in std::mem::take(&mut self.vanished) {
             if node.raft.state != StateRole::Leader {
                 let _ = waiting.reply.send(Err(not_leader(node).into()));
@@ -156,7 +170,7 @@ fn refused(why: String) -> ChangeError {
 }
 
 impl Changes {
-    fn check(&self, node: &Node, change: &GroupChange) -> Result<(), ChangeError> {
+    fn check<E: Engine>(&self, node: &Node<E>, change: &GroupChange) -> Result<(), ChangeError> {
         match change {
             GroupChange::AddLearner(_) => Ok(()),
             GroupChange::Promote(raft_id) => self.check_promotion(node, *raft_id),
@@ -164,7 +178,7 @@ impl Changes {
         }
     }
 
-    fn check_promotion(&self, node: &Node, raft_id: u64) -> Result<(), ChangeError> {
+    fn check_promotion<E: Engine>(&self, node: &Node<E>, raft_id: u64) -> Result<(), ChangeError> {
         let tracker = node.raft.prs();
         if tracker.conf().voters().contains(raft_id) {
             return Ok(());
@@ -195,7 +209,7 @@ impl Changes {
         )))
     }
 
-    fn check_removal(&self, node: &Node, raft_id: u64) -> Result<(), ChangeError> {
+    fn check_removal<E: Engine>(&self, node: &Node<E>, raft_id: u64) -> Result<(), ChangeError> {
         let tracker = node.raft.prs();
         if raft_id == node.raft.id {
             return Err(ChangeError::IsLeader(raft_id));
@@ -221,7 +235,11 @@ impl Changes {
     }
 
     /// Begins to hand leadership over; to whom.
-    pub(super) fn transfer(&self, node: &mut Node, to: Option<u64>) -> Result<u64, ChangeError> {
+    pub(super) fn transfer<E: Engine>(
+        &self,
+        node: &mut Node<E>,
+        to: Option<u64>,
+    ) -> Result<u64, ChangeError> {
         if node.raft.state != StateRole::Leader {
             return Err(not_leader(node).into());
         }
@@ -258,7 +276,7 @@ impl Changes {
     }
 
     /// How far the members are.
-    pub(super) fn progress(&self, node: &Node) -> GroupProgress {
+    pub(super) fn progress<E: Engine>(&self, node: &Node<E>) -> GroupProgress {
         let raft = &node.raft;
         let mut members: Vec<MemberProgress> = Vec::new();
         if raft.state == StateRole::Leader {

@@ -1,21 +1,26 @@
 //! The driver: one thread that owns the Raft state machine, the log and the tables. This file
-//! starts and ends it; `node_loop` is what it does.
+//! opens the log, and starts, paces and ends the thread; `node_loop` is what it does.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
 
 use mobula_core::clock::Clock;
 use mobula_core::config::RaftConfig;
 use mobula_core::control::{ModuleId, StateModule};
-use mobula_storage::engine::RocksEngine;
+use mobula_core::mutant::{Mutant, is_planted};
+use mobula_storage::engine::{Engine, RocksEngine, RocksSnapshot};
 use mobula_storage::raft_log::RaftLog;
 use raft::{RawNode, ReadOnlyOption};
 use tokio::sync::watch;
 
 use super::apply::Applier;
-use super::inputs::{InputReceiver, InputSender};
+use super::chance::Chance;
+use super::inputs::{Input, InputReceiver, InputSender};
+use super::log_clock::LogClock;
 use super::membership::{GroupView, HeadsModule};
-use super::node_loop::{Loop, LoopParts};
+use super::node_loop::{Fault, Loop, LoopParts};
 use super::proposals::{Leadership, RaftHandle};
 use super::transport::Peers;
 use crate::dispatcher::EffectSender;
@@ -33,6 +38,14 @@ const UNCOMMITTED_BYTES_MAX: u64 = 8 * 1024 * 1024;
 /// How much is applied in one go, so that ticks are not held up.
 const COMMITTED_BYTES_PER_READY_MAX: u64 = 4 * 1024 * 1024;
 
+/// How many inputs are taken before one `ready`: together they are one write to the log.
+const INPUTS_PER_READY_MAX: usize = 1024;
+
+/// Ticks that are made up for after a pause, of the thread or of the whole machine: enough for a
+/// slow fsync. After a longer one others may lead already, and all ticks at once would only make
+/// this head stand against them.
+const TICKS_MADE_UP_MAX: u32 = 4;
+
 /// What an empty log becomes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum EmptyLog {
@@ -43,15 +56,81 @@ pub(crate) enum EmptyLog {
 }
 
 /// What the driver needs to start.
-pub(crate) struct DriverOptions {
+pub(crate) struct DriverOptions<S = RocksSnapshot> {
     pub(crate) raft_id: u64,
     pub(crate) empty_log: EmptyLog,
     pub(crate) raft: RaftConfig,
     pub(crate) modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) effects: EffectSender,
-    pub(crate) inputs: (InputSender, InputReceiver),
-    pub(crate) peers: Box<dyn Peers>,
+    pub(crate) peers: Box<dyn Peers<S>>,
+    pub(crate) chance: Chance,
+}
+
+/// A log that was opened, and how to follow what becomes of it.
+pub(crate) struct Opened<E: Engine> {
+    pub(crate) state: Loop<E>,
+    pub(crate) leadership: watch::Receiver<Leadership>,
+    pub(crate) group: watch::Receiver<Arc<GroupView>>,
+    pub(crate) clock: Arc<LogClock>,
+}
+
+/// Whether the log in `engine` is nobody's: a member that had one before must not begin anew under
+/// its id, for it could vote twice.
+pub(crate) fn is_log_lost<E: Engine + Clone>(engine: &E) -> Result<bool, HeadError> {
+    let log = RaftLog::open(engine.clone()).map_err(|error| HeadError::Log(error.to_string()))?;
+    let member = log.member();
+    let member = member.map_err(|error| HeadError::Log(error.to_string()))?;
+    Ok(member.is_none() && !is_planted(Mutant::WipedDiskRejoins))
+}
+
+/// Opens the log of `engine` as the one of member `options.raft_id`.
+pub(crate) fn open<E: Engine + Clone>(
+    engine: E,
+    options: DriverOptions<E::Snapshot>,
+    now: Instant,
+) -> Result<Opened<E>, HeadError> {
+    let failed = |error: &dyn std::fmt::Display| HeadError::Log(error.to_string());
+    let log = RaftLog::open(engine).map_err(|error| failed(&error))?;
+    log.bind_member(options.raft_id)
+        .map_err(|error| failed(&error))?;
+    if log.is_empty() && options.empty_log == EmptyLog::BecomesGroup {
+        log.bootstrap(&[options.raft_id])
+            .map_err(|error| failed(&error))?;
+    }
+    let logger = slog::Logger::root(SlogToTracing, slog::o!());
+    let config = raft_config(options.raft_id, &options.raft, log.applied().index);
+    let mut node = RawNode::new(&config, log.clone(), &logger).map_err(|error| failed(&error))?;
+    // A group of one need not wait for an election timeout to learn that nobody else leads.
+    if log.conf_state().voters == [options.raft_id] {
+        node.campaign().map_err(|error| failed(&error))?;
+    }
+    let mut modules = options.modules;
+    modules.insert(ModuleId::HEADS, Arc::new(HeadsModule));
+    let applier = Applier::new(log.engine().clone(), modules);
+    let (leadership, leadership_receiver) = watch::channel(Leadership::default());
+    let group = GroupView::of(&applier.reader(), &log.conf_state());
+    let (group, group_receiver) = watch::channel(group);
+    let clock = Arc::new(LogClock::new(options.clock));
+    let parts = LoopParts {
+        node,
+        log,
+        applier,
+        clock: clock.clone(),
+        effects: options.effects,
+        peers: options.peers,
+        leadership,
+        group,
+        config: options.raft,
+        life: options.chance.life,
+        elections: options.chance.elections,
+    };
+    Ok(Opened {
+        state: Loop::new(parts, now),
+        leadership: leadership_receiver,
+        group: group_receiver,
+        clock,
+    })
 }
 
 /// The running driver.
@@ -61,53 +140,27 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    /// Opens the log of `engine` and starts the thread.
+    /// Opens the log of `engine` and starts the thread, which takes what comes through `inputs`.
     pub(crate) fn start(
         engine: RocksEngine,
+        inputs: (InputSender, InputReceiver),
         options: DriverOptions,
     ) -> Result<(Driver, RaftHandle), HeadError> {
-        let failed = |error: &dyn std::fmt::Display| HeadError::Log(error.to_string());
-        let log = RaftLog::open(engine).map_err(|error| failed(&error))?;
-        log.bind_member(options.raft_id)
-            .map_err(|error| failed(&error))?;
-        if log.is_empty() && options.empty_log == EmptyLog::BecomesGroup {
-            log.bootstrap(&[options.raft_id])
-                .map_err(|error| failed(&error))?;
-        }
-        let logger = slog::Logger::root(SlogToTracing, slog::o!());
-        let config = raft_config(options.raft_id, &options.raft, log.applied().index);
-        let mut node =
-            RawNode::new(&config, log.clone(), &logger).map_err(|error| failed(&error))?;
-        // A group of one need not wait for an election timeout to learn that nobody else leads.
-        if log.conf_state().voters == [options.raft_id] {
-            node.campaign().map_err(|error| failed(&error))?;
-        }
-        let mut modules = options.modules;
-        modules.insert(ModuleId::HEADS, Arc::new(HeadsModule));
-        let applier = Applier::new(log.engine().clone(), modules);
-        let (inputs, receiver) = options.inputs;
-        let (leadership, leadership_receiver) = watch::channel(Leadership::default());
-        let group = GroupView::of(&applier.reader(), &log.conf_state());
-        let (group, group_receiver) = watch::channel(group);
-        let state = Loop::new(LoopParts {
-            node,
-            log,
-            applier,
-            clock: options.clock,
-            effects: options.effects,
-            peers: options.peers,
-            leadership,
-            group,
-            config: options.raft,
-        });
+        let tick = Duration::from_millis(options.raft.tick_ms);
+        let opened = open(engine, options, Instant::now())?;
+        let (inputs, receiver) = inputs;
+        let state = opened.state;
         let thread = std::thread::Builder::new()
             .name("raft".into())
-            .spawn(move || state.run(&receiver))
-            .map_err(|error| failed(&error))?;
+            .spawn(move || {
+                run(state, &receiver, tick).unwrap_or_else(|fault| end_process(&fault));
+            })
+            .map_err(|error| HeadError::Log(error.to_string()))?;
         let handle = RaftHandle {
             inputs: inputs.clone(),
-            leadership: leadership_receiver,
-            group: group_receiver,
+            leadership: opened.leadership,
+            group: opened.group,
+            clock: opened.clock,
         };
         Ok((Driver { inputs, thread }, handle))
     }
@@ -123,6 +176,61 @@ impl Driver {
             tracing::error!("the raft thread panicked");
         }
     }
+}
+
+/// Works until it is told to stop, or nobody is left to tell it anything.
+fn run<E: Engine>(
+    mut state: Loop<E>,
+    inputs: &InputReceiver<E::Snapshot>,
+    tick: Duration,
+) -> Result<(), Fault> {
+    let mut next_tick = Instant::now() + tick;
+    while take_inputs(&mut state, inputs, next_tick)? {
+        let oldest = Instant::now().checked_sub(tick * TICKS_MADE_UP_MAX);
+        next_tick = oldest.map_or(next_tick, |oldest| next_tick.max(oldest));
+        while next_tick <= Instant::now() {
+            state.tick();
+            next_tick += tick;
+        }
+        state.settle()?;
+        state.compact_if_due()?;
+    }
+    Ok(())
+}
+
+/// Waits for the first input until `until`, then takes what else is there. False: stop.
+fn take_inputs<E: Engine>(
+    state: &mut Loop<E>,
+    inputs: &InputReceiver<E::Snapshot>,
+    until: Instant,
+) -> Result<bool, Fault> {
+    let wait = until.saturating_duration_since(Instant::now());
+    let mut next = match inputs.queue.recv_timeout(wait) {
+        Ok(input) => Some(input),
+        Err(RecvTimeoutError::Timeout) => return Ok(true),
+        Err(RecvTimeoutError::Disconnected) => return Ok(false),
+    };
+    let now = Instant::now();
+    // One more than the bound is taken out of the queue.
+    for taken in 0..=INPUTS_PER_READY_MAX {
+        let Some(input) = next.take() else { break };
+        inputs.taken(&input);
+        if matches!(input, Input::Stop) {
+            return Ok(false);
+        }
+        state.take(input, now)?;
+        if taken < INPUTS_PER_READY_MAX {
+            next = inputs.queue.try_recv().ok();
+        }
+    }
+    Ok(true)
+}
+
+/// Ends the process: after a failed write nobody knows what is on disk.
+fn end_process(fault: &Fault) -> ! {
+    tracing::error!(%fault, "ending the process, for what is on disk is unknown");
+    eprintln!("mobula head: {fault}");
+    std::process::exit(70);
 }
 
 fn raft_config(raft_id: u64, config: &RaftConfig, applied: u64) -> raft::Config {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use mobula_core::control::Command;
+use mobula_storage::engine::RocksSnapshot;
 use mobula_storage::raft_log::RaftMessage as _;
 use mobula_storage::snapshot::SnapshotInstall;
 use raft::eraftpb::Message;
@@ -32,17 +33,19 @@ const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Reports of the transport beside them: a few for each of the other heads.
 const REPORTS_MAX: usize = 256;
 
-/// What the driver is asked or told.
-pub(crate) enum Input {
+/// What the driver is asked or told. `S` is what a snapshot of its engine is.
+pub(crate) enum Input<S = RocksSnapshot> {
     /// Put this command into the log.
     Propose {
         command: Command,
         reply: oneshot::Sender<Result<Outcome, ProposeError>>,
     },
     /// Answer once everything that was committed before is applied.
-    Read { reply: ReadReply },
+    Read { reply: ReadReply<S> },
     /// Answer with what is applied here.
-    LocalView { reply: oneshot::Sender<TableView> },
+    LocalView {
+        reply: oneshot::Sender<TableView<S>>,
+    },
     /// Change the group.
     Change {
         change: GroupChange,
@@ -98,8 +101,8 @@ pub(crate) struct InputSender {
 }
 
 /// The driver's end.
-pub(crate) struct InputReceiver {
-    pub(super) queue: Receiver<Input>,
+pub(crate) struct InputReceiver<S = RocksSnapshot> {
+    pub(super) queue: Receiver<Input<S>>,
     waiting: Arc<Waiting>,
 }
 
@@ -118,7 +121,7 @@ pub(crate) fn input_queue() -> (InputSender, InputReceiver) {
 }
 
 impl Waiting {
-    fn counter(&self, input: &Input) -> Option<(&AtomicUsize, usize)> {
+    fn counter<S>(&self, input: &Input<S>) -> Option<(&AtomicUsize, usize)> {
         match input {
             Input::Propose { .. }
             | Input::Read { .. }
@@ -135,7 +138,7 @@ impl Waiting {
     }
 }
 
-fn message_bytes(input: &Input) -> usize {
+fn message_bytes<S>(input: &Input<S>) -> usize {
     match input {
         Input::Step(message) => message.encoded_len(),
         _ => 0,
@@ -180,9 +183,9 @@ impl InputSender {
     }
 }
 
-impl InputReceiver {
+impl<S> InputReceiver<S> {
     /// Notes that `input` waits no longer.
-    pub(super) fn taken(&self, input: &Input) {
+    pub(super) fn taken(&self, input: &Input<S>) {
         if let Some((count, _)) = self.waiting.counter(input) {
             count.fetch_sub(1, Ordering::Relaxed);
         }

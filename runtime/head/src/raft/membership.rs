@@ -19,6 +19,7 @@ use mobula_core::control::{
     Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::mutant::{Mutant, is_planted};
 use raft::eraftpb::{ConfChange, ConfChangeType, ConfState};
 use serde::{Deserialize, Serialize};
 
@@ -179,7 +180,8 @@ fn put(txn: &mut dyn Txn, member: &Member) -> Result<(), Rejection> {
 }
 
 fn refuse_removed(reader: &dyn Reader, raft_id: u64) -> Result<(), Rejection> {
-    if reader.get(REMOVED, &raft_id.to_be_bytes()).is_none() {
+    let was_removed = reader.get(REMOVED, &raft_id.to_be_bytes()).is_some();
+    if !was_removed || is_planted(Mutant::RemovedRejoins) {
         return Ok(());
     }
     Err(Rejection::new(
@@ -258,7 +260,7 @@ pub(super) fn nonce_of(context: &[u8]) -> Option<u64> {
 }
 
 /// Raft's configuration, as apply changes it.
-pub(super) trait Configuration {
+pub(crate) trait Configuration {
     /// As it is now.
     fn state(&self) -> ConfState;
     /// Changes it; refuses what would leave no voter.

@@ -17,7 +17,9 @@ mod driver;
 mod node_loop;
 
 mod apply;
+mod chance;
 mod changes;
+mod log_clock;
 mod membership;
 mod reads;
 mod snapshots;
@@ -33,7 +35,8 @@ mod test_group;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use driver::{Driver, DriverOptions, EmptyLog};
+pub(crate) use chance::Chance;
+pub(crate) use driver::{Driver, DriverOptions, EmptyLog, is_log_lost};
 pub(crate) use inputs::input_queue;
 pub(crate) use membership::{GroupChange, HeadCommand, MEMBERS_MAX, allocated_id};
 pub use membership::{GroupView, Member};
@@ -41,3 +44,16 @@ pub use proposals::{
     ChangeError, GroupProgress, Leadership, MemberProgress, Outcome, ProposeError, RaftHandle,
 };
 pub(crate) use transport::PeerNetwork;
+
+/// What [`crate::simulation`] is made of.
+pub(crate) mod simulation {
+    pub(crate) use super::apply::Applier;
+    pub(crate) use super::chance::{Chance, ElectionTimeouts};
+    pub(crate) use super::driver::{DriverOptions, open};
+    pub(crate) use super::inputs::Input;
+    pub(crate) use super::log_clock::LogClock;
+    pub(crate) use super::membership::{Configuration, GroupChange, HeadCommand, HeadsModule};
+    pub(crate) use super::node_loop::{Fault, Loop};
+    pub(crate) use super::snapshots::PinnedTables;
+    pub(crate) use super::transport::Peers;
+}

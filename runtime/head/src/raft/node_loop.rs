@@ -1,5 +1,10 @@
-//! What the driver's thread does: take inputs in bulk, let raft-rs make a `ready`, write, send,
+//! What the driver does, step by step: take inputs in bulk, let raft-rs make a `ready`, write, send,
 //! apply, answer. Many proposals share one fsync so.
+//!
+//! Whoever drives it ([`super::driver`] a thread, the simulator one event after the other) calls
+//! [`Loop::take`] and [`Loop::tick`] any number of times and then [`Loop::settle`]. Time, the store
+//! and what is drawn by lot come from there; nothing here waits, blocks but in the store, or knows
+//! which of the two it is.
 //!
 //! Invariants:
 //! 1. A leader's messages may leave before the write; a follower's (votes, acknowledgements) only
@@ -7,25 +12,27 @@
 //! 2. Nothing is stepped or proposed between `ready` and `advance`; what comes up meanwhile is kept
 //!    for after.
 //! 3. Nothing here waits for another process or for a client.
+//! 4. After a [`Fault`] nothing of this may be used any more: what is on disk is unknown.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
-use mobula_core::clock::Clock;
 use mobula_core::codec;
 use mobula_core::config::RaftConfig;
 use mobula_core::control::Command;
-use mobula_storage::engine::{Durability, RocksEngine};
+use mobula_core::mutant::{Mutant, is_planted};
+use mobula_storage::engine::{Durability, Engine};
 use mobula_storage::raft_log::{LogPoint, LogWrite, RaftLog};
-use raft::prelude::{ConfChange, ConfState, Entry, Message};
+use raft::prelude::{ConfChange, ConfState, Entry, HardState, Message, MessageType};
 use raft::{RawNode, StateRole};
 use tokio::sync::{oneshot, watch};
 
-use super::apply::{AppliedEntry, AppliedRun, Applier};
+use super::apply::{AppliedEntry, AppliedRun, Applier, log_time_ms};
+use super::chance::ElectionTimeouts;
 use super::changes::Changes;
-use super::inputs::{Input, InputReceiver};
+use super::inputs::Input;
+use super::log_clock::LogClock;
 use super::membership::{Configuration, GroupView};
 use super::proposals::{Leadership, Outcome, ProposeError};
 use super::reads::Reads;
@@ -33,18 +40,10 @@ use super::snapshots::Snapshots;
 use super::transport::Peers;
 use crate::dispatcher::EffectSender;
 
-/// How many inputs are taken before one `ready`: together they are one write to the log.
-const INPUTS_PER_READY_MAX: usize = 1024;
-
-/// Ticks that are made up for after a pause, of the thread or of the whole machine: enough for a
-/// slow fsync. After a longer one others may lead already, and all ticks at once would only make
-/// this head stand against them.
-const TICKS_MADE_UP_MAX: u32 = 4;
-
 /// The largest command; with what is around it, it fits a frame of the Raft lane.
 const COMMAND_BYTES_MAX: usize = 7 * 1024 * 1024;
 
-pub(super) type Node = RawNode<RaftLog<RocksEngine>>;
+pub(super) type Node<E> = RawNode<RaftLog<E>>;
 type Reply = oneshot::Sender<Result<Outcome, ProposeError>>;
 
 /// A proposal whose entry is in the log.
@@ -54,98 +53,100 @@ struct Waiting {
 }
 
 /// What the loop is made of.
-pub(super) struct LoopParts {
-    pub(super) node: Node,
-    pub(super) log: RaftLog<RocksEngine>,
-    pub(super) applier: Applier,
-    pub(super) clock: Arc<dyn Clock>,
+pub(super) struct LoopParts<E: Engine> {
+    pub(super) node: Node<E>,
+    pub(super) log: RaftLog<E>,
+    pub(super) applier: Applier<E>,
+    pub(super) clock: Arc<LogClock>,
     pub(super) effects: EffectSender,
-    pub(super) peers: Box<dyn Peers>,
+    pub(super) peers: Box<dyn Peers<E::Snapshot>>,
     pub(super) leadership: watch::Sender<Leadership>,
     pub(super) group: watch::Sender<Arc<GroupView>>,
     pub(super) config: RaftConfig,
+    pub(super) life: u64,
+    pub(super) elections: ElectionTimeouts,
 }
 
-pub(super) struct Loop {
-    parts: LoopParts,
+pub(crate) struct Loop<E: Engine> {
+    parts: LoopParts<E>,
     /// Commands, by index of their entry.
     waiting: BTreeMap<u64, Waiting>,
     changes: Changes,
-    reads: Reads,
-    snapshots: Snapshots,
+    reads: Reads<E::Snapshot>,
+    snapshots: Snapshots<E::Snapshot>,
     /// The highest term of which an entry is applied.
     applied_term: u64,
     bytes_since_compaction: u64,
 }
 
-impl Loop {
-    pub(super) fn new(mut parts: LoopParts) -> Self {
+impl<E: Engine> Loop<E> {
+    pub(super) fn new(mut parts: LoopParts<E>, now: Instant) -> Self {
         let raft_id = parts.node.raft.id;
         parts.peers.set_group(&parts.group.borrow());
         let election_ticks = u32::try_from(parts.config.election_ticks).unwrap_or(u32::MAX);
         let silence_max = Duration::from_millis(parts.config.tick_ms) * election_ticks;
-        Loop {
+        let life = parts.life;
+        let mut state = Loop {
             parts,
             waiting: BTreeMap::new(),
-            changes: Changes::new(silence_max),
-            reads: Reads::new(raft_id),
+            changes: Changes::new(silence_max, now),
+            reads: Reads::new(raft_id, life),
             snapshots: Snapshots::default(),
             applied_term: 0,
             bytes_since_compaction: 0,
-        }
-    }
-
-    /// Works until it is told to stop, or nobody is left to tell it anything.
-    pub(super) fn run(mut self, inputs: &InputReceiver) {
-        let tick = Duration::from_millis(self.parts.config.tick_ms);
-        let mut next_tick = Instant::now() + tick;
-        while self.take_inputs(inputs, next_tick) {
-            let oldest = Instant::now().checked_sub(tick * TICKS_MADE_UP_MAX);
-            next_tick = oldest.map_or(next_tick, |oldest| next_tick.max(oldest));
-            while next_tick <= Instant::now() {
-                self.parts.node.tick();
-                next_tick += tick;
-            }
-            self.handle_readies();
-            self.snapshots
-                .prepare(&mut self.parts.node, &self.parts.log);
-            self.publish_leadership();
-            self.compact_if_due();
-        }
-    }
-
-    /// Waits for the first input until `until`, then takes what else is there. False: stop.
-    fn take_inputs(&mut self, inputs: &InputReceiver, until: Instant) -> bool {
-        let wait = until.saturating_duration_since(Instant::now());
-        let mut next = match inputs.queue.recv_timeout(wait) {
-            Ok(input) => Some(input),
-            Err(RecvTimeoutError::Timeout) => return true,
-            Err(RecvTimeoutError::Disconnected) => return false,
         };
-        for _ in 0..INPUTS_PER_READY_MAX {
-            let Some(input) = next.take() else { break };
-            inputs.taken(&input);
-            if matches!(input, Input::Stop) {
-                return false;
-            }
-            self.take(input);
-            next = inputs.queue.try_recv().ok();
-        }
-        // One more than the bound was taken out of the queue.
-        if let Some(input) = next {
-            inputs.taken(&input);
-            if matches!(input, Input::Stop) {
-                return false;
-            }
-            self.take(input);
-        }
-        true
+        state.pin_election_timeout();
+        state
     }
 
-    fn take(&mut self, input: Input) {
+    /// The log.
+    pub(crate) fn log(&self) -> &RaftLog<E> {
+        &self.parts.log
+    }
+
+    /// The term, whether this head leads in it, and the last committed index.
+    pub(crate) fn standing(&self) -> (u64, bool, u64) {
+        let raft = &self.parts.node.raft;
+        (
+            raft.term,
+            raft.state == StateRole::Leader,
+            raft.raft_log.committed,
+        )
+    }
+
+    /// One tick has passed.
+    pub(crate) fn tick(&mut self) {
+        self.parts.node.tick();
+        self.pin_election_timeout();
+    }
+
+    /// Carries out what follows from the ticks and inputs since the last time.
+    pub(crate) fn settle(&mut self) -> Result<(), Fault> {
+        self.handle_readies()?;
+        self.snapshots
+            .prepare(&mut self.parts.node, &self.parts.log);
+        self.publish_leadership();
+        Ok(())
+    }
+
+    /// Takes one input, at `now`.
+    pub(crate) fn take(&mut self, input: Input<E::Snapshot>, now: Instant) -> Result<(), Fault> {
+        self.changes.advance_to(now);
+        self.take_at_last(input)?;
+        self.pin_election_timeout();
+        Ok(())
+    }
+
+    fn take_at_last(&mut self, input: Input<E::Snapshot>) -> Result<(), Fault> {
         let node = &mut self.parts.node;
         match input {
             Input::Propose { command, reply } => self.propose(command, reply),
+            Input::Read { reply }
+                if is_planted(Mutant::ReadWithoutQuorum)
+                    && node.raft.state == StateRole::Leader =>
+            {
+                let _ = reply.send(Ok(self.parts.applier.reader()));
+            }
             Input::Read { reply } => {
                 if let Some(context) = self.reads.ask(reply) {
                     node.read_index(context);
@@ -173,16 +174,37 @@ impl Loop {
                 self.snapshots.arrived(install, reply);
                 self.step(*message);
                 // Before anything else, so that raft's answer is about this one.
-                self.handle_readies();
+                self.handle_readies()?;
                 self.snapshots.settle();
             }
             Input::Stop => unreachable!("the caller ends at a stop"),
+        }
+        Ok(())
+    }
+
+    /// raft draws a timeout whenever its role or term changes; a simulation replaces it at once.
+    fn pin_election_timeout(&mut self) {
+        let raft = &mut self.parts.node.raft;
+        let election_ticks = self.parts.config.election_ticks;
+        if let Some(ticks) = self
+            .parts
+            .elections
+            .ticks(raft.id, raft.term, election_ticks)
+        {
+            raft.set_randomized_election_timeout(ticks);
         }
     }
 
     fn step(&mut self, message: Message) {
         let (from, kind) = (message.from, message.get_msg_type());
         self.changes.heard(&self.parts.node, from);
+        // A follower would pass them on to whom it takes for the leader, and he perhaps back: whoever
+        // asks, asks again.
+        let is_for_leader = matches!(kind, MessageType::MsgReadIndex | MessageType::MsgPropose);
+        let leads = self.parts.node.raft.state == StateRole::Leader;
+        if is_for_leader && !(leads && self.reads.is_new(&message)) {
+            return;
+        }
         if let Err(error) = self.parts.node.step(message) {
             // Those of heads that are members no more, for instance.
             tracing::debug!(from, ?kind, %error, "raft has no use for a message");
@@ -223,35 +245,42 @@ impl Loop {
         }
     }
 
-    fn handle_readies(&mut self) {
+    fn handle_readies(&mut self) -> Result<(), Fault> {
         while self.parts.node.has_ready() {
-            self.handle_ready();
+            self.handle_ready()?;
             self.snapshots.report(&mut self.parts.node);
             self.changes.propose_again(&mut self.parts.node);
+            self.pin_election_timeout();
         }
+        Ok(())
     }
 
-    fn handle_ready(&mut self) {
+    fn handle_ready(&mut self) -> Result<(), Fault> {
         let mut ready = self.parts.node.ready();
         self.send(ready.take_messages());
+        if is_planted(Mutant::SendBeforeFsync) {
+            self.send(ready.take_persisted_messages());
+        }
         let mut write = if ready.snapshot().is_empty() {
             self.parts.log.begin()
         } else {
-            self.snapshots.stage(ready.snapshot(), &self.parts.log)
+            self.snapshots.stage(ready.snapshot(), &self.parts.log)?
         };
         write
             .append(ready.entries())
-            .unwrap_or_else(|error| abort("append to the log", &error));
-        if let Some(hard_state) = ready.hs() {
+            .map_err(|error| Fault::new("append to the log", &error))?;
+        let is_kept =
+            |_: &&HardState| !is_planted(Mutant::VoteNotWritten) || !ready.entries().is_empty();
+        if let Some(hard_state) = ready.hs().filter(is_kept) {
             write.set_hard_state(hard_state);
         }
         if !write.is_empty() {
-            let durability = if ready.must_sync() {
+            let durability = if ready.must_sync() && !is_planted(Mutant::LogNotSynced) {
                 Durability::Synced
             } else {
                 Durability::Buffered
             };
-            self.commit(write, durability, "write the log");
+            self.commit(write, durability, "write the log")?;
         }
         if !ready.snapshot().is_empty() {
             self.after_install(ready.snapshot().get_metadata().term);
@@ -259,27 +288,31 @@ impl Loop {
         self.send(ready.take_persisted_messages());
         self.reads.confirm(ready.take_read_states());
         let committed = ready.take_committed_entries();
-        self.apply(&committed);
+        self.apply(&committed)?;
         let mut light = self.parts.node.advance(ready);
         self.send(light.take_messages());
         let committed = light.take_committed_entries();
-        self.apply(&committed);
+        self.apply(&committed)?;
         self.parts.node.advance_apply();
         let applier = &self.parts.applier;
         self.reads
             .answer(self.parts.log.applied().index, || applier.reader());
+        Ok(())
     }
 
-    fn commit(&self, write: LogWrite, durability: Durability, what: &str) {
-        self.parts
-            .log
-            .commit(write, durability)
-            .unwrap_or_else(|error| abort(what, &error));
+    fn commit(
+        &self,
+        write: LogWrite,
+        durability: Durability,
+        what: &'static str,
+    ) -> Result<(), Fault> {
+        let written = self.parts.log.commit(write, durability);
+        written.map_err(|error| Fault::new(what, &error))
     }
 
     fn send(&mut self, messages: Vec<Message>) {
         for message in messages {
-            if message.get_msg_type() == raft::prelude::MessageType::MsgSnapshot {
+            if message.get_msg_type() == MessageType::MsgSnapshot {
                 self.snapshots.send(message, &mut *self.parts.peers);
             } else {
                 self.parts.peers.send(message);
@@ -294,8 +327,10 @@ impl Loop {
         self.parts.effects.everything_changed();
     }
 
-    fn apply(&mut self, entries: &[Entry]) {
-        let Some(last) = entries.last() else { return };
+    fn apply(&mut self, entries: &[Entry]) -> Result<(), Fault> {
+        let Some(last) = entries.last() else {
+            return Ok(());
+        };
         let mut write = self.parts.log.begin();
         let mut configuration = NodeConfiguration {
             node: &mut self.parts.node,
@@ -305,16 +340,22 @@ impl Loop {
             .parts
             .applier
             .apply(entries, &mut configuration, write.batch_mut());
-        if let Some(state) = configuration.changed {
+        let is_kept = |_: &ConfState| !is_planted(Mutant::MembershipNotStored);
+        if let Some(state) = configuration.changed.filter(is_kept) {
             write.set_conf_state(&state);
+        }
+        if is_planted(Mutant::AppliedNotWithTables) {
+            self.commit(write, Durability::Buffered, "write the tables")?;
+            write = self.parts.log.begin();
         }
         write.set_applied(LogPoint {
             index: last.index,
             term: last.term,
         });
-        self.commit(write, Durability::Buffered, "write the tables");
+        self.commit(write, Durability::Buffered, "write the tables")?;
         self.applied_term = self.applied_term.max(last.term);
         self.answer(run);
+        Ok(())
     }
 
     fn answer(&mut self, run: AppliedRun) {
@@ -330,7 +371,7 @@ impl Loop {
             let Some(waiting) = self.waiting.remove(&index) else {
                 continue;
             };
-            let answer = if waiting.term == term {
+            let answer = if waiting.term == term || is_planted(Mutant::AnswerOfOtherTerm) {
                 Ok(Outcome { index, result })
             } else {
                 // Another leader's entry stands where this one's was.
@@ -362,6 +403,11 @@ impl Loop {
             applied_index: self.parts.log.applied().index,
             first_log_index: self.parts.log.truncated().index + 1,
         };
+        if is_leader && !self.parts.leadership.borrow().is_leader {
+            self.parts
+                .clock
+                .observe(log_time_ms(&self.parts.applier.reader()));
+        }
         self.parts.leadership.send_if_modified(|now| {
             // Indexes alone wake nobody.
             let changed =
@@ -379,7 +425,8 @@ impl Loop {
         }
     }
 
-    fn compact_if_due(&mut self) {
+    /// Shortens the log when it has become long. To be called after [`Loop::settle`].
+    pub(crate) fn compact_if_due(&mut self) -> Result<(), Fault> {
         let config = &self.parts.config;
         let applied = self.parts.log.applied().index;
         let first = self.parts.log.truncated().index;
@@ -387,7 +434,7 @@ impl Loop {
         let due = entries >= config.compact_entries + config.keep_entries
             || self.bytes_since_compaction >= config.compact_bytes;
         if !due {
-            return;
+            return Ok(());
         }
         // A follower goes on behind the snapshot that is on its way to it, unless that takes so
         // long that it must begin anew.
@@ -399,26 +446,41 @@ impl Loop {
             target = target.min(needed);
         }
         if target <= first {
-            return;
+            return Ok(());
         }
         let mut write = self.parts.log.begin();
         self.parts
             .log
             .compact_to(&mut write, target)
-            .unwrap_or_else(|error| abort("compact the log", &error));
-        self.commit(write, Durability::Buffered, "compact the log");
+            .map_err(|error| Fault::new("compact the log", &error))?;
+        self.commit(write, Durability::Buffered, "compact the log")?;
         self.bytes_since_compaction = 0;
         tracing::info!(from = first, to = target, "log compacted");
+        Ok(())
     }
 }
 
 /// Raft's configuration while entries are applied.
-struct NodeConfiguration<'a> {
-    node: &'a mut Node,
+struct NodeConfiguration<'a, E: Engine> {
+    node: &'a mut Node<E>,
     changed: Option<ConfState>,
 }
 
-impl Configuration for NodeConfiguration<'_> {
+impl<E: Engine> NodeConfiguration<'_, E> {
+    /// raft 0.7 lets a leader lead on that is no member any more, and panics when that one's next
+    /// entry is on the disk. A leader hands over before it is removed, but one that was elected with
+    /// its own removal in the log finds out only here.
+    fn step_down_if_removed(&mut self) {
+        let raft = &mut self.node.raft;
+        let is_member = raft.prs().get(raft.id).is_some();
+        if !is_member && raft.state == StateRole::Leader {
+            tracing::warn!("this head leads and was removed from the group; it steps down");
+            raft.become_follower(raft.term, raft::INVALID_ID);
+        }
+    }
+}
+
+impl<E: Engine> Configuration for NodeConfiguration<'_, E> {
     fn state(&self) -> ConfState {
         self.node.raft.prs().conf().to_conf_state()
     }
@@ -428,6 +490,7 @@ impl Configuration for NodeConfiguration<'_> {
             .node
             .apply_conf_change(change)
             .map_err(|error| error.to_string())?;
+        self.step_down_if_removed();
         // raft keeps them in hash sets; what is stored and sent has one form.
         state.voters.sort_unstable();
         state.learners.sort_unstable();
@@ -437,28 +500,38 @@ impl Configuration for NodeConfiguration<'_> {
     }
 }
 
-fn known_leader(node: &Node) -> Option<u64> {
+fn known_leader<E: Engine>(node: &Node<E>) -> Option<u64> {
     let leader = node.raft.leader_id;
     (leader != raft::INVALID_ID).then_some(leader)
 }
 
-pub(super) fn not_leader(node: &Node) -> ProposeError {
+pub(super) fn not_leader<E: Engine>(node: &Node<E>) -> ProposeError {
     ProposeError::NotLeader {
         leader: known_leader(node),
     }
 }
 
 /// Why raft has dropped a leader's proposal.
-pub(super) fn dropped(node: &Node) -> ProposeError {
+pub(super) fn dropped<E: Engine>(node: &Node<E>) -> ProposeError {
     match node.raft.lead_transferee {
         Some(next) => ProposeError::NotLeader { leader: Some(next) },
         None => ProposeError::Overloaded("8 MiB of commands are not committed yet"),
     }
 }
 
-/// Ends the process: after a failed write nobody knows what is on disk.
-pub(super) fn abort(what: &str, error: &dyn std::fmt::Display) -> ! {
-    tracing::error!(%error, "cannot {what}; ending the process, for what is on disk is unknown");
-    eprintln!("mobula head: cannot {what}: {error}");
-    std::process::exit(70);
+/// The store failed: nobody knows what is on disk, so the process must end.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what}: {reason}")]
+pub(crate) struct Fault {
+    what: &'static str,
+    reason: String,
+}
+
+impl Fault {
+    pub(super) fn new(what: &'static str, error: &dyn std::fmt::Display) -> Self {
+        Fault {
+            what,
+            reason: error.to_string(),
+        }
+    }
 }

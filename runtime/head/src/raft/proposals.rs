@@ -15,6 +15,7 @@ use mobula_storage::tables::TablesReader;
 use tokio::sync::{oneshot, watch};
 
 use super::inputs::{Input, InputSender, NotTaken};
+use super::log_clock::LogClock;
 use super::membership::{GroupChange, GroupView};
 
 /// How long to wait for one answer of the driver before saying that nothing is known. Far above
@@ -27,7 +28,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The tables at one moment.
-pub(crate) type TableView = TablesReader<RocksSnapshot>;
+pub(crate) type TableView<S = RocksSnapshot> = TablesReader<S>;
 
 /// What became of an applied command.
 #[derive(Debug, Clone)]
@@ -155,6 +156,7 @@ pub struct RaftHandle {
     pub(super) inputs: InputSender,
     pub(super) leadership: watch::Receiver<Leadership>,
     pub(super) group: watch::Receiver<Arc<GroupView>>,
+    pub(super) clock: Arc<LogClock>,
 }
 
 impl RaftHandle {
@@ -233,6 +235,11 @@ impl RaftHandle {
     #[must_use]
     pub fn group(&self) -> watch::Receiver<Arc<GroupView>> {
         self.group.clone()
+    }
+
+    /// The time by which a leader decides what is due: its own clock's, but never behind the log's.
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
     }
 
     /// Follows who leads.

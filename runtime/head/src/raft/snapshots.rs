@@ -14,26 +14,35 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use mobula_storage::engine::{RocksEngine, RocksSnapshot};
+use mobula_core::mutant::{Mutant, is_planted};
+use mobula_storage::engine::{Engine, Read, RocksSnapshot};
 use mobula_storage::raft_log::{LogWrite, RaftLog};
 use mobula_storage::snapshot::{SnapshotExport, SnapshotInstall, SnapshotPlace};
 use raft::prelude::{Message, Snapshot};
 use raft::{SnapshotStatus, StateRole};
 use tokio::sync::oneshot;
 
-use super::node_loop::{Node, abort};
+use super::node_loop::{Fault, Node};
 use super::transport::Peers;
 
 /// The tables at one entry, for whoever is to be sent them.
-#[derive(Clone)]
-pub(crate) struct PinnedTables {
-    view: Arc<RocksSnapshot>,
+pub(crate) struct PinnedTables<S = RocksSnapshot> {
+    view: Arc<S>,
     place: SnapshotPlace,
 }
 
-impl PinnedTables {
+impl<S> Clone for PinnedTables<S> {
+    fn clone(&self) -> Self {
+        PinnedTables {
+            view: self.view.clone(),
+            place: self.place.clone(),
+        }
+    }
+}
+
+impl<S: Read> PinnedTables<S> {
     /// Reads all of it.
-    pub(crate) fn export(&self) -> SnapshotExport<Arc<RocksSnapshot>> {
+    pub(crate) fn export(&self) -> SnapshotExport<Arc<S>> {
         SnapshotExport::new(self.view.clone(), self.place.clone())
     }
 }
@@ -45,9 +54,8 @@ struct Arrived {
 }
 
 /// The driver's snapshots.
-#[derive(Default)]
-pub(super) struct Snapshots {
-    prepared: Option<PinnedTables>,
+pub(super) struct Snapshots<S> {
+    prepared: Option<PinnedTables<S>>,
     /// Snapshots under way: their index, by receiver.
     sending: BTreeMap<u64, u64>,
     /// Failures that raft is to be told when it may be told something.
@@ -55,9 +63,24 @@ pub(super) struct Snapshots {
     arrived: Option<Arrived>,
 }
 
-impl Snapshots {
+impl<S> Default for Snapshots<S> {
+    fn default() -> Self {
+        Snapshots {
+            prepared: None,
+            sending: BTreeMap::new(),
+            failed: Vec::new(),
+            arrived: None,
+        }
+    }
+}
+
+impl<S> Snapshots<S> {
     /// Pins the tables if a follower needs them, and gives them back when none does.
-    pub(super) fn prepare(&mut self, node: &mut Node, log: &RaftLog<RocksEngine>) {
+    pub(super) fn prepare<E: Engine<Snapshot = S>>(
+        &mut self,
+        node: &mut Node<E>,
+        log: &RaftLog<E>,
+    ) {
         if node.raft.state != StateRole::Leader {
             self.release(log);
             // Only a leader asks.
@@ -66,7 +89,11 @@ impl Snapshots {
         }
         if let Some(request) = log.take_snapshot_request() {
             let place = SnapshotPlace {
-                applied: log.applied(),
+                applied: if is_planted(Mutant::SnapshotTooNew) {
+                    log.last()
+                } else {
+                    log.applied()
+                },
                 conf_state: log.conf_state(),
             };
             tracing::info!(
@@ -80,7 +107,7 @@ impl Snapshots {
             metadata.term = place.applied.term;
             metadata.set_conf_state(place.conf_state.clone());
             self.prepared = Some(PinnedTables {
-                view: Arc::new(mobula_storage::engine::Engine::snapshot(log.engine())),
+                view: Arc::new(log.engine().snapshot()),
                 place,
             });
             log.set_prepared_snapshot(snapshot);
@@ -89,7 +116,7 @@ impl Snapshots {
         }
     }
 
-    fn release(&mut self, log: &RaftLog<RocksEngine>) {
+    fn release<E: Engine>(&mut self, log: &RaftLog<E>) {
         if self.prepared.take().is_some() {
             log.clear_prepared_snapshot();
         }
@@ -105,7 +132,7 @@ impl Snapshots {
     }
 
     /// Hands a snapshot that raft wants sent to the transport.
-    pub(super) fn send(&mut self, message: Message, peers: &mut dyn Peers) {
+    pub(super) fn send(&mut self, message: Message, peers: &mut dyn Peers<S>) {
         let (to, index) = (message.to, message.get_snapshot().get_metadata().index);
         let tables = self
             .prepared
@@ -122,7 +149,7 @@ impl Snapshots {
     }
 
     /// Takes what became of a snapshot.
-    pub(super) fn sent(&mut self, node: &mut Node, to: u64, arrived: bool) {
+    pub(super) fn sent<E: Engine>(&mut self, node: &mut Node<E>, to: u64, arrived: bool) {
         self.sending.remove(&to);
         let status = if arrived {
             SnapshotStatus::Finish
@@ -130,11 +157,13 @@ impl Snapshots {
             SnapshotStatus::Failure
         };
         tracing::info!(follower = to, arrived, "a snapshot's sending has ended");
-        node.report_snapshot(to, status);
+        if !is_planted(Mutant::SnapshotEndUnreported) {
+            node.report_snapshot(to, status);
+        }
     }
 
     /// Reports what failed at once. To be called when nothing is between `ready` and `advance`.
-    pub(super) fn report(&mut self, node: &mut Node) {
+    pub(super) fn report<E: Engine>(&mut self, node: &mut Node<E>) {
         for to in std::mem::take(&mut self.failed) {
             node.report_snapshot(to, SnapshotStatus::Failure);
         }
@@ -150,7 +179,11 @@ impl Snapshots {
     }
 
     /// The batch that makes the snapshot that raft accepted the state of this head.
-    pub(super) fn stage(&mut self, snapshot: &Snapshot, log: &RaftLog<RocksEngine>) -> LogWrite {
+    pub(super) fn stage<E: Engine>(
+        &mut self,
+        snapshot: &Snapshot,
+        log: &RaftLog<E>,
+    ) -> Result<LogWrite, Fault> {
         let metadata = snapshot.get_metadata();
         let Arrived { install, reply } = self
             .arrived
@@ -158,18 +191,18 @@ impl Snapshots {
             .expect("raft hears of a snapshot together with its verified bytes");
         let place = install.place().cloned();
         if place.as_ref().map(|place| place.applied.index) != Some(metadata.index) {
-            abort(
+            return Err(Fault::new(
                 "install a snapshot",
                 &"its bytes are of another entry than its announcement",
-            );
+            ));
         }
         let (write, place) = install
             .stage(log)
-            .unwrap_or_else(|error| abort("install a snapshot", &error));
+            .map_err(|error| Fault::new("install a snapshot", &error))?;
         tracing::info!(index = place.applied.index, "installing a snapshot");
         // Whoever sent it may have given up. What it hears is confirmed by raft's own answer.
         let _ = reply.send(Ok(()));
-        write
+        Ok(write)
     }
 
     /// Answers for a snapshot that raft had no use for.
@@ -182,7 +215,7 @@ impl Snapshots {
 }
 
 /// Whether a follower is behind the log's start.
-fn is_needed(node: &Node, log: &RaftLog<RocksEngine>) -> bool {
+fn is_needed<E: Engine>(node: &Node<E>, log: &RaftLog<E>) -> bool {
     let first = log.truncated().index + 1;
     node.raft.prs().iter().any(|(id, progress)| {
         *id != node.raft.id

@@ -24,6 +24,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::sync::oneshot;
 
+use super::chance::Chance;
 use super::inputs::{Input, InputSender, input_queue};
 use super::membership::{GroupChange, HeadCommand, Member, allocated_id};
 use super::proposals::ChangeError;
@@ -126,6 +127,7 @@ pub(super) fn start_driver(
     let peers = peers(inputs.0.clone());
     Driver::start(
         engine,
+        inputs,
         DriverOptions {
             raft_id,
             empty_log,
@@ -136,8 +138,8 @@ pub(super) fn start_driver(
                 .collect(),
             clock: Arc::new(StepClock(AtomicU64::new(1_000))),
             effects,
-            inputs,
             peers,
+            chance: Chance::drawn(),
         },
     )
     .unwrap()

@@ -24,6 +24,7 @@ use std::time::Duration;
 use mobula_net::endpoint::{Connection, Endpoint};
 use mobula_net::lane::{FramedSender, FramedStream};
 use mobula_net::{FrameKind, Lane};
+use mobula_storage::engine::RocksSnapshot;
 use mobula_storage::raft_log::{decode_raft, encode_raft};
 use mobula_wire::raft::{RaftHello, RaftRefusal};
 use parking_lot::Mutex;
@@ -55,13 +56,13 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAMS_MAX: usize = 6;
 
 /// The way to the other heads, as the driver sees it.
-pub(crate) trait Peers: Send {
+pub(crate) trait Peers<S = RocksSnapshot>: Send {
     /// Sends towards `message.to`, or drops it.
     fn send(&mut self, message: Message);
 
     /// Sends a snapshot with the tables that belong to it. Its end is reported as
     /// [`Input::SnapshotSent`], whatever it is.
-    fn send_snapshot(&mut self, message: Message, tables: PinnedTables);
+    fn send_snapshot(&mut self, message: Message, tables: PinnedTables<S>);
 
     /// Takes in who is in the group, and where.
     fn set_group(&mut self, group: &GroupView);

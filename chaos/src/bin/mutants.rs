@@ -1,0 +1,121 @@
+//! Plants one defect after the other in the head and lets the simulator look for it.
+//!
+//! `cargo xtask mutants [NAME…] [--minutes T] [--seed N]`: all of them, or those that are named. Ends
+//! with 1 if one was not found in time, and with 2 if the simulator finds something where nothing
+//! is planted.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use mobula_chaos::sim::{Campaign, Summary, run_many};
+use mobula_core::mutant::{Mutant, plant};
+
+/// Seeds that run without any defect first: what fails there would be "found" everywhere.
+const CLEAN_SEEDS: u64 = 200;
+
+struct Arguments {
+    mutants: Vec<Mutant>,
+    minutes: f64,
+    first_seed: u64,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let mut found = Arguments {
+        mutants: Vec::new(),
+        minutes: 10.0,
+        first_seed: 1,
+    };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut value = || words.next().ok_or(format!("{word} needs a value"));
+        match word.as_str() {
+            "--minutes" => {
+                let text = value()?;
+                found.minutes = text.parse().map_err(|_| format!("`{text}`: no number"))?;
+            }
+            "--seed" => {
+                let text = value()?;
+                found.first_seed = text.parse().map_err(|_| format!("`{text}`: no seed"))?;
+            }
+            name => {
+                let known = Mutant::ALL.iter().find(|mutant| mutant.name() == name);
+                let all: Vec<_> = Mutant::ALL.iter().map(|mutant| mutant.name()).collect();
+                let unknown =
+                    || format!("no defect is called `{name}`; there are {}", all.join(", "));
+                found.mutants.push(*known.ok_or_else(unknown)?);
+            }
+        }
+    }
+    if found.mutants.is_empty() {
+        found.mutants = Mutant::ALL.to_vec();
+    }
+    Ok(found)
+}
+
+fn hunt(mutant: Option<Mutant>, campaign: &Campaign) -> Summary {
+    run_many(campaign, || plant(mutant), |_| {})
+}
+
+fn main() -> ExitCode {
+    let arguments = match arguments() {
+        Ok(arguments) => arguments,
+        Err(reason) => {
+            eprintln!("error: {reason}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let campaign = Campaign {
+        first_seed: arguments.first_seed,
+        seeds: None,
+        time_max: Some(Duration::from_secs_f64(arguments.minutes.max(0.0) * 60.0)),
+        threads,
+        stops_at_failure: true,
+    };
+    let clean = Campaign {
+        seeds: Some(CLEAN_SEEDS),
+        ..campaign.clone()
+    };
+    let nothing = hunt(None, &clean);
+    if let Some(report) = nothing.failures.first() {
+        println!(
+            "nothing is planted, and seed {} fails: {:?}",
+            report.seed, report.violation
+        );
+        return ExitCode::from(2);
+    }
+    println!("nothing planted: {} seeds, nothing found", nothing.seeds);
+    println!("{:<26} {:>6} {:>8}  how", "defect", "seeds", "seconds");
+    let mut missed = 0;
+    for mutant in &arguments.mutants {
+        let summary = hunt(Some(*mutant), &campaign);
+        let violation = summary
+            .failures
+            .first()
+            .and_then(|report| report.violation.as_ref());
+        let how = match violation {
+            Some(violation) => violation.rule,
+            None => {
+                missed += 1;
+                "NOT FOUND"
+            }
+        };
+        println!(
+            "{:<26} {:>6} {:>8.1}  {how}",
+            mutant.name(),
+            summary.seeds,
+            summary.elapsed.as_secs_f64()
+        );
+    }
+    let all = arguments.mutants.len();
+    println!(
+        "{} of {all} found, {threads} threads, {} minutes each at the most",
+        all - missed,
+        arguments.minutes
+    );
+    if missed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,377 @@
+//! Clients: each has a session, several commands of it under way, retries what it does not know with
+//! the same stamp at another head, and reads.
+
+use std::collections::BTreeMap;
+
+use mobula_core::control::ModuleId;
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::{ActorId, JobId, NodeId, SessionId};
+use mobula_core::resource::Resources;
+use mobula_core::spec::{
+    ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, JobSpec, PlacementPolicy, Program,
+    RestartPolicy,
+};
+use mobula_scheduler::{Command, Query, Response};
+use rand::Rng;
+
+use super::network::Place;
+use super::options::{MILLISECOND, Micros};
+use super::packet::{Answer, Ask, Packet, Reply, Request};
+use super::world::{Event, Phase, World};
+
+const TICK: Micros = 30 * MILLISECOND;
+
+/// Operations that a client has under way at one time.
+const IN_FLIGHT_MAX: usize = 4;
+
+/// After which silence another head is asked.
+const PATIENCE: Micros = 400 * MILLISECOND;
+
+/// Jobs of one client: enough to meet each other, few enough that they end.
+const JOBS_MAX: usize = 12;
+
+#[derive(Debug)]
+struct Operation {
+    ask: Ask,
+    asked_at: Micros,
+    attempts: u32,
+}
+
+/// A client.
+#[derive(Debug)]
+pub(crate) struct Client {
+    index: usize,
+    session: Option<SessionId>,
+    opening: Option<u64>,
+    last_seq: u64,
+    last_operation: u64,
+    operations: BTreeMap<u64, Operation>,
+    leader: Option<u64>,
+    jobs: Vec<JobId>,
+    actors: Vec<ActorId>,
+    keys: u64,
+    closing: Option<u64>,
+    /// Between two answers of one client in sequence tables never go back.
+    seen: u64,
+}
+
+impl Client {
+    pub(crate) fn new(index: usize) -> Self {
+        Client {
+            index,
+            session: None,
+            opening: None,
+            last_seq: 0,
+            last_operation: 0,
+            operations: BTreeMap::new(),
+            leader: None,
+            jobs: Vec::new(),
+            actors: Vec::new(),
+            keys: 0,
+            closing: None,
+            seen: 0,
+        }
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.operations.is_empty()
+    }
+
+    pub(crate) fn waiting(&self) -> String {
+        let asks: Vec<String> = self
+            .operations
+            .values()
+            .map(|operation| match &operation.ask {
+                Ask::Change { payload, .. } => format!("{:?}", Command::decode(payload)),
+                Ask::Look(query) => format!("{query:?}"),
+            })
+            .collect();
+        asks.join(", ")
+    }
+}
+
+impl World {
+    pub(crate) fn client_ticks(&mut self, index: usize) {
+        self.after(TICK, Event::ClientTick(index));
+        let now = self.now;
+        let late: Vec<u64> = self.clients[index]
+            .operations
+            .iter()
+            .filter(|(_, operation)| now - operation.asked_at >= PATIENCE)
+            .map(|(number, _)| *number)
+            .collect();
+        for number in late {
+            self.clients[index].leader = None;
+            self.ask_somebody(index, number);
+        }
+        if self.phase == Phase::Liveness {
+            // Only when no draining is under way any more.
+            if !self.is_undrained && self.clients.iter().all(Client::is_idle) {
+                self.is_undrained = true;
+                self.undrain();
+            }
+            return;
+        }
+        let client = &self.clients[index];
+        if client.session.is_none() {
+            if client.opening.is_none() && client.operations.is_empty() {
+                let command = Command::OpenSession {
+                    client: format!("client-{index}"),
+                };
+                let ask = self.change(index, false, &command);
+                let number = self.begin(index, ask);
+                self.clients[index].opening = Some(number);
+            }
+            return;
+        }
+        if client.closing.is_none()
+            && client.operations.len() < IN_FLIGHT_MAX
+            && self.rng.random_bool(0.5)
+        {
+            self.begin_something(index);
+        }
+    }
+
+    fn change(&mut self, index: usize, in_session: bool, command: &Command) -> Ask {
+        let client = &mut self.clients[index];
+        let (session, seq) = match client.session.filter(|_| in_session) {
+            Some(session) => {
+                client.last_seq += 1;
+                (session, client.last_seq)
+            }
+            None => (SessionId::INTERNAL, 0),
+        };
+        Ask::Change {
+            session,
+            seq,
+            module: ModuleId::SCHEDULER,
+            payload: command.encode(),
+        }
+    }
+
+    fn begin(&mut self, index: usize, ask: Ask) -> u64 {
+        let now = self.now;
+        let client = &mut self.clients[index];
+        client.last_operation += 1;
+        let number = client.last_operation;
+        let operation = Operation {
+            ask,
+            asked_at: now,
+            attempts: 0,
+        };
+        client.operations.insert(number, operation);
+        self.ask_somebody(index, number);
+        number
+    }
+
+    fn ask_somebody(&mut self, index: usize, number: u64) {
+        let known = self.clients[index].leader;
+        let Some(head) = known.or_else(|| self.any_head()) else {
+            return;
+        };
+        let now = self.now;
+        let Some(operation) = self.clients[index].operations.get_mut(&number) else {
+            return;
+        };
+        operation.asked_at = now;
+        operation.attempts += 1;
+        let request = Request {
+            client: Some(index),
+            operation: number,
+            ask: operation.ask.clone(),
+        };
+        let packet = Packet::Request(request);
+        self.send_at(now, Place::Client(index), Place::Head(head), packet);
+    }
+
+    fn begin_something(&mut self, index: usize) {
+        let choice = self.rng.random_range(0..100);
+        let client = &self.clients[index];
+        let job = pick(&client.jobs, choice);
+        let actor = pick(&client.actors, choice);
+        let ask = match (choice, job, actor) {
+            (0..35, _, _) if client.jobs.len() < JOBS_MAX => {
+                let spec = self.job_spec(index);
+                self.change(index, true, &Command::SubmitJob { spec })
+            }
+            (35..42, Some(job), _) => self.change(index, true, &Command::StopJob { job }),
+            (42..52, Some(job), _) => {
+                let actors = vec![self.actor_spec(choice)];
+                let command = Command::CreateActors {
+                    job,
+                    actors,
+                    gang: false,
+                    get_or_create: choice % 2 == 0,
+                    creator: None,
+                };
+                self.change(index, true, &command)
+            }
+            (52..56, _, Some(actor)) => {
+                let command = Command::StopActor {
+                    job: None,
+                    actor,
+                    grace_ms: 100,
+                };
+                self.change(index, true, &command)
+            }
+            (56..60, ..) => {
+                let node = NodeId(self.rng.random_range(1..=3));
+                let on = self.rng.random_bool(0.3);
+                self.change(index, true, &Command::DrainNode { node, on })
+            }
+            (60..62, ..) => {
+                let client = format!("client-{index}");
+                let Some(session) = self.clients[index].session else {
+                    return;
+                };
+                let command = Command::CloseSession { session, client };
+                let ask = self.change(index, true, &command);
+                let number = self.begin(index, ask);
+                self.clients[index].closing = Some(number);
+                return;
+            }
+            (62..80, Some(job), _) => Ask::Look(Query::Job { job }),
+            _ => Ask::Look(Query::ListJobs {
+                after: None,
+                limit: 0,
+            }),
+        };
+        self.begin(index, ask);
+    }
+
+    fn job_spec(&mut self, index: usize) -> JobSpec {
+        let repeats = self.rng.random_bool(0.2);
+        let client = &mut self.clients[index];
+        if !repeats || client.keys == 0 {
+            client.keys += 1;
+        }
+        // Under one key one specification, so everything in it is a function of the key.
+        let key = format!("{index}-{}", client.keys);
+        let cpu_milli = 250 * (1 + client.keys % 4);
+        JobSpec {
+            name: key.clone(),
+            program: Program::Builtin,
+            args: Vec::new(),
+            env: BTreeMap::new(),
+            resources: cpu(cpu_milli),
+            placement: PlacementPolicy::default(),
+            restart: RestartPolicy::times(u32::try_from(client.keys % 4).unwrap_or(0)),
+            idempotency_key: Some(key),
+            files: Vec::new(),
+            retry_errors: client.keys.is_multiple_of(3),
+        }
+    }
+
+    fn actor_spec(&mut self, choice: usize) -> ActorSpec {
+        ActorSpec {
+            kind: ActorKind::Actor {
+                type_name: "simulated".to_owned(),
+            },
+            name: choice.is_multiple_of(2).then(|| format!("named-{choice}")),
+            init: vec![1, 2, 3],
+            resources: cpu(500),
+            placement: PlacementPolicy::default(),
+            restart: RestartPolicy::times(2),
+            isolated: false,
+            mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
+        }
+    }
+
+    /// Nodes take actors again.
+    fn undrain(&mut self) {
+        for node in 1..=self.workers.len() as u64 {
+            let command = Command::DrainNode {
+                node: NodeId(node),
+                on: false,
+            };
+            let ask = self.change(0, false, &command);
+            self.begin(0, ask);
+        }
+    }
+
+    pub(crate) fn client_hears(&mut self, index: usize, reply: Reply) {
+        let Reply { operation, answer } = reply;
+        let Some(waiting) = self.clients[index].operations.get(&operation) else {
+            return;
+        };
+        match answer {
+            Answer::No(leader) => {
+                self.clients[index].leader = leader;
+                // Again at the next tick, or a little later when it has just been asked.
+                if let Some(waiting) = self.clients[index].operations.get_mut(&operation) {
+                    waiting.asked_at = waiting
+                        .asked_at
+                        .min(self.now.saturating_sub(PATIENCE - TICK));
+                }
+                if leader.is_some() && self.rng.random_bool(0.9) {
+                    self.ask_somebody(index, operation);
+                }
+            }
+            // It is asked again when it has taken long enough.
+            Answer::Unknown => {}
+            Answer::Seen { applied, found } => {
+                self.counts.answers += 1;
+                self.clients[index].operations.remove(&operation);
+                self.clients[index].seen = self.clients[index].seen.max(applied);
+                self.trace.note_all(&[applied, found.len() as u64]);
+            }
+            Answer::Applied {
+                index: entry,
+                result,
+            } => {
+                self.counts.answers += 1;
+                let ask = waiting.ask.clone();
+                self.clients[index].operations.remove(&operation);
+                self.acknowledged = self.acknowledged.max(entry);
+                self.trace.note_all(&[entry, u64::from(result.is_ok())]);
+                self.check_applied(&ask, entry, &result);
+                self.learn(index, operation, &result);
+            }
+        }
+    }
+
+    fn learn(&mut self, index: usize, operation: u64, result: &Result<Vec<u8>, Rejection>) {
+        let client = &mut self.clients[index];
+        if client.opening == Some(operation) {
+            client.opening = None;
+        }
+        if client.closing == Some(operation) {
+            client.closing = None;
+            client.session = None;
+        }
+        match result {
+            Ok(bytes) => match Response::decode(bytes) {
+                Ok(Response::SessionOpened { session }) => {
+                    client.session = Some(session);
+                    client.last_seq = 0;
+                }
+                Ok(Response::JobSubmitted { job, driver, .. }) if !client.jobs.contains(&job) => {
+                    client.jobs.push(job);
+                    client.actors.push(driver);
+                }
+                Ok(Response::ActorsCreated { actors }) => client.actors.extend(actors),
+                _ => {}
+            },
+            Err(rejection) if rejection.code == ErrorCode::SessionExpired => {
+                client.session = None;
+            }
+            Err(_) => {}
+        }
+        debug_assert_eq!(client.index, index);
+    }
+}
+
+fn pick<T: Copy>(list: &[T], choice: usize) -> Option<T> {
+    if list.is_empty() {
+        None
+    } else {
+        Some(list[choice % list.len()])
+    }
+}
+
+fn cpu(cpu_milli: u64) -> Resources {
+    Resources {
+        cpu_milli,
+        ..Resources::default()
+    }
+}

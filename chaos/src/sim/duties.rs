@@ -1,0 +1,454 @@
+//! What a leader's process does beside Raft, as the tasks of a real head do it: sessions of workers,
+//! placement passes, expiry of leases, orders.
+//!
+//! The decisions are the production scheduler's ([`placement_pass`], [`orders_for_node`]); the tasks
+//! around them are async and bound to sockets in a head, so they are played here after
+//! `runtime/head/src/{leadership,health,dispatcher,session}.rs`.
+
+use std::collections::BTreeMap;
+
+use mobula_core::control::{Effect, ModuleId};
+use mobula_core::id::{Incarnation, NodeId, SessionId};
+use mobula_core::order::Order;
+use mobula_head::raft::Leadership;
+use mobula_head::simulation::{CoreFault, View};
+use mobula_scheduler::{
+    Command, EventOutcome, Query, QueryResponse, Response, answer, next_wakeup_ms, orders_for_node,
+    placement_pass,
+};
+
+use super::head::{For, Polled};
+use super::network::Place;
+use super::options::{MILLISECOND, Micros, SECOND};
+use super::packet::{HeadSays, Packet, WorkerSays};
+use super::world::World;
+
+/// How long a worker counts as alive without a word. Shorter than a real one's ten seconds, so that
+/// short runs see leases end.
+pub(crate) const LEASE: Micros = 2 * SECOND;
+
+const HEALTH_INTERVAL: Micros = 250 * MILLISECOND;
+const PLACEMENT_PAUSE_MAX: Micros = 5 * SECOND;
+const PLACEMENT_RETRY: Micros = 200 * MILLISECOND;
+
+/// A worker's session with this leader.
+pub(crate) struct Served {
+    worker: usize,
+    /// Known once the registration is applied.
+    node: Option<(NodeId, Incarnation)>,
+    renewed_at: Micros,
+}
+
+/// The duties of one term.
+pub(crate) struct Duties {
+    term: u64,
+    sessions: BTreeMap<u64, Served>,
+    is_placing: bool,
+    place_at: Micros,
+    is_checking: bool,
+    check_at: Micros,
+    seen: BTreeMap<(NodeId, Incarnation), Micros>,
+    expiring: Vec<(NodeId, Incarnation)>,
+}
+
+impl Duties {
+    fn new(term: u64, now: Micros) -> Self {
+        Duties {
+            term,
+            sessions: BTreeMap::new(),
+            is_placing: false,
+            place_at: now,
+            is_checking: false,
+            check_at: now + HEALTH_INTERVAL,
+            seen: BTreeMap::new(),
+            expiring: Vec::new(),
+        }
+    }
+
+    fn session_of(&self, node: NodeId) -> Option<(u64, usize)> {
+        self.sessions
+            .iter()
+            .filter(|(_, served)| served.node.is_some_and(|(id, _)| id == node))
+            .map(|(session, served)| (*session, served.worker))
+            .next_back()
+    }
+}
+
+impl World {
+    /// Begins and ends duties with leadership.
+    pub(crate) fn follow_leadership(&mut self, raft_id: u64, leadership: Leadership) {
+        let now = self.now;
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return;
+        };
+        let term = head.duties.as_ref().map(|duties| duties.term);
+        if leadership.is_leader && term == Some(leadership.term) {
+            return;
+        }
+        let ended = head.duties.take();
+        if leadership.is_leader {
+            head.duties = Some(Duties::new(leadership.term, now));
+            self.say(|| format!("head {raft_id} leads in term {}", leadership.term));
+        }
+        for (session, served) in ended.into_iter().flat_map(|duties| duties.sessions) {
+            let refused = HeadSays::Refused {
+                leader: leadership.leader.filter(|leader| *leader != raft_id),
+            };
+            self.tell(raft_id, session, served.worker, refused);
+        }
+    }
+
+    fn tell(&mut self, raft_id: u64, session: u64, worker: usize, said: HeadSays) {
+        let packet = Packet::FromHead { session, said };
+        self.send_at(
+            self.now,
+            Place::Head(raft_id),
+            Place::Worker(worker),
+            packet,
+        );
+    }
+
+    fn duties(&mut self, raft_id: u64) -> Option<&mut Duties> {
+        self.heads.get_mut(&raft_id)?.duties.as_mut()
+    }
+
+    /// The effects of what was applied.
+    pub(crate) fn carry_out(&mut self, raft_id: u64, effects: Vec<Effect>, are_lost: bool) {
+        let now = self.now;
+        for effect in effects {
+            match effect {
+                Effect::Place => {
+                    if let Some(duties) = self.duties(raft_id) {
+                        duties.place_at = duties.place_at.min(now);
+                    }
+                }
+                Effect::Order { node, order } => {
+                    let Some(duties) = self.duties(raft_id) else {
+                        continue;
+                    };
+                    let term = duties.term;
+                    if let Some((session, worker)) = duties.session_of(node) {
+                        self.tell(raft_id, session, worker, HeadSays::Order { term, order });
+                    }
+                }
+                Effect::Changed(_) => {}
+            }
+        }
+        if are_lost && let Some(duties) = self.duties(raft_id) {
+            duties.place_at = duties.place_at.min(now);
+            // Every session is told everything again; the simplest way is a new one.
+            for (session, served) in std::mem::take(&mut duties.sessions) {
+                let leader = Some(raft_id);
+                self.tell(
+                    raft_id,
+                    session,
+                    served.worker,
+                    HeadSays::Refused { leader },
+                );
+            }
+        }
+    }
+
+    pub(crate) fn hear_worker(
+        &mut self,
+        raft_id: u64,
+        worker: usize,
+        session: u64,
+        said: WorkerSays,
+    ) -> Result<(), CoreFault> {
+        let now = self.now;
+        let leader = self.core(raft_id).and_then(|core| core.leadership().leader);
+        let Some(duties) = self.duties(raft_id) else {
+            let leader = leader.filter(|leader| *leader != raft_id);
+            self.tell(raft_id, session, worker, HeadSays::Refused { leader });
+            return Ok(());
+        };
+        if let WorkerSays::Hello {
+            name,
+            boot,
+            capacity,
+        } = said
+        {
+            let served = Served {
+                worker,
+                node: None,
+                renewed_at: now,
+            };
+            duties.sessions.insert(session, served);
+            let command = Command::RegisterNode {
+                name,
+                boot_id: boot,
+                capacity,
+                labels: Default::default(),
+                version: "simulated".to_owned(),
+            };
+            return self.propose_internal(raft_id, For::Registration { worker, session }, &command);
+        }
+        let term = duties.term;
+        let Some(served) = duties.sessions.get_mut(&session) else {
+            let leader = Some(raft_id);
+            self.tell(raft_id, session, worker, HeadSays::Refused { leader });
+            return Ok(());
+        };
+        served.renewed_at = now;
+        match said {
+            WorkerSays::Renew => {
+                self.tell(raft_id, session, worker, HeadSays::Renewed { term });
+                Ok(())
+            }
+            WorkerSays::Event { sequence, event } => {
+                let Some((node, incarnation)) = served.node else {
+                    return Ok(());
+                };
+                let command = Command::NodeEvent {
+                    node,
+                    incarnation,
+                    event,
+                };
+                self.propose_internal(raft_id, For::Event { session, sequence }, &command)
+            }
+            WorkerSays::Hello { .. } => unreachable!("it was taken above"),
+        }
+    }
+
+    pub(crate) fn head_loses_session(&mut self, raft_id: u64, session: u64) {
+        if let Some(duties) = self.duties(raft_id) {
+            duties.sessions.remove(&session);
+        }
+    }
+
+    fn propose_internal(
+        &mut self,
+        raft_id: u64,
+        whose: For,
+        command: &Command,
+    ) -> Result<(), CoreFault> {
+        let payload = command.encode();
+        self.propose(
+            raft_id,
+            whose,
+            SessionId::INTERNAL,
+            0,
+            ModuleId::SCHEDULER,
+            payload,
+        )
+    }
+
+    /// What is due is begun. Asking does not write, so no fault can come of it.
+    pub(crate) fn do_duties(&mut self, raft_id: u64) {
+        let now = self.now;
+        let Some(duties) = self.duties(raft_id) else {
+            return;
+        };
+        let places = !duties.is_placing && duties.place_at <= now;
+        let checks = !duties.is_checking && duties.check_at <= now;
+        duties.is_placing |= places;
+        duties.is_checking |= checks;
+        if places {
+            let _ = self.look(raft_id, For::Placement, None);
+        }
+        if checks {
+            let _ = self.look(raft_id, For::Health, None);
+        }
+    }
+
+    /// Something that the duties asked came to an end.
+    pub(crate) fn duty_hears(&mut self, raft_id: u64, whose: For, outcome: Polled) {
+        match (whose, outcome) {
+            (For::Placement, Polled::View(Ok(view))) => self.place(raft_id, &view),
+            (For::Placement, Polled::Proposal(Ok(_))) => {
+                let now = self.now;
+                if let Some(duties) = self.duties(raft_id) {
+                    duties.is_placing = false;
+                    duties.place_at = now;
+                }
+            }
+            (For::Placement, _) => self.place_later(raft_id, PLACEMENT_RETRY),
+            (For::Health, Polled::View(Ok(view))) => self.check_health(raft_id, &view),
+            (For::Health, _) => {
+                let next = self.now + HEALTH_INTERVAL;
+                if let Some(duties) = self.duties(raft_id) {
+                    duties.is_checking = false;
+                    duties.check_at = next;
+                    duties.expiring.clear();
+                }
+            }
+            (For::Registration { worker, session }, outcome) => {
+                self.registration_ends(raft_id, worker, session, outcome);
+            }
+            (For::Event { session, sequence }, outcome) => {
+                self.event_ends(raft_id, session, sequence, outcome);
+            }
+            (For::Greeting { session }, Polled::View(Ok(view))) => {
+                self.greet(raft_id, session, &view);
+            }
+            (For::Greeting { session }, _) => self.refuse(raft_id, session),
+            _ => {}
+        }
+    }
+
+    fn place_later(&mut self, raft_id: u64, pause: Micros) {
+        let at = self.now + pause;
+        if let Some(duties) = self.duties(raft_id) {
+            duties.is_placing = false;
+            duties.place_at = at;
+        }
+    }
+
+    fn place(&mut self, raft_id: u64, view: &View) {
+        let Some(head) = self.heads.get(&raft_id) else {
+            return;
+        };
+        let Some(core) = &head.core else { return };
+        let now_ms = core.now_ms();
+        match placement_pass(view, now_ms) {
+            Some(command) => {
+                // A fault cannot come of it: a proposal writes nothing before the next step.
+                let _ = self.propose_internal(raft_id, For::Placement, &command);
+            }
+            None => {
+                let wakeup = next_wakeup_ms(view, now_ms);
+                let pause = wakeup.map_or(PLACEMENT_PAUSE_MAX, |at_ms| {
+                    at_ms.saturating_sub(now_ms).saturating_mul(MILLISECOND)
+                });
+                self.place_later(raft_id, pause.min(PLACEMENT_PAUSE_MAX));
+            }
+        }
+    }
+
+    fn check_health(&mut self, raft_id: u64, view: &View) {
+        let now = self.now;
+        let Ok(QueryResponse::Nodes(nodes)) = answer(view, 0, Query::ListNodes) else {
+            return;
+        };
+        let live: Vec<_> = nodes
+            .iter()
+            .filter(|node| node.lost_ms.is_none())
+            .map(|node| (node.node, node.incarnation))
+            .collect();
+        let Some(duties) = self.duties(raft_id) else {
+            return;
+        };
+        duties.is_checking = false;
+        duties.check_at = now + HEALTH_INTERVAL;
+        duties.seen.retain(|key, _| live.contains(key));
+        let mut expired = Vec::new();
+        for key in live {
+            let renewed = duties
+                .sessions
+                .values()
+                .filter(|served| served.node == Some(key))
+                .map(|served| served.renewed_at)
+                .max();
+            let last = duties.seen.entry(key).or_insert(now);
+            *last = (*last).max(renewed.unwrap_or(0));
+            if now - *last >= LEASE {
+                expired.push(key);
+            }
+        }
+        for (node, incarnation) in expired {
+            self.say(|| format!("head {raft_id}: the lease of {node} {incarnation} ran out"));
+            let command = Command::NodeLost { node, incarnation };
+            let _ = self.propose_internal(raft_id, For::Nobody, &command);
+        }
+    }
+
+    fn registration_ends(&mut self, raft_id: u64, worker: usize, session: u64, outcome: Polled) {
+        let registered = match outcome {
+            Polled::Proposal(Ok(outcome)) => outcome.result.ok(),
+            _ => None,
+        };
+        let response = registered.and_then(|bytes| Response::decode(&bytes).ok());
+        let Some(Response::Registered { node, incarnation }) = response else {
+            return self.refuse(raft_id, session);
+        };
+        let Some(duties) = self.duties(raft_id) else {
+            return;
+        };
+        let term = duties.term;
+        // A node has one session: the newer one replaces the older.
+        let older: Vec<u64> = duties
+            .sessions
+            .iter()
+            .filter(|(number, served)| {
+                **number != session && served.node.is_some_and(|(id, _)| id == node)
+            })
+            .map(|(number, _)| *number)
+            .collect();
+        for number in older {
+            duties.sessions.remove(&number);
+        }
+        let Some(served) = duties.sessions.get_mut(&session) else {
+            return;
+        };
+        served.node = Some((node, incarnation));
+        let welcome = HeadSays::Welcome {
+            term,
+            node,
+            incarnation,
+        };
+        self.tell(raft_id, session, worker, welcome);
+        let _ = self.look(raft_id, For::Greeting { session }, None);
+    }
+
+    fn refuse(&mut self, raft_id: u64, session: u64) {
+        let served = self
+            .duties(raft_id)
+            .and_then(|duties| duties.sessions.remove(&session));
+        if let Some(served) = served {
+            let leader = None;
+            self.tell(
+                raft_id,
+                session,
+                served.worker,
+                HeadSays::Refused { leader },
+            );
+        }
+    }
+
+    fn greet(&mut self, raft_id: u64, session: u64, view: &View) {
+        let Some(duties) = self.duties(raft_id) else {
+            return;
+        };
+        let term = duties.term;
+        let Some(served) = duties.sessions.get(&session) else {
+            return;
+        };
+        let (worker, Some((node, _))) = (served.worker, served.node) else {
+            return;
+        };
+        let mut standing = Vec::new();
+        for order in orders_for_node(view, node) {
+            match &order {
+                Order::Start(start) => standing.push((start.actor, start.incarnation)),
+                Order::Stop {
+                    actor, incarnation, ..
+                } => standing.push((*actor, *incarnation)),
+                Order::Notice { .. } | Order::NoticeWithdrawn => {}
+            }
+            self.tell(raft_id, session, worker, HeadSays::Order { term, order });
+        }
+        let complete = HeadSays::OrdersComplete { term, standing };
+        self.tell(raft_id, session, worker, complete);
+    }
+
+    fn event_ends(&mut self, raft_id: u64, session: u64, sequence: u64, outcome: Polled) {
+        let applied = match outcome {
+            Polled::Proposal(Ok(outcome)) => outcome.result.ok(),
+            _ => None,
+        };
+        let response = applied.and_then(|bytes| Response::decode(&bytes).ok());
+        match response {
+            Some(Response::Event(EventOutcome::Applied | EventOutcome::AlreadyKnown)) => {
+                let served = self
+                    .duties(raft_id)
+                    .and_then(|duties| duties.sessions.get(&session));
+                if let Some(worker) = served.map(|served| served.worker) {
+                    let said = HeadSays::Acknowledged { sequence };
+                    self.tell(raft_id, session, worker, said);
+                }
+            }
+            _ => self.refuse(raft_id, session),
+        }
+    }
+}

@@ -1,0 +1,742 @@
+//! A head's process: the production core, and around it what a process adds: an inbox, a disk, a
+//! machine's clock, an end.
+//!
+//! The tasks that run in a leader's process are in `duties`; they ask the core as the real ones do.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use mobula_core::clock::Clock;
+use mobula_core::config::RaftConfig;
+use mobula_head::raft::{ChangeError, Outcome, ProposeError};
+use mobula_head::simulation::{CoreFault, CoreOptions, HeadCore, View, Wire};
+use mobula_scheduler::Query;
+use mobula_storage::engine::{DiskFault, MemoryEngine};
+use raft::prelude::Message;
+use rand::Rng;
+use tokio::sync::oneshot::Receiver;
+use tokio::sync::oneshot::error::TryRecvError;
+
+use super::duties::Duties;
+use super::network::Place;
+use super::operator::OperatorTask;
+use super::options::{MILLISECOND, Micros, SECOND};
+use super::packet::{Answer, Ask, Packet, Reply, Request};
+use super::raft_check::check_promise;
+use super::violation::Violation;
+use super::world::{Event, Phase, World};
+
+/// The first moment of simulated time, in milliseconds since the Unix epoch.
+pub(crate) const EPOCH_MS: u64 = 1_700_000_000_000;
+
+/// Ticks that a head makes up for after a pause, as its driver does.
+const TICKS_MADE_UP_MAX: u32 = 4;
+
+/// Inputs that may wait: as many as a head's own inbox takes of one kind.
+const INBOX_MAX: usize = 4096;
+
+/// How long a read may take before it is asked again, and in all; as in `RaftHandle::read`.
+const READ_ATTEMPT: Micros = 100 * MILLISECOND;
+const ANSWER_TIMEOUT: Micros = 10 * SECOND;
+
+/// What a head finds in its inbox.
+#[derive(Debug)]
+pub(crate) enum HeadInput {
+    /// From the head with this id, or from 0.
+    Packet(u64, Packet),
+    Tick,
+    Operator(OperatorTask),
+}
+
+/// Whom an answer is for.
+#[derive(Debug, Clone)]
+pub(crate) enum For {
+    Client(usize, u64),
+    /// The registration of a worker in a session.
+    Registration {
+        worker: usize,
+        session: u64,
+    },
+    /// An event of a worker.
+    Event {
+        session: u64,
+        sequence: u64,
+    },
+    /// The standing orders for a new session.
+    Greeting {
+        session: u64,
+    },
+    Placement,
+    Health,
+    Operator,
+    Nobody,
+}
+
+pub(crate) enum Waiting {
+    Proposal(Receiver<Result<Outcome, ProposeError>>),
+    Read {
+        answer: Receiver<Result<View, ProposeError>>,
+        query: Option<Query>,
+        asked_at: Micros,
+        /// What had been acknowledged to anybody when it was asked first.
+        floor: u64,
+    },
+    Change(Receiver<Result<(), ChangeError>>),
+    Transfer(Receiver<Result<u64, ChangeError>>),
+}
+
+/// Something that the core was asked.
+pub(crate) struct Asked {
+    pub(crate) waiting: Waiting,
+    pub(crate) whose: For,
+    pub(crate) deadline: Micros,
+}
+
+/// A machine's own idea of time.
+#[derive(Debug, Default)]
+pub(crate) struct SimClock(AtomicU64);
+
+impl Clock for SimClock {
+    fn now_ms(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What left a core since it was last looked at, and what was wrong with it.
+#[derive(Default)]
+pub(crate) struct Sent {
+    messages: Vec<Message>,
+    snapshots: Vec<(Message, Vec<Vec<u8>>)>,
+    broken: Option<Violation>,
+}
+
+struct Outbox {
+    sent: Arc<Mutex<Sent>>,
+    engine: MemoryEngine,
+}
+
+impl Wire for Outbox {
+    fn send(&mut self, message: Message) {
+        let promise = check_promise(&message, &self.engine);
+        let mut sent = self.sent.lock().expect("nobody panics with it");
+        if let Err(violation) = promise {
+            sent.broken.get_or_insert(violation);
+        }
+        sent.messages.push(message);
+    }
+
+    fn send_snapshot(&mut self, message: Message, frames: Vec<Vec<u8>>) {
+        let mut sent = self.sent.lock().expect("nobody panics with it");
+        sent.snapshots.push((message, frames));
+    }
+}
+
+pub(crate) struct HeadProcess {
+    pub(crate) engine: MemoryEngine,
+    pub(crate) core: Option<HeadCore>,
+    sent: Arc<Mutex<Sent>>,
+    pub(crate) clock: Arc<SimClock>,
+    pub(crate) skew_ms: i64,
+    founds_group: bool,
+    had_log: bool,
+    /// Its disk was lost, and it knows.
+    pub(crate) is_refused: bool,
+    /// It is not to be started again.
+    pub(crate) is_retired: bool,
+    pub(crate) life: u64,
+    inbox: VecDeque<HeadInput>,
+    pub(crate) busy_until: Micros,
+    is_woken: bool,
+    pub(crate) asked: Vec<Asked>,
+    pub(crate) duties: Option<Duties>,
+}
+
+impl World {
+    /// A machine for a head, not started yet.
+    pub(crate) fn add_head(&mut self, raft_id: u64, founds_group: bool) {
+        let process = HeadProcess {
+            engine: MemoryEngine::new(),
+            core: None,
+            sent: Arc::default(),
+            clock: Arc::default(),
+            skew_ms: 0,
+            founds_group,
+            had_log: false,
+            is_refused: false,
+            is_retired: false,
+            life: 0,
+            inbox: VecDeque::new(),
+            busy_until: 0,
+            is_woken: false,
+            asked: Vec::new(),
+            duties: None,
+        };
+        self.heads.insert(raft_id, process);
+    }
+
+    pub(crate) fn is_up(&self, raft_id: u64) -> bool {
+        self.heads
+            .get(&raft_id)
+            .is_some_and(|head| head.core.is_some())
+    }
+
+    /// Starts a head that is down.
+    pub(crate) fn head_starts(&mut self, raft_id: u64) -> Result<(), Violation> {
+        let now = self.instant();
+        let (seed, compact_entries) = (self.seed, self.swarm.compact_entries);
+        let modules = self.modules.clone();
+        let next_life = self.lives + 1;
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return Ok(());
+        };
+        let sleeps = self.asleep.contains(&raft_id);
+        if head.core.is_some() || head.is_retired || head.is_refused || sleeps {
+            return Ok(());
+        }
+        head.engine.mend();
+        head.sent = Arc::default();
+        let options = CoreOptions {
+            raft_id,
+            founds_group: head.founds_group,
+            had_log: head.had_log,
+            raft: RaftConfig {
+                compact_entries,
+                keep_entries: compact_entries / 4,
+                ..RaftConfig::default()
+            },
+            clock: head.clock.clone(),
+            modules,
+            seed,
+            life: next_life,
+        };
+        let outbox = Outbox {
+            sent: head.sent.clone(),
+            engine: head.engine.clone(),
+        };
+        self.lives = next_life;
+        match HeadCore::start(head.engine.clone(), options, Box::new(outbox), now) {
+            Ok(core) => {
+                head.had_log = true;
+                head.life = next_life;
+                head.core = Some(core);
+                head.inbox.clear();
+                head.asked.clear();
+                head.is_woken = false;
+                head.busy_until = self.now;
+                self.checker.restarted(raft_id);
+                self.after(25 * MILLISECOND, Event::HeadTick(raft_id, next_life));
+                self.say(|| format!("head {raft_id} starts (life {next_life})"));
+            }
+            Err(reason) if reason.contains("its log is gone") => {
+                head.is_refused = true;
+                self.say(|| format!("head {raft_id} does not start: {reason}"));
+            }
+            Err(reason) => {
+                return Err(Violation::new(
+                    "what a crash leaves can be started on",
+                    format!("head {raft_id}: {reason}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a head's process; what was not synced is lost, but for what happened to be written.
+    pub(crate) fn crash_head(&mut self, raft_id: u64, why: &str) {
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return;
+        };
+        if head.core.take().is_none() {
+            return;
+        }
+        let unsynced = head.engine.unsynced_batches();
+        let kept = self.rng.random_range(0..=unsynced);
+        head.engine.crash_keeping(kept);
+        let inbox = std::mem::take(&mut head.inbox);
+        head.asked.clear();
+        head.duties = None;
+        self.counts.crashes += 1;
+        for input in inbox {
+            if let HeadInput::Packet(from, Packet::Snapshot { life, .. }) = input {
+                self.end_snapshot((raft_id, from, life), false, self.now + 300 * MILLISECOND);
+            }
+        }
+        self.say(|| {
+            format!("head {raft_id} ends: {why}; {kept} of {unsynced} unsynced writes kept")
+        });
+    }
+
+    pub(crate) fn give_head(&mut self, raft_id: u64, input: HeadInput) {
+        let now = self.now;
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return;
+        };
+        if head.core.is_none() || head.inbox.len() >= INBOX_MAX {
+            return;
+        }
+        head.inbox.push_back(input);
+        if !head.is_woken {
+            head.is_woken = true;
+            let (at, life) = (head.busy_until.max(now + 20), head.life);
+            self.at(at, Event::HeadWake(raft_id, life));
+        }
+    }
+
+    pub(crate) fn head_ticks(&mut self, raft_id: u64, life: u64) {
+        let Some(head) = self.heads.get(&raft_id) else {
+            return;
+        };
+        if head.core.is_none() || head.life != life {
+            return;
+        }
+        let waiting = head.inbox.iter().filter(|i| matches!(i, HeadInput::Tick));
+        if waiting.count() < TICKS_MADE_UP_MAX as usize {
+            self.give_head(raft_id, HeadInput::Tick);
+        }
+        self.after(25 * MILLISECOND, Event::HeadTick(raft_id, life));
+    }
+
+    /// A head takes all that waits, and carries out what follows.
+    pub(crate) fn head_wakes(&mut self, raft_id: u64, life: u64) -> Result<(), Violation> {
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return Ok(());
+        };
+        if head.core.is_none() || head.life != life {
+            return Ok(());
+        }
+        head.is_woken = false;
+        let own_ms = (EPOCH_MS + self.now / MILLISECOND).saturating_add_signed(head.skew_ms);
+        head.clock.0.store(own_ms, Ordering::Relaxed);
+        let inputs = std::mem::take(&mut head.inbox);
+        let has_ticked = inputs.iter().any(|input| matches!(input, HeadInput::Tick));
+        for input in inputs {
+            if self.take_input(raft_id, input).is_err() {
+                self.fault_ends_head(raft_id);
+                return self.after_step(raft_id, false);
+            }
+        }
+        let Some(core) = self.core(raft_id) else {
+            return Ok(());
+        };
+        if core.settle().is_err() {
+            self.fault_ends_head(raft_id);
+            return self.after_step(raft_id, false);
+        }
+        self.after_step(raft_id, has_ticked)?;
+        // Only now, for the checker wants to see every entry.
+        let core = self.core(raft_id);
+        if core.is_some_and(|core| core.compact_if_due().is_err()) {
+            self.fault_ends_head(raft_id);
+            return self.after_step(raft_id, false);
+        }
+        self.rest(raft_id);
+        Ok(())
+    }
+
+    /// The disk takes its time.
+    fn rest(&mut self, raft_id: u64) {
+        let sync_max = self.swarm.sync_ms_max * MILLISECOND;
+        let rough = self.phase == Phase::Safety && sync_max > 0;
+        let pause = if rough {
+            self.rng.random_range(50..=sync_max)
+        } else {
+            50
+        };
+        if let Some(head) = self.heads.get_mut(&raft_id) {
+            head.busy_until = head.busy_until.max(self.now + pause);
+        }
+    }
+
+    pub(crate) fn core(&mut self, raft_id: u64) -> Option<&mut HeadCore> {
+        self.heads.get_mut(&raft_id)?.core.as_mut()
+    }
+
+    fn fault_ends_head(&mut self, raft_id: u64) {
+        // What was sent before the fault is on its way; what the disk holds is checked at the next
+        // start.
+        self.flush_outbox(raft_id);
+        self.crash_head(raft_id, "its disk failed");
+        let delay = self.rng.random_range(200..1_500) * MILLISECOND;
+        self.after(delay, Event::HeadStart(raft_id));
+    }
+
+    fn take_input(&mut self, raft_id: u64, input: HeadInput) -> Result<(), CoreFault> {
+        let now = self.instant();
+        match input {
+            HeadInput::Tick => {
+                if let Some(core) = self.core(raft_id) {
+                    core.tick();
+                }
+            }
+            HeadInput::Operator(task) => self.ask_for_operator(raft_id, task)?,
+            HeadInput::Packet(from, packet) => match packet {
+                Packet::Raft(message) => {
+                    self.note_message(&message);
+                    if let Some(core) = self.core(raft_id) {
+                        core.step(*message, now)?;
+                    }
+                }
+                Packet::Snapshot {
+                    message,
+                    frames,
+                    life,
+                } => self.take_snapshot(raft_id, (from, life), *message, &frames)?,
+                Packet::SnapshotEnd { to, arrived, life } => {
+                    let is_same = self.heads.get(&raft_id).is_some_and(|h| h.life == life);
+                    if let (Some(core), true) = (self.core(raft_id), is_same) {
+                        core.snapshot_sent(to, arrived, now)?;
+                    }
+                }
+                Packet::Request(request) => self.take_request(raft_id, request)?,
+                Packet::FromWorker {
+                    worker,
+                    session,
+                    said,
+                } => self.hear_worker(raft_id, worker, session, said)?,
+                other => unreachable!("{other:?} is nothing for a head"),
+            },
+        }
+        Ok(())
+    }
+
+    fn note_message(&mut self, message: &Message) {
+        self.trace.note_all(&[
+            message.from,
+            message.to,
+            message.term,
+            message.index,
+            message.commit,
+            u64::from(message.msg_type.unsigned_abs()),
+        ]);
+    }
+
+    fn take_snapshot(
+        &mut self,
+        raft_id: u64,
+        (from, life): (u64, u64),
+        message: Message,
+        frames: &Rc<Vec<Vec<u8>>>,
+    ) -> Result<(), CoreFault> {
+        let now = self.instant();
+        let mut frames = frames.as_ref().clone();
+        let damage = self.swarm.damaged_snapshots;
+        if self.phase == Phase::Safety && self.rng.random_range(0..1000) < damage {
+            let frame = self.rng.random_range(0..frames.len());
+            let at = self.rng.random_range(0..frames[frame].len());
+            frames[frame][at] ^= 1 << self.rng.random_range(0..8);
+        }
+        let Some(core) = self.core(raft_id) else {
+            return Ok(());
+        };
+        let taken = core.snapshot_arrived(message, &frames, now);
+        let arrived = *taken.as_ref().unwrap_or(&false);
+        self.counts.snapshots += u64::from(arrived);
+        // The answer of the stream; when it is lost, the sender's transport gives up by itself.
+        let (own, other) = (Place::Head(raft_id), Place::Head(from));
+        let arrival = self.network.arrivals(own, other, self.now, &mut self.rng)[0];
+        self.end_snapshot(
+            (raft_id, from, life),
+            arrived && arrival.is_some(),
+            arrival.unwrap_or(self.now + SECOND),
+        );
+        taken.map(|_| ())
+    }
+
+    fn end_snapshot(&mut self, (to, from, life): (u64, u64, u64), arrived: bool, at: Micros) {
+        let end = Packet::SnapshotEnd { to, arrived, life };
+        self.at(at, Event::Arrive(Place::Head(to), Place::Head(from), end));
+    }
+
+    fn take_request(&mut self, raft_id: u64, request: Request) -> Result<(), CoreFault> {
+        let whose = match request.client {
+            Some(client) => For::Client(client, request.operation),
+            None => For::Nobody,
+        };
+        match request.ask {
+            Ask::Change {
+                session,
+                seq,
+                module,
+                payload,
+            } => self.propose(raft_id, whose, session, seq, module, payload),
+            Ask::Look(query) => self.look(raft_id, whose, Some(query)),
+        }
+    }
+
+    pub(crate) fn propose(
+        &mut self,
+        raft_id: u64,
+        whose: For,
+        session: mobula_core::id::SessionId,
+        seq: u64,
+        module: mobula_core::control::ModuleId,
+        payload: Vec<u8>,
+    ) -> Result<(), CoreFault> {
+        let (now, deadline) = (self.instant(), self.now + ANSWER_TIMEOUT);
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return Ok(());
+        };
+        let Some(core) = head.core.as_mut() else {
+            return Ok(());
+        };
+        let answer = core.propose(session, seq, module, payload, now)?;
+        head.asked.push(Asked {
+            waiting: Waiting::Proposal(answer),
+            whose,
+            deadline,
+        });
+        Ok(())
+    }
+
+    pub(crate) fn look(
+        &mut self,
+        raft_id: u64,
+        whose: For,
+        query: Option<Query>,
+    ) -> Result<(), CoreFault> {
+        let (now, at, floor) = (self.instant(), self.now, self.acknowledged);
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return Ok(());
+        };
+        let Some(core) = head.core.as_mut() else {
+            return Ok(());
+        };
+        let answer = core.read(now)?;
+        head.asked.push(Asked {
+            waiting: Waiting::Read {
+                answer,
+                query,
+                asked_at: at,
+                floor,
+            },
+            whose,
+            deadline: at + ANSWER_TIMEOUT,
+        });
+        Ok(())
+    }
+
+    /// What left the core goes into the network.
+    fn flush_outbox(&mut self, raft_id: u64) {
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return;
+        };
+        let sent = std::mem::take(&mut *head.sent.lock().expect("nobody panics with it"));
+        let life = head.life;
+        if let Some(violation) = sent.broken {
+            self.complain(violation);
+        }
+        let from = Place::Head(raft_id);
+        for message in sent.messages {
+            let to = Place::Head(message.to);
+            self.send_at(self.now, from, to, Packet::Raft(Box::new(message)));
+        }
+        for (message, frames) in sent.snapshots {
+            self.say(|| format!("head {raft_id} sends a snapshot to {}", message.to));
+            let to = Place::Head(message.to);
+            let packet = Packet::Snapshot {
+                message: Box::new(message),
+                frames: Rc::new(frames),
+                life,
+            };
+            self.send_at(self.now, from, to, packet);
+        }
+    }
+
+    /// Looks at a head that has made a step, and hands out what it answered.
+    fn after_step(&mut self, raft_id: u64, has_ticked: bool) -> Result<(), Violation> {
+        self.flush_outbox(raft_id);
+        self.take_complaints()?;
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return Ok(());
+        };
+        let Some(core) = head.core.as_mut() else {
+            return Ok(());
+        };
+        self.checker.look(raft_id, core, &head.engine)?;
+        let (effects, are_lost) = core.take_effects();
+        let leadership = core.leadership();
+        self.follow_leadership(raft_id, leadership);
+        self.carry_out(raft_id, effects, are_lost);
+        self.collect_answers(raft_id)?;
+        if has_ticked {
+            self.ask_reads_again(raft_id);
+            self.do_duties(raft_id);
+            // What the duties asked is taken up at once, as it would be by a driver that waits.
+            self.give_head_a_turn(raft_id);
+        }
+        Ok(())
+    }
+
+    fn give_head_a_turn(&mut self, raft_id: u64) {
+        let now = self.now;
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return;
+        };
+        if head.core.is_some() && !head.is_woken && !head.asked.is_empty() {
+            head.is_woken = true;
+            let (at, life) = (head.busy_until.max(now + 50), head.life);
+            self.at(at, Event::HeadWake(raft_id, life));
+        }
+    }
+
+    fn collect_answers(&mut self, raft_id: u64) -> Result<(), Violation> {
+        let now = self.now;
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return Ok(());
+        };
+        let mut ready = Vec::new();
+        let mut index = 0;
+        while index < head.asked.len() {
+            let asked = &mut head.asked[index];
+            let outcome = poll(&mut asked.waiting, asked.deadline <= now);
+            match outcome {
+                None => index += 1,
+                Some(outcome) => {
+                    let asked = head.asked.remove(index);
+                    ready.push((asked, outcome));
+                }
+            }
+        }
+        for (asked, outcome) in ready {
+            self.hand_out(raft_id, asked, outcome)?;
+        }
+        Ok(())
+    }
+
+    fn ask_reads_again(&mut self, raft_id: u64) {
+        let (now, at) = (self.instant(), self.now);
+        let Some(head) = self.heads.get_mut(&raft_id) else {
+            return;
+        };
+        let Some(core) = head.core.as_mut() else {
+            return;
+        };
+        for asked in &mut head.asked {
+            if let Waiting::Read {
+                answer, asked_at, ..
+            } = &mut asked.waiting
+                && *asked_at + READ_ATTEMPT <= at
+                && let Ok(again) = core.read(now)
+            {
+                *answer = again;
+                *asked_at = at;
+            }
+        }
+    }
+
+    fn hand_out(&mut self, raft_id: u64, asked: Asked, outcome: Polled) -> Result<(), Violation> {
+        match &outcome {
+            Polled::Proposal(Ok(outcome)) => self.check_outcome(raft_id, outcome)?,
+            Polled::View(Ok(view)) => {
+                let Waiting::Read { floor, .. } = asked.waiting else {
+                    unreachable!("a view answers a read");
+                };
+                self.check_view(raft_id, view, floor)?;
+            }
+            _ => {}
+        }
+        match asked.whose {
+            For::Client(client, operation) => {
+                let query = match asked.waiting {
+                    Waiting::Read { query, .. } => query,
+                    _ => None,
+                };
+                let answer = self.answer_for_client(outcome, query);
+                let reply = Packet::Reply(Reply { operation, answer });
+                self.send_at(self.now, Place::Head(raft_id), Place::Client(client), reply);
+            }
+            For::Operator => self.operator_hears(raft_id, outcome)?,
+            For::Nobody => {}
+            whose => self.duty_hears(raft_id, whose, outcome),
+        }
+        Ok(())
+    }
+}
+
+/// What became of something that was asked.
+pub(crate) enum Polled {
+    Proposal(Result<Outcome, ProposeError>),
+    View(Result<View, ProposeError>),
+    Change(Result<(), ChangeError>),
+    Transfer,
+}
+
+fn poll(waiting: &mut Waiting, is_late: bool) -> Option<Polled> {
+    const LATE: ProposeError = ProposeError::Unknown("no answer in time");
+    fn take<T>(answer: &mut Receiver<T>, is_late: bool) -> Option<Option<T>> {
+        match answer.try_recv() {
+            Ok(value) => Some(Some(value)),
+            Err(TryRecvError::Closed) => Some(None),
+            Err(TryRecvError::Empty) if is_late => Some(None),
+            Err(TryRecvError::Empty) => None,
+        }
+    }
+    Some(match waiting {
+        Waiting::Proposal(answer) => Polled::Proposal(take(answer, is_late)?.unwrap_or(Err(LATE))),
+        Waiting::Read { answer, .. } => Polled::View(take(answer, is_late)?.unwrap_or(Err(LATE))),
+        Waiting::Change(answer) => {
+            Polled::Change(take(answer, is_late)?.unwrap_or(Err(LATE.into())))
+        }
+        Waiting::Transfer(answer) => {
+            take(answer, is_late)?;
+            Polled::Transfer
+        }
+    })
+}
+
+impl World {
+    fn answer_for_client(&self, outcome: Polled, query: Option<Query>) -> Answer {
+        let refused = |error: ProposeError| match error {
+            ProposeError::NotLeader { leader } => Answer::No(leader),
+            ProposeError::Overloaded(_) | ProposeError::TooLarge { .. } => Answer::No(None),
+            ProposeError::Unknown(_) | ProposeError::Stopped => Answer::Unknown,
+        };
+        match outcome {
+            Polled::Proposal(Ok(outcome)) => Answer::Applied {
+                index: outcome.index,
+                result: outcome.result,
+            },
+            Polled::View(Ok(view)) => {
+                let applied = applied_in(&view);
+                let query = query.expect("clients read with a query");
+                let found = mobula_scheduler::answer(&view, 0, query);
+                Answer::Seen {
+                    applied,
+                    found: mobula_core::codec::encode_plain(&found),
+                }
+            }
+            Polled::Proposal(Err(error)) | Polled::View(Err(error)) => refused(error),
+            Polled::Change(_) | Polled::Transfer => Answer::Unknown,
+        }
+    }
+}
+
+/// The entry up to which a view of the tables goes.
+pub(crate) fn applied_in(view: &View) -> u64 {
+    let log = mobula_storage::raft_log::LogView::new(view.base());
+    log.applied().expect("memory can be read").index
+}
+
+/// Heads by id; the newest leader is the one of the highest term.
+pub(crate) fn leader_of(heads: &BTreeMap<u64, HeadProcess>) -> Option<u64> {
+    heads
+        .iter()
+        .filter_map(|(id, head)| Some((head.core.as_ref()?.leadership(), *id)))
+        .filter(|(leadership, _)| leadership.is_leader)
+        .max_by_key(|(leadership, _)| leadership.term)
+        .map(|(_, id)| id)
+}
+
+impl HeadProcess {
+    /// The disk fails after a few more writes.
+    pub(crate) fn arm(&mut self, writes: usize, fault: DiskFault) {
+        self.engine.fail_after(writes, fault);
+    }
+
+    /// The disk is lost, with everything on it.
+    pub(crate) fn lose_disk(&mut self) {
+        self.engine = MemoryEngine::new();
+    }
+}

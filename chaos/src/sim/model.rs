@@ -1,0 +1,598 @@
+//! A sequential model of the control plane, written apart from it: what each command may answer,
+//! given everything before it in the log.
+//!
+//! It knows less than the tables do, and rests on none of their code: who has a session, which
+//! incarnation of a node or an actor is the living one, which job has which key, what was decided
+//! for good. That is what I3 to I6 and I10 speak of.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mobula_core::codec;
+use mobula_core::control::{Command as LogCommand, ModuleId, Reader};
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::{ActorId, Incarnation, JobId, NodeId, SessionId};
+use mobula_core::order::WorkerEvent;
+use mobula_core::resource::Resources;
+use mobula_scheduler::limits::{SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW};
+use mobula_scheduler::{Command, EventOutcome, Query, QueryResponse, Response, answer};
+
+use super::violation::Violation;
+
+/// How many commands lie between two looks at all tables.
+const INVARIANTS_EVERY: u64 = 64;
+
+type Answer = Result<Vec<u8>, Rejection>;
+
+#[derive(Debug, Default)]
+struct Session {
+    answers: BTreeMap<u64, Answer>,
+    highest: u64,
+    used_ms: u64,
+}
+
+#[derive(Debug)]
+struct Node {
+    boot: String,
+    incarnation: Incarnation,
+    is_lost: bool,
+    capacity: Resources,
+}
+
+#[derive(Debug, Default)]
+struct Actor {
+    incarnation: Incarnation,
+    /// Where it may run now.
+    on: Option<NodeId>,
+    resources: Resources,
+}
+
+/// What the log so far has led to.
+#[derive(Debug, Default)]
+pub(crate) struct Model {
+    log_time_ms: u64,
+    sessions: BTreeMap<SessionId, Session>,
+    closed: BTreeSet<SessionId>,
+    nodes: BTreeMap<NodeId, Node>,
+    names: BTreeMap<String, NodeId>,
+    actors: BTreeMap<ActorId, Actor>,
+    keys: BTreeMap<String, (JobId, ActorId)>,
+    newest_job: u64,
+    newest_submit_ms: u64,
+    outcomes: BTreeMap<JobId, (String, Option<String>)>,
+}
+
+fn broken<T>(rule: &'static str, index: u64, detail: String) -> Result<T, Violation> {
+    Err(Violation::new(rule, format!("entry {index}: {detail}")))
+}
+
+const FENCED: &str = "no effect of a stale incarnation is accepted (I4)";
+const ONCE: &str = "each (session, seq) takes effect once (I3)";
+
+impl Model {
+    /// Takes in one command and its answer. `tables` are those after it.
+    pub(crate) fn observe(
+        &mut self,
+        index: u64,
+        command: &LogCommand,
+        result: &Answer,
+        tables: &dyn Reader,
+    ) -> Result<(), Violation> {
+        self.log_time_ms = self.log_time_ms.max(command.now_ms);
+        if command.session != SessionId::INTERNAL && !self.admit(index, command, result)? {
+            return Ok(());
+        }
+        if command.module == ModuleId::SCHEDULER
+            && let (Ok(inner), Ok(bytes)) = (Command::decode(&command.payload), result)
+        {
+            let response = Response::decode(bytes).map_err(|error| {
+                Violation::new("answers can be read", format!("entry {index}: {error}"))
+            })?;
+            self.accept(index, &inner, &response, tables)?;
+        }
+        if index.is_multiple_of(INVARIANTS_EVERY) {
+            self.check_tables(tables)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the command is a new one of its session. Otherwise its answer must be the old one.
+    fn admit(
+        &mut self,
+        index: u64,
+        command: &LogCommand,
+        result: &Answer,
+    ) -> Result<bool, Violation> {
+        let is_expired_answer =
+            matches!(result, Err(rejection) if rejection.code == ErrorCode::SessionExpired);
+        let now_ms = self.log_time_ms;
+        let expect_expired = |why: &str| {
+            if is_expired_answer {
+                return Ok(false);
+            }
+            broken(
+                ONCE,
+                index,
+                format!(
+                    "command {} of {}, {why}, was answered {result:?}",
+                    command.seq, command.session
+                ),
+            )
+        };
+        let Some(session) = self.sessions.get_mut(&command.session) else {
+            let why = if self.closed.contains(&command.session) {
+                "which was closed"
+            } else {
+                "which was never opened"
+            };
+            return expect_expired(why);
+        };
+        if now_ms.saturating_sub(session.used_ms) > SESSION_IDLE_MS {
+            return expect_expired("which is idle for too long");
+        }
+        if command.seq + SESSION_WINDOW <= session.highest {
+            return expect_expired("which has moved on");
+        }
+        if let Some(known) = session.answers.get(&command.seq) {
+            if known == result {
+                return Ok(false);
+            }
+            return broken(
+                ONCE,
+                index,
+                format!(
+                    "command {} of {} was answered {known:?} before and {result:?} now",
+                    command.seq, command.session
+                ),
+            );
+        }
+        if is_expired_answer {
+            let (seq, session) = (command.seq, command.session);
+            return broken(
+                ONCE,
+                index,
+                format!("command {seq} of {session} is new, and was called too old"),
+            );
+        }
+        session.answers.insert(command.seq, result.clone());
+        session.highest = session.highest.max(command.seq);
+        if now_ms.saturating_sub(session.used_ms) >= SESSION_TOUCH_MS {
+            session.used_ms = now_ms;
+        }
+        Ok(true)
+    }
+
+    /// A command was applied, and answered with `response`.
+    fn accept(
+        &mut self,
+        index: u64,
+        command: &Command,
+        response: &Response,
+        tables: &dyn Reader,
+    ) -> Result<(), Violation> {
+        match (command, response) {
+            (Command::OpenSession { .. }, Response::SessionOpened { session }) => {
+                let opened = Session {
+                    used_ms: self.log_time_ms,
+                    ..Session::default()
+                };
+                // Idle ones are swept, and their ids never come back.
+                if self.sessions.insert(*session, opened).is_some() || self.closed.contains(session)
+                {
+                    return broken(ONCE, index, format!("{session} was given out twice"));
+                }
+            }
+            (Command::CloseSession { session, .. }, _) => {
+                self.sessions.remove(session);
+                self.closed.insert(*session);
+            }
+            (
+                Command::RegisterNode {
+                    name,
+                    boot_id,
+                    capacity,
+                    ..
+                },
+                Response::Registered { node, incarnation },
+            ) => self.registered(index, name, boot_id, capacity, *node, *incarnation)?,
+            (Command::NodeLost { node, incarnation }, Response::Event(outcome)) => {
+                self.lost(index, *node, *incarnation, outcome)?;
+            }
+            (
+                Command::NodeEvent {
+                    node,
+                    incarnation,
+                    event,
+                },
+                Response::Event(outcome),
+            ) => self.event(index, *node, *incarnation, event, outcome)?,
+            (
+                Command::SubmitJob { spec },
+                Response::JobSubmitted {
+                    job,
+                    driver,
+                    created,
+                },
+            ) => {
+                self.submitted(
+                    index,
+                    spec.idempotency_key.as_deref(),
+                    *job,
+                    *driver,
+                    *created,
+                )?;
+                self.actors.entry(*driver).or_default().resources = spec.resources.clone();
+                self.check_submit_time(index, *job, *created, tables)?;
+            }
+            (Command::CreateActors { actors: specs, .. }, Response::ActorsCreated { actors }) => {
+                for (actor, spec) in actors.iter().zip(specs) {
+                    let known = self.actors.entry(*actor).or_default();
+                    if known.on.is_none() {
+                        known.resources = spec.resources.clone();
+                    }
+                }
+            }
+            (Command::Assign { assignments }, Response::Assigned { assigned, .. }) => {
+                for granted in assigned {
+                    let assignment = assignments.iter().find(|a| a.actor == granted.actor);
+                    let Some(assignment) = assignment else {
+                        let actor = granted.actor;
+                        return broken(FENCED, index, format!("{actor} was not asked for"));
+                    };
+                    let to = (assignment.node, assignment.node_incarnation);
+                    self.assigned(index, granted.actor, granted.incarnation, to)?;
+                }
+                self.check_capacity(index)?;
+            }
+            (
+                Command::YieldActor {
+                    actor, incarnation, ..
+                },
+                Response::Done,
+            ) => {
+                self.check_current(index, *actor, *incarnation)?;
+                self.actors.entry(*actor).or_default().on = None;
+            }
+            (
+                Command::SetJobResult {
+                    actor, incarnation, ..
+                },
+                Response::Done,
+            ) => self.check_current(index, *actor, *incarnation)?,
+            (Command::StopJob { job }, Response::Done) => {
+                self.check_outcome(index, *job, tables)?
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn registered(
+        &mut self,
+        index: u64,
+        name: &str,
+        boot: &str,
+        capacity: &Resources,
+        id: NodeId,
+        incarnation: Incarnation,
+    ) -> Result<(), Violation> {
+        const RULE: &str = "a lost incarnation never counts as alive again (I6)";
+        let known = self.names.get(name).copied();
+        if known.is_some_and(|known| known != id) {
+            return broken(
+                RULE,
+                index,
+                format!("`{name}` was {known:?} and is {id} now"),
+            );
+        }
+        self.names.insert(name.to_owned(), id);
+        let lives = self
+            .nodes
+            .get(&id)
+            .is_some_and(|node| !node.is_lost && node.boot == boot);
+        let expected = match self.nodes.get(&id) {
+            Some(node) if lives => node.incarnation,
+            _ => Incarnation(index),
+        };
+        if incarnation != expected {
+            return broken(
+                RULE,
+                index,
+                format!("{id} registers as {incarnation} and should as {expected}"),
+            );
+        }
+        if !lives {
+            self.clear_node(id);
+        }
+        let node = Node {
+            boot: boot.to_owned(),
+            incarnation,
+            is_lost: false,
+            capacity: capacity.clone(),
+        };
+        self.nodes.insert(id, node);
+        Ok(())
+    }
+
+    fn clear_node(&mut self, id: NodeId) {
+        for actor in self.actors.values_mut() {
+            if actor.on == Some(id) {
+                actor.on = None;
+            }
+        }
+    }
+
+    fn is_current(&self, id: NodeId, incarnation: Incarnation) -> bool {
+        self.nodes
+            .get(&id)
+            .is_some_and(|node| !node.is_lost && node.incarnation == incarnation)
+    }
+
+    fn lost(
+        &mut self,
+        index: u64,
+        id: NodeId,
+        incarnation: Incarnation,
+        outcome: &EventOutcome,
+    ) -> Result<(), Violation> {
+        let is_current = self.is_current(id, incarnation);
+        if is_current != (*outcome == EventOutcome::Applied) {
+            return broken(
+                FENCED,
+                index,
+                format!("the loss of {id} as {incarnation} came to {outcome:?}"),
+            );
+        }
+        if is_current {
+            self.clear_node(id);
+            if let Some(node) = self.nodes.get_mut(&id) {
+                node.is_lost = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn event(
+        &mut self,
+        index: u64,
+        id: NodeId,
+        incarnation: Incarnation,
+        event: &WorkerEvent,
+        outcome: &EventOutcome,
+    ) -> Result<(), Violation> {
+        let is_fenced = matches!(outcome, EventOutcome::Fenced { .. });
+        if is_fenced == self.is_current(id, incarnation) {
+            return broken(
+                FENCED,
+                index,
+                format!("an event of {id} as {incarnation} came to {outcome:?}"),
+            );
+        }
+        let (WorkerEvent::ActorStarted {
+            actor,
+            incarnation: started,
+            ..
+        }
+        | WorkerEvent::ActorExited {
+            actor,
+            incarnation: started,
+            ..
+        }) = event
+        else {
+            return Ok(());
+        };
+        let known = self.actors.get(actor);
+        let is_here = known.is_some_and(|known| known.on == Some(id));
+        let is_its = is_here && known.is_some_and(|known| known.incarnation == *started);
+        let is_exit = matches!(event, WorkerEvent::ActorExited { .. });
+        let is_applied = *outcome == EventOutcome::Applied;
+        if (is_applied && !is_its) || (is_exit && is_its && !is_fenced && !is_applied) {
+            return broken(
+                FENCED,
+                index,
+                format!("{event:?} of {id} came to {outcome:?}, and known is {known:?}"),
+            );
+        }
+        if is_exit && is_applied {
+            self.actors.entry(*actor).or_default().on = None;
+        }
+        Ok(())
+    }
+
+    fn submitted(
+        &mut self,
+        index: u64,
+        key: Option<&str>,
+        job: JobId,
+        driver: ActorId,
+        created: bool,
+    ) -> Result<(), Violation> {
+        const RULE: &str = "a key makes one job (I3)";
+        let known = key.and_then(|key| self.keys.get(key)).copied();
+        match known {
+            Some(known) if created || known != (job, driver) => {
+                return broken(
+                    RULE,
+                    index,
+                    format!("key {key:?} made {} before and {job} now", known.0),
+                );
+            }
+            None if !created || job.0 <= self.newest_job => {
+                return broken(RULE, index, format!("{job} is not new for key {key:?}"));
+            }
+            _ => {}
+        }
+        self.newest_job = self.newest_job.max(job.0);
+        if let Some(key) = key {
+            self.keys.insert(key.to_owned(), (job, driver));
+        }
+        Ok(())
+    }
+
+    /// Time in the log, as far as it can be seen, never goes back.
+    fn check_submit_time(
+        &mut self,
+        index: u64,
+        job: JobId,
+        created: bool,
+        tables: &dyn Reader,
+    ) -> Result<(), Violation> {
+        if !created {
+            return Ok(());
+        }
+        let Ok(QueryResponse::Job(view)) = answer(tables, 0, Query::Job { job }) else {
+            return broken(
+                "what is acknowledged is there (I2)",
+                index,
+                format!("no {job}"),
+            );
+        };
+        if view.submitted_ms < self.newest_submit_ms {
+            return broken(
+                "log time never goes back",
+                index,
+                format!(
+                    "{job} was submitted at {}, after one of {}",
+                    view.submitted_ms, self.newest_submit_ms
+                ),
+            );
+        }
+        self.newest_submit_ms = view.submitted_ms;
+        Ok(())
+    }
+
+    fn assigned(
+        &mut self,
+        index: u64,
+        actor: ActorId,
+        incarnation: Incarnation,
+        (node, node_incarnation): (NodeId, Incarnation),
+    ) -> Result<(), Violation> {
+        if !self.is_current(node, node_incarnation) {
+            return broken(
+                FENCED,
+                index,
+                format!("{actor} goes to {node} as {node_incarnation}, which does not live"),
+            );
+        }
+        let known = self.actors.entry(actor).or_default();
+        if known.on.is_some() || incarnation != Incarnation(index) {
+            return broken(
+                FENCED,
+                index,
+                format!("{actor} is granted {incarnation}, and known is {known:?}"),
+            );
+        }
+        known.on = Some(node);
+        known.incarnation = incarnation;
+        Ok(())
+    }
+
+    fn check_current(
+        &self,
+        index: u64,
+        actor: ActorId,
+        incarnation: Incarnation,
+    ) -> Result<(), Violation> {
+        let known = self.actors.get(&actor);
+        if known.is_some_and(|known| known.incarnation == incarnation && known.on.is_some()) {
+            return Ok(());
+        }
+        broken(
+            FENCED,
+            index,
+            format!("{actor} acts as {incarnation}, and known is {known:?}"),
+        )
+    }
+
+    /// No node gives away more than it has (I10).
+    fn check_capacity(&self, index: u64) -> Result<(), Violation> {
+        for (id, node) in &self.nodes {
+            let mut taken = Resources::default();
+            for actor in self.actors.values().filter(|actor| actor.on == Some(*id)) {
+                taken = taken.plus(&actor.resources);
+            }
+            let shortfalls = node.capacity.shortfalls(&taken);
+            if !node.is_lost && !shortfalls.is_empty() {
+                return broken(
+                    "no node gives away more than it has (I10)",
+                    index,
+                    format!("{id} lacks {shortfalls:?}"),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// A job's end is decided once (I5).
+    fn check_outcome(
+        &mut self,
+        index: u64,
+        job: JobId,
+        tables: &dyn Reader,
+    ) -> Result<(), Violation> {
+        let Ok(QueryResponse::Job(view)) = answer(tables, 0, Query::Job { job }) else {
+            return Ok(());
+        };
+        let found = (view.state.clone(), view.exit_code.clone());
+        match self.outcomes.get(&job) {
+            Some(known) if *known != found => broken(
+                "a job's end is decided once (I5)",
+                index,
+                format!("{job} ended as {known:?} and is {found:?} now"),
+            ),
+            Some(_) => Ok(()),
+            None => {
+                if view.finished {
+                    self.outcomes.insert(job, found);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Looks at all tables: they agree with each other, and with the outcomes that were seen.
+    pub(crate) fn check_tables(&mut self, tables: &dyn Reader) -> Result<(), Violation> {
+        mobula_scheduler::invariants::check(tables).map_err(|violation| {
+            Violation::new(
+                "the tables agree with each other (I10, I13)",
+                violation.to_string(),
+            )
+        })?;
+        let listed = Query::ListJobs {
+            after: None,
+            limit: 0,
+        };
+        let Ok(QueryResponse::Jobs(jobs)) = answer(tables, 0, listed) else {
+            return Ok(());
+        };
+        for job in jobs.iter().filter(|job| job.finished) {
+            self.check_outcome(0, job.job, tables)?;
+        }
+        for (job, (state, _)) in &self.outcomes {
+            if !jobs.iter().any(|view| view.job == *job && view.finished) {
+                return broken(
+                    "a job's end is decided once (I5)",
+                    0,
+                    format!("{job} had ended as {state} and has not any more"),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// The jobs that were ever made.
+    pub(crate) fn job_count(&self) -> usize {
+        self.keys.len()
+    }
+}
+
+/// The answer that a session's table keeps, for messages.
+pub(crate) fn shown(answer: &Answer) -> String {
+    match answer {
+        Ok(bytes) => match Response::decode(bytes) {
+            Ok(response) => format!("{response:?}"),
+            Err(_) => format!("{} bytes", codec::encode_plain(bytes).len()),
+        },
+        Err(rejection) => format!("{:?}: {}", rejection.code, rejection.message),
+    }
+}

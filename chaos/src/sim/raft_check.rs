@@ -1,0 +1,289 @@
+//! The omniscient checker of Raft: it sees every head's memory and disk, and every message at the
+//! moment it is sent.
+//!
+//! What it holds against them (I16): one leader in a term · what is committed never changes, and is
+//! the same everywhere · a vote or an acknowledgement is on the sender's disk when it leaves · a
+//! member that was removed never comes back. And I12: equal applied index, equal tables, compared
+//! with a state machine that applies each committed entry once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use mobula_core::codec;
+use mobula_core::control::{Command, StateModule};
+use mobula_core::error::Rejection;
+use mobula_head::simulation::{HeadCore, Reference, rows_sum};
+use mobula_storage::engine::{Engine, MemoryEngine};
+use mobula_storage::raft_log::LogView;
+use raft::prelude::{Entry, Message, MessageType};
+
+use super::model::Model;
+use super::violation::Violation;
+
+/// The largest command in a simulation.
+const COMMAND_BYTES_MAX: usize = 1024 * 1024;
+
+/// The first index that a command can have: a fresh group begins behind a bootstrap entry.
+const FIRST_INDEX: u64 = mobula_storage::raft_log::BOOTSTRAP_INDEX + 1;
+
+/// What a committed command was, and what became of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Committed {
+    pub(crate) term: u64,
+    /// `None` for entries without a command.
+    pub(crate) command: Option<Command>,
+    pub(crate) result: Option<Result<Vec<u8>, Rejection>>,
+    rows_sum: u64,
+    data_hash: u64,
+}
+
+/// Everything that is known to be committed, and who led.
+pub(crate) struct RaftChecker {
+    leaders: BTreeMap<u64, u64>,
+    committed: Vec<Committed>,
+    reference: Reference,
+    removed: BTreeSet<u64>,
+    pub(crate) model: Model,
+    /// Up to where each life of a head was compared.
+    compared: BTreeMap<u64, (u64, u64)>,
+}
+
+impl RaftChecker {
+    pub(crate) fn new(founder: u64, modules: &[Arc<dyn StateModule>]) -> Self {
+        RaftChecker {
+            leaders: BTreeMap::new(),
+            committed: Vec::new(),
+            reference: Reference::new(founder, modules),
+            removed: BTreeSet::new(),
+            model: Model::default(),
+            compared: BTreeMap::new(),
+        }
+    }
+
+    /// The last index that any head is known to have committed.
+    pub(crate) fn last(&self) -> u64 {
+        FIRST_INDEX - 1 + self.committed.len() as u64
+    }
+
+    /// What was committed at `index`.
+    pub(crate) fn at(&self, index: u64) -> Option<&Committed> {
+        let offset = usize::try_from(index.checked_sub(FIRST_INDEX)?).ok()?;
+        self.committed.get(offset)
+    }
+
+    /// In how many terms somebody led.
+    pub(crate) fn leader_count(&self) -> u64 {
+        self.leaders.len() as u64
+    }
+
+    pub(crate) fn reference(&self) -> &Reference {
+        &self.reference
+    }
+
+    /// A sum over the tables after everything that is committed.
+    pub(crate) fn rows_sum(&self) -> u64 {
+        self.reference.rows_sum()
+    }
+
+    /// A head begins a new life, from its disk.
+    pub(crate) fn restarted(&mut self, raft_id: u64) {
+        self.compared.remove(&raft_id);
+    }
+
+    /// Looks at a head after it has settled.
+    pub(crate) fn look(
+        &mut self,
+        raft_id: u64,
+        core: &HeadCore,
+        engine: &MemoryEngine,
+    ) -> Result<(), Violation> {
+        let status = core.status();
+        if status.leads {
+            let leader = *self.leaders.entry(status.term).or_insert(raft_id);
+            if leader != raft_id {
+                return Err(Violation::new(
+                    "one leader a term (I16)",
+                    format!(
+                        "heads {leader} and {raft_id} both lead in term {}",
+                        status.term
+                    ),
+                ));
+            }
+        }
+        let (committed, applied) = self.compared.get(&raft_id).copied().unwrap_or((0, 0));
+        let from = (committed + 1).max(status.truncated + 1).max(FIRST_INDEX);
+        for index in from..=status.committed {
+            self.take_committed(raft_id, core, index)?;
+        }
+        if status.applied != applied {
+            self.compare_tables(raft_id, engine, status.applied)?;
+        }
+        self.compared
+            .insert(raft_id, (status.committed.max(committed), status.applied));
+        Ok(())
+    }
+
+    fn take_committed(
+        &mut self,
+        raft_id: u64,
+        core: &HeadCore,
+        index: u64,
+    ) -> Result<(), Violation> {
+        let entry = core.log().entry(index).map_err(|error| {
+            let detail = format!("head {raft_id} has committed entry {index} but not it: {error}");
+            Violation::new("what is committed is there (I16)", detail)
+        })?;
+        if let Some(known) = self.at(index) {
+            if (known.term, known.data_hash) == (entry.term, data_hash(&entry)) {
+                return Ok(());
+            }
+            return Err(Violation::new(
+                "what is committed never changes (I2, I16)",
+                format!(
+                    "head {raft_id} has committed term {} at entry {index}, where term {} was \
+                     committed before",
+                    entry.term, known.term
+                ),
+            ));
+        }
+        if index != self.last() + 1 {
+            return Err(Violation::new(
+                "what is committed has no holes (I16)",
+                format!(
+                    "head {raft_id} has committed entry {index}, and nobody the one after {}",
+                    self.last()
+                ),
+            ));
+        }
+        self.append(index, &entry)
+    }
+
+    fn append(&mut self, index: u64, entry: &Entry) -> Result<(), Violation> {
+        let result = self.reference.apply(entry);
+        let command = match &result {
+            Some(_) => codec::decode::<Command>(&entry.data, COMMAND_BYTES_MAX).ok(),
+            None => None,
+        };
+        if let (Some(command), Some(result)) = (&command, &result) {
+            self.model
+                .observe(index, command, result, &self.reference.reader())?;
+        }
+        self.check_members()?;
+        self.committed.push(Committed {
+            term: entry.term,
+            command,
+            result,
+            rows_sum: self.reference.rows_sum(),
+            data_hash: data_hash(entry),
+        });
+        Ok(())
+    }
+
+    fn check_members(&self) -> Result<(), Violation> {
+        let members = self.reference.members();
+        let mut all = members.voters.iter().chain(&members.learners);
+        match all.find(|id| self.removed.contains(id)) {
+            None => Ok(()),
+            Some(id) => Err(Violation::new(
+                "a removed head never comes back",
+                format!("head {id} was removed and is a member again"),
+            )),
+        }
+    }
+
+    /// The group was told that `raft_id` is removed.
+    pub(crate) fn removed(&mut self, raft_id: u64) {
+        self.removed.insert(raft_id);
+    }
+
+    fn compare_tables(
+        &self,
+        raft_id: u64,
+        engine: &MemoryEngine,
+        applied: u64,
+    ) -> Result<(), Violation> {
+        let found = rows_sum(&engine.snapshot());
+        self.check_rows(applied, found, || format!("head {raft_id}"))
+    }
+
+    /// Compares tables at `applied` with what they must be there.
+    pub(crate) fn check_rows(
+        &self,
+        applied: u64,
+        found: u64,
+        whose: impl Fn() -> String,
+    ) -> Result<(), Violation> {
+        let Some(known) = self.at(applied) else {
+            return if applied < FIRST_INDEX {
+                Ok(())
+            } else {
+                Err(Violation::new(
+                    "only what is committed is applied (I16)",
+                    format!("{} has applied entry {applied} of {}", whose(), self.last()),
+                ))
+            };
+        };
+        if known.rows_sum == found {
+            return Ok(());
+        }
+        Err(Violation::new(
+            "equal applied index, equal tables (I12)",
+            format!(
+                "the tables of {} at entry {applied} are not what its entries make",
+                whose()
+            ),
+        ))
+    }
+}
+
+fn data_hash(entry: &Entry) -> u64 {
+    let mut hash = u64::from(entry.entry_type.unsigned_abs()) ^ 0x517c_c1b7_2722_0a95;
+    for chunk in entry.data.chunks(8) {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        hash = (hash ^ u64::from_le_bytes(word))
+            .wrapping_mul(0x517c_c1b7_2722_0a95)
+            .rotate_left(31);
+    }
+    hash
+}
+
+/// Checks a message at the moment it leaves: what it promises must survive a power cut (I16).
+pub(crate) fn check_promise(message: &Message, engine: &MemoryEngine) -> Result<(), Violation> {
+    let durable = LogView::new(engine.durable());
+    let fail = |detail: String| Err(Violation::new("persisted before sent (I16)", detail));
+    match message.get_msg_type() {
+        MessageType::MsgRequestVoteResponse if !message.reject => {
+            let kept = durable.hard_state().expect("memory can be read");
+            if (kept.term, kept.vote) == (message.term, message.to) || kept.term > message.term {
+                return Ok(());
+            }
+            fail(format!(
+                "head {} votes for {} in term {}, and on its disk are term {} and vote {}",
+                message.from, message.to, message.term, kept.term, kept.vote
+            ))
+        }
+        MessageType::MsgAppendResponse if !message.reject => {
+            let kept = durable.hard_state().expect("memory can be read");
+            if kept.term < message.term {
+                return fail(format!(
+                    "head {} acknowledges in term {}, and on its disk is term {}",
+                    message.from, message.term, kept.term
+                ));
+            }
+            let is_there = durable
+                .entry(message.index)
+                .expect("memory can be read")
+                .is_some();
+            let applied = durable.applied().expect("memory can be read").index;
+            if is_there || message.index <= applied || message.index < FIRST_INDEX {
+                return Ok(());
+            }
+            fail(format!(
+                "head {} acknowledges entry {}, which is not on its disk",
+                message.from, message.index
+            ))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,418 @@
+//! A worker's agent and what it runs, after `runtime/worker/src/{session,agent}.rs`: one session
+//! with the leader, orders in, events out until they are acknowledged.
+//!
+//! What it checks by itself: an incarnation is started once, by whatever orders it hears (I4).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mobula_core::control::ModuleId;
+use mobula_core::exit::ExitReason;
+use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId, SessionId};
+use mobula_core::order::{Order, WorkerEvent};
+use mobula_core::resource::Resources;
+use mobula_core::spec::ActorKind;
+use mobula_scheduler::Command;
+use rand::Rng;
+
+use super::network::Place;
+use super::options::{MILLISECOND, Micros, SECOND};
+use super::packet::{Ask, HeadSays, Packet, Request, WorkerSays};
+use super::world::{Event, World};
+
+const TICK: Micros = 40 * MILLISECOND;
+const RENEW: Micros = 300 * MILLISECOND;
+const RESEND: Micros = SECOND;
+
+/// A leader that owes an answer for so long may have been replaced.
+const SILENCE_MAX: Micros = 900 * MILLISECOND;
+
+/// CPU that a worker has, in thousandths.
+pub(crate) const WORKER_CPU_MILLI: u64 = 4_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Until it is constructed.
+    Starts,
+    /// Until it ends by itself.
+    Runs,
+    /// Until it has ended, as asked.
+    Stops,
+}
+
+#[derive(Debug)]
+struct Runs {
+    incarnation: Incarnation,
+    job: JobId,
+    is_driver: bool,
+    stage: Stage,
+    until: Micros,
+}
+
+#[derive(Debug)]
+struct Session {
+    number: u64,
+    head: u64,
+    is_welcome: bool,
+    /// Since when the head owes an answer.
+    waits_since: Option<Micros>,
+    renew_at: Micros,
+    resend_at: Micros,
+    sent: u64,
+}
+
+/// A worker.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    boot: u64,
+    pub(crate) is_up: bool,
+    session: Option<Session>,
+    retry_at: Micros,
+    next_head: Option<u64>,
+    highest_term: u64,
+    registered: Option<(NodeId, Incarnation)>,
+    actors: BTreeMap<ActorId, Runs>,
+    /// What was ended here, so that a late order starts nothing twice.
+    ended: BTreeSet<(ActorId, Incarnation)>,
+    events: BTreeMap<u64, WorkerEvent>,
+    last_event: u64,
+}
+
+impl Worker {
+    pub(crate) fn new(_: usize) -> Self {
+        Worker {
+            boot: 1,
+            is_up: true,
+            session: None,
+            retry_at: 0,
+            next_head: None,
+            highest_term: 0,
+            registered: None,
+            actors: BTreeMap::new(),
+            ended: BTreeSet::new(),
+            events: BTreeMap::new(),
+            last_event: 0,
+        }
+    }
+
+    /// Its machine loses power, with everything that runs on it.
+    pub(crate) fn crash(&mut self) {
+        *self = Worker {
+            boot: self.boot + 1,
+            is_up: false,
+            ..Worker::new(0)
+        };
+    }
+
+    /// The agent gives its session up, and runs on.
+    pub(crate) fn drop_session(&mut self) {
+        self.session = None;
+    }
+
+    fn report(&mut self, event: WorkerEvent) {
+        self.last_event += 1;
+        self.events.insert(self.last_event, event);
+    }
+
+    fn end(&mut self, actor: ActorId, incarnation: Incarnation, reason: ExitReason) {
+        self.actors.remove(&actor);
+        self.ended.insert((actor, incarnation));
+        self.report(WorkerEvent::ActorExited {
+            actor,
+            incarnation,
+            reason,
+        });
+    }
+}
+
+impl World {
+    pub(crate) fn worker_ticks(&mut self, index: usize) {
+        self.after(TICK, Event::WorkerTick(index));
+        if !self.workers[index].is_up {
+            return;
+        }
+        self.run_actors(index);
+        self.keep_session(index);
+    }
+
+    fn run_actors(&mut self, index: usize) {
+        let now = self.now;
+        let due: Vec<ActorId> = self.workers[index]
+            .actors
+            .iter()
+            .filter(|(_, runs)| runs.until <= now)
+            .map(|(actor, _)| *actor)
+            .collect();
+        for actor in due {
+            let lasts = self.rng.random_range(50..1_500) * MILLISECOND;
+            let ending = self.rng.random_range(0..10);
+            let worker = &mut self.workers[index];
+            let Some(runs) = worker.actors.get_mut(&actor) else {
+                continue;
+            };
+            let incarnation = runs.incarnation;
+            match runs.stage {
+                Stage::Starts if ending == 0 => {
+                    let reason = ExitReason::StartFailed("no such file".to_owned());
+                    worker.end(actor, incarnation, reason);
+                }
+                Stage::Starts => {
+                    runs.stage = Stage::Runs;
+                    runs.until = now + lasts;
+                    worker.report(WorkerEvent::ActorStarted {
+                        actor,
+                        incarnation,
+                        host: HostId(actor.0),
+                        call_address: "127.0.0.1:1".to_owned(),
+                        pid: 1,
+                    });
+                }
+                Stage::Runs => {
+                    let (job, is_driver) = (runs.job, runs.is_driver);
+                    let reason = match ending {
+                        0 => ExitReason::Panicked("simulated".to_owned()),
+                        1 => ExitReason::HostSignaled(9),
+                        _ => ExitReason::Completed,
+                    };
+                    if is_driver {
+                        self.set_result(index, job, actor, incarnation);
+                    }
+                    self.workers[index].end(actor, incarnation, reason);
+                }
+                Stage::Stops => worker.end(actor, incarnation, ExitReason::Stopped),
+            }
+        }
+    }
+
+    /// A driver stores its result, whatever became of its incarnation meanwhile.
+    fn set_result(&mut self, index: usize, job: JobId, actor: ActorId, incarnation: Incarnation) {
+        let Some(head) = self.any_head() else { return };
+        let command = Command::SetJobResult {
+            job,
+            actor,
+            incarnation,
+            result_json: format!("{}", incarnation.0),
+        };
+        let request = Request {
+            client: None,
+            operation: 0,
+            ask: Ask::Change {
+                session: SessionId::INTERNAL,
+                seq: 0,
+                module: ModuleId::SCHEDULER,
+                payload: command.encode(),
+            },
+        };
+        let packet = Packet::Request(request);
+        self.send_at(self.now, Place::Worker(index), Place::Head(head), packet);
+    }
+
+    /// A head that is a member, as somebody who knows the list would try one.
+    pub(crate) fn any_head(&mut self) -> Option<u64> {
+        let members = &self.checker.reference().members().voters;
+        let choice = self.rng.random_range(0..members.len().max(1));
+        members.get(choice).copied()
+    }
+
+    fn keep_session(&mut self, index: usize) {
+        let now = self.now;
+        let is_silent = |session: &Session| {
+            session
+                .waits_since
+                .is_some_and(|since| now - since > SILENCE_MAX)
+        };
+        let worker = &mut self.workers[index];
+        if worker.session.as_ref().is_some_and(is_silent) {
+            worker.session = None;
+            worker.next_head = None;
+        }
+        if worker.session.is_none() {
+            if worker.retry_at <= now {
+                self.open_session(index);
+            }
+            return;
+        }
+        let worker = &mut self.workers[index];
+        let Some(session) = worker.session.as_mut() else {
+            return;
+        };
+        if !session.is_welcome {
+            return;
+        }
+        let (number, head) = (session.number, session.head);
+        let mut says = Vec::new();
+        if session.renew_at <= now {
+            session.renew_at = now + RENEW;
+            session.waits_since.get_or_insert(now);
+            says.push(WorkerSays::Renew);
+        }
+        if session.resend_at <= now {
+            session.resend_at = now + RESEND;
+            session.sent = 0;
+        }
+        for (sequence, event) in worker.events.range(session.sent + 1..).take(64) {
+            says.push(WorkerSays::Event {
+                sequence: *sequence,
+                event: event.clone(),
+            });
+            session.sent = *sequence;
+        }
+        for said in says {
+            self.worker_says(index, number, head, said);
+        }
+    }
+
+    fn worker_says(&mut self, index: usize, session: u64, head: u64, said: WorkerSays) {
+        let packet = Packet::FromWorker {
+            worker: index,
+            session,
+            said,
+        };
+        self.send_at(self.now, Place::Worker(index), Place::Head(head), packet);
+    }
+
+    fn open_session(&mut self, index: usize) {
+        let now = self.now;
+        let pause = self.rng.random_range(100..400) * MILLISECOND;
+        let known = self.workers[index].next_head.take();
+        let Some(head) = known.or_else(|| self.any_head()) else {
+            return;
+        };
+        self.sessions += 1;
+        let number = self.sessions;
+        let worker = &mut self.workers[index];
+        worker.retry_at = now + pause;
+        worker.session = Some(Session {
+            number,
+            head,
+            is_welcome: false,
+            waits_since: Some(now),
+            renew_at: now + RENEW,
+            resend_at: now + RESEND,
+            sent: 0,
+        });
+        let hello = WorkerSays::Hello {
+            name: format!("worker-{index}"),
+            boot: format!("boot-{}", worker.boot),
+            capacity: Resources {
+                cpu_milli: WORKER_CPU_MILLI,
+                ..Resources::default()
+            },
+        };
+        self.worker_says(index, number, head, hello);
+    }
+
+    pub(crate) fn worker_loses_session(&mut self, index: usize, session: u64) {
+        let worker = &mut self.workers[index];
+        if worker.session.as_ref().is_some_and(|s| s.number == session) {
+            worker.session = None;
+        }
+    }
+
+    pub(crate) fn worker_hears(&mut self, index: usize, number: u64, said: HeadSays) {
+        let now = self.now;
+        let starts_in = self.rng.random_range(5..150) * MILLISECOND;
+        let worker = &mut self.workers[index];
+        let Some(session) = worker.session.as_mut().filter(|s| s.number == number) else {
+            return;
+        };
+        let term = match &said {
+            HeadSays::Welcome { term, .. }
+            | HeadSays::Renewed { term }
+            | HeadSays::Order { term, .. }
+            | HeadSays::OrdersComplete { term, .. } => Some(*term),
+            HeadSays::Refused { .. } | HeadSays::Acknowledged { .. } => None,
+        };
+        if term.is_some_and(|term| term < worker.highest_term) {
+            worker.session = None;
+            return;
+        }
+        worker.highest_term = worker.highest_term.max(term.unwrap_or(0));
+        session.waits_since = None;
+        match said {
+            HeadSays::Welcome {
+                node, incarnation, ..
+            } => {
+                session.is_welcome = true;
+                if worker.registered != Some((node, incarnation)) {
+                    worker.registered = Some((node, incarnation));
+                    worker.actors.clear();
+                    worker.events.clear();
+                }
+            }
+            HeadSays::Refused { leader } => {
+                worker.session = None;
+                worker.next_head = leader;
+                worker.retry_at = now + 100 * MILLISECOND;
+            }
+            HeadSays::Renewed { .. } => {}
+            HeadSays::Order { order, .. } => obey(worker, order, now, starts_in),
+            HeadSays::OrdersComplete { standing, .. } => {
+                worker
+                    .actors
+                    .retain(|actor, runs| standing.contains(&(*actor, runs.incarnation)));
+            }
+            HeadSays::Acknowledged { sequence } => {
+                worker.events.remove(&sequence);
+            }
+        }
+    }
+
+    /// Whether no worker has anything to run or to report.
+    pub(crate) fn workers_are_idle(&self) -> bool {
+        self.workers
+            .iter()
+            .all(|worker| worker.actors.is_empty() && worker.events.is_empty())
+    }
+}
+
+fn obey(worker: &mut Worker, order: Order, now: Micros, starts_in: Micros) {
+    match order {
+        Order::Start(start) => {
+            let (actor, incarnation) = (start.actor, start.incarnation);
+            let newest = worker.actors.get(&actor).map(|runs| runs.incarnation);
+            if newest >= Some(incarnation) || worker.ended.contains(&(actor, incarnation)) {
+                return;
+            }
+            let runs = Runs {
+                incarnation,
+                job: start.job,
+                is_driver: start.spec.kind == ActorKind::Driver,
+                stage: Stage::Starts,
+                until: now + starts_in,
+            };
+            worker.actors.insert(actor, runs);
+        }
+        Order::Stop {
+            actor, incarnation, ..
+        } => match worker.actors.get_mut(&actor) {
+            Some(runs) if runs.incarnation == incarnation => {
+                if runs.stage != Stage::Stops {
+                    runs.stage = Stage::Stops;
+                    runs.until = now + starts_in;
+                }
+            }
+            _ => {
+                // It does not run (any more): whoever asks must be told.
+                let is_reported = worker.events.values().any(|event| {
+                    matches!(event, WorkerEvent::ActorExited { actor: a, incarnation: i, .. }
+                        if (*a, *i) == (actor, incarnation))
+                });
+                if !is_reported {
+                    worker.end_unstarted(actor, incarnation);
+                }
+            }
+        },
+        Order::Notice { .. } | Order::NoticeWithdrawn => {}
+    }
+}
+
+impl Worker {
+    fn end_unstarted(&mut self, actor: ActorId, incarnation: Incarnation) {
+        self.ended.insert((actor, incarnation));
+        self.report(WorkerEvent::ActorExited {
+            actor,
+            incarnation,
+            reason: ExitReason::Stopped,
+        });
+    }
+}

@@ -1,0 +1,396 @@
+//! The simulated cluster: one heap of events, one clock, one thread.
+//!
+//! Invariants:
+//! 1. Everything that happens comes out of the heap, in order of time and then of being put there;
+//!    all chance comes from one generator. So a seed is a run.
+//! 2. Whatever a head answers or sends is checked before anybody gets it.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mobula_core::control::StateModule;
+use mobula_scheduler::Scheduler;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::client::Client;
+use super::head::{HeadInput, HeadProcess};
+use super::network::{Network, Place};
+use super::operator::Operator;
+use super::options::{MILLISECOND, Micros, SECOND, Swarm};
+use super::packet::Packet;
+use super::raft_check::RaftChecker;
+use super::trace::Trace;
+use super::violation::Violation;
+use super::worker::Worker;
+
+/// How long the group may take to form when nothing is wrong.
+const FORMATION_MAX: Micros = 30 * SECOND;
+
+/// How long the healed cluster may take to answer, finish and agree (I18): some elections, the
+/// longest lease, restarts with back-off, a replaced head.
+const HEALING_MAX: Micros = 60 * SECOND;
+
+/// Events of one run: two orders of magnitude above a common one. Past it the run is a loop.
+const EVENTS_MAX: u64 = 3_000_000;
+
+/// Something that will happen.
+#[derive(Debug)]
+pub(crate) enum Event {
+    Arrive(Place, Place, Packet),
+    /// A head works off its inbox.
+    HeadWake(u64, u64),
+    HeadTick(u64, u64),
+    HeadStart(u64),
+    WorkerTick(usize),
+    ClientTick(usize),
+    OperatorTick,
+    Fault,
+    SessionBroken {
+        worker: usize,
+        session: u64,
+        head: u64,
+    },
+}
+
+struct Due {
+    at: Micros,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        (self.at, self.number) == (other.at, other.number)
+    }
+}
+
+impl Eq for Due {}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
+    }
+}
+
+/// In which part of a run we are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Heads join until there are as many as there should be; nothing goes wrong.
+    Forming,
+    /// Anything may go wrong.
+    Safety,
+    /// Everything is well again, and must become so.
+    Liveness,
+}
+
+/// What a run counts, for people.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Events.
+    pub events: u64,
+    /// Entries that were committed.
+    pub entries: u64,
+    /// Answers to clients that were checked.
+    pub answers: u64,
+    /// Lives of heads that ended unasked.
+    pub crashes: u64,
+    /// Snapshots that were installed.
+    pub snapshots: u64,
+    /// Jobs.
+    pub jobs: u64,
+    /// Terms in which somebody led.
+    pub leaders: u64,
+}
+
+pub(crate) struct World {
+    pub(crate) seed: u64,
+    pub(crate) swarm: Swarm,
+    pub(crate) rng: ChaCha8Rng,
+    pub(crate) now: Micros,
+    base: Instant,
+    pub(crate) phase: Phase,
+    heap: BinaryHeap<Reverse<Due>>,
+    numbers: u64,
+    pub(crate) network: Network,
+    pub(crate) heads: BTreeMap<u64, HeadProcess>,
+    pub(crate) workers: Vec<Worker>,
+    pub(crate) clients: Vec<Client>,
+    pub(crate) operator: Operator,
+    pub(crate) checker: RaftChecker,
+    pub(crate) modules: Vec<Arc<dyn StateModule>>,
+    pub(crate) trace: Trace,
+    pub(crate) counts: Counts,
+    pub(crate) lives: u64,
+    pub(crate) sessions: u64,
+    /// When the newest message of a session arrives, so that the next one comes after it.
+    session_clocks: BTreeMap<(u64, bool), Micros>,
+    /// The newest index that any client was told of.
+    pub(crate) acknowledged: u64,
+    pub(crate) complaint: Option<Violation>,
+    /// Heads that stay down in the second phase: the others must do without them.
+    pub(crate) asleep: BTreeSet<u64>,
+    /// Whether all nodes were told to take actors again.
+    pub(crate) is_undrained: bool,
+    pub(crate) is_verbose: bool,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, is_verbose: bool) -> World {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let swarm = Swarm::draw(&mut rng);
+        let modules: Vec<Arc<dyn StateModule>> = vec![Arc::new(Scheduler)];
+        let checker = RaftChecker::new(1, &modules);
+        World {
+            seed,
+            rng,
+            now: 0,
+            base: Instant::now(),
+            phase: Phase::Forming,
+            heap: BinaryHeap::new(),
+            numbers: 0,
+            network: Network::new(),
+            heads: BTreeMap::new(),
+            workers: (0..swarm.workers).map(Worker::new).collect(),
+            clients: (0..swarm.clients).map(Client::new).collect(),
+            operator: Operator::new(swarm.heads),
+            swarm,
+            checker,
+            modules,
+            trace: Trace::new(seed),
+            counts: Counts::default(),
+            lives: 0,
+            sessions: 0,
+            session_clocks: BTreeMap::new(),
+            acknowledged: 0,
+            complaint: None,
+            asleep: BTreeSet::new(),
+            is_undrained: false,
+            is_verbose,
+        }
+    }
+
+    /// Virtual time as the head's loop wants it.
+    pub(crate) fn instant(&self) -> Instant {
+        self.base + Duration::from_micros(self.now)
+    }
+
+    pub(crate) fn say(&self, what: impl FnOnce() -> String) {
+        if self.is_verbose {
+            println!("{:>10.3} ms  {}", self.now as f64 / 1_000.0, what());
+        }
+    }
+
+    pub(crate) fn after(&mut self, delay: Micros, event: Event) {
+        self.at(self.now + delay, event);
+    }
+
+    pub(crate) fn at(&mut self, at: Micros, event: Event) {
+        self.numbers += 1;
+        let number = self.numbers;
+        self.heap.push(Reverse(Due { at, number, event }));
+    }
+
+    /// Sends a packet that leaves at `leaves`.
+    pub(crate) fn send_at(&mut self, leaves: Micros, from: Place, to: Place, packet: Packet) {
+        if let Packet::FromWorker { session, .. } | Packet::FromHead { session, .. } = &packet {
+            return self.send_in_session(leaves, from, to, *session, packet);
+        }
+        let arrivals = self.network.arrivals(from, to, leaves, &mut self.rng);
+        if let Packet::Snapshot { message, life, .. } = &packet
+            && arrivals[0].is_none()
+        {
+            let end = Packet::SnapshotEnd {
+                to: message.to,
+                arrived: false,
+                life: *life,
+            };
+            let at = leaves + 100 * MILLISECOND;
+            return self.at(at, Event::Arrive(to, from, end));
+        }
+        let is_once = matches!(packet, Packet::Snapshot { .. });
+        if let (Some(second), false) = (arrivals[1], is_once) {
+            self.at(second, Event::Arrive(from, to, packet.clone()));
+        }
+        if let Some(first) = arrivals[0] {
+            self.at(first, Event::Arrive(from, to, packet));
+        }
+    }
+
+    /// A session is a stream: in order, sent again when lost, broken when that does not help.
+    fn send_in_session(
+        &mut self,
+        leaves: Micros,
+        from: Place,
+        to: Place,
+        session: u64,
+        packet: Packet,
+    ) {
+        let mut leaves = leaves;
+        for _ in 0..4 {
+            if let [Some(arrival), _] = self.network.arrivals(from, to, leaves, &mut self.rng) {
+                let to_head = matches!(to, Place::Head(_));
+                let clock = self.session_clocks.entry((session, to_head)).or_default();
+                *clock = arrival.max(*clock + 1);
+                let at = *clock;
+                return self.at(at, Event::Arrive(from, to, packet));
+            }
+            leaves += 100 * MILLISECOND;
+        }
+        let (Place::Head(head), Place::Worker(worker)) = (from.max_head(to), from.max_worker(to))
+        else {
+            return;
+        };
+        let broken = Event::SessionBroken {
+            worker,
+            session,
+            head,
+        };
+        self.at(leaves + 300 * MILLISECOND, broken);
+    }
+
+    /// Runs all of it.
+    pub(crate) fn run(&mut self) -> Result<(), Violation> {
+        self.set_out();
+        self.run_until(FORMATION_MAX, |world| world.operator.is_content())?;
+        if !self.operator.is_content() {
+            return Err(Violation::new(
+                "the group forms (I18)",
+                format!("{} heads do not vote after 30 s", self.swarm.heads),
+            ));
+        }
+        self.phase = Phase::Safety;
+        self.say(|| "the group is formed; faults begin".to_owned());
+        let swarm = self.swarm.clone();
+        self.network.roughen(&swarm);
+        self.after(MILLISECOND, Event::Fault);
+        let end = self.now + self.swarm.safety_ms * MILLISECOND;
+        self.run_until(end, |_| false)?;
+        self.heal();
+        let bound = self.now + HEALING_MAX;
+        self.run_until(bound, World::is_quiet)?;
+        if !self.is_quiet() {
+            return Err(Violation::new(
+                "after healing, progress within a bound (I18)",
+                self.what_is_missing(),
+            ));
+        }
+        self.check_end()?;
+        self.counts.entries = self.checker.last();
+        self.counts.jobs = self.checker.model.job_count() as u64;
+        self.counts.leaders = self.checker.leader_count();
+        self.trace.note(self.checker.rows_sum());
+        Ok(())
+    }
+
+    fn set_out(&mut self) {
+        self.add_head(1, true);
+        self.after(0, Event::HeadStart(1));
+        self.after(50 * MILLISECOND, Event::OperatorTick);
+        for worker in 0..self.workers.len() {
+            self.after(300 * MILLISECOND + worker as u64, Event::WorkerTick(worker));
+        }
+        for client in 0..self.clients.len() {
+            self.after(400 * MILLISECOND + client as u64, Event::ClientTick(client));
+        }
+    }
+
+    fn run_until(
+        &mut self,
+        until: Micros,
+        is_enough: impl Fn(&World) -> bool,
+    ) -> Result<(), Violation> {
+        while let Some(Reverse(next)) = self.heap.peek() {
+            if next.at > until || is_enough(self) {
+                break;
+            }
+            let Some(Reverse(due)) = self.heap.pop() else {
+                break;
+            };
+            self.now = self.now.max(due.at);
+            self.counts.events += 1;
+            if self.counts.events > EVENTS_MAX {
+                let detail = format!("{EVENTS_MAX} events in {} ms", self.now / MILLISECOND);
+                return Err(Violation::new("a run ends", detail));
+            }
+            self.happen(due.event)?;
+        }
+        Ok(())
+    }
+
+    fn happen(&mut self, event: Event) -> Result<(), Violation> {
+        self.trace.note(self.now);
+        match event {
+            Event::Arrive(from, to, packet) => self.arrive(from, to, packet),
+            Event::HeadWake(id, life) => self.head_wakes(id, life)?,
+            Event::HeadTick(id, life) => self.head_ticks(id, life),
+            Event::HeadStart(id) => self.head_starts(id)?,
+            Event::WorkerTick(index) => self.worker_ticks(index),
+            Event::ClientTick(index) => self.client_ticks(index),
+            Event::OperatorTick => self.operator_ticks()?,
+            Event::Fault => self.fault(),
+            Event::SessionBroken {
+                worker,
+                session,
+                head,
+            } => {
+                self.worker_loses_session(worker, session);
+                self.head_loses_session(head, session);
+            }
+        }
+        self.take_complaints()
+    }
+
+    fn arrive(&mut self, from: Place, to: Place, packet: Packet) {
+        match (to, packet) {
+            (Place::Head(id), packet) => {
+                if let Packet::Snapshot { life, .. } = packet
+                    && !self.is_up(id)
+                {
+                    let end = Packet::SnapshotEnd {
+                        to: id,
+                        arrived: false,
+                        life,
+                    };
+                    return self.arrive(to, from, end);
+                }
+                let from = match from {
+                    Place::Head(id) => id,
+                    _ => 0,
+                };
+                self.give_head(id, HeadInput::Packet(from, packet));
+            }
+            (Place::Worker(index), Packet::FromHead { session, said }) => {
+                self.worker_hears(index, session, said);
+            }
+            (Place::Client(index), Packet::Reply(reply)) => self.client_hears(index, reply),
+            (to, packet) => unreachable!("{packet:?} is nothing for {to:?}"),
+        }
+    }
+}
+
+impl Place {
+    fn max_head(self, other: Place) -> Place {
+        if matches!(self, Place::Head(_)) {
+            self
+        } else {
+            other
+        }
+    }
+
+    fn max_worker(self, other: Place) -> Place {
+        if matches!(self, Place::Worker(_)) {
+            self
+        } else {
+            other
+        }
+    }
+}

@@ -1,0 +1,487 @@
+//! The head's core for a simulator: the Raft loop, the tables and the modules of a real head, over
+//! an engine in memory, without a thread, and with time, chance and the network given from outside.
+//!
+//! It is the loop that a head's own thread drives (`raft/node_loop.rs`), and not a second one. What
+//! stands around it in a process (connections, tasks of the leader, the API) is not here; whoever
+//! simulates plays that part.
+//!
+//! How to drive it: give it what happened ([`HeadCore::propose`], [`HeadCore::step`],
+//! [`HeadCore::tick`] …), call [`HeadCore::settle`], look at the replies. After a [`DiskFault`] the
+//! core is to be dropped, as a process ends; what the engine kept is where the next one begins.
+//!
+//! Not part of the crate's interface for users.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+
+use mobula_core::clock::Clock;
+use mobula_core::config::RaftConfig;
+use mobula_core::control::{Command, Effect, ModuleId, StateModule};
+use mobula_core::error::Rejection;
+use mobula_core::id::SessionId;
+use mobula_storage::engine::{
+    Column, Durability, Engine, MemoryEngine, MemorySnapshot, Read, WriteBatch, WriteOp,
+};
+use mobula_storage::raft_log::RaftLog;
+use mobula_storage::snapshot::SnapshotInstall;
+use mobula_storage::tables::TablesReader;
+use raft::prelude::{ConfChange, ConfChangeType, ConfState, Entry, Message};
+use tokio::sync::oneshot::{self, Receiver};
+use tokio::sync::watch;
+
+use crate::dispatcher::{EffectReceiver, effect_queue};
+use crate::raft::simulation::{
+    Applier, Chance, Configuration, DriverOptions, ElectionTimeouts, Fault, GroupChange,
+    HeadCommand, HeadsModule, Input, LogClock, Loop, Peers, PinnedTables, open,
+};
+use crate::raft::{
+    ChangeError, EmptyLog, GroupView, Leadership, Member, Outcome, ProposeError, allocated_id,
+};
+
+/// The tables as one head had them at one moment.
+pub type View = TablesReader<MemorySnapshot>;
+
+/// The rows that a simulated head can receive in a snapshot.
+const ROWS_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// What a core starts with.
+pub struct CoreOptions {
+    /// Its id in Raft.
+    pub raft_id: u64,
+    /// Whether an empty log becomes a group of one; otherwise it waits for a snapshot.
+    pub founds_group: bool,
+    /// Whether this member had a log before: then an empty one is refused.
+    pub had_log: bool,
+    /// Raft's settings.
+    pub raft: RaftConfig,
+    /// Time, as this head's machine tells it.
+    pub clock: Arc<dyn Clock>,
+    /// Replicated modules, the scheduler among them.
+    pub modules: Vec<Arc<dyn StateModule>>,
+    /// From what election timeouts are drawn, with member and term.
+    pub seed: u64,
+    /// Told by no other life of any head.
+    pub life: u64,
+}
+
+/// The network, as a core sees it. It is called at the moment that the head sends.
+pub trait Wire: Send {
+    /// Takes a message of Raft.
+    fn send(&mut self, message: Message);
+
+    /// Takes a snapshot: the message that announces it, and its frames. Its end must be reported
+    /// with [`HeadCore::snapshot_sent`].
+    fn send_snapshot(&mut self, message: Message, frames: Vec<Vec<u8>>);
+}
+
+/// The store failed; the core is of no use any more.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct CoreFault(#[from] Fault);
+
+/// A change of the group of heads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A new head follows.
+    AddLearner(Member),
+    /// A learner votes.
+    Promote(u64),
+    /// A head is a member no more.
+    Remove(u64),
+}
+
+/// What a head is in Raft, and how far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RaftStatus {
+    /// The term.
+    pub term: u64,
+    /// Whether it leads in that term.
+    pub leads: bool,
+    /// The last committed entry.
+    pub committed: u64,
+    /// The last applied entry.
+    pub applied: u64,
+    /// The last entry that is compacted away.
+    pub truncated: u64,
+}
+
+struct WirePeers(Box<dyn Wire>);
+
+impl Peers<MemorySnapshot> for WirePeers {
+    fn send(&mut self, message: Message) {
+        self.0.send(message);
+    }
+
+    fn send_snapshot(&mut self, message: Message, tables: PinnedTables<MemorySnapshot>) {
+        let mut export = tables.export();
+        let next = || export.next_frame().expect("memory can be read");
+        self.0
+            .send_snapshot(message, std::iter::from_fn(next).collect());
+    }
+
+    fn set_group(&mut self, _: &GroupView) {}
+}
+
+/// The core of one life of a head.
+pub struct HeadCore {
+    state: Loop<MemoryEngine>,
+    leadership: watch::Receiver<Leadership>,
+    group: watch::Receiver<Arc<GroupView>>,
+    effects: EffectReceiver,
+    now: Arc<LogClock>,
+}
+
+impl HeadCore {
+    /// Starts on what `engine` holds. The error is what the process would end with.
+    pub fn start(
+        engine: MemoryEngine,
+        options: CoreOptions,
+        wire: Box<dyn Wire>,
+        now: Instant,
+    ) -> Result<HeadCore, String> {
+        let is_lost = || crate::raft::is_log_lost(&engine).map_err(|error| error.to_string());
+        if options.had_log && is_lost()? {
+            return Err("its log is gone: under the old id it could vote twice".to_owned());
+        }
+        let (effect_sender, effects) = effect_queue();
+        let modules = options.modules.into_iter();
+        let options = DriverOptions {
+            raft_id: options.raft_id,
+            empty_log: if options.founds_group {
+                EmptyLog::BecomesGroup
+            } else {
+                EmptyLog::Waits
+            },
+            raft: options.raft,
+            modules: modules.map(|module| (module.id(), module)).collect(),
+            clock: options.clock,
+            effects: effect_sender,
+            peers: Box::new(WirePeers(wire)) as Box<dyn Peers<MemorySnapshot>>,
+            chance: Chance {
+                life: options.life,
+                elections: ElectionTimeouts::Pinned { seed: options.seed },
+            },
+        };
+        let opened = open(engine, options, now).map_err(|error| error.to_string())?;
+        Ok(HeadCore {
+            state: opened.state,
+            leadership: opened.leadership,
+            group: opened.group,
+            effects,
+            now: opened.clock,
+        })
+    }
+
+    fn take(&mut self, input: Input<MemorySnapshot>, now: Instant) -> Result<(), CoreFault> {
+        Ok(self.state.take(input, now)?)
+    }
+
+    /// Proposes a command; its time is stamped here.
+    pub fn propose(
+        &mut self,
+        session: SessionId,
+        seq: u64,
+        module: ModuleId,
+        payload: Vec<u8>,
+        now: Instant,
+    ) -> Result<Receiver<Result<Outcome, ProposeError>>, CoreFault> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command {
+            session,
+            seq,
+            now_ms: 0,
+            module,
+            payload,
+        };
+        self.take(Input::Propose { command, reply }, now)?;
+        Ok(answer)
+    }
+
+    /// Asks for the tables with everything in them that was acknowledged before.
+    pub fn read(
+        &mut self,
+        now: Instant,
+    ) -> Result<Receiver<Result<View, ProposeError>>, CoreFault> {
+        let (reply, answer) = oneshot::channel();
+        self.take(Input::Read { reply }, now)?;
+        Ok(answer)
+    }
+
+    /// Asks for a change of the group.
+    pub fn change(
+        &mut self,
+        change: Change,
+        now: Instant,
+    ) -> Result<Receiver<Result<(), ChangeError>>, CoreFault> {
+        let (reply, answer) = oneshot::channel();
+        let change = match change {
+            Change::AddLearner(member) => GroupChange::AddLearner(member),
+            Change::Promote(raft_id) => GroupChange::Promote(raft_id),
+            Change::Remove(raft_id) => GroupChange::Remove(raft_id),
+        };
+        self.take(Input::Change { change, reply }, now)?;
+        Ok(answer)
+    }
+
+    /// Asks to hand leadership over.
+    pub fn transfer(
+        &mut self,
+        to: Option<u64>,
+        now: Instant,
+    ) -> Result<Receiver<Result<u64, ChangeError>>, CoreFault> {
+        let (reply, answer) = oneshot::channel();
+        self.take(Input::Transfer { to, reply }, now)?;
+        Ok(answer)
+    }
+
+    /// Takes a message of another head.
+    pub fn step(&mut self, message: Message, now: Instant) -> Result<(), CoreFault> {
+        self.take(Input::Step(Box::new(message)), now)
+    }
+
+    /// Takes note that a head cannot be reached.
+    pub fn unreachable(&mut self, peer: u64, now: Instant) -> Result<(), CoreFault> {
+        self.take(Input::Unreachable(peer), now)
+    }
+
+    /// Takes note of how the sending of a snapshot ended.
+    pub fn snapshot_sent(&mut self, to: u64, arrived: bool, now: Instant) -> Result<(), CoreFault> {
+        self.take(Input::SnapshotSent { to, arrived }, now)
+    }
+
+    /// Takes a snapshot; says whether it was taken, as its sender is told. A damaged one is refused
+    /// before the core hears of it.
+    pub fn snapshot_arrived(
+        &mut self,
+        message: Message,
+        frames: &[Vec<u8>],
+        now: Instant,
+    ) -> Result<bool, CoreFault> {
+        let mut install = SnapshotInstall::new(ROWS_BYTES_MAX);
+        let whole = frames.iter().all(|frame| install.push_frame(frame).is_ok());
+        if !whole || !install.is_complete() {
+            return Ok(false);
+        }
+        let (reply, mut answer) = oneshot::channel();
+        let input = Input::SnapshotArrived {
+            message: Box::new(message),
+            install: Box::new(install),
+            reply,
+        };
+        self.take(input, now)?;
+        Ok(matches!(answer.try_recv(), Ok(Ok(()))))
+    }
+
+    /// One tick has passed.
+    pub fn tick(&mut self) {
+        self.state.tick();
+    }
+
+    /// Carries out what follows from everything since the last time.
+    pub fn settle(&mut self) -> Result<(), CoreFault> {
+        Ok(self.state.settle()?)
+    }
+
+    /// Shortens the log when it has become long. To be called after [`HeadCore::settle`].
+    pub fn compact_if_due(&mut self) -> Result<(), CoreFault> {
+        Ok(self.state.compact_if_due()?)
+    }
+
+    /// The time by which this head decides while it leads, in milliseconds since the Unix epoch.
+    #[must_use]
+    pub fn now_ms(&self) -> u64 {
+        self.now.now_ms()
+    }
+
+    /// Who leads, as this head knows it.
+    #[must_use]
+    pub fn leadership(&self) -> Leadership {
+        *self.leadership.borrow()
+    }
+
+    /// The group as this head knows it.
+    #[must_use]
+    pub fn group(&self) -> Arc<GroupView> {
+        self.group.borrow().clone()
+    }
+
+    /// Its log.
+    #[must_use]
+    pub fn log(&self) -> &RaftLog<MemoryEngine> {
+        self.state.log()
+    }
+
+    /// Where it stands in Raft.
+    #[must_use]
+    pub fn status(&self) -> RaftStatus {
+        let (term, leads, committed) = self.state.standing();
+        let log = self.state.log();
+        RaftStatus {
+            term,
+            leads,
+            committed,
+            applied: log.applied().index,
+            truncated: log.truncated().index,
+        }
+    }
+
+    /// The effects since the last time, and whether some were dropped.
+    pub fn take_effects(&mut self) -> (Vec<Effect>, bool) {
+        let mut effects = Vec::new();
+        while let Ok(run) = self.effects.runs.try_recv() {
+            effects.extend(run);
+        }
+        let lost = &self.effects.lost;
+        (
+            effects,
+            lost.swap(false, std::sync::atomic::Ordering::AcqRel),
+        )
+    }
+}
+
+/// The command that gives out a Raft id, and how its answer is read.
+#[must_use]
+pub fn allocate_id() -> (ModuleId, Vec<u8>) {
+    (ModuleId::HEADS, HeadCommand::Allocate.encode())
+}
+
+/// The id in the answer to [`allocate_id`].
+#[must_use]
+pub fn id_in(response: &[u8]) -> Option<u64> {
+    allocated_id(response)
+}
+
+/// The state machine alone: entries are applied one by one, each exactly once, on a store that
+/// never fails. What replicas say and hold is compared with it.
+pub struct Reference {
+    applier: Applier<MemoryEngine>,
+    engine: MemoryEngine,
+    members: ConfState,
+    rows_sum: u64,
+}
+
+impl Reference {
+    /// That of a group which member `founder` has founded.
+    #[must_use]
+    pub fn new(founder: u64, modules: &[Arc<dyn StateModule>]) -> Self {
+        let engine = MemoryEngine::new();
+        let heads: Arc<dyn StateModule> = Arc::new(HeadsModule);
+        let modules = modules.iter().cloned().chain([heads]);
+        let applier = Applier::new(
+            engine.clone(),
+            modules.map(|module| (module.id(), module)).collect(),
+        );
+        let members = ConfState {
+            voters: vec![founder],
+            ..ConfState::default()
+        };
+        Reference {
+            applier,
+            engine,
+            members,
+            rows_sum: 0,
+        }
+    }
+
+    /// Applies one entry. The answer is that of its command; `None` for one that holds none.
+    pub fn apply(&mut self, entry: &Entry) -> Option<Result<Vec<u8>, Rejection>> {
+        let mut batch = WriteBatch::new();
+        let mut members = Members(&mut self.members);
+        let run = self
+            .applier
+            .apply(std::slice::from_ref(entry), &mut members, &mut batch);
+        for op in batch.ops() {
+            let (WriteOp::Put { key, .. } | WriteOp::Delete { key, .. }) = op else {
+                unreachable!("commands write and delete single rows");
+            };
+            let before = self.engine.get(Column::State, key);
+            if let Some(value) = before.expect("memory can be read") {
+                self.rows_sum = self.rows_sum.wrapping_sub(row_hash(key, &value));
+            }
+            if let WriteOp::Put { value, .. } = op {
+                self.rows_sum = self.rows_sum.wrapping_add(row_hash(key, value));
+            }
+        }
+        self.engine
+            .write(batch, Durability::Synced)
+            .expect("this store never fails");
+        run.outcomes
+            .into_iter()
+            .next()
+            .map(|outcome| outcome.result)
+    }
+
+    /// What [`rows_sum`] would be of the tables.
+    #[must_use]
+    pub fn rows_sum(&self) -> u64 {
+        self.rows_sum
+    }
+
+    /// The tables, for modules' questions.
+    #[must_use]
+    pub fn reader(&self) -> View {
+        TablesReader::new(self.engine.snapshot())
+    }
+
+    /// Who votes and who learns.
+    #[must_use]
+    pub fn members(&self) -> &ConfState {
+        &self.members
+    }
+}
+
+/// A number that tells tables apart: a sum over their rows, so that it can be kept up with each
+/// write. It is quick and no protection against malice, unlike `state_hash` of the storage crate.
+#[must_use]
+pub fn rows_sum<R: Read>(base: &R) -> u64 {
+    let mut sum = 0_u64;
+    base.visit(Column::State, &[], &mut |key, value| {
+        sum = sum.wrapping_add(row_hash(key, value));
+        ControlFlow::Continue(())
+    })
+    .expect("memory can be read");
+    sum
+}
+
+fn row_hash(key: &[u8], value: &[u8]) -> u64 {
+    let mut hash = 0x9e37_79b9_7f4a_7c15 ^ ((key.len() as u64) << 32) ^ value.len() as u64;
+    for part in [key, value] {
+        for chunk in part.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            hash = (hash ^ u64::from_le_bytes(word))
+                .wrapping_mul(0xff51_afd7_ed55_8ccd)
+                .rotate_left(29);
+        }
+    }
+    hash ^ (hash >> 32)
+}
+
+/// A configuration that is nothing but a list.
+struct Members<'a>(&'a mut ConfState);
+
+impl Configuration for Members<'_> {
+    fn state(&self) -> ConfState {
+        self.0.clone()
+    }
+
+    fn change(&mut self, change: &ConfChange) -> Result<(), String> {
+        let id = change.node_id;
+        let mut next = self.0.clone();
+        next.voters.retain(|voter| *voter != id);
+        next.learners.retain(|learner| *learner != id);
+        match change.get_change_type() {
+            ConfChangeType::AddNode => next.voters.push(id),
+            ConfChangeType::AddLearnerNode => next.learners.push(id),
+            ConfChangeType::RemoveNode => {}
+        }
+        if next.voters.is_empty() {
+            return Err("no voter would be left".to_owned());
+        }
+        next.voters.sort_unstable();
+        next.learners.sort_unstable();
+        *self.0 = next;
+        Ok(())
+    }
+}
