@@ -1,6 +1,7 @@
 //! Plants one defect after the other in the head and lets the simulator look for it.
 //!
-//! `cargo xtask mutants [NAME…] [--minutes T] [--seed N]`: all of them, or those that are named. Ends
+//! `cargo xtask mutants [NAME…] [--minutes T] [--seed N] [--clean-seeds M]`: all of them, or those
+//! that are named. Ends
 //! with 1 if one was not found in time, and with 2 if the simulator finds something where nothing
 //! is planted.
 
@@ -11,12 +12,13 @@ use mobula_chaos::sim::{Campaign, Summary, run_many};
 use mobula_core::mutant::{Mutant, plant};
 
 /// Seeds that run without any defect first: what fails there would be "found" everywhere.
-const CLEAN_SEEDS: u64 = 200;
+const CLEAN_SEEDS: u64 = 500;
 
 struct Arguments {
     mutants: Vec<Mutant>,
     minutes: f64,
     first_seed: u64,
+    clean_seeds: u64,
 }
 
 fn arguments() -> Result<Arguments, String> {
@@ -24,6 +26,7 @@ fn arguments() -> Result<Arguments, String> {
         mutants: Vec::new(),
         minutes: 10.0,
         first_seed: 1,
+        clean_seeds: CLEAN_SEEDS,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -36,6 +39,10 @@ fn arguments() -> Result<Arguments, String> {
             "--seed" => {
                 let text = value()?;
                 found.first_seed = text.parse().map_err(|_| format!("`{text}`: no seed"))?;
+            }
+            "--clean-seeds" => {
+                let text = value()?;
+                found.clean_seeds = text.parse().map_err(|_| format!("`{text}`: no number"))?;
             }
             name => {
                 let known = Mutant::ALL.iter().find(|mutant| mutant.name() == name);
@@ -73,18 +80,30 @@ fn main() -> ExitCode {
         stops_at_failure: true,
     };
     let clean = Campaign {
-        seeds: Some(CLEAN_SEEDS),
+        seeds: Some(arguments.clean_seeds),
+        time_max: None,
+        stops_at_failure: false,
         ..campaign.clone()
     };
     let nothing = hunt(None, &clean);
-    if let Some(report) = nothing.failures.first() {
-        println!(
-            "nothing is planted, and seed {} fails: {:?}",
-            report.seed, report.violation
-        );
+    for report in &nothing.failures {
+        if let Some(violation) = &report.violation {
+            println!(
+                "nothing is planted, and seed {} fails: {violation}",
+                report.seed
+            );
+        }
+    }
+    if nothing.failed > 0 {
+        println!("{} of {} seeds fail", nothing.failed, nothing.seeds);
         return ExitCode::from(2);
     }
-    println!("nothing planted: {} seeds, nothing found", nothing.seeds);
+    println!(
+        "nothing planted: {} seeds in {:.1} s ({:.0} an hour a core), nothing found",
+        nothing.seeds,
+        nothing.elapsed.as_secs_f64(),
+        nothing.seeds_per_core_hour(threads)
+    );
     println!("{:<26} {:>6} {:>8}  how", "defect", "seeds", "seconds");
     let mut missed = 0;
     for mutant in &arguments.mutants {

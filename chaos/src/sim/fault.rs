@@ -139,7 +139,12 @@ impl World {
 
     fn hurt_worker(&mut self) {
         let index = self.rng.random_range(0..self.workers.len());
-        match self.rng.random_range(0..3) {
+        match self.rng.random_range(0..4) {
+            3 => {
+                let pause = self.rng.random_range(200..4_000) * MILLISECOND;
+                self.workers[index].stopped_until = self.now + pause;
+                self.say(|| format!("worker {index} is stopped for {} ms", pause / MILLISECOND));
+            }
             0 => {
                 self.workers[index].crash();
                 self.say(|| format!("worker {index} loses power"));
@@ -208,6 +213,7 @@ impl World {
         }
         for worker in &mut self.workers {
             worker.is_up = true;
+            worker.stopped_until = worker.stopped_until.min(self.now);
         }
     }
 }

@@ -25,6 +25,8 @@ pub(crate) enum OperatorTask {
     Promote(u64),
     Remove(u64),
     Transfer(Option<u64>),
+    /// A change that changes nothing, to be pending when the next one comes.
+    Distract,
 }
 
 #[derive(Debug)]
@@ -95,6 +97,9 @@ impl World {
         };
         self.operator.task = Some((task.clone(), now));
         self.say(|| format!("the operator asks head {leader}: {task:?}"));
+        if self.phase == Phase::Safety && self.rng.random_bool(0.3) {
+            self.give_head(leader, HeadInput::Operator(OperatorTask::Distract));
+        }
         self.give_head(leader, HeadInput::Operator(task));
         Ok(())
     }
@@ -161,6 +166,7 @@ impl World {
                 return self.propose(raft_id, For::Operator, session, 0, module, payload);
             }
             OperatorTask::Transfer(_) => None,
+            OperatorTask::Distract => Some(Change::Promote(raft_id)),
             OperatorTask::Add(id) => Some(Change::AddLearner(member(*id))),
             OperatorTask::Promote(id) => Some(Change::Promote(*id)),
             OperatorTask::Remove(id) => Some(Change::Remove(*id)),
@@ -171,6 +177,10 @@ impl World {
         let Some(core) = head.core.as_mut() else {
             return Ok(());
         };
+        let whose = match task {
+            OperatorTask::Distract => For::Nobody,
+            _ => For::Operator,
+        };
         let waiting = match (change, task) {
             (Some(change), _) => Waiting::Change(core.change(change, now)?),
             (None, OperatorTask::Transfer(to)) => Waiting::Transfer(core.transfer(to, now)?),
@@ -178,7 +188,7 @@ impl World {
         };
         head.asked.push(Asked {
             waiting,
-            whose: For::Operator,
+            whose,
             deadline,
         });
         Ok(())
@@ -233,7 +243,7 @@ impl World {
             OperatorTask::Add(id) => votes(id) || learns(id),
             OperatorTask::Promote(id) => votes(id),
             OperatorTask::Remove(id) => !votes(id) && !learns(id),
-            OperatorTask::Allocate | OperatorTask::Transfer(_) => true,
+            OperatorTask::Allocate | OperatorTask::Transfer(_) | OperatorTask::Distract => true,
         };
         if is_done {
             return Ok(());

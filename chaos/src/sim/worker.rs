@@ -65,6 +65,8 @@ struct Session {
 pub(crate) struct Worker {
     boot: u64,
     pub(crate) is_up: bool,
+    /// Until when its processes are stopped, to go on as if nothing had been.
+    pub(crate) stopped_until: Micros,
     session: Option<Session>,
     retry_at: Micros,
     next_head: Option<u64>,
@@ -82,6 +84,7 @@ impl Worker {
         Worker {
             boot: 1,
             is_up: true,
+            stopped_until: 0,
             session: None,
             retry_at: 0,
             next_head: None,
@@ -127,10 +130,11 @@ impl Worker {
 impl World {
     pub(crate) fn worker_ticks(&mut self, index: usize) {
         self.after(TICK, Event::WorkerTick(index));
-        if !self.workers[index].is_up {
+        if !self.workers[index].is_up || self.now < self.workers[index].stopped_until {
             return;
         }
         self.run_actors(index);
+        self.say_what_waits(index);
         self.keep_session(index);
     }
 
@@ -225,12 +229,14 @@ impl World {
             worker.session = None;
             worker.next_head = None;
         }
-        if worker.session.is_none() {
-            if worker.retry_at <= now {
-                self.open_session(index);
-            }
-            return;
+        if worker.session.is_none() && worker.retry_at <= now {
+            self.open_session(index);
         }
+    }
+
+    /// Renews, and reports what is not acknowledged.
+    fn say_what_waits(&mut self, index: usize) {
+        let now = self.now;
         let worker = &mut self.workers[index];
         let Some(session) = worker.session.as_mut() else {
             return;

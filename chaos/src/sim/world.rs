@@ -368,6 +368,10 @@ impl World {
                 };
                 self.give_head(id, HeadInput::Packet(from, packet));
             }
+            (Place::Worker(index), packet) if self.now < self.workers[index].stopped_until => {
+                let until = self.workers[index].stopped_until;
+                self.at(until, Event::Arrive(from, to, packet));
+            }
             (Place::Worker(index), Packet::FromHead { session, said }) => {
                 self.worker_hears(index, session, said);
             }

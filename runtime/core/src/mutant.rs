@@ -72,8 +72,6 @@ mutants! {
     SnapshotTooNew = "snapshot-too-new",
     /// An append leaves what the log held beyond it.
     LogTailKept = "log-tail-kept",
-    /// The term of the last compacted entry is forgotten.
-    CompactedTermForgotten = "compacted-term-forgotten",
     /// The applied index is written after the tables and not with them.
     AppliedNotWithTables = "applied-not-with-tables",
     /// A repeated command is applied again.
@@ -104,7 +102,7 @@ mutants! {
     LeaseLeaks = "lease-leaks",
     /// What ran on a lost node is left as it is.
     LostNodeKeepsActors = "lost-node-keeps-actors",
-    /// An actor starts again though its job is ending.
+    /// An actor that was told to stop, and fails instead, starts again.
     RestartAfterStop = "restart-after-stop",
     /// A stop of a job that has ended changes its outcome.
     OutcomeOverwritten = "outcome-overwritten",

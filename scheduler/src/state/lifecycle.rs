@@ -258,7 +258,7 @@ pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason
                 then: Then::End, ..
             },
             _,
-        ) => ExitReason::Stopped,
+        ) if !is_planted(Mutant::RestartAfterStop) => ExitReason::Stopped,
         (
             ActorState::Stopping {
                 then: Then::StartElsewhere,
@@ -293,7 +293,7 @@ fn may_restart(apply: &Apply<'_>, actor: &ActorRow, reason: &ExitReason) -> bool
         && !gives_up
         && max_restarts > 0
         && in_budget
-        && (job::is_open(apply.txn, actor.job) || is_planted(Mutant::RestartAfterStop))
+        && job::is_open(apply.txn, actor.job)
 }
 
 /// Cuts the text inside a reason, which is kept in a table.

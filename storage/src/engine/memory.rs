@@ -264,3 +264,43 @@ impl Read for MemorySnapshot {
         Ok(last.map(|(key, value)| (key.clone(), value.clone())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(engine: &MemoryEngine, key: &[u8], durability: Durability) -> Result<(), EngineError> {
+        let mut batch = WriteBatch::new();
+        batch.put(Column::State, key, b"");
+        engine.write(batch, durability)
+    }
+
+    fn keys(base: &impl Read) -> Vec<Vec<u8>> {
+        let rows = base.scan(Column::State, b"", b"", 10).unwrap();
+        rows.into_iter().map(|(key, _)| key).collect()
+    }
+
+    #[test]
+    fn a_sync_that_fails_keeps_all_before_it_or_nothing_and_says_so_until_it_is_mended() {
+        for (fault, left) in [
+            (DiskFault::Full, vec![b"a".to_vec()]),
+            (DiskFault::SyncLost, vec![b"a".to_vec()]),
+            (
+                DiskFault::SyncKept,
+                vec![b"a".to_vec(), b"b".to_vec(), b"c".to_vec()],
+            ),
+        ] {
+            let engine = MemoryEngine::new();
+            engine.fail_after(2, fault);
+            put(&engine, b"a", Durability::Synced).unwrap();
+            put(&engine, b"b", Durability::Buffered).unwrap();
+            assert_eq!(keys(&engine.durable()), [b"a".to_vec()]);
+            assert!(put(&engine, b"c", Durability::Synced).is_err(), "{fault:?}");
+            assert!(put(&engine, b"d", Durability::Synced).is_err(), "{fault:?}");
+            engine.crash();
+            assert_eq!(keys(&engine), left, "{fault:?}");
+            engine.mend();
+            put(&engine, b"e", Durability::Synced).unwrap();
+        }
+    }
+}

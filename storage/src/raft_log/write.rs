@@ -109,10 +109,7 @@ impl LogWrite {
         }
     }
 
-    pub(super) fn truncate_to(&mut self, mut point: LogPoint) {
-        if is_planted(Mutant::CompactedTermForgotten) {
-            point.term = 0;
-        }
+    pub(super) fn truncate_to(&mut self, point: LogPoint) {
         let from = entry_key(self.position.first_index());
         self.batch
             .delete_range(Column::Log, from, entry_key(point.index + 1));

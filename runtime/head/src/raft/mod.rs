@@ -31,6 +31,8 @@ mod transport;
 #[cfg(test)]
 mod group_tests;
 #[cfg(test)]
+mod stepped_tests;
+#[cfg(test)]
 mod test_group;
 #[cfg(test)]
 mod tests;
