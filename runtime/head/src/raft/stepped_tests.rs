@@ -142,6 +142,8 @@ fn a_leader_that_was_elected_with_its_own_removal_in_the_log_steps_down() {
     // The others have the entry, and the leader never hears that they do.
     group.carry(|message| message.to != 1);
     group.heads.remove(&1);
+    // So long that head 3 gives up on its leader, and not so long that it stands itself.
+    group.ticks(3, RaftConfig::default().election_ticks);
     group.ticks(2, 40);
     let two = &group.heads[&2];
     assert_eq!(two.group().voters, [1, 3], "its own removal is applied");
