@@ -131,7 +131,8 @@ impl World {
                         self.tell(raft_id, session, worker, HeadSays::Order { term, order });
                     }
                 }
-                Effect::Changed(_) => {}
+                // Waiters, and the objects of jobs, are not simulated.
+                Effect::Changed(_) | Effect::JobEnded(_) => {}
             }
         }
         if are_lost && let Some(duties) = self.duties(raft_id) {
@@ -424,7 +425,7 @@ impl World {
                 Order::Stop {
                     actor, incarnation, ..
                 } => standing.push((*actor, *incarnation)),
-                Order::Notice { .. } | Order::NoticeWithdrawn => {}
+                Order::Notice { .. } | Order::NoticeWithdrawn | Order::JobEnded { .. } => {}
             }
             self.tell(raft_id, session, worker, HeadSays::Order { term, order });
         }

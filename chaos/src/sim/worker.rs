@@ -408,7 +408,7 @@ fn obey(worker: &mut Worker, order: Order, now: Micros, starts_in: Micros) {
                 }
             }
         },
-        Order::Notice { .. } | Order::NoticeWithdrawn => {}
+        Order::Notice { .. } | Order::NoticeWithdrawn | Order::JobEnded { .. } => {}
     }
 }
 
