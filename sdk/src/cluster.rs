@@ -25,6 +25,7 @@ use crate::creation::Creations;
 use crate::embedded::LocalCluster;
 use crate::error::{Error, Result};
 use crate::job::{JobBuilder, JobHandle};
+use crate::resolution::Resolutions;
 use crate::task::pool::TaskPools;
 use crate::task::{Task, TaskBuilder};
 
@@ -42,6 +43,8 @@ pub(crate) struct ClusterInner {
     pub(crate) place: Place,
     /// Actors that wait to be created together.
     pub(crate) creations: Arc<Creations>,
+    /// Actors of which it is not known yet where they run.
+    pub(crate) resolutions: Arc<Resolutions>,
     /// The tasks that this process has submitted.
     pub(crate) tasks: TaskPools,
     /// A cluster of our own, which ends with the last clone.
@@ -249,6 +252,27 @@ impl Cluster {
                 async move { api.resolve_actor(request).await }
             })
             .await
+    }
+
+    /// Those of the actors that run or have ended, as soon as there is one; none if there is none
+    /// until `wait` is over.
+    pub(crate) async fn await_actors(
+        &self,
+        actors: &[ActorId],
+        wait: Duration,
+    ) -> Result<Vec<api::Actor>> {
+        let request = api::AwaitActorsRequest {
+            actors: actors.iter().map(|actor| actor.0).collect(),
+            timeout_ms: millis(wait),
+        };
+        let reply = self
+            .control()
+            .read("find actors", |mut api| {
+                let request = request.clone();
+                async move { api.await_actors(request).await }
+            })
+            .await?;
+        Ok(reply.actors)
     }
 
     /// The actors of one job, or of all.

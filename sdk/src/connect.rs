@@ -118,6 +118,7 @@ impl Cluster {
             control,
             place: Place::Inside(runtime),
             creations: Arc::default(),
+            resolutions: Arc::default(),
             tasks: TaskPools::default(),
             embedded: None,
         };
@@ -168,6 +169,7 @@ impl Cluster {
                 control,
                 place,
                 creations: Arc::default(),
+                resolutions: Arc::default(),
                 tasks: TaskPools::default(),
                 embedded,
             }),

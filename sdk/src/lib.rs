@@ -64,6 +64,7 @@ mod plain;
 pub mod prelude;
 pub mod process;
 mod reference;
+mod resolution;
 pub mod stream;
 pub mod task;
 pub mod timeline;

@@ -149,18 +149,18 @@ async fn resolve(
     id: ActorId,
     failed: Option<Incarnation>,
 ) -> Result<ActorAddress> {
-    let (mut after, mut wait) = match failed {
-        Some(failed) => (failed.0, SAME_START_WAIT),
-        None => (0, RESOLVE_WAIT),
+    let mut known = match failed {
+        Some(failed) => cluster.resolve_actor(id, failed, SAME_START_WAIT).await?,
+        None => cluster.inner.resolutions.find(cluster, id).await?,
     };
     loop {
-        let actor = cluster.resolve_actor(id, Incarnation(after), wait).await?;
-        if let Some(address) = address_of(id, &actor)? {
+        if let Some(address) = address_of(id, &known)? {
             return Ok(address);
         }
         // It is on its way: whatever start comes will do, and the head tells us when.
         tokio::time::sleep(PAUSE).await;
-        (after, wait) = (failed.map_or(0, |failed| failed.0), RESOLVE_WAIT);
+        let after = failed.unwrap_or(Incarnation(0));
+        known = cluster.resolve_actor(id, after, RESOLVE_WAIT).await?;
     }
 }
 

@@ -59,6 +59,11 @@ impl Options {
                     options.round = Duration::from_millis(300);
                     options.idle_actors = 1000;
                 }
+                "--idle-actors" => {
+                    let count = value()?;
+                    let bad = |error| format!("`--idle-actors {count}`: {error}");
+                    options.idle_actors = count.parse().map_err(bad)?;
+                }
                 "--only" => options.only.push(value()?.clone()),
                 "--output" => options.output = Some(value()?.into()),
                 unknown => return Err(format!("unknown argument `{unknown}`")),

@@ -74,8 +74,8 @@ pub(crate) fn idle_processes(outcome: &mut Outcome) {
     outcome.figure("idle memory, driver or host", mib, "MiB");
 }
 
-/// Of the largest process that runs this program, other than this one.
-pub(crate) fn largest_host_bytes() -> u64 {
+/// Of all processes that run this program, other than this one: the hosts.
+pub(crate) fn host_bytes() -> u64 {
     let own = std::process::id().to_string();
     let program = std::fs::read_link("/proc/self/exe").unwrap_or_default();
     relatives()
@@ -85,6 +85,5 @@ pub(crate) fn largest_host_bytes() -> u64 {
             std::fs::read_link(format!("/proc/{process}/exe")).is_ok_and(|exe| exe == program)
         })
         .map(|(process, _)| resident_bytes(&process))
-        .max()
-        .unwrap_or_default()
+        .sum()
 }

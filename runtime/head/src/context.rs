@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mobula_core::clock::Clock;
 use mobula_core::config::LimitsConfig;
-use mobula_core::control::{Caller, ModuleId, StateModule};
+use mobula_core::control::{Caller, ModuleId, Reader, StateModule};
 use mobula_core::error::{ErrorCode, Executed, Rejection};
 use mobula_core::id::{NodeId, SessionId};
 use mobula_core::order::Order;
@@ -186,7 +186,16 @@ impl HeadContext {
     /// Answers a question to the scheduler, linearizably.
     pub(crate) async fn ask(&self, query: Query) -> Result<QueryResponse, Status> {
         let reader = self.raft.read().await?;
-        mobula_scheduler::answer(&reader, self.clock.now_ms(), query)
+        self.answer(&reader, query)
+    }
+
+    /// Answers a query of the scheduler from what was read.
+    pub(crate) fn answer(
+        &self,
+        reader: &dyn Reader,
+        query: Query,
+    ) -> Result<QueryResponse, Status> {
+        mobula_scheduler::answer(reader, self.clock.now_ms(), query)
             .map_err(|rejection| rejected(&rejection))
     }
 

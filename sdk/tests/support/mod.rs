@@ -289,6 +289,21 @@ head_api! {
         ) -> Result<Response<api::Actor>, Status> {
             Ok(Response::new(self.0.resolve(request.into_inner()).await?))
         }
+        async fn await_actors(
+            &self,
+            request: Request<api::AwaitActorsRequest>,
+        ) -> Result<Response<api::AwaitActorsReply>, Status> {
+            let api::AwaitActorsRequest { actors, timeout_ms } = request.into_inner();
+            let found = actors.into_iter().map(|actor| {
+                Box::pin(self.0.resolve(api::ResolveActorRequest {
+                    target: Some(api::resolve_actor_request::Target::Actor(actor)),
+                    after_incarnation: 0,
+                    timeout_ms,
+                }))
+            });
+            let (first, ..) = futures::future::select_all(found).await;
+            Ok(Response::new(api::AwaitActorsReply { actors: vec![first?] }))
+        }
     }
     refuses {
         create_token(CreateTokenRequest) -> CreateTokenReply;

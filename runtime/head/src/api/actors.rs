@@ -19,6 +19,9 @@ use super::modules::{WAIT_MAX, stamp};
 use super::{rejected, views};
 use crate::context::HeadContext;
 
+/// Actors that one question may wait for: each is a ticket and a row to read.
+const AWAITED_MAX: usize = 1024;
+
 pub(super) async fn create(
     context: &HeadContext,
     caller: &Caller,
@@ -139,6 +142,49 @@ pub(super) async fn resolve(
         }
         // Woken, or time to look: both go round again.
         let _ = tokio::time::timeout(left.min(LOOK_AGAIN), ticket.changed()).await;
+    }
+}
+
+pub(super) async fn await_any(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::AwaitActorsRequest,
+) -> Result<api::AwaitActorsReply, Status> {
+    if request.actors.is_empty() || request.actors.len() > AWAITED_MAX {
+        return Err(rejected(&Rejection::invalid(format!(
+            "{} actors are named, and 1 to {AWAITED_MAX} can be asked for at once: ask for parts",
+            request.actors.len()
+        ))));
+    }
+    let limit = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
+    let deadline = tokio::time::Instant::now() + limit;
+    loop {
+        let ids = request.actors.iter().copied().map(ActorId);
+        let mut tickets: Vec<_> = ids
+            .clone()
+            .map(|id| context.changes.follow(Subject::Actor(id)))
+            .collect();
+        let mut settled = Vec::new();
+        let reader = context.raft.read().await?;
+        for actor in ids {
+            let now = context.answer(&reader, Query::Actor { actor })?;
+            let QueryResponse::Actor(now) = now else {
+                return Err(Status::internal("the scheduler answered another question"));
+            };
+            may_read(caller, now.job)?;
+            if now.state == "ended" || now.state == "running" {
+                settled.push(views::actor(now));
+            }
+        }
+        drop(reader);
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+        if !settled.is_empty() || left.is_zero() {
+            return Ok(api::AwaitActorsReply { actors: settled });
+        }
+        let changes = tickets.iter_mut().map(|ticket| Box::pin(ticket.changed()));
+        let changed = futures::future::select_all(changes);
+        // Woken, or time to look: both go round again.
+        let _ = tokio::time::timeout(left.min(LOOK_AGAIN), changed).await;
     }
 }
 

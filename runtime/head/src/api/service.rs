@@ -176,6 +176,13 @@ impl Control for ControlService {
         answer!(self, r, actors::resolve)
     }
 
+    async fn await_actors(
+        &self,
+        r: Request<api::AwaitActorsRequest>,
+    ) -> Result<Response<api::AwaitActorsReply>, Status> {
+        answer!(self, r, actors::await_any)
+    }
+
     async fn stop_actor(
         &self,
         r: Request<api::StopActorRequest>,
