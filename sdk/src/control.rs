@@ -3,13 +3,12 @@
 //! Invariants:
 //! 1. A change carries a stamp (session, sequence number) and is sent again with that same stamp,
 //!    so that it takes effect once however often it is sent.
-//! 2. One change of a session is under way at a time: its number can never fall out of the head's
-//!    window while it is being sent again.
+//! 2. Each change has a session for itself while it is under way ([`crate::stamps`]).
 //! 3. Whichever head is asked, the leader is found: one that does not lead names it, and each new
 //!    connection learns where the others are.
 //! 4. Only what the transport or a missing leader is to blame for is tried again, and only for
 //!    [`Access::retry_window`].
-//! 4. A change is stamped anew, in another session, only if it surely had no effect before.
+//! 5. A change is stamped anew, in another session, only if it surely had no effect before.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -31,6 +30,7 @@ use tonic::{Code, Request, Status};
 
 use crate::error::{Error, Result};
 use crate::heads::Heads;
+use crate::stamps::{Session, Sessions};
 
 /// The gRPC client, with authentication.
 pub type ApiClient = ControlClient<InterceptedService<Channel, Authentication>>;
@@ -83,7 +83,7 @@ pub struct Access {
     pub followed: Option<watch::Receiver<Vec<String>>>,
 }
 
-/// The control API. Clones share their connection and session.
+/// The control API. Clones share their connection and sessions.
 #[derive(Clone)]
 pub struct Control(Arc<ControlInner>);
 
@@ -91,19 +91,12 @@ struct ControlInner {
     access: Access,
     authentication: Authentication,
     connected: Mutex<Connected>,
-    session: tokio::sync::Mutex<Session>,
+    sessions: Sessions,
 }
 
 struct Connected {
     heads: Heads,
     client: Option<ApiClient>,
-}
-
-#[derive(Default)]
-struct Session {
-    id: u64,
-    last_sequence: u64,
-    used: Option<Instant>,
 }
 
 enum Failure {
@@ -138,7 +131,7 @@ impl Control {
                 heads,
                 client: None,
             }),
-            session: tokio::sync::Mutex::new(Session::default()),
+            sessions: Sessions::default(),
         })))
     }
 
@@ -163,8 +156,8 @@ impl Control {
         F: Fn(ApiClient, api::Stamp) -> Fut,
         Fut: Future<Output = std::result::Result<tonic::Response<T>, Status>>,
     {
-        let mut session = self.0.session.lock().await;
-        let answer = self.stamped(&mut session, operation, &ask).await;
+        let mut held = self.0.sessions.take().await;
+        let answer = self.stamped(&mut held.session, operation, &ask).await;
         match &answer {
             // The head forgot the session before this change reached it (a clock that jumped, a
             // restored head): in a new session it takes effect for the first time. What may have
@@ -173,7 +166,7 @@ impl Control {
                 if error.code() == Some(ErrorCode::SessionExpired)
                     && error.executed() == Executed::No =>
             {
-                self.stamped(&mut session, operation, &ask).await
+                self.stamped(&mut held.session, operation, &ask).await
             }
             _ => answer,
         }

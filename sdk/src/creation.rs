@@ -1,6 +1,6 @@
 //! Actors that are created at the same time, in as few requests as possible.
 //!
-//! A change of the head's state takes a round trip and an fsync, and one is under way at a time. So
+//! A change of the head's state takes a round trip and an fsync, so they are made one after the other:
 //! what is asked for meanwhile waits and goes together with the next.
 //!
 //! Invariants:

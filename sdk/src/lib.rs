@@ -65,6 +65,7 @@ pub mod prelude;
 pub mod process;
 mod reference;
 mod resolution;
+mod stamps;
 pub mod stream;
 pub mod task;
 pub mod timeline;
