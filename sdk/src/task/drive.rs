@@ -5,8 +5,8 @@
 //!    that all it has only wait.
 //! 2. When the slot is gone, each task that was under way is pushed again or failed.
 //! 3. A slot of the pool's own is given back, a lent one only left.
-//! 4. A slot that does not answer is given no more, and what has not begun in it goes to one that is
-//!    idle.
+//! 4. A slot that does not answer is given no more, and what has not begun in it goes back in line,
+//!    for a slot that is idle or a new one.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -42,9 +42,13 @@ use crate::cluster::Cluster;
 /// short enough that others do not miss it.
 const IDLE_MAX: Duration = Duration::from_secs(1);
 
+/// The same for a slot beside another one that is idle: the next task has that one, and somebody else
+/// may wait for this.
+const SPARE_IDLE_MAX: Duration = Duration::from_millis(200);
+
 /// A slot that has not answered for this long has a task that takes longer than expected. While
 /// others wait behind it, or in line, it is asked whether its tasks only wait, and for those that
-/// another slot could begin. Ten times what lies in front of a slot: one that is only busy answers.
+/// have not begun. Ten times what lies in front of a slot: one that is only busy answers.
 const STALLED: Duration = Duration::from_millis(20);
 
 /// Answers that are taken up before more is pushed: a slot must not run dry over them.
@@ -165,6 +169,7 @@ async fn drive_slot<'a>(
         look: look_in(STALLED),
         waiting_in_slot: 0,
         watch: None,
+        is_ahead: false,
         returning: None,
         is_gone: false,
         again: Vec::new(),
@@ -193,7 +198,9 @@ struct Slot<'a> {
     /// Tasks under way that are known to wait for objects, so that others may go beside them.
     waiting_in_slot: usize,
     watch: Option<BoxFuture<'static, CallResult>>,
-    /// It was asked for what has not begun.
+    /// Something was pushed behind another task since it was last asked for what has not begun.
+    is_ahead: bool,
+    /// It was asked for that.
     returning: Option<BoxFuture<'static, CallResult>>,
     is_gone: bool,
     /// To be pushed again, elsewhere.
@@ -249,6 +256,7 @@ impl Slot<'_> {
             self.heard = pushed;
         }
         for mut record in records {
+            self.is_ahead |= !self.flying.is_empty();
             let call =
                 OutgoingCall::new(record.name(), record.payload()).with_deadline(record.deadline);
             let call = match record.items.take() {
@@ -278,8 +286,15 @@ impl Slot<'_> {
             }
             return true;
         }
-        self.pool.state.lock().idle += 1;
-        let found = tokio::time::timeout(IDLE_MAX, self.pool.work.notified()).await;
+        let kept = {
+            let mut state = self.pool.state.lock();
+            state.idle += 1;
+            match state.idle {
+                1 => IDLE_MAX,
+                _ => SPARE_IDLE_MAX,
+            }
+        };
+        let found = tokio::time::timeout(kept, self.pool.work.notified()).await;
         self.pool.state.lock().idle -= 1;
         if found.is_ok() || self.pool.waiting() > 0 {
             return true;
@@ -330,16 +345,13 @@ impl Slot<'_> {
         if !self.is_stalled() {
             return;
         }
-        let (waiting, idle) = {
-            let state = self.pool.state.lock();
-            (state.waiting_count(), state.idle)
-        };
-        if waiting > 0 && self.watch.is_none() {
+        if self.pool.waiting() > 0 && self.watch.is_none() {
             self.watch = Some(self.ask(WATCH_METHOD, Bytes::new()).await);
         }
-        // One has begun at least; the slot knows how many.
+        // One has begun at least; the slot knows how many. The others are better off in line: an
+        // idle slot takes them, or another one is asked for.
         let behind = self.flying.len() - 1;
-        if waiting == 0 && idle > 0 && behind > 0 && self.returning.is_none() {
+        if behind > 0 && self.returning.is_none() && std::mem::take(&mut self.is_ahead) {
             let count = codec::encode_plain(&u32::try_from(behind).unwrap_or(u32::MAX));
             self.returning = Some(self.ask(RETURN_METHOD, count.into()).await);
         }

@@ -1,7 +1,8 @@
 //! Asking the head for slots, and waiting until they run.
 //!
-//! Slots are asked for in batches that double while tasks wait, so that a few small tasks do not
-//! take a cluster and many large ones have it soon. What is asked for and finds no room stays
+//! Slots are asked for one by one at first and then in batches that double while tasks wait, so that
+//! a few small tasks do not take a cluster, callers who begin together share it, and many large tasks
+//! have it soon. What is asked for and finds no room stays
 //! pending in the head, where `mobula explain` says why, and is withdrawn when no task waits any
 //! more.
 //!
@@ -28,8 +29,8 @@ use crate::reference::address_of;
 /// Slots that one pool holds: as many as a process calls hosts.
 const SLOTS_MAX: usize = 4096;
 
-/// Slots in the first batch.
-const BATCH_FIRST: usize = 4;
+/// Slots in the first batch. Small tasks are done by one before another would run.
+const BATCH_FIRST: usize = 1;
 
 /// Slots in one batch, so that the head's log entry stays small.
 const BATCH_MAX: usize = 256;
@@ -78,6 +79,8 @@ impl Pool {
 
     async fn lease(self: Arc<Self>, cluster: &Cluster) {
         loop {
+            // What is short now may be done by what there is.
+            tokio::time::sleep(self.grow_pause()).await;
             let count = {
                 let mut state = self.state.lock();
                 let count = self.shortage(&state);
@@ -98,7 +101,6 @@ impl Pool {
                         self.running
                             .spawn(async move { pool.hold(&cluster, slot).await });
                     }
-                    tokio::time::sleep(GROW_PAUSE).await;
                 }
                 Err(error) => {
                     self.state.lock().coming -= count;
@@ -113,6 +115,15 @@ impl Pool {
                     tokio::time::sleep(REFUSED_PAUSE).await;
                 }
             }
+        }
+    }
+
+    /// The first slots are asked for at once.
+    fn grow_pause(&self) -> Duration {
+        let state = self.state.lock();
+        match state.slots + state.coming {
+            0 => Duration::ZERO,
+            _ => GROW_PAUSE,
         }
     }
 
@@ -143,6 +154,8 @@ impl Pool {
                 Begun::Runs(_) => {
                     state.slots += 1;
                     state.failures = 0;
+                    // The next batch may be larger now.
+                    self.lease_if_short(&mut state, cluster);
                 }
                 Begun::Failed(_) => state.failures += 1,
                 Begun::Withdrawn => {}
