@@ -83,6 +83,7 @@ impl Monitor {
             incarnation: ctx.incarnation().0,
             window: WindowMonitor::new(file.build_reference()?, config)?,
             seen: Seen::default(),
+            reported: Seen::default(),
         };
         let waiting = watch::Sender::new(None);
         let mut reporter = JoinSet::new();
@@ -158,6 +159,8 @@ async fn send_report(cluster: &Cluster, report: Report) {
 /// One report of two. The later window counts, unless only the earlier one drifted.
 fn merged(earlier: Report, later: Report) -> Report {
     let (windows, rows) = (earlier.windows + later.windows, earlier.rows + later.rows);
+    let refused = earlier.refused + later.refused;
+    let dropped = earlier.dropped + later.dropped;
     let window = later.window;
     let findings = if earlier.drifts() && !later.drifts() {
         earlier
@@ -168,6 +171,8 @@ fn merged(earlier: Report, later: Report) -> Report {
         window,
         windows,
         rows,
+        refused,
+        dropped,
         ..findings
     }
 }
@@ -180,6 +185,8 @@ struct Watch {
     incarnation: u64,
     window: WindowMonitor,
     seen: Seen,
+    /// What was seen when the last window was full.
+    reported: Seen,
 }
 
 impl Watch {
@@ -193,6 +200,7 @@ impl Watch {
                     if let Some(closed) = closed {
                         self.seen.windows += 1;
                         reports.push(self.report(&closed));
+                        self.reported = self.seen;
                     }
                 }
                 Err(error) => {
@@ -249,6 +257,8 @@ impl Watch {
             samples: closed.samples,
             windows: 1,
             rows: closed.samples,
+            refused: self.seen.refused - self.reported.refused,
+            dropped: self.seen.dropped - self.reported.dropped,
             features_compared: closed.informative_columns,
             features_drifted: closed.drifted_columns,
             dataset_drift: closed.dataset_drift,
@@ -275,6 +285,7 @@ mod tests {
             incarnation: 9,
             window: WindowMonitor::new(file.build_reference().unwrap(), config).unwrap(),
             seen: Seen::default(),
+            reported: Seen::default(),
         };
         (watch, file.build_model().unwrap())
     }

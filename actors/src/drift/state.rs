@@ -81,6 +81,11 @@ pub struct Report {
     pub windows: u64,
     /// Rows in all of those.
     pub rows: u64,
+    /// Rows since the report before this one that are in no window: of the wrong width, or with
+    /// values that are no numbers.
+    pub refused: u64,
+    /// Rows that the router could not deliver since then: the monitor saw a sample only.
+    pub dropped: u64,
     /// Features that were compared.
     pub features_compared: u64,
     /// How many of them drifted.
@@ -113,6 +118,10 @@ pub struct MonitorStatus {
     pub windows: u64,
     /// Rows in them.
     pub samples: u64,
+    /// Rows that the monitors refused.
+    pub refused: u64,
+    /// Rows that routers could not deliver to them.
+    pub dropped: u64,
     /// Events so far.
     pub events: u64,
     /// The last window.
@@ -207,6 +216,14 @@ fn report(context: &ApplyContext, txn: &mut dyn Txn, report: Report) -> Result<(
         endpoint: report.endpoint.clone(),
         windows: before.as_ref().map_or(0, |b| b.windows) + report.windows,
         samples: before.as_ref().map_or(0, |b| b.samples) + report.rows,
+        refused: before
+            .as_ref()
+            .map_or(0, |b| b.refused)
+            .saturating_add(report.refused),
+        dropped: before
+            .as_ref()
+            .map_or(0, |b| b.dropped)
+            .saturating_add(report.dropped),
         events: before.as_ref().map_or(0, |b| b.events),
         last: report.clone(),
         last_ms: context.now_ms,
@@ -347,6 +364,8 @@ mod tests {
             incarnation,
             window,
             samples: 200,
+            refused: 1,
+            dropped: 3,
             windows: 1,
             rows: 200,
             features_compared: 64,
@@ -383,6 +402,7 @@ mod tests {
         apply(&mut tables, seen(1, 1, true)).unwrap();
         let status = status(&tables);
         assert_eq!((status.windows, status.samples, status.events), (2, 400, 1));
+        assert_eq!((status.refused, status.dropped), (2, 6));
         assert_eq!(status.retrain_suggestion.unwrap().event, 1);
     }
 
