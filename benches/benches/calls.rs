@@ -110,6 +110,7 @@ async fn table() -> Result<Arc<ActorTable>, Failure> {
         args: Vec::new(),
         env: Default::default(),
         files: Vec::new(),
+        secrets: Default::default(),
     };
     table.start_actor(order).await;
     match events.recv().await {

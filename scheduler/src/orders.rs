@@ -54,6 +54,7 @@ pub(crate) fn start(reader: &dyn Reader, actor: &ActorRow) -> Order {
         args: if actor.driver { job.args } else { Vec::new() },
         env: job.env,
         files: job.files,
+        secrets: job.secrets,
     }))
 }
 

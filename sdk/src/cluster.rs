@@ -277,16 +277,27 @@ impl Cluster {
 
     /// The actors of one job, or of all.
     pub async fn list_actors(&self, job: Option<JobId>) -> Result<Vec<api::Actor>> {
-        let request = api::ListActorsRequest {
-            job: job.map(|job| job.0),
-        };
-        let reply = self
-            .control()
-            .read("list actors", |mut api| async move {
-                api.list_actors(request).await
-            })
-            .await?;
-        Ok(reply.actors)
+        let mut actors = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = api::ListActorsRequest {
+                job: job.map(|job| job.0),
+                page_size: 0,
+                page_token,
+            };
+            let page = self
+                .control()
+                .read("list actors", |mut api| {
+                    let request = request.clone();
+                    async move { api.list_actors(request).await }
+                })
+                .await?;
+            actors.extend(page.actors);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                return Ok(actors);
+            }
+        }
     }
 
     /// Ends an actor for good: it may take `grace` to finish and tidy up.
@@ -413,13 +424,26 @@ impl Cluster {
 
     /// All jobs that the head still knows.
     pub async fn list_jobs(&self) -> Result<Vec<api::Job>> {
-        let reply = self
-            .control()
-            .read("list jobs", |mut api| async move {
-                api.list_jobs(api::ListJobsRequest {}).await
-            })
-            .await?;
-        Ok(reply.jobs)
+        let mut jobs = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = api::ListJobsRequest {
+                page_size: 0,
+                page_token,
+            };
+            let page = self
+                .control()
+                .read("list jobs", |mut api| {
+                    let request = request.clone();
+                    async move { api.list_jobs(request).await }
+                })
+                .await?;
+            jobs.extend(page.jobs);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                return Ok(jobs);
+            }
+        }
     }
 
     /// The client for calls to actors, where it is there already.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use mobula_core::id::{ActorId, JobId};
 use mobula_core::resource::Resources;
+use mobula_core::secret::Secret;
 use mobula_core::spec::{JobFile, JobSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_wire::control as api;
 use serde::de::DeserializeOwned;
@@ -49,6 +50,7 @@ impl JobBuilder {
             idempotency_key: None,
             files: Vec::new(),
             retry_errors: false,
+            secrets: BTreeMap::new(),
         };
         JobBuilder {
             cluster,
@@ -80,6 +82,17 @@ impl JobBuilder {
     /// One more variable in the environment of the driver and its hosts.
     pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.spec.env.insert(name.into(), value.into());
+        self
+    }
+
+    /// One more variable in the environment of the driver and its hosts, which is shown nowhere: not
+    /// among what the cluster tells of the job, and not in logs or timelines. Heads keep it sealed,
+    /// and only until the job is over. Text without NUL; with arguments and environment at most 64 KiB.
+    pub fn secret(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        let value: String = value.into();
+        self.spec
+            .secrets
+            .insert(name.into(), Secret::new(value.into_bytes()));
         self
     }
 
@@ -290,9 +303,20 @@ impl JobHandle {
 
     /// The driver's output from its beginning; with `follow`, until the job has ended.
     pub async fn logs(&self, follow: bool) -> Result<LogStream> {
+        self.read_logs(follow, false).await
+    }
+
+    /// The output of all processes of the job, each piece with where it comes from; with `follow`,
+    /// until the job has ended. [`LogLines`](crate::log_lines::LogLines) makes lines of it.
+    pub async fn all_logs(&self, follow: bool) -> Result<LogStream> {
+        self.read_logs(follow, true).await
+    }
+
+    async fn read_logs(&self, follow: bool, all_processes: bool) -> Result<LogStream> {
         let request = api::JobLogsRequest {
             job: self.job.0,
             follow,
+            all_processes,
         };
         let chunks = self
             .cluster
@@ -319,8 +343,14 @@ pub struct LogStream {
 impl LogStream {
     /// The next piece; `None` at the end.
     pub async fn next_chunk(&mut self) -> Result<Option<Vec<u8>>> {
+        let chunk = self.next_with_source().await?;
+        Ok(chunk.map(|chunk| chunk.data))
+    }
+
+    /// The next piece and where it comes from; `None` at the end.
+    pub async fn next_with_source(&mut self) -> Result<Option<api::LogChunk>> {
         match self.chunks.message().await {
-            Ok(chunk) => Ok(chunk.map(|chunk| chunk.data)),
+            Ok(chunk) => Ok(chunk),
             Err(status) => Err(status_error("read a job's log", &status, false)),
         }
     }

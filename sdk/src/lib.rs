@@ -59,6 +59,7 @@ pub mod error;
 mod exactly_once;
 mod heads;
 pub mod job;
+pub mod log_lines;
 pub mod object;
 mod plain;
 pub mod prelude;

@@ -118,6 +118,7 @@ mod tests {
                     idempotency_key: None,
                     files: Vec::new(),
                     retry_errors: false,
+                    secrets: Default::default(),
                 },
             };
             let answer = self.apply(&Scheduler, &command.encode());

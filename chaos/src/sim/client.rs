@@ -259,6 +259,7 @@ impl World {
             idempotency_key: Some(key),
             files: Vec::new(),
             retry_errors: client.keys.is_multiple_of(3),
+            secrets: Default::default(),
         }
     }
 

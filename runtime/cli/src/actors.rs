@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use mobula_core::id::{ActorId, JobId, NodeId};
 use mobula_core::spec::TASK_SLOT_TYPE;
-use mobula_wire::control::{Actor, GetActorRequest, ListActorsRequest};
+use mobula_wire::control::{Actor, GetActorRequest};
 
 use crate::args::{ActorsCommand, Target};
 use crate::connect::connect;
@@ -14,19 +14,12 @@ pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Resu
     let cluster = connect(target).await?;
     match command {
         ActorsCommand::List { job, all, format } => {
-            let job = job.map(|job| job.0);
-            let reply = cluster
-                .control()
-                .read("list actors", |mut client| async move {
-                    client.list_actors(ListActorsRequest { job }).await
-                })
-                .await?;
+            let actors = cluster.list_actors(job).await?;
             if format.json {
-                return print_json(&reply.actors);
+                return print_json(&actors);
             }
             let is_slot = |actor: &&Actor| !all && actor.type_name == TASK_SLOT_TYPE;
-            let (slots, actors): (Vec<&Actor>, Vec<&Actor>) =
-                reply.actors.iter().partition(is_slot);
+            let (slots, actors): (Vec<&Actor>, Vec<&Actor>) = actors.iter().partition(is_slot);
             let rows: Vec<Vec<String>> = actors.into_iter().map(row).collect();
             print_table(
                 &[

@@ -306,6 +306,10 @@ pub(crate) struct SubmitArguments {
     /// An environment variable for its processes, KEY=VALUE; can be repeated.
     #[arg(long = "env", value_name = "KEY=VALUE")]
     pub(crate) env: Vec<String>,
+    /// A secret for the environment of its processes, shown nowhere: NAME=@FILE for a file's text,
+    /// or NAME for the value of that variable here; can be repeated.
+    #[arg(long = "secret", value_name = "NAME[=@FILE]")]
+    pub(crate) secrets: Vec<String>,
     /// A file that its processes find in their working directory, PATH or PATH:NAME; can be
     /// repeated.
     #[arg(long = "file", value_name = "PATH[:NAME]")]
@@ -334,13 +338,20 @@ pub(crate) enum JobsCommand {
         #[command(flatten)]
         format: Format,
     },
-    /// What its driver printed.
+    /// What its driver printed, or all of its processes.
     Logs {
         /// The job.
         job: JobId,
         /// Go on until it has ended.
         #[arg(short, long)]
         follow: bool,
+        /// Of all its processes, each line with where it comes from. What several print alike within
+        /// five seconds is printed once, and how often it was repeated.
+        #[arg(short, long)]
+        all: bool,
+        /// With --all: print every line.
+        #[arg(long, requires = "all")]
+        no_dedup: bool,
     },
     /// End it.
     Stop {

@@ -2,9 +2,11 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::Context;
 use mobula::Cluster;
+use mobula::log_lines::{FOLD_WINDOW, LogLines};
 use mobula_core::clock::Clock;
 use mobula_core::id::JobId;
 use mobula_wire::control::Job;
@@ -35,7 +37,13 @@ pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result
                 show(&job);
             }
         }
-        JobsCommand::Logs { job, follow } => print_logs(&cluster, job, follow).await?,
+        JobsCommand::Logs {
+            job,
+            follow,
+            all: true,
+            no_dedup,
+        } => print_all_logs(&cluster, job, follow, LogLines::new(!no_dedup)).await?,
+        JobsCommand::Logs { job, follow, .. } => print_logs(&cluster, job, follow).await?,
         JobsCommand::Timeline { job, output } => {
             let timeline = cluster.job_handle(job).timeline().await?;
             let trace = timeline.to_chrome_trace();
@@ -73,6 +81,33 @@ pub(crate) async fn print_logs(cluster: &Cluster, job: JobId, follow: bool) -> a
         stdout.write_all(&chunk)?;
         stdout.flush()?;
     }
+    Ok(())
+}
+
+/// Prints what all of a job's processes printed.
+async fn print_all_logs(
+    cluster: &Cluster,
+    job: JobId,
+    follow: bool,
+    mut lines: LogLines,
+) -> anyhow::Result<()> {
+    let mut logs = cluster.job_handle(job).all_logs(follow).await?;
+    let mut stdout = std::io::stdout();
+    let mut show = |text: Vec<u8>| {
+        stdout.write_all(&text)?;
+        stdout.flush()
+    };
+    let mut tick = tokio::time::interval(FOLD_WINDOW / 5);
+    loop {
+        tokio::select! {
+            chunk = logs.next_with_source() => match chunk? {
+                Some(chunk) => show(lines.push(&chunk.source, &chunk.data, Instant::now()))?,
+                None => break,
+            },
+            _ = tick.tick() => show(lines.due(Instant::now()))?,
+        }
+    }
+    show(lines.finish(Instant::now()))?;
     Ok(())
 }
 

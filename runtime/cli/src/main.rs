@@ -15,6 +15,7 @@ mod local;
 mod models;
 mod nodes;
 mod output;
+mod secrets;
 mod serve;
 mod status;
 mod submit;

@@ -14,17 +14,22 @@ use crate::args::{SubmitArguments, Target};
 use crate::connect::connect;
 use crate::jobs::{as_json, print_logs};
 use crate::output::print_json;
+use crate::secrets;
 
 pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::Result<ExitCode> {
     let env = parse_env(&arguments.env)?;
     let files = parse_files(&arguments.files)?;
+    let mut secrets = secrets::from_arguments(&arguments.secrets)?;
     let is_toml = arguments
         .program
         .extension()
         .is_some_and(|extension| extension == "toml");
     // A wrong file is refused before anything is connected to.
     let train = if is_toml {
-        Some(read_train_file(&arguments)?)
+        let (spec, text, from_file) = read_train_file(&arguments)?;
+        // What the arguments say counts more.
+        secrets = from_file.into_iter().chain(secrets).collect();
+        Some((spec, text))
     } else {
         None
     };
@@ -52,6 +57,9 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
     };
     for (key, value) in env {
         job = job.env(key, value);
+    }
+    for (name, value) in secrets {
+        job = job.secret(name, value);
     }
     for (path, name) in files {
         job = job.file(path, name);
@@ -101,12 +109,18 @@ async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<Exit
     Ok(ExitCode::FAILURE)
 }
 
-fn read_train_file(arguments: &SubmitArguments) -> anyhow::Result<(TrainSpec, String)> {
+/// What a job file says: the job, its text without the secrets, and those.
+fn read_train_file(
+    arguments: &SubmitArguments,
+) -> anyhow::Result<(TrainSpec, String, BTreeMap<String, String>)> {
     let path = &arguments.program;
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("the job file {} cannot be read", path.display()))?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let (secrets, text) = secrets::take_from_toml(&text, folder)
+        .with_context(|| format!("the job file {}", path.display()))?;
     let spec = TrainSpec::from_toml(&text, &path.display().to_string())?;
-    Ok((spec, text))
+    Ok((spec, text, secrets))
 }
 
 /// A program is run on every worker, so what cannot be one is refused here.

@@ -238,6 +238,9 @@ pub enum CallError {
         /// The call's key.
         key: String,
     },
+    /// The caller may not call this actor: the two belong to different jobs.
+    #[error("not permitted: {0}")]
+    NotPermitted(String),
 }
 
 impl CallError {
@@ -254,7 +257,9 @@ impl CallError {
             | CallError::ObjectLost { executed, .. }
             | CallError::OutOfMemory { executed, .. }
             | CallError::NodeLost { executed, .. } => *executed,
-            CallError::Overloaded { .. } | CallError::BadCall(_) => Executed::No,
+            CallError::Overloaded { .. } | CallError::BadCall(_) | CallError::NotPermitted(_) => {
+                Executed::No
+            }
         }
     }
 }

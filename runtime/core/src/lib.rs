@@ -19,6 +19,7 @@ pub mod object;
 pub mod order;
 pub mod resource;
 pub mod row;
+pub mod secret;
 pub mod span;
 pub mod spec;
 pub mod storage;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::ExitReason;
 use crate::id::{ActorId, HostId, Incarnation, JobId, NodeId};
+use crate::secret::Secret;
 use crate::spec::{ActorSpec, JobFile, Program};
 
 /// An instruction to a worker. Carried in a message that names the leader's term.
@@ -71,6 +72,9 @@ pub struct StartActor {
     pub env: BTreeMap<String, String>,
     /// Files of the job, for the working directory.
     pub files: Vec<JobFile>,
+    /// Secrets of the job, for the environment of the host process: sealed in an order that comes
+    /// from the tables, opened in the one that a worker is sent.
+    pub secrets: BTreeMap<String, Secret>,
 }
 
 /// Something that happened on a worker.

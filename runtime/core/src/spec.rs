@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::label::Requirement;
 use crate::resource::Resources;
+use crate::secret::Secret;
 
 /// Which program a host process runs.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -165,6 +166,9 @@ pub struct JobSpec {
     pub files: Vec<JobFile>,
     /// Whether the driver is also started again when its `main` returned an error of its own.
     pub retry_errors: bool,
+    /// More environment of the driver and hosts, which is shown nowhere. In the tables each value is
+    /// sealed, and gone when the job is over.
+    pub secrets: BTreeMap<String, Secret>,
 }
 
 /// A file of a job, shipped by content hash.

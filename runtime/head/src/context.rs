@@ -11,7 +11,7 @@ use mobula_core::control::{Caller, ModuleId, Reader, StateModule};
 use mobula_core::error::{ErrorCode, Executed, Rejection};
 use mobula_core::id::{NodeId, SessionId};
 use mobula_core::order::Order;
-use mobula_net::identity::ClusterCa;
+use mobula_net::identity::{AtRest, ClusterCa};
 use mobula_scheduler::{Command, Query, QueryResponse, Response, Scheduler};
 use mobula_storage::artifact::ArtifactStore;
 use mobula_storage::blob::BlobStore;
@@ -35,6 +35,8 @@ pub(crate) struct HeadContext {
     pub(crate) raft_id: u64,
     pub(crate) name: String,
     pub(crate) ca: Arc<ClusterCa>,
+    /// What seals the secrets of jobs.
+    pub(crate) at_rest: AtRest,
     pub(crate) raft: RaftHandle,
     pub(crate) modules: BTreeMap<ModuleId, Arc<dyn StateModule>>,
     pub(crate) sessions: Sessions,

@@ -86,12 +86,10 @@ pub(crate) async fn run(
                 Effect::Order { node, order } if leadership.is_leader => {
                     let term = Term(leadership.term);
                     context.metrics.ordered(order.kind());
-                    context
-                        .lives
-                        .ordered(node, &order, crate::timeline::now_us());
+                    context.lives.ordered(&order, crate::timeline::now_us());
                     context
                         .sessions
-                        .send(node, HeadMessage::Order { term, order });
+                        .send(node, context.order_message(term, order));
                 }
                 Effect::JobEnded(job) if leadership.is_leader => {
                     let term = Term(leadership.term);
@@ -126,7 +124,7 @@ async fn send_everything_again(context: &HeadContext, nudges: &Nudges) {
                 for order in orders {
                     context
                         .sessions
-                        .send(node, HeadMessage::Order { term, order });
+                        .send(node, context.order_message(term, order));
                 }
             }
             Err(error) => tracing::warn!(%node, %error, "standing orders cannot be read"),

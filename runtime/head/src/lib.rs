@@ -21,6 +21,7 @@ mod leader_client;
 mod leadership;
 mod metrics;
 pub mod raft;
+mod secrets;
 mod session;
 #[doc(hidden)]
 pub mod simulation;
@@ -216,6 +217,7 @@ impl Head {
             raft_id: record.raft_id,
             name: record.name.clone(),
             ca: identity.ca.clone(),
+            at_rest: identity.ca.at_rest(),
             raft,
             modules,
             sessions: session::Sessions::default(),

@@ -391,14 +391,8 @@ impl Session {
             self.context.metrics.ordered(order.kind());
             self.context
                 .lives
-                .ordered(self.node, &order, crate::timeline::now_us());
-            self.queue(
-                sender,
-                &HeadMessage::Order {
-                    term: self.term(),
-                    order,
-                },
-            )?;
+                .ordered(&order, crate::timeline::now_us());
+            self.queue(sender, &self.context.order_message(self.term(), order))?;
         }
         self.queue(
             sender,

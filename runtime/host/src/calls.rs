@@ -158,7 +158,8 @@ fn may_call(peer: &Identity, job: JobId) -> Result<(), String> {
         (Role::Client, _) => Ok(()),
         (Role::Host, Some(caller)) if caller == job || caller == JobId::SYSTEM => Ok(()),
         (Role::Host, Some(caller)) => Err(format!(
-            "a process of {caller} may not call actors of {job}"
+            "a process of {caller} may not call actors of {job}, nor read its objects: use a client \
+             token to reach into other jobs"
         )),
         (role, _) => Err(format!(
             "a certificate of role `{role}` may not call actors: use a host's or a client's"
@@ -241,7 +242,7 @@ fn handle_request(
     let (reply, control) = Reply::on_stream(actor, window, Arc::clone(calls), call);
     calls.enter(call, control)?;
     if let Err(reason) = permission {
-        reply.send(Err(CallError::BadCall(reason.clone())));
+        reply.send(Err(CallError::NotPermitted(reason.clone())));
         return Ok(());
     }
     let deadline = timeout_ms.and_then(|limit_ms| {

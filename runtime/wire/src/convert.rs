@@ -1,9 +1,12 @@
 //! The control API's messages to and from the types of `mobula-core`. What comes in is checked
 //! here, once; an error names the field.
 
+use std::fmt;
+
 use mobula_core::error::Rejection;
 use mobula_core::label::Requirement;
 use mobula_core::resource::Resources;
+use mobula_core::secret::Secret;
 use mobula_core::spec::{
     ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, INIT_LIMIT_BYTES, JobFile, JobSpec,
     PlacementPolicy, Program, RestartPolicy, SpreadKey, Strategy,
@@ -153,7 +156,32 @@ impl From<JobSpec> for control::JobSpec {
             idempotency_key: spec.idempotency_key,
             files: spec.files.into_iter().map(Into::into).collect(),
             retry_errors: spec.retry_errors,
+            secrets: spec
+                .secrets
+                .into_iter()
+                .map(|(name, secret)| (name, secret.reveal().to_vec()))
+                .collect(),
         }
+    }
+}
+
+impl fmt::Debug for control::JobSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let secrets: Vec<&String> = self.secrets.keys().collect();
+        f.debug_struct("JobSpec")
+            .field("name", &self.name)
+            .field("artifact_blake3", &self.artifact_blake3)
+            .field("artifact_size_bytes", &self.artifact_size_bytes)
+            .field("args", &self.args)
+            .field("env", &self.env)
+            .field("resources", &self.resources)
+            .field("placement", &self.placement)
+            .field("restart", &self.restart)
+            .field("idempotency_key", &self.idempotency_key)
+            .field("files", &self.files)
+            .field("retry_errors", &self.retry_errors)
+            .field("secrets", &secrets)
+            .finish()
     }
 }
 
@@ -216,6 +244,11 @@ impl TryFrom<control::JobSpec> for JobSpec {
                 .map(TryInto::try_into)
                 .collect::<Result<_, _>>()?,
             retry_errors: spec.retry_errors,
+            secrets: spec
+                .secrets
+                .into_iter()
+                .map(|(name, bytes)| (name, Secret::new(bytes)))
+                .collect(),
         })
     }
 }
@@ -325,6 +358,7 @@ mod tests {
                 size_bytes: 4,
             }],
             retry_errors: true,
+            secrets: [("TOKEN".to_owned(), Secret::new(b"hunter2".to_vec()))].into(),
         };
         let message = control::JobSpec::from(spec.clone());
         assert_eq!(JobSpec::try_from(message).unwrap(), spec);

@@ -79,6 +79,33 @@ pub enum Question {
         /// The job.
         job: JobId,
     },
+    /// Which logs of a job's processes there are: a list of [`LogFile`].
+    Logs {
+        /// The job.
+        job: JobId,
+    },
+    /// A piece of one of them: its bytes, empty at the end.
+    LogPiece {
+        /// The job.
+        job: JobId,
+        /// The log's name, from the list.
+        name: String,
+        /// Where to begin, in bytes.
+        offset: u64,
+        /// How much at most, in bytes.
+        limit_bytes: u32,
+    },
+}
+
+/// The output of one process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogFile {
+    /// Its name, unique among the job's on this worker.
+    pub name: String,
+    /// How long it is, in bytes, with what was given up at its beginning.
+    pub size_bytes: u64,
+    /// Whether a process may still write to it.
+    pub is_open: bool,
 }
 
 /// What one process recorded.

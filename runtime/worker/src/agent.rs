@@ -14,7 +14,7 @@ use std::time::Duration;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{HostId, Incarnation, JobId};
 use mobula_core::order::{Order, WorkerEvent};
-use mobula_core::span::{Span, SpanRing};
+use mobula_core::span::Span;
 use mobula_wire::host::{AgentMessage, HostMessage};
 use mobula_wire::session::Welcome;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -34,6 +34,7 @@ use crate::metrics::WorkerMetrics;
 use crate::notices::{Notice, NoticeBoard, NoticeChange, NoticeSource, until};
 use crate::objects::ObjectStore;
 use crate::session_handle::{FromLeader, SessionHandle};
+use crate::spans::{Spans, now_us};
 use crate::worker::{WorkerExit, WorkerStatus};
 
 /// Inputs that wait for the agent. Who sends more waits, which is the backpressure on the leader's
@@ -83,7 +84,7 @@ pub(crate) struct Agent {
     pub(crate) session: SessionHandle,
     pub(crate) status: watch::Sender<WorkerStatus>,
     pub(crate) pool: Pool,
-    logs: Logs,
+    pub(crate) logs: Logs,
     pub(crate) processes: BTreeMap<HostId, HostProcess>,
     pub(crate) streams: BTreeMap<HostId, mpsc::Sender<AgentMessage>>,
     /// Hosts that said hello before their launch was reported here.
@@ -97,7 +98,7 @@ pub(crate) struct Agent {
     pub(crate) gathers: Gathers,
     pub(crate) metrics: WorkerMetrics,
     /// What the agent itself took time for.
-    pub(crate) spans: SpanRing,
+    pub(crate) spans: Spans,
     /// Launches that are under way: for which job, and since when.
     launching: BTreeMap<HostId, (JobId, u64)>,
 }
@@ -110,7 +111,7 @@ impl Agent {
         session: SessionHandle,
         status: watch::Sender<WorkerStatus>,
         devices: Devices,
-        logs: Logs,
+        (logs, spans): (Logs, Spans),
     ) -> Agent {
         let (to_self, inputs) = inputs;
         Agent {
@@ -133,7 +134,7 @@ impl Agent {
             tasks: JoinSet::new(),
             gathers: Gathers::default(),
             metrics: WorkerMetrics::default(),
-            spans: SpanRing::default(),
+            spans,
             launching: BTreeMap::new(),
         }
     }
@@ -576,14 +577,6 @@ impl Agent {
             tracing::error!("a killed host is still not dead; its incarnation fences it");
         }
     }
-}
-
-fn now_us() -> u64 {
-    std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| {
-            u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
-        })
 }
 
 /// A day; later alarms are of no use to anybody.

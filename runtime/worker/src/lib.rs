@@ -31,6 +31,7 @@ mod outbox;
 mod paths;
 mod session;
 mod session_handle;
+mod spans;
 mod worker;
 
 pub use error::{JoinError, WorkerError};

@@ -8,7 +8,7 @@
 //!    as zeros), so offsets stay what they were and no line of a running process is lost.
 //! 2. At most [`FILES_MAX`] log files are kept; the ones longest unchanged go first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId};
+use mobula_wire::session::LogFile;
 use rustix::fs::FallocateFlags;
 
 use crate::hosts::action::Key;
@@ -115,6 +116,48 @@ impl Logs {
     pub(crate) fn is_open(&self, key: Key) -> bool {
         let path = self.actors.get(&key);
         path.is_some_and(|path| self.hosts.values().any(|open| open == path))
+    }
+
+    /// The logs of a job, in order of their names.
+    pub(crate) fn of_job(&self, job: JobId) -> Vec<LogFile> {
+        let dir = self.dir.join(job.to_string());
+        let open: BTreeSet<&PathBuf> = self.hosts.values().collect();
+        let mut files: Vec<LogFile> = fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| {
+                let path = entry.ok()?.path();
+                Some(LogFile {
+                    name: path.file_stem()?.to_str()?.to_owned(),
+                    size_bytes: fs::metadata(&path).ok()?.len(),
+                    is_open: open.contains(&path),
+                })
+            })
+            .collect();
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        files
+    }
+
+    /// Up to `limit_bytes` of the log `name` of a job from `offset`; empty at the end, and where there
+    /// is no such log.
+    pub(crate) fn read_named(
+        &self,
+        job: JobId,
+        name: &str,
+        offset: u64,
+        limit_bytes: u32,
+    ) -> Vec<u8> {
+        // Names of ours are plain; anything else would lead elsewhere.
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        if name.is_empty() || !name.chars().all(is_plain) {
+            return Vec::new();
+        }
+        let path = self.dir.join(job.to_string()).join(format!("{name}.log"));
+        let limit = u64::from(limit_bytes.min(PIECE_BYTES_MAX));
+        read_piece(&path, offset, limit).unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), %error, "cannot read a log");
+            Vec::new()
+        })
     }
 
     /// A log of an earlier life of this agent.
@@ -262,6 +305,15 @@ mod tests {
         assert_eq!(logs.read(KEY, 1000, 3), b"");
         assert_eq!(logs.tail(HostId(1)), "two | three | four");
         assert!(logs.is_open(KEY));
+        let listed = LogFile {
+            name: "actor-3-7".into(),
+            size_bytes: 20,
+            is_open: true,
+        };
+        assert_eq!(logs.of_job(JobId(2)), [listed]);
+        assert_eq!(logs.of_job(JobId(1)), []);
+        assert_eq!(logs.read_named(JobId(2), "actor-3-7", 4, 3), b"two");
+        assert_eq!(logs.read_named(JobId(1), "../job-2/actor-3-7", 4, 3), b"");
         logs.close(HostId(1));
         assert!(!logs.is_open(KEY));
         let reborn = Logs::new(dir.path().to_path_buf());

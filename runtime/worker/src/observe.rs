@@ -15,12 +15,32 @@ use crate::metrics::{HostNow, Now};
 /// How long hosts may take to answer: they do so between two messages, so a busy one is quick too.
 const HOSTS_WAIT: std::time::Duration = std::time::Duration::from_secs(1);
 
+/// Logs of one job in one answer: all that a worker keeps.
+const LOG_FILES_MAX: usize = 2_000;
+
 impl Agent {
     /// The leader wants to know something.
     pub(crate) fn handle_question(&mut self, session: u64, request: u64, question: Question) {
         let (for_hosts, job) = match &question {
             Question::Metrics => (HostQuestion::Metrics, None),
             Question::Spans { job } => (HostQuestion::Spans, Some(*job)),
+            Question::Logs { job } => {
+                let mut files = self.logs.of_job(*job);
+                // At some 40 bytes each more are not kept.
+                files.truncate(LOG_FILES_MAX);
+                let answer = Ok(codec::encode_plain(&files));
+                return self.session.send_answer(session, request, answer);
+            }
+            Question::LogPiece {
+                job,
+                name,
+                offset,
+                limit_bytes,
+            } => {
+                let bytes = self.logs.read_named(*job, name, *offset, *limit_bytes);
+                self.metrics.read_log(bytes.len());
+                return self.session.send_answer(session, request, Ok(bytes));
+            }
         };
         let hosts: Vec<HostId> = self
             .streams
@@ -86,9 +106,12 @@ impl Agent {
             Question::Spans { job } => {
                 let own = HostSpans {
                     host: None,
-                    spans: self.spans.of_job(job, usize::MAX),
+                    spans: self.spans.of_job(job),
                 };
                 Ok(encode_spans(own, gather.answers))
+            }
+            Question::Logs { .. } | Question::LogPiece { .. } => {
+                unreachable!("logs are read without the hosts")
             }
         };
         self.session.send_answer(session, request, result);

@@ -29,6 +29,7 @@ use crate::objects::{Keys, ObjectStoreMetrics, Service, ServiceParts};
 use crate::options::{OBJECT_STORE_BYTES_MIN, WorkerOptions};
 use crate::paths::Paths;
 use crate::session::{Session, new_boot_id};
+use crate::spans::Spans;
 
 /// How often to look whether the certificate is due; its life is a day.
 const RENEWAL_CHECK: Duration = Duration::from_secs(60);
@@ -208,7 +209,9 @@ fn assemble(
 
     let capacity = options.resources.apply(machine.resources());
     let object_keys = Keys::default();
+    let spans = Spans::default();
     let (objects, object_store, object_metrics) = Service::open(ServiceParts {
+        spans: spans.clone(),
         node: options.name.clone(),
         socket: paths.object_socket()?,
         spill_dir: paths.objects(),
@@ -280,7 +283,7 @@ fn assemble(
         handle,
         status,
         devices,
-        logs,
+        (logs, spans),
     );
     Ok(Parts {
         agent,

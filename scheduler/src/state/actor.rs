@@ -40,6 +40,12 @@ pub struct Start {
     pub node: NodeId,
     /// Its incarnation there.
     pub incarnation: Incarnation,
+    /// When it was given to the node, in milliseconds since the Unix epoch.
+    pub assigned_ms: u64,
+    /// When its worker said that it runs.
+    pub started_ms: Option<u64>,
+    /// When it was over.
+    pub ended_ms: Option<u64>,
 }
 
 /// Where an actor stands.

@@ -116,6 +116,7 @@ pub(crate) fn load_spec(reader: &dyn Reader, id: JobId) -> JobSpec {
             idempotency_key: None,
             files: Vec::new(),
             retry_errors: false,
+            secrets: Default::default(),
         };
     }
     row::get(reader, JOB_SPECS, &id.to_key()).expect("every job row has its specification")
@@ -192,7 +193,12 @@ fn submitted_before(reader: &dyn Reader, spec: &JobSpec) -> Result<Option<Respon
     let Some(job) = known.filter(|_| !is_planted(Mutant::KeyIgnored)) else {
         return Ok(None);
     };
-    if load_spec(reader, job) != *spec {
+    // Secrets are not compared: they are gone when the job is over, and may have been renewed.
+    let without_secrets = |spec: JobSpec| JobSpec {
+        secrets: Default::default(),
+        ..spec
+    };
+    if without_secrets(load_spec(reader, job)) != without_secrets(spec.clone()) {
         return Err(Rejection::new(
             ErrorCode::AlreadyExists,
             format!(
@@ -221,18 +227,23 @@ fn check_spec(spec: &JobSpec) -> Result<(), Rejection> {
         .iter()
         .map(|(key, value)| key.len() + value.len())
         .sum();
-    let size = spec.args.iter().map(String::len).sum::<usize>() + env_bytes;
+    let secret_bytes: usize = spec
+        .secrets
+        .iter()
+        .map(|(name, secret)| name.len() + secret.size_bytes())
+        .sum();
+    let size = spec.args.iter().map(String::len).sum::<usize>() + env_bytes + secret_bytes;
     if size > JOB_SPEC_BYTES_MAX {
         return Err(Rejection::invalid(format!(
-            "arguments and environment of job `{}` have {size} bytes, the limit is \
+            "arguments, environment and secrets of job `{}` have {size} bytes, the limit is \
              {JOB_SPEC_BYTES_MAX}: pass a file or an object instead",
             spec.name
         )));
     }
-    let entries = spec.args.len().max(spec.env.len());
+    let entries = spec.args.len().max(spec.env.len() + spec.secrets.len());
     if entries > JOB_SPEC_ENTRIES_MAX {
         return Err(Rejection::invalid(format!(
-            "job `{}` has {entries} arguments or environment variables, the limit is \
+            "job `{}` has {entries} arguments or environment variables and secrets, the limit is \
              {JOB_SPEC_ENTRIES_MAX}: pass a file or an object instead",
             spec.name
         )));
@@ -264,10 +275,20 @@ fn check_blake3(what: &str, hash: &str) -> Result<(), Rejection> {
 /// Refuses what no process can be started with; each worker would find that out in turn.
 fn check_process_text(spec: &JobSpec) -> Result<(), Rejection> {
     let variable = |name: &&String| name.is_empty() || name.contains(['=', '\0']);
-    if let Some(name) = spec.env.keys().find(variable) {
+    if let Some(name) = spec.env.keys().chain(spec.secrets.keys()).find(variable) {
         return Err(Rejection::invalid(format!(
             "`{}` cannot name an environment variable: give it a name without `=` and NUL",
             name.escape_debug()
+        )));
+    }
+    if let Some(name) = spec
+        .secrets
+        .keys()
+        .find(|name| spec.env.contains_key(*name))
+    {
+        return Err(Rejection::invalid(format!(
+            "`{name}` is both a secret and a variable of the environment: name one of them \
+             differently"
         )));
     }
     let texts = spec.args.iter().chain(spec.env.values());
@@ -410,6 +431,7 @@ fn decide(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome, reason: Exit
 }
 
 fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
+    forget_secrets(apply, job.id);
     job.state = JobState::Over(outcome);
     job.ended_ms = Some(apply.now_ms());
     store(apply, &job);
@@ -424,6 +446,20 @@ fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
     );
     if Counter::FinishedJobs.increment(apply.txn) > FINISHED_JOBS_KEPT {
         forget_oldest(apply);
+    }
+}
+
+/// Nothing of an ended job is started again.
+fn forget_secrets(apply: &mut Apply<'_>, id: JobId) {
+    let spec = load_spec(apply.txn, id);
+    if !spec.secrets.is_empty() {
+        let secrets = Default::default();
+        row::put(
+            apply.txn,
+            JOB_SPECS,
+            &id.to_key(),
+            &JobSpec { secrets, ..spec },
+        );
     }
 }
 

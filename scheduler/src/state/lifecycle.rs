@@ -157,7 +157,13 @@ pub(crate) fn assign(apply: &mut Apply<'_>, mut actor: ActorRow, grant: Grant) -
     if actor.starts.len() >= STARTS_KEPT_MAX {
         actor.starts.remove(0);
     }
-    actor.starts.push(Start { node, incarnation });
+    actor.starts.push(Start {
+        node,
+        incarnation,
+        assigned_ms: apply.now_ms(),
+        started_ms: None,
+        ended_ms: None,
+    });
     actor.state = ActorState::Assigned {
         node,
         node_incarnation,
@@ -198,6 +204,9 @@ pub(crate) fn started(
         return EventOutcome::AlreadyKnown;
     };
     let since_ms = apply.now_ms();
+    if let Some(start) = actor.starts.last_mut() {
+        start.started_ms = Some(since_ms);
+    }
     actor.state = ActorState::Running {
         node,
         node_incarnation,
@@ -268,6 +277,10 @@ pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason
         ) => ExitReason::Preempted,
         (_, reason) => reason,
     });
+    let ended_ms = apply.now_ms();
+    if let Some(start) = actor.starts.last_mut() {
+        start.ended_ms = Some(ended_ms);
+    }
     actor.last_exit = Some(reason.clone());
     if !may_restart(apply, &actor, &reason) {
         return end(apply, actor, reason);
@@ -283,15 +296,17 @@ pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason
 }
 
 fn may_restart(apply: &Apply<'_>, actor: &ActorRow, reason: &ExitReason) -> bool {
-    // `max_restarts` of 0 means never, whoever is to blame.
+    // `max_restarts` of 0 means never, whoever is to blame; only that an operator empties a node
+    // does not end a job, whose driver begins again on another one.
     let RestartPolicy { max_restarts, .. } = actor.restart;
+    let has_moved = actor.driver && *reason == ExitReason::Preempted;
     let gives_up = actor.driver
         && reason.is_user_error()
         && !job::load_spec(apply.txn, actor.job).retry_errors;
     let in_budget = !reason.counts_against_budget() || actor.counted_restarts < max_restarts;
     !reason.is_wanted()
         && !gives_up
-        && max_restarts > 0
+        && (max_restarts > 0 || has_moved)
         && in_budget
         && job::is_open(apply.txn, actor.job)
 }

@@ -4,7 +4,9 @@
 //! 1. A name has one id as long as the node is known; each start of its agent has an incarnation
 //!    of its own. Only a lost node is ever forgotten, to make room for another.
 //! 2. An incarnation that was declared lost never counts as alive again (I6).
-//! 3. What a node has given away is the business of [`super::lease`] alone (I10).
+//! 3. A start that another start of the same name has replaced does not come back while that one
+//!    lives: two workers of one name would end each other's actors in turn for ever.
+//! 4. What a node has given away is the business of [`super::lease`] alone (I10).
 
 use mobula_core::control::{Reader, Subject};
 use mobula_core::label::Labels;
@@ -33,7 +35,13 @@ pub(crate) struct NodeRow {
     pub(crate) lost_ms: Option<u64>,
     pub(crate) notice: Option<Notice>,
     pub(crate) draining: bool,
+    /// Starts of its agent that a later one has replaced while they were alive, the latest last.
+    pub(crate) replaced_boot_ids: Vec<String>,
 }
+
+/// Replaced starts that are remembered: whoever made more than that many copies of a worker runs at
+/// most so many at once.
+const REPLACED_BOOT_IDS_KEPT: usize = 16;
 
 /// A warning that a worker will be gone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +97,14 @@ pub(crate) fn register(
             }
             if node.lost_ms.is_none() && node.boot_id == registration.boot_id {
                 register_again(apply, node, registration)
+            } else if node.lost_ms.is_none()
+                && node.replaced_boot_ids.contains(&registration.boot_id)
+            {
+                Err(precondition(format!(
+                    "worker `{}` was started again somewhere and runs there as incarnation {}: stop \
+                     one of the two, or give one another name and data directory",
+                    node.name, node.incarnation
+                )))
             } else {
                 register_restarted(apply, node, registration)
             }
@@ -128,7 +144,13 @@ fn register_new(apply: &mut Apply<'_>, registration: Registration) -> Result<Res
     Counter::Nodes.increment(apply.txn);
     let id = NodeId(Counter::LastNode.increment(apply.txn));
     row::put(apply.txn, NODES_BY_NAME, registration.name.as_bytes(), &id);
-    Ok(store_incarnation(apply, id, registration, false))
+    Ok(store_incarnation(
+        apply,
+        id,
+        registration,
+        false,
+        Vec::new(),
+    ))
 }
 
 /// The same agent again: its incarnation stays, its description may change.
@@ -181,11 +203,20 @@ fn register_restarted(
     registration: Registration,
 ) -> Result<Response, Rejection> {
     end_all(apply, node.id, &ExitReason::NodeLost);
+    let mut replaced_boot_ids = node.replaced_boot_ids;
+    replaced_boot_ids.retain(|boot_id| *boot_id != registration.boot_id);
+    if node.lost_ms.is_none() {
+        replaced_boot_ids.push(node.boot_id);
+    }
+    if replaced_boot_ids.len() > REPLACED_BOOT_IDS_KEPT {
+        replaced_boot_ids.remove(0);
+    }
     Ok(store_incarnation(
         apply,
         node.id,
         registration,
         node.draining,
+        replaced_boot_ids,
     ))
 }
 
@@ -194,6 +225,7 @@ fn store_incarnation(
     id: NodeId,
     registration: Registration,
     draining: bool,
+    replaced_boot_ids: Vec<String>,
 ) -> Response {
     let Registration {
         name,
@@ -216,6 +248,7 @@ fn store_incarnation(
         lost_ms: None,
         notice: None,
         draining,
+        replaced_boot_ids,
     };
     store(apply, &node);
     apply.place();

@@ -233,6 +233,7 @@ pub(crate) fn job_spec(name: &str, max_restarts: u32) -> JobSpec {
         idempotency_key: None,
         files: Vec::new(),
         retry_errors: true,
+        secrets: BTreeMap::new(),
     }
 }
 

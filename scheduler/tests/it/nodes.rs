@@ -4,7 +4,7 @@ use mobula_core::order::WorkerEvent;
 use mobula_core::{ErrorCode, ExitReason, JobId, NodeId, Resources};
 use mobula_scheduler::{Command, EventOutcome, Response, orders_for_node};
 
-use crate::cluster::{Cluster, actor_spec, short};
+use crate::cluster::{Cluster, actor_spec, job_spec, short};
 
 /// Two nodes, and one named actor that runs on the first.
 fn two_nodes() -> (Cluster, NodeId, NodeId, mobula_core::ActorId) {
@@ -40,6 +40,32 @@ fn registering_again_changes_nothing_and_a_new_boot_ends_what_ran() {
             .node
             .is_some_and(|node| node == first || node == second)
     );
+}
+
+#[test]
+fn of_two_workers_of_one_name_the_later_stays() {
+    let (mut cluster, first, _, _) = two_nodes();
+    let (_, later) = cluster.register("a", "boot-2", 2);
+    let earlier = Command::RegisterNode {
+        name: "a".into(),
+        boot_id: "boot-1".into(),
+        capacity: Resources::cpu_milli(2000),
+        labels: Default::default(),
+        version: "0.1.0".into(),
+    };
+    let text = cluster.refused(earlier.clone());
+    assert!(text.contains("started again somewhere"), "{text}");
+    assert_eq!(cluster.node(first).incarnation, later);
+    // A restart of either machine is a new start.
+    let (_, newest) = cluster.register("a", "boot-3", 2);
+    assert!(newest > later);
+    // Once the later ones are gone, the earlier one may have its name back.
+    cluster.ok(Command::NodeLost {
+        node: first,
+        incarnation: newest,
+    });
+    let back = cluster.ok(earlier);
+    assert!(matches!(back, Response::Registered { node, .. } if node == first));
 }
 
 #[test]
@@ -124,6 +150,28 @@ fn an_actor_yields_a_noticed_node_and_starts_elsewhere_at_once() {
     );
     cluster.event(first, WorkerEvent::NoticeWithdrawn);
     assert_eq!(cluster.node(first).state, "alive");
+}
+
+#[test]
+fn draining_a_node_fails_no_job_however_few_restarts_its_driver_has() {
+    let mut cluster = Cluster::new();
+    let (first, _) = cluster.register("a", "boot-1", 2);
+    let (job, driver) = cluster.submit(job_spec("once", 0));
+    cluster.place();
+    cluster.start(driver);
+    let (second, _) = cluster.register("b", "boot-1", 2);
+    cluster.ok(Command::DrainNode {
+        node: first,
+        on: true,
+    });
+    cluster.exit(driver, ExitReason::HostSignaled(9));
+    cluster.place();
+    assert_eq!(cluster.actor(driver).node, Some(second));
+    assert_eq!(cluster.job(job).state, "running");
+    cluster.start(driver);
+    // What it does itself is another matter.
+    cluster.exit(driver, ExitReason::HostSignaled(9));
+    assert_eq!(cluster.job(job).state, "failed");
 }
 
 #[test]

@@ -88,7 +88,8 @@ impl Tries {
             | CallError::BadCall(_)
             | CallError::ResultLost(_)
             | CallError::ObjectLost { .. }
-            | CallError::Forgotten { .. } => false,
+            | CallError::Forgotten { .. }
+            | CallError::NotPermitted(_) => false,
         };
         self.executions += 1;
         if may_run_again && self.executions <= self.policy.max_retries {

@@ -151,6 +151,7 @@ impl Head {
                 args: Vec::new(),
                 env: BTreeMap::new(),
                 files: Vec::new(),
+                secrets: Default::default(),
             })
             .await;
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use mobula::Cluster;
 use mobula_core::id::JobId;
-use mobula_wire::control::{Actor, ListActorsRequest, ListNodesRequest, Node, PreemptNodeRequest};
+use mobula_wire::control::{Actor, ListNodesRequest, Node, PreemptNodeRequest};
 use serde::Deserialize;
 
 use super::report::Progress;
@@ -146,15 +146,7 @@ async fn carry_out(cluster: &Cluster, job: JobId, fault: Fault) -> anyhow::Resul
 async fn running_trainer(cluster: &Cluster, job: JobId) -> anyhow::Result<(Actor, Node)> {
     let deadline = Instant::now() + SEEN_LIMIT;
     loop {
-        let actors = cluster
-            .control()
-            .read("list actors", |mut client| async move {
-                client
-                    .list_actors(ListActorsRequest { job: Some(job.0) })
-                    .await
-            })
-            .await?
-            .actors;
+        let actors = cluster.list_actors(Some(job)).await?;
         let nodes = cluster
             .control()
             .read("list nodes", |mut client| async move {

@@ -1,9 +1,10 @@
 //! Jobs: what is shipped with them, what they leave, and what becomes of them when things go wrong.
 
 use std::path::PathBuf;
+use std::process::{Child, Stdio};
 
 use crate::examples::example;
-use crate::support::{TestCluster, kill_9, small_job, text_of, wait_for};
+use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
 
 #[test]
 fn files_and_environment_are_shipped_and_the_result_is_kept() {
@@ -127,6 +128,14 @@ fn a_job_goes_on_after_every_process_was_killed() {
     let nodes = cluster.json(&["nodes", "list"]);
     let limits = nodes[0]["labels"]["memory_limits"].as_str().unwrap();
     assert_eq!(limits.starts_with("cgroup"), !groups_before.is_empty());
+    let runs = |cluster: &TestCluster| -> Vec<u64> {
+        let trace: serde_json::Value =
+            serde_json::from_str(&cluster.ok(&["jobs", "timeline", &job])).unwrap();
+        let events = trace["traceEvents"].as_array().unwrap().clone();
+        let runs = events.iter().filter(|event| event["name"] == "run");
+        runs.filter_map(|event| event["ts"].as_u64()).collect()
+    };
+    let runs_before = runs(&cluster);
     for process in ["head-1", "worker-1", "worker-2"] {
         kill_9(cluster.pid(process));
     }
@@ -143,6 +152,16 @@ fn a_job_goes_on_after_every_process_was_killed() {
     let after = cluster.json(&["jobs", "show", &job]);
     assert_eq!(after["submitted_ms"], before["submitted_ms"]);
     assert!(after["restarts"].as_u64() >= Some(1), "{after}");
+    // The head that was there then is dead; when its actors ran stands in the tables.
+    let runs_after = runs(&cluster);
+    assert!(runs_after.len() > runs_before.len(), "{runs_after:?}");
+    for ran_us in runs_before {
+        let near = |after: &&u64| after.abs_diff(ran_us) < 500_000;
+        assert!(
+            runs_after.iter().any(|after| near(&after)),
+            "{ran_us} in {runs_after:?}"
+        );
+    }
     let groups_after = groups(&cluster);
     cluster.ok(&[
         "local",
@@ -152,6 +171,88 @@ fn a_job_goes_on_after_every_process_was_killed() {
     ]);
     for path in groups_after {
         assert!(!path.exists(), "{} was left", path.display());
+    }
+}
+
+#[test]
+fn each_process_sees_the_gpus_that_its_actor_was_given() {
+    let cluster = TestCluster::up(1);
+    // A worker that says it has two: no driver is asked, the devices are called 0 and 1.
+    let dir = cluster.dir().join("gpu-1");
+    std::fs::create_dir_all(&dir).unwrap();
+    let (config, token) = (dir.join("worker.toml"), dir.join("worker.token"));
+    std::fs::write(&config, "[worker.resources]\ngpu = 2.0\n").unwrap();
+    let made = cluster.json(&["tokens", "create", "--role", "worker"]);
+    std::fs::write(&token, made["token"].as_str().unwrap()).unwrap();
+    let join = |name: &str, folder: &str| {
+        let mut worker = mobula();
+        worker
+            .args([
+                "worker",
+                "--name",
+                name,
+                "--cpus",
+                "4",
+                "--head",
+                cluster.api(),
+            ])
+            .arg("--config")
+            .arg(&config)
+            .arg("--join-token-file")
+            .arg(&token)
+            .arg("--data-dir")
+            .arg(cluster.dir().join(folder))
+            .stdout(Stdio::null());
+        worker
+    };
+    let _worker = Ended(
+        join("gpu-1", "gpu-1")
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    let program = example("gpus");
+    cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+    let seen = cluster.json(&["jobs", "show", "job-1"])["result"].clone();
+    assert_eq!(seen["none"], "", "{seen}");
+    assert_eq!(seen["half"], seen["other half"], "{seen}");
+    let mut devices = [
+        seen["half"].as_str().unwrap(),
+        seen["whole"].as_str().unwrap(),
+    ];
+    devices.sort_unstable();
+    assert_eq!(devices, ["0", "1"], "{seen}");
+
+    // Each of the four processes said the same, which is said once.
+    let all = cluster.ok(&["jobs", "logs", "job-1", "--all"]);
+    let found: Vec<&str> = all
+        .lines()
+        .filter(|line| line.contains("looking for"))
+        .collect();
+    assert_eq!(found.len(), 2, "{all}");
+    assert!(found[0].starts_with("(node-"), "{all}");
+    assert_eq!(found[1], "looking for devices [repeated 3x across hosts]");
+    let all = cluster.ok(&["jobs", "logs", "job-1", "--all", "--no-dedup"]);
+    assert_eq!(all.matches(") looking for devices").count(), 4, "{all}");
+
+    // While it lives, its name is taken.
+    let second = join("gpu-1", "gpu-2").output().unwrap();
+    assert!(!second.status.success());
+    let text = text_of(&second);
+    assert!(
+        text.contains("a worker called `gpu-1` is in the cluster"),
+        "{text}"
+    );
+}
+
+/// A process that ends with the test.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

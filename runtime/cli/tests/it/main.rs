@@ -13,6 +13,7 @@ mod exactly_once;
 mod examples;
 mod heads;
 mod in_process;
+mod isolation;
 mod jobs;
 mod objects;
 mod observe;

@@ -16,7 +16,7 @@ use tonic::Status;
 use super::access::{may_read, only_job};
 use super::jobs::{LOOK_AGAIN, unexpected};
 use super::modules::{WAIT_MAX, stamp};
-use super::{rejected, views};
+use super::{page, rejected, views};
 use crate::context::HeadContext;
 
 /// Actors that one question may wait for: each is a ticket and a row to read.
@@ -63,25 +63,22 @@ pub(super) async fn list(
     if let Some(job) = job {
         may_read(caller, job)?;
     }
-    let mut actors = Vec::new();
-    let mut after = None;
-    loop {
-        let page = match context
-            .ask(Query::ListActors {
-                job,
-                after,
-                limit: 0,
-            })
-            .await?
-        {
-            QueryResponse::Actors(page) => page,
-            _ => Vec::new(),
-        };
-        let Some(last) = page.last() else { break };
-        after = Some(last.actor);
-        actors.extend(page.into_iter().map(views::actor));
-    }
-    Ok(api::ListActorsReply { actors })
+    let query = Query::ListActors {
+        job,
+        after: page::after(&request.page_token)?.map(ActorId),
+        limit: request.page_size,
+    };
+    let QueryResponse::Actors(found) = context.ask(query).await? else {
+        return Err(Status::internal("the scheduler answered another question"));
+    };
+    let found = found
+        .into_iter()
+        .map(|view| (view.actor.0, views::actor(view)));
+    let (actors, next_page_token) = page::of(found, request.page_size);
+    Ok(api::ListActorsReply {
+        actors,
+        next_page_token,
+    })
 }
 
 /// An actor that `caller` may read of.

@@ -13,7 +13,7 @@ use tonic::Status;
 use super::access::{may_read, only_job};
 use super::artifacts::artifact_id;
 use super::modules::{WAIT_MAX, stamp};
-use super::{rejected, status as make_status, views};
+use super::{page, rejected, status as make_status, views};
 use crate::context::HeadContext;
 
 /// How often a waiter looks again even though nothing woke it: wake-ups are hints.
@@ -27,7 +27,7 @@ pub(super) async fn submit(
     caller: &Caller,
     request: api::SubmitJobRequest,
 ) -> Result<api::SubmitJobReply, Status> {
-    let spec = request
+    let mut spec = request
         .spec
         .ok_or_else(|| Rejection::invalid("the request has no job in it"))
         .and_then(JobSpec::try_from)
@@ -42,6 +42,9 @@ pub(super) async fn submit(
         let what = format!("file `{}`", file.name);
         require_artifact(context, &what, &file.blake3, file.size_bytes).await?;
     }
+    context
+        .seal_secrets(&mut spec)
+        .map_err(|rejection| rejected(&rejection))?;
     let command = Command::SubmitJob { spec };
     context.authorize_scheduler(caller, &command)?;
     let (session, seq) = stamp(context, caller, request.stamp).await?;
@@ -90,32 +93,34 @@ pub(super) fn unexpected(response: &Response) -> Status {
 pub(super) async fn list(
     context: &HeadContext,
     caller: &Caller,
-    _request: api::ListJobsRequest,
+    request: api::ListJobsRequest,
 ) -> Result<api::ListJobsReply, Status> {
     if let Some(own) = only_job(caller) {
         let jobs = vec![view(context, own).await?];
-        return Ok(api::ListJobsReply { jobs });
+        let next_page_token = String::new();
+        return Ok(api::ListJobsReply {
+            jobs,
+            next_page_token,
+        });
     }
-    let mut jobs = Vec::new();
-    let mut after = None;
-    loop {
-        let page = match context.ask(Query::ListJobs { after, limit: 0 }).await? {
-            QueryResponse::Jobs(page) => page,
-            _ => Vec::new(),
-        };
-        let Some(last) = page.last() else { break };
-        after = Some(last.job);
-        jobs.extend(
-            page.into_iter()
-                .filter(|view| view.job != JobId::SYSTEM)
-                .map(views::job),
-        );
-    }
+    let query = Query::ListJobs {
+        after: page::after(&request.page_token)?.map(JobId),
+        limit: request.page_size,
+    };
+    let QueryResponse::Jobs(found) = context.ask(query).await? else {
+        return Err(Status::internal("the scheduler answered another question"));
+    };
+    let found = found.into_iter().map(|view| (view.job.0, views::job(view)));
+    let (mut jobs, next_page_token) = page::of(found, request.page_size);
+    jobs.retain(|job| JobId(job.id) != JobId::SYSTEM);
     let pending = jobs.iter_mut().filter(|job| job.state == "pending");
     for job in pending.take(EXPLAINED_MAX) {
         job.pending_reason = pending_reason(context, JobId(job.id)).await?;
     }
-    Ok(api::ListJobsReply { jobs })
+    Ok(api::ListJobsReply {
+        jobs,
+        next_page_token,
+    })
 }
 
 /// What keeps a job's driver pending.

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{access, jobs, rejected};
+use super::{access, job_output, jobs, rejected};
 use crate::context::HeadContext;
 use crate::session::LogPiece;
 
@@ -25,7 +25,7 @@ const PIECE_BYTES: u32 = 256 * 1024;
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(150);
 
 /// How long a process that has reported its end may take to be dead: it is killed soon after.
-const LAST_LINES_WAIT: Duration = Duration::from_secs(6);
+pub(super) const LAST_LINES_WAIT: Duration = Duration::from_secs(6);
 
 /// How many pieces wait for a slow client.
 const PIECES_WAITING_MAX: usize = 4;
@@ -54,7 +54,7 @@ pub(super) async fn job_logs(
             ))
         })?;
     let (pieces, stream) = mpsc::channel(PIECES_WAITING_MAX);
-    let log = send_log(context.clone(), job, request.follow, pieces);
+    let log = send_log(context.clone(), request, pieces);
     // The task ends with the stream, and gives its slot back then.
     tokio::spawn(async move {
         log.await;
@@ -99,7 +99,8 @@ struct Sender(mpsc::Sender<Result<api::LogChunk, Status>>);
 
 impl Sender {
     async fn send(&self, data: Vec<u8>) -> Result<(), ClientGone> {
-        let chunk = Ok(api::LogChunk { data });
+        let source = String::new();
+        let chunk = Ok(api::LogChunk { data, source });
         self.0.send(chunk).await.map_err(|_| ClientGone)
     }
 
@@ -110,15 +111,22 @@ impl Sender {
 
 async fn send_log(
     context: Arc<HeadContext>,
-    job: JobId,
-    follow: bool,
+    request: api::JobLogsRequest,
     pieces: mpsc::Sender<Result<api::LogChunk, Status>>,
 ) {
+    let (job, follow) = (JobId(request.job), request.follow);
     let gone = pieces.clone();
     let sender = Sender(pieces);
+    let sending = async {
+        if request.all_processes {
+            job_output::send_all(&context, job, follow, &sender.0).await;
+        } else {
+            // An error means that the client is gone, which concerns nobody else.
+            let _ = send_starts(&context, job, follow, &sender).await;
+        }
+    };
     tokio::select! {
-        // An error means that the client is gone, which concerns nobody else.
-        _ = send_starts(&context, job, follow, &sender) => {}
+        () = sending => {}
         // A quiet job has nothing to send, so this is how its follower's end is noticed.
         () = gone.closed() => {}
     }
@@ -185,7 +193,9 @@ async fn send_starts(
         }
         match next {
             Some(start) => {
-                let Start { node, incarnation } = *start;
+                let Start {
+                    node, incarnation, ..
+                } = *start;
                 sender
                     .note(format!("started again on {node} ({incarnation})"))
                     .await?;
@@ -206,7 +216,9 @@ async fn read_piece(
     driver: ActorId,
     position: &Position,
 ) -> Option<LogPiece> {
-    let Start { node, incarnation } = position.start;
+    let Start {
+        node, incarnation, ..
+    } = position.start;
     context
         .sessions
         .read_log(node, driver, incarnation, position.offset, PIECE_BYTES)

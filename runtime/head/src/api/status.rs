@@ -6,7 +6,7 @@ use mobula_core::control::Caller;
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::SessionId;
 use mobula_net::identity::{Identity, Role, Token, Validity};
-use mobula_scheduler::{Command, Query, QueryResponse, Response, Role as TokenUse};
+use mobula_scheduler::{Command, NodeView, Query, QueryResponse, Response, Role as TokenUse};
 use mobula_wire::control as api;
 use tonic::Status;
 
@@ -36,7 +36,16 @@ pub(super) async fn join(
         {
             peer.role
         }
-        _ => role_by_token(context, &request.token).await?,
+        peer => {
+            let is_known = |peer: &Identity| peer.id == request.name && peer.role == Role::Node;
+            if !peer.as_ref().is_some_and(is_known)
+                && is_for_workers(context, &request.token).await?
+            {
+                // Before the token is used up.
+                refuse_a_living_name(context, &request.name).await?;
+            }
+            role_by_token(context, &request.token).await?
+        }
     };
     // A head's certificate is for one life of its disk, which its Raft id stands for.
     let (raft_id, heads) = match role {
@@ -60,6 +69,37 @@ pub(super) async fn join(
         raft_id,
         heads,
     })
+}
+
+/// Whether a token makes workers; nothing is told of names to who has none.
+async fn is_for_workers(context: &HeadContext, text: &str) -> Result<bool, Status> {
+    let Ok(token) = Token::parse(text.trim()) else {
+        return Ok(false);
+    };
+    let reader = context.raft.read().await?;
+    let now_ms = context.clock.now_ms();
+    let role = mobula_scheduler::check_token(&reader, &token.secret_hash(), now_ms);
+    Ok(matches!(role, Ok(TokenUse::Worker)))
+}
+
+/// A worker that has no identity yet is another one than the one that lives under this name.
+async fn refuse_a_living_name(context: &HeadContext, name: &str) -> Result<(), Status> {
+    let QueryResponse::Nodes(nodes) = context.ask(Query::ListNodes).await? else {
+        return Err(Status::internal("the scheduler answered another question"));
+    };
+    let is_alive = |node: &NodeView| node.name == name && node.lost_ms.is_none();
+    match nodes.into_iter().find(is_alive) {
+        None => Ok(()),
+        Some(node) => Err(rejected(&Rejection::new(
+            ErrorCode::AlreadyExists,
+            format!(
+                "a worker called `{name}` is in the cluster as {} and its lease is alive: give this \
+                 one another name, or, if it is to take that one's place, stop that one and join \
+                 again when its lease is over ({} ms after its last word)",
+                node.node, context.limits.lease_ms
+            ),
+        ))),
+    }
 }
 
 /// The role that a token gives, which counts as a use of it.

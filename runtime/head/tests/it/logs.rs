@@ -11,7 +11,11 @@ use crate::one_head::{Api, BOUND, OneHead, code, job, open_session, submit};
 const LOG_STREAMS_MAX: usize = 128;
 
 async fn follow(client: &mut Api, job: u64) -> Result<Streaming<api::LogChunk>, Status> {
-    let request = api::JobLogsRequest { job, follow: true };
+    let request = api::JobLogsRequest {
+        job,
+        follow: true,
+        ..Default::default()
+    };
     Ok(client.job_logs(request).await?.into_inner())
 }
 

@@ -22,7 +22,7 @@ async fn only_clients_and_metrics_tokens_read_metrics() {
     // The token opens nothing else.
     let mut scraper = head.client_with(&made.token).await;
     let refused = scraper
-        .list_jobs(api::ListJobsRequest {})
+        .list_jobs(api::ListJobsRequest::default())
         .await
         .unwrap_err();
     assert_eq!(code(&refused), "permission_denied", "{refused}");

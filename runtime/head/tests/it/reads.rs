@@ -22,8 +22,14 @@ async fn ask(api: &mut Api, job: u64, actor: u64) -> Vec<String> {
     };
     use api::resolve_actor_request::Target;
     let wait = api::WaitJobRequest { job, timeout_ms: 0 };
-    let logs = api::JobLogsRequest { job, follow: false };
-    let actors = api::ListActorsRequest { job: Some(job) };
+    let logs = api::JobLogsRequest {
+        job,
+        ..Default::default()
+    };
+    let actors = api::ListActorsRequest {
+        job: Some(job),
+        ..Default::default()
+    };
     let answers = [
         api.get_job(api::GetJobRequest { job }).await.err(),
         api.wait_job(wait).await.err(),
@@ -67,7 +73,10 @@ async fn a_host_reads_its_own_job_only() {
     assert_eq!(ask(&mut host, JobId::SYSTEM.0, other.driver).await, refused);
 
     // Lists show what belongs to it.
-    let jobs = host.list_jobs(api::ListJobsRequest {}).await.unwrap();
+    let jobs = host
+        .list_jobs(api::ListJobsRequest::default())
+        .await
+        .unwrap();
     let ids = jobs
         .into_inner()
         .jobs
@@ -75,7 +84,7 @@ async fn a_host_reads_its_own_job_only() {
         .map(|job| job.id)
         .collect::<Vec<_>>();
     assert_eq!(ids, [own.job]);
-    let all = api::ListActorsRequest { job: None };
+    let all = api::ListActorsRequest::default();
     let actors = host.list_actors(all).await.unwrap().into_inner().actors;
     assert!(
         actors.iter().all(|actor| actor.job == own.job),

@@ -17,6 +17,7 @@ use crate::actor::MethodError;
 use crate::mailbox::{Deadline, IncomingCall};
 use crate::reply::{CallResult, CancelLevel, Reply};
 use crate::shell::{panic_text, shortened};
+use crate::spans::{self, SpanGuard};
 use crate::tasks::context::TaskContext;
 use crate::tasks::registry::TaskCall;
 use crate::tasks::slot::{Activity, Shared};
@@ -123,6 +124,8 @@ struct Running {
     unwanted: Option<BoxFuture<'static, ()>>,
     /// After the future, whose end may be the end of its waiting.
     _counted: Counted,
+    /// For the timeline: from here to where it is dropped.
+    _span: SpanGuard,
 }
 
 /// One task's part in its thread's activity.
@@ -182,6 +185,10 @@ impl Prepared {
             Arc::clone(activity),
             reply.cancellation(),
         );
+        let slot = shared.context.incarnation();
+        let span = spans::begin(context.name(), "task")
+            .by(shared.context.actor(), slot)
+            .with("attempt", head.attempt.to_string());
         activity.enter();
         let counted = Counted {
             activity: Arc::clone(activity),
@@ -201,6 +208,7 @@ impl Prepared {
             limit,
             unwanted: None,
             _counted: counted,
+            _span: span,
         };
         Ok(Prepared { running, reply })
     }

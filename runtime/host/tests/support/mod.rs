@@ -198,6 +198,7 @@ pub fn order(actor: ActorId, incarnation: Incarnation, init: &[u8]) -> StartActo
         args: Vec::new(),
         env: Default::default(),
         files: Vec::new(),
+        secrets: Default::default(),
     }
 }
 

@@ -14,7 +14,7 @@ use rustls_pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::certificate::{CertificateError, malformed, pem_certificates};
-use super::{CaKeyHash, Credentials, Identity, PrivateKey, ca_key_hash, check_part, files};
+use super::{AtRest, CaKeyHash, Credentials, Identity, PrivateKey, ca_key_hash, check_part, files};
 use crate::tls::SERVER_NAME;
 
 const CA_FILE: &str = "ca.pem";
@@ -110,6 +110,13 @@ impl ClusterCa {
             key,
             key_hash,
         })
+    }
+
+    /// What seals secrets in the tables: every head of the cluster makes the same of its copy of the
+    /// key.
+    #[must_use]
+    pub fn at_rest(&self) -> AtRest {
+        AtRest::from_root(&self.key.pair().serialize_der())
     }
 
     /// Reads what [`ClusterCa::save`] wrote.

@@ -8,6 +8,7 @@
 //! 3. No secret is ever printed: `Debug` of keys, tokens and credentials leaves them out, and key
 //!    files are readable by their owner only.
 
+mod at_rest;
 mod ca;
 mod certificate;
 mod current;
@@ -15,6 +16,7 @@ mod files;
 mod sealed;
 mod token;
 
+pub use at_rest::AtRest;
 pub use ca::{ClusterCa, Validity};
 pub(crate) use certificate::not_after;
 pub use certificate::{

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId};
 use mobula_core::order::WorkerEvent;
 use mobula_core::resource::Resources;
+use mobula_core::secret::Secret;
 use mobula_core::spec::{JobFile, Program};
 use mobula_wire::host::{AgentMessage, HostRole};
 
@@ -37,6 +38,7 @@ pub(crate) struct Launch {
     pub(crate) role: HostRole,
     pub(crate) env: BTreeMap<String, String>,
     pub(crate) files: Vec<JobFile>,
+    pub(crate) secrets: BTreeMap<String, Secret>,
     /// What its one actor asked for; `None` for a process that actors share.
     pub(crate) resources: Option<Resources>,
     /// For `CUDA_VISIBLE_DEVICES`; empty: no GPU.

@@ -6,8 +6,9 @@
 //!    what the agent sets.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::net::IpAddr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -215,19 +216,23 @@ fn environment(
     bootstrap: &Path,
     own: impl Fn(&str) -> Option<OsString>,
 ) -> BTreeMap<OsString, OsString> {
-    let secrets = [
+    let keys = [
         &welcome.storage.access_key_env,
         &welcome.storage.secret_key_env,
     ];
     let inherited = INHERITED
         .into_iter()
-        .chain(secrets.into_iter().map(String::as_str))
+        .chain(keys.into_iter().map(String::as_str))
         .filter(|name| !name.is_empty())
         .filter_map(|name| Some((OsString::from(name), own(name)?)));
     let job = launch
         .env
         .iter()
         .map(|(name, value)| (name.into(), value.into()));
+    let secrets = launch
+        .secrets
+        .iter()
+        .map(|(name, secret)| (name.into(), OsStr::from_bytes(secret.reveal()).to_owned()));
     let set = host_environment(&bootstrap.to_string_lossy())
         .into_iter()
         .map(|(name, value)| (name.into(), value.into()));
@@ -235,13 +240,19 @@ fn environment(
         OsString::from("CUDA_VISIBLE_DEVICES"),
         launch.visible_devices.clone().into(),
     )];
-    inherited.chain(job).chain(set).chain(devices).collect()
+    inherited
+        .chain(job)
+        .chain(secrets)
+        .chain(set)
+        .chain(devices)
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use mobula_core::id::{ActorId, Incarnation, NodeId, Term};
+    use mobula_core::secret::Secret;
     use mobula_wire::host::BOOTSTRAP_ENV;
     use mobula_wire::session::StorageLocation;
 
@@ -255,6 +266,7 @@ mod tests {
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .into(),
             files: Vec::new(),
+            secrets: [("TOKEN".to_owned(), Secret::new(b"hunter2".to_vec()))].into(),
             resources: None,
             visible_devices: "GPU-a".into(),
             owner: None,
@@ -318,11 +330,14 @@ mod tests {
             (BOOTSTRAP_ENV, "/run/b.json"),
             ("MY_KEY", "agent"),
             ("PATH", "/job"),
+            ("TOKEN", "hunter2"),
         ];
         let expected: BTreeMap<OsString, OsString> = expected
             .into_iter()
             .map(|(name, value)| (name.into(), value.into()))
             .collect();
         assert_eq!(env, expected);
+        let printed = format!("{launch:?}");
+        assert!(!printed.contains("hunter2"), "{printed}");
     }
 }

@@ -31,6 +31,7 @@ fn start_of(actor: u64, incarnation: u64) -> StartActor {
         args: Vec::new(),
         env: BTreeMap::new(),
         files: Vec::new(),
+        secrets: Default::default(),
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use mobula_core::id::JobId;
 use mobula_core::object::{ObjectError, ObjectId, ProcessId};
+use mobula_core::span::Span;
 use mobula_net::descriptor::DescriptorListener;
 use mobula_net::endpoint::Endpoint;
 use mobula_wire::store::{STORE_MESSAGE_BYTES_MAX, StoreRequest};
@@ -25,6 +26,7 @@ use super::spill::{OnDisk, SpillFile};
 use super::table::{Action, Limits, Opener, PEERS, Table};
 use super::transfer::Transfers;
 use super::watch::Watchers;
+use crate::spans::{Spans, now_us};
 
 /// Inputs that wait; who sends more waits, each takes the service microseconds.
 const INPUTS: usize = 4096;
@@ -91,6 +93,8 @@ pub(crate) struct ServiceParts {
     pub(crate) spill_bytes: Option<u64>,
     pub(crate) endpoint: Endpoint,
     pub(crate) keys: Keys,
+    /// Where fetches are recorded.
+    pub(crate) spans: Spans,
 }
 
 /// The object store of a node.
@@ -104,6 +108,7 @@ pub(crate) struct Service {
     disk: Arc<Semaphore>,
     fetches: Arc<Semaphore>,
     metrics: watch::Sender<ObjectStoreMetrics>,
+    spans: Spans,
     tasks: JoinSet<()>,
 }
 
@@ -140,6 +145,7 @@ impl Service {
             disk: Arc::new(Semaphore::new(DISK_TASKS_MAX)),
             fetches: Arc::new(Semaphore::new(FETCHES_MAX)),
             metrics,
+            spans: parts.spans,
             tasks,
         };
         let store = ObjectStore(service.to_self.clone());
@@ -230,9 +236,19 @@ impl Service {
                 Action::Fetch(object, job, block, agent) => {
                     let (transfers, to_self) = (self.transfers.clone(), self.to_self.clone());
                     let fetches = Arc::clone(&self.fetches);
+                    let spans = self.spans.clone();
                     self.tasks.spawn(async move {
                         let _permit = fetches.acquire().await;
+                        let start_us = now_us();
                         let fetched = transfers.fetch(object, job, &block, &agent).await;
+                        let end = if fetched.is_ok() { "done" } else { "failed" };
+                        let span =
+                            Span::new("fetch an object", "transfer", job, start_us, now_us())
+                                .with("object", object.to_string())
+                                .with("bytes", block.size_bytes.to_string())
+                                .with("from", agent)
+                                .with("end", end);
+                        spans.push(span);
                         let _ = to_self.send(Input::Loaded(object, fetched)).await;
                     });
                 }

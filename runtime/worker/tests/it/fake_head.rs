@@ -279,6 +279,7 @@ pub(crate) fn plain(actor: u64, incarnation: u64) -> StartActor {
         args: Vec::new(),
         env: BTreeMap::new(),
         files: Vec::new(),
+        secrets: Default::default(),
     }
 }
 

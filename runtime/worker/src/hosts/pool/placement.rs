@@ -91,6 +91,7 @@ impl Pool {
             role,
             env: start.env.clone(),
             files: start.files.clone(),
+            secrets: start.secrets.clone(),
             resources: is_own.then(|| start.spec.resources.clone()),
             visible_devices: self.devices.visible(&shares),
             owner: is_own.then_some(key),

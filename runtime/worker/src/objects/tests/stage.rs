@@ -48,6 +48,7 @@ impl Node {
         let agent = endpoint.local_address().to_string();
         let keys = Keys::default();
         let (service, store, metrics) = Service::open(ServiceParts {
+            spans: Default::default(),
             node: name.to_owned(),
             socket: directory.path().join("objects.sock"),
             spill_dir: directory.path().join("spill"),
