@@ -6,6 +6,7 @@
     reason = "in a test a panic is the failure, and says where"
 )]
 
+mod any_bytes;
 mod bad_input;
 mod chaos;
 mod configs;

@@ -1,0 +1,576 @@
+//! Every decoder that reads what another process, a disk or a user wrote, by name: what the fuzz targets
+//! and the workspace's own test (`runtime/cli/tests/it/any_bytes.rs`, which includes this file) feed.
+//!
+//! Invariants, of each decoder on any bytes:
+//! 1. It gives a value or an error: it does not panic, hang, or allocate far beyond its input.
+//! 2. What it accepts it can write again, and reads the same from that.
+
+#![allow(
+    unreachable_pub,
+    reason = "a test of the workspace includes this file as a private module"
+)]
+
+use bytes::{Bytes, BytesMut};
+use mobula_core::codec;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// One decoder.
+#[derive(Clone, Copy)]
+pub struct Decoder {
+    /// Its name, which is that of its fuzz target.
+    pub name: &'static str,
+    /// Feeds it.
+    pub run: fn(&[u8]),
+    /// Inputs that it accepts, to begin from.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// All of them.
+pub const DECODERS: &[Decoder] = &[
+    Decoder {
+        name: "wire_frame",
+        run: wire_frame,
+        seeds: wire_frame_seeds,
+    },
+    Decoder {
+        name: "wire_hello",
+        run: wire_hello,
+        seeds: wire_hello_seeds,
+    },
+    Decoder {
+        name: "wire_call",
+        run: wire_call,
+        seeds: wire_call_seeds,
+    },
+    Decoder {
+        name: "wire_session",
+        run: wire_session,
+        seeds: wire_session_seeds,
+    },
+    Decoder {
+        name: "wire_host",
+        run: wire_host,
+        seeds: wire_host_seeds,
+    },
+    Decoder {
+        name: "wire_raft",
+        run: wire_raft,
+        seeds: no_seeds,
+    },
+    Decoder {
+        name: "wire_object",
+        run: wire_object,
+        seeds: wire_object_seeds,
+    },
+    Decoder {
+        name: "wire_store",
+        run: wire_store,
+        seeds: no_seeds,
+    },
+    Decoder {
+        name: "wire_task",
+        run: wire_task,
+        seeds: wire_task_seeds,
+    },
+    Decoder {
+        name: "core_values",
+        run: core_values,
+        seeds: core_values_seeds,
+    },
+    Decoder {
+        name: "core_config",
+        run: core_config,
+        seeds: core_config_seeds,
+    },
+    Decoder {
+        name: "scheduler",
+        run: scheduler,
+        seeds: scheduler_seeds,
+    },
+    Decoder {
+        name: "modules",
+        run: modules,
+        seeds: no_seeds,
+    },
+    Decoder {
+        name: "identity",
+        run: identity,
+        seeds: identity_seeds,
+    },
+    Decoder {
+        name: "manifest",
+        run: manifest,
+        seeds: no_seeds,
+    },
+    Decoder {
+        name: "job_toml",
+        run: job_toml,
+        seeds: job_toml_seeds,
+    },
+    Decoder {
+        name: "version_file",
+        run: version_file,
+        seeds: no_seeds,
+    },
+    Decoder {
+        name: "oip_json",
+        run: oip_json,
+        seeds: oip_json_seeds,
+    },
+    Decoder {
+        name: "oip_binary",
+        run: oip_binary,
+        seeds: oip_binary_seeds,
+    },
+];
+
+pub(crate) fn no_seeds() -> Vec<Vec<u8>> {
+    Vec::new()
+}
+
+/// Reads a message of our codec; what is accepted is read the same from what is written.
+fn message<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
+    const LIMIT_BYTES: usize = 8 << 20;
+    let Ok(value) = codec::decode::<T>(bytes, LIMIT_BYTES) else {
+        return;
+    };
+    let written = codec::encode_plain(&value);
+    let again: T = codec::decode(&written, LIMIT_BYTES.max(written.len()))
+        .expect("what was written is read again");
+    assert_eq!(codec::encode_plain(&again), written);
+}
+
+/// Lets the first byte choose among `decoders`, so that one target covers a family.
+pub(crate) fn one_of(bytes: &[u8], decoders: &[fn(&[u8])]) {
+    if let Some((choice, rest)) = bytes.split_first() {
+        decoders[usize::from(*choice) % decoders.len()](rest);
+    }
+}
+
+fn seed_of<T: Serialize>(choice: u8, value: &T) -> Vec<u8> {
+    [vec![choice], codec::encode_plain(value)].concat()
+}
+
+use mobula_wire::frame::{Decoded, FrameKind, FrameLimits, decode_frame, encode_frame};
+
+fn wire_frame(bytes: &[u8]) {
+    for limits in [FrameLimits::HELLO, FrameLimits::CONTROL, FrameLimits::CALL] {
+        let mut buffer = BytesMut::from(bytes);
+        while let Ok(Decoded::Frame(frame)) = decode_frame(&mut buffer, limits) {
+            let mut written = BytesMut::new();
+            encode_frame(frame.kind, &frame.payload, limits, &mut written)
+                .expect("what was accepted is within the limits");
+            assert_eq!(
+                decode_frame(&mut written, limits),
+                Ok(Decoded::Frame(frame))
+            );
+        }
+    }
+}
+
+fn wire_frame_seeds() -> Vec<Vec<u8>> {
+    let mut buffer = BytesMut::new();
+    for kind in [FrameKind::Hello, FrameKind::Message, FrameKind::Chunk] {
+        encode_frame(kind, b"payload", FrameLimits::CONTROL, &mut buffer).expect("it is small");
+    }
+    vec![buffer.to_vec()]
+}
+
+use mobula_wire::hello::{HelloRefusal, Lane, StreamHello};
+use mobula_wire::same_machine::Offer;
+
+fn wire_hello(bytes: &[u8]) {
+    one_of(
+        bytes,
+        &[
+            |bytes| drop(StreamHello::accept(bytes, "c-1")),
+            |bytes| drop(HelloRefusal::decode(bytes)),
+            message::<Offer>,
+        ],
+    );
+}
+
+fn wire_hello_seeds() -> Vec<Vec<u8>> {
+    let hello = StreamHello::new(Lane::Call, "c-1").encode();
+    vec![[vec![0], hello].concat()]
+}
+
+use mobula_wire::call::{CallRequest, CalleeMessage, CallerMessage};
+
+fn wire_call(bytes: &[u8]) {
+    let shared = Bytes::copy_from_slice(bytes);
+    if let Ok(message) = CallerMessage::decode(shared.clone()) {
+        let mut head = BytesMut::new();
+        let payload = message.encode_head(&mut head);
+        head.extend_from_slice(&payload);
+        assert_eq!(CallerMessage::decode(head.freeze()), Ok(message));
+    }
+    if let Ok(message) = CalleeMessage::decode(shared) {
+        let mut head = BytesMut::new();
+        let payload = message.encode_head(&mut head);
+        head.extend_from_slice(&payload);
+        assert_eq!(CalleeMessage::decode(head.freeze()), Ok(message));
+    }
+}
+
+fn wire_call_seeds() -> Vec<Vec<u8>> {
+    use mobula_core::id::{ActorId, Incarnation};
+    let request = CallerMessage::Request(CallRequest {
+        call: 1,
+        actor: ActorId(2),
+        incarnation: Incarnation(3),
+        method: "add".into(),
+        timeout_ms: Some(5),
+        key: None,
+        window: Some(4),
+        arguments: Bytes::from_static(b"\x01\x02"),
+    });
+    let item = CalleeMessage::Item {
+        call: 1,
+        sequence: 2,
+        value: Bytes::from_static(b"v"),
+    };
+    let mut buffers = [BytesMut::new(), BytesMut::new()];
+    let payloads = [
+        request.encode_head(&mut buffers[0]),
+        item.encode_head(&mut buffers[1]),
+    ];
+    let whole = |(head, payload): (&BytesMut, Bytes)| [head.as_ref(), payload.as_ref()].concat();
+    buffers.iter().zip(payloads).map(whole).collect()
+}
+
+use mobula_wire::session::{HeadMessage, HostSpans, LogFile, WorkerMessage};
+
+fn wire_session(bytes: &[u8]) {
+    one_of(
+        bytes,
+        &[
+            message::<WorkerMessage>,
+            message::<HeadMessage>,
+            message::<Vec<HostSpans>>,
+            message::<Vec<LogFile>>,
+        ],
+    );
+}
+
+fn wire_session_seeds() -> Vec<Vec<u8>> {
+    use mobula_core::id::{ActorId, Incarnation, Term};
+    let renewed = HeadMessage::Renewed {
+        term: Term(3),
+        sequence: 9,
+    };
+    let standing = HeadMessage::OrdersComplete {
+        term: Term(3),
+        standing: vec![(ActorId(1), Incarnation(2))],
+    };
+    vec![
+        seed_of(0, &WorkerMessage::Renew { sequence: 1 }),
+        seed_of(1, &renewed),
+        seed_of(1, &standing),
+    ]
+}
+
+use mobula_wire::host::{AgentMessage, HostBootstrap, HostMessage};
+
+fn wire_host(bytes: &[u8]) {
+    one_of(
+        bytes,
+        &[message::<AgentMessage>, message::<HostMessage>, |bytes| {
+            drop(serde_json::from_slice::<HostBootstrap>(bytes));
+        }],
+    );
+}
+
+fn wire_host_seeds() -> Vec<Vec<u8>> {
+    let certificate = AgentMessage::Certificate {
+        certificate_pem: "PEM".into(),
+    };
+    vec![seed_of(0, &certificate)]
+}
+
+use mobula_wire::raft::{RaftHello, RaftRefusal, SnapshotAnswer, SnapshotOffer};
+
+fn wire_raft(bytes: &[u8]) {
+    one_of(
+        bytes,
+        &[
+            message::<RaftHello>,
+            message::<RaftRefusal>,
+            message::<SnapshotOffer>,
+            message::<SnapshotAnswer>,
+        ],
+    );
+}
+
+use mobula_wire::object::{Changes, Next, Reference, Settled, WireValue};
+
+fn wire_object(bytes: &[u8]) {
+    one_of(
+        bytes,
+        &[
+            message::<Reference>,
+            message::<Changes>,
+            message::<Next>,
+            message::<Settled>,
+            message::<WireValue>,
+        ],
+    );
+}
+
+fn wire_object_seeds() -> Vec<Vec<u8>> {
+    use mobula_core::object::{ObjectId, ProcessId};
+    let owner = ProcessId(7);
+    let changes = Changes {
+        holder: ProcessId(8),
+        owner,
+        changes: Vec::new(),
+    };
+    let reference = Reference {
+        object: ObjectId { owner, sequence: 1 },
+        owner: "127.0.0.1:1".into(),
+        transit: 3,
+        agent: String::new(),
+    };
+    vec![seed_of(0, &reference), seed_of(1, &changes)]
+}
+
+use mobula_wire::store::{PeerReply, PeerRequest, StoreReply, StoreRequest};
+
+fn wire_store(bytes: &[u8]) {
+    one_of(
+        bytes,
+        &[
+            message::<StoreRequest>,
+            message::<StoreReply>,
+            message::<PeerRequest>,
+            message::<PeerReply>,
+        ],
+    );
+}
+
+use mobula_wire::task::{BroughtValues, TaskHead};
+
+fn wire_task(bytes: &[u8]) {
+    if let Ok((head, values, arguments)) = TaskHead::split(Bytes::copy_from_slice(bytes)) {
+        let written = Bytes::from(head.join(&values, &arguments));
+        let again = TaskHead::split(written).expect("what was written is read again");
+        message::<BroughtValues>(&values);
+        assert_eq!(again, (head, values, arguments));
+    }
+}
+
+fn wire_task_seeds() -> Vec<Vec<u8>> {
+    let values = codec::encode_plain(&BroughtValues::new());
+    vec![TaskHead { attempt: 2 }.join(&values, b"arguments")]
+}
+
+fn core_values(bytes: &[u8]) {
+    use mobula_core::{CallError, ExitReason};
+    one_of(
+        bytes,
+        &[
+            message::<mobula_core::spec::JobSpec>,
+            message::<mobula_core::spec::ActorSpec>,
+            message::<mobula_core::order::Order>,
+            message::<mobula_core::order::WorkerEvent>,
+            message::<mobula_core::span::Span>,
+            message::<mobula_core::object::ObjectError>,
+            message::<CallError>,
+            message::<ExitReason>,
+        ],
+    );
+}
+
+fn core_values_seeds() -> Vec<Vec<u8>> {
+    use mobula_core::id::JobId;
+    let span = mobula_core::span::Span::new("run", "actor", JobId(1), 1, 2).with("a", "b");
+    let error = mobula_core::CallError::BadCall("no such method".into());
+    vec![seed_of(4, &span), seed_of(6, &error)]
+}
+
+fn core_config(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = mobula_core::config::Config::from_toml(text, "fuzz.toml");
+        let _ = text.parse::<mobula_core::id::JobId>();
+    }
+}
+
+fn core_config_seeds() -> Vec<Vec<u8>> {
+    vec![b"[worker]\nname = \"a\"\n[worker.resources]\ngpu = 1.5\n".to_vec()]
+}
+
+fn scheduler(bytes: &[u8]) {
+    use mobula_scheduler::{Command, Query, QueryResponse, Response};
+    one_of(
+        bytes,
+        &[
+            |bytes| {
+                if let Ok(command) = Command::decode(bytes) {
+                    assert_eq!(Command::decode(&command.encode()).as_ref(), Ok(&command));
+                }
+            },
+            |bytes| {
+                if let Ok(query) = Query::decode(bytes) {
+                    assert_eq!(Query::decode(&query.encode()).as_ref(), Ok(&query));
+                }
+            },
+            |bytes| drop(Response::decode(bytes)),
+            |bytes| drop(QueryResponse::decode(bytes)),
+        ],
+    );
+}
+
+fn scheduler_seeds() -> Vec<Vec<u8>> {
+    use mobula_core::id::JobId;
+    use mobula_scheduler::{Command, Query};
+    let stop = Command::StopJob { job: JobId(3) };
+    let list = Query::ListJobs {
+        after: Some(JobId(3)),
+        limit: 4,
+    };
+    vec![
+        [vec![0], stop.encode()].concat(),
+        [vec![1], list.encode()].concat(),
+    ]
+}
+
+fn modules(bytes: &[u8]) {
+    use mobula_actors::checkpoint::state::{CheckpointCommand, CheckpointQuery};
+    one_of(
+        bytes,
+        &[message::<CheckpointCommand>, message::<CheckpointQuery>],
+    );
+}
+
+/// A certificate of a cluster of its own, made once: making keys is slow.
+fn authority() -> &'static str {
+    use std::sync::OnceLock;
+    static PEM: OnceLock<String> = OnceLock::new();
+    PEM.get_or_init(|| {
+        let ca = mobula_net::identity::ClusterCa::create("c-1").expect("a key can be made");
+        ca.certificate_pem().to_owned()
+    })
+}
+
+fn identity(bytes: &[u8]) {
+    use mobula_net::identity::{Identity, PrivateKey, Token, ca_key_hash, peer_identity};
+    use rustls_pki_types::CertificateDer;
+    use rustls_pki_types::pem::PemObject;
+    one_of(
+        bytes,
+        &[
+            |bytes| {
+                let certificate = CertificateDer::from(bytes.to_vec());
+                let _ = ca_key_hash(&certificate);
+                let _ = peer_identity(&[certificate]);
+            },
+            |bytes| {
+                if let Ok(certificate) = CertificateDer::from_pem_slice(bytes) {
+                    let _ = ca_key_hash(&certificate);
+                    let _ = peer_identity(&[certificate]);
+                }
+            },
+            |bytes| {
+                if let Ok(text) = std::str::from_utf8(bytes)
+                    && let Ok(token) = Token::parse(text)
+                {
+                    assert!(Token::parse(&token.to_text()).is_ok());
+                }
+            },
+            |bytes| {
+                if let Ok(text) = std::str::from_utf8(bytes)
+                    && let Ok(identity) = Identity::parse(text)
+                {
+                    assert_eq!(Identity::parse(&identity.to_string()), Ok(identity));
+                }
+            },
+            |bytes| {
+                if let Ok(text) = std::str::from_utf8(bytes) {
+                    let _ = PrivateKey::from_pem(text);
+                }
+            },
+        ],
+    );
+}
+
+fn identity_seeds() -> Vec<Vec<u8>> {
+    use mobula_net::identity::{Role, Token, ca_key_hash};
+    use rustls_pki_types::CertificateDer;
+    use rustls_pki_types::pem::PemObject;
+    let pem = authority().as_bytes();
+    let der = CertificateDer::from_pem_slice(pem).expect("it was just made");
+    let hash = ca_key_hash(&der).expect("it is a certificate");
+    let token = Token::generate(Role::Client, hash).to_text();
+    vec![
+        [&[0], der.as_ref()].concat(),
+        [&[1], pem].concat(),
+        [&[2], token.as_bytes()].concat(),
+    ]
+}
+
+fn manifest(bytes: &[u8]) {
+    use mobula_storage::checkpoint::{Manifest, ManifestName};
+    let _ = Manifest::from_bytes(bytes);
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Some(name) = ManifestName::parse(text)
+    {
+        assert!(ManifestName::parse(&name.path()).is_some());
+    }
+}
+
+fn job_toml(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = mobula_actors::training::spec::TrainSpec::from_toml(text, "job.toml");
+    }
+}
+
+fn job_toml_seeds() -> Vec<Vec<u8>> {
+    let text = "name = \"a\"\nseed = 7\nsteps = 80\ncheckpoint_every_steps = 40\n\
+                workers = { min = 1, max = 2 }\n[model.mlp]\nhidden = [64]\n";
+    vec![text.into()]
+}
+
+fn version_file(bytes: &[u8]) {
+    let _ = mobula_actors::registry::version_file::VersionFile::from_bytes(bytes);
+    let _ = mobula_actors::training::data::Dataset::from_bytes("fuzz.csv", bytes);
+}
+
+use mobula_actors::serving::oip;
+
+fn oip_json(bytes: &[u8]) {
+    if let Ok(request) = oip::decode_request(bytes, None)
+        // BF16 has no JSON form.
+        && let Ok(body) = oip::encode_request(&request, false)
+    {
+        assert!(oip::decode_request(&body.bytes, body.json_length).is_ok());
+    }
+    let _ = oip::decode_response(bytes, None);
+}
+
+fn oip_json_seeds() -> Vec<Vec<u8>> {
+    let text = r#"{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","data":[1.0,2.0]}]}"#;
+    vec![text.into()]
+}
+
+/// The first two bytes are the length of the JSON part, which a header gives.
+fn oip_binary(bytes: &[u8]) {
+    let Some((length, body)) = bytes.split_first_chunk::<2>() else {
+        return;
+    };
+    let json_length = Some(usize::from(u16::from_le_bytes(*length)));
+    if let Ok(request) = oip::decode_request(body, json_length) {
+        let written =
+            oip::encode_request(&request, true).expect("what was accepted can be written");
+        assert!(oip::decode_request(&written.bytes, written.json_length).is_ok());
+    }
+    let _ = oip::decode_response(body, json_length);
+}
+
+fn oip_binary_seeds() -> Vec<Vec<u8>> {
+    let json = r#"{"inputs":[{"name":"x","shape":[2],"datatype":"INT32","parameters":{"binary_data_size":8}}]}"#;
+    let length = u16::try_from(json.len())
+        .expect("it is short")
+        .to_le_bytes();
+    vec![[&length, json.as_bytes(), &[1, 0, 0, 0, 2, 0, 0, 0]].concat()]
+}
