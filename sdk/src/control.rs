@@ -3,7 +3,8 @@
 //! Invariants:
 //! 1. A change carries a stamp (session, sequence number) and is sent again with that same stamp,
 //!    so that it takes effect once however often it is sent.
-//! 2. Each change has a session for itself while it is under way ([`crate::stamps`]).
+//! 2. Each change has a session for itself while it is under way
+//!    (`stamps.rs`).
 //! 3. Whichever head is asked, the leader is found: one that does not lead names it, and each new
 //!    connection learns where the others are.
 //! 4. Only what the transport or a missing leader is to blame for is tried again, and only for

@@ -5,7 +5,7 @@
 //! 1. Every line is printed, or counted in a line that was printed before it.
 //! 2. Only a line that another process printed within [`FOLD_WINDOW`] is folded: what one process
 //!    repeats is its own business, and is printed.
-//! 3. At most [`LINES_KEPT_MAX`] lines are remembered, and at most [`LINE_BYTES_MAX`] of one that has
+//! 3. At most `LINES_KEPT_MAX` lines are remembered, and at most `LINE_BYTES_MAX` of one that has
 //!    no end yet.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

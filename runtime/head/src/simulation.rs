@@ -6,7 +6,7 @@
 //! simulates plays that part.
 //!
 //! How to drive it: give it what happened ([`HeadCore::propose`], [`HeadCore::step`],
-//! [`HeadCore::tick`] …), call [`HeadCore::settle`], look at the replies. After a [`DiskFault`] the
+//! [`HeadCore::tick`] …), call [`HeadCore::settle`], look at the replies. After a [`DiskFault`](mobula_storage::engine::DiskFault) the
 //! core is to be dropped, as a process ends; what the engine kept is where the next one begins.
 //!
 //! Not part of the crate's interface for users.

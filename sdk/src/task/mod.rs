@@ -246,7 +246,7 @@ impl<T: DeserializeOwned> TaskBuilder<T> {
 
 impl<T: DeserializeOwned + Send + 'static> TaskBuilder<Items<T>> {
     /// How many values may wait here until they are read (1 to 65 536, by default
-    /// [`WINDOW_DEFAULT`](crate::stream::WINDOW_DEFAULT)); beyond that the task waits.
+    /// [`WINDOW_DEFAULT`]); beyond that the task waits.
     pub fn window(mut self, values: u32) -> Self {
         self.window = values;
         self

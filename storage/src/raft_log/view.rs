@@ -7,7 +7,7 @@ use super::{LogPoint, RaftLogError, decode_stored, entry_key, key};
 use crate::engine::{Column, Read};
 
 /// What a store, or a view of one, says about its Raft log: for those who look at it from outside.
-/// (The log's owner asks [`RaftLog`].)
+/// (The log's owner asks [`RaftLog`](super::RaftLog).)
 #[derive(Debug, Clone, Copy)]
 pub struct LogView<R> {
     base: R,
