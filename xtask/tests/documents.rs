@@ -37,8 +37,11 @@ const PRINTED_MESSAGES: &[&str] = &[
     "ListHeadsReply",
 ];
 
+/// Of the checkout in which the test runs: it may have been built in another one that shares the
+/// target folder.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo runs this test");
+    Path::new(&package)
         .parent()
         .expect("xtask lies in the workspace")
         .to_owned()

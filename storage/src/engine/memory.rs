@@ -99,6 +99,8 @@ impl Inner {
             for batch in std::mem::take(&mut self.unsynced) {
                 self.durable.apply(&batch);
             }
+            // Whoever writes on all the same writes to a dead disk.
+            self.fault = Some((0, DiskFault::SyncLost));
         }
         EngineError::Io {
             path: PathBuf::from("memory"),

@@ -211,7 +211,8 @@ fn resolved_graph(metadata: &Metadata) -> BTreeMap<String, BTreeSet<String>> {
 
 /// Asks cargo about this workspace, for the platform that the test runs on.
 fn workspace_metadata() -> Metadata {
-    let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
+    let package = std::env::var("CARGO_MANIFEST_DIR").expect("cargo runs this test");
+    let manifest = format!("{package}/../Cargo.toml");
     let platform = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     MetadataCommand::new()
         .manifest_path(manifest)
@@ -220,7 +221,7 @@ fn workspace_metadata() -> Metadata {
             format!("--filter-platform={platform}"),
         ])
         .exec()
-        .expect("the workspace this test was built from is readable")
+        .expect("the workspace this test runs in is readable")
 }
 
 fn report(violations: &[Violation]) -> String {
