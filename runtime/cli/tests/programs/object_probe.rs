@@ -199,17 +199,21 @@ async fn probe_at(cluster: &Cluster, spot: &str) -> mobula::Result<ActorRef<Prob
     probe.spawn().await
 }
 
-/// Why a value cannot be read, and how long it took to find out.
+/// Why a value cannot be read, and how long it took to find out. Until its owner's agent has seen the
+/// owner's end, it can be.
 async fn loss_of(value: &ObjectRef<Vec<u8>>) -> Value {
     let began = Instant::now();
-    let error = match value.get_timeout(SOON).await {
-        Ok(bytes) => return json!({ "read_bytes": bytes.len() }),
-        Err(Error::Object(ObjectError::OwnerDied { reason, .. })) => {
-            format!("owner died: {reason}")
-        }
-        Err(other) => other.to_string(),
-    };
-    json!({ "error": error, "after_ms": began.elapsed().as_millis() as u64 })
+    loop {
+        let error = match value.get_timeout(SOON).await {
+            Ok(_) if began.elapsed() < SOON => continue,
+            Ok(bytes) => return json!({ "read_bytes": bytes.len() }),
+            Err(Error::Object(ObjectError::OwnerDied { reason, .. })) => {
+                format!("owner died: {reason}")
+            }
+            Err(other) => other.to_string(),
+        };
+        return json!({ "error": error, "after_ms": began.elapsed().as_millis() as u64 });
+    }
 }
 
 /// A value is read in place by its writer and others of its machine, and as a copy on another; then
