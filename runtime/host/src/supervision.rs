@@ -378,20 +378,12 @@ impl ActorTable {
         match &mailbox.intake {
             Intake::Slot(slot) => {
                 let slot = Arc::clone(slot);
-                let table = Arc::clone(self);
                 // Its resources are in use until its thread has let go of the last task.
-                self.tasks.spawn(async move {
+                let rest = async move {
                     slot.kill();
                     slot.ended().await;
-                    let ending = mailbox.context.ending();
-                    let reason = end.panic.map(ExitReason::Panicked).or(ending);
-                    let event = ActorEvent::Exited {
-                        actor,
-                        incarnation,
-                        reason: reason.unwrap_or(ExitReason::Completed),
-                    };
-                    table.report(event).await;
-                });
+                };
+                self.finish_beside(mailbox, end.panic, rest);
             }
             Intake::Serial(serial) => {
                 let waiting = serial.in_flight.lock().take();
@@ -414,22 +406,39 @@ impl ActorTable {
             }
             Intake::Concurrent(runner) => {
                 let runner = Arc::clone(runner);
-                let table = Arc::clone(self);
-                // Beside the others' ends: a method may take its time to reach its next await.
-                self.tasks.spawn(async move {
+                // A method may take its time to reach its next await.
+                let rest = async move {
                     runner.kill();
                     runner.close().await;
-                    let ending = mailbox.context.ending();
-                    let reason = end.panic.map(ExitReason::Panicked).or(ending);
-                    let event = ActorEvent::Exited {
-                        actor,
-                        incarnation,
-                        reason: reason.unwrap_or(ExitReason::Completed),
-                    };
-                    table.report(event).await;
-                });
+                };
+                self.finish_beside(mailbox, end.panic, rest);
             }
         }
+    }
+
+    /// Reports an actor's end when `rest` of it is over, beside the ends of the others.
+    fn finish_beside(
+        self: &Arc<Self>,
+        mailbox: Arc<Mailbox>,
+        panic: Option<String>,
+        rest: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let table = Arc::clone(self);
+        self.tasks.spawn(async move {
+            rest.await;
+            let reason = panic
+                .map(ExitReason::Panicked)
+                .or_else(|| mailbox.context.ending())
+                .unwrap_or(ExitReason::Completed);
+            let (actor, incarnation) = (mailbox.actor, mailbox.incarnation);
+            table
+                .report(ActorEvent::Exited {
+                    actor,
+                    incarnation,
+                    reason,
+                })
+                .await;
+        });
     }
 
     pub(crate) async fn report(&self, event: ActorEvent) {

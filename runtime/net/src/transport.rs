@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use mobula_wire::hello::Lane;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{ConnectionId, ConnectionIdGenerator, EndpointConfig, TransportConfig, VarInt};
+use quinn::{
+    ConnectionId, ConnectionIdGenerator, EndpointConfig, MtuDiscoveryConfig, TransportConfig,
+    VarInt,
+};
 use rand::RngCore;
 
 use crate::identity::{Credentials, Role};
@@ -42,6 +45,11 @@ impl LaneClass {
         }
     }
 }
+
+/// The largest datagram to try on the way of large things: ten of them, which quinn hands to the
+/// system in one piece, must stay below the 64 KiB that it takes. Discovery finds out whether the way has room for
+/// it (one machine's loopback and jumbo frames have); a packet's price hardly depends on its size.
+const BULK_DATAGRAM_BYTES_MAX: u16 = 6_500;
 
 const KIB: u32 = 1 << 10;
 const MIB: u32 = 1 << 20;
@@ -90,6 +98,11 @@ fn transport_config(class: LaneClass) -> TransportConfig {
         .initial_rtt(Duration::from_millis(20))
         // Not used; no buffer for it either.
         .datagram_receive_buffer_size(None);
+    if class == LaneClass::Bulk {
+        let mut discovery = MtuDiscoveryConfig::default();
+        discovery.upper_bound(BULK_DATAGRAM_BYTES_MAX);
+        config.mtu_discovery_config(Some(discovery));
+    }
     config
 }
 
@@ -134,7 +147,10 @@ pub(crate) fn endpoint_config(credentials: &Credentials) -> EndpointConfig {
         .derive("mobula 2026-01 quic stateless reset");
     let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &key);
     let mut config = EndpointConfig::new(Arc::new(key));
-    config.cid_generator(|| Box::new(RandomConnectionIds));
+    config
+        .cid_generator(|| Box::new(RandomConnectionIds))
+        .max_udp_payload_size(BULK_DATAGRAM_BYTES_MAX)
+        .expect("a datagram may have 1200 to 65527 bytes");
     config
 }
 

@@ -47,11 +47,11 @@ pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T 
     }
 }
 
-/// A folder of the repository.
+/// A folder of the repository that is tested, which need not be the one that this was built in.
 pub(crate) fn repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../..")
-        .join(path)
+    let package = std::env::var_os("CARGO_MANIFEST_DIR")
+        .expect("cargo says which package it tests; start this by `cargo nextest run`");
+    Path::new(&package).join("../..").join(path)
 }
 
 /// A cluster that is taken down when the test ends.

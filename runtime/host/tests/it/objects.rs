@@ -1,11 +1,9 @@
 //! Objects between processes: who owns, who borrows, what is on its way, and what happens when a
 //! side is gone.
-#![allow(clippy::unwrap_used, reason = "tests")]
-
-mod support;
 
 use std::sync::Arc;
 
+use crate::support::{self, Certificates, PATIENCE, listen};
 use mobula_core::codec;
 use mobula_core::error::CallError;
 use mobula_core::object::ObjectError;
@@ -17,7 +15,6 @@ use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_net::endpoint::Endpoint;
 use mobula_wire::object::{Element, Format};
 use mobula_wire::store::{StoreReply, StoreRequest};
-use support::{Certificates, PATIENCE, listen};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 

@@ -1,11 +1,12 @@
 //! Calls between two endpoints over real QUIC, and a host process under a test's agent.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod support;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::{
+    Certificates, FIRST, JOB, PATIENCE, address, gate, listen, open, order, registry, storage,
+    table_with, told,
+};
 use mobula_core::codec;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::exit::ExitReason;
@@ -18,10 +19,6 @@ use mobula_net::endpoint::{Endpoint, LaneClass};
 use mobula_net::identity::{Credentials, Role};
 use mobula_net::local::LocalListener;
 use mobula_wire::host::{AgentMessage, HostBootstrap, HostMessage, HostRole};
-use support::{
-    Certificates, FIRST, JOB, PATIENCE, address, gate, listen, open, order, registry, storage,
-    table_with, told,
-};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 

@@ -1,16 +1,14 @@
 //! Tasks written with the macro, in slots of one host process that also submits them.
 
-mod support;
-
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use crate::support::stage;
 use futures::{Stream, StreamExt};
 use mobula::Error;
 use mobula::prelude::*;
 use serde::{Deserialize, Serialize};
-use support::stage;
 use tokio::sync::Semaphore;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

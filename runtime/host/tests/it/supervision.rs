@@ -1,10 +1,8 @@
 //! Actors of one process: order, admission, and every way in which they end.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod support;
 
 use std::time::Duration;
 
+use crate::support::{FIRST, PATIENCE, call, gate, next, open, order, table, table_with, told};
 use mobula_core::error::{CallError, Executed};
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation};
@@ -12,7 +10,6 @@ use mobula_host::Notice;
 use mobula_host::mailbox::IncomingCall;
 use mobula_host::reply::Reply;
 use mobula_host::supervision::ActorEvent;
-use support::{FIRST, PATIENCE, call, gate, next, open, order, table, table_with, told};
 
 fn exited(actor: ActorId, reason: ExitReason) -> ActorEvent {
     ActorEvent::Exited {

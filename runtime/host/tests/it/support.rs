@@ -1,11 +1,4 @@
 //! What the tests of this crate share: an actor that does as it is told, and a host for it.
-#![allow(
-    dead_code,
-    unreachable_pub,
-    missing_docs,
-    clippy::unwrap_used,
-    reason = "test support: each test uses its own part of this"
-)]
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,18 +23,17 @@ use mobula_wire::host::HostRole;
 use mobula_wire::session::StorageLocation;
 use tokio::sync::{Semaphore, mpsc};
 
-pub const JOB: JobId = JobId(3);
-pub const PROBE: ActorId = ActorId(7);
-pub const FIRST: Incarnation = Incarnation(11);
+pub(crate) const JOB: JobId = JobId(3);
+pub(crate) const FIRST: Incarnation = Incarnation(11);
 
 /// Long enough for any machine; only a failing test waits for it.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Opened by a test to let `wait` go on; one gate for each probe's name.
-pub static GATES: std::sync::Mutex<Vec<(String, Arc<Semaphore>)>> =
+pub(crate) static GATES: std::sync::Mutex<Vec<(String, Arc<Semaphore>)>> =
     std::sync::Mutex::new(Vec::new());
 
-pub fn gate(name: &str) -> Arc<Semaphore> {
+pub(crate) fn gate(name: &str) -> Arc<Semaphore> {
     let mut gates = GATES.lock().unwrap();
     if let Some((_, gate)) = gates.iter().find(|(known, _)| known == name) {
         return Arc::clone(gate);
@@ -52,7 +44,7 @@ pub fn gate(name: &str) -> Arc<Semaphore> {
 }
 
 /// Remembers what it was told, and says so.
-pub struct Probe {
+pub(crate) struct Probe {
     told: Vec<String>,
     gate: Arc<Semaphore>,
 }
@@ -140,7 +132,7 @@ fn construct(
     })
 }
 
-pub fn registry() -> Registry {
+pub(crate) fn registry() -> Registry {
     Registry::new([ActorType {
         name: "probe",
         constructor: construct,
@@ -149,7 +141,7 @@ pub fn registry() -> Registry {
     .unwrap()
 }
 
-pub fn storage() -> StorageLocation {
+pub(crate) fn storage() -> StorageLocation {
     StorageLocation {
         url: "file:///nowhere".into(),
         endpoint: None,
@@ -160,7 +152,7 @@ pub fn storage() -> StorageLocation {
     }
 }
 
-pub fn runtime() -> Arc<HostRuntime> {
+pub(crate) fn runtime() -> Arc<HostRuntime> {
     HostRuntime::new(HostInfo {
         cluster_id: "test".into(),
         job: JOB,
@@ -173,11 +165,11 @@ pub fn runtime() -> Arc<HostRuntime> {
     })
 }
 
-pub async fn table() -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) {
+pub(crate) async fn table() -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) {
     ActorTable::start(runtime(), registry()).await.unwrap()
 }
 
-pub fn order(actor: ActorId, incarnation: Incarnation, init: &[u8]) -> StartActor {
+pub(crate) fn order(actor: ActorId, incarnation: Incarnation, init: &[u8]) -> StartActor {
     StartActor {
         actor,
         incarnation,
@@ -203,7 +195,7 @@ pub fn order(actor: ActorId, incarnation: Incarnation, init: &[u8]) -> StartActo
 }
 
 /// A table in which the probe `actor` runs.
-pub async fn table_with(actor: ActorId) -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) {
+pub(crate) async fn table_with(actor: ActorId) -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) {
     let (table, mut events) = table().await;
     table.start_actor(order(actor, FIRST, b"")).await;
     let started = ActorEvent::Started {
@@ -214,7 +206,7 @@ pub async fn table_with(actor: ActorId) -> (Arc<ActorTable>, mpsc::Receiver<Acto
     (table, events)
 }
 
-pub async fn next(events: &mut mpsc::Receiver<ActorEvent>) -> ActorEvent {
+pub(crate) async fn next(events: &mut mpsc::Receiver<ActorEvent>) -> ActorEvent {
     tokio::time::timeout(PATIENCE, events.recv())
         .await
         .expect("an event in time")
@@ -222,7 +214,7 @@ pub async fn next(events: &mut mpsc::Receiver<ActorEvent>) -> ActorEvent {
 }
 
 /// Calls an actor of the table.
-pub fn call(table: &ActorTable, actor: ActorId, method: &str, text: &str) -> LocalCall {
+pub(crate) fn call(table: &ActorTable, actor: ActorId, method: &str, text: &str) -> LocalCall {
     let (reply, answer) = Reply::same_process(actor, None);
     let call = IncomingCall {
         method: method.to_owned().into(),
@@ -235,11 +227,11 @@ pub fn call(table: &ActorTable, actor: ActorId, method: &str, text: &str) -> Loc
     answer
 }
 
-pub fn told(result: CallResult) -> Vec<String> {
+pub(crate) fn told(result: CallResult) -> Vec<String> {
     codec::decode(&result.unwrap(), 1 << 20).unwrap()
 }
 
-pub async fn open(gate_name: &str) {
+pub(crate) async fn open(gate_name: &str) {
     let gate = gate(gate_name);
     tokio::time::timeout(PATIENCE, gate.acquire())
         .await
@@ -249,15 +241,15 @@ pub async fn open(gate_name: &str) {
 }
 
 /// Certificates of one test cluster.
-pub struct Certificates(ClusterCa);
+pub(crate) struct Certificates(ClusterCa);
 
 impl Certificates {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Certificates(ClusterCa::create("test").unwrap())
     }
 
     /// What an agent gets for a host that shows `credentials`: their next certificate.
-    pub fn next_for(&self, credentials: &Credentials, ttl: Duration) -> String {
+    pub(crate) fn next_for(&self, credentials: &Credentials, ttl: Duration) -> String {
         let request = credentials.private_key().certificate_request().unwrap();
         self.0
             .issue(&request, credentials.identity(), Validity::for_ttl(ttl))
@@ -265,33 +257,33 @@ impl Certificates {
     }
 
     /// A host's, which ends soon.
-    pub fn short_lived_host(&self, job: u64, ttl: Duration) -> Credentials {
+    pub(crate) fn short_lived_host(&self, job: u64, ttl: Duration) -> Credentials {
         let identity = Identity::new("test", Role::Host, format!("host-{job}"), 1).with_job(job);
         self.0
             .issue_with_new_key(&identity, Validity::for_ttl(ttl))
             .unwrap()
     }
 
-    pub fn issue(&self, identity: &Identity) -> Credentials {
+    pub(crate) fn issue(&self, identity: &Identity) -> Credentials {
         self.0
             .issue_with_new_key(identity, Validity::for_ttl(Duration::from_secs(3600)))
             .unwrap()
     }
 
-    pub fn host(&self, job: u64) -> Credentials {
+    pub(crate) fn host(&self, job: u64) -> Credentials {
         self.issue(&Identity::new("test", Role::Host, format!("host-{job}"), 1).with_job(job))
     }
 
-    pub fn client(&self) -> Credentials {
+    pub(crate) fn client(&self) -> Credentials {
         self.issue(&Identity::new("test", Role::Client, "me", 1))
     }
 }
 
-pub fn listen(credentials: &Credentials) -> Endpoint {
+pub(crate) fn listen(credentials: &Credentials) -> Endpoint {
     Endpoint::bind("127.0.0.1:0".parse().unwrap(), credentials).unwrap()
 }
 
-pub fn address(endpoint: &Endpoint, actor: ActorId) -> ActorAddress {
+pub(crate) fn address(endpoint: &Endpoint, actor: ActorId) -> ActorAddress {
     ActorAddress {
         actor,
         incarnation: FIRST,

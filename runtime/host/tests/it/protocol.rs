@@ -1,9 +1,9 @@
 //! The call lane as a protocol: cancellation, items with credit, and peers that do not keep to it.
 //! The host's actors are a script here, which answers as each test says.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod support;
-
+use crate::support::{
+    Certificates, FIRST, JOB, PATIENCE, address, gate, listen, open, table_with, told,
+};
 use bytes::Bytes;
 use mobula_core::codec;
 use mobula_core::error::{CallError, Executed};
@@ -17,7 +17,6 @@ use mobula_wire::call::{CallRequest, CalleeMessage, CallerMessage};
 use mobula_wire::frame::{Frame, FrameLimits};
 use mobula_wire::frame_queue::FrameQueue;
 use mobula_wire::hello::Lane;
-use support::{Certificates, FIRST, JOB, PATIENCE, address, gate, listen, open, table_with, told};
 
 fn text(value: &str) -> Vec<u8> {
     codec::encode_plain(value)

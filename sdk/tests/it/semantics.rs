@@ -1,17 +1,15 @@
 //! What a caller may ask of a call: an end before its time, several values, more than one try,
 //! exactly one execution.
 
-mod support;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use crate::support::stage;
 use futures::StreamExt;
 use futures::stream::{self, Stream};
 use mobula::Error;
 use mobula::prelude::*;
-use support::stage;
 use tokio::sync::Semaphore;
 
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,10 +1,8 @@
 //! Several methods of one actor at once: who runs beside whom, and every way in which it ends.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod support;
 
 use std::sync::Arc;
 
+use crate::support::{FIRST, PATIENCE, call, gate, next, open, order, runtime};
 use futures::future::BoxFuture;
 use mobula_core::codec;
 use mobula_core::error::{CallError, Executed};
@@ -17,7 +15,6 @@ use mobula_host::{
     Access, ActorBody, ActorContext, ActorType, ConcurrentActor, DynActor, MethodCall, MethodError,
     Registry,
 };
-use support::{FIRST, PATIENCE, call, gate, next, open, order, runtime};
 use tokio::sync::mpsc;
 
 /// Says what begins through gates, and waits for its own gate where told.

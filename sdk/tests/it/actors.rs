@@ -1,18 +1,15 @@
 //! Actors written with the macro, called through references: from their own process, and from
 //! another over QUIC.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod support;
 
 use std::fmt;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::support::{self, JOB, stage};
 use mobula::Error;
 use mobula::prelude::*;
 use mobula_core::error::ErrorCode;
 use serde::{Deserialize, Serialize};
-use support::{JOB, stage};
 
 struct Counter {
     n: u64,

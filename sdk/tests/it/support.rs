@@ -1,12 +1,5 @@
 //! A head that does as the test says, and one host process's worth of actors behind it: gRPC, TLS
 //! and QUIC are real.
-#![allow(
-    dead_code,
-    unreachable_pub,
-    missing_docs,
-    clippy::unwrap_used,
-    reason = "test support: each test uses its own part of this"
-)]
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -34,7 +27,7 @@ use mobula_wire::session::StorageLocation;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
-pub const JOB: JobId = JobId(3);
+pub(crate) const JOB: JobId = JobId(3);
 
 /// Certificates of tests live for an hour.
 fn an_hour() -> Validity {
@@ -47,7 +40,7 @@ fn slot_kind() -> ActorKind {
     }
 }
 
-pub struct Head {
+pub(crate) struct Head {
     ca: ClusterCa,
     table: Mutex<Option<Arc<ActorTable>>>,
     call_address: Mutex<String>,
@@ -56,15 +49,15 @@ pub struct Head {
     incarnations: AtomicU32,
     sessions: AtomicU64,
     /// How many answers to mutations are still to be lost.
-    pub lose_replies: AtomicU32,
+    pub(crate) lose_replies: AtomicU32,
     /// How many slots for tasks run at once; more stay pending.
-    pub slots_max: AtomicU32,
+    pub(crate) slots_max: AtomicU32,
     /// Sessions below this one are forgotten.
-    pub first_known_session: AtomicU64,
+    pub(crate) first_known_session: AtomicU64,
     /// Whether a lost reply takes its session along.
-    pub forgets_with_reply: AtomicBool,
+    pub(crate) forgets_with_reply: AtomicBool,
     /// The stamps of all mutations that arrived.
-    pub stamps: Mutex<Vec<(u64, u64)>>,
+    pub(crate) stamps: Mutex<Vec<(u64, u64)>>,
     applied: Mutex<BTreeMap<(u64, u64), Vec<u64>>>,
 }
 
@@ -227,7 +220,7 @@ impl Head {
     }
 }
 
-pub struct Api(pub Arc<Head>);
+pub(crate) struct Api(pub Arc<Head>);
 
 macro_rules! head_api {
     (answers { $($answers:item)* } refuses { $($name:ident($request:ident) -> $reply:ident;)* }) => {
@@ -340,17 +333,17 @@ head_api! {
 }
 
 /// A head, and a host whose actors it starts and restarts.
-pub struct Stage {
-    pub head: Arc<Head>,
+pub(crate) struct Stage {
+    pub(crate) head: Arc<Head>,
     /// The cluster as an actor of the host sees it.
-    pub inside: Cluster,
+    pub(crate) inside: Cluster,
     /// The cluster as a person's program sees it.
-    pub outside: Cluster,
-    /// Its object store.
-    pub directory: tempfile::TempDir,
+    pub(crate) outside: Cluster,
+    /// Its object store: gone with it.
+    _directory: tempfile::TempDir,
 }
 
-pub async fn stage() -> Stage {
+pub(crate) async fn stage() -> Stage {
     let directory = tempfile::tempdir().unwrap();
     let ca = ClusterCa::create("test").unwrap();
     let loopback = "127.0.0.1:0".parse().unwrap();
@@ -430,6 +423,6 @@ pub async fn stage() -> Stage {
         head,
         inside: context.cluster(),
         outside,
-        directory,
+        _directory: directory,
     }
 }
