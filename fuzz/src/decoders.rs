@@ -90,8 +90,8 @@ pub const DECODERS: &[Decoder] = &[
     },
     Decoder {
         name: "modules",
-        run: modules,
-        seeds: no_seeds,
+        run: super::replicated::run,
+        seeds: super::replicated::seeds,
     },
     Decoder {
         name: "identity",
@@ -433,14 +433,6 @@ fn scheduler_seeds() -> Vec<Vec<u8>> {
         [vec![0], stop.encode()].concat(),
         [vec![1], list.encode()].concat(),
     ]
-}
-
-fn modules(bytes: &[u8]) {
-    use mobula_actors::checkpoint::state::{CheckpointCommand, CheckpointQuery};
-    one_of(
-        bytes,
-        &[message::<CheckpointCommand>, message::<CheckpointQuery>],
-    );
 }
 
 /// A certificate of a cluster of its own, made once: making keys is slow.

@@ -3,6 +3,7 @@
 pub mod decoders;
 #[cfg(feature = "head")]
 pub mod head_decoders;
+mod replicated;
 
 /// Feeds the decoder called `name`.
 ///

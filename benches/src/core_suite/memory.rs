@@ -1,13 +1,15 @@
 //! What the cluster's processes take while nothing happens.
 
+use std::collections::BTreeMap;
+
 use crate::outcome::Outcome;
 
-/// Resident memory of a process, in bytes.
-fn resident_bytes(process: &str) -> u64 {
+/// A size out of a process's status, in bytes; 0 if it is gone.
+fn status_bytes(process: &str, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     status
         .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .find_map(|line| line.strip_prefix(name))
         .and_then(|value| value.trim().strip_suffix(" kB"))
         .and_then(|kib| kib.parse::<u64>().ok())
         .map_or(0, |kib| kib * 1024)
@@ -64,26 +66,40 @@ pub(crate) fn idle_processes(outcome: &mut Outcome) {
             .find(|(_, words)| words.get(1).is_some_and(|word| word == role))
         {
             Some((process, _)) => {
-                let mib = resident_bytes(process) as f64 / f64::from(1 << 20);
+                let mib = status_bytes(process, "VmRSS:") as f64 / f64::from(1 << 20);
                 outcome.figure(&name, mib, "MiB");
             }
             None => outcome.absent(&name, "its process was not found beside the driver's"),
         }
     }
-    let mib = resident_bytes("self") as f64 / f64::from(1 << 20);
+    let mib = status_bytes("self", "VmRSS:") as f64 / f64::from(1 << 20);
     outcome.figure("idle memory, driver or host", mib, "MiB");
 }
 
-/// Of all processes that run this program, other than this one: the hosts.
-pub(crate) fn host_bytes() -> u64 {
+/// Private memory in bytes of each process that runs this program, other than this one: the hosts.
+/// Objects that they share are not counted.
+pub(crate) fn hosts() -> BTreeMap<String, u64> {
     let own = std::process::id().to_string();
     let program = std::fs::read_link("/proc/self/exe").unwrap_or_default();
     relatives()
         .into_iter()
-        .filter(|(process, _)| *process != own)
-        .filter(|(process, _)| {
+        .map(|(process, _)| process)
+        .filter(|process| *process != own)
+        .filter(|process| {
             std::fs::read_link(format!("/proc/{process}/exe")).is_ok_and(|exe| exe == program)
         })
-        .map(|(process, _)| resident_bytes(&process))
-        .sum()
+        .map(|process| {
+            let bytes = status_bytes(&process, "RssAnon:");
+            (process, bytes)
+        })
+        .collect()
+}
+
+/// By how much hosts have grown since `before`; one that has ended meanwhile does not count.
+pub(crate) fn growth_bytes(before: &BTreeMap<String, u64>) -> u64 {
+    let now = hosts().into_iter();
+    now.map(|(process, bytes)| {
+        bytes.saturating_sub(before.get(&process).copied().unwrap_or_default())
+    })
+    .sum()
 }

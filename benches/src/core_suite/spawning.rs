@@ -43,7 +43,7 @@ pub(crate) async fn measure(
 async fn idle_actors(cluster: &Cluster, options: &Options, outcome: &mut Outcome) -> Result<()> {
     let first = cluster.actor(Server::new()).spawn().await?;
     first.small_value().await?;
-    let before_bytes = memory::host_bytes();
+    let before = memory::hosts();
     let began = Instant::now();
     let spawned =
         join_all((0..options.idle_actors).map(|_| cluster.actor(Server::new()).spawn())).await;
@@ -69,8 +69,7 @@ async fn idle_actors(cluster: &Cluster, options: &Options, outcome: &mut Outcome
     outcome.rate("spawn, in a host: accepted by the head", &Rate::of(&rates));
     let rates = [count / running.as_secs_f64()];
     outcome.rate("spawn, in a host: each has answered", &Rate::of(&rates));
-    let grown_bytes = memory::host_bytes().saturating_sub(before_bytes);
-    let each_kib = grown_bytes as f64 / count.max(1.0) / 1024.0;
+    let each_kib = memory::growth_bytes(&before) as f64 / count.max(1.0) / 1024.0;
     outcome.figure("memory of an idle actor in its host", each_kib, "KiB");
     actors.push(first);
     stop(&actors).await

@@ -195,7 +195,7 @@ async fn read_messages(
     table: &ActorTable,
     permission: &Result<(), String>,
 ) -> Result<(), StreamError> {
-    while let Some(first) = receiver.receive().await? {
+    while let Some(first) = receiver.receive_soon().await? {
         let mut next = Some(first);
         // What arrived together is handled together.
         while let Some(Frame { kind, payload }) = next {

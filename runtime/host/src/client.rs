@@ -477,7 +477,7 @@ async fn write_requests(mut sender: FramedSender, stream: &HostStream) -> String
 
 async fn read_answers(mut receiver: FramedReceiver, stream: &HostStream) -> String {
     loop {
-        let mut next = match receiver.receive().await {
+        let mut next = match receiver.receive_soon().await {
             Ok(Some(frame)) => Some(frame),
             Ok(None) => return "the host ended the stream".to_owned(),
             Err(error) => return error.to_string(),

@@ -10,6 +10,8 @@ use rand::{Rng, SeedableRng};
 mod decoders;
 #[path = "../../../../fuzz/src/head_decoders.rs"]
 mod head_decoders;
+#[path = "../../../../fuzz/src/replicated.rs"]
+mod replicated;
 
 use decoders::{DECODERS, Decoder};
 use head_decoders::HEAD_DECODERS;

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use mobula_wire::frame::FrameLimits;
 
+mod anticipation;
 mod receiver;
 mod sender;
 

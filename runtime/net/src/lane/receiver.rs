@@ -2,16 +2,20 @@
 
 use std::fmt;
 use std::io;
+use std::mem::MaybeUninit;
+use std::time::Instant;
 
 use bytes::BytesMut;
 use mobula_wire::codec::{self, DecodeError};
 use mobula_wire::frame::{Decoded, Frame, FrameError, FrameKind, FrameLimits, decode_frame};
 use mobula_wire::hello::HelloRefusal;
+use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::OwnedReadHalf;
 
 use super::Guard;
+use super::anticipation::{Anticipation, LOOK_FOR};
 
 /// Read in steps of at least this, at most as much as has arrived already (but no less than
 /// [`READ_STEP_MAX_BYTES`]): a header that announces 8 MiB does not yet get 8 MiB.
@@ -63,6 +67,7 @@ pub struct FramedReceiver {
     read_step: usize,
     pub(super) limits: FrameLimits,
     pub(super) guard: Guard,
+    anticipation: Anticipation,
 }
 
 impl FramedReceiver {
@@ -73,6 +78,53 @@ impl FramedReceiver {
             read_step: READ_STEP_MIN_BYTES,
             limits,
             guard,
+            anticipation: Anticipation::default(),
+        }
+    }
+
+    /// As [`FramedReceiver::receive`], for a lane on which frames go to and fro: where the last ones
+    /// came so soon that waking up took most of the time, it looks for the next one for a while
+    /// before it sleeps. Other tasks of this thread have their turn after each look.
+    pub async fn receive_soon(&mut self) -> Result<Option<Frame>, ReceiveError> {
+        if let Some(frame) = self.receive_buffered()? {
+            return Ok(Some(frame));
+        }
+        let began = Instant::now();
+        let mut now = began;
+        while now - began < LOOK_FOR && self.anticipation.looks(now) {
+            if self.look()?
+                && let Some(frame) = self.receive_buffered()?
+            {
+                self.anticipation.came(now - began, self.buffer.is_empty());
+                return Ok(Some(frame));
+            }
+            tokio::task::yield_now().await;
+            let before = std::mem::replace(&mut now, Instant::now());
+            self.anticipation.looked(now, now - before);
+        }
+        let received = self.receive().await;
+        self.anticipation
+            .came(began.elapsed(), self.buffer.is_empty());
+        received
+    }
+
+    /// Takes what a socket of this machine has, without waiting; whether there was anything.
+    fn look(&mut self) -> Result<bool, ReceiveError> {
+        let Reader::Local(stream) = &self.reader else {
+            return Ok(false);
+        };
+        let mut piece = [MaybeUninit::uninit(); READ_STEP_MIN_BYTES];
+        // Not by way of tokio, whose view of the socket is as old as its last look at all of them.
+        match rustix::io::read(stream.as_ref(), &mut piece) {
+            // An end is for `receive` to see, which knows what it means here.
+            Ok(([], _)) | Err(Errno::WOULDBLOCK | Errno::INTR) => Ok(false),
+            Ok((bytes, _)) => {
+                self.buffer.extend_from_slice(bytes);
+                Ok(true)
+            }
+            Err(error) => Err(ReceiveError::Lost {
+                reason: error.to_string(),
+            }),
         }
     }
 
