@@ -263,6 +263,7 @@ fn wire_session_seeds() -> Vec<Vec<u8>> {
     let standing = HeadMessage::OrdersComplete {
         term: Term(3),
         standing: vec![(ActorId(1), Incarnation(2))],
+        is_last: true,
     };
     vec![
         seed_of(0, &WorkerMessage::Renew { sequence: 1 }),

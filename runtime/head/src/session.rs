@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -18,16 +18,18 @@ use mobula_net::endpoint::Connection;
 use mobula_net::identity::{Identity, Role, Validity};
 use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
 use mobula_scheduler::{Command, EventOutcome, Response};
-use mobula_wire::session::{HeadMessage, Question, Welcome, WorkerHello, WorkerMessage};
+use mobula_wire::session::{
+    HeadMessage, Question, STANDING_PIECE_MAX, Welcome, WorkerHello, WorkerMessage,
+};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::context::HeadContext;
 
-/// Messages that may wait for one worker. An order has a few KiB at the most; a worker that lets
-/// this many wait is stuck, and a new session tells it everything again.
-const OUTBOX_CAPACITY: usize = 1024;
+/// Messages that may wait for one worker; an order has a few KiB at the most. Orders beyond it are
+/// dropped, and all that stand are told again when the worker has read the others.
+const OUTBOX_CAPACITY: usize = 4096;
 
 /// How many events of one worker may be in the log at the same time, so that they share fsyncs.
 const EVENTS_IN_FLIGHT_MAX: usize = 64;
@@ -46,6 +48,19 @@ pub(crate) struct LogPiece {
     pub(crate) is_open: bool,
 }
 
+/// What is to be told to one worker.
+struct Outbox {
+    messages: mpsc::Receiver<HeadMessage>,
+    is_behind: Arc<AtomicBool>,
+}
+
+impl Outbox {
+    /// Whether orders were dropped, once all that were not have been taken out.
+    fn take_behind(&self) -> bool {
+        self.messages.is_empty() && self.is_behind.swap(false, Ordering::AcqRel)
+    }
+}
+
 /// The sessions of this leader.
 #[derive(Clone, Default)]
 pub(crate) struct Sessions {
@@ -58,25 +73,33 @@ struct SessionEntry {
     /// Tells this session from a newer one of the same incarnation.
     serial: u64,
     outbox: mpsc::Sender<HeadMessage>,
+    /// Orders were dropped because the outbox was full.
+    is_behind: Arc<AtomicBool>,
     last_renewal: Instant,
     log_requests: BTreeMap<u64, oneshot::Sender<LogPiece>>,
     questions: BTreeMap<u64, oneshot::Sender<Result<Vec<u8>, String>>>,
 }
 
 impl Sessions {
-    fn open(&self, node: NodeId, incarnation: Incarnation) -> (u64, mpsc::Receiver<HeadMessage>) {
+    fn open(&self, node: NodeId, incarnation: Incarnation) -> (u64, Outbox) {
         let (outbox, messages) = mpsc::channel(OUTBOX_CAPACITY);
         let serial = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let is_behind = Arc::new(AtomicBool::new(false));
+        let receiver = Outbox {
+            messages,
+            is_behind: Arc::clone(&is_behind),
+        };
         let entry = SessionEntry {
             incarnation,
             serial,
             outbox,
+            is_behind,
             last_renewal: Instant::now(),
             log_requests: BTreeMap::new(),
             questions: BTreeMap::new(),
         };
         self.entries.lock().insert(node, entry);
-        (serial, messages)
+        (serial, receiver)
     }
 
     fn close(&self, node: NodeId, serial: u64) {
@@ -97,13 +120,12 @@ impl Sessions {
     /// Sends `message` to a node that has a session; without one it is dropped, for a new session
     /// begins with every standing order.
     pub(crate) fn send(&self, node: NodeId, message: HeadMessage) {
-        let mut entries = self.entries.lock();
+        let entries = self.entries.lock();
         let Some(entry) = entries.get(&node) else {
             return;
         };
         if entry.outbox.try_send(message).is_err() {
-            tracing::warn!(%node, "outbox is full or closed; ending the session");
-            entries.remove(&node);
+            entry.is_behind.store(true, Ordering::Release);
         }
     }
 
@@ -315,30 +337,43 @@ impl Session {
         &self,
         mut sender: FramedSender,
         mut receiver: FramedReceiver,
-        mut outbox: mpsc::Receiver<HeadMessage>,
+        mut outbox: Outbox,
     ) -> Result<(), String> {
         self.greet(&mut sender).await?;
         let mut events = FuturesOrdered::new();
         let mut group = self.context.raft.group();
         loop {
+            if outbox.take_behind() {
+                tracing::warn!(node = %self.node, "orders were dropped; telling all that stand");
+                self.tell_standing_orders(&mut sender).await?;
+            }
+            // Whatever may lead to an answer waits for room, and writing waits beside reading.
+            let has_room = sender.has_room();
             tokio::select! {
-                Ok(()) = group.changed() => {
-                    let api_addresses = self.context.api_addresses();
-                    let heads = HeadMessage::Heads { api_addresses };
-                    sender.send_message(&heads).await.map_err(|e| e.to_string())?;
+                flushed = sender.flush(), if sender.queued_bytes() > 0 => {
+                    flushed.map_err(|error| error.to_string())?;
                 }
-                message = outbox.recv() => {
+                Ok(()) = group.changed(), if has_room => {
+                    let api_addresses = self.context.api_addresses();
+                    queue(&mut sender, &HeadMessage::Heads { api_addresses })?;
+                }
+                message = outbox.messages.recv(), if has_room => {
                     let Some(message) = message else {
                         return Err("a newer session replaced this one, or leadership ended".into());
                     };
-                    sender.send_message(&message).await.map_err(|e| e.to_string())?;
+                    queue(&mut sender, &message)?;
+                    // What waits together leaves together.
+                    while sender.has_room()
+                        && let Ok(message) = outbox.messages.try_recv()
+                    {
+                        queue(&mut sender, &message)?;
+                    }
                 }
-                Some((sequence, applied)) = events.next(), if !events.is_empty() => {
-                    let answer = self.answer_event(sequence, applied)?;
-                    sender.send_message(&answer).await.map_err(|e| e.to_string())?;
+                Some((sequence, applied)) = events.next(), if has_room && !events.is_empty() => {
+                    queue(&mut sender, &self.answer_event(sequence, applied)?)?;
                 }
                 message = receiver.receive_message::<WorkerMessage>(),
-                    if events.len() < EVENTS_IN_FLIGHT_MAX =>
+                    if has_room && events.len() < EVENTS_IN_FLIGHT_MAX =>
                 {
                     let Some(message) = message.map_err(|e| e.to_string())? else {
                         return Err("the worker closed its stream".into());
@@ -348,15 +383,14 @@ impl Session {
                     match message {
                         WorkerMessage::Renew { sequence } => {
                             let answer = HeadMessage::Renewed { term: self.term(), sequence };
-                            sender.send_message(&answer).await.map_err(|e| e.to_string())?;
+                            queue(&mut sender, &answer)?;
                         }
                         WorkerMessage::Event { sequence, event } => {
                             events.push_back(self.apply_event(sequence, event));
                         }
                         WorkerMessage::SignHost { request, csr_pem, job, host } => {
                             let result = self.sign_host(&csr_pem, job, host).await;
-                            let answer = HeadMessage::HostSigned { request, result };
-                            sender.send_message(&answer).await.map_err(|e| e.to_string())?;
+                            queue(&mut sender, &HeadMessage::HostSigned { request, result })?;
                         }
                         WorkerMessage::Log { request, bytes, is_open } => {
                             let piece = LogPiece { bytes, is_open };
@@ -381,33 +415,44 @@ impl Session {
             .send_message(&HeadMessage::Welcome(welcome))
             .await
             .map_err(|error| error.to_string())?;
+        self.tell_standing_orders(sender).await
+    }
+
+    /// However many there are: they leave as the worker reads, which it does whatever it has to say.
+    async fn tell_standing_orders(&self, sender: &mut FramedSender) -> Result<(), String> {
         let orders = self
             .context
             .standing_orders(self.node)
             .await
             .map_err(|error| error.to_string())?;
-        let standing = orders.iter().filter_map(incarnation_of).collect();
+        let standing: Vec<_> = orders.iter().filter_map(incarnation_of).collect();
         for order in orders {
             self.context.metrics.ordered(order.kind());
             self.context
                 .lives
                 .ordered(&order, crate::timeline::now_us());
-            self.queue(sender, &self.context.order_message(self.term(), order))?;
+            queue(sender, &self.context.order_message(self.term(), order))?;
+            if !sender.has_room() {
+                sender.flush().await.map_err(|error| error.to_string())?;
+            }
         }
-        self.queue(
-            sender,
-            &HeadMessage::OrdersComplete {
+        let mut pieces = standing.chunks(STANDING_PIECE_MAX).peekable();
+        loop {
+            let piece = pieces.next().unwrap_or_default();
+            let is_last = pieces.peek().is_none();
+            let complete = HeadMessage::OrdersComplete {
                 term: self.term(),
-                standing,
-            },
-        )?;
-        sender.flush().await.map_err(|error| error.to_string())
-    }
-
-    fn queue(&self, sender: &mut FramedSender, message: &HeadMessage) -> Result<(), String> {
-        sender
-            .queue_message(message)
-            .map_err(|error| error.to_string())
+                standing: piece.to_vec(),
+                is_last,
+            };
+            sender
+                .send_message(&complete)
+                .await
+                .map_err(|error| error.to_string())?;
+            if is_last {
+                return Ok(());
+            }
+        }
     }
 
     async fn apply_event(
@@ -489,6 +534,12 @@ impl Session {
     }
 }
 
+fn queue(sender: &mut FramedSender, message: &HeadMessage) -> Result<(), String> {
+    sender
+        .queue_message(message)
+        .map_err(|error| error.to_string())
+}
+
 fn incarnation_of(order: &Order) -> Option<(ActorId, Incarnation)> {
     match order {
         Order::Start(start) => Some((start.actor, start.incarnation)),
@@ -538,14 +589,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_outbox_ends_the_session() {
+    async fn orders_beyond_a_full_outbox_are_told_again_once_it_is_empty() {
         let sessions = Sessions::default();
-        let (_, _messages) = sessions.open(NodeId(1), Incarnation(1));
+        let (_, mut outbox) = sessions.open(NodeId(1), Incarnation(1));
         let message = || HeadMessage::EventAcknowledged { sequence: 1 };
-        for _ in 0..=OUTBOX_CAPACITY {
+        for _ in 0..OUTBOX_CAPACITY {
             sessions.send(NodeId(1), message());
         }
-        assert!(sessions.nodes().is_empty());
+        assert!(!outbox.is_behind.load(Ordering::Acquire));
+        sessions.send(NodeId(1), message());
+        assert_eq!(sessions.nodes(), [NodeId(1)]);
+        assert!(!outbox.take_behind(), "what waits comes first");
+        while outbox.messages.try_recv().is_ok() {}
+        assert!(outbox.take_behind());
+        assert!(!outbox.take_behind(), "once");
     }
 
     #[tokio::test]

@@ -132,6 +132,9 @@ pub struct WorkerHello {
     pub labels: Labels,
 }
 
+/// Incarnations in one [`HeadMessage::OrdersComplete`]: at 20 bytes each well below what a frame holds.
+pub const STANDING_PIECE_MAX: usize = 16_384;
+
 /// From the leader to a worker's agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HeadMessage {
@@ -181,12 +184,16 @@ pub enum HeadMessage {
         /// Why, and what to do.
         reason: String,
     },
-    /// All standing orders were sent: whatever else the worker runs is to be ended.
+    /// All standing orders were sent: whatever else the worker runs is to be ended. It comes in as
+    /// many messages as it takes, one after the other.
     OrdersComplete {
         /// The leader's term.
         term: Term,
-        /// Every incarnation that the worker should be running or ending.
+        /// Incarnations that the worker should be running or ending, at most
+        /// [`STANDING_PIECE_MAX`] of them.
         standing: Vec<(mobula_core::id::ActorId, Incarnation)>,
+        /// Whether there are no more.
+        is_last: bool,
     },
     /// Other heads than before make up the group now.
     Heads {

@@ -9,9 +9,9 @@ use mobula_core::resource::Resources;
 
 use crate::error::WorkerError;
 
-/// Most actors at a time on one worker. At about 2 KiB of bookkeeping each this is 32 MiB, and far
-/// more than the calls of one machine can feed.
-pub(crate) const ACTORS_MAX: usize = 16_384;
+/// Most actors at a time on one worker: as many as may live in a cluster. At about 2 KiB of
+/// bookkeeping each this is 256 MiB.
+pub(crate) const ACTORS_MAX: usize = 1 << 17;
 
 /// A host process that has not said hello by then is given up: a healthy one needs milliseconds,
 /// and a program on a cold network disk some seconds.

@@ -25,8 +25,10 @@ use rand::Rng;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::agent::Input;
+use crate::hosts::action::Key;
 use crate::join::{Joiner, Membership, resolve};
 use crate::lease::Lease;
+use crate::options::ACTORS_MAX;
 use crate::session_handle::{Command, FromLeader, SessionHandle, SharedOutbox, Signing};
 use crate::worker::WorkerStatus;
 
@@ -39,6 +41,9 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// Events that are unacknowledged for this long are sent again: the leader may have lost one on its
 /// way through the log.
 const RESEND_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Incarnations that a leader may name: all that run here, and as many that are ending.
+const STANDING_MAX: usize = 2 * ACTORS_MAX;
 
 /// Events that are copied out of the outbox at once.
 const EVENT_BATCH: usize = 256;
@@ -244,6 +249,8 @@ impl Session {
         let mut talk = Talk {
             sender,
             lease,
+            standing: Vec::new(),
+            has_events: true,
             sent_up_to: 0,
             sent_at_last_resend: 0,
         };
@@ -275,20 +282,24 @@ impl Session {
         renew.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut resend = tokio::time::interval(RESEND_INTERVAL);
         resend.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        talk.send_events(&outbox).await?;
         loop {
+            talk.queue_events(&outbox)?;
+            let has_room = talk.sender.has_room();
             let lease_end = tokio::time::Instant::from_std(talk.lease.held_until());
             tokio::select! {
                 message = receive(receiver) => self.handle_message(message?, talk).await?,
-                _ = renew.tick() => {
-                    talk.renew().await?;
+                flushed = talk.sender.flush(), if talk.sender.queued_bytes() > 0 => {
+                    flushed.map_err(|error| SessionEnd::Broken(error.to_string()))?;
+                }
+                _ = renew.tick(), if has_room => {
+                    talk.renew()?;
                     if talk.lease.is_answer_overdue(SILENCE_MAX, Instant::now()) {
                         self.check_who_leads().await?;
                     }
                 }
-                () = outbox.added.notified() => talk.send_events(&outbox).await?,
-                _ = resend.tick() => talk.resend_events(&outbox).await?,
-                command = self.commands.recv() => match command {
+                () = outbox.added.notified() => talk.has_events = true,
+                _ = resend.tick() => talk.resend_events(&outbox),
+                command = self.commands.recv(), if has_room => match command {
                     Some(Command::Leave(left)) => {
                         send(&mut talk.sender, &WorkerMessage::Leaving).await?;
                         // The leader ends the session when it has taken this in.
@@ -297,7 +308,7 @@ impl Session {
                         let _ = left.send(());
                         return Err(SessionEnd::AgentEnded);
                     }
-                    Some(command) => self.handle_command(command, talk).await?,
+                    Some(command) => self.handle_command(command, talk)?,
                     None => return Err(SessionEnd::AgentEnded),
                 },
                 () = tokio::time::sleep_until(lease_end) => return Err(SessionEnd::LeaseLost),
@@ -361,8 +372,17 @@ impl Session {
                 };
                 self.to_agent(ask).await?;
             }
-            HeadMessage::OrdersComplete { term, standing } => {
-                if self.is_current(term) {
+            HeadMessage::OrdersComplete {
+                term,
+                standing,
+                is_last,
+            } => {
+                if talk.standing.len() + standing.len() > STANDING_MAX {
+                    return Err(SessionEnd::Protocol);
+                }
+                talk.standing.extend(standing);
+                if is_last && self.is_current(term) {
+                    let standing = std::mem::take(&mut talk.standing);
                     self.to_agent(FromLeader::OrdersComplete(standing)).await?;
                 }
             }
@@ -391,11 +411,7 @@ impl Session {
         true
     }
 
-    async fn handle_command(
-        &mut self,
-        command: Command,
-        talk: &mut Talk,
-    ) -> Result<(), SessionEnd> {
+    fn handle_command(&mut self, command: Command, talk: &mut Talk) -> Result<(), SessionEnd> {
         match command {
             Command::Sign(signing) => {
                 self.signings
@@ -408,7 +424,7 @@ impl Session {
                 self.last_signing += 1;
                 let message = sign_message(self.last_signing, &signing);
                 self.signings.insert(self.last_signing, signing);
-                send(&mut talk.sender, &message).await
+                talk.queue(&message)
             }
             Command::Log {
                 session,
@@ -421,15 +437,13 @@ impl Session {
                     bytes,
                     is_open,
                 };
-                send(&mut talk.sender, &message).await
+                talk.queue(&message)
             }
             Command::Answer {
                 session,
                 request,
                 result,
-            } if session == self.number => {
-                send(&mut talk.sender, &WorkerMessage::Answer { request, result }).await
-            }
+            } if session == self.number => talk.queue(&WorkerMessage::Answer { request, result }),
             // Of a session that is over: nobody waits for it any more.
             Command::Log { .. } | Command::Answer { .. } => Ok(()),
             Command::Restart => Err(SessionEnd::Restarted),
@@ -449,39 +463,50 @@ impl Session {
 struct Talk {
     sender: FramedSender,
     lease: Lease,
-    /// The newest event that was sent in this session.
+    /// What stands, as far as the leader has said it.
+    standing: Vec<Key>,
+    /// Whether the outbox may hold what was not queued yet.
+    has_events: bool,
+    /// The newest event that was queued in this session.
     sent_up_to: u64,
     /// What that was at the last look for events to send again.
     sent_at_last_resend: u64,
 }
 
 impl Talk {
-    async fn renew(&mut self) -> Result<(), SessionEnd> {
-        let sequence = self.lease.renew(Instant::now());
-        send(&mut self.sender, &WorkerMessage::Renew { sequence }).await
+    fn queue(&mut self, message: &WorkerMessage) -> Result<(), SessionEnd> {
+        let queued = self.sender.queue_message(message);
+        queued.map_err(|error| SessionEnd::Broken(error.to_string()))
     }
 
-    async fn send_events(&mut self, outbox: &SharedOutbox) -> Result<(), SessionEnd> {
-        loop {
+    fn renew(&mut self) -> Result<(), SessionEnd> {
+        let sequence = self.lease.renew(Instant::now());
+        self.queue(&WorkerMessage::Renew { sequence })
+    }
+
+    /// Queues events while there is room; the rest goes when the head has read some.
+    fn queue_events(&mut self, outbox: &SharedOutbox) -> Result<(), SessionEnd> {
+        while self.has_events && self.sender.has_room() {
             let events = outbox.read(|outbox| outbox.after(self.sent_up_to, EVENT_BATCH));
-            if events.is_empty() {
-                return Ok(());
-            }
+            self.has_events = !events.is_empty();
             for (sequence, event) in events {
-                send(&mut self.sender, &WorkerMessage::Event { sequence, event }).await?;
+                if !self.sender.has_room() {
+                    break;
+                }
+                self.queue(&WorkerMessage::Event { sequence, event })?;
                 self.sent_up_to = sequence;
             }
         }
+        Ok(())
     }
 
-    async fn resend_events(&mut self, outbox: &SharedOutbox) -> Result<(), SessionEnd> {
+    fn resend_events(&mut self, outbox: &SharedOutbox) {
         let oldest = outbox.read(|outbox| outbox.after(0, 1).first().map(|(number, _)| *number));
         if oldest.is_some_and(|oldest| oldest <= self.sent_at_last_resend) {
             self.sent_up_to = 0;
-            self.send_events(outbox).await?;
+            self.has_events = true;
         }
         self.sent_at_last_resend = self.sent_up_to;
-        Ok(())
     }
 }
 

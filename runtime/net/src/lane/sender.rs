@@ -95,6 +95,14 @@ impl FramedSender {
         self.queue(FrameKind::Message, &codec::encode(message)?)
     }
 
+    /// Whether the queue takes another frame of any size. Whoever reads and writes one stream in one
+    /// task queues while there is room and flushes beside reading: two peers that each wait until the
+    /// other reads would wait for ever.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.queued.len() < COALESCE_BYTES && self.tail.is_empty()
+    }
+
     /// How much is queued, in bytes: whoever coalesces flushes from time to time.
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
@@ -171,7 +179,7 @@ impl FramedSender {
     }
 
     async fn make_room(&mut self) -> Result<(), SendError> {
-        if self.queued.len() >= COALESCE_BYTES || !self.tail.is_empty() {
+        if !self.has_room() {
             self.flush().await?;
         }
         Ok(())

@@ -16,11 +16,11 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::agent::Input;
-use crate::options::ACTORS_MAX;
+use crate::hosts::pool::SHARED_ACTORS_MAX;
 
-/// Messages that wait for one host to read them: a start and a stop for every actor that a worker
-/// can have, and a few more. A host that leaves as many unread has hung.
-pub(crate) const HOST_QUEUE: usize = 2 * ACTORS_MAX + 16;
+/// Messages that wait for one host to read them: a start and a stop for every actor that it can
+/// have, and a few more. A host that leaves as many unread has hung.
+pub(crate) const HOST_QUEUE: usize = 2 * SHARED_ACTORS_MAX + 16;
 
 /// Streams at a time: more hosts than any machine has memory for.
 const STREAMS_MAX: usize = 4_096;

@@ -5,11 +5,9 @@ use std::collections::BTreeMap;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation};
 
-use crate::options::ACTORS_MAX;
-
 /// How many ends are remembered. A repeated order is one that the leader sent before it heard of
-/// the end, so only the newest ends matter; this is four times what can run at once.
-const ENDED_MAX: usize = 4 * ACTORS_MAX;
+/// the end, so only the newest ends matter.
+const ENDED_MAX: usize = 1 << 16;
 
 /// The newest ended incarnation of each actor, the latest of them.
 #[derive(Debug, Default)]

@@ -29,6 +29,8 @@ use super::ended::Ended;
 use super::process::ProcessEnd;
 use crate::options::{ACTORS_MAX, STOP_MARGIN_MS};
 
+pub(crate) use placement::SHARED_ACTORS_MAX;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// Its host is not ready, or no device is free.

@@ -1,6 +1,6 @@
 //! Sequences of inputs, and what must come out.
 
-use super::placement::SHARED_ACTORS_MAX;
+use super::SHARED_ACTORS_MAX;
 use super::*;
 use mobula_core::resource::Resources;
 use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, RestartPolicy};

@@ -130,14 +130,18 @@ async fn what_the_leader_does_not_name_is_ended() {
     let head = FakeHead::start();
     let _worker = head.start_worker().await;
     let mut talk = head.welcome(10).await;
-    talk.start_actor(1, 1).await;
-    talk.start_actor(2, 1).await;
-    let standing = vec![(ActorId(2), Incarnation(1))];
-    talk.send(&HeadMessage::OrdersComplete {
-        term: Term(5),
-        standing,
-    })
-    .await;
+    for actor in 1..=3 {
+        talk.start_actor(actor, 1).await;
+    }
+    // In two pieces: nothing ends before the last.
+    for (actor, is_last) in [(3, false), (2, true)] {
+        talk.send(&HeadMessage::OrdersComplete {
+            term: Term(5),
+            standing: vec![(ActorId(actor), Incarnation(1))],
+            is_last,
+        })
+        .await;
+    }
     assert_eq!(
         talk.acknowledged_event().await,
         exited(1, ExitReason::Stopped)

@@ -24,7 +24,7 @@ use crate::hosts::devices::Share;
 
 /// Actors that share a process: beyond this, one process's loss takes too much with it, and the
 /// next ones get another. Below what a host itself accepts.
-pub(super) const SHARED_ACTORS_MAX: usize = 8192;
+pub(crate) const SHARED_ACTORS_MAX: usize = 8192;
 
 fn shared_key(start: &StartActor) -> SharedKey {
     SharedKey {
