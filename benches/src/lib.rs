@@ -5,7 +5,7 @@
 //! nothing, the distance to the limit does.
 //!
 //! * [`measure`]: repeating something for a while, alone or from many callers at once.
-//! * [`report`]: the table.
+//! * [`report`]: the table of one bench. [`results`]: the figures of a suite, for people and as JSON.
 //!
 //! Invariants:
 //! 1. What is measured is real work: real disks, real sockets, answers that are looked at.
@@ -13,6 +13,7 @@
 
 pub mod measure;
 pub mod report;
+pub mod results;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

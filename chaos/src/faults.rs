@@ -6,6 +6,7 @@
 //!    a process id that was given to another process in between is refused.
 //! 2. A [`Paused`] process is continued when its guard goes, also when a test panics.
 
+use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -134,10 +135,20 @@ impl Target {
         self.signal("SIGKILL", Signal::KILL)
     }
 
+    /// Asks it to end with SIGTERM.
+    pub fn terminate(&self) -> Result<(), FaultError> {
+        self.signal("SIGTERM", Signal::TERM)
+    }
+
     /// Stops it with SIGSTOP until the guard goes: it keeps its sockets and says nothing.
-    pub fn pause(&self) -> Result<Paused<'_>, FaultError> {
-        self.signal("SIGSTOP", Signal::STOP)?;
-        Ok(Paused { target: self })
+    pub fn pause(&self) -> Result<Paused<&Target>, FaultError> {
+        Target::pause_held(self)
+    }
+
+    /// The same with a guard that holds the process as its caller does, say by an `Arc`.
+    pub fn pause_held<T: Deref<Target = Target>>(held: T) -> Result<Paused<T>, FaultError> {
+        held.signal("SIGSTOP", Signal::STOP)?;
+        Ok(Paused { target: held })
     }
 
     /// Waits until it has ended.
@@ -177,18 +188,18 @@ impl Target {
 /// A process that is stopped for as long as this lives.
 #[derive(Debug)]
 #[must_use = "the process goes on as soon as this is dropped"]
-pub struct Paused<'a> {
-    target: &'a Target,
+pub struct Paused<T: Deref<Target = Target>> {
+    target: T,
 }
 
-impl Paused<'_> {
+impl<T: Deref<Target = Target>> Paused<T> {
     /// Lets it go on.
     pub fn resume(self) {
         drop(self);
     }
 }
 
-impl Drop for Paused<'_> {
+impl<T: Deref<Target = Target>> Drop for Paused<T> {
     fn drop(&mut self) {
         // It may have been killed meanwhile: then there is nothing to continue.
         let _ = self.target.signal("SIGCONT", Signal::CONT);

@@ -26,5 +26,6 @@
 pub mod checker;
 pub mod faults;
 pub mod history;
+pub mod real;
 pub mod schedule;
 pub mod sim;

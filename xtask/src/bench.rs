@@ -1,5 +1,5 @@
-//! `cargo xtask bench core`: builds the core suite, runs it on a cluster of processes, and puts it
-//! beside Ray where that is asked for.
+//! `cargo xtask bench core` and `cargo xtask bench head`: build a suite, run it on clusters of
+//! processes, and keep its figures; the core suite is put beside Ray where that is asked for.
 //!
 //! Ray comes from PyPI into a virtual environment under the target folder and is asked with its own
 //! `ray microbenchmark`, one pattern of its `TESTS_TO_RUN` after the other, in the same run as ours.
@@ -26,17 +26,17 @@ const PATTERNS: [&str; 6] = [
 /// How Ray names the rows that go through its client's server, which ours have no part in.
 const THROUGH_CLIENT: &str = "client: ";
 
-/// What the suite runs. One example stands for all of them: with it dependencies have the features
-/// that they have in every other build (see [`crate::workspace::SHARED_BUILD`]).
-const BUILD: [&str; 8] = [
+/// What is built besides the suite itself. One example stands for all of them: with it dependencies
+/// have the features that they have in every other build (see
+/// [`crate::workspace::SHARED_BUILD`]).
+const BUILD: [&str; 7] = [
     "build",
     "--workspace",
     "--bin",
     "mobula",
-    "--bin",
-    "mobula-bench-core",
     "--example",
     "counter",
+    "--bin",
 ];
 
 /// This repository's own code is measured as a release would have it; dependencies stay as they
@@ -50,44 +50,24 @@ struct Rate {
     per_second: f64,
 }
 
-/// Runs the suite; `arguments` may hold `--peers`, everything else is the suite's own.
+/// Runs the core suite; `arguments` may hold `--peers`, everything else is the suite's own.
 pub(crate) fn core(arguments: &[String]) -> ExitCode {
     let peers = arguments.iter().any(|argument| argument == "--peers");
     let own: Vec<&String> = arguments.iter().filter(|arg| *arg != "--peers").collect();
-    if let Err(StillMissing) = install::ensure_requirements() {
-        return ExitCode::from(EXIT_USAGE_OR_MISSING);
-    }
-    let workspace = Workspace::find();
-    let mut build = workspace.cargo(&[&BUILD[..], &OPTIMIZED[..]].concat());
-    eprintln!("+ {}", steps::shown(&build));
-    match progress::run(&mut build, workspace.target()) {
-        Ok(status) if status.success() => {}
-        Ok(status) => return failed(&format!("the build failed ({status})")),
-        Err(error) => return failed(&format!("cannot start cargo: {error}")),
-    }
-    let results = workspace.root().join("benches/results");
-    if let Err(error) = std::fs::create_dir_all(&results) {
-        return failed(&format!("{}: {error}", results.display()));
-    }
-    let date = today();
-    let mut suite = Command::new(workspace.binary("mobula-bench-core"));
-    suite
-        .env_remove("MOBULA_CLUSTER")
-        .arg("--output")
-        .arg(results.join(format!("core-{date}.json")))
-        .args(own);
-    let (ours, end) = rates_of(&mut suite, our_rate);
-    if let Err(reason) = end {
-        return failed(&reason);
-    }
+    let measured = match run_suite("core", &own) {
+        Ok(measured) => measured,
+        Err(code) => return code,
+    };
     if !peers {
         return ExitCode::SUCCESS;
     }
-    match ray(&workspace) {
+    match ray(&measured.workspace) {
         Ok((version, theirs)) => {
-            let table = compared(&ours, &theirs, &version);
+            let table = compared(&measured.rates, &theirs, &version);
             println!("\n{table}");
-            let path = results.join(format!("core-peers-{date}.md"));
+            let path = measured
+                .results
+                .join(format!("core-peers-{}.md", measured.date));
             match std::fs::write(&path, table) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => failed(&format!("{}: {error}", path.display())),
@@ -95,6 +75,59 @@ pub(crate) fn core(arguments: &[String]) -> ExitCode {
         }
         Err(reason) => failed(&reason),
     }
+}
+
+/// Runs the head suite; `arguments` are its own.
+pub(crate) fn head(arguments: &[String]) -> ExitCode {
+    let own: Vec<&String> = arguments.iter().collect();
+    match run_suite("head", &own) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(code) => code,
+    }
+}
+
+/// A suite that has run.
+struct Measured {
+    workspace: Workspace,
+    /// Where figures are kept.
+    results: PathBuf,
+    date: String,
+    rates: Vec<Rate>,
+}
+
+/// Builds the program `mobula-bench-<suite>` and what it starts, and runs it.
+fn run_suite(suite: &str, own: &[&String]) -> Result<Measured, ExitCode> {
+    if let Err(StillMissing) = install::ensure_requirements() {
+        return Err(ExitCode::from(EXIT_USAGE_OR_MISSING));
+    }
+    let workspace = Workspace::find();
+    let program = format!("mobula-bench-{suite}");
+    let mut build = workspace.cargo(&[&BUILD[..], &[program.as_str()], &OPTIMIZED[..]].concat());
+    eprintln!("+ {}", steps::shown(&build));
+    match progress::run(&mut build, workspace.target()) {
+        Ok(status) if status.success() => {}
+        Ok(status) => return Err(failed(&format!("the build failed ({status})"))),
+        Err(error) => return Err(failed(&format!("cannot start cargo: {error}"))),
+    }
+    let results = workspace.root().join("benches/results");
+    if let Err(error) = std::fs::create_dir_all(&results) {
+        return Err(failed(&format!("{}: {error}", results.display())));
+    }
+    let date = today();
+    let mut command = Command::new(workspace.binary(&program));
+    command
+        .env_remove("MOBULA_CLUSTER")
+        .arg("--output")
+        .arg(results.join(format!("{suite}-{date}.json")))
+        .args(own);
+    let (rates, end) = rates_of(&mut command, our_rate);
+    end.map_err(|reason| failed(&reason))?;
+    Ok(Measured {
+        workspace,
+        results,
+        date,
+        rates,
+    })
 }
 
 fn failed(reason: &str) -> ExitCode {

@@ -36,6 +36,9 @@ commands:
                   the core suite on a cluster of processes, under the names of Ray's own
                   benchmark; --peers runs Ray from PyPI beside it; `--quick` and
                   `--only <part of a name>` go to the suite (see benches/README.md)
+  bench head [args]
+                  commands a second, failover, start, tables and simulator of a group of heads;
+                  `--quick` and `--only <part>` go to the suite
   mutants [NAME...] [--minutes T]
                   plant one known defect after the other in the head, and let the simulator look
                   for it (see chaos/README.md)
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         ("test", []) => commands::test(commands::TestScope::Full),
         ("test", [flag]) if flag == "--quick" => commands::test(commands::TestScope::Quick),
         ("bench", [suite, bench_arguments @ ..]) if suite == "core" => bench::core(bench_arguments),
+        ("bench", [suite, bench_arguments @ ..]) if suite == "head" => bench::head(bench_arguments),
         ("mutants", hunt_arguments) => mutants::hunt(hunt_arguments),
         ("doctor", []) => commands::doctor(),
         ("help" | "--help" | "-h", _) => {
@@ -71,7 +75,7 @@ fn main() -> ExitCode {
             println!("{HELP}");
             ExitCode::SUCCESS
         }
-        ("bench", _) => usage_error("`bench` takes the name of a suite: `core`"),
+        ("bench", _) => usage_error("`bench` takes the name of a suite: `core` or `head`"),
         ("test" | "doctor", unexpected) => usage_error(&format!(
             "`{command}` does not take `{}`",
             unexpected.join(" ")

@@ -87,6 +87,7 @@ pub enum Violation {
 #[derive(Debug, Clone, Default)]
 pub struct JobLedger {
     submitted: BTreeSet<String>,
+    may_not_run: BTreeSet<String>,
     acknowledged: BTreeMap<String, BTreeSet<u64>>,
     ends: BTreeMap<u64, String>,
     runs: BTreeMap<String, u64>,
@@ -107,6 +108,23 @@ impl JobLedger {
             .entry(key.to_owned())
             .or_default()
             .insert(id);
+    }
+
+    /// A client is about to stop the job of this key: its program may not have run when it ends.
+    pub fn may_not_run(&mut self, key: &str) {
+        self.may_not_run.insert(key.to_owned());
+    }
+
+    /// Whether a client asked to stop the job of this key.
+    #[must_use]
+    pub fn was_stopped(&self, key: &str) -> bool {
+        self.may_not_run.contains(key)
+    }
+
+    /// The jobs of the last look.
+    #[must_use]
+    pub fn last_seen(&self) -> &[SeenJob] {
+        &self.last
     }
 
     /// The program of this key's job ran, by its own account.
@@ -178,7 +196,8 @@ impl JobLedger {
                 }
             }
             let runs = self.runs.get(key).copied().unwrap_or(0);
-            let (least, most) = (1, 1 + restarts_max);
+            let least = u64::from(!self.may_not_run.contains(key));
+            let most = 1 + restarts_max;
             if !(least..=most).contains(&runs) {
                 found.insert(Violation::Runs {
                     key: owned,
@@ -267,6 +286,22 @@ mod tests {
                 "{expected}: {found:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_job_that_was_stopped_need_not_have_run() {
+        let mut ledger = good();
+        ledger.acknowledged("c", 3);
+        let ended = ["a", "b", "c"].iter().zip(1..);
+        ledger.look(
+            ended
+                .map(|(key, id)| seen(id, key, Some("succeeded")))
+                .collect(),
+        );
+        assert_eq!(ledger.check(0).len(), 1, "it never ran");
+        ledger.may_not_run("c");
+        assert_eq!(ledger.check(0), []);
+        assert!(ledger.was_stopped("c") && !ledger.was_stopped("a"));
     }
 
     #[test]

@@ -56,6 +56,35 @@ impl Model for Register {
     }
 }
 
+/// A register that counts how often it was written: every write is answered with its number, so that
+/// one that took effect twice, or not at all, shows in the next answer.
+#[derive(Debug, Clone, Copy)]
+pub struct CountingRegister;
+
+impl Model for CountingRegister {
+    /// How many writes, and the last one's value.
+    type State = (u64, u64);
+    type Input = RegisterInput;
+    type Output = (u64, u64);
+
+    fn initial(&self) -> (u64, u64) {
+        (0, 0)
+    }
+
+    fn step(
+        &self,
+        (writes, value): &(u64, u64),
+        input: &RegisterInput,
+        output: Option<&(u64, u64)>,
+    ) -> Option<(u64, u64)> {
+        let next = match input {
+            RegisterInput::Read => (*writes, *value),
+            RegisterInput::Write(value) => (writes + 1, *value),
+        };
+        output.is_none_or(|told| *told == next).then_some(next)
+    }
+}
+
 /// A thing that is made at most once, by whoever is first to ask for it under its key; it gets an
 /// id that the system chooses. A submission under an idempotency key is one.
 #[derive(Debug, Clone, Copy)]

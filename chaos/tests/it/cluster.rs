@@ -16,7 +16,7 @@ pub(crate) const HEAD: &str = "head-1";
 const GONE_LIMIT: Duration = Duration::from_secs(20);
 
 /// A binary that cargo put beside this test's own program.
-fn binary(name: &str) -> PathBuf {
+pub(crate) fn binary(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_mobula-chaos-job")).with_file_name(name);
     assert!(
         path.is_file(),

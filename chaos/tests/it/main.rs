@@ -10,4 +10,5 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod cluster;
+mod scenarios;
 mod submits;

@@ -10,9 +10,11 @@ use mobula_chaos::sim::{Campaign, Report, Summary, run, run_many};
 
 use crate::args::{ChaosCommand, ChaosSimArguments};
 
-pub(crate) fn run_command(command: ChaosCommand) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run_command(command: ChaosCommand) -> anyhow::Result<ExitCode> {
     match command {
         ChaosCommand::Sim(arguments) => simulate(&arguments),
+        ChaosCommand::Run(arguments) => crate::scenario::run(arguments).await,
+        ChaosCommand::List(format) => crate::scenario::list(format),
     }
 }
 
@@ -63,7 +65,7 @@ fn simulate(arguments: &ChaosSimArguments) -> anyhow::Result<ExitCode> {
     Ok(exit_code(summary.failed))
 }
 
-fn seed_of_the_moment() -> u64 {
+pub(crate) fn seed_of_the_moment() -> u64 {
     let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
     since.as_secs()
 }

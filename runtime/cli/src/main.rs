@@ -2,6 +2,7 @@
 
 mod actors;
 mod args;
+mod builtin;
 mod chaos;
 mod clock;
 mod connect;
@@ -15,6 +16,7 @@ mod local;
 mod models;
 mod nodes;
 mod output;
+mod scenario;
 mod secrets;
 mod serve;
 mod status;
@@ -31,7 +33,7 @@ use crate::args::{Arguments, Command};
 
 fn main() -> ExitCode {
     // An agent starts this same binary as a host or as the driver of a built-in job.
-    if let Some(code) = mobula::process::run_in_cluster(mobula_actors::builtin::main) {
+    if let Some(code) = mobula::process::run_in_cluster(builtin::main) {
         return code;
     }
     let arguments = Arguments::parse();
@@ -82,7 +84,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Metrics { node } => status::metrics(&target, node).await?,
         Command::Status(format) => status::run(&target, format).await?,
         Command::Explain(options) => explain::run(&target, options).await?,
-        Command::Chaos(command) => return chaos::run_command(command),
+        Command::Chaos(command) => return chaos::run_command(command).await,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -18,6 +18,7 @@ mod isolation;
 mod jobs;
 mod objects;
 mod observe;
+mod overload;
 mod serving;
 mod sessions;
 mod small_disk;

@@ -1,0 +1,491 @@
+//! One run of a scenario: cluster, workload and faults side by side, then peace, then the checkers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mobula_wire::control::MetricsRequest;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::cluster::{ClusterError, RealCluster};
+use super::counting::Counting;
+use super::fault_plan::FaultPlan;
+use super::injector::{Injector, Record};
+use super::leaks;
+use super::machines::{Isolation, Machines};
+use super::outcome::{Check, Outcome, enough, felt};
+use super::scenario::Scenario;
+use super::timeline::Timeline;
+use super::traffic::{Traffic, submit_jobs, use_registers};
+use super::verdict::{check_ended, check_jobs, check_once, check_registers};
+
+/// Threads of the clients: they wait for what they ask.
+const CLIENT_THREADS: usize = 2;
+
+/// The list of all jobs is looked at so often, for ends that change.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A client that is waiting when the run ends is given as long as the SDK tries, and a little.
+const LAST_ANSWERS_MAX: Duration = Duration::from_secs(30);
+
+/// A worker's counters are asked for this long.
+const METRICS_MAX: Duration = Duration::from_secs(5);
+
+/// Operations on registers that a run may come to: 800 on each of the thousand names that the registry
+/// holds, less those that are begun and not used up.
+const OPERATIONS_MAX: f64 = 750_000.0;
+
+/// Jobs that a run may come to: the head keeps as many that have ended.
+const JOBS_MAX: f64 = 9_000.0;
+
+/// How a scenario is run.
+#[derive(Clone)]
+pub struct RunOptions {
+    /// The `mobula` binary.
+    pub program: PathBuf,
+    /// What faults and clients are drawn from.
+    pub seed: u64,
+    /// How long faults and workload go on.
+    pub length: Duration,
+    /// Whether machines must share this one's network, also where they need not.
+    pub only_loopback: bool,
+    /// Where everything is kept; without one, a temporary directory, which stays if the run fails.
+    pub dir: Option<PathBuf>,
+    /// Told what happens, line by line.
+    pub observe: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+/// Why there is no outcome.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// It cannot be shown here.
+    #[error(
+        "`{scenario}` takes packets or disk space away, for which each machine needs namespaces of its \
+         own: run it as root{also}"
+    )]
+    NeedsNetwork {
+        /// The scenario.
+        scenario: String,
+        /// What else stands in the way.
+        also: &'static str,
+    },
+    /// Longer than can be checked.
+    #[error(
+        "{minutes:.1} minutes of `{scenario}` are {count:.0} {what}, the limit is {limit}: run it in parts"
+    )]
+    TooLong {
+        /// The scenario.
+        scenario: String,
+        /// The length asked for.
+        minutes: f64,
+        /// What there would be too many of.
+        what: &'static str,
+        /// How many.
+        count: f64,
+        /// How many there may be.
+        limit: f64,
+    },
+    /// The cluster did not come up.
+    #[error("{source} (logs are in {})", dir.display())]
+    Cluster {
+        /// Why.
+        source: ClusterError,
+        /// Where the logs are.
+        dir: PathBuf,
+    },
+    /// Nothing can be written, or no thread be started.
+    #[error("{what}: {reason}")]
+    Setup {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        reason: std::io::Error,
+    },
+    /// Somebody asked to stop.
+    #[error("stopped; everything is taken down")]
+    Stopped,
+    /// Something of a run that ended early is still there.
+    #[error("{} processes of the run are still there: {}", left.len(), left.join("; "))]
+    LeftBehind {
+        /// Process ids and command lines.
+        left: Vec<String>,
+    },
+    /// A defect of the runner.
+    #[error("the run panicked: {0}")]
+    Panicked(String),
+}
+
+/// Runs a scenario. Whatever happens, all processes and networks of the run are gone when this
+/// returns. `stop` becoming true ends it early. Not to be called on a thread of a tokio runtime.
+pub fn run(
+    scenario: &Scenario,
+    options: &RunOptions,
+    stop: watch::Receiver<bool>,
+) -> Result<Outcome, RunError> {
+    check_length(scenario, options.length)?;
+    let isolation = if options.only_loopback {
+        Isolation::Loopback
+    } else {
+        Isolation::available()
+    };
+    if isolation == Isolation::Loopback && scenario.needs_network() {
+        return Err(RunError::NeedsNetwork {
+            scenario: scenario.name.clone(),
+            also: if options.only_loopback {
+                ", and without asking for loopback"
+            } else {
+                ""
+            },
+        });
+    }
+    let removed = leaks::remove_of_dead_runs();
+    if removed > 0 {
+        (options.observe)(&format!("removed what {removed} earlier runs left behind"));
+    }
+    let setup = |what| move |reason| RunError::Setup { what, reason };
+    let dir = match &options.dir {
+        Some(dir) => std::path::absolute(dir).map_err(setup("the directory"))?,
+        None => leaks::make_dir().map_err(setup("a temporary directory"))?,
+    };
+    std::fs::create_dir_all(&dir).map_err(setup("the directory"))?;
+    let failed = |source| RunError::Cluster {
+        source,
+        dir: dir.clone(),
+    };
+    let made = Machines::make(scenario, isolation, options.seed, &options.program, &dir);
+    let machines = made.map_err(failed)?;
+    // Its threads are begun on the clients' machine, and so have its network.
+    let runtime = machines.clients().run(|| {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(CLIENT_THREADS)
+            .enable_all()
+            .build()
+    });
+    let runtime = runtime.map_err(setup("threads for the clients"))?;
+    let whole = drive(
+        scenario.clone(),
+        options.clone(),
+        isolation,
+        machines,
+        dir.clone(),
+        stop,
+    );
+    // The calling thread is not on that machine, so it must not poll the run itself.
+    let ended = runtime.block_on(async { tokio::spawn(whole).await });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    let left = leaks::left_over(&dir);
+    let outcome = match ended {
+        Ok(Ok(mut outcome)) => {
+            let nothing = "no process is left".to_owned();
+            let check = Check::of("nothing is left behind (I11)", nothing, &left);
+            outcome.passed &= check.passed;
+            outcome.checks.push(check);
+            Ok(outcome)
+        }
+        _ if !left.is_empty() => Err(RunError::LeftBehind { left }),
+        Ok(Err(error)) => Err(error),
+        Err(error) => Err(RunError::Panicked(error.to_string())),
+    };
+    let is_well = outcome.as_ref().is_ok_and(|outcome| outcome.passed);
+    let is_stopped = matches!(outcome, Err(RunError::Stopped));
+    if options.dir.is_none() && (is_well || is_stopped) {
+        // What cannot be removed now is removed by the next run.
+        let _ = std::fs::remove_dir_all(&dir);
+    } else {
+        leaks::keep_dir(&dir);
+        (options.observe)(&format!("logs and data stay in {}", dir.display()));
+    }
+    outcome
+}
+
+fn check_length(scenario: &Scenario, length: Duration) -> Result<(), RunError> {
+    let seconds = length.as_secs_f64();
+    let workload = &scenario.workload;
+    for (what, rate, limit) in [
+        (
+            "operations on registers",
+            workload.register_operations_per_second,
+            OPERATIONS_MAX,
+        ),
+        ("jobs", workload.submits_per_second, JOBS_MAX),
+    ] {
+        let count = rate * seconds;
+        if count > limit {
+            return Err(RunError::TooLong {
+                scenario: scenario.name.clone(),
+                minutes: seconds / 60.0,
+                what,
+                count,
+                limit,
+            });
+        }
+    }
+    Ok(())
+}
+
+async fn drive(
+    scenario: Scenario,
+    options: RunOptions,
+    isolation: Isolation,
+    machines: Machines,
+    dir: PathBuf,
+    mut stop: watch::Receiver<bool>,
+) -> Result<Outcome, RunError> {
+    let whole = play(&scenario, &options, isolation, machines, dir);
+    tokio::select! {
+        outcome = whole => outcome,
+        // Dropping the run takes everything down. That the sender is gone is no wish to stop.
+        Ok(_) = stop.wait_for(|stop| *stop) => Err(RunError::Stopped),
+    }
+}
+
+async fn play(
+    scenario: &Scenario,
+    options: &RunOptions,
+    isolation: Isolation,
+    machines: Machines,
+    dir: PathBuf,
+) -> Result<Outcome, RunError> {
+    let observe = &options.observe;
+    let failed = |source| RunError::Cluster {
+        source,
+        dir: dir.clone(),
+    };
+    let timeline = Timeline::draw(options.seed, scenario, options.length);
+    let started = Instant::now();
+    let cluster = RealCluster::start(machines, scenario, &dir).await;
+    let cluster = Arc::new(cluster.map_err(failed)?);
+    observe(&format!(
+        "{} heads and {} workers are up after {:.1} s; {} faults are drawn",
+        cluster.heads().len(),
+        cluster.workers().len(),
+        started.elapsed().as_secs_f64(),
+        timeline.faults().len()
+    ));
+    let counting = Counting::start(scenario, &cluster, &dir)
+        .await
+        .map_err(failed)?;
+    let marks = dir.join("ran");
+    let traffic = Arc::new(Traffic::new(
+        options.seed,
+        &scenario.workload,
+        marks.clone(),
+    ));
+    let injector = Arc::new(Injector {
+        cluster: Arc::clone(&cluster),
+        plans: scenario.faults.clone(),
+        record: Mutex::new(Record::default()),
+        began: Instant::now(),
+        counter: counting.job,
+    });
+    let stop = watch::Sender::new(false);
+    let mut clients = start_clients(scenario, &cluster, &traffic, &stop)
+        .await
+        .map_err(failed)?;
+    let mut background = JoinSet::new();
+    let supervisor = Arc::clone(&injector);
+    background.spawn(async move { supervisor.supervise().await });
+    let (looker, looking) = (cluster.admin().clone(), Arc::clone(&traffic));
+    background.spawn(async move {
+        loop {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            looking.look(&looker).await;
+        }
+    });
+    hurt(&injector, &scenario.faults, &timeline, observe).await;
+    tokio::time::sleep(options.length.saturating_sub(traffic.now())).await;
+    let length = traffic.now();
+    stop.send_replace(true);
+    counting.stop();
+    if let Some(router) = cluster.router() {
+        router.heal_all();
+    }
+    observe("healed; waiting until everything has ended and every head agrees");
+    let settled = settle(scenario, &cluster, &traffic, &mut clients).await;
+    background.shutdown().await;
+    let patience = Duration::from_secs(scenario.checks.settle_max_s) + LAST_ANSWERS_MAX;
+    let counted = counting.check(&cluster, patience, &traffic).await;
+    let stale_refused = stale_refused(&cluster).await;
+
+    let record = std::mem::take(&mut *injector.record.lock());
+    let logs = cluster.heads().iter().map(|head| head.log_file());
+    let logs: Vec<String> = logs
+        .filter_map(|log| std::fs::read_to_string(log).ok())
+        .collect();
+    let felt = felt(&record.done, &traffic.acknowledged(), length, &logs);
+    let counts = *traffic.counts.lock();
+    let mut checks = vec![
+        enough(scenario, &counts, record.done.len(), length),
+        settled,
+        check_registers(&traffic),
+        check_jobs(scenario, &traffic, &marks),
+        check_once(&traffic),
+        check_ended(scenario, &record),
+    ];
+    checks.extend(counted);
+    if let Some(limit) = scenario.checks.write_gap_p99_max_ms {
+        let p99 = felt.write_gap.p99_ms;
+        let broken = (p99 > limit).then(|| format!("{p99} ms, the limit is {limit} ms"));
+        let broken: Vec<String> = broken.into_iter().collect();
+        let looked_at = format!("{p99} ms of {limit} ms");
+        checks.push(Check::of("write gap, p99", looked_at, &broken));
+    }
+    let mut faults = BTreeMap::new();
+    for done in &record.done {
+        *faults.entry(done.kind.as_str()).or_default() += 1;
+    }
+    Ok(Outcome {
+        scenario: scenario.name.clone(),
+        seed: options.seed,
+        length_s: length.as_secs_f64(),
+        isolation,
+        load: load(),
+        passed: checks.iter().all(|check| check.passed),
+        checks,
+        faults,
+        faults_on_leader: record.done.iter().filter(|done| done.was_leader).count(),
+        left_out: record.left_out,
+        counts,
+        felt,
+        stale_refused,
+        network: cluster.router().map(super::router::Router::carried),
+        done: record.done,
+    })
+}
+
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
+}
+
+async fn start_clients(
+    scenario: &Scenario,
+    cluster: &RealCluster,
+    traffic: &Arc<Traffic>,
+    stop: &watch::Sender<bool>,
+) -> Result<JoinSet<()>, ClusterError> {
+    let workload = &scenario.workload;
+    let mut clients = JoinSet::new();
+    for number in 0..workload.register_clients {
+        let client = cluster.client().await?;
+        let traffic = Arc::clone(traffic);
+        let (workload, stop) = (workload.clone(), stop.subscribe());
+        clients.spawn(use_registers(traffic, number, client, workload, stop));
+    }
+    for number in 0..workload.submitters {
+        let (client, second) = (cluster.client().await?, cluster.client().await?);
+        let traffic = Arc::clone(traffic);
+        let (workload, stop) = (workload.clone(), stop.subscribe());
+        clients.spawn(submit_jobs(traffic, number, client, second, workload, stop));
+    }
+    Ok(clients)
+}
+
+/// Does all faults in their time; those of one entry one after the other.
+async fn hurt(
+    injector: &Arc<Injector>,
+    plans: &[FaultPlan],
+    timeline: &Timeline,
+    observe: &Arc<dyn Fn(&str) + Send + Sync>,
+) {
+    let mut entries = JoinSet::new();
+    for entry in 0..plans.len() {
+        let of_entry = timeline
+            .faults()
+            .iter()
+            .filter(|fault| fault.entry == entry);
+        let faults: Vec<_> = of_entry.copied().collect();
+        let (injector, observe) = (Arc::clone(injector), Arc::clone(observe));
+        entries.spawn(async move {
+            for fault in faults {
+                let at = injector.began + fault.at;
+                tokio::time::sleep_until(at.into()).await;
+                observe(&fault.to_string());
+                injector.inject(&fault).await;
+            }
+        });
+    }
+    while let Some(ended) = entries.join_next().await {
+        if let Err(error) = ended {
+            let line = format!("a fault panicked: {error}");
+            injector.record.lock().left_out.push(line);
+        }
+    }
+}
+
+/// Waits until nothing is under way any more (I18).
+async fn settle(
+    scenario: &Scenario,
+    cluster: &RealCluster,
+    traffic: &Traffic,
+    clients: &mut JoinSet<()>,
+) -> Check {
+    let name = "everything ends and every head agrees in time (I18)";
+    let limit = Duration::from_secs(scenario.checks.settle_max_s);
+    let began = Instant::now();
+    let mut broken = Vec::new();
+    let answered = tokio::time::timeout(LAST_ANSWERS_MAX, async {
+        while let Some(ended) = clients.join_next().await {
+            if let Err(error) = ended {
+                traffic
+                    .broken
+                    .lock()
+                    .insert(format!("a client panicked: {error}"));
+            }
+        }
+    });
+    if answered.await.is_err() {
+        let seconds = LAST_ANSWERS_MAX.as_secs();
+        broken.push(format!("{} clients wait after {seconds} s", clients.len()));
+        clients.shutdown().await;
+    }
+    let whole = async {
+        cluster.wait_for_voters().await?;
+        cluster.wait_for_workers().await
+    };
+    match tokio::time::timeout(limit, whole).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => broken.push(error.to_string()),
+        Err(_) => broken.push(format!(
+            "the group is not whole after {} s",
+            limit.as_secs()
+        )),
+    }
+    let mut open = None;
+    while began.elapsed() < limit + LAST_ANSWERS_MAX {
+        open = traffic.look(cluster.admin()).await;
+        if open == Some(0) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    match open {
+        Some(0) => {}
+        Some(open) => broken.push(format!("{open} jobs have not ended")),
+        None => broken.push("the list of jobs is not answered".to_owned()),
+    }
+    let looked_at = format!("after {:.1} s", began.elapsed().as_secs_f64());
+    Check::of(name, looked_at, &broken)
+}
+
+/// Messages that workers refused because a newer leader had spoken (I4), over all that answer.
+async fn stale_refused(cluster: &RealCluster) -> u64 {
+    let mut sum = 0;
+    for worker in cluster.workers() {
+        let node = worker.name().to_owned();
+        let asked = cluster.admin().control().read("metrics", |mut api| {
+            let request = MetricsRequest { node: node.clone() };
+            async move { api.metrics(request).await }
+        });
+        if let Ok(Ok(reply)) = tokio::time::timeout(METRICS_MAX, asked).await {
+            let of_name = |line: &&str| line.starts_with("mobula_worker_stale_messages");
+            let line = reply.text.lines().find(of_name);
+            let count = line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
+            sum += count.unwrap_or(0);
+        }
+    }
+    sum
+}

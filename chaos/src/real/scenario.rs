@@ -1,0 +1,374 @@
+//! Scenarios: what the cluster is, what its clients do, what goes wrong, and what must hold then.
+//!
+//! Invariants:
+//! 1. Every key is known and fits its fault: anything else is refused with file, line and column.
+//! 2. A scenario is bounded: so many machines, operations and jobs as one run can check.
+
+use mobula_core::config::{Config, line_and_column};
+use serde::Deserialize;
+
+use super::fault_plan::FaultPlan;
+
+/// The scenarios that come with the binary: their names and texts.
+pub const BUILT_IN: [(&str, &str); 8] = [
+    (
+        "leader-kill",
+        include_str!("../../scenarios/leader-kill.toml"),
+    ),
+    (
+        "leader-pause",
+        include_str!("../../scenarios/leader-pause.toml"),
+    ),
+    (
+        "partition-storm",
+        include_str!("../../scenarios/partition-storm.toml"),
+    ),
+    (
+        "one-way-cuts",
+        include_str!("../../scenarios/one-way-cuts.toml"),
+    ),
+    (
+        "lossy-network",
+        include_str!("../../scenarios/lossy-network.toml"),
+    ),
+    ("disk-full", include_str!("../../scenarios/disk-full.toml")),
+    (
+        "rolling-restart",
+        include_str!("../../scenarios/rolling-restart.toml"),
+    ),
+    (
+        "members-churn",
+        include_str!("../../scenarios/members-churn.toml"),
+    ),
+];
+
+/// Machines of one run: each is a thread, a network card and a process or more.
+const MACHINES_MAX: u32 = 32;
+
+/// Clients of one kind.
+const CLIENTS_MAX: u32 = 256;
+
+/// Operations a second, over all clients of one kind.
+const RATE_MAX: f64 = 10_000.0;
+
+/// Why a scenario is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{file}:{line}:{column}: {message}")]
+pub struct ScenarioError {
+    file: String,
+    line: usize,
+    column: usize,
+    message: String,
+}
+
+/// What is done to a cluster, and what it must show.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// Its name: the built-in one, or the file's.
+    #[serde(skip)]
+    pub name: String,
+    /// One line about what happens.
+    pub title: String,
+    /// The cluster.
+    pub cluster: Shape,
+    /// What clients do meanwhile.
+    pub workload: Workload,
+    /// What goes wrong; each entry goes on by itself.
+    #[serde(default, rename = "fault")]
+    pub faults: Vec<FaultPlan>,
+    /// What must hold besides the promises.
+    pub checks: Checks,
+}
+
+/// The cluster's machines.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    /// Heads: 1, 3 or 5.
+    pub heads: u32,
+    /// Workers.
+    pub workers: u32,
+    /// CPU cores that each worker offers, whatever the machine has.
+    #[serde(default = "default_cpus")]
+    pub cpus: f64,
+    /// A disk of its own for each head, of so many MiB.
+    #[serde(default)]
+    pub head_disk_mib: Option<u32>,
+    /// Configuration of heads and workers, as in a configuration file.
+    #[serde(default)]
+    pub config: toml::Table,
+}
+
+fn default_cpus() -> f64 {
+    8.0
+}
+
+/// What clients do; rates are over all clients of a kind together.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// Clients that submit jobs.
+    pub submitters: u32,
+    /// Jobs a second.
+    pub submits_per_second: f64,
+    /// Of these, how many percent are stopped again.
+    #[serde(default)]
+    pub stops_percent: u32,
+    /// Clients that write and read registers.
+    pub register_clients: u32,
+    /// Registers at a time.
+    pub registers: u32,
+    /// Writes and reads a second; half are writes.
+    pub register_operations_per_second: f64,
+    /// Calls a second to a durable counter, each of which must count once.
+    #[serde(default)]
+    pub increments_per_second: f64,
+}
+
+/// What must hold besides the promises, so that a run shows something.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Checks {
+    /// Jobs that are acknowledged, at least.
+    pub jobs_min_per_minute: f64,
+    /// Operations on registers that are answered, at least.
+    pub register_operations_min_per_minute: f64,
+    /// Counted calls that are answered, at least.
+    #[serde(default)]
+    pub increments_min_per_minute: f64,
+    /// Faults that were done, at least.
+    pub faults_min_per_minute: f64,
+    /// The longest that nobody's write was acknowledged after a fault, at the 99th percentile.
+    #[serde(default)]
+    pub write_gap_p99_max_ms: Option<u64>,
+    /// Everything must have ended and every head must agree so long after the last fault.
+    #[serde(default = "default_settle_s")]
+    pub settle_max_s: u64,
+    /// How often a job's program may run again, because faults take workers away.
+    #[serde(default)]
+    pub job_restarts_max: u64,
+    /// Heads may end by themselves, as they do on a disk that fails; they are started again.
+    #[serde(default)]
+    pub heads_may_end: bool,
+}
+
+fn default_settle_s() -> u64 {
+    60
+}
+
+impl Scenario {
+    /// The built-in scenario of this name.
+    #[must_use]
+    pub fn built_in(name: &str) -> Option<Scenario> {
+        let (name, text) = BUILT_IN.iter().find(|(known, _)| *known == name)?;
+        let scenario = Scenario::from_toml(text, name);
+        Some(scenario.expect("a test reads every built-in scenario"))
+    }
+
+    /// Reads `text`; `file` is its name, in errors and reports.
+    pub fn from_toml(text: &str, file: &str) -> Result<Scenario, ScenarioError> {
+        let refused = |offset: usize, message: String| {
+            let (line, column) = line_and_column(text, offset);
+            ScenarioError {
+                file: file.to_owned(),
+                line,
+                column,
+                message,
+            }
+        };
+        let mut scenario: Scenario = toml::from_str(text).map_err(|error| {
+            let offset = error.span().map_or(0, |span| span.start);
+            refused(offset, error.message().to_owned())
+        })?;
+        scenario.name = file.trim_end_matches(".toml").to_owned();
+        // A section's complaint points at its heading.
+        let heading = |name: &str| text.find(&format!("[{name}]")).unwrap_or(0);
+        if let Some(message) = scenario.cluster.complaint() {
+            return Err(refused(heading("cluster"), message));
+        }
+        if let Some(message) = scenario.workload.complaint() {
+            return Err(refused(heading("workload"), message));
+        }
+        for fault in &scenario.faults {
+            if let Some(message) = fault.complaint(&scenario) {
+                return Err(refused(fault.kind.span().start, message));
+            }
+        }
+        Ok(scenario)
+    }
+
+    /// Whether it can only be run with a network of its own.
+    #[must_use]
+    pub fn needs_network(&self) -> bool {
+        let needs = |fault: &FaultPlan| fault.kind().needs_network();
+        self.cluster.head_disk_mib.is_some() || self.faults.iter().any(needs)
+    }
+}
+
+impl Shape {
+    fn complaint(&self) -> Option<String> {
+        if ![1, 3, 5].contains(&self.heads) {
+            return Some(format!("`heads` is {}: a group has 1, 3 or 5", self.heads));
+        }
+        let machines = self.heads.saturating_add(self.workers);
+        if machines > MACHINES_MAX {
+            return Some(format!("{machines} machines, the limit is {MACHINES_MAX}"));
+        }
+        if !(0.1..=1024.0).contains(&self.cpus) {
+            return Some(format!("`cpus` is {}: allowed are 0.1 to 1024", self.cpus));
+        }
+        if let Some(mib) = self.head_disk_mib
+            && !(64..=65_536).contains(&mib)
+        {
+            return Some(format!(
+                "`head_disk_mib` is {mib}: allowed are 64 to 65536, for a head needs some"
+            ));
+        }
+        let text = toml::to_string(&self.config).expect("what was TOML is TOML");
+        match Config::from_toml(&text, "config") {
+            Ok(_) => None,
+            Err(error) => Some(format!("[cluster.config]: {error}")),
+        }
+    }
+}
+
+impl Workload {
+    fn complaint(&self) -> Option<String> {
+        for (key, clients) in [
+            ("submitters", self.submitters),
+            ("register_clients", self.register_clients),
+            ("registers", self.registers),
+        ] {
+            if clients > CLIENTS_MAX {
+                return Some(format!("`{key}` is {clients}, the limit is {CLIENTS_MAX}"));
+            }
+        }
+        for (key, rate) in [
+            ("submits_per_second", self.submits_per_second),
+            (
+                "register_operations_per_second",
+                self.register_operations_per_second,
+            ),
+            ("increments_per_second", self.increments_per_second),
+        ] {
+            if !(0.0..=RATE_MAX).contains(&rate) {
+                return Some(format!("`{key}` is {rate}: allowed are 0 to {RATE_MAX}"));
+            }
+        }
+        if self.stops_percent > 100 {
+            return Some(format!(
+                "`stops_percent` is {}: allowed are 0 to 100",
+                self.stops_percent
+            ));
+        }
+        if self.register_clients > 0 && self.registers == 0 {
+            return Some("clients of registers without `registers`: give one or more".into());
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "\
+title = \"small\"
+[cluster]
+heads = 3
+workers = 1
+[workload]
+submitters = 1
+submits_per_second = 1
+register_clients = 1
+registers = 1
+register_operations_per_second = 10
+[checks]
+jobs_min_per_minute = 1
+register_operations_min_per_minute = 1
+faults_min_per_minute = 1
+";
+
+    #[test]
+    fn every_built_in_scenario_is_read_and_says_what_it_is() {
+        for (name, text) in BUILT_IN {
+            let scenario =
+                Scenario::from_toml(text, name).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(Scenario::built_in(name), Some(scenario.clone()));
+            assert!(!scenario.title.is_empty() && !scenario.faults.is_empty());
+        }
+        assert_eq!(Scenario::built_in("no-such"), None);
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused_where_it_stands() {
+        assert!(Scenario::from_toml(SMALL, "small.toml").is_ok());
+        let fault = |text: &str| format!("{SMALL}[[fault]]\n{text}\nevery_s = [1, 2]\n");
+        let cases = [
+            (
+                SMALL.replace("workers", "workerz"),
+                ":4:1: unknown field `workerz`",
+            ),
+            (
+                SMALL.replace("heads = 3", "heads = 2"),
+                ":2:1: `heads` is 2",
+            ),
+            (
+                SMALL.replace("submitters = 1", "submitters = 1000"),
+                ":5:1: `submitters` is 1000, the limit is 256",
+            ),
+            (
+                SMALL.replace(
+                    "[workload]",
+                    "[cluster.config.raft]\ntick_ms = 1\n[workload]",
+                ),
+                "[cluster.config]: config: `raft.tick_ms` is 1",
+            ),
+            (
+                fault("kind = \"explode\"\nlasts_s = [0, 1]"),
+                ":16:8: unknown variant `explode`",
+            ),
+            (
+                fault("kind = \"kill\"\nlasts_s = [0, 1]\npeers = \"heads\""),
+                ":16:8: `peers` means nothing to `kill`",
+            ),
+            (
+                fault("kind = \"disturb\"\nlasts_s = [0, 1]"),
+                "which needs one of them",
+            ),
+            (
+                fault("kind = \"fill-disk\"\nlasts_s = [0, 1]"),
+                "`fill-disk` needs `head_disk_mib`",
+            ),
+            (
+                fault("kind = \"kill\"\nlasts_s = [2, 1]"),
+                "`lasts_s` is [2, 1]",
+            ),
+            (
+                fault("kind = \"kill\"\ntarget = \"counter\"\nlasts_s = [0, 1]"),
+                "there is no counter",
+            ),
+        ];
+        for (text, expected) in cases {
+            let error = Scenario::from_toml(&text, "small.toml").unwrap_err();
+            let error = error.to_string();
+            assert!(error.starts_with("small.toml:"), "{error}");
+            assert!(error.contains(expected), "{expected}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_takes_packets_away_needs_a_network_of_its_own() {
+        let scenario = Scenario::built_in("leader-kill").unwrap();
+        assert!(!scenario.needs_network());
+        for name in [
+            "partition-storm",
+            "one-way-cuts",
+            "lossy-network",
+            "disk-full",
+        ] {
+            assert!(Scenario::built_in(name).unwrap().needs_network(), "{name}");
+        }
+    }
+}
