@@ -113,7 +113,10 @@ pub(super) fn felt(
         let next = done.get(position + 1);
         let next = next.map_or(length, |next| Duration::from_millis(next.at_ms));
         let until = next.min(from + LOOK_MAX).min(length);
-        gaps.push(longest_gap(acknowledged, from, until));
+        // Where nobody writes, nothing is felt.
+        if !acknowledged.is_empty() {
+            gaps.push(longest_gap(acknowledged, from, until));
+        }
         back.extend(recovery(acknowledged, from, until));
         if fault.was_leader {
             let after = leading.partition_point(|moment| *moment < fault.wall);

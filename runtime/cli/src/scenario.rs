@@ -84,7 +84,11 @@ pub(crate) async fn run(arguments: ChaosRunArguments) -> anyhow::Result<ExitCode
     println!(
         "again: mobula chaos run {} --seed {seed} --minutes {minutes}{}",
         arguments.scenario,
-        if arguments.loopback { " --loopback" } else { "" }
+        if arguments.loopback {
+            " --loopback"
+        } else {
+            ""
+        }
     );
     let options = RunOptions {
         program: std::env::current_exe().context("this program's own path is not known")?,
