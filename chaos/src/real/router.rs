@@ -8,7 +8,7 @@
 //!    the way back may differ.
 //! 2. Whether a packet is lost or doubled, and how late it is, is drawn from the seed, the way and
 //!    the packet's place on it.
-//! 3. At most [`PACKETS_DELAYED_MAX`] packets are held back.
+//! 3. At most 10 000 packets are held back.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
