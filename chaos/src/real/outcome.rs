@@ -50,7 +50,7 @@ impl Check {
     }
 }
 
-/// How the faults were felt.
+/// How the faults that hit the leader were felt.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Felt {
     /// From a fault on: the longest time that nobody's write was acknowledged.
@@ -105,7 +105,8 @@ pub(super) fn felt(
 ) -> Felt {
     let mut leading: Vec<_> = logs.iter().flat_map(|log| elections(log)).collect();
     leading.sort_unstable();
-    let mut done: Vec<&Done> = done.iter().collect();
+    // What hits somebody else is hardly felt, and would only make the figures look better.
+    let mut done: Vec<&Done> = done.iter().filter(|done| done.was_leader).collect();
     done.sort_by_key(|done| done.at_ms);
     let (mut gaps, mut back, mut elected) = (Vec::new(), Vec::new(), Vec::new());
     for (position, fault) in done.iter().enumerate() {
@@ -118,13 +119,11 @@ pub(super) fn felt(
             gaps.push(longest_gap(acknowledged, from, until));
         }
         back.extend(recovery(acknowledged, from, until));
-        if fault.was_leader {
-            let after = leading.partition_point(|moment| *moment < fault.wall);
-            let moment = leading.get(after).copied();
-            let took = moment.and_then(|moment| moment.duration_since(fault.wall).ok());
-            // Later than the next fault, it is that one's.
-            elected.extend(took.filter(|took| *took <= until.saturating_sub(from)));
-        }
+        let after = leading.partition_point(|moment| *moment < fault.wall);
+        let moment = leading.get(after).copied();
+        let took = moment.and_then(|moment| moment.duration_since(fault.wall).ok());
+        // Later than the next fault, it is that one's.
+        elected.extend(took.filter(|took| *took <= until.saturating_sub(from)));
     }
     Felt {
         write_gap: Times::of(gaps),
@@ -266,7 +265,8 @@ mod tests {
         };
         let done = [
             done(1_000, true, wall),
-            done(5_000, false, wall + Duration::from_secs(4)),
+            done(3_000, false, wall + Duration::from_secs(2)),
+            done(5_000, true, wall + Duration::from_secs(4)),
         ];
         let is_answered = |at: &u64| !(1_000..1_800).contains(at);
         let answered = (0..10_000).step_by(10).filter(is_answered);
