@@ -59,11 +59,26 @@ fn main() -> ExitCode {
     }
 }
 
-/// `mobula … | head` ends when `head` has seen enough, as other commands do, instead of panicking
-/// over the write that fails. Daemons keep ignoring the signal: their peers come and go.
+/// The exit status that a shell shows for a process that a closed pipe has ended.
+const CLOSED_PIPE_STATUS: i32 = 128 + libc::SIGPIPE;
+
+/// `mobula … | head` ends when `head` has seen enough, as other commands do, instead of with the
+/// message of a panic over the write that fails.
+///
+/// Not by the signal: that would end the process also when a *socket* is closed that it writes to, in
+/// the middle of finding another head.
 fn end_quietly_on_a_closed_pipe() {
-    // SAFETY: sets a signal's disposition before any thread is started; no handler is involved.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let message = info.payload().downcast_ref::<String>();
+        let is_closed_pipe = message.is_some_and(|message| {
+            message.starts_with("failed printing to std") && message.contains("Broken pipe")
+        });
+        if is_closed_pipe {
+            std::process::exit(CLOSED_PIPE_STATUS);
+        }
+        before(info);
+    }));
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {

@@ -255,3 +255,17 @@ fn a_job_that_cannot_be_placed_says_why() {
     cluster.ok(&["jobs", "stop", &job]);
     assert_eq!(cluster.wait_job(&job)["state"], "stopped");
 }
+
+#[test]
+fn a_command_whose_reader_has_gone_ends_without_a_word() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = mobula()
+        .args(["chaos", "list"])
+        .stdout(writer)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    // What a shell shows for SIGPIPE.
+    assert_eq!((output.status.code(), said.as_str()), (Some(141), ""));
+}
