@@ -290,7 +290,7 @@ fn wire_host_seeds() -> Vec<Vec<u8>> {
     vec![seed_of(0, &certificate)]
 }
 
-use mobula_wire::raft::{RaftHello, RaftRefusal, SnapshotAnswer, SnapshotOffer};
+use mobula_wire::raft::{RaftHello, RaftRefusal, SnapshotAnswer, SnapshotOffer, StateClaim};
 
 fn wire_raft(bytes: &[u8]) {
     one_of(
@@ -299,6 +299,7 @@ fn wire_raft(bytes: &[u8]) {
             message::<RaftHello>,
             message::<RaftRefusal>,
             message::<SnapshotOffer>,
+            message::<StateClaim>,
             message::<SnapshotAnswer>,
         ],
     );

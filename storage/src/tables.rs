@@ -8,7 +8,8 @@
 //! 1. A command's writes reach the batch as a whole, or not at all: [`CommandTxn::commit`], or drop.
 //! 2. A command sees its own writes, those of earlier commands of the batch, and below them the
 //!    engine.
-//! 3. Equal rows have an equal [`state_hash`], on every replica and every engine.
+//! 3. Equal rows have an equal [`state_hash`], on every replica and every engine; equal commands have
+//!    equal [`ApplyBatch::take_writes_hash`]es.
 //! 4. A fault of the store ends the process: a replica that cannot read its state must not answer.
 
 use std::collections::BTreeMap;
@@ -99,6 +100,7 @@ pub struct ApplyBatch<R> {
     base: R,
     overlay: Overlay,
     size_bytes: usize,
+    written: WritesHasher,
 }
 
 impl<R: Read> ApplyBatch<R> {
@@ -109,6 +111,7 @@ impl<R: Read> ApplyBatch<R> {
             base,
             overlay: Overlay::new(),
             size_bytes: 0,
+            written: WritesHasher::default(),
         }
     }
 
@@ -130,6 +133,12 @@ impl<R: Read> ApplyBatch<R> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.overlay.is_empty()
+    }
+
+    /// The BLAKE3 hash of what was committed since this was last asked, in order: equal for equal
+    /// commands, however they are spread over batches.
+    pub fn take_writes_hash(&mut self) -> [u8; 32] {
+        std::mem::take(&mut self.written).finish()
     }
 
     /// Moves the writes into `target`, which should also carry the applied index.
@@ -169,6 +178,7 @@ impl<R: Read> CommandTxn<'_, R> {
     pub fn commit(self) {
         for (key, value) in self.writes {
             self.batch.size_bytes += key.len() + value.as_ref().map_or(0, Vec::len);
+            self.batch.written.update(&key, value.as_deref());
             self.batch.overlay.insert(key, value);
         }
     }
@@ -291,6 +301,27 @@ impl RowHasher {
     }
 }
 
+/// Feeds writes into a hash so that no two lists of them look alike.
+#[derive(Debug, Clone, Default)]
+struct WritesHasher {
+    hasher: blake3::Hasher,
+}
+
+impl WritesHasher {
+    fn update(&mut self, key: &[u8], value: Option<&[u8]>) {
+        let length = |part: &[u8]| (part.len() as u64).to_le_bytes();
+        self.hasher.update(&length(key));
+        self.hasher.update(key);
+        // A deletion is no length that a value can have.
+        self.hasher.update(&value.map_or([u8::MAX; 8], length));
+        self.hasher.update(value.unwrap_or_default());
+    }
+
+    fn finish(&self) -> [u8; 32] {
+        *self.hasher.finalize().as_bytes()
+    }
+}
+
 /// The BLAKE3 hash of all rows of all tables, in key order. It reads everything: for snapshots,
 /// backups and comparisons between replicas, not for every entry.
 pub fn state_hash<R: Read>(base: &R) -> Result<blake3::Hash, EngineError> {
@@ -368,6 +399,44 @@ mod tests {
         let mut target = WriteBatch::new();
         batch.write_into(&mut target);
         assert!(target.is_empty());
+    }
+
+    #[test]
+    fn the_hash_of_writes_tells_commands_apart_and_not_how_they_are_batched() {
+        type Write<'a> = (&'a [u8], Option<&'a [u8]>);
+        let hashes = |batches: &[&[&[Write<'_>]]]| -> Vec<[u8; 32]> {
+            let mut found = Vec::new();
+            for commands in batches {
+                let mut batch = ApplyBatch::new(engine_with(&[b"a"]));
+                for command in *commands {
+                    let mut txn = batch.begin();
+                    for (key, value) in *command {
+                        match value {
+                            Some(value) => txn.put(T, key, value.to_vec()),
+                            None => txn.delete(T, key),
+                        }
+                    }
+                    txn.commit();
+                    found.push(batch.take_writes_hash());
+                }
+            }
+            found
+        };
+        let put: &[Write<'_>] = &[(b"ab", Some(b"c"))];
+        let delete: &[Write<'_>] = &[(b"ab", None)];
+        let empty: &[Write<'_>] = &[(b"ab", Some(b""))];
+        let shifted: &[Write<'_>] = &[(b"a", Some(b"bc"))];
+        assert_eq!(
+            hashes(&[&[put, delete, empty, shifted]]),
+            hashes(&[&[put], &[delete, empty], &[shifted]])
+        );
+        let all = hashes(&[&[put, delete, empty, shifted, &[]]]);
+        let distinct: std::collections::BTreeSet<_> = all.iter().collect();
+        assert_eq!(distinct.len(), all.len());
+        // What was thrown away does not count.
+        let mut batch = ApplyBatch::new(engine_with(&[]));
+        batch.begin().put(T, b"x", Vec::new());
+        assert_eq!(batch.take_writes_hash(), all[4]);
     }
 
     #[test]

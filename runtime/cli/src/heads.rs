@@ -126,6 +126,7 @@ async fn members(cluster: &Cluster, format: Format) -> anyhow::Result<()> {
                 head.role.clone(),
                 state,
                 or_dash(behind),
+                compared(head),
                 head.api_address.clone(),
                 head.cluster_address.clone(),
             ]
@@ -136,10 +137,21 @@ async fn members(cluster: &Cluster, format: Format) -> anyhow::Result<()> {
         reply.term, reply.committed_index
     );
     print_table(
-        &["ID", "NAME", "ROLE", "STATE", "BEHIND", "API", "CLUSTER"],
+        &[
+            "ID", "NAME", "ROLE", "STATE", "BEHIND", "HOLDS", "API", "CLUSTER",
+        ],
         &rows,
     );
     Ok(())
+}
+
+/// Whether what it holds is what the head that answers holds.
+fn compared(head: &Head) -> String {
+    match (head.state_differs, head.state_compared_index) {
+        (Some(true), Some(index)) => format!("DIFFERS at {index}"),
+        (Some(false), _) => "the same".to_owned(),
+        _ => "-".to_owned(),
+    }
 }
 
 async fn add(cluster: &Cluster, ttl_ms: u64, format: Format) -> anyhow::Result<()> {

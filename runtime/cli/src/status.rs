@@ -49,6 +49,9 @@ pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<()> {
         "actors   {} placed, {} pending",
         status.actors_running, status.actors_pending
     );
+    if !status.state_problem.is_empty() {
+        println!("         PROBLEM: {}", status.state_problem);
+    }
     println!("storage  {}", status.storage_url);
     if !status.storage_problem.is_empty() {
         println!("         PROBLEM: {}", status.storage_problem);

@@ -66,6 +66,19 @@ pub enum HeadError {
         /// Its data directory.
         data_dir: PathBuf,
     },
+    /// Its state was found to be wrong.
+    #[error(
+        "the state of head {raft_id} was found to differ from that of a majority at entry {index}: \
+         it must not serve again; keep its data directory for whoever looks into this, remove it \
+         from the group (`mobula head remove {raft_id}`), and join again with an empty directory, \
+         under a new id"
+    )]
+    Diverged {
+        /// Its id in Raft.
+        raft_id: u64,
+        /// The entry.
+        index: u64,
+    },
     /// This head is no member of its group any more.
     #[error(
         "head {raft_id} was removed from its group; to bring this machine back, empty {data_dir} \

@@ -313,6 +313,20 @@ pub(crate) async fn text(context: &Arc<HeadContext>) -> Result<String, tonic::St
         "Applied entries that the log still holds",
         entries,
     );
+    let states = context.raft.peer_states();
+    let differing = states.iter().filter(|state| state.differs).count() as u64;
+    gauge(
+        r,
+        "raft_states_compared",
+        "Other heads whose state was compared with this one's",
+        states.len() as u64,
+    );
+    gauge(
+        r,
+        "raft_states_differing",
+        "Those among them whose state differs",
+        differing,
+    );
     let followers = LOG_STREAMS_MAX - context.log_streams.available_permits();
     gauge(
         r,

@@ -26,6 +26,7 @@ use mobula_storage::engine::{
 use mobula_storage::raft_log::RaftLog;
 use mobula_storage::snapshot::SnapshotInstall;
 use mobula_storage::tables::TablesReader;
+use mobula_wire::raft::StateClaim;
 use raft::prelude::{ConfChange, ConfChangeType, ConfState, Entry, Message};
 use tokio::sync::oneshot::{self, Receiver};
 use tokio::sync::watch;
@@ -118,6 +119,10 @@ impl Peers<MemorySnapshot> for WirePeers {
         let next = || export.next_frame().expect("memory can be read");
         self.0
             .send_snapshot(message, std::iter::from_fn(next).collect());
+    }
+
+    fn send_claim(&mut self, _: &StateClaim) {
+        // Whoever simulates looks at the states of all heads itself, at every entry.
     }
 
     fn set_group(&mut self, _: &GroupView) {}

@@ -39,6 +39,8 @@ pub enum FrameKind {
     Message = 16,
     /// Raw bytes that belong to the message before.
     Chunk = 17,
+    /// An encoded message that is not what the stream is for, between those that are.
+    Aside = 18,
 }
 
 impl TryFrom<u8> for FrameKind {
@@ -51,6 +53,7 @@ impl TryFrom<u8> for FrameKind {
             3 => Ok(FrameKind::Welcome),
             16 => Ok(FrameKind::Message),
             17 => Ok(FrameKind::Chunk),
+            18 => Ok(FrameKind::Aside),
             kind => Err(FrameError::UnknownKind { kind }),
         }
     }
@@ -234,12 +237,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const KINDS: [(FrameKind, u8); 5] = [
+    const KINDS: [(FrameKind, u8); 6] = [
         (FrameKind::Hello, 1),
         (FrameKind::Refusal, 2),
         (FrameKind::Welcome, 3),
         (FrameKind::Message, 16),
         (FrameKind::Chunk, 17),
+        (FrameKind::Aside, 18),
     ];
 
     #[test]

@@ -22,6 +22,24 @@ pub struct RaftHello {
     pub cluster_address: String,
 }
 
+/// What a head says of its own state, between Raft's messages as a frame of kind
+/// [`Aside`](crate::frame::FrameKind::Aside), so that replicas that differ are found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateClaim {
+    /// The last entry that it has applied.
+    pub index: u64,
+    /// Its hash over what all entries up to there wrote.
+    pub state_hash: [u8; 32],
+    /// The other heads whose state was found to be the same as its own when it last compared them, and
+    /// at which entry that was.
+    pub agrees_with: Vec<(u64, u64)>,
+}
+
+impl StateClaim {
+    /// The longest encoded claim: far more heads than a group may have.
+    pub const BYTES_MAX: usize = 1024;
+}
+
 /// What may come back on a stream of the Raft lane: nothing, or why it is of no use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RaftRefusal {
@@ -78,6 +96,7 @@ mod tests {
             let _ = codec::decode::<RaftHello>(&bytes, 256);
             let _ = codec::decode::<RaftRefusal>(&bytes, 256);
             let _ = codec::decode::<SnapshotOffer>(&bytes, 256);
+            let _ = codec::decode::<StateClaim>(&bytes, 256);
             let _ = codec::decode::<SnapshotAnswer>(&bytes, 256);
         }
     }

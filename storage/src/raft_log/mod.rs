@@ -37,6 +37,7 @@ mod key {
     pub(super) const APPLIED: &[u8] = b"raft/applied";
     pub(super) const TRUNCATED: &[u8] = b"raft/truncated";
     pub(super) const MEMBER: &[u8] = b"raft/member";
+    pub(super) const DIVERGED: &[u8] = b"raft/diverged";
 }
 
 /// Index and term that a fresh group starts from, as if everything up to there were compacted:
@@ -276,6 +277,26 @@ impl<E: Engine> RaftLog<E> {
                 Ok(self.shared.engine.write(batch, Durability::Synced)?)
             }
         }
+    }
+
+    /// The entry at which this replica's state was found to be another one than that of a majority;
+    /// such a replica must not serve again.
+    pub fn diverged_at(&self) -> Result<Option<u64>, RaftLogError> {
+        let Some(bytes) = self.shared.engine.get(Column::Meta, key::DIVERGED)? else {
+            return Ok(None);
+        };
+        let bytes: [u8; 8] = bytes.try_into().map_err(|_| RaftLogError::Damaged {
+            what: "the note of a divergence".to_owned(),
+            reason: "is not 8 bytes".to_owned(),
+        })?;
+        Ok(Some(u64::from_be_bytes(bytes)))
+    }
+
+    /// Notes for good that this replica's state is another one than that of a majority.
+    pub fn note_divergence(&self, index: u64) -> Result<(), RaftLogError> {
+        let mut batch = WriteBatch::new();
+        batch.put(Column::Meta, key::DIVERGED, index.to_be_bytes());
+        Ok(self.shared.engine.write(batch, Durability::Synced)?)
     }
 
     /// The engine, for reads of the tables.

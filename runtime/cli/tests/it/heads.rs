@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
 
 /// A head that a test started itself; it ends with the test.
-struct Started(Child);
+pub(crate) struct Started(pub(crate) Child);
 
 impl Drop for Started {
     fn drop(&mut self) {
@@ -23,17 +23,17 @@ impl Drop for Started {
 }
 
 /// The heads, as the leader knows them.
-fn heads(cluster: &TestCluster) -> Vec<Value> {
+pub(crate) fn heads(cluster: &TestCluster) -> Vec<Value> {
     let output = cluster.run(&["head", "members", "--json"]);
     let reply: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     reply["heads"].as_array().cloned().unwrap_or_default()
 }
 
-fn head(cluster: &TestCluster, name: &str) -> Option<Value> {
+pub(crate) fn head(cluster: &TestCluster, name: &str) -> Option<Value> {
     heads(cluster).into_iter().find(|head| head["name"] == name)
 }
 
-fn leader(cluster: &TestCluster) -> String {
+pub(crate) fn leader(cluster: &TestCluster) -> String {
     wait_for("a leader", || {
         let heads = heads(cluster);
         // One that was killed is named by those that have not noticed.
@@ -42,7 +42,7 @@ fn leader(cluster: &TestCluster) -> String {
     })
 }
 
-fn wait_for_voters(cluster: &TestCluster, count: usize) {
+pub(crate) fn wait_for_voters(cluster: &TestCluster, count: usize) {
     wait_for(&format!("{count} voters"), || {
         let heads = heads(cluster);
         let votes = |head: &&Value| head["role"] == "voter" && head["active"] == true;
@@ -51,7 +51,7 @@ fn wait_for_voters(cluster: &TestCluster, count: usize) {
 }
 
 /// Starts a head on `name`'s directory, with `arguments` besides.
-fn start_head(cluster: &TestCluster, name: &str, arguments: &[&str]) -> Started {
+pub(crate) fn start_head(cluster: &TestCluster, name: &str, arguments: &[&str]) -> Started {
     let dir = cluster.dir().join(name);
     let ready = std::fs::read_to_string(dir.join("ready.json")).unwrap_or_default();
     let ready: Value = serde_json::from_str(&ready).unwrap_or_default();
@@ -76,7 +76,7 @@ fn start_head(cluster: &TestCluster, name: &str, arguments: &[&str]) -> Started 
 }
 
 /// Joins a head with a token of its own.
-fn join_head(cluster: &TestCluster, name: &str) -> Started {
+pub(crate) fn join_head(cluster: &TestCluster, name: &str) -> Started {
     let added = cluster.json(&["head", "add"]);
     let file = cluster.dir().join(format!("{name}.token"));
     std::fs::write(&file, added["token"].as_str().unwrap()).unwrap();
@@ -89,7 +89,7 @@ fn join_head(cluster: &TestCluster, name: &str) -> Started {
     )
 }
 
-fn runtime() -> tokio::runtime::Runtime {
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -98,7 +98,7 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// Something small that goes through the log.
-async fn write_once(cluster: &Cluster) -> mobula::Result<()> {
+pub(crate) async fn write_once(cluster: &Cluster) -> mobula::Result<()> {
     let wrote = cluster.control().mutate("drain a node", |mut api, stamp| {
         let request = DrainNodeRequest {
             stamp: Some(stamp),
@@ -230,7 +230,7 @@ fn note_addresses(cluster: &TestCluster) {
 }
 
 /// Starts a head that must end by itself; its log.
-fn wait_with_output(cluster: &TestCluster, name: &str) -> String {
+pub(crate) fn wait_with_output(cluster: &TestCluster, name: &str) -> String {
     let mut head = start_head(cluster, name, &[]);
     let status = wait_for(&format!("{name} to end"), || head.0.try_wait().unwrap());
     assert!(!status.success());

@@ -12,6 +12,7 @@ mod chaos;
 mod configs;
 mod exactly_once;
 mod examples;
+mod head_states;
 mod heads;
 mod in_process;
 mod isolation;

@@ -71,6 +71,7 @@ fn heads(
     let view = context.raft.group().borrow().clone();
     // The table says so a moment later than the head itself.
     let own = context.own();
+    let states = context.raft.peer_states();
     let voters = view.voters.iter().map(|id| (*id, "voter"));
     let learners = view.learners.iter().map(|id| (*id, "learner"));
     let mut heads: Vec<api::Head> = voters
@@ -83,6 +84,7 @@ fn heads(
             };
             let text = |of: fn(&Member) -> &String| member.map(of).cloned().unwrap_or_default();
             let known = progress.iter().find(|member| member.raft_id == raft_id);
+            let state = states.iter().find(|state| state.raft_id == raft_id);
             api::Head {
                 raft_id,
                 name: text(|member| &member.name),
@@ -93,6 +95,8 @@ fn heads(
                 active: known.map(|member| member.active),
                 replication: known.map(|member| member.replication.to_owned()),
                 matched_index: known.map(|member| member.matched_index),
+                state_compared_index: state.map(|state| state.index),
+                state_differs: state.map(|state| state.differs),
             }
         })
         .collect();

@@ -185,6 +185,25 @@ pub(super) async fn open_session(
     }
 }
 
+/// What is to be said of heads whose state differs from this one's.
+fn state_problem(context: &HeadContext) -> String {
+    let states = context.raft.peer_states();
+    let differing: Vec<String> = states
+        .iter()
+        .filter(|state| state.differs)
+        .map(|state| format!("head {} at entry {}", state.raft_id, state.index))
+        .collect();
+    if differing.is_empty() {
+        return String::new();
+    }
+    format!(
+        "the state of this head ({}) differs from that of {}: one of them is wrong; with a majority \
+         the wrong one ends by itself, without one compare backups of both before one is removed",
+        context.raft_id,
+        differing.join(", ")
+    )
+}
+
 pub(super) async fn status(context: &HeadContext) -> Result<api::StatusReply, Status> {
     let QueryResponse::Status(counts) = context.ask(Query::Status).await? else {
         return Err(Status::internal("the scheduler answered another question"));
@@ -216,6 +235,7 @@ pub(super) async fn status(context: &HeadContext) -> Result<api::StatusReply, St
         cluster_address: context.cluster_address.to_string(),
         started_ms: context.started_ms,
         storage_problem,
+        state_problem: state_problem(context),
         sweep: Some(swept(context)),
         leader_api_address: leader
             .as_ref()

@@ -27,6 +27,9 @@ const HEAD_TABLE: Table = Table {
 /// The key under which the newest time in the log is kept.
 const LOG_TIME_KEY: &[u8] = b"log_time_ms";
 
+/// The key under which the chain of hashes over all writes is kept.
+const STATE_CHAIN_KEY: &[u8] = b"state_chain";
+
 /// The largest command that is decoded; far above what the API lets in.
 const COMMAND_BYTES_MAX: usize = 8 * 1024 * 1024;
 
@@ -49,12 +52,22 @@ pub(crate) struct AppliedChange {
     pub(crate) result: Result<(), Rejection>,
 }
 
+/// What a replica's state is after an entry: a hash over everything that the entries up to there
+/// wrote, and so over what the tables hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StateAt {
+    pub(crate) index: u64,
+    pub(crate) hash: [u8; 32],
+}
+
 /// What a run of entries did.
 #[derive(Default)]
 pub(crate) struct AppliedRun {
     pub(crate) outcomes: Vec<AppliedEntry>,
     pub(crate) changes: Vec<AppliedChange>,
     pub(crate) effects: Vec<Effect>,
+    /// The state after each entry.
+    pub(crate) states: Vec<StateAt>,
     /// Whether membership or its table may have changed.
     pub(crate) touches_group: bool,
 }
@@ -85,6 +98,7 @@ impl<E: Engine> Applier<E> {
     ) -> AppliedRun {
         let mut batch = ApplyBatch::new(&self.engine);
         let mut run = AppliedRun::default();
+        let mut chain = state_chain(&batch);
         for entry in entries {
             // The type first: entries without data may still be changes.
             match entry.get_entry_type() {
@@ -120,6 +134,16 @@ impl<E: Engine> Applier<E> {
                     tracing::error!(index = entry.index, "no head proposes joint changes");
                 }
             }
+            chain = chained(&chain, entry.index, &batch.take_writes_hash());
+            run.states.push(StateAt {
+                index: entry.index,
+                hash: chain,
+            });
+        }
+        if !entries.is_empty() {
+            let mut txn = batch.begin();
+            txn.put(HEAD_TABLE, STATE_CHAIN_KEY, chain.to_vec());
+            txn.commit();
         }
         batch.write_into(target);
         run
@@ -212,6 +236,24 @@ fn apply_change<R: Read>(
 fn replay(stored: &[u8]) -> Result<Vec<u8>, Rejection> {
     codec::decode::<Result<Vec<u8>, Rejection>>(stored, RESPONSE_BYTES_MAX)
         .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?
+}
+
+/// The hash over everything that was written so far. It is a row of the tables, so that snapshots and
+/// backups carry it, and it becomes true with the writes that it is of.
+pub(super) fn state_chain(reader: &dyn Reader) -> [u8; 32] {
+    reader
+        .get(HEAD_TABLE, STATE_CHAIN_KEY)
+        .and_then(|bytes| bytes.try_into().ok())
+        .unwrap_or_default()
+}
+
+/// The next link: the same on every replica, however many entries it applies at once.
+fn chained(before: &[u8; 32], index: u64, writes: &[u8; 32]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(before);
+    hasher.update(&index.to_be_bytes());
+    hasher.update(writes);
+    *hasher.finalize().as_bytes()
 }
 
 /// The newest time in the log.

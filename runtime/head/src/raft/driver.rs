@@ -15,6 +15,7 @@ use mobula_storage::raft_log::RaftLog;
 use raft::{RawNode, ReadOnlyOption};
 use tokio::sync::watch;
 
+use super::agreement::PeerState;
 use super::apply::Applier;
 use super::chance::Chance;
 use super::inputs::{Input, InputReceiver, InputSender};
@@ -72,6 +73,7 @@ pub(crate) struct Opened<E: Engine> {
     pub(crate) state: Loop<E>,
     pub(crate) leadership: watch::Receiver<Leadership>,
     pub(crate) group: watch::Receiver<Arc<GroupView>>,
+    pub(crate) peer_states: watch::Receiver<Vec<PeerState>>,
     pub(crate) clock: Arc<LogClock>,
 }
 
@@ -94,6 +96,10 @@ pub(crate) fn open<E: Engine + Clone>(
     let log = RaftLog::open(engine).map_err(|error| failed(&error))?;
     log.bind_member(options.raft_id)
         .map_err(|error| failed(&error))?;
+    if let Some(index) = log.diverged_at().map_err(|error| failed(&error))? {
+        let raft_id = options.raft_id;
+        return Err(HeadError::Diverged { raft_id, index });
+    }
     if log.is_empty() && options.empty_log == EmptyLog::BecomesGroup {
         log.bootstrap(&[options.raft_id])
             .map_err(|error| failed(&error))?;
@@ -111,6 +117,7 @@ pub(crate) fn open<E: Engine + Clone>(
     let (leadership, leadership_receiver) = watch::channel(Leadership::default());
     let group = GroupView::of(&applier.reader(), &log.conf_state());
     let (group, group_receiver) = watch::channel(group);
+    let (peer_states, peer_states_receiver) = watch::channel(Vec::new());
     let clock = Arc::new(LogClock::new(options.clock));
     let parts = LoopParts {
         node,
@@ -121,6 +128,7 @@ pub(crate) fn open<E: Engine + Clone>(
         peers: options.peers,
         leadership,
         group,
+        peer_states,
         config: options.raft,
         life: options.chance.life,
         elections: options.chance.elections,
@@ -129,6 +137,7 @@ pub(crate) fn open<E: Engine + Clone>(
         state: Loop::new(parts, now),
         leadership: leadership_receiver,
         group: group_receiver,
+        peer_states: peer_states_receiver,
         clock,
     })
 }
@@ -160,6 +169,7 @@ impl Driver {
             inputs: inputs.clone(),
             leadership: opened.leadership,
             group: opened.group,
+            peer_states: opened.peer_states,
             clock: opened.clock,
         };
         Ok((Driver { inputs, thread }, handle))
@@ -226,11 +236,22 @@ fn take_inputs<E: Engine>(
     Ok(true)
 }
 
-/// Ends the process: after a failed write nobody knows what is on disk.
+/// Ends the process: after a failed write nobody knows what is on disk, and a state that is not the
+/// majority's must answer nobody.
 fn end_process(fault: &Fault) -> ! {
-    tracing::error!(%fault, "ending the process, for what is on disk is unknown");
+    // Whoever starts heads again may tell by the code that this one will not come up.
+    let code = match fault {
+        Fault::Store { .. } => {
+            tracing::error!(%fault, "ending the process, for what is on disk is unknown");
+            70
+        }
+        Fault::Diverged(_) => {
+            tracing::error!(%fault, "ending the process, for its state is wrong");
+            65
+        }
+    };
     eprintln!("mobula head: {fault}");
-    std::process::exit(70);
+    std::process::exit(code);
 }
 
 fn raft_config(raft_id: u64, config: &RaftConfig, applied: u64) -> raft::Config {

@@ -13,6 +13,7 @@ use mobula_core::control::Command;
 use mobula_storage::engine::RocksSnapshot;
 use mobula_storage::raft_log::RaftMessage as _;
 use mobula_storage::snapshot::SnapshotInstall;
+use mobula_wire::raft::StateClaim;
 use raft::eraftpb::Message;
 use tokio::sync::oneshot;
 
@@ -30,7 +31,8 @@ const MESSAGES_MAX: usize = 4096;
 /// How many bytes they may have in all: what is in flight to one follower, 256 times 256 KiB.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// Reports of the transport beside them: a few for each of the other heads.
+/// Reports of the transport beside them, and what other heads say of their state: a few for each of
+/// the other heads.
 const REPORTS_MAX: usize = 256;
 
 /// What the driver is asked or told. `S` is what a snapshot of its engine is.
@@ -62,6 +64,13 @@ pub(crate) enum Input<S = RocksSnapshot> {
     },
     /// Another head says.
     Step(Box<Message>),
+    /// Another head says what its state is.
+    Claim {
+        /// Its Raft id.
+        from: u64,
+        /// What it says.
+        claim: StateClaim,
+    },
     /// Another head cannot be reached.
     Unreachable(u64),
     /// What became of a snapshot that was sent.
@@ -130,9 +139,10 @@ impl Waiting {
             | Input::Transfer { .. }
             | Input::Progress { .. } => Some((&self.requests, REQUESTS_MAX)),
             Input::Step(_) => Some((&self.messages, MESSAGES_MAX)),
-            Input::Unreachable(_) | Input::SnapshotSent { .. } | Input::SnapshotArrived { .. } => {
-                Some((&self.reports, REPORTS_MAX))
-            }
+            Input::Claim { .. }
+            | Input::Unreachable(_)
+            | Input::SnapshotSent { .. }
+            | Input::SnapshotArrived { .. } => Some((&self.reports, REPORTS_MAX)),
             Input::Stop => None,
         }
     }

@@ -16,6 +16,7 @@ mod inputs;
 mod driver;
 mod node_loop;
 
+mod agreement;
 mod apply;
 mod chance;
 mod changes;
@@ -37,6 +38,7 @@ mod test_group;
 #[cfg(test)]
 mod tests;
 
+pub use agreement::PeerState;
 pub(crate) use chance::Chance;
 pub(crate) use driver::{Driver, DriverOptions, EmptyLog, is_log_lost};
 pub(crate) use inputs::input_queue;

@@ -28,7 +28,8 @@ use raft::prelude::{ConfChange, ConfState, Entry, HardState, Message, MessageTyp
 use raft::{RawNode, StateRole};
 use tokio::sync::{oneshot, watch};
 
-use super::apply::{AppliedEntry, AppliedRun, Applier, log_time_ms};
+use super::agreement::{Agreement, Diverged, PeerState};
+use super::apply::{AppliedEntry, AppliedRun, Applier, StateAt, log_time_ms, state_chain};
 use super::chance::ElectionTimeouts;
 use super::changes::Changes;
 use super::inputs::Input;
@@ -42,6 +43,10 @@ use crate::dispatcher::EffectSender;
 
 /// The largest command; with what is around it, it fits a frame of the Raft lane.
 const COMMAND_BYTES_MAX: usize = 7 * 1024 * 1024;
+
+/// How often a head says what its state is: often enough that a wrong one answers for a few seconds
+/// only, and nothing beside the heartbeats.
+const CLAIM_INTERVAL_MS: u64 = 1_000;
 
 pub(super) type Node<E> = RawNode<RaftLog<E>>;
 type Reply = oneshot::Sender<Result<Outcome, ProposeError>>;
@@ -62,6 +67,7 @@ pub(super) struct LoopParts<E: Engine> {
     pub(super) peers: Box<dyn Peers<E::Snapshot>>,
     pub(super) leadership: watch::Sender<Leadership>,
     pub(super) group: watch::Sender<Arc<GroupView>>,
+    pub(super) peer_states: watch::Sender<Vec<PeerState>>,
     pub(super) config: RaftConfig,
     pub(super) life: u64,
     pub(super) elections: ElectionTimeouts,
@@ -74,6 +80,8 @@ pub(crate) struct Loop<E: Engine> {
     changes: Changes,
     reads: Reads<E::Snapshot>,
     snapshots: Snapshots<E::Snapshot>,
+    agreement: Agreement,
+    ticks_since_claim: u64,
     /// The highest term of which an entry is applied.
     applied_term: u64,
     bytes_since_compaction: u64,
@@ -86,12 +94,18 @@ impl<E: Engine> Loop<E> {
         let election_ticks = u32::try_from(parts.config.election_ticks).unwrap_or(u32::MAX);
         let silence_max = Duration::from_millis(parts.config.tick_ms) * election_ticks;
         let life = parts.life;
+        let start = StateAt {
+            index: parts.log.applied().index,
+            hash: state_chain(&parts.applier.reader()),
+        };
         let mut state = Loop {
             parts,
             waiting: BTreeMap::new(),
             changes: Changes::new(silence_max, now),
             reads: Reads::new(raft_id, life),
             snapshots: Snapshots::default(),
+            agreement: Agreement::new(raft_id, start),
+            ticks_since_claim: 0,
             applied_term: 0,
             bytes_since_compaction: 0,
         };
@@ -117,16 +131,41 @@ impl<E: Engine> Loop<E> {
     /// One tick has passed.
     pub(crate) fn tick(&mut self) {
         self.parts.node.tick();
+        self.ticks_since_claim += 1;
         self.pin_election_timeout();
     }
 
     /// Carries out what follows from the ticks and inputs since the last time.
     pub(crate) fn settle(&mut self) -> Result<(), Fault> {
         self.handle_readies()?;
+        self.compare_states()?;
         self.snapshots
             .prepare(&mut self.parts.node, &self.parts.log);
         self.publish_leadership();
         Ok(())
+    }
+
+    /// Says what the state here is when that is due, and compares it with what others have said.
+    fn compare_states(&mut self) -> Result<(), Fault> {
+        if self.ticks_since_claim * self.parts.config.tick_ms >= CLAIM_INTERVAL_MS {
+            self.ticks_since_claim = 0;
+            if let Some(claim) = self.agreement.claim() {
+                self.parts.peers.send_claim(&claim);
+            }
+        }
+        if !self.agreement.is_waiting() {
+            return Ok(());
+        }
+        let judged = self.agreement.judge(&self.parts.log.conf_state().voters);
+        if let Some(news) = self.agreement.news() {
+            // Receivers may all be gone while the process ends.
+            self.parts.peer_states.send_replace(news);
+        }
+        judged.or_else(|wrong| {
+            let noted = self.parts.log.note_divergence(wrong.index);
+            noted.map_err(|error| Fault::new("note a divergence", &error))?;
+            Err(wrong.into())
+        })
     }
 
     /// Takes one input, at `now`.
@@ -164,6 +203,7 @@ impl<E: Engine> Loop<E> {
                 let _ = reply.send(self.changes.progress(node));
             }
             Input::Step(message) => self.step(*message),
+            Input::Claim { from, claim } => self.agreement.heard(from, claim),
             Input::Unreachable(peer) => node.report_unreachable(peer),
             Input::SnapshotSent { to, arrived } => self.snapshots.sent(node, to, arrived),
             Input::SnapshotArrived {
@@ -323,6 +363,10 @@ impl<E: Engine> Loop<E> {
     /// The tables were replaced: everything that was read from them is to be read again.
     fn after_install(&mut self, term: u64) {
         self.applied_term = self.applied_term.max(term);
+        self.agreement.replaced(StateAt {
+            index: self.parts.log.applied().index,
+            hash: state_chain(&self.parts.applier.reader()),
+        });
         self.publish_group();
         self.parts.effects.everything_changed();
     }
@@ -354,6 +398,7 @@ impl<E: Engine> Loop<E> {
         });
         self.commit(write, Durability::Buffered, "write the tables")?;
         self.applied_term = self.applied_term.max(last.term);
+        self.agreement.applied(&run.states);
         self.answer(run);
         Ok(())
     }
@@ -389,6 +434,7 @@ impl<E: Engine> Loop<E> {
     fn publish_group(&mut self) {
         let view = GroupView::of(&self.parts.applier.reader(), &self.parts.log.conf_state());
         self.parts.peers.set_group(&view);
+        self.agreement.keep_only(|raft_id| view.contains(raft_id));
         // Receivers may all be gone while the process ends.
         self.parts.group.send_replace(view);
     }
@@ -519,17 +565,25 @@ pub(super) fn dropped<E: Engine>(node: &Node<E>) -> ProposeError {
     }
 }
 
-/// The store failed: nobody knows what is on disk, so the process must end.
+/// Why the process must end.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {what}: {reason}")]
-pub(crate) struct Fault {
-    what: &'static str,
-    reason: String,
+pub(crate) enum Fault {
+    /// The store failed: nobody knows what is on disk.
+    #[error("cannot {what}: {reason}")]
+    Store {
+        /// What was tried.
+        what: &'static str,
+        /// What the store said.
+        reason: String,
+    },
+    /// What is here is not what a majority holds.
+    #[error(transparent)]
+    Diverged(#[from] Diverged),
 }
 
 impl Fault {
     pub(super) fn new(what: &'static str, error: &dyn std::fmt::Display) -> Self {
-        Fault {
+        Fault::Store {
             what,
             reason: error.to_string(),
         }

@@ -25,24 +25,31 @@ const FLUSH_BYTES: usize = 256 * 1024;
 const BACKOFF_INITIAL: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
-/// Messages that wait for a peer.
+/// A frame that waits for a peer.
+pub(super) struct Outgoing {
+    pub(super) kind: FrameKind,
+    pub(super) payload: Vec<u8>,
+}
+
+/// Frames that wait for a peer.
 pub(super) struct Queue {
-    pub(super) messages: mpsc::Receiver<Vec<u8>>,
+    pub(super) messages: mpsc::Receiver<Outgoing>,
     pub(super) bytes: Arc<AtomicUsize>,
 }
 
 impl Queue {
-    fn count(&self, message: &[u8]) {
-        self.bytes.fetch_sub(message.len(), Ordering::Relaxed);
+    fn count(&self, message: &Outgoing) {
+        self.bytes
+            .fetch_sub(message.payload.len(), Ordering::Relaxed);
     }
 
-    async fn next(&mut self) -> Option<Vec<u8>> {
+    async fn next(&mut self) -> Option<Outgoing> {
         let message = self.messages.recv().await?;
         self.count(&message);
         Some(message)
     }
 
-    fn try_next(&mut self) -> Option<Vec<u8>> {
+    fn try_next(&mut self) -> Option<Outgoing> {
         let message = self.messages.try_recv().ok()?;
         self.count(&message);
         Some(message)
@@ -185,7 +192,7 @@ async fn pump(queue: &mut Queue, mut sender: FramedSender) -> Result<Infallible,
         let mut next = Some(queue.next().await.ok_or(PeerLost::Ended)?);
         while let Some(message) = next.take() {
             sender
-                .queue(FrameKind::Message, &message)
+                .queue(message.kind, &message.payload)
                 .map_err(|error| broken(&error))?;
             if sender.queued_bytes() < FLUSH_BYTES {
                 next = queue.try_next();

@@ -14,6 +14,7 @@ use mobula_storage::engine::RocksSnapshot;
 use mobula_storage::tables::TablesReader;
 use tokio::sync::{oneshot, watch};
 
+use super::agreement::PeerState;
 use super::inputs::{Input, InputSender, NotTaken};
 use super::log_clock::LogClock;
 use super::membership::{GroupChange, GroupView};
@@ -156,6 +157,7 @@ pub struct RaftHandle {
     pub(super) inputs: InputSender,
     pub(super) leadership: watch::Receiver<Leadership>,
     pub(super) group: watch::Receiver<Arc<GroupView>>,
+    pub(super) peer_states: watch::Receiver<Vec<PeerState>>,
     pub(super) clock: Arc<LogClock>,
 }
 
@@ -235,6 +237,13 @@ impl RaftHandle {
     #[must_use]
     pub fn group(&self) -> watch::Receiver<Arc<GroupView>> {
         self.group.clone()
+    }
+
+    /// How the states of the other heads compared with this one's when they were last compared, by
+    /// Raft id.
+    #[must_use]
+    pub fn peer_states(&self) -> Vec<PeerState> {
+        self.peer_states.borrow().clone()
     }
 
     /// The time by which a leader decides what is due: its own clock's, but never behind the log's.

@@ -18,6 +18,7 @@ use mobula_scheduler::{Command, Response, Scheduler};
 use mobula_storage::engine::{RocksEngine, RocksOptions};
 use mobula_storage::snapshot::SnapshotInstall;
 use mobula_storage::tables::state_hash;
+use mobula_wire::raft::StateClaim;
 use parking_lot::Mutex;
 use raft::prelude::Message;
 use rand::rngs::StdRng;
@@ -108,6 +109,8 @@ impl Peers for Alone {
     fn send_snapshot(&mut self, message: Message, _: PinnedTables) {
         panic!("a head without peers sends {message:?}");
     }
+
+    fn send_claim(&mut self, _: &StateClaim) {}
 
     fn set_group(&mut self, _: &GroupView) {}
 }
@@ -239,6 +242,16 @@ impl Peers for Wire {
             std::thread::sleep(delay);
             let _ = inbox.send(Input::SnapshotSent { to, arrived });
         });
+    }
+
+    fn send_claim(&mut self, claim: &StateClaim) {
+        let all: Vec<u64> = self.network.lock().inboxes.keys().copied().collect();
+        for to in all.into_iter().filter(|to| *to != self.from) {
+            if let Some(inbox) = self.way_to(to) {
+                let (from, claim) = (self.from, claim.clone());
+                let _ = inbox.send(Input::Claim { from, claim });
+            }
+        }
     }
 
     fn set_group(&mut self, _: &GroupView) {}

@@ -21,12 +21,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use mobula_core::codec;
 use mobula_net::endpoint::{Connection, Endpoint};
 use mobula_net::lane::{FramedSender, FramedStream};
 use mobula_net::{FrameKind, Lane};
 use mobula_storage::engine::RocksSnapshot;
 use mobula_storage::raft_log::{decode_raft, encode_raft};
-use mobula_wire::raft::{RaftHello, RaftRefusal};
+use mobula_wire::raft::{RaftHello, RaftRefusal, StateClaim};
 use parking_lot::Mutex;
 use raft::prelude::{Message, MessageType};
 use tokio::sync::{Notify, mpsc, watch};
@@ -34,7 +35,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::inputs::{Input, InputSender};
 use super::membership::GroupView;
-use super::peer::{Peer, Queue};
+use super::peer::{Outgoing, Peer, Queue};
 use super::snapshot_stream;
 use super::snapshots::PinnedTables;
 
@@ -51,6 +52,9 @@ pub(super) const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// A peer's hello comes with its stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What a stream of the Raft lane carries behind its hello.
+const CARRIED: [FrameKind; 2] = [FrameKind::Message, FrameKind::Aside];
+
 /// Streams of one connection that are read at one time: two for messages, one for a snapshot, and
 /// as many again while a peer's old ones end.
 const STREAMS_MAX: usize = 6;
@@ -63,6 +67,9 @@ pub(crate) trait Peers<S = RocksSnapshot>: Send {
     /// Sends a snapshot with the tables that belong to it. Its end is reported as
     /// [`Input::SnapshotSent`], whatever it is.
     fn send_snapshot(&mut self, message: Message, tables: PinnedTables<S>);
+
+    /// Says to every other head what this one's state is, or drops that.
+    fn send_claim(&mut self, claim: &StateClaim);
 
     /// Takes in who is in the group, and where.
     fn set_group(&mut self, group: &GroupView);
@@ -92,12 +99,26 @@ pub(super) struct Shared {
 struct Route {
     address: watch::Sender<Option<SocketAddr>>,
     /// Heartbeats, votes, reads, answers.
-    urgent: mpsc::Sender<Vec<u8>>,
-    entries: mpsc::Sender<Vec<u8>>,
+    urgent: mpsc::Sender<Outgoing>,
+    entries: mpsc::Sender<Outgoing>,
     queued_bytes: Arc<AtomicUsize>,
     /// The peer was just heard of: an attempt to connect may succeed now.
     heard: Arc<Notify>,
     task: AbortHandle,
+}
+
+impl Route {
+    /// Puts a frame into one of the two queues, if the bounds allow.
+    fn queue(&self, queue: &mpsc::Sender<Outgoing>, kind: FrameKind, payload: Vec<u8>) -> bool {
+        let size_bytes = payload.len();
+        let before = self.queued_bytes.fetch_add(size_bytes, Ordering::Relaxed);
+        let outgoing = Outgoing { kind, payload };
+        let taken = before + size_bytes <= QUEUE_BYTES_MAX && queue.try_send(outgoing).is_ok();
+        if !taken {
+            self.queued_bytes.fetch_sub(size_bytes, Ordering::Relaxed);
+        }
+        taken
+    }
 }
 
 impl Drop for Route {
@@ -178,7 +199,6 @@ impl Peers for PeerNetwork {
         let is_urgent = message.get_msg_type() != MessageType::MsgAppend;
         let to = message.to;
         let bytes = encode_raft(&message);
-        let size_bytes = bytes.len();
         let taken = {
             let routes = self.0.routes.lock();
             let Some(route) = routes.get(&to) else {
@@ -189,12 +209,7 @@ impl Peers for PeerNetwork {
             } else {
                 &route.entries
             };
-            let before = route.queued_bytes.fetch_add(size_bytes, Ordering::Relaxed);
-            let taken = before + size_bytes <= QUEUE_BYTES_MAX && queue.try_send(bytes).is_ok();
-            if !taken {
-                route.queued_bytes.fetch_sub(size_bytes, Ordering::Relaxed);
-            }
-            taken
+            route.queue(queue, FrameKind::Message, bytes)
         };
         if !taken && !is_urgent {
             // Raft then probes the peer, instead of counting on what was dropped. Full means that
@@ -217,6 +232,14 @@ impl Peers for PeerNetwork {
             snapshot_stream::send(endpoint, address, inputs, message, tables),
             &self.0.runtime,
         );
+    }
+
+    fn send_claim(&mut self, claim: &StateClaim) {
+        let payload = codec::encode_plain(claim);
+        for route in self.0.routes.lock().values() {
+            // One that finds no place is followed by another in a second.
+            let _ = route.queue(&route.urgent, FrameKind::Aside, payload.clone());
+        }
     }
 
     fn set_group(&mut self, group: &GroupView) {
@@ -309,8 +332,8 @@ impl Shared {
             route.heard.notify_one();
         }
         loop {
-            let payload = match receiver.receive().await {
-                Ok(Some(frame)) if frame.kind == FrameKind::Message => frame.payload,
+            let (kind, payload) = match receiver.receive().await {
+                Ok(Some(frame)) if CARRIED.contains(&frame.kind) => (frame.kind, frame.payload),
                 Ok(None) => return,
                 Ok(Some(_)) => {
                     tracing::warn!(peer, "a raft stream carries something else");
@@ -324,6 +347,19 @@ impl Shared {
             if self.removed.lock().contains(&peer) {
                 refuse(sender, &RaftRefusal::Removed).await;
                 return;
+            }
+            if kind == FrameKind::Aside {
+                match codec::decode::<StateClaim>(&payload, StateClaim::BYTES_MAX) {
+                    // Full means that the driver has more urgent things to do.
+                    Ok(claim) => {
+                        let _ = self.inputs.send(Input::Claim { from: peer, claim });
+                    }
+                    Err(error) => {
+                        tracing::warn!(peer, %error, "not what a head says of its state");
+                        return;
+                    }
+                }
+                continue;
             }
             match decode_raft::<Message>(&payload) {
                 Ok(message)

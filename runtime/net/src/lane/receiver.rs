@@ -205,7 +205,7 @@ fn established(frame: Frame) -> Result<Frame, ReceiveError> {
     match frame.kind {
         kind @ (FrameKind::Hello | FrameKind::Welcome) => Err(ReceiveError::Unexpected { kind }),
         FrameKind::Refusal => Err(ReceiveError::Refused(HelloRefusal::decode(&frame.payload)?)),
-        FrameKind::Message | FrameKind::Chunk => Ok(frame),
+        FrameKind::Message | FrameKind::Chunk | FrameKind::Aside => Ok(frame),
     }
 }
 
