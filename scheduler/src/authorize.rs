@@ -58,7 +58,8 @@ fn client_may(command: &Command) -> bool {
         | Command::SetJobResult { .. }
         | Command::YieldActor { .. }
         | Command::Assign { .. }
-        | Command::UseToken { .. } => false,
+        | Command::UseToken { .. }
+        | Command::Restored { .. } => false,
     }
 }
 
@@ -101,5 +102,6 @@ fn name(command: &Command) -> &'static str {
         Command::CreateToken { .. } => "CreateToken",
         Command::UseToken { .. } => "UseToken",
         Command::RevokeToken { .. } => "RevokeToken",
+        Command::Restored { .. } => "Restored",
     }
 }

@@ -160,6 +160,12 @@ pub enum Command {
         /// The token's name.
         id: String,
     },
+    /// The tables were restored from a backup: ids that may have been given out since are left out.
+    /// Answer: [`Response::Done`].
+    Restored {
+        /// How many of each kind.
+        ids_left_out: u64,
+    },
 }
 
 /// One incarnation of one actor.
@@ -364,6 +370,7 @@ mod tests {
                 },
             ),
             (16, Command::RevokeToken { id: "t".into() }),
+            (17, Command::Restored { ids_left_out: 9 }),
         ];
         for (tag, command) in cases {
             let bytes = command.encode();

@@ -74,6 +74,11 @@ impl<R: Read> TablesReader<R> {
     pub fn base(&self) -> &R {
         &self.base
     }
+
+    /// What it reads from, given back.
+    pub fn into_base(self) -> R {
+        self.base
+    }
 }
 
 impl<R: Read> Reader for TablesReader<R> {

@@ -189,6 +189,40 @@ pub(crate) struct HeadArguments {
 
 #[derive(Subcommand)]
 pub(crate) enum HeadCommand {
+    #[command(flatten)]
+    Group(GroupCommand),
+    /// Write everything that the heads hold into a file, with the cluster's private key: keep it as
+    /// secret as a head's data directory.
+    Backup {
+        /// The file, which must not be there yet; `-` for standard output.
+        file: PathBuf,
+        /// What the head that answers holds, whatever the others may have decided since: also where
+        /// there is no leader.
+        #[arg(long)]
+        local: bool,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Make a backup the state of a new group of one head, of the same cluster, in an empty directory.
+    Restore {
+        /// The file that `mobula head backup` wrote.
+        file: PathBuf,
+        /// The new head's data directory: empty, or not there yet.
+        #[arg(long, value_name = "DIR", required_unless_present = "check")]
+        data_dir: Option<PathBuf>,
+        /// The new head's name.
+        #[arg(long, default_value = "head-1")]
+        name: String,
+        /// Only read all of it and check it.
+        #[arg(long, conflicts_with = "data_dir")]
+        check: bool,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum GroupCommand {
     /// The heads: who leads, who votes, how far each is.
     Members(Format),
     /// Make a token with which one more head can join, and say how.

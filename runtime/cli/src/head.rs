@@ -10,7 +10,8 @@ use mobula_head::{Head, HeadOptions, JoinOptions, SweepOptions};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::args::{HeadArguments, Target};
+use crate::args::{HeadArguments, HeadCommand, Target};
+use crate::backup;
 use crate::clock::SystemClock;
 use crate::heads;
 
@@ -54,7 +55,19 @@ fn sweep_options(config: &SweepConfig) -> Option<SweepOptions> {
 
 pub(crate) async fn run(target: &Target, mut arguments: HeadArguments) -> anyhow::Result<()> {
     match arguments.command.take() {
-        Some(command) => heads::run(target, command).await,
+        Some(HeadCommand::Backup {
+            file,
+            local,
+            format,
+        }) => backup::backup(target, &file, local, format).await,
+        Some(HeadCommand::Restore {
+            file,
+            data_dir,
+            name,
+            check: _,
+            format,
+        }) => backup::restore(&file, data_dir, name, format),
+        Some(HeadCommand::Group(command)) => heads::run(target, command).await,
         None => serve(arguments).await,
     }
 }

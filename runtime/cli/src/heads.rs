@@ -8,19 +8,19 @@ use mobula_wire::control::{
 };
 use serde_json::json;
 
-use crate::args::{Format, HeadCommand, Target};
+use crate::args::{Format, GroupCommand, Target};
 use crate::connect::connect;
 use crate::output::{or_dash, print_json, print_table};
 
 /// Times that a token for one head may be used: a reply that was lost must not cost another token.
 const TOKEN_USES: u32 = 3;
 
-pub(crate) async fn run(target: &Target, command: HeadCommand) -> anyhow::Result<()> {
+pub(crate) async fn run(target: &Target, command: GroupCommand) -> anyhow::Result<()> {
     let cluster = connect(target).await?;
     match command {
-        HeadCommand::Members(format) => members(&cluster, format).await,
-        HeadCommand::Add { ttl, format } => add(&cluster, ttl, format).await,
-        HeadCommand::Promote { head, format } => {
+        GroupCommand::Members(format) => members(&cluster, format).await,
+        GroupCommand::Add { ttl, format } => add(&cluster, ttl, format).await,
+        GroupCommand::Promote { head, format } => {
             let raft_id = find(&cluster, &head).await?;
             cluster
                 .control()
@@ -30,7 +30,7 @@ pub(crate) async fn run(target: &Target, command: HeadCommand) -> anyhow::Result
                 .await?;
             report(format, raft_id, "votes")
         }
-        HeadCommand::Remove { head, format } => {
+        GroupCommand::Remove { head, format } => {
             let raft_id = find(&cluster, &head).await?;
             cluster
                 .control()
@@ -40,7 +40,7 @@ pub(crate) async fn run(target: &Target, command: HeadCommand) -> anyhow::Result
                 .await?;
             report(format, raft_id, "is removed")
         }
-        HeadCommand::Transfer { head, format } => {
+        GroupCommand::Transfer { head, format } => {
             let raft_id = match head {
                 Some(head) => find(&cluster, &head).await?,
                 None => 0,

@@ -2,6 +2,7 @@
 
 mod actors;
 mod args;
+mod backup;
 mod builtin;
 mod chaos;
 mod clock;

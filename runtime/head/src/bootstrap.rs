@@ -14,6 +14,7 @@ use mobula_net::identity::{ClusterCa, Credentials, Identity, Role, Validity};
 use rand::RngCore;
 use serde::{Deserialize, Serialize};
 
+use crate::backup;
 use crate::error::HeadError;
 use crate::raft::Member;
 
@@ -63,6 +64,11 @@ impl HeadIdentity {
 
     /// Reads what an earlier start left in `data_dir`, or makes it: a first head of a new cluster.
     pub(crate) fn load_or_create(data_dir: &Path, name: Option<&str>) -> Result<Self, HeadError> {
+        if backup::is_unfinished(data_dir) {
+            return Err(HeadError::UnfinishedRestore {
+                data_dir: data_dir.to_owned(),
+            });
+        }
         create_private_dir(data_dir)?;
         let record = match read_record(data_dir)? {
             Some(record) => record,
@@ -104,8 +110,7 @@ impl HeadIdentity {
         let dir = identity_dir(data_dir);
         create_private_dir(&dir)?;
         save(credentials, &dir)?;
-        write_private(&data_dir.join("cluster_id"), ca.cluster_id())?;
-        write_record(data_dir, record)
+        store_identity(data_dir, ca.cluster_id(), record)
     }
 
     /// Notes that the log is there.
@@ -124,6 +129,17 @@ impl HeadIdentity {
         save(&credentials, &identity_dir(&self.data_dir))?;
         Ok(credentials)
     }
+}
+
+/// Stores who a head is that starts on what was restored. The record comes last: without it there is no
+/// identity.
+pub(crate) fn store_identity(
+    data_dir: &Path,
+    cluster_id: &str,
+    record: &HeadRecord,
+) -> Result<(), HeadError> {
+    write_private(&data_dir.join("cluster_id"), cluster_id)?;
+    write_record(data_dir, record)
 }
 
 fn identity_error(error: &dyn std::fmt::Display) -> HeadError {

@@ -58,6 +58,8 @@ pub(crate) struct HeadContext {
     pub(crate) sweeps: SweepReports,
     /// One for each job's log that is being read.
     pub(crate) log_streams: Arc<Semaphore>,
+    /// One for each backup that is being sent.
+    pub(crate) backups: Arc<Semaphore>,
     /// Where a client uploads to before the digest is verified.
     pub(crate) upload_dir: std::path::PathBuf,
 }

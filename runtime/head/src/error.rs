@@ -66,6 +66,15 @@ pub enum HeadError {
         /// Its data directory.
         data_dir: PathBuf,
     },
+    /// A restore broke off here.
+    #[error(
+        "a restore into {data_dir} broke off: what is there is no head's whole state; empty the \
+         directory and restore again"
+    )]
+    UnfinishedRestore {
+        /// The data directory.
+        data_dir: PathBuf,
+    },
     /// Its state was found to be wrong.
     #[error(
         "the state of head {raft_id} was found to differ from that of a majority at entry {index}: \

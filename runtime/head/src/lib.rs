@@ -10,6 +10,7 @@
 //! 3. Every listener is TLS 1.3; QUIC requires a certificate of the cluster.
 
 mod api;
+pub mod backup;
 mod bootstrap;
 mod context;
 mod dispatcher;
@@ -238,6 +239,7 @@ impl Head {
             ),
             sweeps: sweep::SweepReports::default(),
             log_streams: Arc::new(Semaphore::new(api::LOG_STREAMS_MAX)),
+            backups: Arc::new(Semaphore::new(api::BACKUPS_MAX)),
             upload_dir,
         });
 

@@ -23,6 +23,7 @@ use mobula_core::{ErrorCode, JobId, NodeId, Rejection};
 
 use crate::command::{Command, Response};
 use crate::limits::NAME_BYTES_MAX;
+use crate::row::Counter;
 
 /// One command under way: where it writes, and what it wants done afterwards.
 pub(crate) struct Apply<'a> {
@@ -165,7 +166,26 @@ pub(crate) fn apply(apply: &mut Apply<'_>, command: Command) -> Result<Response,
         }
         Command::UseToken { secret_hash } => token::consume(apply, &secret_hash),
         Command::RevokeToken { id } => token::revoke(apply, &id),
+        Command::Restored { ids_left_out } => Ok(leave_ids_out(apply, ids_left_out)),
     }
+}
+
+/// Leaves out the next `count` ids of each kind. Incarnations are indexes of the log, which the head
+/// sees to.
+fn leave_ids_out(apply: &mut Apply<'_>, count: u64) -> Response {
+    let given_out = [
+        Counter::LastNode,
+        Counter::LastJob,
+        Counter::LastActor,
+        Counter::LastGroup,
+        Counter::LastSession,
+    ];
+    for counter in given_out {
+        let last = counter.value(apply.txn);
+        counter.set(apply.txn, last.saturating_add(count));
+    }
+    apply.place();
+    Response::Done
 }
 
 /// Refuses a name that is empty or too long.

@@ -10,4 +10,5 @@ mod limits;
 mod nodes;
 mod placement;
 mod properties;
+mod restored;
 mod tokens;

@@ -1,7 +1,7 @@
 //! A look at a Raft log from outside, without owning it: at what a power cut would leave of a store,
 //! or at the entry that a view of the tables belongs to.
 
-use raft::eraftpb::{Entry, HardState};
+use raft::eraftpb::{ConfState, Entry, HardState};
 
 use super::{LogPoint, RaftLogError, decode_stored, entry_key, key};
 use crate::engine::{Column, Read};
@@ -31,6 +31,12 @@ impl<R: Read> LogView<R> {
     pub fn hard_state(&self) -> Result<HardState, RaftLogError> {
         let stored = self.base.get(Column::Meta, key::HARD_STATE)?;
         decode_stored("the hard state", &stored.unwrap_or_default())
+    }
+
+    /// The membership.
+    pub fn conf_state(&self) -> Result<ConfState, RaftLogError> {
+        let stored = self.base.get(Column::Meta, key::CONF_STATE)?;
+        decode_stored("the membership", &stored.unwrap_or_default())
     }
 
     /// The entry at `index`, where it is stored.

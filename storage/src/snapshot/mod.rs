@@ -15,6 +15,7 @@
 
 mod export;
 mod install;
+mod scan;
 
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 
 pub use export::SnapshotExport;
 pub use install::SnapshotInstall;
+pub use scan::SnapshotScan;
 
 use crate::engine::EngineError;
 use crate::raft_log::{LogPoint, RaftLogError};
@@ -108,6 +110,26 @@ pub enum SnapshotError {
 
 fn row_part_length(part: &[u8]) -> u32 {
     u32::try_from(part.len()).expect("table keys and values are at most 4 MiB")
+}
+
+/// A frame of a `kind` that the stream itself does not know, for what stands around it in a file.
+///
+/// # Panics
+/// If the kind is one of the stream's own, or the payload longer than [`FRAME_LIMIT_BYTES`].
+#[must_use]
+pub fn frame_around(kind: u8, payload: &[u8]) -> Vec<u8> {
+    assert!(kind > KIND_END && payload.len() <= FRAME_LIMIT_BYTES);
+    frame(kind, payload)
+}
+
+/// The payload of a [`frame_around`] of this `kind`, if `frame` is one and undamaged.
+#[must_use]
+pub fn payload_around(kind: u8, frame: &[u8]) -> Option<&[u8]> {
+    let (content, checksum) = frame.split_last_chunk::<FRAME_TAIL_BYTES>()?;
+    let (head, payload) = content.split_first_chunk::<FRAME_HEAD_BYTES>()?;
+    let is_whole = crc32fast::hash(content).to_le_bytes() == *checksum
+        && head[1..] == row_part_length(payload).to_le_bytes();
+    (is_whole && head[0] == kind).then_some(payload)
 }
 
 fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {

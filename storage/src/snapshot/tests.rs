@@ -82,7 +82,7 @@ fn an_export_shows_the_moment_it_began() {
     export.write_to(&mut bytes).unwrap();
     let mut install = SnapshotInstall::new(LIMIT);
     install.read_from(&mut bytes.as_slice()).unwrap();
-    assert_eq!(install.hasher.finish(), before);
+    assert_eq!(install.scan.state_hash(), before);
 }
 
 #[test]

@@ -104,7 +104,7 @@ fn committed_steps(log: &str) -> Vec<u64> {
 }
 
 /// Waits until at least `count` checkpoints are committed; their steps.
-fn wait_for_checkpoints(cluster: &TestCluster, job: &str, count: usize) -> Vec<u64> {
+pub(crate) fn wait_for_checkpoints(cluster: &TestCluster, job: &str, count: usize) -> Vec<u64> {
     wait_for(&format!("{count} checkpoints of {job}"), || {
         let steps = committed_steps(&log_of(cluster, job));
         (steps.len() >= count).then_some(steps)

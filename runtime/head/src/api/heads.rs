@@ -34,12 +34,12 @@ impl From<ChangeError> for Status {
     }
 }
 
-fn only_operators(caller: &Caller) -> Result<(), Status> {
+pub(super) fn only_operators(caller: &Caller) -> Result<(), Status> {
     match caller {
         Caller::Client | Caller::Head => Ok(()),
         Caller::Node(_) | Caller::Host { .. } => Err(rejected(&Rejection::new(
             ErrorCode::PermissionDenied,
-            "the group of heads is changed by clients and heads, not by jobs or workers",
+            "the group of heads is for clients and heads to change and to back up, not for jobs or workers",
         ))),
     }
 }

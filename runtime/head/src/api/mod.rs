@@ -5,6 +5,7 @@ mod access;
 mod actors;
 mod artifacts;
 mod auth;
+mod backup;
 mod heads;
 mod job_output;
 mod jobs;
@@ -19,6 +20,7 @@ mod tokens;
 mod views;
 
 pub(crate) use artifacts::ARTIFACT_BYTES_MAX;
+pub(crate) use backup::BACKUPS_MAX;
 pub(crate) use logs::LOG_STREAMS_MAX;
 pub(crate) use modules::stamp;
 pub(crate) use observe::{measure, scrape};

@@ -7,7 +7,7 @@ use mobula_wire::control::{self as api, Empty};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    actors, artifacts, auth, heads, jobs, logs, modules, nodes, observe, status, tokens,
+    actors, artifacts, auth, backup, heads, jobs, logs, modules, nodes, observe, status, tokens,
     with_leader,
 };
 use crate::context::HeadContext;
@@ -37,6 +37,7 @@ macro_rules! answer {
 #[tonic::async_trait]
 impl Control for ControlService {
     type JobLogsStream = logs::LogStream;
+    type BackupStream = backup::PartStream;
 
     async fn join(&self, r: Request<api::JoinRequest>) -> Result<Response<api::JoinReply>, Status> {
         let peer = auth::peer_identity(&r).cloned();
@@ -278,6 +279,24 @@ impl Control for ControlService {
         r: Request<api::TransferLeadershipRequest>,
     ) -> Result<Response<api::TransferLeadershipReply>, Status> {
         answer!(self, r, heads::transfer)
+    }
+
+    async fn backup(
+        &self,
+        r: Request<api::BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        // Also while there is no leader to confirm a token: a backup may be what is left to do then.
+        let answered = async {
+            let caller = match r.get_ref().local {
+                true => auth::caller_by_own_tables(&self.context, &r).await?,
+                false => auth::caller(&self.context, &r).await?,
+            };
+            backup::backup(&self.context, &caller, r.into_inner()).await
+        };
+        answered
+            .await
+            .map(Response::new)
+            .map_err(|status| with_leader(&self.context, status))
     }
 
     async fn has_artifact(

@@ -101,6 +101,8 @@ pub(crate) enum HeadCommand {
     Allocate,
     /// A member says where it is.
     SetAddress(Member),
+    /// The group was restored from a backup: its members of before are removed, in a group of its own.
+    Restored,
 }
 
 impl HeadCommand {
@@ -137,6 +139,12 @@ impl StateModule for HeadsModule {
             HeadCommand::SetAddress(member) => {
                 refuse_removed(txn, member.raft_id)?;
                 put(txn, &member)?;
+                Vec::new()
+            }
+            HeadCommand::Restored => {
+                for member in members(txn) {
+                    remove(txn, member.raft_id);
+                }
                 Vec::new()
             }
         };
@@ -191,6 +199,18 @@ fn refuse_removed(reader: &dyn Reader, raft_id: u64) -> Result<(), Rejection> {
              data directory and join again with a new token"
         ),
     ))
+}
+
+/// Takes a member out of the table, and remembers that it was removed.
+fn remove(txn: &mut dyn Txn, raft_id: u64) {
+    txn.delete(MEMBERS, &raft_id.to_be_bytes());
+    let known = removed(txn);
+    if known.len() >= REMOVED_MAX
+        && let Some(oldest) = known.first()
+    {
+        txn.delete(REMOVED, &oldest.to_be_bytes());
+    }
+    txn.put(REMOVED, &raft_id.to_be_bytes(), Vec::new());
 }
 
 fn members(reader: &dyn Reader) -> Vec<Member> {
@@ -302,16 +322,7 @@ pub(super) fn apply_change(
         ConfChangeType::RemoveNode if !is_voter && !is_learner => {
             return refused(format!("head {raft_id} is not in the group"));
         }
-        ConfChangeType::RemoveNode => {
-            txn.delete(MEMBERS, &raft_id.to_be_bytes());
-            let known = removed(txn);
-            if known.len() >= REMOVED_MAX
-                && let Some(oldest) = known.first()
-            {
-                txn.delete(REMOVED, &oldest.to_be_bytes());
-            }
-            txn.put(REMOVED, &raft_id.to_be_bytes(), Vec::new());
-        }
+        ConfChangeType::RemoveNode => remove(txn, raft_id),
     }
     // Last, because what it refuses must leave no row: the caller discards the writes then.
     configuration

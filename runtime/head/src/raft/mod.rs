@@ -44,6 +44,7 @@ pub(crate) use driver::{Driver, DriverOptions, EmptyLog, is_log_lost};
 pub(crate) use inputs::input_queue;
 pub(crate) use membership::{GroupChange, HeadCommand, MEMBERS_MAX, allocated_id};
 pub use membership::{GroupView, Member};
+pub(crate) use proposals::TableView;
 pub use proposals::{
     ChangeError, GroupProgress, Leadership, MemberProgress, Outcome, ProposeError, RaftHandle,
 };

@@ -5,7 +5,8 @@
 //! says, is followed in [`host_life`].
 //!
 //! Invariants:
-//! 1. An incarnation is started once; a repeated start is answered with what became of the first.
+//! 1. An incarnation is started once; a repeated start is answered with what became of the first, and
+//!    that of an older one with its end.
 //! 2. Of one actor only the newest incarnation lives on; an older one is ended when a newer comes.
 //! 3. An actor's end is reported once its host said so, or once its process is dead and everything
 //!    that it had sent before is read, whichever is first. A GPU actor's end is reported only when
@@ -157,10 +158,12 @@ impl Pool {
         if let Some((ended, reason)) = self.ended.newest(actor)
             && ended >= incarnation
         {
-            if ended == incarnation {
-                let reason = reason.clone();
-                self.actions.push(Action::Report(exited(key, reason)));
-            }
+            let reason = if ended == incarnation {
+                reason.clone()
+            } else {
+                ExitReason::NodeLost
+            };
+            self.actions.push(Action::Report(exited(key, reason)));
             return;
         }
         let living: Vec<Key> = self
@@ -169,6 +172,10 @@ impl Pool {
             .map(|(k, _)| *k)
             .collect();
         if living.iter().any(|(_, living)| *living > incarnation) {
+            // Late, and nobody waits for an answer; or of heads that were restored from a backup, which
+            // know nothing of the newer one and would wait for ever.
+            let reason = ExitReason::NodeLost;
+            self.actions.push(Action::Report(exited(key, reason)));
             return;
         }
         for older in living {
