@@ -26,6 +26,7 @@ pub mod placement;
 mod query;
 mod row;
 mod state;
+mod subject;
 mod view;
 
 pub use command::{
@@ -37,7 +38,7 @@ pub use placement::placement_pass;
 pub use query::{ActorTarget, Query, QueryResponse, Resolution, answer};
 pub use state::actor::Start;
 pub use state::session;
-pub use state::token::check as check_token;
+pub use state::token::{check as check_token, principal as token_principal};
 pub use view::{ActorView, ClusterStatus, JobView, NodeView, TokenView};
 
 use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
@@ -69,6 +70,14 @@ impl StateModule for Scheduler {
             response: codec::encode_plain(&response),
             effects: apply.into_effects(),
         })
+    }
+
+    fn subject(&self, payload: &[u8], response: Option<&[u8]>) -> String {
+        let response = response.and_then(|bytes| Response::decode(bytes).ok());
+        match Command::decode(payload) {
+            Ok(command) => subject::subject(&command, response.as_ref()),
+            Err(_) => self.name().to_owned(),
+        }
     }
 
     fn query(

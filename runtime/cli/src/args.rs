@@ -72,6 +72,8 @@ pub(crate) enum Command {
     /// Join and client tokens.
     #[command(subcommand)]
     Tokens(TokensCommand),
+    /// Who changed what: one record of each call that changed something, or would have.
+    Audit(AuditArguments),
     /// What the cluster is and how it does.
     Status(Format),
     /// What a head or a worker counts and measures, as Prometheus reads it.
@@ -522,6 +524,24 @@ pub(crate) enum DriftCommand {
         #[command(flatten)]
         format: Format,
     },
+}
+
+#[derive(Args)]
+pub(crate) struct AuditArguments {
+    /// The number of the first record to show [default: so that the newest are shown].
+    #[arg(long, value_name = "N")]
+    pub(crate) since: Option<u64>,
+    /// At most so many [default: 100 of the newest, all with --since].
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<u64>,
+    /// Go on and print records as they come; with --json one object a line.
+    #[arg(long, conflicts_with = "verify")]
+    pub(crate) follow: bool,
+    /// Read all records that are kept and check the chain of their hashes.
+    #[arg(long, conflicts_with_all = ["since", "limit"])]
+    pub(crate) verify: bool,
+    #[command(flatten)]
+    pub(crate) format: Format,
 }
 
 #[derive(Subcommand)]

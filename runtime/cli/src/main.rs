@@ -2,6 +2,7 @@
 
 mod actors;
 mod args;
+mod audit;
 mod backup;
 mod builtin;
 mod chaos;
@@ -97,6 +98,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Serve(command) => serve::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,
         Command::Tokens(command) => tokens::run(&target, command).await?,
+        Command::Audit(options) => audit::run(&target, options).await?,
         Command::Metrics { node } => status::metrics(&target, node).await?,
         Command::Status(format) => status::run(&target, format).await?,
         Command::Explain(options) => explain::run(&target, options).await?,

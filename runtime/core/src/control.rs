@@ -76,6 +76,17 @@ pub struct Command {
     pub module: ModuleId,
     /// The module's own encoding of the change.
     pub payload: Vec<u8>,
+    /// Whose call it comes of; `None` for what the heads decide themselves.
+    pub origin: Option<Origin>,
+}
+
+/// Whose call a command comes of, as the audit log tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// In whose name: a token's name, or a certificate's.
+    pub principal: String,
+    /// The method of the control API.
+    pub call: String,
 }
 
 /// What a command is applied under.
@@ -156,6 +167,14 @@ pub trait StateModule: Send + Sync {
         txn: &mut dyn Txn,
         payload: &[u8],
     ) -> Result<Applied, Rejection>;
+
+    /// What a command was about, in a few words of ids and names, for the audit log: never anything of
+    /// its contents that could be a secret. `response` is the answer of [`StateModule::apply`], where it
+    /// was not refused.
+    fn subject(&self, payload: &[u8], response: Option<&[u8]>) -> String {
+        let _ = (payload, response);
+        self.name().to_owned()
+    }
 
     /// Answers a question from the tables. `now_ms` is for showing ages only.
     fn query(&self, reader: &dyn Reader, now_ms: u64, payload: &[u8])

@@ -22,7 +22,7 @@ use tonic::Status;
 
 use crate::api::{rejected, stamp};
 use crate::metrics::HeadMetrics;
-use crate::raft::{Member, ProposeError, RaftHandle};
+use crate::raft::{HeadCommand, Member, ProposeError, RaftHandle};
 use crate::session::Sessions;
 use crate::store_health::StoreHealth;
 use crate::sweep::SweepReports;
@@ -122,6 +122,15 @@ impl HeadContext {
         self.metrics.proposed(name, outcome, began.elapsed());
         let outcome = proposed?;
         Ok((outcome.index, outcome.result?))
+    }
+
+    /// Has the call that is being served recorded in the audit log, though it changes no table.
+    pub(crate) async fn note(&self, subject: &str) -> Result<(), CommandError> {
+        let subject = subject.to_owned();
+        let command = HeadCommand::Noted { subject }.encode();
+        self.propose(SessionId::INTERNAL, 0, ModuleId::HEADS, command)
+            .await?;
+        Ok(())
     }
 
     /// Proposes a command of the scheduler.

@@ -10,6 +10,7 @@
 //! 3. Every listener is TLS 1.3; QUIC requires a certificate of the cluster.
 
 mod api;
+pub mod audit;
 pub mod backup;
 mod bootstrap;
 mod context;
@@ -21,6 +22,7 @@ mod join;
 mod leader_client;
 mod leadership;
 mod metrics;
+mod origin;
 pub mod raft;
 mod secrets;
 mod session;

@@ -198,6 +198,7 @@ impl HeadCore {
             now_ms: 0,
             module,
             payload,
+            origin: None,
         };
         self.take(Input::Propose { command, reply }, now)?;
         Ok(answer)
@@ -225,7 +226,12 @@ impl HeadCore {
             Change::Promote(raft_id) => GroupChange::Promote(raft_id),
             Change::Remove(raft_id) => GroupChange::Remove(raft_id),
         };
-        self.take(Input::Change { change, reply }, now)?;
+        let input = Input::Change {
+            change,
+            origin: None,
+            reply,
+        };
+        self.take(input, now)?;
         Ok(answer)
     }
 

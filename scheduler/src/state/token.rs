@@ -43,6 +43,15 @@ pub fn check(reader: &dyn Reader, secret_hash: &[u8; 32], now_ms: u64) -> Result
     usable(reader, secret_hash, now_ms).map(|token| token.role)
 }
 
+/// The name of the token with this hash, if it is good: the principal in whose name its bearer acts.
+pub fn principal(
+    reader: &dyn Reader,
+    secret_hash: &[u8; 32],
+    now_ms: u64,
+) -> Result<String, Rejection> {
+    usable(reader, secret_hash, now_ms).map(|token| token.id)
+}
+
 fn usable(reader: &dyn Reader, secret_hash: &[u8; 32], now_ms: u64) -> Result<TokenRow, Rejection> {
     let refuse = |message: String| Err(Rejection::new(ErrorCode::Unauthenticated, message));
     let Some(id) = row::get::<String>(reader, TOKENS_BY_HASH, secret_hash) else {

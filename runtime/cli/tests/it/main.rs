@@ -7,6 +7,7 @@
 )]
 
 mod any_bytes;
+mod audit;
 mod backup;
 mod bad_input;
 mod chaos;

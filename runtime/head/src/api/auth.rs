@@ -22,11 +22,46 @@ pub(super) async fn caller<T>(
     context: &HeadContext,
     request: &Request<T>,
 ) -> Result<Caller, Status> {
+    identify(context, request).await.map(|(caller, _)| caller)
+}
+
+/// Who sent `request`, and in whose name, as the audit log tells it: the name of a token or of a
+/// certificate.
+pub(super) async fn identify<T>(
+    context: &HeadContext,
+    request: &Request<T>,
+) -> Result<(Caller, String), Status> {
     if let Some(identity) = peer_identity(request) {
-        return caller_of(identity).map_err(|rejection| rejected(&rejection));
+        let caller = caller_of(identity).map_err(|rejection| rejected(&rejection))?;
+        return Ok((caller, identity.to_string()));
     }
     let text = bearer(request).map_err(|rejection| rejected(&rejection))?;
-    caller_with_token(context, text).await
+    let token = parsed(context, text)?;
+    let reader = context.raft.read().await?;
+    let caller = role_to_caller(context, &reader, &token)?;
+    let now_ms = context.clock.now_ms();
+    let name = mobula_scheduler::token_principal(&reader, &token.secret_hash(), now_ms)
+        .map_err(|rejection| rejected(&rejection))?;
+    Ok((caller, name))
+}
+
+/// In whose name somebody joins: by the certificate that is shown, or by the token in the message.
+pub(super) async fn joining(
+    context: &HeadContext,
+    peer: Option<&Identity>,
+    token: &str,
+) -> Result<String, Status> {
+    if let Some(peer) = peer {
+        return Ok(peer.to_string());
+    }
+    let Ok(token) = Token::parse(token.trim()) else {
+        return Ok(String::new());
+    };
+    let reader = context.raft.read().await?;
+    let now_ms = context.clock.now_ms();
+    // One that is not good is refused where it is used up, and there without a record.
+    let name = mobula_scheduler::token_principal(&reader, &token.secret_hash(), now_ms);
+    Ok(name.unwrap_or_default())
 }
 
 /// Refuses whoever may not read metrics over plain HTTP: clients may, and tokens made for that.
@@ -89,11 +124,6 @@ pub(super) async fn caller_by_own_tables<T>(
     let text = bearer(request).map_err(|rejection| rejected(&rejection))?;
     let token = parsed(context, text)?;
     role_to_caller(context, &context.raft.local_view().await?, &token)
-}
-
-async fn caller_with_token(context: &HeadContext, text: &str) -> Result<Caller, Status> {
-    let token = parsed(context, text)?;
-    role_to_caller(context, &context.raft.read().await?, &token)
 }
 
 fn parsed(context: &HeadContext, text: &str) -> Result<Token, Status> {

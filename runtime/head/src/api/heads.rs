@@ -249,6 +249,11 @@ pub(super) async fn transfer(
 ) -> Result<api::TransferLeadershipReply, Status> {
     only_operators(caller)?;
     let to = (request.raft_id != 0).then_some(request.raft_id);
+    let subject = to.map_or_else(
+        || "whoever is furthest".to_owned(),
+        |id| format!("head {id}"),
+    );
+    context.note(&subject).await?;
     let leader = transfer_to(context, to).await?;
     Ok(api::TransferLeadershipReply { leader })
 }

@@ -4,6 +4,7 @@
 mod access;
 mod actors;
 mod artifacts;
+mod audit;
 mod auth;
 mod backup;
 mod heads;
@@ -20,6 +21,7 @@ mod tokens;
 mod views;
 
 pub(crate) use artifacts::ARTIFACT_BYTES_MAX;
+pub use audit::{ends_of, record_of};
 pub(crate) use backup::BACKUPS_MAX;
 pub(crate) use logs::LOG_STREAMS_MAX;
 pub(crate) use modules::stamp;

@@ -170,10 +170,20 @@ fn http_code(status: &Status) -> StatusCode {
     }
 }
 
+/// The method that a request is for; [`measure`] notes it, for a method's own code does not see it.
+#[derive(Debug, Clone)]
+struct Called(String);
+
+/// The method that `request` is for.
+pub(super) fn called<T>(request: &tonic::Request<T>) -> String {
+    let noted = request.extensions().get::<Called>();
+    noted.map_or_else(String::new, |called| called.0.clone())
+}
+
 /// Counts and times each request of the API.
 pub(crate) async fn measure(
     State(context): State<Arc<HeadContext>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     const SERVICE: &str = "/mobula.v1.Control/";
@@ -185,6 +195,7 @@ pub(crate) async fn measure(
         // Made up by the caller, so that it must not become a label.
         _ => "unknown".to_owned(),
     };
+    request.extensions_mut().insert(Called(method.clone()));
     let response = next.run(request).await;
     // An answer without a status in its head went well as far as anyone knows then.
     let code = response

@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 
+use mobula_core::control::Origin;
 use mobula_wire::control::control_server::Control;
 use mobula_wire::control::{self as api, Empty};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    actors, artifacts, auth, backup, heads, jobs, logs, modules, nodes, observe, status, tokens,
-    with_leader,
+    actors, artifacts, audit, auth, backup, heads, jobs, logs, modules, nodes, observe, status,
+    tokens, with_leader,
 };
 use crate::context::HeadContext;
+use crate::origin;
 
 /// The control API over a head's context.
 #[derive(Clone)]
@@ -18,14 +20,18 @@ pub(crate) struct ControlService {
     pub(crate) context: Arc<HeadContext>,
 }
 
-/// Answers a method: who calls is found out first, then the function does the work. What this head
+/// Answers a method: who calls is found out first, then the function does the work; what it changes
+/// is recorded as that call's. What this head
 /// cannot do because it does not lead names the leader.
 macro_rules! answer {
     ($self:ident, $request:ident, $function:path) => {{
         let context = &$self.context;
+        let call = observe::called(&$request);
         let answered = async {
-            let caller = auth::caller(context, &$request).await?;
-            $function(context, &caller, $request.into_inner()).await
+            let (caller, principal) = auth::identify(context, &$request).await?;
+            let origin = Origin { principal, call };
+            let call = $function(context, &caller, $request.into_inner());
+            origin::serving(origin, call).await
         };
         answered
             .await
@@ -41,7 +47,14 @@ impl Control for ControlService {
 
     async fn join(&self, r: Request<api::JoinRequest>) -> Result<Response<api::JoinReply>, Status> {
         let peer = auth::peer_identity(&r).cloned();
-        status::join(&self.context, peer, r.into_inner())
+        let call = observe::called(&r);
+        let request = r.into_inner();
+        let answered = async {
+            let principal = auth::joining(&self.context, peer.as_ref(), &request.token).await?;
+            let joining = status::join(&self.context, peer, request);
+            origin::serving(Origin { principal, call }, joining).await
+        };
+        answered
             .await
             .map(Response::new)
             .map_err(|status| with_leader(&self.context, status))
@@ -246,7 +259,12 @@ impl Control for ControlService {
         r: Request<api::AnnounceHeadRequest>,
     ) -> Result<Response<Empty>, Status> {
         let peer = auth::peer_identity(&r).cloned();
-        heads::announce(&self.context, peer.as_ref(), r.into_inner())
+        let origin = Origin {
+            principal: peer.as_ref().map(ToString::to_string).unwrap_or_default(),
+            call: observe::called(&r),
+        };
+        let announcing = heads::announce(&self.context, peer.as_ref(), r.into_inner());
+        origin::serving(origin, announcing)
             .await
             .map(Response::new)
             .map_err(|status| with_leader(&self.context, status))
@@ -285,18 +303,32 @@ impl Control for ControlService {
         &self,
         r: Request<api::BackupRequest>,
     ) -> Result<Response<Self::BackupStream>, Status> {
+        let call = observe::called(&r);
         // Also while there is no leader to confirm a token: a backup may be what is left to do then.
         let answered = async {
-            let caller = match r.get_ref().local {
-                true => auth::caller_by_own_tables(&self.context, &r).await?,
-                false => auth::caller(&self.context, &r).await?,
+            let (caller, principal) = match r.get_ref().local {
+                // And there is no way to record it.
+                true => {
+                    let caller = auth::caller_by_own_tables(&self.context, &r).await?;
+                    return backup::backup(&self.context, &caller, r.into_inner()).await;
+                }
+                false => auth::identify(&self.context, &r).await?,
             };
-            backup::backup(&self.context, &caller, r.into_inner()).await
+            let origin = Origin { principal, call };
+            let making = backup::backup(&self.context, &caller, r.into_inner());
+            origin::serving(origin, making).await
         };
         answered
             .await
             .map(Response::new)
             .map_err(|status| with_leader(&self.context, status))
+    }
+
+    async fn list_audit(
+        &self,
+        r: Request<api::ListAuditRequest>,
+    ) -> Result<Response<api::ListAuditReply>, Status> {
+        answer!(self, r, audit::list)
     }
 
     async fn has_artifact(

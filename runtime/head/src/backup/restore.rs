@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use mobula_core::codec;
-use mobula_core::control::{Command, ModuleId};
+use mobula_core::control::{Command, ModuleId, Origin};
 use mobula_core::id::SessionId;
 use mobula_scheduler::Command as SchedulerCommand;
 use mobula_storage::engine::{
@@ -279,6 +279,14 @@ fn write_rows(file: &Path, engine: &RocksEngine) -> Result<(), Failure> {
     Ok(flush(&mut batch)?)
 }
 
+/// The restore has one record in the audit log, of whoever could read the file.
+fn origin(module: ModuleId) -> Option<Origin> {
+    (module == ModuleId::HEADS).then(|| Origin {
+        principal: "whoever had the backup".to_owned(),
+        call: "Restore".to_owned(),
+    })
+}
+
 /// What a restored group does before anything else: the heads of before are members no more, and
 /// what may have been given out since the backup is left out.
 fn first_entries(start: LogPoint, now_ms: u64) -> Vec<Entry> {
@@ -302,6 +310,7 @@ fn first_entries(start: LogPoint, now_ms: u64) -> Vec<Entry> {
                 now_ms,
                 module,
                 payload,
+                origin: origin(module),
             };
             Entry {
                 index,

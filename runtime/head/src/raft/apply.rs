@@ -8,6 +8,7 @@ use mobula_core::control::{
     Applied, ApplyContext, Command, Effect, ModuleId, Reader, StateModule, Table, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::SessionId;
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_scheduler::session::{self, Seen};
 use mobula_storage::engine::{Engine, Read, WriteBatch};
@@ -17,6 +18,7 @@ use raft::prelude::{ConfChange, Entry, EntryType};
 
 use super::membership::{self, Configuration};
 use super::proposals::TableView;
+use crate::audit;
 
 /// The head's own table: what is about the log rather than about any module.
 const HEAD_TABLE: Table = Table {
@@ -211,6 +213,20 @@ impl<E: Engine> Applier<E> {
                 codec::encode_plain(&answer),
             );
         }
+        let refused = outcome.as_ref().err();
+        // Whoever has no token is nobody, and could fill the log.
+        let is_known = refused.is_none_or(|why| why.code != ErrorCode::Unauthenticated);
+        if let Some(origin) = command.origin.as_ref().filter(|_| is_known) {
+            let response = answer.ok().map(Vec::as_slice);
+            let call = audit::Call {
+                origin,
+                subject: module.subject(&command.payload, response),
+                session: command.session,
+                stamp: command.seq,
+                refused,
+            };
+            audit::append(&mut txn, &context, call);
+        }
         txn.commit();
         outcome
     }
@@ -226,10 +242,29 @@ fn apply_change<R: Read>(
         .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?;
     let mut txn = batch.begin();
     let result = membership::apply_change(configuration, &mut txn, &change, &entry.context);
-    match &result {
-        Ok(()) => txn.commit(),
-        Err(_) => txn.discard(),
+    let mut txn = match &result {
+        Ok(()) => txn,
+        Err(_) => {
+            txn.discard();
+            batch.begin()
+        }
+    };
+    if let Some(origin) = membership::origin_of(&entry.context) {
+        let context = ApplyContext {
+            index: entry.index,
+            term: entry.term,
+            now_ms: log_time_ms(&txn),
+        };
+        let call = audit::Call {
+            origin: &origin,
+            subject: membership::subject_of(&change, &entry.context),
+            session: SessionId::INTERNAL,
+            stamp: 0,
+            refused: result.as_ref().err(),
+        };
+        audit::append(&mut txn, &context, call);
     }
+    txn.commit();
     result
 }
 

@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use mobula_core::control::Origin;
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_storage::engine::Engine;
@@ -35,6 +36,7 @@ type Reply = oneshot::Sender<Result<(), ChangeError>>;
 struct Waiting {
     nonce: u64,
     change: GroupChange,
+    origin: Option<Origin>,
     attempts: u32,
     reply: Reply,
 }
@@ -88,6 +90,7 @@ impl Changes {
         &mut self,
         node: &mut Node<E>,
         change: GroupChange,
+        origin: Option<Origin>,
         reply: Reply,
     ) {
         if node.raft.state != StateRole::Leader {
@@ -102,6 +105,7 @@ impl Changes {
         let waiting = Waiting {
             nonce: 0,
             change,
+            origin,
             attempts: 0,
             reply,
         };
@@ -113,7 +117,9 @@ impl Changes {
         self.last_nonce += 1;
         waiting.nonce = (node.raft.term << 32) | self.last_nonce;
         waiting.attempts += 1;
-        let (context, change) = waiting.change.to_raft(waiting.nonce);
+        let (context, change) = waiting
+            .change
+            .to_raft(waiting.nonce, waiting.origin.clone());
         match node.propose_conf_change(context, change) {
             Ok(()) => {
                 let index = node.raft.raft_log.last_index();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
-use mobula_core::control::Command;
+use mobula_core::control::{Command, Origin};
 use mobula_storage::engine::RocksSnapshot;
 use mobula_storage::raft_log::RaftMessage as _;
 use mobula_storage::snapshot::SnapshotInstall;
@@ -51,6 +51,8 @@ pub(crate) enum Input<S = RocksSnapshot> {
     /// Change the group.
     Change {
         change: GroupChange,
+        /// Whose call it comes of.
+        origin: Option<Origin>,
         reply: oneshot::Sender<Result<(), ChangeError>>,
     },
     /// Hand leadership to this voter, or to the one that is furthest; answers to whom.

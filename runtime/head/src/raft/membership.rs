@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Origin, Reader, StateModule, Table, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::mutant::{Mutant, is_planted};
@@ -103,6 +103,11 @@ pub(crate) enum HeadCommand {
     SetAddress(Member),
     /// The group was restored from a backup: its members of before are removed, in a group of its own.
     Restored,
+    /// A call that changes no table, and is to have a record in the audit log.
+    Noted {
+        /// What it is about.
+        subject: String,
+    },
 }
 
 impl HeadCommand {
@@ -147,11 +152,25 @@ impl StateModule for HeadsModule {
                 }
                 Vec::new()
             }
+            HeadCommand::Noted { .. } => Vec::new(),
         };
         Ok(Applied {
             response,
             effects: Vec::new(),
         })
+    }
+
+    fn subject(&self, payload: &[u8], response: Option<&[u8]>) -> String {
+        match (decode(payload), response.and_then(allocated_id)) {
+            (Ok(HeadCommand::Allocate), Some(raft_id)) => format!("a new head, {raft_id}"),
+            (Ok(HeadCommand::Allocate), None) => "a new head".to_owned(),
+            (Ok(HeadCommand::SetAddress(member)), _) => {
+                format!("head {} ({})", member.raft_id, member.name)
+            }
+            (Ok(HeadCommand::Restored), _) => "a backup".to_owned(),
+            (Ok(HeadCommand::Noted { subject }), _) => subject,
+            (Err(_), _) => self.name().to_owned(),
+        }
     }
 
     fn query(&self, _: &dyn Reader, _: u64, _: &[u8]) -> Result<Vec<u8>, Rejection> {
@@ -245,6 +264,8 @@ struct ChangeNote {
     nonce: u64,
     /// The new member's row.
     member: Option<Member>,
+    /// Whose call it comes of.
+    origin: Option<Origin>,
 }
 
 impl GroupChange {
@@ -256,7 +277,7 @@ impl GroupChange {
     }
 
     /// The entry's context and Raft's part of it.
-    pub(super) fn to_raft(&self, nonce: u64) -> (Vec<u8>, ConfChange) {
+    pub(super) fn to_raft(&self, nonce: u64, origin: Option<Origin>) -> (Vec<u8>, ConfChange) {
         let (change_type, member) = match self {
             GroupChange::AddLearner(member) => {
                 (ConfChangeType::AddLearnerNode, Some(member.clone()))
@@ -269,7 +290,12 @@ impl GroupChange {
             ..ConfChange::default()
         };
         change.set_change_type(change_type);
-        (codec::encode_plain(&ChangeNote { nonce, member }), change)
+        let note = ChangeNote {
+            nonce,
+            member,
+            origin,
+        };
+        (codec::encode_plain(&note), change)
     }
 }
 
@@ -279,12 +305,28 @@ pub(super) fn nonce_of(context: &[u8]) -> Option<u64> {
     Some(note.nonce)
 }
 
+/// Whose call the change comes of whose entry has this context.
+pub(super) fn origin_of(context: &[u8]) -> Option<Origin> {
+    let note: ChangeNote = codec::decode(context, ROW_BYTES_MAX).ok()?;
+    note.origin
+}
+
 /// Raft's configuration, as apply changes it.
 pub(crate) trait Configuration {
     /// As it is now.
     fn state(&self) -> ConfState;
     /// Changes it; refuses what would leave no voter.
     fn change(&mut self, change: &ConfChange) -> Result<(), String>;
+}
+
+/// What a change is about, for the audit log.
+pub(super) fn subject_of(change: &ConfChange, context: &[u8]) -> String {
+    let raft_id = change.node_id;
+    let note: Option<ChangeNote> = codec::decode(context, ROW_BYTES_MAX).ok();
+    match note.and_then(|note| note.member) {
+        Some(member) => format!("head {raft_id} ({})", member.name),
+        None => format!("head {raft_id}"),
+    }
 }
 
 /// Applies a change to configuration and table, or to neither. Every replica decides alike: the

@@ -195,7 +195,11 @@ impl<E: Engine> Loop<E> {
                 // Whoever asked may have given up, here and below.
                 let _ = reply.send(self.parts.applier.reader());
             }
-            Input::Change { change, reply } => self.changes.propose(node, change, reply),
+            Input::Change {
+                change,
+                origin,
+                reply,
+            } => self.changes.propose(node, change, origin, reply),
             Input::Transfer { to, reply } => {
                 let _ = reply.send(self.changes.transfer(node, to));
             }

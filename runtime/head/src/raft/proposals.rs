@@ -162,7 +162,8 @@ pub struct RaftHandle {
 }
 
 impl RaftHandle {
-    /// Puts a command into the log and waits until it is applied.
+    /// Puts a command into the log and waits until it is applied. One that is proposed while a call of
+    /// the API is served comes of that call.
     pub async fn propose(
         &self,
         session: SessionId,
@@ -177,6 +178,7 @@ impl RaftHandle {
             now_ms: 0,
             module,
             payload,
+            origin: crate::origin::current(),
         };
         let (reply, answer) = oneshot::channel();
         self.send(Input::Propose { command, reply })?;
@@ -208,7 +210,12 @@ impl RaftHandle {
     /// Changes the group, and waits until the change is applied.
     pub(crate) async fn change_group(&self, change: GroupChange) -> Result<(), ChangeError> {
         let (reply, answer) = oneshot::channel();
-        self.send(Input::Change { change, reply })?;
+        let origin = crate::origin::current();
+        self.send(Input::Change {
+            change,
+            origin,
+            reply,
+        })?;
         wait_for(answer).await?
     }
 
