@@ -233,6 +233,13 @@ macro_rules! head_api {
             ) -> Result<Response<Self::JobLogsStream>, Status> {
                 Ok(Response::new(tokio_stream::empty()))
             }
+            type BackupStream = tokio_stream::Empty<Result<api::BackupPart, Status>>;
+            async fn backup(
+                &self,
+                _: Request<api::BackupRequest>,
+            ) -> Result<Response<Self::BackupStream>, Status> {
+                Err(Status::unimplemented("backup"))
+            }
             async fn put_artifact(
                 &self,
                 _: Request<tonic::Streaming<api::ArtifactChunk>>,
@@ -323,6 +330,7 @@ head_api! {
         promote_head(PromoteHeadRequest) -> Empty;
         remove_head(RemoveHeadRequest) -> Empty;
         transfer_leadership(TransferLeadershipRequest) -> TransferLeadershipReply;
+        list_audit(ListAuditRequest) -> ListAuditReply;
         has_artifact(HasArtifactRequest) -> HasArtifactReply;
         apply(ApplyRequest) -> ApplyReply;
         query(QueryRequest) -> QueryReply;
