@@ -106,6 +106,7 @@ async fn table() -> Result<Arc<ActorTable>, Failure> {
             restart: RestartPolicy::NEVER,
             isolated: false,
             mailbox_capacity: 1024,
+            detached: false,
         },
         args: Vec::new(),
         env: Default::default(),
@@ -201,7 +202,7 @@ fn main() -> Result<(), Failure> {
             .send((endpoint.local_address(), alone, together))
             .is_ok()
         {
-            serve_calls(endpoint, table, JOB).await;
+            serve_calls(endpoint, table).await;
         }
         Ok::<_, Failure>(())
     });

@@ -61,6 +61,7 @@ fn actor(number: usize) -> ActorSpec {
         restart: RestartPolicy::NEVER,
         isolated: false,
         mailbox_capacity: 16,
+        detached: false,
     }
 }
 

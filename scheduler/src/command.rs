@@ -18,6 +18,10 @@ use crate::limits::PAYLOAD_BYTES_MAX;
 
 /// A change to nodes, jobs, actors, sessions or tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a command is made, encoded and dropped; none are kept side by side"
+)]
 pub enum Command {
     /// A worker agent joins, or says again that it is there. Answer: [`Response::Registered`].
     RegisterNode {
@@ -86,7 +90,7 @@ pub enum Command {
     },
     /// Creates actors. Answer: [`Response::ActorsCreated`], in the order asked for.
     CreateActors {
-        /// The job that they belong to.
+        /// The job that they belong to, or whose namespace keeps them if they are detached.
         job: JobId,
         /// The actors.
         actors: Vec<ActorSpec>,
@@ -99,7 +103,8 @@ pub enum Command {
     },
     /// Ends an actor for good. Answer: [`Response::Done`], also when it has ended already.
     StopActor {
-        /// The job that the actor must belong to; a host has to name its own.
+        /// The job that the actor must belong to, or share a namespace with; a host has to name its
+        /// own.
         job: Option<JobId>,
         /// The actor.
         actor: ActorId,
@@ -149,6 +154,8 @@ pub enum Command {
         /// The last characters of its text, by which people tell tokens apart. Short: what is here
         /// is no secret any more.
         ends_with: String,
+        /// Whose namespaces its bearer enters; `None`: those of this token alone. Only for a client's.
+        principal: Option<String>,
     },
     /// Shows a token and counts the use. Answer: [`Response::TokenAccepted`].
     UseToken {

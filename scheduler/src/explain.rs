@@ -15,6 +15,7 @@ use crate::state::actor::{self, ActorRow, ActorState, Then};
 use crate::state::group;
 use crate::state::job::{self, JobState};
 use crate::state::lifecycle;
+use crate::state::namespace;
 
 /// Why an actor or a job is as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,12 +91,27 @@ fn explain(reader: &dyn Reader, row: ActorRow, now_ms: u64) -> Explanation {
             "",
         ),
     };
+    let verdict = match &row.state {
+        ActorState::Ended { .. } => verdict,
+        _ => verdict + &lasting(reader, &row),
+    };
     Explanation {
         subject: row.id.to_string(),
         state: state.to_owned(),
         verdict,
         nodes: Vec::new(),
         next_step: next_step.to_owned(),
+    }
+}
+
+/// What keeps a detached actor alive, said behind its state.
+fn lasting(reader: &dyn Reader, row: &ActorRow) -> String {
+    match namespace::of_job(reader, row.job).filter(|_| row.detached) {
+        Some(namespace) => format!(
+            "; detached: it lives in namespace `{namespace}` until it is stopped, whatever becomes of \
+             the job that made it"
+        ),
+        None => String::new(),
     }
 }
 
@@ -340,6 +356,17 @@ pub fn explain_job(reader: &dyn Reader, id: JobId, now_ms: u64) -> Result<Explan
         let verdict = match row.live_actors {
             0 => "it has no living actor".to_owned(),
             living => format!("all {living} living actors run"),
+        };
+        let verdict = match (row.detached_actors, &row.namespace) {
+            (Some(detached), Some(namespace)) => format!(
+                "{verdict}; it lives with its detached actors in namespace `{namespace}`, of which there \
+                 {} left",
+                match detached {
+                    1 => "is 1".to_owned(),
+                    count => format!("are {count}"),
+                }
+            ),
+            _ => verdict,
         };
         return Ok(Explanation {
             subject,

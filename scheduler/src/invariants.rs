@@ -5,22 +5,25 @@
 use std::collections::BTreeMap;
 
 use mobula_core::control::{Reader, Table};
+use mobula_core::namespace::Namespace;
 use mobula_core::spec::JobSpec;
 use mobula_core::{ActorId, JobId, NodeId, SessionId};
 
 use crate::limits::{
-    FINISHED_ACTORS_KEPT, FINISHED_JOBS_KEPT, NODES_MAX, SESSIONS_MAX, TOKENS_MAX,
+    DETACHED_JOBS_MAX, FINISHED_ACTORS_KEPT, FINISHED_JOBS_KEPT, NAMESPACES_MAX, NODES_MAX,
+    SESSIONS_MAX, TOKENS_MAX,
 };
 use crate::placement::gpu;
 use crate::row::{
-    self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, GROUPS,
-    JOB_SPECS, JOBS, JOBS_BY_KEY, JOBS_FINISHED, LEASES, NODES, NODES_BY_NAME, PENDING,
-    SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE, TOKENS, TOKENS_BY_HASH,
+    self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_BY_NAMESPACE, ACTORS_FINISHED,
+    Counter, GROUPS, JOB_SPECS, JOBS, JOBS_BY_KEY, JOBS_FINISHED, LEASES, NAMESPACES, NODES,
+    NODES_BY_NAME, PENDING, SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE, TOKENS, TOKENS_BY_HASH,
 };
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::group::GroupRow;
 use crate::state::job::{JobRow, JobState};
 use crate::state::lease;
+use crate::state::namespace::NamespaceRow;
 use crate::state::node::{self, NodeRow};
 
 /// A state of the tables that must not be.
@@ -60,6 +63,7 @@ pub fn check(reader: &dyn Reader) -> Result<(), Violation> {
     names_are_unique(reader, &actors)?;
     gangs_are_whole(reader, &actors)?;
     jobs_match_actors(reader, &actors)?;
+    namespaces_match_jobs(reader, &actors)?;
     living_are_counted(reader, &actors)?;
     counters_match_rows(reader)?;
     indexes_match_rows(reader)
@@ -203,7 +207,8 @@ fn names_are_unique(
             named += 1;
         }
     }
-    let names = row::scan(reader, ACTORS_BY_NAME, &[]).count();
+    let rows = |table: Table| row::scan(reader, table, &[]).count();
+    let names = rows(ACTORS_BY_NAME) + rows(ACTORS_BY_NAMESPACE);
     ensure(names == named, RULE, || {
         format!("{names} names for {named} living named actors")
     })
@@ -261,13 +266,66 @@ fn jobs_match_actors(
         ensure(!over || count == 0, RULE, || {
             format!("{} is over with {count} actors", job.id)
         })?;
-        let idle = job.driver.is_some() && count == 0;
+        let is_finite = job.driver.is_some() || job.detached_actors.is_some();
+        let idle = is_finite && count == 0;
         ensure(over || !idle, RULE, || {
             format!("{} has no actor left and is not over", job.id)
         })?;
     }
     ensure(living.is_empty(), RULE, || {
         format!("actors without a job: {living:?}")
+    })
+}
+
+/// A namespace is there exactly as long as a job in it is not over, and knows which of its jobs keep
+/// detached actors; those live nowhere else, and each such job has one.
+fn namespaces_match_jobs(
+    reader: &dyn Reader,
+    actors: &BTreeMap<ActorId, ActorRow>,
+) -> Result<(), Violation> {
+    const RULE: &str = "namespaces match jobs";
+    let mut detached: BTreeMap<JobId, u32> = BTreeMap::new();
+    for actor in actors.values().filter(|actor| actor.detached) {
+        *detached.entry(actor.job).or_default() += u32::from(!actor.state.is_ended());
+    }
+    let mut expected: BTreeMap<Namespace, (u32, Vec<JobId>)> = BTreeMap::new();
+    for (_, value) in row::scan(reader, JOBS, &[]) {
+        let job: JobRow = row::from_bytes(JOBS, &value);
+        let count = detached.remove(&job.id);
+        ensure(
+            job.detached_actors.unwrap_or(0) == count.unwrap_or(0),
+            RULE,
+            || format!("{job:?} has {count:?} living detached actors"),
+        )?;
+        ensure(
+            job.detached_actors != Some(0) || !job.state.is_open(),
+            RULE,
+            || format!("{} keeps nothing and is open", job.id),
+        )?;
+        if let (Some(namespace), false) = (job.namespace, matches!(job.state, JobState::Over(_))) {
+            let (jobs, keeping) = expected.entry(namespace).or_default();
+            *jobs += 1;
+            keeping.extend(job.detached_actors.map(|_| job.id));
+        }
+    }
+    ensure(detached.is_empty(), RULE, || {
+        format!("detached actors without a job: {detached:?}")
+    })?;
+    let mut found = BTreeMap::new();
+    for (key, value) in row::scan(reader, NAMESPACES, &[]) {
+        let row: NamespaceRow = row::from_bytes(NAMESPACES, &value);
+        let name = String::from_utf8_lossy(&key).into_owned();
+        let incarnation = row.incarnation;
+        ensure(row.detached_jobs.len() <= DETACHED_JOBS_MAX, RULE, || {
+            format!("`{name}` has {} detached jobs", row.detached_jobs.len())
+        })?;
+        found.insert(
+            Namespace { name, incarnation },
+            (row.jobs, row.detached_jobs),
+        );
+    }
+    ensure(found == expected, RULE, || {
+        format!("namespaces are {found:?}, their jobs say {expected:?}")
     })
 }
 
@@ -322,6 +380,12 @@ fn counters_match_rows(reader: &dyn Reader) -> Result<(), Violation> {
         ),
         ("sessions", Counter::Sessions, rows(SESSIONS), SESSIONS_MAX),
         ("tokens", Counter::Tokens, rows(TOKENS), TOKENS_MAX),
+        (
+            "namespaces",
+            Counter::Namespaces,
+            rows(NAMESPACES),
+            NAMESPACES_MAX,
+        ),
     ];
     for (what, counter, count, limit) in cases {
         let counted = counter.value(reader);

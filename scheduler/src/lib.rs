@@ -37,6 +37,7 @@ pub use orders::{next_wakeup_ms, orders_for_node};
 pub use placement::placement_pass;
 pub use query::{ActorTarget, Query, QueryResponse, Resolution, answer};
 pub use state::actor::Start;
+pub use state::namespace::owner as namespace_owner;
 pub use state::session;
 pub use state::token::{check as check_token, principal as token_principal};
 pub use view::{ActorView, ClusterStatus, JobView, NodeView, TokenView};

@@ -12,6 +12,13 @@ pub const LIVE_ACTORS_MAX: u64 = 1 << 17;
 /// Jobs that have not ended; each has at least a driver process somewhere.
 pub const LIVE_JOBS_MAX: u64 = 10_000;
 
+/// Namespaces with a living job in them: each is a row of some hundred bytes.
+pub const NAMESPACES_MAX: u64 = 1024;
+
+/// Jobs in one namespace that keep detached actors: creating one compares its creator's job with each
+/// of them, and a namespace has few programs.
+pub const DETACHED_JOBS_MAX: usize = 64;
+
 /// Ended jobs kept for people to look at; the oldest goes first, with its actors.
 pub const FINISHED_JOBS_KEPT: u64 = 10_000;
 

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::explain::{self, Explanation};
 use crate::limits::{PAGE_ROWS, PAYLOAD_BYTES_MAX};
-use crate::state::actor::{self, ActorState};
-use crate::state::{job, node, token};
+use crate::state::actor::{self, ActorRow, ActorState};
+use crate::state::{job, namespace, node, token};
 use crate::view::{self, ActorView, ClusterStatus, JobView, NodeView, TokenView};
 
 /// A question to the scheduler's tables.
@@ -90,6 +90,20 @@ pub enum Query {
     },
     /// What keeps actors pending, counted. Answer: [`QueryResponse::PendingReasons`].
     PendingReasons,
+    /// Whether two different jobs are in one namespace. Answer: [`QueryResponse::IsShared`].
+    SharesNamespace {
+        /// One job.
+        job: JobId,
+        /// The other.
+        other: JobId,
+    },
+    /// The living actor of this name in a namespace. Answer: [`QueryResponse::Actor`].
+    ActorInNamespace {
+        /// The namespace's name.
+        namespace: String,
+        /// The actor's.
+        name: String,
+    },
 }
 
 /// How a caller names an actor.
@@ -97,7 +111,7 @@ pub enum Query {
 pub enum ActorTarget {
     /// By id.
     Id(ActorId),
-    /// By its name within the job; only a living actor has one.
+    /// By its name within the job, or within the job's namespace; only a living actor has one.
     Name(String),
 }
 
@@ -133,6 +147,8 @@ pub enum QueryResponse {
     },
     /// Pending actors by a short stable word for what is in their way.
     PendingReasons(BTreeMap<String, u64>),
+    /// Whether two jobs are in one namespace.
+    IsShared(bool),
 }
 
 /// Where an actor can be called, or why it cannot be now.
@@ -223,6 +239,13 @@ pub fn answer(reader: &dyn Reader, now_ms: u64, query: Query) -> Result<QueryRes
             QueryResponse::PendingReasons(explain::pending_reasons(reader, now_ms))
         }
         Query::EndedActor { actor, incarnation } => ended(reader, actor, incarnation)?,
+        Query::SharesNamespace { job, other } => {
+            QueryResponse::IsShared(namespace::is_shared(reader, job, other))
+        }
+        Query::ActorInNamespace { namespace, name } => {
+            let row = in_namespace(reader, &namespace, &name)?;
+            QueryResponse::Actor(ActorView::of(reader, row))
+        }
     })
 }
 
@@ -233,12 +256,31 @@ fn rows(limit: u32) -> usize {
     }
 }
 
+fn in_namespace(reader: &dyn Reader, namespace: &str, name: &str) -> Result<ActorRow, Rejection> {
+    let Some(row) = namespace::load(reader, namespace) else {
+        return Err(Rejection::not_found(format!(
+            "no job lives in a namespace called `{namespace}`: submit one with `mobula submit \
+             --namespace {namespace}`"
+        )));
+    };
+    let id = actor::by_name_in(reader, row.incarnation, name).ok_or_else(|| {
+        Rejection::not_found(format!(
+            "namespace `{namespace}` has no living actor called `{name}`: see `mobula actors list`"
+        ))
+    })?;
+    actor::require(reader, id)
+}
+
 fn resolve(reader: &dyn Reader, job: JobId, target: ActorTarget) -> Result<Resolution, Rejection> {
     let row = match target {
         ActorTarget::Name(name) => {
             let id = actor::by_name(reader, job, &name).ok_or_else(|| {
+                let whose = match namespace::of_job(reader, job) {
+                    Some(namespace) => format!("namespace `{namespace}`"),
+                    None => job.to_string(),
+                };
                 Rejection::not_found(format!(
-                    "{job} has no living actor called `{name}`: see `mobula actors list`"
+                    "{whose} has no living actor called `{name}`: see `mobula actors list`"
                 ))
             })?;
             actor::require(reader, id)?

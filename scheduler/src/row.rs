@@ -36,7 +36,7 @@ pub(crate) const ACTORS: Table = table(8);
 pub(crate) const ACTOR_SPECS: Table = table(9);
 /// Job id, actor id → nothing.
 pub(crate) const ACTORS_BY_JOB: Table = table(10);
-/// Job id, name → actor id, while the actor has not ended.
+/// Job id, name → actor id, while the actor has not ended; of jobs in no namespace.
 pub(crate) const ACTORS_BY_NAME: Table = table(11);
 /// Node id, actor id → `Lease`: what each node has given to whom.
 pub(crate) const LEASES: Table = table(12);
@@ -60,6 +60,10 @@ pub(crate) const TOKENS_BY_HASH: Table = table(20);
 pub(crate) const USAGE: Table = table(21);
 /// Node id, kind, job id, placement key → how many of the node's actors have it.
 pub(crate) const USAGE_BY_KEY: Table = table(22);
+/// Name → `NamespaceRow`, while a job in it is not over.
+pub(crate) const NAMESPACES: Table = table(23);
+/// Incarnation of a namespace, name → actor id: what [`ACTORS_BY_NAME`] is to jobs in none.
+pub(crate) const ACTORS_BY_NAMESPACE: Table = table(24);
 
 /// Counts and number sources, each one row in [`COUNTERS`]. Numbers are persisted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +89,7 @@ pub(crate) enum Counter {
     ForgottenJobs = 16,
     /// The same of ended actors.
     ForgottenActors = 17,
+    Namespaces = 18,
 }
 
 impl Counter {

@@ -89,6 +89,7 @@ mod tests {
             expires_at_ms: 1,
             uses: None,
             ends_with: "wxyz".into(),
+            principal: None,
         };
         assert_eq!(subject(&create, None), "client token client-1");
         let use_it = Command::UseToken {

@@ -5,6 +5,7 @@
 
 use mobula_core::control::Reader;
 use mobula_core::label::Labels;
+use mobula_core::namespace::Namespace;
 use mobula_core::{ActorId, ExitReason, GroupId, HostId, Incarnation, JobId, NodeId, Resources};
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,7 @@ use crate::row::Counter;
 use crate::state::actor::{self, ActorRow, ActorState, Start};
 use crate::state::job::{self, JobRow, JobState, Outcome};
 use crate::state::lease;
+use crate::state::namespace;
 use crate::state::node::{self, NodeRow};
 use crate::state::session;
 use crate::state::token::TokenRow;
@@ -28,7 +30,7 @@ pub struct JobView {
     pub state: String,
     /// Whether `state` is final.
     pub finished: bool,
-    /// Its driver; none for the system job.
+    /// Its driver; none for the system job and for one that keeps detached actors.
     pub driver: Option<ActorId>,
     /// How often its driver was started again.
     pub restarts: u32,
@@ -48,6 +50,10 @@ pub struct JobView {
     pub exit_code: Option<String>,
     /// Why its driver ended for good, for people.
     pub exit_reason: Option<String>,
+    /// The namespace that it is in.
+    pub namespace: Option<Namespace>,
+    /// Only in a job that keeps detached actors: how many of them have not ended.
+    pub detached_actors: Option<u32>,
 }
 
 impl JobView {
@@ -78,6 +84,8 @@ impl JobView {
                 .as_ref()
                 .map(|reason| reason.code().to_owned()),
             exit_reason: row.exit_reason.map(|reason| reason.to_string()),
+            namespace: row.namespace,
+            detached_actors: row.detached_actors,
         }
     }
 }
@@ -89,7 +97,7 @@ pub struct ActorView {
     pub actor: ActorId,
     /// Its job.
     pub job: JobId,
-    /// Its name within the job.
+    /// Its name within the job, or within the job's namespace.
     pub name: Option<String>,
     /// `driver`, or the registered name of its type.
     pub type_name: String,
@@ -123,6 +131,10 @@ pub struct ActorView {
     pub exit_code: Option<String>,
     /// Why it (or its latest incarnation) ended, for people.
     pub exit_reason: Option<String>,
+    /// The namespace that its job is in.
+    pub namespace: Option<Namespace>,
+    /// Whether it lives on when the job that made it ends.
+    pub detached: bool,
 }
 
 impl ActorView {
@@ -165,6 +177,8 @@ impl ActorView {
                 .map(|reason| reason.code().to_owned()),
             exit_reason: row.last_exit.as_ref().map(ExitReason::to_string),
             name: row.name,
+            namespace: namespace::of_job(reader, row.job),
+            detached: row.detached,
         }
     }
 }
@@ -252,6 +266,8 @@ pub struct TokenView {
     pub ends_with: String,
     /// Whether it would be refused now.
     pub expired: bool,
+    /// Whose namespaces its bearer enters; none: those of this token alone.
+    pub principal: Option<String>,
 }
 
 impl TokenView {
@@ -263,6 +279,7 @@ impl TokenView {
             uses_left: row.uses_left,
             ends_with: row.ends_with,
             expired: row.expires_at_ms <= now_ms,
+            principal: row.principal,
         }
     }
 }

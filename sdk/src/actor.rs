@@ -66,6 +66,7 @@ fn empty_spec<A: Actor>() -> ActorSpec {
         restart: RestartPolicy::NEVER,
         isolated: false,
         mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
+        detached: false,
     }
 }
 
@@ -89,7 +90,8 @@ impl<A: Actor> ActorBuilder<A> {
         }
     }
 
-    /// A name, unique within the job, by which [`Cluster::get_actor`] finds it.
+    /// A name, unique within the job or within the namespace that the job is in, by which
+    /// [`Cluster::get_actor`] finds it.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.spec.name = Some(name.into());
         self
@@ -179,7 +181,20 @@ impl<A: Actor> ActorBuilder<A> {
         self
     }
 
-    /// Takes a living actor of the same name instead of failing.
+    /// Lets it live on when this job ends, until it is stopped, completes, or runs out of restarts. It
+    /// needs a name, and the job a [namespace](crate::job::JobBuilder::namespace), through which later
+    /// jobs find it.
+    ///
+    /// It runs in a job of its own, which has this one's program, environment, files and secrets, and
+    /// ends with its last detached actor. What it creates itself belongs to that job. Other jobs of the
+    /// namespace call it like an actor of their own, but object references do not cross: pass values.
+    pub fn detached(mut self) -> Self {
+        self.spec.detached = true;
+        self
+    }
+
+    /// Takes a living actor of the same name instead of failing: of the whole namespace, if the job is
+    /// in one. One that ends with its job is not taken for a detached one.
     pub fn get_or_create(mut self) -> Self {
         self.get_or_create = true;
         self

@@ -166,16 +166,35 @@ impl Cluster {
         GroupBuilder::new(self.clone(), members.into_iter().collect())
     }
 
-    /// The actor of this job that has this name.
+    /// The living actor that has this name: in this job's namespace, or, if it is in none, in the job.
     pub async fn get_actor<A: Actor>(&self, name: &str) -> Result<ActorRef<A>> {
         let job = self.required_job()?;
+        self.find_named(api::NamedActor {
+            job: job.0,
+            name: name.to_owned(),
+            namespace: None,
+        })
+        .await
+    }
+
+    /// The living actor that has this name in a namespace. For processes outside the cluster, which need
+    /// no job for it; a job's own processes may look into their own namespace only, and are refused
+    /// with [`PermissionDenied`](mobula_core::ErrorCode::PermissionDenied) elsewhere.
+    pub async fn get_actor_in<A: Actor>(&self, namespace: &str, name: &str) -> Result<ActorRef<A>> {
+        self.find_named(api::NamedActor {
+            job: 0,
+            name: name.to_owned(),
+            namespace: Some(namespace.to_owned()),
+        })
+        .await
+    }
+
+    async fn find_named<A: Actor>(&self, named: api::NamedActor) -> Result<ActorRef<A>> {
+        let name = named.name.clone();
         let actor = self
             .control()
             .read("find an actor", |mut api| {
-                let named = api::NamedActor {
-                    job: job.0,
-                    name: name.to_owned(),
-                };
+                let named = named.clone();
                 let target = Some(api::resolve_actor_request::Target::Named(named));
                 let request = api::ResolveActorRequest {
                     target,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::id::{ActorId, JobId};
+use mobula_core::namespace::NamespaceEntry;
 use mobula_core::resource::Resources;
 use mobula_core::secret::Secret;
 use mobula_core::spec::{JobFile, JobSpec, PlacementPolicy, Program, RestartPolicy};
@@ -51,6 +52,7 @@ impl JobBuilder {
             files: Vec::new(),
             retry_errors: false,
             secrets: BTreeMap::new(),
+            namespace: None,
         };
         JobBuilder {
             cluster,
@@ -138,6 +140,23 @@ impl JobBuilder {
         self
     }
 
+    /// Puts the job into a namespace: its named actors are found by the other jobs there, and all of
+    /// them may call each other's actors; its actors can be [detached]. 1 to 63 of `a-z`, `0-9`, `-`,
+    /// `_` and `.`. A namespace belongs to whoever submitted the first job in it (as the client token
+    /// says), as long as a job lives in it; a job of somebody else is refused with
+    /// [`PermissionDenied`](mobula_core::ErrorCode::PermissionDenied). Without one the job shares
+    /// nothing.
+    ///
+    /// [detached]: crate::actor::ActorBuilder::detached
+    pub fn namespace(mut self, name: impl Into<String>) -> Self {
+        self.spec.namespace = Some(NamespaceEntry {
+            name: name.into(),
+            // The head says who we are.
+            principal: String::new(),
+        });
+        self
+    }
+
     /// A second submission with the same key gives the same job.
     pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
         self.spec.idempotency_key = Some(key.into());
@@ -215,7 +234,7 @@ impl JobHandle {
         self.job
     }
 
-    /// Its driver, if this handle is from its submission.
+    /// Its driver, if this handle is from its submission. A job that keeps detached actors has none.
     #[must_use]
     pub fn driver(&self) -> Option<ActorId> {
         self.driver
@@ -301,7 +320,8 @@ impl JobHandle {
             .map(|api::Empty {}| ())
     }
 
-    /// The driver's output from its beginning; with `follow`, until the job has ended.
+    /// The driver's output from its beginning; with `follow`, until the job has ended. Of a job that
+    /// keeps detached actors, which has no driver, the output of all its processes.
     pub async fn logs(&self, follow: bool) -> Result<LogStream> {
         self.read_logs(follow, false).await
     }

@@ -28,6 +28,10 @@ pub const CLUSTER_ENV: &str = "MOBULA_CLUSTER";
 /// The environment variable with a client token.
 pub const TOKEN_ENV: &str = "MOBULA_TOKEN";
 
+/// The environment variable that names the namespace that a program which is run by hand enters as a
+/// job.
+pub const NAMESPACE_ENV: &str = "MOBULA_NAMESPACE";
+
 /// The environment variable that says what a process logs, as `tracing` filters are written.
 pub const LOG_ENV: &str = "MOBULA_LOG";
 
@@ -237,14 +241,14 @@ async fn submit_myself() -> Result<ExitCode> {
         .file_stem()
         .map_or("job".into(), |name| name.to_string_lossy().into_owned());
     let cluster = Box::pin(chosen_cluster()).await?;
-    let job = Box::pin(
-        cluster
-            .new_job(name)
-            .program(&program)
-            .args(std::env::args().skip(1))
-            .submit(),
-    )
-    .await?;
+    let mut job = cluster
+        .new_job(name)
+        .program(&program)
+        .args(std::env::args().skip(1));
+    if let Ok(namespace) = std::env::var(NAMESPACE_ENV) {
+        job = job.namespace(namespace);
+    }
+    let job = Box::pin(job.submit()).await?;
     tokio::select! {
         ended = follow(&job) => ended,
         _ = tokio::signal::ctrl_c() => {

@@ -119,6 +119,7 @@ mod tests {
                     files: Vec::new(),
                     retry_errors: false,
                     secrets: Default::default(),
+                    namespace: None,
                 },
             };
             let answer = self.apply(&Scheduler, &command.encode());

@@ -52,6 +52,7 @@ pub(crate) fn job(number: u64) -> JobSpec {
         files: Vec::new(),
         retry_errors: false,
         secrets: Default::default(),
+        namespace: None,
     }
 }
 
@@ -67,6 +68,7 @@ fn actor(number: usize) -> ActorSpec {
         restart: RestartPolicy::NEVER,
         isolated: false,
         mailbox_capacity: 16,
+        detached: false,
     }
 }
 

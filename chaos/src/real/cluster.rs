@@ -224,6 +224,7 @@ impl RealCluster {
                     role: "head".to_owned(),
                     ttl_ms: HEAD_TOKEN_MS,
                     uses: HEAD_TOKEN_USES,
+                    principal: None,
                 };
                 async move { api.create_token(request).await }
             })

@@ -260,6 +260,7 @@ impl World {
             files: Vec::new(),
             retry_errors: client.keys.is_multiple_of(3),
             secrets: Default::default(),
+            namespace: None,
         }
     }
 
@@ -275,6 +276,7 @@ impl World {
             restart: RestartPolicy::times(2),
             isolated: false,
             mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
+            detached: false,
         }
     }
 

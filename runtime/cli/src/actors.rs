@@ -1,6 +1,7 @@
 //! `mobula actors`.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use mobula_core::id::{ActorId, JobId, NodeId};
 use mobula_core::spec::TASK_SLOT_TYPE;
@@ -26,6 +27,7 @@ pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Resu
                     "ID",
                     "JOB",
                     "NAME",
+                    "NAMESPACE",
                     "TYPE",
                     "STATE",
                     "NODE",
@@ -53,6 +55,7 @@ pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Resu
                 ("id", ActorId(reply.id).to_string()),
                 ("job", JobId(reply.job).to_string()),
                 ("name", reply.name.clone()),
+                ("namespace", or_dash(namespace(&reply))),
                 ("type", reply.type_name.clone()),
                 ("state", reply.state.clone()),
                 ("node", or_dash(reply.node.map(NodeId))),
@@ -65,6 +68,11 @@ pub(crate) async fn run(target: &Target, command: ActorsCommand) -> anyhow::Resu
             for (name, value) in fields {
                 println!("{name:<13} {value}");
             }
+        }
+        ActorsCommand::Stop { actor, grace_s } => {
+            let grace = Duration::from_secs(u64::from(grace_s));
+            cluster.stop_actor(actor, grace).await?;
+            println!("{actor} is stopping");
         }
     }
     Ok(())
@@ -89,6 +97,15 @@ fn slot_summary(slots: &[&Actor]) -> Option<String> {
     ))
 }
 
+/// Where it is found, and whether it stays there without its creator.
+fn namespace(actor: &Actor) -> Option<String> {
+    let namespace = actor.namespace.as_ref()?;
+    Some(match actor.detached {
+        true => format!("{namespace} (detached)"),
+        false => namespace.clone(),
+    })
+}
+
 fn row(actor: &Actor) -> Vec<String> {
     vec![
         ActorId(actor.id).to_string(),
@@ -98,6 +115,7 @@ fn row(actor: &Actor) -> Vec<String> {
         } else {
             actor.name.clone()
         },
+        or_dash(namespace(actor)),
         actor.type_name.clone(),
         actor.state.clone(),
         or_dash(actor.node.map(NodeId)),

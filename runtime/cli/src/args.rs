@@ -382,6 +382,10 @@ pub(crate) struct SubmitArguments {
     /// A second submission with the same key is the same job.
     #[arg(long)]
     pub(crate) idempotency_key: Option<String>,
+    /// The namespace that it enters, whose other jobs find its named actors and may call them; its
+    /// detached actors stay there when it has ended.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) namespace: Option<String>,
     #[command(flatten)]
     pub(crate) format: Format,
     /// Arguments for the program, after `--`.
@@ -449,6 +453,14 @@ pub(crate) enum ActorsCommand {
         actor: ActorId,
         #[command(flatten)]
         format: Format,
+    },
+    /// End an actor for good; a detached one, too.
+    Stop {
+        /// The actor.
+        actor: ActorId,
+        /// How long it may take to finish and tidy up, in seconds; then it is killed.
+        #[arg(long, default_value_t = 10)]
+        grace_s: u32,
     },
 }
 
@@ -557,6 +569,10 @@ pub(crate) enum TokensCommand {
         /// How often a worker can join with it [default: without limit].
         #[arg(long, default_value_t = 0)]
         uses: u32,
+        /// Whose namespaces its bearer enters, for a client token: those of all tokens with the same one
+        /// [default: those of this token alone].
+        #[arg(long, value_name = "NAME")]
+        principal: Option<String>,
         #[command(flatten)]
         format: Format,
     },

@@ -163,6 +163,7 @@ async fn add(cluster: &Cluster, ttl_ms: u64, format: Format) -> anyhow::Result<(
                 role: "head".to_owned(),
                 ttl_ms,
                 uses: TOKEN_USES,
+                principal: None,
             };
             async move { client.create_token(request).await }
         })

@@ -27,7 +27,10 @@ pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result
                 return Ok(ExitCode::SUCCESS);
             }
             let rows: Vec<Vec<String>> = jobs.iter().map(row).collect();
-            print_table(&["ID", "NAME", "STATE", "AGE", "RESTARTS", "WHY"], &rows);
+            print_table(
+                &["ID", "NAME", "NAMESPACE", "STATE", "AGE", "RESTARTS", "WHY"],
+                &rows,
+            );
         }
         JobsCommand::Show { job, format } => {
             let job = cluster.job_handle(job).status().await?;
@@ -124,9 +127,14 @@ pub(crate) fn as_json(job: &Job) -> anyhow::Result<serde_json::Value> {
     Ok(value)
 }
 
-/// Why a job is not (or not any more) running.
-fn why(job: &Job) -> Option<&String> {
-    job.pending_reason.as_ref().or(job.exit_reason.as_ref())
+/// Why a job is not (or not any more) running, or why one without a driver is.
+fn why(job: &Job) -> Option<String> {
+    let reason = job.pending_reason.as_ref().or(job.exit_reason.as_ref());
+    match (reason, job.detached_actors) {
+        (None, Some(1)) => Some("keeps 1 detached actor".to_owned()),
+        (None, Some(count)) => Some(format!("keeps {count} detached actors")),
+        (reason, _) => reason.cloned(),
+    }
 }
 
 fn row(job: &Job) -> Vec<String> {
@@ -134,6 +142,7 @@ fn row(job: &Job) -> Vec<String> {
     vec![
         JobId(job.id).to_string(),
         job.name.clone(),
+        or_dash(job.namespace.as_ref()),
         job.state.clone(),
         age(job.submitted_ms, until),
         job.restarts.to_string(),
@@ -144,6 +153,9 @@ fn row(job: &Job) -> Vec<String> {
 fn show(job: &Job) {
     println!("id         {}", JobId(job.id));
     println!("name       {}", job.name);
+    if let Some(namespace) = &job.namespace {
+        println!("namespace  {namespace}");
+    }
     println!("state      {}", job.state);
     println!("restarts   {}", job.restarts);
     if let Some(why) = why(job) {

@@ -71,6 +71,9 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
     if let Some(key) = &arguments.idempotency_key {
         job = job.idempotency_key(key);
     }
+    if let Some(namespace) = &arguments.namespace {
+        job = job.namespace(namespace);
+    }
     let handle = job
         .cpus(arguments.cpus)
         .max_restarts(arguments.max_restarts)

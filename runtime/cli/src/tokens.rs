@@ -14,10 +14,20 @@ pub(crate) async fn run(target: &Target, command: TokensCommand) -> anyhow::Resu
     match command {
         TokensCommand::Create {
             role,
-            ttl,
+            ttl: ttl_ms,
             uses,
+            principal,
             format,
-        } => create(&cluster, role, ttl, uses, format).await,
+        } => {
+            let request = CreateTokenRequest {
+                stamp: None,
+                role,
+                ttl_ms,
+                uses,
+                principal,
+            };
+            create(&cluster, request, format).await
+        }
         TokensCommand::List(format) => list(&cluster, format).await,
         TokensCommand::Revoke { id, format } => revoke(&cluster, id, format).await,
     }
@@ -25,9 +35,7 @@ pub(crate) async fn run(target: &Target, command: TokensCommand) -> anyhow::Resu
 
 async fn create(
     cluster: &Cluster,
-    role: String,
-    ttl_ms: u64,
-    uses: u32,
+    request: CreateTokenRequest,
     format: Format,
 ) -> anyhow::Result<()> {
     let reply = cluster
@@ -35,9 +43,7 @@ async fn create(
         .mutate("create a token", |mut client, stamp| {
             let request = CreateTokenRequest {
                 stamp: Some(stamp),
-                role: role.clone(),
-                ttl_ms,
-                uses,
+                ..request.clone()
             };
             async move { client.create_token(request).await }
         })
@@ -65,7 +71,17 @@ async fn list(cluster: &Cluster, format: Format) -> anyhow::Result<()> {
         .iter()
         .map(|token| row(token, now_ms))
         .collect();
-    print_table(&["ID", "ROLE", "EXPIRES", "USES LEFT", "ENDS WITH"], &rows);
+    print_table(
+        &[
+            "ID",
+            "ROLE",
+            "PRINCIPAL",
+            "EXPIRES",
+            "USES LEFT",
+            "ENDS WITH",
+        ],
+        &rows,
+    );
     Ok(())
 }
 
@@ -78,6 +94,7 @@ fn row(token: &TokenInfo, now_ms: u64) -> Vec<String> {
     vec![
         token.id.clone(),
         token.role.clone(),
+        or_dash(token.principal.as_ref()),
         expires,
         or_dash(token.uses_left),
         format!("…{}", token.ends_with),

@@ -15,6 +15,7 @@ pub mod exit;
 pub mod id;
 pub mod label;
 pub mod mutant;
+pub mod namespace;
 pub mod object;
 pub mod order;
 pub mod resource;

@@ -112,6 +112,14 @@ pub enum ObjectError {
         /// How that is known.
         reason: String,
     },
+    /// Its owner does not let this process read it: it belongs to another job.
+    #[error("{object} is not permitted: {reason}")]
+    NotPermitted {
+        /// Which.
+        object: ObjectId,
+        /// Why not, and what can be done instead.
+        reason: String,
+    },
 }
 
 impl ObjectError {

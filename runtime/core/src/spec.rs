@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::label::Requirement;
+use crate::namespace::NamespaceEntry;
 use crate::resource::Resources;
 use crate::secret::Secret;
 
@@ -121,7 +122,7 @@ pub enum Strategy {
 pub struct ActorSpec {
     /// Driver, or an actor of some type.
     pub kind: ActorKind,
-    /// A name unique within the job, by which others find it.
+    /// A name by which others find it: unique within the job, or within the job's namespace.
     pub name: Option<String>,
     /// The encoded arguments of its constructor (at most [`INIT_LIMIT_BYTES`]).
     pub init: Vec<u8>,
@@ -135,6 +136,9 @@ pub struct ActorSpec {
     pub isolated: bool,
     /// How many calls may wait in front of it; past that, callers get `Overloaded`.
     pub mailbox_capacity: u32,
+    /// Whether it lives on when the job that made it ends: it belongs to its namespace then, and
+    /// needs a name there.
+    pub detached: bool,
 }
 
 /// The largest constructor argument: specs are replicated, and bulk bytes never pass through Raft.
@@ -169,6 +173,8 @@ pub struct JobSpec {
     /// More environment of the driver and hosts, which is shown nowhere. In the tables each value is
     /// sealed, and gone when the job is over.
     pub secrets: BTreeMap<String, Secret>,
+    /// The namespace that it enters; `None` for a job that shares its actors with no other.
+    pub namespace: Option<NamespaceEntry>,
 }
 
 /// A file of a job, shipped by content hash.

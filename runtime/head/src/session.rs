@@ -17,7 +17,7 @@ use mobula_core::order::{Order, WorkerEvent};
 use mobula_net::endpoint::Connection;
 use mobula_net::identity::{Identity, Role, Validity};
 use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
-use mobula_scheduler::{Command, EventOutcome, Response};
+use mobula_scheduler::{Command, EventOutcome, Query, QueryResponse, Response};
 use mobula_wire::session::{
     HeadMessage, Question, STANDING_PIECE_MAX, Welcome, WorkerHello, WorkerMessage,
 };
@@ -502,13 +502,19 @@ impl Session {
                 self.node
             ));
         }
+        let view = self.context.ask(Query::Job { job }).await;
+        let namespace = match view.map_err(|status| status.to_string())? {
+            QueryResponse::Job(view) => view.namespace,
+            _ => None,
+        };
         let identity = Identity::new(
             &self.context.cluster_id,
             Role::Host,
             host_name(self.node, host),
             self.incarnation.0,
         )
-        .with_job(job.0);
+        .with_job(job.0)
+        .with_namespace(namespace);
         self.context.metrics.signed_host();
         self.context
             .ca

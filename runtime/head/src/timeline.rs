@@ -221,6 +221,8 @@ mod tests {
             not_before_ms: None,
             exit_code: Some("panicked".into()),
             exit_reason: None,
+            namespace: None,
+            detached: false,
         }
     }
 
@@ -265,6 +267,7 @@ mod tests {
                 restart: RestartPolicy::NEVER,
                 isolated: false,
                 mailbox_capacity: 1,
+                detached: false,
             },
             args: Vec::new(),
             env: BTreeMap::new(),

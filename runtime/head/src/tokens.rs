@@ -15,6 +15,9 @@ use crate::context::{CommandError, HeadContext};
 
 const HOUR_MS: u64 = 3_600_000;
 
+/// In whose name the bearer of the data directory's client token enters namespaces.
+const FIRST_PRINCIPAL: &str = "operator";
+
 /// How long to wait before trying again to store the first tokens.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -52,7 +55,14 @@ async fn ensure_one(
             return Ok(());
         }
     }
-    let made = create(context, SessionId::INTERNAL, 0, role, ttl_ms, None)
+    let wanted = Wanted {
+        role,
+        ttl_ms,
+        uses: None,
+        // The next one enters the same namespaces.
+        principal: (role == TokenUse::Client).then(|| FIRST_PRINCIPAL.to_owned()),
+    };
+    let made = create(context, wanted)
         .await
         .map_err(|error| error.to_string())?;
     if let Some(parent) = path.parent() {
@@ -70,15 +80,26 @@ pub(crate) struct NewToken {
     pub(crate) expires_at_ms: u64,
 }
 
+/// A token as it is asked for.
+pub(crate) struct Wanted {
+    pub(crate) role: TokenUse,
+    pub(crate) ttl_ms: u64,
+    pub(crate) uses: Option<u32>,
+    /// Whose namespaces its bearer enters, for a client's.
+    pub(crate) principal: Option<String>,
+}
+
 /// Makes a token.
 pub(crate) async fn create(
     context: &HeadContext,
-    session: SessionId,
-    seq: u64,
-    role: TokenUse,
-    ttl_ms: u64,
-    uses: Option<u32>,
+    wanted: Wanted,
 ) -> Result<NewToken, CommandError> {
+    let Wanted {
+        role,
+        ttl_ms,
+        uses,
+        principal,
+    } = wanted;
     let token = Token::generate(shown_role(role), context.ca.key_hash());
     let text = token.to_text();
     let secret_hash = token.secret_hash();
@@ -91,8 +112,11 @@ pub(crate) async fn create(
         expires_at_ms,
         uses,
         ends_with: end_of(&text).to_owned(),
+        principal,
     };
-    context.propose_scheduler(session, seq, &command).await?;
+    context
+        .propose_scheduler(SessionId::INTERNAL, 0, &command)
+        .await?;
     Ok(NewToken {
         id,
         text,

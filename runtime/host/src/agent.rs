@@ -174,11 +174,7 @@ impl HostProcess {
             }
         }
         runtime.set_objects(objects);
-        let server = tokio::spawn(serve_calls(
-            endpoint.clone(),
-            Arc::clone(&table),
-            bootstrap.job,
-        ));
+        let server = tokio::spawn(serve_calls(endpoint.clone(), Arc::clone(&table)));
 
         let socket = Path::new(&bootstrap.agent_socket);
         let link = connect_local(socket, &bootstrap.cluster_id, Lane::Control)

@@ -8,15 +8,16 @@
 //!    always read, so that a cancellation never waits behind the call that it is for.
 //! 3. A caller of this machine may change over to a Unix socket; what it may do there is what its
 //!    certificate on the QUIC connection says, and the socket's stream ends with that connection.
-//! 4. A process may call actors of its own job only, unless one of the two belongs to the system;
-//!    client certificates may call any.
+//! 4. A process may call actors of its own job, and of jobs in the same life of the same namespace;
+//!    those of the system may call any, and so may client certificates. Certificates say who is where,
+//!    so no head is asked. Objects are for their own job only: values travel by value.
 
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::error::CallError;
-use mobula_core::id::JobId;
+use mobula_core::id::{ActorId, JobId};
 use mobula_net::endpoint::{Connection, Endpoint};
 use mobula_net::identity::{Identity, Role};
 use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
@@ -25,6 +26,7 @@ use mobula_wire::call::{CallMessageError, CallRequest, CallerMessage};
 use mobula_wire::frame::{Frame, FrameKind};
 use mobula_wire::frame_queue::FrameQueue;
 use mobula_wire::hello::Lane;
+use mobula_wire::object::OBJECTS_ACTOR;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -39,8 +41,10 @@ pub const CONNECTIONS_MAX: usize = 4096;
 /// Call streams on one connection; an SDK process opens one.
 const STREAMS_PER_CONNECTION_MAX: usize = 16;
 
-/// Answers calls until the endpoint is closed.
-pub async fn serve_calls(endpoint: Endpoint, table: Arc<ActorTable>, job: JobId) {
+/// Answers calls until the endpoint is closed. Whose they are is what the endpoint's certificate says.
+pub async fn serve_calls(endpoint: Endpoint, table: Arc<ActorTable>) {
+    // The next certificates are for the same name.
+    let own = endpoint.identity();
     let neighbours = match SameMachineListener::bind() {
         Ok(listener) => Some(Arc::new(listener)),
         Err(error) => {
@@ -67,7 +71,7 @@ pub async fn serve_calls(endpoint: Endpoint, table: Arc<ActorTable>, job: JobId)
                     }
                     let served = Served {
                         table: Arc::clone(&table),
-                        permission: may_call(connection.peer(), job),
+                        permission: permission_of(connection.peer(), &own),
                         neighbours: neighbours.clone(),
                     };
                     connections.spawn(served.serve_connection(connection));
@@ -87,8 +91,7 @@ pub async fn serve_calls(endpoint: Endpoint, table: Arc<ActorTable>, job: JobId)
 #[derive(Clone)]
 struct Served {
     table: Arc<ActorTable>,
-    /// Whether the peer may call; the text says why not.
-    permission: Result<(), String>,
+    permission: Permission,
     neighbours: Option<Arc<SameMachineListener>>,
 }
 
@@ -152,19 +155,59 @@ impl Served {
     }
 }
 
-/// Whether `peer` may call actors of `job`; the text says why not.
-fn may_call(peer: &Identity, job: JobId) -> Result<(), String> {
-    match (peer.role, peer.job.map(JobId)) {
-        (Role::Client, _) => Ok(()),
-        (Role::Host, Some(caller)) if caller == job || caller == JobId::SYSTEM => Ok(()),
-        (Role::Host, Some(caller)) => Err(format!(
-            "a process of {caller} may not call actors of {job}, nor read its objects: use a client \
-             token to reach into other jobs"
-        )),
-        (role, _) => Err(format!(
-            "a certificate of role `{role}` may not call actors: use a host's or a client's"
-        )),
+/// What a peer may call; texts say why not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Permission {
+    /// Actors and objects.
+    All,
+    /// Actors; it is of another job of the same namespace.
+    ActorsOnly { objects_refused: String },
+    /// Nothing.
+    Nothing { refused: String },
+}
+
+impl Permission {
+    /// Refuses a call that the peer may not make.
+    fn check(&self, actor: ActorId) -> Result<(), &String> {
+        match self {
+            Permission::ActorsOnly { objects_refused } if actor == OBJECTS_ACTOR => {
+                Err(objects_refused)
+            }
+            Permission::All | Permission::ActorsOnly { .. } => Ok(()),
+            Permission::Nothing { refused } => Err(refused),
+        }
     }
+}
+
+/// What `peer` may call here, by what both certificates say.
+fn permission_of(peer: &Identity, own: &Identity) -> Permission {
+    let job = |identity: &Identity| identity.job.map(JobId);
+    let refused = match (peer.role, job(peer), job(own)) {
+        (Role::Client, _, _) => return Permission::All,
+        (Role::Host, Some(caller), own) if Some(caller) == own || caller == JobId::SYSTEM => {
+            return Permission::All;
+        }
+        (Role::Host, Some(caller), Some(job)) => {
+            if peer.namespace.is_some() && peer.namespace == own.namespace {
+                return Permission::ActorsOnly {
+                    objects_refused: format!(
+                        "a process of {caller} may not read objects of {job}, though both are in one \
+                         namespace: pass values by value between jobs"
+                    ),
+                };
+            }
+            format!(
+                "a process of {caller} may not call actors of {job}, nor read its objects: submit both \
+                 jobs with the same `--namespace`, or use a client token to reach into other jobs"
+            )
+        }
+        (role, _, _) => {
+            format!(
+                "a certificate of role `{role}` may not call actors: use a host's or a client's"
+            )
+        }
+    };
+    Permission::Nothing { refused }
 }
 
 /// Also when the connection's task is dropped.
@@ -193,7 +236,7 @@ async fn read_messages(
     mut receiver: FramedReceiver,
     calls: &Arc<CallerStream>,
     table: &ActorTable,
-    permission: &Result<(), String>,
+    permission: &Permission,
 ) -> Result<(), StreamError> {
     while let Some(first) = receiver.receive_soon().await? {
         let mut next = Some(first);
@@ -227,7 +270,7 @@ fn handle_request(
     request: CallRequest,
     calls: &Arc<CallerStream>,
     table: &ActorTable,
-    permission: &Result<(), String>,
+    permission: &Permission,
 ) -> Result<(), ProtocolError> {
     let CallRequest {
         call,
@@ -241,7 +284,7 @@ fn handle_request(
     } = request;
     let (reply, control) = Reply::on_stream(actor, window, Arc::clone(calls), call);
     calls.enter(call, control)?;
-    if let Err(reason) = permission {
+    if let Err(reason) = permission.check(actor) {
         reply.send(Err(CallError::NotPermitted(reason.clone())));
         return Ok(());
     }
@@ -284,23 +327,62 @@ async fn write_answers(mut sender: FramedSender, calls: &CallerStream) {
 
 #[cfg(test)]
 mod tests {
+    use mobula_core::id::Incarnation;
+    use mobula_core::namespace::Namespace;
+
     use super::*;
 
+    /// Who calls a host of job 3.
+    #[derive(Debug, PartialEq, Eq)]
+    enum May {
+        All,
+        Actors,
+        Nothing,
+    }
+
     #[test]
-    fn jobs_are_kept_apart() {
+    fn jobs_are_kept_apart_and_namespaces_join_them() {
         let host = |job| Identity::new("c", Role::Host, "h", 1).with_job(job);
+        let inside = |job, name: &str, life| {
+            host(job).with_namespace(Some(Namespace {
+                name: name.to_owned(),
+                incarnation: Incarnation(life),
+            }))
+        };
+        let client = Identity::new("c", Role::Client, "me", 1);
+        let of_role = |role| Identity::new("c", role, "x", 1);
         let cases = [
-            (host(3), JobId(3), true),
-            (host(4), JobId(3), false),
-            (host(0), JobId(3), true),
-            (host(4), JobId::SYSTEM, false),
-            (Identity::new("c", Role::Client, "me", 1), JobId(3), true),
-            (Identity::new("c", Role::Host, "h", 1), JobId(3), false),
-            (Identity::new("c", Role::Node, "n", 1), JobId(3), false),
-            (Identity::new("c", Role::Head, "n", 1), JobId(3), false),
+            (host(3), host(3), May::All),
+            (host(4), host(3), May::Nothing),
+            (host(0), host(3), May::All),
+            (host(4), host(0), May::Nothing),
+            (client.clone(), host(3), May::All),
+            (client, inside(3, "shop", 7), May::All),
+            (of_role(Role::Host), host(3), May::Nothing),
+            (of_role(Role::Host), of_role(Role::Host), May::Nothing),
+            (of_role(Role::Node), host(3), May::Nothing),
+            (of_role(Role::Head), host(3), May::Nothing),
+            // One namespace, two jobs.
+            (inside(4, "shop", 7), inside(3, "shop", 7), May::Actors),
+            (inside(3, "shop", 7), inside(3, "shop", 7), May::All),
+            // Another one, none, or the life before of the same name.
+            (inside(4, "farm", 7), inside(3, "shop", 7), May::Nothing),
+            (inside(4, "shop", 6), inside(3, "shop", 7), May::Nothing),
+            (host(4), inside(3, "shop", 7), May::Nothing),
+            (inside(4, "shop", 7), host(3), May::Nothing),
+            (host(0), inside(3, "shop", 7), May::All),
         ];
-        for (peer, job, allowed) in cases {
-            assert_eq!(may_call(&peer, job).is_ok(), allowed, "{peer} to {job}");
+        for (peer, own, expected) in cases {
+            let permission = permission_of(&peer, &own);
+            let found = match (
+                permission.check(ActorId(5)).is_ok(),
+                permission.check(OBJECTS_ACTOR).is_ok(),
+            ) {
+                (true, true) => May::All,
+                (true, false) => May::Actors,
+                (false, _) => May::Nothing,
+            };
+            assert_eq!(found, expected, "{peer:?} to {own:?}");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::fmt;
 
 use mobula_core::error::Rejection;
 use mobula_core::label::Requirement;
+use mobula_core::namespace::NamespaceEntry;
 use mobula_core::resource::Resources;
 use mobula_core::secret::Secret;
 use mobula_core::spec::{
@@ -161,6 +162,7 @@ impl From<JobSpec> for control::JobSpec {
                 .into_iter()
                 .map(|(name, secret)| (name, secret.reveal().to_vec()))
                 .collect(),
+            namespace: spec.namespace.map(|entry| entry.name),
         }
     }
 }
@@ -181,6 +183,7 @@ impl fmt::Debug for control::JobSpec {
             .field("files", &self.files)
             .field("retry_errors", &self.retry_errors)
             .field("secrets", &secrets)
+            .field("namespace", &self.namespace)
             .finish()
     }
 }
@@ -249,6 +252,11 @@ impl TryFrom<control::JobSpec> for JobSpec {
                 .into_iter()
                 .map(|(name, bytes)| (name, Secret::new(bytes)))
                 .collect(),
+            // In whose name is for the head to say, never for the request.
+            namespace: spec.namespace.map(|name| NamespaceEntry {
+                name,
+                principal: String::new(),
+            }),
         })
     }
 }
@@ -285,6 +293,7 @@ impl TryFrom<ActorSpec> for control::ActorSpec {
             restart: Some(spec.restart.into()),
             isolated: spec.isolated,
             mailbox_capacity: spec.mailbox_capacity,
+            detached: spec.detached,
         })
     }
 }
@@ -322,6 +331,7 @@ impl TryFrom<control::ActorSpec> for ActorSpec {
                 0 => DEFAULT_MAILBOX_CAPACITY,
                 capacity => capacity,
             },
+            detached: spec.detached,
         })
     }
 }
@@ -359,6 +369,10 @@ mod tests {
             }],
             retry_errors: true,
             secrets: [("TOKEN".to_owned(), Secret::new(b"hunter2".to_vec()))].into(),
+            namespace: Some(NamespaceEntry {
+                name: "shop".into(),
+                principal: String::new(),
+            }),
         };
         let message = control::JobSpec::from(spec.clone());
         assert_eq!(JobSpec::try_from(message).unwrap(), spec);

@@ -1,14 +1,15 @@
 //! Actors as the tables have them. What happens to them is in [`super::lifecycle`].
 
-use mobula_core::control::{Reader, Subject};
+use mobula_core::control::{Reader, Subject, Table};
+use mobula_core::namespace::Namespace;
 use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, RestartPolicy};
 use mobula_core::{
     ActorId, ExitReason, GroupId, HostId, Incarnation, JobId, NodeId, Rejection, Resources,
 };
 use serde::{Deserialize, Serialize};
 
-use super::Apply;
-use crate::row::{self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME};
+use super::{Apply, namespace};
+use crate::row::{self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_BY_NAMESPACE};
 
 /// An actor, with what a placement pass needs of its (possibly large) specification.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +32,8 @@ pub(crate) struct ActorRow {
     pub(crate) last_exit: Option<ExitReason>,
     /// Its latest starts, oldest first: where its output is.
     pub(crate) starts: Vec<Start>,
+    /// It lives on without the job that made it, in a job that keeps it.
+    pub(crate) detached: bool,
 }
 
 /// One start of an actor.
@@ -189,13 +192,43 @@ pub(crate) fn ids_of_job(reader: &dyn Reader, job: JobId) -> impl Iterator<Item 
     row::scan(reader, ACTORS_BY_JOB, &job.to_key()).map(|(key, _)| ActorId(row::number_at(&key, 1)))
 }
 
-/// The living actor called `name` in `job`.
+/// The living actor called `name` in `job`, or in the namespace that `job` is in.
 pub(crate) fn by_name(reader: &dyn Reader, job: JobId, name: &str) -> Option<ActorId> {
-    row::get(reader, ACTORS_BY_NAME, &name_key(job, name))
+    let (table, key) = name_at(reader, job, name);
+    row::get(reader, table, &key)
 }
 
-pub(super) fn name_key(job: JobId, name: &str) -> Vec<u8> {
-    [&job.to_key(), name.as_bytes()].concat()
+/// The living actor called `name` in a namespace.
+pub(crate) fn by_name_in(
+    reader: &dyn Reader,
+    namespace: Incarnation,
+    name: &str,
+) -> Option<ActorId> {
+    row::get(reader, ACTORS_BY_NAMESPACE, &key_in(namespace, name))
+}
+
+/// Where a name of an actor of `job` stands.
+fn name_at(reader: &dyn Reader, job: JobId, name: &str) -> (Table, Vec<u8>) {
+    match namespace::of_job(reader, job) {
+        Some(Namespace { incarnation, .. }) => (ACTORS_BY_NAMESPACE, key_in(incarnation, name)),
+        None => (ACTORS_BY_NAME, [&job.to_key(), name.as_bytes()].concat()),
+    }
+}
+
+fn key_in(namespace: Incarnation, name: &str) -> Vec<u8> {
+    [&namespace.0.to_be_bytes(), name.as_bytes()].concat()
+}
+
+/// The actor has the name from now on. Its job is known already.
+pub(super) fn take_name(apply: &mut Apply<'_>, job: JobId, name: &str, id: ActorId) {
+    let (table, key) = name_at(apply.txn, job, name);
+    row::put(apply.txn, table, &key, &id);
+}
+
+/// The actor has ended: its name is free.
+pub(super) fn free_name(apply: &mut Apply<'_>, job: JobId, name: &str) {
+    let (table, key) = name_at(apply.txn, job, name);
+    apply.txn.delete(table, &key);
 }
 
 pub(crate) fn store(apply: &mut Apply<'_>, actor: &ActorRow) {

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::actor::{self, ActorRow, ActorState};
 use super::lifecycle::{self, Grant};
-use super::{Apply, check_name, job, overloaded, precondition, stopping};
+use super::{Apply, check_name, detached, job, namespace, overloaded, precondition, stopping};
 use crate::command::{ActorIncarnation, Assignment, Response, SkippedAssignment};
 use crate::limits::{
     ACTORS_PER_COMMAND_MAX, COMMAND_INIT_BYTES_MAX, GANG_MEMBERS_MAX, LIVE_ACTORS_MAX,
@@ -69,15 +69,15 @@ pub(crate) fn create_actors(
     apply: &mut Apply<'_>,
     creation: Creation,
 ) -> Result<Response, Rejection> {
-    check_creation(apply.txn, &creation)?;
+    let is_detached = check_creation(apply.txn, &creation)?;
     let Creation {
-        job,
+        job: asked_in,
         specs,
         gang,
         get_or_create,
         ..
     } = creation;
-    let existing = existing_actors(apply.txn, job, &specs, get_or_create)?;
+    let existing = existing_actors(apply.txn, asked_in, &specs, get_or_create)?;
     let missing = existing.iter().filter(|id| id.is_none()).count();
     if gang && missing > 0 && missing < specs.len() {
         return Err(Rejection::new(
@@ -97,6 +97,11 @@ pub(crate) fn create_actors(
             "create these when some have ended",
         ));
     }
+    // Nothing is refused from here on but by this.
+    let job = match is_detached && missing > 0 {
+        true => detached::home(apply, asked_in)?,
+        false => asked_in,
+    };
     let group = (gang && missing > 0).then(|| GroupId(Counter::LastGroup.increment(apply.txn)));
     let mut actors = Vec::with_capacity(specs.len());
     for (spec, existing) in specs.iter().zip(existing) {
@@ -112,12 +117,17 @@ pub(crate) fn create_actors(
         row::put(apply.txn, GROUPS, &id.to_key(), &row);
     }
     let mut row = job::require(apply.txn, job)?;
-    row.live_actors += u32::try_from(missing).expect("a command creates few actors");
+    let missing = u32::try_from(missing).expect("a command creates few actors");
+    row.live_actors += missing;
+    if let Some(detached) = row.detached_actors.as_mut().filter(|_| is_detached) {
+        *detached += missing;
+    }
     job::store(apply, &row);
     Ok(Response::ActorsCreated { actors })
 }
 
-fn check_creation(reader: &dyn Reader, creation: &Creation) -> Result<(), Rejection> {
+/// Whether what is asked for is detached, if it may be asked for.
+fn check_creation(reader: &dyn Reader, creation: &Creation) -> Result<bool, Rejection> {
     let Creation {
         job,
         specs,
@@ -160,7 +170,8 @@ fn check_creation(reader: &dyn Reader, creation: &Creation) -> Result<(), Reject
         }
         stopping::check_incarnation(&actor, creator.incarnation)?;
     }
-    specs.iter().try_for_each(check_actor)
+    specs.iter().try_for_each(check_actor)?;
+    detached::check(reader, *job, specs)
 }
 
 fn check_actor(spec: &ActorSpec) -> Result<(), Rejection> {
@@ -277,21 +288,27 @@ fn existing_actors(
         };
         if seen.insert(name, ()).is_some() {
             return Err(Rejection::invalid(format!(
-                "two of these actors are called `{name}`: names are unique within a job"
+                "two of these actors are called `{name}`: names are unique within a job and its \
+                 namespace"
             )));
         }
         let actor = actor::by_name(reader, job, name);
         if let (Some(actor), false) = (actor, get_or_create) {
+            let whose = match namespace::of_job(reader, job) {
+                Some(namespace) => format!("namespace `{namespace}`"),
+                None => job.to_string(),
+            };
             return Err(Rejection::new(
                 ErrorCode::AlreadyExists,
                 format!(
-                    "{job} has a living actor called `{name}` ({actor}): use get-or-create, stop \
+                    "{whose} has a living actor called `{name}` ({actor}): use get-or-create, stop \
                      it, or choose another name"
                 ),
             ));
         }
         if let Some(actor) = actor {
             check_same_type(reader, actor, name, spec)?;
+            check_as_lasting(reader, actor, name, spec)?;
         }
         existing.push(actor);
     }
@@ -316,6 +333,27 @@ fn check_same_type(
         format!(
             "`{name}` is {actor}, a living `{found}`, and a `{wanted}` was asked for: stop it, or \
              choose another name"
+        ),
+    ))
+}
+
+/// Refuses an actor that ends with its job to whoever asked for one that does not.
+fn check_as_lasting(
+    reader: &dyn Reader,
+    actor: ActorId,
+    name: &str,
+    spec: &ActorSpec,
+) -> Result<(), Rejection> {
+    let found = actor::require(reader, actor)?;
+    if found.detached || !spec.detached {
+        return Ok(());
+    }
+    Err(Rejection::new(
+        ErrorCode::AlreadyExists,
+        format!(
+            "`{name}` is {actor}, which ends with {}, and a detached one was asked for: stop it, or \
+             choose another name",
+            found.job
         ),
     ))
 }

@@ -5,9 +5,12 @@
 //! 2. A job is over when the last of its actors has ended, and no actor is created in it after
 //!    its outcome is known.
 //! 3. [`JobId::SYSTEM`] is there from the start, has no driver, and never ends.
+//! 4. A job that keeps detached actors has no driver either; the end of its last detached actor takes
+//!    the place of the driver's ([`super::detached`]).
 
 use mobula_core::control::{Reader, Subject};
 use mobula_core::mutant::{Mutant, is_planted};
+use mobula_core::namespace::Namespace;
 use mobula_core::spec::{
     ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, JobSpec, PlacementPolicy, Program,
     RestartPolicy,
@@ -15,7 +18,9 @@ use mobula_core::spec::{
 use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection, Resources};
 use serde::{Deserialize, Serialize};
 
-use super::{Apply, actor, check_name, group, lifecycle, overloaded, precondition, stopping};
+use super::{
+    Apply, actor, check_name, group, lifecycle, namespace, overloaded, precondition, stopping,
+};
 use crate::command::Response;
 use crate::limits::{
     FINISHED_JOBS_KEPT, GRACE_MS_MAX, JOB_SPEC_BYTES_MAX, JOB_SPEC_ENTRIES_MAX, JOB_STOP_GRACE_MS,
@@ -38,6 +43,9 @@ pub(crate) struct JobRow {
     pub(crate) live_actors: u32,
     pub(crate) result_json: Option<String>,
     pub(crate) exit_reason: Option<ExitReason>,
+    pub(crate) namespace: Option<Namespace>,
+    /// Only in a job that keeps detached actors: how many of them have not ended.
+    pub(crate) detached_actors: Option<u32>,
 }
 
 /// Where a job stands.
@@ -89,6 +97,8 @@ fn system() -> JobRow {
         live_actors: 0,
         result_json: None,
         exit_reason: None,
+        namespace: None,
+        detached_actors: None,
     }
 }
 
@@ -117,6 +127,7 @@ pub(crate) fn load_spec(reader: &dyn Reader, id: JobId) -> JobSpec {
             files: Vec::new(),
             retry_errors: false,
             secrets: Default::default(),
+            namespace: None,
         };
     }
     row::get(reader, JOB_SPECS, &id.to_key()).expect("every job row has its specification")
@@ -146,6 +157,9 @@ pub(crate) fn submit(apply: &mut Apply<'_>, spec: JobSpec) -> Result<Response, R
     if let Some(response) = submitted_before(apply.txn, &spec)? {
         return Ok(response);
     }
+    if let Some(entry) = &spec.namespace {
+        namespace::check_entry(apply.txn, entry)?;
+    }
     if Counter::LiveJobs.value(apply.txn) >= LIVE_JOBS_MAX {
         return Err(overloaded(
             "jobs under way",
@@ -166,6 +180,8 @@ pub(crate) fn submit(apply: &mut Apply<'_>, spec: JobSpec) -> Result<Response, R
         row::put(apply.txn, JOBS_BY_KEY, key.as_bytes(), &id);
     }
     row::put(apply.txn, JOB_SPECS, &id.to_key(), &spec);
+    let entry = spec.namespace.as_ref();
+    let namespace = entry.map(|entry| namespace::enter(apply, entry, id, false));
     let driver = lifecycle::create(apply, id, &driver_spec(&spec), None);
     let submitted_ms = apply.now_ms();
     let job = JobRow {
@@ -175,6 +191,7 @@ pub(crate) fn submit(apply: &mut Apply<'_>, spec: JobSpec) -> Result<Response, R
         state: JobState::Pending,
         submitted_ms,
         live_actors: 1,
+        namespace,
         ..system()
     };
     store(apply, &job);
@@ -183,6 +200,23 @@ pub(crate) fn submit(apply: &mut Apply<'_>, spec: JobSpec) -> Result<Response, R
         driver,
         created: true,
     })
+}
+
+/// Stores a new job that keeps detached actors, of which there are none yet.
+pub(crate) fn store_keeping(apply: &mut Apply<'_>, id: JobId, name: String, namespace: Namespace) {
+    let now_ms = apply.now_ms();
+    let job = JobRow {
+        id,
+        name,
+        // There is no driver to wait for.
+        state: JobState::Running,
+        submitted_ms: now_ms,
+        started_ms: Some(now_ms),
+        namespace: Some(namespace),
+        detached_actors: Some(0),
+        ..system()
+    };
+    store(apply, &job);
 }
 
 fn submitted_before(reader: &dyn Reader, spec: &JobSpec) -> Result<Option<Response>, Rejection> {
@@ -324,6 +358,7 @@ fn driver_spec(spec: &JobSpec) -> ActorSpec {
         restart: spec.restart.clone(),
         isolated: true,
         mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
+        detached: false,
     }
 }
 
@@ -397,9 +432,14 @@ pub(crate) fn actor_ended(apply: &mut Apply<'_>, ended: &actor::ActorRow, reason
         .live_actors
         .checked_sub(1)
         .expect("what ends was counted when created");
+    if let Some(detached) = job.detached_actors.as_mut().filter(|_| ended.detached) {
+        *detached = detached
+            .checked_sub(1)
+            .expect("what ends was counted when created");
+    }
     store(apply, &job);
     match job.state {
-        JobState::Pending | JobState::Running if ended.driver => {
+        JobState::Pending | JobState::Running if ended.driver || job.detached_actors == Some(0) => {
             let outcome = match reason {
                 ExitReason::Completed => Outcome::Succeeded,
                 ExitReason::Stopped => Outcome::Stopped,
@@ -432,6 +472,7 @@ fn decide(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome, reason: Exit
 
 fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
     forget_secrets(apply, job.id);
+    namespace::leave(apply, &job);
     job.state = JobState::Over(outcome);
     job.ended_ms = Some(apply.now_ms());
     store(apply, &job);

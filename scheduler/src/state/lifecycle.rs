@@ -18,9 +18,7 @@ use super::{Apply, group, job};
 use crate::command::EventOutcome;
 use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT, STARTS_KEPT_MAX, SWEEP_ROWS};
 use crate::placement::gpu::GpuShare;
-use crate::row::{
-    self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_FINISHED, Counter, PENDING,
-};
+use crate::row::{self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_FINISHED, Counter, PENDING};
 
 /// Creates one pending actor. Whoever calls this has checked the specification and the bounds.
 pub(crate) fn create(
@@ -35,7 +33,7 @@ pub(crate) fn create(
     row::put(apply.txn, ACTOR_SPECS, &id.to_key(), spec);
     row::put(apply.txn, ACTORS_BY_JOB, &row::pair(job.0, id.0), &());
     if let Some(name) = &spec.name {
-        row::put(apply.txn, ACTORS_BY_NAME, &actor::name_key(job, name), &id);
+        actor::take_name(apply, job, name, id);
     }
     let actor = ActorRow {
         id,
@@ -57,6 +55,7 @@ pub(crate) fn create(
         counted_restarts: 0,
         last_exit: None,
         starts: Vec::new(),
+        detached: spec.detached,
     };
     make_pending(apply, actor, 0);
     id
@@ -334,9 +333,7 @@ fn bounded(reason: ExitReason) -> ExitReason {
 pub(crate) fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason) {
     leave_pending(apply, &actor);
     if let Some(name) = &actor.name {
-        apply
-            .txn
-            .delete(ACTORS_BY_NAME, &actor::name_key(actor.job, name));
+        actor::free_name(apply, actor.job, name);
     }
     let finished = Counter::LastFinished.increment(apply.txn);
     let at_ms = apply.now_ms();

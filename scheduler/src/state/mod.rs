@@ -6,10 +6,12 @@
 //! 3. An actor's lease on a node exists exactly while one of its incarnations may run there.
 
 pub(crate) mod actor;
+pub(crate) mod detached;
 pub(crate) mod group;
 pub(crate) mod job;
 pub(crate) mod lease;
 pub(crate) mod lifecycle;
+pub(crate) mod namespace;
 pub(crate) mod node;
 pub mod session;
 pub(crate) mod stopping;
@@ -153,6 +155,7 @@ pub(crate) fn apply(apply: &mut Apply<'_>, command: Command) -> Result<Response,
             expires_at_ms,
             uses,
             ends_with,
+            principal,
         } => {
             let row = token::TokenRow {
                 id,
@@ -161,6 +164,7 @@ pub(crate) fn apply(apply: &mut Apply<'_>, command: Command) -> Result<Response,
                 expires_at_ms,
                 uses_left: uses,
                 ends_with,
+                principal,
             };
             token::create(apply, row)
         }

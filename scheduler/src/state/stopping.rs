@@ -5,11 +5,12 @@
 //!    incarnation gives it up.
 //! 2. Stopping for good wins over leaving a node, never the other way round.
 
+use mobula_core::control::Reader;
 use mobula_core::order::Order;
 use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection};
 
 use super::actor::{self, ActorRow, ActorState, Then};
-use super::{Apply, lifecycle, node, precondition};
+use super::{Apply, lifecycle, namespace, node, precondition};
 use crate::command::Response;
 
 /// Ends an actor for good: at once if nothing runs, otherwise by telling its worker.
@@ -68,6 +69,15 @@ fn check_job(actor: &ActorRow, job: JobId) -> Result<(), Rejection> {
     ))
 }
 
+/// Jobs of one namespace may stop each other's actors, and so may an actor that was made by another
+/// job; a job's driver is the job, and stopped with it.
+fn check_may_stop(reader: &dyn Reader, actor: &ActorRow, job: JobId) -> Result<(), Rejection> {
+    if !actor.driver && namespace::is_shared(reader, actor.job, job) {
+        return Ok(());
+    }
+    check_job(actor, job)
+}
+
 pub(crate) fn stop_command(
     apply: &mut Apply<'_>,
     job: Option<JobId>,
@@ -77,7 +87,7 @@ pub(crate) fn stop_command(
     node::check_grace(grace_ms)?;
     let actor = actor::require(apply.txn, id)?;
     if let Some(job) = job {
-        check_job(&actor, job)?;
+        check_may_stop(apply.txn, &actor, job)?;
     }
     stop(apply, actor, grace_ms);
     Ok(Response::Done)

@@ -21,6 +21,7 @@ pub(crate) struct TokenRow {
     pub(crate) expires_at_ms: u64,
     pub(crate) uses_left: Option<u32>,
     pub(crate) ends_with: String,
+    pub(crate) principal: Option<String>,
 }
 
 /// All tokens, in order of their names.
@@ -52,7 +53,11 @@ pub fn principal(
     usable(reader, secret_hash, now_ms).map(|token| token.id)
 }
 
-fn usable(reader: &dyn Reader, secret_hash: &[u8; 32], now_ms: u64) -> Result<TokenRow, Rejection> {
+pub(super) fn usable(
+    reader: &dyn Reader,
+    secret_hash: &[u8; 32],
+    now_ms: u64,
+) -> Result<TokenRow, Rejection> {
     let refuse = |message: String| Err(Rejection::new(ErrorCode::Unauthenticated, message));
     let Some(id) = row::get::<String>(reader, TOKENS_BY_HASH, secret_hash) else {
         return refuse(
@@ -89,6 +94,15 @@ pub(crate) fn create(apply: &mut Apply<'_>, token: TokenRow) -> Result<Response,
             "token `{}` would be expired from the start: give it a time to live",
             token.id
         )));
+    }
+    if let Some(principal) = &token.principal {
+        check_name("the token's principal", principal)?;
+        if token.role != Role::Client {
+            return Err(Rejection::invalid(format!(
+                "token `{}` is a {}'s, which submits no jobs: only a client's has a principal",
+                token.id, token.role
+            )));
+        }
     }
     if token.uses_left == Some(0) {
         return Err(Rejection::invalid(format!(

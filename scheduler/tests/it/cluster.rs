@@ -54,6 +54,18 @@ impl Cluster {
         }
     }
 
+    /// Applies a command without looking at what it did to the tables.
+    pub(crate) fn quietly(&mut self, command: &Command) -> Result<Response, Rejection> {
+        self.index += 1;
+        let context = ApplyContext {
+            index: self.index,
+            term: 1,
+            now_ms: self.now_ms,
+        };
+        let applied = self.tables.apply(&Scheduler, &context, &command.encode())?;
+        Ok(Response::decode(&applied.response).unwrap())
+    }
+
     pub(crate) fn ok(&mut self, command: Command) -> Response {
         self.apply(&command)
             .unwrap_or_else(|rejection| panic!("{command:?}: {rejection}"))
@@ -234,6 +246,7 @@ pub(crate) fn job_spec(name: &str, max_restarts: u32) -> JobSpec {
         files: Vec::new(),
         retry_errors: true,
         secrets: BTreeMap::new(),
+        namespace: None,
     }
 }
 
@@ -249,5 +262,6 @@ pub(crate) fn actor_spec(name: Option<&str>, cpus: u64) -> ActorSpec {
         restart: RestartPolicy::times(2),
         isolated: false,
         mailbox_capacity: 16,
+        detached: false,
     }
 }

@@ -7,6 +7,7 @@ mod cluster;
 mod explain;
 mod jobs;
 mod limits;
+mod namespaces;
 mod nodes;
 mod placement;
 mod properties;

@@ -1,6 +1,7 @@
 //! Any sequence of commands keeps every invariant, and gives the same tables on every replica.
 
 use mobula_core::control::{ApplyContext, StateModule};
+use mobula_core::namespace::NamespaceEntry;
 use mobula_core::order::WorkerEvent;
 use mobula_core::spec::SpreadKey;
 use mobula_core::{ActorId, ExitReason, HostId, Incarnation, JobId, NodeId, Resources};
@@ -38,6 +39,8 @@ enum Step {
     Submit {
         key: Option<u8>,
         restarts: u32,
+        namespace: Option<u8>,
+        principal: u8,
     },
     StopJob {
         job: u8,
@@ -47,9 +50,11 @@ enum Step {
         shapes: Vec<Shape>,
         gang: bool,
         get_or_create: bool,
+        detached: bool,
     },
     StopActor {
         actor: u8,
+        by: Option<u8>,
     },
     Started {
         actor: u8,
@@ -108,12 +113,17 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => (any::<u8>(), any::<bool>()).prop_map(|(node, on)| Step::Drain { node, on }),
         1 => any::<u8>().prop_map(|node| Step::Preempt { node }),
         1 => any::<u8>().prop_map(|node| Step::Withdraw { node }),
-        2 => (proptest::option::of(0..3u8), 0..3u32)
-            .prop_map(|(key, restarts)| Step::Submit { key, restarts }),
+        2 => (proptest::option::of(0..3u8), 0..3u32, proptest::option::of(0..2u8), 0..2u8).prop_map(
+            |(key, restarts, namespace, principal)| {
+                Step::Submit { key, restarts, namespace, principal }
+            }),
         1 => any::<u8>().prop_map(|job| Step::StopJob { job }),
-        4 => (any::<u8>(), shapes, any::<bool>(), any::<bool>()).prop_map(
-            |(job, shapes, gang, get_or_create)| Step::Create { job, shapes, gang, get_or_create }),
-        2 => any::<u8>().prop_map(|actor| Step::StopActor { actor }),
+        4 => (any::<u8>(), shapes, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+            |(job, shapes, gang, get_or_create, detached)| {
+                Step::Create { job, shapes, gang, get_or_create, detached }
+            }),
+        2 => (any::<u8>(), proptest::option::of(any::<u8>()))
+            .prop_map(|(actor, by)| Step::StopActor { actor, by }),
         6 => (any::<u8>(), proptest::bool::weighted(0.2))
             .prop_map(|(actor, stale)| Step::Started { actor, stale }),
         6 => (any::<u8>(), proptest::bool::weighted(0.2), any::<u8>())
@@ -255,8 +265,17 @@ impl Replica {
                     event: WorkerEvent::NoticeWithdrawn,
                 }
             }
-            Step::Submit { key, restarts } => {
+            Step::Submit {
+                key,
+                restarts,
+                namespace,
+                principal,
+            } => {
                 let mut spec = job_spec("job", restarts);
+                spec.namespace = namespace.map(|name| NamespaceEntry {
+                    name: name.to_string(),
+                    principal: principal.to_string(),
+                });
                 spec.idempotency_key = key.map(|key| key.to_string());
                 Command::SubmitJob { spec }
             }
@@ -266,11 +285,13 @@ impl Replica {
                 shapes,
                 gang,
                 get_or_create,
+                detached,
             } => {
                 let job = self.job(job);
                 let actors = shapes.into_iter().map(|shape| {
                     let mut spec = actor_spec(None, shape.cpus);
                     spec.name = shape.name.map(|name| name.to_string());
+                    spec.detached = detached && spec.name.is_some();
                     spec.resources.gpu_milli = shape.gpu_milli;
                     let key = "spread".to_owned();
                     spec.placement.spread_key = Some(SpreadKey {
@@ -288,10 +309,10 @@ impl Replica {
                     creator: None,
                 }
             }
-            Step::StopActor { actor } => {
+            Step::StopActor { actor, by } => {
                 let (actor, ..) = self.actor(actor)?;
                 Command::StopActor {
-                    job: None,
+                    job: by.map(|job| self.job(job)),
                     actor,
                     grace_ms: 10,
                 }
@@ -343,6 +364,7 @@ impl Replica {
                 expires_at_ms: self.now_ms + 1_000,
                 uses,
                 ends_with: String::new(),
+                principal: None,
             },
             Step::UseToken { id } => Command::UseToken {
                 secret_hash: [id; 32],

@@ -5,6 +5,7 @@ use mobula_core::order::WorkerEvent;
 use mobula_core::{ActorId, Incarnation, JobId, NodeId};
 use mobula_scheduler::{
     ActorIncarnation, Command, Query, QueryResponse, Response, Role, Scheduler, check_token,
+    namespace_owner,
 };
 
 use crate::cluster::Cluster;
@@ -18,7 +19,37 @@ fn create(id: &str, hash: u8, expires_at_ms: u64, uses: Option<u32>) -> Command 
         expires_at_ms,
         uses,
         ends_with: "abcd".into(),
+        principal: None,
     }
+}
+
+#[test]
+fn tokens_of_one_principal_enter_the_same_namespaces() {
+    let mut cluster = Cluster::new();
+    let token = |id: &str, hash, role, principal: Option<&str>| Command::CreateToken {
+        id: id.into(),
+        secret_hash: [hash; 32],
+        role,
+        expires_at_ms: 5_000,
+        uses: None,
+        ends_with: String::new(),
+        principal: principal.map(str::to_owned),
+    };
+    cluster.ok(token("client-1", 1, Role::Client, Some("ann")));
+    cluster.ok(token("client-2", 2, Role::Client, Some("ann")));
+    cluster.ok(token("client-3", 3, Role::Client, None));
+    let owner = |hash| namespace_owner(&cluster.tables, &[hash; 32], 2_000);
+    assert_eq!(owner(1), owner(2));
+    assert_eq!(owner(1).as_deref(), Ok("ann"));
+    assert_eq!(owner(3).as_deref(), Ok("client-3"));
+    assert!(owner(4).is_err());
+    let refused = cluster.refused(token("worker-1", 5, Role::Worker, Some("ann")));
+    assert!(
+        refused.contains("only a client's has a principal"),
+        "{refused}"
+    );
+    let refused = cluster.refused(token("client-5", 5, Role::Client, Some("")));
+    assert!(refused.contains("is empty"), "{refused}");
 }
 
 #[test]

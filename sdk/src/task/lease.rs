@@ -141,6 +141,7 @@ impl Pool {
             isolated: false,
             // Two pools never share a slot, but tasks that were given up may still stand in line.
             mailbox_capacity: 2 * IN_FLIGHT_MAX as u32,
+            detached: false,
         }
     }
 

@@ -394,7 +394,7 @@ pub(crate) async fn stage() -> Stage {
     let address = endpoint.local_address().to_string();
     runtime.set_objects(ObjectTable::start(address, calls.clone()));
     runtime.set_calls(calls);
-    tokio::spawn(serve_calls(endpoint.clone(), Arc::clone(&table), JOB));
+    tokio::spawn(serve_calls(endpoint.clone(), Arc::clone(&table)));
 
     let token = Token::generate(Role::Client, ca.key_hash()).to_text();
     let head = Arc::new(Head {

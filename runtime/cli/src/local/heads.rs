@@ -213,6 +213,7 @@ async fn write_head_token(cluster: &Cluster, file: &Path) -> anyhow::Result<()> 
                 role: "head".to_owned(),
                 ttl_ms: TOKEN_TTL_MS,
                 uses: 3,
+                principal: None,
             };
             async move { client.create_token(request).await }
         })

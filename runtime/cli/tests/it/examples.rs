@@ -84,6 +84,30 @@ fn examples_that_check_themselves_run_embedded_and_submitted() {
 }
 
 #[test]
+fn a_detached_actor_needs_a_namespace_which_a_program_run_by_hand_may_name() {
+    let run = |namespace: Option<&str>| {
+        let mut program = Command::new(example("detached"));
+        program
+            .args(["open", "sell", "100", "close"])
+            .env("MOBULA_BIN", env!("CARGO_BIN_EXE_mobula"))
+            .env_remove("MOBULA_CLUSTER")
+            .env_remove("MOBULA_NAMESPACE");
+        if let Some(namespace) = namespace {
+            program.env("MOBULA_NAMESPACE", namespace);
+        }
+        program.output().unwrap()
+    };
+    let output = run(Some("shop"));
+    assert!(output.status.success(), "{}", text_of(&output));
+    let text = text_of(&output);
+    assert!(text.contains("the till is closed: 100 sold"), "{text}");
+    let output = run(None);
+    assert!(!output.status.success());
+    let text = text_of(&output);
+    assert!(text.contains("is in no namespace"), "{text}");
+}
+
+#[test]
 fn the_same_idempotency_key_is_the_same_job() {
     let cluster = TestCluster::up(1);
     let program = example("counter");

@@ -354,6 +354,7 @@ fn a_token_of_another_role_or_a_used_up_one_does_not_make_a_head() {
                 role: "head".to_owned(),
                 ttl_ms: 60_000,
                 uses: 1,
+                principal: None,
             };
             async move { api.create_token(request).await }
         });

@@ -12,6 +12,7 @@ mod backup;
 mod bad_input;
 mod chaos;
 mod configs;
+mod detached;
 mod exactly_once;
 mod examples;
 mod head_states;

@@ -1,4 +1,5 @@
-//! What a host process may read (I14): its own job, and nothing of another's.
+//! What a host process may read (I14): its own job, of the other jobs in its namespace where their
+//! actors are, and nothing of any other's.
 //!
 //! A job's code is its submitter's, and its certificate was made for that job. Clients and heads may
 //! read everything, and so may processes of the system's own job, which serve all jobs.
@@ -8,9 +9,11 @@
 use mobula_core::control::Caller;
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::JobId;
+use mobula_scheduler::{Query, QueryResponse};
 use tonic::Status;
 
 use super::rejected;
+use crate::context::HeadContext;
 
 /// The only job that `caller` may read of; `None` where it may read of all.
 pub(super) fn only_job(caller: &Caller) -> Option<JobId> {
@@ -35,6 +38,26 @@ pub(super) fn may_read(caller: &Caller, job: JobId) -> Result<(), Status> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// Refuses a caller that may not know where the actors of `job` are: those of its namespace it may
+/// call.
+pub(super) async fn may_find(
+    context: &HeadContext,
+    caller: &Caller,
+    job: JobId,
+) -> Result<(), Status> {
+    let refused = may_read(caller, job);
+    if let (Err(_), Some(own)) = (&refused, only_job(caller)) {
+        let query = Query::SharesNamespace {
+            job: own,
+            other: job,
+        };
+        if let QueryResponse::IsShared(true) = context.ask(query).await? {
+            return Ok(());
+        }
+    }
+    refused
 }
 
 /// Refuses a host of any job; `what` is shown to people.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use mobula_core::control::{Caller, Subject};
-use mobula_core::error::Rejection;
+use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::{ActorId, Incarnation, JobId};
 use mobula_core::spec::ActorSpec;
 use mobula_scheduler::{
@@ -13,7 +13,7 @@ use mobula_wire::control::resolve_actor_request::Target;
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
 
-use super::access::{may_read, only_job};
+use super::access::{may_find, may_read, only_job};
 use super::jobs::{LOOK_AGAIN, unexpected};
 use super::modules::{WAIT_MAX, stamp};
 use super::{page, rejected, views};
@@ -61,7 +61,7 @@ pub(super) async fn list(
     // A host that asks for all of them sees all that it may.
     let job = request.job.map(JobId).or(only_job(caller));
     if let Some(job) = job {
-        may_read(caller, job)?;
+        may_find(context, caller, job).await?;
     }
     let query = Query::ListActors {
         job,
@@ -81,14 +81,14 @@ pub(super) async fn list(
     })
 }
 
-/// An actor that `caller` may read of.
+/// An actor that `caller` may read of, or call.
 pub(super) async fn view_for(
     context: &HeadContext,
     caller: &Caller,
     actor: ActorId,
 ) -> Result<api::Actor, Status> {
     let view = view(context, actor).await?;
-    may_read(caller, JobId(view.job))?;
+    may_find(context, caller, JobId(view.job)).await?;
     Ok(view)
 }
 
@@ -114,10 +114,16 @@ pub(super) async fn resolve(
 ) -> Result<api::Actor, Status> {
     let actor = match request.target {
         Some(Target::Actor(actor)) => ActorId(actor),
-        Some(Target::Named(named)) => {
-            may_read(caller, JobId(named.job))?;
-            by_name(context, JobId(named.job), named.name).await?
-        }
+        Some(Target::Named(named)) => match named.namespace {
+            Some(namespace) => {
+                may_look_into(context, caller, &namespace).await?;
+                in_namespace(context, namespace, named.name).await?
+            }
+            None => {
+                may_read(caller, JobId(named.job))?;
+                by_name(context, JobId(named.job), named.name).await?
+            }
+        },
         None => {
             return Err(rejected(&Rejection::invalid(
                 "name an actor by its id or its name",
@@ -168,7 +174,7 @@ pub(super) async fn await_any(
             let QueryResponse::Actor(now) = now else {
                 return Err(Status::internal("the scheduler answered another question"));
             };
-            may_read(caller, now.job)?;
+            may_find(context, caller, now.job).await?;
             if now.state == "ended" || now.state == "running" {
                 settled.push(views::actor(now));
             }
@@ -182,6 +188,44 @@ pub(super) async fn await_any(
         let changed = futures::future::select_all(changes);
         // Woken, or time to look: both go round again.
         let _ = tokio::time::timeout(left.min(LOOK_AGAIN), changed).await;
+    }
+}
+
+/// Refuses a host whose job is not in the namespace that it names.
+async fn may_look_into(
+    context: &HeadContext,
+    caller: &Caller,
+    namespace: &str,
+) -> Result<(), Status> {
+    let Some(job) = only_job(caller) else {
+        return Ok(());
+    };
+    let QueryResponse::Job(own) = context.ask(Query::Job { job }).await? else {
+        return Err(Status::internal("the scheduler answered another question"));
+    };
+    let found = own.namespace.map(|own| own.name);
+    if found.as_deref() == Some(namespace) {
+        return Ok(());
+    }
+    let is_in = found.map_or_else(|| "none".to_owned(), |found| format!("namespace `{found}`"));
+    Err(rejected(&Rejection::new(
+        ErrorCode::PermissionDenied,
+        format!(
+            "{job} is in {is_in} and may not look into namespace `{namespace}`: submit it with \
+             `--namespace {namespace}`, or use a client token"
+        ),
+    )))
+}
+
+async fn in_namespace(
+    context: &HeadContext,
+    namespace: String,
+    name: String,
+) -> Result<ActorId, Status> {
+    let query = Query::ActorInNamespace { namespace, name };
+    match context.ask(query).await? {
+        QueryResponse::Actor(view) => Ok(view.actor),
+        _ => Err(Status::internal("the scheduler answered another question")),
     }
 }
 
@@ -199,7 +243,7 @@ async fn by_name(context: &HeadContext, job: JobId, name: String) -> Result<Acto
     }
 }
 
-/// The job that a host must own an actor in; clients may reach into any.
+/// The job that a host acts for; clients may reach into any.
 fn own_job(caller: &Caller) -> Option<JobId> {
     match caller {
         Caller::Host { job, .. } => Some(*job),

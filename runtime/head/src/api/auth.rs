@@ -162,6 +162,21 @@ fn role_to_caller(
     }
 }
 
+/// Whose namespaces `request` may name: those of the principal that its token was made for.
+pub(super) async fn namespace_owner<T>(
+    context: &HeadContext,
+    request: &Request<T>,
+) -> Result<String, Status> {
+    if let Some(identity) = peer_identity(request) {
+        return Ok(identity.to_string());
+    }
+    let text = bearer(request).map_err(|rejection| rejected(&rejection))?;
+    let token = parsed(context, text)?;
+    let reader = context.raft.read().await?;
+    mobula_scheduler::namespace_owner(&reader, &token.secret_hash(), context.clock.now_ms())
+        .map_err(|rejection| rejected(&rejection))
+}
+
 fn caller_of(identity: &Identity) -> Result<Caller, Rejection> {
     let unreadable = || {
         Rejection::new(

@@ -22,9 +22,11 @@ pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Pending jobs of a list that are explained: each explanation looks at every node.
 const EXPLAINED_MAX: usize = 100;
 
+/// `principal` is in whose name the job enters its namespace, if it names one.
 pub(super) async fn submit(
     context: &HeadContext,
     caller: &Caller,
+    principal: String,
     request: api::SubmitJobRequest,
 ) -> Result<api::SubmitJobReply, Status> {
     let mut spec = request
@@ -41,6 +43,9 @@ pub(super) async fn submit(
     for file in &spec.files {
         let what = format!("file `{}`", file.name);
         require_artifact(context, &what, &file.blake3, file.size_bytes).await?;
+    }
+    if let Some(entry) = &mut spec.namespace {
+        entry.principal = principal;
     }
     context
         .seal_secrets(&mut spec)

@@ -44,7 +44,13 @@ pub(super) async fn job_logs(
     let job = JobId(request.job);
     access::may_read(caller, job)?;
     // Refused here, so that a wrong id is an error and not an empty log.
-    jobs::view(context, job).await?;
+    let view = jobs::view(context, job).await?;
+    // A job without a driver has printed what its other processes have.
+    let all_processes = request.all_processes || view.driver == 0;
+    let request = api::JobLogsRequest {
+        all_processes,
+        ..request
+    };
     let slot = Arc::clone(&context.log_streams)
         .try_acquire_owned()
         .map_err(|_| {

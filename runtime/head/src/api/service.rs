@@ -109,7 +109,27 @@ impl Control for ControlService {
         &self,
         r: Request<api::SubmitJobRequest>,
     ) -> Result<Response<api::SubmitJobReply>, Status> {
-        answer!(self, r, jobs::submit)
+        let call = observe::called(&r);
+        let answered = async {
+            let (caller, principal) = auth::identify(&self.context, &r).await?;
+            let origin = Origin { principal, call };
+            // A namespace is its owner's, and who that is the request cannot say itself.
+            let is_named = r
+                .get_ref()
+                .spec
+                .as_ref()
+                .is_some_and(|spec| spec.namespace.is_some());
+            let owner = match is_named {
+                true => auth::namespace_owner(&self.context, &r).await?,
+                false => String::new(),
+            };
+            let submitting = jobs::submit(&self.context, &caller, owner, r.into_inner());
+            origin::serving(origin, submitting).await
+        };
+        answered
+            .await
+            .map(Response::new)
+            .map_err(|status| with_leader(&self.context, status))
     }
 
     async fn list_jobs(

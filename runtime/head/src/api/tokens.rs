@@ -2,7 +2,6 @@
 
 use mobula_core::control::Caller;
 use mobula_core::error::{ErrorCode, Rejection};
-use mobula_core::id::SessionId;
 use mobula_scheduler::{Command, Query, QueryResponse, Role};
 use mobula_wire::control::{self as api, Empty};
 use tonic::Status;
@@ -50,7 +49,13 @@ pub(super) async fn create(
     let uses = (request.uses != 0).then_some(request.uses);
     // Never answered from a session's window: that would name another secret than was stored. What
     // a lost reply leaves behind is a token that nobody knows, which expires.
-    let made = tokens::create(context, SessionId::INTERNAL, 0, role, request.ttl_ms, uses).await?;
+    let wanted = tokens::Wanted {
+        role,
+        ttl_ms: request.ttl_ms,
+        uses,
+        principal: request.principal,
+    };
+    let made = tokens::create(context, wanted).await?;
     Ok(api::CreateTokenReply {
         token: made.text,
         expires_at_ms: made.expires_at_ms,

@@ -18,6 +18,8 @@ pub(super) fn job(view: JobView) -> api::Job {
         result_json: view.result,
         exit_reason: view.exit_reason,
         pending_reason: None,
+        namespace: view.namespace.map(|namespace| namespace.name),
+        detached_actors: view.detached_actors,
         storage_problem: None,
     }
 }
@@ -35,6 +37,8 @@ pub(super) fn actor(view: ActorView) -> api::Actor {
         pid: view.pid,
         restarts: view.restarts,
         exit_reason: view.exit_reason,
+        namespace: view.namespace.map(|namespace| namespace.name),
+        detached: view.detached,
     }
 }
 
@@ -81,6 +85,7 @@ pub(super) fn token(view: TokenView) -> api::TokenInfo {
         expired: view.expired,
         uses_left: view.uses_left,
         ends_with: view.ends_with,
+        principal: view.principal,
     }
 }
 

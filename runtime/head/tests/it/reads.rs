@@ -14,6 +14,7 @@ async fn ask(api: &mut Api, job: u64, actor: u64) -> Vec<String> {
     let named = api::NamedActor {
         job,
         name: "x".into(),
+        namespace: None,
     };
     let resolve = |target| api::ResolveActorRequest {
         target: Some(target),

@@ -10,6 +10,7 @@ async fn create(client: &mut Api, role: &str) -> api::CreateTokenReply {
         role: role.into(),
         ttl_ms: 60_000,
         uses: 0,
+        principal: None,
     };
     client.create_token(request).await.unwrap().into_inner()
 }

@@ -53,6 +53,8 @@ pub(crate) enum Ending {
     Died(String),
     /// It does not answer, or not as it should.
     Lost(String),
+    /// It does not let this process read what it owns.
+    Refused(String),
 }
 
 /// The way to one owner.
@@ -233,6 +235,7 @@ impl Link {
         match ending.clone() {
             Ending::Died(reason) => ObjectError::OwnerDied { object, reason },
             Ending::Lost(reason) => ObjectError::Lost { object, reason },
+            Ending::Refused(reason) => ObjectError::NotPermitted { object, reason },
         }
     }
 
@@ -378,6 +381,7 @@ impl Link {
                 Err(error @ CallError::ActorDied { .. }) => {
                     return Err(Ending::Died(error.to_string()));
                 }
+                Err(CallError::NotPermitted(reason)) => return Err(Ending::Refused(reason)),
                 Err(error) => return Err(Ending::Lost(error.to_string())),
             };
             if began.elapsed() > OWNER_GONE_AFTER {

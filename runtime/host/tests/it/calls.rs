@@ -11,6 +11,7 @@ use mobula_core::codec;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, HostId, NodeId};
+use mobula_core::order::ActorAddress;
 use mobula_host::agent::{HostEnd, HostProcess};
 use mobula_host::calls::serve_calls;
 use mobula_host::client::{CallClient, CallPath, OutgoingCall, Paths};
@@ -19,6 +20,7 @@ use mobula_net::endpoint::{Endpoint, LaneClass};
 use mobula_net::identity::{Credentials, Role};
 use mobula_net::local::LocalListener;
 use mobula_wire::host::{AgentMessage, HostBootstrap, HostMessage, HostRole};
+use mobula_wire::object::{METHOD_NEXT, OBJECTS_ACTOR};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -30,7 +32,7 @@ struct Host {
 async fn serve(certificates: &Certificates, actor: ActorId) -> Host {
     let (table, _events) = table_with(actor).await;
     let endpoint = listen(&certificates.host(JOB.0));
-    let server = tokio::spawn(serve_calls(endpoint.clone(), table, JOB));
+    let server = tokio::spawn(serve_calls(endpoint.clone(), table));
     Host { endpoint, server }
 }
 
@@ -214,6 +216,49 @@ async fn another_jobs_process_may_not_call() {
         reason.starts_with("a process of job-4 may not call actors of job-3"),
         "{reason}"
     );
+}
+
+#[tokio::test]
+async fn a_process_of_another_job_of_the_namespace_may_call_and_one_of_its_past_may_not() {
+    let certificates = Certificates::new();
+    let actor = ActorId(212);
+    let (table, _events) = table_with(actor).await;
+    let endpoint = listen(&certificates.host_in_shop(JOB.0, 7));
+    let _server = tokio::spawn(serve_calls(endpoint.clone(), table));
+    let target = address(&endpoint, actor);
+    let tell = || OutgoingCall::new("tell", text("a"));
+    // On the Unix socket a caller may do what its certificate beside it says, and no more.
+    let paths = [
+        (Paths::Any, CallPath::SameMachine),
+        (Paths::QuicOnly, CallPath::Network),
+    ];
+    for (paths, expected) in paths {
+        let own = listen(&certificates.host_in_shop(JOB.0 + 1, 7));
+        let colleague = CallClient::with_paths(own, None, paths);
+        colleague.call(&target, tell()).await.unwrap();
+        assert_eq!(colleague.path_to(endpoint.local_address()), Some(expected));
+        // Objects are not for colleagues.
+        let objects = ActorAddress {
+            actor: OBJECTS_ACTOR,
+            ..target.clone()
+        };
+        let read = OutgoingCall::new(METHOD_NEXT, Vec::new());
+        let error = colleague.call(&objects, read).await.unwrap_err();
+        let CallError::NotPermitted(reason) = error else {
+            panic!("{error:?}");
+        };
+        assert!(reason.contains("pass values by value"), "{reason}");
+    }
+    for stranger in [
+        certificates.host(JOB.0 + 1),
+        certificates.host_in_shop(JOB.0 + 1, 6),
+    ] {
+        let error = client(&stranger).call(&target, tell()).await.unwrap_err();
+        let CallError::NotPermitted(reason) = error else {
+            panic!("{error:?}");
+        };
+        assert!(reason.contains("the same `--namespace`"), "{reason}");
+    }
 }
 
 #[tokio::test]

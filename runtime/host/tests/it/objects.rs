@@ -13,6 +13,7 @@ use mobula_host::objects::{
 };
 use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_net::endpoint::Endpoint;
+use mobula_net::identity::Credentials;
 use mobula_wire::object::{Element, Format};
 use mobula_wire::store::{StoreReply, StoreRequest};
 use tokio::sync::mpsc;
@@ -28,14 +29,17 @@ struct Process {
 
 impl Process {
     async fn start(certificates: &Certificates) -> Process {
-        let endpoint = listen(&certificates.host(support::JOB.0));
+        Process::start_as(&certificates.host(support::JOB.0)).await
+    }
+
+    async fn start_as(credentials: &Credentials) -> Process {
+        let endpoint = listen(credentials);
         let (actors, events) = support::table().await;
         let local = (endpoint.local_address(), Arc::downgrade(&actors));
         let calls = CallClient::new(endpoint.clone(), Some(local));
         let objects = ObjectTable::start(endpoint.local_address().to_string(), calls);
         actors.runtime().set_objects(Arc::clone(&objects));
-        let serving =
-            mobula_host::calls::serve_calls(endpoint.clone(), Arc::clone(&actors), support::JOB);
+        let serving = mobula_host::calls::serve_calls(endpoint.clone(), Arc::clone(&actors));
         Process {
             objects,
             endpoint,
@@ -262,6 +266,25 @@ async fn a_dead_owner_is_an_error_and_a_dead_holder_lets_go() {
         "{lost:?}"
     );
     assert_eq!(value(&kept).await.unwrap(), "kept", "what arrived stays");
+}
+
+#[tokio::test]
+async fn an_object_of_another_job_is_refused_and_not_called_lost() {
+    let certificates = Certificates::new();
+    let job = support::JOB.0;
+    let inside = |job| certificates.host_in_shop(job, 7);
+    for (owner, reader) in [
+        (certificates.host(job), certificates.host(job + 1)),
+        // Not within one namespace either.
+        (inside(job), inside(job + 1)),
+    ] {
+        let owner = Process::start_as(&owner).await;
+        let reader = Process::start_as(&reader).await;
+        let object = owner.objects.put("x").unwrap();
+        let error = value(&reader.receive(&object)).await.unwrap_err();
+        assert!(matches!(error, ObjectError::NotPermitted { .. }), "{error}");
+        assert_eq!(value(&object).await.unwrap(), "x");
+    }
 }
 
 #[tokio::test]

@@ -95,7 +95,7 @@ async fn a_call_that_waits_is_cancelled_at_once_and_never_runs() {
     let actor = ActorId(300);
     let (table, _events) = table_with(actor).await;
     let endpoint = listen(&certificates.host(JOB.0));
-    let server = tokio::spawn(serve_calls(endpoint.clone(), table, JOB));
+    let server = tokio::spawn(serve_calls(endpoint.clone(), table));
     let client = CallClient::new(listen(&certificates.client()), None);
     let target = address(&endpoint, actor);
 
@@ -314,7 +314,7 @@ async fn a_caller_that_breaks_the_protocol_is_cut_off() {
         let certificates = Certificates::new();
         let (table, _events) = table_with(ActorId(306)).await;
         let endpoint = listen(&certificates.host(JOB.0));
-        let server = tokio::spawn(serve_calls(endpoint.clone(), table, JOB));
+        let server = tokio::spawn(serve_calls(endpoint.clone(), table));
         let connection = listen(&certificates.client())
             .connect(endpoint.local_address(), LaneClass::Control, Role::Host)
             .await

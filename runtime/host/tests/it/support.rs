@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use mobula_core::codec;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
+use mobula_core::namespace::Namespace;
 use mobula_core::order::{ActorAddress, StartActor};
 use mobula_core::resource::Resources;
 use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
@@ -186,6 +187,7 @@ pub(crate) fn order(actor: ActorId, incarnation: Incarnation, init: &[u8]) -> St
             restart: RestartPolicy::NEVER,
             isolated: false,
             mailbox_capacity: 2,
+            detached: false,
         },
         args: Vec::new(),
         env: Default::default(),
@@ -272,6 +274,16 @@ impl Certificates {
 
     pub(crate) fn host(&self, job: u64) -> Credentials {
         self.issue(&Identity::new("test", Role::Host, format!("host-{job}"), 1).with_job(job))
+    }
+
+    /// A host's whose job is in the namespace `shop`, in that life of it.
+    pub(crate) fn host_in_shop(&self, job: u64, life: u64) -> Credentials {
+        let namespace = Namespace {
+            name: "shop".to_owned(),
+            incarnation: Incarnation(life),
+        };
+        let identity = Identity::new("test", Role::Host, format!("host-{job}"), 1).with_job(job);
+        self.issue(&identity.with_namespace(Some(namespace)))
     }
 
     pub(crate) fn client(&self) -> Credentials {

@@ -232,7 +232,13 @@ impl ClusterCa {
         parameters
             .distinguished_name
             .push(DnType::CommonName, identity.id.as_str());
-        parameters.subject_alt_names = vec![SanType::URI(uri), SanType::DnsName(server_name)];
+        parameters.subject_alt_names = vec![SanType::URI(uri)];
+        if let Some(namespace) = identity.namespace_uri()? {
+            let namespace = namespace.as_str().try_into().map_err(failed)?;
+            parameters.subject_alt_names.push(SanType::URI(namespace));
+        }
+        let server_name = SanType::DnsName(server_name);
+        parameters.subject_alt_names.push(server_name);
         parameters.is_ca = IsCa::ExplicitNoCa;
         parameters.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         parameters.extended_key_usages = vec![
@@ -278,6 +284,8 @@ fn serial_number() -> SerialNumber {
 mod tests {
     use super::*;
     use crate::identity::Role;
+    use mobula_core::id::Incarnation;
+    use mobula_core::namespace::Namespace;
     use std::os::unix::fs::PermissionsExt;
 
     fn validity() -> Validity {
@@ -315,6 +323,35 @@ mod tests {
         let credentials = Credentials::new(&certificate, key, ca.certificate_pem()).unwrap();
         assert_eq!(credentials.identity(), &node);
         assert_eq!(credentials.ca_key_hash(), ca.key_hash());
+    }
+
+    #[test]
+    fn a_namespace_stands_beside_the_name_and_is_signed_too() {
+        let ca = ClusterCa::create("demo").unwrap();
+        let namespace = |incarnation| {
+            Some(Namespace {
+                name: "shop".to_owned(),
+                incarnation: Incarnation(incarnation),
+            })
+        };
+        let host = Identity::new("demo", Role::Host, "node-1.host-1", 5).with_job(3);
+        let inside = host.clone().with_namespace(namespace(7));
+        let credentials = ca.issue_with_new_key(&inside, validity()).unwrap();
+        assert_eq!(credentials.identity(), &inside);
+        let found = crate::identity::peer_identity(&credentials.chain()).unwrap();
+        assert_eq!(found, inside);
+
+        // The next certificate must be for the same life of the same namespace.
+        let request = credentials.private_key().certificate_request().unwrap();
+        for other in [host.clone(), host.with_namespace(namespace(8))] {
+            let next = ca.issue(&request, &other, validity()).unwrap();
+            assert!(credentials.renewed(&next).is_err(), "{other:?}");
+        }
+        let next = ca.issue(&request, &inside, validity()).unwrap();
+        credentials.renewed(&next).unwrap();
+        // Nobody but a job's process is in one.
+        let node = Identity::new("demo", Role::Node, "node-1", 5).with_namespace(namespace(7));
+        assert!(ca.issue_with_new_key(&node, validity()).is_err());
     }
 
     #[test]

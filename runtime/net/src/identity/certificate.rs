@@ -27,8 +27,10 @@ pub enum CertificateError {
         /// What was found.
         reason: String,
     },
-    /// The certificate names nobody, or more than one.
-    #[error("the certificate has {count} mobula names, expected exactly 1")]
+    /// The certificate names nobody, or more than one and a namespace.
+    #[error(
+        "the certificate has {count} mobula names, expected one, and one of a namespace at most"
+    )]
     NameCount {
         /// How many it has.
         count: usize,
@@ -160,6 +162,7 @@ fn identity_of(certificate: &X509Certificate<'_>) -> Result<Identity, Certificat
         .collect();
     match uris[..] {
         [uri] => Ok(Identity::parse(uri)?),
+        [uri, namespace] => Ok(Identity::parse(uri)?.in_namespace(namespace)?),
         _ => Err(CertificateError::NameCount { count: uris.len() }),
     }
 }

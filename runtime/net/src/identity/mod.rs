@@ -30,6 +30,8 @@ pub use token::{Token, TokenError};
 use std::fmt;
 use std::str::FromStr;
 
+use mobula_core::id::Incarnation;
+use mobula_core::namespace::Namespace;
 use serde::{Deserialize, Serialize};
 
 /// The longest text that may be one part of an identity, in bytes; a domain name's label may be 63,
@@ -84,8 +86,11 @@ impl FromStr for Role {
     }
 }
 
-/// The name in a certificate: `spiffe://<cluster>/<role>/<id>/<incarnation>`, for a process that
-/// belongs to a job with `/job/<job>` behind it.
+/// Who a certificate says that a process is.
+///
+/// Its name there is `spiffe://<cluster>/<role>/<id>/<incarnation>`, for a process that belongs to a
+/// job with `/job/<job>` behind it. The namespace that the job is in stands beside it, as a second name:
+/// `spiffe://<cluster>/namespace/<name>/<incarnation>`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Identity {
     /// The cluster.
@@ -98,6 +103,8 @@ pub struct Identity {
     pub incarnation: u64,
     /// The job it belongs to, if to one.
     pub job: Option<u64>,
+    /// The namespace that its job is in, if in one.
+    pub namespace: Option<Namespace>,
 }
 
 /// Why a text is not an identity, or an identity not a valid name.
@@ -128,6 +135,15 @@ pub enum IdentityError {
         /// What was given.
         text: String,
     },
+    /// A second name that is not that of a namespace of the same cluster, or whose bearer has no job.
+    #[error(
+        "`{text}` is not a namespace of the job beside it: expected \
+         spiffe://<cluster>/namespace/<name>/<incarnation>"
+    )]
+    Namespace {
+        /// What was given.
+        text: String,
+    },
 }
 
 impl Identity {
@@ -144,6 +160,7 @@ impl Identity {
             id: id.into(),
             incarnation,
             job: None,
+            namespace: None,
         }
     }
 
@@ -156,6 +173,55 @@ impl Identity {
         }
     }
 
+    /// The same name, with the namespace that its job is in.
+    #[must_use]
+    pub fn with_namespace(self, namespace: Option<Namespace>) -> Self {
+        Identity { namespace, ..self }
+    }
+
+    /// The second name in its certificate, if it has one; an error if its parts cannot be parts of a
+    /// name, or if there is no job that could be in the namespace.
+    pub fn namespace_uri(&self) -> Result<Option<String>, IdentityError> {
+        let Some(Namespace { name, incarnation }) = &self.namespace else {
+            return Ok(None);
+        };
+        check_part("cluster", &self.cluster)?;
+        check_part("namespace", name)?;
+        let text = format!(
+            "spiffe://{}/namespace/{name}/{}",
+            self.cluster, incarnation.0
+        );
+        match self.job {
+            Some(_) => Ok(Some(text)),
+            None => Err(IdentityError::Namespace { text }),
+        }
+    }
+
+    /// The identity whose second name is `uri`, as [`Identity::namespace_uri`] wrote it.
+    pub(crate) fn in_namespace(self, uri: &str) -> Result<Self, IdentityError> {
+        let form = || IdentityError::Namespace {
+            text: uri.chars().take(256).collect(),
+        };
+        let parts: Vec<&str> = uri
+            .strip_prefix("spiffe://")
+            .ok_or_else(form)?
+            .split('/')
+            .collect();
+        let [_, "namespace", name, incarnation] = parts[..] else {
+            return Err(form());
+        };
+        let namespace = Namespace {
+            name: name.to_owned(),
+            incarnation: Incarnation(incarnation.parse().map_err(|_| form())?),
+        };
+        let identity = self.with_namespace(Some(namespace));
+        // One name, one spelling, and of this cluster.
+        match identity.namespace_uri()? {
+            Some(text) if text == uri => Ok(identity),
+            _ => Err(form()),
+        }
+    }
+
     /// The name as it stands in a certificate; an error if its parts cannot be parts of a name.
     pub fn to_uri(&self) -> Result<String, IdentityError> {
         check_part("cluster", &self.cluster)?;
@@ -163,7 +229,7 @@ impl Identity {
         Ok(self.to_string())
     }
 
-    /// Reads what [`Identity::to_uri`] wrote, and nothing else.
+    /// Reads what [`Identity::to_uri`] wrote, and nothing else. A namespace is not part of it.
     pub fn parse(uri: &str) -> Result<Self, IdentityError> {
         let form = || IdentityError::Form {
             text: uri.chars().take(256).collect(),
@@ -188,6 +254,7 @@ impl Identity {
             id: id.to_owned(),
             incarnation: incarnation.parse().map_err(|_| form())?,
             job: job.map(str::parse).transpose().map_err(|_| form())?,
+            namespace: None,
         };
         // One name, one spelling: `+1` and `01` parse as numbers but are not how we write them.
         if identity.to_string() == uri {
@@ -206,6 +273,7 @@ impl fmt::Display for Identity {
             id,
             incarnation,
             job,
+            namespace: _,
         } = self;
         write!(f, "spiffe://{cluster}/{role}/{id}/{incarnation}")?;
         match job {
@@ -265,6 +333,39 @@ mod tests {
         ] {
             assert!(Identity::parse(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_namespace_is_a_second_name_of_a_process_with_a_job() {
+        let host = Identity::new("demo", Role::Host, "host-9", 2).with_job(4);
+        let namespace = Namespace {
+            name: "shop".to_owned(),
+            incarnation: Incarnation(7),
+        };
+        let inside = host.clone().with_namespace(Some(namespace.clone()));
+        let uri = inside.namespace_uri().unwrap().unwrap();
+        assert_eq!(uri, "spiffe://demo/namespace/shop/7");
+        assert_eq!(host.clone().in_namespace(&uri).unwrap(), inside);
+        assert_eq!(host.namespace_uri().unwrap(), None);
+        for bad in [
+            "spiffe://other/namespace/shop/7",
+            "spiffe://demo/namespace/shop/07",
+            "spiffe://demo/namespace/shop",
+            "spiffe://demo/namespace//7",
+            "spiffe://demo/namespace/Shop/7",
+            "spiffe://demo/host/shop/7",
+            "https://demo/namespace/shop/7",
+            "",
+        ] {
+            assert!(host.clone().in_namespace(bad).is_err(), "{bad}");
+        }
+        let node = Identity::new("demo", Role::Node, "node-3", 17);
+        assert!(node.clone().in_namespace(&uri).is_err());
+        let node = node.with_namespace(Some(namespace));
+        assert!(matches!(
+            node.namespace_uri(),
+            Err(IdentityError::Namespace { .. })
+        ));
     }
 
     #[test]

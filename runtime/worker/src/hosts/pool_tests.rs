@@ -27,6 +27,7 @@ fn start_of(actor: u64, incarnation: u64) -> StartActor {
             restart: RestartPolicy::NEVER,
             isolated: false,
             mailbox_capacity: 1,
+            detached: false,
         },
         args: Vec::new(),
         env: BTreeMap::new(),

@@ -275,6 +275,7 @@ pub(crate) fn plain(actor: u64, incarnation: u64) -> StartActor {
             restart: RestartPolicy::NEVER,
             isolated: false,
             mailbox_capacity: 1,
+            detached: false,
         },
         args: Vec::new(),
         env: BTreeMap::new(),
