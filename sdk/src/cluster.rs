@@ -413,8 +413,10 @@ impl Cluster {
         Ok(reply.payload)
     }
 
-    /// Waits until something changed in a domain module after revision `seen`, for at most `wait`;
-    /// answers the revision it has then.
+    /// Waits until something changed in a domain module after revision `seen` (0: ever), for at most
+    /// `wait`; answers the revision that it has then. Revisions grow, and mean the same at every head: a
+    /// loop that gives back the largest that it was answered misses no change, whichever heads come and
+    /// go. (At the end of `wait` a head that is behind answers what it has.)
     pub async fn wait_module(&self, module: ModuleId, seen: u64, wait: Duration) -> Result<u64> {
         let request = api::WaitModuleRequest {
             module: u32::from(module.0),

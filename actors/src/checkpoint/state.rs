@@ -13,6 +13,7 @@ use mobula_core::codec;
 use mobula_core::control::{
     Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
 };
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::{ErrorCode, Incarnation, JobId, Rejection};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -181,7 +182,7 @@ impl JobCheckpoints {
     }
 
     fn fence(&mut self, job: JobId, incarnation: Incarnation) -> Result<(), Rejection> {
-        if incarnation < self.incarnation {
+        if incarnation < self.incarnation && !is_planted(Mutant::CheckpointUnfenced) {
             return Err(Rejection::fenced(format!(
                 "{job}: a checkpoint of incarnation {incarnation} is refused, incarnation {} has \
                  taken over: stop this driver",
@@ -211,7 +212,7 @@ impl JobCheckpoints {
         else {
             return Ok(true);
         };
-        if new.step > newest.step {
+        if new.step > newest.step || is_planted(Mutant::CheckpointGoesBack) {
             return Ok(true);
         }
         if new.step < newest.step {

@@ -11,6 +11,7 @@ use mobula_core::control::{
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::{Incarnation, JobId};
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
@@ -189,7 +190,8 @@ fn router_ready(
     http_address: String,
 ) -> Result<(), Rejection> {
     let endpoint = find(txn, name)?;
-    if incarnation < endpoint.router_incarnation {
+    let is_stale = incarnation < endpoint.router_incarnation;
+    if is_stale && !is_planted(Mutant::StaleRouterHeard) {
         return Err(Rejection::fenced(format!(
             "router {incarnation} of endpoint `{name}` is stale: {} has taken over",
             endpoint.router_incarnation

@@ -60,7 +60,8 @@ mutants! {
     WipedDiskRejoins = "wiped-disk-rejoins",
     /// A removed head becomes a member again.
     RemovedRejoins = "removed-rejoins",
-    /// A waiting proposal is answered with whatever entry was applied at its index.
+    /// A deposed leader keeps its waiting proposals, and answers each with whatever entry is applied at
+    /// its index.
     AnswerOfOtherTerm = "answer-of-other-term",
     /// raft is not told how the sending of a snapshot ended.
     SnapshotEndUnreported = "snapshot-end-unreported",
@@ -110,6 +111,16 @@ mutants! {
     StaleResultAccepted = "stale-result-accepted",
     /// A worker that comes back is not told what it should be running.
     OrdersForgotten = "orders-forgotten",
+    /// A checkpoint of an earlier step hides a later one.
+    CheckpointGoesBack = "checkpoint-goes-back",
+    /// A driver that was replaced commits a checkpoint.
+    CheckpointUnfenced = "checkpoint-unfenced",
+    /// The address of a router that was replaced becomes the endpoint's.
+    StaleRouterHeard = "stale-router-heard",
+    /// A head that starts again does not know what was changed before.
+    RevisionForgotten = "revision-forgotten",
+    /// Whoever watches a module is not woken when a snapshot has changed it.
+    SnapshotWakesNobody = "snapshot-wakes-nobody",
 }
 
 impl fmt::Display for Mutant {

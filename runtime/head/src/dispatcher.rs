@@ -8,25 +8,30 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use mobula_core::control::Effect;
 use mobula_core::id::Term;
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::order::Order;
 use mobula_wire::session::HeadMessage;
 use tokio::sync::{Notify, mpsc};
 
 use crate::context::HeadContext;
+use crate::raft::module_revisions;
 
 /// How many applied runs may wait: one is the effects of one batch of entries, and carrying them
 /// out is a few queue operations.
 pub(crate) const EFFECTS_CAPACITY: usize = 1024;
 
+/// The effects of one run of entries, each with the index of its entry.
+pub(crate) type EffectRun = Vec<(u64, Effect)>;
+
 /// The driver's end: never blocks, because the driver must not wait for anyone.
 pub(crate) struct EffectSender {
-    pub(crate) runs: mpsc::Sender<Vec<Effect>>,
+    pub(crate) runs: mpsc::Sender<EffectRun>,
     pub(crate) lost: Arc<AtomicBool>,
 }
 
 impl EffectSender {
     /// Hands over the effects of one run of entries.
-    pub(crate) fn send(&self, effects: Vec<Effect>) {
+    pub(crate) fn send(&self, effects: EffectRun) {
         if !effects.is_empty() && self.runs.try_send(effects).is_err() {
             self.lost.store(true, Ordering::Release);
         }
@@ -34,6 +39,9 @@ impl EffectSender {
 
     /// The tables were replaced as a whole: whatever waits for a change has one.
     pub(crate) fn everything_changed(&self) {
+        if is_planted(Mutant::SnapshotWakesNobody) {
+            return;
+        }
         self.lost.store(true, Ordering::Release);
         // Full means that the dispatcher will look anyway.
         let _ = self.runs.try_send(Vec::new());
@@ -42,7 +50,7 @@ impl EffectSender {
 
 /// The dispatcher's end.
 pub(crate) struct EffectReceiver {
-    pub(crate) runs: mpsc::Receiver<Vec<Effect>>,
+    pub(crate) runs: mpsc::Receiver<EffectRun>,
     pub(crate) lost: Arc<AtomicBool>,
 }
 
@@ -77,11 +85,13 @@ pub(crate) async fn run(
     mut effects: EffectReceiver,
     nudges: Arc<Nudges>,
 ) {
+    // What was changed before this process began is no effect of anything that it applies.
+    note_everything(&context).await;
     while let Some(run) = effects.runs.recv().await {
         let leadership = *context.raft.leadership().borrow();
-        for effect in run {
+        for (index, effect) in run {
             match effect {
-                Effect::Changed(subject) => context.changes.note(&subject),
+                Effect::Changed(subject) => context.changes.note(&subject, index),
                 Effect::Place => nudges.place.notify_one(),
                 Effect::Order { node, order } if leadership.is_leader => {
                     let term = Term(leadership.term);
@@ -112,11 +122,19 @@ pub(crate) async fn run(
     }
 }
 
+/// Wakes everybody who waits for anything, and takes the modules' revisions from the tables.
+async fn note_everything(context: &HeadContext) {
+    match context.raft.local_view().await {
+        Ok(view) => context.changes.note_all(&module_revisions(&view)),
+        Err(error) => tracing::warn!(%error, "the modules' revisions cannot be read"),
+    }
+}
+
 async fn send_everything_again(context: &HeadContext, nudges: &Nudges) {
     tracing::warn!("effects were dropped; sending every standing order again");
     context.metrics.lost_effects();
     nudges.place.notify_one();
-    context.changes.note_all();
+    note_everything(context).await;
     let term = Term(context.raft.leadership().borrow().term);
     for node in context.sessions.nodes() {
         match context.standing_orders(node).await {

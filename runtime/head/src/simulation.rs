@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use mobula_core::clock::Clock;
 use mobula_core::config::RaftConfig;
-use mobula_core::control::{Command, Effect, ModuleId, StateModule};
+use mobula_core::control::{Command, Effect, ModuleId, StateModule, Subject};
 use mobula_core::error::Rejection;
 use mobula_core::id::SessionId;
 use mobula_storage::engine::{
@@ -38,7 +38,9 @@ use crate::raft::simulation::{
 };
 use crate::raft::{
     ChangeError, EmptyLog, GroupView, Leadership, Member, Outcome, ProposeError, allocated_id,
+    module_revisions,
 };
+use crate::watch::Changes;
 
 /// The tables as one head had them at one moment.
 pub type View = TablesReader<MemorySnapshot>;
@@ -134,6 +136,7 @@ pub struct HeadCore {
     leadership: watch::Receiver<Leadership>,
     group: watch::Receiver<Arc<GroupView>>,
     effects: EffectReceiver,
+    changes: Changes,
     now: Arc<LogClock>,
 }
 
@@ -168,12 +171,16 @@ impl HeadCore {
                 elections: ElectionTimeouts::Pinned { seed: options.seed },
             },
         };
+        let tables = TablesReader::new(engine.snapshot());
         let opened = open(engine, options, now).map_err(|error| error.to_string())?;
+        let changes = Changes::default();
+        changes.note_all(&module_revisions(&tables));
         Ok(HeadCore {
             state: opened.state,
             leadership: opened.leadership,
             group: opened.group,
             effects,
+            changes,
             now: opened.clock,
         })
     }
@@ -337,17 +344,42 @@ impl HeadCore {
         }
     }
 
-    /// The effects since the last time, and whether some were dropped.
+    /// The effects since the last time, and whether some were dropped. Whoever waits for a change is
+    /// woken here, as the dispatcher does it.
     pub fn take_effects(&mut self) -> (Vec<Effect>, bool) {
         let mut effects = Vec::new();
         while let Ok(run) = self.effects.runs.try_recv() {
-            effects.extend(run);
+            for (index, effect) in run {
+                if let Effect::Changed(subject) = &effect {
+                    self.changes.note(subject, index);
+                }
+                effects.push(effect);
+            }
         }
         let lost = &self.effects.lost;
-        (
-            effects,
-            lost.swap(false, std::sync::atomic::Ordering::AcqRel),
-        )
+        let are_lost = lost.swap(false, std::sync::atomic::Ordering::AcqRel);
+        if are_lost {
+            self.changes.note_all(&module_revisions(&self.tables()));
+        }
+        (effects, are_lost)
+    }
+
+    /// The tables as they are here, whatever the others may have decided since.
+    #[must_use]
+    pub fn tables(&self) -> View {
+        TablesReader::new(self.state.log().engine().snapshot())
+    }
+
+    /// The index of the entry that changed a module last, as this head would tell a client.
+    #[must_use]
+    pub fn module_revision(&self, module: ModuleId) -> u64 {
+        self.changes.module_revision(module)
+    }
+
+    /// A ticket that wakes at the next change of `subject` here.
+    #[must_use]
+    pub fn follow(&self, subject: Subject) -> watch::Receiver<u64> {
+        self.changes.follow(subject)
     }
 }
 
@@ -370,6 +402,7 @@ pub struct Reference {
     engine: MemoryEngine,
     members: ConfState,
     rows_sum: u64,
+    changed: Vec<ModuleId>,
 }
 
 impl Reference {
@@ -392,6 +425,7 @@ impl Reference {
             engine,
             members,
             rows_sum: 0,
+            changed: Vec::new(),
         }
     }
 
@@ -417,10 +451,24 @@ impl Reference {
         self.engine
             .write(batch, Durability::Synced)
             .expect("this store never fails");
+        let modules = run
+            .effects
+            .into_iter()
+            .filter_map(|(_, effect)| match effect {
+                Effect::Changed(Subject::Module(module)) => Some(module),
+                _ => None,
+            });
+        self.changed = modules.collect();
         run.outcomes
             .into_iter()
             .next()
             .map(|outcome| outcome.result)
+    }
+
+    /// The modules that the last entry changed.
+    #[must_use]
+    pub fn changed(&self) -> &[ModuleId] {
+        &self.changed
     }
 
     /// What [`rows_sum`] would be of the tables.

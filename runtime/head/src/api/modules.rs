@@ -100,14 +100,11 @@ pub(super) async fn wait(
 ) -> Result<api::WaitModuleReply, Status> {
     let (id, _) = module(context, request.module)?;
     let mut ticket = context.changes.follow(Subject::Module(id));
-    let revision = context.changes.module_revision(id);
-    // Another number, not only a smaller one: revisions begin again when a head starts.
-    if revision != request.seen_revision {
-        return Ok(api::WaitModuleReply { revision });
-    }
     let limit = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
-    // Whether it changed or the time is over, the answer is the revision now.
-    let _ = tokio::time::timeout(limit, ticket.changed()).await;
+    // Whether it changed or the time is over, the answer is the revision now. A head that is behind
+    // waits until it knows something that is new to the client.
+    let is_new = |revision: &u64| *revision > request.seen_revision;
+    let _ = tokio::time::timeout(limit, ticket.wait_for(is_new)).await;
     Ok(api::WaitModuleReply {
         revision: context.changes.module_revision(id),
     })

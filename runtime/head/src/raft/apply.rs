@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Command, Effect, ModuleId, Reader, StateModule, Table, Txn,
+    Applied, ApplyContext, Command, Effect, ModuleId, Reader, StateModule, Subject, Table, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::SessionId;
@@ -31,6 +31,10 @@ const LOG_TIME_KEY: &[u8] = b"log_time_ms";
 
 /// The key under which the chain of hashes over all writes is kept.
 const STATE_CHAIN_KEY: &[u8] = b"state_chain";
+
+/// Before a module's number: the key under which the index is kept of the entry that changed the module
+/// last.
+const REVISION_KEY: &[u8] = b"revision/";
 
 /// The largest command that is decoded; far above what the API lets in.
 const COMMAND_BYTES_MAX: usize = 8 * 1024 * 1024;
@@ -67,7 +71,8 @@ pub(crate) struct StateAt {
 pub(crate) struct AppliedRun {
     pub(crate) outcomes: Vec<AppliedEntry>,
     pub(crate) changes: Vec<AppliedChange>,
-    pub(crate) effects: Vec<Effect>,
+    /// With the index of the entry that each is an effect of.
+    pub(crate) effects: Vec<(u64, Effect)>,
     /// The state after each entry.
     pub(crate) states: Vec<StateAt>,
     /// Whether membership or its table may have changed.
@@ -115,7 +120,9 @@ impl<E: Engine> Applier<E> {
                 EntryType::EntryNormal => {
                     let result = self.apply_one(entry, &mut batch, &mut run.touches_group);
                     let result = result.map(|applied| {
-                        run.effects.extend(applied.effects);
+                        let effects = applied.effects.into_iter();
+                        run.effects
+                            .extend(effects.map(|effect| (entry.index, effect)));
                         applied.response
                     });
                     run.outcomes.push(AppliedEntry {
@@ -203,6 +210,9 @@ impl<E: Engine> Applier<E> {
                 batch.begin()
             }
         };
+        if let Ok(applied) = &outcome {
+            note_revision(&mut txn, entry.index, &applied.effects);
+        }
         let answer = outcome.as_ref().map(|applied| &applied.response);
         if answer.is_ok() || !is_planted(Mutant::RefusalNotRecorded) {
             session::record(
@@ -297,6 +307,30 @@ pub(super) fn log_time_ms(reader: &dyn Reader) -> u64 {
         .get(HEAD_TABLE, LOG_TIME_KEY)
         .and_then(|bytes| bytes.try_into().ok().map(u64::from_be_bytes))
         .unwrap_or(0)
+}
+
+/// Which entry changed each module last. It is replicated, so that whoever watches a module may go on
+/// at any head, after any restart, behind the last change that it saw.
+pub(crate) fn module_revisions(reader: &dyn Reader) -> BTreeMap<ModuleId, u64> {
+    let rows = reader.scan(HEAD_TABLE, REVISION_KEY, None, usize::from(u8::MAX) + 1);
+    rows.into_iter()
+        .filter_map(|(key, value)| {
+            let module = ModuleId(*key.strip_prefix(REVISION_KEY)?.first()?);
+            Some((module, u64::from_be_bytes(value.try_into().ok()?)))
+        })
+        .collect()
+}
+
+fn note_revision(txn: &mut dyn Txn, index: u64, effects: &[Effect]) {
+    if is_planted(Mutant::RevisionForgotten) {
+        return;
+    }
+    for effect in effects {
+        if let Effect::Changed(Subject::Module(module)) = effect {
+            let key = [REVISION_KEY, &[module.0]].concat();
+            txn.put(HEAD_TABLE, &key, index.to_be_bytes().to_vec());
+        }
+    }
 }
 
 /// Log time never goes back, whatever a new leader's clock says.

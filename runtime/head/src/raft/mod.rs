@@ -39,6 +39,7 @@ mod test_group;
 mod tests;
 
 pub use agreement::PeerState;
+pub(crate) use apply::module_revisions;
 pub(crate) use chance::Chance;
 pub(crate) use driver::{Driver, DriverOptions, EmptyLog, is_log_lost};
 pub(crate) use inputs::input_queue;

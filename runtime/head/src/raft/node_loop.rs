@@ -465,7 +465,7 @@ impl<E: Engine> Loop<E> {
             *now = next;
             changed
         });
-        if raft.state != StateRole::Leader {
+        if raft.state != StateRole::Leader && !is_planted(Mutant::AnswerOfOtherTerm) {
             for (_, waiting) in std::mem::take(&mut self.waiting) {
                 let _ = waiting
                     .reply
