@@ -8,7 +8,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use mobula_chaos::sim::{Campaign, Summary, run_many};
+use mobula_chaos::sim::{Campaign, EVENTS_MAX, Summary, run_many};
 use mobula_core::mutant::{Mutant, plant};
 
 /// Seeds that run without any defect first: what fails there would be "found" everywhere.
@@ -76,6 +76,7 @@ fn main() -> ExitCode {
         first_seed: arguments.first_seed,
         seeds: None,
         time_max: Some(Duration::from_secs_f64(arguments.minutes.max(0.0) * 60.0)),
+        events_max: EVENTS_MAX,
         threads,
         stops_at_failure: true,
     };

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Report, run};
+use super::{Counts, Report, run};
 
 /// Failures that are kept with all that is known of them: nobody reads more at once.
 const FAILURES_KEPT: usize = 16;
@@ -20,6 +20,8 @@ pub struct Campaign {
     pub seeds: Option<u64>,
     /// After which time no seed is begun.
     pub time_max: Option<Duration>,
+    /// Events after which a run counts as endless.
+    pub events_max: u64,
     /// Threads, each with a seed of its own.
     pub threads: usize,
     /// Whether to stop at the first failure.
@@ -37,20 +39,10 @@ pub struct Summary {
     pub failures: Vec<Report>,
     /// Wall-clock time.
     pub elapsed: Duration,
-    /// Sums over all seeds.
+    /// Virtual time of all seeds.
     pub virtual_ms: u64,
-    /// Events.
-    pub events: u64,
-    /// Committed entries.
-    pub entries: u64,
-    /// Checked answers to clients.
-    pub answers: u64,
-    /// Lives of heads that ended unasked.
-    pub crashes: u64,
-    /// Installed snapshots.
-    pub snapshots: u64,
-    /// Terms in which somebody led.
-    pub leaders: u64,
+    /// What all seeds came across.
+    pub counts: Counts,
 }
 
 impl Summary {
@@ -68,12 +60,7 @@ impl Summary {
     fn add(&mut self, report: Report) {
         self.seeds += 1;
         self.virtual_ms += report.virtual_ms;
-        self.events += report.counts.events;
-        self.entries += report.counts.entries;
-        self.answers += report.counts.answers;
-        self.crashes += report.counts.crashes;
-        self.snapshots += report.counts.snapshots;
-        self.leaders += report.counts.leaders;
+        self.counts.add(&report.counts);
         if report.violation.is_some() {
             self.failed += 1;
             self.failures.push(report);
@@ -102,7 +89,11 @@ pub fn run_many(
             if is_late || is_last || is_over.load(Ordering::Relaxed) {
                 return;
             }
-            let report = run(campaign.first_seed.wrapping_add(number), false);
+            let report = run(
+                campaign.first_seed.wrapping_add(number),
+                campaign.events_max,
+                false,
+            );
             done(&report);
             if report.violation.is_some() && campaign.stops_at_failure {
                 is_over.store(true, Ordering::Relaxed);

@@ -7,7 +7,8 @@ use mobula_head::raft::Outcome;
 use mobula_head::simulation::{View, rows_sum};
 use mobula_scheduler::{Query, QueryResponse, answer};
 
-use super::head::{applied_in, leader_of};
+use super::asked::applied_in;
+use super::head::leader_of;
 use super::model::shown;
 use super::packet::Ask;
 use super::violation::Violation;
@@ -91,7 +92,7 @@ impl World {
                 (command.session, command.seq, command.module) == (*session, *seq, *module)
                     && command.payload == *payload
             }
-            Ask::Look(_) => false,
+            Ask::Look(_) | Ask::Watch { .. } => false,
         };
         let committed = self
             .checker
@@ -138,6 +139,8 @@ impl World {
             && self.workers_are_idle()
             && self.is_settled()
             && self.live_jobs() == 0
+            && self.checker.model.domain.endpoints().next().is_none()
+            && self.watchers_know_all()
     }
 
     /// With heads that sleep on, nobody is replaced.
@@ -181,6 +184,15 @@ impl World {
                 "{jobs} jobs have not ended: {}",
                 self.live_actors()
             ));
+        }
+        let endpoints: Vec<&String> = self.checker.model.domain.endpoints().collect();
+        if !endpoints.is_empty() {
+            missing.push(format!(
+                "endpoints that were deleted are there: {endpoints:?}"
+            ));
+        }
+        if !self.watchers_know_all() {
+            missing.push("somebody who watches a module does not know its last change".to_owned());
         }
         format!("60 s after it was healed: {}", missing.join("; "))
     }

@@ -14,18 +14,24 @@ use mobula_core::spec::{
 use mobula_scheduler::{Command, Query, Response};
 use rand::Rng;
 
+use super::domain;
 use super::network::Place;
 use super::options::{MILLISECOND, Micros};
-use super::packet::{Answer, Ask, Packet, Reply, Request};
+use super::packet::{Answer, Ask, Packet, Question, Reply, Request};
+use super::watches::Watcher;
 use super::world::{Event, Phase, World};
 
 const TICK: Micros = 30 * MILLISECOND;
 
-/// Operations that a client has under way at one time.
-const IN_FLIGHT_MAX: usize = 4;
+/// Operations that a client has under way at one time, its standing watch among them.
+const IN_FLIGHT_MAX: usize = 5;
 
 /// After which silence another head is asked.
 const PATIENCE: Micros = 400 * MILLISECOND;
+
+/// Names of leaders that are followed without a pause, as the SDK does: heads may name each other in
+/// turn during an election.
+const NAMES_MAX: u32 = 2;
 
 /// Jobs of one client: enough to meet each other, few enough that they end.
 const JOBS_MAX: usize = 12;
@@ -34,7 +40,10 @@ const JOBS_MAX: usize = 12;
 struct Operation {
     ask: Ask,
     asked_at: Micros,
+    /// Tells its attempts from each other: an answer to an earlier one leads to nothing new.
     attempts: u32,
+    /// Names of leaders that were followed since the last pause.
+    followed: u32,
 }
 
 /// A client.
@@ -53,6 +62,7 @@ pub(crate) struct Client {
     closing: Option<u64>,
     /// Between two answers of one client in sequence tables never go back.
     seen: u64,
+    pub(crate) watcher: Watcher,
 }
 
 impl Client {
@@ -70,11 +80,20 @@ impl Client {
             keys: 0,
             closing: None,
             seen: 0,
+            watcher: Watcher::new(index),
         }
     }
 
+    /// Whether nothing is under way but the standing watch.
     pub(crate) fn is_idle(&self) -> bool {
-        self.operations.is_empty()
+        self.operations
+            .keys()
+            .all(|number| self.watcher.is(*number))
+    }
+
+    /// The number that the next operation will have.
+    pub(crate) fn next_operation(&self) -> u64 {
+        self.last_operation + 1
     }
 
     pub(crate) fn waiting(&self) -> String {
@@ -83,7 +102,8 @@ impl Client {
             .values()
             .map(|operation| match &operation.ask {
                 Ask::Change { payload, .. } => format!("{:?}", Command::decode(payload)),
-                Ask::Look(query) => format!("{query:?}"),
+                Ask::Look(question) => format!("{question:?}"),
+                Ask::Watch { module, .. } => format!("a change of module {}", module.0),
             })
             .collect();
         asks.join(", ")
@@ -102,19 +122,24 @@ impl World {
             .collect();
         for number in late {
             self.clients[index].leader = None;
+            if let Some(operation) = self.clients[index].operations.get_mut(&number) {
+                operation.followed = 0;
+            }
             self.ask_somebody(index, number);
         }
+        self.keep_watching(index);
         if self.phase == Phase::Liveness {
             // Only when no draining is under way any more.
             if !self.is_undrained && self.clients.iter().all(Client::is_idle) {
                 self.is_undrained = true;
                 self.undrain();
+                self.take_down();
             }
             return;
         }
         let client = &self.clients[index];
         if client.session.is_none() {
-            if client.opening.is_none() && client.operations.is_empty() {
+            if client.opening.is_none() && client.is_idle() {
                 let command = Command::OpenSession {
                     client: format!("client-{index}"),
                 };
@@ -133,6 +158,16 @@ impl World {
     }
 
     fn change(&mut self, index: usize, in_session: bool, command: &Command) -> Ask {
+        self.change_in(index, in_session, ModuleId::SCHEDULER, command.encode())
+    }
+
+    fn change_in(
+        &mut self,
+        index: usize,
+        in_session: bool,
+        module: ModuleId,
+        payload: Vec<u8>,
+    ) -> Ask {
         let client = &mut self.clients[index];
         let (session, seq) = match client.session.filter(|_| in_session) {
             Some(session) => {
@@ -144,20 +179,21 @@ impl World {
         Ask::Change {
             session,
             seq,
-            module: ModuleId::SCHEDULER,
-            payload: command.encode(),
+            module,
+            payload,
         }
     }
 
-    fn begin(&mut self, index: usize, ask: Ask) -> u64 {
+    pub(crate) fn begin(&mut self, index: usize, ask: Ask) -> u64 {
         let now = self.now;
         let client = &mut self.clients[index];
-        client.last_operation += 1;
-        let number = client.last_operation;
+        let number = client.next_operation();
+        client.last_operation = number;
         let operation = Operation {
             ask,
             asked_at: now,
             attempts: 0,
+            followed: 0,
         };
         client.operations.insert(number, operation);
         self.ask_somebody(index, number);
@@ -165,7 +201,9 @@ impl World {
     }
 
     fn ask_somebody(&mut self, index: usize, number: u64) {
-        let known = self.clients[index].leader;
+        // Any head tells of changes, and the next one goes on where the last one was.
+        let is_watch = self.clients[index].watcher.is(number);
+        let known = self.clients[index].leader.filter(|_| !is_watch);
         let Some(head) = known.or_else(|| self.any_head()) else {
             return;
         };
@@ -178,6 +216,7 @@ impl World {
         let request = Request {
             client: Some(index),
             operation: number,
+            attempt: operation.attempts,
             ask: operation.ask.clone(),
         };
         let packet = Packet::Request(request);
@@ -230,11 +269,16 @@ impl World {
                 self.clients[index].closing = Some(number);
                 return;
             }
-            (62..80, Some(job), _) => Ask::Look(Query::Job { job }),
-            _ => Ask::Look(Query::ListJobs {
+            (62..72, ..) => {
+                let change = self.domain_change();
+                self.change_in(index, true, change.module, change.payload)
+            }
+            (72..78, ..) => Ask::Look(self.domain_question(job)),
+            (78..90, Some(job), _) => Ask::Look(Question::Scheduler(Query::Job { job })),
+            _ => Ask::Look(Question::Scheduler(Query::ListJobs {
                 after: None,
                 limit: 0,
-            }),
+            })),
         };
         self.begin(index, ask);
     }
@@ -292,21 +336,37 @@ impl World {
         }
     }
 
+    /// Endpoints are taken down, for their actors would run for ever.
+    fn take_down(&mut self) {
+        let endpoints: Vec<String> = self.checker.model.domain.endpoints().cloned().collect();
+        for endpoint in endpoints {
+            let change = domain::delete(endpoint);
+            let ask = self.change_in(0, false, change.module, change.payload);
+            self.begin(0, ask);
+        }
+    }
+
     pub(crate) fn client_hears(&mut self, index: usize, reply: Reply) {
-        let Reply { operation, answer } = reply;
-        let Some(waiting) = self.clients[index].operations.get(&operation) else {
+        let Reply {
+            operation,
+            attempt,
+            answer,
+        } = reply;
+        let now = self.now;
+        let Some(waiting) = self.clients[index].operations.get_mut(&operation) else {
             return;
         };
         match answer {
+            // A refusal ends the attempt that it is for. One that arrives twice ends it once:
+            // otherwise doubled requests and refusals would multiply.
+            Answer::No(_) if attempt != waiting.attempts => {}
             Answer::No(leader) => {
-                self.clients[index].leader = leader;
                 // Again at the next tick, or a little later when it has just been asked.
-                if let Some(waiting) = self.clients[index].operations.get_mut(&operation) {
-                    waiting.asked_at = waiting
-                        .asked_at
-                        .min(self.now.saturating_sub(PATIENCE - TICK));
-                }
-                if leader.is_some() && self.rng.random_bool(0.9) {
+                waiting.asked_at = waiting.asked_at.min(now.saturating_sub(PATIENCE - TICK));
+                let follows = leader.is_some() && waiting.followed < NAMES_MAX;
+                waiting.followed += u32::from(follows);
+                self.clients[index].leader = leader;
+                if follows && self.rng.random_bool(0.9) {
                     self.ask_somebody(index, operation);
                 }
             }
@@ -314,9 +374,14 @@ impl World {
             Answer::Unknown => {}
             Answer::Seen { applied, found } => {
                 self.counts.answers += 1;
+                self.counts.reads += 1;
                 self.clients[index].operations.remove(&operation);
                 self.clients[index].seen = self.clients[index].seen.max(applied);
                 self.trace.note_all(&[applied, found.len() as u64]);
+            }
+            Answer::Watched { revision } => {
+                self.clients[index].operations.remove(&operation);
+                self.watcher_hears(index, revision);
             }
             Answer::Applied {
                 index: entry,
@@ -376,5 +441,43 @@ fn cpu(cpu_milli: u64) -> Resources {
     Resources {
         cpu_milli,
         ..Resources::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::EVENTS_MAX;
+    use super::*;
+
+    /// Two heads that name each other as the leader, and a network that doubles messages: each refusal led
+    /// to a request, so that requests multiplied without end.
+    #[test]
+    fn a_refusal_that_arrives_twice_leads_to_one_request() {
+        let mut world = World::new(1, EVENTS_MAX, false);
+        world.clients[0].leader = Some(1);
+        let query = Query::ListJobs {
+            after: None,
+            limit: 0,
+        };
+        let operation = world.begin(0, Ask::Look(Question::Scheduler(query)));
+        let attempts = |world: &World| world.clients[0].operations[&operation].attempts;
+        assert_eq!(attempts(&world), 1);
+        for attempt in 1..=8 {
+            for _time in 0..2 {
+                let before = attempts(&world);
+                let refusal = Reply {
+                    operation,
+                    attempt,
+                    answer: Answer::No(Some(2)),
+                };
+                world.client_hears(0, refusal);
+                assert!(attempts(&world) <= before + 1);
+                assert!(attempts(&world) <= attempt + 1, "it was taken twice");
+            }
+        }
+        assert!(
+            attempts(&world) <= 1 + NAMES_MAX,
+            "names are followed without a pause {NAMES_MAX} times at the most"
+        );
     }
 }

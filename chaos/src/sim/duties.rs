@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use mobula_core::control::{Effect, ModuleId};
+use mobula_core::control::{Controller, Effect, ModuleId};
 use mobula_core::id::{Incarnation, NodeId, SessionId};
 use mobula_core::order::Order;
 use mobula_head::raft::Leadership;
@@ -17,7 +17,7 @@ use mobula_scheduler::{
     placement_pass,
 };
 
-use super::head::{For, Polled};
+use super::asked::{For, Polled};
 use super::network::Place;
 use super::options::{MILLISECOND, Micros, SECOND};
 use super::packet::{HeadSays, Packet, WorkerSays};
@@ -28,6 +28,7 @@ use super::world::World;
 pub(crate) const LEASE: Micros = 2 * SECOND;
 
 const HEALTH_INTERVAL: Micros = 250 * MILLISECOND;
+const CONTROL_INTERVAL: Micros = 300 * MILLISECOND;
 const PLACEMENT_PAUSE_MAX: Micros = 5 * SECOND;
 const PLACEMENT_RETRY: Micros = 200 * MILLISECOND;
 
@@ -37,6 +38,10 @@ pub(crate) struct Served {
     /// Known once the registration is applied.
     node: Option<(NodeId, Incarnation)>,
     renewed_at: Micros,
+    /// Orders that came up before the standing ones were read. They are told after those, as a real
+    /// session's outbox waits for the greeting: the list says what is to run and nothing else, and an
+    /// older one would end what a newer order has begun.
+    held: Option<Vec<Order>>,
 }
 
 /// The duties of one term.
@@ -49,6 +54,9 @@ pub(crate) struct Duties {
     check_at: Micros,
     seen: BTreeMap<(NodeId, Incarnation), Micros>,
     expiring: Vec<(NodeId, Incarnation)>,
+    is_controlling: bool,
+    control_at: Micros,
+    controllers: Vec<Box<dyn Controller>>,
 }
 
 impl Duties {
@@ -62,6 +70,9 @@ impl Duties {
             check_at: now + HEALTH_INTERVAL,
             seen: BTreeMap::new(),
             expiring: Vec::new(),
+            is_controlling: false,
+            control_at: now,
+            controllers: mobula_actors::controllers(),
         }
     }
 
@@ -126,9 +137,16 @@ impl World {
                     let Some(duties) = self.duties(raft_id) else {
                         continue;
                     };
-                    let term = duties.term;
-                    if let Some((session, worker)) = duties.session_of(node) {
-                        self.tell(raft_id, session, worker, HeadSays::Order { term, order });
+                    let (term, session) = (duties.term, duties.session_of(node));
+                    let Some((session, worker)) = session else {
+                        continue;
+                    };
+                    let served = duties.sessions.get_mut(&session);
+                    match served.and_then(|served| served.held.as_mut()) {
+                        Some(held) => held.push(order),
+                        None => {
+                            self.tell(raft_id, session, worker, HeadSays::Order { term, order });
+                        }
                     }
                 }
                 // Waiters, and the objects of jobs, are not simulated.
@@ -174,6 +192,7 @@ impl World {
                 worker,
                 node: None,
                 renewed_at: now,
+                held: Some(Vec::new()),
             };
             duties.sessions.insert(session, served);
             let command = Command::RegisterNode {
@@ -243,6 +262,8 @@ impl World {
         };
         let places = !duties.is_placing && duties.place_at <= now;
         let checks = !duties.is_checking && duties.check_at <= now;
+        let controls = !duties.is_controlling && duties.control_at <= now;
+        duties.is_controlling |= controls;
         duties.is_placing |= places;
         duties.is_checking |= checks;
         if places {
@@ -250,6 +271,9 @@ impl World {
         }
         if checks {
             let _ = self.look(raft_id, For::Health, None);
+        }
+        if controls {
+            let _ = self.look(raft_id, For::Control, None);
         }
     }
 
@@ -274,6 +298,7 @@ impl World {
                     duties.expiring.clear();
                 }
             }
+            (For::Control, outcome) => self.control(raft_id, outcome),
             (For::Registration { worker, session }, outcome) => {
                 self.registration_ends(raft_id, worker, session, outcome);
             }
@@ -285,6 +310,37 @@ impl World {
             }
             (For::Greeting { session }, _) => self.refuse(raft_id, session),
             _ => {}
+        }
+    }
+
+    /// The controllers look at the tables, and what they want is proposed.
+    fn control(&mut self, raft_id: u64, outcome: Polled) {
+        let next = self.now + CONTROL_INTERVAL;
+        let core = self.heads.get(&raft_id).and_then(|head| head.core.as_ref());
+        let now_ms = core.map_or(0, |core| core.now_ms());
+        let Some(duties) = self.duties(raft_id) else {
+            return;
+        };
+        duties.is_controlling = false;
+        duties.control_at = next;
+        let Polled::View(Ok(view)) = outcome else {
+            return;
+        };
+        let controllers = duties.controllers.iter_mut();
+        let proposals: Vec<_> = controllers
+            .flat_map(|controller| controller.reconcile(&view, now_ms))
+            .collect();
+        for proposal in proposals {
+            let (module, payload) = (proposal.module, proposal.payload);
+            // A fault cannot come of it, as above.
+            let _ = self.propose(
+                raft_id,
+                For::Nobody,
+                SessionId::INTERNAL,
+                0,
+                module,
+                payload,
+            );
         }
     }
 
@@ -431,6 +487,15 @@ impl World {
         }
         let complete = HeadSays::OrdersComplete { term, standing };
         self.tell(raft_id, session, worker, complete);
+        let served = self
+            .duties(raft_id)
+            .and_then(|duties| duties.sessions.get_mut(&session));
+        for order in served
+            .and_then(|served| served.held.take())
+            .unwrap_or_default()
+        {
+            self.tell(raft_id, session, worker, HeadSays::Order { term, order });
+        }
     }
 
     fn event_ends(&mut self, raft_id: u64, session: u64, sequence: u64, outcome: Polled) {
@@ -451,5 +516,47 @@ impl World {
             }
             _ => self.refuse(raft_id, session),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mobula_core::id::ActorId;
+
+    use super::super::EVENTS_MAX;
+    use super::*;
+
+    /// The list of what is to run was read, then an actor was assigned, and the worker heard of the actor
+    /// before it heard the list: it ended the actor, and nobody ever knew.
+    #[test]
+    fn an_order_that_is_newer_than_the_greeting_is_told_after_it() {
+        let mut world = World::new(1, EVENTS_MAX, false);
+        world.add_head(1, true);
+        let (node, incarnation, session) = (NodeId(1), Incarnation(1), 7);
+        let mut duties = Duties::new(1, 0);
+        let served = Served {
+            worker: 0,
+            node: Some((node, incarnation)),
+            renewed_at: 0,
+            held: Some(Vec::new()),
+        };
+        duties.sessions.insert(session, served);
+        if let Some(head) = world.heads.get_mut(&1) {
+            head.duties = Some(duties);
+        }
+        let order = Order::Stop {
+            actor: ActorId(1),
+            incarnation,
+            grace_ms: 0,
+        };
+        let told = |world: &World| world.due().get("messages to workers").copied();
+        let effect = Effect::Order { node, order };
+        world.carry_out(1, vec![effect.clone()], false);
+        assert_eq!(told(&world), None, "the greeting comes first");
+        let view = world.checker.reference().reader();
+        world.greet(1, session, &view);
+        assert_eq!(told(&world), Some(2), "the end of the list, and the order");
+        world.carry_out(1, vec![effect], false);
+        assert_eq!(told(&world), Some(3), "from now on at once");
     }
 }

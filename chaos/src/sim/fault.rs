@@ -3,6 +3,7 @@
 use mobula_storage::engine::DiskFault;
 use rand::Rng;
 
+use super::duties::LEASE;
 use super::head::leader_of;
 use super::network::Place;
 use super::options::{MILLISECOND, Micros};
@@ -17,13 +18,14 @@ impl World {
         let pause = self.rng.random_range(30..400) * MILLISECOND;
         self.after(pause, Event::Fault);
         let swarm = self.swarm.clone();
-        match self.rng.random_range(0..10) {
+        match self.rng.random_range(0..12) {
             0 if swarm.cuts => self.cut_something(),
             1 if swarm.cuts => self.cut_leader_off(),
             2 if swarm.clogs => {
                 let (from, to) = (self.any_place(), self.any_place());
                 let until = self.now + self.rng.random_range(50..1_500) * MILLISECOND;
                 self.network.clog(from, to, until);
+                self.counts.cuts += 1;
             }
             3 if swarm.crashes => {
                 let target = self.any_machine();
@@ -41,8 +43,8 @@ impl World {
             6 if swarm.full_disks => self.break_disk(DiskFault::Full),
             7 if swarm.pauses => self.pause_something(),
             8 if swarm.clock_jumps => self.jump_clock(),
-            9 if swarm.worker_faults => self.hurt_worker(),
-            6 if swarm.lost_disks => self.lose_disk(),
+            9 | 10 if swarm.worker_faults => self.hurt_worker(),
+            11 if swarm.lost_disks => self.lose_disk(),
             _ => {}
         }
     }
@@ -64,6 +66,7 @@ impl World {
         let (from, to) = (self.any_place(), self.any_place());
         let until = self.now + self.rng.random_range(100..3_000) * MILLISECOND;
         self.network.cut(from, to, until);
+        self.counts.cuts += 1;
         if self.rng.random_bool(0.5) {
             self.network.cut(to, from, until);
         }
@@ -82,6 +85,7 @@ impl World {
             .filter(|id| *id != leader)
             .collect();
         let is_one_way = self.rng.random_bool(0.3);
+        self.counts.cuts += 1;
         for other in others {
             let (one, two) = (Place::Head(leader), Place::Head(other));
             self.network.cut(one, two, until);
@@ -124,6 +128,7 @@ impl World {
         if let Some(head) = self.heads.get_mut(&target) {
             head.busy_until = head.busy_until.max(until);
         }
+        self.counts.pauses += 1;
         self.say(|| format!("head {target} is stopped for {} ms", pause / MILLISECOND));
     }
 
@@ -134,14 +139,23 @@ impl World {
         if let Some(head) = self.heads.get_mut(&target) {
             head.skew_ms = skew_ms;
         }
+        self.counts.clock_jumps += 1;
         self.say(|| format!("head {target}: its clock is {skew_ms} ms off"));
     }
 
     fn hurt_worker(&mut self) {
         let index = self.rng.random_range(0..self.workers.len());
-        match self.rng.random_range(0..4) {
-            3 => {
-                let pause = self.rng.random_range(200..4_000) * MILLISECOND;
+        match self.rng.random_range(0..5) {
+            3 | 4 => {
+                // Half of the time for longer than its lease: it goes on as if nothing had been, and
+                // what it says is that of a node which is lost.
+                let lease_ms = LEASE / MILLISECOND;
+                let pause_ms = if self.rng.random_bool(0.5) {
+                    self.rng.random_range(200..lease_ms)
+                } else {
+                    self.rng.random_range(lease_ms..3 * lease_ms)
+                };
+                let pause = pause_ms * MILLISECOND;
                 self.workers[index].stopped_until = self.now + pause;
                 self.say(|| format!("worker {index} is stopped for {} ms", pause / MILLISECOND));
             }
@@ -166,6 +180,7 @@ impl World {
         if let Some(head) = self.heads.get_mut(&target) {
             head.lose_disk();
         }
+        self.counts.lost_disks += 1;
         self.operator.leaving = Some(target);
         let delay: Micros = self.rng.random_range(20..1_000) * MILLISECOND;
         self.after(delay, Event::HeadStart(target));

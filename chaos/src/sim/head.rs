@@ -10,20 +10,17 @@ use std::sync::{Arc, Mutex};
 
 use mobula_core::clock::Clock;
 use mobula_core::config::RaftConfig;
-use mobula_head::raft::{ChangeError, Outcome, ProposeError};
-use mobula_head::simulation::{CoreFault, CoreOptions, HeadCore, View, Wire};
-use mobula_scheduler::Query;
+use mobula_head::simulation::{CoreFault, CoreOptions, HeadCore, Wire};
 use mobula_storage::engine::{DiskFault, MemoryEngine};
 use raft::prelude::Message;
 use rand::Rng;
-use tokio::sync::oneshot::Receiver;
-use tokio::sync::oneshot::error::TryRecvError;
 
+use super::asked::Asked;
 use super::duties::Duties;
 use super::network::Place;
 use super::operator::OperatorTask;
 use super::options::{MILLISECOND, Micros, SECOND};
-use super::packet::{Answer, Ask, Packet, Reply, Request};
+use super::packet::Packet;
 use super::raft_check::check_promise;
 use super::violation::Violation;
 use super::world::{Event, Phase, World};
@@ -37,10 +34,6 @@ const TICKS_MADE_UP_MAX: u32 = 4;
 /// Inputs that may wait: as many as a head's own inbox takes of one kind.
 const INBOX_MAX: usize = 4096;
 
-/// How long a read may take before it is asked again, and in all; as in `RaftHandle::read`.
-const READ_ATTEMPT: Micros = 100 * MILLISECOND;
-const ANSWER_TIMEOUT: Micros = 10 * SECOND;
-
 /// What a head finds in its inbox.
 #[derive(Debug)]
 pub(crate) enum HeadInput {
@@ -48,50 +41,6 @@ pub(crate) enum HeadInput {
     Packet(u64, Packet),
     Tick,
     Operator(OperatorTask),
-}
-
-/// Whom an answer is for.
-#[derive(Debug, Clone)]
-pub(crate) enum For {
-    Client(usize, u64),
-    /// The registration of a worker in a session.
-    Registration {
-        worker: usize,
-        session: u64,
-    },
-    /// An event of a worker.
-    Event {
-        session: u64,
-        sequence: u64,
-    },
-    /// The standing orders for a new session.
-    Greeting {
-        session: u64,
-    },
-    Placement,
-    Health,
-    Operator,
-    Nobody,
-}
-
-pub(crate) enum Waiting {
-    Proposal(Receiver<Result<Outcome, ProposeError>>),
-    Read {
-        answer: Receiver<Result<View, ProposeError>>,
-        query: Option<Query>,
-        asked_at: Micros,
-        /// What had been acknowledged to anybody when it was asked first.
-        floor: u64,
-    },
-    Change(Receiver<Result<(), ChangeError>>),
-    Transfer(Receiver<Result<u64, ChangeError>>),
-}
-
-/// Something that the core was asked.
-pub(crate) struct Asked {
-    pub(crate) waiting: Waiting,
-    pub(crate) whose: For,
-    pub(crate) deadline: Micros,
 }
 
 /// A machine's own idea of time.
@@ -148,7 +97,7 @@ pub(crate) struct HeadProcess {
     pub(crate) life: u64,
     inbox: VecDeque<HeadInput>,
     pub(crate) busy_until: Micros,
-    is_woken: bool,
+    pub(crate) is_woken: bool,
     pub(crate) asked: Vec<Asked>,
     pub(crate) duties: Option<Duties>,
 }
@@ -218,6 +167,7 @@ impl World {
         self.lives = next_life;
         match HeadCore::start(head.engine.clone(), options, Box::new(outbox), now) {
             Ok(core) => {
+                self.checker.restarted(raft_id, &core)?;
                 head.had_log = true;
                 head.life = next_life;
                 head.core = Some(core);
@@ -225,7 +175,6 @@ impl World {
                 head.asked.clear();
                 head.is_woken = false;
                 head.busy_until = self.now;
-                self.checker.restarted(raft_id);
                 self.after(25 * MILLISECOND, Event::HeadTick(raft_id, next_life));
                 self.say(|| format!("head {raft_id} starts (life {next_life})"));
             }
@@ -258,6 +207,7 @@ impl World {
         head.asked.clear();
         head.duties = None;
         self.counts.crashes += 1;
+        self.counts.torn += u64::from(kept < unsynced);
         for input in inbox {
             if let HeadInput::Packet(from, Packet::Snapshot { life, .. }) = input {
                 self.end_snapshot((raft_id, from, life), false, self.now + 300 * MILLISECOND);
@@ -326,8 +276,14 @@ impl World {
         }
         self.after_step(raft_id, has_ticked)?;
         // Only now, for the checker wants to see every entry.
-        let core = self.core(raft_id);
-        if core.is_some_and(|core| core.compact_if_due().is_err()) {
+        let Some(core) = self.core(raft_id) else {
+            return Ok(());
+        };
+        let before = core.status().truncated;
+        let compacted = core.compact_if_due();
+        let is_shorter = core.status().truncated > before;
+        self.counts.compactions += u64::from(is_shorter);
+        if compacted.is_err() {
             self.fault_ends_head(raft_id);
             return self.after_step(raft_id, false);
         }
@@ -357,6 +313,7 @@ impl World {
         // What was sent before the fault is on its way; what the disk holds is checked at the next
         // start.
         self.flush_outbox(raft_id);
+        self.counts.disk_faults += 1;
         self.crash_head(raft_id, "its disk failed");
         let delay = self.rng.random_range(200..1_500) * MILLISECOND;
         self.after(delay, Event::HeadStart(raft_id));
@@ -445,76 +402,9 @@ impl World {
     }
 
     fn end_snapshot(&mut self, (to, from, life): (u64, u64, u64), arrived: bool, at: Micros) {
+        self.counts.snapshots_lost += u64::from(!arrived);
         let end = Packet::SnapshotEnd { to, arrived, life };
         self.at(at, Event::Arrive(Place::Head(to), Place::Head(from), end));
-    }
-
-    fn take_request(&mut self, raft_id: u64, request: Request) -> Result<(), CoreFault> {
-        let whose = match request.client {
-            Some(client) => For::Client(client, request.operation),
-            None => For::Nobody,
-        };
-        match request.ask {
-            Ask::Change {
-                session,
-                seq,
-                module,
-                payload,
-            } => self.propose(raft_id, whose, session, seq, module, payload),
-            Ask::Look(query) => self.look(raft_id, whose, Some(query)),
-        }
-    }
-
-    pub(crate) fn propose(
-        &mut self,
-        raft_id: u64,
-        whose: For,
-        session: mobula_core::id::SessionId,
-        seq: u64,
-        module: mobula_core::control::ModuleId,
-        payload: Vec<u8>,
-    ) -> Result<(), CoreFault> {
-        let (now, deadline) = (self.instant(), self.now + ANSWER_TIMEOUT);
-        let Some(head) = self.heads.get_mut(&raft_id) else {
-            return Ok(());
-        };
-        let Some(core) = head.core.as_mut() else {
-            return Ok(());
-        };
-        let answer = core.propose(session, seq, module, payload, now)?;
-        head.asked.push(Asked {
-            waiting: Waiting::Proposal(answer),
-            whose,
-            deadline,
-        });
-        Ok(())
-    }
-
-    pub(crate) fn look(
-        &mut self,
-        raft_id: u64,
-        whose: For,
-        query: Option<Query>,
-    ) -> Result<(), CoreFault> {
-        let (now, at, floor) = (self.instant(), self.now, self.acknowledged);
-        let Some(head) = self.heads.get_mut(&raft_id) else {
-            return Ok(());
-        };
-        let Some(core) = head.core.as_mut() else {
-            return Ok(());
-        };
-        let answer = core.read(now)?;
-        head.asked.push(Asked {
-            waiting: Waiting::Read {
-                answer,
-                query,
-                asked_at: at,
-                floor,
-            },
-            whose,
-            deadline: at + ANSWER_TIMEOUT,
-        });
-        Ok(())
     }
 
     /// What left the core goes into the network.
@@ -559,6 +449,7 @@ impl World {
         let leadership = core.leadership();
         self.follow_leadership(raft_id, leadership);
         self.carry_out(raft_id, effects, are_lost);
+        self.check_revisions(raft_id)?;
         self.collect_answers(raft_id)?;
         if has_ticked {
             self.ask_reads_again(raft_id);
@@ -568,155 +459,6 @@ impl World {
         }
         Ok(())
     }
-
-    fn give_head_a_turn(&mut self, raft_id: u64) {
-        let now = self.now;
-        let Some(head) = self.heads.get_mut(&raft_id) else {
-            return;
-        };
-        if head.core.is_some() && !head.is_woken && !head.asked.is_empty() {
-            head.is_woken = true;
-            let (at, life) = (head.busy_until.max(now + 50), head.life);
-            self.at(at, Event::HeadWake(raft_id, life));
-        }
-    }
-
-    fn collect_answers(&mut self, raft_id: u64) -> Result<(), Violation> {
-        let now = self.now;
-        let Some(head) = self.heads.get_mut(&raft_id) else {
-            return Ok(());
-        };
-        let mut ready = Vec::new();
-        let mut index = 0;
-        while index < head.asked.len() {
-            let asked = &mut head.asked[index];
-            let outcome = poll(&mut asked.waiting, asked.deadline <= now);
-            match outcome {
-                None => index += 1,
-                Some(outcome) => {
-                    let asked = head.asked.remove(index);
-                    ready.push((asked, outcome));
-                }
-            }
-        }
-        for (asked, outcome) in ready {
-            self.hand_out(raft_id, asked, outcome)?;
-        }
-        Ok(())
-    }
-
-    fn ask_reads_again(&mut self, raft_id: u64) {
-        let (now, at) = (self.instant(), self.now);
-        let Some(head) = self.heads.get_mut(&raft_id) else {
-            return;
-        };
-        let Some(core) = head.core.as_mut() else {
-            return;
-        };
-        for asked in &mut head.asked {
-            if let Waiting::Read {
-                answer, asked_at, ..
-            } = &mut asked.waiting
-                && *asked_at + READ_ATTEMPT <= at
-                && let Ok(again) = core.read(now)
-            {
-                *answer = again;
-                *asked_at = at;
-            }
-        }
-    }
-
-    fn hand_out(&mut self, raft_id: u64, asked: Asked, outcome: Polled) -> Result<(), Violation> {
-        match &outcome {
-            Polled::Proposal(Ok(outcome)) => self.check_outcome(raft_id, outcome)?,
-            Polled::View(Ok(view)) => {
-                let Waiting::Read { floor, .. } = asked.waiting else {
-                    unreachable!("a view answers a read");
-                };
-                self.check_view(raft_id, view, floor)?;
-            }
-            _ => {}
-        }
-        match asked.whose {
-            For::Client(client, operation) => {
-                let query = match asked.waiting {
-                    Waiting::Read { query, .. } => query,
-                    _ => None,
-                };
-                let answer = self.answer_for_client(outcome, query);
-                let reply = Packet::Reply(Reply { operation, answer });
-                self.send_at(self.now, Place::Head(raft_id), Place::Client(client), reply);
-            }
-            For::Operator => self.operator_hears(raft_id, outcome)?,
-            For::Nobody => {}
-            whose => self.duty_hears(raft_id, whose, outcome),
-        }
-        Ok(())
-    }
-}
-
-/// What became of something that was asked.
-pub(crate) enum Polled {
-    Proposal(Result<Outcome, ProposeError>),
-    View(Result<View, ProposeError>),
-    Change(Result<(), ChangeError>),
-    Transfer,
-}
-
-fn poll(waiting: &mut Waiting, is_late: bool) -> Option<Polled> {
-    const LATE: ProposeError = ProposeError::Unknown("no answer in time");
-    fn take<T>(answer: &mut Receiver<T>, is_late: bool) -> Option<Option<T>> {
-        match answer.try_recv() {
-            Ok(value) => Some(Some(value)),
-            Err(TryRecvError::Closed) => Some(None),
-            Err(TryRecvError::Empty) if is_late => Some(None),
-            Err(TryRecvError::Empty) => None,
-        }
-    }
-    Some(match waiting {
-        Waiting::Proposal(answer) => Polled::Proposal(take(answer, is_late)?.unwrap_or(Err(LATE))),
-        Waiting::Read { answer, .. } => Polled::View(take(answer, is_late)?.unwrap_or(Err(LATE))),
-        Waiting::Change(answer) => {
-            Polled::Change(take(answer, is_late)?.unwrap_or(Err(LATE.into())))
-        }
-        Waiting::Transfer(answer) => {
-            take(answer, is_late)?;
-            Polled::Transfer
-        }
-    })
-}
-
-impl World {
-    fn answer_for_client(&self, outcome: Polled, query: Option<Query>) -> Answer {
-        let refused = |error: ProposeError| match error {
-            ProposeError::NotLeader { leader } => Answer::No(leader),
-            ProposeError::Overloaded(_) | ProposeError::TooLarge { .. } => Answer::No(None),
-            ProposeError::Unknown(_) | ProposeError::Stopped => Answer::Unknown,
-        };
-        match outcome {
-            Polled::Proposal(Ok(outcome)) => Answer::Applied {
-                index: outcome.index,
-                result: outcome.result,
-            },
-            Polled::View(Ok(view)) => {
-                let applied = applied_in(&view);
-                let query = query.expect("clients read with a query");
-                let found = mobula_scheduler::answer(&view, 0, query);
-                Answer::Seen {
-                    applied,
-                    found: mobula_core::codec::encode_plain(&found),
-                }
-            }
-            Polled::Proposal(Err(error)) | Polled::View(Err(error)) => refused(error),
-            Polled::Change(_) | Polled::Transfer => Answer::Unknown,
-        }
-    }
-}
-
-/// The entry up to which a view of the tables goes.
-pub(crate) fn applied_in(view: &View) -> u64 {
-    let log = mobula_storage::raft_log::LogView::new(view.base());
-    log.applied().expect("memory can be read").index
 }
 
 /// Heads by id; the newest leader is the one of the highest term.

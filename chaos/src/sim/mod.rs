@@ -17,9 +17,13 @@
 //! 2. The heads run the code that real heads run; see [`mobula_head::simulation`].
 //! 3. A checker says "broken" with the evidence, and a run that could not be judged is broken too.
 
+mod asked;
 mod campaign;
 mod checks;
 mod client;
+mod coverage;
+mod domain;
+mod domain_model;
 mod duties;
 mod fault;
 mod head;
@@ -33,6 +37,7 @@ mod raft_check;
 mod tests;
 mod trace;
 mod violation;
+mod watches;
 mod worker;
 mod world;
 
@@ -40,11 +45,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
 pub use campaign::{Campaign, Summary, run_many};
+pub use coverage::Counts;
 pub use options::Swarm;
 pub use violation::Violation;
-pub use world::Counts;
 
 use world::World;
+
+/// Events after which a run counts as endless: two orders of magnitude above a common one.
+pub const EVENTS_MAX: u64 = 3_000_000;
 
 /// What became of a seed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +67,8 @@ pub struct Report {
     pub counts: Counts,
     /// How long it would have taken, in milliseconds.
     pub virtual_ms: u64,
+    /// The bound on its events.
+    pub events_max: u64,
     /// What was wrong.
     pub violation: Option<Violation>,
 }
@@ -67,7 +77,11 @@ impl Report {
     /// The command that does this again.
     #[must_use]
     pub fn replay(&self) -> String {
-        format!("mobula chaos sim --seed {} --verbose", self.seed)
+        let mut command = format!("mobula chaos sim --seed {} --verbose", self.seed);
+        if self.events_max != EVENTS_MAX {
+            command += &format!(" --events-max {}", self.events_max);
+        }
+        command
     }
 }
 
@@ -91,14 +105,15 @@ fn keep_panics() {
     });
 }
 
-/// Runs one seed. `is_verbose` prints what happens.
+/// Runs one seed, of at most `events_max` events. `is_verbose` prints what happens.
 #[must_use]
-pub fn run(seed: u64, is_verbose: bool) -> Report {
+pub fn run(seed: u64, events_max: u64, is_verbose: bool) -> Report {
     keep_panics();
-    let mut world = World::new(seed, is_verbose);
+    let mut world = World::new(seed, events_max, is_verbose);
     RUNS.set(true);
     let ended = catch_unwind(AssertUnwindSafe(|| world.run()));
     RUNS.set(false);
+    world.count_up();
     let violation = match ended {
         Ok(Ok(())) => None,
         Ok(Err(violation)) => Some(violation),
@@ -113,6 +128,7 @@ pub fn run(seed: u64, is_verbose: bool) -> Report {
         trace: world.trace.value(),
         counts: world.counts,
         virtual_ms: world.now / options::MILLISECOND,
+        events_max,
         violation,
     }
 }

@@ -16,6 +16,7 @@ use mobula_core::resource::Resources;
 use mobula_scheduler::limits::{SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW};
 use mobula_scheduler::{Command, EventOutcome, Query, QueryResponse, Response, answer};
 
+use super::domain_model::DomainModel;
 use super::violation::Violation;
 
 /// How many commands lie between two looks at all tables.
@@ -59,6 +60,16 @@ pub(crate) struct Model {
     newest_job: u64,
     newest_submit_ms: u64,
     outcomes: BTreeMap<JobId, (String, Option<String>)>,
+    /// Actors that somebody asked to be ended for good.
+    ended: BTreeSet<ActorId>,
+    /// What the domain modules hold.
+    pub(crate) domain: DomainModel,
+    /// Commands that were answered from their session's memory.
+    pub(crate) repeats: u64,
+    /// Nodes that were declared lost.
+    pub(crate) nodes_lost: u64,
+    /// Events of nodes that came too late to count.
+    pub(crate) fenced: u64,
 }
 
 fn broken<T>(rule: &'static str, index: u64, detail: String) -> Result<T, Violation> {
@@ -81,9 +92,11 @@ impl Model {
         if command.session != SessionId::INTERNAL && !self.admit(index, command, result)? {
             return Ok(());
         }
-        if command.module == ModuleId::SCHEDULER
-            && let (Ok(inner), Ok(bytes)) = (Command::decode(&command.payload), result)
-        {
+        if command.module != ModuleId::SCHEDULER {
+            let (module, payload) = (command.module, &command.payload);
+            self.domain
+                .observe(index, module, payload, result, tables)?;
+        } else if let (Ok(inner), Ok(bytes)) = (Command::decode(&command.payload), result) {
             let response = Response::decode(bytes).map_err(|error| {
                 Violation::new("answers can be read", format!("entry {index}: {error}"))
             })?;
@@ -134,6 +147,7 @@ impl Model {
         }
         if let Some(known) = session.answers.get(&command.seq) {
             if known == result {
+                self.repeats += 1;
                 return Ok(false);
             }
             return broken(
@@ -261,6 +275,9 @@ impl Model {
             (Command::StopJob { job }, Response::Done) => {
                 self.check_outcome(index, *job, tables)?
             }
+            (Command::StopActor { actor, .. }, Response::Done) => {
+                self.ended.insert(*actor);
+            }
             _ => {}
         }
         Ok(())
@@ -343,6 +360,7 @@ impl Model {
             );
         }
         if is_current {
+            self.nodes_lost += 1;
             self.clear_node(id);
             if let Some(node) = self.nodes.get_mut(&id) {
                 node.is_lost = true;
@@ -367,6 +385,7 @@ impl Model {
                 format!("an event of {id} as {incarnation} came to {outcome:?}"),
             );
         }
+        self.fenced += u64::from(is_fenced);
         let (WorkerEvent::ActorStarted {
             actor,
             incarnation: started,
@@ -472,6 +491,13 @@ impl Model {
                 FENCED,
                 index,
                 format!("{actor} goes to {node} as {node_incarnation}, which does not live"),
+            );
+        }
+        if self.ended.contains(&actor) {
+            return broken(
+                "what was told to end does not start again (I5)",
+                index,
+                format!("{actor} goes to {node}"),
             );
         }
         let known = self.actors.entry(actor).or_default();

@@ -7,7 +7,8 @@ use mobula_head::raft::Member;
 use mobula_head::simulation::{Change, CoreFault, allocate_id, id_in};
 use rand::Rng;
 
-use super::head::{Asked, For, HeadInput, Polled, Waiting, leader_of};
+use super::asked::{Asked, For, Polled, Waiting};
+use super::head::{HeadInput, leader_of};
 use super::options::{MILLISECOND, Micros, SECOND};
 use super::violation::Violation;
 use super::world::{Event, Phase, World};
@@ -227,6 +228,10 @@ impl World {
                 Ok(())
             }
             (task, Polled::Change(Ok(()))) => self.check_change(raft_id, &task),
+            (OperatorTask::Transfer(_), _) => {
+                self.counts.transfers += 1;
+                Ok(())
+            }
             (task, Polled::Change(Err(error))) => {
                 self.say(|| format!("head {raft_id} refuses {task:?}: {error}"));
                 Ok(())

@@ -55,6 +55,8 @@ pub struct Swarm {
     pub transfers: bool,
     /// Whether workers crash, restart and lose their heads.
     pub worker_faults: bool,
+    /// Whether endpoints are deployed, which are actors that never end by themselves.
+    pub endpoints: bool,
     /// Entries after which a log is compacted; small ones lead to snapshots.
     pub compact_entries: u64,
     /// Snapshots of a thousand that are damaged on their way.
@@ -86,8 +88,9 @@ impl Swarm {
             churn: heads > 1 && rng.random_bool(0.35),
             transfers: heads > 1 && rng.random_bool(0.3),
             worker_faults: rng.random_bool(0.5),
+            endpoints: rng.random_bool(0.3),
             compact_entries: [15, 40, 10_000][rng.random_range(0..3)],
-            damaged_snapshots: [0, 0, 300][rng.random_range(0..3)],
+            damaged_snapshots: [0, 0, 300, 900][rng.random_range(0..4)],
         }
     }
 }
@@ -121,6 +124,7 @@ impl fmt::Display for Swarm {
             ("churn", self.churn),
             ("transfers", self.transfers),
             ("worker faults", self.worker_faults),
+            ("endpoints", self.endpoints),
         ];
         for (name, _) in faults.iter().filter(|(_, is_on)| *is_on) {
             write!(f, ", {name}")?;

@@ -38,13 +38,28 @@ pub(crate) enum Packet {
     FromHead { session: u64, said: HeadSays },
 }
 
+impl Packet {
+    /// What it is, for people.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Packet::Raft(_) => "messages of Raft",
+            Packet::Snapshot { .. } | Packet::SnapshotEnd { .. } => "snapshots",
+            Packet::Request(_) => "requests",
+            Packet::Reply(_) => "replies",
+            Packet::FromWorker { .. } => "messages of workers",
+            Packet::FromHead { .. } => "messages to workers",
+        }
+    }
+}
+
 /// What a client asks a head.
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
     /// Who asks; `None` for a process that needs no answer.
     pub(crate) client: Option<usize>,
-    /// Told back in the answer.
+    /// Told back in the answer, with the number of the attempt.
     pub(crate) operation: u64,
+    pub(crate) attempt: u32,
     pub(crate) ask: Ask,
 }
 
@@ -56,13 +71,26 @@ pub(crate) enum Ask {
         module: ModuleId,
         payload: Vec<u8>,
     },
-    Look(Query),
+    Look(Question),
+    /// Answered when a module has changed behind this revision, or when it has taken long enough.
+    Watch {
+        module: ModuleId,
+        seen: u64,
+    },
+}
+
+/// What a client wants to see.
+#[derive(Debug, Clone)]
+pub(crate) enum Question {
+    Scheduler(Query),
+    Module(ModuleId, Vec<u8>),
 }
 
 /// What a head answers.
 #[derive(Debug, Clone)]
 pub(crate) struct Reply {
     pub(crate) operation: u64,
+    pub(crate) attempt: u32,
     pub(crate) answer: Answer,
 }
 
@@ -75,6 +103,8 @@ pub(crate) enum Answer {
     },
     /// The tables, as they were at `applied`.
     Seen { applied: u64, found: Vec<u8> },
+    /// The revision of the watched module.
+    Watched { revision: u64 },
     /// It was not executed; who leads, where that is known.
     No(Option<u64>),
     /// Nobody knows whether it was or will be executed.

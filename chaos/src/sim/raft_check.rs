@@ -10,12 +10,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use mobula_core::codec;
-use mobula_core::control::{Command, StateModule};
+use mobula_core::control::{Command, ModuleId, StateModule};
 use mobula_core::error::Rejection;
 use mobula_head::simulation::{HeadCore, Reference, rows_sum};
 use mobula_storage::engine::{Engine, MemoryEngine};
 use mobula_storage::raft_log::LogView;
-use raft::prelude::{Entry, Message, MessageType};
+use raft::prelude::{ConfState, Entry, Message, MessageType};
 
 use super::model::Model;
 use super::violation::Violation;
@@ -43,6 +43,10 @@ pub(crate) struct RaftChecker {
     committed: Vec<Committed>,
     reference: Reference,
     removed: BTreeSet<u64>,
+    /// How many heads began to vote, and how many members went.
+    group_changes: (u64, u64),
+    /// The entries that changed each module.
+    changes: BTreeMap<ModuleId, BTreeSet<u64>>,
     pub(crate) model: Model,
     /// Up to where each life of a head was compared.
     compared: BTreeMap<u64, (u64, u64)>,
@@ -55,6 +59,8 @@ impl RaftChecker {
             committed: Vec::new(),
             reference: Reference::new(founder, modules),
             removed: BTreeSet::new(),
+            group_changes: (0, 0),
+            changes: BTreeMap::new(),
             model: Model::default(),
             compared: BTreeMap::new(),
         }
@@ -85,9 +91,28 @@ impl RaftChecker {
         self.reference.rows_sum()
     }
 
-    /// A head begins a new life, from its disk.
-    pub(crate) fn restarted(&mut self, raft_id: u64) {
+    /// A head begins a new life, from its disk. What is there must be a log: nobody but a leader of a
+    /// later term replaces entries, and whatever it replaces goes with all behind it.
+    pub(crate) fn restarted(&mut self, raft_id: u64, core: &HeadCore) -> Result<(), Violation> {
         self.compared.remove(&raft_id);
+        let log = core.log();
+        let mut before = log.truncated();
+        for index in before.index + 1..=log.last().index {
+            let rule = "a log has no holes, and its terms never go back (I16)";
+            let entry = log.entry(index).map_err(|error| {
+                let detail = format!("head {raft_id} starts without entry {index}: {error}");
+                Violation::new(rule, detail)
+            })?;
+            if entry.term < before.term {
+                let detail = format!(
+                    "head {raft_id} starts with term {} at entry {index}, behind term {}",
+                    entry.term, before.term
+                );
+                return Err(Violation::new(rule, detail));
+            }
+            before.term = entry.term;
+        }
+        Ok(())
     }
 
     /// Looks at a head after it has settled.
@@ -159,7 +184,12 @@ impl RaftChecker {
     }
 
     fn append(&mut self, index: u64, entry: &Entry) -> Result<(), Violation> {
+        let before = self.reference.members().clone();
         let result = self.reference.apply(entry);
+        self.count_changes(&before);
+        for module in self.reference.changed() {
+            self.changes.entry(*module).or_default().insert(index);
+        }
         let command = match &result {
             Some(_) => codec::decode::<Command>(&entry.data, COMMAND_BYTES_MAX).ok(),
             None => None,
@@ -177,6 +207,26 @@ impl RaftChecker {
             data_hash: data_hash(entry),
         });
         Ok(())
+    }
+
+    /// The newest entry that changed a module, of those up to `index`; 0 if none has.
+    pub(crate) fn last_change(&self, module: ModuleId, index: u64) -> u64 {
+        let changes = self.changes.get(&module);
+        let newest = changes.and_then(|changes| changes.range(..=index).next_back());
+        newest.copied().unwrap_or(0)
+    }
+
+    fn count_changes(&mut self, before: &ConfState) {
+        let now = self.reference.members();
+        let is_new = |id: &&u64| !before.voters.contains(id);
+        let count = |members: &ConfState| members.voters.len() + members.learners.len();
+        self.group_changes.0 += now.voters.iter().filter(is_new).count() as u64;
+        self.group_changes.1 += count(before).saturating_sub(count(now)) as u64;
+    }
+
+    /// How many heads began to vote, and how many members went.
+    pub(crate) fn group_changes(&self) -> (u64, u64) {
+        self.group_changes
     }
 
     fn check_members(&self) -> Result<(), Violation> {

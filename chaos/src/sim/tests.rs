@@ -34,6 +34,7 @@ fn the_smoke_set_keeps_every_promise_and_meets_every_kind_of_fault() {
         first_seed: 1,
         seeds: Some(SMOKE_SEEDS),
         time_max: None,
+        events_max: EVENTS_MAX,
         threads: 2,
         stops_at_failure: true,
     };
@@ -44,19 +45,21 @@ fn the_smoke_set_keeps_every_promise_and_meets_every_kind_of_fault() {
     assert_eq!(summary.seeds, SMOKE_SEEDS);
     // A run in which little happens shows little.
     let seeds = SMOKE_SEEDS;
-    assert!(summary.crashes > seeds, "{} crashes", summary.crashes);
-    assert!(summary.snapshots > seeds, "{} snapshots", summary.snapshots);
-    assert!(summary.leaders > 2 * seeds, "{} leaders", summary.leaders);
-    assert!(summary.answers > 20 * seeds, "{} answers", summary.answers);
-    assert!(summary.entries > 100 * seeds, "{} entries", summary.entries);
+    let counts = summary.counts;
+    assert_eq!(counts.missing(seeds), Vec::<&str>::new(), "{counts:?}");
+    assert!(counts.crashes > seeds, "{counts:?}");
+    assert!(counts.snapshots > seeds, "{counts:?}");
+    assert!(counts.leaders > 2 * seeds, "{counts:?}");
+    assert!(counts.answers > 20 * seeds, "{counts:?}");
+    assert!(counts.entries > 100 * seeds, "{counts:?}");
 }
 
 #[test]
 fn a_seed_is_a_run() {
     let mut traces = BTreeSet::new();
     for seed in 1_000..1_012 {
-        let first = run(seed, false);
-        let again = run(seed, false);
+        let first = run(seed, EVENTS_MAX, false);
+        let again = run(seed, EVENTS_MAX, false);
         assert_eq!(first, again, "seed {seed}");
         traces.insert(first.trace);
     }
@@ -67,6 +70,6 @@ fn a_seed_is_a_run() {
 fn what_failed_once_is_kept_now() {
     for (seed, found) in corpus() {
         println!("seed {seed}: {found}");
-        assert_kept(&run(seed, false));
+        assert_kept(&run(seed, EVENTS_MAX, false));
     }
 }

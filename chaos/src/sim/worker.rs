@@ -14,6 +14,7 @@ use mobula_core::spec::ActorKind;
 use mobula_scheduler::Command;
 use rand::Rng;
 
+use super::domain::Role;
 use super::network::Place;
 use super::options::{MILLISECOND, Micros, SECOND};
 use super::packet::{Ask, HeadSays, Packet, Request, WorkerSays};
@@ -44,6 +45,7 @@ struct Runs {
     incarnation: Incarnation,
     job: JobId,
     is_driver: bool,
+    role: Option<Role>,
     stage: Stage,
     until: Micros,
 }
@@ -67,6 +69,9 @@ pub(crate) struct Worker {
     pub(crate) is_up: bool,
     /// Until when its processes are stopped, to go on as if nothing had been.
     pub(crate) stopped_until: Micros,
+    /// What has arrived and is not read yet, in its order: a stopped process reads all of it when it goes
+    /// on, before anything that comes then.
+    pub(crate) inbox: Vec<(u64, HeadSays)>,
     session: Option<Session>,
     retry_at: Micros,
     next_head: Option<u64>,
@@ -85,6 +90,7 @@ impl Worker {
             boot: 1,
             is_up: true,
             stopped_until: 0,
+            inbox: Vec::new(),
             session: None,
             retry_at: 0,
             next_head: None,
@@ -133,7 +139,9 @@ impl World {
         if !self.workers[index].is_up || self.now < self.workers[index].stopped_until {
             return;
         }
+        self.worker_reads(index);
         self.run_actors(index);
+        self.actors_go_on(index);
         self.say_what_waits(index);
         self.keep_session(index);
     }
@@ -162,6 +170,7 @@ impl World {
                 Stage::Starts => {
                     runs.stage = Stage::Runs;
                     runs.until = now + lasts;
+                    let (job, is_driver) = (runs.job, runs.is_driver);
                     worker.report(WorkerEvent::ActorStarted {
                         actor,
                         incarnation,
@@ -169,6 +178,9 @@ impl World {
                         call_address: "127.0.0.1:1".to_owned(),
                         pid: 1,
                     });
+                    if is_driver {
+                        self.driver_began(index, job, incarnation);
+                    }
                 }
                 Stage::Runs => {
                     let (job, is_driver) = (runs.job, runs.is_driver);
@@ -182,7 +194,39 @@ impl World {
                     }
                     self.workers[index].end(actor, incarnation, reason);
                 }
-                Stage::Stops => worker.end(actor, incarnation, ExitReason::Stopped),
+                // Not everybody that is told to end does so in good order.
+                Stage::Stops => {
+                    let reason = match ending {
+                        0 | 1 => ExitReason::HostSignaled(9),
+                        2 => ExitReason::Panicked("simulated".to_owned()),
+                        _ => ExitReason::Stopped,
+                    };
+                    worker.end(actor, incarnation, reason);
+                }
+            }
+        }
+    }
+
+    /// What running actors do beside running.
+    fn actors_go_on(&mut self, index: usize) {
+        let running = self.workers[index].actors.values();
+        let running: Vec<(JobId, Incarnation, bool, Option<Role>)> = running
+            .filter(|runs| runs.stage == Stage::Runs && (runs.is_driver || runs.role.is_some()))
+            .map(|runs| {
+                (
+                    runs.job,
+                    runs.incarnation,
+                    runs.is_driver,
+                    runs.role.clone(),
+                )
+            })
+            .collect();
+        for (job, incarnation, is_driver, role) in running {
+            if is_driver {
+                self.driver_goes_on(index, job, incarnation);
+            }
+            if let Some(role) = role {
+                self.role_goes_on(index, role, incarnation);
             }
         }
     }
@@ -199,6 +243,7 @@ impl World {
         let request = Request {
             client: None,
             operation: 0,
+            attempt: 0,
             ask: Ask::Change {
                 session: SessionId::INTERNAL,
                 seq: 0,
@@ -314,7 +359,17 @@ impl World {
         }
     }
 
-    pub(crate) fn worker_hears(&mut self, index: usize, number: u64, said: HeadSays) {
+    /// Takes what has arrived, unless the worker is stopped.
+    pub(crate) fn worker_reads(&mut self, index: usize) {
+        if self.now < self.workers[index].stopped_until {
+            return;
+        }
+        for (session, said) in std::mem::take(&mut self.workers[index].inbox) {
+            self.worker_hears(index, session, said);
+        }
+    }
+
+    fn worker_hears(&mut self, index: usize, number: u64, said: HeadSays) {
         let now = self.now;
         let starts_in = self.rng.random_range(5..150) * MILLISECOND;
         let worker = &mut self.workers[index];
@@ -383,6 +438,7 @@ fn obey(worker: &mut Worker, order: Order, now: Micros, starts_in: Micros) {
                 incarnation,
                 job: start.job,
                 is_driver: start.spec.kind == ActorKind::Driver,
+                role: start.spec.name.as_deref().and_then(Role::of),
                 stage: Stage::Starts,
                 until: now + starts_in,
             };
@@ -420,5 +476,57 @@ impl Worker {
             incarnation,
             reason: ExitReason::Stopped,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::EVENTS_MAX;
+    use super::*;
+
+    /// What had arrived at a stopped worker was put off to the end of its stop. When it went on earlier, it
+    /// heard an old list of what should run after the orders that came behind that list, and ended what it
+    /// had just begun.
+    #[test]
+    fn a_worker_that_was_stopped_reads_in_the_order_of_arrival() {
+        let mut world = World::new(1, EVENTS_MAX, false);
+        let head = Place::Head(1);
+        let say = |said| Packet::FromHead { session: 7, said };
+        let (actor, incarnation) = (ActorId(1), Incarnation(5));
+        let worker = &mut world.workers[0];
+        worker.session = Some(Session {
+            number: 7,
+            head: 1,
+            is_welcome: true,
+            waits_since: None,
+            renew_at: SECOND,
+            resend_at: SECOND,
+            sent: 0,
+        });
+        let runs = Runs {
+            incarnation,
+            job: JobId(1),
+            is_driver: true,
+            role: None,
+            stage: Stage::Runs,
+            until: SECOND,
+        };
+        worker.actors.insert(actor, runs);
+        worker.stopped_until = 10 * SECOND;
+        let (term, standing) = (1, Vec::new());
+        let list = HeadSays::OrdersComplete { term, standing };
+        world.arrive(head, Place::Worker(0), say(list));
+        assert_eq!(world.workers[0].actors.len(), 1, "it is stopped");
+        world.workers[0].stopped_until = 0;
+        let order = Order::Stop {
+            actor,
+            incarnation,
+            grace_ms: 0,
+        };
+        world.arrive(head, Place::Worker(0), say(HeadSays::Order { term, order }));
+        let worker = &world.workers[0];
+        assert!(worker.actors.is_empty(), "the list does not have it");
+        // The order found it gone, and did not begin to end it.
+        assert!(worker.ended.contains(&(actor, incarnation)));
     }
 }

@@ -16,6 +16,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::client::Client;
+use super::coverage::Counts;
 use super::head::{HeadInput, HeadProcess};
 use super::network::{Network, Place};
 use super::operator::Operator;
@@ -32,9 +33,6 @@ const FORMATION_MAX: Micros = 30 * SECOND;
 /// How long the healed cluster may take to answer, finish and agree (I18): some elections, the
 /// longest lease, restarts with back-off, a replaced head.
 const HEALING_MAX: Micros = 60 * SECOND;
-
-/// Events of one run: two orders of magnitude above a common one. Past it the run is a loop.
-const EVENTS_MAX: u64 = 3_000_000;
 
 /// Something that will happen.
 #[derive(Debug)]
@@ -53,6 +51,22 @@ pub(crate) enum Event {
         session: u64,
         head: u64,
     },
+}
+
+impl Event {
+    fn kind(&self) -> &'static str {
+        match self {
+            Event::Arrive(_, _, packet) => packet.kind(),
+            Event::HeadWake(..) => "wakes of heads",
+            Event::HeadTick(..) => "ticks of heads",
+            Event::HeadStart(_) => "starts of heads",
+            Event::WorkerTick(_) => "ticks of workers",
+            Event::ClientTick(_) => "ticks of clients",
+            Event::OperatorTick => "ticks of the operator",
+            Event::Fault => "faults",
+            Event::SessionBroken { .. } => "broken sessions",
+        }
+    }
 }
 
 struct Due {
@@ -92,25 +106,6 @@ pub(crate) enum Phase {
     Liveness,
 }
 
-/// What a run counts, for people.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Events.
-    pub events: u64,
-    /// Entries that were committed.
-    pub entries: u64,
-    /// Answers to clients that were checked.
-    pub answers: u64,
-    /// Lives of heads that ended unasked.
-    pub crashes: u64,
-    /// Snapshots that were installed.
-    pub snapshots: u64,
-    /// Jobs.
-    pub jobs: u64,
-    /// Terms in which somebody led.
-    pub leaders: u64,
-}
-
 pub(crate) struct World {
     pub(crate) seed: u64,
     pub(crate) swarm: Swarm,
@@ -140,14 +135,17 @@ pub(crate) struct World {
     pub(crate) asleep: BTreeSet<u64>,
     /// Whether all nodes were told to take actors again.
     pub(crate) is_undrained: bool,
+    /// Past it the run counts as a loop.
+    events_max: u64,
     pub(crate) is_verbose: bool,
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, is_verbose: bool) -> World {
+    pub(crate) fn new(seed: u64, events_max: u64, is_verbose: bool) -> World {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let swarm = Swarm::draw(&mut rng);
-        let modules: Vec<Arc<dyn StateModule>> = vec![Arc::new(Scheduler)];
+        let mut modules: Vec<Arc<dyn StateModule>> = vec![Arc::new(Scheduler)];
+        modules.extend(mobula_actors::modules());
         let checker = RaftChecker::new(1, &modules);
         World {
             seed,
@@ -174,6 +172,7 @@ impl World {
             complaint: None,
             asleep: BTreeSet::new(),
             is_undrained: false,
+            events_max,
             is_verbose,
         }
     }
@@ -284,11 +283,23 @@ impl World {
             ));
         }
         self.check_end()?;
-        self.counts.entries = self.checker.last();
-        self.counts.jobs = self.checker.model.job_count() as u64;
-        self.counts.leaders = self.checker.leader_count();
+        self.count_up();
+        self.counts.check_run()?;
         self.trace.note(self.checker.rows_sum());
         Ok(())
+    }
+
+    /// Takes over what the checkers have counted.
+    pub(crate) fn count_up(&mut self) {
+        let (checker, counts) = (&self.checker, &mut self.counts);
+        counts.entries = checker.last();
+        counts.leaders = checker.leader_count();
+        (counts.promoted, counts.removed) = checker.group_changes();
+        counts.jobs = checker.model.job_count() as u64;
+        counts.repeats = checker.model.repeats;
+        counts.nodes_lost = checker.model.nodes_lost;
+        counts.fenced = checker.model.fenced + checker.model.domain.fenced;
+        counts.checkpoints = checker.model.domain.committed;
     }
 
     fn set_out(&mut self) {
@@ -317,13 +328,33 @@ impl World {
             };
             self.now = self.now.max(due.at);
             self.counts.events += 1;
-            if self.counts.events > EVENTS_MAX {
-                let detail = format!("{EVENTS_MAX} events in {} ms", self.now / MILLISECOND);
+            if self.counts.events > self.events_max {
+                let detail = format!(
+                    "{} events in {} ms, and most of what is on its way are {}",
+                    self.events_max,
+                    self.now / MILLISECOND,
+                    self.busiest()
+                );
                 return Err(Violation::new("a run ends", detail));
             }
             self.happen(due.event)?;
         }
         Ok(())
+    }
+
+    /// How much of each kind is to happen.
+    pub(crate) fn due(&self) -> BTreeMap<&'static str, u64> {
+        let mut kinds = BTreeMap::new();
+        for Reverse(due) in &self.heap {
+            *kinds.entry(due.event.kind()).or_default() += 1;
+        }
+        kinds
+    }
+
+    /// What the heap is full of.
+    fn busiest(&self) -> String {
+        let most = self.due().into_iter().max_by_key(|(_, count)| *count);
+        most.map_or_else(String::new, |(kind, count)| format!("{kind}: {count}"))
     }
 
     fn happen(&mut self, event: Event) -> Result<(), Violation> {
@@ -349,7 +380,7 @@ impl World {
         self.take_complaints()
     }
 
-    fn arrive(&mut self, from: Place, to: Place, packet: Packet) {
+    pub(crate) fn arrive(&mut self, from: Place, to: Place, packet: Packet) {
         match (to, packet) {
             (Place::Head(id), packet) => {
                 if let Packet::Snapshot { life, .. } = packet
@@ -368,12 +399,9 @@ impl World {
                 };
                 self.give_head(id, HeadInput::Packet(from, packet));
             }
-            (Place::Worker(index), packet) if self.now < self.workers[index].stopped_until => {
-                let until = self.workers[index].stopped_until;
-                self.at(until, Event::Arrive(from, to, packet));
-            }
             (Place::Worker(index), Packet::FromHead { session, said }) => {
-                self.worker_hears(index, session, said);
+                self.workers[index].inbox.push((session, said));
+                self.worker_reads(index);
             }
             (Place::Client(index), Packet::Reply(reply)) => self.client_hears(index, reply),
             (to, packet) => unreachable!("{packet:?} is nothing for {to:?}"),

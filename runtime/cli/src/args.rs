@@ -135,6 +135,10 @@ pub(crate) struct ChaosSimArguments {
     /// How many seeds run at a time [default: one a core].
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    /// After how many events a run counts as endless [default: 3000000; a common one has some
+    /// thousands].
+    #[arg(long, value_name = "N")]
+    pub(crate) events_max: Option<u64>,
     /// Print what happens in a run of one seed.
     #[arg(long)]
     pub(crate) verbose: bool,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use indicatif::{ProgressBar, ProgressStyle};
-use mobula_chaos::sim::{Campaign, Report, Summary, run, run_many};
+use mobula_chaos::sim::{Campaign, Counts, EVENTS_MAX, Report, Summary, run, run_many};
 
 use crate::args::{ChaosCommand, ChaosSimArguments};
 
@@ -21,8 +21,9 @@ pub(crate) async fn run_command(command: ChaosCommand) -> anyhow::Result<ExitCod
 fn simulate(arguments: &ChaosSimArguments) -> anyhow::Result<ExitCode> {
     let is_one = arguments.seeds.unwrap_or(1) == 1 && arguments.minutes.is_none();
     let first_seed = arguments.seed.unwrap_or_else(seed_of_the_moment);
+    let events_max = arguments.events_max.unwrap_or(EVENTS_MAX);
     if is_one {
-        return Ok(simulate_one(first_seed, arguments.verbose));
+        return Ok(simulate_one(first_seed, events_max, arguments.verbose));
     }
     ensure!(
         !arguments.verbose,
@@ -36,6 +37,7 @@ fn simulate(arguments: &ChaosSimArguments) -> anyhow::Result<ExitCode> {
         time_max: arguments
             .minutes
             .map(|minutes| Duration::from_secs_f64(minutes.max(0.0) * 60.0)),
+        events_max,
         threads,
         stops_at_failure: false,
     };
@@ -62,7 +64,14 @@ fn simulate(arguments: &ChaosSimArguments) -> anyhow::Result<ExitCode> {
     );
     bar.finish_and_clear();
     print_summary(&summary, threads);
-    Ok(exit_code(summary.failed))
+    let missing = summary.counts.missing(summary.seeds);
+    if !missing.is_empty() {
+        println!(
+            "\ntoo little happened for these seeds to show anything about: {}",
+            missing.join(", ")
+        );
+    }
+    Ok(exit_code(summary.failed + missing.len() as u64))
 }
 
 pub(crate) fn seed_of_the_moment() -> u64 {
@@ -78,8 +87,8 @@ fn exit_code(failed: u64) -> ExitCode {
     }
 }
 
-fn simulate_one(seed: u64, is_verbose: bool) -> ExitCode {
-    let report = run(seed, is_verbose);
+fn simulate_one(seed: u64, events_max: u64, is_verbose: bool) -> ExitCode {
+    let report = run(seed, events_max, is_verbose);
     print_report(&report);
     exit_code(u64::from(report.violation.is_some()))
 }
@@ -89,16 +98,9 @@ fn print_report(report: &Report) {
     println!("options   {}", report.swarm);
     println!("trace     {:016x}", report.trace);
     println!(
-        "run       {} ms of virtual time, {} events, {} entries, {} answers, {} crashes, {} \
-         snapshots, {} leaders, {} jobs",
+        "run       {} ms of virtual time, {}",
         report.virtual_ms,
-        report.counts.events,
-        report.counts.entries,
-        report.counts.answers,
-        report.counts.crashes,
-        report.counts.snapshots,
-        report.counts.leaders,
-        report.counts.jobs,
+        coverage(&report.counts)
     );
     match &report.violation {
         None => println!("result    every promise was kept"),
@@ -109,8 +111,18 @@ fn print_report(report: &Report) {
     }
 }
 
+/// All that a run came across, in a line.
+fn coverage(counts: &Counts) -> String {
+    let rows = counts.rows().into_iter();
+    let met: Vec<String> = rows
+        .filter(|(_, count)| *count > 0)
+        .map(|(name, count)| format!("{count} {name}"))
+        .collect();
+    met.join(", ")
+}
+
 fn print_summary(summary: &Summary, threads: usize) {
-    let rows = [
+    let mut rows = vec![
         ("seeds", summary.seeds.to_string()),
         ("failed", summary.failed.to_string()),
         (
@@ -125,13 +137,9 @@ fn print_summary(summary: &Summary, threads: usize) {
             "virtual time",
             format!("{:.1} h", summary.virtual_ms as f64 / 3_600_000.0),
         ),
-        ("events", summary.events.to_string()),
-        ("committed entries", summary.entries.to_string()),
-        ("checked answers", summary.answers.to_string()),
-        ("crashes of heads", summary.crashes.to_string()),
-        ("leaders", summary.leaders.to_string()),
-        ("installed snapshots", summary.snapshots.to_string()),
     ];
+    let counted = summary.counts.rows().into_iter();
+    rows.extend(counted.map(|(name, count)| (name, count.to_string())));
     for (name, value) in rows {
         println!("{name:<22}{value:>14}");
     }

@@ -25,6 +25,7 @@ mod observe;
 mod overload;
 mod serving;
 mod sessions;
+mod simulation;
 mod small_disk;
 mod storage;
 mod support;
