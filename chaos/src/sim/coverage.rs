@@ -8,13 +8,13 @@ use super::violation::Violation;
 const SEEDS_TO_JUDGE: u64 = 200;
 
 /// How many seeds there are to each occurrence, at the most, of anything that is counted. The rarest
-/// happens about once in ten.
-const SEEDS_PER_OCCURRENCE_MAX: u64 = 50;
+/// happens about once in sixty.
+const SEEDS_PER_OCCURRENCE_MAX: u64 = 100;
 
 /// What a run of some seconds has at the very least: the thinnest ones are those of a single client that
 /// hardly gets through to a head.
-const ENTRIES_MIN: u64 = 15;
-const ANSWERS_MIN: u64 = 3;
+const ENTRIES_MIN: u64 = 10;
+const ANSWERS_MIN: u64 = 2;
 
 /// Makes the counters with their names.
 macro_rules! counters {
