@@ -1,7 +1,7 @@
 //! How many seeds of the simulator one core runs in an hour.
 
 use mobula_benches::results::Results;
-use mobula_chaos::sim::{Campaign, run_many};
+use mobula_chaos::sim::{Campaign, EVENTS_MAX, run_many};
 use serde_json::json;
 
 use crate::Options;
@@ -11,6 +11,7 @@ pub(crate) fn measure(options: &Options, results: &mut Results) {
         first_seed: 1,
         seeds: Some(options.seeds),
         time_max: None,
+        events_max: EVENTS_MAX,
         threads: 1,
         stops_at_failure: false,
     };
