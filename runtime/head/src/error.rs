@@ -99,6 +99,19 @@ pub enum HeadError {
         /// Its data directory.
         data_dir: PathBuf,
     },
+    /// Another process runs under its id.
+    #[error(
+        "another process runs as head {raft_id}, so there is a copy of {data_dir} somewhere: two heads \
+         with one id could vote twice, and this one ends because the other was started later; stop the \
+         one that is not to be, and let a machine that is to be a head of its own join with an empty \
+         directory and a new token"
+    )]
+    Replaced {
+        /// Its id in Raft.
+        raft_id: u64,
+        /// Its data directory.
+        data_dir: PathBuf,
+    },
     /// The group cannot be joined.
     #[error("cannot join the group of heads at {address}: {reason}")]
     Join {

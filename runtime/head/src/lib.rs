@@ -63,7 +63,7 @@ pub use sweep::SweepOptions;
 
 use crate::bootstrap::HeadIdentity;
 use crate::context::HeadContext;
-use crate::raft::{Chance, Driver, DriverOptions, EmptyLog, PeerNetwork, input_queue};
+use crate::raft::{Chance, Driver, DriverOptions, EmptyLog, End, PeerNetwork, input_queue};
 
 /// Connections of workers and other heads that are served at the same time: one each, ten thousand
 /// nodes at the most.
@@ -271,13 +271,16 @@ impl Head {
             wants_to_vote: options.wants_to_vote,
             credentials: credentials.subscribe(),
         };
-        let told_removed = network.clone();
-        tasks.spawn(named(REMOVED, async move {
+        let peers = network.clone();
+        tasks.spawn(async move {
             tokio::select! {
-                () = group::run(place) => {}
-                () = told_removed.removed() => {}
+                () = group::run(place) => REMOVED,
+                told = peers.told_to_end() => match told {
+                    End::Removed => REMOVED,
+                    End::Replaced => REPLACED,
+                },
             }
-        }));
+        });
         let renewal = renew_certificate(
             identity,
             endpoint.clone(),
@@ -351,6 +354,10 @@ impl Head {
                 raft_id: self.context.raft_id,
                 data_dir: self.data_dir,
             }),
+            Some(REPLACED) => Err(HeadError::Replaced {
+                raft_id: self.context.raft_id,
+                data_dir: self.data_dir,
+            }),
             Some(name) => Err(HeadError::Ended(name)),
         }
     }
@@ -368,8 +375,11 @@ async fn load_or_join(options: &HeadOptions) -> Result<HeadIdentity, HeadError> 
     HeadIdentity::load_or_create(&options.data_dir, options.name.as_deref())
 }
 
-/// The name of the task that ends when this head was removed from its group.
+/// What ends when this head was removed from its group.
 const REMOVED: &str = "this head's place in the group";
+
+/// What ends when another process runs as this head.
+const REPLACED: &str = "this head's sole claim to its id";
 
 async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {
     task.await;

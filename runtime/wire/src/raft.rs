@@ -20,6 +20,9 @@ pub struct RaftHello {
     pub to: u64,
     /// Where the opener takes QUIC connections now (`ip:port`).
     pub cluster_address: String,
+    /// Drawn by lot when the opener's process was started: two processes that run on copies of one
+    /// disk are told apart by it.
+    pub life: u64,
 }
 
 /// What a head says of its own state, between Raft's messages as a frame of kind
@@ -52,6 +55,8 @@ pub enum RaftRefusal {
     Removed,
     /// The opener's certificate is another member's.
     OtherCertificate,
+    /// Another process has said since that it is this member: one of the two must not be.
+    Replaced,
 }
 
 /// The first message of a snapshot's stream on the bulk lane. Chunks follow.
@@ -87,6 +92,7 @@ mod tests {
     fn variant_numbers_are_what_they_always_were() {
         assert_eq!(codec::encode_plain(&RaftRefusal::Removed)[0], 1);
         assert_eq!(codec::encode_plain(&RaftRefusal::OtherCertificate)[0], 2);
+        assert_eq!(codec::encode_plain(&RaftRefusal::Replaced)[0], 3);
         assert_eq!(codec::encode_plain(&SnapshotAnswer::Taken)[0], 0);
     }
 

@@ -15,6 +15,7 @@ mod configs;
 mod detached;
 mod exactly_once;
 mod examples;
+mod head_faults;
 mod head_states;
 mod heads;
 mod in_process;

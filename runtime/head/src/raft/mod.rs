@@ -49,7 +49,7 @@ pub(crate) use proposals::TableView;
 pub use proposals::{
     ChangeError, GroupProgress, Leadership, MemberProgress, Outcome, ProposeError, RaftHandle,
 };
-pub(crate) use transport::PeerNetwork;
+pub(crate) use transport::{End, PeerNetwork};
 
 /// What [`crate::simulation`] is made of.
 pub(crate) mod simulation {

@@ -17,7 +17,7 @@ use mobula_wire::raft::{RaftHello, RaftRefusal};
 use tokio::sync::{Notify, mpsc, watch};
 
 use super::inputs::Input;
-use super::transport::{SEND_TIMEOUT, Shared};
+use super::transport::{End, SEND_TIMEOUT, Shared};
 
 /// Bytes that are written together before it is looked whether they leave.
 const FLUSH_BYTES: usize = 256 * 1024;
@@ -75,6 +75,8 @@ enum PeerLost {
     OtherMember { found: u64 },
     #[error("it says that this head was removed from the group")]
     Removed,
+    #[error("it says that another process runs as this head")]
+    Replaced,
     #[error("it refuses this head's certificate")]
     OtherCertificate,
     #[error("{0}")]
@@ -113,7 +115,11 @@ impl Peer {
                 PeerLost::Ended => return,
                 PeerLost::Removed => {
                     tracing::error!(peer = self.raft_id, "this head was removed from the group");
-                    transport.told_removed.send_replace(true);
+                    transport.told_to_end.send_replace(Some(End::Removed));
+                }
+                PeerLost::Replaced => {
+                    tracing::error!(peer = self.raft_id, "another process runs as this head");
+                    transport.told_to_end.send_replace(Some(End::Replaced));
                 }
                 lost => tracing::debug!(peer = self.raft_id, %address, %lost, "no way to a head"),
             }
@@ -157,6 +163,7 @@ impl Peer {
             from: transport.raft_id,
             to: self.raft_id,
             cluster_address: transport.cluster_address.clone(),
+            life: transport.life,
         };
         let (urgent, urgent_back) = open(&connection, &hello).await?;
         let (entries, entries_back) = open(&connection, &hello).await?;
@@ -210,6 +217,7 @@ async fn listen(mut receiver: FramedReceiver) -> Result<Infallible, PeerLost> {
     match receiver.receive_message::<RaftRefusal>().await {
         Ok(Some(RaftRefusal::Removed)) => Err(PeerLost::Removed),
         Ok(Some(RaftRefusal::OtherMember { found })) => Err(PeerLost::OtherMember { found }),
+        Ok(Some(RaftRefusal::Replaced)) => Err(PeerLost::Replaced),
         Ok(Some(RaftRefusal::OtherCertificate)) => Err(PeerLost::OtherCertificate),
         Ok(None) => Err(PeerLost::Broken("it ended the stream".into())),
         Err(error) => Err(broken(&error)),

@@ -13,7 +13,9 @@
 //! 2. A message counts only if its sender's certificate, the stream's hello and the message itself
 //!    name one and the same member, and the message is for this head.
 //! 3. A head that was removed is told so, and nothing that it says is passed on.
-//! 4. Snapshots come with their bytes (see `snapshot_stream`) or not at all.
+//! 4. Of two processes that run as one member the one that said hello first is told to end as soon as
+//!    it says anything more. Both may have voted until then: a disk must not be copied.
+//! 5. Snapshots come with their bytes (see `snapshot_stream`) or not at all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -30,6 +32,7 @@ use mobula_storage::raft_log::{decode_raft, encode_raft};
 use mobula_wire::raft::{RaftHello, RaftRefusal, StateClaim};
 use parking_lot::Mutex;
 use raft::prelude::{Message, MessageType};
+use rand::RngCore;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
@@ -75,6 +78,15 @@ pub(crate) trait Peers<S = RocksSnapshot>: Send {
     fn set_group(&mut self, group: &GroupView);
 }
 
+/// Why another head says that this one must end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It was removed from the group.
+    Removed,
+    /// Another process runs under its id.
+    Replaced,
+}
+
 /// The transport; clones are the same one.
 #[derive(Clone)]
 pub(crate) struct PeerNetwork(Arc<Shared>);
@@ -89,8 +101,12 @@ pub(super) struct Shared {
     /// The addresses in the members table when it was last looked at.
     rows: Mutex<BTreeMap<u64, String>>,
     removed: Mutex<BTreeSet<u64>>,
-    /// Set when another head says that this one was removed.
-    pub(super) told_removed: watch::Sender<bool>,
+    /// This process, as it says in its hellos.
+    pub(super) life: u64,
+    /// The process of each peer that said hello last.
+    lives: Mutex<BTreeMap<u64, u64>>,
+    /// Set when another head says that this one must end.
+    pub(super) told_to_end: watch::Sender<Option<End>>,
     /// Owned here, so that they end with the transport.
     tasks: Mutex<JoinSet<()>>,
 }
@@ -139,7 +155,9 @@ impl PeerNetwork {
             routes: Mutex::default(),
             rows: Mutex::default(),
             removed: Mutex::default(),
-            told_removed: watch::Sender::new(false),
+            life: rand::rng().next_u64(),
+            lives: Mutex::default(),
+            told_to_end: watch::Sender::new(None),
             tasks: Mutex::default(),
         }))
     }
@@ -151,11 +169,13 @@ impl PeerNetwork {
         }
     }
 
-    /// Waits until another head says that this one was removed.
-    pub(crate) async fn removed(&self) {
-        let mut told = self.0.told_removed.subscribe();
-        if told.wait_for(|told| *told).await.is_err() {
-            std::future::pending::<()>().await;
+    /// Waits until another head says that this one must end.
+    pub(crate) async fn told_to_end(&self) -> End {
+        let mut told = self.0.told_to_end.subscribe();
+        let found = told.wait_for(Option::is_some).await.map(|told| *told);
+        match found {
+            Ok(Some(end)) => end,
+            _ => std::future::pending().await,
         }
     }
 
@@ -327,6 +347,7 @@ impl Shared {
             refuse(sender, &refusal).await;
             return;
         }
+        self.lives.lock().insert(peer, hello.life);
         self.learn(peer, &hello.cluster_address);
         if let Some(route) = self.routes.lock().get(&peer) {
             route.heard.notify_one();
@@ -346,6 +367,15 @@ impl Shared {
             };
             if self.removed.lock().contains(&peer) {
                 refuse(sender, &RaftRefusal::Removed).await;
+                return;
+            }
+            if self.lives.lock().get(&peer) != Some(&hello.life) {
+                // It speaks on though another one has come in its place: both are alive.
+                tracing::error!(
+                    peer,
+                    "two processes run as this head; the older one is refused"
+                );
+                refuse(sender, &RaftRefusal::Replaced).await;
                 return;
             }
             if kind == FrameKind::Aside {
