@@ -65,6 +65,10 @@ use crate::bootstrap::HeadIdentity;
 use crate::context::HeadContext;
 use crate::raft::{Chance, Driver, DriverOptions, EmptyLog, End, PeerNetwork, input_queue};
 
+/// How long a head that is to stop waits until another one leads: some round trips, unless that one
+/// stops as well.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(1);
+
 /// Connections of workers and other heads that are served at the same time: one each, ten thousand
 /// nodes at the most.
 const CONNECTIONS_MAX: usize = 10_000;
@@ -333,6 +337,26 @@ impl Head {
         self.context.raft.clone()
     }
 
+    /// Hands leadership over, if this head leads: those who write then wait for a message instead of
+    /// an election. Where there is nobody to take it, the head just stops.
+    async fn hand_over(&self) {
+        let mut leadership = self.context.raft.leadership();
+        if !leadership.borrow().is_leader {
+            return;
+        }
+        let Ok(to) = self.context.raft.transfer_leadership(None).await else {
+            return;
+        };
+        let taken = leadership.wait_for(|now| now.leader == Some(to));
+        match tokio::time::timeout(HAND_OVER_LIMIT, taken).await {
+            Ok(_) => tracing::info!(to, "handed leadership over"),
+            Err(_) => tracing::info!(
+                to,
+                "leadership was not taken in time; stopping all the same"
+            ),
+        }
+    }
+
     /// Serves until `stop` completes, or a part of the head fails; then stops in order.
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<(), HeadError> {
         let failed = tokio::select! {
@@ -342,6 +366,9 @@ impl Head {
                 _ => "a task",
             }),
         };
+        if failed.is_none() {
+            self.hand_over().await;
+        }
         // Receivers may be gone already, if the API is what failed.
         let _ = self.shutdown.send(true);
         self.endpoint.close("the head stops").await;

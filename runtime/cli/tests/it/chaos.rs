@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
-use crate::support::{TestCluster, kill_9, mobula, small_job, wait_for};
+use crate::support::{TestCluster, kill_9, mobula, signal, small_job, wait_for};
 
 /// Some seconds of training: long enough for a head to come back while it goes on.
 const STEPS: u32 = 6_000;
@@ -183,8 +183,7 @@ fn a_notice_by_file_and_by_sigterm_counts_too() {
     wait_for("worker-1 to have notice", || {
         (node("worker-1")["state"] != "alive").then_some(())
     });
-    // SAFETY: kill takes two numbers and touches no memory of ours.
-    unsafe { libc::kill(cluster.pid("worker-2").cast_signed(), libc::SIGTERM) };
+    signal(cluster.pid("worker-2"), libc::SIGTERM);
     wait_for("worker-2 to have notice", || {
         (node("worker-2")["state"] != "alive").then_some(())
     });

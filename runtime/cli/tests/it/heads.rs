@@ -9,7 +9,7 @@ use mobula::Cluster;
 use mobula_wire::control::{CreateTokenRequest, DrainNodeRequest};
 use serde_json::Value;
 
-use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
+use crate::support::{TestCluster, kill_9, mobula, runs, signal, small_job, text_of, wait_for};
 
 /// A head that a test started itself; it ends with the test.
 pub(crate) struct Started(pub(crate) Child);
@@ -175,6 +175,24 @@ fn a_leader_dies_and_writes_workers_and_jobs_go_on_under_another() {
 fn pid_of(cluster: &TestCluster, name: &str, started: &[(String, Started)]) -> u32 {
     let again = started.iter().rev().find(|(head, _)| head == name);
     again.map_or_else(|| cluster.pid(name), |(_, head)| head.0.id())
+}
+
+#[test]
+fn a_leader_that_is_asked_to_end_hands_over_first() {
+    let cluster = TestCluster::up_with(1, &["--heads", "3"], &[]);
+    wait_for_voters(&cluster, 3);
+    let old = leader(&cluster);
+    let pid = pid_of(&cluster, &old, &[]);
+    signal(pid, libc::SIGTERM);
+    wait_for("the end of the old leader", || (!runs(pid)).then_some(()));
+    // At this very moment, and not an election later.
+    let named: Vec<Value> = heads(&cluster);
+    let leads = named.iter().find(|head| head["leader"] == true);
+    let new = leads.and_then(|head| head["name"].as_str());
+    assert!(
+        new.is_some_and(|new| new != old),
+        "{old} led, now: {named:?}"
+    );
 }
 
 #[test]

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use self::s3_server::{ACCESS_KEY, BUCKET, ClosedPort, PREFIX, S3Server, SECRET_KEY};
 use crate::small_disk::SmallDisk;
-use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
+use crate::support::{TestCluster, kill_9, mobula, signal, small_job, text_of, wait_for};
 
 /// Long enough that there is a middle to be killed in.
 const STEPS: u32 = 1500;
@@ -245,11 +245,6 @@ fn flip_a_byte_of_the_first_chunk(store: &Path, manifest: &Path) {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-}
-
-fn signal(pid: u32, signal: i32) {
-    // SAFETY: kill takes two numbers and touches no memory of ours.
-    unsafe { libc::kill(pid.cast_signed(), signal) };
 }
 
 /// A head without workers; killed when dropped.

@@ -219,8 +219,19 @@ impl Drop for TestCluster {
 
 /// Kills a process the hard way.
 pub(crate) fn kill_9(pid: u32) {
+    signal(pid, libc::SIGKILL);
+}
+
+pub(crate) fn signal(pid: u32, signal: i32) {
     // SAFETY: kill takes two numbers and touches no memory of ours.
-    unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
+    unsafe { libc::kill(pid.cast_signed(), signal) };
+}
+
+/// Whether a process runs; one that nobody has waited for yet does not.
+pub(crate) fn runs(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let state = status.lines().find(|line| line.starts_with("State:"));
+    state.is_some_and(|state| !state.contains('Z'))
 }
 
 /// A small training job: seconds when nothing happens to it.
