@@ -175,7 +175,10 @@ async fn a_timeout_counts_from_the_submission() {
         Error::Call(CallError::DeadlineExceeded { limit_ms: 200, .. })
     );
     assert!(late, "{error}");
-    assert!(error.to_string().contains("task `tasks::never`"), "{error}");
+    assert!(
+        error.to_string().contains("task `it::tasks::never`"),
+        "{error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

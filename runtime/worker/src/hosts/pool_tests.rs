@@ -218,7 +218,7 @@ fn a_newer_incarnation_ends_the_older_and_an_older_is_answered_with_its_end() {
     // Heads that were restored from a backup may not know of the newer one, and wait for the older.
     pool.start(Box::new(start_of(1, 7)));
     let actions = pool.take_actions();
-    assert_eq!(reports(&actions), ["actor-1#7 node was lost"]);
+    assert_eq!(reports(&actions), ["actor-1#7 node lost"]);
     assert_eq!(actions.len(), 1, "nothing is started: {actions:?}");
 }
 
