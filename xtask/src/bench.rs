@@ -13,14 +13,16 @@ use crate::install::{self, StillMissing};
 use crate::workspace::Workspace;
 use crate::{EXIT_USAGE_OR_MISSING, progress, steps};
 
-/// What of `ray microbenchmark` has a row of ours.
-const PATTERNS: [&str; 6] = [
-    "actor calls",
-    "get calls",
-    "put calls",
-    "put gigabytes",
-    "tasks",
-    "wait 1k refs",
+/// What of `ray microbenchmark` has a row of ours, as parts of its rows' names.
+const PATTERNS: [&str; 8] = [
+    "1:1 actor calls",
+    "1:n actor calls",
+    "n:n actor calls",
+    "single client get calls",
+    "single client put calls",
+    "single client put gigabytes",
+    "client tasks",
+    "single client wait 1k refs",
 ];
 
 /// How Ray names the rows that go through its client's server, which ours have no part in.
