@@ -8,10 +8,9 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use mobula_benches::measure::{Samples, Settings, repeat, repeat_async};
 use mobula_benches::report::Report;
-use mobula_core::Resources;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::order::{ActorAddress, StartActor};
-use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
+use mobula_core::spec::{ActorSpec, Program};
 use mobula_host::calls::serve_calls;
 use mobula_host::client::{CallClient, OutgoingCall, Paths};
 use mobula_host::registry::ConstructError;
@@ -95,19 +94,7 @@ async fn table() -> Result<Arc<ActorTable>, Failure> {
         incarnation: FIRST,
         job: JOB,
         program: Program::Builtin,
-        spec: ActorSpec {
-            kind: ActorKind::Actor {
-                type_name: "echo".into(),
-            },
-            name: None,
-            init: Vec::new(),
-            resources: Resources::default(),
-            placement: PlacementPolicy::default(),
-            restart: RestartPolicy::NEVER,
-            isolated: false,
-            mailbox_capacity: 1024,
-            detached: false,
-        },
+        spec: ActorSpec::of_type("echo"),
         args: Vec::new(),
         env: Default::default(),
         files: Vec::new(),

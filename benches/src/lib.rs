@@ -6,6 +6,7 @@
 //!
 //! * [`measure`]: repeating something for a while, alone or from many callers at once.
 //! * [`report`]: the table of one bench. [`results`]: the figures of a suite, for people and as JSON.
+//! * [`tables`]: the scheduler's tables in memory.
 //!
 //! Invariants:
 //! 1. What is measured is real work: real disks, real sockets, answers that are looked at.
@@ -14,6 +15,7 @@
 pub mod measure;
 pub mod report;
 pub mod results;
+pub mod tables;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

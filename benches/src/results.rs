@@ -102,6 +102,8 @@ fn first_value(path: &str, key: &str) -> String {
         .unwrap_or_default()
 }
 
-fn cpus() -> usize {
+/// CPUs that this process may use.
+#[must_use]
+pub fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }

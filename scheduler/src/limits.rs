@@ -4,7 +4,7 @@
 //! `Overloaded`, or the oldest finished row goes.
 
 /// Workers known at once, lost ones included. A pass looks at each of them for each request.
-pub const NODES_MAX: u64 = 1024;
+pub const NODES_MAX: u64 = 10_000;
 
 /// Actors that have not ended, in the whole cluster: at about 1 KiB a row, 128 MiB of tables.
 pub const LIVE_ACTORS_MAX: u64 = 1 << 17;

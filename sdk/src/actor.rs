@@ -13,10 +13,7 @@ use mobula_core::error::Executed;
 use mobula_core::id::ActorId;
 use mobula_core::label::Requirement;
 use mobula_core::resource::Resources;
-use mobula_core::spec::{
-    ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, PlacementPolicy, RestartPolicy, SpreadKey,
-    Strategy,
-};
+use mobula_core::spec::{ActorSpec, RestartPolicy, SpreadKey, Strategy};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::cluster::Cluster;
@@ -55,19 +52,7 @@ impl<A: Actor> Init<A> {
 }
 
 fn empty_spec<A: Actor>() -> ActorSpec {
-    ActorSpec {
-        kind: ActorKind::Actor {
-            type_name: A::TYPE_NAME.to_owned(),
-        },
-        name: None,
-        init: Vec::new(),
-        resources: Resources::default(),
-        placement: PlacementPolicy::default(),
-        restart: RestartPolicy::NEVER,
-        isolated: false,
-        mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
-        detached: false,
-    }
+    ActorSpec::of_type(A::TYPE_NAME)
 }
 
 /// An actor about to be created.

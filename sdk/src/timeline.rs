@@ -4,8 +4,9 @@
 //! (<https://ui.perfetto.dev>) and `chrome://tracing` show: one process for each of ours, one track for
 //! each actor.
 //!
-//! Invariant: on a track every span lies wholly inside the one that encloses it. Clocks of machines
-//! differ by a little, and so a span that reaches out of its place is shortened to it.
+//! Invariant: on the track of an actor or a host every span lies wholly inside the one that encloses
+//! it. Clocks of machines differ by a little, and so a span that reaches out of its place is shortened
+//! to it. Waits and transfers go on beside each other, and are drawn so.
 
 use std::collections::BTreeMap;
 
@@ -34,22 +35,36 @@ impl Timeline {
         &self.reply.spans
     }
 
-    /// The timeline in the Trace Event Format, as JSON: complete events (`"ph": "X"`) with times in
-    /// microseconds, and names for processes and tracks.
+    /// The timeline in the Trace Event Format, as JSON: complete events (`"ph": "X"`), pairs of
+    /// asynchronous ones (`"b"` and `"e"`) for what may overlap, with times in microseconds, and names
+    /// for processes and tracks.
     #[must_use]
     pub fn to_chrome_trace(&self) -> Value {
         let mut numbers = Numbers::default();
         let mut events = Vec::new();
         let mut open: BTreeMap<Place, Vec<u64>> = BTreeMap::new();
-        for span in &self.reply.spans {
+        for (number, span) in self.reply.spans.iter().enumerate() {
             let place = place(JobId(self.reply.job), span);
+            let now_us = self.reply.now_us.max(span.start_us);
+            let end_us = span.end_us.unwrap_or(now_us).max(span.start_us);
+            if OVERLAPPING.contains(&span.category.as_str()) {
+                let (process, track) = numbers.of(&place);
+                let event = |phase: &str, at_us: u64| {
+                    json!({
+                        "name": span.name, "cat": span.category, "ph": phase, "id": number,
+                        "ts": at_us, "pid": process, "tid": track,
+                    })
+                };
+                let mut begin = event("b", span.start_us);
+                begin["args"] = arguments(span);
+                events.extend([begin, event("e", end_us)]);
+                continue;
+            }
             let enclosing = open.entry(place.clone()).or_default();
             // Those that were over before this one began enclose it no more.
             while enclosing.last().is_some_and(|end| *end <= span.start_us) {
                 enclosing.pop();
             }
-            let now_us = self.reply.now_us.max(span.start_us);
-            let end_us = span.end_us.unwrap_or(now_us).max(span.start_us);
             let end_us = enclosing.last().map_or(end_us, |outer| end_us.min(*outer));
             enclosing.push(end_us);
             let (process, track) = numbers.of(&place);
@@ -69,6 +84,10 @@ impl Timeline {
         json!({ "displayTimeUnit": "ms", "traceEvents": all })
     }
 }
+
+/// Kinds of spans that go on beside others of their kind: tasks that wait, slots that were asked for,
+/// objects on their way.
+const OVERLAPPING: [&str; 3] = ["queue", "lease", "transfer"];
 
 fn place(job: JobId, span: &api::Span) -> Place {
     let process = match (span.node.as_str(), span.host) {
@@ -152,6 +171,29 @@ mod tests {
             actor,
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn what_goes_on_side_by_side_is_not_cut() {
+        let wait = |name: &str, start_us, end_us| api::Span {
+            category: "queue".into(),
+            node: "worker-1".into(),
+            host: Some(2),
+            ..span(name, start_us, Some(end_us), None)
+        };
+        let reply = api::TimelineReply {
+            job: 3,
+            now_us: 1_000,
+            spans: vec![wait("first", 0, 100), wait("second", 50, 400)],
+        };
+        let trace = Timeline::new(reply).to_chrome_trace();
+        let events = trace["traceEvents"].as_array().unwrap();
+        let of = |phase: &str, number: u64| {
+            let found = |e: &&Value| e["ph"] == phase && e["id"] == number;
+            events.iter().find(found).unwrap()["ts"].clone()
+        };
+        assert_eq!((of("b", 0), of("e", 0)), (json!(0), json!(100)));
+        assert_eq!((of("b", 1), of("e", 1)), (json!(50), json!(400)));
     }
 
     #[test]

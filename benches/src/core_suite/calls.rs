@@ -12,7 +12,7 @@ use crate::actors::{
     Client, ClientCalls as _, ConcurrentServer, ConcurrentServerCalls as _, Payload, Server,
     ServerCalls as _,
 };
-use crate::outcome::{Outcome, Rate, cpus};
+use crate::outcome::{Outcome, Rate};
 
 /// Calls in flight where Ray's benchmark has a thousand.
 const BATCH: usize = 1000;
@@ -223,7 +223,7 @@ async fn one_to_one_concurrent(
 
 /// As many servers as Ray's benchmark has: half of the CPUs.
 fn server_count() -> usize {
-    (cpus() / 2).max(1)
+    (mobula_benches::results::cpus() / 2).max(1)
 }
 
 async fn many(cluster: &Cluster, options: &Options, outcome: &mut Outcome) -> Result<()> {

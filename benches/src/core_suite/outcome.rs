@@ -1,104 +1,57 @@
-//! The figures of one run: printed as they come, written as JSON at the end.
+//! The rows of this suite, as Ray reports its own: mean and deviation over some rounds.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use serde_json::{Value, json};
+use mobula_benches::results::Results;
+use serde_json::json;
 
 use crate::Options;
 
 /// All figures of one run.
-pub(crate) struct Outcome {
-    rows: Vec<Value>,
-    started_at: SystemTime,
-}
+pub(crate) struct Outcome(Results);
 
 impl Outcome {
     pub(crate) fn begin() -> Self {
-        let built = if cfg!(debug_assertions) {
-            "dev"
-        } else {
-            "release"
-        };
-        println!("core suite, {built} profile, {} CPUs", cpus());
-        Outcome {
-            rows: Vec::new(),
-            started_at: SystemTime::now(),
-        }
+        Outcome(Results::begin("core"))
     }
 
     /// A rate, as Ray reports it: mean and standard deviation over the rounds.
     pub(crate) fn rate(&mut self, name: &str, rate: &Rate) {
-        println!("{name:<44} {:>12.1} /s  ± {:.1}", rate.mean, rate.deviation);
-        self.rows.push(json!({
+        let shown = format!("{name:<60} {:>12.1} /s  ± {:.1}", rate.mean, rate.deviation);
+        let row = json!({
             "name": name, "unit": "1/s", "mean": rate.mean, "deviation": rate.deviation,
-        }));
+        });
+        self.0.row(&shown, row);
     }
 
     /// One figure with its unit.
     pub(crate) fn figure(&mut self, name: &str, value: f64, unit: &str) {
-        println!("{name:<44} {value:>12.2} {unit}");
-        self.rows
-            .push(json!({ "name": name, "unit": unit, "mean": value }));
+        self.0.figure(name, value, unit);
     }
 
     /// Latencies in nanoseconds.
     pub(crate) fn latencies(&mut self, name: &str, latencies_ns: &Histogram<u64>) {
         let us = |share| latencies_ns.value_at_quantile(share) as f64 / 1e3;
         let (p50, p99, p999) = (us(0.5), us(0.99), us(0.999));
-        println!("{name:<44} p50 {p50:.1} µs, p99 {p99:.1} µs, p99.9 {p999:.1} µs");
-        self.rows.push(json!({
+        let shown = format!("{name:<60} p50 {p50:.1} µs, p99 {p99:.1} µs, p99.9 {p999:.1} µs");
+        let row = json!({
             "name": name, "unit": "us", "p50": p50, "p99": p99, "p99_9": p999,
             "count": latencies_ns.len(),
-        }));
+        });
+        self.0.row(&shown, row);
     }
 
     /// What cannot be measured, and why.
     pub(crate) fn absent(&mut self, name: &str, why: &str) {
-        println!("{name:<44} not measured: {why}");
-        self.rows.push(json!({ "name": name, "absent": why }));
+        let shown = format!("{name:<60} not measured: {why}");
+        self.0.row(&shown, json!({ "name": name, "absent": why }));
     }
 
     pub(crate) fn save(&self, path: &Path) -> std::io::Result<()> {
-        let at = self
-            .started_at
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let document = json!({
-            "suite": "core",
-            "started_at_unix_s": at.as_secs(),
-            "profile": if cfg!(debug_assertions) { "dev" } else { "release" },
-            "machine": {
-                "cpus": cpus(),
-                "cpu": first_value("/proc/cpuinfo", "model name"),
-                "memory": first_value("/proc/meminfo", "MemTotal"),
-                "kernel": read("/proc/sys/kernel/osrelease"),
-                "load": read("/proc/loadavg"),
-            },
-            "rows": self.rows,
-        });
-        std::fs::write(path, format!("{document:#}\n"))
+        self.0.save(path)
     }
-}
-
-fn read(path: &str) -> String {
-    std::fs::read_to_string(path)
-        .unwrap_or_default()
-        .trim()
-        .to_owned()
-}
-
-fn first_value(path: &str, key: &str) -> String {
-    let text = read(path);
-    let line = text.lines().find(|line| line.starts_with(key));
-    line.and_then(|line| line.split_once(':'))
-        .map(|(_, value)| value.trim().to_owned())
-        .unwrap_or_default()
-}
-
-pub(crate) fn cpus() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// How often something happened in a second.

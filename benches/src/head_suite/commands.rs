@@ -62,7 +62,7 @@ pub(crate) async fn measure(options: &Options, results: &mut Results) -> Outcome
             results.rate(&name, per_second, &latencies);
         }
         let client = cluster.client().await?;
-        let reads = read_from(client, options.round).await?;
+        let reads = read_from(client, &model_of(heads, 1, 0, 0), options.round).await?;
         let per_second = reads.len() as f64 / options.round.as_secs_f64();
         let name = format!("linearizable reads, {heads} head(s), 1 client");
         results.rate(&name, per_second, &reads);
@@ -75,12 +75,18 @@ pub(crate) async fn measure(options: &Options, results: &mut Results) -> Outcome
     Ok(())
 }
 
+/// Up to a minute. A histogram that grows by itself does not when it is told to saturate.
 fn latencies() -> Histogram<u64> {
-    Histogram::new(3).expect("three digits are allowed")
+    Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("the bounds and digits are allowed")
 }
 
 fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The model whose version a client writes: a model has 10 000 versions at most.
+fn model_of(heads: u32, clients: usize, client: usize, written: u64) -> String {
+    format!("bench-{heads}-{clients}-{client}-{}", written / 9_000)
 }
 
 /// Each client writes one version of its own model after the other.
@@ -100,7 +106,7 @@ async fn write_from(
                 written += 1;
                 let digest = format!("{:064x}", (number as u64) << 40 | written);
                 let new = NewVersion {
-                    model: format!("bench-{heads}-{count}-{number}-{}", written / 9_000),
+                    model: model_of(heads, count, number, written),
                     weights_blake3: digest.clone(),
                     dataset_blake3: digest.clone(),
                     digest,
@@ -123,12 +129,17 @@ async fn write_from(
     Ok((all.len() as f64 / start.elapsed().as_secs_f64(), all))
 }
 
-async fn read_from(client: Cluster, round: Duration) -> mobula::Result<Histogram<u64>> {
+/// One row of a model again and again.
+async fn read_from(
+    client: Cluster,
+    model: &str,
+    round: Duration,
+) -> mobula::Result<Histogram<u64>> {
     let mut taken = latencies();
     let start = Instant::now();
     while start.elapsed() < round {
         let began = Instant::now();
-        registry::list(&client).await?;
+        registry::version(&client, model, Some(1)).await?;
         taken.saturating_record(nanoseconds(began.elapsed()));
     }
     Ok(taken)

@@ -4,39 +4,17 @@
 //! are the same bytes.
 
 use mobula_benches::results::Results;
-use mobula_core::control::{ApplyContext, StateModule};
+use mobula_benches::tables::Tables;
 use mobula_core::label::Labels;
-use mobula_core::spec::{ActorKind, ActorSpec, JobSpec, PlacementPolicy, Program, RestartPolicy};
+use mobula_core::spec::{ActorSpec, JobSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_core::{JobId, Resources};
 use mobula_scheduler::limits::{ACTORS_PER_COMMAND_MAX, NODES_MAX};
-use mobula_scheduler::memory_txn::MemoryTables;
-use mobula_scheduler::{Command, Response, Scheduler, placement_pass};
+use mobula_scheduler::{Command, Response};
 use serde_json::json;
 
 use crate::Options;
 
 const ACTORS: usize = 100_000;
-
-#[derive(Default)]
-struct Tables {
-    tables: MemoryTables,
-    index: u64,
-}
-
-impl Tables {
-    fn apply(&mut self, command: &Command) -> Response {
-        self.index += 1;
-        let context = ApplyContext {
-            index: self.index,
-            term: 1,
-            now_ms: self.index,
-        };
-        let applied = Scheduler
-            .apply(&context, &mut self.tables, &command.encode())
-            .expect("the commands of this bench are within every limit");
-        Response::decode(&applied.response).expect("the scheduler's own answer decodes")
-    }
-}
 
 /// A job that does nothing, as small as a user's.
 pub(crate) fn job(number: u64) -> JobSpec {
@@ -58,17 +36,11 @@ pub(crate) fn job(number: u64) -> JobSpec {
 
 fn actor(number: usize) -> ActorSpec {
     ActorSpec {
-        kind: ActorKind::Actor {
-            type_name: "bench".to_owned(),
-        },
         name: Some(format!("actor-{number}")),
         init: vec![7; 64],
         resources: Resources::cpu_milli(10),
-        placement: PlacementPolicy::default(),
-        restart: RestartPolicy::NEVER,
-        isolated: false,
         mailbox_capacity: 16,
-        detached: false,
+        ..ActorSpec::of_type("bench")
     }
 }
 
@@ -84,7 +56,7 @@ pub(crate) fn measure(options: &Options, results: &mut Results) {
     let before = resident_mib();
     let mut tables = Tables::default();
     let mut note = |tables: &Tables, name: &str| {
-        let (mib, rows) = (resident_mib() - before, tables.tables.row_count());
+        let (mib, rows) = (resident_mib() - before, tables.rows.row_count());
         results.row(
             &format!("{name:<60} {mib:>12.1} MiB  {rows} rows"),
             json!({ "name": name, "unit": "MiB", "mean": mib, "rows": rows }),
@@ -112,9 +84,7 @@ pub(crate) fn measure(options: &Options, results: &mut Results) {
         });
         left -= count;
     }
-    while let Some(command) = placement_pass(&tables.tables, tables.index) {
-        tables.apply(&command);
-    }
+    tables.place_all();
     note(&tables, &format!("tables: and {ACTORS} actors, placed"));
     let quarter = (options.jobs / 4).max(1);
     for number in 1..=options.jobs {

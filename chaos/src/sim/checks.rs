@@ -134,7 +134,7 @@ impl World {
     pub(crate) fn is_quiet(&self) -> bool {
         self.counts.events.is_multiple_of(LOOK_EVERY)
             && self.is_undrained
-            && self.clients.iter().all(super::client::Client::is_idle)
+            && self.clients.iter().all(super::client::Client::is_done)
             && self.is_operator_done()
             && self.workers_are_idle()
             && self.is_settled()
@@ -157,7 +157,7 @@ impl World {
         if !self.is_operator_done() {
             missing.push(format!("the group is not whole: {:?}", self.operator));
         }
-        for client in self.clients.iter().filter(|client| !client.is_idle()) {
+        for client in self.clients.iter().filter(|client| !client.is_done()) {
             missing.push(format!("a client waits for {}", client.waiting()));
         }
         if !self.workers_are_idle() {

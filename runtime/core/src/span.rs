@@ -24,7 +24,8 @@ pub const SPANS_KEPT_MAX: usize = 4096;
 pub struct Span {
     /// What it was, for people: `run`, `launch host`, a task's name.
     pub name: String,
-    /// Which kind of thing it was, to be filtered by: `actor`, `host`, `task`, `transfer`, `user`.
+    /// Which kind of thing it was, to be filtered by: `actor`, `host`, `task`,
+    /// `queue`, `lease`, `transfer`, `user`.
     pub category: String,
     /// Whose it was.
     pub job: JobId,

@@ -141,6 +141,32 @@ pub struct ActorSpec {
     pub detached: bool,
 }
 
+impl ActorSpec {
+    /// An actor of this kind as it is where nobody asks for more: no name, no arguments, no resources,
+    /// anywhere, not started again, in a shared process, with [`DEFAULT_MAILBOX_CAPACITY`].
+    #[must_use]
+    pub fn new(kind: ActorKind) -> Self {
+        ActorSpec {
+            kind,
+            name: None,
+            init: Vec::new(),
+            resources: Resources::default(),
+            placement: PlacementPolicy::default(),
+            restart: RestartPolicy::NEVER,
+            isolated: false,
+            mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
+            detached: false,
+        }
+    }
+
+    /// The same for an actor of the type with this name.
+    #[must_use]
+    pub fn of_type(type_name: impl Into<String>) -> Self {
+        let type_name = type_name.into();
+        ActorSpec::new(ActorKind::Actor { type_name })
+    }
+}
+
 /// The largest constructor argument: specs are replicated, and bulk bytes never pass through Raft.
 pub const INIT_LIMIT_BYTES: usize = 256 * 1024;
 

@@ -23,7 +23,7 @@ use tonic::Status;
 use crate::api::{rejected, stamp};
 use crate::metrics::HeadMetrics;
 use crate::raft::{HeadCommand, Member, ProposeError, RaftHandle};
-use crate::session::Sessions;
+use crate::sessions::Sessions;
 use crate::store_health::StoreHealth;
 use crate::sweep::SweepReports;
 use crate::timeline::Lives;

@@ -26,6 +26,7 @@ mod origin;
 pub mod raft;
 mod secrets;
 mod session;
+mod sessions;
 #[doc(hidden)]
 pub mod simulation;
 mod store_health;
@@ -227,7 +228,7 @@ impl Head {
             at_rest: identity.ca.at_rest(),
             raft,
             modules,
-            sessions: session::Sessions::default(),
+            sessions: sessions::Sessions::default(),
             metrics: metrics::HeadMetrics::default(),
             lives: timeline::Lives::default(),
             changes: watch::Changes::default(),

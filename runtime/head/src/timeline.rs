@@ -187,7 +187,7 @@ mod tests {
     use mobula_core::id::{JobId, NodeId};
     use mobula_core::order::StartActor;
     use mobula_core::resource::Resources;
-    use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
+    use mobula_core::spec::{ActorKind, ActorSpec, Program};
 
     fn start(incarnation: u64, times_ms: [u64; 3]) -> Start {
         let known = |ms: u64| (ms > 0).then_some(ms);
@@ -258,17 +258,7 @@ mod tests {
             incarnation: Incarnation(7),
             job: JobId(1),
             program: Program::Builtin,
-            spec: ActorSpec {
-                kind: ActorKind::Driver,
-                name: None,
-                init: Vec::new(),
-                resources: Resources::default(),
-                placement: PlacementPolicy::default(),
-                restart: RestartPolicy::NEVER,
-                isolated: false,
-                mailbox_capacity: 1,
-                detached: false,
-            },
+            spec: ActorSpec::new(ActorKind::Driver),
             args: Vec::new(),
             env: BTreeMap::new(),
             files: Vec::new(),

@@ -5,7 +5,7 @@
 //!
 //! Invariant: recording never waits for anyone but another recorder, and never fails.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mobula_core::id::{ActorId, Incarnation, JobId};
 use mobula_core::span::{Span, SpanRing};
@@ -56,6 +56,17 @@ pub fn begin(name: &str, category: &str) -> SpanGuard {
         Span::new(name, category, runtime.info().job, now_us, now_us)
     });
     SpanGuard { span }
+}
+
+/// The same for something that began so long `ago` and ends where the guard is dropped: for waits,
+/// which are worth recording only once they were long.
+pub fn begin_ago(name: &str, category: &str, ago: Duration) -> SpanGuard {
+    let mut guard = begin(name, category);
+    if let Some(span) = &mut guard.span {
+        let ago_us = u64::try_from(ago.as_micros()).unwrap_or(u64::MAX);
+        span.start_us = span.start_us.saturating_sub(ago_us);
+    }
+    guard
 }
 
 /// Keeps a span that was measured otherwise.

@@ -7,14 +7,15 @@
 //!    before anything that came after the welcome is looked at.
 //! 3. The agent never waits for the leader, except for its last words, and then with a bound.
 
+mod host_processes;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::exit::ExitReason;
-use mobula_core::id::{HostId, Incarnation, JobId};
+use mobula_core::id::{HostId, JobId};
 use mobula_core::order::{Order, WorkerEvent};
-use mobula_core::span::Span;
 use mobula_wire::host::{AgentMessage, HostMessage};
 use mobula_wire::session::Welcome;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -22,7 +23,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::gather::Gathers;
-use crate::hosts::action::{Action, Alarm, Launch};
+use crate::hosts::action::{Action, Alarm};
 use crate::hosts::connection::Connected;
 use crate::hosts::devices::Devices;
 use crate::hosts::launcher::{Launched, Launcher};
@@ -34,16 +35,12 @@ use crate::metrics::WorkerMetrics;
 use crate::notices::{Notice, NoticeBoard, NoticeChange, NoticeSource, until};
 use crate::objects::ObjectStore;
 use crate::session_handle::{FromLeader, SessionHandle};
-use crate::spans::{Spans, now_us};
+use crate::spans::Spans;
 use crate::worker::{WorkerExit, WorkerStatus};
 
 /// Inputs that wait for the agent. Who sends more waits, which is the backpressure on the leader's
 /// stream and on hosts; each input takes the agent microseconds.
 pub(crate) const INPUTS: usize = 4_096;
-
-/// A killed process is dead within milliseconds; one that the kernel cannot end yet (it waits for a
-/// device or a network disk) must not hold up the agent for ever.
-const KILL_WAIT: Duration = Duration::from_secs(5);
 
 /// How long the last events may take to be acknowledged when the agent ends.
 const LAST_WORDS_WAIT: Duration = Duration::from_secs(2);
@@ -337,114 +334,6 @@ impl Agent {
             .update(|outbox| outbox.push(notice_event(current)));
     }
 
-    fn handle_connected(&mut self, connected: Connected) {
-        let host = connected.host;
-        let Some(process) = self.processes.get(&host) else {
-            if self.pool.has_host(host) && !self.early.contains_key(&host) {
-                self.early.insert(host, connected);
-            }
-            return;
-        };
-        if !connected.pids.contains(&process.pid()) || self.streams.contains_key(&host) {
-            tracing::warn!(%host, "refused a process that says it is this host");
-            return;
-        }
-        if connected.accept.send(()).is_ok() {
-            self.streams.insert(host, connected.messages);
-            self.pool.connected(host, connected.call_address);
-        }
-    }
-
-    fn handle_launched(&mut self, host: HostId, result: Result<Launched, String>) {
-        self.launched(host, result.is_ok());
-        match result {
-            Ok(Launched {
-                process,
-                certificate,
-            }) if self.pool.has_host(host) => {
-                self.renewals.hold(host, certificate);
-                let pid = process.pid();
-                tracing::info!(%host, pid, "host started");
-                self.processes.insert(host, process.clone());
-                self.watch(host, process);
-                self.pool.launched(host, pid);
-            }
-            Ok(Launched {
-                process: unwanted, ..
-            }) => {
-                // Its actors ended, or the node became another incarnation, while it started.
-                unwanted.kill();
-                self.watch(host, unwanted);
-            }
-            Err(reason) => {
-                tracing::warn!(%host, reason, "host could not be started");
-                self.forget(host);
-                self.logs.close(host);
-                self.pool.launch_failed(host, &reason);
-            }
-        }
-        if let Some(connected) = self.early.remove(&host) {
-            self.handle_connected(connected);
-        }
-    }
-
-    fn renew_due(&mut self) {
-        while let Some((host, certificate)) = self.renewals.take_due(Instant::now()) {
-            let (launcher, to_self) = (self.launcher.clone(), self.to_self.clone());
-            self.tasks.spawn(async move {
-                let result = launcher.renew(host, certificate).await;
-                // Nobody needs a certificate when the agent has ended.
-                let _ = to_self.send(Input::HostCertified(host, result)).await;
-            });
-        }
-    }
-
-    fn handle_certified(&mut self, host: HostId, result: Result<HostCertificate, String>) {
-        if !self.processes.contains_key(&host) {
-            return;
-        }
-        let told = result.and_then(|certificate| {
-            let stream = self.streams.get(&host).ok_or("it is not connected yet")?;
-            let certificate_pem = certificate.credentials.certificate_pem().to_owned();
-            stream
-                .try_send(AgentMessage::Certificate { certificate_pem })
-                .map_err(|_| "it does not read its messages")?;
-            Ok(certificate)
-        });
-        match told {
-            Ok(certificate) => self.renewals.hold(host, certificate),
-            Err(reason) => {
-                tracing::warn!(%host, reason, "the host has no next certificate yet");
-                self.renewals.failed(host);
-            }
-        }
-    }
-
-    fn handle_died(&mut self, host: HostId, end: ProcessEnd) {
-        // A group's kill counts only for a process that a kill ended.
-        let end = match (end, self.launcher.limits.leave(host)) {
-            (ProcessEnd::Signaled(libc::SIGKILL), Some(found)) => ProcessEnd::OutOfMemory(found),
-            (end, _) => end,
-        };
-        tracing::info!(%host, %end, "host ended");
-        self.renewals.forget(host);
-        self.forget(host);
-        self.metrics.ended_host(match end {
-            ProcessEnd::Exited(0) => "exited",
-            ProcessEnd::Exited(_) => "failed",
-            ProcessEnd::Signaled(_) => "signaled",
-            ProcessEnd::OutOfMemory(_) => "out_of_memory",
-        });
-        let last_output = self.logs.tail(host);
-        self.logs.close(host);
-        self.pool.died(host, end, last_output);
-    }
-
-    fn forget(&mut self, host: HostId) {
-        let launcher = self.launcher.clone();
-        self.tasks.spawn(async move { launcher.forget(host).await });
-    }
-
     fn perform(&mut self) {
         loop {
             let actions = self.pool.take_actions();
@@ -501,80 +390,6 @@ impl Agent {
                 break;
             }
             self.pool.alarm(entry.remove());
-        }
-    }
-
-    /// A launch is over: what it took is kept.
-    fn launched(&mut self, host: HostId, is_started: bool) {
-        let Some((job, start_us)) = self.launching.remove(&host) else {
-            return;
-        };
-        let end_us = now_us();
-        if is_started {
-            let seconds = end_us.saturating_sub(start_us) as f64 / 1e6;
-            self.metrics.started_host(seconds);
-        } else {
-            self.metrics.failed_launch();
-        }
-        let span = Span::new("launch a process", "host", job, start_us, end_us);
-        self.spans.push(span.with("host", host.to_string()));
-    }
-
-    fn launch(&mut self, launch: Launch) {
-        let Some(welcome) = self.welcome.clone() else {
-            // Only orders lead to launches, and orders come after a welcome.
-            self.pool
-                .launch_failed(launch.host, "the worker has no session yet");
-            return;
-        };
-        self.launching.insert(launch.host, (launch.job, now_us()));
-        let incarnation: Incarnation = welcome.incarnation;
-        let log = self
-            .logs
-            .assign(launch.host, launch.job, launch.owner, incarnation);
-        let (launcher, to_self) = (self.launcher.clone(), self.to_self.clone());
-        self.tasks.spawn(async move {
-            let result = launcher.launch(&launch, &welcome, &log).await;
-            // If the agent has ended, dropping the spawner kills the process.
-            let _ = to_self.send(Input::HostLaunched(launch.host, result)).await;
-        });
-    }
-
-    fn watch(&mut self, host: HostId, process: HostProcess) {
-        let to_self = self.to_self.clone();
-        self.tasks.spawn(async move {
-            let end = process.wait().await.unwrap_or_else(|error| {
-                tracing::error!(%host, %error, "cannot wait for a host; killing it");
-                process.kill();
-                ProcessEnd::Signaled(libc::SIGKILL)
-            });
-            // Nobody needs to know when the agent has ended.
-            let _ = to_self.send(Input::HostDied(host, end)).await;
-        });
-    }
-
-    fn kill_one(&self, host: HostId) {
-        if let Some(process) = self.processes.get(&host) {
-            process.kill();
-        }
-    }
-
-    /// Kills hosts and waits until they are dead.
-    async fn kill(&mut self, hosts: &[HostId]) {
-        let mut waits = JoinSet::new();
-        for host in hosts {
-            self.streams.remove(host);
-            self.early.remove(host);
-            self.renewals.forget(*host);
-            self.logs.close(*host);
-            if let Some(process) = self.processes.remove(host) {
-                process.kill();
-                waits.spawn(async move { process.wait().await });
-            }
-        }
-        let all_dead = async { while waits.join_next().await.is_some() {} };
-        if tokio::time::timeout(KILL_WAIT, all_dead).await.is_err() {
-            tracing::error!("a killed host is still not dead; its incarnation fences it");
         }
     }
 }

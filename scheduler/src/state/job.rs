@@ -11,10 +11,7 @@
 use mobula_core::control::{Reader, Subject};
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::namespace::Namespace;
-use mobula_core::spec::{
-    ActorKind, ActorSpec, DEFAULT_MAILBOX_CAPACITY, JobSpec, PlacementPolicy, Program,
-    RestartPolicy,
-};
+use mobula_core::spec::{ActorKind, ActorSpec, JobSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection, Resources};
 use serde::{Deserialize, Serialize};
 
@@ -350,15 +347,11 @@ pub(crate) fn check_restart(what: &str, restart: &RestartPolicy) -> Result<(), R
 
 fn driver_spec(spec: &JobSpec) -> ActorSpec {
     ActorSpec {
-        kind: ActorKind::Driver,
-        name: None,
-        init: Vec::new(),
         resources: spec.resources.clone(),
         placement: spec.placement.clone(),
         restart: spec.restart.clone(),
         isolated: true,
-        mailbox_capacity: DEFAULT_MAILBOX_CAPACITY,
-        detached: false,
+        ..ActorSpec::new(ActorKind::Driver)
     }
 }
 

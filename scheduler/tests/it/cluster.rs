@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use mobula_core::control::{Applied, ApplyContext, Effect, StateModule};
 use mobula_core::label::Labels;
 use mobula_core::order::{Order, WorkerEvent};
-use mobula_core::spec::{ActorKind, ActorSpec, JobSpec, PlacementPolicy, Program, RestartPolicy};
+use mobula_core::spec::{ActorSpec, JobSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_core::{ActorId, ExitReason, HostId, Incarnation, JobId, NodeId, Rejection, Resources};
 use mobula_scheduler::memory_txn::MemoryTables;
 use mobula_scheduler::{
@@ -252,16 +252,11 @@ pub(crate) fn job_spec(name: &str, max_restarts: u32) -> JobSpec {
 
 pub(crate) fn actor_spec(name: Option<&str>, cpus: u64) -> ActorSpec {
     ActorSpec {
-        kind: ActorKind::Actor {
-            type_name: "test".to_owned(),
-        },
         name: name.map(str::to_owned),
         init: vec![1, 2, 3],
         resources: Resources::cpu_milli(cpus * 1000),
-        placement: PlacementPolicy::default(),
         restart: RestartPolicy::times(2),
-        isolated: false,
         mailbox_capacity: 16,
-        detached: false,
+        ..ActorSpec::of_type("test")
     }
 }

@@ -16,7 +16,8 @@ use std::time::Duration;
 use mobula_core::error::{CallError, ErrorCode, Executed};
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_core::order::ActorAddress;
-use mobula_core::spec::{ActorKind, ActorSpec, RestartPolicy};
+use mobula_core::spec::ActorSpec;
+use mobula_host::spans;
 use mobula_host::tasks::SLOT_TYPE;
 
 use super::drive;
@@ -129,25 +130,21 @@ impl Pool {
 
     fn slot_spec(&self) -> ActorSpec {
         ActorSpec {
-            kind: ActorKind::Actor {
-                type_name: SLOT_TYPE.to_owned(),
-            },
-            name: None,
-            init: Vec::new(),
             resources: self.kind.resources.clone(),
             placement: self.kind.placement.clone(),
-            // The pool asks for another one where it needs it.
-            restart: RestartPolicy::NEVER,
-            isolated: false,
             // Two pools never share a slot, but tasks that were given up may still stand in line.
             mailbox_capacity: 2 * IN_FLIGHT_MAX as u32,
-            detached: false,
+            // It is not started again: the pool asks for another one where it needs it.
+            ..ActorSpec::of_type(SLOT_TYPE)
         }
     }
 
     /// Waits until a slot runs, keeps it busy until the pool has no more tasks, gives it back.
     async fn hold(self: Arc<Self>, cluster: &Cluster, slot: ActorId) {
-        let begun = self.wait_for_slot(cluster, slot).await;
+        let begun = {
+            let _shown = spans::begin("wait for a slot", "lease").with("slot", slot.to_string());
+            self.wait_for_slot(cluster, slot).await
+        };
         {
             let mut state = self.state.lock();
             state.coming -= 1;

@@ -217,9 +217,11 @@ impl Pool {
             None => Some(all.await),
         };
         // One that was cancelled meanwhile is not here any more.
-        let Some(record) = self.state.lock().dependent.remove(&id) else {
+        let Some(mut record) = self.state.lock().dependent.remove(&id) else {
             return;
         };
+        record.waited_for("what it needs", Instant::now());
+        record.wait();
         match (outcome, deadline) {
             (Some(Ok(())), _) => self.submit(cluster, record),
             (Some(Err(error)), _) => record.fail_with(error),
@@ -250,7 +252,8 @@ impl Pool {
         let count = records.len();
         {
             let mut state = self.state.lock();
-            for record in records.into_iter().rev() {
+            for mut record in records.into_iter().rev() {
+                record.wait();
                 state.waiting.push_front(record);
             }
             self.lease_if_short(&mut state, cluster);
@@ -276,10 +279,12 @@ impl Pool {
             let count = count.min(state.waiting.len());
             state.waiting.drain(..count).collect()
         };
+        let now = Instant::now();
+        for record in &records {
+            record.waited_for("a slot", now);
+        }
         let is_wanted = |record: &TaskRecord| {
-            let is_late = record
-                .deadline
-                .is_some_and(|deadline| deadline.at <= Instant::now());
+            let is_late = record.deadline.is_some_and(|deadline| deadline.at <= now);
             !is_late && !record.is_unread()
         };
         if records.iter().all(is_wanted) {
@@ -288,7 +293,7 @@ impl Pool {
         let (wanted, unwanted): (Vec<_>, Vec<_>) = records.into_iter().partition(is_wanted);
         for record in unwanted {
             match record.deadline {
-                Some(deadline) if deadline.at <= Instant::now() => record.fail_late(deadline),
+                Some(deadline) if deadline.at <= now => record.fail_late(deadline),
                 _ => record.fail_cancelled(),
             }
         }

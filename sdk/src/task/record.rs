@@ -6,6 +6,7 @@
 //!    its policy allows.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
@@ -13,8 +14,10 @@ use mobula_core::object::{ObjectError, ObjectId};
 use mobula_host::mailbox::Deadline;
 use mobula_host::objects::{Completer, Lineage, Object, bring};
 use mobula_host::reply::VALUE_BYTES_MAX;
+use mobula_host::spans;
 use mobula_host::tasks::complete_with_outcome;
 use mobula_wire::task::TaskHead;
+use tokio::time::Instant;
 
 use super::items::ItemSink;
 
@@ -25,6 +28,9 @@ const REFUSALS_MAX: u32 = 1000;
 /// Values that travel with one task: a few of the largest that are kept in processes at all. More
 /// would be in the way of the tasks behind it.
 const BROUGHT_BYTES_MAX: usize = 256 * 1024;
+
+/// A shorter wait is no lost time to look for, and recording it would cost more than it took.
+const WAIT_SHOWN_MIN: Duration = Duration::from_millis(1);
 
 /// What the wire says about a value beside its bytes, at most: where a stored one is.
 const ABOUT_VALUE_BYTES: usize = 256;
@@ -212,6 +218,8 @@ pub(crate) struct TaskRecord {
     /// Where its values go, if it brings several; away while it is under way.
     pub(super) items: Option<ItemSink>,
     result: Completer,
+    /// Since when it waits, for what it needs or for a slot.
+    waits_since: Instant,
 }
 
 impl TaskRecord {
@@ -227,6 +235,24 @@ impl TaskRecord {
             tries: Tries::new(task.policy),
             result,
             task,
+            waits_since: Instant::now(),
+        }
+    }
+
+    /// It begins to wait for something else.
+    pub(super) fn wait(&mut self) {
+        self.waits_since = Instant::now();
+    }
+
+    /// It has waited for `what` until `now`: the job's timeline shows that, if it took long.
+    pub(super) fn waited_for(&self, what: &str, now: Instant) {
+        let waited = now.duration_since(self.waits_since);
+        if waited >= WAIT_SHOWN_MIN {
+            drop(
+                spans::begin_ago(self.name(), "queue", waited)
+                    .with("for", what)
+                    .with("attempt", self.tries.attempt().to_string()),
+            );
         }
     }
 

@@ -149,3 +149,23 @@ fn a_timeline_shows_starts_and_restarts_nested_and_in_order() {
     let exits: Vec<&Value> = events.iter().map(|e| &e["args"]["exit"]).collect();
     assert!(exits.contains(&&Value::from("panicked")), "{exits:?}");
 }
+
+#[test]
+fn a_timeline_shows_what_tasks_waited_for() {
+    let cluster = TestCluster::up(1);
+    let program = example("tasks");
+    let arguments = ["submit", program.to_str().unwrap(), "--follow"];
+    cluster.ok(&[&arguments[..], &["--", "50", "5"]].concat());
+    let text = cluster.ok(&["jobs", "timeline", "job-1"]);
+    let trace: Value = serde_json::from_str(&text).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let of_kind = |category: &str, phase: &str| {
+        let found = |event: &&Value| event["cat"] == category && event["ph"] == phase;
+        events.iter().filter(found).count()
+    };
+    assert!(of_kind("task", "X") >= 1, "{text}");
+    // The first task waits for the first slot, and that for its process.
+    assert!(of_kind("queue", "b") >= 1, "{text}");
+    assert!(of_kind("lease", "b") >= 1, "{text}");
+    assert_eq!(of_kind("queue", "b"), of_kind("queue", "e"));
+}

@@ -16,7 +16,7 @@ use tonic::Status;
 
 use super::{access, job_output, jobs, rejected};
 use crate::context::HeadContext;
-use crate::session::LogPiece;
+use crate::sessions::LogPiece;
 
 /// How much is asked for at once; well below the control lane's frame.
 const PIECE_BYTES: u32 = 256 * 1024;

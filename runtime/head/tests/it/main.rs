@@ -7,6 +7,7 @@
 )]
 
 mod certificates;
+mod cluster_port;
 mod logs;
 mod metrics;
 mod one_head;

@@ -6,6 +6,8 @@
 //! 2. Everything pending settles as an error as soon as the owner is known to have ended: its
 //!    node's agent says so, nobody listens at its address any more, or another process does; and
 //!    when it cannot be reached for [`OWNER_GONE_AFTER`] without that being known.
+//! 3. The agent of an owner's node calls processes of other jobs gone. So its word counts at once only
+//!    about an owner that has answered; one that has not is asked, and may say that it refuses.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -80,6 +82,10 @@ struct State {
     queue: Vec<Queued>,
     /// Why nothing goes out any more.
     ending: Option<Ending>,
+    /// The owner has answered.
+    is_answered: bool,
+    /// The agent of its node calls it gone.
+    is_said_gone: bool,
 }
 
 struct Borrowed {
@@ -210,6 +216,20 @@ impl Link {
         }
         drop(queue);
         self.ended.notify_waiters();
+    }
+
+    /// The agent of the owner's node says that it is gone. Ends the link and answers true where that is
+    /// certain.
+    pub(crate) fn said_gone(&self) -> bool {
+        let is_certain = {
+            let mut state = self.state.lock();
+            state.is_said_gone = true;
+            state.is_answered
+        };
+        if is_certain {
+            self.end(&seen_to_end());
+        }
+        is_certain
     }
 
     /// Waits until the owner is known to have ended, or to be out of reach; what that means for one
@@ -369,7 +389,10 @@ impl Link {
         let began = Instant::now();
         loop {
             let error = match call().await {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => {
+                    self.state.lock().is_answered = true;
+                    return Ok(answer);
+                }
                 Err(error @ CallError::ActorUnavailable { .. }) => {
                     if self.is_closed().await {
                         let reason = format!("nobody listens at {} any more", self.address);
@@ -384,6 +407,9 @@ impl Link {
                 Err(CallError::NotPermitted(reason)) => return Err(Ending::Refused(reason)),
                 Err(error) => return Err(Ending::Lost(error.to_string())),
             };
+            if self.state.lock().is_said_gone {
+                return Err(seen_to_end());
+            }
             if began.elapsed() > OWNER_GONE_AFTER {
                 return Err(Ending::Lost(format!("its owner is out of reach: {error}")));
             }
@@ -399,4 +425,8 @@ impl Link {
             Err(_) => false,
         }
     }
+}
+
+fn seen_to_end() -> Ending {
+    Ending::Died("the agent of its node saw it end".to_owned())
 }

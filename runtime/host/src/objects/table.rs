@@ -194,9 +194,18 @@ impl ObjectTable {
 
     /// A process is known to be gone: what it held is released, what it owned is lost.
     pub fn process_gone(self: &Arc<Self>, process: ProcessId) {
-        let link = self.links.lock().remove(&process);
-        if let Some(link) = link {
-            link.end(&Ending::Died("the agent of its node saw it end".to_owned()));
+        let link = self.links.lock().get(&process).map(Arc::clone);
+        if let Some(link) = link
+            && link.said_gone()
+        {
+            let mut links = self.links.lock();
+            // Another one may have taken its place meanwhile.
+            if links
+                .get(&process)
+                .is_some_and(|now| Arc::ptr_eq(now, &link))
+            {
+                links.remove(&process);
+            }
         }
         self.finish(self.owned.holder_gone(process));
     }

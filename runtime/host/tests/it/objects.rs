@@ -281,7 +281,10 @@ async fn an_object_of_another_job_is_refused_and_not_called_lost() {
         let owner = Process::start_as(&owner).await;
         let reader = Process::start_as(&reader).await;
         let object = owner.objects.put("x").unwrap();
-        let error = value(&reader.receive(&object)).await.unwrap_err();
+        let foreign = reader.receive(&object);
+        // The agent of a node says so of every process that is not of the job that asks.
+        reader.objects.process_gone(owner.objects.process());
+        let error = value(&foreign).await.unwrap_err();
         assert!(matches!(error, ObjectError::NotPermitted { .. }), "{error}");
         assert_eq!(value(&object).await.unwrap(), "x");
     }

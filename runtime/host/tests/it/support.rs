@@ -8,8 +8,7 @@ use mobula_core::codec;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::namespace::Namespace;
 use mobula_core::order::{ActorAddress, StartActor};
-use mobula_core::resource::Resources;
-use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
+use mobula_core::spec::{ActorSpec, Program};
 use mobula_host::mailbox::IncomingCall;
 use mobula_host::registry::ConstructError;
 use mobula_host::reply::{CallResult, LocalCall, Reply};
@@ -177,17 +176,9 @@ pub(crate) fn order(actor: ActorId, incarnation: Incarnation, init: &[u8]) -> St
         job: JOB,
         program: Program::Builtin,
         spec: ActorSpec {
-            kind: ActorKind::Actor {
-                type_name: "probe".into(),
-            },
-            name: None,
             init: init.to_vec(),
-            resources: Resources::default(),
-            placement: PlacementPolicy::default(),
-            restart: RestartPolicy::NEVER,
-            isolated: false,
             mailbox_capacity: 2,
-            detached: false,
+            ..ActorSpec::of_type("probe")
         },
         args: Vec::new(),
         env: Default::default(),

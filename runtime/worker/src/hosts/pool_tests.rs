@@ -2,8 +2,7 @@
 
 use super::SHARED_ACTORS_MAX;
 use super::*;
-use mobula_core::resource::Resources;
-use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, RestartPolicy};
+use mobula_core::spec::{ActorKind, ActorSpec};
 use mobula_wire::host::HostMessage;
 
 fn pool() -> Pool {
@@ -16,19 +15,7 @@ fn start_of(actor: u64, incarnation: u64) -> StartActor {
         incarnation: Incarnation(incarnation),
         job: JobId(1),
         program: Program::Builtin,
-        spec: ActorSpec {
-            kind: ActorKind::Actor {
-                type_name: "t".into(),
-            },
-            name: None,
-            init: Vec::new(),
-            resources: Resources::default(),
-            placement: PlacementPolicy::default(),
-            restart: RestartPolicy::NEVER,
-            isolated: false,
-            mailbox_capacity: 1,
-            detached: false,
-        },
+        spec: ActorSpec::of_type("t"),
         args: Vec::new(),
         env: BTreeMap::new(),
         files: Vec::new(),

@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId, Term};
 use mobula_core::order::{Order, StartActor, WorkerEvent};
-use mobula_core::resource::Resources;
-use mobula_core::spec::{ActorKind, ActorSpec, PlacementPolicy, Program, RestartPolicy};
+use mobula_core::spec::{ActorKind, ActorSpec, Program};
 use mobula_net::endpoint::{Connection, Endpoint};
 use mobula_net::identity::{ClusterCa, Identity, Role, Validity};
 use mobula_net::lane::FramedStream;
@@ -264,19 +263,7 @@ pub(crate) fn plain(actor: u64, incarnation: u64) -> StartActor {
         incarnation: Incarnation(incarnation),
         job: JobId(1),
         program: Program::Builtin,
-        spec: ActorSpec {
-            kind: ActorKind::Actor {
-                type_name: "plain".into(),
-            },
-            name: None,
-            init: Vec::new(),
-            resources: Resources::default(),
-            placement: PlacementPolicy::default(),
-            restart: RestartPolicy::NEVER,
-            isolated: false,
-            mailbox_capacity: 1,
-            detached: false,
-        },
+        spec: ActorSpec::of_type("plain"),
         args: Vec::new(),
         env: BTreeMap::new(),
         files: Vec::new(),
