@@ -13,6 +13,7 @@ const PAGES: &[&str] = &[
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
+    "docs/checkpoints.md",
     "docs/cli-json.md",
     "runtime/head/OVERVIEW.md",
     "runtime/net/OVERVIEW.md",

@@ -137,6 +137,7 @@ mod tests {
                 manifest_digest: format!("{step}"),
                 size_bytes: 1,
                 weights_blake3: None,
+                metric: None,
             };
             let command = CheckpointCommand::Committed { job, checkpoint };
             self.apply(&CheckpointModule, &command.encode());

@@ -6,8 +6,10 @@
 //!    verification is rejected by name and is then no longer visible.
 //! 3. Two checkpoints of one step have the same weights: training is deterministic, so anything
 //!    else is damage and is refused.
-//! 4. A job keeps [`CHECKPOINTS_PER_JOB`] checkpoints and [`REJECTIONS_PER_JOB`] rejections; of
-//!    [`JOBS_MAX`] jobs the one that was quiet for longest is forgotten.
+//! 4. A job keeps what its policy says ([`CHECKPOINTS_PER_JOB`] if it says nothing, [`KEPT_MAX`](super::keep::KEPT_MAX) at most)
+//!    and [`REJECTIONS_PER_JOB`] rejections; of [`JOBS_MAX`] jobs the one that was quiet for longest is
+//!    forgotten.
+//! 5. A pinned checkpoint stays until it is unpinned, is rejected, or its job is forgotten.
 
 use mobula_core::codec;
 use mobula_core::control::{
@@ -18,12 +20,16 @@ use mobula_core::{ErrorCode, Incarnation, JobId, Rejection};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// Checkpoints remembered of a job: enough to fall back past several damaged ones.
+use super::keep::{KeepPolicy, Metric, PINNED_MAX};
+
+/// Checkpoints remembered of a job that has no policy of its own.
 pub const CHECKPOINTS_PER_JOB: usize = 20;
 /// Rejections remembered of a job: each is shown to people, and the oldest says least.
 pub const REJECTIONS_PER_JOB: usize = 32;
-/// Jobs remembered: at about 10 KiB a job, 40 MiB at the most.
+/// Jobs remembered: at about 10 KiB a job 40 MiB, and 130 MiB if each keeps as much as it may.
 pub const JOBS_MAX: u64 = 4096;
+/// Jobs in one answer to [`CheckpointQuery::Jobs`]: some 100 KiB.
+pub const JOBS_PER_PAGE: usize = 256;
 /// The longest path, digest or reason that is kept, in bytes.
 pub const TEXT_BYTES_MAX: usize = 1024;
 
@@ -60,6 +66,8 @@ pub struct CheckpointRef {
     pub size_bytes: u64,
     /// BLAKE3 of weights and optimizer state, in hex, where the job has such a hash.
     pub weights_blake3: Option<String>,
+    /// What the job compares its checkpoints by, where it does.
+    pub metric: Option<Metric>,
 }
 
 /// A change.
@@ -104,6 +112,31 @@ pub enum CheckpointCommand {
         /// How many, at least one.
         keep: u32,
     },
+    /// A driver says what is to be kept of its job from now on.
+    Keep {
+        /// The job.
+        job: JobId,
+        /// The driver's incarnation.
+        incarnation: Incarnation,
+        /// What to keep.
+        policy: KeepPolicy,
+    },
+    /// Keep a checkpoint, or no more, whatever the policy says.
+    Pin {
+        /// The job.
+        job: JobId,
+        /// The checkpoint's step.
+        step: u64,
+        /// Whether it is pinned from now on.
+        is_pinned: bool,
+    },
+    /// Hide all but the newest and the pinned, now.
+    Prune {
+        /// The job.
+        job: JobId,
+        /// How many of the newest stay, at least one.
+        keep: u32,
+    },
 }
 
 impl CheckpointCommand {
@@ -119,7 +152,10 @@ impl CheckpointCommand {
             | CheckpointCommand::Rejected { job, .. }
             | CheckpointCommand::Forget { job }
             | CheckpointCommand::Fence { job, .. }
-            | CheckpointCommand::Trim { job, .. } => *job,
+            | CheckpointCommand::Trim { job, .. }
+            | CheckpointCommand::Keep { job, .. }
+            | CheckpointCommand::Pin { job, .. }
+            | CheckpointCommand::Prune { job, .. } => *job,
         }
     }
 }
@@ -131,6 +167,12 @@ pub enum CheckpointQuery {
     List {
         /// The job.
         job: JobId,
+    },
+    /// The jobs of which something is known, by id, [`JOBS_PER_PAGE`] at most; answered with a list of
+    /// [`JobSummary`].
+    Jobs {
+        /// Those behind this one.
+        after: Option<JobId>,
     },
 }
 
@@ -162,6 +204,27 @@ pub struct Committed {
     pub checkpoint: CheckpointRef,
     /// When it was committed, in milliseconds since the Unix epoch.
     pub committed_ms: u64,
+    /// Its number among all that the job committed, from 1.
+    pub number: u64,
+    /// Whether it stays whatever the policy says.
+    pub is_pinned: bool,
+}
+
+/// What is known of a job, in short.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSummary {
+    /// The job.
+    pub job: JobId,
+    /// How many checkpoints are visible.
+    pub visible: u32,
+    /// How many of them are pinned.
+    pub pinned: u32,
+    /// How many restores have refused, as far as is remembered.
+    pub rejections: u32,
+    /// The bytes of all that are visible, each counted in full.
+    pub size_bytes: u64,
+    /// The newest.
+    pub newest: Option<Committed>,
 }
 
 /// What is known of a job's checkpoints.
@@ -173,12 +236,27 @@ pub struct JobCheckpoints {
     pub checkpoints: Vec<Committed>,
     /// What restores refused, newest first.
     pub rejections: Vec<Rejected>,
+    /// What is kept while the job runs.
+    pub policy: KeepPolicy,
+    /// How many were committed ever.
+    pub committed_count: u64,
 }
 
 impl JobCheckpoints {
     /// Reads the answer to [`CheckpointQuery::List`].
     pub fn decode(bytes: &[u8]) -> Result<Self, codec::DecodeError> {
         codec::decode(bytes, PAYLOAD_BYTES_MAX)
+    }
+
+    /// Hides all but the newest `keep`, at least one, and the pinned.
+    fn hide_old(&mut self, keep: u32) {
+        let policy = KeepPolicy {
+            last: keep.max(1),
+            every: 0,
+            best: 0,
+            larger_is_better: false,
+        };
+        policy.apply(&mut self.checkpoints);
     }
 
     fn fence(&mut self, job: JobId, incarnation: Incarnation) -> Result<(), Rejection> {
@@ -285,10 +363,35 @@ impl StateModule for CheckpointModule {
             CheckpointCommand::Trim { job, keep } => {
                 // Forgotten meanwhile: nothing is kept of it.
                 if let Some(mut row) = load(txn, job) {
-                    let keep = usize::try_from(keep).unwrap_or(usize::MAX).max(1);
-                    row.known.checkpoints.truncate(keep);
+                    row.known.hide_old(keep);
                     rewrite(txn, job, &row);
                 }
+            }
+            CheckpointCommand::Keep {
+                job,
+                incarnation,
+                policy,
+            } => {
+                policy
+                    .check()
+                    .map_err(|error| Rejection::invalid(error.to_string()))?;
+                let mut row = load(txn, job).unwrap_or_default();
+                row.known.fence(job, incarnation)?;
+                row.known.policy = policy;
+                policy.apply(&mut row.known.checkpoints);
+                store(context, txn, job, row);
+            }
+            CheckpointCommand::Pin {
+                job,
+                step,
+                is_pinned,
+            } => pin(txn, job, step, is_pinned)?,
+            CheckpointCommand::Prune { job, keep } => {
+                let mut row = load(txn, job).ok_or_else(|| {
+                    Rejection::not_found(format!("{job} has no checkpoints to prune"))
+                })?;
+                row.known.hide_old(keep);
+                rewrite(txn, job, &row);
             }
             CheckpointCommand::Fence { job, incarnation } => {
                 let mut row = load(txn, job).unwrap_or_default();
@@ -300,19 +403,27 @@ impl StateModule for CheckpointModule {
     }
 
     fn query(&self, reader: &dyn Reader, _: u64, payload: &[u8]) -> Result<Vec<u8>, Rejection> {
-        let CheckpointQuery::List { job } = read_query(payload)?;
-        let known = load(reader, job).map(|row| row.known).unwrap_or_default();
-        Ok(codec::encode_plain(&known))
+        match read_query(payload)? {
+            CheckpointQuery::List { job } => {
+                let known = load(reader, job).map(|row| row.known).unwrap_or_default();
+                Ok(codec::encode_plain(&known))
+            }
+            CheckpointQuery::Jobs { after } => Ok(codec::encode_plain(&summaries(reader, after))),
+        }
     }
 
     fn authorize_query(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
-        let CheckpointQuery::List { job } = read_query(payload)?;
+        let asked = match read_query(payload)? {
+            CheckpointQuery::List { job } => Some(job),
+            CheckpointQuery::Jobs { .. } => None,
+        };
         match caller {
-            Caller::Host { job: own, .. } if *own != job && *own != JobId::SYSTEM => {
+            Caller::Host { job: own, .. } if Some(*own) != asked && *own != JobId::SYSTEM => {
+                let whose = asked.map_or_else(|| "all jobs".to_owned(), |job| job.to_string());
                 Err(Rejection::new(
                     ErrorCode::PermissionDenied,
                     format!(
-                        "a host of {own} may not see the checkpoints of {job}: use a client token"
+                        "a host of {own} may not see the checkpoints of {whose}: use a client token"
                     ),
                 ))
             }
@@ -327,7 +438,12 @@ impl StateModule for CheckpointModule {
             Caller::Head => true,
             Caller::Host { job: own, .. } => *own == job,
             // What a job committed is the job's word; tidying up is the operator's.
-            Caller::Client => matches!(command, CheckpointCommand::Forget { .. }),
+            Caller::Client => matches!(
+                command,
+                CheckpointCommand::Forget { .. }
+                    | CheckpointCommand::Pin { .. }
+                    | CheckpointCommand::Prune { .. }
+            ),
             Caller::Node(_) => false,
         };
         if allowed {
@@ -374,12 +490,15 @@ fn commit(
     let mut row = load(txn, job).unwrap_or_default();
     row.known.fence(job, checkpoint.incarnation)?;
     if row.known.admit(job, &checkpoint)? {
+        row.known.committed_count += 1;
         let committed = Committed {
             checkpoint,
             committed_ms: context.now_ms,
+            number: row.known.committed_count,
+            is_pinned: false,
         };
         row.known.checkpoints.insert(0, committed);
-        row.known.checkpoints.truncate(CHECKPOINTS_PER_JOB);
+        row.known.policy.apply(&mut row.known.checkpoints);
     }
     store(context, txn, job, row);
     Ok(())
@@ -411,6 +530,38 @@ fn reject(
         row.known.rejections.truncate(REJECTIONS_PER_JOB);
     }
     store(context, txn, job, row);
+    Ok(())
+}
+
+fn pin(txn: &mut dyn Txn, job: JobId, step: u64, is_pinned: bool) -> Result<(), Rejection> {
+    let mut row =
+        load(txn, job).ok_or_else(|| Rejection::not_found(format!("{job} has no checkpoints")))?;
+    let pinned = row.known.checkpoints.iter().filter(|one| one.is_pinned);
+    let pinned_count = pinned.count();
+    let steps: Vec<String> = row
+        .known
+        .checkpoints
+        .iter()
+        .map(|one| one.checkpoint.step.to_string())
+        .collect();
+    let Some(one) = row
+        .known
+        .checkpoints
+        .iter_mut()
+        .find(|one| one.checkpoint.step == step)
+    else {
+        return Err(Rejection::not_found(format!(
+            "{job} has no checkpoint of step {step}: there are those of {}",
+            steps.join(", ")
+        )));
+    };
+    if is_pinned && !one.is_pinned && pinned_count >= PINNED_MAX {
+        return Err(precondition(format!(
+            "{job} has {pinned_count} pinned checkpoints, the limit is {PINNED_MAX}: unpin one first"
+        )));
+    }
+    one.is_pinned = is_pinned;
+    rewrite(txn, job, &row);
     Ok(())
 }
 
@@ -482,6 +633,29 @@ pub(super) fn all_known(reader: &dyn Reader) -> impl Iterator<Item = (JobId, Job
         let job = JobId(mobula_core::row::number_at(&key, 0));
         (job, decode_row::<Row>(&value).known)
     })
+}
+
+/// The jobs behind `after`, in short.
+fn summaries(reader: &dyn Reader, after: Option<JobId>) -> Vec<JobSummary> {
+    all_known(reader)
+        .filter(|(job, _)| after.is_none_or(|after| *job > after))
+        .take(JOBS_PER_PAGE)
+        .map(|(job, known)| {
+            let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+            let checkpoints = &known.checkpoints;
+            JobSummary {
+                job,
+                visible: count(checkpoints.len()),
+                pinned: count(checkpoints.iter().filter(|one| one.is_pinned).count()),
+                rejections: count(known.rejections.len()),
+                size_bytes: checkpoints
+                    .iter()
+                    .map(|one| one.checkpoint.size_bytes)
+                    .fold(0, u64::saturating_add),
+                newest: checkpoints.first().cloned(),
+            }
+        })
+        .collect()
 }
 
 fn load(reader: &dyn Reader, job: JobId) -> Option<Row> {

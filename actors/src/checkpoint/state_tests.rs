@@ -65,6 +65,7 @@ fn checkpoint(incarnation: u64, step: u64) -> CheckpointRef {
         manifest_digest: format!("digest-{step}-{incarnation}"),
         size_bytes: 10,
         weights_blake3: Some(format!("weights-{step}")),
+        metric: None,
     }
 }
 
@@ -259,4 +260,129 @@ fn a_driver_that_was_replaced_commits_nothing_even_before_its_successor_does() {
     assert_eq!(error.code, mobula_core::ErrorCode::Fenced);
     head.commit(3, 8, 90).unwrap();
     assert_eq!(head.steps(3), [90, 80]);
+}
+
+#[test]
+fn what_is_pinned_stays_and_what_the_policy_drops_goes() {
+    let mut head = Head::default();
+    let pin = |step, is_pinned| CheckpointCommand::Pin {
+        job: JobId(1),
+        step,
+        is_pinned,
+    };
+    assert_eq!(
+        head.apply(&pin(10, true)).unwrap_err().code,
+        ErrorCode::NotFound
+    );
+    let policy = KeepPolicy {
+        last: 2,
+        every: 4,
+        best: 1,
+        larger_is_better: false,
+    };
+    let keep = |incarnation| CheckpointCommand::Keep {
+        job: JobId(1),
+        incarnation: Incarnation(incarnation),
+        policy,
+    };
+    head.apply(&keep(7)).unwrap();
+    for step in 1..=9 {
+        let mut checkpoint = checkpoint(7, step * 10);
+        let loss = if step == 3 { 0.25 } else { 1.0 };
+        checkpoint.metric = Some(Metric::try_from(loss).unwrap());
+        head.apply(&CheckpointCommand::Committed {
+            job: JobId(1),
+            checkpoint,
+        })
+        .unwrap();
+        if step == 5 {
+            head.apply(&pin(50, true)).unwrap();
+        }
+    }
+    assert_eq!(head.steps(1), [90, 80, 50, 40, 30]);
+    assert_eq!(head.list(1).committed_count, 9);
+    assert_eq!(head.list(1).checkpoints[3].number, 4);
+    let error = head.apply(&keep(6)).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Fenced, "an older driver's wish");
+    let error = head.apply(&pin(60, true)).unwrap_err();
+    assert!(
+        error
+            .message
+            .contains("there are those of 90, 80, 50, 40, 30"),
+        "{error}"
+    );
+
+    let prune = CheckpointCommand::Prune {
+        job: JobId(1),
+        keep: 0,
+    };
+    head.apply(&prune).unwrap();
+    assert_eq!(head.steps(1), [90, 50], "the newest and the pinned");
+    head.apply(&pin(50, false)).unwrap();
+    head.apply(&prune).unwrap();
+    assert_eq!(head.steps(1), [90]);
+    let error = head
+        .apply(&CheckpointCommand::Prune {
+            job: JobId(2),
+            keep: 1,
+        })
+        .unwrap_err();
+    assert_eq!(error.code, ErrorCode::NotFound);
+}
+
+#[test]
+fn only_so_many_are_pinned() {
+    let mut head = Head::default();
+    let pin = |step| CheckpointCommand::Pin {
+        job: JobId(1),
+        step,
+        is_pinned: true,
+    };
+    for step in 1..=PINNED_MAX as u64 + 1 {
+        head.commit(1, 7, step).unwrap();
+    }
+    for step in 1..=PINNED_MAX as u64 {
+        head.apply(&pin(step)).unwrap();
+        head.apply(&pin(step)).unwrap();
+    }
+    let error = head.apply(&pin(PINNED_MAX as u64 + 1)).unwrap_err();
+    assert!(error.message.contains("unpin one first"), "{error}");
+}
+
+#[test]
+fn jobs_are_listed_in_pages_for_those_who_may_see_all() {
+    let mut head = Head::default();
+    let jobs = JOBS_PER_PAGE as u64 + 3;
+    for job in 1..=jobs {
+        head.commit(job, 1, 10).unwrap();
+    }
+    head.commit(2, 1, 20).unwrap();
+    let page = |after: Option<u64>| {
+        let query = CheckpointQuery::Jobs {
+            after: after.map(JobId),
+        };
+        let answer = CheckpointModule
+            .query(&head.tables, 0, &query.encode())
+            .unwrap();
+        codec::decode::<Vec<JobSummary>>(&answer, PAYLOAD_BYTES_MAX).unwrap()
+    };
+    let first = page(None);
+    assert_eq!(first.len(), JOBS_PER_PAGE);
+    assert_eq!((first[1].job, first[1].visible), (JobId(2), 2));
+    assert_eq!(first[1].size_bytes, 20);
+    assert_eq!(first[1].newest.as_ref().unwrap().checkpoint.step, 20);
+    let rest = page(Some(JOBS_PER_PAGE as u64));
+    assert_eq!(rest.len(), 3);
+    assert_eq!(rest[2].job, JobId(jobs));
+    let query = CheckpointQuery::Jobs { after: None }.encode();
+    let host = Caller::Host {
+        job: JobId(3),
+        node: NodeId(1),
+    };
+    assert!(CheckpointModule.authorize_query(&host, &query).is_err());
+    assert!(
+        CheckpointModule
+            .authorize_query(&Caller::Client, &query)
+            .is_ok()
+    );
 }

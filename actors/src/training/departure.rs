@@ -10,12 +10,12 @@ use tokio::time::Instant;
 use super::coordinator::Coordinator;
 use super::job::{Driver, JobError, now_ms};
 use super::link::ClusterLink;
+use super::preemption::{Budget, Facts, Preemption, Transition};
 use super::resume::History;
 use super::saving::Saver;
 
-/// Time before the end of a notice that is not counted on: the machine may go a little early.
-const MARGIN_MIN: Duration = Duration::from_secs(2);
-const MARGIN_PERCENT: u32 = 15;
+/// How much later than it was given a notice may be heard: a worker looks for its file twice a second.
+const NOTICE_LAG_MS: u64 = 500;
 /// How long a driver that has yielded may still be there.
 const YIELDED_MAX: Duration = Duration::from_secs(30);
 /// Attempts to leave while the head does not know of the notice yet.
@@ -31,39 +31,62 @@ impl Driver {
         saver: &mut Saver,
         history: &History,
     ) -> Result<(), JobError> {
+        let mut machine = Preemption::default();
+        self.tell(machine.noticed(notice.deadline_ms, now_ms()));
+        let facts = self.facts(coordinator, saver);
+        self.tell(machine.choose(&facts));
         let step = coordinator.state().step;
-        let left = Duration::from_millis(notice.deadline_ms.saturating_sub(now_ms()));
-        let usable = usable_time(left);
-        let needed = saver.expected_time();
-        if usable < needed {
+        if machine.phase().saves() {
+            let begun = Instant::now();
+            let budget = Budget::until(notice.deadline_ms, facts.now_ms, facts.lag_ms);
+            if machine.begins_new_save(&facts) {
+                saver.offer(self.order(coordinator, saver, history));
+            }
+            let deadline = begun + Duration::from_millis(budget.usable_ms);
+            let is_saved = saver.flush(Some(deadline)).await?;
+            let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+            if !is_saved {
+                self.tell(machine.ran_out(took_ms));
+            }
             self.log.line(format_args!(
-                "notice: {} ms are left and {} ms of them usable, a checkpoint of step {step} \
-                 needs {} ms: not saving, the newest checkpoint is of step {}",
-                left.as_millis(),
-                usable.as_millis(),
-                needed.as_millis(),
+                "notice: {took_ms} ms were spent on saving step {step}; the newest checkpoint is of step {}",
                 saver.committed_step().unwrap_or(0),
             ));
         } else {
-            let begun = Instant::now();
-            saver.offer(self.order(coordinator, saver, history));
-            let saved = saver.flush(Some(begun + usable)).await?;
             self.log.line(format_args!(
-                "notice: {} ms were left; the checkpoint of step {step} {} after {} ms",
-                left.as_millis(),
-                if saved {
-                    "is committed"
-                } else {
-                    "is not committed, the grace is over"
-                },
-                begun.elapsed().as_millis(),
+                "notice: step {step} is not saved; the newest checkpoint is of step {}",
+                saver.committed_step().unwrap_or(0),
             ));
         }
-        self.yield_node().await
+        self.yield_node(&mut machine).await
+    }
+
+    /// What the choice rests on. Nobody else is known to hold these bits for sure: an order that would
+    /// prove it may take longer than the grace.
+    fn facts(&self, coordinator: &Coordinator<ClusterLink>, saver: &Saver) -> Facts {
+        let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let size_bytes = coordinator.state().size_bytes();
+        let usual_ms = millis(saver.expected_time()).max(1);
+        Facts {
+            now_ms: now_ms(),
+            lag_ms: NOTICE_LAG_MS,
+            survivors: 0,
+            savers: 1,
+            overhead_ms: 0,
+            missing_bytes: size_bytes,
+            bytes_per_second: (size_bytes.saturating_mul(1000) / usual_ms).max(1),
+            running_ms: saver.expected_left().map(millis),
+        }
+    }
+
+    fn tell(&self, transition: Option<Transition>) {
+        if let Some(transition) = transition {
+            self.log.line(format_args!("{transition}"));
+        }
     }
 
     /// Has the head start the driver elsewhere. Returns if it may not.
-    async fn yield_node(&self) -> Result<(), JobError> {
+    async fn yield_node(&self, machine: &mut Preemption) -> Result<(), JobError> {
         let notices = self.cluster.notices();
         for attempt in 1.. {
             let Err(error) = self.cluster.yield_actor(self.actor, self.incarnation).await else {
@@ -71,20 +94,19 @@ impl Driver {
             };
             // The agent tells its hosts and the head at the same time: the head may be behind.
             if attempt == YIELD_ATTEMPTS_MAX || notices.borrow().is_none() {
+                if notices.borrow().is_none() {
+                    self.tell(machine.withdrawn());
+                }
                 self.log.line(format_args!("the driver stays: {error}"));
                 return Ok(());
             }
             tokio::time::sleep(YIELD_PAUSE).await;
         }
+        self.tell(machine.detached());
         // The agent ends this process, and the head starts the driver elsewhere.
         tokio::time::sleep(YIELDED_MAX).await;
         Err(JobError::NotStopped(self.actor))
     }
-}
-
-/// What can be counted on of the time that is left.
-fn usable_time(left: Duration) -> Duration {
-    left.saturating_sub(MARGIN_MIN.max(left * MARGIN_PERCENT / 100))
 }
 
 /// Waits for a notice other than the one that was `seen`.
@@ -107,15 +129,6 @@ pub(super) async fn new_notice(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_margin_is_a_share_of_a_long_grace_and_two_seconds_of_a_short_one() {
-        let usable = |seconds| usable_time(Duration::from_secs(seconds)).as_secs_f64();
-        assert_eq!(
-            [usable(1), usable(2), usable(10), usable(100)],
-            [0.0, 0.0, 8.0, 85.0]
-        );
-    }
 
     #[tokio::test]
     async fn a_notice_is_acted_on_once_and_again_when_it_changes() {

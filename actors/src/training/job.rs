@@ -7,11 +7,14 @@
 //! 3. A driver with notice saves within the grace, or says why it did not, and leaves.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mobula::{Actor, Cluster};
 use mobula_core::{ActorId, Incarnation, JobId};
+use tokio::time::Instant;
 
+use super::checkpointing::SaveSchedule;
 use super::coordinator::{Coordinator, CoordinatorError};
 use super::data::Split;
 use super::departure::new_notice;
@@ -26,15 +29,24 @@ use super::replica::load;
 use super::result::TrainResult;
 use super::resume::{HISTORY_KEY, History, ResumeError, Resumed, resume};
 use super::saving::Saver;
+use super::snapshot::StateSnapshot;
 use super::spec::{SpecError, TrainSpec};
+use super::start_from::StartError;
 use super::state::TrainState;
 use super::trainer::Trainer;
-use crate::checkpoint::actor::{CheckpointError, STATE_BYTES_MAX, SaveOrder, committed};
+use crate::checkpoint::KeepPolicy;
+use crate::checkpoint::checkpointer::SaveOrder;
+use crate::checkpoint::ledger::{CheckpointError, committed};
+use crate::checkpoint::safetensors::SHAPES_KEY;
 use crate::registry::VersionFile;
+use crate::storage::open_blobs;
 
 /// Pauses between attempts to store the result's files.
 const PUBLISH_PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PUBLISH_PAUSE_MAX: Duration = Duration::from_secs(15);
+
+/// The largest state, and the largest sums of a step: each travels in one message.
+const MESSAGE_BYTES_MAX: u64 = 8 * 1024 * 1024 - 64 * 1024;
 
 /// Why a training job failed.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +78,9 @@ pub enum JobError {
     /// There is nowhere to go on from.
     #[error(transparent)]
     Resume(#[from] ResumeError),
+    /// The weights to begin with cannot be used.
+    #[error(transparent)]
+    Start(#[from] StartError),
     /// Training cannot go on.
     #[error(transparent)]
     Train(#[from] CoordinatorError),
@@ -111,7 +126,7 @@ fn check_messages(spec: &TrainSpec) -> Result<(), JobError> {
     let state_bytes = 64 + vector_bytes * (1 + spec.optimizer.moment_count() as u64);
     // A run of neighbouring shards has two maximal subtrees of each level at most.
     let sums = u64::from(2 * spec.virtual_shards.ilog2()).max(1);
-    let limit_bytes = STATE_BYTES_MAX;
+    let limit_bytes = MESSAGE_BYTES_MAX;
     for (what, size_bytes) in [
         ("its state", state_bytes),
         ("a step's sums", sums * vector_bytes),
@@ -155,11 +170,24 @@ impl Driver {
             self.incarnation,
             restarts + 1,
         ));
-        let mut saver = Saver::new(&self.cluster, log);
+        let mut saver = Saver::new(&self.cluster, &self.spec.checkpoints, log)?;
         let links: Vec<ClusterLink> = (0..self.spec.workers.max as usize)
             .map(|slot| ClusterLink::new(&self.cluster, &self.spec, slot))
             .collect();
-        let Resumed { state, mut history } = self.resume(restarts, &mut saver, &links).await?;
+        let resumed = self.resume(restarts, &mut saver, &links).await?;
+        let Resumed {
+            mut state,
+            mut history,
+        } = resumed;
+        if let (0, Some(from)) = (state.step, &self.spec.start_from) {
+            let location = self.cluster.storage().expect("a driver is in a cluster");
+            from.load(&mut state, || open_blobs(location), log).await?;
+        }
+        history.driver_restarts = u64::from(restarts);
+        let policy = self.spec.checkpoints.policy();
+        if policy != KeepPolicy::default() {
+            saver.keep(self.incarnation, policy).await;
+        }
         let epoch = Epoch::first_of(self.incarnation.0);
         let counters = history.counters;
         let mut coordinator = Coordinator::new(&self.spec, state, epoch, links, counters, log);
@@ -208,6 +236,12 @@ impl Driver {
     ) -> Result<(), JobError> {
         let mut notices = self.cluster.notices();
         let mut seen = None;
+        let mut schedule = SaveSchedule::new(
+            &self.spec.checkpoints,
+            self.spec.checkpoint_every_steps,
+            Duration::from_millis(history.trained_ms),
+            Instant::now(),
+        );
         while coordinator.state().step < self.spec.steps {
             let noticed = tokio::select! {
                 biased;
@@ -215,16 +249,27 @@ impl Driver {
                 report = coordinator.advance() => {
                     let report = report?;
                     progress.stepped(&report, coordinator.ready_count());
+                    history.loss_mean = Some(report.loss_mean);
                     None
                 }
             };
             saver.poll()?;
             let step = coordinator.state().step;
+            let now = Instant::now();
+            history.trained_ms = millis(schedule.trained(now));
+            let failures = history.failures(coordinator.counters());
             if let Some(notice) = noticed {
                 seen = noticed;
                 self.leave(notice, coordinator, saver, history).await?;
-            } else if step.is_multiple_of(self.spec.checkpoint_every_steps) {
+            } else if !saver.is_busy()
+                && schedule.is_due(step, now, failures, saver.expected_time())
+            {
                 saver.offer(self.order(coordinator, saver, history));
+                schedule.snapshot_taken(now, Instant::now());
+                let stall_us = schedule.stall_longest().as_micros();
+                history.snapshot_stall_us = history
+                    .snapshot_stall_us
+                    .max(u64::try_from(stall_us).unwrap_or(u64::MAX));
             }
         }
         Ok(())
@@ -244,6 +289,7 @@ impl Driver {
             ..*history
         };
         let text = |value: &dyn std::fmt::Display| value.to_string();
+        let layout = Layout::of(&self.spec.model);
         let metadata = BTreeMap::from([
             ("job_name".to_owned(), self.spec.name.clone()),
             ("seed".to_owned(), text(&self.spec.seed)),
@@ -253,6 +299,10 @@ impl Driver {
             ),
             ("weights_blake3".to_owned(), coordinator.digest().to_owned()),
             (
+                SHAPES_KEY.to_owned(),
+                serde_json::to_string(&state.shapes(&layout)).expect("plain numbers always encode"),
+            ),
+            (
                 HISTORY_KEY.to_owned(),
                 serde_json::to_string(&history).expect("plain numbers always encode"),
             ),
@@ -260,8 +310,9 @@ impl Driver {
         SaveOrder {
             step: state.step,
             incarnation: self.incarnation,
-            state: state.to_bytes(),
-            sections: state.sections(&Layout::of(&self.spec.model)),
+            state: Arc::new(StateSnapshot::of(state)),
+            metric: history.loss_mean,
+            sections: state.sections(&layout),
             weights_blake3: coordinator.digest().to_owned(),
             metadata,
         }
@@ -304,6 +355,7 @@ impl Driver {
             replicas_agreeing,
             checkpoints: saver.committed_count(),
             rejected_checkpoints: history.rejected_checkpoints,
+            snapshot_stall_us: history.snapshot_stall_us,
             wall_ms,
             samples_per_second,
             model_digest: published.digest,
@@ -348,6 +400,10 @@ impl Driver {
             pause = (pause * 2).min(PUBLISH_PAUSE_MAX);
         }
     }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 pub(super) fn now_ms() -> u64 {

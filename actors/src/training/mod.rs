@@ -9,16 +9,18 @@
 //! * [`layout`] says where each parameter lies; [`model`] computes one virtual shard's gradients with a
 //!   fixed-order matrix product.
 //! * [`reduction`] adds shards in a tree that does not know about workers.
-//! * [`optimizer`] makes the update; [`state`] is what is carried on, saved and hashed.
+//! * [`optimizer`] makes the update; [`state`] is what is carried on, saved and hashed: [`flat_vector`]s that
+//!   a [`snapshot`] can hold while they change.
 //! * [`mod@reference`] is what a trained version keeps for drift detection.
 //! * [`local`] runs a job in one process: the oracle for the distributed ones.
 //! * [`math`] has the elementary functions, free of the platform's library.
 //!
 //! Around it, the distributed part:
 //!
-//! * [`job`] is the driver of a training job, from its TOML to its result; [`resume`] finds where a driver
-//!   that was started again goes on; [`saving`] keeps checkpoints coming; `departure` leaves a node that
-//!   was given notice; [`publish`] stores the model.
+//! * [`job`] is the driver of a training job, from its TOML to its result; [`start_from`] begins with another
+//!   job's weights; [`resume`] finds where a driver
+//!   that was started again goes on; [`checkpointing`] says when to save and [`saving`] does it; `departure` leaves a node that
+//!   was given notice, as [`preemption`] chooses; [`publish`] stores the model.
 //! * [`coordinator`] leads the trainers from step to step; [`crew`] knows who is there, [`assignment`]
 //!   plans who computes what, `updates` keeps the latest sums for who was late.
 //! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what both sides say;
@@ -26,6 +28,7 @@
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
 
 pub mod data;
+pub mod flat_vector;
 pub mod layout;
 pub mod local;
 pub mod math;
@@ -35,6 +38,7 @@ pub mod permutation;
 pub mod random;
 pub mod reduction;
 pub mod reference;
+pub mod snapshot;
 pub mod spec;
 pub mod state;
 pub mod validation;
@@ -46,6 +50,7 @@ mod product;
 mod updates;
 
 pub mod assignment;
+pub mod checkpointing;
 pub mod coordinator;
 pub mod crew;
 pub mod job;
@@ -53,10 +58,12 @@ pub mod job_log;
 pub mod link;
 pub mod messages;
 pub mod named_actor;
+pub mod preemption;
 pub mod progress;
 pub mod publish;
 pub mod replica;
 pub mod result;
 pub mod resume;
 pub mod saving;
+pub mod start_from;
 pub mod trainer;

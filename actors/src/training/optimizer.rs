@@ -164,16 +164,20 @@ impl Optimizer {
         let learning_rate = self.learning_rate(state.step);
         let scale = (mean * clipped) as f32;
         match self.rule {
-            OptimizerSpec::Sgd { momentum } => {
-                self.sgd(state, &root.grads, scale, learning_rate, momentum);
-            }
+            OptimizerSpec::Sgd { momentum } => state.update_blocks(|range, params, moments| {
+                let grads = &root.grads[range];
+                self.sgd(params, moments, grads, scale, learning_rate, momentum);
+            }),
             OptimizerSpec::Adamw {
                 beta1,
                 beta2,
                 epsilon,
             } => {
                 let adam = Adam::new(beta1, beta2, epsilon, state.step + 1);
-                self.adamw(state, &root.grads, scale, learning_rate, &adam);
+                state.update_blocks(|range, params, moments| {
+                    let grads = &root.grads[range];
+                    self.adamw(params, moments, grads, scale, learning_rate, &adam);
+                });
             }
         }
         let step = state.step;
@@ -207,7 +211,8 @@ impl Optimizer {
 
     fn sgd(
         &self,
-        state: &mut TrainState,
+        params: &mut [f32],
+        moments: &mut [&mut [f32]],
         grads: &[f32],
         scale: f32,
         learning_rate: f64,
@@ -215,10 +220,11 @@ impl Optimizer {
     ) {
         let (rate, momentum) = (learning_rate as f32, momentum as f32);
         let keep = (1.0 - learning_rate * self.weight_decay) as f32;
-        let [moments] = &mut state.moments[..] else {
+        let [moments] = moments else {
             unreachable!("checked by the caller")
         };
-        for ((param, moment), grad) in state.params.iter_mut().zip(moments).zip(grads) {
+        let values = params.iter_mut().zip(moments.iter_mut()).zip(grads);
+        for ((param, moment), grad) in values {
             *moment = momentum * *moment + scale * grad;
             *param = keep * *param - rate * *moment;
         }
@@ -226,7 +232,8 @@ impl Optimizer {
 
     fn adamw(
         &self,
-        state: &mut TrainState,
+        params: &mut [f32],
+        moments: &mut [&mut [f32]],
         grads: &[f32],
         scale: f32,
         learning_rate: f64,
@@ -234,10 +241,14 @@ impl Optimizer {
     ) {
         let keep = (1.0 - learning_rate * self.weight_decay) as f32;
         let rate = (learning_rate / adam.mean_correction) as f32;
-        let [means, squares] = &mut state.moments[..] else {
+        let [means, squares] = moments else {
             unreachable!("checked by the caller")
         };
-        let values = state.params.iter_mut().zip(means).zip(squares).zip(grads);
+        let values = params
+            .iter_mut()
+            .zip(means.iter_mut())
+            .zip(squares.iter_mut())
+            .zip(grads);
         for (((param, mean), square), grad) in values {
             let grad = scale * grad;
             *mean = adam.beta1 * *mean + adam.one_minus_beta1 * grad;

@@ -82,7 +82,7 @@ pub fn describe(
     let file = VersionFile {
         model_name: spec.register.clone().unwrap_or_else(|| spec.name.clone()),
         model: spec.model.clone(),
-        parameters: state.params.clone(),
+        parameters: state.params.to_vec(),
         labels: (0..CLASSES).map(|class| class.to_string()).collect(),
         reference: reference_sample(&model, &split.train, REFERENCE_ROWS_MAX, spec.seed)?,
         provenance: Provenance {
@@ -145,6 +145,9 @@ mod tests {
         assert_eq!(read.provenance.weights_blake3, state.weights_blake3());
         assert_eq!(read.provenance.metrics["accuracy"], accuracy);
         assert_eq!(read.build_reference().unwrap().rows(), REFERENCE_ROWS_MAX);
-        assert_eq!(read.build_model().unwrap().flat().unwrap(), state.params);
+        assert_eq!(
+            read.build_model().unwrap().flat().unwrap(),
+            state.params.to_vec()
+        );
     }
 }

@@ -33,6 +33,8 @@ pub struct TrainResult {
     pub checkpoints: u64,
     /// Checkpoints that failed verification.
     pub rejected_checkpoints: u64,
+    /// The longest that a snapshot for a checkpoint stalled training, in microseconds.
+    pub snapshot_stall_us: u64,
     /// From the first start of the driver until now.
     pub wall_ms: u64,
     /// Samples in a second, of the last driver that took steps.

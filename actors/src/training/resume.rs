@@ -15,7 +15,8 @@ use super::link::ClusterLink;
 use super::messages::Held;
 use super::saving::Saver;
 use super::state::{StateError, TrainState};
-use crate::checkpoint::actor::{CheckpointError, RestoredState};
+use crate::checkpoint::checkpointer::RestoredState;
+use crate::checkpoint::ledger::CheckpointError;
 
 /// How long living trainers are waited for: they answer at once, others are being started.
 const WITNESS_MAX: Duration = Duration::from_millis(1500);
@@ -24,7 +25,7 @@ const WITNESS_MAX: Duration = Duration::from_millis(1500);
 pub const HISTORY_KEY: &str = "history";
 
 /// What happened over all starts of the driver. It is kept with each checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
 pub struct History {
     /// What happened to trainers.
     pub counters: Counters,
@@ -36,6 +37,22 @@ pub struct History {
     pub checkpoints: u64,
     /// Checkpoints that failed verification.
     pub rejected_checkpoints: u64,
+    /// Starts of the driver after the first.
+    pub driver_restarts: u64,
+    /// How long it has trained, in milliseconds.
+    pub trained_ms: u64,
+    /// The longest that a snapshot stalled training, in microseconds.
+    pub snapshot_stall_us: u64,
+    /// The mean loss of the last step's batch.
+    pub loss_mean: Option<f64>,
+}
+
+impl History {
+    /// What was lost, as far as is known: what a checkpoint is kept for.
+    #[must_use]
+    pub fn failures(&self, counters: Counters) -> u64 {
+        counters.trainers_lost + self.driver_restarts
+    }
 }
 
 /// Where to go on.
@@ -234,8 +251,9 @@ mod tests {
                 manifest_digest: "d".into(),
                 size_bytes: 1,
                 weights_blake3: None,
+                metric: None,
             },
-            state: state.to_bytes(),
+            state: state.to_bytes().into(),
             metadata: BTreeMap::from([(HISTORY_KEY.to_owned(), text)]),
         };
         let resumed = from_checkpoint(&restored, &state.fingerprint).unwrap();

@@ -2,33 +2,36 @@
 //!
 //! Invariants:
 //! 1. Training never waits for a save, except at its end and before the driver leaves its node.
-//! 2. The driver keeps a state until it is committed; a store that is out of reach costs nothing
-//!    but age, and the job's log says so.
-//! 3. A step is saved by one and the same order, however often that is sent.
+//! 2. The driver keeps a snapshot until it is committed; a store that is out of reach costs nothing
+//!    but age, and the job's log says so. While one is on its way no other is begun
+//!    ([`Saver::is_busy`]), so one snapshot is open at a time; a last one, at the end or before the driver
+//!    leaves, may wait beside it.
+//! 3. A step is saved by one and the same order, however often that is tried.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use mobula::{CallFailure, Cluster};
+use mobula::Cluster;
+use mobula_core::Incarnation;
+use mobula_storage::checkpoint::SAVE_TIME_MAX;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::checkpointing::CheckpointSpec;
 use super::job_log::JobLog;
-use super::named_actor::NamedActor;
-use crate::checkpoint::actor::{
-    CheckpointError, Checkpointer, CheckpointerCalls, RestoreReport, SaveOrder,
-};
+use crate::checkpoint::KeepPolicy;
+use crate::checkpoint::checkpointer::{Checkpointer, RestoreReport, SaveOrder};
+use crate::checkpoint::ledger::CheckpointError;
 use crate::checkpoint::state::CheckpointRef;
-use mobula_core::Incarnation;
+use crate::storage::open_blobs;
 
 /// Pauses between attempts while the store is out of reach.
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(15);
-/// How long one attempt may take: what a store's slowest request may.
-const ATTEMPT_MAX: Duration = Duration::from_secs(120);
+/// How long one attempt may take: what a save may take at all. Each request has limits of its own.
+const ATTEMPT_MAX: Duration = SAVE_TIME_MAX;
 /// What a save is thought to take before one was measured.
 const USUAL_SAVE: Duration = Duration::from_secs(1);
-const RESTARTS_MAX: u32 = 1000;
 
 /// What one attempt brought.
 struct Attempt {
@@ -37,12 +40,13 @@ struct Attempt {
     outcome: Result<CheckpointRef, CheckpointError>,
 }
 
-/// Sends states to the checkpointer.
+/// Saves a job's states.
 pub struct Saver {
-    actor: Arc<NamedActor<Checkpointer>>,
+    checkpointer: Arc<Checkpointer>,
     attempts: JoinSet<Attempt>,
     waiting: Option<Arc<SaveOrder>>,
-    under_way: Option<u64>,
+    /// The step of the save that is under way, and when that was begun.
+    under_way: Option<(u64, Instant)>,
     pause: Duration,
     committed_step: Option<u64>,
     committed_count: u64,
@@ -51,17 +55,26 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// Saves through the job's checkpointer.
+    /// Saves for the job of `cluster`'s driver, as `spec` says.
+    pub fn new(cluster: &Cluster, spec: &CheckpointSpec, log: JobLog) -> mobula::Result<Self> {
+        let (Some(location), Some(job)) = (cluster.storage().cloned(), cluster.job()) else {
+            let reason = "only a job's own process saves its checkpoints".to_owned();
+            return Err(mobula::Error::NotInCluster(reason));
+        };
+        let checkpointer = Checkpointer::new(
+            move || open_blobs(&location),
+            Arc::new(cluster.clone()),
+            job,
+            spec.upload_bytes_per_second,
+        );
+        Ok(Saver::over(checkpointer, log))
+    }
+
+    /// Saves by `checkpointer`.
     #[must_use]
-    pub fn new(cluster: &Cluster, log: JobLog) -> Self {
-        let actor = NamedActor::new(cluster, |cluster| {
-            cluster
-                .actor(Checkpointer::new())
-                .name("checkpointer")
-                .max_restarts(RESTARTS_MAX)
-        });
+    pub fn over(checkpointer: Checkpointer, log: JobLog) -> Self {
         Saver {
-            actor: Arc::new(actor),
+            checkpointer: Arc::new(checkpointer),
             attempts: JoinSet::new(),
             waiting: None,
             under_way: None,
@@ -71,6 +84,12 @@ impl Saver {
             latest: None,
             log,
         }
+    }
+
+    /// Whether a save is on its way, or waits for the store.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.under_way.is_some() || self.waiting.is_some()
     }
 
     /// Checkpoints that were committed.
@@ -91,6 +110,14 @@ impl Saver {
         self.latest.unwrap_or(USUAL_SAVE)
     }
 
+    /// How long the save that is on its way still takes, if there is one and it is like the latest.
+    #[must_use]
+    pub fn expected_left(&self) -> Option<Duration> {
+        let (_, begins) = self.under_way?;
+        let ends = begins + self.expected_time();
+        Some(ends.saturating_duration_since(Instant::now()))
+    }
+
     /// Goes on from a job's earlier checkpoints.
     pub fn resume(&mut self, committed_count: u64, step: u64) {
         self.committed_count = committed_count;
@@ -105,11 +132,7 @@ impl Saver {
     ) -> Result<RestoreReport, CheckpointError> {
         let mut pause = PAUSE_FIRST;
         loop {
-            let found = match self.actor.get().await {
-                Ok(actor) => actor.restore(incarnation).timeout(ATTEMPT_MAX).await,
-                Err(error) => Err(CallFailure::System(error)),
-            };
-            match found.map_err(|failure| judged(&self.actor, failure)) {
+            match limited(self.checkpointer.restore(incarnation)).await {
                 Err(CheckpointError::Unavailable(reason)) => {
                     self.log.line(format_args!(
                         "checkpoints cannot be read: {reason}; waiting, next attempt in {} ms",
@@ -123,9 +146,19 @@ impl Saver {
         }
     }
 
+    /// Says to the table what is to be kept of the job. What cannot be said now is not said: then more
+    /// is kept.
+    pub async fn keep(&self, incarnation: Incarnation, policy: KeepPolicy) {
+        if let Err(error) = limited(self.checkpointer.keep(incarnation, policy)).await {
+            self.log
+                .line(format_args!("the head keeps what it kept before: {error}"));
+        }
+    }
+
     /// Saves a state as soon as the one before it is done; of those that wait the newest counts.
     pub fn offer(&mut self, order: SaveOrder) {
-        if self.under_way == Some(order.step) || self.committed_step == Some(order.step) {
+        let under_way = self.under_way.map(|(step, _)| step);
+        if under_way == Some(order.step) || self.committed_step == Some(order.step) {
             return;
         }
         self.waiting = Some(Arc::new(order));
@@ -203,21 +236,12 @@ impl Saver {
         let Some(order) = self.waiting.take() else {
             return;
         };
-        self.under_way = Some(order.step);
-        let actor = Arc::clone(&self.actor);
+        self.under_way = Some((order.step, Instant::now() + pause));
+        let checkpointer = Arc::clone(&self.checkpointer);
         self.attempts.spawn(async move {
             tokio::time::sleep(pause).await;
             let begun = Instant::now();
-            let outcome = match actor.get().await {
-                Ok(checkpointer) => {
-                    checkpointer
-                        .save(SaveOrder::clone(&order))
-                        .timeout(ATTEMPT_MAX)
-                        .await
-                }
-                Err(error) => Err(CallFailure::System(error)),
-            };
-            let outcome = outcome.map_err(|failure| judged(&actor, failure));
+            let outcome = limited(checkpointer.save(&order)).await;
             Attempt {
                 order,
                 took: begun.elapsed(),
@@ -227,15 +251,20 @@ impl Saver {
     }
 }
 
-fn judged(
-    actor: &NamedActor<Checkpointer>,
-    failure: CallFailure<CheckpointError>,
-) -> CheckpointError {
-    match failure {
-        CallFailure::User(error) => error,
-        CallFailure::System(error) => {
-            actor.after(&error);
-            CheckpointError::Unavailable(error.to_string())
-        }
-    }
+/// Ends an attempt that takes longer than any may.
+async fn limited<T>(
+    attempt: impl Future<Output = Result<T, CheckpointError>>,
+) -> Result<T, CheckpointError> {
+    tokio::time::timeout(ATTEMPT_MAX, attempt)
+        .await
+        .unwrap_or_else(|_| {
+            Err(CheckpointError::Unavailable(format!(
+                "it took longer than {} s",
+                ATTEMPT_MAX.as_secs()
+            )))
+        })
 }
+
+#[cfg(test)]
+#[path = "saving_tests.rs"]
+mod tests;

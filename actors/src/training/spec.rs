@@ -8,9 +8,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::checkpointing::CheckpointSpec;
 use super::data::DIGITS;
 use super::layout::ModelSpec;
 use super::optimizer::{OptimizerSpec, Schedule};
+use super::start_from::StartFrom;
 use super::validation::InvalidField;
 
 /// How many workers may train together. The result does not depend on it.
@@ -63,6 +65,12 @@ pub struct TrainSpec {
     /// A checkpoint after each so many steps, and one at the end.
     #[serde(default = "defaults::checkpoint_every_steps")]
     pub checkpoint_every_steps: u64,
+    /// How often to save otherwise, and what is kept.
+    #[serde(default)]
+    pub checkpoints: CheckpointSpec,
+    /// Begin with the weights of another job's checkpoint.
+    #[serde(default)]
+    pub start_from: Option<StartFrom>,
     /// How many workers may take part.
     #[serde(default = "defaults::workers")]
     pub workers: WorkerRange,
@@ -152,6 +160,8 @@ impl TrainSpec {
             weight_decay: 0.01,
             clip_norm: Some(1.0),
             checkpoint_every_steps: defaults::checkpoint_every_steps(),
+            checkpoints: CheckpointSpec::default(),
+            start_from: None,
             workers: defaults::workers(),
             model: ModelSpec::Mlp {
                 hidden: vec![128, 64],
@@ -207,6 +217,7 @@ impl TrainSpec {
                 self.clip_norm,
                 self.optimizer,
             ),
+            self.start_from.as_ref().map(|from| &from.digest),
         );
         let text = serde_json::to_vec(&parts).expect("plain numbers and strings always encode");
         *blake3::hash(&text).as_bytes()

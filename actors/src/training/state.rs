@@ -15,10 +15,13 @@
 //! | 8 | values in the parameter vector and in each moment |
 //! | 4 each | the parameters, then each moment, as `f32` in sorted name order |
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::data::Dataset;
-use super::layout::Layout;
+use super::flat_vector::{FlatVector, update_blocks};
+use super::layout::{Layout, ParameterSlot};
 use super::model::{Model, ModelError};
 use super::spec::TrainSpec;
 use super::validation::PARAMETERS_MAX;
@@ -28,6 +31,8 @@ const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 8 + 4 + 8 + 32 + 4 + 8;
 /// No optimizer here keeps more than two moments; some head room for later ones.
 const MOMENTS_MAX: usize = 4;
+/// Values that are hashed at a time: their bytes stay in a core's second cache.
+const HASHED_VALUES: usize = 32 * 1024;
 
 /// The state of a job between two steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,9 +42,9 @@ pub struct TrainState {
     /// [`TrainSpec::fingerprint`] of the job, so that a state is never restored into another one.
     pub fingerprint: [u8; 32],
     /// The parameters, flat.
-    pub params: Vec<f32>,
+    pub params: FlatVector,
     /// The optimizer's moments, each as long as `params`.
-    pub moments: Vec<Vec<f32>>,
+    pub moments: Vec<FlatVector>,
 }
 
 /// Why bytes are not a training state.
@@ -88,12 +93,12 @@ impl TrainState {
     /// The state before the first step.
     pub fn initial(spec: &TrainSpec, dataset_digest: &str) -> Result<Self, ModelError> {
         let params = Model::new(&spec.model, spec.seed)?.flat()?;
-        let moments = vec![vec![0.0; params.len()]; spec.optimizer.moment_count()];
+        let moment = |_| FlatVector::from(vec![0.0; params.len()]);
         Ok(Self {
             step: 0,
             fingerprint: spec.fingerprint(dataset_digest),
-            params,
-            moments,
+            moments: (0..spec.optimizer.moment_count()).map(moment).collect(),
+            params: params.into(),
         })
     }
 
@@ -115,13 +120,8 @@ impl TrainState {
     /// If a moment's length differs from the parameters'.
     pub fn to_bytes(&self) -> Vec<u8> {
         let value_count = self.params.len() * (1 + self.moments.len());
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + value_count * 4);
-        bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&self.step.to_le_bytes());
-        bytes.extend_from_slice(&self.fingerprint);
-        bytes.extend_from_slice(&(self.moments.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&(self.params.len() as u64).to_le_bytes());
+        let mut bytes = self.header();
+        bytes.reserve_exact(value_count * 4);
         for vector in self.vectors() {
             assert_eq!(
                 vector.len(),
@@ -135,16 +135,48 @@ impl TrainState {
         bytes
     }
 
+    /// The length of [`TrainState::to_bytes`].
+    pub fn size_bytes(&self) -> u64 {
+        let values: usize = self.vectors().map(|vector| vector.len()).sum();
+        HEADER_BYTES as u64 + values as u64 * 4
+    }
+
+    /// What stands before the values in [`TrainState::to_bytes`].
+    pub(super) fn header(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(HEADER_BYTES);
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&self.step.to_le_bytes());
+        bytes.extend_from_slice(&self.fingerprint);
+        bytes.extend_from_slice(&(self.moments.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&(self.params.len() as u64).to_le_bytes());
+        bytes
+    }
+
+    /// Lets an elementwise update change parameters and moments in place: it gets the range of a block,
+    /// the parameters in it, and the same block of each moment. Open snapshots keep what was there.
+    pub fn update_blocks(
+        &mut self,
+        mut update: impl FnMut(std::ops::Range<usize>, &mut [f32], &mut [&mut [f32]]),
+    ) {
+        let mut vectors: Vec<&mut FlatVector> = std::iter::once(&mut self.params)
+            .chain(&mut self.moments)
+            .collect();
+        update_blocks(&mut vectors, |range, blocks| {
+            let (params, moments) = blocks
+                .split_first_mut()
+                .expect("the parameters are always among them");
+            update(range, params, moments);
+        });
+    }
+
     /// Where each tensor lies in [`TrainState::to_bytes`]: name, offset and length in bytes.
     pub fn sections(&self, layout: &Layout) -> Vec<(String, u64, u64)> {
         let vector_bytes = self.params.len() as u64 * 4;
         let mut sections = vec![("header".to_owned(), 0, HEADER_BYTES as u64)];
         for index in 0..=self.moments.len() {
             let start = HEADER_BYTES as u64 + index as u64 * vector_bytes;
-            let vector = match index {
-                0 => "params".to_owned(),
-                _ => format!("moments.{}", index - 1),
-            };
+            let vector = vector_name(index);
             sections.extend(layout.slots.iter().map(|slot| {
                 let offset = start + slot.offset as u64 * 4;
                 (
@@ -155,6 +187,19 @@ impl TrainState {
             }));
         }
         sections
+    }
+
+    /// The shape of each tensor of [`TrainState::sections`], by its name.
+    pub fn shapes(&self, layout: &Layout) -> BTreeMap<String, Vec<usize>> {
+        let vectors = (0..=self.moments.len()).map(vector_name);
+        vectors
+            .flat_map(|vector| {
+                let shape = move |slot: &ParameterSlot| {
+                    (format!("{vector}.{}", slot.name), slot.shape.clone())
+                };
+                layout.slots.iter().map(shape)
+            })
+            .collect()
     }
 
     /// Reads what [`TrainState::to_bytes`] wrote.
@@ -188,20 +233,17 @@ impl TrainState {
         if found != expected {
             return Err(StateError::Length { expected, found });
         }
-        let mut vectors = if param_count == 0 {
-            vec![Vec::new(); 1 + moment_count as usize]
-        } else {
-            body.chunks_exact(param_count as usize * 4)
-                .map(floats)
-                .collect()
+        let vector_bytes = param_count as usize * 4;
+        let vector = |index: usize| {
+            FlatVector::from(floats(
+                &body[index * vector_bytes..(index + 1) * vector_bytes],
+            ))
         };
-        let moments = vectors.split_off(1);
-        let params = vectors.pop().unwrap_or_default();
         Ok(Self {
             step: u64::from_le_bytes(array(header, 12)),
             fingerprint: array(header, 20),
-            params,
-            moments,
+            params: vector(0),
+            moments: (1..=moment_count as usize).map(vector).collect(),
         })
     }
 
@@ -212,17 +254,29 @@ impl TrainState {
         hasher.update(b"mobula.training.weights.v1");
         hasher.update(&(self.params.len() as u64).to_le_bytes());
         hasher.update(&(self.moments.len() as u64).to_le_bytes());
-        let mut buffer = Vec::with_capacity(self.params.len() * 4);
-        for vector in self.vectors() {
+        let mut buffer = Vec::with_capacity(HASHED_VALUES * 4);
+        for values in self
+            .vectors()
+            .flat_map(|vector| vector.chunks(HASHED_VALUES))
+        {
             buffer.clear();
-            buffer.extend(vector.iter().flat_map(|value| value.to_le_bytes()));
+            buffer.extend(values.iter().flat_map(|value| value.to_le_bytes()));
             hasher.update(&buffer);
         }
         hasher.finalize().to_hex().to_string()
     }
 
-    fn vectors(&self) -> impl Iterator<Item = &Vec<f32>> {
+    /// The parameters, then each moment.
+    pub(super) fn vectors(&self) -> impl Iterator<Item = &FlatVector> {
         std::iter::once(&self.params).chain(&self.moments)
+    }
+}
+
+/// What the parameters (0) or a moment is called in names of tensors.
+fn vector_name(index: usize) -> String {
+    match index {
+        0 => "params".to_owned(),
+        _ => format!("moments.{}", index - 1),
     }
 }
 
@@ -272,8 +326,8 @@ mod tests {
         other.moments[0][5] = -0.0;
         assert_ne!(other.weights_blake3(), hash);
         let empty = TrainState {
-            params: vec![],
-            moments: vec![vec![]; 2],
+            params: FlatVector::default(),
+            moments: vec![FlatVector::default(); 2],
             ..state
         };
         assert_eq!(TrainState::from_bytes(&empty.to_bytes()).unwrap(), empty);
@@ -289,6 +343,7 @@ mod tests {
             end += length;
         }
         assert_eq!(end, state.to_bytes().len() as u64);
+        assert_eq!(end, state.size_bytes());
     }
 
     #[test]

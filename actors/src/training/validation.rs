@@ -5,6 +5,7 @@
 use super::layout::{LAYERS_MAX, Layout, ModelSpec, WIDTH_MAX};
 use super::optimizer::OptimizerSpec;
 use super::spec::{TrainSpec, WorkerRange};
+use super::start_from::StartFrom;
 use crate::name;
 
 /// Virtual shards, at most: finer division only adds buffers and messages to a step.
@@ -82,6 +83,10 @@ impl TrainSpec {
             "at least one step lies between checkpoints".to_owned(),
             "give 1 or more",
         )?;
+        self.checkpoints.validate()?;
+        self.start_from
+            .as_ref()
+            .map_or(Ok(()), StartFrom::validate)?;
         self.model.check()
     }
 

@@ -164,6 +164,7 @@ impl World {
                     manifest_digest: digest.clone(),
                     size_bytes: step,
                     weights_blake3: Some(digest),
+                    metric: None,
                 },
             }
         };

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use mobula_core::id::{ActorId, JobId};
+use mobula_worker::notices::Cloud;
 
 /// An actor-based distributed runtime: a head, workers, and jobs made of actors, in one binary.
 #[derive(Parser)]
@@ -60,6 +61,9 @@ pub(crate) enum Command {
     /// Nodes.
     #[command(subcommand)]
     Nodes(NodesCommand),
+    /// Checkpoints of training jobs.
+    #[command(subcommand)]
+    Checkpoints(CheckpointsCommand),
     /// Models and their versions.
     #[command(subcommand)]
     Models(ModelsCommand),
@@ -288,6 +292,13 @@ pub(crate) struct WorkerArguments {
     /// A file whose appearance is a notice of preemption.
     #[arg(long, value_name = "FILE")]
     pub(crate) notice_file: Option<PathBuf>,
+    /// Whose machine it is: `aws`, `gcp` or `azure`. Its metadata service is asked for notices of
+    /// preemption.
+    #[arg(long, value_name = "CLOUD", env = "MOBULA_CLOUD")]
+    pub(crate) cloud: Option<Cloud>,
+    /// Where that service answers, if not where it does on such machines: for emulators.
+    #[arg(long, value_name = "URL", requires = "cloud")]
+    pub(crate) cloud_endpoint: Option<String>,
 }
 
 #[derive(Subcommand)]
@@ -487,6 +498,91 @@ pub(crate) enum NodesCommand {
         /// How long it still has, such as `10s` or `500ms`.
         #[arg(long, default_value = "30s", value_parser = parse_duration_ms)]
         grace: u64,
+    },
+}
+
+/// How the object store is reached from here.
+#[derive(Args, Clone)]
+pub(crate) struct StoreArguments {
+    /// Configuration file whose `[storage.s3]` says how the cluster's S3 server is reached; without one
+    /// the usual `AWS_*` variables do.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum CheckpointsCommand {
+    /// The jobs that have checkpoints, or those of one job, newest first.
+    List {
+        /// The job.
+        job: Option<JobId>,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// What a checkpoint holds and where it is.
+    Show {
+        /// The job.
+        job: JobId,
+        /// The step after which it was taken [default: the newest].
+        #[arg(long)]
+        step: Option<u64>,
+        #[command(flatten)]
+        store: StoreArguments,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Read every byte of a job's checkpoints and check it. Fails if one cannot be restored.
+    Verify {
+        /// The job.
+        job: JobId,
+        /// Only that of this step.
+        #[arg(long)]
+        step: Option<u64>,
+        #[command(flatten)]
+        store: StoreArguments,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Write the newest checkpoint that verifies into a safetensors file.
+    Restore {
+        /// The job.
+        job: JobId,
+        /// That of this step and no other.
+        #[arg(long)]
+        step: Option<u64>,
+        /// The file [default: `<job>-<step>.safetensors` here].
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Replace a file that is there.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        store: StoreArguments,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Hide all but the newest and the pinned checkpoints of a job; the next sweeps remove their bytes.
+    Prune {
+        /// The job.
+        job: JobId,
+        /// How many of the newest stay.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        keep: u32,
+        /// Only say what would be hidden.
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Keep a checkpoint whatever the job's policy says.
+    Pin {
+        /// The job.
+        job: JobId,
+        /// The step after which it was taken.
+        step: u64,
+        /// Keep it no more.
+        #[arg(long)]
+        undo: bool,
     },
 }
 

@@ -6,6 +6,7 @@ mod audit;
 mod backup;
 mod builtin;
 mod chaos;
+mod checkpoints;
 mod clock;
 mod connect;
 mod demo;
@@ -94,6 +95,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Jobs(command) => return jobs::run(&target, command).await,
         Command::Actors(command) => actors::run(&target, command).await?,
         Command::Nodes(command) => nodes::run(&target, command).await?,
+        Command::Checkpoints(command) => return checkpoints::run(&target, command).await,
         Command::Models(command) => models::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,

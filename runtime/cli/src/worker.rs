@@ -53,6 +53,13 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
     options.notice_file = arguments
         .notice_file
         .or(config.preemption.notice_file.map(PathBuf::from));
+    options.cloud = arguments.cloud.map(|cloud| {
+        let endpoint = arguments.cloud_endpoint;
+        (
+            cloud,
+            endpoint.unwrap_or_else(|| cloud.endpoint().to_owned()),
+        )
+    });
     options.object_store_bytes = config.object_store_bytes;
     options.object_spill_bytes = config.object_spill_bytes;
     options.notice_poll_ms = config.preemption.poll_ms;

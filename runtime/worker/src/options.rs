@@ -8,6 +8,7 @@ use mobula_core::label::Labels;
 use mobula_core::resource::Resources;
 
 use crate::error::WorkerError;
+use crate::notices::Cloud;
 
 /// Most actors at a time on one worker: as many as may live in a cluster. At about 2 KiB of
 /// bookkeeping each this is 256 MiB.
@@ -48,6 +49,8 @@ pub struct WorkerOptions {
     pub notice_file: Option<PathBuf>,
     /// How often to look for that file, in milliseconds.
     pub notice_poll_ms: u64,
+    /// The cloud whose metadata service is asked, and where that answers.
+    pub cloud: Option<(Cloud, String)>,
     /// The grace of a notice that names no deadline, in milliseconds.
     pub default_grace_ms: u64,
     /// Whether SIGTERM to this process is a preemption notice. Off where the worker is embedded in
@@ -81,6 +84,7 @@ impl WorkerOptions {
             resources: ResourceOverride::default(),
             notice_file: None,
             notice_poll_ms: 500,
+            cloud: None,
             default_grace_ms: 30_000,
             sigterm_is_notice: true,
             object_store_bytes: None,
@@ -135,6 +139,7 @@ impl fmt::Debug for WorkerOptions {
             .field("labels", &self.labels)
             .field("resources", &self.resources)
             .field("notice_file", &self.notice_file)
+            .field("cloud", &self.cloud)
             .finish_non_exhaustive()
     }
 }

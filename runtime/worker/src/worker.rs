@@ -24,7 +24,7 @@ use crate::hosts::process::Spawner;
 use crate::hosts::program::Programs;
 use crate::join::{Joiner, Membership};
 use crate::logs::Logs;
-use crate::notices::{NoticeSource, sigterm, watch_file, watch_sigterm};
+use crate::notices::{NoticeSource, sigterm, watch_cloud, watch_file, watch_sigterm};
 use crate::objects::{Keys, ObjectStoreMetrics, Service, ServiceParts};
 use crate::options::{OBJECT_STORE_BYTES_MIN, WorkerOptions};
 use crate::paths::Paths;
@@ -307,6 +307,10 @@ fn spawn_notices(
             options.default_grace_ms,
             inputs.clone(),
         ));
+    }
+    if let Some((cloud, endpoint)) = options.cloud.clone() {
+        let grace_ms = options.default_grace_ms;
+        beside.spawn(watch_cloud(cloud, endpoint, grace_ms, inputs.clone()));
     }
     if options.sigterm_is_notice {
         let signals = sigterm().map_err(|error| setup("take over SIGTERM", &error))?;

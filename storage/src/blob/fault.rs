@@ -7,13 +7,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::stream::{BoxStream, StreamExt};
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    CopyOptions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
+    ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
 /// What happens to one operation.
@@ -23,9 +24,18 @@ pub enum Fault {
     BeforeStore,
     /// The store does it, and the reply is lost.
     ReplyLost,
-    /// A write stores only this many bytes and reports success. Real stores must not do this;
-    /// the reader's hashes are what notices it.
+    /// A write stores only this many bytes and reports success, a read brings only this many. Real
+    /// stores must not do this; the reader's hashes are what notices it.
     Truncated(usize),
+    /// The store answers with a server error (500, 503) and does nothing.
+    ServerError,
+    /// The store says that the name is taken (409, 412) and does nothing: what S3 answers to one of
+    /// two conditional writes at the same time, also where the name is free.
+    Conflict,
+    /// The store has no space left.
+    NoSpace,
+    /// The operation takes this much longer, and then succeeds.
+    Stalled(Duration),
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +43,7 @@ struct Plan {
     next: u64,
     planned: BTreeMap<u64, Fault>,
     crash_at: Option<(u64, Fault)>,
+    standing: Option<Fault>,
 }
 
 /// A store over another one, with planned faults. Clones share the plan.
@@ -62,6 +73,11 @@ impl FaultStore {
         self.locked().crash_at = Some((number, fault));
     }
 
+    /// Every operation from now on meets `fault`, until `None` ends that: an outage, or a full disk.
+    pub fn stand(&self, fault: Option<Fault>) {
+        self.locked().standing = fault;
+    }
+
     /// Forgets all plans and counts from 0 again.
     pub fn reset(&self) {
         *self.locked() = Plan::default();
@@ -86,26 +102,42 @@ impl FaultStore {
         match plan.crash_at {
             Some((at, fault)) if number == at => Some(fault),
             Some((at, _)) if number > at => Some(Fault::BeforeStore),
-            _ => plan.planned.remove(&number),
+            _ => plan.planned.remove(&number).or(plan.standing),
         }
     }
 }
 
 fn broken_connection() -> object_store::Error {
+    failed("fault", io::ErrorKind::ConnectionReset)
+}
+
+fn failed(store: &'static str, kind: io::ErrorKind) -> object_store::Error {
     object_store::Error::Generic {
-        store: "fault",
-        source: Box::new(io::Error::new(
-            io::ErrorKind::ConnectionReset,
-            "a planned fault",
-        )),
+        store,
+        source: Box::new(io::Error::new(kind, "a planned fault")),
     }
 }
 
-/// Runs `operation` under `fault`.
-async fn under<T>(fault: Option<Fault>, operation: impl Future<Output = Result<T>>) -> Result<T> {
+/// Runs `operation` on `path` under `fault`.
+async fn under<T>(
+    fault: Option<Fault>,
+    path: &Path,
+    operation: impl Future<Output = Result<T>>,
+) -> Result<T> {
     match fault {
         Some(Fault::BeforeStore) => Err(broken_connection()),
         Some(Fault::ReplyLost) => operation.await.and_then(|_| Err(broken_connection())),
+        // As the library reports what S3 answers: a text without a cause that it knows.
+        Some(Fault::ServerError) => Err(failed("S3", io::ErrorKind::Other)),
+        Some(Fault::Conflict) => Err(object_store::Error::AlreadyExists {
+            path: path.to_string(),
+            source: "a planned conflict".into(),
+        }),
+        Some(Fault::NoSpace) => Err(failed("fault", io::ErrorKind::StorageFull)),
+        Some(Fault::Stalled(pause)) => {
+            tokio::time::sleep(pause).await;
+            operation.await
+        }
         Some(Fault::Truncated(_)) | None => operation.await,
     }
 }
@@ -141,7 +173,12 @@ impl ObjectStore for FaultStore {
             }
             _ => payload,
         };
-        under(fault, self.inner.put_opts(location, payload, options)).await
+        under(
+            fault,
+            location,
+            self.inner.put_opts(location, payload, options),
+        )
+        .await
     }
 
     async fn put_multipart_opts(
@@ -151,13 +188,20 @@ impl ObjectStore for FaultStore {
     ) -> Result<Box<dyn MultipartUpload>> {
         under(
             self.next_fault(),
+            location,
             self.inner.put_multipart_opts(location, options),
         )
         .await
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        under(self.next_fault(), self.inner.get_opts(location, options)).await
+        let fault = self.next_fault();
+        let read = self.inner.get_opts(location, options);
+        let result = under(fault, location, read).await?;
+        match fault {
+            Some(Fault::Truncated(kept)) => truncated(result, kept).await,
+            _ => Ok(result),
+        }
     }
 
     fn delete_stream(
@@ -170,9 +214,10 @@ impl ObjectStore for FaultStore {
                 let this = this.clone();
                 async move {
                     let location = location?;
-                    under(this.next_fault(), this.inner.delete(&location))
+                    let deletion = this.inner.delete(&location);
+                    under(this.next_fault(), &location, deletion)
                         .await
-                        .map(|()| location)
+                        .map(|()| location.clone())
                 }
             })
             .boxed()
@@ -180,18 +225,35 @@ impl ObjectStore for FaultStore {
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         match self.next_fault() {
-            Some(Fault::BeforeStore | Fault::ReplyLost) => {
-                futures::stream::once(async { Err(broken_connection()) }).boxed()
-            }
-            _ => self.inner.list(prefix),
+            None | Some(Fault::Truncated(_) | Fault::Stalled(_)) => self.inner.list(prefix),
+            // A list has no name that could be taken: all that fails it is the connection.
+            Some(_) => futures::stream::once(async { Err(broken_connection()) }).boxed(),
         }
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        under(self.next_fault(), self.inner.list_with_delimiter(prefix)).await
+        let root = Path::default();
+        let list = self.inner.list_with_delimiter(prefix);
+        under(self.next_fault(), prefix.unwrap_or(&root), list).await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        under(self.next_fault(), self.inner.copy_opts(from, to, options)).await
+        let copy = self.inner.copy_opts(from, to, options);
+        under(self.next_fault(), to, copy).await
     }
+}
+
+/// The beginning of what was read, as a connection leaves it that ends early and does not say so.
+async fn truncated(result: GetResult, kept: usize) -> Result<GetResult> {
+    let (meta, range) = (result.meta.clone(), result.range.clone());
+    let (attributes, extensions) = (result.attributes.clone(), result.extensions.clone());
+    let bytes = result.bytes().await?;
+    let kept = bytes.slice(..kept.min(bytes.len()));
+    Ok(GetResult {
+        payload: GetResultPayload::Stream(futures::stream::once(async { Ok(kept) }).boxed()),
+        meta,
+        range,
+        attributes,
+        extensions,
+    })
 }

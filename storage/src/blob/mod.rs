@@ -141,6 +141,15 @@ impl BlobStore {
         }
     }
 
+    /// The same store behind planned faults, and where those are planned. It tries each operation
+    /// as often as `retry` says.
+    #[must_use]
+    pub fn with_faults(&self, retry: RetryPolicy) -> (fault::FaultStore, Self) {
+        let faults = fault::FaultStore::new(Arc::clone(&self.store));
+        let through = BlobStore::over(Arc::new(faults.clone()), &self.url, retry);
+        (faults, through)
+    }
+
     /// The URL it was opened with.
     #[must_use]
     pub fn url(&self) -> &str {
@@ -189,8 +198,28 @@ impl BlobStore {
     /// Writes a blob whose name is the hash of `bytes`, whether it is there or not. That makes it
     /// young again, which keeps a sweep away, and mends it where it was damaged.
     pub async fn renew(&self, path: &str, bytes: Bytes) -> Result<(), BlobError> {
-        self.put(BlobOperation::Write, path, bytes, PutMode::Overwrite)
-            .await
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let written = self
+                .put(
+                    BlobOperation::Write,
+                    path,
+                    bytes.clone(),
+                    PutMode::Overwrite,
+                )
+                .await;
+            match written {
+                // No such write asks for a free name: S3 says so of two writes at the same time.
+                Err(error)
+                    if error.kind() == BlobErrorKind::AlreadyExists
+                        && attempts < self.retry.attempts =>
+                {
+                    tokio::time::sleep(self.retry.delay(attempts, path)).await;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     async fn put(

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::CheckpointSource;
 use crate::digest::Digest;
 
 /// The usual size of a chunk: large enough that a request's overhead is small, small enough that a
@@ -43,53 +43,122 @@ pub(super) fn digest_of_path(path: &str) -> Option<Digest> {
         .ok()
 }
 
-/// A checkpoint's bytes, cut and hashed.
-#[derive(Debug)]
-pub(super) struct Chunks {
-    pub(super) refs: Vec<ChunkRef>,
-    pub(super) parts: Vec<Bytes>,
-    pub(super) whole: Digest,
+/// One piece of a checkpoint's bytes, and where it begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// What it is.
+    pub chunk: ChunkRef,
+    /// Its first byte.
+    pub offset: u64,
 }
 
-/// Cuts `bytes` into pieces of `chunk_bytes` (the last one shorter), and hashes each and all.
-pub(super) fn cut(bytes: &Bytes, chunk_bytes: usize) -> Chunks {
-    let parts: Vec<Bytes> = ranges(bytes.len(), chunk_bytes)
-        .map(|range| bytes.slice(range))
-        .collect();
-    let refs = parts
-        .iter()
-        .map(|part| ChunkRef {
-            blake3: Digest::of(part),
-            length: part.len() as u64,
-        })
-        .collect();
-    Chunks {
-        refs,
-        parts,
-        whole: Digest::of(bytes),
+impl Piece {
+    /// Where it lies.
+    #[must_use]
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.chunk.length
     }
 }
 
-fn ranges(length: usize, chunk_bytes: usize) -> impl Iterator<Item = Range<usize>> {
+/// Deals pieces out to `parts` savers that hold equal bytes, so that each has about as much to send.
+/// Which piece goes where depends on nothing but their order.
+///
+/// # Panics
+/// If there is no part.
+#[must_use]
+pub fn split_pieces(pieces: &[Piece], parts: usize) -> Vec<Vec<Piece>> {
+    assert!(parts > 0, "somebody must save");
+    let mut shares: Vec<(u64, Vec<Piece>)> = vec![(0, Vec::new()); parts];
+    for piece in pieces {
+        let (bytes, share) = shares
+            .iter_mut()
+            .min_by_key(|(bytes, _)| *bytes)
+            .expect("there is a part");
+        *bytes += piece.chunk.length;
+        share.push(*piece);
+    }
+    shares.into_iter().map(|(_, share)| share).collect()
+}
+
+/// A checkpoint's bytes, cut and hashed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Survey {
+    pub(super) pieces: Vec<Piece>,
+    pub(super) whole: Digest,
+}
+
+/// Cuts the bytes of `source` into pieces of `chunk_bytes` (the last one shorter), and hashes each
+/// and all. Holds one piece at a time.
+pub(super) fn survey(source: &dyn CheckpointSource, chunk_bytes: usize) -> Survey {
+    let mut whole = blake3::Hasher::new();
+    let pieces = ranges(source.length_bytes(), chunk_bytes as u64)
+        .map(|range| {
+            let bytes = source.read(range.clone());
+            whole.update(&bytes);
+            Piece {
+                chunk: ChunkRef {
+                    blake3: Digest::of(&bytes),
+                    length: bytes.len() as u64,
+                },
+                offset: range.start,
+            }
+        })
+        .collect();
+    Survey {
+        pieces,
+        whole: whole.finalize().into(),
+    }
+}
+
+fn ranges(length: u64, chunk_bytes: u64) -> impl Iterator<Item = Range<u64>> {
     assert!(chunk_bytes > 0, "a chunk has at least one byte");
-    (0..length)
-        .step_by(chunk_bytes)
-        .map(move |start| start..length.min(start + chunk_bytes))
+    (0..length.div_ceil(chunk_bytes)).map(move |index| {
+        let start = index * chunk_bytes;
+        start..length.min(start + chunk_bytes)
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
+
+    fn survey_of(length: usize) -> (Bytes, Survey) {
+        let bytes = Bytes::from((0..length).map(|byte| byte as u8).collect::<Vec<u8>>());
+        let survey = survey(&bytes, 8);
+        (bytes, survey)
+    }
 
     #[test]
     fn the_pieces_join_to_the_whole() {
         for (length, expected) in [(0, vec![]), (1, vec![1]), (8, vec![8]), (20, vec![8, 8, 4])] {
-            let bytes = Bytes::from((0..length).map(|byte| byte as u8).collect::<Vec<u8>>());
-            let chunks = cut(&bytes, 8);
-            let lengths: Vec<u64> = chunks.refs.iter().map(|chunk| chunk.length).collect();
+            let (bytes, survey) = survey_of(length);
+            let lengths: Vec<u64> = survey.pieces.iter().map(|p| p.chunk.length).collect();
             assert_eq!(lengths, expected);
-            assert_eq!(chunks.parts.concat(), bytes);
-            assert_eq!(chunks.whole, Digest::of(&bytes));
+            let parts: Vec<Bytes> = survey
+                .pieces
+                .iter()
+                .map(|p| bytes.read(p.range()))
+                .collect();
+            assert_eq!(parts.concat(), bytes);
+            assert_eq!(survey.whole, Digest::of(&bytes));
+        }
+    }
+
+    #[test]
+    fn every_piece_goes_to_one_saver_and_all_have_about_as_much() {
+        let (_, survey) = survey_of(8 * 10 + 3);
+        for parts in [1, 2, 3, 4, 11, 20] {
+            let shares = split_pieces(&survey.pieces, parts);
+            let mut all: Vec<Piece> = shares.concat();
+            all.sort_by_key(|piece| piece.offset);
+            assert_eq!(all, survey.pieces);
+            let bytes = shares
+                .iter()
+                .map(|share| share.iter().map(|piece| piece.chunk.length).sum::<u64>());
+            let (least, most) = (bytes.clone().min().unwrap(), bytes.max().unwrap());
+            assert!(most - least <= 8, "{parts} parts: {least} to {most} bytes");
         }
     }
 

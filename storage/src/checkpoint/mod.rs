@@ -23,7 +23,9 @@
 mod chunk;
 mod gc;
 mod manifest;
+mod pace;
 mod reader;
+mod source;
 mod writer;
 
 #[cfg(test)]
@@ -31,13 +33,14 @@ mod tests;
 
 use std::sync::Arc;
 
-pub use chunk::{CHUNK_BYTES_DEFAULT, ChunkRef};
+pub use chunk::{CHUNK_BYTES_DEFAULT, ChunkRef, Piece, split_pieces};
 pub use gc::{GcError, GcPlan, GcReport, Kept, Stored, Sweeper};
 pub use manifest::{InvalidManifest, Manifest, ManifestName, ManifestRef, Section, manifest_path};
 pub use reader::{
     Checkpoint, CheckpointReader, LoadError, Rejected, RestoreError, Restored, StoredManifest,
 };
-pub use writer::{CheckpointWriter, SAVE_TIME_MAX, SaveError, SaveRequest, Saved};
+pub use source::CheckpointSource;
+pub use writer::{CheckpointWriter, Prepared, SAVE_TIME_MAX, SaveError, SaveRequest, Saved};
 
 /// A checkpoint whose manifest was written or verified here.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use object_store::memory::InMemory;
 
 use super::*;
 use crate::blob::fault::{Fault, FaultStore};
-use crate::blob::{BlobStore, RetryPolicy, S3Options};
+use crate::blob::{BlobErrorKind, BlobStore, RetryPolicy, S3Options};
 
 const JOB: JobId = JobId(7);
 const CHUNK: usize = 64;
@@ -245,6 +245,155 @@ async fn one_lost_request_or_reply_is_ridden_out_wherever_it_falls() {
             assert_eq!(loaded.bytes, state(2, 400), "{fault:?} at {at}");
         }
     }
+}
+
+/// What a store may answer instead of doing its work, at each operation in turn: the save succeeds.
+#[tokio::test]
+async fn server_errors_conflicts_and_stalls_are_ridden_out_wherever_they_fall() {
+    let stalled = Fault::Stalled(std::time::Duration::from_millis(1));
+    for fault in [Fault::ServerError, Fault::Conflict, stalled] {
+        for at in 0.. {
+            let (faults, through, direct) = faulty();
+            // Also where chunks are there already, and are written once more.
+            saved(&direct, 2).await;
+            faults.plan(at, fault);
+            let again = SaveRequest {
+                incarnation: Incarnation(4),
+                ..request(2, None)
+            };
+            let saved = writer(&through).save(again, state(2, 400)).await.unwrap();
+            if faults.operations() <= at {
+                break;
+            }
+            let loaded = reader(&direct).load(&saved.handle.reference).await.unwrap();
+            assert_eq!(loaded.bytes, state(2, 400), "{fault:?} at {at}");
+        }
+    }
+}
+
+/// A full disk, and a store that is away for longer than anybody tries: nothing of the save is visible,
+/// and when that is over the same save finishes.
+#[tokio::test]
+async fn a_store_that_fails_for_long_costs_nothing_that_was_saved() {
+    for (fault, kind) in [
+        (Fault::NoSpace, BlobErrorKind::NoSpace),
+        (Fault::BeforeStore, BlobErrorKind::Unreachable),
+        (Fault::ServerError, BlobErrorKind::Unreachable),
+    ] {
+        for begins_at in 0..8 {
+            let (faults, through, direct) = faulty();
+            let old = saved(&direct, 1).await.reference;
+            for number in begins_at..100 {
+                faults.plan(number, fault);
+            }
+            let writer = writer(&through);
+            let save = || writer.save(request(2, None), state(2, 400));
+            match save().await.unwrap_err() {
+                SaveError::Blob(error) => assert_eq!(error.kind(), kind, "{error}"),
+                other => panic!("{other}"),
+            }
+            let stored = reader(&direct).list(JOB).await.unwrap();
+            assert_eq!(stored.len(), 1, "{fault:?} from operation {begins_at} on");
+            assert_eq!(
+                reader(&direct).load(&old).await.unwrap().bytes,
+                state(1, 400)
+            );
+            faults.reset();
+            let saved = save().await.unwrap();
+            let loaded = reader(&direct).load(&saved.handle.reference).await.unwrap();
+            assert_eq!(loaded.bytes, state(2, 400));
+        }
+    }
+}
+
+/// A read that ends early and does not say so is no reason to believe half of it.
+#[tokio::test]
+async fn a_truncated_read_is_noticed() {
+    let (faults, through, direct) = faulty();
+    let saved = saved(&direct, 1).await;
+    for at in 0.. {
+        for kept in [0, 1, CHUNK - 1] {
+            faults.reset();
+            faults.plan(at, Fault::Truncated(kept));
+            let loaded = reader(&through).load(&saved.reference).await;
+            if faults.operations() <= at {
+                assert!(at > 7);
+                return;
+            }
+            // The last chunk is short: all of it may have come.
+            if let Ok(loaded) = loaded {
+                assert_eq!(loaded.bytes, state(1, 400));
+                assert!(at == 7 && kept == CHUNK - 1, "read {at} with {kept} bytes");
+            }
+        }
+    }
+}
+
+/// Several who hold equal bytes send a share each; who holds others is found out before a byte is sent.
+#[tokio::test]
+async fn a_save_can_be_shared_and_whoever_holds_other_bits_is_named() {
+    let blobs = in_memory();
+    let bytes = state(5, CHUNK * 10 + 7);
+    let whole: Arc<dyn CheckpointSource> = Arc::new(bytes.clone());
+    for parts in [1, 2, 3, 20] {
+        let step = 100 + parts as u64;
+        let prepared = writer(&blobs)
+            .prepare(request(step, None), Arc::clone(&whole))
+            .await
+            .unwrap();
+        for share in split_pieces(prepared.missing(), parts) {
+            let held: Arc<dyn CheckpointSource> = Arc::new(bytes.clone());
+            writer(&blobs).upload(held, &share).await.unwrap();
+        }
+        let saved = writer(&blobs).finish(prepared).await.unwrap();
+        let loaded = reader(&blobs).load(&saved.handle.reference).await.unwrap();
+        assert_eq!(loaded.bytes, bytes, "{parts} parts");
+    }
+    let store = in_memory();
+    let prepared = writer(&store)
+        .prepare(request(1, None), whole)
+        .await
+        .unwrap();
+    let mut other = bytes.to_vec();
+    other[CHUNK * 3 + 1] ^= 1;
+    let wrong = &prepared.missing()[3..4];
+    let error = writer(&store)
+        .upload(Arc::new(Bytes::from(other)), wrong)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, SaveError::Differs { offset: 192, .. }),
+        "{error}"
+    );
+    assert_eq!(store.list("", 100).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_manifest_without_its_chunks_is_passed_over() {
+    let blobs = in_memory();
+    let old = saved(&blobs, 1).await.reference;
+    let new = saved(&blobs, 2).await;
+    for chunk in &new.manifest.chunks {
+        blobs.delete(&chunk.path()).await.unwrap();
+    }
+    let mut hollow = (*new.manifest).clone();
+    (hollow.step, hollow.chunks) = (3, Vec::new());
+    let bytes = hollow.to_bytes();
+    let hollow = ManifestRef {
+        path: hollow.path(),
+        digest: crate::digest::Digest::of(&bytes),
+    };
+    blobs.put_if_absent(&hollow.path, bytes).await.unwrap();
+    let references = [hollow, new.reference, old];
+    let restored = reader(&blobs).load_newest(&references).await.unwrap();
+    assert_eq!(restored.checkpoint.bytes, state(1, 400));
+    let reasons: Vec<&str> = restored
+        .rejected
+        .iter()
+        .map(|rejected| rejected.reason.as_str())
+        .collect();
+    assert!(reasons[0].contains("do not add up"), "{reasons:?}");
+    assert!(reasons[1].contains("is missing"), "{reasons:?}");
 }
 
 /// A store that acknowledges half a write must be noticed by the reader.

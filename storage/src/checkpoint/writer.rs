@@ -4,18 +4,24 @@
 //! retention keeps the newest committed checkpoint, so nobody sweeps it meanwhile. Any other chunk
 //! that is there already may be old enough to be swept before our manifest names it, or damaged: it
 //! is written again, which its name allows, and so is young and whole.
+//!
+//! A save has three parts, so that several who hold equal bytes can share its middle: who leads it
+//! calls [`CheckpointWriter::prepare`], everybody uploads a share of the missing pieces, and who leads
+//! it calls [`CheckpointWriter::finish`]. [`CheckpointWriter::save`] does all of it alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::{self, TryStreamExt};
 use mobula_core::id::{Incarnation, JobId};
+use tokio::time::Instant;
 
-use super::chunk::{self, CHUNK_BYTES_DEFAULT, ChunkRef};
+use super::chunk::{self, CHUNK_BYTES_DEFAULT, Piece};
 use super::manifest::MANIFEST_LIMIT_BYTES;
-use super::{CheckpointHandle, InvalidManifest, Manifest, ManifestRef, Section};
+use super::pace::Pace;
+use super::{CheckpointHandle, CheckpointSource, InvalidManifest, Manifest, ManifestRef, Section};
 use crate::blob::{BlobError, BlobErrorKind, BlobStore, PutOutcome};
 use crate::digest::Digest;
 
@@ -100,6 +106,22 @@ pub enum SaveError {
         /// How long it took, in seconds.
         took_s: u64,
     },
+    /// The bytes are not those that were prepared: whoever uploads holds another state, or its memory is
+    /// damaged. Nothing of it was written.
+    #[error(
+        "the {length} bytes from {offset} on have the hash {found} here and {expected} where the save \
+         was prepared: this copy of the state differs; compare the workers' digests"
+    )]
+    Differs {
+        /// Where they begin.
+        offset: u64,
+        /// How many.
+        length: u64,
+        /// Their hash where the save was prepared.
+        expected: Digest,
+        /// Their hash here.
+        found: Digest,
+    },
     /// There are too many chunks for one manifest.
     #[error(
         "the manifest would have {size_bytes} bytes, the limit is {limit_bytes}; use larger chunks"
@@ -112,20 +134,45 @@ pub enum SaveError {
     },
 }
 
-/// Saves checkpoints into one store.
+/// A save that has begun: nothing of it is visible.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    manifest: Manifest,
+    manifest_bytes: Bytes,
+    missing: Vec<Piece>,
+    begun: Instant,
+}
+
+impl Prepared {
+    /// The pieces that must be in the store before the manifest is.
+    #[must_use]
+    pub fn missing(&self) -> &[Piece] {
+        &self.missing
+    }
+
+    /// The hash of all bytes together.
+    #[must_use]
+    pub fn state_blake3(&self) -> Digest {
+        self.manifest.state_blake3
+    }
+}
+
+/// Saves checkpoints into one store. Clones share a limit of the rate.
 #[derive(Debug, Clone)]
 pub struct CheckpointWriter {
     blobs: BlobStore,
     chunk_bytes: usize,
+    pace: Option<Arc<Pace>>,
 }
 
 impl CheckpointWriter {
-    /// A writer into `blobs`, with chunks of the usual size.
+    /// A writer into `blobs`, with chunks of the usual size and as fast as the store is.
     #[must_use]
     pub fn new(blobs: BlobStore) -> Self {
         CheckpointWriter {
             blobs,
             chunk_bytes: CHUNK_BYTES_DEFAULT,
+            pace: None,
         }
     }
 
@@ -139,14 +186,43 @@ impl CheckpointWriter {
         }
     }
 
+    /// The same that sends at most `bytes_per_second` (at least one) over any longer time.
+    #[must_use]
+    pub fn with_rate_limit(self, bytes_per_second: u64) -> Self {
+        CheckpointWriter {
+            pace: Some(Arc::new(Pace::new(bytes_per_second))),
+            ..self
+        }
+    }
+
     /// Saves `bytes`. May be called again with the same request and bytes after any error or
     /// crash: it then finishes what was begun.
     pub async fn save(&self, request: SaveRequest, bytes: Bytes) -> Result<Saved, SaveError> {
+        self.save_from(request, Arc::new(bytes)).await
+    }
+
+    /// The same for bytes that are read piece by piece.
+    pub async fn save_from(
+        &self,
+        request: SaveRequest,
+        source: Arc<dyn CheckpointSource>,
+    ) -> Result<Saved, SaveError> {
+        let prepared = self.prepare(request, Arc::clone(&source)).await?;
+        self.upload(source, prepared.missing()).await?;
+        self.finish(prepared).await
+    }
+
+    /// Finds out what a save consists of and what of it the store lacks. Writes nothing.
+    pub async fn prepare(
+        &self,
+        request: SaveRequest,
+        source: Arc<dyn CheckpointSource>,
+    ) -> Result<Prepared, SaveError> {
         let begun = Instant::now();
         let chunk_bytes = self.chunk_bytes;
-        let total_bytes = bytes.len() as u64;
+        let total_bytes = source.length_bytes();
         // Seconds of hashing for a large state: not on an executor thread.
-        let chunks = tokio::task::spawn_blocking(move || chunk::cut(&bytes, chunk_bytes))
+        let survey = tokio::task::spawn_blocking(move || chunk::survey(&*source, chunk_bytes))
             .await
             .expect("hashing does not panic, and is not aborted");
         let parent = request.parent.as_ref();
@@ -157,8 +233,8 @@ impl CheckpointWriter {
             incarnation: request.incarnation,
             parent: parent.map(|parent| parent.reference.digest),
             total_bytes,
-            state_blake3: chunks.whole,
-            chunks: chunks.refs,
+            state_blake3: survey.whole,
+            chunks: survey.pieces.iter().map(|piece| piece.chunk).collect(),
             sections: request.sections,
             metadata: request.metadata,
         };
@@ -172,43 +248,78 @@ impl CheckpointWriter {
                 limit_bytes,
             });
         }
-        let pinned = parent
+        let mut known: BTreeSet<Digest> = parent
             .map(|parent| parent.manifest.chunks.as_slice())
-            .unwrap_or_default();
-        let missing = not_in(pinned, &manifest.chunks, &chunks.parts);
-        let uploaded_bytes = missing.iter().map(|(chunk, _)| chunk.length).sum();
-        self.upload(missing).await?;
+            .unwrap_or_default()
+            .iter()
+            .map(|chunk| chunk.blake3)
+            .collect();
+        // Those that the parent does not pin, each once.
+        let missing = survey
+            .pieces
+            .into_iter()
+            .filter(|piece| known.insert(piece.chunk.blake3))
+            .collect();
+        Ok(Prepared {
+            manifest,
+            manifest_bytes,
+            missing,
+            begun,
+        })
+    }
+
+    /// Sends `pieces` of `source`, each verified before. Sending a piece again changes nothing.
+    pub async fn upload(
+        &self,
+        source: Arc<dyn CheckpointSource>,
+        pieces: &[Piece],
+    ) -> Result<(), SaveError> {
+        stream::iter(pieces.iter().copied().map(Ok))
+            .try_for_each_concurrent(UPLOADS_MAX, |piece| {
+                let source = Arc::clone(&source);
+                async move {
+                    let bytes = read_piece(source, piece).await?;
+                    if let Some(pace) = &self.pace {
+                        pace.admit(piece.chunk.length).await;
+                    }
+                    let path = piece.chunk.path();
+                    match self.blobs.put_if_absent(&path, bytes.clone()).await? {
+                        PutOutcome::Created => {}
+                        PutOutcome::AlreadyExists => self.blobs.renew(&path, bytes).await?,
+                    }
+                    Ok(())
+                }
+            })
+            .await
+    }
+
+    /// Makes the checkpoint visible. All missing pieces must have been uploaded.
+    pub async fn finish(&self, prepared: Prepared) -> Result<Saved, SaveError> {
+        let Prepared {
+            manifest,
+            manifest_bytes,
+            missing,
+            begun,
+        } = prepared;
         let took = begun.elapsed();
         if took > SAVE_TIME_MAX {
             let took_s = took.as_secs();
             return Err(SaveError::TooSlow { took_s });
         }
-        let digest = Digest::of(&manifest_bytes);
         let reference = ManifestRef {
             path: manifest.path(),
-            digest,
+            digest: Digest::of(&manifest_bytes),
         };
         self.commit_manifest(&reference, manifest_bytes).await?;
+        let uploaded_bytes = missing.iter().map(|piece| piece.chunk.length).sum();
         Ok(Saved {
+            uploaded_bytes,
+            reused_bytes: manifest.total_bytes - uploaded_bytes,
             handle: CheckpointHandle {
                 reference,
                 manifest: Arc::new(manifest),
             },
-            uploaded_bytes,
-            reused_bytes: total_bytes - uploaded_bytes,
         })
-    }
-
-    async fn upload(&self, chunks: Vec<(ChunkRef, Bytes)>) -> Result<(), BlobError> {
-        stream::iter(chunks.into_iter().map(Ok))
-            .try_for_each_concurrent(UPLOADS_MAX, |(chunk, bytes)| async move {
-                let path = chunk.path();
-                match self.blobs.put_if_absent(&path, bytes.clone()).await? {
-                    PutOutcome::Created => Ok(()),
-                    PutOutcome::AlreadyExists => self.blobs.renew(&path, bytes).await,
-                }
-            })
-            .await
     }
 
     async fn commit_manifest(&self, ours: &ManifestRef, bytes: Bytes) -> Result<(), SaveError> {
@@ -237,13 +348,22 @@ impl CheckpointWriter {
     }
 }
 
-/// The chunks that are not pinned, each once.
-fn not_in(pinned: &[ChunkRef], chunks: &[ChunkRef], parts: &[Bytes]) -> Vec<(ChunkRef, Bytes)> {
-    let mut known: BTreeSet<Digest> = pinned.iter().map(|chunk| chunk.blake3).collect();
-    chunks
-        .iter()
-        .zip(parts)
-        .filter(|(chunk, _)| known.insert(chunk.blake3))
-        .map(|(chunk, part)| (*chunk, part.clone()))
-        .collect()
+/// A piece's bytes, if they are what was prepared.
+async fn read_piece(source: Arc<dyn CheckpointSource>, piece: Piece) -> Result<Bytes, SaveError> {
+    let (bytes, found) = tokio::task::spawn_blocking(move || {
+        let bytes = source.read(piece.range());
+        let found = Digest::of(&bytes);
+        (bytes, found)
+    })
+    .await
+    .expect("hashing does not panic, and is not aborted");
+    if found == piece.chunk.blake3 {
+        return Ok(bytes);
+    }
+    Err(SaveError::Differs {
+        offset: piece.offset,
+        length: piece.chunk.length,
+        expected: piece.chunk.blake3,
+        found,
+    })
 }

@@ -3,5 +3,7 @@
 
 mod blob;
 mod checkpoint;
+mod crash_points;
+mod flips;
 mod raft;
 mod s3;

@@ -11,6 +11,7 @@ mod audit;
 mod backup;
 mod bad_input;
 mod chaos;
+mod checkpoints;
 mod configs;
 mod detached;
 mod exactly_once;

@@ -76,6 +76,7 @@ impl World {
                 manifest_digest: saved.handle.reference.digest.to_string(),
                 size_bytes: 32,
                 weights_blake3: None,
+                metric: None,
             },
         };
         let outcome = self

@@ -1,17 +1,20 @@
 //! Notices that the machine is about to be taken away: from the leader (a command), from a file,
-//! and by SIGTERM.
+//! by SIGTERM, and from the cloud's metadata service.
 //!
 //! Invariants:
 //! 1. Each source gives at most one notice; the earliest deadline of all counts.
 //! 2. The leader and the hosts hear only of changes of that earliest deadline, so a notice that
 //!    comes back as an echo changes nothing.
 
+mod cloud;
 mod file;
 mod signal;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
+pub(crate) use cloud::watch_cloud;
+pub use cloud::{Cloud, UnknownCloud};
 pub(crate) use file::watch_file;
 pub use file::{NoticeFileError, parse_notice_file};
 pub(crate) use signal::{sigterm, watch_sigterm};
@@ -25,6 +28,12 @@ pub enum NoticeSource {
     File,
     /// SIGTERM to the agent.
     Sigterm,
+    /// Amazon's metadata service.
+    Aws,
+    /// Google's.
+    Gcp,
+    /// Microsoft's.
+    Azure,
 }
 
 impl NoticeSource {
@@ -35,6 +44,9 @@ impl NoticeSource {
             NoticeSource::Command => "command",
             NoticeSource::File => "file",
             NoticeSource::Sigterm => "sigterm",
+            NoticeSource::Aws => "aws",
+            NoticeSource::Gcp => "gcp",
+            NoticeSource::Azure => "azure",
         }
     }
 }

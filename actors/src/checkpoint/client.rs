@@ -1,0 +1,141 @@
+//! Checkpoints as people and programs outside of a job see them: the table through the head, the bytes
+//! straight from the object store.
+//!
+//! Invariants:
+//! 1. Nothing here changes a bit that is stored. What is pruned is hidden; the sweep removes it.
+//! 2. What is handed out was verified byte by byte.
+
+use std::path::Path;
+
+use mobula::{Cluster, StorageLocation};
+use mobula_core::JobId;
+use mobula_core::control::ModuleId;
+use mobula_storage::blob::{BlobError, BlobStore};
+use mobula_storage::checkpoint::{Checkpoint, CheckpointReader, LoadError, Manifest};
+
+use super::checkpointer::{RESTORE_BYTES_MAX, reference};
+use super::state::{CheckpointCommand, CheckpointQuery, CheckpointRef, JobCheckpoints, JobSummary};
+use crate::ask;
+use crate::storage::open_blobs;
+
+/// All jobs that have checkpoints, by id.
+pub async fn jobs(cluster: &Cluster) -> mobula::Result<Vec<JobSummary>> {
+    let mut jobs: Vec<JobSummary> = Vec::new();
+    loop {
+        let after = jobs.last().map(|last| last.job);
+        let query = CheckpointQuery::Jobs { after };
+        let page: Vec<JobSummary> =
+            ask::query(cluster, ModuleId::CHECKPOINT, "list checkpoints", &query).await?;
+        if page.is_empty() {
+            return Ok(jobs);
+        }
+        jobs.extend(page);
+    }
+}
+
+/// What is known of a job's checkpoints; nothing for an unknown job.
+pub async fn of_job(cluster: &Cluster, job: JobId) -> mobula::Result<JobCheckpoints> {
+    let query = CheckpointQuery::List { job };
+    ask::query(cluster, ModuleId::CHECKPOINT, "list checkpoints", &query).await
+}
+
+/// Keeps the checkpoint of a step whatever the job's policy says, or no more.
+pub async fn pin(cluster: &Cluster, job: JobId, step: u64, is_pinned: bool) -> mobula::Result<()> {
+    let command = CheckpointCommand::Pin {
+        job,
+        step,
+        is_pinned,
+    };
+    ask::apply(cluster, ModuleId::CHECKPOINT, "pin a checkpoint", &command).await?;
+    Ok(())
+}
+
+/// Hides all but the newest `keep` (at least one) and the pinned.
+pub async fn prune(cluster: &Cluster, job: JobId, keep: u32) -> mobula::Result<()> {
+    let command = CheckpointCommand::Prune { job, keep };
+    ask::apply(cluster, ModuleId::CHECKPOINT, "prune checkpoints", &command).await?;
+    Ok(())
+}
+
+/// Why the object store cannot be used from here.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    /// It is a folder of another machine.
+    #[error(
+        "the cluster keeps its checkpoints in {url}, a folder that is not on this machine: run this \
+         where the head runs, or keep checkpoints in S3"
+    )]
+    Elsewhere {
+        /// The store's URL.
+        url: String,
+    },
+    /// It cannot be opened.
+    #[error(transparent)]
+    Store(#[from] BlobError),
+}
+
+/// What came of looking at a checkpoint.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Every byte of it is as it was saved.
+    Whole,
+    /// It can never be restored, for this reason.
+    Damaged(String),
+    /// It could not be looked at, for this reason.
+    Unknown(String),
+}
+
+/// The checkpoints in an object store, to be read only.
+#[derive(Debug, Clone)]
+pub struct Archive {
+    reader: CheckpointReader,
+}
+
+impl Archive {
+    /// Opens the store at `location`, with the secrets of this process's environment.
+    pub fn open(location: &StorageLocation) -> Result<Self, ArchiveError> {
+        if let Some(folder) = location.url.strip_prefix("file://")
+            && !Path::new(folder).is_dir()
+        {
+            let url = location.url.clone();
+            return Err(ArchiveError::Elsewhere { url });
+        }
+        Ok(Archive::over(open_blobs(location)?))
+    }
+
+    /// The checkpoints in `blobs`.
+    #[must_use]
+    pub fn over(blobs: BlobStore) -> Self {
+        Archive {
+            reader: CheckpointReader::new(blobs, RESTORE_BYTES_MAX),
+        }
+    }
+
+    /// What a checkpoint consists of, verified.
+    pub async fn manifest(&self, checkpoint: &CheckpointRef) -> Result<Manifest, LoadError> {
+        self.reader.manifest(&verified_reference(checkpoint)?).await
+    }
+
+    /// A checkpoint, verified byte by byte.
+    pub async fn load(&self, checkpoint: &CheckpointRef) -> Result<Checkpoint, LoadError> {
+        self.reader.load(&verified_reference(checkpoint)?).await
+    }
+
+    /// Reads all of a checkpoint and says whether it is whole.
+    pub async fn verify(&self, checkpoint: &CheckpointRef) -> Verdict {
+        match self.load(checkpoint).await {
+            Ok(_) => Verdict::Whole,
+            Err(error) if error.condemns_the_checkpoint() => Verdict::Damaged(error.to_string()),
+            Err(error) => Verdict::Unknown(error.to_string()),
+        }
+    }
+}
+
+fn verified_reference(
+    checkpoint: &CheckpointRef,
+) -> Result<mobula_storage::checkpoint::ManifestRef, LoadError> {
+    reference(checkpoint).map_err(|error| LoadError::Damaged {
+        path: checkpoint.manifest_path.clone(),
+        reason: error.to_string(),
+    })
+}

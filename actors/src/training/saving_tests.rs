@@ -1,0 +1,192 @@
+//! The saver over stores that fail, in virtual time.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use mobula_core::JobId;
+use mobula_storage::blob::fault::{Fault, FaultStore};
+use mobula_storage::blob::{BlobStore, RetryPolicy, S3Options};
+use mobula_storage::checkpoint::CheckpointSource;
+
+use super::*;
+use crate::checkpoint::ledger::Ledger;
+use crate::checkpoint::ledger::memory::MemoryLedger;
+
+const JOB: JobId = JobId(3);
+const STEP: Duration = Duration::from_millis(100);
+const EVERY_STEPS: u64 = 10;
+
+/// A state that counts how many like it are held.
+struct Counted {
+    bytes: Bytes,
+    open: Arc<AtomicUsize>,
+}
+
+impl CheckpointSource for Counted {
+    fn length_bytes(&self) -> u64 {
+        self.bytes.length_bytes()
+    }
+
+    fn read(&self, range: Range<u64>) -> Bytes {
+        self.bytes.read(range)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.open.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+struct World {
+    faults: FaultStore,
+    through: BlobStore,
+    ledger: Arc<MemoryLedger>,
+    open: Arc<AtomicUsize>,
+}
+
+impl World {
+    fn new() -> Self {
+        let store = BlobStore::open("memory://", &S3Options::default()).unwrap();
+        let (faults, through) = store.with_faults(RetryPolicy::STANDARD);
+        World {
+            faults,
+            through,
+            ledger: Arc::default(),
+            open: Arc::default(),
+        }
+    }
+
+    fn saver(&self) -> Saver {
+        let blobs = self.through.clone();
+        let open = move || Ok(blobs.clone());
+        let checkpointer = Checkpointer::new(open, self.ledger.clone(), JOB, None);
+        Saver::over(checkpointer, JobLog::Silent)
+    }
+
+    fn order(&self, step: u64) -> SaveOrder {
+        self.open.fetch_add(1, Ordering::SeqCst);
+        let bytes = Bytes::from(format!("the state after step {step}"));
+        SaveOrder {
+            step,
+            incarnation: Incarnation(1),
+            weights_blake3: blake3::hash(&bytes).to_hex().to_string(),
+            state: Arc::new(Counted {
+                bytes,
+                open: Arc::clone(&self.open),
+            }),
+            sections: Vec::new(),
+            metric: None,
+            metadata: BTreeMap::new(),
+        }
+    }
+
+    async fn committed_steps(&self) -> Vec<u64> {
+        let known = self.ledger.list(JOB).await.unwrap();
+        known
+            .checkpoints
+            .iter()
+            .map(|one| one.checkpoint.step)
+            .collect()
+    }
+}
+
+/// Trains for `steps` steps, and saves as a driver does. Each step takes what it takes and no more.
+async fn train(world: &World, saver: &mut Saver, steps: Range<u64>) {
+    for step in steps {
+        let begun = Instant::now();
+        tokio::time::sleep(STEP).await;
+        saver.poll().unwrap();
+        if step.is_multiple_of(EVERY_STEPS) && !saver.is_busy() {
+            saver.offer(world.order(step));
+        }
+        let held = world.open.load(Ordering::SeqCst);
+        assert!(held <= 1, "{held} snapshots are held at step {step}");
+        assert_eq!(begun.elapsed(), STEP, "step {step} waited");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_away_for_five_minutes_costs_nothing_but_age() {
+    let stalled = Fault::Stalled(Duration::from_secs(60));
+    for fault in [
+        Fault::BeforeStore,
+        Fault::ServerError,
+        Fault::NoSpace,
+        stalled,
+    ] {
+        let world = World::new();
+        let mut saver = world.saver();
+        train(&world, &mut saver, 1..101).await;
+        assert_eq!(world.committed_steps().await[..2], [90, 80], "{fault:?}");
+        world.faults.stand(Some(fault));
+        // Five minutes.
+        train(&world, &mut saver, 101..3101).await;
+        if fault != stalled {
+            // The last one before it may have been on its way.
+            assert!(saver.committed_step() <= Some(100), "{fault:?}");
+            assert!(saver.is_busy());
+        }
+        world.faults.stand(None);
+        // The next attempt comes within the longest pause and what the last one still takes.
+        train(&world, &mut saver, 3101..4001).await;
+        assert!(saver.committed_step() >= Some(3900), "{fault:?}");
+        saver.offer(world.order(4001));
+        assert!(saver.flush(None).await.unwrap());
+        assert_eq!(saver.committed_step(), Some(4001));
+        assert_eq!(
+            world.open.load(Ordering::SeqCst),
+            0,
+            "nothing is held any more"
+        );
+        let found = world.saver().restore(Incarnation(2)).await.unwrap();
+        assert_eq!(found.restored.unwrap().state, "the state after step 4001");
+        assert!(found.rejected.is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_head_that_is_away_is_waited_for_as_well() {
+    let world = World::new();
+    let mut saver = world.saver();
+    *world.ledger.is_away.lock() = true;
+    train(&world, &mut saver, 1..601).await;
+    assert_eq!(saver.committed_step(), None);
+    *world.ledger.is_away.lock() = false;
+    // The next attempt comes within the longest pause, of 150 steps.
+    train(&world, &mut saver, 601..771).await;
+    assert!(saver.committed_step() >= Some(700));
+    let committed = world.committed_steps().await;
+    assert!(
+        committed.contains(&10),
+        "the one that waited: {committed:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deadline_ends_the_wait_and_not_the_save() {
+    let world = World::new();
+    let mut saver = world.saver();
+    let stalled = Fault::Stalled(Duration::from_secs(10));
+    world.faults.plan(0, stalled);
+    saver.offer(world.order(1));
+    let deadline = Instant::now() + Duration::from_secs(3);
+    assert!(!saver.flush(Some(deadline)).await.unwrap());
+    assert_eq!(Instant::now(), deadline);
+    assert!(saver.flush(None).await.unwrap());
+    assert_eq!(saver.committed_step(), Some(1));
+    assert!(saver.expected_time() >= Duration::from_secs(10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_driver_that_was_replaced_hears_of_it() {
+    let world = World::new();
+    let mut old = world.saver();
+    world.saver().restore(Incarnation(2)).await.unwrap();
+    old.offer(world.order(1));
+    let error = old.flush(None).await.unwrap_err();
+    assert!(matches!(error, CheckpointError::Fenced(_)), "{error}");
+    assert!(world.committed_steps().await.is_empty());
+}
