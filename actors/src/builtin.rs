@@ -21,6 +21,17 @@ pub enum BuiltinError {
     Train(#[from] JobError),
 }
 
+impl BuiltinError {
+    /// Whether another start of the driver would come to the same.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            BuiltinError::UnknownKind(_) | BuiltinError::Arguments(_) => true,
+            BuiltinError::Train(error) => error.is_final(),
+        }
+    }
+}
+
 /// Drives the job that `arguments` describe: its kind, its TOML text, and the name of the file that
 /// this came from, for errors.
 pub async fn main(cluster: Cluster, arguments: Vec<String>) -> Result<(), BuiltinError> {

@@ -20,4 +20,8 @@ mod payload;
 mod plug;
 pub mod storage;
 
+pub use candle_core;
 pub use plug::{controllers, modules, retention};
+
+#[doc(hidden)]
+pub use inventory as __inventory;

@@ -3,10 +3,11 @@
 use std::hint::black_box;
 
 use candle_core::{Device, Tensor};
-use mobula_actors::training::data::Dataset;
-use mobula_actors::training::layout::ModelSpec;
+use mobula_actors::training::data::Files;
 use mobula_actors::training::local::LocalTrainer;
+use mobula_actors::training::models::ModelSpec;
 use mobula_actors::training::spec::TrainSpec;
+use mobula_actors::training::workload::Workload;
 use mobula_benches::measure::{Samples, Settings, repeat};
 use mobula_benches::report::Report;
 
@@ -58,10 +59,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         steps: 1_000_000,
         ..TrainSpec::digits_mlp("bench")
     };
-    let split = Dataset::load(&spec.dataset)?.split(spec.seed, spec.held_out_fraction);
+    let workload = Workload::load(&spec, &Files::local())?;
     let mut report = Report::new("training the digits MLP, one step, one core");
     for workers in [1, 4] {
-        let mut trainer = LocalTrainer::new(&spec, &split)?;
+        let mut trainer = LocalTrainer::new(&workload)?;
         let before = trainer.state().params.clone();
         let samples = repeat(settings, || {
             trainer.step(workers).expect("the digits are good data");

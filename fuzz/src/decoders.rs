@@ -527,7 +527,15 @@ fn job_toml_seeds() -> Vec<Vec<u8>> {
 
 fn version_file(bytes: &[u8]) {
     let _ = mobula_actors::registry::version_file::VersionFile::from_bytes(bytes);
-    let _ = mobula_actors::training::data::Dataset::from_bytes("fuzz.csv", bytes);
+    let csv = mobula_actors::training::data::csv::CsvSpec {
+        files: Vec::new(),
+        header: false,
+        shape: None,
+        classes: None,
+        targets: None,
+        scale: None,
+    };
+    let _ = mobula_actors::training::data::Dataset::from_csv("fuzz.csv", bytes, &csv);
 }
 
 use mobula_actors::serving::oip;

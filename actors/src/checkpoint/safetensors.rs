@@ -115,11 +115,13 @@ mod tests {
     use crate::training::snapshot::StateSnapshot;
     use crate::training::spec::TrainSpec;
     use crate::training::state::TrainState;
+    use crate::training::workload::Workload;
 
     async fn checkpoint(shapes: Option<&str>) -> (TrainState, Layout, Checkpoint) {
         let spec = TrainSpec::digits_mlp("a");
-        let layout = Layout::of(&spec.model);
-        let mut state = TrainState::initial(&spec, "digest").unwrap();
+        let workload = Workload::of(&spec);
+        let layout = workload.layout().clone();
+        let mut state = TrainState::initial(&workload);
         state.moments[1][3] = 0.5;
         let blobs = BlobStore::open("memory://", &S3Options::default()).unwrap();
         let section = |(name, offset, length)| Section {

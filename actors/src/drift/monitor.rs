@@ -19,7 +19,6 @@ use super::window::{MonitorConfig, MonitorConfigError, Statistic, WindowMonitor,
 use crate::drift::client;
 use crate::registry::version_file::{VersionFile, VersionFileError};
 use crate::storage::open_blobs;
-use crate::training::data::FEATURES;
 
 /// Rows in a window: enough to find a shift of half a standard deviation, and soon full.
 const WINDOW_SIZE: usize = 200;
@@ -81,6 +80,7 @@ impl Monitor {
             model,
             version,
             incarnation: ctx.incarnation().0,
+            row_values: file.samples.feature_count(),
             window: WindowMonitor::new(file.build_reference()?, config)?,
             seen: Seen::default(),
             reported: Seen::default(),
@@ -97,7 +97,7 @@ impl Monitor {
 
     /// Takes answered rows, one after the other, with the class predicted for each; and how many
     /// were dropped before them.
-    pub fn observe(&mut self, rows: Vec<f32>, classes: Vec<u8>, dropped: u64) -> Seen {
+    pub fn observe(&mut self, rows: Vec<f32>, classes: Vec<u32>, dropped: u64) -> Seen {
         self.watch.seen.dropped += dropped;
         // Closing a window sorts and tests every feature.
         let found = tokio::task::block_in_place(|| self.watch.observe(&rows, &classes));
@@ -183,6 +183,8 @@ struct Watch {
     model: String,
     version: u64,
     incarnation: u64,
+    /// Values of a row; the reference has a column for each.
+    row_values: usize,
     window: WindowMonitor,
     seen: Seen,
     /// What was seen when the last window was full.
@@ -191,10 +193,10 @@ struct Watch {
 
 impl Watch {
     /// Takes rows; a report for each window that they fill.
-    fn observe(&mut self, rows: &[f32], classes: &[u8]) -> Vec<Report> {
+    fn observe(&mut self, rows: &[f32], classes: &[u32]) -> Vec<Report> {
         let mut reports = Vec::new();
-        for (row, class) in rows.chunks(FEATURES).zip(classes) {
-            match self.window.observe(row, u32::from(*class)) {
+        for (row, class) in rows.chunks(self.row_values).zip(classes) {
+            match self.window.observe(row, *class) {
                 Ok(closed) => {
                     self.seen.rows += 1;
                     if let Some(closed) = closed {
@@ -273,7 +275,10 @@ impl Watch {
 mod tests {
     use super::*;
     use crate::registry::version_file::tests::digits;
-    use crate::training::data::{Dataset, IMAGE_SIDE};
+    use crate::training::data::Dataset;
+
+    const IMAGE_SIDE: usize = 8;
+    const FEATURES: usize = 64;
 
     fn watch() -> (Watch, crate::training::model::Model) {
         let file = digits(usize::MAX);
@@ -283,6 +288,7 @@ mod tests {
             model: "digits".into(),
             version: 1,
             incarnation: 9,
+            row_values: FEATURES,
             window: WindowMonitor::new(file.build_reference().unwrap(), config).unwrap(),
             seen: Seen::default(),
             reported: Seen::default(),
@@ -292,7 +298,8 @@ mod tests {
 
     fn held_out(count: usize) -> Vec<f32> {
         let held_out = Dataset::digits().unwrap().split(7, 0.2).held_out;
-        held_out.gather(&(0..count).collect::<Vec<_>>()).0
+        let batch = held_out.gather(&(0..count).collect::<Vec<_>>()).unwrap();
+        batch.features().to_vec()
     }
 
     /// Two pixels to the right.

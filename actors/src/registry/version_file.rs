@@ -14,15 +14,16 @@ use mobula_storage::blob::{BlobError, BlobStore};
 use serde::{Deserialize, Serialize};
 
 use crate::drift::{Reference, ReferenceError};
-use crate::training::layout::{Layout, ModelSpec};
+use crate::training::data::SampleShape;
 use crate::training::model::{Model, ModelError};
+use crate::training::models::ModelSpec;
 use crate::training::reference::ReferenceData;
 
 /// Tells our files from others.
 const MAGIC: &[u8; 8] = b"MOBULAMV";
 
 /// The format that this code writes.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 const HEADER_BYTES: usize = MAGIC.len() + size_of::<u32>();
 
@@ -53,6 +54,8 @@ pub struct VersionFile {
     pub model_name: String,
     /// What kind of network it is.
     pub model: ModelSpec,
+    /// What the samples look like that it was trained on.
+    pub samples: SampleShape,
     /// Its parameters, flat.
     pub parameters: Vec<f32>,
     /// The name of each class, in the order of the outputs.
@@ -147,19 +150,15 @@ impl VersionFile {
         file.model
             .check()
             .map_err(|error| malformed(error.to_string()))?;
-        let expected = Layout::of(&file.model).value_count();
-        if file.parameters.len() != expected {
-            return Err(malformed(format!(
-                "it has {} parameters where its network has {expected}",
-                file.parameters.len()
-            )));
-        }
+        file.samples.check().map_err(malformed)?;
         Ok(file)
     }
 
-    /// The network with its parameters.
+    /// The network with its parameters. A user's own network can be built only by a program that it is
+    /// linked into.
     pub fn build_model(&self) -> Result<Model, VersionFileError> {
-        Ok(Model::from_flat(&self.model, &self.parameters)?)
+        let model = Model::from_flat(&self.model, &self.samples, &self.parameters);
+        Ok(model?)
     }
 
     /// The reference data as drift detection wants it.
@@ -175,11 +174,11 @@ impl VersionFile {
         let row_major: Vec<f32> = (0..rows)
             .flat_map(|row| data.columns.iter().map(move |column| column[row]))
             .collect();
-        let predictions: Vec<u32> = data.predictions.iter().copied().map(u32::from).collect();
+
         Ok(Reference::new(
             data.feature_names.clone(),
             &row_major,
-            &predictions,
+            &data.predictions,
         )?)
     }
 
@@ -236,7 +235,7 @@ fn path(digest: &str) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::training::data::{CLASSES, Dataset};
+    use crate::training::data::Dataset;
     use crate::training::reference::reference_sample;
     use crate::training::spec::TrainSpec;
     use mobula_storage::blob::S3Options;
@@ -247,17 +246,19 @@ pub(crate) mod tests {
         let split = Dataset::digits()
             .unwrap()
             .split(spec.seed, spec.held_out_fraction);
-        let model = Model::new(&spec.model, spec.seed).unwrap();
+        let samples = split.train.shape().clone();
+        let model = Model::new(&spec.model, &samples, spec.seed).unwrap();
         VersionFile {
             model_name: spec.name.clone(),
-            parameters: model.flat().unwrap(),
-            labels: (0..CLASSES).map(|class| class.to_string()).collect(),
+            parameters: model.flat().to_vec(),
+            samples,
+            labels: (0..10).map(|class| class.to_string()).collect(),
             reference: reference_sample(&model, &split.train, rows, spec.seed).unwrap(),
             provenance: Provenance {
                 job: 3,
                 steps: 300,
                 weights_blake3: "a".repeat(64),
-                dataset_blake3: split.train.digest.clone(),
+                dataset_blake3: split.train.digest().to_owned(),
                 metrics: BTreeMap::from([("accuracy".to_owned(), 0.97)]),
             },
             model: spec.model,
@@ -277,10 +278,7 @@ pub(crate) mod tests {
             .await
             .unwrap();
         assert_eq!(loaded, version);
-        assert_eq!(
-            loaded.build_model().unwrap().flat().unwrap(),
-            version.parameters
-        );
+        assert_eq!(loaded.build_model().unwrap().flat(), version.parameters);
         let reference = loaded.build_reference().unwrap();
         assert_eq!((reference.rows(), reference.columns().len()), (50, 64));
         let mut column = version.reference.columns[20].clone();
@@ -315,7 +313,7 @@ pub(crate) mod tests {
         for damaged in [
             vec![],
             b"MOBULAMX\x01\0\0\0".to_vec(),
-            b"MOBULAMV\x02\0\0\0".to_vec(),
+            b"MOBULAMV\x01\0\0\0".to_vec(),
             bytes[..bytes.len() - 1].to_vec(),
             [bytes.as_slice(), &[0]].concat(),
         ] {
@@ -334,12 +332,15 @@ pub(crate) mod tests {
         assert!(error.to_string().contains("hidden is"), "{error}");
         let mut short = digits(20);
         short.parameters.pop();
-        let error = VersionFile::from_bytes(&short.to_bytes()).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("parameters where its network has"),
-            "{error}"
-        );
+        let short = VersionFile::from_bytes(&short.to_bytes()).unwrap();
+        let error = short.build_model().unwrap_err();
+        assert!(error.to_string().contains("values where"), "{error}");
+        let mut shapeless = digits(20);
+        shapeless.samples = SampleShape::Classified {
+            features: vec![usize::MAX; 2],
+            classes: 10,
+        };
+        let error = VersionFile::from_bytes(&shapeless.to_bytes()).unwrap_err();
+        assert!(error.to_string().contains("a dimension is"), "{error}");
     }
 }

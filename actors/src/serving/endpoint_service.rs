@@ -19,7 +19,6 @@ use super::oip::{
 };
 use super::state::Endpoint;
 use super::statistics::{ModelStatistics, RequestTimes};
-use crate::training::data::{CLASSES, FEATURES};
 
 /// The input: pixels scaled to 0..=1, row by row.
 pub const INPUT: &str = "image";
@@ -32,15 +31,23 @@ pub const CLASS: &str = "class";
 /// puts each on a line of its own.
 const VALUE_TEXT_BYTES: usize = 64;
 
-/// The bodies that an endpoint reads: a full batch as JSON, and what is around it. A thousand connections can so be made
-/// to hold a gigabyte.
-pub const BODY_LIMITS: BodyLimits = BodyLimits {
-    max_bytes: BATCH_ROWS_MAX * FEATURES * VALUE_TEXT_BYTES + 64 * 1024,
-    timeout: Duration::from_secs(20),
-};
+/// Values of a row, at most: a full batch of them then takes half of what a call may hold.
+pub const ROW_VALUES_MAX: usize = 8192;
+
+/// The bodies that an endpoint reads whose rows have so many values: a full batch as JSON, and what is around it. For
+/// rows of 64 values, a thousand connections can so be made to hold a gigabyte.
+#[must_use]
+pub fn body_limits(row_values: usize) -> BodyLimits {
+    BodyLimits {
+        max_bytes: BATCH_ROWS_MAX * row_values * VALUE_TEXT_BYTES + 64 * 1024,
+        timeout: Duration::from_secs(20),
+    }
+}
 
 /// Answers the protocol for one endpoint.
 pub struct EndpointService<B> {
+    row_values: usize,
+    classes: usize,
     metadata: ModelMetadata,
     fleet: Arc<Fleet<B>>,
     feed: Feed,
@@ -48,27 +55,33 @@ pub struct EndpointService<B> {
 }
 
 impl<B: Backend> EndpointService<B> {
-    /// The service of `endpoint`.
+    /// The service of `endpoint`, whose rows have so many values and which knows so many classes.
     #[must_use]
-    pub fn new(endpoint: &Endpoint, fleet: Arc<Fleet<B>>, feed: Feed) -> Self {
+    pub fn new(
+        endpoint: &Endpoint,
+        (row_values, classes): (usize, usize),
+        fleet: Arc<Fleet<B>>,
+        feed: Feed,
+    ) -> Self {
         let tensor = |name: &str, datatype, shape: &[i64]| TensorMetadata {
             name: name.to_owned(),
             datatype,
             shape: shape.to_vec(),
         };
-        let (features, classes) = (FEATURES as i64, CLASSES as i64);
         let metadata = ModelMetadata {
             name: endpoint.name.clone(),
             versions: vec![endpoint.version.to_string()],
             platform: "mobula_candle".to_owned(),
             max_batch_size: BATCH_ROWS_MAX as u32,
-            inputs: vec![tensor(INPUT, Datatype::Fp32, &[-1, features])],
+            inputs: vec![tensor(INPUT, Datatype::Fp32, &[-1, row_values as i64])],
             outputs: vec![
-                tensor(PROBABILITIES, Datatype::Fp32, &[-1, classes]),
+                tensor(PROBABILITIES, Datatype::Fp32, &[-1, classes as i64]),
                 tensor(CLASS, Datatype::Int64, &[-1]),
             ],
         };
         EndpointService {
+            row_values,
+            classes,
             metadata,
             fleet,
             feed,
@@ -128,7 +141,7 @@ impl<B: Backend> EndpointService<B> {
         request: InferRequest,
         started: Instant,
     ) -> Result<InferResponse, OipError> {
-        let rows = rows_of(request)?;
+        let rows = rows_of(request, self.row_values)?;
         let compute_input = started.elapsed();
         let answer = self.fleet.infer(&self.metadata.name, rows.clone()).await?;
         let splitting = Instant::now();
@@ -163,7 +176,7 @@ impl<B: Backend> EndpointService<B> {
         };
         let probabilities = Tensor::new(
             PROBABILITIES,
-            vec![count, CLASSES as u64],
+            vec![count, self.classes as u64],
             TensorData::Fp32(probabilities),
         );
         let class = Tensor::new(CLASS, vec![count], TensorData::Int64(classes));
@@ -197,7 +210,7 @@ impl<B: Backend> EndpointService<B> {
 }
 
 /// The rows of a request that fits the metadata.
-fn rows_of(request: InferRequest) -> Result<Vec<Vec<f32>>, OipError> {
+fn rows_of(request: InferRequest, row_values: usize) -> Result<Vec<Vec<f32>>, OipError> {
     let input = request.inputs.into_iter().next().map(Tensor::into_data);
     let Some(TensorData::Fp32(values)) = input else {
         return Err(OipError::Failed {
@@ -213,7 +226,10 @@ fn rows_of(request: InferRequest) -> Result<Vec<Vec<f32>>, OipError> {
             datatype: Datatype::Fp32,
         }));
     }
-    Ok(values.chunks_exact(FEATURES).map(<[f32]>::to_vec).collect())
+    Ok(values
+        .chunks_exact(row_values)
+        .map(<[f32]>::to_vec)
+        .collect())
 }
 
 impl<B: Backend> InferenceService for EndpointService<B> {

@@ -4,6 +4,9 @@ use super::super::replica::Inference;
 use super::*;
 use mobula_core::id::Incarnation;
 
+const FEATURES: usize = 64;
+const CLASSES: usize = 10;
+
 /// Always answers that it is a three.
 #[derive(Clone)]
 struct Three;
@@ -39,7 +42,7 @@ fn service() -> (EndpointService<Three>, FeedReader, Arc<Fleet<Three>>) {
     let fleet = Arc::new(Fleet::new(1));
     let (feed, reader) = feed();
     (
-        EndpointService::new(&endpoint, Arc::clone(&fleet), feed),
+        EndpointService::new(&endpoint, (FEATURES, CLASSES), Arc::clone(&fleet), feed),
         reader,
         fleet,
     )

@@ -21,7 +21,7 @@ pub struct Observation {
     /// The inputs, row by row.
     pub rows: Vec<f32>,
     /// The predicted class of each row.
-    pub classes: Vec<u8>,
+    pub classes: Vec<u32>,
 }
 
 /// Where answered requests are offered.
@@ -95,9 +95,9 @@ impl FeedReader {
 mod tests {
     use super::*;
 
-    fn observation(class: u8) -> Observation {
+    fn observation(class: u32) -> Observation {
         Observation {
-            rows: vec![f32::from(class)],
+            rows: vec![class as f32],
             classes: vec![class],
         }
     }

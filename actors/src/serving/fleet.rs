@@ -20,7 +20,6 @@ use tokio::sync::watch;
 use super::batcher::{BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle};
 use super::oip::OipError;
 use super::replica::Inference;
-use crate::training::data::CLASSES;
 
 /// Rows in a batch: large enough that the model, not the call around it, takes the time.
 pub const BATCH_ROWS_MAX: usize = 128;
@@ -64,7 +63,7 @@ pub struct Prediction {
     /// The probability of each class.
     pub probabilities: Vec<f32>,
     /// The most probable class.
-    pub class: u8,
+    pub class: u32,
 }
 
 /// A replica's own words; another one would say the same.
@@ -376,9 +375,11 @@ impl<B: Backend> BatchRunner for Runner<B> {
 }
 
 fn predictions(inference: Inference) -> Vec<Result<Prediction, Refusal>> {
+    // A replica answers at least one row, and as many probabilities for each.
+    let width = inference.probabilities.len() / inference.classes.len().max(1);
     let rows = inference
         .probabilities
-        .chunks_exact(CLASSES)
+        .chunks_exact(width.max(1))
         .zip(inference.classes);
     rows.map(|(row, class)| {
         Ok(Prediction {

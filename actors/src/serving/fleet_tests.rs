@@ -23,8 +23,8 @@ impl Backend for Fake {
         if self.lost.load(Ordering::Relaxed) {
             return Err(BackendFailure::Lost("connection lost".into()));
         }
-        let classes: Vec<u8> = rows.chunks_exact(2).map(|row| row[0] as u8).collect();
-        let probabilities = vec![0.1; classes.len() * CLASSES];
+        let classes: Vec<u32> = rows.chunks_exact(2).map(|row| row[0] as u32).collect();
+        let probabilities = vec![0.1; classes.len() * 10];
         Ok(Inference {
             probabilities,
             classes,
@@ -46,7 +46,7 @@ fn rows(values: &[f32]) -> Vec<Vec<f32>> {
     values.iter().map(|value| vec![*value, 0.0]).collect()
 }
 
-async fn classes(fleet: &Fleet<Fake>, values: &[f32]) -> Result<Vec<u8>, OipError> {
+async fn classes(fleet: &Fleet<Fake>, values: &[f32]) -> Result<Vec<u32>, OipError> {
     let answer = fleet.infer("digits", rows(values)).await?;
     Ok(answer
         .outputs
@@ -62,7 +62,7 @@ async fn every_request_gets_its_own_rows_back_from_either_replica() {
         let value = f32::from(value);
         assert_eq!(
             classes(&fleet, &[value, 3.0]).await.unwrap(),
-            [value as u8, 3]
+            [value as u32, 3]
         );
     }
     for fake in fakes {

@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::registry::version_file::{VersionFile, VersionFileError};
 use crate::storage::open_blobs;
-use crate::training::data::{CLASSES, FEATURES};
 use crate::training::model::Model;
 
 /// Rows in one call. The router sends less; this bounds what anybody else may ask for.
@@ -25,7 +24,7 @@ pub struct Inference {
     /// The probability of each class, row by row.
     pub probabilities: Vec<f32>,
     /// The most probable class of each row.
-    pub classes: Vec<u8>,
+    pub classes: Vec<u32>,
     /// How long the model took.
     pub computed_ns: u64,
 }
@@ -34,10 +33,12 @@ pub struct Inference {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum InferError {
     /// The values are not whole rows, or there are too many.
-    #[error("{values} values are not 1 to {ROWS_MAX} rows of {FEATURES}")]
+    #[error("{values} values are not 1 to {ROWS_MAX} rows of {row_values}")]
     RowCount {
         /// Values given.
         values: u64,
+        /// Values of a row.
+        row_values: u64,
     },
     /// The model refused.
     #[error("the model failed: {0}")]
@@ -100,10 +101,12 @@ impl Predictor {
     }
 
     fn infer(&self, rows: &[f32]) -> Result<Inference, InferError> {
-        let count = rows.len() / FEATURES;
-        if !rows.len().is_multiple_of(FEATURES) || count == 0 || count > ROWS_MAX {
+        let width = self.model.shape().feature_count();
+        let count = rows.len() / width;
+        if !rows.len().is_multiple_of(width) || count == 0 || count > ROWS_MAX {
             return Err(InferError::RowCount {
                 values: rows.len() as u64,
+                row_values: width as u64,
             });
         }
         let started = Instant::now();
@@ -112,7 +115,7 @@ impl Predictor {
             .probabilities(rows)
             .map_err(|error| InferError::Model(error.to_string()))?;
         let classes = probabilities
-            .chunks_exact(CLASSES)
+            .chunks_exact(self.model.shape().output_count())
             .map(most_probable)
             .collect();
         let computed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -125,12 +128,12 @@ impl Predictor {
 }
 
 /// The lowest class among the most probable ones, as [`Model::predictions`] has it.
-fn most_probable(row: &[f32]) -> u8 {
+fn most_probable(row: &[f32]) -> u32 {
     let best = (1..row.len()).fold(
         0,
         |best, class| if row[class] > row[best] { class } else { best },
     );
-    u8::try_from(best).expect("there are ten classes")
+    best as u32
 }
 
 #[cfg(test)]
@@ -143,12 +146,13 @@ mod tests {
     fn it_answers_as_the_model_does_and_refuses_what_is_no_row() {
         let file = digits(20);
         let predictor = Predictor::new(&file).unwrap();
-        let (images, _) = Dataset::digits().unwrap().gather(&[0, 1, 2, 3, 4]);
+        let batch = Dataset::digits().unwrap().gather(&[0, 1, 2, 3, 4]).unwrap();
+        let images = batch.features().to_vec();
         let answer = predictor.infer(&images).unwrap();
         let model = file.build_model().unwrap();
         assert_eq!(answer.probabilities, model.probabilities(&images).unwrap());
         assert_eq!(answer.classes, model.predictions(&images).unwrap());
-        for rows in [&[][..], &images[1..], &vec![0.0; (ROWS_MAX + 1) * FEATURES]] {
+        for rows in [&[][..], &images[1..], &vec![0.0; (ROWS_MAX + 1) * 64]] {
             let error = predictor.infer(rows).unwrap_err();
             assert!(error.to_string().contains("rows of 64"), "{error}");
         }

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 
 use super::auth::BearerAuth;
 use super::controller::{monitor_name, replica_name};
-use super::endpoint_service::{BODY_LIMITS, EndpointService};
+use super::endpoint_service::{EndpointService, ROW_VALUES_MAX, body_limits};
 use super::feed::{FeedReader, feed};
 use super::fleet::{BATCH_TIMEOUT, Backend, BackendFailure, Berth, Fleet};
 use super::http::oip_router;
@@ -30,7 +30,10 @@ use super::replica::{Inference, Replica, ReplicaCalls};
 use super::server;
 use super::state::{Command, Endpoint};
 use crate::drift::monitor::{Monitor, MonitorCalls};
+use crate::registry::version_file::{VersionFile, VersionFileError};
 use crate::serving::client;
+use crate::storage::open_blobs;
+use crate::training::data::SampleShape;
 
 /// How long a probe of a replica waits; it includes waiting for a replica that is being started.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -55,6 +58,17 @@ enum RouterError {
     NoAddress,
     #[error("cannot listen on {ip}: {source}; give the worker another `listen` address")]
     Bind { ip: IpAddr, source: std::io::Error },
+    #[error("the version's file: {0}")]
+    Version(#[from] VersionFileError),
+    #[error(
+        "version {version} of {model} is trained on {samples}: an endpoint answers for numbers \
+         with classes, at most {ROW_VALUES_MAX} numbers a row"
+    )]
+    Samples {
+        model: String,
+        version: u64,
+        samples: String,
+    },
 }
 
 /// Answers an endpoint's requests.
@@ -128,6 +142,7 @@ impl Router {
 impl Running {
     async fn start(ctx: &ActorContext, endpoint: &Endpoint) -> Result<Self, RouterError> {
         let cluster = ctx.cluster();
+        let widths = row_widths(ctx, endpoint).await?;
         let ip = ctx
             .runtime()
             .call_address()
@@ -157,7 +172,7 @@ impl Running {
             address,
         ));
 
-        let service = Arc::new(EndpointService::new(endpoint, fleet, feed));
+        let service = Arc::new(EndpointService::new(endpoint, widths, fleet, feed));
         let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
             .expect("one token is at least one and not too many");
         let (stop, mut stopping) = watch::channel(false);
@@ -168,7 +183,7 @@ impl Running {
         let mut server = JoinSet::new();
         let context = ctx.clone();
         server.spawn(async move {
-            let routes = oip_router(service, auth, BODY_LIMITS);
+            let routes = oip_router(service, auth, body_limits(widths.0));
             if let Err(error) = server::serve(listener, routes, shutdown).await {
                 context.fail(error.to_string());
             }
@@ -179,6 +194,26 @@ impl Running {
             server,
             _tasks: tasks,
         })
+    }
+}
+
+/// How many values a row of this endpoint has, and how many classes it knows.
+async fn row_widths(
+    ctx: &ActorContext,
+    endpoint: &Endpoint,
+) -> Result<(usize, usize), RouterError> {
+    let blobs = open_blobs(ctx.storage()).map_err(VersionFileError::from)?;
+    let file = VersionFile::load(&blobs, &endpoint.digest, endpoint.size_bytes).await?;
+    let samples = &file.samples;
+    match samples {
+        SampleShape::Classified { classes, .. } if samples.feature_count() <= ROW_VALUES_MAX => {
+            Ok((samples.feature_count(), *classes))
+        }
+        _ => Err(RouterError::Samples {
+            model: endpoint.model.clone(),
+            version: endpoint.version,
+            samples: samples.to_string(),
+        }),
     }
 }
 

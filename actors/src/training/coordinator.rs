@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::assignment::{Assignment, Order};
 use super::crew::{Crew, Event, Happened, Slot, TrainerLink};
 use super::job_log::JobLog;
+use super::layout::Layout;
 use super::messages::{Epoch, StepOrder, StepReply};
 use super::optimizer::{Optimizer, StepError, StepReport};
 use super::reduction::{Partial, ReductionError, TreeReducer};
@@ -76,6 +77,19 @@ pub enum CoordinatorError {
     },
 }
 
+impl CoordinatorError {
+    /// Whether another start of the driver would come to the same.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(
+            self,
+            CoordinatorError::Unfit { .. }
+                | CoordinatorError::Reduction(_)
+                | CoordinatorError::Update(_)
+        )
+    }
+}
+
 impl From<StepError> for CoordinatorError {
     fn from(error: StepError) -> Self {
         CoordinatorError::Update(error.to_string())
@@ -128,6 +142,7 @@ impl<L: TrainerLink> Coordinator<L> {
     /// A coordinator at `state`, which leads the trainers of `links` from now on.
     pub fn new(
         spec: &TrainSpec,
+        layout: &Layout,
         state: TrainState,
         first_epoch: Epoch,
         links: Vec<L>,
@@ -135,7 +150,7 @@ impl<L: TrainerLink> Coordinator<L> {
         log: JobLog,
     ) -> Self {
         Coordinator {
-            optimizer: Optimizer::new(spec),
+            optimizer: Optimizer::new(spec, layout),
             digest: state.weights_blake3(),
             spec: spec.clone(),
             state,

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 
 use super::*;
 use crate::training::crew::LinkError;
+use crate::training::data::Files;
 use crate::training::local::LocalTrainer;
 use crate::training::messages::{Greeting, Held};
 use crate::training::random::{Purpose, Stream};
@@ -142,8 +143,8 @@ fn spec(steps: u64, min: u32, max: u32) -> TrainSpec {
 }
 
 fn expected(spec: &TrainSpec) -> String {
-    let split = load(spec).unwrap();
-    let mut alone = LocalTrainer::new(spec, &split).unwrap();
+    let workload = load(spec, &Files::local()).unwrap();
+    let mut alone = LocalTrainer::new(&workload).unwrap();
     alone.run(1).unwrap();
     alone.state().weights_blake3()
 }
@@ -153,12 +154,13 @@ fn coordinator(
     driver_incarnation: u64,
     trainers: &[FakeTrainer],
 ) -> Coordinator<FakeTrainer> {
-    let split = load(spec).unwrap();
-    let state = TrainState::initial(spec, &split.train.digest).unwrap();
+    let workload = load(spec, &Files::local()).unwrap();
+    let state = TrainState::initial(&workload);
     let epoch = Epoch::first_of(driver_incarnation);
     let counters = Counters::default();
     Coordinator::new(
         spec,
+        workload.layout(),
         state,
         epoch,
         trainers.to_vec(),
@@ -325,7 +327,7 @@ async fn a_damaged_coordinator_is_outvoted() {
 async fn unfit_data_ends_the_job_with_its_reason() {
     let spec = spec(5, 1, 1);
     let absent = TrainSpec {
-        dataset: "/nowhere.csv".into(),
+        dataset: toml::from_str("[csv]\nfiles = [\"/nowhere.csv\"]\n").unwrap(),
         ..spec.clone()
     };
     let mut coordinator = coordinator(&spec, 1, &[FakeTrainer::new(&absent, [])]);

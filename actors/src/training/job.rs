@@ -12,20 +12,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mobula::{Actor, Cluster};
 use mobula_core::{ActorId, Incarnation, JobId};
+use mobula_storage::blob::BlobError;
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use super::checkpointing::SaveSchedule;
 use super::coordinator::{Coordinator, CoordinatorError};
-use super::data::Split;
+use super::data::Files;
 use super::departure::new_notice;
 use super::job_log::JobLog;
-use super::layout::Layout;
 use super::link::ClusterLink;
-use super::messages::{Epoch, TrainerError};
-use super::model::ModelError;
+use super::messages::Epoch;
 use super::progress::Progress;
 use super::publish::{PublishVersionError, Published, describe, publish_version};
-use super::replica::load;
 use super::result::TrainResult;
 use super::resume::{HISTORY_KEY, History, ResumeError, Resumed, resume};
 use super::saving::Saver;
@@ -33,7 +32,9 @@ use super::snapshot::StateSnapshot;
 use super::spec::{SpecError, TrainSpec};
 use super::start_from::StartError;
 use super::state::TrainState;
+use super::trainable::Evaluation;
 use super::trainer::Trainer;
+use super::workload::{Workload, WorkloadError};
 use crate::checkpoint::KeepPolicy;
 use crate::checkpoint::checkpointer::SaveOrder;
 use crate::checkpoint::ledger::{CheckpointError, committed};
@@ -54,9 +55,6 @@ pub enum JobError {
     /// The job file is wrong.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// The data cannot be used.
-    #[error(transparent)]
-    Data(#[from] TrainerError),
     /// The model does not fit into one message.
     #[error(
         "the model has {parameters} parameters: {what} would take {size_bytes} bytes, and one \
@@ -74,7 +72,10 @@ pub enum JobError {
     },
     /// The model cannot be built or evaluated.
     #[error(transparent)]
-    Model(#[from] ModelError),
+    Workload(#[from] WorkloadError),
+    /// The object store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] BlobError),
     /// There is nowhere to go on from.
     #[error(transparent)]
     Resume(#[from] ResumeError),
@@ -98,11 +99,36 @@ pub enum JobError {
     NotStopped(ActorId),
 }
 
+impl JobError {
+    /// Whether another start of the driver would come to the same: then the job has failed. Everything
+    /// else is what may get into a job's way, and passes.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            JobError::Spec(_) | JobError::TooLarge { .. } => true,
+            JobError::Workload(error) => !error.may_pass(),
+            JobError::Train(error) => error.is_final(),
+            _ => false,
+        }
+    }
+}
+
 /// Runs the job that `text` (TOML) describes, as its driver. `file` names it in errors.
 pub async fn train(cluster: Cluster, text: &str, file: &str) -> Result<(), JobError> {
-    let spec = TrainSpec::from_toml(text, file)?;
-    let split = tokio::task::block_in_place(|| load(&spec))?;
-    check_messages(&spec)?;
+    train_spec(cluster, TrainSpec::from_toml(text, file)?)
+        .await
+        .map(drop)
+}
+
+/// Runs the job that `spec` describes, as its driver: what a program with models of its own calls from
+/// its `main`.
+pub async fn train_spec(cluster: Cluster, spec: TrainSpec) -> Result<TrainResult, JobError> {
+    let files = match cluster.storage() {
+        Some(location) => Files::with_store(open_blobs(location)?, Handle::current()),
+        None => Files::local(),
+    };
+    let workload = tokio::task::block_in_place(|| Workload::load(&spec, &files))?;
+    check_messages(&workload)?;
     let (Some(job), Some((actor, incarnation))) = (cluster.job(), cluster.driver()) else {
         let reason = "training is a job: start it with `mobula submit`".to_owned();
         return Err(mobula::Error::NotInCluster(reason).into());
@@ -110,7 +136,7 @@ pub async fn train(cluster: Cluster, text: &str, file: &str) -> Result<(), JobEr
     let driver = Driver {
         cluster,
         spec,
-        split,
+        workload,
         job,
         actor,
         incarnation,
@@ -120,8 +146,9 @@ pub async fn train(cluster: Cluster, text: &str, file: &str) -> Result<(), JobEr
 }
 
 /// Refuses a model whose state or gradients one message cannot hold.
-fn check_messages(spec: &TrainSpec) -> Result<(), JobError> {
-    let parameters = Layout::of(&spec.model).value_count();
+fn check_messages(workload: &Workload) -> Result<(), JobError> {
+    let spec = workload.spec();
+    let parameters = workload.layout().value_count();
     let vector_bytes = parameters as u64 * 4;
     let state_bytes = 64 + vector_bytes * (1 + spec.optimizer.moment_count() as u64);
     // A run of neighbouring shards has two maximal subtrees of each level at most.
@@ -146,7 +173,7 @@ fn check_messages(spec: &TrainSpec) -> Result<(), JobError> {
 pub(super) struct Driver {
     pub(super) cluster: Cluster,
     spec: TrainSpec,
-    split: Split,
+    workload: Workload,
     job: JobId,
     pub(super) actor: ActorId,
     pub(super) incarnation: Incarnation,
@@ -154,7 +181,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    async fn run(&self) -> Result<(), JobError> {
+    async fn run(&self) -> Result<TrainResult, JobError> {
         let log = self.log;
         let restarts = self.cluster.job_handle(self.job).status().await?.restarts;
         log.line(format_args!(
@@ -190,7 +217,9 @@ impl Driver {
         }
         let epoch = Epoch::first_of(self.incarnation.0);
         let counters = history.counters;
-        let mut coordinator = Coordinator::new(&self.spec, state, epoch, links, counters, log);
+        let layout = self.workload.layout();
+        let mut coordinator =
+            Coordinator::new(&self.spec, layout, state, epoch, links, counters, log);
         let mut progress = Progress::new(self.spec.steps, self.spec.global_batch, log);
         self.take_steps(&mut coordinator, &mut saver, &mut progress, &mut history)
             .await?;
@@ -203,7 +232,7 @@ impl Driver {
         saver: &mut Saver,
         links: &[ClusterLink],
     ) -> Result<Resumed, JobError> {
-        let initial = TrainState::initial(&self.spec, &self.split.train.digest)?;
+        let initial = TrainState::initial(&self.workload);
         // A first start has nothing to find; asking the table is cheap and needs no checkpointer.
         if restarts == 0
             && committed(&self.cluster, self.job)
@@ -289,7 +318,7 @@ impl Driver {
             ..*history
         };
         let text = |value: &dyn std::fmt::Display| value.to_string();
-        let layout = Layout::of(&self.spec.model);
+        let layout = self.workload.layout();
         let metadata = BTreeMap::from([
             ("job_name".to_owned(), self.spec.name.clone()),
             ("seed".to_owned(), text(&self.spec.seed)),
@@ -300,7 +329,7 @@ impl Driver {
             ("weights_blake3".to_owned(), coordinator.digest().to_owned()),
             (
                 SHAPES_KEY.to_owned(),
-                serde_json::to_string(&state.shapes(&layout)).expect("plain numbers always encode"),
+                serde_json::to_string(&state.shapes(layout)).expect("plain numbers always encode"),
             ),
             (
                 HISTORY_KEY.to_owned(),
@@ -312,7 +341,7 @@ impl Driver {
             incarnation: self.incarnation,
             state: Arc::new(StateSnapshot::of(state)),
             metric: history.loss_mean,
-            sections: state.sections(&layout),
+            sections: state.sections(layout),
             weights_blake3: coordinator.digest().to_owned(),
             metadata,
         }
@@ -324,12 +353,12 @@ impl Driver {
         mut saver: Saver,
         progress: &Progress,
         history: History,
-    ) -> Result<(), JobError> {
-        let measured = progress.samples_per_second();
+    ) -> Result<TrainResult, JobError> {
+        let speed = progress.samples_per_second();
         saver.offer(self.order(&coordinator, &saver, &history));
         let replicas_agreeing = coordinator.confirm().await as u64;
-        let (file, accuracy) = tokio::task::block_in_place(|| {
-            describe(&self.spec, self.job, &self.split, coordinator.state())
+        let (file, evaluation) = tokio::task::block_in_place(|| {
+            describe(&self.workload, self.job, coordinator.state())
         })?;
         // The job's result stands on its last checkpoint: it waits for the store if it must.
         saver.flush(None).await?;
@@ -339,10 +368,12 @@ impl Driver {
         let wall_ms = now_ms().saturating_sub(status.started_ms.unwrap_or(status.submitted_ms));
         // A driver that found all steps taken measured none.
         let samples = (coordinator.state().step * self.spec.global_batch) as f64;
-        let samples_per_second = measured.unwrap_or(samples * 1e3 / wall_ms.max(1) as f64);
+        let samples_per_second = speed.unwrap_or(samples * 1e3 / wall_ms.max(1) as f64);
         let result = TrainResult {
             weights_blake3: coordinator.digest().to_owned(),
-            accuracy,
+            accuracy: evaluation.get("accuracy"),
+            held_out_loss: evaluation.loss,
+            metrics: evaluation.metrics.clone(),
             steps: coordinator.state().step,
             restarts: status.restarts,
             lost_steps: history.lost_steps,
@@ -364,8 +395,9 @@ impl Driver {
             model_version: published.version,
         };
         self.cluster.set_result(&result).await?;
+        let measured = describe_evaluation(&evaluation);
         self.log.line(format_args!(
-            "done: accuracy {accuracy:.4}, {} steps, {} driver restarts, {} steps lost, {} \
+            "done: {measured}, {} steps, {} driver restarts, {} steps lost, {} \
              trainers hold the same bits; weights_blake3 {}",
             result.steps,
             result.restarts,
@@ -373,7 +405,7 @@ impl Driver {
             result.replicas_agreeing,
             result.weights_blake3
         ));
-        Ok(())
+        Ok(result)
     }
 
     /// Starts of trainers after their first ones, as the head counted them.
@@ -406,6 +438,15 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// What was measured, in one line.
+fn describe_evaluation(evaluation: &Evaluation) -> String {
+    let mut text = format!("held-out loss {:.4}", evaluation.loss);
+    for (name, value) in &evaluation.metrics {
+        text.push_str(&format!(", {name} {value:.4}"));
+    }
+    text
+}
+
 pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -416,7 +457,7 @@ pub(super) fn now_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::training::layout::ModelSpec;
+    use crate::training::models::ModelSpec;
 
     #[test]
     fn the_example_jobs_can_be_trained() {
@@ -431,19 +472,20 @@ mod tests {
             ),
         ] {
             let spec = TrainSpec::from_toml(text, file).unwrap();
-            load(&spec).unwrap();
-            check_messages(&spec).unwrap();
+            check_messages(&Workload::load(&spec, &Files::local()).unwrap()).unwrap();
         }
     }
 
     #[test]
     fn a_model_that_no_message_holds_is_refused_with_its_numbers() {
         let mut spec = TrainSpec::digits_mlp("a");
-        check_messages(&spec).unwrap();
+        let check =
+            |spec: &TrainSpec| check_messages(&Workload::load(spec, &Files::local()).unwrap());
+        check(&spec).unwrap();
         spec.model = ModelSpec::Mlp {
             hidden: vec![1024, 1024],
         };
-        let error = check_messages(&spec).unwrap_err().to_string();
+        let error = check(&spec).unwrap_err().to_string();
         assert!(error.contains("one message holds 8323072"), "{error}");
     }
 }

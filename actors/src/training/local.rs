@@ -3,22 +3,21 @@
 //! It divides each step among pretended workers and reduces their partials exactly as the actors do, so
 //! that "equal for every number of workers" can be tested without a cluster.
 
-use super::data::Split;
-use super::model::{Model, ModelError};
+use super::model::ModelError;
 use super::optimizer::{Optimizer, StepError, StepReport};
-use super::permutation::DataOrder;
+use super::parameters::Parameters;
 use super::reduction::{ReductionError, ShardFolder, TreeReducer, shard_map};
-use super::spec::TrainSpec;
 use super::state::TrainState;
-use super::validation::InvalidField;
+use super::trainable::Evaluation;
+use super::workload::{Workload, WorkloadError};
 
 /// Why a local run stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
-    /// The job does not fit its data.
+    /// The model or the data refuses.
     #[error(transparent)]
-    Invalid(#[from] InvalidField),
-    /// The model refused its input.
+    Workload(#[from] WorkloadError),
+    /// The parameters do not fit the model.
     #[error(transparent)]
     Model(#[from] ModelError),
     /// A partial was refused.
@@ -32,60 +31,41 @@ pub enum TrainError {
 /// One job on one machine.
 #[derive(Debug)]
 pub struct LocalTrainer<'a> {
-    spec: &'a TrainSpec,
-    split: &'a Split,
+    workload: &'a Workload,
     optimizer: Optimizer,
-    order: DataOrder,
-    model: Model,
+    parameters: Parameters,
     state: TrainState,
 }
 
 impl<'a> LocalTrainer<'a> {
-    /// A job before its first step. `split` must be the spec's data set, split by its seed and fraction.
-    pub fn new(spec: &'a TrainSpec, split: &'a Split) -> Result<Self, TrainError> {
-        let state = TrainState::initial(spec, &split.train.digest)?;
-        Self::resume(spec, split, state)
+    /// A job before its first step.
+    pub fn new(workload: &'a Workload) -> Result<Self, TrainError> {
+        Self::resume(workload, TrainState::initial(workload))
     }
 
     /// A job at a saved state.
-    pub fn resume(
-        spec: &'a TrainSpec,
-        split: &'a Split,
-        state: TrainState,
-    ) -> Result<Self, TrainError> {
-        spec.validate()?;
-        spec.validate_sample_count(split.train.len())?;
-        let model = Model::from_flat(&spec.model, &state.params)?;
-        let optimizer = Optimizer::new(spec);
-        let order = DataOrder {
-            seed: spec.seed,
-            sample_count: split.train.len() as u64,
-            global_batch: spec.global_batch,
-            virtual_shards: u64::from(spec.virtual_shards),
-        };
+    pub fn resume(workload: &'a Workload, state: TrainState) -> Result<Self, TrainError> {
         Ok(Self {
-            spec,
-            split,
-            optimizer,
-            order,
-            model,
+            optimizer: Optimizer::new(workload.spec(), workload.layout()),
+            parameters: workload.parameters(&state.params)?,
+            workload,
             state,
         })
     }
 
     /// Takes one step as `worker_count` workers would. Panics unless `1 <= worker_count <= shards`.
     pub fn step(&mut self, worker_count: u32) -> Result<StepReport, TrainError> {
-        let shards = self.spec.virtual_shards;
-        let samples = self.order.shard_size() as u64;
+        let shards = self.workload.spec().virtual_shards;
+        let samples = self.workload.shard_size() as u64;
         let mut reducer = TreeReducer::new(shards, samples, self.state.params.len());
         let mut root = None;
         // The last worker reports first: the order of arrival must not matter.
         for range in shard_map(shards, worker_count).into_iter().rev() {
             let mut folder = ShardFolder::new();
             for shard in range {
-                let indices = self.order.shard(self.state.step, shard);
-                let (images, labels) = self.split.train.gather(&indices);
-                let output = self.model.shard_gradients(&images, &labels)?;
+                let output = self
+                    .workload
+                    .shard(&self.parameters, self.state.step, shard)?;
                 folder.feed(shard, output.loss_sum, samples, output.grads)?;
             }
             for partial in folder.finish() {
@@ -94,13 +74,13 @@ impl<'a> LocalTrainer<'a> {
         }
         let root = root.expect("a map covers every shard, so the last partial completes the tree");
         let report = self.optimizer.step(&mut self.state, &root)?;
-        self.model.load_flat(&self.state.params)?;
+        self.parameters.load(&self.state.params)?;
         Ok(report)
     }
 
     /// Takes the steps that are left.
     pub fn run(&mut self, worker_count: u32) -> Result<(), TrainError> {
-        while self.state.step < self.spec.steps {
+        while self.state.step < self.workload.spec().steps {
             self.step(worker_count)?;
         }
         Ok(())
@@ -111,28 +91,27 @@ impl<'a> LocalTrainer<'a> {
         &self.state
     }
 
-    /// The model at that state.
-    pub fn model(&self) -> &Model {
-        &self.model
+    /// Measures the model at that state on the held-out samples.
+    pub fn evaluate(&self) -> Result<Evaluation, TrainError> {
+        Ok(self.workload.evaluate(&self.parameters)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::training::data::Dataset;
+    use crate::training::data::Files;
     use crate::training::optimizer::OptimizerSpec;
-    use crate::training::state::accuracy;
+    use crate::training::spec::TrainSpec;
     use std::process::Command;
 
-    fn split(spec: &TrainSpec) -> Split {
-        Dataset::load(&spec.dataset)
-            .unwrap()
-            .split(spec.seed, spec.held_out_fraction)
+    fn workload(spec: &TrainSpec) -> Workload {
+        Workload::load(spec, &Files::local()).unwrap()
     }
 
-    fn hash_after(spec: &TrainSpec, split: &Split, workers: impl Fn(u64) -> u32) -> String {
-        let mut trainer = LocalTrainer::new(spec, split).unwrap();
+    fn hash_after(spec: &TrainSpec, workers: impl Fn(u64) -> u32) -> String {
+        let workload = workload(spec);
+        let mut trainer = LocalTrainer::new(&workload).unwrap();
         for step in 0..spec.steps {
             trainer.step(workers(step)).unwrap();
         }
@@ -142,53 +121,47 @@ mod tests {
     #[test]
     fn the_mlp_reaches_95_percent_with_one_hash_for_every_number_of_workers() {
         let spec = TrainSpec::digits_mlp("digits");
-        let split = split(&spec);
-        let mut alone = LocalTrainer::new(&spec, &split).unwrap();
+        let workload = workload(&spec);
+        let mut alone = LocalTrainer::new(&workload).unwrap();
         let start = std::time::Instant::now();
         alone.run(1).unwrap();
         eprintln!("mlp: {:?} a step", start.elapsed() / spec.steps as u32);
-        let reached = accuracy(alone.model(), &split.held_out).unwrap();
+        let reached = alone.evaluate().unwrap().metrics["accuracy"];
         eprintln!("mlp: held-out accuracy {reached}");
         assert!(reached >= 0.95, "{reached}");
         let hash = alone.state().weights_blake3();
-        assert_eq!(hash_after(&spec, &split, |_| 3), hash);
-        assert_eq!(
-            hash_after(&spec, &split, |step| (step % 16) as u32 + 1),
-            hash
-        );
+        assert_eq!(hash_after(&spec, |_| 3), hash);
+        assert_eq!(hash_after(&spec, |step| (step % 16) as u32 + 1), hash);
     }
 
     #[test]
     fn the_cnn_learns_too_and_has_one_hash() {
         let mut spec = TrainSpec::digits_cnn("digits");
         spec.steps = 150;
-        let split = split(&spec);
-        let mut trainer = LocalTrainer::new(&spec, &split).unwrap();
+        let workload = workload(&spec);
+        let mut trainer = LocalTrainer::new(&workload).unwrap();
         let start = std::time::Instant::now();
         trainer.run(1).unwrap();
         eprintln!("cnn: {:?} a step", start.elapsed() / spec.steps as u32);
-        let reached = accuracy(trainer.model(), &split.held_out).unwrap();
+        let reached = trainer.evaluate().unwrap().metrics["accuracy"];
         eprintln!("cnn: held-out accuracy {reached}");
         assert!(reached >= 0.9, "{reached}");
         spec.steps = 20;
-        assert_eq!(
-            hash_after(&spec, &split, |_| 1),
-            hash_after(&spec, &split, |_| 5)
-        );
+        assert_eq!(hash_after(&spec, |_| 1), hash_after(&spec, |_| 5));
     }
 
     #[test]
     fn a_saved_state_goes_on_to_the_same_hash() {
         let mut spec = TrainSpec::digits_mlp("digits");
         (spec.steps, spec.optimizer) = (30, OptimizerSpec::Sgd { momentum: 0.9 });
-        let split = split(&spec);
-        let whole = hash_after(&spec, &split, |_| 2);
-        let mut first = LocalTrainer::new(&spec, &split).unwrap();
+        let workload = workload(&spec);
+        let whole = hash_after(&spec, |_| 2);
+        let mut first = LocalTrainer::new(&workload).unwrap();
         for _ in 0..13 {
             first.step(4).unwrap();
         }
         let saved = TrainState::from_bytes(&first.state().to_bytes()).unwrap();
-        let mut second = LocalTrainer::resume(&spec, &split, saved).unwrap();
+        let mut second = LocalTrainer::resume(&workload, saved).unwrap();
         second.run(7).unwrap();
         assert_eq!(second.state().weights_blake3(), whole);
     }
@@ -197,11 +170,11 @@ mod tests {
     fn a_batch_larger_than_the_data_is_refused() {
         let mut spec = TrainSpec::digits_mlp("digits");
         spec.global_batch = 2048;
-        let error = LocalTrainer::new(&spec, &split(&spec))
+        let error = Workload::load(&spec, &Files::local())
             .unwrap_err()
             .to_string();
         assert!(
-            error.starts_with("global_batch is 2048: the training part of digits"),
+            error.starts_with("global_batch is 2048: the training part of the data has"),
             "{error}"
         );
     }
@@ -214,7 +187,7 @@ mod tests {
             steps: 15,
             ..TrainSpec::digits_cnn("digits")
         };
-        println!("hash={}", hash_after(&spec, &split(&spec), |_| 1));
+        println!("hash={}", hash_after(&spec, |_| 1));
     }
 
     #[test]

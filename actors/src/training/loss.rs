@@ -16,12 +16,12 @@ pub(super) struct CrossEntropy {
 }
 
 /// The cross-entropy of `logits` (`labels.len()` rows of `classes`). Labels must be below `classes`.
-pub(super) fn cross_entropy(logits: &[f32], labels: &[u8], classes: usize) -> CrossEntropy {
+pub(super) fn cross_entropy(logits: &[f32], labels: &[u32], classes: usize) -> CrossEntropy {
     let mut loss_sum = 0.0;
     let mut logit_gradients = Vec::with_capacity(logits.len());
     let mut row_probabilities = vec![0.0; classes];
     for (row, label) in logits.chunks_exact(classes).zip(labels) {
-        let label = usize::from(*label);
+        let label = *label as usize;
         let log_total = softmax_row(row, &mut row_probabilities);
         loss_sum += log_total - f64::from(row[label]);
         row_probabilities[label] -= 1.0;
@@ -65,7 +65,7 @@ mod tests {
     #[test]
     fn agrees_with_the_formula_and_with_differences() {
         let logits = [0.5f32, -1.0, 2.0, 100.0, 100.0, -100.0];
-        let labels = [2u8, 1];
+        let labels = [2u32, 1];
         let result = cross_entropy(&logits, &labels, 3);
         let first = (0.5f64.exp() + (-1f64).exp() + 2f64.exp()).ln() - 2.0;
         assert!((result.loss_sum - first - 2f64.ln()).abs() < 1e-12);

@@ -6,8 +6,9 @@
 //!
 //! * [`spec`] says what a job is, [`validation`] what it may be; [`data`] loads and splits its samples.
 //! * [`random`] and [`permutation`] give initial values and data order as functions of a position.
-//! * [`layout`] says where each parameter lies; [`model`] computes one virtual shard's gradients with a
-//!   fixed-order matrix product.
+//! * [`trainable`] is what a model is to everything else, and how users bring their own; [`parameters`] and
+//!   [`layout`] hold its parameters; [`models`] are those that come along; [`model`] is for inference.
+//! * [`workload`] is a job's model on its data: it computes one virtual shard at a time.
 //! * [`reduction`] adds shards in a tree that does not know about workers.
 //! * [`optimizer`] makes the update; [`state`] is what is carried on, saved and hashed: [`flat_vector`]s that
 //!   a [`snapshot`] can hold while they change.
@@ -33,7 +34,9 @@ pub mod layout;
 pub mod local;
 pub mod math;
 pub mod model;
+pub mod models;
 pub mod optimizer;
+pub mod parameters;
 pub mod permutation;
 pub mod random;
 pub mod reduction;
@@ -41,7 +44,9 @@ pub mod reference;
 pub mod snapshot;
 pub mod spec;
 pub mod state;
+pub mod trainable;
 pub mod validation;
+pub mod workload;
 
 mod departure;
 mod loss;

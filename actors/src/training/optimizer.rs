@@ -110,8 +110,8 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// The update rule that a job asks for.
-    pub fn new(spec: &TrainSpec) -> Self {
+    /// The update rule that a job asks for, over parameters that lie so.
+    pub fn new(spec: &TrainSpec, layout: &Layout) -> Self {
         Self {
             rule: spec.optimizer,
             schedule: spec.schedule,
@@ -120,7 +120,7 @@ impl Optimizer {
             clip_norm: spec.clip_norm,
             steps: spec.steps,
             global_batch: spec.global_batch,
-            layout: Layout::of(&spec.model),
+            layout: layout.clone(),
         }
     }
 
@@ -298,6 +298,15 @@ mod tests {
         }
     }
 
+    fn layout(spec: &TrainSpec) -> Layout {
+        workload(spec).layout().clone()
+    }
+
+    fn workload(spec: &TrainSpec) -> crate::training::workload::Workload {
+        let files = crate::training::data::Files::local();
+        crate::training::workload::Workload::load(spec, &files).unwrap()
+    }
+
     fn root(spec: &TrainSpec, state: &TrainState, value: f32) -> Partial {
         let grads = vec![value; state.params.len()];
         let subtree = Subtree { level: 4, index: 0 };
@@ -320,8 +329,8 @@ mod tests {
         for rule in [OptimizerSpec::Sgd { momentum: 0.9 }, ADAMW] {
             let mut spec = spec(rule);
             spec.schedule = Schedule::Constant;
-            let optimizer = Optimizer::new(&spec);
-            let mut state = TrainState::initial(&spec, "digest").unwrap();
+            let optimizer = Optimizer::new(&spec, &layout(&spec));
+            let mut state = TrainState::initial(&workload(&spec));
             let (rate, decay) = (spec.learning_rate, spec.weight_decay);
             let (mut param, mut mean, mut square) = (f64::from(state.params[9]), 0.0f64, 0.0f64);
             for step in 1..=20 {
@@ -361,10 +370,12 @@ mod tests {
         let mut spec = spec(OptimizerSpec::Sgd { momentum: 0.0 });
         spec.clip_norm = Some(0.5);
         spec.weight_decay = 0.0;
-        let mut state = TrainState::initial(&spec, "digest").unwrap();
+        let mut state = TrainState::initial(&workload(&spec));
         let before = state.params.clone();
         let sums = root(&spec, &state, 1000.0);
-        let report = Optimizer::new(&spec).step(&mut state, &sums).unwrap();
+        let report = Optimizer::new(&spec, &layout(&spec))
+            .step(&mut state, &sums)
+            .unwrap();
         assert!(report.gradient_norm > 0.5);
         let moved = before
             .iter()
@@ -379,12 +390,13 @@ mod tests {
 
     #[test]
     fn the_cosine_falls_from_the_full_rate_to_zero() {
-        let optimizer = Optimizer::new(&TrainSpec {
+        let spec = TrainSpec {
             schedule: Schedule::Cosine,
             learning_rate: 0.4,
             steps: 100,
             ..spec(ADAMW)
-        });
+        };
+        let optimizer = Optimizer::new(&spec, &layout(&spec));
         let rates = [0, 50, 100, 1000].map(|step| optimizer.learning_rate(step));
         for (rate, expected) in rates.into_iter().zip([0.4, 0.2, 0.0, 0.0]) {
             assert!((rate - expected).abs() < 1e-12, "{rate} {expected}");
@@ -394,8 +406,8 @@ mod tests {
     #[test]
     fn what_cannot_be_used_changes_nothing() {
         let spec = spec(ADAMW);
-        let optimizer = Optimizer::new(&spec);
-        let mut state = TrainState::initial(&spec, "digest").unwrap();
+        let optimizer = Optimizer::new(&spec, &layout(&spec));
+        let mut state = TrainState::initial(&workload(&spec));
         let before = state.clone();
         let good = root(&spec, &state, 1.0);
         let mut infinite = good.clone();

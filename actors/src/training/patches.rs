@@ -13,8 +13,10 @@ pub(super) const KERNEL_AREA: usize = KERNEL_SIDE * KERNEL_SIDE;
 /// The shape of one convolution's input.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patches {
-    /// Height and width of the input.
-    pub(super) side: usize,
+    /// Height of the input.
+    pub(super) height: usize,
+    /// Width of the input.
+    pub(super) width: usize,
     /// Channels of the input; the last dimension in memory.
     pub(super) channels: usize,
     /// Distance between neighbouring patches.
@@ -23,17 +25,19 @@ pub(super) struct Patches {
 
 impl Patches {
     /// Height and width of the output.
-    pub(super) fn output_side(&self) -> usize {
-        self.side.div_ceil(self.stride)
+    pub(super) fn output_size(&self) -> (usize, usize) {
+        let output = |side: usize| side.div_ceil(self.stride);
+        (output(self.height), output(self.width))
     }
 
-    /// From `(images, side * side * channels)` to `(images * output_side², 9 * channels)`.
+    /// From `(images, height * width * channels)` to `(images * output height * output width,
+    /// 9 * channels)`.
     pub(super) fn extract(self, images: &Tensor) -> Result<Tensor> {
         images.apply_op1(self)
     }
 
     fn image_len(&self) -> usize {
-        self.side * self.side * self.channels
+        self.height * self.width * self.channels
     }
 
     fn row_len(&self) -> usize {
@@ -43,22 +47,27 @@ impl Patches {
     /// Calls `visit(offset in the image, offset in the image's patches)` for every kernel position that
     /// lies inside the image, in a fixed order; each stands for `channels` neighbouring values.
     fn for_each_position(&self, mut visit: impl FnMut(usize, usize)) {
-        let output = self.output_side();
-        for row in 0..output * output {
+        let (height, width) = self.output_size();
+        for row in 0..height * width {
             for position in 0..KERNEL_AREA {
-                // The padding of one is subtracted here; outside values wrap above `side`.
-                let y = (row / output * self.stride + position / KERNEL_SIDE).wrapping_sub(1);
-                let x = (row % output * self.stride + position % KERNEL_SIDE).wrapping_sub(1);
-                if y < self.side && x < self.side {
-                    let in_image = (y * self.side + x) * self.channels;
+                // The padding of one is subtracted here; outside values wrap above the sides.
+                let y = (row / width * self.stride + position / KERNEL_SIDE).wrapping_sub(1);
+                let x = (row % width * self.stride + position % KERNEL_SIDE).wrapping_sub(1);
+                if y < self.height && x < self.width {
+                    let in_image = (y * self.width + x) * self.channels;
                     visit(in_image, row * self.row_len() + position * self.channels);
                 }
             }
         }
     }
 
+    fn output_len(&self) -> usize {
+        let (height, width) = self.output_size();
+        height * width
+    }
+
     fn patches_len(&self) -> usize {
-        self.output_side() * self.output_side() * self.row_len()
+        self.output_len() * self.row_len()
     }
 }
 
@@ -87,7 +96,7 @@ impl CustomOp1 for Patches {
                 out[to..to + channels].copy_from_slice(&image[from..from + channels]);
             });
         }
-        let rows = count * self.output_side() * self.output_side();
+        let rows = count * self.output_len();
         Ok((
             CpuStorage::F32(patches),
             Shape::from((rows, self.row_len())),
@@ -150,11 +159,11 @@ mod tests {
     }
 
     /// Output and gradients against candle's convolution, which wants channels first.
-    fn check(side: usize, channels: usize, outputs: usize, stride: usize) {
+    fn check((height, width): (usize, usize), channels: usize, outputs: usize, stride: usize) {
         let count = 3;
         let images = Var::from_vec(
-            values("x", count * side * side * channels),
-            (count, side * side * channels),
+            values("x", count * height * width * channels),
+            (count, height * width * channels),
             &Device::Cpu,
         )
         .unwrap();
@@ -165,14 +174,15 @@ mod tests {
         )
         .unwrap();
         let patches = Patches {
-            side,
+            height,
+            width,
             channels,
             stride,
         };
-        let side_out = patches.output_side();
+        let rows_out = patches.output_len();
         let ours = product(&patches.extract(&images).unwrap(), &weight).unwrap();
         let theirs = {
-            let images = images.reshape((count, side, side, channels)).unwrap();
+            let images = images.reshape((count, height, width, channels)).unwrap();
             let images = images.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap();
             let kernel = weight
                 .reshape((KERNEL_SIDE, KERNEL_SIDE, channels, outputs))
@@ -180,9 +190,7 @@ mod tests {
             let kernel = kernel.permute((3, 2, 0, 1)).unwrap().contiguous().unwrap();
             let result = images.conv2d(&kernel, 1, stride, 1, 1).unwrap();
             let result = result.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-            result
-                .reshape((count * side_out * side_out, outputs))
-                .unwrap()
+            result.reshape((count * rows_out, outputs)).unwrap()
         };
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let close = |ours: &Tensor, theirs: &Tensor| {
@@ -206,9 +214,10 @@ mod tests {
 
     #[test]
     fn a_product_of_patches_is_a_convolution() {
-        check(8, 1, 4, 1);
-        check(8, 3, 5, 2);
-        check(4, 2, 3, 2);
-        check(1, 2, 3, 2);
+        check((8, 8), 1, 4, 1);
+        check((8, 8), 3, 5, 2);
+        check((5, 9), 2, 3, 2);
+        check((3, 7), 2, 3, 1);
+        check((1, 1), 2, 3, 2);
     }
 }

@@ -1,16 +1,16 @@
 //! What a finished job leaves: a model version, stored by its digest and registered if asked for.
 
-use std::collections::BTreeMap;
-
 use mobula::Cluster;
 use mobula_core::{ErrorCode, JobId};
 use mobula_storage::blob::BlobError;
 
-use super::data::{CLASSES, Split};
-use super::model::{Model, ModelError};
+use super::data::SampleShape;
+use super::model::Model;
 use super::reference::reference_sample;
 use super::spec::TrainSpec;
-use super::state::{TrainState, accuracy};
+use super::state::TrainState;
+use super::trainable::Evaluation;
+use super::workload::{Workload, WorkloadError};
 use crate::registry::client::{PublishError, publish};
 use crate::registry::{Provenance, VersionFile, VersionFileError};
 use crate::storage::open_blobs;
@@ -72,28 +72,35 @@ impl PublishVersionError {
 
 /// Describes the model of a finished job, and measures it on the samples that it never saw.
 pub fn describe(
-    spec: &TrainSpec,
+    workload: &Workload,
     job: JobId,
-    split: &Split,
     state: &TrainState,
-) -> Result<(VersionFile, f64), ModelError> {
-    let model = Model::from_flat(&spec.model, &state.params)?;
-    let accuracy = accuracy(&model, &split.held_out)?;
+) -> Result<(VersionFile, Evaluation), WorkloadError> {
+    let (spec, train) = (workload.spec(), &workload.split().train);
+    let evaluation = workload.evaluate(&workload.parameters(&state.params)?)?;
+    let model = Model::from_flat(&spec.model, train.shape(), &state.params)?;
+    let mut metrics = evaluation.metrics.clone();
+    metrics.insert("loss".to_owned(), evaluation.loss);
+    let labels = match train.shape() {
+        SampleShape::Classified { classes, .. } => *classes,
+        _ => 0,
+    };
     let file = VersionFile {
         model_name: spec.register.clone().unwrap_or_else(|| spec.name.clone()),
         model: spec.model.clone(),
+        samples: train.shape().clone(),
         parameters: state.params.to_vec(),
-        labels: (0..CLASSES).map(|class| class.to_string()).collect(),
-        reference: reference_sample(&model, &split.train, REFERENCE_ROWS_MAX, spec.seed)?,
+        labels: (0..labels).map(|class| class.to_string()).collect(),
+        reference: reference_sample(&model, train, REFERENCE_ROWS_MAX, spec.seed)?,
         provenance: Provenance {
             job: job.0,
             steps: state.step,
             weights_blake3: state.weights_blake3(),
-            dataset_blake3: split.train.digest.clone(),
-            metrics: BTreeMap::from([("accuracy".to_owned(), accuracy)]),
+            dataset_blake3: train.digest().to_owned(),
+            metrics,
         },
     };
-    Ok((file, accuracy))
+    Ok((file, evaluation))
 }
 
 /// Stores the version, and registers it if the job asks for that.
@@ -126,6 +133,7 @@ pub async fn publish_version(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::training::data::Files;
     use crate::training::replica::load;
 
     #[test]
@@ -134,20 +142,20 @@ mod tests {
             register: Some("digits".into()),
             ..TrainSpec::digits_mlp("job")
         };
-        let split = load(&spec).unwrap();
-        let state = TrainState::initial(&spec, &split.train.digest).unwrap();
-        let (file, accuracy) = describe(&spec, JobId(4), &split, &state).unwrap();
+        let workload = load(&spec, &Files::local()).unwrap();
+        let state = TrainState::initial(&workload);
+        let (file, evaluation) = describe(&workload, JobId(4), &state).unwrap();
         let read = VersionFile::from_bytes(&file.to_bytes()).unwrap();
         assert_eq!(
             (read.model_name.as_str(), read.provenance.job),
             ("digits", 4)
         );
         assert_eq!(read.provenance.weights_blake3, state.weights_blake3());
-        assert_eq!(read.provenance.metrics["accuracy"], accuracy);
-        assert_eq!(read.build_reference().unwrap().rows(), REFERENCE_ROWS_MAX);
         assert_eq!(
-            read.build_model().unwrap().flat().unwrap(),
-            state.params.to_vec()
+            read.provenance.metrics["accuracy"],
+            evaluation.metrics["accuracy"]
         );
+        assert_eq!(read.build_reference().unwrap().rows(), REFERENCE_ROWS_MAX);
+        assert_eq!(read.build_model().unwrap().flat(), state.params.to_vec());
     }
 }

@@ -22,6 +22,8 @@ pub enum Purpose {
     HeldOut = 3,
     /// Which training samples form the reference for drift detection.
     Reference = 4,
+    /// What is dropped out; the stream's name is the layer's.
+    Dropout = 5,
 }
 
 /// The random numbers of one purpose, name and step.

@@ -2,26 +2,38 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::data::{Dataset, FEATURES, IMAGE_SIDE};
-use super::model::{Model, ModelError};
+use super::data::{Dataset, SampleShape};
+use super::model::Model;
 use super::permutation::Permutation;
 use super::random::Purpose;
+use super::workload::WorkloadError;
 
 /// A sample of the training part, column by column, with what the model predicts for it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ReferenceData {
-    /// Name of each feature: `pixel_<row>_<column>`, counted from 0.
+    /// Name of each feature: `pixel_<row>_<column>` of an image, `feature_<index>` otherwise, counted
+    /// from 0. None where samples have no classes: then there is no reference.
     pub feature_names: Vec<String>,
     /// The values of each feature, scaled as the model sees them; the same rows in each column.
     pub columns: Vec<Vec<f32>>,
     /// The predicted class of each row.
-    pub predictions: Vec<u8>,
+    pub predictions: Vec<u32>,
 }
 
-/// The names of the 64 features, in the order of the model's input.
-pub fn feature_names() -> Vec<String> {
-    let name = |index| format!("pixel_{}_{}", index / IMAGE_SIDE, index % IMAGE_SIDE);
-    (0..FEATURES).map(name).collect()
+/// The names of the features of samples that look like this, in the order of the model's input.
+#[must_use]
+pub fn feature_names(shape: &SampleShape) -> Vec<String> {
+    match shape {
+        SampleShape::Classified { features, .. } => match features[..] {
+            [height, width] => (0..height * width)
+                .map(|index| format!("pixel_{}_{}", index / width, index % width))
+                .collect(),
+            _ => (0..shape.feature_count())
+                .map(|index| format!("feature_{index}"))
+                .collect(),
+        },
+        _ => Vec::new(),
+    }
 }
 
 /// At most `rows_max` rows of `train`, chosen by `seed`; all of them if there are no more.
@@ -30,7 +42,11 @@ pub fn reference_sample(
     train: &Dataset,
     rows_max: usize,
     seed: u64,
-) -> Result<ReferenceData, ModelError> {
+) -> Result<ReferenceData, WorkloadError> {
+    let shape = train.shape();
+    if !matches!(shape, SampleShape::Classified { .. }) {
+        return Ok(ReferenceData::default());
+    }
     let count = train.len() as u64;
     let mut rows: Vec<usize> = if count == 0 {
         Vec::new()
@@ -41,19 +57,20 @@ pub fn reference_sample(
             .collect()
     };
     rows.sort_unstable();
-    let (images, _) = train.gather(&rows);
+    let batch = train.gather(&rows)?;
+    let (values, width) = (batch.features(), shape.feature_count());
     let column = |feature: usize| {
-        images
+        values
             .iter()
             .skip(feature)
-            .step_by(FEATURES)
+            .step_by(width)
             .copied()
             .collect()
     };
     Ok(ReferenceData {
-        feature_names: feature_names(),
-        columns: (0..FEATURES).map(column).collect(),
-        predictions: model.predictions(&images)?,
+        feature_names: feature_names(shape),
+        columns: (0..width).map(column).collect(),
+        predictions: model.predictions(values)?,
     })
 }
 
@@ -65,7 +82,8 @@ mod tests {
     #[test]
     fn the_sample_is_seeded_bounded_and_column_wise() {
         let train = Dataset::digits().unwrap().split(7, 0.2).train;
-        let model = Model::new(&TrainSpec::digits_mlp("a").model, 7).unwrap();
+        let spec = TrainSpec::digits_mlp("a");
+        let model = Model::new(&spec.model, train.shape(), 7).unwrap();
         let reference = reference_sample(&model, &train, 100, 7).unwrap();
         assert_eq!(
             (reference.columns.len(), reference.feature_names.len()),
@@ -78,7 +96,10 @@ mod tests {
         assert_ne!(reference, reference_sample(&model, &train, 100, 8).unwrap());
         let all = reference_sample(&model, &train, usize::MAX, 7).unwrap();
         assert_eq!(all.columns[0].len(), train.len());
-        assert_eq!(all.columns[20][5], train.image(5)[20]);
+        assert_eq!(
+            all.columns[20][5],
+            train.gather(&[5]).unwrap().features()[20]
+        );
         assert!(
             reference_sample(&model, &train.part(&[]), 9, 7)
                 .unwrap()

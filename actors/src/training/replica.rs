@@ -4,38 +4,45 @@
 //! 1. All replicas apply the same reduced sums in the same order, so all hold the same bits.
 //! 2. An order is either carried out whole or leaves the state at a step boundary.
 
-use super::data::{Dataset, Split};
+use super::data::Files;
 use super::messages::{Epoch, Held, StepOrder, StepReply, TrainerError};
-use super::model::Model;
 use super::optimizer::Optimizer;
-use super::permutation::DataOrder;
+use super::parameters::Parameters;
 use super::reduction::{Partial, ShardFolder};
 use super::spec::TrainSpec;
 use super::state::TrainState;
+use super::workload::Workload;
 
 /// A copy of the model and optimizer, and the data to train it with.
 #[derive(Debug)]
 pub struct Replica {
     spec: TrainSpec,
+    files: Files,
     epoch: Epoch,
     loaded: Option<Loaded>,
 }
 
 #[derive(Debug)]
 struct Loaded {
-    split: Split,
-    order: DataOrder,
+    workload: Workload,
     optimizer: Optimizer,
-    model: Model,
+    parameters: Parameters,
     state: TrainState,
 }
 
 impl Replica {
-    /// A replica without data or state.
+    /// A replica without data or state, which reads data from this machine only.
     #[must_use]
     pub fn new(spec: TrainSpec) -> Self {
+        Self::reading(spec, Files::local())
+    }
+
+    /// A replica without data or state, which reads data from `files`.
+    #[must_use]
+    pub fn reading(spec: TrainSpec, files: Files) -> Self {
         Replica {
             spec,
+            files,
             epoch: Epoch::default(),
             loaded: None,
         }
@@ -54,31 +61,21 @@ impl Replica {
     /// writes it); without one, the state before the first step.
     pub fn prepare(&mut self, epoch: Epoch, state: Option<&[u8]>) -> Result<Held, TrainerError> {
         self.admit(epoch)?;
-        let split = match self.loaded.take() {
-            Some(loaded) => loaded.split,
-            None => load(&self.spec)?,
+        let workload = match self.loaded.take() {
+            Some(loaded) => loaded.workload,
+            None => load(&self.spec, &self.files)?,
         };
-        let digest = split.train.digest.as_str();
         let state = match state {
             Some(bytes) => TrainState::from_bytes(bytes).map_err(unfit)?,
-            None => TrainState::initial(&self.spec, digest).map_err(unfit)?,
+            None => TrainState::initial(&workload),
         };
         state
-            .check_fingerprint(&self.spec.fingerprint(digest))
+            .check_fingerprint(&workload.fingerprint())
             .map_err(unfit)?;
-        let order = DataOrder {
-            seed: self.spec.seed,
-            sample_count: split.train.len() as u64,
-            global_batch: self.spec.global_batch,
-            virtual_shards: u64::from(self.spec.virtual_shards),
-        };
-        let model = Model::from_flat(&self.spec.model, &state.params).map_err(unfit)?;
-        let optimizer = Optimizer::new(&self.spec);
         self.loaded = Some(Loaded {
-            split,
-            order,
-            optimizer,
-            model,
+            parameters: workload.parameters(&state.params).map_err(unfit)?,
+            optimizer: Optimizer::new(&self.spec, workload.layout()),
+            workload,
             state,
         });
         Ok(self.held().expect("it was just loaded"))
@@ -87,22 +84,17 @@ impl Replica {
     /// Applies the updates it lacks and computes its shards.
     pub fn step(&mut self, order: &StepOrder) -> Result<StepReply, TrainerError> {
         self.admit(order.epoch)?;
-        let shard_count = self.spec.virtual_shards;
         let loaded = self.loaded.as_mut().ok_or(TrainerError::Unprepared)?;
         loaded.catch_up(order.step, &order.updates)?;
+        let samples = loaded.workload.shard_size() as u64;
         let mut folder = ShardFolder::new();
         for shard in order.shards.clone() {
-            if shard >= shard_count {
-                return Err(unfit(format!("shard {shard} of {shard_count} was ordered")));
-            }
-            let indices = loaded.order.shard(loaded.state.step, shard);
-            let (images, labels) = loaded.split.train.gather(&indices);
             let output = loaded
-                .model
-                .shard_gradients(&images, &labels)
+                .workload
+                .shard(&loaded.parameters, loaded.state.step, shard)
                 .map_err(unfit)?;
             folder
-                .feed(shard, output.loss_sum, indices.len() as u64, output.grads)
+                .feed(shard, output.loss_sum, samples, output.grads)
                 .map_err(unfit)?;
         }
         Ok(StepReply {
@@ -158,20 +150,15 @@ impl Loaded {
             .try_for_each(|root| self.optimizer.step(&mut self.state, root).map(drop));
         // Also where one was refused: the model must not stay behind those before it.
         if !new.is_empty() {
-            self.model.load_flat(&self.state.params).map_err(unfit)?;
+            self.parameters.load(&self.state.params).map_err(unfit)?;
         }
         applied.map_err(unfit)
     }
 }
 
-/// Loads the job's data in its two parts, and checks that a batch fits into the training part.
-pub fn load(spec: &TrainSpec) -> Result<Split, TrainerError> {
-    let split = Dataset::load(&spec.dataset)
-        .map_err(unfit)?
-        .split(spec.seed, spec.held_out_fraction);
-    spec.validate_sample_count(split.train.len())
-        .map_err(unfit)?;
-    Ok(split)
+/// Loads the job's data and builds its model.
+pub fn load(spec: &TrainSpec, files: &Files) -> Result<Workload, TrainerError> {
+    Workload::load(spec, files).map_err(unfit)
 }
 
 fn unfit(error: impl std::fmt::Display) -> TrainerError {
@@ -184,6 +171,10 @@ mod tests {
 
     use super::*;
     use crate::training::reduction::TreeReducer;
+
+    fn nowhere() -> crate::training::data::DataSpec {
+        toml::from_str("[csv]\nfiles = [\"/nowhere.csv\"]\n").unwrap()
+    }
 
     fn spec() -> TrainSpec {
         TrainSpec {
@@ -310,7 +301,7 @@ mod tests {
             .unwrap_err();
         assert!(error.to_string().contains("another job"), "{error}");
         let mut absent = Replica::new(TrainSpec {
-            dataset: "/nowhere.csv".into(),
+            dataset: nowhere(),
             ..spec()
         });
         let error = absent.prepare(Epoch(1), None).unwrap_err();

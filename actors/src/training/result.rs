@@ -1,5 +1,7 @@
 //! What a training job leaves as its result, in stable names.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// What a training job leaves as its result.
@@ -7,8 +9,13 @@ use serde::{Deserialize, Serialize};
 pub struct TrainResult {
     /// BLAKE3 of weights and optimizer state, in hex.
     pub weights_blake3: String,
-    /// Share of the held-out samples that are classified correctly.
-    pub accuracy: f64,
+    /// Share of the held-out samples that are classified correctly; of predicted tokens, for text. Absent
+    /// where nothing is classified.
+    pub accuracy: Option<f64>,
+    /// Mean loss of the held-out samples.
+    pub held_out_loss: f64,
+    /// All that was measured on the held-out samples, as means over them.
+    pub metrics: BTreeMap<String, f64>,
     /// Steps taken.
     pub steps: u64,
     /// Starts of the driver after the first.

@@ -235,7 +235,9 @@ mod tests {
     #[test]
     fn a_checkpoint_brings_state_and_history_and_not_those_of_another_job() {
         let spec = TrainSpec::digits_mlp("a");
-        let mut state = TrainState::initial(&spec, "data").unwrap();
+        let files = crate::training::data::Files::local();
+        let workload = crate::training::workload::Workload::load(&spec, &files).unwrap();
+        let mut state = TrainState::initial(&workload);
         state.step = 40;
         let history = History {
             lost_steps: 3,

@@ -84,10 +84,11 @@ fn index(offset: u64) -> usize {
 mod tests {
     use super::*;
     use crate::training::spec::TrainSpec;
+    use crate::training::workload::Workload;
 
     #[test]
     fn pieces_of_any_length_join_to_the_state_as_it_was() {
-        let mut state = TrainState::initial(&TrainSpec::digits_mlp("a"), "digest").unwrap();
+        let mut state = TrainState::initial(&Workload::of(&TrainSpec::digits_mlp("a")));
         state.step = 12;
         state.moments[1][3] = f32::MIN_POSITIVE;
         let expected = state.to_bytes();

@@ -9,8 +9,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::checkpointing::CheckpointSpec;
-use super::data::DIGITS;
-use super::layout::ModelSpec;
+use super::data::DataSpec;
+use super::models::ModelSpec;
 use super::optimizer::{OptimizerSpec, Schedule};
 use super::start_from::StartFrom;
 use super::validation::InvalidField;
@@ -34,9 +34,9 @@ pub struct TrainSpec {
     /// Register the result as a version of this model; absent: only store it.
     #[serde(default)]
     pub register: Option<String>,
-    /// `"digits"` for the embedded data, or the path of a `.csv` or `.csv.gz` file on every worker.
+    /// What to train on; absent: the embedded digits.
     #[serde(default = "defaults::dataset")]
-    pub dataset: String,
+    pub dataset: DataSpec,
     /// Share of the samples that is never trained on, in (0, 1).
     #[serde(default = "defaults::held_out_fraction")]
     pub held_out_fraction: f64,
@@ -83,10 +83,10 @@ pub struct TrainSpec {
 
 /// Values that serve the digits well and that a job file may leave out.
 mod defaults {
-    use super::{DIGITS, OptimizerSpec, Schedule, WorkerRange};
+    use super::{DataSpec, OptimizerSpec, Schedule, WorkerRange};
 
-    pub(super) fn dataset() -> String {
-        DIGITS.to_owned()
+    pub(super) fn dataset() -> DataSpec {
+        DataSpec::Digits
     }
     pub(super) fn held_out_fraction() -> f64 {
         0.2

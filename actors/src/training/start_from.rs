@@ -129,9 +129,10 @@ mod tests {
     use mobula_storage::checkpoint::{CheckpointWriter, SaveRequest};
 
     use super::*;
-    use crate::training::layout::ModelSpec;
+    use crate::training::models::ModelSpec;
     use crate::training::snapshot::StateSnapshot;
     use crate::training::spec::TrainSpec;
+    use crate::training::workload::Workload;
 
     async fn saved(blobs: &BlobStore, state: &TrainState) -> StartFrom {
         let request = SaveRequest {
@@ -155,20 +156,20 @@ mod tests {
     #[tokio::test]
     async fn the_parameters_are_taken_over_and_nothing_else() {
         let spec = TrainSpec::digits_mlp("a");
-        let mut other = TrainState::initial(&spec, "d").unwrap();
+        let mut other = TrainState::initial(&Workload::of(&spec));
         (other.step, other.params[3], other.moments[0][1]) = (300, 0.25, 9.0);
         let blobs = BlobStore::open("memory://", &S3Options::default()).unwrap();
         let from = saved(&blobs, &other).await;
         from.validate().unwrap();
         let open = || Ok(blobs.clone());
-        let mut initial = TrainState::initial(&spec, "d").unwrap();
+        let mut initial = TrainState::initial(&Workload::of(&spec));
         from.load(&mut initial, open, JobLog::Silent).await.unwrap();
         assert_eq!(initial.params, other.params);
         assert_eq!((initial.step, initial.moments[0][1]), (0, 0.0));
 
         let mut wide = spec.clone();
         wide.model = ModelSpec::Mlp { hidden: vec![7] };
-        let mut wide = TrainState::initial(&wide, "d").unwrap();
+        let mut wide = TrainState::initial(&Workload::of(&wide));
         let error = from
             .load(&mut wide, open, JobLog::Silent)
             .await

@@ -19,12 +19,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::data::Dataset;
 use super::flat_vector::{FlatVector, update_blocks};
 use super::layout::{Layout, ParameterSlot};
-use super::model::{Model, ModelError};
-use super::spec::TrainSpec;
 use super::validation::PARAMETERS_MAX;
+use super::workload::Workload;
 
 const MAGIC: &[u8; 8] = b"MOBTRAIN";
 const VERSION: u32 = 1;
@@ -39,7 +37,7 @@ const HASHED_VALUES: usize = 32 * 1024;
 pub struct TrainState {
     /// The next step to take; also the number of steps taken.
     pub step: u64,
-    /// [`TrainSpec::fingerprint`] of the job, so that a state is never restored into another one.
+    /// [`Workload::fingerprint`] of the job, so that a state is never restored into another one.
     pub fingerprint: [u8; 32],
     /// The parameters, flat.
     pub params: FlatVector,
@@ -91,15 +89,18 @@ pub enum StateError {
 
 impl TrainState {
     /// The state before the first step.
-    pub fn initial(spec: &TrainSpec, dataset_digest: &str) -> Result<Self, ModelError> {
-        let params = Model::new(&spec.model, spec.seed)?.flat()?;
+    #[must_use]
+    pub fn initial(workload: &Workload) -> Self {
+        let params = workload.initial_parameters();
         let moment = |_| FlatVector::from(vec![0.0; params.len()]);
-        Ok(Self {
+        Self {
             step: 0,
-            fingerprint: spec.fingerprint(dataset_digest),
-            moments: (0..spec.optimizer.moment_count()).map(moment).collect(),
+            fingerprint: workload.fingerprint(),
+            moments: (0..workload.spec().optimizer.moment_count())
+                .map(moment)
+                .collect(),
             params: params.into(),
-        })
+        }
     }
 
     /// Refuses the state of another job.
@@ -293,24 +294,18 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
         .collect()
 }
 
-/// The share of `samples` whose most probable class is their label; 0 if there are none.
-pub fn accuracy(model: &Model, samples: &Dataset) -> Result<f64, ModelError> {
-    let predictions = model.predictions(&samples.images)?;
-    let correct = predictions
-        .iter()
-        .zip(&samples.labels)
-        .filter(|(a, b)| a == b)
-        .count();
-    Ok(correct as f64 / samples.len().max(1) as f64)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn workload() -> Workload {
+        let spec = crate::training::spec::TrainSpec::digits_mlp("a");
+        Workload::load(&spec, &crate::training::data::Files::local()).unwrap()
+    }
+
     fn state() -> TrainState {
-        let mut state = TrainState::initial(&TrainSpec::digits_mlp("a"), "digest").unwrap();
+        let mut state = TrainState::initial(&workload());
         (state.step, state.moments[1][3]) = (77, f32::MIN_POSITIVE);
         state
     }
@@ -336,9 +331,9 @@ mod tests {
     #[test]
     fn sections_cover_every_byte_once() {
         let state = state();
-        let layout = Layout::of(&TrainSpec::digits_mlp("a").model);
+        let workload = workload();
         let mut end = 0;
-        for (name, offset, length) in state.sections(&layout) {
+        for (name, offset, length) in state.sections(workload.layout()) {
             assert_eq!(offset, end, "{name}");
             end += length;
         }

@@ -1,10 +1,14 @@
 //! The trainer: a replica of the model as an actor.
 
 use mobula::{ActorContext, ContextExt};
+use mobula_storage::blob::BlobError;
+use tokio::runtime::Handle;
 
+use super::data::Files;
 use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
 use super::replica::Replica;
 use super::spec::TrainSpec;
+use crate::storage::open_blobs;
 
 /// Computes shards of a training job. Everything it does is ordered by the job's coordinator.
 pub struct Trainer {
@@ -15,10 +19,11 @@ pub struct Trainer {
 impl Trainer {
     /// A trainer of the job that `spec` describes. Data is loaded when it is prepared, so that a
     /// missing file is an answer and not a crash that is tried again and again.
-    pub fn new(spec: TrainSpec) -> Self {
-        Trainer {
-            replica: Replica::new(spec),
-        }
+    pub fn new(ctx: &ActorContext, spec: TrainSpec) -> Result<Self, BlobError> {
+        let files = Files::with_store(open_blobs(ctx.storage())?, Handle::current());
+        Ok(Trainer {
+            replica: Replica::reading(spec, files),
+        })
     }
 
     /// Who and where it is, and the state it holds.

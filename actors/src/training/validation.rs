@@ -2,7 +2,8 @@
 //!
 //! Invariant: every refusal says which key, the value found, the rule with its limit, and what to do.
 
-use super::layout::{LAYERS_MAX, Layout, ModelSpec, WIDTH_MAX};
+use super::data::DataSpec;
+use super::data::files::FILES_MAX;
 use super::optimizer::OptimizerSpec;
 use super::spec::{TrainSpec, WorkerRange};
 use super::start_from::StartFrom;
@@ -53,13 +54,7 @@ impl TrainSpec {
             format!("a model cannot be called that: {}", name::RULE),
             "choose another name, or leave it out to store the version only",
         )?;
-        check(
-            "dataset",
-            &self.dataset,
-            !self.dataset.is_empty(),
-            "a data set is \"digits\" or a path".to_owned(),
-            "name one",
-        )?;
+        self.validate_dataset()?;
         check(
             "held_out_fraction",
             self.held_out_fraction,
@@ -88,6 +83,44 @@ impl TrainSpec {
             .as_ref()
             .map_or(Ok(()), StartFrom::validate)?;
         self.model.check()
+    }
+
+    fn validate_dataset(&self) -> Result<(), InvalidField> {
+        let files = self.dataset.files();
+        let named = !matches!(self.dataset, DataSpec::Digits);
+        check(
+            "files",
+            format!("{} files", files.len()),
+            !named || (1..=FILES_MAX).contains(&files.len()),
+            format!("a data set has 1 to {FILES_MAX} files"),
+            "name at least one; join small ones",
+        )?;
+        check(
+            "files",
+            "an empty name",
+            files.iter().all(|file| !file.is_empty()),
+            "a file is a path, or store: and the path of a blob".to_owned(),
+            "name it",
+        )?;
+        let DataSpec::Csv(csv) = &self.dataset else {
+            return Ok(());
+        };
+        let scale = csv.scale.unwrap_or(1.0);
+        check(
+            "scale",
+            scale,
+            scale.is_finite() && scale > 0.0,
+            "numbers are divided by it".to_owned(),
+            "give the largest value of the data, or leave it out",
+        )?;
+        check(
+            "targets",
+            format!("{:?}", csv.targets),
+            csv.targets
+                .is_none_or(|targets| targets > 0 && csv.classes.is_none()),
+            "samples have classes or at least one number to predict, and not both".to_owned(),
+            "leave one out",
+        )
     }
 
     fn validate_division(&self) -> Result<(), InvalidField> {
@@ -176,42 +209,15 @@ impl TrainSpec {
             self.global_batch,
             self.global_batch <= train_sample_count as u64,
             format!(
-                "the training part of {} has {train_sample_count} samples",
-                self.dataset
+                "the training part of the data has {train_sample_count} samples, and a step takes \
+                 each once at most"
             ),
             "lower the batch or give more data",
         )
     }
 }
 
-impl ModelSpec {
-    /// Checks the number and width of its layers. Nothing may be computed from a shape that was
-    /// not checked.
-    pub fn check(&self) -> Result<(), InvalidField> {
-        let (key, widths, layers_min) = match self {
-            ModelSpec::Mlp { hidden } => ("hidden", hidden, 0),
-            ModelSpec::Cnn { channels } => ("channels", channels, 1),
-        };
-        check(
-            key,
-            format!("{widths:?}"),
-            (layers_min..=LAYERS_MAX).contains(&widths.len())
-                && widths.iter().all(|width| (1..=WIDTH_MAX).contains(width)),
-            format!("{layers_min} to {LAYERS_MAX} layers of 1 to {WIDTH_MAX}"),
-            "give fewer or narrower layers",
-        )?;
-        let parameter_count = Layout::of(self).value_count();
-        check(
-            key,
-            format!("{widths:?}, {parameter_count} parameters"),
-            parameter_count <= PARAMETERS_MAX,
-            format!("a model has at most {PARAMETERS_MAX} parameters"),
-            "give fewer or narrower layers",
-        )
-    }
-}
-
-fn check(
+pub(super) fn check(
     key: &'static str,
     found: impl ToString,
     valid: bool,
@@ -277,7 +283,11 @@ mod tests {
                 1,
                 "checkpoint_every_steps is 0",
             ),
-            (with("dataset = \"\""), 1, "dataset is "),
+            (
+                with("dataset = { csv = { files = [] } }"),
+                1,
+                "files is 0 files",
+            ),
             (
                 with("register = \"my model\""),
                 1,
@@ -290,9 +300,9 @@ mod tests {
             ),
             (MINIMAL.replace("[128, 64]", "[0]"), 6, "hidden is [0]"),
             (
-                MINIMAL.replace("[128, 64]", "[4096, 4096, 4096, 4096, 4096, 4096]"),
+                MINIMAL.replace("[128, 64]", "[5000]"),
                 6,
-                "hidden is ",
+                "hidden is [5000]",
             ),
         ];
         for (text, line, expected) in cases {
@@ -309,6 +319,6 @@ mod tests {
             .validate_sample_count(100)
             .unwrap_err()
             .to_string();
-        assert!(error.contains("has 100 samples"), "{error}");
+        assert!(error.contains("data has 100 samples"), "{error}");
     }
 }

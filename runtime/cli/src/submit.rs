@@ -64,8 +64,7 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
     for (path, name) in files {
         job = job.file(path, name);
     }
-    // A built-in job is deterministic in its results, not in what may get into its way.
-    if arguments.retry_errors || is_toml {
+    if arguments.retry_errors {
         job = job.retry_errors();
     }
     if let Some(key) = &arguments.idempotency_key {

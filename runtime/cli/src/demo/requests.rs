@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use mobula_actors::training::data::{Dataset, FEATURES};
+use mobula_actors::training::data::Dataset;
 use serde_json::{Value, json};
 
 /// Requests under way at the same time.
@@ -66,11 +66,11 @@ impl Client {
     }
 
     /// Sends one image; the predicted class.
-    async fn classify(&self, image: &[f32]) -> anyhow::Result<u8> {
+    async fn classify(&self, image: &[f32]) -> anyhow::Result<u32> {
         let body = json!({
             "inputs": [{
                 "name": "image",
-                "shape": [1, FEATURES],
+                "shape": [1, image.len()],
                 "datatype": "FP32",
                 "data": image,
             }],
@@ -95,7 +95,7 @@ impl Client {
             .find(|output| output["name"] == "class")
             .and_then(|output| output["data"][0].as_u64())
             .with_context(|| format!("no class in {answer}"))?;
-        Ok(u8::try_from(class)?)
+        Ok(u32::try_from(class)?)
     }
 
     /// Sends every image of `data` after `change`, several at a time.
@@ -105,15 +105,17 @@ impl Client {
         change: fn(f32) -> f32,
     ) -> anyhow::Result<Load> {
         let started = Instant::now();
+        let (all, width) = (data.all()?, data.shape().feature_count());
         let mut workers = tokio::task::JoinSet::new();
         for lane in 0..CONCURRENCY {
             let client = self.clone();
-            let images: Vec<(Vec<f32>, u8)> = (lane..data.len())
+            let images: Vec<(Vec<f32>, u32)> = (lane..data.len())
                 .step_by(CONCURRENCY)
                 .map(|i| {
+                    let pixels = &all.features()[i * width..][..width];
                     (
-                        data.image(i).iter().copied().map(change).collect(),
-                        data.labels[i],
+                        pixels.iter().copied().map(change).collect(),
+                        all.labels()[i],
                     )
                 })
                 .collect();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use mobula::{Actor, Cluster};
 use mobula_actors::serving::replica::Replica;
-use mobula_actors::training::data::Dataset;
+use mobula_actors::training::data::{Dataset, Files};
 use mobula_actors::training::spec::TrainSpec;
 use mobula_actors::{drift, registry, serving};
 use mobula_core::id::JobId;
@@ -54,7 +54,7 @@ pub(super) async fn run(
     let model = spec.name.clone();
     let version = registered(&cluster, &model, progress, report).await?;
     let client = deployed(&cluster, &model, version, progress, report).await?;
-    let held_out = Dataset::load(&spec.dataset)?
+    let held_out = Dataset::load(&spec.dataset, &Files::local())?
         .split(spec.seed, spec.held_out_fraction)
         .held_out;
     answered(&client, &held_out, progress, report).await?;

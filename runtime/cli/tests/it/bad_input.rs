@@ -190,8 +190,10 @@ fn job_files_and_data_are_refused_with_file_and_line() {
     );
 
     let data_job = |path: &str| {
-        let spec = small_job("bad-data", 10)
-            .replace("seed = 7", &format!("seed = 7\ndataset = \"{path}\""));
+        let spec = small_job("bad-data", 10).replace(
+            "seed = 7",
+            &format!("seed = 7\ndataset = {{ csv = {{ files = [\"{path}\"] }} }}"),
+        );
         let job = cluster.submit_toml(&spec);
         let ended = cluster.wait_job(&job);
         assert_eq!(ended["state"], "failed", "{ended}");

@@ -127,6 +127,21 @@ fn the_same_idempotency_key_is_the_same_job() {
 }
 
 #[test]
+fn a_model_of_a_users_own_program_trains_to_the_bits_of_one_machine() {
+    let ending = "with the bits of one machine";
+    let text = embedded("own_model", &[]);
+    assert!(text.contains(ending), "{text}");
+    let cluster = TestCluster::up(2);
+    let program = example("own_model");
+    let text = cluster.ok(&["submit", program.to_str().unwrap(), "--follow"]);
+    assert!(text.contains(ending), "{text}");
+    let job = &cluster.json(&["jobs", "list"])[0];
+    let result = cluster.result_of(&format!("job-{}", job["id"]));
+    assert!(result["accuracy"].as_f64().unwrap() >= 0.9, "{result}");
+    assert_eq!(result["replicas_agreeing"], 2, "{result}");
+}
+
+#[test]
 fn the_convolutional_example_job_trains() {
     let cluster = TestCluster::up(2);
     let file = repository("cluster-configs/jobs/digits-cnn.toml");

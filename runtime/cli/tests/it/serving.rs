@@ -4,11 +4,10 @@ mod served;
 
 use std::collections::BTreeSet;
 
-use mobula_actors::training::data::FEATURES;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use self::served::{Answer, ROWS, Served, output, request_of};
+use self::served::{Answer, FEATURES, ROWS, Served, output, request_of};
 use crate::support::{kill_9, wait_for};
 
 const REPLICAS: u64 = 2;
@@ -108,8 +107,7 @@ fn names_of(names: &Value) -> Vec<&str> {
 }
 
 fn answers_json(served: &Served) {
-    let held_out = &served.held_out;
-    let mut request = request_of(held_out.image(0));
+    let mut request = request_of(served.image(0));
     request["id"] = json!("one");
     let answer = served.infer(&request).json();
     assert_eq!(answer["model_name"], "digits", "{answer}");
@@ -126,16 +124,16 @@ fn answers_json(served: &Served) {
     assert!((sum - 1.0).abs() < 1e-4, "{answer}");
 
     // Single rows and many rows at once: the accuracy that training measured, exactly.
-    let mut classes = served.classify(held_out.image(0));
-    for images in held_out.images[FEATURES..].chunks(ROWS * FEATURES) {
+    let mut classes = served.classify(served.image(0));
+    for images in served.images[FEATURES..].chunks(ROWS * FEATURES) {
         classes.extend(served.classify(images));
     }
     let right = classes
         .iter()
-        .zip(&held_out.labels)
+        .zip(&served.labels)
         .filter(|(a, b)| **a == u64::from(**b))
         .count();
-    let accuracy = right as f64 / held_out.len() as f64;
+    let accuracy = right as f64 / served.labels.len() as f64;
     assert!(
         (accuracy - served.accuracy).abs() < 1e-9,
         "{accuracy} against {}",
@@ -165,7 +163,7 @@ fn binary_request(images: &[f32], size_bytes: usize) -> (usize, Vec<u8>) {
 fn answers_binary(served: &Served) {
     const INFER: &str = "/v2/models/digits/versions/1/infer";
     let token = Some(served.token());
-    let images = &served.held_out.images[..3 * FEATURES];
+    let images = &served.images[..3 * FEATURES];
     let expected = served.classify(images);
     let (length, body) = binary_request(images, images.len() * 4);
     let answer = served.call(Method::POST, INFER, token, Some(length), body);
@@ -212,14 +210,14 @@ fn answers_binary(served: &Served) {
 fn refuses(served: &Served) {
     const INFER: &str = "/v2/models/digits/infer";
     let token = Some(served.token());
-    let good = request_of(served.held_out.image(0));
+    let good = request_of(served.image(0));
     let with = |key: &str, value: Value| {
         let mut request = good.clone();
         request["inputs"][0][key] = value;
         request.to_string()
     };
-    let without_last: Vec<f32> = served.held_out.image(0)[1..].to_vec();
-    let too_many = request_of(&served.held_out.images[..129 * FEATURES]).to_string();
+    let without_last: Vec<f32> = served.image(0)[1..].to_vec();
+    let too_many = request_of(&served.images[..129 * FEATURES]).to_string();
     let narrow = {
         let mut request = request_of(&without_last);
         request["inputs"][0]["shape"] = json!([1, 63]);
@@ -340,7 +338,7 @@ fn requests_are_answered_while_a_replica_dies_and_comes_back() {
     /// At about a millisecond each they go on beyond the end of the process.
     const REQUESTS: u32 = 300;
     let served = Served::up(2);
-    let image = served.held_out.image(0);
+    let image = served.image(0);
     let expected = served.classify(image);
     let name = "serving/digits/replica-1";
     let running = || {

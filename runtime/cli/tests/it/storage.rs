@@ -8,9 +8,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output, Stdio};
 
-use mobula_actors::training::data::Dataset;
+use mobula_actors::training::data::Files;
 use mobula_actors::training::local::LocalTrainer;
 use mobula_actors::training::spec::TrainSpec;
+use mobula_actors::training::workload::Workload;
 use serde_json::Value;
 
 use self::s3_server::{ACCESS_KEY, BUCKET, ClosedPort, PREFIX, S3Server, SECRET_KEY};
@@ -70,10 +71,8 @@ fn cluster_on_s3(workers: u32, address: SocketAddr) -> TestCluster {
 /// The hash that a job must end with, from training in this process: no cluster, no store.
 fn expected_hash(job: &str) -> String {
     let spec = TrainSpec::from_toml(job, "job.toml").unwrap();
-    let split = Dataset::load(&spec.dataset)
-        .unwrap()
-        .split(spec.seed, spec.held_out_fraction);
-    let mut trainer = LocalTrainer::new(&spec, &split).unwrap();
+    let workload = Workload::load(&spec, &Files::local()).unwrap();
+    let mut trainer = LocalTrainer::new(&workload).unwrap();
     trainer.run(1).unwrap();
     trainer.state().weights_blake3()
 }

@@ -1,6 +1,6 @@
 //! A cluster with a trained model behind an endpoint, and a client of that endpoint.
 
-use mobula_actors::training::data::{Dataset, FEATURES};
+use mobula_actors::training::data::{Dataset, Files};
 use mobula_actors::training::spec::TrainSpec;
 use reqwest::Method;
 use reqwest::header::HeaderMap;
@@ -11,6 +11,9 @@ use super::REPLICAS;
 use crate::support::{TestCluster, small_job, wait_for};
 
 const STEPS: u32 = 150;
+
+/// Pixels of an image.
+pub(super) const FEATURES: usize = 64;
 
 /// Rows in a request: fewer than an endpoint takes.
 pub(super) const ROWS: usize = 100;
@@ -34,7 +37,10 @@ pub(super) struct Served {
     pub(super) cluster: TestCluster,
     http: reqwest::Client,
     runtime: Runtime,
-    pub(super) held_out: Dataset,
+    /// The held-out images, one after the other.
+    pub(super) images: Vec<f32>,
+    /// What they show.
+    pub(super) labels: Vec<u32>,
     pub(super) accuracy: f64,
     pub(super) deployment: Value,
 }
@@ -49,6 +55,9 @@ impl Served {
         let job = cluster.submit_toml(&text);
         let result = cluster.result_of(&job);
         assert_eq!(result["model_version"], 1, "{result}");
+        let data = Dataset::load(&spec.dataset, &Files::local()).unwrap();
+        let split = data.split(spec.seed, spec.held_out_fraction);
+        let held_out = split.held_out.all().unwrap();
         let replicas = REPLICAS.to_string();
         let deployment = cluster.json(&["serve", "deploy", "digits:1", "--replicas", &replicas]);
         Served {
@@ -58,10 +67,8 @@ impl Served {
                 .enable_all()
                 .build()
                 .unwrap(),
-            held_out: Dataset::load(&spec.dataset)
-                .unwrap()
-                .split(spec.seed, spec.held_out_fraction)
-                .held_out,
+            images: held_out.features().to_vec(),
+            labels: held_out.labels().to_vec(),
             accuracy: result["accuracy"].as_f64().unwrap(),
             deployment,
         }
@@ -108,6 +115,11 @@ impl Served {
         self.call(Method::POST, path, Some(self.token()), None, body)
     }
 
+    /// One held-out image.
+    pub(super) fn image(&self, index: usize) -> &[f32] {
+        &self.images[index * FEATURES..][..FEATURES]
+    }
+
     /// The classes of some images, which must be answered.
     pub(super) fn classify(&self, images: &[f32]) -> Vec<u64> {
         let answer = self.infer(&request_of(images));
@@ -137,7 +149,7 @@ impl Served {
         change: fn(f32) -> f32,
         mut look: impl FnMut(&Value) -> Option<T>,
     ) -> T {
-        let images: Vec<f32> = self.held_out.images.iter().copied().map(change).collect();
+        let images: Vec<f32> = self.images.iter().copied().map(change).collect();
         let mut requests = images.chunks_exact(ROWS * FEATURES).cycle();
         wait_for(what, || {
             self.classify(requests.next().unwrap());

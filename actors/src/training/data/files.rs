@@ -1,0 +1,88 @@
+//! The bytes of data files: from this machine's disk, or from the cluster's object store.
+//!
+//! Invariant: a file is read whole or not at all, and never more of it than its limit.
+
+use std::fs::File;
+use std::io::Read;
+
+use mobula_storage::blob::{BlobErrorKind, BlobStore};
+use tokio::runtime::Handle;
+
+use super::error::DataError;
+
+/// Bytes of one data file, compressed or not. It becomes about twice this in memory, which every
+/// trainer holds; a small gzip file can otherwise expand without limit.
+pub const FILE_BYTES_MAX: u64 = 256 << 20;
+/// Files of one data set: their bytes together stay within what a machine may hold.
+pub const FILES_MAX: usize = 256;
+
+/// How a name says that the object store has the file.
+const STORE_PREFIX: &str = "store:";
+
+/// Where data files are read from.
+#[derive(Debug, Clone, Default)]
+pub struct Files {
+    store: Option<(BlobStore, Handle)>,
+}
+
+impl Files {
+    /// Files of this machine only.
+    #[must_use]
+    pub fn local() -> Self {
+        Files::default()
+    }
+
+    /// Also blobs of `store`. `runtime` is where it is asked; whoever reads must be on a thread that
+    /// may wait.
+    #[must_use]
+    pub fn with_store(store: BlobStore, runtime: Handle) -> Self {
+        Files {
+            store: Some((store, runtime)),
+        }
+    }
+
+    /// All bytes of a file.
+    pub fn read(&self, name: &str) -> Result<Vec<u8>, DataError> {
+        let bytes = match name.strip_prefix(STORE_PREFIX) {
+            Some(blob) => self.read_blob(blob)?,
+            None => read_local(name)?,
+        };
+        if bytes.len() as u64 > FILE_BYTES_MAX {
+            return Err(DataError::TooLarge {
+                file: name.to_owned(),
+                limit: FILE_BYTES_MAX,
+            });
+        }
+        Ok(bytes)
+    }
+
+    fn read_blob(&self, blob: &str) -> Result<Vec<u8>, DataError> {
+        let Some((store, runtime)) = &self.store else {
+            return Err(DataError::NoStore {
+                file: blob.to_owned(),
+            });
+        };
+        match runtime.block_on(store.get(blob, FILE_BYTES_MAX)) {
+            Ok(bytes) => Ok(bytes.to_vec()),
+            Err(error) if error.kind() == BlobErrorKind::TooLarge => Err(DataError::TooLarge {
+                file: format!("{STORE_PREFIX}{blob}"),
+                limit: FILE_BYTES_MAX,
+            }),
+            Err(source) => Err(DataError::Store {
+                file: blob.to_owned(),
+                source,
+            }),
+        }
+    }
+}
+
+fn read_local(name: &str) -> Result<Vec<u8>, DataError> {
+    let mut bytes = Vec::new();
+    File::open(name)
+        .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
+        .map_err(|source| DataError::Unreadable {
+            file: name.to_owned(),
+            source,
+        })?;
+    Ok(bytes)
+}

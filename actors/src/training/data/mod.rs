@@ -1,0 +1,297 @@
+//! Data sets: where samples come from, what one looks like, and which of them are trained on.
+//!
+//! * [`DataSpec`] says what a job asks for; [`shape`] what a sample is; [`rows`] what a batch of them is.
+//! * One file a format: [`csv`], [`text`]; `table` checks rows of numbers; [`files`] brings the bytes.
+//!
+//! Invariants:
+//! 1. A loaded data set is complete and finite, or loading fails with an error that names file, place,
+//!    value and limit.
+//! 2. `digest` covers the bytes of the source as stored and how they are read, so a job's record pins
+//!    its data.
+//! 3. Which samples are held out depends on (seed, count, fraction) only.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+pub mod csv;
+pub mod error;
+pub mod files;
+pub mod rows;
+pub mod shape;
+pub mod text;
+
+mod table;
+
+pub use error::DataError;
+pub use files::Files;
+pub use rows::{Batch, Samples};
+pub use shape::SampleShape;
+
+use super::permutation::Permutation;
+use super::random::Purpose;
+use csv::CsvSpec;
+use rows::Rows;
+use table::Table;
+use text::TextSpec;
+
+/// The handwritten digits that come with this crate; provenance in `data/README.md`.
+pub const EMBEDDED_DIGITS: &[u8] = include_bytes!("../../../data/digits.csv.gz");
+
+/// What a job trains on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DataSpec {
+    /// [`EMBEDDED_DIGITS`]: 1797 images of 8×8 pixels in ten classes.
+    Digits,
+    /// Numbers in text.
+    Csv(CsvSpec),
+    /// Text.
+    Text(TextSpec),
+}
+
+impl DataSpec {
+    /// The files that it names.
+    #[must_use]
+    pub fn files(&self) -> &[String] {
+        match self {
+            DataSpec::Digits => &[],
+            DataSpec::Csv(spec) => &spec.files,
+            DataSpec::Text(spec) => &spec.files,
+        }
+    }
+
+    /// The same without the names of its files, which decide no bit.
+    fn without_files(&self) -> DataSpec {
+        let mut spec = self.clone();
+        match &mut spec {
+            DataSpec::Digits => {}
+            DataSpec::Csv(spec) => spec.files.clear(),
+            DataSpec::Text(spec) => spec.files.clear(),
+        }
+        spec
+    }
+
+    /// How people call it.
+    fn name(&self) -> String {
+        match self.files() {
+            [] => "digits".to_owned(),
+            [file] => file.clone(),
+            [first, rest @ ..] => format!("{first} and {} more", rest.len()),
+        }
+    }
+}
+
+/// Samples, all of a source's or some of them. Clones share their values.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    whole: Arc<Whole>,
+    /// Which of the source's samples these are; absent for all.
+    chosen: Option<Arc<[u64]>>,
+}
+
+#[derive(Debug)]
+struct Whole {
+    source: String,
+    digest: String,
+    shape: SampleShape,
+    rows: Rows,
+}
+
+/// A data set in its two parts.
+#[derive(Debug, Clone)]
+pub struct Split {
+    /// The samples trained on.
+    pub train: Dataset,
+    /// The samples that only evaluation sees.
+    pub held_out: Dataset,
+}
+
+impl Dataset {
+    /// Loads what a job names.
+    pub fn load(spec: &DataSpec, files: &Files) -> Result<Self, DataError> {
+        let source = spec.name();
+        let mut digests = Digests::of(spec);
+        let (shape, rows) = match spec {
+            DataSpec::Digits => return Self::digits(),
+            DataSpec::Csv(spec) => {
+                let mut table = Table::new(spec.table());
+                for file in &spec.files {
+                    let bytes = digests.add(files.read(file)?);
+                    csv::read(file, &bytes, spec.header, &mut table)?;
+                }
+                table.finish(&source)?
+            }
+            DataSpec::Text(spec) => {
+                let mut text = Vec::new();
+                for file in &spec.files {
+                    text.extend(digests.add(files.read(file)?));
+                }
+                text::cut(&source, text, spec.context)?
+            }
+        };
+        Ok(Self::of(source, digests.finish(), shape, rows))
+    }
+
+    /// The embedded handwritten digits. Their digest is that of [`EMBEDDED_DIGITS`].
+    pub fn digits() -> Result<Self, DataError> {
+        let spec = CsvSpec {
+            files: Vec::new(),
+            header: false,
+            shape: Some(vec![8, 8]),
+            classes: Some(10),
+            targets: None,
+            scale: Some(16.0),
+        };
+        let mut table = Table::new(spec.table());
+        csv::read("digits.csv.gz", EMBEDDED_DIGITS, false, &mut table)?;
+        let (shape, rows) = table.finish("digits")?;
+        let digest = blake3::hash(EMBEDDED_DIGITS).to_hex().to_string();
+        Ok(Self::of("digits".to_owned(), digest, shape, rows))
+    }
+
+    /// Samples of CSV text; `file` names it in errors.
+    pub fn from_csv(file: &str, bytes: &[u8], spec: &CsvSpec) -> Result<Self, DataError> {
+        let mut digests = Digests::of(&DataSpec::Csv(spec.clone()));
+        let mut table = Table::new(spec.table());
+        csv::read(file, &digests.add(bytes.to_vec()), spec.header, &mut table)?;
+        let (shape, rows) = table.finish(file)?;
+        Ok(Self::of(file.to_owned(), digests.finish(), shape, rows))
+    }
+
+    fn of(source: String, digest: String, shape: SampleShape, rows: Rows) -> Self {
+        let whole = Whole {
+            source,
+            digest,
+            shape,
+            rows,
+        };
+        Dataset {
+            whole: Arc::new(whole),
+            chosen: None,
+        }
+    }
+
+    /// Where the samples came from, as errors name it.
+    #[must_use]
+    pub fn source(&self) -> &str {
+        &self.whole.source
+    }
+
+    /// BLAKE3, in hex, of the source's bytes and of how they are read. A part of a data set keeps its
+    /// whole's digest.
+    #[must_use]
+    pub fn digest(&self) -> &str {
+        &self.whole.digest
+    }
+
+    /// What each sample looks like.
+    #[must_use]
+    pub fn shape(&self) -> &SampleShape {
+        &self.whole.shape
+    }
+
+    /// Number of samples.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match &self.chosen {
+            Some(chosen) => chosen.len(),
+            None => self.whole.rows.count(self.whole.shape.output_count()),
+        }
+    }
+
+    /// Whether there are no samples.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The samples at `indices`, in that order.
+    ///
+    /// # Panics
+    /// If an index is not below [`Dataset::len`].
+    pub fn gather(&self, indices: &[usize]) -> Result<Batch, DataError> {
+        let rows: Vec<u64> = indices.iter().map(|index| self.row(*index)).collect();
+        let shape = &self.whole.shape;
+        self.whole
+            .rows
+            .gather(&rows, shape.feature_count(), shape.output_count())
+    }
+
+    /// All samples at once. For data that is known to be small.
+    pub fn all(&self) -> Result<Batch, DataError> {
+        self.gather(&(0..self.len()).collect::<Vec<_>>())
+    }
+
+    /// The part of this data set at `indices`. Panics as [`Dataset::gather`] does.
+    #[must_use]
+    pub fn part(&self, indices: &[usize]) -> Self {
+        Dataset {
+            whole: Arc::clone(&self.whole),
+            chosen: Some(indices.iter().map(|index| self.row(*index)).collect()),
+        }
+    }
+
+    /// Splits off the last `held_out_fraction` of a seeded permutation; both parts keep the source's
+    /// order. Each part gets at least one sample when there are two.
+    #[must_use]
+    pub fn split(&self, seed: u64, held_out_fraction: f64) -> Split {
+        let count = self.len();
+        if count < 2 {
+            return Split {
+                train: self.clone(),
+                held_out: self.part(&[]),
+            };
+        }
+        let held_out_count = (count as f64 * held_out_fraction).round() as usize;
+        let train_count = count - held_out_count.clamp(1, count - 1);
+        let permutation = Permutation::keyed(seed, Purpose::HeldOut, 0, count as u64);
+        let mut order: Vec<usize> = (0..count as u64)
+            .map(|position| permutation.at(position) as usize)
+            .collect();
+        let (train, held_out) = order.split_at_mut(train_count);
+        train.sort_unstable();
+        held_out.sort_unstable();
+        Split {
+            train: self.part(train),
+            held_out: self.part(held_out),
+        }
+    }
+
+    fn row(&self, index: usize) -> u64 {
+        match &self.chosen {
+            Some(chosen) => chosen[index],
+            None => {
+                assert!(index < self.len(), "sample {index} of {}", self.len());
+                index as u64
+            }
+        }
+    }
+}
+
+/// The digest of a data set, as its files are read.
+struct Digests(blake3::Hasher);
+
+impl Digests {
+    fn of(spec: &DataSpec) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"mobula.training.data.v1");
+        let how = serde_json::to_vec(&spec.without_files())
+            .expect("plain numbers and strings always encode");
+        hasher.update(&(how.len() as u64).to_le_bytes());
+        hasher.update(&how);
+        Digests(hasher)
+    }
+
+    fn add(&mut self, bytes: Vec<u8>) -> Vec<u8> {
+        self.0.update(blake3::hash(&bytes).as_bytes());
+        bytes
+    }
+
+    fn finish(self) -> String {
+        self.0.finalize().to_hex().to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,116 @@
+//! From a network's outputs to its loss, for samples with a class or with numbers to predict.
+
+use super::super::data::{Batch, SampleShape, Samples};
+use super::super::loss::cross_entropy;
+use super::super::model::{ModelError, check_length};
+use super::super::trainable::EvaluationSums;
+
+/// The loss of some outputs.
+pub(super) struct OutputLoss {
+    pub(super) sum: f64,
+    /// Its gradient with respect to each output.
+    pub(super) gradients: Vec<f32>,
+}
+
+/// How many numbers a network reads and gives for a sample of `shape`, which must have numbers.
+pub(super) fn widths(
+    what: &'static str,
+    shape: &SampleShape,
+) -> Result<(usize, usize), ModelError> {
+    match shape {
+        SampleShape::Classified { .. } | SampleShape::Measured { .. } => {
+            Ok((shape.feature_count(), shape.output_count()))
+        }
+        SampleShape::Tokens { .. } => Err(ModelError::Shape {
+            model: what,
+            wanted: "samples of numbers",
+            found: shape.to_string(),
+        }),
+    }
+}
+
+/// Refuses samples of another kind or size than the network was built for.
+pub(super) fn check_batch(
+    batch: &Batch,
+    (inputs, outputs): (usize, usize),
+) -> Result<(), ModelError> {
+    check_length(
+        "the shard's numbers",
+        batch.count * inputs,
+        batch.features().len(),
+    )?;
+    match &batch.samples {
+        Samples::Classified { labels, .. } => {
+            check_length("the shard's labels", batch.count, labels.len())?;
+            match labels.iter().position(|label| *label as usize >= outputs) {
+                None => Ok(()),
+                Some(index) => Err(ModelError::Label {
+                    label: labels[index],
+                    index,
+                    high: outputs - 1,
+                }),
+            }
+        }
+        Samples::Measured { targets, .. } => {
+            check_length("the shard's targets", batch.count * outputs, targets.len())
+        }
+        Samples::Tokens { .. } => Err(ModelError::shape("the network", "samples of numbers")),
+    }
+}
+
+/// Cross-entropy for classes, half the squared distance for numbers: sums over the samples.
+pub(super) fn loss(outputs: &[f32], batch: &Batch, width: usize) -> OutputLoss {
+    match &batch.samples {
+        Samples::Classified { labels, .. } => {
+            let loss = cross_entropy(outputs, labels, width);
+            OutputLoss {
+                sum: loss.loss_sum,
+                gradients: loss.logit_gradients,
+            }
+        }
+        Samples::Measured { targets, .. } => {
+            let mut sum = 0.0;
+            let difference = |(output, target): (&f32, &f32)| {
+                let difference = f64::from(*output) - f64::from(*target);
+                sum += 0.5 * difference * difference;
+                difference as f32
+            };
+            let gradients = outputs.iter().zip(targets).map(difference).collect();
+            OutputLoss { sum, gradients }
+        }
+        Samples::Tokens { .. } => unreachable!("check_batch refused tokens"),
+    }
+}
+
+/// The sums that measure a network: its loss, and what it gets right or how far it is off.
+pub(super) fn evaluate(outputs: &[f32], batch: &Batch, width: usize) -> EvaluationSums {
+    let mut sums = EvaluationSums::new(batch.count);
+    sums.loss_sum = loss(outputs, batch, width).sum;
+    match &batch.samples {
+        Samples::Classified { labels, .. } => {
+            let rows = outputs.chunks_exact(width).zip(labels);
+            let right = rows
+                .filter(|(row, label)| most_probable(row) == **label)
+                .count();
+            sums.add("accuracy", right as f64);
+        }
+        Samples::Measured { targets, .. } => {
+            let mut total = 0.0;
+            for (output, target) in outputs.iter().zip(targets) {
+                total += (f64::from(*output) - f64::from(*target)).abs();
+            }
+            sums.add("absolute_error", total / width as f64);
+        }
+        Samples::Tokens { .. } => unreachable!("check_batch refused tokens"),
+    }
+    sums
+}
+
+/// The class with the highest score; the lowest where several are equal.
+pub(in crate::training) fn most_probable(scores: &[f32]) -> u32 {
+    let better = |best: usize, class: usize| match scores[class] > scores[best] {
+        true => class,
+        false => best,
+    };
+    (1..scores.len()).fold(0, better) as u32
+}

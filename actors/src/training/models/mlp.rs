@@ -1,0 +1,107 @@
+//! Dense layers with rectifiers between them.
+
+use candle_core::{Device, Tensor};
+
+use super::super::data::{Batch, SampleShape};
+use super::super::model::ModelError;
+use super::super::parameters::{Initial, Parameter, Parameters, ShardOutput};
+use super::super::product::product;
+use super::super::trainable::{EvaluationSums, ShardContext, Trainable};
+use super::head;
+
+/// A multi-layer perceptron.
+#[derive(Debug)]
+pub(super) struct Mlp {
+    /// The width of the input, of each hidden layer, and of the output.
+    widths: Vec<usize>,
+}
+
+impl Mlp {
+    pub(super) fn new(hidden: &[usize], shape: &SampleShape) -> Result<Self, ModelError> {
+        let (inputs, outputs) = head::widths("an mlp", shape)?;
+        let mut widths = vec![inputs];
+        widths.extend(hidden);
+        widths.push(outputs);
+        Ok(Mlp { widths })
+    }
+
+    fn ends(&self) -> (usize, usize) {
+        (self.widths[0], self.widths[self.widths.len() - 1])
+    }
+
+    fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError> {
+        let inputs = self.widths[0];
+        let shape = (features.len() / inputs, inputs);
+        let mut values = Tensor::from_slice(features, shape, &Device::Cpu)?;
+        let last = self.widths.len() - 2;
+        for layer in 0..=last {
+            values = affine(parameters, &values, &format!("dense.{layer}"))?;
+            if layer < last {
+                values = values.relu()?;
+            }
+        }
+        Ok(values)
+    }
+}
+
+/// `values · weight + bias`.
+pub(super) fn affine(
+    parameters: &Parameters,
+    values: &Tensor,
+    layer: &str,
+) -> Result<Tensor, ModelError> {
+    let weight = parameters.tensor(&format!("{layer}.weight"))?;
+    let bias = parameters.tensor(&format!("{layer}.bias"))?;
+    Ok(product(values, weight)?.broadcast_add(bias)?)
+}
+
+/// The parameters of an affine layer: a weight of `[inputs, outputs]` and a bias of `[outputs]`.
+pub(super) fn affine_parameters(layer: &str, inputs: usize, outputs: usize) -> [Parameter; 2] {
+    let weight = Initial::he(inputs);
+    [
+        Parameter::new(format!("{layer}.weight"), &[inputs, outputs], weight),
+        Parameter::new(format!("{layer}.bias"), &[outputs], Initial::Zeros),
+    ]
+}
+
+/// A tensor's values, flat.
+pub(super) fn values_of(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+impl Trainable for Mlp {
+    fn parameters(&self) -> Vec<Parameter> {
+        let layers = self.widths.windows(2).enumerate();
+        layers
+            .flat_map(|(index, pair)| {
+                affine_parameters(&format!("dense.{index}"), pair[0], pair[1])
+            })
+            .collect()
+    }
+
+    fn shard_gradients(
+        &self,
+        parameters: &Parameters,
+        batch: &Batch,
+        _context: &ShardContext,
+    ) -> Result<ShardOutput, ModelError> {
+        head::check_batch(batch, self.ends())?;
+        let outputs = self.forward(parameters, batch.features())?;
+        let loss = head::loss(&values_of(&outputs)?, batch, self.ends().1);
+        ShardOutput::from_outputs(parameters, &outputs, loss.sum, loss.gradients)
+    }
+
+    fn evaluate(
+        &self,
+        parameters: &Parameters,
+        batch: &Batch,
+    ) -> Result<EvaluationSums, ModelError> {
+        head::check_batch(batch, self.ends())?;
+        let outputs = self.outputs(parameters, batch.features())?;
+        Ok(head::evaluate(&outputs, batch, self.ends().1))
+    }
+
+    fn outputs(&self, parameters: &Parameters, features: &[f32]) -> Result<Vec<f32>, ModelError> {
+        values_of(&self.forward(parameters, features)?)
+    }
+}
