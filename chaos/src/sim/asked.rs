@@ -12,6 +12,7 @@ use tokio::sync::oneshot::Receiver;
 use tokio::sync::oneshot::error::TryRecvError;
 
 use super::network::Place;
+use super::operator::OperatorTask;
 use super::options::{MILLISECOND, Micros, SECOND};
 use super::packet::{Answer, Ask, Packet, Question, Reply, Request};
 use super::violation::Violation;
@@ -46,7 +47,9 @@ pub(crate) enum For {
     Placement,
     Health,
     Control,
-    Operator,
+    /// What the operator asked, and when: an answer to what it has given up is not one to what it asks
+    /// now.
+    Operator(OperatorTask, Micros),
     Nobody,
 }
 
@@ -243,7 +246,7 @@ impl World {
                 });
                 self.send_at(self.now, Place::Head(raft_id), Place::Client(client), reply);
             }
-            For::Operator => self.operator_hears(raft_id, outcome)?,
+            For::Operator(task, since) => self.operator_hears(raft_id, (task, since), outcome)?,
             For::Nobody => {}
             whose => self.duty_hears(raft_id, whose, outcome),
         }

@@ -181,8 +181,10 @@ impl World {
         let jobs = self.live_jobs();
         if jobs > 0 {
             missing.push(format!(
-                "{jobs} jobs have not ended: {}",
-                self.live_actors()
+                "{jobs} jobs have not ended: {}; at log time {} on {}",
+                self.live_actors(),
+                self.checker.model.log_time_ms(),
+                self.nodes()
             ));
         }
         let endpoints: Vec<&String> = self.checker.model.domain.endpoints().collect();
@@ -222,6 +224,22 @@ impl World {
             )
         });
         lines.collect::<Vec<_>>().join(", ")
+    }
+
+    /// Every node as the tables know it, and what its worker knows.
+    fn nodes(&self) -> String {
+        let tables = self.checker.reference().reader();
+        let Ok(QueryResponse::Nodes(nodes)) = answer(&tables, 0, Query::ListNodes) else {
+            return String::new();
+        };
+        let nodes = nodes.iter().map(|node| {
+            format!(
+                "{} ({}) {} as {} with {} mCPU free",
+                node.node, node.name, node.state, node.incarnation, node.free.cpu_milli
+            )
+        });
+        let workers = self.workers.iter().map(|worker| worker.to_string());
+        nodes.chain(workers).collect::<Vec<_>>().join(", ")
     }
 
     /// Checks what must hold when nothing is left to do.

@@ -404,6 +404,11 @@ impl Model {
     }
 
     /// The jobs that were ever made.
+    /// The newest time that a command was stamped with.
+    pub(crate) fn log_time_ms(&self) -> u64 {
+        self.log_time_ms
+    }
+
     pub(crate) fn job_count(&self) -> usize {
         self.keys.len()
     }

@@ -82,9 +82,6 @@ impl World {
             }
             self.operator.task = None;
         }
-        if self.operator.joining.is_some_and(|id| voters.contains(&id)) {
-            self.operator.joining = None;
-        }
         if let Some(gone) = self.operator.leaving
             && !voters.contains(&gone)
         {
@@ -126,11 +123,15 @@ impl World {
         }
         if let Some(joining) = self.operator.joining {
             let learners = &self.checker.reference().members().learners;
-            return Some(if learners.contains(&joining) {
-                OperatorTask::Promote(joining)
-            } else {
-                OperatorTask::Add(joining)
-            });
+            // One that votes already is promoted again until that is answered: only then it is known to
+            // enough heads that the group may do without any one of them.
+            return Some(
+                if learners.contains(&joining) || voters.contains(&joining) {
+                    OperatorTask::Promote(joining)
+                } else {
+                    OperatorTask::Add(joining)
+                },
+            );
         }
         if voters.len() < self.operator.wanted {
             return Some(OperatorTask::Allocate);
@@ -164,7 +165,8 @@ impl World {
             OperatorTask::Allocate => {
                 let (module, payload) = allocate_id();
                 let session = SessionId::INTERNAL;
-                return self.propose(raft_id, For::Operator, session, 0, module, payload);
+                let whose = For::Operator(task, self.now);
+                return self.propose(raft_id, whose, session, 0, module, payload);
             }
             OperatorTask::Transfer(_) => None,
             OperatorTask::Distract => Some(Change::Promote(raft_id)),
@@ -178,9 +180,9 @@ impl World {
         let Some(core) = head.core.as_mut() else {
             return Ok(());
         };
-        let whose = match task {
+        let whose = match &task {
             OperatorTask::Distract => For::Nobody,
-            _ => For::Operator,
+            _ => For::Operator(task.clone(), self.now),
         };
         let waiting = match (change, task) {
             (Some(change), _) => Waiting::Change(core.change(change, now)?),
@@ -199,11 +201,13 @@ impl World {
     pub(crate) fn operator_hears(
         &mut self,
         raft_id: u64,
+        asked: (OperatorTask, Micros),
         outcome: Polled,
     ) -> Result<(), Violation> {
-        let Some((task, _)) = self.operator.task.clone() else {
+        if self.operator.task.as_ref() != Some(&asked) {
             return Ok(());
-        };
+        }
+        let (task, _) = asked;
         let fits = matches!(
             (&task, &outcome),
             (OperatorTask::Allocate, Polled::Proposal(_))
@@ -227,7 +231,14 @@ impl World {
                 }
                 Ok(())
             }
-            (task, Polled::Change(Ok(()))) => self.check_change(raft_id, &task),
+            (task, Polled::Change(Ok(()))) => {
+                if let OperatorTask::Promote(id) = task
+                    && self.operator.joining == Some(id)
+                {
+                    self.operator.joining = None;
+                }
+                self.check_change(raft_id, &task)
+            }
             (OperatorTask::Transfer(_), _) => {
                 self.counts.transfers += 1;
                 Ok(())

@@ -84,6 +84,28 @@ pub(crate) struct Worker {
     last_event: u64,
 }
 
+impl std::fmt::Display for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let running: Vec<String> = self
+            .actors
+            .iter()
+            .map(|(actor, runs)| format!("{actor} as {}", runs.incarnation))
+            .collect();
+        write!(
+            f,
+            "a worker of boot {} that {} registered as {:?}, in session {:?}, runs {running:?} and has {} \
+             events to report",
+            self.boot,
+            if self.is_up { "is up," } else { "is down," },
+            self.registered,
+            self.session
+                .as_ref()
+                .map(|session| (session.number, session.head)),
+            self.events.len(),
+        )
+    }
+}
+
 impl Worker {
     pub(crate) fn new(_: usize) -> Self {
         Worker {

@@ -36,9 +36,10 @@ const READY_MAX: usize = 64;
 /// Connecting to a head: TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A head that is gone without a word, or paused, is noticed within interval + timeout, also by a
-/// call that is under way: early enough to ask another one within the patience of a person.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(3);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
+/// call that is under way: little later than another head leads. A head that is only short of a
+/// processor answers sooner, and being asked again costs nothing but a handshake.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// After a failed `accept` (no file descriptors left): long enough not to spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 

@@ -1,8 +1,11 @@
 //! Changes of the group on the leader: which are allowed now, and what became of those proposed.
 //!
 //! Invariants:
-//! 1. A change is answered when it is applied, and not when raft took it: while another is pending,
-//!    raft turns it into an empty entry and says nothing. Such a one is proposed again.
+//! 1. A change is answered when it is applied here and a majority of the voters that it leaves knows that it
+//!    is committed, and not when raft took it. While another is pending, raft turns it into an empty entry
+//!    and says nothing; such a one is proposed again. And a voter goes by the members of which it knows:
+//!    were this leader lost before another one has heard of the change, that one would wait for a
+//!    majority of the old members, and the new one would be of no help.
 //! 2. A learner is promoted only when it holds nearly all that is committed, and a member is
 //!    removed only if a majority of the rest is alive: neither change may stop the group.
 //!
@@ -53,6 +56,8 @@ pub(super) struct Changes {
     waiting: BTreeMap<u64, Waiting>,
     /// Those that came to nothing.
     vanished: Vec<Waiting>,
+    /// Those that are applied here, by index of their entry.
+    spreading: BTreeMap<u64, Reply>,
     last_nonce: u64,
 }
 
@@ -64,6 +69,7 @@ impl Changes {
             silence_max,
             waiting: BTreeMap::new(),
             vanished: Vec::new(),
+            spreading: BTreeMap::new(),
             last_nonce: 0,
         }
     }
@@ -136,10 +142,35 @@ impl Changes {
         let Some(waiting) = self.waiting.remove(&applied.index) else {
             return;
         };
-        if applied.nonce == Some(waiting.nonce) || is_planted(Mutant::ChangeSwallowed) {
-            let _ = waiting.reply.send(applied.result.map_err(Into::into));
-        } else {
-            self.vanished.push(waiting);
+        if applied.nonce != Some(waiting.nonce) && !is_planted(Mutant::ChangeSwallowed) {
+            return self.vanished.push(waiting);
+        }
+        match applied.result {
+            Ok(()) => drop(self.spreading.insert(applied.index, waiting.reply)),
+            Err(rejection) => drop(waiting.reply.send(Err(rejection.into()))),
+        }
+    }
+
+    /// Answers those changes of which a majority knows.
+    pub(super) fn answer_known<E: Engine>(&mut self, node: &Node<E>) {
+        if self.spreading.is_empty() {
+            return;
+        }
+        let tracker = node.raft.prs();
+        let voters = tracker.conf().to_conf_state().voters;
+        let knows = |raft_id: u64, index: u64| match raft_id == node.raft.id {
+            true => node.raft.raft_log.committed >= index,
+            false => tracker
+                .get(raft_id)
+                .is_some_and(|progress| progress.committed_index >= index),
+        };
+        while let Some(first) = self.spreading.first_entry() {
+            let index = *first.key();
+            let known = voters.iter().filter(|id| knows(**id, index)).count();
+            if known <= voters.len() / 2 {
+                return;
+            }
+            let _ = first.remove().send(Ok(()));
         }
     }
 
@@ -164,9 +195,11 @@ impl Changes {
     /// Answers all that wait: another leader decides what becomes of them.
     pub(super) fn leadership_lost(&mut self) {
         let waiting = std::mem::take(&mut self.waiting).into_values();
-        for waiting in waiting.chain(std::mem::take(&mut self.vanished)) {
+        let waiting = waiting.chain(std::mem::take(&mut self.vanished));
+        let spreading = std::mem::take(&mut self.spreading).into_values();
+        for reply in waiting.map(|waiting| waiting.reply).chain(spreading) {
             let lost = ProposeError::Unknown("leadership was lost");
-            let _ = waiting.reply.send(Err(lost.into()));
+            let _ = reply.send(Err(lost.into()));
         }
     }
 }

@@ -138,6 +138,7 @@ impl<E: Engine> Loop<E> {
     /// Carries out what follows from the ticks and inputs since the last time.
     pub(crate) fn settle(&mut self) -> Result<(), Fault> {
         self.handle_readies()?;
+        self.changes.answer_known(&self.parts.node);
         self.compare_states()?;
         self.snapshots
             .prepare(&mut self.parts.node, &self.parts.log);
