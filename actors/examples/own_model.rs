@@ -6,11 +6,11 @@
 //! is: parameters, a loss with its gradient, and what is measured.
 
 use mobula::Cluster;
+use mobula_actors::kernels::math;
 use mobula_actors::trainable;
 use mobula_actors::training::data::{Batch, Files, SampleShape, Samples};
 use mobula_actors::training::job::{JobError, train_spec};
 use mobula_actors::training::local::LocalTrainer;
-use mobula_actors::training::math;
 use mobula_actors::training::model::ModelError;
 use mobula_actors::training::models::ModelConfig;
 use mobula_actors::training::parameters::{Gradients, Initial, Parameter, Parameters, ShardOutput};

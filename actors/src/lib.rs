@@ -1,7 +1,7 @@
 //! Mobula's batteries: everything here could be a user's own crate, for it is written against the
 //! public SDK.
 //!
-//! * [`training`] trains; [`checkpoint`] saves and restores; [`registry`] names what came of it;
+//! * [`training`] trains, with the arithmetic of [`kernels`]; [`checkpoint`] saves and restores; [`registry`] names what came of it;
 //!   [`serving`] answers requests with it; [`drift`] watches what is asked.
 //! * Each domain keeps its replicated table (`state.rs`, pure) beside its actors; [`modules`] and
 //!   [`controllers`] plug them into a head.
@@ -10,6 +10,7 @@
 pub mod builtin;
 pub mod checkpoint;
 pub mod drift;
+pub mod kernels;
 pub mod registry;
 pub mod serving;
 pub mod training;

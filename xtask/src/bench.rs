@@ -1,8 +1,10 @@
-//! `cargo xtask bench core` and `cargo xtask bench head`: build a suite, run it on clusters of
-//! processes, and keep its figures; the core suite is put beside Ray where that is asked for.
+//! `cargo xtask bench core`, `head` and `train`: build a suite, run it, and keep its figures; the core suite
+//! is put beside Ray and the training suite beside PyTorch where that is asked for.
 //!
 //! Ray comes from PyPI into a virtual environment under the target folder and is asked with its own
 //! `ray microbenchmark`, one pattern of its `TESTS_TO_RUN` after the other, in the same run as ours.
+
+mod train;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
@@ -25,21 +27,17 @@ const PATTERNS: [&str; 8] = [
     "single client wait 1k refs",
 ];
 
+pub(crate) use train::train;
+
 /// How Ray names the rows that go through its client's server, which ours have no part in.
 const THROUGH_CLIENT: &str = "client: ";
 
-/// What is built besides the suite itself. One example stands for all of them: with it dependencies
-/// have the features that they have in every other build (see
-/// [`crate::workspace::SHARED_BUILD`]).
-const BUILD: [&str; 7] = [
-    "build",
-    "--workspace",
-    "--bin",
-    "mobula",
-    "--example",
-    "counter",
-    "--bin",
-];
+/// How a suite is built. One example stands for all of them: with it dependencies have the features
+/// that they have in every other build (see [`crate::workspace::SHARED_BUILD`]).
+const BUILD: [&str; 5] = ["build", "--workspace", "--example", "counter", "--bin"];
+
+/// What is built besides, for suites that start clusters.
+const CLUSTER: [&str; 2] = ["--bin", "mobula"];
 
 /// This repository's own code is measured as a release would have it; dependencies stay as they
 /// are, so that RocksDB is not compiled once more.
@@ -56,7 +54,7 @@ struct Rate {
 pub(crate) fn core(arguments: &[String]) -> ExitCode {
     let peers = arguments.iter().any(|argument| argument == "--peers");
     let own: Vec<&String> = arguments.iter().filter(|arg| *arg != "--peers").collect();
-    let measured = match run_suite("core", &own) {
+    let measured = match run_suite("core", &CLUSTER, &own, our_rate) {
         Ok(measured) => measured,
         Err(code) => return code,
     };
@@ -82,29 +80,35 @@ pub(crate) fn core(arguments: &[String]) -> ExitCode {
 /// Runs the head suite; `arguments` are its own.
 pub(crate) fn head(arguments: &[String]) -> ExitCode {
     let own: Vec<&String> = arguments.iter().collect();
-    match run_suite("head", &own) {
+    match run_suite("head", &CLUSTER, &own, our_rate) {
         Ok(_) => ExitCode::SUCCESS,
         Err(code) => code,
     }
 }
 
 /// A suite that has run.
-struct Measured {
+struct Measured<T> {
     workspace: Workspace,
     /// Where figures are kept.
     results: PathBuf,
     date: String,
-    rates: Vec<Rate>,
+    rates: Vec<T>,
 }
 
-/// Builds the program `mobula-bench-<suite>` and what it starts, and runs it.
-fn run_suite(suite: &str, own: &[&String]) -> Result<Measured, ExitCode> {
+/// Builds the program `mobula-bench-<suite>` and what it starts, runs it, and reads its rows.
+fn run_suite<T>(
+    suite: &str,
+    starts: &[&str],
+    own: &[&String],
+    parse: fn(&str) -> Option<T>,
+) -> Result<Measured<T>, ExitCode> {
     if let Err(StillMissing) = install::ensure_requirements() {
         return Err(ExitCode::from(EXIT_USAGE_OR_MISSING));
     }
     let workspace = Workspace::find();
     let program = format!("mobula-bench-{suite}");
-    let mut build = workspace.cargo(&[&BUILD[..], &[program.as_str()], &OPTIMIZED[..]].concat());
+    let arguments = [&BUILD[..], &[program.as_str()], starts, &OPTIMIZED[..]].concat();
+    let mut build = workspace.cargo(&arguments);
     eprintln!("+ {}", steps::shown(&build));
     match progress::run(&mut build, workspace.target()) {
         Ok(status) if status.success() => {}
@@ -122,7 +126,7 @@ fn run_suite(suite: &str, own: &[&String]) -> Result<Measured, ExitCode> {
         .arg("--output")
         .arg(results.join(format!("{suite}-{date}.json")))
         .args(own);
-    let (rates, end) = rates_of(&mut command, our_rate);
+    let (rates, end) = rates_of(&mut command, parse);
     end.map_err(|reason| failed(&reason))?;
     Ok(Measured {
         workspace,
@@ -147,10 +151,10 @@ fn today() -> String {
 }
 
 /// Runs a command, shows its output as it comes, picks the rates out of it, and says how it ended.
-fn rates_of(
+fn rates_of<T>(
     command: &mut Command,
-    parse: fn(&str) -> Option<Rate>,
-) -> (Vec<Rate>, Result<(), String>) {
+    parse: fn(&str) -> Option<T>,
+) -> (Vec<T>, Result<(), String>) {
     eprintln!("+ {}", steps::shown(command));
     let mut rates = Vec::new();
     let mut child = match command.stdout(Stdio::piped()).spawn() {

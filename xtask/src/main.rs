@@ -39,6 +39,10 @@ commands:
   bench head [args]
                   commands a second, failover, start, tables and simulator of a group of heads;
                   `--quick` and `--only <part>` go to the suite
+  bench train [--peers] [args]
+                  steps of whole networks, and kernels by themselves; --peers installs PyTorch
+                  from PyPI (6 GB under the target folder) and does the same with it; `--quick`
+                  and `--only <part of a name>` go to the suite
   mutants [NAME...] [--minutes T]
                   plant one known defect after the other in the head, and let the simulator look
                   for it (see chaos/README.md)
@@ -65,6 +69,9 @@ fn main() -> ExitCode {
         ("test", [flag]) if flag == "--quick" => commands::test(commands::TestScope::Quick),
         ("bench", [suite, bench_arguments @ ..]) if suite == "core" => bench::core(bench_arguments),
         ("bench", [suite, bench_arguments @ ..]) if suite == "head" => bench::head(bench_arguments),
+        ("bench", [suite, bench_arguments @ ..]) if suite == "train" => {
+            bench::train(bench_arguments)
+        }
         ("mutants", hunt_arguments) => mutants::hunt(hunt_arguments),
         ("doctor", []) => commands::doctor(),
         ("help" | "--help" | "-h", _) => {
@@ -75,7 +82,7 @@ fn main() -> ExitCode {
             println!("{HELP}");
             ExitCode::SUCCESS
         }
-        ("bench", _) => usage_error("`bench` takes the name of a suite: `core` or `head`"),
+        ("bench", _) => usage_error("`bench` takes the name of a suite: `core`, `head` or `train`"),
         ("test" | "doctor", unexpected) => usage_error(&format!(
             "`{command}` does not take `{}`",
             unexpected.join(" ")

@@ -14,7 +14,8 @@
 //!   a [`snapshot`] can hold while they change.
 //! * [`mod@reference`] is what a trained version keeps for drift detection.
 //! * [`local`] runs a job in one process: the oracle for the distributed ones.
-//! * [`math`] has the elementary functions, free of the platform's library.
+//!
+//! The arithmetic is in [`crate::kernels`].
 //!
 //! Around it, the distributed part:
 //!
@@ -28,11 +29,12 @@
 //!   [`link`] is the way between them.
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
 
+use crate::kernels::{loss, math, patches, product};
+
 pub mod data;
 pub mod flat_vector;
 pub mod layout;
 pub mod local;
-pub mod math;
 pub mod model;
 pub mod models;
 pub mod optimizer;
@@ -49,9 +51,6 @@ pub mod validation;
 pub mod workload;
 
 mod departure;
-mod loss;
-mod patches;
-mod product;
 mod updates;
 
 pub mod assignment;

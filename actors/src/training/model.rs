@@ -10,6 +10,7 @@ use super::loss::softmax;
 use super::models::{ModelSpec, most_probable};
 use super::parameters::{Parameters, initial_values};
 use super::trainable::Trainable;
+use crate::kernels::gradients::GradientError;
 
 /// Samples evaluated at once: bounds the memory of inference. Each row's bits do not depend on it.
 const EVALUATION_BATCH: usize = 256;
@@ -98,6 +99,15 @@ pub enum ModelError {
     /// The model does not say what it answers for a sample.
     #[error("this model gives no outputs for single samples, so it can be trained but not served")]
     NoOutputs,
+}
+
+impl From<GradientError> for ModelError {
+    fn from(error: GradientError) -> Self {
+        match error {
+            GradientError::Tensor(error) => ModelError::Tensor(error),
+            GradientError::Missing { name } => ModelError::MissingGradient { name },
+        }
+    }
 }
 
 impl ModelError {

@@ -1,11 +1,11 @@
 //! The update of the parameters: SGD with momentum and AdamW, with state that can be saved.
 //!
 //! Invariants:
-//! 1. An update is elementwise, with one fixed order of operations, none of them fused.
+//! 1. An update is elementwise, with one fixed order of operations (`kernels/update.rs`).
 //! 2. Scalars (learning rate, bias corrections) are computed in `f64` from the step number alone, so an
 //!    optimizer has no state but its moments, which live in [`TrainState`].
-//! 3. The gradient's norm is an `f64` sum in flat order within a parameter, then over parameters in name
-//!    order.
+//! 3. The gradient's norm is a sum in `f64` within each parameter, in the order of
+//!    [`square_sum`], then over parameters in name order.
 //! 4. A gradient that is not finite changes nothing and is reported with the parameter's name.
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,8 @@ use super::model::{ModelError, check_length};
 use super::reduction::Partial;
 use super::spec::TrainSpec;
 use super::state::TrainState;
+use crate::kernels::Execution;
+use crate::kernels::update::{AdamwUpdate, SgdUpdate, square_sum};
 
 /// Which rule updates the parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -163,20 +165,46 @@ impl Optimizer {
         };
         let learning_rate = self.learning_rate(state.step);
         let scale = (mean * clipped) as f32;
+        let execution = Execution::current();
         match self.rule {
-            OptimizerSpec::Sgd { momentum } => state.update_blocks(|range, params, moments| {
-                let grads = &root.grads[range];
-                self.sgd(params, moments, grads, scale, learning_rate, momentum);
-            }),
+            OptimizerSpec::Sgd { momentum } => {
+                let update = SgdUpdate {
+                    scale,
+                    momentum: momentum as f32,
+                    keep: self.keep(learning_rate),
+                    rate: learning_rate as f32,
+                };
+                state.update_blocks(|range, params, moments| {
+                    let [moments] = moments else {
+                        unreachable!("the number of moments was checked above")
+                    };
+                    update.apply(execution, params, moments, &root.grads[range]);
+                });
+            }
             OptimizerSpec::Adamw {
                 beta1,
                 beta2,
                 epsilon,
             } => {
-                let adam = Adam::new(beta1, beta2, epsilon, state.step + 1);
+                let number = state.step + 1;
+                let mean_correction = 1.0 - math::power(beta1, number);
+                let square_correction = 1.0 - math::power(beta2, number);
+                let update = AdamwUpdate {
+                    scale,
+                    beta1: beta1 as f32,
+                    one_minus_beta1: (1.0 - beta1) as f32,
+                    beta2: beta2 as f32,
+                    one_minus_beta2: (1.0 - beta2) as f32,
+                    epsilon: epsilon as f32,
+                    inverse_square_correction: (1.0 / square_correction) as f32,
+                    keep: self.keep(learning_rate),
+                    rate: (learning_rate / mean_correction) as f32,
+                };
                 state.update_blocks(|range, params, moments| {
-                    let grads = &root.grads[range];
-                    self.adamw(params, moments, grads, scale, learning_rate, &adam);
+                    let [means, squares] = moments else {
+                        unreachable!("the number of moments was checked above")
+                    };
+                    update.apply(execution, params, means, squares, &root.grads[range]);
                 });
             }
         }
@@ -193,10 +221,7 @@ impl Optimizer {
     fn norm(&self, grads: &[f32], step: u64) -> Result<f64, StepError> {
         let mut total = 0.0f64;
         for slot in &self.layout.slots {
-            let mut sum = 0.0f64;
-            for value in &grads[slot.range()] {
-                sum += f64::from(*value) * f64::from(*value);
-            }
+            let sum = square_sum(Execution::current(), &grads[slot.range()]);
             // The squares of finite f32 values cannot overflow an f64 sum.
             if !sum.is_finite() {
                 return Err(StepError::NotFinite {
@@ -209,78 +234,9 @@ impl Optimizer {
         Ok(total.sqrt())
     }
 
-    fn sgd(
-        &self,
-        params: &mut [f32],
-        moments: &mut [&mut [f32]],
-        grads: &[f32],
-        scale: f32,
-        learning_rate: f64,
-        momentum: f64,
-    ) {
-        let (rate, momentum) = (learning_rate as f32, momentum as f32);
-        let keep = (1.0 - learning_rate * self.weight_decay) as f32;
-        let [moments] = moments else {
-            unreachable!("checked by the caller")
-        };
-        let values = params.iter_mut().zip(moments.iter_mut()).zip(grads);
-        for ((param, moment), grad) in values {
-            *moment = momentum * *moment + scale * grad;
-            *param = keep * *param - rate * *moment;
-        }
-    }
-
-    fn adamw(
-        &self,
-        params: &mut [f32],
-        moments: &mut [&mut [f32]],
-        grads: &[f32],
-        scale: f32,
-        learning_rate: f64,
-        adam: &Adam,
-    ) {
-        let keep = (1.0 - learning_rate * self.weight_decay) as f32;
-        let rate = (learning_rate / adam.mean_correction) as f32;
-        let [means, squares] = moments else {
-            unreachable!("checked by the caller")
-        };
-        let values = params
-            .iter_mut()
-            .zip(means.iter_mut())
-            .zip(squares.iter_mut())
-            .zip(grads);
-        for (((param, mean), square), grad) in values {
-            let grad = scale * grad;
-            *mean = adam.beta1 * *mean + adam.one_minus_beta1 * grad;
-            *square = adam.beta2 * *square + adam.one_minus_beta2 * (grad * grad);
-            let root = (*square * adam.inverse_square_correction).sqrt() + adam.epsilon;
-            *param = keep * *param - rate * (*mean / root);
-        }
-    }
-}
-
-/// AdamW's scalars for one update.
-struct Adam {
-    beta1: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    epsilon: f32,
-    mean_correction: f64,
-    inverse_square_correction: f32,
-}
-
-impl Adam {
-    fn new(beta1: f64, beta2: f64, epsilon: f64, update: u64) -> Self {
-        Self {
-            beta1: beta1 as f32,
-            one_minus_beta1: (1.0 - beta1) as f32,
-            beta2: beta2 as f32,
-            one_minus_beta2: (1.0 - beta2) as f32,
-            epsilon: epsilon as f32,
-            mean_correction: 1.0 - math::power(beta1, update),
-            inverse_square_correction: (1.0 / (1.0 - math::power(beta2, update))) as f32,
-        }
+    /// The share of a parameter that weight decay leaves.
+    fn keep(&self, learning_rate: f64) -> f32 {
+        (1.0 - learning_rate * self.weight_decay) as f32
     }
 }
 

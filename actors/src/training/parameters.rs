@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::layout::{Layout, ParameterSlot};
 use super::model::{ModelError, check_length};
 use super::random::{Purpose, Stream};
+use crate::kernels::gradients::backward_from;
 
 /// The first values of a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -259,10 +260,14 @@ impl ShardOutput {
         loss_sum: f64,
         output_gradients: Vec<f32>,
     ) -> Result<Self, ModelError> {
-        // The derivative of Σ output · g is g: this hands our own gradient of the loss to candle.
-        let seed = Tensor::from_vec(output_gradients, outputs.shape(), &Device::Cpu)?;
-        let store = (outputs * seed)?.sum_all()?.backward()?;
-        Self::from_store(parameters, loss_sum, &store)
+        let gradient = Tensor::from_vec(output_gradients, outputs.shape(), &Device::Cpu)?;
+        let slots = parameters.layout.slots.iter();
+        let tensors = slots
+            .map(|slot| Ok((slot.name.as_str(), parameters.tensor(&slot.name)?)))
+            .collect::<Result<Vec<_>, ModelError>>()?;
+        let grads = backward_from(outputs, gradient, tensors, Vec::new())?;
+        check_length("the gradient", parameters.flat.len(), grads.len())?;
+        Ok(ShardOutput { loss_sum, grads })
     }
 }
 

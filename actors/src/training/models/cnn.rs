@@ -10,6 +10,7 @@ use super::super::patches::{KERNEL_AREA, Patches};
 use super::super::trainable::{EvaluationSums, ShardContext, Trainable};
 use super::head;
 use super::mlp::{affine, affine_parameters, values_of};
+use crate::kernels::Activation;
 
 /// A convolutional network.
 #[derive(Debug)]
@@ -68,10 +69,10 @@ impl Cnn {
         let mut values = Tensor::from_slice(features, (count, self.inputs), &Device::Cpu)?;
         for (layer, patches) in self.convolutions.iter().enumerate() {
             let rows = patches.extract(&values)?;
-            let rows = affine(parameters, &rows, &format!("conv.{layer}"))?;
-            values = rows.relu()?.reshape((count, ()))?;
+            let layer = format!("conv.{layer}");
+            values = affine(parameters, &rows, &layer, Activation::Relu)?.reshape((count, ()))?;
         }
-        affine(parameters, &values, "dense.0")
+        affine(parameters, &values, "dense.0", Activation::Identity)
     }
 
     fn ends(&self) -> (usize, usize) {

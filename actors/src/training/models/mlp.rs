@@ -5,9 +5,9 @@ use candle_core::{Device, Tensor};
 use super::super::data::{Batch, SampleShape};
 use super::super::model::ModelError;
 use super::super::parameters::{Initial, Parameter, Parameters, ShardOutput};
-use super::super::product::product;
 use super::super::trainable::{EvaluationSums, ShardContext, Trainable};
 use super::head;
+use crate::kernels::{self, Activation};
 
 /// A multi-layer perceptron.
 #[derive(Debug)]
@@ -35,24 +35,26 @@ impl Mlp {
         let mut values = Tensor::from_slice(features, shape, &Device::Cpu)?;
         let last = self.widths.len() - 2;
         for layer in 0..=last {
-            values = affine(parameters, &values, &format!("dense.{layer}"))?;
-            if layer < last {
-                values = values.relu()?;
-            }
+            let activation = match layer < last {
+                true => Activation::Relu,
+                false => Activation::Identity,
+            };
+            values = affine(parameters, &values, &format!("dense.{layer}"), activation)?;
         }
         Ok(values)
     }
 }
 
-/// `values · weight + bias`.
+/// `values · weight + bias`, then the activation.
 pub(super) fn affine(
     parameters: &Parameters,
     values: &Tensor,
     layer: &str,
+    activation: Activation,
 ) -> Result<Tensor, ModelError> {
     let weight = parameters.tensor(&format!("{layer}.weight"))?;
     let bias = parameters.tensor(&format!("{layer}.bias"))?;
-    Ok(product(values, weight)?.broadcast_add(bias)?)
+    Ok(kernels::affine(values, weight, bias, activation)?)
 }
 
 /// The parameters of an affine layer: a weight of `[inputs, outputs]` and a bias of `[outputs]`.

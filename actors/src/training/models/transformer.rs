@@ -19,6 +19,7 @@ use super::WIDTH_MAX;
 use super::head::most_probable;
 use super::layers::{CausalAttention, Dropout, embed, gelu, layer_norm};
 use super::mlp::{affine, values_of};
+use crate::kernels::Activation;
 
 /// Blocks, at most: a bound on the length of a step's graph.
 const BLOCKS_MAX: usize = 48;
@@ -163,13 +164,13 @@ impl Transformer {
         for block in 0..self.spec.layers {
             let name = |part: &str| format!("block.{block:02}.{part}");
             let normal = self.norm(parameters, &values, &name("norm.0"))?;
-            let projected = affine(parameters, &normal, &name("attention.in"))?;
+            let projected = dense(parameters, &normal, &name("attention.in"))?;
             let seen = attention.apply(&projected)?;
-            let seen = affine(parameters, &seen, &name("attention.out"))?;
+            let seen = dense(parameters, &seen, &name("attention.out"))?;
             values = (values + drop(&seen, &name("attention"))?)?;
             let normal = self.norm(parameters, &values, &name("norm.1"))?;
-            let hidden = gelu(&affine(parameters, &normal, &name("mlp.in"))?)?;
-            let hidden = affine(parameters, &hidden, &name("mlp.out"))?;
+            let hidden = gelu(&dense(parameters, &normal, &name("mlp.in"))?)?;
+            let hidden = dense(parameters, &hidden, &name("mlp.out"))?;
             values = (values + drop(&hidden, &name("mlp"))?)?;
         }
         let values = self.norm(parameters, &values, "norm")?;
@@ -279,6 +280,11 @@ impl Trainable for Transformer {
         sums.add("bits_per_token", sums.loss_sum * std::f64::consts::LOG2_E);
         Ok(sums)
     }
+}
+
+/// A dense layer without an activation.
+fn dense(parameters: &Parameters, values: &Tensor, layer: &str) -> Result<Tensor, ModelError> {
+    affine(parameters, values, layer, Activation::Identity)
 }
 
 #[cfg(test)]

@@ -6,14 +6,12 @@
 mod attention;
 mod dropout;
 mod embedding;
-mod gelu;
-mod layer_norm;
 
 pub(super) use attention::CausalAttention;
 pub(super) use dropout::Dropout;
 pub(super) use embedding::embed;
-pub(super) use gelu::gelu;
-pub(super) use layer_norm::layer_norm;
+
+pub(super) use crate::kernels::{gelu, layer_norm};
 
 use candle_core::{CpuStorage, Layout, Result, bail};
 

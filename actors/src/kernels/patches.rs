@@ -1,80 +1,88 @@
 //! Image patches as matrix rows ("im2col"), so that a convolution is one [`super::product`].
 //!
 //! candle's own convolution spreads over threads and sums in an order that depends on the shape; this one
-//! copies values in a fixed order, and its gradient adds them in the same order.
+//! copies values in a fixed order, and its gradient adds them in the same order: an image is one thread's.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+
+use super::division::divide_rows;
+use super::product::copy_row;
+use super::{Execution, contiguous_values};
 
 /// Side of the square kernel; the image is padded by one zero all round.
-pub(super) const KERNEL_SIDE: usize = 3;
+pub const KERNEL_SIDE: usize = 3;
 /// Positions in a kernel.
-pub(super) const KERNEL_AREA: usize = KERNEL_SIDE * KERNEL_SIDE;
+pub const KERNEL_AREA: usize = KERNEL_SIDE * KERNEL_SIDE;
 
 /// The shape of one convolution's input.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Patches {
+pub struct Patches {
     /// Height of the input.
-    pub(super) height: usize,
+    pub height: usize,
     /// Width of the input.
-    pub(super) width: usize,
+    pub width: usize,
     /// Channels of the input; the last dimension in memory.
-    pub(super) channels: usize,
+    pub channels: usize,
     /// Distance between neighbouring patches.
-    pub(super) stride: usize,
+    pub stride: usize,
 }
 
 impl Patches {
     /// Height and width of the output.
-    pub(super) fn output_size(&self) -> (usize, usize) {
+    #[must_use]
+    pub fn output_size(&self) -> (usize, usize) {
         let output = |side: usize| side.div_ceil(self.stride);
         (output(self.height), output(self.width))
     }
 
     /// From `(images, height * width * channels)` to `(images * output height * output width,
     /// 9 * channels)`.
-    pub(super) fn extract(self, images: &Tensor) -> Result<Tensor> {
+    pub fn extract(self, images: &Tensor) -> Result<Tensor> {
         images.apply_op1(self)
     }
 
-    fn image_len(&self) -> usize {
+    /// Values of one image.
+    #[must_use]
+    pub fn image_len(&self) -> usize {
         self.height * self.width * self.channels
+    }
+
+    /// Places of the output of one image.
+    #[must_use]
+    pub fn output_len(&self) -> usize {
+        let (height, width) = self.output_size();
+        height * width
     }
 
     fn row_len(&self) -> usize {
         KERNEL_AREA * self.channels
     }
 
-    /// Calls `visit(offset in the image, offset in the image's patches)` for every kernel position that
-    /// lies inside the image, in a fixed order; each stands for `channels` neighbouring values.
-    fn for_each_position(&self, mut visit: impl FnMut(usize, usize)) {
-        let (height, width) = self.output_size();
-        for row in 0..height * width {
-            for position in 0..KERNEL_AREA {
-                // The padding of one is subtracted here; outside values wrap above the sides.
-                let y = (row / width * self.stride + position / KERNEL_SIDE).wrapping_sub(1);
-                let x = (row % width * self.stride + position % KERNEL_SIDE).wrapping_sub(1);
-                if y < self.height && x < self.width {
-                    let in_image = (y * self.width + x) * self.channels;
-                    visit(in_image, row * self.row_len() + position * self.channels);
-                }
-            }
-        }
-    }
-
-    fn output_len(&self) -> usize {
-        let (height, width) = self.output_size();
-        height * width
-    }
-
     fn patches_len(&self) -> usize {
         self.output_len() * self.row_len()
     }
-}
 
-fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => bail!("image patches need contiguous input"),
+    /// Calls `visit(offset in the image, offset in the image's patches, length)` for every row of the kernel
+    /// at every place of the output, in a fixed order, with the part of it that lies inside the image.
+    #[inline(always)]
+    fn for_each_run(&self, mut visit: impl FnMut(usize, usize, usize)) {
+        let (height, width) = self.output_size();
+        for row in 0..height * width {
+            let (top, left) = (row / width * self.stride, row % width * self.stride);
+            // The kernel begins one before; what lies outside by that, or beyond the other side, is left out.
+            let first = usize::from(left == 0);
+            let end = KERNEL_SIDE.min(self.width + 1 - left);
+            for kernel_row in 0..KERNEL_SIDE {
+                // Above the image it wraps, and is beyond the height too.
+                let y = (top + kernel_row).wrapping_sub(1);
+                if y < self.height {
+                    let in_image = (y * self.width + left + first - 1) * self.channels;
+                    let in_patch = (kernel_row * KERNEL_SIDE + first) * self.channels;
+                    let length = (end - first) * self.channels;
+                    visit(in_image, row * self.row_len() + in_patch, length);
+                }
+            }
+        }
     }
 }
 
@@ -84,18 +92,19 @@ impl CustomOp1 for Patches {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let images = contiguous(storage, layout)?;
+        let images = contiguous_values(storage, layout, self.name())?;
         let count = images.len() / self.image_len();
         let mut patches = vec![0.0; count * self.patches_len()];
-        let channels = self.channels;
-        for (image, out) in images
-            .chunks_exact(self.image_len())
-            .zip(patches.chunks_exact_mut(self.patches_len()))
-        {
-            self.for_each_position(|from, to| {
-                out[to..to + channels].copy_from_slice(&image[from..from + channels]);
-            });
-        }
+        let each = self.patches_len();
+        divide_rows(Execution::current(), &mut patches, each, |range, part| {
+            let images = &images[range.start * self.image_len()..range.end * self.image_len()];
+            let images = images.chunks_exact(self.image_len());
+            for (image, out) in images.zip(part.chunks_exact_mut(each)) {
+                self.for_each_run(|from, to, length| {
+                    copy_row(&image[from..from + length], &mut out[to..to + length]);
+                });
+            }
+        });
         let rows = count * self.output_len();
         Ok((
             CpuStorage::F32(patches),
@@ -122,21 +131,23 @@ impl CustomOp1 for Gathered {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let patches = contiguous(storage, layout)?;
+        let patches = contiguous_values(storage, layout, self.name())?;
         let shape = self.0;
         let count = patches.len() / shape.patches_len();
         let mut images = vec![0.0; count * shape.image_len()];
-        for (image, from_patches) in images
-            .chunks_exact_mut(shape.image_len())
-            .zip(patches.chunks_exact(shape.patches_len()))
-        {
-            shape.for_each_position(|to, from| {
-                let added = &from_patches[from..from + shape.channels];
-                for (sum, value) in image[to..to + shape.channels].iter_mut().zip(added) {
-                    *sum += value;
-                }
-            });
-        }
+        let each = shape.image_len();
+        divide_rows(Execution::current(), &mut images, each, |range, part| {
+            let patches = &patches[range.start * shape.patches_len()..];
+            let patches = patches.chunks_exact(shape.patches_len());
+            for (image, from_patches) in part.chunks_exact_mut(each).zip(patches) {
+                shape.for_each_run(|to, from, length| {
+                    let added = &from_patches[from..from + length];
+                    for (sum, value) in image[to..to + length].iter_mut().zip(added) {
+                        *sum += value;
+                    }
+                });
+            }
+        });
         Ok((
             CpuStorage::F32(images),
             Shape::from((count, shape.image_len())),
@@ -146,9 +157,9 @@ impl CustomOp1 for Gathered {
 
 #[cfg(test)]
 mod tests {
-    use super::super::product::product;
-    use super::super::random::{Purpose, Stream};
+    use super::super::product;
     use super::*;
+    use crate::training::random::{Purpose, Stream};
     use candle_core::{Device, Var};
 
     fn values(name: &str, count: usize) -> Vec<f32> {
@@ -219,5 +230,6 @@ mod tests {
         check((5, 9), 2, 3, 2);
         check((3, 7), 2, 3, 1);
         check((1, 1), 2, 3, 2);
+        check((1, 2), 2, 3, 1);
     }
 }

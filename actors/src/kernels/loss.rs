@@ -1,0 +1,171 @@
+//! Cross-entropy over classes, and its gradient in the same pass.
+//!
+//! Order: within a row as in `softmax.rs`; a row's loss is `largest + ln Σ − logit` in `f64`, and rows are added in
+//! ascending order.
+
+use super::Execution;
+use super::division::{Shared, divide};
+use super::elementary::{log_of_sum, shifted_exponentials};
+use super::lanes::{LaneOperation, Lanes, dispatch};
+use super::softmax::{divide_by, softmax_rows};
+
+/// The loss of some samples, as sums.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CrossEntropy {
+    /// −Σ ln p(label).
+    pub loss_sum: f64,
+    /// The gradient of `loss_sum` with respect to each logit: p − 1 at the label, p elsewhere.
+    pub logit_gradients: Vec<f32>,
+}
+
+/// The cross-entropy of `logits` (`labels.len()` rows of `classes`).
+///
+/// # Panics
+/// If a label is not below `classes`, or the lengths do not fit.
+pub fn cross_entropy<L: Copy + Into<u32>>(
+    logits: &[f32],
+    labels: &[L],
+    classes: usize,
+) -> CrossEntropy {
+    assert_eq!(
+        logits.len(),
+        labels.len() * classes,
+        "a row of logits for each label"
+    );
+    let labels: Vec<usize> = labels
+        .iter()
+        .map(|label| (*label).into() as usize)
+        .collect();
+    let execution = Execution::current();
+    let mut logit_gradients = vec![0.0; logits.len()];
+    // Of each row, the largest logit and the sum of the exponentials.
+    let mut facts = vec![0.0; 2 * labels.len()];
+    let shared_gradients = Shared::new(&mut logit_gradients);
+    let shared_facts = Shared::new(&mut facts);
+    divide(execution, labels.len(), classes, 1, |rows| {
+        let values = rows.start * classes..rows.end * classes;
+        // SAFETY: the ranges of rows do not overlap.
+        let (gradients, facts) = unsafe {
+            (
+                shared_gradients.part(values.clone()),
+                shared_facts.part(2 * rows.start..2 * rows.end),
+            )
+        };
+        let operation = Rows {
+            logits: &logits[values],
+            labels: &labels[rows],
+            classes,
+            gradients,
+            facts,
+        };
+        dispatch(execution.instructions(), operation);
+    });
+    let rows = logits
+        .chunks_exact(classes.max(1))
+        .zip(&labels)
+        .zip(facts.chunks_exact(2));
+    let mut loss_sum = 0.0;
+    for ((row, label), facts) in rows {
+        loss_sum += f64::from(facts[0]) + log_of_sum(facts[1]) - f64::from(row[*label]);
+    }
+    CrossEntropy {
+        loss_sum,
+        logit_gradients,
+    }
+}
+
+struct Rows<'a> {
+    logits: &'a [f32],
+    labels: &'a [usize],
+    classes: usize,
+    gradients: &'a mut [f32],
+    facts: &'a mut [f32],
+}
+
+impl LaneOperation for Rows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let rows = self
+            .logits
+            .chunks_exact(self.classes.max(1))
+            .zip(self.labels);
+        let results = self
+            .gradients
+            .chunks_exact_mut(self.classes.max(1))
+            .zip(self.facts.chunks_exact_mut(2));
+        for ((logits, label), (gradients, facts)) in rows.zip(results) {
+            let (largest, sum) = shifted_exponentials::<L>(logits, gradients);
+            divide_by::<L>(gradients, sum);
+            gradients[*label] -= 1.0;
+            facts.copy_from_slice(&[largest, sum]);
+        }
+    }
+}
+
+/// The probabilities for `logits` in rows of `classes`.
+#[must_use]
+pub fn softmax(logits: &[f32], classes: usize) -> Vec<f32> {
+    let mut probabilities = vec![0.0; logits.len()];
+    softmax_rows(Execution::current(), logits, classes, &mut probabilities);
+    probabilities
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::execution::all_executions;
+    use crate::kernels::test_values::{bits, normal};
+
+    #[test]
+    fn agrees_with_the_formula_and_with_differences() {
+        let logits = [0.5f32, -1.0, 2.0, 100.0, 100.0, -100.0];
+        let labels = [2u8, 1];
+        let result = cross_entropy(&logits, &labels, 3);
+        let first = (0.5f64.exp() + (-1f64).exp() + 2f64.exp()).ln() - 2.0;
+        assert!((result.loss_sum - first - 2f64.ln()).abs() < 1e-6);
+        for index in 0..logits.len() {
+            let shifted = |by: f32| {
+                let mut logits = logits;
+                logits[index] += by;
+                cross_entropy(&logits, &labels, 3).loss_sum
+            };
+            let slope = (shifted(0.0078125) - shifted(-0.0078125)) / 0.015625;
+            assert!((slope - f64::from(result.logit_gradients[index])).abs() < 1e-4);
+        }
+    }
+
+    #[test]
+    fn every_path_has_the_same_bits() {
+        let (rows, classes) = (1100, 257);
+        let logits = normal("logits", rows * classes, 4.0);
+        let labels: Vec<u32> = (0..rows as u32).map(|row| row * 7 % 257).collect();
+        let mut seen = None;
+        for execution in all_executions() {
+            let found = execution.run(|| cross_entropy(&logits, &labels, classes));
+            let found = (found.loss_sum.to_bits(), bits(&found.logit_gradients));
+            assert_eq!(
+                *seen.get_or_insert_with(|| found.clone()),
+                found,
+                "{execution:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn probabilities_sum_to_one_and_nan_shows() {
+        let probabilities = softmax(&[1.0, 2.0, 3.0, -1e30, 0.0, 1e30], 3);
+        for row in probabilities.chunks(3) {
+            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        }
+        assert_eq!(probabilities[5], 1.0);
+        assert!(
+            softmax(&[f32::NAN, 0.0], 2)
+                .iter()
+                .all(|value| value.is_nan())
+        );
+        let loss = cross_entropy(&[f32::NAN, 0.0], &[1u8], 2);
+        assert!(loss.loss_sum.is_nan() && loss.logit_gradients.iter().all(|value| value.is_nan()));
+    }
+}

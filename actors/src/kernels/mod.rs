@@ -1,0 +1,67 @@
+//! The arithmetic of training: fast, and with the same bits on every machine.
+//!
+//! Invariants:
+//! 1. **One order.** Each kernel says in which order it adds, and every path through it (AVX-512, AVX2, plain
+//!    Rust, one thread or several) computes exactly that. A fused multiply-add is written where one is meant,
+//!    and nowhere else does the compiler make one.
+//! 2. **No library.** `exp`, `ln`, `tanh` and their like are polynomials of our own.
+//! 3. **Pure.** A kernel reads its arguments and an [`Execution`], which decides how fast it is and nothing
+//!    else. What is shared between threads is divided among them by position.
+//!
+//! In reading order:
+//!
+//! * [`execution`]: which instructions, how many threads; `lanes`: sixteen values at a time, alike everywhere;
+//!   `division`: work for several threads.
+//! * [`mod@product`]: the matrix product, one chain of fused multiply-adds for each element.
+//! * [`mod@affine`]: a dense layer with its gradients; [`patches`]: convolution as a product.
+//! * [`elementary`]: `exp`, `ln`, `tanh`, GELU of many `f32`; [`math`]: functions of single `f64`.
+//! * [`elementwise`], [`mod@softmax`], [`mod@layer_norm`]: differentiable, for candle's graph.
+//! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
+//! * [`gradients`]: a backward pass into one flat vector.
+//! * [`update`]: SGD and AdamW in place; the norm of a gradient.
+
+pub mod affine;
+pub mod elementary;
+pub mod elementwise;
+pub mod execution;
+pub mod gradients;
+pub mod layer_norm;
+pub mod loss;
+pub mod math;
+pub mod patches;
+pub mod product;
+pub mod softmax;
+pub mod update;
+
+mod division;
+mod lanes;
+mod seed;
+
+#[cfg(test)]
+pub(crate) mod test_values;
+
+use candle_core::{CpuStorage, Layout, Result, bail};
+
+pub use affine::{Activation, affine};
+pub use elementwise::{gelu, overwrite};
+pub use execution::{Execution, InstructionSet};
+pub use layer_norm::layer_norm;
+pub use product::product;
+pub use softmax::softmax;
+
+/// The values of a tensor that lie in row-major order without gaps.
+fn contiguous_values<'a>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+    operation: &str,
+) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => bail!("{operation} needs contiguous values, not {layout:?}"),
+    }
+}
+
+/// Length of a row; 1 for a scalar.
+fn last_dimension(layout: &Layout) -> usize {
+    layout.dims().last().copied().unwrap_or(1)
+}

@@ -1,0 +1,347 @@
+//! The update of a flat vector of parameters, in place and in one pass; and the norm of a gradient.
+//!
+//! Invariants:
+//! 1. An update is elementwise, with one fixed order of operations, none of them fused.
+//! 2. [`square_sum`] adds, in `f64`, sixteen lanes and a tree (`lanes.rs`) within each 65 536 values, and these
+//!    sums in ascending order.
+
+use super::Execution;
+use super::division::{Shared, divide};
+use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut, tree_sum};
+
+/// Values whose squares are one sum. Part of the order of additions: another number gives other bits.
+const SQUARES_CHUNK: usize = 1 << 16;
+
+/// One update of stochastic gradient descent with momentum: `m ← momentum·m + scale·g`, then
+/// `p ← keep·p − rate·m`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SgdUpdate {
+    /// What gradients are multiplied by first.
+    pub scale: f32,
+    /// Share of the old direction that is kept.
+    pub momentum: f32,
+    /// Share of a parameter that weight decay leaves.
+    pub keep: f32,
+    /// Learning rate.
+    pub rate: f32,
+}
+
+impl SgdUpdate {
+    /// Makes the update.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn apply(
+        &self,
+        execution: Execution,
+        params: &mut [f32],
+        moments: &mut [f32],
+        grads: &[f32],
+    ) {
+        let count = grads.len();
+        assert!(
+            params.len() == count && moments.len() == count,
+            "vectors of different lengths"
+        );
+        let (params, moments) = (Shared::new(params), Shared::new(moments));
+        divide(execution, count, 3, LANES, |range| {
+            // SAFETY: the ranges do not overlap.
+            let (params, moments) =
+                unsafe { (params.part(range.clone()), moments.part(range.clone())) };
+            let operation = Sgd {
+                update: self,
+                params,
+                moments,
+                grads: &grads[range],
+            };
+            dispatch(execution.instructions(), operation);
+        });
+    }
+
+    #[inline(always)]
+    fn of<L: Lanes>(&self, param: L, moment: L, grad: L) -> (L, L) {
+        let scaled = L::splat(self.scale).multiply(grad);
+        let moment = L::splat(self.momentum).multiply(moment).add(scaled);
+        let step = L::splat(self.rate).multiply(moment);
+        (L::splat(self.keep).multiply(param).subtract(step), moment)
+    }
+}
+
+struct Sgd<'a> {
+    update: &'a SgdUpdate,
+    params: &'a mut [f32],
+    moments: &'a mut [f32],
+    grads: &'a [f32],
+}
+
+impl LaneOperation for Sgd<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (params, params_rest) = sixteens_mut(self.params);
+        let (moments, moments_rest) = sixteens_mut(self.moments);
+        let (grads, grads_rest) = sixteens(self.grads);
+        for ((param, moment), grad) in params.iter_mut().zip(moments).zip(grads) {
+            let new = self
+                .update
+                .of(L::load(param), L::load(moment), L::load(grad));
+            new.0.store(param);
+            new.1.store(moment);
+        }
+        let old = (L::load_part(params_rest), L::load_part(moments_rest));
+        let new = self.update.of(old.0, old.1, L::load_part(grads_rest));
+        new.0.store_part(params_rest);
+        new.1.store_part(moments_rest);
+    }
+}
+
+/// One update of AdamW (Loshchilov and Hutter, ICLR 2019).
+///
+/// With `g = scale · gradient`: `m ← β₁m + (1 − β₁)g`, `s ← β₂s + (1 − β₂)g²`,
+/// `p ← keep·p − rate · m / (√(s · inverse_square_correction) + ε)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamwUpdate {
+    /// What gradients are multiplied by first.
+    pub scale: f32,
+    /// Decay of the mean.
+    pub beta1: f32,
+    /// 1 − `beta1`, rounded once.
+    pub one_minus_beta1: f32,
+    /// Decay of the mean square.
+    pub beta2: f32,
+    /// 1 − `beta2`, rounded once.
+    pub one_minus_beta2: f32,
+    /// Added to the root of the mean square.
+    pub epsilon: f32,
+    /// 1 / (1 − β₂ᵗ).
+    pub inverse_square_correction: f32,
+    /// Share of a parameter that weight decay leaves.
+    pub keep: f32,
+    /// Learning rate / (1 − β₁ᵗ).
+    pub rate: f32,
+}
+
+impl AdamwUpdate {
+    /// Makes the update.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn apply(
+        &self,
+        execution: Execution,
+        params: &mut [f32],
+        means: &mut [f32],
+        squares: &mut [f32],
+        grads: &[f32],
+    ) {
+        let count = grads.len();
+        assert!(
+            params.len() == count && means.len() == count && squares.len() == count,
+            "vectors of different lengths"
+        );
+        let (params, means, squares) = (
+            Shared::new(params),
+            Shared::new(means),
+            Shared::new(squares),
+        );
+        divide(execution, count, 4, LANES, |range| {
+            // SAFETY: the ranges do not overlap.
+            let (params, means, squares) = unsafe {
+                (
+                    params.part(range.clone()),
+                    means.part(range.clone()),
+                    squares.part(range.clone()),
+                )
+            };
+            let operation = Adamw {
+                update: self,
+                params,
+                means,
+                squares,
+                grads: &grads[range],
+            };
+            dispatch(execution.instructions(), operation);
+        });
+    }
+
+    #[inline(always)]
+    fn of<L: Lanes>(&self, param: L, mean: L, square: L, grad: L) -> (L, L, L) {
+        let grad = L::splat(self.scale).multiply(grad);
+        let fresh = L::splat(self.one_minus_beta1).multiply(grad);
+        let mean = L::splat(self.beta1).multiply(mean).add(fresh);
+        let fresh = L::splat(self.one_minus_beta2).multiply(grad.multiply(grad));
+        let square = L::splat(self.beta2).multiply(square).add(fresh);
+        let corrected = square.multiply(L::splat(self.inverse_square_correction));
+        let root = corrected.square_root().add(L::splat(self.epsilon));
+        let step = L::splat(self.rate).multiply(mean.divide(root));
+        (
+            L::splat(self.keep).multiply(param).subtract(step),
+            mean,
+            square,
+        )
+    }
+}
+
+struct Adamw<'a> {
+    update: &'a AdamwUpdate,
+    params: &'a mut [f32],
+    means: &'a mut [f32],
+    squares: &'a mut [f32],
+    grads: &'a [f32],
+}
+
+impl LaneOperation for Adamw<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (params, params_rest) = sixteens_mut(self.params);
+        let (means, means_rest) = sixteens_mut(self.means);
+        let (squares, squares_rest) = sixteens_mut(self.squares);
+        let (grads, grads_rest) = sixteens(self.grads);
+        let values = params.iter_mut().zip(means).zip(squares).zip(grads);
+        for (((param, mean), square), grad) in values {
+            let old = (L::load(param), L::load(mean), L::load(square));
+            let new = self.update.of(old.0, old.1, old.2, L::load(grad));
+            new.0.store(param);
+            new.1.store(mean);
+            new.2.store(square);
+        }
+        let old = (
+            L::load_part(params_rest),
+            L::load_part(means_rest),
+            L::load_part(squares_rest),
+        );
+        let new = self
+            .update
+            .of(old.0, old.1, old.2, L::load_part(grads_rest));
+        new.0.store_part(params_rest);
+        new.1.store_part(means_rest);
+        new.2.store_part(squares_rest);
+    }
+}
+
+/// Σ x², in `f64`. The squares of finite values cannot overflow it, so it is finite if and only if all are.
+#[must_use]
+pub fn square_sum(execution: Execution, values: &[f32]) -> f64 {
+    let chunks = values.len().div_ceil(SQUARES_CHUNK);
+    let mut sums = vec![0.0f64; chunks];
+    let parts: Vec<std::sync::Mutex<&mut f64>> =
+        sums.iter_mut().map(std::sync::Mutex::new).collect();
+    divide(execution, chunks, SQUARES_CHUNK, 1, |range| {
+        for chunk in range {
+            let end = values.len().min((chunk + 1) * SQUARES_CHUNK);
+            let squares = Squares(&values[chunk * SQUARES_CHUNK..end]);
+            let sum = dispatch(execution.instructions(), squares);
+            **parts[chunk].lock().expect("each is locked once") = sum;
+        }
+    });
+    drop(parts);
+    sums.iter().sum()
+}
+
+struct Squares<'a>(&'a [f32]);
+
+impl LaneOperation for Squares<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f64 {
+        let (whole, rest) = sixteens(self.0);
+        let mut sums = L::double_zero();
+        for sixteen in whole {
+            sums = L::load(sixteen).add_square(sums);
+        }
+        tree_sum(L::double_lanes(L::load_part(rest).add_square(sums)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::execution::all_executions;
+    use crate::kernels::test_values::{bits, normal};
+
+    const ADAMW: AdamwUpdate = AdamwUpdate {
+        scale: 0.37,
+        beta1: 0.9,
+        one_minus_beta1: 0.1,
+        beta2: 0.999,
+        one_minus_beta2: 0.001,
+        epsilon: 1e-8,
+        inverse_square_correction: 17.3,
+        keep: 0.999,
+        rate: 0.01,
+    };
+
+    #[test]
+    fn updates_are_their_formulas_without_fusing_on_every_path() {
+        for count in [1, 16, 100_007] {
+            let vectors = ["p", "m", "s", "g"].map(|name| normal(name, count, 1.0));
+            let [params, means, squares, grads] = vectors;
+            let squares: Vec<f32> = squares.iter().map(|x| x.abs()).collect();
+            let sgd = SgdUpdate {
+                scale: 0.37,
+                momentum: 0.9,
+                keep: 0.999,
+                rate: 0.01,
+            };
+            let mut expected = [
+                params.clone(),
+                means.clone(),
+                squares.clone(),
+                params.clone(),
+                means.clone(),
+            ];
+            let [p, m, s, p2, m2] = &mut expected;
+            for i in 0..count {
+                let g = ADAMW.scale * grads[i];
+                m[i] = ADAMW.beta1 * m[i] + ADAMW.one_minus_beta1 * g;
+                s[i] = ADAMW.beta2 * s[i] + ADAMW.one_minus_beta2 * (g * g);
+                let root = (s[i] * ADAMW.inverse_square_correction).sqrt() + ADAMW.epsilon;
+                p[i] = ADAMW.keep * p[i] - ADAMW.rate * (m[i] / root);
+                m2[i] = sgd.momentum * m2[i] + sgd.scale * grads[i];
+                p2[i] = sgd.keep * p2[i] - sgd.rate * m2[i];
+            }
+            let expected = expected.map(|values| bits(&values));
+            for execution in all_executions() {
+                let mut found = [
+                    params.clone(),
+                    means.clone(),
+                    squares.clone(),
+                    params.clone(),
+                    means.clone(),
+                ];
+                let [p, m, s, p2, m2] = &mut found;
+                ADAMW.apply(execution, p, m, s, &grads);
+                sgd.apply(execution, p2, m2, &grads);
+                assert_eq!(found.map(|values| bits(&values)), expected, "{execution:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn square_sums_have_one_value_on_every_path_and_show_what_is_not_finite() {
+        for count in [0, 1, 17, 65_536, 300_001] {
+            let values = normal("x", count, 1e3);
+            let reference: f64 = values.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+            let mut seen = None;
+            for execution in all_executions() {
+                let sum = square_sum(execution, &values);
+                assert!((sum - reference).abs() <= 1e-12 * reference);
+                assert_eq!(
+                    *seen.get_or_insert(sum.to_bits()),
+                    sum.to_bits(),
+                    "{execution:?}"
+                );
+            }
+        }
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut values = vec![f32::MAX; 70_000];
+            assert!(square_sum(Execution::current(), &values).is_finite());
+            values[69_999] = bad;
+            assert!(!square_sum(Execution::current(), &values).is_finite());
+        }
+    }
+}

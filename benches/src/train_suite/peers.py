@@ -1,0 +1,198 @@
+"""The training suite's peer: the same networks, weights, data and threads with PyTorch.
+
+usage: peers.py FOLDER [--quick]
+
+FOLDER holds what `mobula-bench-train --exchange FOLDER` left there. Prints rows under the suite's names, and for each
+network how far its losses are from ours; ends with status 1 where they are further than rounding explains.
+"""
+
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import numpy
+import torch
+from torch import nn
+
+# Losses are sums in f32 in another order, and 200 updates carry the difference on: a part in ten thousand is well above
+# what that makes of it, and well below what a wrong formula would.
+LOSS_TOLERANCE = 1e-4
+
+
+def shown(name, value, unit, note=""):
+    print(f"{name:<64} {value:>10.3f} {unit}  {note}".rstrip(), flush=True)
+
+
+def median_seconds(operation, seconds):
+    """The median of how long `operation` takes, repeated for so many seconds after a fifth of them."""
+    end = time.perf_counter() + seconds / 5
+    while time.perf_counter() < end:
+        operation()
+    times = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        operation()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class Images(nn.Module):
+    """Rows of values as images, channels last in memory as ours are."""
+
+    def __init__(self, side, channels):
+        super().__init__()
+        self.shape = (-1, side, side, channels)
+
+    def forward(self, rows):
+        return rows.reshape(self.shape).permute(0, 3, 1, 2)
+
+
+def network(description, values):
+    """A fresh model with the first weights."""
+    modules, at = [], 0
+
+    def take(*shape):
+        nonlocal at
+        count = int(numpy.prod(shape))
+        taken = values[at : at + count].reshape(shape)
+        at += count
+        return torch.from_numpy(taken.copy())
+
+    image = None
+    for index, layer in enumerate(description["layers"]):
+        outputs = layer["outputs"]
+        if layer["kind"] == "convolution":
+            side, channels, stride = layer["side"], layer["channels"], layer["stride"]
+            if image is None:
+                modules.append(Images(side, channels))
+            module = nn.Conv2d(channels, outputs, 3, stride=stride, padding=1)
+            weight = take(3, 3, channels, outputs).permute(3, 2, 0, 1)
+            image = (-(-side // stride), outputs)
+        else:
+            inputs = layer["inputs"]
+            module = nn.Linear(inputs, outputs)
+            weight = take(inputs, outputs)
+            if image is not None:
+                # What is flattened here has its channels first, there last.
+                side, channels = image
+                weight = weight.reshape(side, side, channels, outputs).permute(2, 0, 1, 3)
+                weight = weight.reshape(inputs, outputs)
+                modules.append(nn.Flatten())
+                image = None
+            weight = weight.t()
+        with torch.no_grad():
+            module.weight.copy_(weight)
+            module.bias.copy_(take(outputs))
+        modules.append(module)
+        if index + 1 < len(description["layers"]):
+            modules.append(nn.ReLU())
+    return nn.Sequential(*modules)
+
+
+def stepper(description, values, batches, fused):
+    model = network(description, values)
+    adamw = description["adamw"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=adamw["lr"],
+        betas=tuple(adamw["betas"]),
+        eps=adamw["eps"],
+        weight_decay=adamw["weight_decay"],
+        fused=fused,
+    )
+    turn = 0
+
+    def step():
+        nonlocal turn
+        samples, labels = batches[turn % len(batches)]
+        turn += 1
+        optimizer.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(model(samples), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def compare(path, seconds):
+    """Step times of one network, and its losses beside ours; whether these agree."""
+    description = json.loads(path.read_text())
+    values = numpy.fromfile(path.with_suffix(".params"), dtype="<f4")
+    shape = (description["batches"], description["batch"])
+    samples = numpy.fromfile(path.with_suffix(".samples"), dtype="<f4").reshape(*shape, description["features"])
+    labels = numpy.fromfile(path.with_suffix(".labels"), dtype="<u4").astype("int64").reshape(shape)
+    batches = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(samples, labels)]
+    for threads in description["threads"]:
+        torch.set_num_threads(threads)
+        times = {}
+        for how, fused in (("its default AdamW", False), ("its fused AdamW", True)):
+            times[how] = median_seconds(stepper(description, values, batches, fused), seconds)
+        best = min(times, key=times.get)
+        others = ", ".join(f"{how} {taken * 1e3:.3f}" for how, taken in times.items())
+        shown(f"step, {description['name']}, {threads} thread(s)", times[best] * 1e3, "ms", others)
+    step = stepper(description, values, batches, False)
+    theirs = [step().item() for _ in range(description["compared_steps"])]
+    ours = description["losses"]
+    worst = max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(ours, theirs))
+    print(
+        f"losses of {description['name']}: first {ours[0]:.6f} and {theirs[0]:.6f}, last {ours[-1]:.6f} and "
+        f"{theirs[-1]:.6f}, largest relative difference in {len(ours)} steps {worst:.1e}",
+        flush=True,
+    )
+    return worst <= LOSS_TOLERANCE
+
+
+def kernels(threads, seconds):
+    torch.set_num_threads(threads)
+    suffix = f"{threads} thread(s)"
+    for m, k, n in ((512, 512, 512), (256, 1024, 2048), (128, 784, 512), (8, 784, 512), (128, 512, 10)):
+        for way, a, b in (
+            ("NN", torch.randn(m, k), torch.randn(k, n)),
+            ("NT", torch.randn(m, k), torch.randn(n, k).t()),
+            ("TN", torch.randn(k, m).t(), torch.randn(k, n)),
+        ):
+            c = torch.empty(m, n)
+            taken = median_seconds(lambda: torch.mm(a, b, out=c), seconds)
+            shown(f"product {m}x{k}x{n} {way}, {suffix}", 2e-9 * m * k * n / taken, "GFLOP/s")
+    rows, columns = 4096, 256
+    x = torch.randn(rows, columns, requires_grad=True)
+    scale, shift = (torch.randn(columns, requires_grad=True) for _ in range(2))
+    seed = torch.randn(rows, columns)
+    for name, forward in (
+        ("softmax", lambda: torch.softmax(x, -1)),
+        ("layer-norm", lambda: nn.functional.layer_norm(x, (columns,), scale, shift)),
+        ("gelu", lambda: nn.functional.gelu(x, approximate="tanh")),
+    ):
+
+        def both(forward=forward):
+            x.grad = scale.grad = shift.grad = None
+            forward().backward(seed)
+
+        taken = median_seconds(both, seconds)
+        shown(f"{name} {rows}x{columns}, forward and backward, {suffix}", 1e-6 * rows * columns / taken, "Mvalues/s")
+    parameter = nn.Parameter(torch.randn(1 << 23))
+    parameter.grad = torch.randn(1 << 23)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    taken = median_seconds(optimizer.step, seconds)
+    shown(f"adamw, 8 Mi parameters, {suffix}", 7 * 4e-9 * (1 << 23) / taken, "GB/s")
+
+
+def main():
+    folder = pathlib.Path(sys.argv[1])
+    quick = "--quick" in sys.argv[2:]
+    print(f"torch {torch.__version__}", flush=True)
+    seconds = 0.6 if quick else 3.0
+    paths = sorted(folder.glob("*.json"))
+    agree = [compare(path, seconds) for path in paths]
+    threads = sorted({count for path in paths for count in json.loads(path.read_text())["threads"]})
+    for count in threads:
+        kernels(count, seconds / 3)
+    if not all(agree):
+        sys.exit(f"losses differ by more than {LOSS_TOLERANCE}")
+
+
+main()
