@@ -18,7 +18,7 @@
 //! * [`elementwise`], [`mod@softmax`], [`mod@layer_norm`]: differentiable, for candle's graph.
 //! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
 //! * [`gradients`]: a backward pass into one flat vector.
-//! * [`update`]: SGD and AdamW in place; the norm of a gradient.
+//! * [`update`]: SGD and AdamW in place; the norm of a gradient. [`memory`]: none of it given back between steps.
 
 pub mod affine;
 pub mod elementary;
@@ -28,6 +28,7 @@ pub mod gradients;
 pub mod layer_norm;
 pub mod loss;
 pub mod math;
+pub mod memory;
 pub mod patches;
 pub mod product;
 pub mod softmax;

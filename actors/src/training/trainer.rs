@@ -8,6 +8,7 @@ use super::data::Files;
 use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
 use super::replica::Replica;
 use super::spec::TrainSpec;
+use crate::kernels::memory::keep_freed_memory;
 use crate::storage::open_blobs;
 
 /// Computes shards of a training job. Everything it does is ordered by the job's coordinator.
@@ -20,6 +21,7 @@ impl Trainer {
     /// A trainer of the job that `spec` describes. Data is loaded when it is prepared, so that a
     /// missing file is an answer and not a crash that is tried again and again.
     pub fn new(ctx: &ActorContext, spec: TrainSpec) -> Result<Self, BlobError> {
+        keep_freed_memory();
         let files = Files::with_store(open_blobs(ctx.storage())?, Handle::current());
         Ok(Trainer {
             replica: Replica::reading(spec, files),

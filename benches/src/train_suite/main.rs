@@ -82,6 +82,8 @@ fn main() -> Outcome {
     // candle divides additions of large tensors among threads that wait in a busy loop; ours are divided by the
     // kernels. SAFETY: no other thread runs yet, so nobody reads the environment at the same time.
     unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    // As trainers do.
+    mobula_actors::kernels::memory::keep_freed_memory();
     let options = Options::parse(std::env::args().skip(1))?;
     let mut results = Results::begin("train");
     steps::measure(&options, &mut results)?;
