@@ -1,4 +1,4 @@
-//! Image patches as matrix rows ("im2col"), so that a convolution is one [`super::product`].
+//! Image patches as matrix rows ("im2col"), so that a convolution is one [`super::product()`].
 //!
 //! candle's own convolution spreads over threads and sums in an order that depends on the shape; this one
 //! copies values in a fixed order, and its gradient adds them in the same order: an image is one thread's.

@@ -7,7 +7,7 @@
 //! accumulators: none of this touches the order of a chain. candle's own product sums in blocks whose size
 //! depends on the CPU's caches.
 //!
-//! * [`blocked`](self) cuts a product into tiles and copies operands, whatever their strides, into panels;
+//! * `blocked` cuts a product into tiles and copies operands, whatever their strides, into panels;
 //! * `avx512`, `avx2` and `scalar` compute one tile.
 
 mod blocked;
