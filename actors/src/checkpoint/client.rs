@@ -12,11 +12,17 @@ use mobula_core::JobId;
 use mobula_core::control::ModuleId;
 use mobula_storage::blob::{BlobError, BlobStore};
 use mobula_storage::checkpoint::{Checkpoint, CheckpointReader, LoadError, Manifest};
+use mobula_storage::digest::ParseDigestError;
 
 use super::checkpointer::{RESTORE_BYTES_MAX, reference};
 use super::state::{CheckpointCommand, CheckpointQuery, CheckpointRef, JobCheckpoints, JobSummary};
 use crate::ask;
 use crate::storage::open_blobs;
+use crate::training::data::Files;
+use crate::training::job_log::JobLog;
+use crate::training::record::{RecordError, RunRecord};
+use crate::training::start_from::{StartError, StartFrom};
+use crate::training::state::TrainState;
 
 /// All jobs that have checkpoints, by id.
 pub async fn jobs(cluster: &Cluster) -> mobula::Result<Vec<JobSummary>> {
@@ -88,6 +94,7 @@ pub enum Verdict {
 /// The checkpoints in an object store, to be read only.
 #[derive(Debug, Clone)]
 pub struct Archive {
+    blobs: BlobStore,
     reader: CheckpointReader,
 }
 
@@ -107,7 +114,8 @@ impl Archive {
     #[must_use]
     pub fn over(blobs: BlobStore) -> Self {
         Archive {
-            reader: CheckpointReader::new(blobs, RESTORE_BYTES_MAX),
+            reader: CheckpointReader::new(blobs.clone(), RESTORE_BYTES_MAX),
+            blobs,
         }
     }
 
@@ -119,6 +127,30 @@ impl Archive {
     /// A checkpoint, verified byte by byte.
     pub async fn load(&self, checkpoint: &CheckpointRef) -> Result<Checkpoint, LoadError> {
         self.reader.load(&verified_reference(checkpoint)?).await
+    }
+
+    /// The record of a run that `digest`, in hex, names.
+    pub async fn record(&self, digest: &str) -> Result<RunRecord, RecordError> {
+        let digest = digest
+            .parse()
+            .map_err(|error: ParseDigestError| RecordError::Malformed(error.to_string()))?;
+        RunRecord::fetch(&self.blobs, &digest).await
+    }
+
+    /// Where a run's data is: in this store, or on this machine. To be read on a thread that may wait.
+    #[must_use]
+    pub fn files(&self, runtime: tokio::runtime::Handle) -> Files {
+        Files::with_store(self.blobs.clone(), runtime)
+    }
+
+    /// The weights that a job began with.
+    pub async fn start(
+        &self,
+        from: &StartFrom,
+        initial: &mut TrainState,
+    ) -> Result<(), StartError> {
+        let open = || Ok(self.blobs.clone());
+        from.load(initial, open, JobLog::Silent).await
     }
 
     /// Reads all of a checkpoint and says whether it is whole.

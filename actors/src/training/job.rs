@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mobula::{Actor, Cluster};
 use mobula_core::{ActorId, Incarnation, JobId};
 use mobula_storage::blob::BlobError;
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
@@ -25,13 +26,15 @@ use super::link::ClusterLink;
 use super::messages::Epoch;
 use super::progress::Progress;
 use super::publish::{PublishVersionError, Published, describe, publish_version};
+use super::record::RunRecord;
 use super::result::TrainResult;
-use super::resume::{HISTORY_KEY, History, ResumeError, Resumed, resume};
+use super::resume::{HISTORY_KEY, History, ResumeError, Resumed, TRACE_KEY, resume};
 use super::saving::Saver;
 use super::snapshot::StateSnapshot;
 use super::spec::{SpecError, TrainSpec};
 use super::start_from::StartError;
 use super::state::TrainState;
+use super::trace::StepTrace;
 use super::trainable::Evaluation;
 use super::trainer::Trainer;
 use super::workload::{Workload, WorkloadError};
@@ -141,6 +144,7 @@ pub async fn train_spec(cluster: Cluster, spec: TrainSpec) -> Result<TrainResult
         actor,
         incarnation,
         log: JobLog::Stdout,
+        trace: Mutex::new(None),
     };
     Box::pin(driver.run()).await
 }
@@ -178,6 +182,8 @@ pub(super) struct Driver {
     pub(super) actor: ActorId,
     pub(super) incarnation: Incarnation,
     pub(super) log: JobLog,
+    /// The states so far; set when it is known where to go on.
+    trace: Mutex<Option<StepTrace>>,
 }
 
 impl Driver {
@@ -205,11 +211,16 @@ impl Driver {
         let Resumed {
             mut state,
             mut history,
+            trace,
         } = resumed;
         if let (0, Some(from)) = (state.step, &self.spec.start_from) {
             let location = self.cluster.storage().expect("a driver is in a cluster");
             from.load(&mut state, || open_blobs(location), log).await?;
         }
+        let layout = self.workload.layout();
+        let mut trace = trace.unwrap_or_else(|| StepTrace::new(self.spec.steps, &state, layout));
+        trace.go_back_to(state.step);
+        *self.trace.lock() = Some(trace);
         history.driver_restarts = u64::from(restarts);
         let policy = self.spec.checkpoints.policy();
         if policy != KeepPolicy::default() {
@@ -217,7 +228,6 @@ impl Driver {
         }
         let epoch = Epoch::first_of(self.incarnation.0);
         let counters = history.counters;
-        let layout = self.workload.layout();
         let mut coordinator =
             Coordinator::new(&self.spec, layout, state, epoch, links, counters, log);
         let mut progress = Progress::new(self.spec.steps, self.spec.global_batch, log);
@@ -243,6 +253,7 @@ impl Driver {
             return Ok(Resumed {
                 state: initial,
                 history: History::default(),
+                trace: None,
             });
         }
         Ok(resume(
@@ -263,6 +274,7 @@ impl Driver {
         progress: &mut Progress,
         history: &mut History,
     ) -> Result<(), JobError> {
+        let layout = self.workload.layout();
         let mut notices = self.cluster.notices();
         let mut seen = None;
         let mut schedule = SaveSchedule::new(
@@ -279,6 +291,9 @@ impl Driver {
                     let report = report?;
                     progress.stepped(&report, coordinator.ready_count());
                     history.loss_mean = Some(report.loss_mean);
+                    if let Some(trace) = &mut *self.trace.lock() {
+                        trace.record(coordinator.state(), layout, coordinator.digest());
+                    }
                     None
                 }
             };
@@ -319,7 +334,8 @@ impl Driver {
         };
         let text = |value: &dyn std::fmt::Display| value.to_string();
         let layout = self.workload.layout();
-        let metadata = BTreeMap::from([
+        let trace = self.trace.lock().as_ref().map(StepTrace::to_text);
+        let mut metadata = BTreeMap::from([
             ("job_name".to_owned(), self.spec.name.clone()),
             ("seed".to_owned(), text(&self.spec.seed)),
             (
@@ -336,6 +352,7 @@ impl Driver {
                 serde_json::to_string(&history).expect("plain numbers always encode"),
             ),
         ]);
+        metadata.extend(trace.map(|trace| (TRACE_KEY.to_owned(), trace)));
         SaveOrder {
             step: state.step,
             incarnation: self.incarnation,
@@ -363,6 +380,7 @@ impl Driver {
         // The job's result stands on its last checkpoint: it waits for the store if it must.
         saver.flush(None).await?;
         let published = self.publish(&file).await?;
+        let record = self.store_record(&coordinator).await?;
         let status = self.cluster.job_handle(self.job).status().await?;
         let counters = coordinator.counters();
         let wall_ms = now_ms().saturating_sub(status.started_ms.unwrap_or(status.submitted_ms));
@@ -387,6 +405,7 @@ impl Driver {
             checkpoints: saver.committed_count(),
             rejected_checkpoints: history.rejected_checkpoints,
             snapshot_stall_us: history.snapshot_stall_us,
+            record,
             wall_ms,
             samples_per_second,
             model_digest: published.digest,
@@ -415,6 +434,44 @@ impl Driver {
             .iter()
             .filter(|actor| actor.type_name == Trainer::TYPE_NAME);
         Ok(trainers.map(|trainer| u64::from(trainer.restarts)).sum())
+    }
+
+    /// Stores what the run was, however long the store is out of reach; its digest.
+    async fn store_record(
+        &self,
+        coordinator: &Coordinator<ClusterLink>,
+    ) -> Result<String, JobError> {
+        let state = coordinator.state();
+        let record = tokio::task::block_in_place(|| {
+            let trace = self.trace.lock();
+            RunRecord::new(
+                self.job,
+                &self.spec,
+                &state.fingerprint,
+                self.workload.split().train.digest(),
+                trace.as_ref().expect("it was set before the first step"),
+                state.step,
+                coordinator.digest(),
+            )
+        });
+        let location = self.cluster.storage().expect("a driver is in a cluster");
+        let mut pause = PUBLISH_PAUSE_FIRST;
+        loop {
+            let stored = match open_blobs(location) {
+                Ok(blobs) => record.store(&blobs).await,
+                Err(error) => Err(error),
+            };
+            match stored {
+                Ok(digest) => return Ok(digest),
+                // Also a full disk or a refused key: somebody can mend it while the job waits.
+                Err(error) => self.log.line(format_args!(
+                    "the run's record is not stored: {error}; waiting, next attempt in {} ms",
+                    pause.as_millis()
+                )),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PUBLISH_PAUSE_MAX);
+        }
     }
 
     /// Stores the model version, however long the store is out of reach.

@@ -27,6 +27,7 @@
 //!   plans who computes what, `updates` keeps the latest sums for who was late.
 //! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what both sides say;
 //!   [`link`] is the way between them.
+//! * [`record`] is what a run was and [`trace`] how its states went; [`replay`] makes it once more and compares.
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
 
 use crate::kernels::{loss, math, patches, product};
@@ -65,9 +66,12 @@ pub mod named_actor;
 pub mod preemption;
 pub mod progress;
 pub mod publish;
+pub mod record;
+pub mod replay;
 pub mod replica;
 pub mod result;
 pub mod resume;
 pub mod saving;
 pub mod start_from;
+pub mod trace;
 pub mod trainer;

@@ -42,6 +42,8 @@ pub struct TrainResult {
     pub rejected_checkpoints: u64,
     /// The longest that a snapshot for a checkpoint stalled training, in microseconds.
     pub snapshot_stall_us: u64,
+    /// BLAKE3 of the run's record in the object store, in hex.
+    pub record: String,
     /// From the first start of the driver until now.
     pub wall_ms: u64,
     /// Samples in a second, of the last driver that took steps.

@@ -15,6 +15,7 @@ use super::link::ClusterLink;
 use super::messages::Held;
 use super::saving::Saver;
 use super::state::{StateError, TrainState};
+use super::trace::StepTrace;
 use crate::checkpoint::checkpointer::RestoredState;
 use crate::checkpoint::ledger::CheckpointError;
 
@@ -23,6 +24,9 @@ const WITNESS_MAX: Duration = Duration::from_millis(1500);
 
 /// The key of the [`History`] in a checkpoint's metadata.
 pub const HISTORY_KEY: &str = "history";
+
+/// The key of the [`StepTrace`] in a checkpoint's metadata.
+pub const TRACE_KEY: &str = "trace";
 
 /// What happened over all starts of the driver. It is kept with each checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
@@ -62,6 +66,8 @@ pub struct Resumed {
     pub state: TrainState,
     /// What happened before.
     pub history: History,
+    /// The states up to there, as far as a checkpoint has them.
+    pub trace: Option<StepTrace>,
 }
 
 /// Why a job cannot go on.
@@ -101,6 +107,7 @@ pub async fn resume(
         None => Resumed {
             state: initial,
             history: History::default(),
+            trace: None,
         },
     };
     resumed.history.rejected_checkpoints += report.rejected.len() as u64;
@@ -131,7 +138,13 @@ fn from_checkpoint(
     let history = history
         .and_then(|text| serde_json::from_str(text).ok())
         .unwrap_or_default();
-    Ok(Resumed { state, history })
+    let trace = restored.metadata.get(TRACE_KEY);
+    let trace = trace.and_then(|text| StepTrace::from_text(text).ok());
+    Ok(Resumed {
+        state,
+        history,
+        trace,
+    })
 }
 
 /// Asks the trainers what they hold, and goes on there if that is further and verifies.

@@ -61,6 +61,9 @@ pub(crate) enum Command {
     /// Nodes.
     #[command(subcommand)]
     Nodes(NodesCommand),
+    /// What training jobs did.
+    #[command(subcommand)]
+    Train(TrainCommand),
     /// Checkpoints of training jobs.
     #[command(subcommand)]
     Checkpoints(CheckpointsCommand),
@@ -498,6 +501,34 @@ pub(crate) enum NodesCommand {
         /// How long it still has, such as `10s` or `500ms`.
         #[arg(long, default_value = "30s", value_parser = parse_duration_ms)]
         grace: u64,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum TrainCommand {
+    /// Make a job's run once more, on this machine, and compare it step by step with what was recorded.
+    /// Fails at a difference, and names the first step and tensor.
+    Replay {
+        /// The job.
+        job: JobId,
+        /// Only so many steps.
+        #[arg(long, value_name = "N")]
+        steps: Option<u64>,
+        #[command(flatten)]
+        store: StoreArguments,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// What differs between two runs: program, dependencies, machine, hyperparameters, data, and states.
+    Diff {
+        /// One job.
+        a: JobId,
+        /// The other.
+        b: JobId,
+        #[command(flatten)]
+        store: StoreArguments,
+        #[command(flatten)]
+        format: Format,
     },
 }
 

@@ -10,6 +10,7 @@ use mobula::{Cluster, StorageLocation};
 use mobula_actors::checkpoint::client::{self, Archive, Verdict};
 use mobula_actors::checkpoint::safetensors::{self, Tensor};
 use mobula_actors::checkpoint::state::{Committed, JobCheckpoints, JobSummary, Rejected};
+use mobula_actors::training::resume::TRACE_KEY;
 use mobula_core::clock::Clock;
 use mobula_core::id::JobId;
 use serde::Serialize;
@@ -123,7 +124,7 @@ fn choose(job: JobId, known: &JobCheckpoints, step: Option<u64>) -> anyhow::Resu
 }
 
 /// The cluster's object store, from here.
-async fn archive(cluster: &Cluster, store: &StoreArguments) -> anyhow::Result<Archive> {
+pub(crate) async fn archive(cluster: &Cluster, store: &StoreArguments) -> anyhow::Result<Archive> {
     let url = cluster.status().await?.storage_url;
     let s3 = read_config(store.config.as_deref())?.storage.s3;
     let location = StorageLocation {
@@ -363,7 +364,8 @@ async fn show(job: JobId, one: &Committed, archive: &Archive, json: bool) -> any
     println!("digest      {}", checkpoint.manifest_digest);
     println!("parent      {}", or_dash(manifest.parent));
     for (key, value) in &manifest.metadata {
-        if key != safetensors::SHAPES_KEY {
+        // Long, and for programs.
+        if key != safetensors::SHAPES_KEY && key != TRACE_KEY {
             println!("{key:<11} {value}");
         }
     }

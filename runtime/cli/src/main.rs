@@ -19,6 +19,7 @@ mod local;
 mod models;
 mod nodes;
 mod output;
+mod replay;
 mod scenario;
 mod secrets;
 mod serve;
@@ -95,6 +96,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Jobs(command) => return jobs::run(&target, command).await,
         Command::Actors(command) => actors::run(&target, command).await?,
         Command::Nodes(command) => nodes::run(&target, command).await?,
+        Command::Train(command) => return replay::run(&target, command).await,
         Command::Checkpoints(command) => return checkpoints::run(&target, command).await,
         Command::Models(command) => models::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,

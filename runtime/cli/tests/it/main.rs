@@ -25,6 +25,7 @@ mod jobs;
 mod objects;
 mod observe;
 mod overload;
+mod replay;
 mod serving;
 mod sessions;
 mod simulation;
