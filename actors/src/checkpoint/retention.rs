@@ -26,7 +26,7 @@ pub struct CheckpointRetention;
 impl Retention for CheckpointRetention {
     fn tidy(&self, reader: &dyn Reader, _now_ms: u64) -> Vec<Proposal> {
         all_known(reader)
-            .filter(|(_, known)| known.checkpoints.len() > KEPT_OF_ENDED as usize)
+            .filter(|(_, known)| known.has_more_than(KEPT_OF_ENDED))
             .filter(|(job, _)| has_ended(reader, *job))
             .take(TRIMS_PER_ROUND)
             .map(|(job, _)| Proposal {
@@ -176,11 +176,27 @@ mod tests {
         // While it runs, all that the table names stays.
         assert_eq!(CheckpointRetention.tidy(&world.tables, 0), []);
 
+        let pin = |step, is_pinned| CheckpointCommand::Pin {
+            job,
+            step,
+            is_pinned,
+        };
+        world.apply(&CheckpointModule, &pin(10, true).encode());
         let stop = Command::StopJob { job };
         world.apply(&Scheduler, &stop.encode());
         assert!(!world.may(job, 40, 2), "an ended job");
         for proposal in CheckpointRetention.tidy(&world.tables, 0) {
             assert_eq!(proposal.module, ModuleId::CHECKPOINT);
+            world.apply(&CheckpointModule, &proposal.payload);
+        }
+        assert_eq!(
+            CheckpointRetention.tidy(&world.tables, 0),
+            [],
+            "10 is pinned"
+        );
+        assert_eq!(world.steps(), ["30", "20", "10"]);
+        world.apply(&CheckpointModule, &pin(10, false).encode());
+        for proposal in CheckpointRetention.tidy(&world.tables, 0) {
             world.apply(&CheckpointModule, &proposal.payload);
         }
         assert_eq!(world.steps(), ["30", "20"]);

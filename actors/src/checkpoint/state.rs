@@ -248,6 +248,13 @@ impl JobCheckpoints {
         codec::decode(bytes, PAYLOAD_BYTES_MAX)
     }
 
+    /// Whether hiding all but the newest `keep` and the pinned would hide anything.
+    #[must_use]
+    pub fn has_more_than(&self, keep: u32) -> bool {
+        let mut rest = self.checkpoints.iter().skip(keep as usize);
+        rest.any(|one| !one.is_pinned)
+    }
+
     /// Hides all but the newest `keep`, at least one, and the pinned.
     fn hide_old(&mut self, keep: u32) {
         let policy = KeepPolicy {

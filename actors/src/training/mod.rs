@@ -20,14 +20,15 @@
 //! Around it, the distributed part:
 //!
 //! * [`job`] is the driver of a training job, from its TOML to its result; [`start_from`] begins with another
-//!   job's weights; [`resume`] finds where a driver
-//!   that was started again goes on; [`checkpointing`] says when to save and [`saving`] does it; `departure` leaves a node that
-//!   was given notice, as [`preemption`] chooses; [`publish`] stores the model.
+//!   job's weights; [`resume`] finds where a driver that was started again goes on; [`checkpointing`] says
+//!   when to save and [`saving`] does it; `departure` leaves a node that was given notice, as [`preemption`]
+//!   chooses; [`publish`] stores the model.
 //! * [`coordinator`] leads the trainers from step to step; [`crew`] knows who is there, [`assignment`]
 //!   plans who computes what, `updates` keeps the latest sums for who was late.
 //! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what both sides say;
 //!   [`link`] is the way between them.
-//! * [`record`] is what a run was and [`trace`] how its states went; [`replay`] makes it once more and compares.
+//! * [`record`] is what a run was and [`trace`] how its states went; [`replay`] makes it once more and
+//!   compares.
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
 
 use crate::kernels::{loss, math, patches, product};
