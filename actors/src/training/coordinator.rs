@@ -1,42 +1,52 @@
-//! The coordinator: leads the trainers through the job, one step after the other, and lets nobody
-//! who is lost, slow or wrong change the result.
+//! The coordinator: says who takes part, and keeps a copy of the state that follows the trainers.
 //!
-//! It holds a copy of the state itself and applies every update as the trainers do, so a trainer
-//! that comes back gets the state from here, and even the loss of all trainers costs no step.
+//! The trainers go from step to step by themselves ([`protocol`](super::protocol)). The coordinator is
+//! needed when somebody comes, goes, lags or is wrong: then it publishes a plan. Its own copy takes the
+//! sums of every step from the buckets' owners, as a member without a seat does. So a trainer that comes
+//! gets the state from here, a checkpoint is a copy of it, it is a voice when two trainers differ, and
+//! even the loss of all trainers costs no step.
 //!
 //! Invariants:
-//! 1. The state changes only between steps, by the canonical reduction of all shards.
-//! 2. A reply counts only if it was computed from the very bits that this coordinator holds.
-//! 3. A lost trainer's shards of the present step are given to the others at once; who joins, joins
-//!    with the state of the present step; nobody waits for either.
+//! 1. The copy changes only between steps, by the canonical sums of all shards.
+//! 2. A trainer computes only after it has said that it holds the very state that it was sent, or the one
+//!    that it had under an earlier coordinator.
+//! 3. A lost trainer's shards of the present step are given to the others at once; nobody waits for who
+//!    joins.
 //! 4. A coordinator that meets a newer driver's epoch stops.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::assignment::{Assignment, Order};
+use super::collective::{Collective, Unreachable};
 use super::crew::{Crew, Event, Happened, Slot, TrainerLink};
 use super::job_log::JobLog;
 use super::layout::Layout;
-use super::messages::{Epoch, StepOrder, StepReply};
+use super::messages::{Epoch, Held, short_digest};
 use super::optimizer::{Optimizer, StepError, StepReport};
-use super::reduction::{Partial, ReductionError, TreeReducer};
+use super::protocol::leader::Leader;
+use super::protocol::member::{Action, Member, Refusal, Report};
+use super::protocol::plan::MemberId;
+use super::reduction::{Partial, Subtree};
+use super::shape::{leader_shape, member_shape};
 use super::spec::TrainSpec;
 use super::state::TrainState;
-use super::updates::RecentUpdates;
 
 mod membership;
 
-/// An answer is called slow after this, and after [`SLOW_FACTOR`] usual steps.
-const SLOW_AFTER_MIN: Duration = Duration::from_millis(250);
-const SLOW_FACTOR: u32 = 8;
+/// How often what failed is sent again.
+const RETRY_EVERY: Duration = Duration::from_millis(50);
 /// How often a job that waits for trainers says so.
 const WAITING_REPORT: Duration = Duration::from_secs(5);
 /// How long a last confirmation of the final bits is waited for.
 const CONFIRM_MAX: Duration = Duration::from_secs(5);
+const CONFIRM_PAUSE: Duration = Duration::from_millis(20);
+/// The slot under which the driver's copy asks.
+const DRIVER_SLOT: u32 = u32::MAX;
 
 /// Why training cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,25 +64,20 @@ pub enum CoordinatorError {
         /// What it said.
         reason: String,
     },
-    /// A partial does not fit the model.
-    #[error("a sum does not fit: {0}")]
-    Reduction(#[from] ReductionError),
     /// The update could not be made.
     #[error("{0}")]
     Update(String),
     /// Most trainers agree on other bits than this coordinator.
     #[error(
-        "step {step}: {count} trainers agree on parameters {theirs} and this coordinator has \
-         {ours}: its copy is damaged; start again from a checkpoint"
+        "step {step}: most of {count} trainers agree on other parameters than this coordinator, \
+         which has {ours}: its copy is damaged; start again from a checkpoint"
     )]
     Outvoted {
         /// The step.
         step: u64,
-        /// How many agree.
+        /// How many said what they have.
         count: usize,
-        /// Their digest.
-        theirs: String,
-        /// Ours.
+        /// Our digest.
         ours: String,
     },
 }
@@ -83,9 +88,7 @@ impl CoordinatorError {
     pub fn is_final(&self) -> bool {
         matches!(
             self,
-            CoordinatorError::Unfit { .. }
-                | CoordinatorError::Reduction(_)
-                | CoordinatorError::Update(_)
+            CoordinatorError::Unfit { .. } | CoordinatorError::Update(_)
         )
     }
 }
@@ -107,59 +110,91 @@ pub struct Counters {
     pub handoffs: u64,
     /// Shards that another trainer had to compute because theirs was lost.
     pub reassigned_shards: u64,
-    /// Orders that took so long that others computed the same shards.
+    /// Trainers that took so long that others computed the same shards.
     pub slow_orders: u64,
-    /// Replies computed from other bits, refused.
+    /// Trainers that were found with other bits, and given the state again.
     pub digest_mismatches: u64,
 }
 
-/// A step under way.
-struct Step {
-    reducer: TreeReducer,
-    assignment: Assignment,
-    root: Option<Partial>,
-    /// Trainers by the digest that they have instead of ours.
-    dissent: BTreeMap<String, Vec<usize>>,
+/// What became of a call that the driver's copy made.
+enum Done {
+    Contributed(
+        MemberId,
+        u64,
+        u32,
+        Subtree,
+        Result<Result<(), Refusal>, Unreachable>,
+    ),
+    Answered(
+        MemberId,
+        u64,
+        u32,
+        Result<Result<Partial, Refusal>, Unreachable>,
+    ),
 }
 
 /// Leads a job's trainers.
-pub struct Coordinator<L> {
+pub struct Coordinator<L, C> {
     spec: TrainSpec,
     optimizer: Optimizer,
     state: TrainState,
     digest: String,
-    epoch: Epoch,
+    me: MemberId,
+    leader: Leader,
+    member: Member,
+    collective: C,
+    calls: JoinSet<Done>,
     crew: Crew<L>,
-    updates: RecentUpdates,
-    next_order: u64,
-    /// Smoothed time of a step.
-    usual_step: Option<Duration>,
+    /// The state as bytes, for those who join at this step.
+    packed: Option<Arc<Vec<u8>>>,
+    /// Who said of whom, since the copy's last step, that it does not reach it; and since when.
+    unreached: BTreeSet<(MemberId, MemberId)>,
+    unreached_since: Option<Instant>,
+    /// Steps before which states were found to differ, and about which trainers are being asked.
+    judging: BTreeSet<u64>,
     counters: Counters,
+    next_report: Instant,
     log: JobLog,
 }
 
-impl<L: TrainerLink> Coordinator<L> {
-    /// A coordinator at `state`, which leads the trainers of `links` from now on.
+impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
+    /// A coordinator at `state`, which leads the trainers of `links` from now on. Its copy takes sums by
+    /// way of `collective`.
     pub fn new(
         spec: &TrainSpec,
         layout: &Layout,
         state: TrainState,
         first_epoch: Epoch,
         links: Vec<L>,
+        collective: C,
         counters: Counters,
         log: JobLog,
     ) -> Self {
+        let digest = state.weights_blake3();
+        let me = MemberId {
+            slot: DRIVER_SLOT,
+            incarnation: first_epoch.driver_incarnation(),
+            entry: 0,
+        };
+        let value_count = state.params.len();
+        let shape = member_shape(spec, value_count);
         Coordinator {
             optimizer: Optimizer::new(spec, layout),
-            digest: state.weights_blake3(),
+            me,
+            leader: Leader::new(leader_shape(spec, value_count), first_epoch, state.step),
+            member: Member::new(me, shape, state.step, short_digest(&digest)),
+            collective,
+            calls: JoinSet::new(),
+            digest,
             spec: spec.clone(),
             state,
-            epoch: first_epoch,
-            crew: Crew::new(links),
-            updates: RecentUpdates::default(),
-            next_order: 0,
-            usual_step: None,
+            crew: Crew::new(links, first_epoch),
+            packed: None,
+            unreached: BTreeSet::new(),
+            unreached_since: None,
+            judging: BTreeSet::new(),
             counters,
+            next_report: Instant::now() + WAITING_REPORT,
             log,
         }
     }
@@ -181,217 +216,181 @@ impl<L: TrainerLink> Coordinator<L> {
 
     /// How many trainers take part.
     pub fn ready_count(&self) -> usize {
-        self.crew.which(Slot::is_ready).len()
+        self.leader.seated().len()
     }
 
-    /// Takes one step. When this is dropped half-way the state is as before, and the step can be
-    /// taken again.
+    /// Follows one step. When this is dropped half-way the state is as before, and the step can be
+    /// followed again.
     pub async fn advance(&mut self) -> Result<StepReport, CoordinatorError> {
-        self.let_noticed_leave();
-        let begun = Instant::now();
-        let waited = self.ready_count() < self.spec.workers.min as usize;
-        let root = self.reduce().await?;
-        let report = self.optimizer.step(&mut self.state, &root)?;
+        let mut retry = tokio::time::interval(RETRY_EVERY);
+        self.next_report = Instant::now() + WAITING_REPORT;
+        loop {
+            if let Some(report) = self.act()? {
+                return Ok(report);
+            }
+            tokio::select! {
+                event = self.crew.next_event() => self.handle(event)?,
+                Some(done) = self.calls.join_next() => match done {
+                    Ok(done) => self.done(done),
+                    // Only dropping the coordinator aborts them.
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
+                },
+                _ = retry.tick() => {
+                    if self.member.is_resting() {
+                        self.member.retry();
+                    }
+                    self.separate();
+                    self.report_waiting();
+                }
+            }
+        }
+    }
+
+    /// Counts the trainers that end with our very bits.
+    pub async fn confirm(&mut self) -> usize {
+        let end = Instant::now() + CONFIRM_MAX;
+        loop {
+            let ready = self.crew.which(Slot::is_ready).len();
+            let held = self.crew.held(CONFIRM_MAX).await;
+            let is_equal =
+                |held: &&Held| held.step == self.state.step && held.digest == self.digest;
+            let equal = held.iter().filter(is_equal).count();
+            if equal == ready || Instant::now() >= end {
+                return equal;
+            }
+            // The copy may be a moment ahead of a trainer that has all sums as well.
+            tokio::time::sleep(CONFIRM_PAUSE).await;
+        }
+    }
+
+    /// Carries out what the copy wants, up to the next step.
+    fn act(&mut self) -> Result<Option<StepReport>, CoordinatorError> {
+        while let Some(action) = self.member.poll_action() {
+            match action {
+                Action::Ask { to, ask } => {
+                    let collective = self.collective.clone();
+                    self.calls.spawn(async move {
+                        let outcome = collective.ask(to, ask).await;
+                        Done::Answered(to, ask.step, ask.bucket, outcome)
+                    });
+                }
+                Action::Contribute { to, contribution } => {
+                    let collective = self.collective.clone();
+                    self.calls.spawn(async move {
+                        let (step, bucket) = (contribution.step, contribution.bucket);
+                        let subtree = contribution.partial.subtree;
+                        let outcome = collective.contribute(to, contribution).await;
+                        Done::Contributed(to, step, bucket, subtree, outcome)
+                    });
+                }
+                Action::Apply { root } => return self.apply(&root).map(Some),
+                Action::Report(report) => self.reported(self.me, report),
+                Action::Compute { .. } | Action::Answer { .. } => {
+                    unreachable!("the copy has no seat, and nobody can ask it")
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn apply(&mut self, root: &Partial) -> Result<StepReport, CoordinatorError> {
+        let report = self.optimizer.step(&mut self.state, root)?;
         self.digest = self.state.weights_blake3();
-        self.updates.push(root);
-        if !waited {
-            let took = begun.elapsed();
-            self.usual_step = Some(self.usual_step.map_or(took, |usual| (usual * 7 + took) / 8));
+        self.packed = None;
+        self.unreached.clear();
+        self.unreached_since = None;
+        self.member.applied(short_digest(&self.digest));
+        if self.leader.follow(self.state.step) {
+            self.publish();
         }
         Ok(report)
     }
 
-    /// Has the trainers apply the last update, and counts those that end with our very bits.
-    pub async fn confirm(&mut self) -> usize {
-        let order_for = |slot: &Slot<L>| {
-            Some(StepOrder {
-                epoch: self.epoch,
-                step: self.state.step,
-                updates: self.updates_since(slot.step)?,
-                shards: 0..0,
-            })
-        };
-        let replies = self.crew.ask_free(order_for, CONFIRM_MAX).await;
-        let is_equal = |reply: &&StepReply| reply.digest == self.digest;
-        replies.iter().filter(is_equal).count()
-    }
-
-    async fn reduce(&mut self) -> Result<Partial, CoordinatorError> {
-        let samples = self.spec.global_batch / u64::from(self.spec.virtual_shards);
-        let mut step = Step {
-            reducer: TreeReducer::new(self.spec.virtual_shards, samples, self.state.params.len()),
-            assignment: Assignment::new(self.next_order),
-            root: None,
-            dissent: BTreeMap::new(),
-        };
-        let mut next_report = Instant::now() + WAITING_REPORT;
-        loop {
-            self.give_orders(&mut step);
-            let wake = self.slow_at(&step).unwrap_or(next_report);
-            tokio::select! {
-                event = self.crew.next_event() => self.handle(event, &mut step)?,
-                () = tokio::time::sleep_until(wake) => {
-                    self.mark_slow(&mut step);
-                    if Instant::now() >= next_report {
-                        self.report_waiting(&step);
-                        next_report = Instant::now() + WAITING_REPORT;
-                    }
-                }
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Contributed(to, step, bucket, subtree, outcome) => {
+                let outcome = outcome.ok();
+                self.member.contributed(to, step, bucket, subtree, outcome);
             }
-            if let Some(root) = step.root.take() {
-                return Ok(root);
+            Done::Answered(to, step, bucket, outcome) => {
+                self.member.answered(to, step, bucket, outcome.ok());
             }
         }
     }
 
-    fn give_orders(&mut self, step: &mut Step) {
-        let fresh = step.reducer.missing().len() == self.spec.virtual_shards as usize
-            && step.assignment.is_fresh();
-        let workers = if fresh {
-            let free = self.crew.which(Slot::is_free);
-            // Below the minimum a step does not begin; one that has begun is finished by whoever
-            // is left.
-            if free.len() < self.required_count() {
-                return;
-            }
-            free
-        } else {
-            // Whoever is still busy with an earlier step would answer too late.
-            let at_step = self.state.step;
-            let takes_part =
-                |slot: &Slot<L>| slot.is_free() || (slot.is_ready() && slot.step == at_step);
-            self.crew.which(takes_part)
-        };
-        for order in step.assignment.plan(&step.reducer.missing(), &workers) {
-            self.next_order = step.assignment.next_number();
-            self.send(order, step);
-        }
-    }
-
-    /// How many must be free for a step to begin: those that owe an answer count as present.
-    fn required_count(&self) -> usize {
-        let owing = self
-            .crew
-            .which(|slot| slot.is_ready() && !slot.is_free())
-            .len();
-        (self.spec.workers.min as usize)
-            .saturating_sub(owing)
-            .max(1)
-    }
-
-    fn send(&mut self, order: Order, step: &mut Step) {
-        let index = order.worker;
-        let Some(updates) = self.updates_since(self.crew.slots()[index].step) else {
-            // It was away for too many steps.
-            let _ = step.assignment.lost(index);
-            self.prepare(index);
-            return;
-        };
-        let number = order.number;
-        let order = StepOrder {
-            epoch: self.epoch,
-            step: self.state.step,
-            updates,
-            shards: order.shards,
-        };
-        self.crew.order(index, number, order);
-    }
-
-    fn handle(&mut self, event: Event, step: &mut Step) -> Result<(), CoordinatorError> {
+    fn handle(&mut self, event: Event) -> Result<(), CoordinatorError> {
         let index = event.slot;
         match event.what {
             Happened::Greeted(greeting) => self.greeted(index, greeting),
             Happened::Prepared { sent, answer } => match answer {
-                Ok(held) if held == sent => self.joined(index, held.step),
-                Ok(held) => self.lose(
+                Ok((member, held)) if held == sent => self.joined(index, member, held.step),
+                Ok((_, held)) => self.lose(
                     index,
                     &format!("it holds {} where {} was sent", held.digest, sent.digest),
-                    step,
                 ),
-                Err(error) => self.failed(index, &error, step)?,
+                Err(error) => self.failed(index, &error)?,
             },
-            Happened::Stepped { number, answer } => match *answer {
-                Ok(reply) => self.stepped(index, number, reply, step)?,
-                Err(error) => self.failed(index, &error, step)?,
-            },
-        }
-        Ok(())
-    }
-
-    fn stepped(
-        &mut self,
-        index: usize,
-        number: u64,
-        reply: StepReply,
-        step: &mut Step,
-    ) -> Result<(), CoordinatorError> {
-        self.crew.slot(index).notice_ms = reply.notice_ms;
-        step.assignment.answered(number);
-        if reply.step != self.state.step {
-            // A slow answer to a step that others have finished.
-            return Ok(());
-        }
-        if reply.digest != self.digest {
-            return self.disagree(index, reply.digest, step);
-        }
-        for partial in reply.partials {
-            match step.reducer.offer(partial) {
-                Ok(Some(root)) => step.root = Some(root),
-                // Two have computed it; the bits are the same.
-                Ok(None) | Err(ReductionError::Overlap { .. } | ReductionError::Complete) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
-
-    fn updates_since(&self, step: u64) -> Option<Vec<Partial>> {
-        self.updates.last(self.state.step.checked_sub(step)?)
-    }
-
-    fn slow_after(&self) -> Duration {
-        self.usual_step.map_or(SLOW_AFTER_MIN * 8, |usual| {
-            SLOW_AFTER_MIN.max(usual * SLOW_FACTOR)
-        })
-    }
-
-    /// When the next order of this step becomes slow.
-    fn slow_at(&self, step: &Step) -> Option<Instant> {
-        let orders = self.crew.slots().iter().flat_map(|slot| &slot.orders);
-        orders
-            .filter(|(number, _)| step.assignment.is_under_way(**number))
-            .map(|(_, sent)| *sent + self.slow_after())
-            .min()
-    }
-
-    fn mark_slow(&mut self, step: &mut Step) {
-        let limit = self.slow_after();
-        for slot in self.crew.slots() {
-            for (number, sent) in &slot.orders {
-                if sent.elapsed() >= limit
-                    && let Some(worker) = step.assignment.mark_slow(*number)
-                {
-                    self.counters.slow_orders += 1;
-                    self.log.line(format_args!(
-                        "trainer-{worker} on {} has not answered step {} for {} ms: the others \
-                         compute its shards too",
-                        slot.node,
-                        self.state.step,
-                        sent.elapsed().as_millis()
-                    ));
+            Happened::Adopted(answer) => {
+                self.crew.adopted(index);
+                match answer {
+                    // There may be a newer one by now.
+                    Ok(()) => self.publish(),
+                    Err(error) => self.failed(index, &error)?,
                 }
             }
+            Happened::News(Ok(news)) => self.heard(index, &news),
+            Happened::News(Err(error)) => self.failed(index, &error)?,
+            Happened::Judged { step, said } => self.judge(step, &said)?,
+        }
+        Ok(())
+    }
+
+    /// What the copy, or a trainer, has to say of others.
+    fn reported(&mut self, from: MemberId, report: Report) {
+        match report {
+            // The end of a process is seen by listening to it; this is for members that we reach and that
+            // do not reach each other.
+            Report::Unreachable { peer } => {
+                self.unreached.insert((from, peer));
+                self.unreached_since.get_or_insert_with(Instant::now);
+            }
+            Report::Dissent { step, .. } => {
+                if self.judging.insert(step) {
+                    self.crew.ask_digests(step);
+                }
+            }
+            Report::Slow { peer } => self.slow(peer),
+            Report::Behind { .. } if from == self.me => self.rewind(),
+            Report::Behind { .. } => {
+                self.leader.unseat(from);
+                self.publish();
+                self.prepare(from.slot as usize);
+            }
         }
     }
 
-    fn report_waiting(&mut self, step: &Step) {
-        let ready = self.ready_count();
-        let min = self.spec.workers.min as usize;
-        let missing = step.reducer.missing().len();
+    /// Tells everybody the plan that stands, the own copy first.
+    fn publish(&mut self) {
+        let plan = self.leader.plan();
+        self.member
+            .adopt(plan.clone())
+            .expect("the leader's epochs only grow");
+        self.crew.publish(plan);
+    }
+
+    fn report_waiting(&mut self) {
+        if Instant::now() < self.next_report {
+            return;
+        }
+        self.next_report = Instant::now() + WAITING_REPORT;
+        if !self.leader.plan().hold {
+            return;
+        }
         self.log.line(format_args!(
-            "step {} waits: {ready} trainers take part, at least {min} are needed, {missing} \
-             shards are to be computed",
-            self.state.step
+            "step {} waits: {} trainers take part, at least {} are needed",
+            self.state.step,
+            self.ready_count(),
+            self.spec.workers.min,
         ));
     }
 }

@@ -7,18 +7,22 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
-use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
+use super::messages::{Epoch, Greeting, Held, News, TrainerError};
+use super::protocol::leader::StateDigest;
+use super::protocol::plan::{MemberId, Plan};
 
 /// Pauses between attempts to reach a trainer.
-const GREET_PAUSE_FIRST: Duration = Duration::from_millis(50);
+pub(super) const GREET_PAUSE_FIRST: Duration = Duration::from_millis(50);
 const GREET_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How long a process that leaves may still be seen.
 const LEAVE_PAUSE: Duration = Duration::from_millis(200);
+/// The slot of what concerns no single trainer.
+const NOBODY: usize = usize::MAX;
 
 /// Why a trainer did not answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -35,14 +39,25 @@ pub enum LinkError {
 pub trait TrainerLink: Clone + Send + Sync + 'static {
     /// Waits until it is there, within a bound, creating it if it has ended.
     fn greet(&self) -> impl Future<Output = Result<Greeting, LinkError>> + Send;
-    /// Gives it a state.
+    /// Gives it a state, and the plan to follow from there.
     fn prepare(
         &self,
+        plan: Plan,
+        state: Arc<Vec<u8>>,
+    ) -> impl Future<Output = Result<(MemberId, Held), LinkError>> + Send;
+    /// Gives it another plan.
+    fn adopt(&self, plan: Plan) -> impl Future<Output = Result<(), LinkError>> + Send;
+    /// Listens to it; answers within a bound, also if there is nothing new.
+    fn news(
+        &self,
         epoch: Epoch,
-        state: Vec<u8>,
-    ) -> impl Future<Output = Result<Held, LinkError>> + Send;
-    /// Orders a share of a step.
-    fn step(&self, order: StepOrder) -> impl Future<Output = Result<StepReply, LinkError>> + Send;
+        known: u64,
+    ) -> impl Future<Output = Result<News, LinkError>> + Send;
+    /// The state that it had before a step.
+    fn digest_before(
+        &self,
+        step: u64,
+    ) -> impl Future<Output = Result<Option<StateDigest>, LinkError>> + Send;
     /// Lets it leave its node.
     fn leave(&self) -> impl Future<Output = Result<(), LinkError>> + Send;
 }
@@ -65,12 +80,14 @@ pub(super) struct Slot<L> {
     /// Grows when it is given up; what was under way then is ignored.
     pub(super) ticket: u64,
     pub(super) incarnation: Option<u64>,
+    /// Under which name it takes part.
+    pub(super) member: Option<MemberId>,
     pub(super) node: String,
-    /// The step at which its replica stands when it has done what it was ordered.
-    pub(super) step: u64,
-    /// Orders that it has not answered, and when they were sent.
-    pub(super) orders: BTreeMap<u64, Instant>,
-    pub(super) notice_ms: Option<u64>,
+    /// The newest plan that it is known to follow, and its gate.
+    adopted: Option<Plan>,
+    is_adopting: bool,
+    /// The last of its news.
+    pub(super) news_number: u64,
 }
 
 /// Something that happened to a trainer.
@@ -85,11 +102,14 @@ pub(super) enum Happened {
     Greeted(Greeting),
     Prepared {
         sent: Held,
-        answer: Result<Held, LinkError>,
+        answer: Result<(MemberId, Held), LinkError>,
     },
-    Stepped {
-        number: u64,
-        answer: Box<Result<StepReply, LinkError>>,
+    Adopted(Result<(), LinkError>),
+    News(Result<News, LinkError>),
+    /// Who held which bits before the step, of those who answered.
+    Judged {
+        step: u64,
+        said: BTreeMap<MemberId, StateDigest>,
     },
 }
 
@@ -97,34 +117,32 @@ impl<L> Slot<L> {
     pub(super) fn is_ready(&self) -> bool {
         self.presence == Presence::Ready
     }
-
-    /// Whether it takes part and owes no answer.
-    pub(super) fn is_free(&self) -> bool {
-        self.is_ready() && self.orders.is_empty()
-    }
 }
 
 /// All trainers of a job.
 pub(super) struct Crew<L> {
     slots: Vec<Slot<L>>,
+    first_epoch: Epoch,
     tasks: JoinSet<Event>,
 }
 
 impl<L: TrainerLink> Crew<L> {
     /// Begins to wait for the trainers of `links`.
-    pub(super) fn new(links: Vec<L>) -> Self {
+    pub(super) fn new(links: Vec<L>, first_epoch: Epoch) -> Self {
         let slots = links.into_iter().map(|link| Slot {
             link,
             presence: Presence::Away,
             ticket: 0,
             incarnation: None,
+            member: None,
             node: "no node yet".to_owned(),
-            step: 0,
-            orders: BTreeMap::new(),
-            notice_ms: None,
+            adopted: None,
+            is_adopting: false,
+            news_number: 0,
         });
         let mut crew = Crew {
             slots: slots.collect(),
+            first_epoch,
             tasks: JoinSet::new(),
         };
         for index in 0..crew.slots.len() {
@@ -157,21 +175,16 @@ impl<L: TrainerLink> Crew<L> {
                 Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
                 None => std::future::pending().await,
             };
-            let slot = &mut self.slots[event.slot];
-            if slot.ticket != event.ticket {
-                continue;
+            if event.slot == NOBODY || self.slots[event.slot].ticket == event.ticket {
+                return event;
             }
-            if let Happened::Stepped { number, .. } = &event.what {
-                slot.orders.remove(number);
-            }
-            return event;
         }
     }
 
-    /// Gives a trainer up, and waits until it is there again.
-    pub(super) fn lose(&mut self, index: usize) {
+    /// Gives a trainer up, and waits until it is there again, not before `pause` is over.
+    pub(super) fn lose(&mut self, index: usize, pause: Duration) {
         self.give_up(index);
-        self.summon(index, false, GREET_PAUSE_FIRST);
+        self.summon(index, false, pause);
     }
 
     /// Lets a trainer leave its node, and waits until it is there again.
@@ -181,74 +194,122 @@ impl<L: TrainerLink> Crew<L> {
     }
 
     /// Sends a state in the background.
-    pub(super) fn prepare(&mut self, index: usize, epoch: Epoch, sent: Held, state: Vec<u8>) {
-        // An answer to an older order says nothing about the new state.
+    pub(super) fn prepare(&mut self, index: usize, plan: Plan, sent: Held, state: Arc<Vec<u8>>) {
+        // An answer to something older says nothing about the new state.
         self.give_up(index);
         let slot = &mut self.slots[index];
         slot.presence = Presence::Preparing;
-        let (link, ticket) = (slot.link.clone(), slot.ticket);
-        self.tasks.spawn(async move {
-            let answer = link.prepare(epoch, state).await;
-            Event {
-                slot: index,
-                ticket,
-                what: Happened::Prepared { sent, answer },
-            }
+        slot.adopted = Some(plan.clone());
+        let link = slot.link.clone();
+        self.spawn(index, async move {
+            let answer = link.prepare(plan, state).await;
+            Happened::Prepared { sent, answer }
         });
     }
 
-    /// Sends an order in the background.
-    pub(super) fn order(&mut self, index: usize, number: u64, order: StepOrder) {
+    /// The trainer takes part: listens to it from now on.
+    pub(super) fn ready(&mut self, index: usize, member: MemberId) {
         let slot = &mut self.slots[index];
-        slot.step = order.step;
-        slot.orders.insert(number, Instant::now());
-        let (link, ticket) = (slot.link.clone(), slot.ticket);
+        slot.member = Some(member);
+        slot.presence = Presence::Ready;
+        slot.news_number = 0;
+        self.listen(index);
+    }
+
+    /// Listens to a trainer in the background.
+    pub(super) fn listen(&mut self, index: usize) {
+        let slot = &self.slots[index];
+        let (link, known) = (slot.link.clone(), slot.news_number);
+        let epoch = slot
+            .adopted
+            .as_ref()
+            .map_or(self.first_epoch, |plan| plan.epoch);
+        self.spawn(index, async move {
+            Happened::News(link.news(epoch, known).await)
+        });
+    }
+
+    /// Sends `plan` in the background to those who take part and do not follow it yet.
+    pub(super) fn publish(&mut self, plan: &Plan) {
+        for index in self.which(Slot::is_ready) {
+            let slot = &mut self.slots[index];
+            if slot.is_adopting || slot.adopted.as_ref() == Some(plan) {
+                continue;
+            }
+            slot.is_adopting = true;
+            slot.adopted = Some(plan.clone());
+            let (link, plan) = (slot.link.clone(), plan.clone());
+            self.spawn(
+                index,
+                async move { Happened::Adopted(link.adopt(plan).await) },
+            );
+        }
+    }
+
+    /// A trainer has answered to a plan; it may lack the next one.
+    pub(super) fn adopted(&mut self, index: usize) {
+        self.slots[index].is_adopting = false;
+    }
+
+    /// Asks all who take part in the background what they held before `step`.
+    pub(super) fn ask_digests(&mut self, step: u64) {
+        let ready = self.which(Slot::is_ready).into_iter();
+        let asked: Vec<(MemberId, L)> = ready
+            .filter_map(|index| {
+                let slot = &self.slots[index];
+                Some((slot.member?, slot.link.clone()))
+            })
+            .collect();
         self.tasks.spawn(async move {
-            let answer = Box::new(link.step(order).await);
+            let answers = asked.iter().map(|(member, link)| async move {
+                let digest = link.digest_before(step).await.ok().flatten();
+                digest.map(|digest| (*member, digest))
+            });
+            let said = futures::future::join_all(answers).await;
             Event {
-                slot: index,
-                ticket,
-                what: Happened::Stepped { number, answer },
+                slot: NOBODY,
+                ticket: 0,
+                what: Happened::Judged {
+                    step,
+                    said: said.into_iter().flatten().collect(),
+                },
             }
         });
     }
 
-    /// Sends each free trainer its order, and answers with the replies that come within `limit`.
-    pub(super) async fn ask_free(
-        &self,
-        order_for: impl Fn(&Slot<L>) -> Option<StepOrder>,
-        limit: Duration,
-    ) -> Vec<StepReply> {
-        let mut asked = JoinSet::new();
-        for slot in self.slots.iter().filter(|slot| slot.is_free()) {
-            if let Some(order) = order_for(slot) {
-                let link = slot.link.clone();
-                asked.spawn(async move { link.step(order).await });
+    /// What all who take part hold; those who do not answer within `limit` are not counted.
+    pub(super) async fn held(&self, limit: Duration) -> Vec<Held> {
+        let ready = self.slots.iter().filter(|slot| slot.is_ready());
+        let asked = ready.map(|slot| async {
+            let answer = tokio::time::timeout(limit, slot.link.greet()).await;
+            answer.ok()?.ok()?.held.map(|(_, held)| held)
+        });
+        let held = futures::future::join_all(asked).await;
+        held.into_iter().flatten().collect()
+    }
+
+    fn spawn(&mut self, index: usize, what: impl Future<Output = Happened> + Send + 'static) {
+        let ticket = self.slots[index].ticket;
+        self.tasks.spawn(async move {
+            Event {
+                slot: index,
+                ticket,
+                what: what.await,
             }
-        }
-        let mut replies = Vec::new();
-        let collect = async {
-            while let Some(answer) = asked.join_next().await {
-                replies.extend(answer.ok().and_then(Result::ok));
-            }
-        };
-        // Whoever is silent by then is not counted.
-        let _ = tokio::time::timeout(limit, collect).await;
-        replies
+        });
     }
 
     fn give_up(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         slot.presence = Presence::Away;
         slot.ticket += 1;
-        slot.orders.clear();
+        (slot.member, slot.adopted, slot.is_adopting) = (None, None, false);
     }
 
     /// Waits in the background until the trainer is there; one that shall `leave` first is told.
     fn summon(&mut self, index: usize, leave: bool, pause: Duration) {
-        let slot = &self.slots[index];
-        let (link, ticket) = (slot.link.clone(), slot.ticket);
-        self.tasks.spawn(async move {
+        let link = self.slots[index].link.clone();
+        self.spawn(index, async move {
             if leave && let Err(error) = link.leave().await {
                 // The notice is withdrawn, or the process is gone already: the greeting tells.
                 tracing::debug!(%error, index, "a trainer did not leave");
@@ -257,13 +318,7 @@ impl<L: TrainerLink> Crew<L> {
             loop {
                 tokio::time::sleep(pause).await;
                 match link.greet().await {
-                    Ok(greeting) => {
-                        return Event {
-                            slot: index,
-                            ticket,
-                            what: Happened::Greeted(greeting),
-                        };
-                    }
+                    Ok(greeting) => return Happened::Greeted(greeting),
                     // As long as the job lives it hopes for its trainers; each attempt waits.
                     Err(error) => tracing::debug!(%error, index, "a trainer is not there yet"),
                 }

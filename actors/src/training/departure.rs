@@ -7,9 +7,7 @@ use mobula::Notice;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::coordinator::Coordinator;
-use super::job::{Driver, JobError, now_ms};
-use super::link::ClusterLink;
+use super::job::{Coordinator, Driver, JobError, now_ms};
 use super::preemption::{Budget, Facts, Preemption, Transition};
 use super::resume::History;
 use super::saving::Saver;
@@ -27,7 +25,7 @@ impl Driver {
     pub(super) async fn leave(
         &self,
         notice: Notice,
-        coordinator: &Coordinator<ClusterLink>,
+        coordinator: &Coordinator,
         saver: &mut Saver,
         history: &History,
     ) -> Result<(), JobError> {

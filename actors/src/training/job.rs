@@ -18,7 +18,8 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use super::checkpointing::SaveSchedule;
-use super::coordinator::{Coordinator, CoordinatorError};
+use super::collective::ClusterCollective;
+use super::coordinator::CoordinatorError;
 use super::data::Files;
 use super::departure::new_notice;
 use super::job_log::JobLog;
@@ -45,12 +46,12 @@ use crate::checkpoint::safetensors::SHAPES_KEY;
 use crate::registry::VersionFile;
 use crate::storage::open_blobs;
 
+/// The coordinator of a job whose trainers are actors.
+pub(super) type Coordinator = super::coordinator::Coordinator<ClusterLink, ClusterCollective>;
+
 /// Pauses between attempts to store the result's files.
 const PUBLISH_PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PUBLISH_PAUSE_MAX: Duration = Duration::from_secs(15);
-
-/// The largest state, and the largest sums of a step: each travels in one message.
-const MESSAGE_BYTES_MAX: u64 = 8 * 1024 * 1024 - 64 * 1024;
 
 /// Why a training job failed.
 #[derive(Debug, thiserror::Error)]
@@ -58,21 +59,6 @@ pub enum JobError {
     /// The job file is wrong.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// The model does not fit into one message.
-    #[error(
-        "the model has {parameters} parameters: {what} would take {size_bytes} bytes, and one \
-         message holds {limit_bytes}; use a smaller model"
-    )]
-    TooLarge {
-        /// Its parameters.
-        parameters: usize,
-        /// What does not fit.
-        what: &'static str,
-        /// Bytes that it would take.
-        size_bytes: u64,
-        /// Bytes of a message.
-        limit_bytes: u64,
-    },
     /// The model cannot be built or evaluated.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
@@ -108,7 +94,7 @@ impl JobError {
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {
-            JobError::Spec(_) | JobError::TooLarge { .. } => true,
+            JobError::Spec(_) => true,
             JobError::Workload(error) => !error.may_pass(),
             JobError::Train(error) => error.is_final(),
             _ => false,
@@ -131,7 +117,6 @@ pub async fn train_spec(cluster: Cluster, spec: TrainSpec) -> Result<TrainResult
         None => Files::local(),
     };
     let workload = tokio::task::block_in_place(|| Workload::load(&spec, &files))?;
-    check_messages(&workload)?;
     let (Some(job), Some((actor, incarnation))) = (cluster.job(), cluster.driver()) else {
         let reason = "training is a job: start it with `mobula submit`".to_owned();
         return Err(mobula::Error::NotInCluster(reason).into());
@@ -147,31 +132,6 @@ pub async fn train_spec(cluster: Cluster, spec: TrainSpec) -> Result<TrainResult
         trace: Mutex::new(None),
     };
     Box::pin(driver.run()).await
-}
-
-/// Refuses a model whose state or gradients one message cannot hold.
-fn check_messages(workload: &Workload) -> Result<(), JobError> {
-    let spec = workload.spec();
-    let parameters = workload.layout().value_count();
-    let vector_bytes = parameters as u64 * 4;
-    let state_bytes = 64 + vector_bytes * (1 + spec.optimizer.moment_count() as u64);
-    // A run of neighbouring shards has two maximal subtrees of each level at most.
-    let sums = u64::from(2 * spec.virtual_shards.ilog2()).max(1);
-    let limit_bytes = MESSAGE_BYTES_MAX;
-    for (what, size_bytes) in [
-        ("its state", state_bytes),
-        ("a step's sums", sums * vector_bytes),
-    ] {
-        if size_bytes > limit_bytes {
-            return Err(JobError::TooLarge {
-                parameters,
-                what,
-                size_bytes,
-                limit_bytes,
-            });
-        }
-    }
-    Ok(())
 }
 
 pub(super) struct Driver {
@@ -228,8 +188,16 @@ impl Driver {
         }
         let epoch = Epoch::first_of(self.incarnation.0);
         let counters = history.counters;
-        let mut coordinator =
-            Coordinator::new(&self.spec, layout, state, epoch, links, counters, log);
+        let mut coordinator = Coordinator::new(
+            &self.spec,
+            self.workload.layout(),
+            state,
+            epoch,
+            links,
+            ClusterCollective::new(&self.cluster),
+            counters,
+            log,
+        );
         let mut progress = Progress::new(self.spec.steps, self.spec.global_batch, log);
         self.take_steps(&mut coordinator, &mut saver, &mut progress, &mut history)
             .await?;
@@ -269,7 +237,7 @@ impl Driver {
 
     async fn take_steps(
         &self,
-        coordinator: &mut Coordinator<ClusterLink>,
+        coordinator: &mut Coordinator,
         saver: &mut Saver,
         progress: &mut Progress,
         history: &mut History,
@@ -322,7 +290,7 @@ impl Driver {
     /// What to save now. The history counts this checkpoint already.
     pub(super) fn order(
         &self,
-        coordinator: &Coordinator<ClusterLink>,
+        coordinator: &Coordinator,
         saver: &Saver,
         history: &History,
     ) -> SaveOrder {
@@ -366,7 +334,7 @@ impl Driver {
 
     async fn finish(
         &self,
-        mut coordinator: Coordinator<ClusterLink>,
+        mut coordinator: Coordinator,
         mut saver: Saver,
         progress: &Progress,
         history: History,
@@ -514,7 +482,6 @@ pub(super) fn now_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::training::models::ModelSpec;
 
     #[test]
     fn the_example_jobs_can_be_trained() {
@@ -529,20 +496,7 @@ mod tests {
             ),
         ] {
             let spec = TrainSpec::from_toml(text, file).unwrap();
-            check_messages(&Workload::load(&spec, &Files::local()).unwrap()).unwrap();
+            Workload::load(&spec, &Files::local()).unwrap();
         }
-    }
-
-    #[test]
-    fn a_model_that_no_message_holds_is_refused_with_its_numbers() {
-        let mut spec = TrainSpec::digits_mlp("a");
-        let check =
-            |spec: &TrainSpec| check_messages(&Workload::load(spec, &Files::local()).unwrap());
-        check(&spec).unwrap();
-        spec.model = ModelSpec::Mlp {
-            hidden: vec![1024, 1024],
-        };
-        let error = check(&spec).unwrap_err().to_string();
-        assert!(error.contains("one message holds 8323072"), "{error}");
     }
 }

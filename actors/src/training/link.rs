@@ -9,17 +9,27 @@ use mobula::{CallFailure, Cluster};
 use mobula_core::Incarnation;
 
 use super::crew::{LinkError, TrainerLink};
-use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
+use super::messages::{Epoch, Greeting, Held, News, TrainerError};
 use super::named_actor::NamedActor;
+use super::protocol::leader::StateDigest;
+use super::protocol::plan::{MemberId, Plan};
 use super::spec::TrainSpec;
-use super::trainer::{Trainer, TrainerCalls};
+use super::trainer::{Trainer, TrainerCalls, trainer_name};
 
 /// How long one greeting waits for a trainer that is still to be placed or started.
 const GREET_MAX: Duration = Duration::from_secs(20);
-/// How long a trainer may take for an order before it is given up; it is called slow well before.
-const ORDER_MAX: Duration = Duration::from_secs(60);
-/// After this the head is asked whether a silent trainer still lives.
-const SUSPECT_AFTER: Duration = Duration::from_millis(250);
+/// How long a trainer may take to load its data and take over a state.
+const PREPARE_MAX: Duration = Duration::from_secs(60);
+/// How long a piece of a state may be on its way.
+const PIECE_MAX: Duration = Duration::from_secs(20);
+/// How long a trainer may be silent before it is given up. It says every quarter of a second that it
+/// lives, also while it computes.
+const SILENT_MAX: Duration = Duration::from_secs(2);
+/// After this the head is asked whether a silent trainer still lives: a little later than it would have
+/// said so itself. On its own machine the end of a process is known at once, by its closed socket.
+const SUSPECT_AFTER: Duration = Duration::from_millis(350);
+/// Bytes of a state that travel in one call.
+const PIECE_BYTES: usize = 4 << 20;
 /// How long it may take to leave.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 /// Starts of a trainer, at most: enough for any cluster, and an end to one that cannot start.
@@ -44,8 +54,8 @@ impl ClusterLink {
         let spec = spec.clone();
         let actor = NamedActor::new(cluster, move |cluster| {
             cluster
-                .actor(Trainer::new(spec.clone()))
-                .name(format!("trainer-{slot}"))
+                .actor(Trainer::new(spec.clone(), slot as u32))
+                .name(trainer_name(slot as u32))
                 .cpus(TRAINER_CPUS)
                 .spread("trainers")
                 .max_restarts(RESTARTS_MAX)
@@ -56,14 +66,24 @@ impl ClusterLink {
         }))
     }
 
-    /// The state that the trainer holds.
-    pub async fn state(&self) -> Result<Vec<u8>, LinkError> {
+    /// The state that the trainer holds, of `size_bytes` at most.
+    pub async fn state(&self, size_bytes: u64) -> Result<Vec<u8>, LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
-        actor
-            .state()
-            .timeout(ORDER_MAX)
-            .await
-            .map_err(|failure| self.failed(failure))
+        let mut state = Vec::new();
+        loop {
+            let call = actor.state(state.len() as u64, PIECE_BYTES as u64);
+            let piece = call.timeout(PIECE_MAX).await;
+            let piece = piece.map_err(|failure| self.failed(failure))?;
+            if piece.is_empty() {
+                return Ok(state);
+            }
+            state.extend_from_slice(&piece);
+            if state.len() as u64 > size_bytes {
+                return Err(LinkError::Lost(format!(
+                    "its state is larger than the {size_bytes} bytes of this job's"
+                )));
+            }
+        }
     }
 
     fn failed(&self, failure: CallFailure<TrainerError>) -> LinkError {
@@ -119,17 +139,42 @@ impl TrainerLink for ClusterLink {
         Ok(greeting)
     }
 
-    async fn prepare(&self, epoch: Epoch, state: Vec<u8>) -> Result<Held, LinkError> {
+    async fn prepare(
+        &self,
+        plan: Plan,
+        state: Arc<Vec<u8>>,
+    ) -> Result<(MemberId, Held), LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
-        let call = actor.prepare(epoch, Some(state)).timeout(ORDER_MAX);
+        let send = async {
+            let mut offset = 0;
+            for piece in state.chunks(PIECE_BYTES) {
+                let call = actor.receive(plan.epoch, offset, piece.to_vec());
+                call.timeout(PIECE_MAX).await?;
+                offset += piece.len() as u64;
+            }
+            actor.prepare(plan).timeout(PREPARE_MAX).await
+        };
+        let answer = self.unless_started_again(send).await?;
+        answer.map_err(|failure| self.failed(failure))
+    }
+
+    async fn adopt(&self, plan: Plan) -> Result<(), LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let call = actor.adopt(plan).timeout(SILENT_MAX);
         let answer = self.unless_started_again(call).await?;
         answer.map_err(|failure| self.failed(failure))
     }
 
-    async fn step(&self, order: StepOrder) -> Result<StepReply, LinkError> {
+    async fn news(&self, epoch: Epoch, known: u64) -> Result<News, LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
-        let call = actor.step(order).timeout(ORDER_MAX);
+        let call = actor.news(epoch, known).timeout(SILENT_MAX);
         let answer = self.unless_started_again(call).await?;
+        answer.map_err(|failure| self.failed(failure))
+    }
+
+    async fn digest_before(&self, step: u64) -> Result<Option<StateDigest>, LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let answer = actor.digest_before(step).timeout(SILENT_MAX).await;
         answer.map_err(|failure| self.failed(failure))
     }
 

@@ -1,15 +1,14 @@
 //! What coordinator and trainers say to each other.
 //!
-//! Invariants:
-//! 1. Every order carries the coordinator's epoch; a trainer that has seen a higher one refuses it.
-//! 2. A reply names the digest of the parameters with which it was computed, so that a replica with
-//!    other bits is found before its numbers are used.
-
-use std::ops::Range;
+//! Invariant: every plan carries the coordinator's epoch; a trainer that has seen a higher one refuses
+//! it.
 
 use serde::{Deserialize, Serialize};
 
-use super::reduction::Partial;
+use super::collective::sealed::Damaged;
+use super::protocol::leader::StateDigest;
+use super::protocol::member::Report;
+use super::protocol::plan::MemberId;
 
 /// Grows with changes of who takes part: the driver's incarnation above, a count below. So a new
 /// driver outranks whatever an old one still sends.
@@ -49,8 +48,8 @@ pub struct Greeting {
     pub incarnation: u64,
     /// Where it runs, for people.
     pub node_name: String,
-    /// The state it still holds from before, if any.
-    pub held: Option<Held>,
+    /// The state it still holds from before, and under which name it exchanges sums, if any.
+    pub held: Option<(MemberId, Held)>,
     /// The notice that its node was given: when, in milliseconds since the Unix epoch.
     pub notice_ms: Option<u64>,
 }
@@ -64,29 +63,35 @@ pub struct Held {
     pub digest: String,
 }
 
-/// One worker's share of a step.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct StepOrder {
-    /// Who may order.
-    pub epoch: Epoch,
-    /// The step to compute, counted from 0.
-    pub step: u64,
-    /// The reduced sums of the steps before it that the replica has not applied yet, in order; the
-    /// last one is that of `step - 1`.
-    pub updates: Vec<Partial>,
-    /// The shards to compute: neighbours, so that few sums come back.
-    pub shards: Range<u32>,
+impl Held {
+    /// The first sixteen bytes of the digest, which ride on every message of a step.
+    #[must_use]
+    pub fn short(&self) -> StateDigest {
+        short_digest(&self.digest)
+    }
 }
 
-/// A worker's answer.
+/// The first sixteen bytes of a BLAKE3 in hex; zeros for what is none.
+#[must_use]
+pub fn short_digest(hex: &str) -> StateDigest {
+    let mut short = [0; 16];
+    if let Ok(hash) = blake3::Hash::from_hex(hex) {
+        short.copy_from_slice(&hash.as_bytes()[..16]);
+    }
+    short
+}
+
+/// What a trainer tells the coordinator that listens to it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct StepReply {
-    /// The step.
+pub struct News {
+    /// Grows with each change; the coordinator names the last one that it knows.
+    pub number: u64,
+    /// Who it is now.
+    pub member: MemberId,
+    /// The step at which it stands.
     pub step: u64,
-    /// BLAKE3 of weights and optimizer state before this step, in hex.
-    pub digest: String,
-    /// One sum for each maximal aligned subtree of the shards.
-    pub partials: Vec<Partial>,
+    /// What it has to say of others, since the number that was named.
+    pub reports: Vec<Report>,
     /// The notice that its node was given: when, in milliseconds since the Unix epoch.
     pub notice_ms: Option<u64>,
 }
@@ -105,17 +110,48 @@ pub enum TrainerError {
     /// It was started again and has no state.
     #[error("this trainer has no state yet; prepare it first")]
     Unprepared,
-    /// Its state is of another step.
+    /// A message for another start of this trainer.
+    #[error("{0} has ended; this is another start of it")]
+    Other(MemberId),
+    /// What was sent was damaged on the way.
+    #[error("{0}")]
+    Damaged(#[from] Damaged),
+    /// Pieces of a state that do not follow each other.
     #[error(
-        "this trainer stands at step {found}, the order is for step {ordered}; prepare it again"
+        "a piece of a state begins at {found} and {expected} bytes are here; send all of it again"
     )]
-    OutOfStep {
-        /// Its step, with the updates applied.
+    Misplaced {
+        /// Where it begins.
         found: u64,
-        /// The order's step.
-        ordered: u64,
+        /// Where it should.
+        expected: u64,
     },
     /// The data, the state or the numbers are not what the job needs; the same order fails again.
     #[error("{0}")]
     Unfit(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_newer_driver_outranks_every_epoch_of_an_older_one() {
+        let mut old = Epoch::first_of(7);
+        for _ in 0..1 << 20 {
+            let next = old.next();
+            assert!(next >= old);
+            old = next;
+        }
+        assert!(Epoch::first_of(8) > old);
+        assert_eq!(old.driver_incarnation(), 7);
+    }
+
+    #[test]
+    fn the_short_digest_is_the_beginning_of_the_long_one() {
+        let hash = blake3::hash(b"a");
+        let short = short_digest(&hash.to_hex());
+        assert_eq!(short, hash.as_bytes()[..16]);
+        assert_eq!(short_digest("none"), [0; 16]);
+    }
 }

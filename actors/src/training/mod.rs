@@ -23,10 +23,11 @@
 //!   job's weights; [`resume`] finds where a driver that was started again goes on; [`checkpointing`] says
 //!   when to save and [`saving`] does it; `departure` leaves a node that was given notice, as [`preemption`]
 //!   chooses; [`publish`] stores the model.
-//! * [`coordinator`] leads the trainers from step to step; [`crew`] knows who is there, [`assignment`]
-//!   plans who computes what, `updates` keeps the latest sums for who was late.
-//! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what both sides say;
-//!   [`link`] is the way between them.
+//! * [`protocol`] is what the members of a job do, as pure state machines; [`collective`] carries sums
+//!   between them and runs a member; [`shape`] has the sizes.
+//! * [`coordinator`] says who takes part and follows the steps; [`crew`] knows who is there.
+//! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what coordinator and
+//!   trainers say; [`link`] is the way between them.
 //! * [`record`] is what a run was and [`trace`] how its states went; [`replay`] makes it once more and
 //!   compares.
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
@@ -53,10 +54,9 @@ pub mod validation;
 pub mod workload;
 
 mod departure;
-mod updates;
 
-pub mod assignment;
 pub mod checkpointing;
+pub mod collective;
 pub mod coordinator;
 pub mod crew;
 pub mod job;
@@ -66,6 +66,7 @@ pub mod messages;
 pub mod named_actor;
 pub mod preemption;
 pub mod progress;
+pub mod protocol;
 pub mod publish;
 pub mod record;
 pub mod replay;
@@ -73,6 +74,7 @@ pub mod replica;
 pub mod result;
 pub mod resume;
 pub mod saving;
+pub mod shape;
 pub mod start_from;
 pub mod trace;
 pub mod trainer;

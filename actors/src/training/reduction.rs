@@ -40,22 +40,27 @@ impl Subtree {
         (end <= u64::from(shard_count)).then_some(start as u32..end as u32)
     }
 
-    fn parent(&self) -> Self {
+    pub(super) fn parent(&self) -> Self {
         Self {
             level: self.level + 1,
             index: self.index / 2,
         }
     }
 
-    fn sibling(&self) -> Self {
+    pub(super) fn sibling(&self) -> Self {
         Self {
             level: self.level,
             index: self.index ^ 1,
         }
     }
 
-    fn is_left(&self) -> bool {
+    pub(super) fn is_left(&self) -> bool {
         self.index.is_multiple_of(2)
+    }
+
+    /// Whether all shards of `other` are in this one.
+    pub(super) fn contains(&self, other: Self) -> bool {
+        other.level <= self.level && other.index >> (self.level - other.level) == self.index
     }
 }
 
@@ -74,7 +79,7 @@ pub struct Partial {
 
 impl Partial {
     /// `left + right`, into the left one's buffer.
-    fn join(mut left: Self, right: &Self) -> Self {
+    pub(super) fn join(mut left: Self, right: &Self) -> Self {
         left.subtree = left.subtree.parent();
         left.loss_sum += right.loss_sum;
         left.count += right.count;
@@ -82,6 +87,16 @@ impl Partial {
             *sum += value;
         }
         left
+    }
+
+    /// The same sums of some of the values only.
+    pub(super) fn slice(&self, values: Range<usize>) -> Self {
+        Self {
+            subtree: self.subtree,
+            loss_sum: self.loss_sum,
+            count: self.count,
+            grads: self.grads[values].to_vec(),
+        }
     }
 }
 

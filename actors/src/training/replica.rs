@@ -2,13 +2,14 @@
 //!
 //! Invariants:
 //! 1. All replicas apply the same reduced sums in the same order, so all hold the same bits.
-//! 2. An order is either carried out whole or leaves the state at a step boundary.
+//! 2. The state is always one between two steps.
 
 use super::data::Files;
-use super::messages::{Epoch, Held, StepOrder, StepReply, TrainerError};
-use super::optimizer::Optimizer;
+use super::messages::{Held, TrainerError};
+use super::optimizer::{Optimizer, StepReport};
 use super::parameters::Parameters;
-use super::reduction::{Partial, ShardFolder};
+use super::protocol::member::shard_sums;
+use super::reduction::Partial;
 use super::spec::TrainSpec;
 use super::state::TrainState;
 use super::workload::Workload;
@@ -18,8 +19,10 @@ use super::workload::Workload;
 pub struct Replica {
     spec: TrainSpec,
     files: Files,
-    epoch: Epoch,
     loaded: Option<Loaded>,
+    /// Which parameter the next update gets wrong.
+    #[cfg(test)]
+    weak_spot: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -43,24 +46,38 @@ impl Replica {
         Replica {
             spec,
             files,
-            epoch: Epoch::default(),
             loaded: None,
+            #[cfg(test)]
+            weak_spot: None,
+        }
+    }
+
+    /// A replica with the data of this one, which is left with nothing: whatever still holds this one, say
+    /// a thread that waits for its lock, cannot touch what the new one is given.
+    #[must_use]
+    pub fn successor(&mut self) -> Replica {
+        Replica {
+            loaded: self.loaded.take(),
+            ..Replica::reading(self.spec.clone(), self.files.clone())
         }
     }
 
     /// What it holds.
     #[must_use]
     pub fn held(&self) -> Option<Held> {
-        self.loaded.as_ref().map(|loaded| Held {
-            step: loaded.state.step,
-            digest: loaded.state.weights_blake3(),
-        })
+        self.loaded.as_ref().map(Loaded::held)
+    }
+
+    /// Values of the model's parameters; none before it is prepared.
+    #[must_use]
+    pub fn value_count(&self) -> usize {
+        let loaded = self.loaded.as_ref();
+        loaded.map_or(0, |loaded| loaded.state.params.len())
     }
 
     /// Loads the data if that is still to do, and takes over `state` (as [`TrainState::to_bytes`]
     /// writes it); without one, the state before the first step.
-    pub fn prepare(&mut self, epoch: Epoch, state: Option<&[u8]>) -> Result<Held, TrainerError> {
-        self.admit(epoch)?;
+    pub fn prepare(&mut self, state: Option<&[u8]>) -> Result<Held, TrainerError> {
         let workload = match self.loaded.take() {
             Some(loaded) => loaded.workload,
             None => load(&self.spec, &self.files)?,
@@ -72,37 +89,58 @@ impl Replica {
         state
             .check_fingerprint(&workload.fingerprint())
             .map_err(unfit)?;
-        self.loaded = Some(Loaded {
+        let loaded = Loaded {
             parameters: workload.parameters(&state.params).map_err(unfit)?,
             optimizer: Optimizer::new(&self.spec, workload.layout()),
             workload,
             state,
-        });
-        Ok(self.held().expect("it was just loaded"))
+        };
+        let held = loaded.held();
+        self.loaded = Some(loaded);
+        Ok(held)
     }
 
-    /// Applies the updates it lacks and computes its shards.
-    pub fn step(&mut self, order: &StepOrder) -> Result<StepReply, TrainerError> {
-        self.admit(order.epoch)?;
-        let loaded = self.loaded.as_mut().ok_or(TrainerError::Unprepared)?;
-        loaded.catch_up(order.step, &order.updates)?;
-        let samples = loaded.workload.shard_size() as u64;
-        let mut folder = ShardFolder::new();
-        for shard in order.shards.clone() {
-            let output = loaded
-                .workload
-                .shard(&loaded.parameters, loaded.state.step, shard)
-                .map_err(unfit)?;
-            folder
-                .feed(shard, output.loss_sum, samples, output.grads)
-                .map_err(unfit)?;
+    /// Computes one shard's sums from the state as it is, which must be that before `step`.
+    pub fn compute(&self, step: u64, shard: u32) -> Result<Partial, TrainerError> {
+        let shard_count = self.spec.virtual_shards;
+        let loaded = self.loaded.as_ref().ok_or(TrainerError::Unprepared)?;
+        if shard >= shard_count || step != loaded.state.step {
+            let at = loaded.state.step;
+            return Err(unfit(format!(
+                "shard {shard} of {shard_count} at step {step} was ordered from a replica at step {at}"
+            )));
         }
-        Ok(StepReply {
-            step: order.step,
-            digest: loaded.state.weights_blake3(),
-            partials: folder.finish(),
-            notice_ms: None,
-        })
+        let output = loaded
+            .workload
+            .shard(&loaded.parameters, step, shard)
+            .map_err(unfit)?;
+        let count = loaded.workload.shard_size() as u64;
+        Ok(shard_sums(shard, output.loss_sum, count, output.grads))
+    }
+
+    /// Updates the state with the sums of a whole step. When this fails the state is as before.
+    pub fn apply(&mut self, root: &Partial) -> Result<(StepReport, Held), TrainerError> {
+        let loaded = self.loaded.as_mut().ok_or(TrainerError::Unprepared)?;
+        let report = loaded
+            .optimizer
+            .step(&mut loaded.state, root)
+            .map_err(unfit)?;
+        #[cfg(test)]
+        if let Some(spot) = self.weak_spot.take() {
+            let value = &mut loaded.state.params[spot];
+            *value = f32::from_bits(value.to_bits() ^ 1);
+        }
+        loaded
+            .parameters
+            .load(&loaded.state.params)
+            .map_err(unfit)?;
+        Ok((report, loaded.held()))
+    }
+
+    /// Has the next update change a bit of one parameter, as a broken machine would.
+    #[cfg(test)]
+    pub(super) fn spoil_next_update(&mut self, parameter: usize) {
+        self.weak_spot = Some(parameter);
     }
 
     /// The state as bytes, for another replica.
@@ -112,47 +150,14 @@ impl Replica {
             .map(|loaded| loaded.state.to_bytes())
             .ok_or(TrainerError::Unprepared)
     }
-
-    fn admit(&mut self, epoch: Epoch) -> Result<(), TrainerError> {
-        if epoch < self.epoch {
-            return Err(TrainerError::Stale {
-                found: epoch,
-                current: self.epoch,
-            });
-        }
-        self.epoch = epoch;
-        Ok(())
-    }
 }
 
 impl Loaded {
-    fn catch_up(&mut self, step: u64, updates: &[Partial]) -> Result<(), TrainerError> {
-        let first = step.saturating_sub(updates.len() as u64);
-        // What an earlier order of the same step has brought is not applied twice.
-        let known = self.state.step.saturating_sub(first);
-        let Some(new) = usize::try_from(known)
-            .ok()
-            .and_then(|known| updates.get(known..))
-        else {
-            return Err(TrainerError::OutOfStep {
-                found: self.state.step,
-                ordered: step,
-            });
-        };
-        if self.state.step + (new.len() as u64) != step {
-            return Err(TrainerError::OutOfStep {
-                found: self.state.step,
-                ordered: step,
-            });
+    fn held(&self) -> Held {
+        Held {
+            step: self.state.step,
+            digest: self.state.weights_blake3(),
         }
-        let applied = new
-            .iter()
-            .try_for_each(|root| self.optimizer.step(&mut self.state, root).map(drop));
-        // Also where one was refused: the model must not stay behind those before it.
-        if !new.is_empty() {
-            self.parameters.load(&self.state.params).map_err(unfit)?;
-        }
-        applied.map_err(unfit)
     }
 }
 
@@ -167,14 +172,8 @@ fn unfit(error: impl std::fmt::Display) -> TrainerError {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
-
     use super::*;
     use crate::training::reduction::TreeReducer;
-
-    fn nowhere() -> crate::training::data::DataSpec {
-        toml::from_str("[csv]\nfiles = [\"/nowhere.csv\"]\n").unwrap()
-    }
 
     fn spec() -> TrainSpec {
         TrainSpec {
@@ -185,138 +184,67 @@ mod tests {
         }
     }
 
-    fn order(epoch: u64, step: u64, updates: Vec<Partial>, shards: Range<u32>) -> StepOrder {
-        StepOrder {
-            epoch: Epoch(epoch),
-            step,
-            updates,
-            shards,
-        }
-    }
-
-    fn root(spec: &TrainSpec, replies: Vec<StepReply>) -> Partial {
-        let grads = replies[0].partials[0].grads.len();
-        let mut reducer = TreeReducer::new(spec.virtual_shards, 8, grads);
-        let partials = replies.into_iter().flat_map(|reply| reply.partials);
-        partials
-            .filter_map(|partial| reducer.offer(partial).unwrap())
+    fn root(replica: &Replica) -> Partial {
+        let step = replica.held().unwrap().step;
+        let first = replica.compute(step, 0).unwrap();
+        let mut reducer = TreeReducer::new(4, 8, first.grads.len());
+        reducer.offer(first).unwrap();
+        (1..4)
+            .rev()
+            .filter_map(|shard| {
+                let sums = replica.compute(step, shard).unwrap();
+                reducer.offer(sums).unwrap()
+            })
             .next()
             .unwrap()
     }
 
     #[test]
-    fn two_replicas_stay_equal_and_updates_apply_once() {
+    fn replicas_with_equal_sums_stay_equal() {
         let spec = spec();
-        let (mut a, mut b) = (Replica::new(spec.clone()), Replica::new(spec.clone()));
-        let held = a.prepare(Epoch(1), None).unwrap();
-        assert_eq!(
-            b.prepare(Epoch(1), Some(&a.state().unwrap())).unwrap(),
-            held
-        );
-        let mut updates = Vec::new();
+        let (mut a, mut b) = (Replica::new(spec.clone()), Replica::new(spec));
+        let held = a.prepare(None).unwrap();
+        assert_eq!(b.prepare(Some(&a.state().unwrap())).unwrap(), held);
         for step in 0..3 {
-            let first = a.step(&order(1, step, updates.clone(), 0..1)).unwrap();
-            let rest = b.step(&order(1, step, updates.clone(), 1..4)).unwrap();
-            assert_eq!(first.digest, rest.digest);
-            // Shards that were lost elsewhere come as a second order of the same step.
-            let again = a.step(&order(1, step, updates.clone(), 1..4)).unwrap();
-            assert_eq!(again.partials, rest.partials);
-            updates = vec![root(&spec, vec![first, rest])];
+            assert_eq!(a.compute(step, 2), b.compute(step, 2));
+            let sums = root(&a);
+            assert_eq!(a.apply(&sums).unwrap(), b.apply(&sums).unwrap());
         }
-        assert_eq!(a.held().unwrap(), b.held().unwrap());
-    }
-
-    #[test]
-    fn a_replica_catches_up_over_several_steps_or_says_that_it_cannot() {
-        let spec = spec();
-        let (mut a, mut b) = (Replica::new(spec.clone()), Replica::new(spec.clone()));
-        a.prepare(Epoch(1), None).unwrap();
-        b.prepare(Epoch(1), None).unwrap();
-        let mut roots: Vec<Partial> = Vec::new();
-        for step in 0..3 {
-            let update = roots.last().cloned().into_iter().collect();
-            roots.push(root(
-                &spec,
-                vec![a.step(&order(1, step, update, 0..4)).unwrap()],
-            ));
-        }
-        let late = b.step(&order(1, 3, roots[2..].to_vec(), 0..1)).unwrap_err();
-        assert_eq!(
-            late,
-            TrainerError::OutOfStep {
-                found: 0,
-                ordered: 3
-            }
-        );
-        let b = b.step(&order(1, 3, roots.clone(), 0..1)).unwrap();
-        let a = a.step(&order(1, 3, roots[1..].to_vec(), 0..1)).unwrap();
-        assert_eq!(a, b);
+        assert_eq!(a.held(), b.held());
     }
 
     #[test]
     fn a_refused_update_leaves_model_and_state_at_the_same_step() {
-        let spec = spec();
-        let (mut a, mut b) = (Replica::new(spec.clone()), Replica::new(spec.clone()));
-        a.prepare(Epoch(1), None).unwrap();
-        b.prepare(Epoch(1), None).unwrap();
-        let good = root(&spec, vec![a.step(&order(1, 0, vec![], 0..4)).unwrap()]);
+        let mut replica = Replica::new(spec());
+        replica.prepare(None).unwrap();
+        let good = root(&replica);
         let mut bad = good.clone();
         bad.grads[0] = f32::NAN;
-        let error = b
-            .step(&order(1, 2, vec![good.clone(), bad], 0..1))
-            .unwrap_err();
+        let before = (replica.held(), replica.compute(0, 1));
+        let error = replica.apply(&bad).unwrap_err();
         assert!(error.to_string().contains("not finite"), "{error}");
-        assert_eq!(b.held().unwrap().step, 1);
-        let b = b.step(&order(1, 1, vec![], 0..4)).unwrap();
-        let a = a.step(&order(1, 1, vec![good], 0..4)).unwrap();
-        assert_eq!(a, b);
+        assert_eq!((replica.held(), replica.compute(0, 1)), before);
+        assert_eq!(replica.apply(&good).unwrap().1.step, 1);
     }
 
     #[test]
-    fn stale_unprepared_and_unfit_are_told_apart() {
+    fn unprepared_and_unfit_are_told_apart() {
         let mut replica = Replica::new(spec());
-        let error = replica.step(&order(5, 0, vec![], 0..1)).unwrap_err();
-        assert_eq!(error, TrainerError::Unprepared);
-        replica.prepare(Epoch(5), None).unwrap();
-        let stale = TrainerError::Stale {
-            found: Epoch(4),
-            current: Epoch(5),
-        };
-        assert_eq!(replica.step(&order(4, 0, vec![], 0..1)).unwrap_err(), stale);
-        assert_eq!(replica.prepare(Epoch(4), None).unwrap_err(), stale);
-        let future = replica.step(&order(5, 2, vec![], 0..1)).unwrap_err();
-        assert_eq!(
-            future,
-            TrainerError::OutOfStep {
-                found: 0,
-                ordered: 2
-            }
-        );
-        let error = replica.step(&order(5, 0, vec![], 3..5)).unwrap_err();
-        assert!(error.to_string().contains("shard 4 of 4"), "{error}");
+        assert_eq!(replica.compute(0, 0).unwrap_err(), TrainerError::Unprepared);
+        replica.prepare(None).unwrap();
+        for (step, shard, expected) in [(2, 0, "at step 2"), (0, 4, "shard 4 of 4")] {
+            let error = replica.compute(step, shard).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        }
         let mut other = TrainState::from_bytes(&replica.state().unwrap()).unwrap();
         other.fingerprint[0] ^= 1;
-        let error = replica
-            .prepare(Epoch(6), Some(&other.to_bytes()))
-            .unwrap_err();
+        let error = replica.prepare(Some(&other.to_bytes())).unwrap_err();
         assert!(error.to_string().contains("another job"), "{error}");
         let mut absent = Replica::new(TrainSpec {
-            dataset: nowhere(),
+            dataset: toml::from_str("[csv]\nfiles = [\"/nowhere.csv\"]\n").unwrap(),
             ..spec()
         });
-        let error = absent.prepare(Epoch(1), None).unwrap_err();
+        let error = absent.prepare(None).unwrap_err();
         assert!(error.to_string().contains("/nowhere.csv"), "{error}");
-    }
-
-    #[test]
-    fn a_newer_driver_outranks_every_epoch_of_an_older_one() {
-        let mut old = Epoch::first_of(7);
-        for _ in 0..1 << 20 {
-            let next = old.next();
-            assert!(next >= old);
-            old = next;
-        }
-        assert!(Epoch::first_of(8) > old);
-        assert_eq!(old.driver_incarnation(), 7);
     }
 }

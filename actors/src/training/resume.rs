@@ -158,7 +158,7 @@ async fn ask_witnesses(resumed: &mut Resumed, links: &[ClusterLink], log: JobLog
     let collect = async {
         while let Some(answer) = asked.join_next().await {
             if let Ok((slot, Ok(greeting))) = answer {
-                held.extend(greeting.held.map(|held| (slot, held)));
+                held.extend(greeting.held.map(|(_, held)| (slot, held)));
             }
         }
     };
@@ -217,7 +217,11 @@ async fn fetch(
     slot: usize,
     resumed: &Resumed,
 ) -> Result<TrainState, String> {
-    let bytes = link.state().await.map_err(|error| error.to_string())?;
+    let size_bytes = resumed.state.byte_count();
+    let bytes = link
+        .state(size_bytes)
+        .await
+        .map_err(|error| error.to_string())?;
     let state = TrainState::from_bytes(&bytes).map_err(|error| error.to_string())?;
     state
         .check_fingerprint(&resumed.state.fingerprint)

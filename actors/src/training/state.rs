@@ -26,7 +26,7 @@ use super::workload::Workload;
 
 const MAGIC: &[u8; 8] = b"MOBTRAIN";
 const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 8 + 4 + 8 + 32 + 4 + 8;
+pub(super) const HEADER_BYTES: usize = 8 + 4 + 8 + 32 + 4 + 8;
 /// No optimizer here keeps more than two moments; some head room for later ones.
 const MOMENTS_MAX: usize = 4;
 /// Values that are hashed at a time: their bytes stay in a core's second cache.
@@ -113,6 +113,11 @@ impl TrainState {
             expected: hex(expected),
             found: hex(&self.fingerprint),
         })
+    }
+
+    /// Bytes of the state in its fixed layout.
+    pub fn byte_count(&self) -> u64 {
+        (HEADER_BYTES + self.params.len() * (1 + self.moments.len()) * 4) as u64
     }
 
     /// The state in its fixed layout.

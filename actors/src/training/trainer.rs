@@ -1,67 +1,353 @@
 //! The trainer: a replica of the model as an actor.
+//!
+//! Invariants:
+//! 1. What is meant for another start of this trainer is refused.
+//! 2. A plan, or a state, of an earlier epoch than one that was seen is refused.
+//! 3. Its computing is a task that ends with the actor.
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use mobula::{ActorContext, ContextExt};
 use mobula_storage::blob::BlobError;
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
+use super::collective::ClusterCollective;
+use super::collective::runner::{Board, Runner, RunnerHandle};
+use super::collective::sealed::Sealed;
 use super::data::Files;
-use super::messages::{Epoch, Greeting, Held, StepOrder, StepReply, TrainerError};
+use super::messages::{Epoch, Greeting, Held, News, TrainerError};
+use super::protocol::leader::StateDigest;
+use super::protocol::member::{Ask, Contribution, Member, Refusal};
+use super::protocol::plan::{MemberId, Plan};
 use super::replica::Replica;
+use super::shape::{member_shape, state_bytes_max};
 use super::spec::TrainSpec;
 use crate::kernels::memory::keep_freed_memory;
 use crate::storage::open_blobs;
 
-/// Computes shards of a training job. Everything it does is ordered by the job's coordinator.
+/// A trainer that has nothing to say says so after this: its silence would mean that it is lost.
+const NEWS_EVERY: Duration = Duration::from_millis(250);
+
+/// Computes shards of a training job, together with others; the job's coordinator says with whom.
 pub struct Trainer {
-    replica: Replica,
+    slot: u32,
+    spec: TrainSpec,
+    /// One state is taken over at a time.
+    turn: tokio::sync::Mutex<()>,
+    inner: Mutex<Inner>,
 }
 
-#[mobula::actor(name = "mobula.trainer")]
+struct Inner {
+    epoch: Epoch,
+    replica: Arc<Mutex<Replica>>,
+    /// A state on its way here.
+    arriving: Vec<u8>,
+    /// A copy of the own state, on its way to a driver.
+    leaving: Vec<u8>,
+    /// States that were taken over.
+    entries: u64,
+    running: Option<Running>,
+}
+
+#[derive(Clone)]
+struct Shown {
+    member: MemberId,
+    handle: RunnerHandle,
+    board: watch::Receiver<Board>,
+}
+
+struct Running {
+    shown: Shown,
+    /// Ends the runner when it is dropped.
+    _task: JoinSet<()>,
+}
+
+/// The name of trainer number `slot` of a job.
+#[must_use]
+pub fn trainer_name(slot: u32) -> String {
+    format!("trainer-{slot}")
+}
+
+// As many calls at once as members may wait for sums, of all buckets.
+#[mobula::actor(name = "mobula.trainer", max_concurrency = 4096)]
 impl Trainer {
-    /// A trainer of the job that `spec` describes. Data is loaded when it is prepared, so that a
-    /// missing file is an answer and not a crash that is tried again and again.
-    pub fn new(ctx: &ActorContext, spec: TrainSpec) -> Result<Self, BlobError> {
+    /// Trainer number `slot` of the job that `spec` describes. Data is loaded when it is prepared, so
+    /// that a missing file is an answer and not a crash that is tried again and again.
+    pub fn new(ctx: &ActorContext, spec: TrainSpec, slot: u32) -> Result<Self, BlobError> {
         keep_freed_memory();
         let files = Files::with_store(open_blobs(ctx.storage())?, Handle::current());
         Ok(Trainer {
-            replica: Replica::reading(spec, files),
+            slot,
+            turn: tokio::sync::Mutex::default(),
+            inner: Mutex::new(Inner {
+                epoch: Epoch::default(),
+                replica: Arc::new(Mutex::new(Replica::reading(spec.clone(), files))),
+                arriving: Vec::new(),
+                leaving: Vec::new(),
+                entries: 0,
+                running: None,
+            }),
+            spec,
         })
     }
 
     /// Who and where it is, and the state it holds.
-    pub fn greet(&self, ctx: &ActorContext) -> Greeting {
+    pub async fn greet(&self, ctx: &ActorContext) -> Greeting {
+        let (replica, running) = {
+            let inner = self.inner.lock();
+            (Arc::clone(&inner.replica), inner.shown().ok())
+        };
+        let held = blocking(move || replica.lock().held()).await;
+        let member = running.map(|shown| shown.member);
         Greeting {
             incarnation: ctx.incarnation().0,
             node_name: ctx.node_name().to_owned(),
-            held: self.replica.held(),
+            held: member.zip(held),
             notice_ms: ctx.notice().map(|notice| notice.deadline_ms),
         }
     }
 
-    /// Takes over a state; without one, the state before the first step.
-    pub fn prepare(&mut self, epoch: Epoch, state: Option<Vec<u8>>) -> Result<Held, TrainerError> {
-        // Computing must not keep the host's other tasks from running.
-        tokio::task::block_in_place(|| self.replica.prepare(epoch, state.as_deref()))
+    /// Takes a piece of a state that is about to be taken over; the first one begins at 0.
+    pub async fn receive(
+        &self,
+        epoch: Epoch,
+        offset: u64,
+        piece: Vec<u8>,
+    ) -> Result<(), TrainerError> {
+        let mut inner = self.inner.lock();
+        inner.admit(epoch)?;
+        if offset == 0 {
+            inner.arriving.clear();
+        }
+        let expected = inner.arriving.len() as u64;
+        let limit = state_bytes_max(&self.spec);
+        if offset != expected || expected + piece.len() as u64 > limit {
+            let found = offset;
+            return Err(TrainerError::Misplaced { found, expected });
+        }
+        inner.arriving.extend_from_slice(&piece);
+        Ok(())
     }
 
-    /// Applies the updates it lacks and computes its share of a step.
-    pub fn step(
-        &mut self,
+    /// Takes over the state that has arrived, and follows `plan` from there.
+    pub async fn prepare(
+        &self,
         ctx: &ActorContext,
-        order: StepOrder,
-    ) -> Result<StepReply, TrainerError> {
-        let mut reply = tokio::task::block_in_place(|| self.replica.step(&order))?;
-        reply.notice_ms = ctx.notice().map(|notice| notice.deadline_ms);
-        Ok(reply)
+        plan: Plan,
+    ) -> Result<(MemberId, Held), TrainerError> {
+        let _turn = self.turn.lock().await;
+        let (bytes, old) = {
+            let mut inner = self.inner.lock();
+            inner.admit(plan.epoch)?;
+            inner.running = None;
+            let bytes = std::mem::take(&mut inner.arriving);
+            (bytes, Arc::clone(&inner.replica))
+        };
+        let (replica, held, value_count) = blocking(move || {
+            let mut replica = old.lock().successor();
+            let held = replica.prepare(Some(&bytes))?;
+            let value_count = replica.value_count();
+            Ok::<_, TrainerError>((Arc::new(Mutex::new(replica)), held, value_count))
+        })
+        .await?;
+        let shape = member_shape(&self.spec, value_count);
+        let mut inner = self.inner.lock();
+        inner.admit(plan.epoch)?;
+        inner.entries += 1;
+        inner.replica = Arc::clone(&replica);
+        let me = MemberId {
+            slot: self.slot,
+            incarnation: ctx.incarnation().0,
+            entry: inner.entries,
+        };
+        let mut member = Member::new(me, shape, held.step, held.short());
+        member
+            .adopt(plan)
+            .expect("a new member follows no plan yet");
+        let collective = ClusterCollective::new(&ctx.cluster());
+        let (runner, handle, board) = Runner::new(member, replica, collective);
+        let mut task = JoinSet::new();
+        task.spawn(runner.run());
+        inner.running = Some(Running {
+            shown: Shown {
+                member: me,
+                handle,
+                board,
+            },
+            _task: task,
+        });
+        Ok((me, held))
     }
 
-    /// Its state, for another replica.
-    pub fn state(&self) -> Result<Vec<u8>, TrainerError> {
-        self.replica.state()
+    /// Follows `plan` from now on.
+    pub async fn adopt(&self, plan: Plan) -> Result<(), TrainerError> {
+        let (epoch, shown) = {
+            let mut inner = self.inner.lock();
+            inner.admit(plan.epoch)?;
+            (plan.epoch, inner.shown()?)
+        };
+        match shown.handle.adopt(plan).await {
+            Some(Ok(())) => Ok(()),
+            Some(Err(current)) => Err(TrainerError::Stale {
+                found: epoch,
+                current,
+            }),
+            None => Err(shown.ended()),
+        }
+    }
+
+    /// What there is to say since news number `known`: at once, or within a bound also if it is nothing.
+    /// A coordinator that was replaced is told so.
+    pub async fn news(
+        &self,
+        ctx: &ActorContext,
+        epoch: Epoch,
+        known: u64,
+    ) -> Result<News, TrainerError> {
+        let mut shown = {
+            let inner = self.inner.lock();
+            let current = inner.epoch;
+            if current.driver_incarnation() > epoch.driver_incarnation() {
+                let found = epoch;
+                return Err(TrainerError::Stale { found, current });
+            }
+            inner.shown()?
+        };
+        let mut notices = ctx.notices();
+        let had_notice = notices.borrow_and_update().is_some();
+        if !had_notice {
+            let reported = shown.board.wait_for(|board| board.number > known);
+            let something = async {
+                tokio::select! {
+                    _ = reported => {}
+                    _ = notices.changed() => {}
+                }
+            };
+            // Nothing is news too.
+            let _ = tokio::time::timeout(NEWS_EVERY, something).await;
+        }
+        let board = shown.board.borrow().clone();
+        if let Some(failed) = board.failed {
+            return Err(failed);
+        }
+        if shown.board.has_changed().is_err() {
+            return Err(shown.ended());
+        }
+        let new = board.reports.iter().filter(|(number, _)| *number > known);
+        Ok(News {
+            number: board.number,
+            member: shown.member,
+            step: board.step,
+            reports: new.map(|(_, report)| *report).collect(),
+            notice_ms: ctx.notice().map(|notice| notice.deadline_ms),
+        })
+    }
+
+    /// Another member's sums, of the bucket and step that `at` names.
+    pub async fn contribute(
+        &self,
+        to: MemberId,
+        at: Ask,
+        sums: Sealed,
+    ) -> Result<Result<(), Refusal>, TrainerError> {
+        let shown = self.shown_as(to)?;
+        let contribution = Contribution {
+            from: at.from,
+            step: at.step,
+            digest: at.digest,
+            bucket: at.bucket,
+            partial: sums.open()?,
+        };
+        let answer = shown.handle.contribute(contribution).await;
+        answer.ok_or_else(|| shown.ended())
+    }
+
+    /// Another member asks for a sum; answered once it is there.
+    pub async fn ask(
+        &self,
+        to: MemberId,
+        ask: Ask,
+    ) -> Result<Result<Sealed, Refusal>, TrainerError> {
+        let shown = self.shown_as(to)?;
+        let answer = shown.handle.ask(ask).await.ok_or_else(|| shown.ended())?;
+        Ok(answer.map(|sum| Sealed::new(Arc::unwrap_or_clone(sum))))
+    }
+
+    /// The first bytes of its state's digest before `step`, if it knows that still.
+    pub async fn digest_before(&self, step: u64) -> Result<Option<StateDigest>, TrainerError> {
+        let shown = self.inner.lock().shown()?;
+        let answer = shown.handle.digest_before(step).await;
+        answer.ok_or_else(|| shown.ended())
+    }
+
+    /// A piece of its state, for a driver that was started anew. The state is that of the step when the
+    /// first piece was asked for; an empty piece is the end.
+    pub async fn state(&self, offset: u64, length: u64) -> Result<Vec<u8>, TrainerError> {
+        if offset == 0 {
+            let replica = Arc::clone(&self.inner.lock().replica);
+            let bytes = blocking(move || replica.lock().state()).await?;
+            self.inner.lock().leaving = bytes;
+        }
+        let inner = self.inner.lock();
+        let rest = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| inner.leaving.get(offset..))
+            .unwrap_or_default();
+        Ok(rest[..rest.len().min(length as usize)].to_vec())
     }
 
     /// Leaves a node that was given notice: it is started elsewhere, without state.
     pub async fn leave(&self, ctx: &ActorContext) -> Result<(), mobula::Error> {
         ctx.yield_now().await
+    }
+}
+
+impl Trainer {
+    /// What runs, if that is the member that was meant.
+    fn shown_as(&self, meant: MemberId) -> Result<Shown, TrainerError> {
+        let shown = self.inner.lock().shown()?;
+        if shown.member == meant {
+            Ok(shown)
+        } else {
+            Err(TrainerError::Other(meant))
+        }
+    }
+}
+
+impl Inner {
+    fn admit(&mut self, epoch: Epoch) -> Result<(), TrainerError> {
+        if epoch < self.epoch {
+            return Err(TrainerError::Stale {
+                found: epoch,
+                current: self.epoch,
+            });
+        }
+        self.epoch = epoch;
+        Ok(())
+    }
+
+    fn shown(&self) -> Result<Shown, TrainerError> {
+        let running = self.running.as_ref().ok_or(TrainerError::Unprepared)?;
+        Ok(running.shown.clone())
+    }
+}
+
+impl Shown {
+    /// Why the runner does not answer any more.
+    fn ended(&self) -> TrainerError {
+        let failed = self.board.borrow().failed.clone();
+        failed.unwrap_or(TrainerError::Unprepared)
+    }
+}
+
+/// Runs what computes, or waits for what does, beside the host's other tasks.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }

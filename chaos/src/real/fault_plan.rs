@@ -77,6 +77,18 @@ pub enum Victim {
     Worker,
     /// The process of the workload's counter.
     Counter,
+    /// The process of a trainer of the job that trains, drawn.
+    Trainer,
+    /// The process of that job's driver.
+    Driver,
+}
+
+impl Victim {
+    /// Whether it is a process of some job, which the platform starts again by itself.
+    #[must_use]
+    pub fn is_of_job(self) -> bool {
+        matches!(self, Victim::Counter | Victim::Trainer | Victim::Driver)
+    }
 }
 
 /// To and from whom a cut or disturbed machine's packets go astray.
@@ -177,7 +189,8 @@ impl FaultPlan {
             FaultKind::FillDisk | FaultKind::FreezeDisk | FaultKind::ReplaceHead => {
                 matches!(target, Victim::Leader | Victim::Head)
             }
-            _ => target != Victim::Counter,
+            FaultKind::Pause => target != Victim::Counter,
+            _ => !target.is_of_job(),
         };
         if !fits {
             return Some(format!("`{name}` cannot hit that target"));
@@ -187,6 +200,11 @@ impl FaultPlan {
         }
         if target == Victim::Counter && scenario.workload.increments_per_second <= 0.0 {
             return Some("there is no counter: give `increments_per_second` in [workload]".into());
+        }
+        if matches!(target, Victim::Trainer | Victim::Driver)
+            && scenario.workload.training.is_none()
+        {
+            return Some("nothing trains: give `training` in [workload]".into());
         }
         if kind == FaultKind::ReplaceHead && scenario.cluster.heads < 3 {
             return Some("the only head cannot be replaced: give [cluster] three".into());

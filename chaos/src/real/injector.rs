@@ -25,8 +25,8 @@ use crate::faults::Target;
 /// How often is looked whether a process ended by itself.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
-/// A counter's process may just have been killed and not be there yet.
-const COUNTER_MAX: Duration = Duration::from_secs(5);
+/// A job's process may just have been killed and not be there yet.
+const JOB_PROCESS_MAX: Duration = Duration::from_secs(5);
 
 /// A change of the group is asked for so often: the head that is asked may be about to go.
 const REMOVE_ATTEMPTS: u32 = 5;
@@ -67,13 +67,15 @@ pub(super) struct Injector {
     pub(super) began: Instant,
     /// The workload's counter, once it is submitted.
     pub(super) counter: Option<JobId>,
+    /// The job that trains, while one does.
+    pub(super) training_job: Box<dyn Fn() -> Option<JobId> + Send + Sync>,
 }
 
 impl Injector {
     /// Does one fault, from its beginning to its end.
     pub(super) async fn inject(&self, planned: &Planned) {
         let outcome = match planned.kind {
-            FaultKind::Kill if planned.target == Victim::Counter => self.kill_counter().await,
+            _ if planned.target.is_of_job() => self.hit_job(planned).await,
             FaultKind::RollingRestart => self.rolling_restart(planned).await,
             kind => match self.victim(planned).await {
                 Some((node, was_leader)) => {
@@ -271,32 +273,54 @@ impl Injector {
         self.cluster.wait_for_voters().await.map_err(text)
     }
 
-    /// Kills the process in which the counter is, wherever that is now.
-    async fn kill_counter(&self) -> Result<(), String> {
-        let job = self.counter.ok_or("there is no counter")?;
-        let found = tokio::time::timeout(COUNTER_MAX, async {
+    /// Kills or stops a process of a job, wherever that is now. The platform starts it again.
+    async fn hit_job(&self, planned: &Planned) -> Result<(), String> {
+        let found = tokio::time::timeout(JOB_PROCESS_MAX, async {
             loop {
-                if let Some(target) = self.counter_process(job).await {
-                    return target;
+                if let Some(found) = self.job_process(planned).await {
+                    return found;
                 }
                 tokio::time::sleep(WATCH_INTERVAL).await;
             }
         });
-        let target = found.await.map_err(|_| "the counter does not run")?;
+        let (name, target) = found.await.map_err(|_| "it does not run")?;
         let (at, wall) = (self.began.elapsed(), SystemTime::now());
-        target.kill().map_err(text)?;
-        self.done(FaultKind::Kill, "counter", false, at, wall);
+        if planned.kind == FaultKind::Pause {
+            let paused = Target::pause_held(Arc::new(target)).map_err(text)?;
+            tokio::time::sleep(planned.lasts).await;
+            paused.resume();
+        } else {
+            target.kill().map_err(text)?;
+        }
+        self.done(planned.kind, &name, false, at, wall);
         Ok(())
     }
 
-    async fn counter_process(&self, job: JobId) -> Option<Target> {
-        let actors = self.cluster.admin().list_actors(Some(job)).await.ok()?;
-        let counter = actors
-            .iter()
-            .find(|actor| actor.name == "counter" && actor.state == "running")?;
-        let target = Target::running(counter.pid?).ok()?;
+    async fn job_process(&self, planned: &Planned) -> Option<(String, Target)> {
+        let (job, type_name) = match planned.target {
+            Victim::Trainer => ((self.training_job)()?, "mobula.trainer"),
+            Victim::Driver => ((self.training_job)()?, "driver"),
+            _ => (self.counter?, ""),
+        };
+        let mut actors = self.cluster.admin().list_actors(Some(job)).await.ok()?;
+        actors.retain(|actor| {
+            let is_meant = match planned.target {
+                Victim::Counter => actor.name == "counter",
+                _ => actor.type_name == type_name,
+            };
+            is_meant && actor.state == "running"
+        });
+        let position = planned
+            .pick
+            .checked_rem(u32::try_from(actors.len()).ok()?)?;
+        let actor = actors.get(position as usize)?;
+        let target = Target::running(actor.pid?).ok()?;
+        let name = match planned.target {
+            Victim::Driver => "driver".to_owned(),
+            _ => actor.name.clone(),
+        };
         // A number may have been given to somebody else meanwhile: only a process of this run is hit.
-        is_of_run(target.pid(), self.cluster.dir()).then_some(target)
+        is_of_run(target.pid(), self.cluster.dir()).then_some((name, target))
     }
 
     /// Starts again whoever ended without being asked to, as a machine's supervisor does.

@@ -14,7 +14,7 @@
 //!   network between them; [`disk`]: a small disk of a machine's own. [`node`]: a head's or worker's
 //!   process on one; [`machines`], [`cluster`]: all of them.
 //! * [`injector`]: does and heals faults. [`traffic`]: what clients do and were told. [`job`]: the
-//!   programs that they submit. [`gaps`]: how long a fault was felt. `leaks`: what is left behind.
+//!   programs that they submit; `training`: jobs that must end in the same bits. [`gaps`]: how long a fault was felt. `leaks`: what is left behind.
 //! * [`runner`]: one run. [`outcome`]: its table.
 //!
 //! Invariants:
@@ -41,6 +41,7 @@ pub mod runner;
 pub mod scenario;
 pub mod timeline;
 pub mod traffic;
+mod training;
 mod verdict;
 
 pub use machines::Isolation;

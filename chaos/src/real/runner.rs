@@ -20,6 +20,7 @@ use super::outcome::{Check, Outcome, enough, felt};
 use super::scenario::Scenario;
 use super::timeline::Timeline;
 use super::traffic::{Traffic, submit_jobs, use_registers};
+use super::training::Training;
 use super::verdict::{check_ended, check_jobs, check_once, check_registers};
 
 /// Threads of the clients: they wait for what they ask.
@@ -268,6 +269,10 @@ async fn play(
     let counting = Counting::start(scenario, &cluster, &dir)
         .await
         .map_err(failed)?;
+    let stop = watch::Sender::new(false);
+    let plan = scenario.workload.training.as_ref();
+    let training = Training::start(plan, &cluster, stop.subscribe()).await;
+    let mut training = training.map_err(failed)?;
     let marks = dir.join("ran");
     let traffic = Arc::new(Traffic::new(
         options.seed,
@@ -280,8 +285,8 @@ async fn play(
         record: Mutex::new(Record::default()),
         began: Instant::now(),
         counter: counting.job,
+        training_job: Box::new(training.job()),
     });
-    let stop = watch::Sender::new(false);
     let mut clients = start_clients(scenario, &cluster, &traffic, &stop)
         .await
         .map_err(failed)?;
@@ -308,6 +313,12 @@ async fn play(
     background.shutdown().await;
     let patience = Duration::from_secs(scenario.checks.settle_max_s) + LAST_ANSWERS_MAX;
     let counted = counting.check(&cluster, patience, &traffic).await;
+    let trained = training
+        .check(
+            patience,
+            (scenario.checks.training_jobs_min_per_minute * length.as_secs_f64() / 60.0) as u64,
+        )
+        .await;
     let stale_refused = stale_refused(&cluster).await;
 
     let record = std::mem::take(&mut *injector.record.lock());
@@ -326,6 +337,7 @@ async fn play(
         check_ended(scenario, &record),
     ];
     checks.extend(counted);
+    checks.extend(trained);
     if let Some(limit) = scenario.checks.write_gap_p99_max_ms {
         let p99 = felt.write_gap.p99_ms;
         let broken = (p99 > limit).then(|| format!("{p99} ms, the limit is {limit} ms"));

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::fault_plan::FaultPlan;
 
 /// The scenarios that come with the binary: their names and texts.
-pub const BUILT_IN: [(&str, &str); 8] = [
+pub const BUILT_IN: [(&str, &str); 9] = [
     (
         "leader-kill",
         include_str!("../../scenarios/leader-kill.toml"),
@@ -39,6 +39,10 @@ pub const BUILT_IN: [(&str, &str); 8] = [
     (
         "members-churn",
         include_str!("../../scenarios/members-churn.toml"),
+    ),
+    (
+        "train-storm",
+        include_str!("../../scenarios/train-storm.toml"),
     ),
 ];
 
@@ -124,6 +128,21 @@ pub struct Workload {
     /// Calls a second to a durable counter, each of which must count once.
     #[serde(default)]
     pub increments_per_second: f64,
+    /// Training jobs, one after the other, all of which must end in the same bits.
+    #[serde(default)]
+    pub training: Option<TrainPlan>,
+}
+
+/// The training jobs of a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainPlan {
+    /// Steps of each.
+    pub steps: u64,
+    /// Steps between checkpoints.
+    pub checkpoint_every_steps: u64,
+    /// Trainers of each, at most.
+    pub trainers_max: u32,
 }
 
 /// What must hold besides the promises, so that a run shows something.
@@ -137,6 +156,9 @@ pub struct Checks {
     /// Counted calls that are answered, at least.
     #[serde(default)]
     pub increments_min_per_minute: f64,
+    /// Training jobs that end, at least.
+    #[serde(default)]
+    pub training_jobs_min_per_minute: f64,
     /// Faults that were done, at least.
     pub faults_min_per_minute: f64,
     /// The longest that nobody's write was acknowledged after a fault, at the 99th percentile.
@@ -260,6 +282,18 @@ impl Workload {
             return Some(format!(
                 "`stops_percent` is {}: allowed are 0 to 100",
                 self.stops_percent
+            ));
+        }
+        if let Some(TrainPlan {
+            steps,
+            trainers_max,
+            ..
+        }) = self.training
+            && (!(1..=1_000_000).contains(&steps) || !(1..=8).contains(&trainers_max))
+        {
+            return Some(format!(
+                "training of {steps} steps with up to {trainers_max} trainers: allowed are 1 to 1000000 \
+                 steps and 1 to 8 trainers"
             ));
         }
         if self.register_clients > 0 && self.registers == 0 {

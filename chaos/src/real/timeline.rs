@@ -102,6 +102,8 @@ impl fmt::Display for Planned {
             Victim::Head => "a head",
             Victim::Worker => "a worker",
             Victim::Counter => "the counter",
+            Victim::Trainer => "a trainer",
+            Victim::Driver => "the driver that trains",
         };
         let seconds = self.at.as_secs_f64();
         let lasts = self.lasts.as_millis();

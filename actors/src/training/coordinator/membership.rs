@@ -1,53 +1,122 @@
-//! Who takes part in a job's steps: joining, leaving, being lost, being wrong.
+//! Who takes part in a job's steps: joining, leaving, being lost, being slow, being wrong.
 
-use super::{Coordinator, CoordinatorError, Step};
-use crate::training::crew::{LinkError, Presence, Slot, TrainerLink};
-use crate::training::messages::{Greeting, Held, TrainerError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
 
-impl<L: TrainerLink> Coordinator<L> {
-    /// A trainer has other parameters than we: whoever is in the minority is wrong.
-    pub(super) fn disagree(
-        &mut self,
-        index: usize,
-        theirs: String,
-        step: &mut Step,
-    ) -> Result<(), CoordinatorError> {
-        self.counters.digest_mismatches += 1;
-        let dissenters = step.dissent.entry(theirs.clone()).or_default();
-        if !dissenters.contains(&index) {
-            dissenters.push(index);
+use super::{Coordinator, CoordinatorError};
+use crate::training::collective::Collective;
+use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Slot, TrainerLink};
+use crate::training::messages::{Greeting, Held, News, TrainerError};
+use crate::training::protocol::leader::{StateDigest, judge};
+use crate::training::protocol::plan::MemberId;
+
+/// How long no step may be done while members do not reach each other.
+const UNREACHED_MAX: Duration = Duration::from_secs(3);
+/// How long a member is left out then: if the way is still cut, it costs as much again.
+const UNREACHED_PAUSE: Duration = Duration::from_secs(30);
+
+impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
+    pub(super) fn greeted(&mut self, index: usize, greeting: Greeting) {
+        let slot = self.crew.slot(index);
+        if slot
+            .incarnation
+            .is_some_and(|known| known != greeting.incarnation)
+        {
+            self.counters.trainer_restarts += 1;
         }
-        let count = dissenters.len();
-        if count > 1 && 2 * count > self.crew.slots().len() + 1 {
-            let ours = self.digest.clone();
-            return Err(CoordinatorError::Outvoted {
-                step: self.state.step,
-                count,
-                theirs,
-                ours,
-            });
+        slot.incarnation = Some(greeting.incarnation);
+        slot.node = greeting.node_name;
+        if greeting.notice_ms.is_some() {
+            self.crew.let_leave(index);
+            return;
         }
+        match greeting.held {
+            // It went on under an earlier coordinator, or lost nothing but the connection.
+            Some((member, held)) if self.goes_with_us(&held) => {
+                self.joined(index, member, held.step);
+            }
+            _ => self.prepare(index),
+        }
+    }
+
+    /// Whether a trainer that holds this can go on from there: our copy finds the sums that it lacks
+    /// itself, and a step that both know is the same. Other bits at other steps show when sums are
+    /// exchanged.
+    fn goes_with_us(&self, held: &Held) -> bool {
+        let far = self.state.step + self.leader.shape().lead_max;
+        match held.step.cmp(&self.state.step) {
+            std::cmp::Ordering::Less => false,
+            std::cmp::Ordering::Equal => held.digest == self.digest,
+            std::cmp::Ordering::Greater => held.step <= far,
+        }
+    }
+
+    /// Sends the present state in the background.
+    pub(super) fn prepare(&mut self, index: usize) {
+        let sent = Held {
+            step: self.state.step,
+            digest: self.digest.clone(),
+        };
+        let state = &self.state;
+        let packed = self
+            .packed
+            .get_or_insert_with(|| Arc::new(state.to_bytes()));
+        let (plan, packed) = (self.leader.plan().clone(), Arc::clone(packed));
+        self.crew.prepare(index, plan, sent, packed);
+    }
+
+    /// A trainer holds the state, and follows: it gets a seat.
+    pub(super) fn joined(&mut self, index: usize, member: MemberId, at_step: u64) {
+        self.crew.ready(index, member);
+        self.leader.seat([member]);
+        self.publish();
+        let node = self.crew.slots()[index].node.clone();
+        let ready = self.ready_count();
         self.log.line(format_args!(
-            "trainer-{index} on {} has parameters {theirs} at step {}, and {} is right: its sums \
-             are refused and it gets the state again",
-            self.crew.slots()[index].node,
-            self.state.step,
-            self.digest
+            "trainer-{index} on {node} takes part from step {at_step}: {ready} trainers"
         ));
-        let _ = step.assignment.lost(index);
-        self.prepare(index);
-        Ok(())
+    }
+
+    /// A trainer has said something, if only that it lives.
+    pub(super) fn heard(&mut self, index: usize, news: &News) {
+        let slot = self.crew.slot(index);
+        slot.news_number = news.number;
+        let member = news.member;
+        if slot.member != Some(member) {
+            self.lose(index, "it has taken over a state from somebody else");
+            return;
+        }
+        if news.notice_ms.is_some() {
+            self.let_leave(index, member);
+            return;
+        }
+        self.crew.listen(index);
+        for report in &news.reports {
+            self.reported(member, *report);
+        }
+    }
+
+    fn let_leave(&mut self, index: usize, member: MemberId) {
+        self.counters.handoffs += 1;
+        self.log.line(format_args!(
+            "trainer-{index} leaves {} at step {}: the node will be taken away",
+            self.crew.slots()[index].node,
+            self.state.step
+        ));
+        self.crew.let_leave(index);
+        self.leader.unseat(member);
+        self.publish();
     }
 
     pub(super) fn failed(
         &mut self,
         index: usize,
         error: &LinkError,
-        step: &mut Step,
     ) -> Result<(), CoordinatorError> {
         match error {
             LinkError::Trainer(TrainerError::Stale { current, .. })
-                if current.driver_incarnation() > self.epoch.driver_incarnation() =>
+                if current.driver_incarnation() > self.me.incarnation =>
             {
                 return Err(CoordinatorError::Fenced(current.driver_incarnation()));
             }
@@ -59,85 +128,128 @@ impl<L: TrainerLink> Coordinator<L> {
                     reason,
                 });
             }
-            LinkError::Trainer(TrainerError::OutOfStep { .. } | TrainerError::Stale { .. }) => {
-                let _ = step.assignment.lost(index);
-                self.prepare(index);
-            }
             LinkError::Trainer(TrainerError::Unprepared) => {
-                self.lose(index, "it was started again", step);
+                self.lose(index, "it was started again");
             }
-            LinkError::Lost(reason) => self.lose(index, reason, step),
+            LinkError::Trainer(other) => self.lose(index, &other.to_string()),
+            LinkError::Lost(reason) => self.lose(index, reason),
         }
         Ok(())
     }
 
-    pub(super) fn lose(&mut self, index: usize, reason: &str, step: &mut Step) {
-        let shards = step.assignment.lost(index);
+    pub(super) fn lose(&mut self, index: usize, reason: &str) {
+        self.lose_for(index, reason, GREET_PAUSE_FIRST);
+    }
+
+    /// Gives a trainer up, and asks for it again after `pause`.
+    fn lose_for(&mut self, index: usize, reason: &str, pause: Duration) {
         let slot = &self.crew.slots()[index];
-        if slot.is_ready() {
+        let member = slot.member;
+        if let Some(shards) = member.and_then(|member| self.leader.unseat(member)) {
             self.counters.trainers_lost += 1;
             self.counters.reassigned_shards += shards as u64;
-            self.epoch = self.epoch.next();
             self.log.line(format_args!(
                 "trainer-{index} on {} is lost at step {}: {reason}; {shards} shards of this step \
                  go to the others",
                 slot.node, self.state.step
             ));
         }
-        self.crew.lose(index);
+        self.crew.lose(index, pause);
+        self.publish();
     }
 
-    pub(super) fn greeted(&mut self, index: usize, greeting: Greeting) {
-        let slot = self.crew.slot(index);
-        if slot
-            .incarnation
-            .is_some_and(|known| known != greeting.incarnation)
-        {
-            self.counters.trainer_restarts += 1;
+    /// Where members that we all reach do not reach each other, and no step gets done for that: the one
+    /// that most speak of, or that speaks of most, is left out for a while.
+    pub(super) fn separate(&mut self) {
+        let since = self.unreached_since;
+        if since.is_none_or(|since| since.elapsed() < UNREACHED_MAX) {
+            return;
         }
-        slot.incarnation = Some(greeting.incarnation);
-        slot.node = greeting.node_name;
-        slot.notice_ms = greeting.notice_ms;
-        if slot.notice_ms.is_some() {
-            self.crew.let_leave(index);
-        } else {
+        let pairs = std::mem::take(&mut self.unreached);
+        self.unreached_since = None;
+        let count = |member: &MemberId| {
+            let with = |pair: &&(MemberId, MemberId)| pair.0 == *member || pair.1 == *member;
+            (pairs.iter().filter(with).count(), member.slot)
+        };
+        let worst = self
+            .leader
+            .seated()
+            .iter()
+            .max_by_key(|member| count(member));
+        if let Some(worst) = worst.copied().filter(|member| count(member).0 > 0) {
+            self.lose_for(
+                worst.slot as usize,
+                "others do not reach it",
+                UNREACHED_PAUSE,
+            );
+        }
+    }
+
+    /// A trainer takes long: others compute its shards too.
+    pub(super) fn slow(&mut self, peer: MemberId) {
+        let given = self.leader.back_up(peer);
+        if given == 0 {
+            return;
+        }
+        self.counters.slow_orders += 1;
+        self.log.line(format_args!(
+            "trainer-{} takes much longer than usual for step {}: others compute its {given} \
+             shards too",
+            peer.slot, self.state.step
+        ));
+        self.publish();
+    }
+
+    /// Trainers have different bits: whoever is in the minority is wrong.
+    pub(super) fn judge(
+        &mut self,
+        step: u64,
+        said: &BTreeMap<MemberId, StateDigest>,
+    ) -> Result<(), CoordinatorError> {
+        self.judging.remove(&step);
+        let Some(own) = self.member.digest_before(step) else {
+            // Our copy is not there yet. It will be, and the difference is reported again.
+            return Ok(());
+        };
+        let Some(wrong) = judge(said, own) else {
+            return Err(CoordinatorError::Outvoted {
+                step,
+                count: said.len(),
+                ours: self.digest.clone(),
+            });
+        };
+        for member in wrong {
+            let index = member.slot as usize;
+            if self.crew.slots()[index].member != Some(member) {
+                continue;
+            }
+            self.counters.digest_mismatches += 1;
+            self.leader.unseat(member);
+            self.log.line(format_args!(
+                "trainer-{index} on {} has other parameters than the others before step {step}: \
+                 its sums are refused and it gets the state again",
+                self.crew.slots()[index].node,
+            ));
             self.prepare(index);
         }
+        self.publish();
+        Ok(())
     }
 
-    /// Sends the present state in the background.
-    pub(super) fn prepare(&mut self, index: usize) {
-        let sent = Held {
-            step: self.state.step,
-            digest: self.digest.clone(),
-        };
-        self.crew
-            .prepare(index, self.epoch, sent, self.state.to_bytes());
-    }
-
-    pub(super) fn joined(&mut self, index: usize, at_step: u64) {
-        let slot = self.crew.slot(index);
-        slot.presence = Presence::Ready;
-        slot.step = at_step;
-        self.epoch = self.epoch.next();
-        let node = slot.node.clone();
-        let ready = self.ready_count();
+    /// Our copy is so far behind the trainers that nobody has the sums that it lacks, which is so only if
+    /// nobody gave their state to a driver that was started anew. They take those steps again.
+    pub(super) fn rewind(&mut self) {
         self.log.line(format_args!(
-            "trainer-{index} on {node} takes part from step {at_step}: {ready} trainers"
+            "the trainers are further than this driver can follow from step {}: they take those \
+             steps again",
+            self.state.step
         ));
-    }
-
-    pub(super) fn let_noticed_leave(&mut self) {
-        let noticed = |slot: &Slot<L>| slot.is_ready() && slot.notice_ms.is_some();
-        for index in self.crew.which(noticed) {
-            self.counters.handoffs += 1;
-            self.epoch = self.epoch.next();
-            self.log.line(format_args!(
-                "trainer-{index} leaves {} at step {}: the node will be taken away",
-                self.crew.slots()[index].node,
-                self.state.step
-            ));
-            self.crew.let_leave(index);
+        for index in self.crew.which(Slot::is_ready) {
+            if let Some(member) = self.crew.slots()[index].member {
+                self.leader.unseat(member);
+            }
+            self.prepare(index);
         }
+        self.publish();
     }
 }

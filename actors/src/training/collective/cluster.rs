@@ -1,0 +1,107 @@
+//! Members anywhere in the cluster: their trainers' calls, which take the shortest way there is.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mobula::{ActorRef, CallFailure, Cluster};
+use mobula_core::CallError;
+use parking_lot::Mutex;
+
+use super::sealed::Sealed;
+use super::{Collective, Unreachable};
+use crate::training::messages::TrainerError;
+use crate::training::protocol::member::{Ask, Contribution, Refusal};
+use crate::training::protocol::plan::MemberId;
+use crate::training::reduction::Partial;
+use crate::training::trainer::{Trainer, TrainerCalls, trainer_name};
+
+/// How long sums may take to arrive; then they are sent again.
+const CONTRIBUTE_MAX: Duration = Duration::from_secs(20);
+/// How long a question may wait for its sum: longer than a step of most jobs, and asked again after.
+const ASK_MAX: Duration = Duration::from_secs(60);
+
+/// Calls of the trainers of this job.
+#[derive(Clone)]
+pub struct ClusterCollective {
+    cluster: Cluster,
+    trainers: Arc<Mutex<BTreeMap<u32, ActorRef<Trainer>>>>,
+}
+
+impl ClusterCollective {
+    /// The trainers of the job that this process belongs to.
+    #[must_use]
+    pub fn new(cluster: &Cluster) -> Self {
+        ClusterCollective {
+            cluster: cluster.clone(),
+            trainers: Arc::default(),
+        }
+    }
+
+    async fn find(&self, member: MemberId) -> Result<ActorRef<Trainer>, Unreachable> {
+        let known = self.trainers.lock().get(&member.slot).cloned();
+        if let Some(trainer) = known {
+            return Ok(trainer);
+        }
+        let name = trainer_name(member.slot);
+        let found = self.cluster.get_actor::<Trainer>(&name).await;
+        let trainer = found.map_err(|error| Unreachable {
+            member,
+            reason: error.to_string(),
+        })?;
+        self.trainers.lock().insert(member.slot, trainer.clone());
+        Ok(trainer)
+    }
+
+    fn failed(&self, member: MemberId, failure: CallFailure<TrainerError>) -> Unreachable {
+        if let CallFailure::System(mobula::Error::Call(CallError::ActorDied { .. })) = &failure {
+            // It has ended for good: one of the same name may be created anew.
+            self.trainers.lock().remove(&member.slot);
+        }
+        Unreachable {
+            member,
+            reason: failure.to_string(),
+        }
+    }
+}
+
+impl Collective for ClusterCollective {
+    async fn contribute(
+        &self,
+        to: MemberId,
+        contribution: Contribution,
+    ) -> Result<Result<(), Refusal>, Unreachable> {
+        let trainer = self.find(to).await?;
+        let Contribution {
+            from,
+            step,
+            digest,
+            bucket,
+            partial,
+        } = contribution;
+        let at = Ask {
+            from,
+            step,
+            digest,
+            bucket,
+        };
+        let call = trainer.contribute(to, at, Sealed::new(partial));
+        let answer = call.timeout(CONTRIBUTE_MAX).await;
+        answer.map_err(|failure| self.failed(to, failure))
+    }
+
+    async fn ask(&self, to: MemberId, ask: Ask) -> Result<Result<Partial, Refusal>, Unreachable> {
+        let trainer = self.find(to).await?;
+        let answer = trainer.ask(to, ask).timeout(ASK_MAX).await;
+        match answer.map_err(|failure| self.failed(to, failure))? {
+            Ok(sealed) => match sealed.open() {
+                Ok(partial) => Ok(Ok(partial)),
+                Err(damaged) => Err(Unreachable {
+                    member: to,
+                    reason: damaged.to_string(),
+                }),
+            },
+            Err(refusal) => Ok(Err(refusal)),
+        }
+    }
+}

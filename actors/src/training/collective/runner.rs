@@ -1,0 +1,346 @@
+//! A member with its replica, as a task: carries out what the protocol wants.
+//!
+//! Invariants:
+//! 1. One shard is computed at a time, on a thread of its own, while sums of the one before travel.
+//! 2. Every call is a task of the runner's own, and ends with it.
+//! 3. A replica that refuses a shard or an update stops the runner; the reason is on the board.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::Collective;
+use crate::training::messages::{Epoch, Held, TrainerError};
+use crate::training::protocol::leader::StateDigest;
+use crate::training::protocol::member::{Action, Ask, Contribution, Member, Refusal, Report};
+use crate::training::protocol::plan::{MemberId, Plan};
+use crate::training::reduction::{Partial, Subtree};
+use crate::training::replica::Replica;
+
+/// Messages that wait for the runner, at most. It takes them between two shards' beginnings, so few do.
+const INBOX_MAX: usize = 1024;
+/// How often what failed is sent again, and how often it looks who is slow.
+const TICK: Duration = Duration::from_millis(20);
+/// A member is called slow after this, and after [`SLOW_FACTOR`] usual steps.
+const SLOW_AFTER_MIN: Duration = Duration::from_millis(250);
+const SLOW_FACTOR: u32 = 8;
+/// Reports that are kept for a coordinator that does not listen now.
+const REPORTS_MAX: usize = 64;
+
+enum Input {
+    Contribute(Contribution, oneshot::Sender<Result<(), Refusal>>),
+    Ask(Ask, oneshot::Sender<Result<Arc<Partial>, Refusal>>),
+    Adopt(Plan, oneshot::Sender<Result<(), Epoch>>),
+    DigestBefore(u64, oneshot::Sender<Option<StateDigest>>),
+}
+
+/// The way to a runner. What is asked of one that has ended gives `None`.
+#[derive(Clone)]
+pub struct RunnerHandle(mpsc::Sender<Input>);
+
+impl RunnerHandle {
+    async fn request<T>(&self, input: impl FnOnce(oneshot::Sender<T>) -> Input) -> Option<T> {
+        let (sender, answer) = oneshot::channel();
+        self.0.send(input(sender)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Another member's sums.
+    pub async fn contribute(&self, contribution: Contribution) -> Option<Result<(), Refusal>> {
+        self.request(|answer| Input::Contribute(contribution, answer))
+            .await
+    }
+
+    /// A question for a sum; answered once it is there.
+    pub async fn ask(&self, ask: Ask) -> Option<Result<Arc<Partial>, Refusal>> {
+        self.request(|answer| Input::Ask(ask, answer)).await
+    }
+
+    /// Follow this plan; refused with the epoch that it follows if that is later.
+    pub async fn adopt(&self, plan: Plan) -> Option<Result<(), Epoch>> {
+        self.request(|answer| Input::Adopt(plan, answer)).await
+    }
+
+    /// The state that it had before `step`.
+    pub async fn digest_before(&self, step: u64) -> Option<Option<StateDigest>> {
+        self.request(|answer| Input::DigestBefore(step, answer))
+            .await
+    }
+}
+
+/// What a runner shows to whoever looks after it.
+#[derive(Debug, Clone, Default)]
+pub struct Board {
+    /// Grows with each report.
+    pub number: u64,
+    /// The step at which it stands.
+    pub step: u64,
+    /// The latest reports with their numbers.
+    pub reports: VecDeque<(u64, Report)>,
+    /// Why it has stopped.
+    pub failed: Option<TrainerError>,
+}
+
+impl Board {
+    fn report(&mut self, report: Report) {
+        // The same again says nothing new while nobody has acted on it.
+        if self.reports.back().is_some_and(|(_, last)| *last == report) {
+            return;
+        }
+        self.number += 1;
+        if self.reports.len() >= REPORTS_MAX {
+            self.reports.pop_front();
+        }
+        self.reports.push_back((self.number, report));
+    }
+}
+
+enum Done {
+    Contributed {
+        to: MemberId,
+        step: u64,
+        bucket: u32,
+        subtree: Subtree,
+        outcome: Option<Result<(), Refusal>>,
+    },
+    Answered {
+        to: MemberId,
+        step: u64,
+        bucket: u32,
+        outcome: Option<Result<Partial, Refusal>>,
+    },
+    Computed(u64, Result<Partial, TrainerError>),
+    Applied(Result<Held, TrainerError>),
+}
+
+/// A member and its replica.
+pub struct Runner<C> {
+    member: Member,
+    replica: Arc<Mutex<Replica>>,
+    collective: C,
+    inbox: mpsc::Receiver<Input>,
+    board: watch::Sender<Board>,
+    under_way: JoinSet<Done>,
+    asking: BTreeMap<u64, oneshot::Sender<Result<Arc<Partial>, Refusal>>>,
+    next_token: u64,
+    step_begun: Instant,
+    usual_step: Option<Duration>,
+    /// Since when others keep it waiting, as of the last tick.
+    waiting_since: Option<Instant>,
+    slow_reported: bool,
+}
+
+impl<C: Collective> Runner<C> {
+    /// A runner for `member`, whose state `replica` holds; the way to it, and what it shows.
+    pub fn new(
+        member: Member,
+        replica: Arc<Mutex<Replica>>,
+        collective: C,
+    ) -> (Self, RunnerHandle, watch::Receiver<Board>) {
+        let (sender, inbox) = mpsc::channel(INBOX_MAX);
+        let (board, shown) = watch::channel(Board {
+            step: member.step(),
+            ..Board::default()
+        });
+        let runner = Runner {
+            member,
+            replica,
+            collective,
+            inbox,
+            board,
+            under_way: JoinSet::new(),
+            asking: BTreeMap::new(),
+            next_token: 0,
+            step_begun: Instant::now(),
+            usual_step: None,
+            waiting_since: None,
+            slow_reported: false,
+        };
+        (runner, RunnerHandle(sender), shown)
+    }
+
+    /// Runs until nobody holds a handle any more, or the replica refuses something.
+    pub async fn run(mut self) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.act();
+            let outcome = tokio::select! {
+                input = self.inbox.recv() => match input {
+                    Some(input) => {
+                        self.take(input);
+                        Ok(())
+                    }
+                    None => return,
+                },
+                Some(done) = self.under_way.join_next() => match done {
+                    Ok(done) => self.done(done),
+                    // Only dropping the runner aborts them.
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
+                },
+                _ = tick.tick() => {
+                    self.look_around();
+                    Ok(())
+                }
+            };
+            if let Err(error) = outcome {
+                self.board.send_modify(|board| {
+                    board.number += 1;
+                    board.failed = Some(error);
+                });
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        // Whoever asked may be gone; then nobody misses the answer.
+        match input {
+            Input::Contribute(contribution, answer) => {
+                let _ = answer.send(self.member.contribute(contribution));
+            }
+            Input::Ask(ask, answer) => {
+                let token = self.next_token;
+                self.next_token += 1;
+                match self.member.ask(token, ask) {
+                    Some(outcome) => {
+                        let _ = answer.send(outcome);
+                    }
+                    None => {
+                        self.asking.insert(token, answer);
+                    }
+                }
+            }
+            Input::Adopt(plan, answer) => {
+                let _ = answer.send(self.member.adopt(plan));
+            }
+            Input::DigestBefore(step, answer) => {
+                let _ = answer.send(self.member.digest_before(step));
+            }
+        }
+    }
+
+    fn done(&mut self, done: Done) -> Result<(), TrainerError> {
+        match done {
+            Done::Contributed {
+                to,
+                step,
+                bucket,
+                subtree,
+                outcome,
+            } => self.member.contributed(to, step, bucket, subtree, outcome),
+            Done::Answered {
+                to,
+                step,
+                bucket,
+                outcome,
+            } => self.member.answered(to, step, bucket, outcome),
+            Done::Computed(step, sums) => self
+                .member
+                .computed(step, sums?)
+                .map_err(|error| TrainerError::Unfit(error.to_string()))?,
+            Done::Applied(held) => {
+                let held = held?;
+                self.member.applied(held.short());
+                let took = self.step_begun.elapsed();
+                let usual = self.usual_step.map_or(took, |usual| (usual * 7 + took) / 8);
+                self.usual_step = Some(usual);
+                (self.step_begun, self.slow_reported) = (Instant::now(), false);
+                self.waiting_since = None;
+                // Nobody is woken for a step: who listens for news looks here when there are some.
+                self.board.send_if_modified(|board| {
+                    board.step = held.step;
+                    false
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.member.poll_action() {
+            match action {
+                Action::Compute { step, shard } => {
+                    let replica = Arc::clone(&self.replica);
+                    self.under_way.spawn_blocking(move || {
+                        Done::Computed(step, replica.lock().compute(step, shard))
+                    });
+                }
+                Action::Apply { root } => {
+                    let replica = Arc::clone(&self.replica);
+                    self.under_way.spawn_blocking(move || {
+                        let outcome = replica.lock().apply(&root);
+                        Done::Applied(outcome.map(|(_, held)| held))
+                    });
+                }
+                Action::Contribute { to, contribution } => {
+                    let collective = self.collective.clone();
+                    self.under_way.spawn(async move {
+                        let (step, bucket) = (contribution.step, contribution.bucket);
+                        let subtree = contribution.partial.subtree;
+                        let outcome = collective.contribute(to, contribution).await;
+                        Done::Contributed {
+                            to,
+                            step,
+                            bucket,
+                            subtree,
+                            outcome: outcome.inspect_err(told).ok(),
+                        }
+                    });
+                }
+                Action::Ask { to, ask } => {
+                    let collective = self.collective.clone();
+                    self.under_way.spawn(async move {
+                        let outcome = collective.ask(to, ask).await;
+                        Done::Answered {
+                            to,
+                            step: ask.step,
+                            bucket: ask.bucket,
+                            outcome: outcome.inspect_err(told).ok(),
+                        }
+                    });
+                }
+                Action::Answer { token, answer } => {
+                    if let Some(asking) = self.asking.remove(&token) {
+                        // The asking member may be gone.
+                        let _ = asking.send(answer);
+                    }
+                }
+                Action::Report(report) => {
+                    self.board.send_modify(|board| board.report(report));
+                }
+            }
+        }
+    }
+
+    fn look_around(&mut self) {
+        if self.member.is_resting() {
+            self.member.retry();
+        }
+        let limit = self.usual_step.map_or(SLOW_AFTER_MIN * 8, |usual| {
+            SLOW_AFTER_MIN.max(usual * SLOW_FACTOR)
+        });
+        if !self.member.is_waiting() {
+            self.waiting_since = None;
+            return;
+        }
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        if self.slow_reported || since.elapsed() < limit {
+            return;
+        }
+        for peer in self.member.awaited() {
+            self.slow_reported = true;
+            self.board
+                .send_modify(|board| board.report(Report::Slow { peer }));
+        }
+    }
+}
+
+fn told(error: &super::Unreachable) {
+    tracing::debug!(%error, "a message is sent again");
+}
