@@ -411,7 +411,7 @@ async fn random_faults_never_change_the_bits() {
 }
 
 #[tokio::test]
-async fn trainers_that_do_not_reach_each_other_are_separated() {
+async fn trainers_that_do_not_reach_each_other_stop_nobody() {
     let spec = spec(20, 3, 3);
     let trainers = trainers(&spec, vec![vec![]; 3]);
     trainers[0].inner.lock().cut_off = vec![1];
@@ -420,7 +420,9 @@ async fn trainers_that_do_not_reach_each_other_are_separated() {
     spec_of_two.workers.min = 2;
     let coordinator = run(&spec_of_two, &trainers).await;
     assert_eq!(coordinator.digest(), expected(&spec));
-    assert!(coordinator.counters().trainers_lost >= 1);
+    // The third one may do for both what they cannot do for each other, before one of them is left out.
+    let counters = coordinator.counters();
+    assert!(counters.trainers_lost + counters.slow_orders >= 1);
 }
 
 #[tokio::test]

@@ -61,7 +61,7 @@ impl Driver {
 
     /// What the choice rests on. Nobody else is known to hold these bits for sure: an order that would
     /// prove it may take longer than the grace.
-    fn facts(&self, coordinator: &Coordinator<ClusterLink>, saver: &Saver) -> Facts {
+    fn facts(&self, coordinator: &Coordinator, saver: &Saver) -> Facts {
         let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let size_bytes = coordinator.state().size_bytes();
         let usual_ms = millis(saver.expected_time()).max(1);
