@@ -669,12 +669,13 @@ impl Member {
 
     /// The own sums for buckets that this member owns.
     fn hand_own_to_self(&mut self) {
+        let ready = self.ready_subtrees();
         for bucket in 0..self.shape.buckets.count() {
             if self.plan.owner(bucket) != Some(self.me) || self.known.contains_key(&bucket) {
                 continue;
             }
             let range = self.shape.buckets.range(bucket);
-            for subtree in self.ready_subtrees() {
+            for &subtree in &ready {
                 let states = self.gathers.entry((self.step, bucket)).or_default();
                 let gather = states
                     .entry(self.digest)
