@@ -25,7 +25,6 @@ use tokio::time::Instant;
 use super::collective::{Collective, Unreachable};
 use super::crew::{Crew, Event, Happened, Slot, TrainerLink};
 use super::job_log::JobLog;
-use super::layout::Layout;
 use super::messages::{Epoch, Held, short_digest};
 use super::optimizer::{Optimizer, StepError, StepReport};
 use super::protocol::leader::Leader;
@@ -35,6 +34,7 @@ use super::reduction::{Partial, Subtree};
 use super::shape::{leader_shape, member_shape};
 use super::spec::TrainSpec;
 use super::state::TrainState;
+use super::workload::Workload;
 
 mod membership;
 
@@ -158,11 +158,10 @@ pub struct Coordinator<L, C> {
 }
 
 impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
-    /// A coordinator at `state`, which leads the trainers of `links` from now on. Its copy takes sums by
+    /// The coordinator of a job at `state`, which leads the trainers of `links` from now on. Its copy takes sums by
     /// way of `collective`.
     pub fn new(
-        spec: &TrainSpec,
-        layout: &Layout,
+        workload: &Workload,
         state: TrainState,
         first_epoch: Epoch,
         links: Vec<L>,
@@ -170,6 +169,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         counters: Counters,
         log: JobLog,
     ) -> Self {
+        let spec = workload.spec();
         let digest = state.weights_blake3();
         let me = MemberId {
             slot: DRIVER_SLOT,
@@ -179,7 +179,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         let value_count = state.params.len();
         let shape = member_shape(spec, value_count);
         Coordinator {
-            optimizer: Optimizer::new(spec, layout),
+            optimizer: Optimizer::new(spec, workload.layout()),
             me,
             leader: Leader::new(leader_shape(spec, value_count), first_epoch, state.step),
             member: Member::new(me, shape, state.step, short_digest(&digest)),

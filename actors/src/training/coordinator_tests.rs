@@ -292,8 +292,7 @@ fn coordinator(spec: &TrainSpec, driver_incarnation: u64, trainers: &[FakeTraine
     let workload = load(spec, &Files::local()).unwrap();
     let state = TrainState::initial(&workload);
     Coordinator::new(
-        spec,
-        workload.layout(),
+        &workload,
         state,
         Epoch::first_of(driver_incarnation),
         trainers.to_vec(),

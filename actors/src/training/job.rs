@@ -189,8 +189,7 @@ impl Driver {
         let epoch = Epoch::first_of(self.incarnation.0);
         let counters = history.counters;
         let mut coordinator = Coordinator::new(
-            &self.spec,
-            self.workload.layout(),
+            &self.workload,
             state,
             epoch,
             links,
