@@ -2,7 +2,7 @@
 //! and in which tensor.
 //!
 //! Invariants:
-//! 1. Its size is bounded: [`STATES_MAX`] digests of whole states, [`TENSOR_DIGESTS_MAX`] of single tensors.
+//! 1. Its size is bounded: `STATES_MAX` digests of whole states, `TENSOR_DIGESTS_MAX` of single tensors.
 //!    A longer run is sampled, always at the same steps, whatever happened to its driver.
 //! 2. It is kept with each checkpoint, so a driver that begins again has that of its predecessors.
 
