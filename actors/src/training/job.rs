@@ -404,10 +404,7 @@ impl Driver {
     }
 
     /// Stores what the run was, however long the store is out of reach; its digest.
-    async fn store_record(
-        &self,
-        coordinator: &Coordinator,
-    ) -> Result<String, JobError> {
+    async fn store_record(&self, coordinator: &Coordinator) -> Result<String, JobError> {
         let state = coordinator.state();
         let record = tokio::task::block_in_place(|| {
             let trace = self.trace.lock();
