@@ -69,6 +69,10 @@ impl TrainSpec {
             format!("a job has 1 to {STEPS_MAX} steps"),
             "give a number in that range",
         )?;
+        self.schedule.check(self.steps)?;
+        if let Some(evaluation) = &self.evaluation {
+            evaluation.check()?;
+        }
         self.validate_division()?;
         self.validate_update()?;
         check(
@@ -102,10 +106,7 @@ impl TrainSpec {
             "a file is a path, or store: and the path of a blob".to_owned(),
             "name it",
         )?;
-        let DataSpec::Csv(csv) = &self.dataset else {
-            return Ok(());
-        };
-        let scale = csv.scale.unwrap_or(1.0);
+        let scale = self.dataset.scale().unwrap_or(1.0);
         check(
             "scale",
             scale,
@@ -113,6 +114,9 @@ impl TrainSpec {
             "numbers are divided by it".to_owned(),
             "give the largest value of the data, or leave it out",
         )?;
+        let DataSpec::Csv(csv) = &self.dataset else {
+            return Ok(());
+        };
         check(
             "targets",
             format!("{:?}", csv.targets),

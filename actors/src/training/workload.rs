@@ -4,9 +4,10 @@
 //! 1. A shard's sums depend on (job, data, parameters, step, shard) and on nothing else.
 //! 2. Held-out samples are measured in their order, in batches of a fixed size.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::data::{DataError, Dataset, Files, Split};
+use super::data::{Batch, DataError, Dataset, Files, Prefetch, Split};
 use super::layout::Layout;
 use super::model::ModelError;
 use super::parameters::{Parameters, ShardOutput, initial_values};
@@ -57,6 +58,8 @@ pub struct Workload {
     layout: Arc<Layout>,
     split: Split,
     order: DataOrder,
+    /// Only for samples that are read from a file each time.
+    prefetch: Option<Prefetch>,
 }
 
 #[cfg(test)]
@@ -85,6 +88,10 @@ impl Workload {
             layout: Arc::new(Layout::of(&model.parameters())),
             spec: spec.clone(),
             model,
+            prefetch: split
+                .train
+                .is_read_late()
+                .then(|| Prefetch::new(split.train.clone(), order)),
             split,
             order,
         })
@@ -138,11 +145,31 @@ impl Workload {
         step: u64,
         shard: u32,
     ) -> Result<ShardOutput, WorkloadError> {
+        let batch = self.samples(step, shard)?;
+        self.gradients(parameters, step, shard, &batch)
+    }
+
+    /// The samples of one virtual shard of one step.
+    pub fn samples(&self, step: u64, shard: u32) -> Result<Batch, WorkloadError> {
         let shard_count = self.spec.virtual_shards;
         if shard >= shard_count {
             return Err(WorkloadError::Shard { shard, shard_count });
         }
-        let batch = self.split.train.gather(&self.order.shard(step, shard))?;
+        let ready = self.prefetch.as_ref();
+        match ready.and_then(|prefetch| prefetch.take(step, shard)) {
+            Some(batch) => Ok(batch),
+            None => Ok(self.split.train.gather(&self.order.shard(step, shard))?),
+        }
+    }
+
+    /// The sums of one virtual shard of one step, whose samples are `batch`.
+    pub fn gradients(
+        &self,
+        parameters: &Parameters,
+        step: u64,
+        shard: u32,
+        batch: &Batch,
+    ) -> Result<ShardOutput, WorkloadError> {
         let context = ShardContext {
             seed: self.spec.seed,
             step,
@@ -150,7 +177,15 @@ impl Workload {
                 + u64::from(shard) * self.shard_size() as u64,
             mode: Mode::Training,
         };
-        Ok(self.model.shard_gradients(parameters, &batch, &context)?)
+        Ok(self.model.shard_gradients(parameters, batch, &context)?)
+    }
+
+    /// Reads the samples of these shards of a step beside whatever is computed meanwhile, if that is worth
+    /// it. Only a hint: [`Workload::shard`] reads what was not read yet.
+    pub fn prefetch(&self, step: u64, shards: Range<u32>) {
+        if let Some(prefetch) = &self.prefetch {
+            prefetch.ask(step, shards);
+        }
     }
 
     /// Measures the model on the held-out samples.

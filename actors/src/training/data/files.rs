@@ -4,10 +4,13 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::sync::Arc;
 
 use mobula_storage::blob::{BlobErrorKind, BlobStore};
 use tokio::runtime::Handle;
 
+use super::Digests;
+use super::array::Bytes;
 use super::error::DataError;
 
 /// Bytes of one data file, compressed or not. It becomes about twice this in memory, which every
@@ -17,7 +20,7 @@ pub const FILE_BYTES_MAX: u64 = 256 << 20;
 pub const FILES_MAX: usize = 256;
 
 /// How a name says that the object store has the file.
-const STORE_PREFIX: &str = "store:";
+pub const STORE_PREFIX: &str = "store:";
 
 /// Where data files are read from.
 #[derive(Debug, Clone, Default)]
@@ -54,6 +57,27 @@ impl Files {
             });
         }
         Ok(bytes)
+    }
+
+    /// Bytes that are read in pieces as they are needed, and how many there are. They are hashed once; a
+    /// local file may be larger than what is read whole.
+    pub(super) fn open(
+        &self,
+        name: &str,
+        digests: &mut Digests,
+    ) -> Result<(Bytes, u64), DataError> {
+        if name.starts_with(STORE_PREFIX) {
+            let bytes = digests.add(self.read(name)?);
+            let size_bytes = bytes.len() as u64;
+            return Ok((Bytes::Memory(Arc::new(bytes)), size_bytes));
+        }
+        let unreadable = |source| DataError::Unreadable {
+            file: name.to_owned(),
+            source,
+        };
+        let mut file = File::open(name).map_err(unreadable)?;
+        let size_bytes = digests.add_file(&mut file).map_err(unreadable)?;
+        Ok((Bytes::File(file), size_bytes))
     }
 
     fn read_blob(&self, blob: &str) -> Result<Vec<u8>, DataError> {

@@ -1,7 +1,8 @@
 //! Data sets: where samples come from, what one looks like, and which of them are trained on.
 //!
 //! * [`DataSpec`] says what a job asks for; [`shape`] what a sample is; [`rows`] what a batch of them is.
-//! * One file a format: [`csv`], [`text`]; `table` checks rows of numbers; [`files`] brings the bytes.
+//! * One file a format: [`csv`], [`parquet`], [`npy`], [`safetensors`], [`text`]; `table` checks rows of numbers, `array`
+//!   and `arrays` arrays of them; [`files`] brings the bytes, `prefetch` before they are needed.
 //!
 //! Invariants:
 //! 1. A loaded data set is complete and finite, or loading fails with an error that names file, place,
@@ -10,6 +11,8 @@
 //!    its data.
 //! 3. Which samples are held out depends on (seed, count, fraction) only.
 
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -17,21 +20,31 @@ use serde::{Deserialize, Serialize};
 pub mod csv;
 pub mod error;
 pub mod files;
+pub mod npy;
+pub mod parquet;
 pub mod rows;
+pub mod safetensors;
 pub mod shape;
 pub mod text;
 
+mod array;
+mod arrays;
+mod prefetch;
 mod table;
 
 pub use error::DataError;
 pub use files::Files;
+pub(super) use prefetch::Prefetch;
 pub use rows::{Batch, Samples};
 pub use shape::SampleShape;
 
+use self::parquet::ParquetSpec;
 use super::permutation::Permutation;
 use super::random::Purpose;
 use csv::CsvSpec;
+use npy::NpySpec;
 use rows::Rows;
+use safetensors::SafetensorsSpec;
 use table::Table;
 use text::TextSpec;
 
@@ -46,6 +59,12 @@ pub enum DataSpec {
     Digits,
     /// Numbers in text.
     Csv(CsvSpec),
+    /// Columns by name.
+    Parquet(ParquetSpec),
+    /// Arrays, one in a file.
+    Npy(NpySpec),
+    /// Arrays by name.
+    Safetensors(SafetensorsSpec),
     /// Text.
     Text(TextSpec),
 }
@@ -53,30 +72,66 @@ pub enum DataSpec {
 impl DataSpec {
     /// The files that it names.
     #[must_use]
-    pub fn files(&self) -> &[String] {
+    pub fn files(&self) -> Vec<&str> {
+        self.lists()
+            .into_iter()
+            .flatten()
+            .map(String::as_str)
+            .collect()
+    }
+
+    /// The names of its files, to be changed.
+    pub fn files_mut(&mut self) -> Vec<&mut String> {
+        let lists = match self {
+            DataSpec::Digits => vec![],
+            DataSpec::Csv(spec) => vec![&mut spec.files],
+            DataSpec::Parquet(spec) => vec![&mut spec.files],
+            DataSpec::Npy(spec) => {
+                vec![&mut spec.features, &mut spec.labels, &mut spec.targets]
+            }
+            DataSpec::Safetensors(spec) => vec![&mut spec.files],
+            DataSpec::Text(spec) => vec![&mut spec.files],
+        };
+        lists.into_iter().flatten().collect()
+    }
+
+    fn lists(&self) -> Vec<&Vec<String>> {
         match self {
-            DataSpec::Digits => &[],
-            DataSpec::Csv(spec) => &spec.files,
-            DataSpec::Text(spec) => &spec.files,
+            DataSpec::Digits => vec![],
+            DataSpec::Csv(spec) => vec![&spec.files],
+            DataSpec::Parquet(spec) => vec![&spec.files],
+            DataSpec::Npy(spec) => vec![&spec.features, &spec.labels, &spec.targets],
+            DataSpec::Safetensors(spec) => vec![&spec.files],
+            DataSpec::Text(spec) => vec![&spec.files],
+        }
+    }
+
+    /// The number by which numbers are divided, and what says what is to be predicted: how many classes,
+    /// and whether there are numbers to predict.
+    pub(super) fn scale(&self) -> Option<f64> {
+        match self {
+            DataSpec::Digits | DataSpec::Text(_) => None,
+            DataSpec::Csv(spec) => spec.scale,
+            DataSpec::Parquet(spec) => spec.scale,
+            DataSpec::Npy(spec) => spec.scale,
+            DataSpec::Safetensors(spec) => spec.scale,
         }
     }
 
     /// The same without the names of its files, which decide no bit.
     fn without_files(&self) -> DataSpec {
         let mut spec = self.clone();
-        match &mut spec {
-            DataSpec::Digits => {}
-            DataSpec::Csv(spec) => spec.files.clear(),
-            DataSpec::Text(spec) => spec.files.clear(),
+        for name in spec.files_mut() {
+            name.clear();
         }
         spec
     }
 
     /// How people call it.
     fn name(&self) -> String {
-        match self.files() {
+        match self.files().as_slice() {
             [] => "digits".to_owned(),
-            [file] => file.clone(),
+            [file] => (*file).to_owned(),
             [first, rest @ ..] => format!("{first} and {} more", rest.len()),
         }
     }
@@ -121,6 +176,18 @@ impl Dataset {
                     csv::read(file, &bytes, spec.header, &mut table)?;
                 }
                 table.finish(&source)?
+            }
+            DataSpec::Parquet(spec) => {
+                let mut table = Table::new(spec.table());
+                for file in &spec.files {
+                    let bytes = digests.add(files.read(file)?);
+                    parquet::read(file, bytes, spec, &mut table)?;
+                }
+                table.finish(&source)?
+            }
+            DataSpec::Npy(spec) => arrays::load_npy(&source, spec, files, &mut digests)?,
+            DataSpec::Safetensors(spec) => {
+                arrays::load_safetensors(&source, spec, files, &mut digests)?
             }
             DataSpec::Text(spec) => {
                 let mut text = Vec::new();
@@ -206,6 +273,11 @@ impl Dataset {
         self.len() == 0
     }
 
+    /// Whether samples are read from a file each time they are gathered.
+    pub(super) fn is_read_late(&self) -> bool {
+        self.whole.rows.is_read_late()
+    }
+
     /// The samples at `indices`, in that order.
     ///
     /// # Panics
@@ -286,6 +358,14 @@ impl Digests {
     fn add(&mut self, bytes: Vec<u8>) -> Vec<u8> {
         self.0.update(blake3::hash(&bytes).as_bytes());
         bytes
+    }
+
+    /// Hashes what a file holds, and says how much that is.
+    fn add_file(&mut self, file: &mut File) -> io::Result<u64> {
+        let mut hasher = blake3::Hasher::new();
+        let size_bytes = io::copy(file, &mut hasher)?;
+        self.0.update(hasher.finalize().as_bytes());
+        Ok(size_bytes)
     }
 
     fn finish(self) -> String {

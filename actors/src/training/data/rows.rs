@@ -1,5 +1,6 @@
 //! The samples of a data set, and a batch of them.
 
+use super::array::Array;
 use super::error::DataError;
 
 /// Some samples, as a model gets them: sample by sample, the first one first.
@@ -74,20 +75,64 @@ pub(super) enum Rows {
 #[derive(Debug)]
 pub(super) enum Features {
     Memory(Vec<f32>),
+    /// Arrays of rows, one after the other, that are read as they are needed.
+    Arrays {
+        arrays: Vec<Array>,
+        /// The number of each array's first row.
+        firsts: Vec<u64>,
+        divisor: f32,
+    },
 }
 
 impl Features {
+    /// The rows of `arrays`, divided by `divisor`.
+    pub(super) fn arrays(arrays: Vec<Array>, divisor: f32) -> Self {
+        let mut next = 0;
+        let first = |array: &Array| {
+            let first = next;
+            next += array.place.rows() as u64;
+            first
+        };
+        Features::Arrays {
+            firsts: arrays.iter().map(first).collect(),
+            arrays,
+            divisor,
+        }
+    }
+
     fn gather(&self, rows: &[u64], width: usize) -> Result<Vec<f32>, DataError> {
-        let Features::Memory(values) = self;
         let mut gathered = Vec::with_capacity(rows.len() * width);
         for row in rows {
-            gathered.extend_from_slice(&values[*row as usize * width..][..width]);
+            match self {
+                Features::Memory(values) => {
+                    gathered.extend_from_slice(&values[*row as usize * width..][..width]);
+                }
+                Features::Arrays {
+                    arrays,
+                    firsts,
+                    divisor,
+                } => {
+                    let which = firsts.partition_point(|first| first <= row) - 1;
+                    let within = (row - firsts[which]) as usize;
+                    arrays[which].read_row(within, *divisor, &mut gathered)?;
+                }
+            }
         }
         Ok(gathered)
     }
 }
 
 impl Rows {
+    /// Whether samples are read from a file each time.
+    pub(super) fn is_read_late(&self) -> bool {
+        match self {
+            Rows::Classified { features, .. } | Rows::Measured { features, .. } => {
+                matches!(features, Features::Arrays { .. })
+            }
+            Rows::Tokens { .. } => false,
+        }
+    }
+
     /// How many samples there are.
     pub(super) fn count(&self, outputs: usize) -> usize {
         match self {

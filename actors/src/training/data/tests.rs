@@ -258,3 +258,223 @@ fn the_split_is_seeded_and_covers_each_sample_once() {
         assert_eq!(parts, count(&digits, label));
     }
 }
+
+fn saved(folder: &tempfile::TempDir, name: &str, bytes: &[u8]) -> String {
+    let path = folder.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    path.display().to_string()
+}
+
+fn floats(values: &[f32]) -> Vec<u8> {
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
+}
+
+fn npy(features: Vec<String>, labels: Vec<String>, targets: Vec<String>) -> DataSpec {
+    DataSpec::Npy(NpySpec {
+        features,
+        labels,
+        targets,
+        classes: None,
+        scale: Some(2.0),
+    })
+}
+
+#[test]
+fn arrays_over_several_files_are_read_row_by_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = floats(&[1.0, 2.0, 3.0, 4.0]);
+    let features = vec![
+        saved(&folder, "x0.npy", &npy::written("<f4", "(2, 1, 2)", &first)),
+        saved(
+            &folder,
+            "x1.npy",
+            &npy::written("<f4", "(1, 1, 2)", &floats(&[8.0, 6.0])),
+        ),
+    ];
+    let labels = vec![
+        saved(&folder, "y0.npy", &npy::written("|u1", "(2,)", &[0, 2])),
+        saved(&folder, "y1.npy", &npy::written("<i2", "(1,)", &[1, 0])),
+    ];
+    let spec = npy(features.clone(), labels.clone(), vec![]);
+    let data = Dataset::load(&spec, &Files::local()).unwrap();
+    assert!(data.is_read_late());
+    let shape = SampleShape::Classified {
+        features: vec![1, 2],
+        classes: 3,
+    };
+    assert_eq!(*data.shape(), shape);
+    let batch = data.gather(&[2, 0]).unwrap();
+    assert_eq!(
+        (batch.features(), batch.labels()),
+        (&[4.0, 3.0, 0.5, 1.0][..], &[1, 0][..])
+    );
+    // The file is cut while it is in use.
+    std::fs::write(&features[1], b"").unwrap();
+    assert!(matches!(
+        data.gather(&[2]),
+        Err(DataError::Unreadable { .. })
+    ));
+
+    let targets = saved(&folder, "t.npy", &npy::written("<f8", "(2,)", &[0u8; 16]));
+    let spec = npy(features[..1].to_vec(), vec![], vec![targets]);
+    let data = Dataset::load(&spec, &Files::local()).unwrap();
+    let shape = SampleShape::Measured {
+        features: vec![1, 2],
+        targets: 1,
+    };
+    assert_eq!(*data.shape(), shape);
+}
+
+#[test]
+fn arrays_that_do_not_belong_together_are_refused_with_file_and_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let save = |name: &str, descr: &str, shape: &str, body: &[u8]| {
+        saved(&folder, name, &npy::written(descr, shape, body))
+    };
+    let x = save("x.npy", "<f4", "(2, 2)", &[0; 16]);
+    let y = save("y.npy", "|u1", "(2,)", &[0, 1]);
+    let nan = floats(&[0.0, 1.0, 2.0, f32::NAN]);
+    let cases = [
+        (npy(vec![], vec![y.clone()], vec![]), "no array of numbers"),
+        (
+            npy(vec![x.clone()], vec![], vec![]),
+            "either labels or targets",
+        ),
+        (
+            npy(vec![x.clone()], vec![y.clone(), y.clone()], vec![]),
+            "1 arrays of numbers and 2 of what to predict",
+        ),
+        (
+            npy(
+                vec![save("nan.npy", "<f4", "(2, 2)", &nan)],
+                vec![y.clone()],
+                vec![],
+            ),
+            "nan.npy: row 2, value 2: NaN is not finite",
+        ),
+        (
+            npy(
+                vec![x.clone()],
+                vec![save("y3.npy", "|u1", "(3,)", &[0; 3])],
+                vec![],
+            ),
+            "it is about 3 samples",
+        ),
+        (
+            npy(
+                vec![x.clone()],
+                vec![save("yf.npy", "<f4", "(2,)", &[0; 8])],
+                vec![],
+            ),
+            "labels are whole numbers",
+        ),
+        (
+            npy(
+                vec![x.clone()],
+                vec![save("neg.npy", "|i1", "(2,)", &[0, 255])],
+                vec![],
+            ),
+            "neg.npy: row 2: label -1 is outside",
+        ),
+        (
+            npy(
+                vec![x.clone(), save("x3.npy", "<f4", "(2, 3)", &[0; 24])],
+                vec![y.clone(), y.clone()],
+                vec![],
+            ),
+            "x3.npy: its samples are [3]",
+        ),
+    ];
+    for (spec, expected) in cases {
+        let error = Dataset::load(&spec, &Files::local())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn safetensors_as_another_program_writes_them_are_read() {
+    use candle_core::{Device, Tensor};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    let images = Tensor::new(&[[1.0f32, 2.0], [4.0, 6.0]], &Device::Cpu).unwrap();
+    let labels = Tensor::new(&[1u32, 0], &Device::Cpu).unwrap();
+    let arrays = std::collections::HashMap::from([("images", images), ("labels", labels)]);
+    candle_core::safetensors::save(&arrays, &path).unwrap();
+    let spec = |features: &str| {
+        DataSpec::Safetensors(SafetensorsSpec {
+            files: vec![path.display().to_string()],
+            features: features.into(),
+            labels: Some("labels".into()),
+            targets: None,
+            classes: Some(2),
+            scale: Some(2.0),
+        })
+    };
+    let data = Dataset::load(&spec("images"), &Files::local()).unwrap();
+    let batch = data.gather(&[1, 0]).unwrap();
+    assert_eq!(
+        (batch.features(), batch.labels()),
+        (&[2.0, 3.0, 0.5, 1.0][..], &[0, 1][..])
+    );
+    let error = Dataset::load(&spec("pictures"), &Files::local())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("no array \"pictures\", but images, labels"),
+        "{error}"
+    );
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    let error = Dataset::load(&spec("images"), &Files::local()).map(drop);
+    let error = error.and(Dataset::load(&spec("labels"), &Files::local()).map(drop));
+    assert!(error.unwrap_err().to_string().contains("cut short"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blobs_of_the_object_store_are_data_files_too() {
+    use mobula_storage::blob::{BlobStore, S3Options};
+    let store = BlobStore::open("memory://", &S3Options::default()).unwrap();
+    store
+        .put_if_absent("data/digits.csv.gz", EMBEDDED_DIGITS.into())
+        .await
+        .unwrap();
+    let x = npy::written("<f4", "(2, 2)", &[0; 16]);
+    store.put_if_absent("data/x.npy", x.into()).await.unwrap();
+    let y = npy::written("|u1", "(2,)", &[0, 1]);
+    store.put_if_absent("data/y.npy", y.into()).await.unwrap();
+    let files = Files::with_store(store, tokio::runtime::Handle::current());
+    let load = |spec: DataSpec| tokio::task::block_in_place(|| Dataset::load(&spec, &files));
+    let digits = load(DataSpec::Csv(CsvSpec {
+        files: vec!["store:data/digits.csv.gz".into()],
+        header: false,
+        shape: Some(vec![8, 8]),
+        classes: Some(10),
+        targets: None,
+        scale: Some(16.0),
+    }));
+    assert_eq!(
+        digits.unwrap().all().unwrap(),
+        Dataset::digits().unwrap().all().unwrap()
+    );
+    let arrays = load(npy(
+        vec!["store:data/x.npy".into()],
+        vec!["store:data/y.npy".into()],
+        vec![],
+    ));
+    assert_eq!(arrays.unwrap().len(), 2);
+    let missing = load(npy(
+        vec!["store:data/z.npy".into()],
+        vec!["store:data/y.npy".into()],
+        vec![],
+    ));
+    let error = missing.unwrap_err();
+    assert!(
+        error.to_string().contains("store:data/z.npy") && !error.may_pass(),
+        "{error}"
+    );
+}
