@@ -27,6 +27,7 @@ use super::crew::{Crew, Event, Happened, Slot, TrainerLink};
 use super::job_log::JobLog;
 use super::messages::{Epoch, Held, short_digest};
 use super::optimizer::{Optimizer, StepError, StepReport};
+use super::progress::StepBreakdown;
 use super::protocol::leader::Leader;
 use super::protocol::member::{Action, Member, Refusal, Report};
 use super::protocol::plan::MemberId;
@@ -154,6 +155,8 @@ pub struct Coordinator<L, C> {
     judging: BTreeSet<u64>,
     counters: Counters,
     next_report: Instant,
+    /// How long the last step waited for trainers before it began.
+    waited: Duration,
     log: JobLog,
 }
 
@@ -195,6 +198,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             judging: BTreeSet::new(),
             counters,
             next_report: Instant::now() + WAITING_REPORT,
+            waited: Duration::ZERO,
             log,
         }
     }
@@ -223,9 +227,16 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     /// followed again.
     pub async fn advance(&mut self) -> Result<StepReport, CoordinatorError> {
         let mut retry = tokio::time::interval(RETRY_EVERY);
-        self.next_report = Instant::now() + WAITING_REPORT;
+        let begun = Instant::now();
+        self.next_report = begun + WAITING_REPORT;
+        let waits = self.ready_count() < self.spec.workers.min as usize;
         loop {
             if let Some(report) = self.act()? {
+                self.waited = if waits {
+                    begun.elapsed()
+                } else {
+                    Duration::ZERO
+                };
                 return Ok(report);
             }
             tokio::select! {
@@ -244,6 +255,18 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                 }
             }
         }
+    }
+
+    /// Where the time of the last step went, which took so long in all: as the slowest trainer said when it was
+    /// last heard of.
+    #[must_use]
+    pub fn breakdown(&self, took: Duration) -> StepBreakdown {
+        let ready = self.crew.slots().iter().filter(|slot| slot.is_ready());
+        let slowest = ready
+            .map(|slot| slot.spent)
+            .max_by_key(|(data, compute)| *data + *compute);
+        let (data, compute) = slowest.unwrap_or_default();
+        StepBreakdown::of(took, data, compute, self.waited)
     }
 
     /// Counts the trainers that end with our very bits.

@@ -88,6 +88,8 @@ pub(super) struct Slot<L> {
     is_adopting: bool,
     /// The last of its news.
     pub(super) news_number: u64,
+    /// How long its last step waited for samples, and how long it was computed, as it said last.
+    pub(super) spent: (Duration, Duration),
 }
 
 /// Something that happened to a trainer.
@@ -139,6 +141,7 @@ impl<L: TrainerLink> Crew<L> {
             adopted: None,
             is_adopting: false,
             news_number: 0,
+            spent: Default::default(),
         });
         let mut crew = Crew {
             slots: slots.collect(),

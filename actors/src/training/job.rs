@@ -22,6 +22,7 @@ use super::collective::ClusterCollective;
 use super::coordinator::CoordinatorError;
 use super::data::Files;
 use super::departure::new_notice;
+use super::evaluation::UnknownMetric;
 use super::job_log::JobLog;
 use super::link::ClusterLink;
 use super::messages::Epoch;
@@ -36,7 +37,6 @@ use super::spec::{SpecError, TrainSpec};
 use super::start_from::StartError;
 use super::state::TrainState;
 use super::trace::StepTrace;
-use super::trainable::Evaluation;
 use super::trainer::Trainer;
 use super::workload::{Workload, WorkloadError};
 use crate::checkpoint::KeepPolicy;
@@ -62,6 +62,9 @@ pub enum JobError {
     /// The model cannot be built or evaluated.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
+    /// Early stopping watches what nobody measures.
+    #[error(transparent)]
+    Metric(#[from] UnknownMetric),
     /// The object store cannot be opened.
     #[error(transparent)]
     Store(#[from] BlobError),
@@ -94,7 +97,7 @@ impl JobError {
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {
-            JobError::Spec(_) => true,
+            JobError::Spec(_) | JobError::Metric(_) => true,
             JobError::Workload(error) => !error.may_pass(),
             JobError::Train(error) => error.is_final(),
             _ => false,
@@ -225,7 +228,7 @@ impl Driver {
         }
         Ok(resume(
             initial,
-            self.spec.steps,
+            &self.spec,
             self.incarnation,
             saver,
             links,
@@ -250,17 +253,20 @@ impl Driver {
             Duration::from_millis(history.trained_ms),
             Instant::now(),
         );
-        while coordinator.state().step < self.spec.steps {
+        self.evaluate(coordinator, progress, history)?;
+        while coordinator.state().step < self.spec.steps && !history.watch.stop {
+            let begun = Instant::now();
+            let mut taken = None;
             let noticed = tokio::select! {
                 biased;
                 notice = new_notice(&mut notices, seen) => Some(notice),
                 report = coordinator.advance() => {
                     let report = report?;
-                    progress.stepped(&report, coordinator.ready_count());
                     history.loss_mean = Some(report.loss_mean);
                     if let Some(trace) = &mut *self.trace.lock() {
                         trace.record(coordinator.state(), layout, coordinator.digest());
                     }
+                    taken = Some((report, begun.elapsed()));
                     None
                 }
             };
@@ -269,21 +275,64 @@ impl Driver {
             let now = Instant::now();
             history.trained_ms = millis(schedule.trained(now));
             let failures = history.failures(coordinator.counters());
+            // What was measured must not be lost with the driver.
+            let measured =
+                self.evaluate(coordinator, progress, history)? && self.spec.stops_early();
+            let mut saving = Duration::ZERO;
             if let Some(notice) = noticed {
                 seen = noticed;
                 self.leave(notice, coordinator, saver, history).await?;
-            } else if !saver.is_busy()
-                && schedule.is_due(step, now, failures, saver.expected_time())
+            } else if measured
+                || !saver.is_busy() && schedule.is_due(step, now, failures, saver.expected_time())
             {
+                let now = Instant::now();
                 saver.offer(self.order(coordinator, saver, history));
+                saving = now.elapsed();
                 schedule.snapshot_taken(now, Instant::now());
                 let stall_us = schedule.stall_longest().as_micros();
                 history.snapshot_stall_us = history
                     .snapshot_stall_us
                     .max(u64::try_from(stall_us).unwrap_or(u64::MAX));
             }
+            if let Some((report, took)) = taken {
+                let mut took = coordinator.breakdown(took);
+                took.checkpoint = saving;
+                let last = step == self.spec.steps || history.watch.stop;
+                progress.stepped(report, coordinator.ready_count(), &took, last);
+            }
         }
         Ok(())
+    }
+
+    /// Measures the model if that is due, and finds out whether it is time to stop; whether it was
+    /// measured.
+    fn evaluate(
+        &self,
+        coordinator: &Coordinator,
+        progress: &Progress,
+        history: &mut History,
+    ) -> Result<bool, JobError> {
+        let state = coordinator.state();
+        let Some(rule) = &self.spec.evaluation else {
+            return Ok(false);
+        };
+        if !rule.is_due(state.step) || state.step <= history.watch.step {
+            return Ok(false);
+        }
+        let evaluation = tokio::task::block_in_place(|| {
+            let parameters = self.workload.parameters(&state.params)?;
+            self.workload.evaluate(&parameters)
+        })?;
+        progress.evaluated(state.step, &evaluation);
+        history.watch.note(rule, state.step, &evaluation)?;
+        if history.watch.stop {
+            let (best, at) = history.watch.best.unwrap_or((f64::NAN, 0));
+            self.log.line(format_args!(
+                "stopping early after step {}: nothing was better than {best:.4} after step {at}",
+                state.step
+            ));
+        }
+        Ok(true)
     }
 
     /// What to save now. The history counts this checkpoint already.
@@ -360,6 +409,12 @@ impl Driver {
             held_out_loss: evaluation.loss,
             metrics: evaluation.metrics.clone(),
             steps: coordinator.state().step,
+            stopped_early: history.watch.stop,
+            best: history.watch.best,
+            last_loss: progress.last().map(|report| report.loss_mean),
+            last_gradient_norm: progress.last().map(|report| report.gradient_norm),
+            last_learning_rate: progress.last().map(|report| report.learning_rate),
+            goodput: progress.goodput(),
             restarts: status.restarts,
             lost_steps: history.lost_steps,
             lost_steps_known: history.unknown_losses == 0,
@@ -381,9 +436,8 @@ impl Driver {
             model_version: published.version,
         };
         self.cluster.set_result(&result).await?;
-        let measured = describe_evaluation(&evaluation);
         self.log.line(format_args!(
-            "done: {measured}, {} steps, {} driver restarts, {} steps lost, {} \
+            "done: held-out {evaluation}, {} steps, {} driver restarts, {} steps lost, {} \
              trainers hold the same bits; weights_blake3 {}",
             result.steps,
             result.restarts,
@@ -457,15 +511,6 @@ impl Driver {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// What was measured, in one line.
-fn describe_evaluation(evaluation: &Evaluation) -> String {
-    let mut text = format!("held-out loss {:.4}", evaluation.loss);
-    for (name, value) in &evaluation.metrics {
-        text.push_str(&format!(", {name} {value:.4}"));
-    }
-    text
 }
 
 pub(super) fn now_ms() -> u64 {

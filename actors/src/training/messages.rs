@@ -3,6 +3,8 @@
 //! Invariant: every plan carries the coordinator's epoch; a trainer that has seen a higher one refuses
 //! it.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::collective::sealed::Damaged;
@@ -92,6 +94,8 @@ pub struct News {
     pub step: u64,
     /// What it has to say of others, since the number that was named.
     pub reports: Vec<Report>,
+    /// How long it waited for samples, and how long it computed, for its last step.
+    pub spent: (Duration, Duration),
     /// The notice that its node was given: when, in milliseconds since the Unix epoch.
     pub notice_ms: Option<u64>,
 }

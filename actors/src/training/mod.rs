@@ -10,7 +10,7 @@
 //!   [`layout`] hold its parameters; [`models`] are those that come along; [`model`] is for inference.
 //! * [`workload`] is a job's model on its data: it computes one virtual shard at a time.
 //! * [`reduction`] adds shards in a tree that does not know about workers.
-//! * [`optimizer`] makes the update; [`state`] is what is carried on, saved and hashed: [`flat_vector`]s that
+//! * [`schedule`] gives the learning rate, [`optimizer`] makes the update; [`evaluation`] decides when to stop; [`state`] is what is carried on, saved and hashed: [`flat_vector`]s that
 //!   a [`snapshot`] can hold while they change.
 //! * [`mod@reference`] is what a trained version keeps for drift detection.
 //! * [`local`] runs a job in one process: the oracle for the distributed ones.
@@ -35,6 +35,7 @@
 use crate::kernels::{loss, math, patches, product};
 
 pub mod data;
+pub mod evaluation;
 pub mod flat_vector;
 pub mod layout;
 pub mod local;
@@ -46,6 +47,7 @@ pub mod permutation;
 pub mod random;
 pub mod reduction;
 pub mod reference;
+pub mod schedule;
 pub mod snapshot;
 pub mod spec;
 pub mod state;

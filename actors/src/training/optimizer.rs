@@ -14,6 +14,7 @@ use super::layout::Layout;
 use super::math;
 use super::model::{ModelError, check_length};
 use super::reduction::Partial;
+use super::schedule::Schedule;
 use super::spec::TrainSpec;
 use super::state::TrainState;
 use crate::kernels::Execution;
@@ -49,16 +50,6 @@ impl OptimizerSpec {
     }
 }
 
-/// How the learning rate changes over the job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    /// It does not.
-    Constant,
-    /// Half a cosine wave, from the full rate at the first step to zero after the last.
-    Cosine,
-}
-
 /// Why a step could not be taken. The state is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
@@ -72,6 +63,16 @@ pub enum StepError {
         expected: u64,
         /// Samples given.
         found: u64,
+    },
+    /// The loss itself has diverged, though its gradients have not.
+    #[error(
+        "step {step}: the loss is {loss} while all gradients are finite; the loss has diverged, lower the learning rate or set clip_norm"
+    )]
+    Loss {
+        /// The step.
+        step: u64,
+        /// Its sum.
+        loss: f64,
     },
     /// The loss has diverged.
     #[error(
@@ -128,13 +129,7 @@ impl Optimizer {
 
     /// The learning rate of a step.
     pub fn learning_rate(&self, step: u64) -> f64 {
-        match self.schedule {
-            Schedule::Constant => self.learning_rate,
-            Schedule::Cosine => {
-                let part = step.min(self.steps) as f64 / self.steps.max(1) as f64;
-                self.learning_rate * 0.5 * (1.0 + math::cos_turns(part * 0.5))
-            }
-        }
+        self.learning_rate * self.schedule.share(step, self.steps)
     }
 
     /// Takes one step with the reduced sums of the whole batch, and advances the state's step.
@@ -159,6 +154,12 @@ impl Optimizer {
         // The sums become means in one multiplication, after the reduction.
         let mean = 1.0 / self.global_batch as f64;
         let gradient_norm = self.norm(&root.grads, state.step)? * mean;
+        if !root.loss_sum.is_finite() {
+            return Err(StepError::Loss {
+                step: state.step,
+                loss: root.loss_sum,
+            });
+        }
         let clipped = match self.clip_norm {
             Some(limit) if gradient_norm > limit => limit / gradient_norm,
             _ => 1.0,
@@ -342,21 +343,6 @@ mod tests {
             (distance / report.learning_rate - 0.5).abs() < 1e-3,
             "{distance}"
         );
-    }
-
-    #[test]
-    fn the_cosine_falls_from_the_full_rate_to_zero() {
-        let spec = TrainSpec {
-            schedule: Schedule::Cosine,
-            learning_rate: 0.4,
-            steps: 100,
-            ..spec(ADAMW)
-        };
-        let optimizer = Optimizer::new(&spec, &layout(&spec));
-        let rates = [0, 50, 100, 1000].map(|step| optimizer.learning_rate(step));
-        for (rate, expected) in rates.into_iter().zip([0.4, 0.2, 0.0, 0.0]) {
-            assert!((rate - expected).abs() < 1e-12, "{rate} {expected}");
-        }
     }
 
     #[test]

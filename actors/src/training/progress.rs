@@ -1,13 +1,175 @@
-//! How a job tells its progress: a line a second at most.
+//! How a job tells its progress: a line a second at most, which people and `mobula train status` read.
+//!
+//! Invariant: what [`ProgressLine`] writes, it reads back; so a job's log is all that its status needs, and
+//! no step's numbers pass through the head's tables.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::job_log::JobLog;
 use super::optimizer::StepReport;
+use super::trainable::Evaluation;
 
 const LINE_EVERY: Duration = Duration::from_secs(1);
+
+/// Where a step's time went, as far as it is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StepBreakdown {
+    /// Samples were fetched, where nothing else could be done meanwhile.
+    pub data: Duration,
+    /// Gradients were computed and the update made, by the slowest of those who were needed.
+    pub compute: Duration,
+    /// Sums and updates were on their way.
+    pub exchange: Duration,
+    /// Trainers or an order were waited for.
+    pub wait: Duration,
+    /// A state was taken for a checkpoint.
+    pub checkpoint: Duration,
+}
+
+impl StepBreakdown {
+    /// A step that took so long, of which the slowest trainer waited for samples and computed so much, and
+    /// trainers were waited for before it began. The rest was the exchange.
+    #[must_use]
+    pub fn of(took: Duration, data: Duration, compute: Duration, wait: Duration) -> Self {
+        let data = data.min(took);
+        let compute = compute.min(took - data);
+        let wait = wait.min(took - data - compute);
+        StepBreakdown {
+            data,
+            compute,
+            exchange: took - data - compute - wait,
+            wait,
+            checkpoint: Duration::ZERO,
+        }
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.parts().iter().map(|(_, part)| *part).sum()
+    }
+
+    /// The parts by name, in the order in which they are shown.
+    #[must_use]
+    pub fn parts(&self) -> [(&'static str, Duration); 5] {
+        [
+            ("data", self.data),
+            ("compute", self.compute),
+            ("exchange", self.exchange),
+            ("wait", self.wait),
+            ("checkpoint", self.checkpoint),
+        ]
+    }
+
+    fn add(&mut self, other: &StepBreakdown) {
+        self.data += other.data;
+        self.compute += other.compute;
+        self.exchange += other.exchange;
+        self.wait += other.wait;
+        self.checkpoint += other.checkpoint;
+    }
+
+    /// The mean of what was added up for `steps` steps.
+    fn mean(&self, steps: u32) -> StepBreakdown {
+        let mean = |total: Duration| total / steps.max(1);
+        StepBreakdown {
+            data: mean(self.data),
+            compute: mean(self.compute),
+            exchange: mean(self.exchange),
+            wait: mean(self.wait),
+            checkpoint: mean(self.checkpoint),
+        }
+    }
+}
+
+/// One line of a job's progress.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ProgressLine {
+    /// Steps taken.
+    pub step: u64,
+    /// Steps of the job.
+    pub steps: u64,
+    /// Mean loss of the last step's batch.
+    pub loss: f64,
+    /// Learning rate of the last step.
+    pub learning_rate: f64,
+    /// Norm of the last step's mean gradient, before clipping.
+    pub gradient_norm: f64,
+    /// Samples in a second since the line before.
+    pub samples_per_second: f64,
+    /// Trainers that take part.
+    pub workers: u64,
+    /// The share of the driver's time so far in which steps were taken that count.
+    pub goodput: f64,
+    /// Mean milliseconds of a step since the line before, part by part as in [`StepBreakdown::parts`].
+    pub parts_ms: [f64; 5],
+}
+
+impl fmt::Display for ProgressLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "step {}/{} loss {:.4} rate {:.3e} gradient {:.3e} samples/s {:.0} workers {} goodput {:.3} ms",
+            self.step,
+            self.steps,
+            self.loss,
+            self.learning_rate,
+            self.gradient_norm,
+            self.samples_per_second,
+            self.workers,
+            self.goodput,
+        )?;
+        let names = StepBreakdown::default().parts();
+        for ((name, _), part) in names.iter().zip(self.parts_ms) {
+            write!(f, " {name} {part:.3}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A line that tells no progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a line of progress")]
+pub struct NotProgress;
+
+impl FromStr for ProgressLine {
+    type Err = NotProgress;
+
+    fn from_str(line: &str) -> Result<Self, NotProgress> {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let after = |name: &str| {
+            let at = words.iter().position(|word| *word == name);
+            at.and_then(|at| words.get(at + 1))
+                .copied()
+                .ok_or(NotProgress)
+        };
+        let number = |name: &str| after(name)?.parse::<f64>().map_err(|_| NotProgress);
+        if words.first() != Some(&"step") {
+            return Err(NotProgress);
+        }
+        let (step, steps) = after("step")?.split_once('/').ok_or(NotProgress)?;
+        let mut parts_ms = [0.0; 5];
+        for (part, (name, _)) in parts_ms.iter_mut().zip(StepBreakdown::default().parts()) {
+            *part = number(name)?;
+        }
+        Ok(ProgressLine {
+            step: step.parse().map_err(|_| NotProgress)?,
+            steps: steps.parse().map_err(|_| NotProgress)?,
+            loss: number("loss")?,
+            learning_rate: number("rate")?,
+            gradient_norm: number("gradient")?,
+            samples_per_second: number("samples/s")?,
+            workers: after("workers")?.parse().map_err(|_| NotProgress)?,
+            goodput: number("goodput")?,
+            parts_ms,
+        })
+    }
+}
 
 /// Counts steps and says how it goes.
 pub struct Progress {
@@ -16,8 +178,12 @@ pub struct Progress {
     global_batch: u64,
     begun: Instant,
     done: u64,
+    /// Time in which steps were taken.
+    busy: Duration,
     line_at: Instant,
     done_at_line: u64,
+    since_line: StepBreakdown,
+    last: Option<StepReport>,
 }
 
 impl Progress {
@@ -31,28 +197,72 @@ impl Progress {
             global_batch,
             begun,
             done: 0,
+            busy: Duration::ZERO,
             line_at: begun,
             done_at_line: 0,
+            since_line: StepBreakdown::default(),
+            last: None,
         }
     }
 
-    /// Takes note of a step.
-    pub fn stepped(&mut self, report: &StepReport, trainers: usize) {
+    /// The last step that this driver took.
+    #[must_use]
+    pub fn last(&self) -> Option<StepReport> {
+        self.last
+    }
+
+    /// Takes note of a step that took so long, part by part. `last` says that none follows.
+    pub fn stepped(
+        &mut self,
+        report: StepReport,
+        trainers: usize,
+        took: &StepBreakdown,
+        last: bool,
+    ) {
+        self.last = Some(report);
         self.done += 1;
+        self.busy += took.total().saturating_sub(took.wait + took.checkpoint);
+        self.since_line.add(took);
         let since = self.line_at.elapsed();
-        let last = report.step + 1 == self.steps;
         if since < LINE_EVERY && !last {
             return;
         }
-        let samples = (self.done - self.done_at_line) * self.global_batch;
+        let steps = self.done - self.done_at_line;
+        let mean = self
+            .since_line
+            .mean(u32::try_from(steps).unwrap_or(u32::MAX));
         self.log.line(format_args!(
-            "step {}/{} loss {:.4} {:.0} samples/s workers {trainers}",
-            report.step + 1,
-            self.steps,
-            report.loss_mean,
-            samples as f64 / since.as_secs_f64().max(1e-9),
+            "{}",
+            ProgressLine {
+                step: report.step + 1,
+                steps: self.steps,
+                loss: report.loss_mean,
+                learning_rate: report.learning_rate,
+                gradient_norm: report.gradient_norm,
+                samples_per_second: (steps * self.global_batch) as f64
+                    / since.as_secs_f64().max(1e-9),
+                workers: trainers as u64,
+                goodput: self.goodput(),
+                parts_ms: mean.parts().map(|(_, part)| part.as_secs_f64() * 1e3),
+            }
         ));
-        (self.line_at, self.done_at_line) = (Instant::now(), self.done);
+        self.line_at = Instant::now();
+        self.done_at_line = self.done;
+        self.since_line = StepBreakdown::default();
+    }
+
+    /// Says what was measured after `step` steps.
+    pub fn evaluated(&self, step: u64, evaluation: &Evaluation) {
+        self.log
+            .line(format_args!("evaluation after step {step}: {evaluation}"));
+    }
+
+    /// The share of the time since this driver began in which steps were taken: not waiting, not saving,
+    /// not measuring.
+    #[must_use]
+    pub fn goodput(&self) -> f64 {
+        let all = self.begun.elapsed().as_secs_f64().max(1e-9);
+        (self.busy.as_secs_f64() / all).min(1.0)
     }
 
     /// Samples in a second, since this driver began; none if it took no step.
@@ -60,5 +270,68 @@ impl Progress {
     pub fn samples_per_second(&self) -> Option<f64> {
         let seconds = self.begun.elapsed().as_secs_f64().max(1e-9);
         (self.done > 0).then(|| (self.done * self.global_batch) as f64 / seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_read_back_as_it_was_written() {
+        let line = ProgressLine {
+            step: 120,
+            steps: 2400,
+            loss: 0.125,
+            learning_rate: 0.002,
+            gradient_norm: 1.5,
+            samples_per_second: 51200.0,
+            workers: 3,
+            goodput: 0.875,
+            parts_ms: [0.125, 5.5, 1.25, 0.5, 0.0],
+        };
+        let text = line.to_string();
+        assert_eq!(text.parse::<ProgressLine>().unwrap(), line);
+        assert!(
+            text.starts_with("step 120/2400 loss 0.1250 rate 2.000e-3"),
+            "{text}"
+        );
+        for other in ["", "step", "step 3 waits: 1 trainers take part", &text[5..]] {
+            assert_eq!(other.parse::<ProgressLine>(), Err(NotProgress), "{other}");
+        }
+        let diverged = ProgressLine {
+            loss: f64::NAN,
+            ..line
+        };
+        let read: ProgressLine = diverged.to_string().parse().unwrap();
+        assert!(read.loss.is_nan());
+    }
+
+    #[test]
+    fn parts_never_exceed_the_step() {
+        let ms = Duration::from_millis;
+        let step = StepBreakdown::of(ms(10), ms(1), ms(6), ms(2));
+        assert_eq!((step.exchange, step.total()), (ms(1), ms(10)));
+        let waited = StepBreakdown::of(ms(10), ms(1), ms(6), ms(10));
+        assert_eq!((waited.wait, waited.exchange), (ms(3), ms(0)));
+        let odd = StepBreakdown::of(ms(10), ms(9), ms(9), ms(9));
+        assert_eq!((odd.data, odd.compute, odd.total()), (ms(9), ms(1), ms(10)));
+    }
+
+    #[test]
+    fn means_and_totals_are_those_of_the_parts() {
+        let part = |ms| Duration::from_millis(ms);
+        let mut sum = StepBreakdown::default();
+        for ms in [1, 3] {
+            sum.add(&StepBreakdown {
+                data: part(ms),
+                compute: part(10 * ms),
+                exchange: part(ms),
+                wait: part(0),
+                checkpoint: part(2 * ms),
+            });
+        }
+        assert_eq!(sum.total(), part(4 * 14));
+        assert_eq!(sum.mean(2).compute, part(20));
     }
 }

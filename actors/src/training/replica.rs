@@ -4,6 +4,9 @@
 //! 1. All replicas apply the same reduced sums in the same order, so all hold the same bits.
 //! 2. The state is always one between two steps.
 
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
 use super::data::Files;
 use super::messages::{Held, TrainerError};
 use super::optimizer::{Optimizer, StepReport};
@@ -20,9 +23,22 @@ pub struct Replica {
     spec: TrainSpec,
     files: Files,
     loaded: Option<Loaded>,
+    /// What the shards since it was asked last took: for samples, and for computing.
+    spent: Cell<(Duration, Duration)>,
+    sweep: Cell<Sweep>,
     /// Which parameter the next update gets wrong.
     #[cfg(test)]
     weak_spot: Option<usize>,
+}
+
+/// Which shards were computed.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sweep {
+    step: u64,
+    first: u32,
+    end: u32,
+    /// First and end of those of the step before.
+    before: (u32, u32),
 }
 
 #[derive(Debug)]
@@ -47,6 +63,8 @@ impl Replica {
             spec,
             files,
             loaded: None,
+            spent: Cell::default(),
+            sweep: Cell::default(),
             #[cfg(test)]
             weak_spot: None,
         }
@@ -110,12 +128,45 @@ impl Replica {
                 "shard {shard} of {shard_count} at step {step} was ordered from a replica at step {at}"
             )));
         }
+        let begun = Instant::now();
+        let batch = loaded.workload.samples(step, shard).map_err(unfit)?;
+        let fetched = begun.elapsed();
         let output = loaded
             .workload
-            .shard(&loaded.parameters, step, shard)
+            .gradients(&loaded.parameters, step, shard, &batch)
             .map_err(unfit)?;
+        self.prefetch(&loaded.workload, step, shard);
+        let (data, compute) = self.spent.get();
+        let computed = begun.elapsed().saturating_sub(fetched);
+        self.spent.set((data + fetched, compute + computed));
         let count = loaded.workload.shard_size() as u64;
         Ok(shard_sums(shard, output.loss_sum, count, output.grads))
+    }
+
+    /// Has samples read ahead once the last shard of a step was computed, as far as the step before tells
+    /// which is the last: the next one is likely to ask for the same.
+    fn prefetch(&self, workload: &Workload, step: u64, shard: u32) {
+        let mut sweep = self.sweep.get();
+        if sweep.step != step {
+            let before = (sweep.first, sweep.end);
+            sweep = Sweep {
+                step,
+                first: shard,
+                end: shard,
+                before,
+            };
+        }
+        sweep.first = sweep.first.min(shard);
+        sweep.end = sweep.end.max(shard + 1);
+        self.sweep.set(sweep);
+        if shard + 1 == sweep.before.1 {
+            workload.prefetch(step + 1, sweep.before.0..sweep.before.1);
+        }
+    }
+
+    /// How long it waited for samples, and how long it computed, since this was asked last.
+    pub fn take_spent(&self) -> (Duration, Duration) {
+        self.spent.take()
     }
 
     /// Updates the state with the sums of a whole step. When this fails the state is as before.

@@ -18,6 +18,18 @@ pub struct TrainResult {
     pub metrics: BTreeMap<String, f64>,
     /// Steps taken.
     pub steps: u64,
+    /// Whether it stopped before its last step, because nothing became better.
+    pub stopped_early: bool,
+    /// The best value of what early stopping watches, and after how many steps it was measured.
+    pub best: Option<(f64, u64)>,
+    /// Mean loss of the last step's batch, before its update; absent if this driver took none.
+    pub last_loss: Option<f64>,
+    /// Norm of that step's mean gradient, before clipping.
+    pub last_gradient_norm: Option<f64>,
+    /// Learning rate of that step.
+    pub last_learning_rate: Option<f64>,
+    /// The share of the last driver's time in which steps were taken.
+    pub goodput: f64,
     /// Starts of the driver after the first.
     pub restarts: u32,
     /// Steps that had to be taken again.

@@ -10,11 +10,13 @@ use tokio::task::JoinSet;
 
 use super::coordinator::Counters;
 use super::crew::TrainerLink;
+use super::evaluation::{EvaluationSpec, Watch};
 use super::job_log::JobLog;
 use super::link::ClusterLink;
 use super::messages::{Held, short_digest};
 use super::protocol::leader::StateDigest;
 use super::saving::Saver;
+use super::spec::TrainSpec;
 use super::state::{StateError, TrainState};
 use super::trace::StepTrace;
 use crate::checkpoint::checkpointer::RestoredState;
@@ -50,6 +52,8 @@ pub struct History {
     pub snapshot_stall_us: u64,
     /// The mean loss of the last step's batch.
     pub loss_mean: Option<f64>,
+    /// What was measured on held-out samples, as far as early stopping needs it.
+    pub watch: Watch,
 }
 
 impl History {
@@ -87,10 +91,10 @@ pub enum ResumeError {
     },
 }
 
-/// Finds where a job of `steps` steps goes on. `initial` is the state before the first.
+/// Finds where a job goes on. `initial` is the state before the first step.
 pub async fn resume(
     initial: TrainState,
-    steps: u64,
+    spec: &TrainSpec,
     incarnation: Incarnation,
     saver: &mut Saver,
     links: &[ClusterLink],
@@ -121,8 +125,9 @@ pub async fn resume(
         ));
     }
     // A finished job has nothing left that could be lost.
-    if resumed.state.step < steps {
-        ask_witnesses(&mut resumed, links, log).await;
+    if resumed.state.step < spec.steps && !resumed.history.watch.stop {
+        let rule = spec.evaluation.as_ref();
+        ask_witnesses(&mut resumed, rule, links, log).await;
     }
     Ok(resumed)
 }
@@ -149,7 +154,12 @@ fn from_checkpoint(
 }
 
 /// Asks the trainers what they hold, and goes on there if that is further and verifies.
-async fn ask_witnesses(resumed: &mut Resumed, links: &[ClusterLink], log: JobLog) {
+async fn ask_witnesses(
+    resumed: &mut Resumed,
+    rule: Option<&EvaluationSpec>,
+    links: &[ClusterLink],
+    log: JobLog,
+) {
     let mut asked = JoinSet::new();
     for (slot, link) in links.iter().enumerate() {
         let link = link.clone();
@@ -175,8 +185,18 @@ async fn ask_witnesses(resumed: &mut Resumed, links: &[ClusterLink], log: JobLog
     if furthest <= from {
         return;
     }
+    let watch = resumed.history.watch;
+    // Trainers go on, so the state that comes may be further than what was said.
+    let covered = |step: u64| rule.is_none_or(|rule| watch.covers(rule, step));
     for slot in candidates(&held, furthest) {
-        match fetch(links, &held, slot, resumed).await {
+        let fetched = match fetch(links, &held, slot, resumed).await {
+            Ok(state) if !covered(state.step) => Err(format!(
+                "what was measured up to its step {} is not known, and decides when the job stops",
+                state.step
+            )),
+            other => other,
+        };
+        match fetched {
             Ok(state) => {
                 log.line(format_args!(
                     "trainer-{slot} still holds step {}: going on there, no step is lost",
@@ -251,7 +271,6 @@ async fn fetch(
 mod tests {
     use super::*;
     use crate::checkpoint::state::CheckpointRef;
-    use crate::training::spec::TrainSpec;
 
     #[test]
     fn a_checkpoint_brings_state_and_history_and_not_those_of_another_job() {

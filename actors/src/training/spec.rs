@@ -10,8 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpointing::CheckpointSpec;
 use super::data::DataSpec;
+use super::evaluation::EvaluationSpec;
 use super::models::ModelSpec;
-use super::optimizer::{OptimizerSpec, Schedule};
+use super::optimizer::OptimizerSpec;
+use super::schedule::Schedule;
 use super::start_from::StartFrom;
 use super::validation::InvalidField;
 
@@ -79,6 +81,9 @@ pub struct TrainSpec {
     /// The update rule.
     #[serde(default = "defaults::optimizer")]
     pub optimizer: OptimizerSpec,
+    /// When to measure on held-out samples as it goes; absent: at the end only.
+    #[serde(default)]
+    pub evaluation: Option<EvaluationSpec>,
 }
 
 /// Values that serve the digits well and that a job file may leave out.
@@ -167,6 +172,7 @@ impl TrainSpec {
                 hidden: vec![128, 64],
             },
             optimizer: defaults::optimizer(),
+            evaluation: None,
         }
     }
 
@@ -195,6 +201,13 @@ impl TrainSpec {
         Ok(spec)
     }
 
+    /// Whether it may end before its last step.
+    #[must_use]
+    pub fn stops_early(&self) -> bool {
+        let evaluation = self.evaluation.as_ref();
+        evaluation.is_some_and(|evaluation| evaluation.early_stop.is_some())
+    }
+
     /// BLAKE3 over everything that decides the weights' bits, the data's digest included.
     pub fn fingerprint(&self, dataset_digest: &str) -> [u8; 32] {
         let parts = (
@@ -216,6 +229,8 @@ impl TrainSpec {
                 self.weight_decay,
                 self.clip_norm,
                 self.optimizer,
+                // It decides after which step the job ends.
+                self.evaluation.as_ref().filter(|_| self.stops_early()),
             ),
             self.start_from.as_ref().map(|from| &from.digest),
         );

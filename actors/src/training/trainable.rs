@@ -225,6 +225,16 @@ pub struct Evaluation {
     pub metrics: BTreeMap<String, f64>,
 }
 
+impl std::fmt::Display for Evaluation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "loss {:.4}", self.loss)?;
+        for (name, value) in &self.metrics {
+            write!(f, ", {name} {value:.4}")?;
+        }
+        Ok(())
+    }
+}
+
 impl Evaluation {
     /// The measure of this name; `loss` is one.
     #[must_use]

@@ -242,6 +242,7 @@ impl Trainer {
             number: board.number,
             member: shown.member,
             step: board.step,
+            spent: board.spent,
             reports: new.map(|(_, report)| *report).collect(),
             notice_ms: ctx.notice().map(|notice| notice.deadline_ms),
         })

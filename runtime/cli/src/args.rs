@@ -52,6 +52,15 @@ pub(crate) enum Command {
     Demo(DemoArguments),
     /// Submit a job: a program that uses the SDK, or a TOML file for a built-in job.
     Submit(SubmitArguments),
+    /// Train a model, data-parallel, to the same bits whatever dies; or look at what training jobs do and
+    /// did.
+    #[command(args_conflicts_with_subcommands = true)]
+    Train {
+        #[command(subcommand)]
+        command: Option<TrainCommand>,
+        #[command(flatten)]
+        arguments: TrainArguments,
+    },
     /// Jobs.
     #[command(subcommand)]
     Jobs(JobsCommand),
@@ -61,9 +70,6 @@ pub(crate) enum Command {
     /// Nodes.
     #[command(subcommand)]
     Nodes(NodesCommand),
-    /// What training jobs did.
-    #[command(subcommand)]
-    Train(TrainCommand),
     /// Checkpoints of training jobs.
     #[command(subcommand)]
     Checkpoints(CheckpointsCommand),
@@ -411,6 +417,33 @@ pub(crate) struct SubmitArguments {
     pub(crate) arguments: Vec<String>,
 }
 
+#[derive(Args)]
+pub(crate) struct TrainArguments {
+    /// The job's TOML file: see docs/training.md.
+    pub(crate) file: Option<PathBuf>,
+    /// How many workers take part, as 2..8 (both included) or 4 [default: what the file says].
+    #[arg(long, value_name = "MIN..MAX", value_parser = crate::train_file::parse_workers)]
+    pub(crate) workers: Option<mobula_actors::training::spec::WorkerRange>,
+    /// Print its progress until it has ended; the exit code is that of the job.
+    #[arg(long)]
+    pub(crate) follow: bool,
+    /// A program with models of its own, whose `main` hands its arguments to
+    /// `mobula_actors::builtin::main` [default: this binary].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) program: Option<PathBuf>,
+    /// The job's name [default: what the file says].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// How often its driver is started again when it fails.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) max_restarts: u32,
+    /// CPU cores for its driver.
+    #[arg(long, default_value_t = 0.1)]
+    pub(crate) cpus: f64,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
 #[derive(Subcommand)]
 pub(crate) enum JobsCommand {
     /// All jobs that are kept.
@@ -506,6 +539,13 @@ pub(crate) enum NodesCommand {
 
 #[derive(Subcommand)]
 pub(crate) enum TrainCommand {
+    /// How a training job goes: progress, speed, and where a step's time went.
+    Status {
+        /// The job, as `job-12` or `12`.
+        job: JobId,
+        #[command(flatten)]
+        format: Format,
+    },
     /// Make a job's run once more, on this machine, and compare it step by step with what was recorded.
     /// Fails at a difference, and names the first step and tensor.
     Replay {

@@ -26,6 +26,8 @@ mod serve;
 mod status;
 mod submit;
 mod tokens;
+mod train;
+mod train_file;
 mod upload;
 mod worker;
 
@@ -93,10 +95,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Local(command) => return local::run(&target, command).await,
         Command::Demo(options) => return demo::run(options).await,
         Command::Submit(options) => return submit::run(&target, options).await,
+        Command::Train { command, arguments } => {
+            return train::run(&target, command, arguments).await;
+        }
         Command::Jobs(command) => return jobs::run(&target, command).await,
         Command::Actors(command) => actors::run(&target, command).await?,
         Command::Nodes(command) => nodes::run(&target, command).await?,
-        Command::Train(command) => return replay::run(&target, command).await,
         Command::Checkpoints(command) => return checkpoints::run(&target, command).await,
         Command::Models(command) => models::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,

@@ -16,7 +16,7 @@ use mobula_core::id::JobId;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
-use crate::args::{StoreArguments, Target, TrainCommand};
+use crate::args::{StoreArguments, Target};
 use crate::checkpoints::archive;
 use crate::connect::connect;
 use crate::output::{print_json, print_table};
@@ -27,28 +27,8 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 /// A dependency list has hundreds of lines; a person is told how many differ beyond these.
 const DEPENDENCIES_SHOWN: usize = 10;
 
-pub(crate) async fn run(target: &Target, command: TrainCommand) -> anyhow::Result<ExitCode> {
-    match command {
-        TrainCommand::Replay {
-            job,
-            steps,
-            store,
-            format,
-        } => run_replay(target, job, steps, &store, format.json).await,
-        TrainCommand::Diff {
-            a,
-            b,
-            store,
-            format,
-        } => {
-            run_diff(target, a, b, &store, format.json).await?;
-            Ok(ExitCode::SUCCESS)
-        }
-    }
-}
-
 /// Makes a job's run once more, here, and says whether it ends in the same bits.
-async fn run_replay(
+pub(crate) async fn run_replay(
     target: &Target,
     job: JobId,
     steps: Option<u64>,
@@ -141,7 +121,7 @@ struct DiffJson {
 }
 
 /// Says what differs between the records of two runs.
-async fn run_diff(
+pub(crate) async fn run_diff(
     target: &Target,
     a: JobId,
     b: JobId,

@@ -7,18 +7,17 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use mobula::Cluster;
-use mobula_actors::training::spec::TrainSpec;
 use mobula_core::id::JobId;
 
 use crate::args::{SubmitArguments, Target};
 use crate::connect::connect;
 use crate::jobs::{as_json, print_logs};
 use crate::output::print_json;
-use crate::secrets;
+use crate::{secrets, train_file};
 
 pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::Result<ExitCode> {
     let env = parse_env(&arguments.env)?;
-    let files = parse_files(&arguments.files)?;
+    let mut files = parse_files(&arguments.files)?;
     let mut secrets = secrets::from_arguments(&arguments.secrets)?;
     let is_toml = arguments
         .program
@@ -26,10 +25,11 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
         .is_some_and(|extension| extension == "toml");
     // A wrong file is refused before anything is connected to.
     let train = if is_toml {
-        let (spec, text, from_file) = read_train_file(&arguments)?;
+        let file = train_file::read(&arguments.program, None)?;
         // What the arguments say counts more.
-        secrets = from_file.into_iter().chain(secrets).collect();
-        Some((spec, text))
+        secrets = file.secrets.into_iter().chain(secrets).collect();
+        files.extend(file.files);
+        Some((file.spec, file.text))
     } else {
         None
     };
@@ -94,7 +94,7 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
     follow(&cluster, id, arguments.format.json).await
 }
 
-async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<ExitCode> {
+pub(crate) async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<ExitCode> {
     print_logs(cluster, id, true).await?;
     let job = cluster.job_handle(id).wait().await?;
     if json {
@@ -111,22 +111,8 @@ async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<Exit
     Ok(ExitCode::FAILURE)
 }
 
-/// What a job file says: the job, its text without the secrets, and those.
-fn read_train_file(
-    arguments: &SubmitArguments,
-) -> anyhow::Result<(TrainSpec, String, BTreeMap<String, String>)> {
-    let path = &arguments.program;
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("the job file {} cannot be read", path.display()))?;
-    let folder = path.parent().unwrap_or(Path::new(""));
-    let (secrets, text) = secrets::take_from_toml(&text, folder)
-        .with_context(|| format!("the job file {}", path.display()))?;
-    let spec = TrainSpec::from_toml(&text, &path.display().to_string())?;
-    Ok((spec, text, secrets))
-}
-
 /// A program is run on every worker, so what cannot be one is refused here.
-fn require_executable(path: &Path) -> anyhow::Result<()> {
+pub(crate) fn require_executable(path: &Path) -> anyhow::Result<()> {
     const ELF: &[u8; 4] = b"\x7fELF";
     let mut start = [0; 4];
     let read = std::fs::File::open(path)

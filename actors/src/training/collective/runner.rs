@@ -80,6 +80,8 @@ pub struct Board {
     pub number: u64,
     /// The step at which it stands.
     pub step: u64,
+    /// How long the step before waited for samples, and how long it was computed.
+    pub spent: (Duration, Duration),
     /// The latest reports with their numbers.
     pub reports: VecDeque<(u64, Report)>,
     /// Why it has stopped.
@@ -115,7 +117,7 @@ enum Done {
         outcome: Option<Result<Partial, Refusal>>,
     },
     Computed(u64, Result<Partial, TrainerError>),
-    Applied(Result<Held, TrainerError>),
+    Applied(Result<(Held, (Duration, Duration)), TrainerError>),
 }
 
 /// A member and its replica.
@@ -244,8 +246,8 @@ impl<C: Collective> Runner<C> {
                 .member
                 .computed(step, sums?)
                 .map_err(|error| TrainerError::Unfit(error.to_string()))?,
-            Done::Applied(held) => {
-                let held = held?;
+            Done::Applied(applied) => {
+                let (held, spent) = applied?;
                 self.member.applied(held.short());
                 let took = self.step_begun.elapsed();
                 let usual = self.usual_step.map_or(took, |usual| (usual * 7 + took) / 8);
@@ -254,7 +256,7 @@ impl<C: Collective> Runner<C> {
                 self.waiting_since = None;
                 // Nobody is woken for a step: who listens for news looks here when there are some.
                 self.board.send_if_modified(|board| {
-                    board.step = held.step;
+                    (board.step, board.spent) = (held.step, spent);
                     false
                 });
             }
@@ -274,8 +276,9 @@ impl<C: Collective> Runner<C> {
                 Action::Apply { root } => {
                     let replica = Arc::clone(&self.replica);
                     self.under_way.spawn_blocking(move || {
-                        let outcome = replica.lock().apply(&root);
-                        Done::Applied(outcome.map(|(_, held)| held))
+                        let mut replica = replica.lock();
+                        let outcome = replica.apply(&root);
+                        Done::Applied(outcome.map(|(_, held)| (held, replica.take_spent())))
                     });
                 }
                 Action::Contribute { to, contribution } => {

@@ -5,7 +5,7 @@
 //!    from the object store is held in memory.
 //! 2. The files' bytes are hashed and looked through once, when the data set is loaded.
 
-use super::array::{Array, Bytes, Place};
+use super::array::{Array, Bytes};
 use super::error::DataError;
 use super::files::Files;
 use super::npy::{self, NpySpec};

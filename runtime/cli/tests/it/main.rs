@@ -34,3 +34,4 @@ mod storage;
 mod support;
 mod sweep;
 mod tasks;
+mod train;

@@ -1,0 +1,143 @@
+//! `mobula train`, against a cluster of real processes.
+
+use serde_json::Value;
+
+use crate::support::{TestCluster, repository, small_job, text_of};
+
+/// A job that gets no better soon: its rate is far too small.
+fn hopeless_job(name: &str) -> String {
+    let rate = "seed = 7\nlearning_rate = 1e-9";
+    format!(
+        "{}[evaluation]\nevery_steps = 10\n\
+         [evaluation.early_stop]\npatience = 2\nmin_delta = 0.01\n",
+        small_job(name, 400).replace("seed = 7", rate)
+    )
+}
+
+fn write(cluster: &TestCluster, name: &str, text: &str) -> String {
+    let file = cluster.dir().join(name);
+    std::fs::write(&file, text).unwrap();
+    file.display().to_string()
+}
+
+#[test]
+fn a_job_is_followed_and_its_status_says_where_the_time_goes() {
+    let cluster = TestCluster::up(2);
+    let file = repository("cluster-configs/jobs/digits-mlp.toml");
+    let file = file.to_str().unwrap();
+    let text = cluster.ok(&["train", file, "--workers", "1..2", "--follow"]);
+    assert!(text.contains("done: held-out loss"), "{text}");
+    assert!(text.contains("evaluation after step 400: loss"), "{text}");
+    let status = cluster.json(&["train", "status", "1"]);
+    assert_eq!(
+        (&status["state"], &status["job"]),
+        (&Value::from("succeeded"), &1.into())
+    );
+    assert_eq!(status["progress"]["step"], 2400, "{status}");
+    for part in ["data", "compute", "exchange", "wait", "checkpoint"] {
+        assert!(status["breakdown_ms"][part].is_number(), "{part}: {status}");
+    }
+    let result = &status["result"];
+    assert!(result["accuracy"].as_f64().unwrap() >= 0.95, "{result}");
+    assert!(result["goodput"].as_f64().unwrap() > 0.0, "{result}");
+    let text = cluster.ok(&["train", "status", "job-1"]);
+    assert!(
+        text.contains("step 2400 of 2400") && text.contains("goodput"),
+        "{text}"
+    );
+    let text = cluster.refused(&["train", file, "--workers", "3..2"]);
+    assert!(text.contains("write 2..8, or 4"), "{text}");
+    let text = cluster.refused(&["train"]);
+    assert!(text.contains("name a job file"), "{text}");
+}
+
+#[test]
+fn early_stopping_comes_at_the_same_step_with_the_same_bits_however_many_workers() {
+    let cluster = TestCluster::up(2);
+    let file = write(&cluster, "hopeless.toml", &hopeless_job("hopeless"));
+    let results: Vec<Value> = ["1", "2"]
+        .iter()
+        .map(|workers| {
+            let reply = cluster.json(&["train", &file, "--workers", workers]);
+            cluster.result_of(&format!("job-{}", reply["job"]))
+        })
+        .collect();
+    for result in &results {
+        assert_eq!(result["stopped_early"], true, "{result}");
+        assert_eq!(
+            (&result["steps"], &result["best"][1]),
+            (&30.into(), &10.into()),
+            "{result}"
+        );
+    }
+    assert_eq!(results[0]["weights_blake3"], results[1]["weights_blake3"]);
+}
+
+#[test]
+fn text_is_shipped_and_learned() {
+    let cluster = TestCluster::up(1);
+    let words = "the cat sat on the mat and the dog sat on the cat. ".repeat(40);
+    std::fs::write(cluster.dir().join("words.txt"), words).unwrap();
+    let job = "name = \"words\"\nseed = 7\nsteps = 60\nglobal_batch = 16\nvirtual_shards = 4\n\
+               learning_rate = 0.01\ncheckpoint_every_steps = 50\nworkers = { min = 1, max = 1 }\n\
+               [dataset.text]\nfiles = [\"words.txt\"]\ncontext = 16\n\
+               [model.transformer]\nlayers = 1\nwidth = 16\nheads = 2\ndropout = 0.02\n";
+    let file = write(&cluster, "words.toml", job);
+    let reply = cluster.json(&["train", &file]);
+    let result = cluster.result_of(&format!("job-{}", reply["job"]));
+    // A byte drawn at random costs ln 256 = 5.5.
+    let loss = result["held_out_loss"].as_f64().unwrap();
+    assert!(loss < 2.5, "{result}");
+    assert!(result["metrics"]["bits_per_token"].is_number(), "{result}");
+}
+
+#[test]
+fn what_diverges_or_does_not_fit_fails_once_and_says_why() {
+    let cluster = TestCluster::up(1);
+    let failed = |name: &str, text: &str| {
+        let file = write(&cluster, name, text);
+        let reply = cluster.json(&["train", &file]);
+        let job = format!("job-{}", reply["job"]);
+        let ended = cluster.wait_job(&job);
+        assert_eq!(
+            (&ended["state"], &ended["restarts"]),
+            (&"failed".into(), &0.into()),
+            "{ended}"
+        );
+        let logs = text_of(&cluster.run(&["jobs", "logs", &job]));
+        format!("{} {logs}", ended["exit_reason"])
+    };
+    let diverging = small_job("diverges", 200).replace(
+        "seed = 7",
+        "seed = 7\nlearning_rate = 100.0\noptimizer = { sgd = { momentum = 0.9 } }",
+    );
+    let text = failed("diverges.toml", &diverging);
+    assert!(
+        text.contains("is not finite; the loss has diverged"),
+        "{text}"
+    );
+    assert!(text.contains("step ") && text.contains("dense."), "{text}");
+    let image =
+        small_job("shape", 10).replace("[model.mlp]\nhidden = [64]", "[model.cnn]\nchannels = [2]");
+    std::fs::write(
+        cluster.dir().join("flat.csv"),
+        "1,2,3,0\n4,5,6,1\n".repeat(80),
+    )
+    .unwrap();
+    let image = format!("{image}[dataset.csv]\nfiles = [\"flat.csv\"]\n");
+    let text = failed("shape.toml", &image);
+    assert!(
+        text.contains("a cnn needs images of [height, width]"),
+        "{text}"
+    );
+    let short = small_job("short", 10);
+    std::fs::write(cluster.dir().join("few.csv"), "1,2,3,0\n4,5,6,1\n").unwrap();
+    let text = failed(
+        "short.toml",
+        &format!("{short}[dataset.csv]\nfiles = [\"few.csv\"]\n"),
+    );
+    assert!(
+        text.contains("global_batch is 128: the training part of the data has 1 samples"),
+        "{text}"
+    );
+}
