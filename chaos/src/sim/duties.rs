@@ -407,6 +407,15 @@ impl World {
             self.say(|| format!("head {raft_id}: the lease of {node} {incarnation} ran out"));
             let command = Command::NodeLost { node, incarnation };
             let _ = self.propose_internal(raft_id, For::Nobody, &command);
+            let duties = self.duties(raft_id);
+            let sessions = duties.into_iter().flat_map(|duties| duties.sessions.iter());
+            let of_node = |(session, served): (&u64, &Served)| {
+                (served.node == Some((node, incarnation))).then_some(*session)
+            };
+            let ended: Vec<u64> = sessions.filter_map(of_node).collect();
+            for session in ended {
+                self.refuse(raft_id, session);
+            }
         }
     }
 

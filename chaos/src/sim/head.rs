@@ -40,7 +40,7 @@ pub(crate) enum HeadInput {
     /// From the head with this id, or from 0.
     Packet(u64, Packet),
     Tick,
-    Operator(OperatorTask),
+    Operator(OperatorTask, Micros),
 }
 
 /// A machine's own idea of time.
@@ -327,7 +327,7 @@ impl World {
                     core.tick();
                 }
             }
-            HeadInput::Operator(task) => self.ask_for_operator(raft_id, task)?,
+            HeadInput::Operator(task, since) => self.ask_for_operator(raft_id, task, since)?,
             HeadInput::Packet(from, packet) => match packet {
                 Packet::Raft(message) => {
                     self.note_message(&message);

@@ -96,9 +96,9 @@ impl World {
         self.operator.task = Some((task.clone(), now));
         self.say(|| format!("the operator asks head {leader}: {task:?}"));
         if self.phase == Phase::Safety && self.rng.random_bool(0.3) {
-            self.give_head(leader, HeadInput::Operator(OperatorTask::Distract));
+            self.give_head(leader, HeadInput::Operator(OperatorTask::Distract, now));
         }
-        self.give_head(leader, HeadInput::Operator(task));
+        self.give_head(leader, HeadInput::Operator(task, now));
         Ok(())
     }
 
@@ -159,13 +159,14 @@ impl World {
         &mut self,
         raft_id: u64,
         task: OperatorTask,
+        since: Micros,
     ) -> Result<(), CoreFault> {
         let (now, deadline) = (self.instant(), self.now + TASK_MAX);
         let change = match &task {
             OperatorTask::Allocate => {
                 let (module, payload) = allocate_id();
                 let session = SessionId::INTERNAL;
-                let whose = For::Operator(task, self.now);
+                let whose = For::Operator(task, since);
                 return self.propose(raft_id, whose, session, 0, module, payload);
             }
             OperatorTask::Transfer(_) => None,
@@ -182,7 +183,7 @@ impl World {
         };
         let whose = match &task {
             OperatorTask::Distract => For::Nobody,
-            _ => For::Operator(task.clone(), self.now),
+            _ => For::Operator(task.clone(), since),
         };
         let waiting = match (change, task) {
             (Some(change), _) => Waiting::Change(core.change(change, now)?),

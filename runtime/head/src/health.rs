@@ -75,10 +75,14 @@ async fn expire(context: &HeadContext, node: NodeId, incarnation: Incarnation, s
     );
     context.metrics.expired_lease();
     let command = Command::NodeLost { node, incarnation };
-    if let Err(error) = context
+    match context
         .propose_scheduler(SessionId::INTERNAL, 0, &command)
         .await
     {
-        tracing::warn!(%node, %error, "the node could not be declared lost; trying again");
+        // A worker that comes to again in its old session is to learn that it is another node now.
+        Ok(_) => context.sessions.end(node, incarnation),
+        Err(error) => {
+            tracing::warn!(%node, %error, "the node could not be declared lost; trying again");
+        }
     }
 }

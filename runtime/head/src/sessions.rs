@@ -89,6 +89,17 @@ impl Sessions {
         (serial, receiver)
     }
 
+    /// Ends the session of a node's life, if there is one.
+    pub(crate) fn end(&self, node: NodeId, incarnation: Incarnation) {
+        let mut entries = self.entries.lock();
+        if entries
+            .get(&node)
+            .is_some_and(|entry| entry.incarnation == incarnation)
+        {
+            entries.remove(&node);
+        }
+    }
+
     pub(crate) fn close(&self, node: NodeId, serial: u64) {
         let mut entries = self.entries.lock();
         if entries

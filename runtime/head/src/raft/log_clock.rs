@@ -19,8 +19,9 @@ use parking_lot::Mutex;
 #[derive(Debug, Default)]
 struct State {
     newest_ms: u64,
-    /// While the clock is behind: log time and clock when that was noticed.
-    behind_since: Option<(u64, u64)>,
+    /// While the clock is behind: what it showed when it was looked at last, and the millisecond that was
+    /// left over from halving then.
+    behind: Option<(u64, u64)>,
 }
 
 /// A clock that goes on from the newest time in the log.
@@ -40,10 +41,7 @@ impl LogClock {
     /// Takes note of a time in the log.
     pub(super) fn observe(&self, log_time_ms: u64) {
         let mut state = self.state.lock();
-        if log_time_ms > state.newest_ms {
-            state.newest_ms = log_time_ms;
-            state.behind_since = None;
-        }
+        state.newest_ms = state.newest_ms.max(log_time_ms);
     }
 
     /// Milliseconds since the Unix epoch, as near to it as the log allows.
@@ -52,15 +50,14 @@ impl LogClock {
         let mut state = self.state.lock();
         if own_ms >= state.newest_ms {
             state.newest_ms = own_ms;
-            state.behind_since = None;
+            state.behind = None;
             return own_ms;
         }
-        let since = state.behind_since.filter(|(_, own)| *own <= own_ms);
-        let (log_start_ms, own_start_ms) = since.unwrap_or((state.newest_ms, own_ms));
-        state.behind_since = Some((log_start_ms, own_start_ms));
-        state.newest_ms = state
-            .newest_ms
-            .max(log_start_ms + (own_ms - own_start_ms) / 2);
+        // From look to look: the clock may jump forth and back again and be behind all the time.
+        let (before_ms, rest) = state.behind.unwrap_or((own_ms, 0));
+        let passed = own_ms.saturating_sub(before_ms) + rest;
+        state.newest_ms += passed / 2;
+        state.behind = Some((own_ms, passed % 2));
         state.newest_ms
     }
 }
@@ -100,8 +97,13 @@ mod tests {
         // Old news changes nothing.
         clock.observe(5_000);
         assert_eq!(at(900), 9_300);
+        // Put forward, and back: it does not wait for what it has counted already.
+        assert_eq!(at(3_000), 10_350);
+        assert_eq!(at(1_000), 10_350);
+        assert_eq!(at(1_001), 10_350);
+        assert_eq!(at(1_002), 10_351);
         // It has caught up.
-        assert_eq!(at(9_301), 9_301);
-        assert_eq!(at(9_302), 9_302);
+        assert_eq!(at(10_352), 10_352);
+        assert_eq!(at(10_353), 10_353);
     }
 }
