@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::data::{Dataset, SampleShape};
-use super::model::Model;
+use super::model::{Model, ModelError};
 use super::permutation::Permutation;
 use super::random::Purpose;
 use super::workload::WorkloadError;
@@ -12,7 +12,7 @@ use super::workload::WorkloadError;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ReferenceData {
     /// Name of each feature: `pixel_<row>_<column>` of an image, `feature_<index>` otherwise, counted
-    /// from 0. None where samples have no classes: then there is no reference.
+    /// from 0. None where samples have no classes, or the model gives no outputs: then there is no reference.
     pub feature_names: Vec<String>,
     /// The values of each feature, scaled as the model sees them; the same rows in each column.
     pub columns: Vec<Vec<f32>>,
@@ -59,6 +59,11 @@ pub fn reference_sample(
     rows.sort_unstable();
     let batch = train.gather(&rows)?;
     let (values, width) = (batch.features(), shape.feature_count());
+    let predictions = match model.predictions(values) {
+        // It cannot be served, so nobody will compare its traffic with anything.
+        Err(ModelError::NoOutputs) => return Ok(ReferenceData::default()),
+        predictions => predictions?,
+    };
     let column = |feature: usize| {
         values
             .iter()
@@ -70,7 +75,7 @@ pub fn reference_sample(
     Ok(ReferenceData {
         feature_names: feature_names(shape),
         columns: (0..width).map(column).collect(),
-        predictions: model.predictions(values)?,
+        predictions,
     })
 }
 

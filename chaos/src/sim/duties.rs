@@ -42,6 +42,9 @@ pub(crate) struct Served {
     /// session's outbox waits for the greeting: the list says what is to run and nothing else, and an
     /// older one would end what a newer order has begun.
     held: Option<Vec<Order>>,
+    /// Its node was lost: it ends at the worker's next renewal, and what comes until then is fenced by the
+    /// tables.
+    is_over: bool,
 }
 
 /// The duties of one term.
@@ -193,6 +196,7 @@ impl World {
                 node: None,
                 renewed_at: now,
                 held: Some(Vec::new()),
+                is_over: false,
             };
             duties.sessions.insert(session, served);
             let command = Command::RegisterNode {
@@ -212,6 +216,10 @@ impl World {
         };
         served.renewed_at = now;
         match said {
+            WorkerSays::Renew if served.is_over => {
+                self.refuse(raft_id, session);
+                Ok(())
+            }
             WorkerSays::Renew => {
                 self.tell(raft_id, session, worker, HeadSays::Renewed { term });
                 Ok(())
@@ -407,14 +415,9 @@ impl World {
             self.say(|| format!("head {raft_id}: the lease of {node} {incarnation} ran out"));
             let command = Command::NodeLost { node, incarnation };
             let _ = self.propose_internal(raft_id, For::Nobody, &command);
-            let duties = self.duties(raft_id);
-            let sessions = duties.into_iter().flat_map(|duties| duties.sessions.iter());
-            let of_node = |(session, served): (&u64, &Served)| {
-                (served.node == Some((node, incarnation))).then_some(*session)
-            };
-            let ended: Vec<u64> = sessions.filter_map(of_node).collect();
-            for session in ended {
-                self.refuse(raft_id, session);
+            let duties = self.duties(raft_id).into_iter();
+            for served in duties.flat_map(|duties| duties.sessions.values_mut()) {
+                served.is_over |= served.node == Some((node, incarnation));
             }
         }
     }

@@ -154,18 +154,34 @@ fn a_timeline_shows_starts_and_restarts_nested_and_in_order() {
 fn a_timeline_shows_what_tasks_waited_for() {
     let cluster = TestCluster::up(1);
     let program = example("tasks");
-    let arguments = ["submit", program.to_str().unwrap(), "--follow"];
-    cluster.ok(&[&arguments[..], &["--", "50", "5"]].concat());
-    let text = cluster.ok(&["jobs", "timeline", "job-1"]);
-    let trace: Value = serde_json::from_str(&text).unwrap();
+    // A thousand tasks of a tenth of a second: what processes recorded goes with them, so this looks while
+    // they are there.
+    let arguments = ["submit", program.to_str().unwrap(), "--", "1000", "100"];
+    cluster.ok(&arguments);
+    let trace: Value = wait_for("a task and what it waited for", || {
+        let text = cluster.ok(&["jobs", "timeline", "job-1"]);
+        let trace: Value = serde_json::from_str(&text).unwrap();
+        let is_there = ["task", "queue", "lease"]
+            .iter()
+            .all(|category| count(&trace, category) > 0);
+        is_there.then_some(trace)
+    });
+    cluster.ok(&["jobs", "stop", "job-1"]);
     let events = trace["traceEvents"].as_array().unwrap();
-    let of_kind = |category: &str, phase: &str| {
-        let found = |event: &&Value| event["cat"] == category && event["ph"] == phase;
-        events.iter().filter(found).count()
-    };
-    assert!(of_kind("task", "X") >= 1, "{text}");
-    // The first task waits for the first slot, and that for its process.
-    assert!(of_kind("queue", "b") >= 1, "{text}");
-    assert!(of_kind("lease", "b") >= 1, "{text}");
-    assert_eq!(of_kind("queue", "b"), of_kind("queue", "e"));
+    let waits = events.iter().filter(|event| event["cat"] == "queue");
+    for wait in waits.filter(|event| event["ph"] == "b") {
+        let is_end = |event: &&Value| {
+            event["ph"] == "e" && (&event["id"], &event["cat"]) == (&wait["id"], &wait["cat"])
+        };
+        let end = events.iter().find(is_end).unwrap();
+        assert!(end["ts"].as_u64() >= wait["ts"].as_u64(), "{wait} {end}");
+        assert!(wait["args"]["for"].is_string(), "{wait}");
+    }
+}
+
+/// Events of a category.
+fn count(trace: &Value, category: &str) -> usize {
+    let events = trace["traceEvents"].as_array().unwrap();
+    let of_it = |event: &&Value| event["cat"] == category;
+    events.iter().filter(of_it).count()
 }
