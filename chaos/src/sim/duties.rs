@@ -551,6 +551,7 @@ mod tests {
             node: Some((node, incarnation)),
             renewed_at: 0,
             held: Some(Vec::new()),
+            is_over: false,
         };
         duties.sessions.insert(session, served);
         if let Some(head) = world.heads.get_mut(&1) {

@@ -107,10 +107,14 @@ fn what_diverges_or_does_not_fit_fails_once_and_says_why() {
         let logs = text_of(&cluster.run(&["jobs", "logs", &job]));
         format!("{} {logs}", ended["exit_reason"])
     };
+    // Features so large that products of them overflow once the weights have grown.
+    let row = "1e30,-2e30,3e30,0\n-3e30,1e30,2e30,1\n";
+    std::fs::write(cluster.dir().join("large.csv"), row.repeat(80)).unwrap();
     let diverging = small_job("diverges", 200).replace(
         "seed = 7",
         "seed = 7\nlearning_rate = 100.0\noptimizer = { sgd = { momentum = 0.9 } }",
     );
+    let diverging = format!("{diverging}[dataset.csv]\nfiles = [\"large.csv\"]\n");
     let text = failed("diverges.toml", &diverging);
     assert!(
         text.contains("is not finite; the loss has diverged"),
