@@ -86,6 +86,12 @@ impl Replica {
         self.loaded.as_ref().map(Loaded::held)
     }
 
+    /// How many steps its state has taken; none before it is prepared.
+    #[must_use]
+    pub fn step(&self) -> Option<u64> {
+        self.loaded.as_ref().map(|loaded| loaded.state.step)
+    }
+
     /// Values of the model's parameters; none before it is prepared.
     #[must_use]
     pub fn value_count(&self) -> usize {

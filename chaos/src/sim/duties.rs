@@ -42,9 +42,9 @@ pub(crate) struct Served {
     /// session's outbox waits for the greeting: the list says what is to run and nothing else, and an
     /// older one would end what a newer order has begun.
     held: Option<Vec<Order>>,
-    /// Its node was lost: it ends at the worker's next renewal, and what comes until then is fenced by the
-    /// tables.
-    is_over: bool,
+    /// Its node was lost: how many more renewals are heard before it ends. What comes until then is fenced
+    /// by the tables.
+    ends_after: Option<u32>,
 }
 
 /// The duties of one term.
@@ -196,7 +196,7 @@ impl World {
                 node: None,
                 renewed_at: now,
                 held: Some(Vec::new()),
-                is_over: false,
+                ends_after: None,
             };
             duties.sessions.insert(session, served);
             let command = Command::RegisterNode {
@@ -216,8 +216,12 @@ impl World {
         };
         served.renewed_at = now;
         match said {
-            WorkerSays::Renew if served.is_over => {
+            WorkerSays::Renew if served.ends_after == Some(0) => {
                 self.refuse(raft_id, session);
+                Ok(())
+            }
+            WorkerSays::Renew if served.ends_after.is_some() => {
+                served.ends_after = served.ends_after.map(|left| left - 1);
                 Ok(())
             }
             WorkerSays::Renew => {
@@ -417,7 +421,9 @@ impl World {
             let _ = self.propose_internal(raft_id, For::Nobody, &command);
             let duties = self.duties(raft_id).into_iter();
             for served in duties.flat_map(|duties| duties.sessions.values_mut()) {
-                served.is_over |= served.node == Some((node, incarnation));
+                if served.node == Some((node, incarnation)) {
+                    served.ends_after = Some(1);
+                }
             }
         }
     }
@@ -551,7 +557,7 @@ mod tests {
             node: Some((node, incarnation)),
             renewed_at: 0,
             held: Some(Vec::new()),
-            is_over: false,
+            ends_after: None,
         };
         duties.sessions.insert(session, served);
         if let Some(head) = world.heads.get_mut(&1) {

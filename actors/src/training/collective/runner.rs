@@ -117,6 +117,8 @@ enum Done {
         outcome: Option<Result<Partial, Refusal>>,
     },
     Computed(u64, Result<Partial, TrainerError>),
+    /// The step was over before the shard's turn came.
+    Superseded(u64, u32),
     Applied(Result<(Held, (Duration, Duration)), TrainerError>),
 }
 
@@ -246,6 +248,7 @@ impl<C: Collective> Runner<C> {
                 .member
                 .computed(step, sums?)
                 .map_err(|error| TrainerError::Unfit(error.to_string()))?,
+            Done::Superseded(step, shard) => self.member.superseded(step, shard),
             Done::Applied(applied) => {
                 let (held, spent) = applied?;
                 self.member.applied(held.short());
@@ -270,7 +273,12 @@ impl<C: Collective> Runner<C> {
                 Action::Compute { step, shard } => {
                     let replica = Arc::clone(&self.replica);
                     self.under_way.spawn_blocking(move || {
-                        Done::Computed(step, replica.lock().compute(step, shard))
+                        let replica = replica.lock();
+                        // The others may have finished the step while this thread waited for its turn.
+                        match replica.step() > Some(step) {
+                            true => Done::Superseded(step, shard),
+                            false => Done::Computed(step, replica.compute(step, shard)),
+                        }
                     });
                 }
                 Action::Apply { root } => {

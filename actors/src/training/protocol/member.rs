@@ -400,6 +400,14 @@ impl Member {
         Ok(())
     }
 
+    /// A shard is not computed any more: its step is over.
+    pub fn superseded(&mut self, step: u64, shard: u32) {
+        if self.computing == Some((step, shard)) {
+            self.computing = None;
+        }
+        self.pump();
+    }
+
     /// Another member's sums.
     pub fn contribute(&mut self, contribution: Contribution) -> Result<(), Refusal> {
         let Contribution {
