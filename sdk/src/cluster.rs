@@ -191,19 +191,11 @@ impl Cluster {
 
     async fn find_named<A: Actor>(&self, named: api::NamedActor) -> Result<ActorRef<A>> {
         let name = named.name.clone();
-        let actor = self
-            .control()
-            .read("find an actor", |mut api| {
-                let named = named.clone();
-                let target = Some(api::resolve_actor_request::Target::Named(named));
-                let request = api::ResolveActorRequest {
-                    target,
-                    after_incarnation: 0,
-                    timeout_ms: 0,
-                };
-                async move { api.resolve_actor(request).await }
-            })
-            .await?;
+        let request = api::ResolveActorRequest {
+            target: Some(api::resolve_actor_request::Target::Named(named)),
+            ..Default::default()
+        };
+        let actor = self.find_actor(request).await?;
         if actor.type_name != A::TYPE_NAME {
             return Err(Error::NotInCluster(format!(
                 "the actor `{name}` is a `{}`, not a `{}`",
@@ -260,11 +252,37 @@ impl Cluster {
         after: Incarnation,
         wait: Duration,
     ) -> Result<api::Actor> {
-        let request = api::ResolveActorRequest {
+        self.find_actor(api::ResolveActorRequest {
             target: Some(api::resolve_actor_request::Target::Actor(actor.0)),
             after_incarnation: after.0,
             timeout_ms: millis(wait),
-        };
+            or_over: false,
+        })
+        .await
+    }
+
+    /// Whether the start `incarnation` of an actor is over: as soon as it is, or when `wait` is.
+    ///
+    /// The head learns of the end of a process in milliseconds; a caller on another machine would have to
+    /// conclude it from silence.
+    pub async fn is_actor_over(
+        &self,
+        actor: ActorId,
+        incarnation: Incarnation,
+        wait: Duration,
+    ) -> Result<bool> {
+        let found = self.find_actor(api::ResolveActorRequest {
+            target: Some(api::resolve_actor_request::Target::Actor(actor.0)),
+            after_incarnation: incarnation.0,
+            timeout_ms: millis(wait),
+            or_over: true,
+        });
+        let found = found.await?;
+        let is_another = found.incarnation != Some(incarnation.0);
+        Ok(is_another || found.state == "pending" || found.state == "ended")
+    }
+
+    async fn find_actor(&self, request: api::ResolveActorRequest) -> Result<api::Actor> {
         self.control()
             .read("find an actor", |mut api| {
                 let request = request.clone();

@@ -28,10 +28,11 @@ use super::job_log::JobLog;
 use super::messages::{Epoch, Held, short_digest};
 use super::optimizer::{Optimizer, StepError, StepReport};
 use super::progress::StepBreakdown;
+use super::protocol::exchange::{Action, Content, Refusal, Report};
 use super::protocol::leader::Leader;
-use super::protocol::member::{Action, Member, Refusal, Report};
+use super::protocol::member::Member;
 use super::protocol::plan::MemberId;
-use super::reduction::{Partial, Subtree};
+use super::reduction::Partial;
 use super::shape::{leader_shape, member_shape};
 use super::spec::TrainSpec;
 use super::state::TrainState;
@@ -119,13 +120,7 @@ pub struct Counters {
 
 /// What became of a call that the driver's copy made.
 enum Done {
-    Contributed(
-        MemberId,
-        u64,
-        u32,
-        Subtree,
-        Result<Result<(), Refusal>, Unreachable>,
-    ),
+    Contributed(MemberId, Content, Result<Result<(), Refusal>, Unreachable>),
     Answered(
         MemberId,
         u64,
@@ -300,10 +295,9 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                 Action::Contribute { to, contribution } => {
                     let collective = self.collective.clone();
                     self.calls.spawn(async move {
-                        let (step, bucket) = (contribution.step, contribution.bucket);
-                        let subtree = contribution.partial.subtree;
+                        let content = contribution.content();
                         let outcome = collective.contribute(to, contribution).await;
-                        Done::Contributed(to, step, bucket, subtree, outcome)
+                        Done::Contributed(to, content, outcome)
                     });
                 }
                 Action::Apply { root } => return self.apply(&root).map(Some),
@@ -331,9 +325,8 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
 
     fn done(&mut self, done: Done) {
         match done {
-            Done::Contributed(to, step, bucket, subtree, outcome) => {
-                let outcome = outcome.ok();
-                self.member.contributed(to, step, bucket, subtree, outcome);
+            Done::Contributed(to, content, outcome) => {
+                self.member.contributed(to, &content, outcome.ok());
             }
             Done::Answered(to, step, bucket, outcome) => {
                 self.member.answered(to, step, bucket, outcome.ok());

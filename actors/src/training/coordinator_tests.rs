@@ -14,8 +14,9 @@ use crate::training::crew::LinkError;
 use crate::training::data::Files;
 use crate::training::local::LocalTrainer;
 use crate::training::messages::{Greeting, News, TrainerError};
+use crate::training::models::ModelSpec;
+use crate::training::protocol::exchange::{Ask, Contribution};
 use crate::training::protocol::leader::StateDigest;
-use crate::training::protocol::member::{Ask, Contribution};
 use crate::training::protocol::plan::Plan;
 use crate::training::random::{Purpose, Stream};
 use crate::training::replica::{Replica, load};
@@ -274,6 +275,11 @@ fn spec(steps: u64, min: u32, max: u32) -> TrainSpec {
     let mut spec = TrainSpec {
         steps,
         global_batch: 64,
+        // Large enough that every trainer owns a bucket and so sends something in every step, which is when
+        // faults happen.
+        model: ModelSpec::Mlp {
+            hidden: vec![256, 192],
+        },
         ..TrainSpec::digits_mlp("a")
     };
     spec.workers = crate::training::spec::WorkerRange { min, max };

@@ -427,6 +427,7 @@ impl Driver {
             checkpoints: saver.committed_count(),
             rejected_checkpoints: history.rejected_checkpoints,
             snapshot_stall_us: history.snapshot_stall_us,
+            pauses: progress.pauses(),
             record,
             wall_ms,
             samples_per_second,

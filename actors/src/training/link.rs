@@ -22,12 +22,12 @@ const GREET_MAX: Duration = Duration::from_secs(20);
 const PREPARE_MAX: Duration = Duration::from_secs(60);
 /// How long a piece of a state may be on its way.
 const PIECE_MAX: Duration = Duration::from_secs(20);
-/// How long a trainer may be silent before it is given up. It says every quarter of a second that it
+/// How long a trainer may be silent before it is given up. It says every tenth of a second that it
 /// lives, also while it computes.
-const SILENT_MAX: Duration = Duration::from_secs(2);
+const SILENT_MAX: Duration = Duration::from_millis(1250);
 /// After this the head is asked whether a silent trainer still lives: a little later than it would have
 /// said so itself. On its own machine the end of a process is known at once, by its closed socket.
-const SUSPECT_AFTER: Duration = Duration::from_millis(350);
+const SUSPECT_AFTER: Duration = Duration::from_millis(150);
 /// Bytes of a state that travel in one call.
 const PIECE_BYTES: usize = 4 << 20;
 /// How long it may take to leave.
@@ -43,7 +43,7 @@ pub struct ClusterLink(Arc<Inner>);
 
 struct Inner {
     actor: NamedActor<Trainer>,
-    /// The start that was greeted last.
+    /// The start that was greeted last; 0 if it was never met, or is known to be over.
     incarnation: AtomicU64,
 }
 
@@ -93,27 +93,24 @@ impl ClusterLink {
         }
     }
 
-    /// The answer to a call, unless the trainer was started again meanwhile. The head learns of a
-    /// killed process in milliseconds, the transport by its silence only after seconds.
-    async fn unless_started_again<T>(
-        &self,
-        call: impl IntoFuture<Output = T>,
-    ) -> Result<T, LinkError> {
+    /// The answer to a call, unless the trainer ends meanwhile. The head learns of a killed process in
+    /// milliseconds, the transport by its silence only after seconds.
+    async fn unless_it_ends<T>(&self, call: impl IntoFuture<Output = T>) -> Result<T, LinkError> {
         let known = Incarnation(self.0.incarnation.load(Ordering::Relaxed));
-        let newer = async {
+        let ended = async {
             if known == Incarnation::default() {
-                // It was never met, so nothing is newer.
+                // It was never met, or its end is known: nothing is there that could end.
                 return std::future::pending().await;
             }
             tokio::time::sleep(SUSPECT_AFTER).await;
-            self.0.actor.newer_than(known).await
+            self.0.actor.ended(known).await
         };
         tokio::select! {
             answer = call.into_future() => Ok(answer),
-            newer = newer => {
-                self.0.incarnation.fetch_max(newer.0, Ordering::Relaxed);
+            () = ended => {
+                self.0.incarnation.store(0, Ordering::Relaxed);
                 self.0.actor.moved();
-                Err(LinkError::Lost("its process has ended, and another runs already".to_owned()))
+                Err(LinkError::Lost("its process has ended".to_owned()))
             }
         }
     }
@@ -132,10 +129,10 @@ impl TrainerLink for ClusterLink {
     async fn greet(&self) -> Result<Greeting, LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
         let call = actor.greet().timeout(GREET_MAX);
-        let answer = self.unless_started_again(call).await?;
+        let answer = self.unless_it_ends(call).await?;
         let greeting = answer.map_err(|error| self.broken(error))?;
         let incarnation = greeting.incarnation;
-        self.0.incarnation.fetch_max(incarnation, Ordering::Relaxed);
+        self.0.incarnation.store(incarnation, Ordering::Relaxed);
         Ok(greeting)
     }
 
@@ -154,21 +151,21 @@ impl TrainerLink for ClusterLink {
             }
             actor.prepare(plan).timeout(PREPARE_MAX).await
         };
-        let answer = self.unless_started_again(send).await?;
+        let answer = self.unless_it_ends(send).await?;
         answer.map_err(|failure| self.failed(failure))
     }
 
     async fn adopt(&self, plan: Plan) -> Result<(), LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
         let call = actor.adopt(plan).timeout(SILENT_MAX);
-        let answer = self.unless_started_again(call).await?;
+        let answer = self.unless_it_ends(call).await?;
         answer.map_err(|failure| self.failed(failure))
     }
 
     async fn news(&self, epoch: Epoch, known: u64) -> Result<News, LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
         let call = actor.news(epoch, known).timeout(SILENT_MAX);
-        let answer = self.unless_started_again(call).await?;
+        let answer = self.unless_it_ends(call).await?;
         answer.map_err(|failure| self.failed(failure))
     }
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::collective::sealed::Damaged;
+use super::protocol::exchange::Report;
 use super::protocol::leader::StateDigest;
-use super::protocol::member::Report;
 use super::protocol::plan::MemberId;
 
 /// Grows with changes of who takes part: the driver's incarnation above, a count below. So a new

@@ -53,6 +53,7 @@ pub mod spec;
 pub mod state;
 pub mod trainable;
 pub mod validation;
+pub mod value_bytes;
 pub mod workload;
 
 mod departure;
@@ -66,6 +67,7 @@ pub mod job_log;
 pub mod link;
 pub mod messages;
 pub mod named_actor;
+pub mod pauses;
 pub mod preemption;
 pub mod progress;
 pub mod protocol;

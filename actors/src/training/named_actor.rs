@@ -16,10 +16,10 @@ pub struct NamedActor<A> {
     found: Mutex<Option<ActorRef<A>>>,
 }
 
-/// How long one question for a newer start waits at the head.
-const NEWER_WAIT: Duration = Duration::from_secs(10);
+/// How long one question for the end of a start waits at the head.
+const ENDED_WAIT: Duration = Duration::from_secs(10);
 /// The pause where the head does not answer.
-const NEWER_PAUSE: Duration = Duration::from_secs(1);
+const ENDED_PAUSE: Duration = Duration::from_secs(1);
 
 impl<A: Actor> NamedActor<A> {
     /// `describe` gives the actor with its name.
@@ -63,22 +63,18 @@ impl<A: Actor> NamedActor<A> {
             .map(|old| ActorRef::from_id(&self.cluster, old.actor_id()));
     }
 
-    /// Answers once the actor runs in a newer start than `known`: the one before is over.
-    pub async fn newer_than(&self, known: Incarnation) -> Incarnation {
+    /// Answers once the start `known` of the actor is over, whether or not another one runs.
+    pub async fn ended(&self, known: Incarnation) {
         loop {
             let actor = self.found.lock().as_ref().map(ActorRef::actor_id);
-            let newer = match actor {
-                Some(actor) => self
-                    .cluster
-                    .resolve_actor(actor, known, NEWER_WAIT)
-                    .await
-                    .ok(),
-                None => None,
+            let over = match actor {
+                Some(actor) => self.cluster.is_actor_over(actor, known, ENDED_WAIT).await,
+                None => Ok(false),
             };
-            match newer.and_then(|actor| actor.incarnation) {
-                Some(newer) if newer > known.0 => return Incarnation(newer),
-                Some(_) => {}
-                None => tokio::time::sleep(NEWER_PAUSE).await,
+            match over {
+                Ok(true) => return,
+                Ok(false) if actor.is_some() => {}
+                Ok(false) | Err(_) => tokio::time::sleep(ENDED_PAUSE).await,
             }
         }
     }

@@ -10,8 +10,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use super::job::now_ms;
 use super::job_log::JobLog;
 use super::optimizer::StepReport;
+use super::pauses::{Pause, Pauses};
 use super::trainable::Evaluation;
 
 const LINE_EVERY: Duration = Duration::from_secs(1);
@@ -184,6 +186,9 @@ pub struct Progress {
     done_at_line: u64,
     since_line: StepBreakdown,
     last: Option<StepReport>,
+    /// When the last step ended.
+    last_at: Option<Instant>,
+    pauses: Pauses,
 }
 
 impl Progress {
@@ -202,7 +207,15 @@ impl Progress {
             done_at_line: 0,
             since_line: StepBreakdown::default(),
             last: None,
+            last_at: None,
+            pauses: Pauses::default(),
         }
+    }
+
+    /// The longest pauses between two steps of this driver.
+    #[must_use]
+    pub fn pauses(&self) -> Vec<Pause> {
+        self.pauses.longest()
     }
 
     /// The last step that this driver took.
@@ -220,6 +233,10 @@ impl Progress {
         last: bool,
     ) {
         self.last = Some(report);
+        let now = Instant::now();
+        if let Some(before) = self.last_at.replace(now) {
+            self.pauses.note(now - before, now_ms());
+        }
         self.done += 1;
         self.busy += took.total().saturating_sub(took.wait + took.checkpoint);
         self.since_line.add(took);

@@ -12,6 +12,9 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::value_bytes::packed;
+use crate::kernels::{Execution, elementwise::add_to};
+
 /// An aligned subtree: the shards `[index << level, (index + 1) << level)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Subtree {
@@ -74,18 +77,28 @@ pub struct Partial {
     /// Number of samples.
     pub count: u64,
     /// Sum of the samples' gradients, flat.
+    #[serde(with = "packed")]
     pub grads: Vec<f32>,
 }
 
 impl Partial {
+    /// One computed shard's sums.
+    #[must_use]
+    pub fn of_shard(shard: u32, loss_sum: f64, count: u64, grads: Vec<f32>) -> Self {
+        Partial {
+            subtree: Subtree::shard(shard),
+            loss_sum,
+            count,
+            grads,
+        }
+    }
+
     /// `left + right`, into the left one's buffer.
     pub(super) fn join(mut left: Self, right: &Self) -> Self {
         left.subtree = left.subtree.parent();
         left.loss_sum += right.loss_sum;
         left.count += right.count;
-        for (sum, value) in left.grads.iter_mut().zip(&right.grads) {
-            *sum += value;
-        }
+        add_to(Execution::current(), &mut left.grads, &right.grads);
         left
     }
 

@@ -11,7 +11,6 @@ use super::data::Files;
 use super::messages::{Held, TrainerError};
 use super::optimizer::{Optimizer, StepReport};
 use super::parameters::Parameters;
-use super::protocol::member::shard_sums;
 use super::reduction::Partial;
 use super::spec::TrainSpec;
 use super::state::TrainState;
@@ -146,7 +145,12 @@ impl Replica {
         let computed = begun.elapsed().saturating_sub(fetched);
         self.spent.set((data + fetched, compute + computed));
         let count = loaded.workload.shard_size() as u64;
-        Ok(shard_sums(shard, output.loss_sum, count, output.grads))
+        Ok(Partial::of_shard(
+            shard,
+            output.loss_sum,
+            count,
+            output.grads,
+        ))
     }
 
     /// Has samples read ahead once the last shard of a step was computed, as far as the step before tells

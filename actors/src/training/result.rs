@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::pauses::Pause;
+
 /// What a training job leaves as its result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainResult {
@@ -54,6 +56,8 @@ pub struct TrainResult {
     pub rejected_checkpoints: u64,
     /// The longest that a snapshot for a checkpoint stalled training, in microseconds.
     pub snapshot_stall_us: u64,
+    /// The longest pauses between two steps of the last driver, the longest first; at most 64.
+    pub pauses: Vec<Pause>,
     /// BLAKE3 of the run's record in the object store, in hex.
     pub record: String,
     /// From the first start of the driver until now.

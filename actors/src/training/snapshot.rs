@@ -11,6 +11,7 @@ use bytes::Bytes;
 use mobula_storage::checkpoint::CheckpointSource;
 
 use super::state::TrainState;
+use super::value_bytes::bytes_of;
 
 const VALUE_BYTES: u64 = 4;
 
@@ -65,15 +66,9 @@ fn append(bytes: &mut Vec<u8>, vector: &[f32], range: Range<u64>) {
     let first = range.start / VALUE_BYTES;
     let values = &vector[index(first)..index(range.end.div_ceil(VALUE_BYTES))];
     // A piece may begin or end within a value.
-    let mut skipped = index(range.start - first * VALUE_BYTES);
-    let mut left = index(range.end - range.start);
-    for value in values {
-        let value = &value.to_le_bytes()[skipped..];
-        let taken = left.min(value.len());
-        bytes.extend_from_slice(&value[..taken]);
-        left -= taken;
-        skipped = 0;
-    }
+    let skipped = index(range.start - first * VALUE_BYTES);
+    let count = index(range.end - range.start);
+    bytes.extend_from_slice(&bytes_of(values)[skipped..skipped + count]);
 }
 
 fn index(offset: u64) -> usize {

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::flat_vector::{FlatVector, update_blocks};
 use super::layout::{Layout, ParameterSlot};
 use super::validation::PARAMETERS_MAX;
+use super::value_bytes::{bytes_of, values_of};
 use super::workload::Workload;
 
 const MAGIC: &[u8; 8] = b"MOBTRAIN";
@@ -29,8 +30,6 @@ const VERSION: u32 = 1;
 pub(super) const HEADER_BYTES: usize = 8 + 4 + 8 + 32 + 4 + 8;
 /// No optimizer here keeps more than two moments; some head room for later ones.
 const MOMENTS_MAX: usize = 4;
-/// Values that are hashed at a time: their bytes stay in a core's second cache.
-const HASHED_VALUES: usize = 32 * 1024;
 
 /// The state of a job between two steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -134,9 +133,7 @@ impl TrainState {
                 self.params.len(),
                 "a moment has another length"
             );
-            for value in vector {
-                bytes.extend_from_slice(&value.to_le_bytes());
-            }
+            bytes.extend_from_slice(&bytes_of(vector));
         }
         bytes
     }
@@ -241,7 +238,7 @@ impl TrainState {
         }
         let vector_bytes = param_count as usize * 4;
         let vector = |index: usize| {
-            FlatVector::from(floats(
+            FlatVector::from(values_of(
                 &body[index * vector_bytes..(index + 1) * vector_bytes],
             ))
         };
@@ -260,14 +257,8 @@ impl TrainState {
         hasher.update(b"mobula.training.weights.v1");
         hasher.update(&(self.params.len() as u64).to_le_bytes());
         hasher.update(&(self.moments.len() as u64).to_le_bytes());
-        let mut buffer = Vec::with_capacity(HASHED_VALUES * 4);
-        for values in self
-            .vectors()
-            .flat_map(|vector| vector.chunks(HASHED_VALUES))
-        {
-            buffer.clear();
-            buffer.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            hasher.update(&buffer);
+        for vector in self.vectors() {
+            hasher.update(&bytes_of(vector));
         }
         hasher.finalize().to_hex().to_string()
     }
@@ -290,13 +281,6 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     bytes[at..at + N]
         .try_into()
         .expect("the slice has the array's length")
-}
-
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes
-        .chunks_exact(4)
-        .map(|value| f32::from_le_bytes(array(value, 0)))
-        .collect()
 }
 
 #[cfg(test)]

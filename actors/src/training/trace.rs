@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::Layout;
 use super::state::TrainState;
+use super::value_bytes::bytes_of;
 
 /// Whole states, at most: 64 KiB.
 const STATES_MAX: u64 = 4096;
@@ -159,14 +160,10 @@ impl StepTrace {
 
 /// The digest of each tensor, in the order of [`StepTrace::tensors`].
 fn tensor_digests(state: &TrainState, layout: &Layout) -> Vec<Short> {
-    let mut buffer = Vec::new();
     let mut digests = Vec::new();
     for vector in state.vectors() {
         for slot in &layout.slots {
-            buffer.clear();
-            let values = &vector[slot.range()];
-            buffer.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            digests.push(short(&blake3::hash(&buffer)));
+            digests.push(short(&blake3::hash(&bytes_of(&vector[slot.range()]))));
         }
     }
     digests

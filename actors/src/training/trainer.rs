@@ -20,8 +20,9 @@ use super::collective::runner::{Board, Runner, RunnerHandle};
 use super::collective::sealed::Sealed;
 use super::data::Files;
 use super::messages::{Epoch, Greeting, Held, News, TrainerError};
+use super::protocol::exchange::{Ask, Contribution, Refusal};
 use super::protocol::leader::StateDigest;
-use super::protocol::member::{Ask, Contribution, Member, Refusal};
+use super::protocol::member::Member;
 use super::protocol::plan::{MemberId, Plan};
 use super::replica::Replica;
 use super::shape::{member_shape, state_bytes_max};
@@ -30,7 +31,7 @@ use crate::kernels::memory::keep_freed_memory;
 use crate::storage::open_blobs;
 
 /// A trainer that has nothing to say says so after this: its silence would mean that it is lost.
-const NEWS_EVERY: Duration = Duration::from_millis(250);
+const NEWS_EVERY: Duration = Duration::from_millis(100);
 
 /// Computes shards of a training job, together with others; the job's coordinator says with whom.
 pub struct Trainer {
@@ -253,7 +254,7 @@ impl Trainer {
         &self,
         to: MemberId,
         at: Ask,
-        sums: Sealed,
+        sums: Vec<Sealed>,
     ) -> Result<Result<(), Refusal>, TrainerError> {
         let shown = self.shown_as(to)?;
         let contribution = Contribution {
@@ -261,7 +262,10 @@ impl Trainer {
             step: at.step,
             digest: at.digest,
             bucket: at.bucket,
-            partial: sums.open()?,
+            partials: sums
+                .into_iter()
+                .map(Sealed::open)
+                .collect::<Result<_, _>>()?,
         };
         let answer = shown.handle.contribute(contribution).await;
         answer.ok_or_else(|| shown.ended())

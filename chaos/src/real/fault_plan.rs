@@ -32,6 +32,8 @@ pub enum FaultKind {
     RollingRestart,
     /// A head is removed from the group, loses its disk, and joins under a new id.
     ReplaceHead,
+    /// A worker's machine is announced to be taken away, is when the time is over, and comes back.
+    Notice,
 }
 
 impl FaultKind {
@@ -48,6 +50,7 @@ impl FaultKind {
             FaultKind::FreezeDisk => "freeze-disk",
             FaultKind::RollingRestart => "rolling-restart",
             FaultKind::ReplaceHead => "replace-head",
+            FaultKind::Notice => "notice",
         }
     }
 
@@ -190,6 +193,7 @@ impl FaultPlan {
                 matches!(target, Victim::Leader | Victim::Head)
             }
             FaultKind::Pause => target != Victim::Counter,
+            FaultKind::Notice => target == Victim::Worker,
             _ => !target.is_of_job(),
         };
         if !fits {

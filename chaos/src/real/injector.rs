@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use mobula::core::id::JobId;
-use mobula_wire::control::RemoveHeadRequest;
+use mobula_wire::control::{PreemptNodeRequest, RemoveHeadRequest};
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::task::block_in_place;
@@ -156,8 +156,37 @@ impl Injector {
                 block_in_place(|| disk.freeze(node.machine(), planned.lasts)).map_err(text)
             }
             FaultKind::ReplaceHead => self.replace(planned, node).await,
+            FaultKind::Notice => {
+                let _turn = turn(node)?;
+                let announced = tokio::time::timeout(planned.lasts, self.announce(planned, node));
+                let rest = tokio::time::Instant::now() + planned.lasts;
+                // Where nobody leads the cloud takes the machine all the same.
+                let announced = announced
+                    .await
+                    .unwrap_or_else(|_| Err("nobody heard of it".into()));
+                tokio::time::sleep_until(rest).await;
+                block_in_place(|| node.kill()).map_err(text)?;
+                self.start(node).await?;
+                announced
+            }
             FaultKind::RollingRestart => unreachable!("has no single victim"),
         }
+    }
+
+    /// Tells the cluster that the node's machine will be taken away.
+    async fn announce(&self, planned: &Planned, node: &Node) -> Result<(), String> {
+        let grace_ms = u64::try_from(planned.lasts.as_millis()).unwrap_or(u64::MAX);
+        let control = self.cluster.admin().control();
+        let announced = control.mutate("announce a preemption", |mut api, stamp| {
+            let request = PreemptNodeRequest {
+                stamp: Some(stamp),
+                node: 0,
+                name: node.name().to_owned(),
+                grace_ms,
+            };
+            async move { api.preempt_node(request).await }
+        });
+        announced.await.map(|_| ()).map_err(text)
     }
 
     async fn start(&self, node: &Arc<Node>) -> Result<(), String> {

@@ -88,6 +88,8 @@ pub struct Outcome {
     pub counts: Counts,
     /// How the faults were felt.
     pub felt: Felt,
+    /// From the loss of a trainer until the next step was done.
+    pub next_step: Times,
     /// Messages that workers refused because they came from a leader that was none any more.
     pub stale_refused: u64,
     /// What the network did; absent on loopback.
@@ -220,6 +222,7 @@ impl fmt::Display for Outcome {
             ("write gap", times(&self.felt.write_gap)),
             ("election", times(&self.felt.election)),
             ("recovery", times(&self.felt.recovery)),
+            ("step after a loss", times(&self.next_step)),
             ("stale messages refused", self.stale_refused.to_string()),
         ];
         if let Some(network) = &self.network {

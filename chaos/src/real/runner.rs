@@ -313,15 +313,15 @@ async fn play(
     background.shutdown().await;
     let patience = Duration::from_secs(scenario.checks.settle_max_s) + LAST_ANSWERS_MAX;
     let counted = counting.check(&cluster, patience, &traffic).await;
+    let stale_refused = stale_refused(&cluster).await;
     let trained = training
         .check(
             patience,
             (scenario.checks.training_jobs_min_per_minute * length.as_secs_f64() / 60.0) as u64,
         )
         .await;
-    let stale_refused = stale_refused(&cluster).await;
-
     let record = std::mem::take(&mut *injector.record.lock());
+    let next_step = training.next_steps(&record.done);
     let logs = cluster.heads().iter().map(|head| head.log_file());
     let logs: Vec<String> = logs
         .filter_map(|log| std::fs::read_to_string(log).ok())
@@ -362,6 +362,7 @@ async fn play(
         left_out: record.left_out,
         counts,
         felt,
+        next_step,
         stale_refused,
         network: cluster.router().map(super::router::Router::carried),
         done: record.done,

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::fault_plan::FaultPlan;
 
 /// The scenarios that come with the binary: their names and texts.
-pub const BUILT_IN: [(&str, &str); 9] = [
+pub const BUILT_IN: [(&str, &str); 10] = [
     (
         "leader-kill",
         include_str!("../../scenarios/leader-kill.toml"),
@@ -43,6 +43,10 @@ pub const BUILT_IN: [(&str, &str); 9] = [
     (
         "train-storm",
         include_str!("../../scenarios/train-storm.toml"),
+    ),
+    (
+        "trainer-loss",
+        include_str!("../../scenarios/trainer-loss.toml"),
     ),
 ];
 

@@ -2,10 +2,11 @@
 //! the same bits.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use mobula::Cluster;
 use mobula::core::id::JobId;
+use mobula_actors::training::pauses::Pause;
 use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::Value;
@@ -13,6 +14,9 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::cluster::{ClusterError, RealCluster};
+use super::fault_plan::FaultKind;
+use super::gaps::Times;
+use super::injector::Done;
 use super::outcome::Check;
 use super::scenario::TrainPlan;
 
@@ -38,6 +42,30 @@ struct Ended {
     weights_blake3: String,
     restarts: u64,
     trainers_lost: u64,
+    /// Steps that had to be taken again.
+    lost_steps: u64,
+    /// The longest pauses between two steps, the longest first.
+    pauses: Vec<Pause>,
+}
+
+impl Ended {
+    /// How many milliseconds after `at_ms` the next step was done at the latest; none if the job did not
+    /// train then.
+    fn next_step_ms(&self, at_ms: u64) -> Option<u64> {
+        let begun_ms = self
+            .pauses
+            .iter()
+            .map(|pause| pause.until_ms - pause.took_ms);
+        let ended_ms = self.pauses.iter().map(|pause| pause.until_ms);
+        let is_within = begun_ms.min()? <= at_ms && at_ms < ended_ms.max()?;
+        let mut covering = self
+            .pauses
+            .iter()
+            .filter(|pause| pause.until_ms - pause.took_ms <= at_ms && at_ms < pause.until_ms);
+        let after = covering.next().map(|pause| pause.until_ms - at_ms);
+        let at_most = self.pauses.last()?.took_ms;
+        is_within.then(|| after.unwrap_or(at_most))
+    }
 }
 
 /// Training, where the workload has it.
@@ -97,6 +125,23 @@ impl Training {
         move || seen.lock().job
     }
 
+    /// How long after each loss of a trainer the next step was done, of jobs whose driver was never lost:
+    /// another one remembers no pauses. Where no pause is known, the fault was felt less than the shortest
+    /// that is, and counts as that.
+    pub(super) fn next_steps(&self, done: &[Done]) -> Times {
+        let seen = self.seen.lock();
+        let calm: Vec<&Ended> = seen.ended.iter().filter(|job| job.restarts == 0).collect();
+        let losses = done
+            .iter()
+            .filter(|fault| fault.node.starts_with("trainer-") && fault.kind == FaultKind::Kill);
+        let felt = losses.filter_map(|fault| {
+            let since = fault.wall.duration_since(UNIX_EPOCH).ok()?;
+            let at_ms = u64::try_from(since.as_millis()).ok()?;
+            calm.iter().find_map(|job| job.next_step_ms(at_ms))
+        });
+        Times::of(felt.map(Duration::from_millis).collect())
+    }
+
     /// Whether all jobs ended in the bits of the first. The last one has `limit` to end.
     pub(super) async fn check(&mut self, limit: Duration, jobs_min: u64) -> Option<Check> {
         let expected = self.expected.take()?;
@@ -113,8 +158,8 @@ impl Training {
                 ));
             }
         }
-        let seen = std::mem::take(&mut *self.seen.lock());
-        broken.extend(seen.broken);
+        let mut seen = self.seen.lock();
+        broken.append(&mut seen.broken);
         let others = seen
             .ended
             .iter()
@@ -128,8 +173,10 @@ impl Training {
         }
         let lost: u64 = seen.ended.iter().map(|job| job.trainers_lost).sum();
         let restarts: u64 = seen.ended.iter().map(|job| job.restarts).sum();
+        let again: u64 = seen.ended.iter().map(|job| job.lost_steps).sum();
         let looked_at = format!(
-            "{} jobs ended in {expected}; {lost} trainers and {restarts} drivers were lost",
+            "{} jobs ended in {expected}; {lost} trainers and {restarts} drivers were lost, {again} steps \
+             taken again",
             seen.ended.len()
         );
         Some(Check::of(
@@ -195,4 +242,25 @@ fn description(plan: &TrainPlan) -> String {
          [model.mlp]\nhidden = [96, 64]\n",
         plan.steps, plan.checkpoint_every_steps, plan.trainers_max
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_is_felt_until_the_pause_it_fell_into_is_over() {
+        let pause = |took_ms, until_ms| Pause { took_ms, until_ms };
+        let job = Ended {
+            weights_blake3: String::new(),
+            restarts: 0,
+            trainers_lost: 1,
+            lost_steps: 0,
+            pauses: vec![pause(300, 1_500), pause(20, 2_000), pause(5, 900)],
+        };
+        assert_eq!(job.next_step_ms(1_250), Some(250));
+        assert_eq!(job.next_step_ms(1_700), Some(5));
+        assert_eq!(job.next_step_ms(800), None);
+        assert_eq!(job.next_step_ms(2_001), None);
+    }
 }

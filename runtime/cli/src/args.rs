@@ -369,6 +369,9 @@ pub(crate) struct DemoArguments {
     /// Where to keep everything [default: a fresh temporary directory].
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
+    /// What preemptions and kills are drawn from [default: drawn too, and printed].
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
     #[command(flatten)]
     pub(crate) format: Format,
 }

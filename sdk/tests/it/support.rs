@@ -298,8 +298,8 @@ head_api! {
             let found = actors.into_iter().map(|actor| {
                 Box::pin(self.0.resolve(api::ResolveActorRequest {
                     target: Some(api::resolve_actor_request::Target::Actor(actor)),
-                    after_incarnation: 0,
                     timeout_ms,
+                    ..Default::default()
                 }))
             });
             let (first, ..) = futures::future::select_all(found).await;

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use super::sealed::Sealed;
 use super::{Collective, Unreachable};
 use crate::training::messages::TrainerError;
-use crate::training::protocol::member::{Ask, Contribution, Refusal};
+use crate::training::protocol::exchange::{Ask, Contribution, Refusal};
 use crate::training::protocol::plan::MemberId;
 use crate::training::reduction::Partial;
 use crate::training::trainer::{Trainer, TrainerCalls, trainer_name};
@@ -77,7 +77,7 @@ impl Collective for ClusterCollective {
             step,
             digest,
             bucket,
-            partial,
+            partials,
         } = contribution;
         let at = Ask {
             from,
@@ -85,7 +85,8 @@ impl Collective for ClusterCollective {
             digest,
             bucket,
         };
-        let call = trainer.contribute(to, at, Sealed::new(partial));
+        let sums = partials.into_iter().map(Sealed::new).collect();
+        let call = trainer.contribute(to, at, sums);
         let answer = call.timeout(CONTRIBUTE_MAX).await;
         answer.map_err(|failure| self.failed(to, failure))
     }

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::runner::RunnerHandle;
 use super::{Collective, Unreachable};
-use crate::training::protocol::member::{Ask, Contribution, Refusal};
+use crate::training::protocol::exchange::{Ask, Contribution, Refusal};
 use crate::training::protocol::plan::MemberId;
 use crate::training::reduction::Partial;
 

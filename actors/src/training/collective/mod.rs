@@ -14,13 +14,14 @@
 //! 2. Sums travel with a digest of their bytes. Damaged ones are refused, and sent again.
 
 pub mod cluster;
+mod compute_thread;
 pub mod in_process;
 pub mod runner;
 pub mod sealed;
 
 use std::future::Future;
 
-use super::protocol::member::{Ask, Contribution, Refusal};
+use super::protocol::exchange::{Ask, Contribution, Refusal};
 use super::protocol::plan::MemberId;
 use super::reduction::Partial;
 

@@ -1,7 +1,8 @@
 //! A member with its replica, as a task: carries out what the protocol wants.
 //!
 //! Invariants:
-//! 1. One shard is computed at a time, on a thread of its own, while sums of the one before travel.
+//! 1. Shards are computed one after the other, on a thread of their own, while sums of those before
+//!    travel.
 //! 2. Every call is a task of the runner's own, and ends with it.
 //! 3. A replica that refuses a shard or an update stops the runner; the reason is on the board.
 
@@ -15,11 +16,13 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Collective;
-use crate::training::messages::{Epoch, Held, TrainerError};
+use super::compute_thread::{ComputeThread, Outcome};
+use crate::training::messages::{Epoch, TrainerError};
+use crate::training::protocol::exchange::{Action, Ask, Content, Contribution, Refusal, Report};
 use crate::training::protocol::leader::StateDigest;
-use crate::training::protocol::member::{Action, Ask, Contribution, Member, Refusal, Report};
+use crate::training::protocol::member::Member;
 use crate::training::protocol::plan::{MemberId, Plan};
-use crate::training::reduction::{Partial, Subtree};
+use crate::training::reduction::Partial;
 use crate::training::replica::Replica;
 
 /// Messages that wait for the runner, at most. It takes them between two shards' beginnings, so few do.
@@ -103,29 +106,19 @@ impl Board {
 }
 
 enum Done {
-    Contributed {
-        to: MemberId,
-        step: u64,
-        bucket: u32,
-        subtree: Subtree,
-        outcome: Option<Result<(), Refusal>>,
-    },
+    Contributed(MemberId, Content, Option<Result<(), Refusal>>),
     Answered {
         to: MemberId,
         step: u64,
         bucket: u32,
         outcome: Option<Result<Partial, Refusal>>,
     },
-    Computed(u64, Result<Partial, TrainerError>),
-    /// The step was over before the shard's turn came.
-    Superseded(u64, u32),
-    Applied(Result<(Held, (Duration, Duration)), TrainerError>),
 }
 
 /// A member and its replica.
 pub struct Runner<C> {
     member: Member,
-    replica: Arc<Mutex<Replica>>,
+    compute: ComputeThread,
     collective: C,
     inbox: mpsc::Receiver<Input>,
     board: watch::Sender<Board>,
@@ -153,7 +146,7 @@ impl<C: Collective> Runner<C> {
         });
         let runner = Runner {
             member,
-            replica,
+            compute: ComputeThread::start(replica),
             collective,
             inbox,
             board,
@@ -183,10 +176,14 @@ impl<C: Collective> Runner<C> {
                     None => return,
                 },
                 Some(done) = self.under_way.join_next() => match done {
-                    Ok(done) => self.done(done),
+                    Ok(done) => {
+                        self.done(done);
+                        Ok(())
+                    }
                     // Only dropping the runner aborts them.
                     Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
+                outcome = self.compute.outcome() => self.computed(outcome),
                 _ = tick.tick() => {
                     self.look_around();
                     Ok(())
@@ -229,27 +226,28 @@ impl<C: Collective> Runner<C> {
         }
     }
 
-    fn done(&mut self, done: Done) -> Result<(), TrainerError> {
+    fn done(&mut self, done: Done) {
         match done {
-            Done::Contributed {
-                to,
-                step,
-                bucket,
-                subtree,
-                outcome,
-            } => self.member.contributed(to, step, bucket, subtree, outcome),
+            Done::Contributed(to, content, outcome) => {
+                self.member.contributed(to, &content, outcome);
+            }
             Done::Answered {
                 to,
                 step,
                 bucket,
                 outcome,
             } => self.member.answered(to, step, bucket, outcome),
-            Done::Computed(step, sums) => self
+        }
+    }
+
+    fn computed(&mut self, outcome: Outcome) -> Result<(), TrainerError> {
+        match outcome {
+            Outcome::Computed(step, sums) => self
                 .member
                 .computed(step, sums?)
                 .map_err(|error| TrainerError::Unfit(error.to_string()))?,
-            Done::Superseded(step, shard) => self.member.superseded(step, shard),
-            Done::Applied(applied) => {
+            Outcome::Superseded(step, shard) => self.member.superseded(step, shard),
+            Outcome::Applied(applied) => {
                 let (held, spent) = applied?;
                 self.member.applied(held.short());
                 let took = self.step_begun.elapsed();
@@ -270,38 +268,14 @@ impl<C: Collective> Runner<C> {
     fn act(&mut self) {
         while let Some(action) = self.member.poll_action() {
             match action {
-                Action::Compute { step, shard } => {
-                    let replica = Arc::clone(&self.replica);
-                    self.under_way.spawn_blocking(move || {
-                        let replica = replica.lock();
-                        // The others may have finished the step while this thread waited for its turn.
-                        match replica.step() > Some(step) {
-                            true => Done::Superseded(step, shard),
-                            false => Done::Computed(step, replica.compute(step, shard)),
-                        }
-                    });
-                }
-                Action::Apply { root } => {
-                    let replica = Arc::clone(&self.replica);
-                    self.under_way.spawn_blocking(move || {
-                        let mut replica = replica.lock();
-                        let outcome = replica.apply(&root);
-                        Done::Applied(outcome.map(|(_, held)| (held, replica.take_spent())))
-                    });
-                }
+                Action::Compute { step, shard } => self.compute.compute(step, shard),
+                Action::Apply { root } => self.compute.apply(self.member.step(), root),
                 Action::Contribute { to, contribution } => {
                     let collective = self.collective.clone();
                     self.under_way.spawn(async move {
-                        let (step, bucket) = (contribution.step, contribution.bucket);
-                        let subtree = contribution.partial.subtree;
+                        let content = contribution.content();
                         let outcome = collective.contribute(to, contribution).await;
-                        Done::Contributed {
-                            to,
-                            step,
-                            bucket,
-                            subtree,
-                            outcome: outcome.inspect_err(told).ok(),
-                        }
+                        Done::Contributed(to, content, outcome.inspect_err(told).ok())
                     });
                 }
                 Action::Ask { to, ask } => {

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::training::reduction::Partial;
+use crate::training::value_bytes::bytes_of;
 
 /// Sums whose bytes can be checked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,13 +43,7 @@ fn digest(partial: &Partial) -> [u8; 16] {
     hasher.update(&partial.subtree.index.to_le_bytes());
     hasher.update(&partial.loss_sum.to_le_bytes());
     hasher.update(&partial.count.to_le_bytes());
-    let mut bytes = [0u8; 4096];
-    for values in partial.grads.chunks(bytes.len() / 4) {
-        for (place, value) in bytes.chunks_exact_mut(4).zip(values) {
-            place.copy_from_slice(&value.to_le_bytes());
-        }
-        hasher.update(&bytes[..values.len() * 4]);
-    }
+    hasher.update(&bytes_of(&partial.grads));
     let mut digest = [0; 16];
     digest.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
     digest

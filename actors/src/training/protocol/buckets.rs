@@ -35,12 +35,14 @@ impl Buckets {
     }
 
     /// Buckets for up to `worker_count` workers: one for each where that makes them neither too small nor
-    /// too large.
+    /// too large; all of about the same length.
     #[must_use]
     pub fn for_workers(value_count: usize, worker_count: u32) -> Self {
-        let share_bytes = (value_count * 4).div_ceil(worker_count.max(1) as usize);
-        let bytes = share_bytes.clamp(BUCKET_BYTES_MIN, BUCKET_BYTES_MAX);
-        Buckets::new(value_count, bytes.div_ceil(4).max(1))
+        let bytes = value_count * 4;
+        let fewest = bytes.div_ceil(BUCKET_BYTES_MAX).max(1);
+        let most = (bytes / BUCKET_BYTES_MIN).max(fewest);
+        let count = (worker_count as usize).clamp(fewest, most);
+        Buckets::new(value_count, value_count.div_ceil(count).max(1))
     }
 
     /// Number of buckets; at least one, so that the loss travels even for a model without parameters.
@@ -87,6 +89,8 @@ mod tests {
     #[test]
     fn a_small_model_has_few_buckets_and_a_large_one_small_messages() {
         assert_eq!(Buckets::for_workers(1000, 8).count(), 1);
+        // Not one of 64 KiB and a rest.
+        assert_eq!(Buckets::for_workers(17_226, 8).count(), 1);
         assert_eq!(Buckets::for_workers(1 << 20, 8).count(), 8);
         let large = Buckets::for_workers(64 << 20, 8);
         assert_eq!(large.count(), 64);

@@ -23,12 +23,15 @@
 //!    The members send the new owner what they had sent to the lost one.
 //!
 //! In reading order: [`buckets`] cuts the gradient, [`gather`] adds one bucket's sums, [`plan`] is what
-//! the leader publishes, [`leader`] makes plans, [`member`] follows them.
+//! the leader publishes, [`leader`] makes plans, [`exchange`] is what members say, [`member`] follows plans.
 
 pub mod buckets;
+mod calls;
+pub mod exchange;
 pub mod gather;
 pub mod leader;
 pub mod member;
+mod next;
 pub mod plan;
 
 #[cfg(test)]

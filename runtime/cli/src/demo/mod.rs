@@ -36,13 +36,16 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<ExitCode> {
         storage_url: None,
         config: None,
     };
+    let seed = arguments
+        .seed
+        .unwrap_or_else(|| rand::random_range(0..1_000_000));
     let progress = Progress::start(arguments.format.json);
     progress.say("starting 1 head and 3 workers");
     let record = start(&options)
         .await
         .context("the cluster does not start")?;
     let mut report = Report::default();
-    let outcome = stages::run(&record, &progress, &mut report).await;
+    let outcome = stages::run(&record, seed, &progress, &mut report).await;
     if arguments.keep {
         progress.finish();
         let dir = record.data_dir.display();

@@ -13,7 +13,7 @@ use mobula_core::id::JobId;
 
 use super::report::{Progress, Report};
 use super::requests::Client;
-use super::training::{Fault, TrainingResult, follow, submit};
+use super::training::{TrainingResult, drawn_faults, follow, submit};
 use crate::local::ClusterRecord;
 
 /// What is trained; the same file that `mobula submit` takes.
@@ -34,6 +34,7 @@ const SHIFTED_ROUNDS_MAX: usize = 10;
 
 pub(super) async fn run(
     record: &ClusterRecord,
+    seed: u64,
     progress: &Progress,
     report: &mut Report,
 ) -> anyhow::Result<()> {
@@ -50,7 +51,7 @@ pub(super) async fn run(
     );
     let spec = TrainSpec::from_toml(JOB, "digits-mlp.toml")?;
     let undisturbed = undisturbed(&cluster, &spec, progress, report).await?;
-    disturbed(&cluster, &spec, &undisturbed, progress, report).await?;
+    disturbed(&cluster, &spec, &undisturbed, seed, progress, report).await?;
     let model = spec.name.clone();
     let version = registered(&cluster, &model, progress, report).await?;
     let client = deployed(&cluster, &model, version, progress, report).await?;
@@ -90,16 +91,17 @@ async fn disturbed(
     cluster: &Cluster,
     spec: &TrainSpec,
     undisturbed: &TrainingResult,
+    seed: u64,
     progress: &Progress,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    progress.say("training again: a preemption at a third, a kill at two thirds");
+    let faults = drawn_faults(seed, GRACE);
+    progress.say(&format!(
+        "training again, with {} faults drawn from seed {seed} (--seed repeats them)",
+        faults.len()
+    ));
     let started = Instant::now();
     let job = submit(cluster, "disturbed", JOB).await?;
-    let faults = vec![
-        (1.0 / 3.0, Fault::PreemptTrainerNode { grace: GRACE }),
-        (2.0 / 3.0, Fault::KillTrainerHost),
-    ];
     let (result, done) = follow(cluster, job, spec.steps, faults, progress).await?;
     report.note(
         "survive",

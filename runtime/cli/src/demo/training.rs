@@ -6,6 +6,8 @@ use anyhow::{Context, bail};
 use mobula::Cluster;
 use mobula_core::id::JobId;
 use mobula_wire::control::{Actor, ListNodesRequest, Node, PreemptNodeRequest};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 
 use super::report::Progress;
@@ -44,11 +46,38 @@ pub(super) async fn submit(cluster: &Cluster, name: &str, spec: &str) -> anyhow:
 }
 
 /// Something to do to the cluster once a job has come so far.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Fault {
     /// Take away the node of one of its trainers.
     PreemptTrainerNode { grace: Duration },
     /// Kill the host process of one of its trainers.
     KillTrainerHost,
+    /// Kill the process of its driver.
+    KillDriver,
+}
+
+/// Between the first and the last step at which a fault may come, as shares of the job.
+const FAULTS_WITHIN: (f64, f64) = (0.1, 0.9);
+
+/// Faults on a job with three workers, and when they come as shares of its steps, drawn from `seed`: one
+/// preemption, because two workers must be left, and one to three kills.
+pub(super) fn drawn_faults(seed: u64, grace: Duration) -> Vec<(f64, Fault)> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut faults = vec![Fault::PreemptTrainerNode { grace }, Fault::KillTrainerHost];
+    for _ in 0..rng.random_range(0..=2) {
+        faults.push(if rng.random() {
+            Fault::KillTrainerHost
+        } else {
+            Fault::KillDriver
+        });
+    }
+    let (from, to) = FAULTS_WITHIN;
+    let mut drawn: Vec<(f64, Fault)> = faults
+        .into_iter()
+        .map(|fault| (rng.random_range(from..to), fault))
+        .collect();
+    drawn.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+    drawn
 }
 
 /// Follows a job to its end. `faults` are done when its steps pass the given fractions, in order;
@@ -105,9 +134,9 @@ fn step_of(line: &str) -> Option<u64> {
 }
 
 async fn carry_out(cluster: &Cluster, job: JobId, fault: Fault) -> anyhow::Result<String> {
-    let (trainer, node) = running_trainer(cluster, job).await?;
     match fault {
         Fault::PreemptTrainerNode { grace } => {
+            let (_, node) = running_trainer(cluster, job).await?;
             cluster
                 .control()
                 .mutate("preempt a node", |mut client, stamp| {
@@ -127,16 +156,42 @@ async fn carry_out(cluster: &Cluster, job: JobId, fault: Fault) -> anyhow::Resul
             ))
         }
         Fault::KillTrainerHost => {
-            let pid = trainer.pid.context("a running actor has a process")?;
-            // SAFETY: kill takes two numbers and touches no memory of ours.
-            let result = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
-            if result != 0 {
-                bail!(
-                    "pid {pid} cannot be killed: {}",
-                    std::io::Error::last_os_error()
-                );
-            }
-            Ok(format!("killed host {pid} on {} with SIGKILL", node.name))
+            let (trainer, node) = running_trainer(cluster, job).await?;
+            let pid = kill(&trainer)?;
+            Ok(format!(
+                "killed trainer {pid} on {} with SIGKILL",
+                node.name
+            ))
+        }
+        Fault::KillDriver => {
+            let pid = kill(&running_driver(cluster, job).await?)?;
+            Ok(format!("killed the driver {pid} with SIGKILL"))
+        }
+    }
+}
+
+fn kill(actor: &Actor) -> anyhow::Result<u32> {
+    let pid = actor.pid.context("a running actor has a process")?;
+    // SAFETY: kill takes two numbers and touches no memory of ours.
+    let result = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
+    if result != 0 {
+        bail!(
+            "pid {pid} cannot be killed: {}",
+            std::io::Error::last_os_error()
+        );
+    }
+    Ok(pid)
+}
+
+async fn running_driver(cluster: &Cluster, job: JobId) -> anyhow::Result<Actor> {
+    let deadline = Instant::now() + SEEN_LIMIT;
+    loop {
+        let mut actors = cluster.list_actors(Some(job)).await?.into_iter();
+        let driver = actors.find(|a| a.type_name == "driver" && a.state == "running");
+        match driver {
+            Some(driver) => return Ok(driver),
+            None if Instant::now() >= deadline => bail!("the driver of {job} does not run"),
+            None => tokio::time::sleep(POLL).await,
         }
     }
 }
@@ -180,6 +235,25 @@ async fn running_trainer(cluster: &Cluster, job: JobId) -> anyhow::Result<(Actor
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_seed_draws_one_preemption_and_at_least_one_kill() {
+        let mut drivers = 0;
+        for seed in 0..100 {
+            let faults = drawn_faults(seed, Duration::from_secs(1));
+            assert_eq!(faults, drawn_faults(seed, Duration::from_secs(1)));
+            assert!((2..=4).contains(&faults.len()), "{faults:?}");
+            assert!(faults.is_sorted_by_key(|(at, _)| *at), "{faults:?}");
+            let count = |wanted: &dyn Fn(&Fault) -> bool| {
+                faults.iter().filter(|(_, fault)| wanted(fault)).count()
+            };
+            let preemptions = count(&|fault| matches!(fault, Fault::PreemptTrainerNode { .. }));
+            assert_eq!(preemptions, 1, "{faults:?}");
+            assert!(count(&|fault| *fault == Fault::KillTrainerHost) >= 1);
+            drivers += count(&|fault| *fault == Fault::KillDriver);
+        }
+        assert!(drivers > 20, "{drivers}");
+    }
 
     #[test]
     fn steps_are_read_from_the_jobs_own_output() {

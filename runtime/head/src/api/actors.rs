@@ -138,7 +138,11 @@ pub(super) async fn resolve(
         let is_newer = now
             .incarnation
             .is_some_and(|i| i > request.after_incarnation);
-        let is_settled = now.state == "ended" || (now.state == "running" && is_newer);
+        // One that waits to be placed again has the incarnation of its last start still.
+        let is_over = now.state == "pending" || now.incarnation != Some(request.after_incarnation);
+        let is_settled = now.state == "ended"
+            || (now.state == "running" && is_newer)
+            || (request.or_over && is_over);
         let left = deadline.saturating_duration_since(tokio::time::Instant::now());
         if is_settled || left.is_zero() {
             return Ok(now);

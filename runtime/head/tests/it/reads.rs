@@ -19,6 +19,7 @@ async fn ask(api: &mut Api, job: u64, actor: u64) -> Vec<String> {
     let resolve = |target| api::ResolveActorRequest {
         target: Some(target),
         after_incarnation: 0,
+        or_over: false,
         timeout_ms: 0,
     };
     use api::resolve_actor_request::Target;

@@ -1,0 +1,116 @@
+//! A member's calls to others: which are under way, which are to be repeated, which need no repetition.
+//!
+//! Invariant: a call is under way, resting or delivered, and only one of them.
+
+use std::collections::BTreeSet;
+
+use super::plan::{MemberId, Plan};
+use crate::training::reduction::Subtree;
+
+/// A call under way, or one that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Call {
+    Contribute {
+        to: MemberId,
+        step: u64,
+        bucket: u32,
+        subtree: Subtree,
+    },
+    Ask {
+        to: MemberId,
+        step: u64,
+        bucket: u32,
+    },
+}
+
+impl Call {
+    pub(super) fn to(&self) -> MemberId {
+        match self {
+            Call::Contribute { to, .. } | Call::Ask { to, .. } => *to,
+        }
+    }
+
+    pub(super) fn step(&self) -> u64 {
+        match self {
+            Call::Contribute { step, .. } | Call::Ask { step, .. } => *step,
+        }
+    }
+}
+
+/// What became of a member's calls in this step and the one before.
+#[derive(Debug, Default)]
+pub(super) struct Calls {
+    under_way: BTreeSet<Call>,
+    /// Failed or refused; sent again after [`Calls::retry`].
+    resting: BTreeSet<Call>,
+    /// Contributions that were taken.
+    delivered: BTreeSet<Call>,
+}
+
+impl Calls {
+    /// Whether `call` is to be made now: it was not, and fewer than `limit` of its kind are under way to
+    /// that member.
+    pub(super) fn is_due(&self, call: &Call, limit: usize) -> bool {
+        let is_ask = |call: &Call| matches!(call, Call::Ask { .. });
+        let like = |other: &&Call| other.to() == call.to() && is_ask(other) == is_ask(call);
+        !self.under_way.contains(call)
+            && !self.resting.contains(call)
+            && !self.delivered.contains(call)
+            && self.under_way.iter().filter(like).count() < limit
+    }
+
+    /// Whether sums of this bucket are under way to `owner`.
+    pub(super) fn is_sending(&self, owner: MemberId, at: (u64, u32)) -> bool {
+        self.under_way.iter().any(|call| {
+            matches!(call, Call::Contribute { to, step, bucket, .. }
+                if *to == owner && (*step, *bucket) == at)
+        })
+    }
+
+    pub(super) fn begin(&mut self, call: Call) {
+        self.under_way.insert(call);
+    }
+
+    pub(super) fn end(&mut self, call: &Call) {
+        self.under_way.remove(call);
+    }
+
+    pub(super) fn deliver(&mut self, call: Call) {
+        self.delivered.insert(call);
+    }
+
+    pub(super) fn rest(&mut self, call: Call) {
+        self.resting.insert(call);
+    }
+
+    pub(super) fn is_resting(&self) -> bool {
+        !self.resting.is_empty()
+    }
+
+    /// What failed or was refused may be made again.
+    pub(super) fn retry(&mut self) {
+        self.resting.clear();
+    }
+
+    /// Forgets what the new plan makes useless; what rested may be tried again. A question to somebody who
+    /// owns nothing any more may wait for ever, and a late answer still counts.
+    pub(super) fn follow(&mut self, plan: &Plan) {
+        self.under_way.retain(|call| match call {
+            Call::Ask { to, bucket, .. } => plan.owner(*bucket) == Some(*to),
+            Call::Contribute { to, .. } => plan.seat(*to).is_some(),
+        });
+        self.resting.clear();
+    }
+
+    /// Forgets calls of steps before `oldest`.
+    pub(super) fn forget_before(&mut self, oldest: u64) {
+        for calls in [&mut self.under_way, &mut self.resting, &mut self.delivered] {
+            calls.retain(|call| call.step() >= oldest);
+        }
+    }
+
+    /// How many are under way, and how many rest.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.under_way.len(), self.resting.len())
+    }
+}
