@@ -12,6 +12,7 @@ use super::machines::Isolation;
 use super::router::Carried;
 use super::scenario::Scenario;
 use super::traffic::Counts;
+use super::training::NextStep;
 
 /// Lines of evidence that are shown of one check.
 const EVIDENCE_MAX: usize = 5;
@@ -88,8 +89,8 @@ pub struct Outcome {
     pub counts: Counts,
     /// How the faults were felt.
     pub felt: Felt,
-    /// From the loss of a trainer until the next step was done.
-    pub next_step: Times,
+    /// How each loss of a trainer was felt.
+    pub next_steps: Vec<NextStep>,
     /// Messages that workers refused because they came from a leader that was none any more.
     pub stale_refused: u64,
     /// What the network did; absent on loopback.
@@ -188,6 +189,8 @@ impl fmt::Display for Outcome {
                 times.p50_ms, times.p99_ms, times.max_ms
             ),
         };
+        let next_steps = self.next_steps.iter();
+        let next_steps = next_steps.map(|step| Duration::from_millis(step.after_ms));
         let mut rows = vec![
             ("scenario", format!("{}, seed {}", self.scenario, self.seed)),
             ("length", format!("{:.0} s", self.length_s)),
@@ -222,7 +225,7 @@ impl fmt::Display for Outcome {
             ("write gap", times(&self.felt.write_gap)),
             ("election", times(&self.felt.election)),
             ("recovery", times(&self.felt.recovery)),
-            ("step after a loss", times(&self.next_step)),
+            ("step after a loss", times(&Times::of(next_steps.collect()))),
             ("stale messages refused", self.stale_refused.to_string()),
         ];
         if let Some(network) = &self.network {

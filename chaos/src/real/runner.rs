@@ -321,7 +321,7 @@ async fn play(
         )
         .await;
     let record = std::mem::take(&mut *injector.record.lock());
-    let next_step = training.next_steps(&record.done);
+    let next_steps = training.next_steps(&record.done);
     let logs = cluster.heads().iter().map(|head| head.log_file());
     let logs: Vec<String> = logs
         .filter_map(|log| std::fs::read_to_string(log).ok())
@@ -362,7 +362,7 @@ async fn play(
         left_out: record.left_out,
         counts,
         felt,
-        next_step,
+        next_steps,
         stale_refused,
         network: cluster.router().map(super::router::Router::carried),
         done: record.done,

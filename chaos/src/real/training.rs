@@ -8,14 +8,13 @@ use mobula::Cluster;
 use mobula::core::id::JobId;
 use mobula_actors::training::pauses::Pause;
 use parking_lot::Mutex;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::cluster::{ClusterError, RealCluster};
 use super::fault_plan::FaultKind;
-use super::gaps::Times;
 use super::injector::Done;
 use super::outcome::Check;
 use super::scenario::TrainPlan;
@@ -26,6 +25,15 @@ const UNDISTURBED_MAX: Duration = Duration::from_secs(120);
 const DRIVER_RESTARTS: u32 = 1000;
 /// The pause after a submission that failed, as it does where nobody leads.
 const SUBMIT_PAUSE: Duration = Duration::from_millis(500);
+
+/// How a lost trainer was felt.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct NextStep {
+    /// When it was lost, in milliseconds since the workload began.
+    pub at_ms: u64,
+    /// How long after that the next step was done, in milliseconds.
+    pub after_ms: u64,
+}
 
 /// What became of the jobs.
 #[derive(Debug, Default)]
@@ -128,7 +136,7 @@ impl Training {
     /// How long after each loss of a trainer the next step was done, of jobs whose driver was never lost:
     /// another one remembers no pauses. Where no pause is known, the fault was felt less than the shortest
     /// that is, and counts as that.
-    pub(super) fn next_steps(&self, done: &[Done]) -> Times {
+    pub(super) fn next_steps(&self, done: &[Done]) -> Vec<NextStep> {
         let seen = self.seen.lock();
         let calm: Vec<&Ended> = seen.ended.iter().filter(|job| job.restarts == 0).collect();
         let losses = done
@@ -136,10 +144,12 @@ impl Training {
             .filter(|fault| fault.node.starts_with("trainer-") && fault.kind == FaultKind::Kill);
         let felt = losses.filter_map(|fault| {
             let since = fault.wall.duration_since(UNIX_EPOCH).ok()?;
-            let at_ms = u64::try_from(since.as_millis()).ok()?;
-            calm.iter().find_map(|job| job.next_step_ms(at_ms))
+            let wall_ms = u64::try_from(since.as_millis()).ok()?;
+            let after_ms = calm.iter().find_map(|job| job.next_step_ms(wall_ms))?;
+            let at_ms = fault.at_ms;
+            Some(NextStep { at_ms, after_ms })
         });
-        Times::of(felt.map(Duration::from_millis).collect())
+        felt.collect()
     }
 
     /// Whether all jobs ended in the bits of the first. The last one has `limit` to end.
