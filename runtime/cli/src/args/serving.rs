@@ -1,0 +1,58 @@
+//! Models, the endpoints that serve them, and the drift of what those see.
+
+use clap::Subcommand;
+
+use super::Format;
+use super::duration::parse_duration_ms;
+
+#[derive(Subcommand)]
+pub(crate) enum ModelsCommand {
+    /// All models and their versions.
+    List(Format),
+    /// One model, with where each version comes from.
+    Show {
+        /// The model's name.
+        model: String,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ServeCommand {
+    /// Make a model version answer requests.
+    Deploy {
+        /// The model, as `name` (newest version) or `name:version`.
+        model: String,
+        /// The endpoint's name [default: the model's].
+        #[arg(long)]
+        endpoint: Option<String>,
+        /// How many replicas, on different workers where there are enough.
+        #[arg(long, default_value_t = 2)]
+        replicas: u32,
+        /// How long to wait until it answers, such as `30s`.
+        #[arg(long, default_value = "30s", value_parser = parse_duration_ms)]
+        timeout: u64,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// All endpoints.
+    List(Format),
+    /// Stop serving.
+    Delete {
+        /// The endpoint's name.
+        endpoint: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DriftCommand {
+    /// Monitors, drift events and retrain suggestions.
+    Status {
+        /// Only those of this endpoint.
+        #[arg(long)]
+        endpoint: Option<String>,
+        #[command(flatten)]
+        format: Format,
+    },
+}
