@@ -43,6 +43,21 @@ pub(crate) fn age(from_ms: u64, to_ms: u64) -> String {
     }
 }
 
+/// A size for people.
+pub(crate) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
 /// `-` for nothing.
 pub(crate) fn or_dash<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
@@ -57,5 +72,19 @@ mod tests {
         assert_eq!(age(0, 90_000), "90s");
         assert_eq!(age(0, 600_000), "10m");
         assert_eq!(age(5, 0), "0s");
+    }
+
+    #[test]
+    fn sizes_are_short() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (8 << 20, "8.0 MiB"),
+            (3 << 40, "3.0 TiB"),
+            (5000 << 40, "5000.0 TiB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
     }
 }
