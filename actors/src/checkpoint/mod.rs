@@ -3,7 +3,8 @@
 //! The bytes are in the object store, verified hash by hash; that a checkpoint counts is decided by
 //! a command through Raft, fenced by the driver's incarnation.
 //!
-//! * [`state`]: the replicated table of committed checkpoints, a pure module of the head.
+//! * [`state`]: the replicated table of committed checkpoints, a pure module of the head; `command`: what it is
+//!   told and asked; `rows`: where it keeps that.
 //! * [`keep`]: which of a job's checkpoints stay visible.
 //! * [`retention`]: which of them must stay in the object store.
 //! * [`ledger`]: the table as those who save and restore see it.
@@ -18,9 +19,11 @@
 
 pub mod checkpointer;
 pub mod client;
+mod command;
 pub mod keep;
 pub mod ledger;
 pub mod retention;
+mod rows;
 pub mod safetensors;
 pub mod state;
 

@@ -11,7 +11,8 @@ use mobula_core::control::{ModuleId, Proposal, Reader, Retention, StoredCheckpoi
 use mobula_core::{Incarnation, JobId};
 use mobula_scheduler::{Query, QueryResponse};
 
-use super::state::{CheckpointCommand, all_known, known};
+use super::rows::{all_known, known};
+use super::state::CheckpointCommand;
 
 /// What is kept of a job that has ended: the last one, and one to fall back to.
 const KEPT_OF_ENDED: u32 = 2;

@@ -12,177 +12,23 @@
 //! 5. A pinned checkpoint stays until it is unpinned, is rejected, or its job is forgotten.
 
 use mobula_core::codec;
-use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
-};
+use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::{ErrorCode, Incarnation, JobId, Rejection};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::keep::{KeepPolicy, Metric, PINNED_MAX};
+use super::command::PAYLOAD_BYTES_MAX;
+pub use super::command::{CheckpointCommand, CheckpointQuery, CheckpointRef};
+use super::keep::{KeepPolicy, PINNED_MAX};
+pub use super::rows::{JOBS_MAX, JOBS_PER_PAGE};
+use super::rows::{load, remove, rewrite, store, summaries};
 
 /// Checkpoints remembered of a job that has no policy of its own.
 pub const CHECKPOINTS_PER_JOB: usize = 20;
 /// Rejections remembered of a job: each is shown to people, and the oldest says least.
 pub const REJECTIONS_PER_JOB: usize = 32;
-/// Jobs remembered: at about 10 KiB a job 40 MiB, and 130 MiB if each keeps as much as it may.
-pub const JOBS_MAX: u64 = 4096;
-/// Jobs in one answer to [`CheckpointQuery::Jobs`]: some 100 KiB.
-pub const JOBS_PER_PAGE: usize = 256;
 /// The longest path, digest or reason that is kept, in bytes.
 pub const TEXT_BYTES_MAX: usize = 1024;
-
-const JOBS: Table = Table {
-    module: ModuleId::CHECKPOINT,
-    tag: 1,
-};
-/// Jobs by the index of their last command, so that the quietest is found at once.
-const BY_USE: Table = Table {
-    module: ModuleId::CHECKPOINT,
-    tag: 2,
-};
-const COUNT: Table = Table {
-    module: ModuleId::CHECKPOINT,
-    tag: 3,
-};
-const COUNT_KEY: &[u8] = b"jobs";
-
-/// The largest command, question or row.
-const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
-
-/// Where a committed checkpoint is, and what it holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CheckpointRef {
-    /// Number of steps taken when it was made.
-    pub step: u64,
-    /// The driver's start that made it.
-    pub incarnation: Incarnation,
-    /// Its manifest in the object store.
-    pub manifest_path: String,
-    /// BLAKE3 of the manifest, in hex.
-    pub manifest_digest: String,
-    /// Bytes of the saved state.
-    pub size_bytes: u64,
-    /// BLAKE3 of weights and optimizer state, in hex, where the job has such a hash.
-    pub weights_blake3: Option<String>,
-    /// What the job compares its checkpoints by, where it does.
-    pub metric: Option<Metric>,
-}
-
-/// A change.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CheckpointCommand {
-    /// A checkpoint is durable: make it visible. The fence is the reference's incarnation.
-    Committed {
-        /// The job.
-        job: JobId,
-        /// The checkpoint.
-        checkpoint: CheckpointRef,
-    },
-    /// A restore found a checkpoint damaged: hide it.
-    Rejected {
-        /// The job.
-        job: JobId,
-        /// The driver's start that tried to restore it.
-        incarnation: Incarnation,
-        /// The checkpoint's step.
-        step: u64,
-        /// Its manifest's digest.
-        manifest_digest: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Forget everything about a job. Its bytes stay in the object store.
-    Forget {
-        /// The job.
-        job: JobId,
-    },
-    /// A driver begins: older starts of it commit no more.
-    Fence {
-        /// The job.
-        job: JobId,
-        /// The driver's incarnation.
-        incarnation: Incarnation,
-    },
-    /// Keep only the newest of a job that has ended.
-    Trim {
-        /// The job.
-        job: JobId,
-        /// How many, at least one.
-        keep: u32,
-    },
-    /// A driver says what is to be kept of its job from now on.
-    Keep {
-        /// The job.
-        job: JobId,
-        /// The driver's incarnation.
-        incarnation: Incarnation,
-        /// What to keep.
-        policy: KeepPolicy,
-    },
-    /// Keep a checkpoint, or no more, whatever the policy says.
-    Pin {
-        /// The job.
-        job: JobId,
-        /// The checkpoint's step.
-        step: u64,
-        /// Whether it is pinned from now on.
-        is_pinned: bool,
-    },
-    /// Hide all but the newest and the pinned, now.
-    Prune {
-        /// The job.
-        job: JobId,
-        /// How many of the newest stay, at least one.
-        keep: u32,
-    },
-}
-
-impl CheckpointCommand {
-    /// The command as bytes.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        codec::encode_plain(self)
-    }
-
-    fn job(&self) -> JobId {
-        match self {
-            CheckpointCommand::Committed { job, .. }
-            | CheckpointCommand::Rejected { job, .. }
-            | CheckpointCommand::Forget { job }
-            | CheckpointCommand::Fence { job, .. }
-            | CheckpointCommand::Trim { job, .. }
-            | CheckpointCommand::Keep { job, .. }
-            | CheckpointCommand::Pin { job, .. }
-            | CheckpointCommand::Prune { job, .. } => *job,
-        }
-    }
-}
-
-/// A question.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CheckpointQuery {
-    /// What is known of a job; answered with [`JobCheckpoints`], empty for an unknown job.
-    List {
-        /// The job.
-        job: JobId,
-    },
-    /// The jobs of which something is known, by id, [`JOBS_PER_PAGE`] at most; answered with a list of
-    /// [`JobSummary`].
-    Jobs {
-        /// Those behind this one.
-        after: Option<JobId>,
-    },
-}
-
-impl CheckpointQuery {
-    /// The question as bytes.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        codec::encode_plain(self)
-    }
-}
 
 /// A checkpoint that a restore refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -321,13 +167,6 @@ impl JobCheckpoints {
     }
 }
 
-/// A job's row.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Row {
-    known: JobCheckpoints,
-    used_index: u64,
-}
-
 /// The module that the head runs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CheckpointModule;
@@ -347,7 +186,7 @@ impl StateModule for CheckpointModule {
         txn: &mut dyn Txn,
         payload: &[u8],
     ) -> Result<Applied, Rejection> {
-        match read_command(payload)? {
+        match CheckpointCommand::decode(payload)? {
             CheckpointCommand::Committed { job, checkpoint } => {
                 commit(context, txn, job, checkpoint)?;
             }
@@ -410,7 +249,7 @@ impl StateModule for CheckpointModule {
     }
 
     fn query(&self, reader: &dyn Reader, _: u64, payload: &[u8]) -> Result<Vec<u8>, Rejection> {
-        match read_query(payload)? {
+        match CheckpointQuery::decode(payload)? {
             CheckpointQuery::List { job } => {
                 let known = load(reader, job).map(|row| row.known).unwrap_or_default();
                 Ok(codec::encode_plain(&known))
@@ -420,7 +259,7 @@ impl StateModule for CheckpointModule {
     }
 
     fn authorize_query(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
-        let asked = match read_query(payload)? {
+        let asked = match CheckpointQuery::decode(payload)? {
             CheckpointQuery::List { job } => Some(job),
             CheckpointQuery::Jobs { .. } => None,
         };
@@ -439,7 +278,7 @@ impl StateModule for CheckpointModule {
     }
 
     fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
-        let command = read_command(payload)?;
+        let command = CheckpointCommand::decode(payload)?;
         let job = command.job();
         let allowed = match caller {
             Caller::Head => true,
@@ -475,11 +314,6 @@ impl StateModule for CheckpointModule {
             format!("{who} may not change the checkpoints of {job}: {next}"),
         ))
     }
-}
-
-fn read_query(payload: &[u8]) -> Result<CheckpointQuery, Rejection> {
-    codec::decode(payload, PAYLOAD_BYTES_MAX)
-        .map_err(|error| Rejection::invalid(format!("checkpoint question: {error}")))
 }
 
 fn commit(
@@ -577,107 +411,6 @@ fn forget(txn: &mut dyn Txn, job: JobId) -> Result<(), Rejection> {
         .ok_or_else(|| Rejection::not_found(format!("{job} has no checkpoints to forget")))?;
     remove(txn, job, row.used_index);
     Ok(())
-}
-
-/// Writes a row that is there already, without counting it as a use of the job.
-fn rewrite(txn: &mut dyn Txn, job: JobId, row: &Row) {
-    txn.put(JOBS, &job.to_key(), codec::encode_plain(row));
-}
-
-fn store(context: &ApplyContext, txn: &mut dyn Txn, job: JobId, mut row: Row) {
-    if row.used_index == 0 {
-        let count = count(txn);
-        if count >= JOBS_MAX {
-            forget_quietest(txn);
-        } else {
-            txn.put(COUNT, COUNT_KEY, (count + 1).to_be_bytes().to_vec());
-        }
-    } else {
-        txn.delete(BY_USE, &row.used_index.to_be_bytes());
-    }
-    // Raft indices begin at 1, so 0 means that the row is new.
-    row.used_index = context.index;
-    txn.put(
-        BY_USE,
-        &row.used_index.to_be_bytes(),
-        codec::encode_plain(&job),
-    );
-    rewrite(txn, job, &row);
-}
-
-/// Makes room for one more job; the count stays as it is.
-fn forget_quietest(txn: &mut dyn Txn) {
-    let quietest = txn.scan(BY_USE, &[], None, 1);
-    let (key, value) = quietest
-        .first()
-        .expect("the count says that there are jobs");
-    let job: JobId = decode_row(value);
-    txn.delete(BY_USE, key);
-    txn.delete(JOBS, &job.to_key());
-}
-
-fn remove(txn: &mut dyn Txn, job: JobId, used_index: u64) {
-    txn.delete(BY_USE, &used_index.to_be_bytes());
-    txn.delete(JOBS, &job.to_key());
-    let rest = count(txn).saturating_sub(1);
-    txn.put(COUNT, COUNT_KEY, rest.to_be_bytes().to_vec());
-}
-
-fn count(reader: &dyn Reader) -> u64 {
-    reader.get(COUNT, COUNT_KEY).map_or(0, |bytes| {
-        u64::from_be_bytes(bytes.try_into().expect("eight bytes are stored"))
-    })
-}
-
-/// What is known of a job; none if nothing is.
-pub(super) fn known(reader: &dyn Reader, job: JobId) -> Option<JobCheckpoints> {
-    load(reader, job).map(|row| row.known)
-}
-
-/// What is known of every job, by its id.
-pub(super) fn all_known(reader: &dyn Reader) -> impl Iterator<Item = (JobId, JobCheckpoints)> + '_ {
-    mobula_core::row::scan(reader, JOBS, &[]).map(|(key, value)| {
-        let job = JobId(mobula_core::row::number_at(&key, 0));
-        (job, decode_row::<Row>(&value).known)
-    })
-}
-
-/// The jobs behind `after`, in short.
-fn summaries(reader: &dyn Reader, after: Option<JobId>) -> Vec<JobSummary> {
-    all_known(reader)
-        .filter(|(job, _)| after.is_none_or(|after| *job > after))
-        .take(JOBS_PER_PAGE)
-        .map(|(job, known)| {
-            let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-            let checkpoints = &known.checkpoints;
-            JobSummary {
-                job,
-                visible: count(checkpoints.len()),
-                pinned: count(checkpoints.iter().filter(|one| one.is_pinned).count()),
-                rejections: count(known.rejections.len()),
-                size_bytes: checkpoints
-                    .iter()
-                    .map(|one| one.checkpoint.size_bytes)
-                    .fold(0, u64::saturating_add),
-                newest: checkpoints.first().cloned(),
-            }
-        })
-        .collect()
-}
-
-fn load(reader: &dyn Reader, job: JobId) -> Option<Row> {
-    reader
-        .get(JOBS, &job.to_key())
-        .map(|bytes| decode_row(&bytes))
-}
-
-fn decode_row<T: DeserializeOwned>(bytes: &[u8]) -> T {
-    codec::decode(bytes, PAYLOAD_BYTES_MAX).expect("only this module writes these rows")
-}
-
-fn read_command(payload: &[u8]) -> Result<CheckpointCommand, Rejection> {
-    codec::decode(payload, PAYLOAD_BYTES_MAX)
-        .map_err(|error| Rejection::invalid(format!("checkpoint command: {error}")))
 }
 
 fn check_text(what: &str, text: &str) -> Result<(), Rejection> {

@@ -4,6 +4,7 @@ use mobula_core::NodeId;
 use mobula_scheduler::memory_txn::MemoryTables;
 
 use super::*;
+use crate::checkpoint::keep::Metric;
 
 #[derive(Default)]
 struct Head {
