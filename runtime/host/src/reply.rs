@@ -11,12 +11,13 @@
 //! 2. A call that was cancelled while it waited never begins: [`Reply::begin`] says so.
 //! 3. No item leaves without credit from the caller, and none after the answer.
 
-use std::collections::VecDeque;
-use std::future::Future;
-use std::pin::Pin;
+mod cancellation;
+mod items;
+mod local_call;
+
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 
 use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
@@ -27,6 +28,10 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
+pub use self::cancellation::{CancelLevel, Cancellation};
+pub use self::items::{ItemSender, SendItemError};
+use self::local_call::LocalAnswer;
+pub use self::local_call::LocalCall;
 use crate::caller_stream::CallerStream;
 use crate::metrics::CallTimer;
 
@@ -39,18 +44,6 @@ pub const VALUE_BYTES_MAX: usize = FrameLimits::CALL.payload_bytes_max as usize 
 const WAITING: u8 = 0;
 const BEGUN: u8 = 1;
 const ANSWERED: u8 = 2;
-
-/// How much the caller wants a call to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum CancelLevel {
-    /// Not at all.
-    None = 0,
-    /// The method is told, and ends when it sees fit.
-    Requested = 1,
-    /// The method is dropped at its next await.
-    Forced = 2,
-}
 
 /// One call that is not answered yet, shared by those who answer, cancel or feed it.
 pub(crate) struct CallControl {
@@ -72,14 +65,6 @@ enum Destination {
         stream: Arc<CallerStream>,
         call: u32,
     },
-}
-
-/// What has come of a call within one process.
-#[derive(Default)]
-struct LocalAnswer {
-    items: VecDeque<Bytes>,
-    result: Option<CallResult>,
-    waker: Option<Waker>,
 }
 
 impl CallControl {
@@ -292,158 +277,6 @@ pub(crate) fn unavailable(
         actor: actor.to_string(),
         reason: reason.into(),
         executed,
-    }
-}
-
-/// What a call's caller says about ending it early. Clones watch the same call.
-#[derive(Clone)]
-pub struct Cancellation(Arc<CallControl>);
-
-impl Cancellation {
-    /// What it wants now.
-    #[must_use]
-    pub fn level(&self) -> CancelLevel {
-        self.0.level()
-    }
-
-    /// Waits until the caller wants at least `level`. Cheap to make and to drop.
-    pub async fn reached(&self, level: CancelLevel) {
-        loop {
-            let change = self.0.cancelled.notified();
-            tokio::pin!(change);
-            // Registered before the look, so that no change is missed in between.
-            change.as_mut().enable();
-            if self.0.level() >= level {
-                return;
-            }
-            change.await;
-        }
-    }
-
-    /// The same as a token, to hand to other code: cancelled at [`CancelLevel::Requested`].
-    #[must_use]
-    pub fn token(&self) -> CancellationToken {
-        let token = self.0.token.get_or_init(CancellationToken::new);
-        // Either `cancel` saw the token, or this sees its level.
-        if self.0.level() > CancelLevel::None {
-            token.cancel();
-        }
-        token.clone()
-    }
-
-    /// Cancels the call from this side, for example with the call that it was made for.
-    pub fn cancel(&self, level: CancelLevel) {
-        self.0.cancel(level);
-    }
-}
-
-impl std::fmt::Debug for Cancellation {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Cancellation").field(&self.level()).finish()
-    }
-}
-
-/// Why an item was not sent.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SendItemError {
-    /// The caller cancelled the call, dropped its stream, or is gone; no item is wanted any more.
-    #[error("the caller takes no more items")]
-    Closed,
-    /// It does not fit into a frame.
-    #[error(
-        "an item has {size_bytes} bytes encoded, the limit is {VALUE_BYTES_MAX}: send it in parts, \
-         or store it and send where it is"
-    )]
-    TooLarge {
-        /// Its size, in bytes.
-        size_bytes: usize,
-    },
-}
-
-/// Sends one call's items, each when the caller has room for it.
-pub struct ItemSender {
-    control: Arc<CallControl>,
-    sequence: u64,
-}
-
-impl ItemSender {
-    /// Sends an item, after waiting for the caller's credit. Cancel safe: an item whose future is
-    /// dropped was not sent.
-    pub async fn send(&mut self, value: Bytes) -> Result<(), SendItemError> {
-        let size_bytes = value.len();
-        if size_bytes > VALUE_BYTES_MAX {
-            return Err(SendItemError::TooLarge { size_bytes });
-        }
-        let credit = self.control.credit.as_ref().ok_or(SendItemError::Closed)?;
-        let permit = credit.acquire().await.map_err(|_| SendItemError::Closed)?;
-        permit.forget();
-        if !self.control.deliver_item(self.sequence, value) {
-            return Err(SendItemError::Closed);
-        }
-        self.sequence += 1;
-        Ok(())
-    }
-}
-
-impl std::fmt::Debug for ItemSender {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ItemSender")
-            .field("sequence", &self.sequence)
-            .finish_non_exhaustive()
-    }
-}
-
-/// The caller's side of a call within one process: await it for the answer.
-pub struct LocalCall(Arc<CallControl>);
-
-impl LocalCall {
-    /// The answer, once it is there. It is given out once.
-    pub(crate) fn poll_answer(&self, context: &mut Context<'_>) -> Poll<CallResult> {
-        let mut answer = self.answer_slot().lock();
-        match answer.result.take() {
-            Some(result) => Poll::Ready(result),
-            None => {
-                remember(&mut answer.waker, context);
-                Poll::Pending
-            }
-        }
-    }
-
-    /// The next item, or the answer when there are no more.
-    pub(crate) fn poll_item(&self, context: &mut Context<'_>) -> Poll<Result<Bytes, CallResult>> {
-        let mut answer = self.answer_slot().lock();
-        if let Some(item) = answer.items.pop_front() {
-            drop(answer);
-            self.0.grant(1);
-            return Poll::Ready(Ok(item));
-        }
-        match answer.result.take() {
-            Some(result) => Poll::Ready(Err(result)),
-            None => {
-                remember(&mut answer.waker, context);
-                Poll::Pending
-            }
-        }
-    }
-
-    /// Tells the method that the caller wants no more of it.
-    pub fn cancel(&self, level: CancelLevel) {
-        self.0.cancel(level);
-    }
-
-    fn answer_slot(&self) -> &Mutex<LocalAnswer> {
-        match &self.0.destination {
-            Destination::SameProcess(answer) => answer,
-            Destination::Stream { .. } => unreachable!("made by `Reply::same_process` only"),
-        }
-    }
-}
-
-impl Future for LocalCall {
-    type Output = CallResult;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<CallResult> {
-        self.poll_answer(context)
     }
 }
 
