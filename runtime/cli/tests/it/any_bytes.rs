@@ -12,9 +12,12 @@ mod decoders;
 mod head_decoders;
 #[path = "../../../../fuzz/src/replicated.rs"]
 mod replicated;
+#[path = "../../../../fuzz/src/wire_decoders.rs"]
+mod wire_decoders;
 
 use decoders::{DECODERS, Decoder};
 use head_decoders::HEAD_DECODERS;
+use wire_decoders::WIRE_DECODERS;
 
 /// Inputs of each decoder.
 const INPUTS: usize = 2_000;
@@ -28,7 +31,7 @@ fn seed() -> u64 {
 }
 
 fn all() -> impl Iterator<Item = &'static Decoder> {
-    DECODERS.iter().chain(HEAD_DECODERS)
+    DECODERS.iter().chain(WIRE_DECODERS).chain(HEAD_DECODERS)
 }
 
 /// A valid input with a few bytes changed, cut off or put in; or anything at all.
