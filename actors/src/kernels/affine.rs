@@ -8,6 +8,7 @@ use candle_core::{
 };
 
 use super::division::{Shared, divide, divide_rows};
+use super::elementwise::{Add, Pairwise, pairwise};
 use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
 use super::product::{MatrixView, multiply, product_without_gradient};
 use super::{Execution, contiguous_values, gradients, last_dimension};
@@ -180,41 +181,17 @@ impl CustomOp2 for ReluBackward {
     ) -> Result<(CpuStorage, Shape)> {
         let gradient = contiguous_values(gradient, gradient_layout, self.name())?;
         let result = contiguous_values(result, layout, self.name())?;
-        let execution = Execution::current();
-        let mut masked = vec![0.0; result.len()];
-        divide_rows(execution, &mut masked, 1, |range, masked| {
-            let operation = Masked {
-                gradient: &gradient[range.clone()],
-                result: &result[range],
-                masked,
-            };
-            dispatch(execution.instructions(), operation);
-        });
-        Ok((CpuStorage::F32(masked), layout.shape().clone()))
+        Ok(pairwise::<WherePositive>(layout, gradient, result))
     }
 }
 
-struct Masked<'a> {
-    gradient: &'a [f32],
-    result: &'a [f32],
-    masked: &'a mut [f32],
-}
+struct WherePositive;
 
-impl LaneOperation for Masked<'_> {
-    type Output = ();
-
+impl Pairwise for WherePositive {
     #[inline(always)]
-    fn run<L: Lanes>(self) {
+    fn of<L: Lanes>(gradient: L, result: L) -> L {
         let zero = L::splat(0.0);
-        let (gradient, gradient_rest) = sixteens(self.gradient);
-        let (result, result_rest) = sixteens(self.result);
-        let (masked, masked_rest) = sixteens_mut(self.masked);
-        for ((gradient, result), masked) in gradient.iter().zip(result).zip(masked) {
-            zero.if_less(L::load(result), L::load(gradient), zero)
-                .store(masked);
-        }
-        let last = zero.if_less(L::load_part(result_rest), L::load_part(gradient_rest), zero);
-        last.store_part(masked_rest);
+        zero.if_less(result, gradient, zero)
     }
 }
 
@@ -262,14 +239,12 @@ impl LaneOperation for AddRows<'_> {
     fn run<L: Lanes>(self) {
         let width = self.sums.len();
         for row in self.values.chunks_exact(self.columns.max(1)) {
-            let (row, row_rest) = sixteens(&row[self.first..][..width]);
-            let (sums, sums_rest) = sixteens_mut(self.sums);
-            for (sum, value) in sums.iter_mut().zip(row) {
-                L::load(sum).add(L::load(value)).store(sum);
+            let values = &row[self.first..][..width];
+            Add {
+                sums: &mut *self.sums,
+                values,
             }
-            L::load_part(sums_rest)
-                .add(L::load_part(row_rest))
-                .store_part(sums_rest);
+            .run::<L>();
         }
     }
 }

@@ -1,13 +1,15 @@
 //! Operations on each value by itself: addition and replacement in place, and GELU with its gradient.
 
+use std::marker::PhantomData;
+
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, Var, bail,
 };
 
-use super::division::{Shared, divide, divide_rows};
+use super::division::{Shared, divide};
 use super::elementary::{gelu as gelu_of, gelu_slope};
 use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
-use super::{Execution, contiguous_values};
+use super::{Execution, by_rows, contiguous_values};
 
 /// `sums[i] += values[i]`.
 ///
@@ -25,9 +27,10 @@ pub fn add_to(execution: Execution, sums: &mut [f32], values: &[f32]) {
     });
 }
 
-struct Add<'a> {
-    sums: &'a mut [f32],
-    values: &'a [f32],
+/// Adds one vector to another of its length.
+pub(super) struct Add<'a> {
+    pub(super) sums: &'a mut [f32],
+    pub(super) values: &'a [f32],
 }
 
 impl LaneOperation for Add<'_> {
@@ -84,13 +87,10 @@ impl CustomOp1 for Gelu {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let values = contiguous_values(storage, layout, self.name())?;
-        let execution = Execution::current();
-        let mut result = vec![0.0; values.len()];
-        divide_rows(execution, &mut result, 1, |range, result| {
+        Ok(by_rows(layout, 1, |instructions, range, result| {
             let values = &values[range];
-            dispatch(execution.instructions(), GeluForward { values, result });
-        });
-        Ok((CpuStorage::F32(result), layout.shape().clone()))
+            dispatch(instructions, GeluForward { values, result });
+        }))
     }
 
     fn bwd(&self, values: &Tensor, _result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
@@ -135,41 +135,60 @@ impl CustomOp2 for GeluBackward {
     ) -> Result<(CpuStorage, Shape)> {
         let values = contiguous_values(values, layout, self.name())?;
         let gradient = contiguous_values(gradient, gradient_layout, self.name())?;
-        let execution = Execution::current();
-        let mut result = vec![0.0; values.len()];
-        divide_rows(execution, &mut result, 1, |range, result| {
-            let operation = GeluSlopes {
-                values: &values[range.clone()],
-                gradient: &gradient[range],
-                result,
-            };
-            dispatch(execution.instructions(), operation);
-        });
-        Ok((CpuStorage::F32(result), layout.shape().clone()))
+        Ok(pairwise::<GeluSlope>(layout, values, gradient))
     }
 }
 
-struct GeluSlopes<'a> {
-    values: &'a [f32],
-    gradient: &'a [f32],
-    result: &'a mut [f32],
+struct GeluSlope;
+
+impl Pairwise for GeluSlope {
+    #[inline(always)]
+    fn of<L: Lanes>(value: L, gradient: L) -> L {
+        gradient.multiply(gelu_slope(value))
+    }
 }
 
-impl LaneOperation for GeluSlopes<'_> {
+/// What becomes of two values.
+pub(super) trait Pairwise {
+    fn of<L: Lanes>(left: L, right: L) -> L;
+}
+
+/// `P` of each value and its counterpart; both vectors lie as `layout` says.
+pub(super) fn pairwise<P: Pairwise>(
+    layout: &Layout,
+    left: &[f32],
+    right: &[f32],
+) -> (CpuStorage, Shape) {
+    by_rows(layout, 1, |instructions, range, result| {
+        let operation = Pairs::<P> {
+            left: &left[range.clone()],
+            right: &right[range],
+            result,
+            what: PhantomData,
+        };
+        dispatch(instructions, operation);
+    })
+}
+
+struct Pairs<'a, P> {
+    left: &'a [f32],
+    right: &'a [f32],
+    result: &'a mut [f32],
+    what: PhantomData<P>,
+}
+
+impl<P: Pairwise> LaneOperation for Pairs<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let (values, values_rest) = sixteens(self.values);
-        let (gradient, gradient_rest) = sixteens(self.gradient);
+        let (left, left_rest) = sixteens(self.left);
+        let (right, right_rest) = sixteens(self.right);
         let (result, result_rest) = sixteens_mut(self.result);
-        for ((value, gradient), result) in values.iter().zip(gradient).zip(result) {
-            L::load(gradient)
-                .multiply(gelu_slope(L::load(value)))
-                .store(result);
+        for ((left, right), result) in left.iter().zip(right).zip(result) {
+            P::of(L::load(left), L::load(right)).store(result);
         }
-        let last = L::load_part(gradient_rest).multiply(gelu_slope(L::load_part(values_rest)));
-        last.store_part(result_rest);
+        P::of(L::load_part(left_rest), L::load_part(right_rest)).store_part(result_rest);
     }
 }
 

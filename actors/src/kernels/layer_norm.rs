@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::division::{Shared, divide, divide_rows};
 use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
-use super::{Execution, contiguous_values, last_dimension};
+use super::{Execution, by_rows, contiguous_values, last_dimension};
 
 /// Normalises each row (the last dimension) of `values`; `scale` and `shift` have one value a column.
 /// `epsilon` is added to the variance.
@@ -54,22 +54,16 @@ impl CustomOp3 for LayerNorm {
         let scale = contiguous_values(scale, scale_layout, self.name())?;
         let shift = contiguous_values(shift, shift_layout, self.name())?;
         let columns = last_dimension(layout);
-        let execution = Execution::current();
-        let mut result = vec![0.0; values.len()];
-        divide_rows(execution, &mut result, columns, |rows, result| {
-            let values = &values[rows.start * columns..rows.end * columns];
-            dispatch(
-                execution.instructions(),
-                Forward {
-                    values,
-                    scale,
-                    shift,
-                    result,
-                    epsilon: self.epsilon,
-                },
-            );
-        });
-        Ok((CpuStorage::F32(result), layout.shape().clone()))
+        Ok(by_rows(layout, columns, |instructions, range, result| {
+            let operation = Forward {
+                values: &values[range],
+                scale,
+                shift,
+                result,
+                epsilon: self.epsilon,
+            };
+            dispatch(instructions, operation);
+        }))
     }
 
     fn bwd(
@@ -95,28 +89,43 @@ impl CustomOp3 for LayerNorm {
     }
 }
 
-/// Mean and 1 / √(variance + ε) of a row.
-#[inline(always)]
-fn moments<L: Lanes>(row: &[f32], epsilon: f32) -> (L, L) {
-    let (whole, rest) = sixteens(row);
-    let count = row.len() as f32;
-    let mut sum = L::splat(0.0);
-    for sixteen in whole {
-        sum = sum.add(L::load(sixteen));
+/// What a row is normalised by: its mean, and 1 / √(variance + ε).
+#[derive(Clone, Copy)]
+struct Moments<L> {
+    mean: L,
+    inverse: L,
+}
+
+impl<L: Lanes> Moments<L> {
+    #[inline(always)]
+    fn of(row: &[f32], epsilon: f32) -> Self {
+        let (whole, rest) = sixteens(row);
+        let count = row.len() as f32;
+        let mut sum = L::splat(0.0);
+        for sixteen in whole {
+            sum = sum.add(L::load(sixteen));
+        }
+        let mean = L::splat(sum.add(L::load_part(rest)).sum() / count);
+        let mut squares = L::splat(0.0);
+        for sixteen in whole {
+            let centred = L::load(sixteen).subtract(mean);
+            squares = centred.multiply_add(centred, squares);
+        }
+        // What is not there must count as zero, so it becomes the mean first.
+        let mut padded = [0.0; LANES];
+        mean.store(&mut padded);
+        padded[..rest.len()].copy_from_slice(rest);
+        let centred = L::load(&padded).subtract(mean);
+        let variance = centred.multiply_add(centred, squares).sum() / count;
+        let inverse = L::splat(1.0 / (variance + epsilon).sqrt());
+        Moments { mean, inverse }
     }
-    let mean = L::splat(sum.add(L::load_part(rest)).sum() / count);
-    let mut squares = L::splat(0.0);
-    for sixteen in whole {
-        let centred = L::load(sixteen).subtract(mean);
-        squares = centred.multiply_add(centred, squares);
+
+    /// `value` of that row, normalised.
+    #[inline(always)]
+    fn normalise(self, value: L) -> L {
+        value.subtract(self.mean).multiply(self.inverse)
     }
-    // What is not there must count as zero, so it becomes the mean first.
-    let mut padded = [0.0; LANES];
-    mean.store(&mut padded);
-    padded[..rest.len()].copy_from_slice(rest);
-    let centred = L::load(&padded).subtract(mean);
-    let variance = centred.multiply_add(centred, squares).sum() / count;
-    (mean, L::splat(1.0 / (variance + epsilon).sqrt()))
 }
 
 struct Forward<'a> {
@@ -137,17 +146,16 @@ impl LaneOperation for Forward<'_> {
         let (shift, shift_rest) = sixteens(self.shift);
         let rows = self.values.chunks_exact(columns);
         for (row, result) in rows.zip(self.result.chunks_exact_mut(columns)) {
-            let (mean, inverse) = moments::<L>(row, self.epsilon);
-            let normalised = |value: L| value.subtract(mean).multiply(inverse);
+            let moments = Moments::<L>::of(row, self.epsilon);
             let (row, row_rest) = sixteens(row);
             let (result, result_rest) = sixteens_mut(result);
             for (index, (value, result)) in row.iter().zip(result).enumerate() {
-                let value = normalised(L::load(value));
+                let value = moments.normalise(L::load(value));
                 value
                     .multiply_add(L::load(&scale[index]), L::load(&shift[index]))
                     .store(result);
             }
-            let value = normalised(L::load_part(row_rest));
+            let value = moments.normalise(L::load_part(row_rest));
             value
                 .multiply_add(L::load_part(scale_rest), L::load_part(shift_rest))
                 .store_part(result_rest);
@@ -177,22 +185,16 @@ impl CustomOp3 for ValuesBackward {
         let scale = contiguous_values(scale, scale_layout, self.name())?;
         let gradient = contiguous_values(gradient, gradient_layout, self.name())?;
         let columns = last_dimension(layout);
-        let execution = Execution::current();
-        let mut result = vec![0.0; values.len()];
-        divide_rows(execution, &mut result, columns, |rows, result| {
-            let range = rows.start * columns..rows.end * columns;
-            dispatch(
-                execution.instructions(),
-                BackwardRows {
-                    values: &values[range.clone()],
-                    gradient: &gradient[range],
-                    scale,
-                    result,
-                    epsilon: self.0.epsilon,
-                },
-            );
-        });
-        Ok((CpuStorage::F32(result), layout.shape().clone()))
+        Ok(by_rows(layout, columns, |instructions, range, result| {
+            let operation = BackwardRows {
+                values: &values[range.clone()],
+                gradient: &gradient[range],
+                scale,
+                result,
+                epsilon: self.0.epsilon,
+            };
+            dispatch(instructions, operation);
+        }))
     }
 }
 
@@ -217,19 +219,18 @@ impl LaneOperation for BackwardRows<'_> {
             .chunks_exact(columns)
             .zip(self.gradient.chunks_exact(columns));
         for ((row, gradient), result) in rows.zip(self.result.chunks_exact_mut(columns)) {
-            let (mean, inverse) = moments::<L>(row, self.epsilon);
-            let normalised = |value: L| value.subtract(mean).multiply(inverse);
+            let moments = Moments::<L>::of(row, self.epsilon);
             let (row, row_rest) = sixteens(row);
             let (gradient, gradient_rest) = sixteens(gradient);
             let (mut sum, mut product_sum) = (L::splat(0.0), L::splat(0.0));
             for (index, (value, gradient)) in row.iter().zip(gradient).enumerate() {
                 let scaled = L::load(gradient).multiply(L::load(&scale[index]));
                 sum = sum.add(scaled);
-                product_sum = scaled.multiply_add(normalised(L::load(value)), product_sum);
+                product_sum = scaled.multiply_add(moments.normalise(L::load(value)), product_sum);
             }
             // Beyond the row the gradient is zero, and with it both terms.
             let scaled_rest = L::load_part(gradient_rest).multiply(L::load_part(scale_rest));
-            let normalised_rest = normalised(L::load_part(row_rest));
+            let normalised_rest = moments.normalise(L::load_part(row_rest));
             let sum = sum.add(scaled_rest).sum();
             let product_sum = scaled_rest.multiply_add(normalised_rest, product_sum).sum();
             let sum_mean = L::splat(sum).divide(count);
@@ -238,14 +239,14 @@ impl LaneOperation for BackwardRows<'_> {
                 let centred = scaled.subtract(sum_mean);
                 centred
                     .subtract(normalised.multiply(product_mean))
-                    .multiply(inverse)
+                    .multiply(moments.inverse)
             };
             let (result, result_rest) = sixteens_mut(result);
             for (index, ((value, gradient), result)) in
                 row.iter().zip(gradient).zip(result).enumerate()
             {
                 let scaled = L::load(gradient).multiply(L::load(&scale[index]));
-                slope(scaled, normalised(L::load(value))).store(result);
+                slope(scaled, moments.normalise(L::load(value))).store(result);
             }
             slope(scaled_rest, normalised_rest).store_part(result_rest);
         }
@@ -321,9 +322,9 @@ impl LaneOperation for RowMoments<'_> {
     fn run<L: Lanes>(self) {
         let rows = self.values.chunks_exact(self.columns);
         for (row, to) in rows.zip(self.moments.chunks_exact_mut(2)) {
-            let (mean, inverse) = moments::<L>(row, self.epsilon);
-            mean.store_part(&mut to[..1]);
-            inverse.store_part(&mut to[1..]);
+            let moments = Moments::<L>::of(row, self.epsilon);
+            moments.mean.store_part(&mut to[..1]);
+            moments.inverse.store_part(&mut to[1..]);
         }
     }
 }
@@ -349,16 +350,18 @@ impl LaneOperation for BackwardColumns<'_> {
             .values
             .chunks_exact(self.columns)
             .zip(self.gradient.chunks_exact(self.columns));
-        for ((row, gradient), moments) in rows.zip(self.row_moments.chunks_exact(2)) {
-            let (mean, inverse) = (L::splat(moments[0]), L::splat(moments[1]));
+        for ((row, gradient), pair) in rows.zip(self.row_moments.chunks_exact(2)) {
+            let moments = Moments {
+                mean: L::splat(pair[0]),
+                inverse: L::splat(pair[1]),
+            };
             let (row, row_rest) = sixteens(&row[self.first..][..width]);
             let (gradient, gradient_rest) = sixteens(&gradient[self.first..][..width]);
             let (for_scale, scale_rest) = sixteens_mut(self.for_scale);
             let (for_shift, shift_rest) = sixteens_mut(self.for_shift);
             let step = |value: L, gradient: L, for_scale: L, for_shift: L| {
-                let normalised = value.subtract(mean).multiply(inverse);
                 (
-                    gradient.multiply_add(normalised, for_scale),
+                    gradient.multiply_add(moments.normalise(value), for_scale),
                     for_shift.add(gradient),
                 )
             };

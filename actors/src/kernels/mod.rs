@@ -41,7 +41,11 @@ mod seed;
 #[cfg(test)]
 pub(crate) mod test_values;
 
-use candle_core::{CpuStorage, Layout, Result, bail};
+use std::ops::Range;
+
+use candle_core::{CpuStorage, Layout, Result, Shape, bail};
+
+use self::division::divide_rows;
 
 pub use affine::{Activation, affine};
 pub use elementwise::{gelu, overwrite};
@@ -65,4 +69,20 @@ fn contiguous_values<'a>(
 /// Length of a row; 1 for a scalar.
 fn last_dimension(layout: &Layout) -> usize {
     layout.dims().last().copied().unwrap_or(1)
+}
+
+/// A result of the shape of `layout`, made by rows of `row_length` values on several threads: `compute` gets the
+/// range of some rows' values and where these values go.
+fn by_rows(
+    layout: &Layout,
+    row_length: usize,
+    compute: impl Fn(InstructionSet, Range<usize>, &mut [f32]) + Sync,
+) -> (CpuStorage, Shape) {
+    let execution = Execution::current();
+    let mut result = vec![0.0; layout.shape().elem_count()];
+    divide_rows(execution, &mut result, row_length, |rows, part| {
+        let values = rows.start * row_length..rows.end * row_length;
+        compute(execution.instructions(), values, part);
+    });
+    (CpuStorage::F32(result), layout.shape().clone())
 }

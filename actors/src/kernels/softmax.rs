@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 use super::division::divide_rows;
 use super::elementary::shifted_exponentials;
 use super::lanes::{LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
-use super::{Execution, contiguous_values, last_dimension};
+use super::{Execution, by_rows, contiguous_values, last_dimension};
 
 /// The probabilities of each row (the last dimension) of logits; zero where a logit is −∞.
 pub fn softmax(logits: &Tensor) -> Result<Tensor> {
@@ -110,21 +110,19 @@ impl CustomOp2 for SoftmaxBackward {
         let gradient = contiguous_values(gradient, gradient_layout, self.name())?;
         let probabilities = contiguous_values(probabilities, layout, self.name())?;
         let row_length = last_dimension(layout);
-        let execution = Execution::current();
-        let mut result = vec![0.0; probabilities.len()];
-        divide_rows(execution, &mut result, row_length, |rows, result| {
-            let values = rows.start * row_length..rows.end * row_length;
-            dispatch(
-                execution.instructions(),
-                Backward {
-                    gradient: &gradient[values.clone()],
-                    probabilities: &probabilities[values],
+        Ok(by_rows(
+            layout,
+            row_length,
+            |instructions, range, result| {
+                let operation = Backward {
+                    gradient: &gradient[range.clone()],
+                    probabilities: &probabilities[range],
                     result,
                     row_length,
-                },
-            );
-        });
-        Ok((CpuStorage::F32(result), layout.shape().clone()))
+                };
+                dispatch(instructions, operation);
+            },
+        ))
     }
 }
 
