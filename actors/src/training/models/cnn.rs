@@ -3,13 +3,12 @@
 
 use candle_core::{Device, Tensor};
 
-use super::super::data::{Batch, SampleShape};
+use super::super::data::SampleShape;
 use super::super::model::ModelError;
-use super::super::parameters::{Parameter, Parameters, ShardOutput};
+use super::super::parameters::{Parameter, Parameters};
 use super::super::patches::{KERNEL_AREA, Patches};
-use super::super::trainable::{EvaluationSums, ShardContext, Trainable};
-use super::head;
-use super::mlp::{affine, affine_parameters, values_of};
+use super::head::{self, Network};
+use super::mlp::{affine, affine_parameters};
 use crate::kernels::Activation;
 
 /// A convolutional network.
@@ -63,24 +62,13 @@ impl Cnn {
             outputs,
         })
     }
+}
 
-    fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError> {
-        let count = features.len() / self.inputs;
-        let mut values = Tensor::from_slice(features, (count, self.inputs), &Device::Cpu)?;
-        for (layer, patches) in self.convolutions.iter().enumerate() {
-            let rows = patches.extract(&values)?;
-            let layer = format!("conv.{layer}");
-            values = affine(parameters, &rows, &layer, Activation::Relu)?.reshape((count, ()))?;
-        }
-        affine(parameters, &values, "dense.0", Activation::Identity)
-    }
-
+impl Network for Cnn {
     fn ends(&self) -> (usize, usize) {
         (self.inputs, self.outputs)
     }
-}
 
-impl Trainable for Cnn {
     fn parameters(&self) -> Vec<Parameter> {
         let mut parameters = Vec::new();
         let mut features = self.inputs;
@@ -99,29 +87,14 @@ impl Trainable for Cnn {
         parameters
     }
 
-    fn shard_gradients(
-        &self,
-        parameters: &Parameters,
-        batch: &Batch,
-        _context: &ShardContext,
-    ) -> Result<ShardOutput, ModelError> {
-        head::check_batch(batch, self.ends())?;
-        let outputs = self.forward(parameters, batch.features())?;
-        let loss = head::loss(&values_of(&outputs)?, batch, self.outputs);
-        ShardOutput::from_outputs(parameters, &outputs, loss.sum, loss.gradients)
-    }
-
-    fn evaluate(
-        &self,
-        parameters: &Parameters,
-        batch: &Batch,
-    ) -> Result<EvaluationSums, ModelError> {
-        head::check_batch(batch, self.ends())?;
-        let outputs = self.outputs(parameters, batch.features())?;
-        Ok(head::evaluate(&outputs, batch, self.outputs))
-    }
-
-    fn outputs(&self, parameters: &Parameters, features: &[f32]) -> Result<Vec<f32>, ModelError> {
-        values_of(&self.forward(parameters, features)?)
+    fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError> {
+        let count = features.len() / self.inputs;
+        let mut values = Tensor::from_slice(features, (count, self.inputs), &Device::Cpu)?;
+        for (layer, patches) in self.convolutions.iter().enumerate() {
+            let rows = patches.extract(&values)?;
+            let layer = format!("conv.{layer}");
+            values = affine(parameters, &rows, &layer, Activation::Relu)?.reshape((count, ()))?;
+        }
+        affine(parameters, &values, "dense.0", Activation::Identity)
     }
 }

@@ -1,15 +1,73 @@
 //! From a network's outputs to its loss, for samples with a class or with numbers to predict.
 
+use std::fmt::Debug;
+
+use candle_core::Tensor;
+
 use super::super::data::{Batch, SampleShape, Samples};
 use super::super::loss::cross_entropy;
 use super::super::model::{ModelError, check_length};
-use super::super::trainable::EvaluationSums;
+use super::super::parameters::{Parameter, Parameters, ShardOutput};
+use super::super::trainable::{EvaluationSums, ShardContext, Trainable};
+
+/// Layers that make outputs of a sample's numbers; [`Headed`] trains them.
+pub(super) trait Network: Debug + Send + Sync {
+    /// How many numbers a sample has, and how many outputs.
+    fn ends(&self) -> (usize, usize);
+
+    /// As [`Trainable::parameters`].
+    fn parameters(&self) -> Vec<Parameter>;
+
+    /// The outputs of some samples, a row each.
+    fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError>;
+}
+
+/// A network, with the loss that its outputs have.
+#[derive(Debug)]
+pub(super) struct Headed<N>(pub(super) N);
+
+impl<N: Network> Trainable for Headed<N> {
+    fn parameters(&self) -> Vec<Parameter> {
+        self.0.parameters()
+    }
+
+    fn shard_gradients(
+        &self,
+        parameters: &Parameters,
+        batch: &Batch,
+        _context: &ShardContext,
+    ) -> Result<ShardOutput, ModelError> {
+        check_batch(batch, self.0.ends())?;
+        let outputs = self.0.forward(parameters, batch.features())?;
+        let loss = loss(&values_of(&outputs)?, batch, self.0.ends().1);
+        ShardOutput::from_outputs(parameters, &outputs, loss.sum, loss.gradients)
+    }
+
+    fn evaluate(
+        &self,
+        parameters: &Parameters,
+        batch: &Batch,
+    ) -> Result<EvaluationSums, ModelError> {
+        check_batch(batch, self.0.ends())?;
+        let outputs = self.outputs(parameters, batch.features())?;
+        Ok(evaluate(&outputs, batch, self.0.ends().1))
+    }
+
+    fn outputs(&self, parameters: &Parameters, features: &[f32]) -> Result<Vec<f32>, ModelError> {
+        values_of(&self.0.forward(parameters, features)?)
+    }
+}
+
+/// A tensor's values, flat.
+pub(super) fn values_of(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
 
 /// The loss of some outputs.
-pub(super) struct OutputLoss {
-    pub(super) sum: f64,
+struct OutputLoss {
+    sum: f64,
     /// Its gradient with respect to each output.
-    pub(super) gradients: Vec<f32>,
+    gradients: Vec<f32>,
 }
 
 /// How many numbers a network reads and gives for a sample of `shape`, which must have numbers.
@@ -30,10 +88,7 @@ pub(super) fn widths(
 }
 
 /// Refuses samples of another kind or size than the network was built for.
-pub(super) fn check_batch(
-    batch: &Batch,
-    (inputs, outputs): (usize, usize),
-) -> Result<(), ModelError> {
+fn check_batch(batch: &Batch, (inputs, outputs): (usize, usize)) -> Result<(), ModelError> {
     check_length(
         "the shard's numbers",
         batch.count * inputs,
@@ -59,7 +114,7 @@ pub(super) fn check_batch(
 }
 
 /// Cross-entropy for classes, half the squared distance for numbers: sums over the samples.
-pub(super) fn loss(outputs: &[f32], batch: &Batch, width: usize) -> OutputLoss {
+fn loss(outputs: &[f32], batch: &Batch, width: usize) -> OutputLoss {
     match &batch.samples {
         Samples::Classified { labels, .. } => {
             let loss = cross_entropy(outputs, labels, width);
@@ -83,7 +138,7 @@ pub(super) fn loss(outputs: &[f32], batch: &Batch, width: usize) -> OutputLoss {
 }
 
 /// The sums that measure a network: its loss, and what it gets right or how far it is off.
-pub(super) fn evaluate(outputs: &[f32], batch: &Batch, width: usize) -> EvaluationSums {
+fn evaluate(outputs: &[f32], batch: &Batch, width: usize) -> EvaluationSums {
     let mut sums = EvaluationSums::new(batch.count);
     sums.loss_sum = loss(outputs, batch, width).sum;
     match &batch.samples {

@@ -2,11 +2,10 @@
 
 use candle_core::{Device, Tensor};
 
-use super::super::data::{Batch, SampleShape};
+use super::super::data::SampleShape;
 use super::super::model::ModelError;
-use super::super::parameters::{Initial, Parameter, Parameters, ShardOutput};
-use super::super::trainable::{EvaluationSums, ShardContext, Trainable};
-use super::head;
+use super::super::parameters::{Initial, Parameter, Parameters};
+use super::head::{self, Network};
 use crate::kernels::{self, Activation};
 
 /// A multi-layer perceptron.
@@ -23,25 +22,6 @@ impl Mlp {
         widths.extend(hidden);
         widths.push(outputs);
         Ok(Mlp { widths })
-    }
-
-    fn ends(&self) -> (usize, usize) {
-        (self.widths[0], self.widths[self.widths.len() - 1])
-    }
-
-    fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError> {
-        let inputs = self.widths[0];
-        let shape = (features.len() / inputs, inputs);
-        let mut values = Tensor::from_slice(features, shape, &Device::Cpu)?;
-        let last = self.widths.len() - 2;
-        for layer in 0..=last {
-            let activation = match layer < last {
-                true => Activation::Relu,
-                false => Activation::Identity,
-            };
-            values = affine(parameters, &values, &format!("dense.{layer}"), activation)?;
-        }
-        Ok(values)
     }
 }
 
@@ -66,12 +46,11 @@ pub(super) fn affine_parameters(layer: &str, inputs: usize, outputs: usize) -> [
     ]
 }
 
-/// A tensor's values, flat.
-pub(super) fn values_of(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
-    Ok(tensor.flatten_all()?.to_vec1()?)
-}
+impl Network for Mlp {
+    fn ends(&self) -> (usize, usize) {
+        (self.widths[0], self.widths[self.widths.len() - 1])
+    }
 
-impl Trainable for Mlp {
     fn parameters(&self) -> Vec<Parameter> {
         let layers = self.widths.windows(2).enumerate();
         layers
@@ -81,29 +60,18 @@ impl Trainable for Mlp {
             .collect()
     }
 
-    fn shard_gradients(
-        &self,
-        parameters: &Parameters,
-        batch: &Batch,
-        _context: &ShardContext,
-    ) -> Result<ShardOutput, ModelError> {
-        head::check_batch(batch, self.ends())?;
-        let outputs = self.forward(parameters, batch.features())?;
-        let loss = head::loss(&values_of(&outputs)?, batch, self.ends().1);
-        ShardOutput::from_outputs(parameters, &outputs, loss.sum, loss.gradients)
-    }
-
-    fn evaluate(
-        &self,
-        parameters: &Parameters,
-        batch: &Batch,
-    ) -> Result<EvaluationSums, ModelError> {
-        head::check_batch(batch, self.ends())?;
-        let outputs = self.outputs(parameters, batch.features())?;
-        Ok(head::evaluate(&outputs, batch, self.ends().1))
-    }
-
-    fn outputs(&self, parameters: &Parameters, features: &[f32]) -> Result<Vec<f32>, ModelError> {
-        values_of(&self.forward(parameters, features)?)
+    fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError> {
+        let inputs = self.widths[0];
+        let shape = (features.len() / inputs, inputs);
+        let mut values = Tensor::from_slice(features, shape, &Device::Cpu)?;
+        let last = self.widths.len() - 2;
+        for layer in 0..=last {
+            let activation = match layer < last {
+                true => Activation::Relu,
+                false => Activation::Identity,
+            };
+            values = affine(parameters, &values, &format!("dense.{layer}"), activation)?;
+        }
+        Ok(values)
     }
 }

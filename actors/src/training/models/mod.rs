@@ -33,6 +33,7 @@ mod gradient_check;
 
 #[cfg(test)]
 pub(super) use gradient_check::check_gradients;
+use head::Headed;
 pub(super) use head::most_probable;
 pub use transformer::TransformerSpec;
 
@@ -97,8 +98,8 @@ impl ModelSpec {
     /// The network for samples of `shape`, both of which were checked.
     pub fn build(&self, shape: &SampleShape) -> Result<Box<dyn Trainable>, ModelError> {
         let model: Box<dyn Trainable> = match self {
-            ModelSpec::Mlp { hidden } => Box::new(mlp::Mlp::new(hidden, shape)?),
-            ModelSpec::Cnn { channels } => Box::new(cnn::Cnn::new(channels, shape)?),
+            ModelSpec::Mlp { hidden } => Box::new(Headed(mlp::Mlp::new(hidden, shape)?)),
+            ModelSpec::Cnn { channels } => Box::new(Headed(cnn::Cnn::new(channels, shape)?)),
             ModelSpec::Transformer(spec) => Box::new(transformer::Transformer::new(spec, shape)?),
             ModelSpec::Custom { name, config } => trainable::construct(name, config, shape)?,
         };

@@ -16,9 +16,9 @@ use super::super::product::product;
 use super::super::trainable::{EvaluationSums, ShardContext, Trainable};
 use super::super::validation::{InvalidField, check};
 use super::WIDTH_MAX;
-use super::head::most_probable;
+use super::head::{most_probable, values_of};
 use super::layers::{CausalAttention, Dropout, embed, gelu, layer_norm};
-use super::mlp::{affine, values_of};
+use super::mlp::affine;
 use crate::kernels::Activation;
 
 /// Blocks, at most: a bound on the length of a step's graph.
