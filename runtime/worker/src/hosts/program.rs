@@ -62,7 +62,7 @@ impl Programs {
             return Ok(path);
         }
         let fetch = async {
-            let blobs = BlobStore::open(&storage.url, &s3_options(storage))
+            let blobs = BlobStore::open(&storage.url, &S3Options::of(storage))
                 .map_err(|error| error.to_string())?;
             // The leader has checked the size when the program was uploaded.
             let artifacts = ArtifactStore::new(blobs, size_bytes);
@@ -102,22 +102,6 @@ impl Programs {
                 tracing::warn!(path = %path.display(), %error, "cannot remove a cached program");
             }
         }
-    }
-}
-
-/// The secrets come from this machine's own environment, under the names that the cluster agreed.
-fn s3_options(storage: &StorageLocation) -> S3Options {
-    let own = |name: &str| match name {
-        "" => None,
-        name => std::env::var(name).ok(),
-    };
-    S3Options {
-        endpoint: storage.endpoint.clone(),
-        region: storage.region.clone(),
-        allow_http: storage.allow_http,
-        access_key_id: own(&storage.access_key_env),
-        secret_access_key: own(&storage.secret_key_env),
-        session_token: None,
     }
 }
 
