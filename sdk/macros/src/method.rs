@@ -5,8 +5,8 @@ use quote::ToTokens;
 use syn::meta::ParseNestedMeta;
 use syn::spanned::Spanned;
 use syn::{
-    Attribute, Error, FnArg, GenericArgument, ImplItemFn, LitStr, Pat, PathArguments, Result,
-    ReturnType, Type, TypeParamBound,
+    Attribute, Error, FnArg, GenericArgument, ImplItemFn, LitStr, Pat, PatType, PathArguments,
+    Result, ReturnType, Type, TypeParamBound,
 };
 
 /// Names that an `ActorRef` has already: a call would not reach the actor.
@@ -184,15 +184,9 @@ impl Method {
                 self.takes_context = true;
                 continue;
             }
-            let Pat::Ident(pattern) = &*argument.pat else {
-                return Err(Error::new(
-                    argument.pat.span(),
-                    "give this argument a name, and take it apart in the body",
-                ));
-            };
-            check_owned(&argument.ty, "an argument")?;
+            let name = sent_argument(argument)?;
             let argument_type = replace_self(argument.ty.to_token_stream(), actor);
-            self.arguments.push((pattern.ident.clone(), argument_type));
+            self.arguments.push((name, argument_type));
         }
         Ok(())
     }
@@ -371,6 +365,18 @@ pub(crate) fn names_type(part: &Type, name: &str) -> bool {
         .segments
         .last()
         .is_some_and(|last| last.ident == name)
+}
+
+/// The name of an argument that is sent with a call, which must have one and be owned.
+pub(crate) fn sent_argument(argument: &PatType) -> Result<Ident> {
+    let Pat::Ident(pattern) = &*argument.pat else {
+        return Err(Error::new(
+            argument.pat.span(),
+            "give this argument a name, and take it apart in the body",
+        ));
+    };
+    check_owned(&argument.ty, "an argument")?;
+    Ok(pattern.ident.clone())
 }
 
 /// Refuses references and `impl Trait`, wherever in the type they stand.

@@ -5,9 +5,9 @@ use quote::{ToTokens, format_ident, quote};
 use syn::meta::ParseNestedMeta;
 use syn::parse::Parser;
 use syn::spanned::Spanned;
-use syn::{Error, FnArg, Ident, ItemFn, Lit, LitBool, LitInt, LitStr, Pat, Result, Type, parse2};
+use syn::{Error, FnArg, Ident, ItemFn, Lit, LitBool, LitInt, LitStr, Result, Type, parse2};
 
-use crate::method::{Output, Purpose, check_owned, names_type, read_output};
+use crate::method::{Output, Purpose, names_type, read_output, sent_argument};
 
 /// Reads the attribute and its function, and writes everything that makes a task.
 pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenStream> {
@@ -111,14 +111,7 @@ impl Parameters {
                 parameters.takes_context = true;
                 continue;
             }
-            let Pat::Ident(pattern) = &*argument.pat else {
-                return Err(Error::new(
-                    argument.pat.span(),
-                    "give this argument a name, and take it apart in the body",
-                ));
-            };
-            check_owned(&argument.ty, "an argument")?;
-            let name = pattern.ident.clone();
+            let name = sent_argument(argument)?;
             if names_type(&argument.ty, "ObjectRef") {
                 parameters.references.push(name.clone());
             }
