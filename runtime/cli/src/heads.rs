@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::args::{Format, GroupCommand, Target};
 use crate::connect::connect;
 use crate::output::{or_dash, print_json, print_table};
+use crate::tokens;
 
 /// Times that a token for one head may be used: a reply that was lost must not cost another token.
 const TOKEN_USES: u32 = 3;
@@ -155,19 +156,14 @@ fn compared(head: &Head) -> String {
 }
 
 async fn add(cluster: &Cluster, ttl_ms: u64, format: Format) -> anyhow::Result<()> {
-    let reply = cluster
-        .control()
-        .mutate("create a head token", |mut client, stamp| {
-            let request = CreateTokenRequest {
-                stamp: Some(stamp),
-                role: "head".to_owned(),
-                ttl_ms,
-                uses: TOKEN_USES,
-                principal: None,
-            };
-            async move { client.create_token(request).await }
-        })
-        .await?;
+    let request = CreateTokenRequest {
+        stamp: None,
+        role: "head".to_owned(),
+        ttl_ms,
+        uses: TOKEN_USES,
+        principal: None,
+    };
+    let reply = tokens::create(cluster, request).await?;
     let heads = list(cluster).await?.heads;
     let address = heads
         .iter()

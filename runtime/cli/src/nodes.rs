@@ -1,9 +1,12 @@
 //! `mobula nodes`.
 
+use mobula::Cluster;
 use mobula_core::clock::Clock;
 use mobula_core::id::NodeId;
 use mobula_core::resource::Milli;
-use mobula_wire::control::{DrainNodeRequest, ListNodesRequest, PreemptNodeRequest, Resources};
+use mobula_wire::control::{
+    DrainNodeRequest, ListNodesRequest, Node, PreemptNodeRequest, Resources,
+};
 
 use crate::args::{NodesCommand, Target};
 use crate::clock::SystemClock;
@@ -27,22 +30,27 @@ fn amount(
     format!("{}/{}", Milli(of_some(free)), Milli(of_some(capacity)))
 }
 
+/// All nodes.
+pub(crate) async fn list(cluster: &Cluster) -> anyhow::Result<Vec<Node>> {
+    let reply = cluster
+        .control()
+        .read("list nodes", |mut client| async move {
+            client.list_nodes(ListNodesRequest {}).await
+        })
+        .await?;
+    Ok(reply.nodes)
+}
+
 pub(crate) async fn run(target: &Target, command: NodesCommand) -> anyhow::Result<()> {
     let cluster = connect(target).await?;
     match command {
         NodesCommand::List(format) => {
-            let reply = cluster
-                .control()
-                .read("list nodes", |mut client| async move {
-                    client.list_nodes(ListNodesRequest {}).await
-                })
-                .await?;
+            let nodes = list(&cluster).await?;
             if format.json {
-                return print_json(&reply.nodes);
+                return print_json(&nodes);
             }
             let now_ms = SystemClock.now_ms();
-            let rows: Vec<Vec<String>> = reply
-                .nodes
+            let rows: Vec<Vec<String>> = nodes
                 .iter()
                 .map(|node| {
                     let (free, capacity) = (node.free.as_ref(), node.capacity.as_ref());

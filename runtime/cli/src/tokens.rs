@@ -2,7 +2,9 @@
 
 use mobula::Cluster;
 use mobula_core::clock::Clock;
-use mobula_wire::control::{CreateTokenRequest, ListTokensRequest, RevokeTokenRequest, TokenInfo};
+use mobula_wire::control::{
+    CreateTokenReply, CreateTokenRequest, ListTokensRequest, RevokeTokenRequest, TokenInfo,
+};
 
 use crate::args::{Format, Target, TokensCommand};
 use crate::clock::SystemClock;
@@ -26,18 +28,23 @@ pub(crate) async fn run(target: &Target, command: TokensCommand) -> anyhow::Resu
                 uses,
                 principal,
             };
-            create(&cluster, request, format).await
+            let made = create(&cluster, request).await?;
+            if format.json {
+                return print_json(&made);
+            }
+            println!("{}", made.token);
+            Ok(())
         }
         TokensCommand::List(format) => list(&cluster, format).await,
         TokensCommand::Revoke { id, format } => revoke(&cluster, id, format).await,
     }
 }
 
-async fn create(
+/// Makes a token; `request` needs no stamp.
+pub(crate) async fn create(
     cluster: &Cluster,
     request: CreateTokenRequest,
-    format: Format,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<CreateTokenReply> {
     let reply = cluster
         .control()
         .mutate("create a token", |mut client, stamp| {
@@ -48,11 +55,7 @@ async fn create(
             async move { client.create_token(request).await }
         })
         .await?;
-    if format.json {
-        return print_json(&reply);
-    }
-    println!("{}", reply.token);
-    Ok(())
+    Ok(reply)
 }
 
 async fn list(cluster: &Cluster, format: Format) -> anyhow::Result<()> {

@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use mobula::Cluster;
 use mobula_core::id::JobId;
-use mobula_wire::control::{Actor, ListNodesRequest, Node, PreemptNodeRequest};
+use mobula_wire::control::{Actor, Node, PreemptNodeRequest};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 
 use super::report::Progress;
+use crate::nodes;
 
 /// The registered type of the actors that train.
 const TRAINER_TYPE: &str = "mobula.trainer";
@@ -202,13 +203,7 @@ async fn running_trainer(cluster: &Cluster, job: JobId) -> anyhow::Result<(Actor
     let deadline = Instant::now() + SEEN_LIMIT;
     loop {
         let actors = cluster.list_actors(Some(job)).await?;
-        let nodes = cluster
-            .control()
-            .read("list nodes", |mut client| async move {
-                client.list_nodes(ListNodesRequest {}).await
-            })
-            .await?
-            .nodes;
+        let nodes = nodes::list(cluster).await?;
         let driver_node = actors
             .iter()
             .find(|a| a.type_name == "driver")

@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::process::{last_lines, spawn, wait_for_file};
 use super::record::ProcessRecord;
 use super::up::{LocalOptions, POLL, READY_LIMIT, record_of};
+use crate::tokens;
 
 /// How long the token for joining lives: the start of a cluster.
 const TOKEN_TTL_MS: u64 = 10 * 60 * 1000;
@@ -205,19 +206,14 @@ fn addresses_before(options: &LocalOptions, ready_file: &Path) -> (String, Strin
 }
 
 async fn write_head_token(cluster: &Cluster, file: &Path) -> anyhow::Result<()> {
-    let reply = cluster
-        .control()
-        .mutate("create a head token", |mut client, stamp| {
-            let request = CreateTokenRequest {
-                stamp: Some(stamp),
-                role: "head".to_owned(),
-                ttl_ms: TOKEN_TTL_MS,
-                uses: 3,
-                principal: None,
-            };
-            async move { client.create_token(request).await }
-        })
-        .await?;
+    let request = CreateTokenRequest {
+        stamp: None,
+        role: "head".to_owned(),
+        ttl_ms: TOKEN_TTL_MS,
+        uses: 3,
+        principal: None,
+    };
+    let reply = tokens::create(cluster, request).await?;
     write_secret(file, &reply.token)
 }
 

@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use mobula::Cluster;
 use mobula_head::{CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE};
-use mobula_wire::control::ListNodesRequest;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::heads::Heads;
@@ -16,6 +15,7 @@ use super::process::{spawn, start_time_of};
 use super::record::{ClusterRecord, ProcessRecord};
 use super::stop_all;
 use crate::args::LocalUpArguments;
+use crate::nodes;
 use crate::output::print_json;
 
 /// How long a process may take to serve.
@@ -198,13 +198,7 @@ async fn wait_for_workers(record: &ClusterRecord, count: u32) -> anyhow::Result<
         .context("the new head does not answer")?;
     let deadline = std::time::Instant::now() + READY_LIMIT;
     loop {
-        let nodes = cluster
-            .control()
-            .read("list nodes", |mut client| async move {
-                client.list_nodes(ListNodesRequest {}).await
-            })
-            .await?
-            .nodes;
+        let nodes = nodes::list(&cluster).await?;
         let alive = nodes.iter().filter(|node| node.state == "alive").count();
         if alive >= count as usize {
             return Ok(());
