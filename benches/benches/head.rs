@@ -10,11 +10,8 @@ use std::sync::Arc;
 use mobula_benches::SystemClock;
 use mobula_benches::measure::{Samples, Settings, repeat, repeat_async};
 use mobula_benches::report::Report;
+use mobula_chaos::tally::{self, Tally};
 use mobula_core::config::{LimitsConfig, RaftConfig, TokensConfig};
-use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
-};
-use mobula_core::error::Rejection;
 use mobula_core::id::SessionId;
 use mobula_head::raft::RaftHandle;
 use mobula_head::{Head, HeadOptions};
@@ -28,48 +25,6 @@ const PROPOSERS: [usize; 3] = [1, 16, 256];
 
 /// The head and the bare disk take turns: a shared disk is fast in one second and slow in another.
 const ROUNDS: u32 = 10;
-
-const TALLY: ModuleId = ModuleId(200);
-const TABLE: Table = Table {
-    module: TALLY,
-    tag: 1,
-};
-
-/// Counts its commands, so that each of them is a read, a write and an answer.
-struct Tally;
-
-fn count(reader: &dyn Reader) -> u64 {
-    reader.get(TABLE, b"count").map_or(0, |bytes| {
-        u64::from_be_bytes(bytes.try_into().expect("only apply writes here"))
-    })
-}
-
-impl StateModule for Tally {
-    fn id(&self) -> ModuleId {
-        TALLY
-    }
-
-    fn name(&self) -> &'static str {
-        "tally"
-    }
-
-    fn apply(&self, _: &ApplyContext, txn: &mut dyn Txn, _: &[u8]) -> Result<Applied, Rejection> {
-        let response = (count(txn) + 1).to_be_bytes().to_vec();
-        txn.put(TABLE, b"count", response.clone());
-        Ok(Applied {
-            response,
-            effects: Vec::new(),
-        })
-    }
-
-    fn query(&self, reader: &dyn Reader, _: u64, _: &[u8]) -> Result<Vec<u8>, Rejection> {
-        Ok(count(reader).to_be_bytes().to_vec())
-    }
-
-    fn authorize(&self, _: &Caller, _: &[u8]) -> Result<(), Rejection> {
-        Ok(())
-    }
-}
 
 async fn start_head(dir: &Path) -> Result<Head, Box<dyn std::error::Error>> {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -104,7 +59,9 @@ async fn start_head(dir: &Path) -> Result<Head, Box<dyn std::error::Error>> {
 
 async fn propose(raft: &RaftHandle) {
     let payload = vec![7; PAYLOAD_BYTES];
-    let outcome = raft.propose(SessionId::INTERNAL, 0, TALLY, payload).await;
+    let outcome = raft
+        .propose(SessionId::INTERNAL, 0, tally::ID, payload)
+        .await;
     outcome
         .expect("this head leads, and is not overloaded")
         .result
@@ -138,9 +95,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (mut ours, mut limit) = (Samples::new(), Samples::new());
         for _ in 0..ROUNDS {
             let round = settings.round_of(ROUNDS);
-            let before = count(&raft.read().await?);
+            let before = tally::count(&raft.read().await?);
             let samples = repeat_async(round, proposers, || propose(&raft)).await;
-            let applied = count(&raft.read().await?) - before;
+            let applied = tally::count(&raft.read().await?) - before;
             let counted = samples.count();
             assert!(applied >= counted, "{applied} of {counted} are there");
             ours.merge(&samples);

@@ -29,3 +29,4 @@ pub mod history;
 pub mod real;
 pub mod schedule;
 pub mod sim;
+pub mod tally;

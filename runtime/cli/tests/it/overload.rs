@@ -5,11 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mobula_chaos::tally::{self, Tally};
 use mobula_core::clock::Clock;
-use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
-};
-use mobula_core::error::{ErrorCode, Executed, Rejection};
+use mobula_core::error::{ErrorCode, Executed};
 use mobula_core::id::SessionId;
 use tokio::task::JoinSet;
 
@@ -20,48 +18,6 @@ const AT_ONCE: u64 = 40_960;
 
 /// How long after the end of an overload everything must be as before.
 const RECOVERY_MAX: Duration = Duration::from_secs(10);
-
-const TALLY: ModuleId = ModuleId(200);
-const TABLE: Table = Table {
-    module: TALLY,
-    tag: 1,
-};
-
-/// Counts its commands.
-struct Tally;
-
-fn count(reader: &dyn Reader) -> u64 {
-    reader
-        .get(TABLE, b"count")
-        .map_or(0, |bytes| u64::from_be_bytes(bytes.try_into().unwrap()))
-}
-
-impl StateModule for Tally {
-    fn id(&self) -> ModuleId {
-        TALLY
-    }
-
-    fn name(&self) -> &'static str {
-        "tally"
-    }
-
-    fn apply(&self, _: &ApplyContext, txn: &mut dyn Txn, _: &[u8]) -> Result<Applied, Rejection> {
-        let response = (count(txn) + 1).to_be_bytes().to_vec();
-        txn.put(TABLE, b"count", response.clone());
-        Ok(Applied {
-            response,
-            effects: Vec::new(),
-        })
-    }
-
-    fn query(&self, reader: &dyn Reader, _: u64, _: &[u8]) -> Result<Vec<u8>, Rejection> {
-        Ok(count(reader).to_be_bytes().to_vec())
-    }
-
-    fn authorize(&self, _: &Caller, _: &[u8]) -> Result<(), Rejection> {
-        Ok(())
-    }
-}
 
 struct SystemClock;
 
@@ -85,7 +41,8 @@ async fn an_overload_is_refused_by_name_and_passes() {
         commands.spawn(async move {
             // As large as a small report of a worker.
             let payload = vec![7; 128];
-            raft.propose(SessionId::INTERNAL, 0, TALLY, payload).await
+            raft.propose(SessionId::INTERNAL, 0, tally::ID, payload)
+                .await
         });
     }
     // Readers are not made to wait until it is over: what they ask is answered or refused too.
@@ -119,11 +76,13 @@ async fn an_overload_is_refused_by_name_and_passes() {
 
     let after = tokio::time::timeout(RECOVERY_MAX, async {
         let payload = vec![7; 128];
-        let proposed = head.raft().propose(SessionId::INTERNAL, 0, TALLY, payload);
+        let proposed = head
+            .raft()
+            .propose(SessionId::INTERNAL, 0, tally::ID, payload);
         proposed.await.unwrap().result.unwrap();
         // And the API, which changes something in a session of its own.
         client.new_job("after").submit().await.unwrap();
-        count(&head.raft().read().await.unwrap())
+        tally::count(&head.raft().read().await.unwrap())
     });
     let counted = after.await.expect("the head is as before within its time");
     assert_eq!(
