@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::heads::{leader, start_head, wait_for_voters, wait_with_output};
+use crate::heads::{another_head, leader, start_head, wait_for_voters, wait_with_output};
 use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
 
 /// The file with the newest entries of a head that has ended.
@@ -78,10 +78,7 @@ fn of_two_heads_with_one_id_the_older_ends_and_says_why() {
     let cluster = TestCluster::up_with(0, &["--heads", "3"], &[]);
     wait_for_voters(&cluster, 3);
     let leads = leader(&cluster);
-    let doubled = ["head-1", "head-2", "head-3"]
-        .into_iter()
-        .find(|name| *name != leads)
-        .unwrap();
+    let doubled = another_head(&leads);
     kill_9(cluster.pid(doubled));
     let copied = cluster.dir().join("copied");
     copy(&cluster.dir().join(doubled), &copied);

@@ -7,7 +7,8 @@ use mobula_storage::engine::{
 };
 
 use crate::heads::{
-    head, join_head, leader, runtime, start_head, wait_for_voters, wait_with_output, write_once,
+    another_head, head, join_head, leader, runtime, start_head, wait_for_voters, wait_with_output,
+    write_once,
 };
 use crate::support::{TestCluster, kill_9, wait_for};
 
@@ -60,10 +61,7 @@ fn a_head_whose_state_differs_from_the_majoritys_is_named_ends_and_stays_down() 
     );
 
     let leads = leader(&cluster);
-    let wrong = ["head-1", "head-2", "head-3"]
-        .into_iter()
-        .find(|name| *name != leads)
-        .unwrap();
+    let wrong = another_head(&leads);
     kill_9(cluster.pid(wrong));
     spoil(&cluster, wrong);
     let mut again = start_head(&cluster, wrong, &[]);

@@ -42,6 +42,12 @@ pub(crate) fn leader(cluster: &TestCluster) -> String {
     })
 }
 
+/// Of three heads one that does not have this name.
+pub(crate) fn another_head(name: &str) -> &'static str {
+    let mut heads = ["head-1", "head-2", "head-3"].into_iter();
+    heads.find(|other| *other != name).unwrap()
+}
+
 pub(crate) fn wait_for_voters(cluster: &TestCluster, count: usize) {
     wait_for(&format!("{count} voters"), || {
         let heads = heads(cluster);
@@ -267,10 +273,7 @@ fn a_follower_that_was_away_past_the_compaction_catches_up_by_snapshot() {
     let cluster = TestCluster::up_with(1, &["--heads", "3", "--config", config], &[]);
     wait_for_voters(&cluster, 3);
     let leads = leader(&cluster);
-    let away = ["head-1", "head-2", "head-3"]
-        .into_iter()
-        .find(|name| *name != leads)
-        .unwrap();
+    let away = another_head(&leads);
     kill_9(cluster.pid(away));
     let matched = head(&cluster, away).unwrap()["matched_index"]
         .as_u64()
@@ -307,10 +310,7 @@ fn a_wiped_head_is_refused_under_its_old_id_and_replaced_under_a_new_one() {
     let cluster = TestCluster::up_with(1, &["--heads", "3"], &[]);
     wait_for_voters(&cluster, 3);
     let leads = leader(&cluster);
-    let wiped = ["head-1", "head-2", "head-3"]
-        .into_iter()
-        .find(|name| *name != leads)
-        .unwrap();
+    let wiped = another_head(&leads);
     let old_id = head(&cluster, wiped).unwrap()["raft_id"].as_u64().unwrap();
     kill_9(cluster.pid(wiped));
     let dir: PathBuf = cluster.dir().join(wiped);

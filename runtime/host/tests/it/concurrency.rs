@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::support::{FIRST, PATIENCE, call, gate, next, open, order, runtime};
+use crate::support::{FIRST, PATIENCE, call, exited, gate, next, open, order, runtime};
 use futures::future::BoxFuture;
 use mobula_core::codec;
 use mobula_core::error::{CallError, Executed};
@@ -101,14 +101,6 @@ async fn crowd(actor: ActorId) -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) 
         ActorEvent::Started { .. }
     ));
     (table, events)
-}
-
-fn exited(actor: ActorId, reason: ExitReason) -> ActorEvent {
-    ActorEvent::Exited {
-        actor,
-        incarnation: FIRST,
-        reason,
-    }
 }
 
 #[tokio::test]

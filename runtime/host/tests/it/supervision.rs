@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::support::{FIRST, PATIENCE, call, gate, next, open, order, table, table_with, told};
+use crate::support::{
+    FIRST, PATIENCE, call, exited, gate, next, open, order, table, table_with, told,
+};
 use mobula_core::error::{CallError, Executed};
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation};
@@ -10,14 +12,6 @@ use mobula_host::Notice;
 use mobula_host::mailbox::IncomingCall;
 use mobula_host::reply::Reply;
 use mobula_host::supervision::ActorEvent;
-
-fn exited(actor: ActorId, reason: ExitReason) -> ActorEvent {
-    ActorEvent::Exited {
-        actor,
-        incarnation: FIRST,
-        reason,
-    }
-}
 
 #[tokio::test]
 async fn calls_run_in_the_order_in_which_they_were_admitted() {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use mobula_core::codec;
+use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::namespace::Namespace;
 use mobula_core::order::{ActorAddress, StartActor};
@@ -32,6 +33,14 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Opened by a test to let `wait` go on; one gate for each probe's name.
 pub(crate) static GATES: std::sync::Mutex<Vec<(String, Arc<Semaphore>)>> =
     std::sync::Mutex::new(Vec::new());
+
+pub(crate) fn exited(actor: ActorId, reason: ExitReason) -> ActorEvent {
+    ActorEvent::Exited {
+        actor,
+        incarnation: FIRST,
+        reason,
+    }
+}
 
 pub(crate) fn gate(name: &str) -> Arc<Semaphore> {
     let mut gates = GATES.lock().unwrap();

@@ -305,10 +305,7 @@ mod tests {
             .spawn(shell(script, output.try_clone().unwrap()))
             .await
             .unwrap();
-        let end = tokio::time::timeout(BOUND, process.wait())
-            .await
-            .unwrap()
-            .unwrap();
+        let end = end_of(&process).await;
         assert_eq!(end, ProcessEnd::Exited(3));
         assert_eq!(
             text_of(output),
@@ -333,10 +330,7 @@ mod tests {
         spec.output = File::from(OwnedFd::from(writer));
         let process = spawner.spawn(spec).await.unwrap();
         process.kill();
-        let end = tokio::time::timeout(BOUND, process.wait())
-            .await
-            .unwrap()
-            .unwrap();
+        let end = end_of(&process).await;
         assert_eq!(end, ProcessEnd::Signaled(libc::SIGKILL));
         wait_for_end_of(reader).await;
     }
@@ -347,10 +341,7 @@ mod tests {
         let (reader, writer) = std::io::pipe().unwrap();
         let spec = shell("sleep 1000 & exit 0", File::from(OwnedFd::from(writer)));
         let process = spawner.spawn(spec).await.unwrap();
-        let end = tokio::time::timeout(BOUND, process.wait())
-            .await
-            .unwrap()
-            .unwrap();
+        let end = end_of(&process).await;
         assert_eq!(end, ProcessEnd::Exited(0));
         wait_for_end_of(reader).await;
     }
@@ -362,10 +353,7 @@ mod tests {
         let spec = shell("exec sleep 1000", File::from(OwnedFd::from(writer)));
         let process = spawner.spawn(spec).await.unwrap();
         drop(spawner);
-        let end = tokio::time::timeout(BOUND, process.wait())
-            .await
-            .unwrap()
-            .unwrap();
+        let end = end_of(&process).await;
         assert_eq!(end, ProcessEnd::Signaled(libc::SIGKILL));
         wait_for_end_of(reader).await;
     }
@@ -380,6 +368,13 @@ mod tests {
             error.starts_with("cannot start `/nowhere/at-all`: No such file"),
             "{error}"
         );
+    }
+
+    async fn end_of(process: &HostProcess) -> ProcessEnd {
+        tokio::time::timeout(BOUND, process.wait())
+            .await
+            .unwrap()
+            .unwrap()
     }
 
     async fn wait_for_end_of(mut reader: std::io::PipeReader) {
