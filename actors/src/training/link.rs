@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mobula::{CallFailure, Cluster};
 use mobula_core::Incarnation;
+use mobula_core::spec::RestartPolicy;
 
 use super::crew::{LinkError, TrainerLink};
 use super::messages::{Epoch, Greeting, Held, News, TrainerError};
@@ -32,8 +33,13 @@ const SUSPECT_AFTER: Duration = Duration::from_millis(150);
 const PIECE_BYTES: usize = 4 << 20;
 /// How long it may take to leave.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
-/// Starts of a trainer, at most: enough for any cluster, and an end to one that cannot start.
-const RESTARTS_MAX: u32 = 1000;
+/// Starts of a trainer, at most enough for any cluster, and an end to one that cannot start; soon, because
+/// the others do its work meanwhile.
+const RESTARTS: RestartPolicy = RestartPolicy {
+    max_restarts: 1000,
+    backoff_initial_ms: 100,
+    backoff_max_ms: 1_000,
+};
 /// A trainer's share of a machine: it computes for a part of each step only.
 const TRAINER_CPUS: f64 = 0.5;
 
@@ -58,7 +64,7 @@ impl ClusterLink {
                 .name(trainer_name(slot as u32))
                 .cpus(TRAINER_CPUS)
                 .spread("trainers")
-                .max_restarts(RESTARTS_MAX)
+                .restart(RESTARTS)
         });
         ClusterLink(Arc::new(Inner {
             actor,

@@ -51,7 +51,8 @@ impl ActorKind {
 pub struct RestartPolicy {
     /// How often at most; ends for which the infrastructure is to blame do not count.
     pub max_restarts: u32,
-    /// The first delay, in milliseconds; it doubles each time.
+    /// The first delay, in milliseconds. It doubles each time, and is the first one again after a start that
+    /// ran for as long as the largest delay.
     pub backoff_initial_ms: u64,
     /// The largest delay, in milliseconds.
     pub backoff_max_ms: u64,

@@ -288,10 +288,27 @@ pub(crate) fn end_incarnation(apply: &mut Apply<'_>, mut actor: ActorRow, reason
     let mut delay_ms = 0;
     if reason.counts_against_budget() {
         actor.counted_restarts += 1;
-        delay_ms = actor.restart.backoff_ms(actor.counted_restarts);
+        delay_ms = actor.restart.backoff_ms(restarts_in_a_row(&actor));
     }
     job::count_restart(apply, actor.job, actor.driver);
     make_pending(apply, actor, delay_ms);
+}
+
+/// Restarts without a good start between them, the one to come included: a start that ran for as long as
+/// the longest delay shows that the actor can run, and delays begin anew behind it.
+fn restarts_in_a_row(actor: &ActorRow) -> u32 {
+    let is_good = |start: &Start| {
+        let ran_ms = start.ended_ms.zip(start.started_ms);
+        ran_ms.is_some_and(|(end, begin)| end.saturating_sub(begin) >= actor.restart.backoff_max_ms)
+    };
+    let failed = actor
+        .starts
+        .iter()
+        .rev()
+        .take_while(|start| !is_good(start));
+    let failed = u32::try_from(failed.count()).unwrap_or(u32::MAX);
+    // Starts that a node took with it cost nothing.
+    failed.min(actor.counted_restarts).max(1)
 }
 
 fn may_restart(apply: &Apply<'_>, actor: &ActorRow, reason: &ExitReason) -> bool {

@@ -79,6 +79,30 @@ fn a_driver_is_started_again_within_its_policy_and_then_the_job_fails() {
 }
 
 #[test]
+fn delays_begin_anew_behind_a_start_that_ran_for_long() {
+    let mut cluster = Cluster::new();
+    cluster.register("a", "boot-1", 8);
+    let (_, driver) = cluster.submit(job_spec("train", 9));
+    let runs_and_delays_ms = [
+        (0, 100),
+        (4_999, 200),
+        (0, 400),
+        (5_000, 100),
+        (0, 100),
+        (0, 200),
+    ];
+    for (ran_ms, delay_ms) in runs_and_delays_ms {
+        cluster.place();
+        cluster.start(driver);
+        cluster.now_ms += ran_ms;
+        cluster.exit(driver, ExitReason::Panicked("boom".into()));
+        let due = next_wakeup_ms(&cluster.tables, cluster.now_ms);
+        assert_eq!(due, Some(cluster.now_ms + delay_ms), "ran for {ran_ms} ms");
+        cluster.now_ms += delay_ms;
+    }
+}
+
+#[test]
 fn a_stopped_job_ends_once_its_actors_have() {
     let (mut cluster, job, driver) = running();
     let waiting = cluster.create(job, vec![actor_spec(None, 99)], false)[0];
