@@ -44,7 +44,9 @@ async fn main(cluster: Cluster) -> mobula::Result<String> {
     }
     // Why it ended, later calls say.
     match greedy.take_mib(0).await {
-        Err(mobula::Error::Call(CallError::ActorDied { reason, .. })) => Ok(reason),
+        Err(mobula::Error::Call(CallError::OutOfMemory { reason, .. })) => {
+            Ok(format!("out of memory: {reason}"))
+        }
         other => Err(format!("the greedy actor did not end: {other:?}").into()),
     }
 }

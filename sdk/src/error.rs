@@ -90,6 +90,18 @@ impl Error {
         }
     }
 
+    /// Whether the actor that was called has ended for good, in whatever way: it takes no call any more,
+    /// and only a new one of its kind will.
+    #[must_use]
+    pub fn actor_has_ended(&self) -> bool {
+        match self {
+            Error::Call(CallError::ActorDied { .. } | CallError::NodeLost { .. }) => true,
+            // Otherwise it is the method's value that found no room; the actor goes on.
+            Error::Call(CallError::OutOfMemory { executed, .. }) => *executed == Executed::No,
+            _ => false,
+        }
+    }
+
     /// Whether the operation took effect.
     #[must_use]
     pub fn executed(&self) -> Executed {

@@ -164,17 +164,39 @@ async fn resolve(
     }
 }
 
+/// The end of an actor, as the error of a call to it; `name` is what the error calls it.
+pub(crate) fn error_of_end(name: String, actor: &api::Actor, executed: Executed) -> CallError {
+    let reason = actor.exit_reason.as_deref().unwrap_or("no reason is known");
+    match actor.exit_code.as_deref() {
+        Some("node_lost") => CallError::NodeLost {
+            actor: name,
+            node: actor
+                .node
+                .map_or_else(|| "its node".to_owned(), |node| NodeId(node).to_string()),
+            executed,
+        },
+        Some("out_of_memory") => CallError::OutOfMemory {
+            what: name,
+            // The error's own text says what it ran out of.
+            reason: reason
+                .strip_prefix("out of memory: ")
+                .unwrap_or(reason)
+                .to_owned(),
+            executed,
+        },
+        _ => CallError::ActorDied {
+            actor: name,
+            reason: reason.to_owned(),
+            executed,
+        },
+    }
+}
+
 /// The address in the head's answer; `None` while the actor is on its way.
 pub(crate) fn address_of(id: ActorId, actor: &api::Actor) -> Result<Option<ActorAddress>> {
     if actor.state == "ended" {
-        return Err(Error::Call(CallError::ActorDied {
-            actor: id.to_string(),
-            reason: actor
-                .exit_reason
-                .clone()
-                .unwrap_or_else(|| "no reason is known".to_owned()),
-            executed: Executed::No,
-        }));
+        let error = error_of_end(id.to_string(), actor, Executed::No);
+        return Err(Error::Call(error));
     }
     let (Some(node), Some(incarnation), Some(call_address)) =
         (actor.node, actor.incarnation, actor.call_address.clone())
@@ -194,6 +216,8 @@ pub(crate) fn address_of(id: ActorId, actor: &api::Actor) -> Result<Option<Actor
 
 #[cfg(test)]
 mod tests {
+    use mobula_core::exit::ExitReason;
+
     use super::*;
 
     #[test]
@@ -225,5 +249,40 @@ mod tests {
             error.to_string(),
             "actor-1 has ended: panicked: x (not executed)"
         );
+    }
+
+    #[test]
+    fn each_end_has_its_own_error() {
+        let error = |reason: &ExitReason| {
+            let actor = api::Actor {
+                state: "ended".into(),
+                exit_code: Some(reason.code().to_owned()),
+                exit_reason: Some(reason.to_string()),
+                ..Default::default()
+            };
+            address_of(ActorId(1), &actor).unwrap_err()
+        };
+        let limit = ExitReason::OutOfMemory {
+            limit_bytes: 64,
+            used_bytes: 70,
+        };
+        for (reason, expected) in [
+            (
+                ExitReason::NodeLost,
+                "actor-1 was lost with its node (not executed)",
+            ),
+            (
+                limit,
+                "actor-1 ran out of memory: limit 64 bytes, used 70 bytes (not executed)",
+            ),
+            (
+                ExitReason::HostExited(3),
+                "actor-1 has ended: host process exited with code 3 (not executed)",
+            ),
+        ] {
+            let error = error(&reason);
+            assert_eq!(error.to_string(), expected);
+            assert!(error.actor_has_ended(), "{error}");
+        }
     }
 }

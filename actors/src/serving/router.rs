@@ -14,7 +14,7 @@ use std::time::Duration;
 use mobula::{ActorContext, ActorRef, CallFailure, Cluster, ContextExt};
 use mobula_core::codec;
 use mobula_core::control::ModuleId;
-use mobula_core::error::{CallError, ErrorCode};
+use mobula_core::error::ErrorCode;
 use mobula_core::id::{ActorId, Incarnation};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -281,7 +281,7 @@ async fn keep_open(cluster: Cluster, name: String, berth: Arc<Berth<ActorRef<Rep
             }
             Err(error) => {
                 tracing::debug!(name, %error, "a replica does not answer yet");
-                if matches!(error, mobula::Error::Call(CallError::ActorDied { .. })) {
+                if error.actor_has_ended() {
                     known = None;
                 }
                 tokio::time::sleep(RETRY_PAUSE).await;

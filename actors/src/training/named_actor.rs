@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mobula::actor::ActorBuilder;
 use mobula::{Actor, ActorRef, Cluster};
-use mobula_core::{CallError, Incarnation};
+use mobula_core::Incarnation;
 use parking_lot::Mutex;
 
 type Describe<A> = Box<dyn Fn(&Cluster) -> ActorBuilder<A> + Send + Sync>;
@@ -49,7 +49,7 @@ impl<A: Actor> NamedActor<A> {
 
     /// Looks at a failed call: an actor that has ended for good is created anew next time.
     pub fn after(&self, error: &mobula::Error) {
-        if matches!(error, mobula::Error::Call(CallError::ActorDied { .. })) {
+        if error.actor_has_ended() {
             *self.found.lock() = None;
         }
     }

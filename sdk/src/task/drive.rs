@@ -425,13 +425,13 @@ impl Slot<'_> {
         let asked = self
             .cluster
             .resolve_actor(slot.actor, slot.incarnation, REASON_WAIT);
-        let reason = match tokio::time::timeout(REASON_WAIT, asked).await {
-            Ok(Ok(actor)) => actor.exit_reason,
+        let end = match tokio::time::timeout(REASON_WAIT, asked).await {
+            Ok(Ok(actor)) => Some(actor),
             // Then the error says what was seen from here.
             _ => None,
         };
         for (record, error) in self.lost {
-            record.fail(error, reason.as_deref());
+            record.fail(error, end.as_ref());
         }
     }
 }

@@ -211,7 +211,7 @@ enum Begun {
 /// Why no slot came, as an error of the tasks that wait for one.
 pub(super) fn no_slot(error: &Error) -> CallError {
     let reason = match error {
-        Error::Call(CallError::ActorDied { reason, .. }) => format!("its slots end: {reason}"),
+        error if error.actor_has_ended() => format!("its slots end: {error}"),
         other => format!("there is no slot for it: {other}"),
     };
     CallError::ActorUnavailable {

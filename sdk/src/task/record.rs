@@ -16,10 +16,12 @@ use mobula_host::objects::{Completer, Lineage, Object, bring};
 use mobula_host::reply::VALUE_BYTES_MAX;
 use mobula_host::spans;
 use mobula_host::tasks::complete_with_outcome;
+use mobula_wire::control as api;
 use mobula_wire::task::TaskHead;
 use tokio::time::Instant;
 
 use super::items::ItemSink;
+use crate::reference::error_of_end;
 
 /// How often a task may be refused by a slot that ends just then, or is full, before something must
 /// be wrong. Each refusal costs a slot, so this is reached by defects only.
@@ -118,12 +120,13 @@ impl Tries {
 /// Whether an error says that the slot itself is of no more use. Where only a value found no memory
 /// the slot goes on; a process that has ended for want of it says so at the next push.
 pub(crate) fn ends_slot(error: &CallError) -> bool {
-    matches!(
-        error,
+    match error {
         CallError::ActorUnavailable { .. }
-            | CallError::ActorDied { .. }
-            | CallError::NodeLost { .. }
-    )
+        | CallError::ActorDied { .. }
+        | CallError::NodeLost { .. } => true,
+        CallError::OutOfMemory { executed, .. } => *executed == Executed::No,
+        _ => false,
+    }
 }
 
 /// What a task's error calls it.
@@ -132,7 +135,7 @@ pub(crate) fn title(name: &str) -> String {
 }
 
 /// An error of a call to a slot, as one of the task.
-fn about_task(name: &str, error: CallError, slot_end: Option<&str>) -> CallError {
+fn about_task(name: &str, error: CallError, slot_end: Option<&api::Actor>) -> CallError {
     let actor = title(name);
     match error {
         CallError::ActorUnavailable {
@@ -140,10 +143,13 @@ fn about_task(name: &str, error: CallError, slot_end: Option<&str>) -> CallError
         }
         | CallError::ActorDied {
             reason, executed, ..
-        } => CallError::ActorDied {
-            actor,
-            reason: slot_end.map_or(reason, ToOwned::to_owned),
-            executed,
+        } => match slot_end.filter(|slot| slot.exit_code.is_some()) {
+            Some(slot) => error_of_end(actor, slot, executed),
+            None => CallError::ActorDied {
+                actor,
+                reason,
+                executed,
+            },
         },
         CallError::DeadlineExceeded {
             limit_ms, executed, ..
@@ -314,8 +320,8 @@ impl TaskRecord {
         self.fail(error, None);
     }
 
-    /// It has no value. `slot_end` says why its slot ended, where that is known.
-    pub(crate) fn fail(self, error: CallError, slot_end: Option<&str>) {
+    /// It has no value. `slot_end` is what its slot ended as, where that is known.
+    pub(crate) fn fail(self, error: CallError, slot_end: Option<&api::Actor>) {
         let mut error = about_task(self.task.name, error, slot_end);
         // Its slot knows only what was left of it when the task came there.
         if let (CallError::DeadlineExceeded { limit_ms, .. }, Some(deadline)) =

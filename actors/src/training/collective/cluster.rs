@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mobula::{ActorRef, CallFailure, Cluster};
-use mobula_core::CallError;
 use parking_lot::Mutex;
 
 use super::sealed::Sealed;
@@ -54,8 +53,10 @@ impl ClusterCollective {
     }
 
     fn failed(&self, member: MemberId, failure: CallFailure<TrainerError>) -> Unreachable {
-        if let CallFailure::System(mobula::Error::Call(CallError::ActorDied { .. })) = &failure {
-            // It has ended for good: one of the same name may be created anew.
+        if let CallFailure::System(error) = &failure
+            && error.actor_has_ended()
+        {
+            // One of the same name may be created anew.
             self.trainers.lock().remove(&member.slot);
         }
         Unreachable {

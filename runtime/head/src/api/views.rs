@@ -39,6 +39,7 @@ pub(super) fn actor(view: ActorView) -> api::Actor {
         exit_reason: view.exit_reason,
         namespace: view.namespace.map(|namespace| namespace.name),
         detached: view.detached,
+        exit_code: view.exit_code,
     }
 }
 
