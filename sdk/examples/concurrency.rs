@@ -1,5 +1,5 @@
-//! A cache that answers many readers at once: `max_concurrency`, a group with a limit of its own,
-//! and a method that blocks its thread.
+//! A cache that answers many readers at once: the order of calls, `max_concurrency`, a group with a
+//! limit of its own, and a method that blocks its thread.
 //!
 //! Run it on a cluster of its own with `cargo run --example concurrency`, or on a real one with
 //! `mobula submit target/debug/examples/concurrency`.
@@ -13,6 +13,8 @@ use mobula::prelude::*;
 
 struct Cache {
     entries: BTreeMap<String, u64>,
+    /// Which calls of `note` came, in the order in which they ran.
+    notes: Vec<u32>,
     reading: Gauge,
     loading: Gauge,
 }
@@ -40,6 +42,7 @@ impl Cache {
     fn new() -> Self {
         Cache {
             entries: BTreeMap::new(),
+            notes: Vec::new(),
             reading: Gauge::default(),
             loading: Gauge::default(),
         }
@@ -48,6 +51,14 @@ impl Cache {
     /// Runs alone: nothing reads while it writes.
     async fn insert(&mut self, key: String, value: u64) {
         self.entries.insert(key, value);
+    }
+
+    async fn note(&mut self, number: u32) {
+        self.notes.push(number);
+    }
+
+    async fn notes(&self) -> Vec<u32> {
+        self.notes.clone()
     }
 
     /// Up to eight of these run at once.
@@ -89,6 +100,12 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
     let (reads, loads) = futures::future::try_join(reads, loads).await?;
     assert!(reads.iter().all(|value| *value == Some(42)));
     assert_eq!(loads, [0, 4096, 8192, 12288, 16384, 20480]);
+
+    // Nobody waits for the call before, and still they run in the order in which they were made.
+    try_join_all((0..500).map(|number| cache.note(number).into_future())).await?;
+    if cache.notes().await? != (0..500).collect::<Vec<_>>() {
+        return Err("calls overtook each other".into());
+    }
 
     let (readers, loaders) = cache.most().await?;
     println!("at most {readers} readers and {loaders} loaders at once");

@@ -1,4 +1,4 @@
-//! Every way in which a call fails, and what its error says: whether the method ran.
+//! The ways in which a call fails, and what its error says: whether the method ran.
 //!
 //! Run it on a cluster of its own with `cargo run --example errors`, or on a real one with
 //! `mobula submit target/debug/examples/errors`.
@@ -51,6 +51,23 @@ impl Fragile {
 
     async fn huge(&self) -> Vec<u8> {
         vec![0; 9 << 20]
+    }
+
+    /// Neither awaits nor says that it blocks its thread.
+    fn block(&mut self) {
+        std::thread::sleep(Duration::from_secs(2));
+    }
+
+    /// Ends its process where the actor runs for the first time; which start it is.
+    async fn exit_at_first(&self, ctx: &ActorContext, first: u64) -> u64 {
+        if ctx.incarnation().0 == first {
+            std::process::exit(8);
+        }
+        ctx.incarnation().0
+    }
+
+    async fn start(&self, ctx: &ActorContext) -> u64 {
+        ctx.incarnation().0
     }
 }
 
@@ -107,6 +124,35 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
     let error = fragile.huge().timeout(patient).await;
     show("huge value", &error.expect_err("it is huge"), Executed::Yes)?;
 
+    // As many calls wait as the actor's mailbox takes; one more is refused.
+    let busy = cluster
+        .actor(Fragile::new())
+        .isolated()
+        .mailbox_capacity(2)
+        .max_restarts(1)
+        .spawn()
+        .await?;
+    let first = busy.start().await?;
+    let calls = futures::future::join_all((0..8).map(|_| busy.slow().into_future())).await;
+    let (done, refused): (Vec<_>, Vec<_>) = calls.into_iter().partition(Result::is_ok);
+    assert!(done.len() >= 2, "{} ran", done.len());
+    let error = refused.into_iter().find_map(Result::err);
+    let error = error.ok_or("eight calls found room for two")?;
+    assert!(matches!(error, Error::Call(CallError::Overloaded { .. })));
+    show("overloaded", &error, Executed::No)?;
+
+    // A method that blocks its thread: its caller need not wait for it, and the actor goes on after it.
+    let error = busy.block().timeout(hurry).await.expect_err("it is slow");
+    show("blocked", &error, Executed::Unknown)?;
+    assert_eq!(busy.start().timeout(patient).await?, first);
+
+    // What may run twice is sent again, if the caller says so: to the actor's next start.
+    let second = busy.exit_at_first(first).max_retries(1).await?;
+    if second <= first {
+        return Err(format!("start {second} comes after start {first}").into());
+    }
+    println!("sent again: answered by another start");
+
     // A panic ends the actor, which is started again; the next call meets the new one.
     let error = fragile.panic().await.expect_err("it panics");
     show("panic", &error, Executed::Unknown)?;
@@ -152,7 +198,7 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
     show("nobody", &error, Executed::No)?;
 
     cluster
-        .set_result(&serde_json::json!({ "shown": 10 }))
+        .set_result(&serde_json::json!({ "shown": 12 }))
         .await?;
     println!("all errors told apart");
     Ok(())

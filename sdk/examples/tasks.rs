@@ -36,6 +36,16 @@ async fn fibonacci(ctx: &TaskContext, n: u64) -> Result<u64, mobula::Error> {
     sum.submit().get().await
 }
 
+/// Fails at its first two attempts with an error of its own, which is a reason to try again only
+/// because it says so.
+#[mobula::task(cpus = 0.5, max_retries = 2, retry_errors = true)]
+async fn third_time(ctx: &TaskContext) -> Result<u32, String> {
+    match ctx.attempt() {
+        attempt @ 1..=2 => Err(format!("attempt {attempt} is too early")),
+        attempt => Ok(attempt),
+    }
+}
+
 /// Ends its process the first time.
 #[mobula::task(cpus = 0.5, max_retries = 1)]
 async fn survives(ctx: &TaskContext) -> u32 {
@@ -77,6 +87,14 @@ async fn main(cluster: Cluster, args: Vec<String>) -> mobula::Result<()> {
 
     let twelfth = cluster.task(fibonacci(12)).submit().get().await?;
     println!("the twelfth Fibonacci number is {twelfth}");
+
+    let third = cluster.task(third_time()).submit().get().await?;
+    let once = cluster.task(third_time()).retry_errors(false).submit();
+    let error = once.get().await.expect_err("its first attempt fails");
+    println!("right at attempt {third}; tried once: {error}");
+    if third != 3 || error.user_error::<String>().as_deref() != Some("attempt 1 is too early") {
+        return Err("errors are tried again where that is asked for, and nowhere else".into());
+    }
 
     let attempt = cluster.task(survives()).submit().get().await?;
     let lost = cluster
