@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::messages::{Epoch, Greeting, Held, News, TrainerError};
 use super::protocol::leader::StateDigest;
@@ -21,6 +22,9 @@ pub(super) const GREET_PAUSE_FIRST: Duration = Duration::from_millis(50);
 const GREET_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How long a process that leaves may still be seen.
 const LEAVE_PAUSE: Duration = Duration::from_millis(200);
+/// How long is waited for somebody to come to the step that is asked about, and how often it is asked.
+const VOTE_MAX: Duration = Duration::from_secs(2);
+const VOTE_PAUSE: Duration = Duration::from_millis(20);
 /// The slot of what concerns no single trainer.
 const NOBODY: usize = usize::MAX;
 
@@ -254,7 +258,8 @@ impl<L: TrainerLink> Crew<L> {
         self.slots[index].is_adopting = false;
     }
 
-    /// Asks all who take part in the background what they held before `step`.
+    /// Asks all who take part in the background what they held before `step`. Who is not there yet is waited
+    /// for: the votes of some may not decide against those of the others.
     pub(super) fn ask_digests(&mut self, step: u64) {
         let ready = self.which(Slot::is_ready).into_iter();
         let asked: Vec<(MemberId, L)> = ready
@@ -264,9 +269,15 @@ impl<L: TrainerLink> Crew<L> {
             })
             .collect();
         self.tasks.spawn(async move {
+            let end = Instant::now() + VOTE_MAX;
             let answers = asked.iter().map(|(member, link)| async move {
-                let digest = link.digest_before(step).await.ok().flatten();
-                digest.map(|digest| (*member, digest))
+                loop {
+                    match link.digest_before(step).await {
+                        Ok(Some(digest)) => return Some((*member, digest)),
+                        Ok(None) if Instant::now() < end => tokio::time::sleep(VOTE_PAUSE).await,
+                        Ok(None) | Err(_) => return None,
+                    }
+                }
             });
             let said = futures::future::join_all(answers).await;
             Event {

@@ -8,6 +8,8 @@
 //!    [`square_sum`], then over parameters in name order.
 //! 4. A gradient that is not finite changes nothing and is reported with the parameter's name.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use super::layout::Layout;
@@ -38,6 +40,17 @@ pub enum OptimizerSpec {
         /// Added to the root of the mean square.
         epsilon: f64,
     },
+}
+
+/// Which parameters weight decay shrinks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decayed {
+    /// Every one.
+    #[default]
+    All,
+    /// Those of two dimensions or more: not biases, nor the scales of normalisation.
+    Matrices,
 }
 
 impl OptimizerSpec {
@@ -110,6 +123,8 @@ pub struct Optimizer {
     steps: u64,
     global_batch: u64,
     layout: Layout,
+    /// Neighbouring ranges that cover all values, and whether weight decay shrinks those.
+    decayed: Vec<(Range<usize>, bool)>,
 }
 
 impl Optimizer {
@@ -124,6 +139,7 @@ impl Optimizer {
             steps: spec.steps,
             global_batch: spec.global_batch,
             layout: layout.clone(),
+            decayed: decayed_ranges(layout, spec.weight_decay_on),
         }
     }
 
@@ -175,11 +191,17 @@ impl Optimizer {
                     keep: self.keep(learning_rate),
                     rate: learning_rate as f32,
                 };
-                state.update_blocks(|range, params, moments| {
+                state.update_blocks(|block, params, moments| {
                     let [moments] = moments else {
                         unreachable!("the number of moments was checked above")
                     };
-                    update.apply(execution, params, moments, &root.grads[range]);
+                    for (part, decays) in self.parts(&block) {
+                        let here = within(&part, block.start);
+                        let keep = if decays { update.keep } else { 1.0 };
+                        let update = SgdUpdate { keep, ..update };
+                        let (params, moments) = (&mut params[here.clone()], &mut moments[here]);
+                        update.apply(execution, params, moments, &root.grads[part]);
+                    }
                 });
             }
             OptimizerSpec::Adamw {
@@ -201,11 +223,18 @@ impl Optimizer {
                     keep: self.keep(learning_rate),
                     rate: (learning_rate / mean_correction) as f32,
                 };
-                state.update_blocks(|range, params, moments| {
+                state.update_blocks(|block, params, moments| {
                     let [means, squares] = moments else {
                         unreachable!("the number of moments was checked above")
                     };
-                    update.apply(execution, params, means, squares, &root.grads[range]);
+                    for (part, decays) in self.parts(&block) {
+                        let here = within(&part, block.start);
+                        let keep = if decays { update.keep } else { 1.0 };
+                        let update = AdamwUpdate { keep, ..update };
+                        let params = &mut params[here.clone()];
+                        let (means, squares) = (&mut means[here.clone()], &mut squares[here]);
+                        update.apply(execution, params, means, squares, &root.grads[part]);
+                    }
                 });
             }
         }
@@ -235,10 +264,37 @@ impl Optimizer {
         Ok(total.sqrt())
     }
 
+    /// The parts of `block` that weight decay treats alike, and whether it shrinks them.
+    fn parts(&self, block: &Range<usize>) -> impl Iterator<Item = (Range<usize>, bool)> {
+        let block = block.clone();
+        self.decayed.iter().filter_map(move |(range, decays)| {
+            let part = range.start.max(block.start)..range.end.min(block.end);
+            (!part.is_empty()).then_some((part, *decays))
+        })
+    }
+
     /// The share of a parameter that weight decay leaves.
     fn keep(&self, learning_rate: f64) -> f32 {
         (1.0 - learning_rate * self.weight_decay) as f32
     }
+}
+
+/// Neighbouring ranges of a vector that lies so, as long as can be, and whether they are to be shrunk.
+fn decayed_ranges(layout: &Layout, decayed: Decayed) -> Vec<(Range<usize>, bool)> {
+    let mut ranges: Vec<(Range<usize>, bool)> = Vec::new();
+    for slot in &layout.slots {
+        let decays = decayed == Decayed::All || slot.shape.len() >= 2;
+        match ranges.last_mut() {
+            Some((range, before)) if *before == decays => range.end = slot.range().end,
+            _ => ranges.push((slot.range(), decays)),
+        }
+    }
+    ranges
+}
+
+/// `range`, counted from `start`.
+fn within(range: &Range<usize>, start: usize) -> Range<usize> {
+    range.start - start..range.end - start
 }
 
 #[cfg(test)]
@@ -280,6 +336,33 @@ mod tests {
         beta2: 0.999,
         epsilon: 1e-8,
     };
+
+    #[test]
+    fn weight_decay_leaves_vectors_alone_if_told_so() {
+        for rule in [OptimizerSpec::Sgd { momentum: 0.9 }, ADAMW] {
+            let mut spec = spec(rule);
+            spec.weight_decay_on = Decayed::Matrices;
+            let layout = layout(&spec);
+            let optimizer = Optimizer::new(&spec, &layout);
+            let mut state = TrainState::initial(&workload(&spec));
+            state.params = vec![1.0; state.params.len()].into();
+            let sums = root(&spec, &state, 0.0);
+            // An open snapshot cuts the update into blocks, whose edges lie within matrices.
+            let _snapshot = state.params.snapshot();
+            optimizer.step(&mut state, &sums).unwrap();
+            for slot in &layout.slots {
+                let values = &state.params[slot.range()];
+                let is_matrix = slot.shape.len() == 2;
+                let as_told = |value: &f32| (*value < 1.0) == is_matrix;
+                assert!(
+                    values.iter().all(as_told),
+                    "{} {:?}",
+                    slot.name,
+                    &values[..3]
+                );
+            }
+        }
+    }
 
     #[test]
     fn updates_follow_the_published_formulas() {

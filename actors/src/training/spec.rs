@@ -12,7 +12,7 @@ use super::checkpointing::CheckpointSpec;
 use super::data::DataSpec;
 use super::evaluation::EvaluationSpec;
 use super::models::ModelSpec;
-use super::optimizer::OptimizerSpec;
+use super::optimizer::{Decayed, OptimizerSpec};
 use super::schedule::Schedule;
 use super::start_from::StartFrom;
 use super::validation::InvalidField;
@@ -61,6 +61,9 @@ pub struct TrainSpec {
     /// Decoupled weight decay.
     #[serde(default)]
     pub weight_decay: f64,
+    /// Which parameters it shrinks.
+    #[serde(default)]
+    pub weight_decay_on: Decayed,
     /// Largest norm of a step's mean gradient; absent for no limit.
     #[serde(default)]
     pub clip_norm: Option<f64>,
@@ -163,6 +166,7 @@ impl TrainSpec {
             learning_rate: defaults::learning_rate(),
             schedule: defaults::schedule(),
             weight_decay: 0.01,
+            weight_decay_on: Decayed::All,
             clip_norm: Some(1.0),
             checkpoint_every_steps: defaults::checkpoint_every_steps(),
             checkpoints: CheckpointSpec::default(),
