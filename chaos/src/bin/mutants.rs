@@ -6,9 +6,9 @@
 //! is planted.
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use mobula_chaos::sim::{Campaign, EVENTS_MAX, Summary, run_many};
+use mobula_chaos::sim::{Campaign, EVENTS_MAX, run, run_many};
 use mobula_core::mutant::{Mutant, plant};
 
 /// Seeds that run without any defect first: what fails there would be "found" everywhere.
@@ -59,8 +59,47 @@ fn arguments() -> Result<Arguments, String> {
     Ok(found)
 }
 
-fn hunt(mutant: Option<Mutant>, campaign: &Campaign) -> Summary {
-    run_many(campaign, || plant(mutant), |_| {})
+/// How one hunt ended.
+struct Hunted {
+    seeds: u64,
+    elapsed: Duration,
+    /// The rule that was broken.
+    found: Option<&'static str>,
+}
+
+/// Looks for one defect as long as the campaign says. What fails without the defect as well is not its
+/// doing, and the hunt goes on behind it.
+fn hunt(mutant: Mutant, campaign: &Campaign) -> Hunted {
+    let began = Instant::now();
+    let mut hunted = Hunted {
+        seeds: 0,
+        elapsed: Duration::ZERO,
+        found: None,
+    };
+    let mut campaign = campaign.clone();
+    let time_max = campaign.time_max.unwrap_or(Duration::MAX);
+    loop {
+        campaign.time_max = Some(time_max.saturating_sub(began.elapsed()));
+        let summary = run_many(&campaign, || plant(Some(mutant)), |_| {});
+        hunted.seeds += summary.seeds;
+        let failed = summary.failures.first();
+        let by_defect = failed.filter(|report| is_clean(report.seed));
+        hunted.found = by_defect.and_then(|report| Some(report.violation.as_ref()?.rule));
+        hunted.elapsed = began.elapsed();
+        if hunted.found.is_some() || failed.is_none() {
+            return hunted;
+        }
+        campaign.first_seed += summary.seeds;
+    }
+}
+
+/// Whether nothing is wrong with a seed where nothing is planted.
+fn is_clean(seed: u64) -> bool {
+    let clean = run(seed, EVENTS_MAX, false).violation.is_none();
+    if !clean {
+        println!("seed {seed} fails where nothing is planted, too");
+    }
+    clean
 }
 
 fn main() -> ExitCode {
@@ -86,7 +125,7 @@ fn main() -> ExitCode {
         stops_at_failure: false,
         ..campaign.clone()
     };
-    let nothing = hunt(None, &clean);
+    let nothing = run_many(&clean, || plant(None), |_| {});
     for report in &nothing.failures {
         if let Some(violation) = &report.violation {
             println!(
@@ -108,23 +147,14 @@ fn main() -> ExitCode {
     println!("{:<26} {:>6} {:>8}  how", "defect", "seeds", "seconds");
     let mut missed = 0;
     for mutant in &arguments.mutants {
-        let summary = hunt(Some(*mutant), &campaign);
-        let violation = summary
-            .failures
-            .first()
-            .and_then(|report| report.violation.as_ref());
-        let how = match violation {
-            Some(violation) => violation.rule,
-            None => {
-                missed += 1;
-                "NOT FOUND"
-            }
-        };
+        let hunted = hunt(*mutant, &campaign);
+        missed += usize::from(hunted.found.is_none());
         println!(
-            "{:<26} {:>6} {:>8.1}  {how}",
+            "{:<26} {:>6} {:>8.1}  {}",
             mutant.name(),
-            summary.seeds,
-            summary.elapsed.as_secs_f64()
+            hunted.seeds,
+            hunted.elapsed.as_secs_f64(),
+            hunted.found.unwrap_or("NOT FOUND")
         );
     }
     let all = arguments.mutants.len();

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use mobula_core::control::ModuleId;
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::{ActorId, JobId, NodeId, SessionId};
+use mobula_core::namespace::NamespaceEntry;
 use mobula_core::resource::Resources;
 use mobula_core::spec::{ActorSpec, JobSpec, PlacementPolicy, Program, RestartPolicy};
 use mobula_scheduler::{Command, Query, Response};
@@ -314,13 +315,18 @@ impl World {
             files: Vec::new(),
             retry_errors: client.keys.is_multiple_of(3),
             secrets: Default::default(),
-            namespace: None,
+            namespace: client.keys.is_multiple_of(2).then(|| NamespaceEntry {
+                name: "shared".to_owned(),
+                principal: "clients".to_owned(),
+            }),
         }
     }
 
     fn actor_spec(&mut self, choice: usize) -> ActorSpec {
         ActorSpec {
             name: choice.is_multiple_of(2).then(|| format!("named-{choice}")),
+            // Others of that name may be there: of another job of the namespace, and detached or not.
+            detached: choice.is_multiple_of(4),
             init: vec![1, 2, 3],
             resources: cpu(500),
             restart: RestartPolicy::times(2),

@@ -57,6 +57,10 @@ counters! {
     checkpoints = "checkpoints",
     /// Changes of modules that somebody who watches was told of.
     watched = "watched changes",
+    /// Creations of actors that outlive their job.
+    detached = "detached creations",
+    /// Times that a head compared its state with another one's.
+    compared = "compared states",
     /// Terms in which somebody led.
     leaders = "leaders",
     /// Times that a leader was told to hand over.

@@ -56,7 +56,8 @@ pub(crate) struct Duties {
     is_checking: bool,
     check_at: Micros,
     seen: BTreeMap<(NodeId, Incarnation), Micros>,
-    expiring: Vec<(NodeId, Incarnation)>,
+    /// The lives of nodes that had a session when the tables were asked for who is alive.
+    asked_of: Vec<(NodeId, Incarnation)>,
     is_controlling: bool,
     control_at: Micros,
     controllers: Vec<Box<dyn Controller>>,
@@ -72,7 +73,7 @@ impl Duties {
             is_checking: false,
             check_at: now + HEALTH_INTERVAL,
             seen: BTreeMap::new(),
-            expiring: Vec::new(),
+            asked_of: Vec::new(),
             is_controlling: false,
             control_at: now,
             controllers: mobula_actors::controllers(),
@@ -278,6 +279,10 @@ impl World {
         duties.is_controlling |= controls;
         duties.is_placing |= places;
         duties.is_checking |= checks;
+        if checks {
+            let lives = duties.sessions.values().filter_map(|served| served.node);
+            duties.asked_of = lives.collect();
+        }
         if places {
             let _ = self.look(raft_id, For::Placement, None);
         }
@@ -307,7 +312,6 @@ impl World {
                 if let Some(duties) = self.duties(raft_id) {
                     duties.is_checking = false;
                     duties.check_at = next;
-                    duties.expiring.clear();
                 }
             }
             (For::Control, outcome) => self.control(raft_id, outcome),
@@ -400,6 +404,12 @@ impl World {
         };
         duties.is_checking = false;
         duties.check_at = now + HEALTH_INTERVAL;
+        for served in duties.sessions.values_mut() {
+            let is_lost = |life| duties.asked_of.contains(&life) && !live.contains(&life);
+            if served.ends_after.is_none() && served.node.is_some_and(is_lost) {
+                served.ends_after = Some(1);
+            }
+        }
         duties.seen.retain(|key, _| live.contains(key));
         let mut expired = Vec::new();
         for key in live {

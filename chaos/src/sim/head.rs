@@ -12,6 +12,7 @@ use mobula_core::clock::Clock;
 use mobula_core::config::RaftConfig;
 use mobula_head::simulation::{CoreFault, CoreOptions, HeadCore, Wire};
 use mobula_storage::engine::{DiskFault, MemoryEngine};
+use mobula_wire::raft::StateClaim;
 use raft::prelude::Message;
 use rand::Rng;
 
@@ -57,6 +58,7 @@ impl Clock for SimClock {
 #[derive(Default)]
 pub(crate) struct Sent {
     messages: Vec<Message>,
+    claims: Vec<StateClaim>,
     snapshots: Vec<(Message, Vec<Vec<u8>>)>,
     broken: Option<Violation>,
 }
@@ -74,6 +76,11 @@ impl Wire for Outbox {
             sent.broken.get_or_insert(violation);
         }
         sent.messages.push(message);
+    }
+
+    fn send_claim(&mut self, claim: &StateClaim) {
+        let mut sent = self.sent.lock().expect("nobody panics with it");
+        sent.claims.push(claim.clone());
     }
 
     fn send_snapshot(&mut self, message: Message, frames: Vec<Vec<u8>>) {
@@ -262,17 +269,15 @@ impl World {
         let inputs = std::mem::take(&mut head.inbox);
         let has_ticked = inputs.iter().any(|input| matches!(input, HeadInput::Tick));
         for input in inputs {
-            if self.take_input(raft_id, input).is_err() {
-                self.fault_ends_head(raft_id);
-                return self.after_step(raft_id, false);
+            if let Err(fault) = self.take_input(raft_id, input) {
+                return self.fault_ends_head(raft_id, &fault);
             }
         }
         let Some(core) = self.core(raft_id) else {
             return Ok(());
         };
-        if core.settle().is_err() {
-            self.fault_ends_head(raft_id);
-            return self.after_step(raft_id, false);
+        if let Err(fault) = core.settle() {
+            return self.fault_ends_head(raft_id, &fault);
         }
         self.after_step(raft_id, has_ticked)?;
         // Only now, for the checker wants to see every entry.
@@ -283,9 +288,8 @@ impl World {
         let compacted = core.compact_if_due();
         let is_shorter = core.status().truncated > before;
         self.counts.compactions += u64::from(is_shorter);
-        if compacted.is_err() {
-            self.fault_ends_head(raft_id);
-            return self.after_step(raft_id, false);
+        if let Err(fault) = compacted {
+            return self.fault_ends_head(raft_id, &fault);
         }
         self.rest(raft_id);
         Ok(())
@@ -309,7 +313,12 @@ impl World {
         self.heads.get_mut(&raft_id)?.core.as_mut()
     }
 
-    fn fault_ends_head(&mut self, raft_id: u64) {
+    fn fault_ends_head(&mut self, raft_id: u64, fault: &CoreFault) -> Result<(), Violation> {
+        if fault.is_divergence() {
+            // All that a head holds was compared with what its entries make, at every step.
+            let rule = "only a head that is wrong is called wrong (I12)";
+            return Err(Violation::new(rule, format!("head {raft_id}: {fault}")));
+        }
         // What was sent before the fault is on its way; what the disk holds is checked at the next
         // start.
         self.flush_outbox(raft_id);
@@ -317,6 +326,7 @@ impl World {
         self.crash_head(raft_id, "its disk failed");
         let delay = self.rng.random_range(200..1_500) * MILLISECOND;
         self.after(delay, Event::HeadStart(raft_id));
+        self.after_step(raft_id, false)
     }
 
     fn take_input(&mut self, raft_id: u64, input: HeadInput) -> Result<(), CoreFault> {
@@ -340,6 +350,11 @@ impl World {
                     frames,
                     life,
                 } => self.take_snapshot(raft_id, (from, life), *message, &frames)?,
+                Packet::Claim(claim) => {
+                    if let Some(core) = self.core(raft_id) {
+                        core.claim_arrived(from, claim, now)?;
+                    }
+                }
                 Packet::SnapshotEnd { to, arrived, life } => {
                     let is_same = self.heads.get(&raft_id).is_some_and(|h| h.life == life);
                     if let (Some(core), true) = (self.core(raft_id), is_same) {
@@ -414,10 +429,21 @@ impl World {
         };
         let sent = std::mem::take(&mut *head.sent.lock().expect("nobody panics with it"));
         let life = head.life;
+        let group = head.core.as_ref().map(|core| core.group());
         if let Some(violation) = sent.broken {
             self.complain(violation);
         }
         let from = Place::Head(raft_id);
+        for claim in sent.claims {
+            let members = group
+                .iter()
+                .flat_map(|group| group.voters.iter().chain(&group.learners));
+            let others = members.copied().filter(|id| *id != raft_id);
+            for to in others.collect::<Vec<_>>() {
+                let packet = Packet::Claim(claim.clone());
+                self.send_at(self.now, from, Place::Head(to), packet);
+            }
+        }
         for message in sent.messages {
             let to = Place::Head(message.to);
             self.send_at(self.now, from, to, Packet::Raft(Box::new(message)));
@@ -445,6 +471,15 @@ impl World {
             return Ok(());
         };
         self.checker.look(raft_id, core, &head.engine)?;
+        let compared = core.peer_states().unwrap_or_default();
+        if let Some(peer) = compared.iter().find(|peer| peer.differs) {
+            let rule = "equal states are called equal (I12)";
+            return Err(Violation::new(
+                rule,
+                format!("head {raft_id} says {peer:?}"),
+            ));
+        }
+        self.counts.compared += compared.len() as u64;
         let (effects, are_lost) = core.take_effects();
         let leadership = core.leadership();
         self.follow_leadership(raft_id, leadership);

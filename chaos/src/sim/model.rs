@@ -71,6 +71,8 @@ pub(crate) struct Model {
     pub(crate) nodes_lost: u64,
     /// Events of nodes that came too late to count.
     pub(crate) fenced: u64,
+    /// Answers to creations of actors that outlive their job.
+    pub(crate) detached: u64,
 }
 
 fn broken<T>(rule: &'static str, index: u64, detail: String) -> Result<T, Violation> {
@@ -240,6 +242,7 @@ impl Model {
             }
             (Command::CreateActors { actors: specs, .. }, Response::ActorsCreated { actors }) => {
                 for (actor, spec) in actors.iter().zip(specs) {
+                    self.detached += u64::from(spec.detached);
                     let known = self.actors.entry(*actor).or_default();
                     if known.on.is_none() {
                         known.resources = spec.resources.clone();

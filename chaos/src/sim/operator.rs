@@ -5,6 +5,7 @@
 use mobula_core::id::SessionId;
 use mobula_head::raft::Member;
 use mobula_head::simulation::{Change, CoreFault, allocate_id, id_in};
+use mobula_storage::raft_log::LogView;
 use rand::Rng;
 
 use super::asked::{Asked, For, Polled, Waiting};
@@ -262,6 +263,17 @@ impl World {
             OperatorTask::Remove(id) => !votes(id) && !learns(id),
             OperatorTask::Allocate | OperatorTask::Transfer(_) | OperatorTask::Distract => true,
         };
+        if let OperatorTask::Promote(id) = task
+            && let Some(head) = self.heads.get(id)
+            && LogView::new(head.engine.durable())
+                .applied()
+                .is_ok_and(|applied| applied.index == 0)
+        {
+            return Err(Violation::new(
+                "who begins to vote holds what the group has (I2)",
+                format!("head {raft_id} has made head {id} a voter, which has applied nothing"),
+            ));
+        }
         if is_done {
             return Ok(());
         }

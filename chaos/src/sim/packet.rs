@@ -1,5 +1,6 @@
 //! What processes of the simulated cluster send to each other.
 
+use std::fmt;
 use std::rc::Rc;
 
 use mobula_core::control::ModuleId;
@@ -8,6 +9,7 @@ use mobula_core::id::{ActorId, Incarnation, NodeId, SessionId};
 use mobula_core::order::{Order, WorkerEvent};
 use mobula_core::resource::Resources;
 use mobula_scheduler::Query;
+use mobula_wire::raft::StateClaim;
 use raft::prelude::Message;
 
 /// Anything on its way.
@@ -22,6 +24,8 @@ pub(crate) enum Packet {
         /// Which life of the sender sends it.
         life: u64,
     },
+    /// Head to head: what its state is.
+    Claim(StateClaim),
     /// A head's transport to the head itself: how the sending of a snapshot ended.
     SnapshotEnd { to: u64, arrived: bool, life: u64 },
     /// Client to head.
@@ -43,6 +47,7 @@ impl Packet {
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Packet::Raft(_) => "messages of Raft",
+            Packet::Claim(_) => "claims of states",
             Packet::Snapshot { .. } | Packet::SnapshotEnd { .. } => "snapshots",
             Packet::Request(_) => "requests",
             Packet::Reply(_) => "replies",
@@ -150,4 +155,23 @@ pub(crate) enum HeadSays {
     Acknowledged {
         sequence: u64,
     },
+}
+
+/// For whoever reads what happened in a run: an order without what it starts.
+impl fmt::Display for HeadSays {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HeadSays::Order { term, order } => match order {
+                Order::Start(start) => {
+                    write!(
+                        f,
+                        "start {} as {} (term {term})",
+                        start.actor, start.incarnation
+                    )
+                }
+                other => write!(f, "{other:?} (term {term})"),
+            },
+            other => write!(f, "{other:?}"),
+        }
+    }
 }

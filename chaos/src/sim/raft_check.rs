@@ -13,9 +13,9 @@ use mobula_core::codec;
 use mobula_core::control::{Command, ModuleId, StateModule};
 use mobula_core::error::Rejection;
 use mobula_head::simulation::{HeadCore, Reference, rows_sum};
-use mobula_storage::engine::{Engine, MemoryEngine};
+use mobula_storage::engine::{Engine, MemoryEngine, MemorySnapshot};
 use mobula_storage::raft_log::LogView;
-use raft::prelude::{ConfState, Entry, Message, MessageType};
+use raft::prelude::{ConfState, Entry, EntryType, Message, MessageType};
 
 use super::model::Model;
 use super::violation::Violation;
@@ -135,6 +135,7 @@ impl RaftChecker {
                 ));
             }
         }
+        check_end_of_log(raft_id, core, engine)?;
         let (committed, applied) = self.compared.get(&raft_id).copied().unwrap_or((0, 0));
         let from = (committed + 1).max(status.truncated + 1).max(FIRST_INDEX);
         for index in from..=status.committed {
@@ -286,6 +287,60 @@ impl RaftChecker {
     }
 }
 
+/// Behind the last entry there is nothing on the disk: after a crash it would be the end of the log.
+fn check_end_of_log(raft_id: u64, core: &HeadCore, engine: &MemoryEngine) -> Result<(), Violation> {
+    let last = core.log().last().index;
+    let log = LogView::new(engine.snapshot());
+    match log.entry(last + 1).expect("memory can be read") {
+        None => Ok(()),
+        Some(entry) => Err(Violation::new(
+            "a log ends on the disk where it ends (I16)",
+            format!(
+                "the log of head {raft_id} ends with entry {last}, and behind it one of term {} is on its \
+                 disk",
+                entry.term
+            ),
+        )),
+    }
+}
+
+/// Whoever tells that a change of the group is committed knows it after a power cut too: the leader counts on
+/// it when it answers.
+fn check_told_changes(
+    message: &Message,
+    engine: &MemoryEngine,
+    durable: &LogView<MemorySnapshot>,
+) -> Result<(), Violation> {
+    let kind = message.get_msg_type();
+    if !matches!(
+        kind,
+        MessageType::MsgAppendResponse | MessageType::MsgHeartbeatResponse
+    ) {
+        return Ok(());
+    }
+    let applied = durable.applied().expect("memory can be read").index;
+    let kept = durable.hard_state().expect("memory can be read").commit;
+    if message.commit <= kept.max(applied) {
+        return Ok(());
+    }
+    let log = LogView::new(engine.snapshot());
+    for index in kept.max(applied) + 1..=message.commit {
+        let entry = log.entry(index).expect("memory can be read");
+        if entry.is_some_and(|entry| entry.get_entry_type() != EntryType::EntryNormal) {
+            return Err(Violation::new(
+                "a change of the group that is told of is known after a crash (I16)",
+                format!(
+                    "head {} tells that entry {index} is committed, a change of the group, and on its \
+                     disk {} is committed",
+                    message.from,
+                    kept.max(applied)
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn data_hash(entry: &Entry) -> u64 {
     let mut hash = u64::from(entry.entry_type.unsigned_abs()) ^ 0x517c_c1b7_2722_0a95;
     for chunk in entry.data.chunks(8) {
@@ -301,6 +356,7 @@ fn data_hash(entry: &Entry) -> u64 {
 /// Checks a message at the moment it leaves: what it promises must survive a power cut (I16).
 pub(crate) fn check_promise(message: &Message, engine: &MemoryEngine) -> Result<(), Violation> {
     let durable = LogView::new(engine.durable());
+    check_told_changes(message, engine, &durable)?;
     let fail = |detail: String| Err(Violation::new("persisted before sent (I16)", detail));
     match message.get_msg_type() {
         MessageType::MsgRequestVoteResponse if !message.reject => {

@@ -335,6 +335,9 @@ impl World {
     }
 
     fn worker_says(&mut self, index: usize, session: u64, head: u64, said: WorkerSays) {
+        if !matches!(said, WorkerSays::Renew) {
+            self.say(|| format!("worker {index} says in session {session}: {said:?}"));
+        }
         let packet = Packet::FromWorker {
             worker: index,
             session,
@@ -394,6 +397,9 @@ impl World {
     fn worker_hears(&mut self, index: usize, number: u64, said: HeadSays) {
         let now = self.now;
         let starts_in = self.rng.random_range(5..150) * MILLISECOND;
+        if !matches!(said, HeadSays::Renewed { .. }) {
+            self.say(|| format!("worker {index} hears in session {number}: {said}"));
+        }
         let worker = &mut self.workers[index];
         let Some(session) = worker.session.as_mut().filter(|s| s.number == number) else {
             return;

@@ -126,8 +126,9 @@ pub(crate) struct World {
     pub(crate) counts: Counts,
     pub(crate) lives: u64,
     pub(crate) sessions: u64,
-    /// When the newest message of a session arrives, so that the next one comes after it.
-    session_clocks: BTreeMap<(u64, bool), Micros>,
+    /// When the newest message of a session arrives, so that the next one comes after it. Behind one that
+    /// never arrives none does.
+    session_clocks: BTreeMap<(u64, bool), Option<Micros>>,
     /// The newest index that any client was told of.
     pub(crate) acknowledged: u64,
     pub(crate) complaint: Option<Violation>,
@@ -234,16 +235,19 @@ impl World {
         packet: Packet,
     ) {
         let mut leaves = leaves;
+        let way = (session, matches!(to, Place::Head(_)));
+        let Some(newest) = *self.session_clocks.entry(way).or_insert(Some(0)) else {
+            return;
+        };
         for _ in 0..4 {
             if let [Some(arrival), _] = self.network.arrivals(from, to, leaves, &mut self.rng) {
-                let to_head = matches!(to, Place::Head(_));
-                let clock = self.session_clocks.entry((session, to_head)).or_default();
-                *clock = arrival.max(*clock + 1);
-                let at = *clock;
+                let at = arrival.max(newest + 1);
+                self.session_clocks.insert(way, Some(at));
                 return self.at(at, Event::Arrive(from, to, packet));
             }
             leaves += 100 * MILLISECOND;
         }
+        self.session_clocks.insert(way, None);
         let (Place::Head(head), Place::Worker(worker)) = (from.max_head(to), from.max_worker(to))
         else {
             return;
@@ -299,6 +303,7 @@ impl World {
         counts.repeats = checker.model.repeats;
         counts.nodes_lost = checker.model.nodes_lost;
         counts.fenced = checker.model.fenced + checker.model.domain.fenced;
+        counts.detached = checker.model.detached;
         counts.checkpoints = checker.model.domain.committed;
     }
 
@@ -424,5 +429,39 @@ impl Place {
         } else {
             other
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::EVENTS_MAX;
+    use super::super::packet::HeadSays;
+    use super::*;
+
+    /// The welcome was lost, and the orders behind it arrived: the worker ran actors in a session that it
+    /// did not know yet, forgot them with the next welcome, and never started them again.
+    #[test]
+    fn nothing_arrives_in_a_session_behind_what_was_lost() {
+        let mut world = World::new(1, EVENTS_MAX, false);
+        let (head, worker) = (Place::Head(1), Place::Worker(0));
+        let due = |world: &World| world.due().get("messages to workers").copied();
+        let tell = |world: &mut World, session| {
+            let said = HeadSays::Renewed { term: 1 };
+            world.send_at(world.now, head, worker, Packet::FromHead { session, said });
+        };
+        tell(&mut world, 7);
+        assert_eq!(due(&world), Some(1));
+        world.network.cut(head, worker, SECOND);
+        tell(&mut world, 7);
+        assert_eq!(world.due().get("broken sessions"), Some(&1));
+        world.network.heal();
+        tell(&mut world, 7);
+        assert_eq!(
+            due(&world),
+            Some(1),
+            "the session is broken, if nobody knows yet"
+        );
+        tell(&mut world, 8);
+        assert_eq!(due(&world), Some(2), "another session is another stream");
     }
 }

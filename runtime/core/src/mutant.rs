@@ -54,6 +54,10 @@ mutants! {
     ReadBeforeApply = "read-before-apply",
     /// A change of the group that raft dropped is answered as made.
     ChangeSwallowed = "change-swallowed",
+    /// That a change of the group is committed is told before it is on the disk.
+    ChangeNotSynced = "change-not-synced",
+    /// A learner is promoted that holds nothing yet.
+    PromotedEmpty = "promoted-empty",
     /// The membership after a change is not stored.
     MembershipNotStored = "membership-not-stored",
     /// A head whose disk was lost starts again under its old id.
@@ -67,6 +71,8 @@ mutants! {
     SnapshotEndUnreported = "snapshot-end-unreported",
     /// The answers of sessions are missing from snapshots.
     SnapshotWithoutSessions = "snapshot-without-sessions",
+    /// The hash of another head's state is compared with the newest one here, whatever entry it is about.
+    ClaimOfOtherEntry = "claim-of-other-entry",
     /// A snapshot is installed over the old rows instead of in their place.
     SnapshotKeepsOldRows = "snapshot-keeps-old-rows",
     /// A snapshot is taken as one of the last entry in the log, applied or not.

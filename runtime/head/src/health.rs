@@ -26,6 +26,7 @@ pub(crate) async fn run(context: Arc<HeadContext>) {
     let mut seen: BTreeMap<(NodeId, Incarnation), Instant> = BTreeMap::new();
     loop {
         tokio::time::sleep(INTERVAL).await;
+        let before = context.sessions.lives();
         let reader = match context.raft.read().await {
             Ok(reader) => reader,
             Err(error) => {
@@ -35,6 +36,9 @@ pub(crate) async fn run(context: Arc<HeadContext>) {
         };
         let live = live_nodes(&reader);
         drop(reader);
+        // Most end with the loss itself, below; a worker may register just before it, and open its session
+        // just after it.
+        context.sessions.end_lost(&before, &live);
         seen.retain(|key, _| live.contains(key));
         for (node, incarnation) in live {
             let last = seen.entry((node, incarnation)).or_insert_with(Instant::now);

@@ -100,6 +100,25 @@ impl Sessions {
         }
     }
 
+    /// The lives of nodes that have a session.
+    pub(crate) fn lives(&self) -> Vec<(NodeId, Incarnation)> {
+        let entries = self.entries.lock();
+        let life = |(node, entry): (&NodeId, &SessionEntry)| (*node, entry.incarnation);
+        entries.iter().map(life).collect()
+    }
+
+    /// Ends the sessions of lives that are over. Those in `before` had one before it was asked which are
+    /// `live`; whoever has come since may not be among these yet.
+    pub(crate) fn end_lost(
+        &self,
+        before: &[(NodeId, Incarnation)],
+        live: &[(NodeId, Incarnation)],
+    ) {
+        for (node, incarnation) in before.iter().filter(|life| !live.contains(life)) {
+            self.end(*node, *incarnation);
+        }
+    }
+
     pub(crate) fn close(&self, node: NodeId, serial: u64) {
         let mut entries = self.entries.lock();
         if entries
@@ -258,6 +277,26 @@ mod tests {
         while outbox.messages.try_recv().is_ok() {}
         assert!(outbox.take_behind());
         assert!(!outbox.take_behind(), "once");
+    }
+
+    /// A worker that registered again at the moment at which its lease ran out: its session was opened when
+    /// that of the lost node had just been ended, and it would have renewed in it for ever.
+    #[tokio::test]
+    async fn a_session_that_a_lost_node_opened_late_ends_with_the_next_look() {
+        let sessions = Sessions::default();
+        let (lost, alive, new) = (
+            (NodeId(1), Incarnation(1)),
+            (NodeId(2), Incarnation(2)),
+            (NodeId(3), Incarnation(9)),
+        );
+        sessions.end(lost.0, lost.1);
+        let _outboxes = [lost, alive].map(|(node, life)| sessions.open(node, life).1);
+        let before = sessions.lives();
+        assert_eq!(before, [lost, alive]);
+        // It registers while the tables are read.
+        let _outbox = sessions.open(new.0, new.1).1;
+        sessions.end_lost(&before, &[alive]);
+        assert_eq!(sessions.lives(), [alive, new]);
     }
 
     #[tokio::test]

@@ -37,8 +37,8 @@ use crate::raft::simulation::{
     HeadCommand, HeadsModule, Input, LogClock, Loop, Peers, PinnedTables, open,
 };
 use crate::raft::{
-    ChangeError, EmptyLog, GroupView, Leadership, Member, Outcome, ProposeError, allocated_id,
-    module_revisions,
+    ChangeError, EmptyLog, GroupView, Leadership, Member, Outcome, PeerState, ProposeError,
+    allocated_id, module_revisions,
 };
 use crate::watch::Changes;
 
@@ -73,6 +73,9 @@ pub trait Wire: Send {
     /// Takes a message of Raft.
     fn send(&mut self, message: Message);
 
+    /// Takes what the head says of its state, which is for every other member.
+    fn send_claim(&mut self, claim: &StateClaim);
+
     /// Takes a snapshot: the message that announces it, and its frames. Its end must be reported
     /// with [`HeadCore::snapshot_sent`].
     fn send_snapshot(&mut self, message: Message, frames: Vec<Vec<u8>>);
@@ -82,6 +85,14 @@ pub trait Wire: Send {
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct CoreFault(#[from] Fault);
+
+impl CoreFault {
+    /// Whether this head was found not to hold what a majority holds. Otherwise it is about its disk.
+    #[must_use]
+    pub fn is_divergence(&self) -> bool {
+        matches!(self.0, Fault::Diverged(_))
+    }
+}
 
 /// A change of the group of heads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,8 +134,8 @@ impl Peers<MemorySnapshot> for WirePeers {
             .send_snapshot(message, std::iter::from_fn(next).collect());
     }
 
-    fn send_claim(&mut self, _: &StateClaim) {
-        // Whoever simulates looks at the states of all heads itself, at every entry.
+    fn send_claim(&mut self, claim: &StateClaim) {
+        self.0.send_claim(claim);
     }
 
     fn set_group(&mut self, _: &GroupView) {}
@@ -135,6 +146,7 @@ pub struct HeadCore {
     state: Loop<MemoryEngine>,
     leadership: watch::Receiver<Leadership>,
     group: watch::Receiver<Arc<GroupView>>,
+    peer_states: watch::Receiver<Vec<PeerState>>,
     effects: EffectReceiver,
     changes: Changes,
     now: Arc<LogClock>,
@@ -179,6 +191,7 @@ impl HeadCore {
             state: opened.state,
             leadership: opened.leadership,
             group: opened.group,
+            peer_states: opened.peer_states,
             effects,
             changes,
             now: opened.clock,
@@ -187,6 +200,13 @@ impl HeadCore {
 
     fn take(&mut self, input: Input<MemorySnapshot>, now: Instant) -> Result<(), CoreFault> {
         Ok(self.state.take(input, now)?)
+    }
+
+    /// How the states of the other heads compared with this one's, each time that this changes.
+    #[must_use]
+    pub fn peer_states(&mut self) -> Option<Vec<PeerState>> {
+        let is_news = self.peer_states.has_changed().unwrap_or(false);
+        is_news.then(|| self.peer_states.borrow_and_update().clone())
     }
 
     /// Proposes a command; its time is stamped here.
@@ -256,6 +276,16 @@ impl HeadCore {
     /// Takes a message of another head.
     pub fn step(&mut self, message: Message, now: Instant) -> Result<(), CoreFault> {
         self.take(Input::Step(Box::new(message)), now)
+    }
+
+    /// Takes what another head said of its state.
+    pub fn claim_arrived(
+        &mut self,
+        from: u64,
+        claim: StateClaim,
+        now: Instant,
+    ) -> Result<(), CoreFault> {
+        self.take(Input::Claim { from, claim }, now)
     }
 
     /// Takes note that a head cannot be reached.

@@ -22,6 +22,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_wire::raft::StateClaim;
 
 use super::apply::StateAt;
@@ -135,7 +136,11 @@ impl Agreement {
         }
         for (raft_id, claim) in ripe {
             // One about an entry that is too long ago is no use; the next one will be.
-            if let Some(own) = self.state_at(claim.index) {
+            let own = match is_planted(Mutant::ClaimOfOtherEntry) {
+                true => self.recent.back().copied(),
+                false => self.state_at(claim.index),
+            };
+            if let Some(own) = own {
                 self.compare(raft_id, own, &claim, voters)?;
             }
         }

@@ -6,8 +6,9 @@
 //!    and says nothing; such a one is proposed again. And a voter goes by the members of which it knows:
 //!    were this leader lost before another one has heard of the change, that one would wait for a
 //!    majority of the old members, and the new one would be of no help.
-//! 2. A learner is promoted only when it holds nearly all that is committed, and a member is
-//!    removed only if a majority of the rest is alive: neither change may stop the group.
+//!    What it knows it still knows after a crash: see [`tells_of_change`].
+//! 2. A learner is promoted only when it holds nearly all that is committed and needs no snapshot, and a
+//!    member is removed only if a majority of the rest is alive: neither change may stop the group.
 //!
 //! These are checks of a moment, for the sake of the operator. What must hold in every case is
 //! checked again in [`super::membership::apply_change`].
@@ -19,7 +20,8 @@ use mobula_core::control::Origin;
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_storage::engine::Engine;
-use raft::{ProgressState, StateRole};
+use raft::prelude::EntryType;
+use raft::{ProgressState, Ready, StateRole};
 use tokio::sync::oneshot;
 
 use super::apply::AppliedChange;
@@ -204,6 +206,24 @@ impl Changes {
     }
 }
 
+/// Whether the write of `ready` lets others know that a change of the group is committed here, and so has to
+/// be on the disk before they do. Where only a part of what is committed is handed out at a time, the rest
+/// may hold one.
+pub(super) fn tells_of_change(ready: &Ready) -> bool {
+    if is_planted(Mutant::ChangeNotSynced) {
+        return false;
+    }
+    let committed = ready.committed_entries();
+    let is_change = |kind| kind != EntryType::EntryNormal;
+    let ends_at = committed.last().map_or(0, |entry| entry.index);
+    ready.hs().is_some_and(|state| {
+        state.commit > ends_at
+            || committed
+                .iter()
+                .any(|entry| is_change(entry.get_entry_type()))
+    })
+}
+
 fn refused(why: String) -> ChangeError {
     Rejection::new(ErrorCode::FailedPrecondition, why).into()
 }
@@ -230,9 +250,14 @@ impl Changes {
         let committed = node.raft.raft_log.committed;
         let lag = committed.saturating_sub(progress.matched);
         let is_alive = self.is_alive(node, raft_id);
+        // What the log has no more of comes in a snapshot, which may be lost many times. In a young group
+        // that is less than the lag above, and until then the learner has no tables and no members.
+        let needs_snapshot =
+            progress.matched == 0 || progress.matched + 1 < node.raft.raft_log.first_index();
+        let needs_snapshot = needs_snapshot && !is_planted(Mutant::PromotedEmpty);
         // The state does not matter: what is matched the learner holds, and raft leaves one that has
         // everything in state probe until there is something new to send.
-        if is_alive && lag <= PROMOTION_LAG_MAX {
+        if is_alive && lag <= PROMOTION_LAG_MAX && !needs_snapshot {
             return Ok(());
         }
         let state = if is_alive {
@@ -242,8 +267,8 @@ impl Changes {
         };
         Err(refused(format!(
             "head {raft_id} ({state}) has not caught up: it holds entry {} of {committed}, at most \
-             {PROMOTION_LAG_MAX} may be missing, and it must have been heard of lately; wait and try \
-             again",
+             {PROMOTION_LAG_MAX} may be missing and none that the log does not have any more, and it \
+             must have been heard of lately; wait and try again",
             progress.matched
         )))
     }

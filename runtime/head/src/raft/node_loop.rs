@@ -13,6 +13,9 @@
 //!    for after.
 //! 3. Nothing here waits for another process or for a client.
 //! 4. After a [`Fault`] nothing of this may be used any more: what is on disk is unknown.
+//! 5. Who tells that a change of the group is committed still knows it after a crash. (Raft itself does not
+//!    ask for that: a commit index is found again by asking a majority. But whose majority is what the
+//!    change is about, see [`super::changes`].)
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,7 +34,7 @@ use tokio::sync::{oneshot, watch};
 use super::agreement::{Agreement, Diverged, PeerState};
 use super::apply::{AppliedEntry, AppliedRun, Applier, StateAt, log_time_ms, state_chain};
 use super::chance::ElectionTimeouts;
-use super::changes::Changes;
+use super::changes::{Changes, tells_of_change};
 use super::inputs::Input;
 use super::log_clock::LogClock;
 use super::membership::{Configuration, GroupView};
@@ -320,7 +323,8 @@ impl<E: Engine> Loop<E> {
             write.set_hard_state(hard_state);
         }
         if !write.is_empty() {
-            let durability = if ready.must_sync() && !is_planted(Mutant::LogNotSynced) {
+            let is_promise = ready.must_sync() || tells_of_change(&ready);
+            let durability = if is_promise && !is_planted(Mutant::LogNotSynced) {
                 Durability::Synced
             } else {
                 Durability::Buffered
@@ -389,6 +393,8 @@ impl<E: Engine> Loop<E> {
             .parts
             .applier
             .apply(entries, &mut configuration, write.batch_mut());
+        // A leader counts itself among those that know of a change (see `super::changes`).
+        let is_changed = configuration.changed.is_some();
         let is_kept = |_: &ConfState| !is_planted(Mutant::MembershipNotStored);
         if let Some(state) = configuration.changed.filter(is_kept) {
             write.set_conf_state(&state);
@@ -401,7 +407,11 @@ impl<E: Engine> Loop<E> {
             index: last.index,
             term: last.term,
         });
-        self.commit(write, Durability::Buffered, "write the tables")?;
+        let durability = match is_changed {
+            true => Durability::Synced,
+            false => Durability::Buffered,
+        };
+        self.commit(write, durability, "write the tables")?;
         self.applied_term = self.applied_term.max(last.term);
         self.agreement.applied(&run.states);
         self.answer(run);
