@@ -7,10 +7,12 @@
 )]
 
 mod certificates;
+mod clock;
 mod cluster_port;
 mod logs;
 mod metrics;
 mod one_head;
+mod overload;
 mod reads;
 mod stamps;
 mod tokens;

@@ -63,13 +63,18 @@ pub(crate) struct OneHead {
 
 impl OneHead {
     pub(crate) async fn start() -> OneHead {
+        OneHead::start_with(Arc::new(SystemClock)).await
+    }
+
+    /// One that goes by this clock.
+    pub(crate) async fn start_with(clock: Arc<dyn Clock>) -> OneHead {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::default();
         config.head.data_dir = dir.path().join("head").display().to_string();
         config.head.api_listen = "127.0.0.1:0".into();
         config.head.cluster_listen = "127.0.0.1:0".into();
         config.storage.url = format!("file://{}", dir.path().join("store").display());
-        let options = HeadOptions::from_config(&config, Arc::new(SystemClock)).unwrap();
+        let options = HeadOptions::from_config(&config, clock).unwrap();
         let head = Head::start(options).await.unwrap();
         let api_address = head.api_address();
         let (stop, stopped) = oneshot::channel::<()>();
