@@ -14,6 +14,12 @@ use crate::outcome::{Outcome, Rate};
 /// Actors with a process each, created together.
 const ISOLATED: usize = 4;
 
+/// With fewer the pages that an allocator takes at a time are too large a part of it.
+const IDLE_MIN: usize = 1000;
+
+/// Slots are given back a second after the last task, and a stopped host ends at once.
+const HOSTS_END_MAX: Duration = Duration::from_secs(20);
+
 pub(crate) async fn measure(
     cluster: &Cluster,
     options: &Options,
@@ -41,6 +47,8 @@ pub(crate) async fn measure(
 
 /// Until each of them has answered a call, which is when it runs.
 async fn idle_actors(cluster: &Cluster, options: &Options, outcome: &mut Outcome) -> Result<()> {
+    // What earlier rows' actors took and freed, their host would give to these without growing.
+    let is_fresh = hosts_have_ended().await;
     let first = cluster.actor(Server::new()).spawn().await?;
     first.small_value().await?;
     let before = memory::hosts();
@@ -69,10 +77,29 @@ async fn idle_actors(cluster: &Cluster, options: &Options, outcome: &mut Outcome
     outcome.rate("spawn, in a host: accepted by the head", &Rate::of(&rates));
     let rates = [count / running.as_secs_f64()];
     outcome.rate("spawn, in a host: each has answered", &Rate::of(&rates));
-    let each_kib = memory::growth_bytes(&before) as f64 / count.max(1.0) / 1024.0;
-    outcome.figure("memory of an idle actor in its host", each_kib, "KiB");
+    let name = "memory of an idle actor in its host";
+    if !is_fresh {
+        outcome.absent(name, "a host of earlier rows did not end");
+    } else if actors.len() < IDLE_MIN {
+        outcome.absent(name, &format!("{IDLE_MIN} actors are needed for it"));
+    } else {
+        let each_kib = memory::growth_bytes(&before) as f64 / count / 1024.0;
+        outcome.figure(name, each_kib, "KiB");
+    }
     actors.push(first);
     stop(&actors).await
+}
+
+/// Waits until the job has no host but its driver; false if that takes too long.
+async fn hosts_have_ended() -> bool {
+    let began = Instant::now();
+    while !memory::hosts().is_empty() {
+        if began.elapsed() > HOSTS_END_MAX {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    true
 }
 
 async fn stop(actors: &[ActorRef<Server>]) -> Result<()> {
