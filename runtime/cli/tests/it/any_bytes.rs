@@ -8,6 +8,8 @@ use rand::{Rng, SeedableRng};
 
 #[path = "../../../../fuzz/src/decoders.rs"]
 mod decoders;
+#[path = "../../../../fuzz/src/domain_decoders.rs"]
+mod domain_decoders;
 #[path = "../../../../fuzz/src/head_decoders.rs"]
 mod head_decoders;
 #[path = "../../../../fuzz/src/replicated.rs"]
@@ -16,6 +18,7 @@ mod replicated;
 mod wire_decoders;
 
 use decoders::{DECODERS, Decoder};
+use domain_decoders::DOMAIN_DECODERS;
 use head_decoders::HEAD_DECODERS;
 use wire_decoders::WIRE_DECODERS;
 
@@ -31,7 +34,8 @@ fn seed() -> u64 {
 }
 
 fn all() -> impl Iterator<Item = &'static Decoder> {
-    DECODERS.iter().chain(WIRE_DECODERS).chain(HEAD_DECODERS)
+    let all = DECODERS.iter().chain(WIRE_DECODERS);
+    all.chain(DOMAIN_DECODERS).chain(HEAD_DECODERS)
 }
 
 /// A valid input with a few bytes changed, cut off or put in; or anything at all.

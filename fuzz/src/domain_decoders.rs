@@ -1,0 +1,117 @@
+//! The decoders of what the domain modules read and the object store keeps: as
+//! [`decoders`](super::decoders), for builds with the actors.
+
+#![allow(
+    unreachable_pub,
+    reason = "a test of the workspace includes this file as a private module"
+)]
+
+use mobula_actors::serving::oip;
+
+use super::decoders::{Decoder, no_seeds};
+
+/// All of them.
+pub const DOMAIN_DECODERS: &[Decoder] = &[
+    Decoder {
+        name: "modules",
+        run: super::replicated::run,
+        seeds: super::replicated::seeds,
+    },
+    Decoder {
+        name: "manifest",
+        run: manifest,
+        seeds: no_seeds,
+    },
+    Decoder {
+        name: "job_toml",
+        run: job_toml,
+        seeds: job_toml_seeds,
+    },
+    Decoder {
+        name: "version_file",
+        run: version_file,
+        seeds: no_seeds,
+    },
+    Decoder {
+        name: "oip_json",
+        run: oip_json,
+        seeds: oip_json_seeds,
+    },
+    Decoder {
+        name: "oip_binary",
+        run: oip_binary,
+        seeds: oip_binary_seeds,
+    },
+];
+
+fn manifest(bytes: &[u8]) {
+    use mobula_storage::checkpoint::{Manifest, ManifestName};
+    let _ = Manifest::from_bytes(bytes);
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Some(name) = ManifestName::parse(text)
+    {
+        assert!(ManifestName::parse(&name.path()).is_some());
+    }
+}
+
+fn job_toml(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = mobula_actors::training::spec::TrainSpec::from_toml(text, "job.toml");
+    }
+}
+
+fn job_toml_seeds() -> Vec<Vec<u8>> {
+    let text = "name = \"a\"\nseed = 7\nsteps = 80\ncheckpoint_every_steps = 40\n\
+                workers = { min = 1, max = 2 }\n[model.mlp]\nhidden = [64]\n";
+    vec![text.into()]
+}
+
+fn version_file(bytes: &[u8]) {
+    let _ = mobula_actors::registry::version_file::VersionFile::from_bytes(bytes);
+    let csv = mobula_actors::training::data::csv::CsvSpec {
+        files: Vec::new(),
+        header: false,
+        shape: None,
+        classes: None,
+        targets: None,
+        scale: None,
+    };
+    let _ = mobula_actors::training::data::Dataset::from_csv("fuzz.csv", bytes, &csv);
+}
+
+fn oip_json(bytes: &[u8]) {
+    if let Ok(request) = oip::decode_request(bytes, None)
+        // BF16 has no JSON form.
+        && let Ok(body) = oip::encode_request(&request, false)
+    {
+        assert!(oip::decode_request(&body.bytes, body.json_length).is_ok());
+    }
+    let _ = oip::decode_response(bytes, None);
+}
+
+fn oip_json_seeds() -> Vec<Vec<u8>> {
+    let text = r#"{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","data":[1.0,2.0]}]}"#;
+    vec![text.into()]
+}
+
+/// The first two bytes are the length of the JSON part, which a header gives.
+fn oip_binary(bytes: &[u8]) {
+    let Some((length, body)) = bytes.split_first_chunk::<2>() else {
+        return;
+    };
+    let json_length = Some(usize::from(u16::from_le_bytes(*length)));
+    if let Ok(request) = oip::decode_request(body, json_length) {
+        let written =
+            oip::encode_request(&request, true).expect("what was accepted can be written");
+        assert!(oip::decode_request(&written.bytes, written.json_length).is_ok());
+    }
+    let _ = oip::decode_response(body, json_length);
+}
+
+fn oip_binary_seeds() -> Vec<Vec<u8>> {
+    let json = r#"{"inputs":[{"name":"x","shape":[2],"datatype":"INT32","parameters":{"binary_data_size":8}}]}"#;
+    let length = u16::try_from(json.len())
+        .expect("it is short")
+        .to_le_bytes();
+    vec![[&length, json.as_bytes(), &[1, 0, 0, 0, 2, 0, 0, 0]].concat()]
+}
