@@ -24,7 +24,8 @@ const ASK_MAX: Duration = Duration::from_secs(60);
 #[derive(Clone)]
 pub struct ClusterCollective {
     cluster: Cluster,
-    trainers: Arc<Mutex<BTreeMap<u32, ActorRef<Trainer>>>>,
+    /// By slot, with the start that each was last called in.
+    trainers: Arc<Mutex<BTreeMap<u32, (u64, ActorRef<Trainer>)>>>,
 }
 
 impl ClusterCollective {
@@ -38,9 +39,8 @@ impl ClusterCollective {
     }
 
     async fn find(&self, member: MemberId) -> Result<ActorRef<Trainer>, Unreachable> {
-        let known = self.trainers.lock().get(&member.slot).cloned();
-        if let Some(trainer) = known {
-            return Ok(trainer);
+        if let Some(known) = self.known(member) {
+            return Ok(known);
         }
         let name = trainer_name(member.slot);
         let found = self.cluster.get_actor::<Trainer>(&name).await;
@@ -48,8 +48,21 @@ impl ClusterCollective {
             member,
             reason: error.to_string(),
         })?;
-        self.trainers.lock().insert(member.slot, trainer.clone());
+        let known = (member.incarnation, trainer.clone());
+        self.trainers.lock().insert(member.slot, known);
         Ok(trainer)
+    }
+
+    /// The trainer, if it was called before. Of a start that is newer than the one that was called, the way is
+    /// asked for anew: the old one may lead to a dead process, of whose end no packet tells.
+    fn known(&self, member: MemberId) -> Option<ActorRef<Trainer>> {
+        let mut trainers = self.trainers.lock();
+        let (incarnation, trainer) = trainers.get_mut(&member.slot)?;
+        if *incarnation < member.incarnation {
+            *incarnation = member.incarnation;
+            *trainer = ActorRef::from_id(&self.cluster, trainer.actor_id());
+        }
+        Some(trainer.clone())
     }
 
     fn failed(&self, member: MemberId, failure: CallFailure<TrainerError>) -> Unreachable {
