@@ -173,8 +173,12 @@ impl World {
 
     /// An actor of an endpoint goes on.
     pub(crate) fn role_goes_on(&mut self, worker: usize, role: Role, incarnation: Incarnation) {
+        // Who was stopped, and goes on, says first what was due then, whoever has taken its place meanwhile.
+        let stopped_until = self.workers[worker].stopped_until;
+        let goes_on_again = stopped_until > 0 && self.now - stopped_until < 100 * MILLISECOND;
+        let often = if goes_on_again { 0.5 } else { 0.05 };
         match role {
-            Role::Router(endpoint) if self.rng.random_bool(0.05) => {
+            Role::Router(endpoint) if self.rng.random_bool(often) => {
                 let command = serving::Command::RouterReady {
                     endpoint,
                     incarnation,
