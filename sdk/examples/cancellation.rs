@@ -98,9 +98,11 @@ async fn main(cluster: Cluster) -> mobula::Result<()> {
     order.await.expect_err("it was cancelled");
     assert_eq!(kitchen.interrupted().await?, 2);
 
-    // A deadline is passed on: the waiter gives up when its guest does.
+    // A deadline is passed on: the waiter gives up when its guest does, though this kitchen cooks on. If
+    // it waited, it could serve nobody else for an hour.
+    let slow = cluster.actor(Kitchen::new()).spawn().await?;
     let limit = Duration::from_millis(300);
-    let error = waiter.order(kitchen.clone(), 2_000).timeout(limit).await;
+    let error = waiter.order(slow, an_hour_ms).timeout(limit).await;
     println!("in a hurry: {}", error.expect_err("the kitchen is slow"));
     println!("served: {}", waiter.order(kitchen, 1).await?);
     cluster
