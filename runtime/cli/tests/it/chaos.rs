@@ -1,13 +1,12 @@
 //! Hosts, workers and heads die at random moments of a training job, and the weights come out the
 //! same.
 
-use std::process::{Command, Stdio};
-
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
-use crate::support::{TestCluster, kill_9, mobula, signal, small_job, wait_for};
+use crate::heads::start_head;
+use crate::support::{TestCluster, kill_9, signal, small_job, wait_for};
 
 /// Some seconds of training: long enough for a head to come back while it goes on.
 const STEPS: u32 = 6_000;
@@ -56,47 +55,6 @@ fn actor_of(cluster: &TestCluster, job: &str, type_name: &str) -> (u32, u64) {
     })
 }
 
-/// A head that was started again; it ends with the test, whatever becomes of it.
-pub(crate) struct HeadAgain(std::process::Child);
-
-impl Drop for HeadAgain {
-    fn drop(&mut self) {
-        // Both fail only if it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Starts a killed head again on its own directory and addresses.
-pub(crate) fn start_head_again(cluster: &TestCluster) -> HeadAgain {
-    let ready: Value = serde_json::from_str(
-        &std::fs::read_to_string(cluster.dir().join("head-1/ready.json")).unwrap(),
-    )
-    .unwrap();
-    let log = std::fs::File::options()
-        .append(true)
-        .open(cluster.dir().join("head-1.log"))
-        .unwrap();
-    let mut command: Command = mobula();
-    command
-        .args([
-            "head",
-            "--api-listen",
-            ready["api_address"].as_str().unwrap(),
-        ])
-        .args([
-            "--cluster-listen",
-            ready["cluster_address"].as_str().unwrap(),
-        ])
-        .arg("--data-dir")
-        .arg(cluster.dir().join("head-1"))
-        .arg("--storage-url")
-        .arg(format!("file://{}", cluster.dir().join("store").display()))
-        .stdout(Stdio::null())
-        .stderr(log);
-    HeadAgain(command.spawn().unwrap())
-}
-
 #[test]
 fn hosts_a_worker_and_the_head_die_and_the_weights_are_the_same() {
     let seed = std::env::var("MOBULA_TEST_SEED")
@@ -125,7 +83,7 @@ fn hosts_a_worker_and_the_head_die_and_the_weights_are_the_same() {
     wait_for_step(&cluster, &job, moments[2]);
     println!("step {}: killing the head", moments[2]);
     kill_9(cluster.pid("head-1"));
-    let _head = start_head_again(&cluster);
+    let _head = start_head(&cluster, "head-1", &[]);
 
     wait_for_step(&cluster, &job, moments[3]);
     let (_, node) = actor_of(&cluster, &job, "mobula.trainer");

@@ -1,13 +1,14 @@
 //! Detached actors: they outlive the job that made them, are called by others of their namespace and by
 //! nobody else, and survive what any actor survives.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
 use crate::examples::example;
 use crate::heads::leader;
-use crate::support::{TestCluster, kill_9, mobula, text_of, wait_for};
+use crate::support::{TestCluster, kill_9, mobula, runs, text_of, wait_for};
 
 /// What the jobs of these tests do: `open`, `sell <times>`, `close`.
 struct Shop {
@@ -67,10 +68,6 @@ impl Shop {
 
 fn pid_of(till: &Value) -> u32 {
     u32::try_from(till["pid"].as_u64().unwrap()).unwrap()
-}
-
-fn is_running(pid: u32) -> bool {
-    std::path::Path::new(&format!("/proc/{pid}")).exists()
 }
 
 #[test]
@@ -158,9 +155,7 @@ fn it_outlives_its_job_serves_others_and_ends_when_it_is_stopped() {
     assert_eq!(shop.run(&["close"]), 7);
     let ended = cluster.wait_job(&home);
     assert_eq!(ended["state"], "stopped", "{ended}");
-    wait_for("the end of its process", || {
-        (!is_running(pid)).then_some(())
-    });
+    wait_for("the end of its process", || (!runs(pid)).then_some(()));
     // The name is free, and the next till is another one.
     assert_eq!(shop.run(&["open"]), 0);
     let listed = cluster.ok(&["actors", "list"]);
@@ -207,6 +202,69 @@ fn two_jobs_that_create_it_at_once_get_the_same_and_stopping_either_leaves_it() 
     let home = format!("job-{}", shop.running_till()["job"]);
     shop.cluster.ok(&["jobs", "stop", &home]);
     assert_eq!(shop.cluster.wait_job(&home)["state"], "stopped");
+}
+
+#[test]
+fn those_that_are_created_while_the_leader_goes_are_there_once() {
+    let cluster = TestCluster::up_with(1, &["--heads", "3"], &[]);
+    let program = example("many_shops");
+    let enough = cluster.dir().join("enough");
+    let submitted = cluster.json(&[
+        "submit",
+        "--namespace",
+        "mall",
+        // Its driver sees no error: it is not started again.
+        "--max-restarts",
+        "0",
+        program.to_str().unwrap(),
+        "--",
+        enough.to_str().unwrap(),
+    ]);
+    // The names of those that have not ended; a head that has lost its leader may not answer.
+    let open = || -> Option<Vec<Value>> {
+        let output = cluster.run(&["actors", "list", "--json"]);
+        let actors: Value = serde_json::from_slice(&output.stdout).ok()?;
+        let is_open = |actor: &&Value| actor["detached"] == true && actor["state"] != "ended";
+        Some(actors.as_array()?.iter().filter(is_open).cloned().collect())
+    };
+    let wait_for_shops = |count: usize| {
+        wait_for(&format!("{count} shops"), || {
+            let shops = open()?;
+            (shops.len() >= count).then_some(shops.len())
+        })
+    };
+    wait_for_shops(20);
+    let lost = leader(&cluster);
+    kill_9(cluster.pid(&lost));
+    let then = wait_for_shops(1);
+    // So it went in the midst of it.
+    wait_for_shops(then + 50);
+    std::fs::write(&enough, "").unwrap();
+    let opened = cluster.result_of(&format!("job-{}", submitted["job"]));
+    assert_ne!(leader(&cluster), lost);
+
+    let shops = open().unwrap();
+    assert_eq!(
+        shops.len() as u64,
+        opened,
+        "none twice, none without its creator's word"
+    );
+    let names: BTreeSet<&str> = shops
+        .iter()
+        .filter_map(|shop| shop["name"].as_str())
+        .collect();
+    assert_eq!(names.len(), shops.len());
+    let homes: BTreeSet<u64> = shops
+        .iter()
+        .filter_map(|shop| shop["job"].as_u64())
+        .collect();
+    assert_eq!(homes.len(), 1, "creators in which all is equal share a job");
+    let home = format!("job-{}", shops[0]["job"]);
+    let shown = cluster.json(&["jobs", "show", &home]);
+    assert_eq!(shown["detached_actors"], opened, "{shown}");
+    cluster.ok(&["jobs", "stop", &home]);
+    assert_eq!(cluster.wait_job(&home)["state"], "stopped");
+    assert_eq!(open().unwrap(), Vec::<Value>::new());
 }
 
 #[test]

@@ -17,7 +17,7 @@ pub(crate) fn example(name: &str) -> PathBuf {
     path
 }
 
-fn embedded(name: &str, arguments: &[&str]) -> String {
+pub(crate) fn embedded(name: &str, arguments: &[&str]) -> String {
     let output = Command::new(example(name))
         .args(arguments)
         .env("MOBULA_BIN", env!("CARGO_BIN_EXE_mobula"))

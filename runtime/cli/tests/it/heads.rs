@@ -2,25 +2,16 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::time::Instant;
 
 use mobula::Cluster;
 use mobula_wire::control::{CreateTokenRequest, DrainNodeRequest};
 use serde_json::Value;
 
-use crate::support::{TestCluster, kill_9, mobula, runs, signal, small_job, text_of, wait_for};
-
-/// A head that a test started itself; it ends with the test.
-pub(crate) struct Started(pub(crate) Child);
-
-impl Drop for Started {
-    fn drop(&mut self) {
-        // Both fail only if it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+use crate::support::{
+    Started, TestCluster, kill_9, mobula, runs, signal, small_job, text_of, wait_for,
+};
 
 /// The heads, as the leader knows them.
 pub(crate) fn heads(cluster: &TestCluster) -> Vec<Value> {

@@ -1,10 +1,10 @@
 //! Jobs: what is shipped with them, what they leave, and what becomes of them when things go wrong.
 
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 
 use crate::examples::example;
-use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
+use crate::support::{Started, TestCluster, kill_9, mobula, runs, small_job, text_of, wait_for};
 
 #[test]
 fn files_and_environment_are_shipped_and_the_result_is_kept() {
@@ -103,6 +103,79 @@ fn who_uses_more_memory_than_it_may_is_ended_and_told_so() {
         assert!(limits.starts_with("none-"), "{limits}");
         assert!(result.starts_with("nothing limits memory here"), "{result}");
     }
+}
+
+/// The weight of a process's control group where CPUs are busy: the file's name, and what it says.
+fn cpu_weight(pid: u32) -> Option<(&'static str, String)> {
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    groups.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next()?, fields.next()?);
+        let has_cpu = controllers.split(',').any(|controller| controller == "cpu");
+        let file = match controllers {
+            "" => "cpu.weight",
+            _ if has_cpu => "cpu.shares",
+            _ => return None,
+        };
+        let folder = format!("/sys/fs/cgroup/{controllers}{path}");
+        let weight = std::fs::read_to_string(PathBuf::from(folder).join(file)).ok()?;
+        Some((file, weight.trim().to_owned()))
+    })
+}
+
+#[test]
+fn a_process_weighs_as_much_on_a_busy_cpu_as_it_asked_for() {
+    let cluster = TestCluster::up(1);
+    let nodes = cluster.json(&["nodes", "list"]);
+    let limits = nodes[0]["labels"]["memory_limits"].as_str().unwrap();
+    if !limits.starts_with("cgroup") {
+        println!("not shown: {limits}");
+        return;
+    }
+    let file = cluster.dir().join("job.toml");
+    std::fs::write(&file, small_job("heavy", 1_000_000)).unwrap();
+    let submitted = cluster.json(&["submit", file.to_str().unwrap(), "--cpus", "2"]);
+    let job = format!("job-{}", submitted["job"]);
+    let driver = wait_for("a driver", || {
+        let actors = cluster.json(&["actors", "list", "--job", &job]);
+        let is_driver = |actor: &&serde_json::Value| actor["type_name"] == "driver";
+        u32::try_from(actors.as_array()?.iter().find(is_driver)?["pid"].as_u64()?).ok()
+    });
+    let weight = cpu_weight(driver);
+    // Two cores, where a group that nobody weighed has one.
+    let expected = [("cpu.shares", "2048"), ("cpu.weight", "200")];
+    let is_expected = |(file, weight): &(&str, String)| expected.contains(&(*file, weight));
+    assert!(weight.as_ref().is_some_and(is_expected), "{weight:?}");
+    cluster.ok(&["jobs", "stop", &job]);
+}
+
+#[test]
+fn a_process_that_never_says_that_it_is_there_is_ended_and_told_of() {
+    let cluster = TestCluster::up(1);
+    // A program that knows nothing of clusters; no other process of the machine has this argument.
+    let argument = format!("1000.{}", std::process::id());
+    let submitted = cluster.json(&[
+        "submit",
+        "/bin/sleep",
+        "--max-restarts",
+        "0",
+        "--",
+        &argument,
+    ]);
+    let find = || {
+        let entries = std::fs::read_dir("/proc").unwrap();
+        let mut pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        pids.find(|pid: &u32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.ends_with(format!("\0{argument}\0").as_bytes())
+        })
+    };
+    let pid = wait_for("the mute process", find);
+    let ended = cluster.wait_job(&format!("job-{}", submitted["job"]));
+    assert_eq!(ended["state"], "failed", "{ended}");
+    let reason = ended["exit_reason"].as_str().unwrap();
+    assert!(reason.contains("said nothing within 30000 ms"), "{reason}");
+    wait_for("the end of the mute process", || (!runs(pid)).then_some(()));
 }
 
 #[test]
@@ -205,7 +278,7 @@ fn each_process_sees_the_gpus_that_its_actor_was_given() {
             .stdout(Stdio::null());
         worker
     };
-    let _worker = Ended(
+    let _worker = Started(
         join("gpu-1", "gpu-1")
             .stderr(Stdio::null())
             .spawn()
@@ -243,17 +316,6 @@ fn each_process_sees_the_gpus_that_its_actor_was_given() {
         text.contains("a worker called `gpu-1` is in the cluster"),
         "{text}"
     );
-}
-
-/// A process that ends with the test.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // Both fail only if it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// The folders of control groups that a worker's process made.

@@ -4,81 +4,17 @@
 //! The program that puts and reads them is `tests/programs/object_probe.rs`.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::path::Path;
 
 use serde_json::Value;
 
 use crate::examples::example;
+use crate::extra_worker::ExtraWorker;
 use crate::small_disk::SmallDisk;
-use crate::support::{TestCluster, kill_9, mobula, wait_for};
+use crate::support::{TestCluster, kill_9, wait_for};
 
 const MIB: u64 = 1 << 20;
-
-/// A worker of a test's own making, beside those of `mobula local up`.
-struct ExtraWorker {
-    process: Child,
-    dir: PathBuf,
-    log: PathBuf,
-}
-
-impl ExtraWorker {
-    /// `settings` are lines of the section `[worker]`.
-    fn start(cluster: &TestCluster, spot: &str, settings: &str) -> Self {
-        let dir = ExtraWorker::dir(cluster, spot);
-        std::fs::create_dir_all(&dir).unwrap();
-        let config = dir.join("worker.toml");
-        std::fs::write(&config, format!("[worker]\n{settings}\n")).unwrap();
-        let log = dir.join("worker.log");
-        let process = mobula()
-            .args(["worker", "--name", spot, "--label", &format!("spot={spot}")])
-            .args(["--cpus", "8", "--head", cluster.api()])
-            .arg("--config")
-            .arg(&config)
-            .arg("--data-dir")
-            .arg(&dir)
-            .arg("--join-token-file")
-            .arg(cluster.dir().join("tokens/worker.token"))
-            .stdout(Stdio::null())
-            .stderr(File::create(&log).unwrap())
-            .spawn()
-            .unwrap();
-        let worker = ExtraWorker { process, dir, log };
-        wait_for("the worker to join", || {
-            let nodes = cluster.json(&["nodes", "list"]);
-            let nodes = nodes.as_array().unwrap();
-            let node = nodes.iter().find(|node| node["name"] == spot)?;
-            (node["state"] == "alive").then_some(())
-        });
-        worker
-    }
-
-    /// Its data directory.
-    fn dir(cluster: &TestCluster, spot: &str) -> PathBuf {
-        cluster.dir().join(format!("extra-{spot}"))
-    }
-
-    fn pid(&self) -> u32 {
-        self.process.id()
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
-    }
-}
-
-impl Drop for ExtraWorker {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("--- {} ---\n{}", self.dir.display(), self.log());
-        }
-        // It may have ended already.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
 
 /// Processes below `ancestor`, and itself.
 fn family(ancestor: u32) -> BTreeSet<u32> {
@@ -170,6 +106,13 @@ fn lose_an_owner(kill: impl FnOnce(u32, &ExtraWorker)) -> (Value, TestCluster, [
     let a = ExtraWorker::start(&cluster, "a", ROOMY);
     let b = ExtraWorker::start(&cluster, "b", ROOMY);
     let owner = told(&cluster, &job, "owner.json")["pid"].as_u64().unwrap();
+    // While the processes are there that saw it: one value went to the other machine.
+    let trace = cluster.ok(&["jobs", "timeline", &job]);
+    let trace: Value = serde_json::from_str(&trace).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let is_transfer = |event: &&Value| event["cat"] == "transfer" && event["ph"] != "e";
+    let transfers: Vec<&Value> = events.iter().filter(is_transfer).collect();
+    assert_eq!(transfers.len(), 1, "{transfers:?}");
     for worker in [&a, &b] {
         let arenas = arenas_of(&BTreeSet::from([worker.pid()]));
         assert!(!arenas.is_empty(), "both nodes hold something");

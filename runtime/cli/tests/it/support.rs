@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -214,6 +214,17 @@ impl Drop for TestCluster {
             .args(["local", "down", "--data-dir"])
             .arg(self.dir())
             .output();
+    }
+}
+
+/// A process that a test started itself; it ends with the test.
+pub(crate) struct Started(pub(crate) Child);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

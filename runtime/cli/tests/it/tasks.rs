@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::chaos::start_head_again;
 use crate::examples::example;
+use crate::heads::start_head;
 use crate::support::{TestCluster, kill_9, wait_for};
 
 struct Case {
@@ -116,7 +116,7 @@ fn tasks_go_on_while_the_head_is_away_and_find_it_when_it_is_back() {
     kill_9(case.cluster.pid("head-1"));
     // Another slot is needed for it, which nobody can grant now.
     kill_9(first);
-    let _head = start_head_again(&case.cluster);
+    let _head = start_head(&case.cluster, "head-1", &[]);
     for x in [673, 1339] {
         kill_9(case.heard(&format!("held-{x}")).parse().unwrap());
     }
@@ -196,6 +196,13 @@ fn large_values_that_are_lost_with_their_node_are_made_again() {
     assert_eq!(case.result()["right"], 12);
     let again = makers(&case).len() - made.len();
     assert!(again >= lost, "{again} of {lost} were made again");
+}
+
+#[test]
+fn a_task_of_another_process_makes_no_more_than_its_reader_takes() {
+    let case = Case::begin("pressure");
+    let result = case.result();
+    assert!(result["ahead"].as_u64() >= Some(1), "{result}");
 }
 
 #[test]

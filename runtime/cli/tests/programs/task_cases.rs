@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use futures::{Stream, StreamExt, TryStreamExt};
 use mobula::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,17 @@ impl Folder {
 
     fn has(&self, name: &str) -> bool {
         self.0.join(name).exists()
+    }
+
+    /// How many names begin like this.
+    fn count(&self, beginning: &str) -> std::io::Result<usize> {
+        let mut count = 0;
+        for entry in std::fs::read_dir(&self.0)? {
+            let name = entry?.file_name();
+            let name = name.to_string_lossy();
+            count += usize::from(name.starts_with(beginning) && !name.ends_with(".draft"));
+        }
+        Ok(count)
     }
 
     async fn until(&self, name: &str) {
@@ -260,6 +272,32 @@ fn is_cancelled(error: &mobula::Error) -> bool {
     matches!(error, mobula::Error::Call(CallError::Cancelled { .. }))
 }
 
+/// Says of each number that it is made.
+#[mobula::task]
+fn numbers(folder: Folder, up_to: u64) -> impl Stream<Item = u64> {
+    futures::stream::iter(0..up_to).inspect(move |n| folder.say(&format!("number-{n}"), ""))
+}
+
+/// What waits for one reader who takes one number: what it asked for, and what is in each hand.
+async fn pressure(cluster: &Cluster, folder: &Folder) -> mobula::Result<()> {
+    let mut stream = cluster
+        .task(numbers(folder.clone(), 1000))
+        .window(4)
+        .submit();
+    assert_eq!(stream.next().await.transpose()?, Some(0));
+    // The task has come to wait once another one ran in its slot, or beside it.
+    for n in 0..20 {
+        cluster.task(says(folder.clone(), n)).submit().get().await?;
+    }
+    let ahead = folder.count("number-")?;
+    assert!(ahead <= 1 + 4 + 2 + 1, "{ahead} made for one that was read");
+    let rest: Vec<u64> = stream.try_collect().await?;
+    assert_eq!(rest, (1..1000).collect::<Vec<_>>());
+
+    let result = serde_json::json!({ "ahead": ahead });
+    cluster.set_result(&result).await
+}
+
 /// Every way in which a task can end other than by its value.
 async fn ends(cluster: &Cluster, folder: &Folder) -> mobula::Result<()> {
     let mut bystanders = Vec::new();
@@ -333,6 +371,7 @@ async fn main(cluster: Cluster, args: Vec<String>) -> mobula::Result<()> {
         "full" => full(&cluster, &folder).await,
         "lost" => lost(&cluster, &folder).await,
         "ends" => ends(&cluster, &folder).await,
+        "pressure" => pressure(&cluster, &folder).await,
         other => Err(format!("there is no case `{other}`").into()),
     }
 }
