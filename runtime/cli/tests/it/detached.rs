@@ -209,8 +209,9 @@ fn those_that_are_created_while_the_leader_goes_are_there_once() {
     let cluster = TestCluster::up_with(1, &["--heads", "3"], &[]);
     let program = example("many_shops");
     let enough = cluster.dir().join("enough");
-    let submitted = cluster.json(&[
+    let submitted = cluster.ok(&[
         "submit",
+        "--json",
         "--namespace",
         "mall",
         // Its driver sees no error: it is not started again.
@@ -220,6 +221,7 @@ fn those_that_are_created_while_the_leader_goes_are_there_once() {
         "--",
         enough.to_str().unwrap(),
     ]);
+    let submitted: Value = serde_json::from_str(&submitted).unwrap();
     // The names of those that have not ended; a head that has lost its leader may not answer.
     let open = || -> Option<Vec<Value>> {
         let output = cluster.run(&["actors", "list", "--json"]);

@@ -154,14 +154,16 @@ fn a_process_that_never_says_that_it_is_there_is_ended_and_told_of() {
     let cluster = TestCluster::up(1);
     // A program that knows nothing of clusters; no other process of the machine has this argument.
     let argument = format!("1000.{}", std::process::id());
-    let submitted = cluster.json(&[
+    let submitted = cluster.ok(&[
         "submit",
+        "--json",
         "/bin/sleep",
         "--max-restarts",
         "0",
         "--",
         &argument,
     ]);
+    let submitted: serde_json::Value = serde_json::from_str(&submitted).unwrap();
     let find = || {
         let entries = std::fs::read_dir("/proc").unwrap();
         let mut pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
