@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     match runtime.block_on(run(arguments)) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", output::causes(&error));
             ExitCode::FAILURE
         }
     }

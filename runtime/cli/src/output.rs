@@ -8,6 +8,17 @@ pub(crate) fn print_json<T: Serialize>(value: &T) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An error and what caused it. A cause whose text is part of what was said is not said again.
+pub(crate) fn causes(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Prints rows under a header, columns padded to their widest cell.
 pub(crate) fn print_table(header: &[&str], rows: &[Vec<String>]) {
     let widths: Vec<usize> = header
@@ -66,6 +77,15 @@ pub(crate) fn or_dash<T: ToString>(value: Option<T>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let cause = || anyhow::anyhow!("no such file");
+        let twice = cause().context("a.toml: no such file").context("no job");
+        assert_eq!(causes(&twice), "no job: a.toml: no such file");
+        let once = cause().context("a.toml cannot be read");
+        assert_eq!(causes(&once), "a.toml cannot be read: no such file");
+    }
 
     #[test]
     fn ages_are_short() {
