@@ -217,9 +217,11 @@ where
 
 /// The cluster that the environment names, or one of our own.
 async fn chosen_cluster() -> Result<Cluster> {
-    let Ok(named) = std::env::var(CLUSTER_ENV) else {
+    // An empty variable is as one that is not set.
+    let named = std::env::var(CLUSTER_ENV).unwrap_or_default();
+    if named.is_empty() {
         return Cluster::embedded().await;
-    };
+    }
     if Path::new(&named).is_dir() {
         return Cluster::from_data_dir(Path::new(&named)).await;
     }
@@ -245,7 +247,10 @@ async fn submit_myself() -> Result<ExitCode> {
         .new_job(name)
         .program(&program)
         .args(std::env::args().skip(1));
-    if let Ok(namespace) = std::env::var(NAMESPACE_ENV) {
+    if let Some(namespace) = std::env::var(NAMESPACE_ENV)
+        .ok()
+        .filter(|name| !name.is_empty())
+    {
         job = job.namespace(namespace);
     }
     let job = Box::pin(job.submit()).await?;

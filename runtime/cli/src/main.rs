@@ -33,8 +33,6 @@ mod worker;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use crate::args::{Arguments, Command};
 
 fn main() -> ExitCode {
@@ -42,7 +40,7 @@ fn main() -> ExitCode {
     if let Some(code) = mobula::process::run_in_cluster(builtin::main) {
         return code;
     }
-    let arguments = Arguments::parse();
+    let arguments = Arguments::from_command_line();
     if !arguments.command.is_daemon() {
         end_quietly_on_a_closed_pipe();
     }

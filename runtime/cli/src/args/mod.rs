@@ -11,7 +11,8 @@ mod training;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::builder::Resettable;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub(crate) use access::{AuditArguments, TokensCommand};
 pub(crate) use chaos::{ChaosCommand, ChaosRunArguments, ChaosSimArguments};
@@ -35,6 +36,29 @@ pub(crate) struct Arguments {
     pub(crate) command: Command,
 }
 
+impl Arguments {
+    /// What this process was started with. Ends it, with what is wrong, if that is no command line.
+    ///
+    /// A variable of the environment that is empty is as one that is not set: that is how a unit file or a
+    /// Dockerfile unsets one.
+    pub(crate) fn from_command_line() -> Self {
+        let matches = without_empty_variables(Self::command()).get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+}
+
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let is_empty = |variable: &std::ffi::OsStr| {
+        std::env::var_os(variable).is_some_and(|value| value.is_empty())
+    };
+    command
+        .mut_args(|argument| match argument.get_env() {
+            Some(variable) if is_empty(variable) => argument.env(Resettable::Reset),
+            _ => argument,
+        })
+        .mut_subcommands(without_empty_variables)
+}
+
 /// Which cluster a command is for.
 #[derive(Args, Clone)]
 pub(crate) struct Target {
@@ -45,7 +69,7 @@ pub(crate) struct Target {
     #[arg(long, global = true, value_name = "IP:PORT", requires = "token_file")]
     pub(crate) api: Option<SocketAddr>,
     /// File with a client token, for --api.
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", requires = "api")]
     pub(crate) token_file: Option<PathBuf>,
 }
 
