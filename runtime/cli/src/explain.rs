@@ -16,7 +16,7 @@ fn subject(id: &str) -> anyhow::Result<Subject> {
     if id.starts_with("actor-") {
         return Ok(Subject::Actor(id.parse::<ActorId>()?.0));
     }
-    bail!("`{id}` can be a job or an actor: write job-<number> or actor-<number>")
+    bail!("`{id}` does not say what is meant: write job-<number> or actor-<number>")
 }
 
 pub(crate) async fn run(target: &Target, arguments: ExplainArguments) -> anyhow::Result<()> {

@@ -25,6 +25,12 @@ pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::
         .is_some_and(|extension| extension == "toml");
     // A wrong file is refused before anything is connected to.
     let train = if is_toml {
+        if !arguments.arguments.is_empty() {
+            bail!(
+                "{} is a job file, and those take no arguments: write into it what the job is to do",
+                arguments.program.display()
+            );
+        }
         let file = train_file::read(&arguments.program, None)?;
         // What the arguments say counts more.
         secrets = file.secrets.into_iter().chain(secrets).collect();
@@ -114,11 +120,11 @@ pub(crate) async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::
 /// A program is run on every worker, so what cannot be one is refused here.
 pub(crate) fn require_executable(path: &Path) -> anyhow::Result<()> {
     const ELF: &[u8; 4] = b"\x7fELF";
-    let mut start = [0; 4];
-    let read = std::fs::File::open(path)
-        .and_then(|mut file| file.read_exact(&mut start))
-        .is_ok();
-    if read && start == *ELF {
+    let mut start = Vec::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(ELF.len() as u64).read_to_end(&mut start))
+        .with_context(|| format!("the program {} cannot be read", path.display()))?;
+    if start == ELF {
         return Ok(());
     }
     bail!(

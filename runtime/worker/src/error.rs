@@ -66,8 +66,8 @@ impl WorkerError {
 pub enum JoinError {
     /// The first start needs a token.
     #[error(
-        "worker `{name}` has not joined a cluster yet and was given no token: make a worker token \
-         on the head and start the worker with it"
+        "worker `{name}` has not joined a cluster yet and was given no token: make one with `mobula \
+         tokens create --role worker`, and name its file with --join-token-file or worker.token_file"
     )]
     TokenAbsent {
         /// The worker's name.
@@ -130,8 +130,9 @@ pub enum JoinError {
     },
     /// The certificate has run out and there is no way to get another one.
     #[error(
-        "the certificate of worker `{name}` has expired and it was given no token to join again: \
-         make a worker token on the head and start the worker with it"
+        "the certificate of worker `{name}` has expired and it was given no token to join again: make \
+         one with `mobula tokens create --role worker`, and name its file with --join-token-file or \
+         worker.token_file"
     )]
     Expired {
         /// The worker's name.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::Format;
+use super::duration::parse_minutes;
 
 #[derive(Subcommand)]
 pub(crate) enum ChaosCommand {
@@ -25,7 +26,7 @@ pub(crate) struct ChaosRunArguments {
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// How long the cluster is hurt.
-    #[arg(long, value_name = "M", default_value_t = 1.0)]
+    #[arg(long, value_name = "M", default_value_t = 1.0, value_parser = parse_minutes)]
     pub(crate) minutes: f64,
     /// File for what came of it, as JSON.
     #[arg(long, value_name = "FILE")]
@@ -45,10 +46,10 @@ pub(crate) struct ChaosSimArguments {
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// How many seeds [default: one, or as many as --minutes allows].
-    #[arg(long, value_name = "M")]
+    #[arg(long, value_name = "M", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) seeds: Option<u64>,
     /// After how many minutes no seed is begun.
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", value_parser = parse_minutes)]
     pub(crate) minutes: Option<f64>,
     /// How many seeds run at a time [default: one a core].
     #[arg(long, value_name = "N")]

@@ -25,6 +25,16 @@ pub(crate) fn parse_duration_ms(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("`{text}` is too long"))
 }
 
+/// Minutes, also parts of one: up to some seventy days, so that they fit any clock.
+pub(crate) fn parse_minutes(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(minutes) if (0.0..=1e5).contains(&minutes) => Ok(minutes),
+        _ => Err(format!(
+            "`{text}` is not a number of minutes: write 10 or 0.5, and 100000 at the most"
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -35,5 +45,13 @@ mod tests {
         assert_eq!(parse_duration_ms("24h"), Ok(86_400_000));
         assert!(parse_duration_ms("10").is_err());
         assert!(parse_duration_ms("s").is_err());
+    }
+
+    #[test]
+    fn minutes_are_finite_and_none_is_negative() {
+        assert_eq!(parse_minutes("0.5"), Ok(0.5));
+        for text in ["-1", "nan", "inf", "1e6", "5m", ""] {
+            assert!(parse_minutes(text).is_err(), "{text}");
+        }
     }
 }

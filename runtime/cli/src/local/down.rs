@@ -24,7 +24,8 @@ pub(crate) async fn run(data_dir: &Path) -> anyhow::Result<()> {
         .count();
     stop_all(&record).await?;
     println!(
-        "stopped {count} processes; the data stays in {}",
+        "stopped {count} {}; the data stays in {}",
+        if count == 1 { "process" } else { "processes" },
         data_dir.display()
     );
     Ok(())

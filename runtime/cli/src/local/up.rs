@@ -24,6 +24,9 @@ pub(super) const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How often is looked whether the workers have joined.
 pub(super) const POLL: Duration = Duration::from_millis(50);
 
+/// Workers of a local cluster: each is a process that shares this machine with the others.
+const WORKERS_MAX: u32 = 128;
+
 /// What a local cluster is made of.
 pub(crate) struct LocalOptions {
     pub(crate) data_dir: PathBuf,
@@ -40,6 +43,13 @@ pub(crate) async fn run(data_dir: PathBuf, arguments: LocalUpArguments) -> anyho
             "--heads {} is not possible: a group has 1, 3 or 5 (an even number survives no more \
              losses than one less)",
             arguments.heads
+        );
+    }
+    if arguments.workers > WORKERS_MAX {
+        bail!(
+            "--workers {} is not possible: each is a process of its own, and a local cluster has \
+             {WORKERS_MAX} at the most; run `mobula worker` on more machines",
+            arguments.workers
         );
     }
     let options = LocalOptions {

@@ -1,6 +1,7 @@
 //! Bad input gets a clear error, and nothing is lost.
 
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::Output;
 
 use crate::support::{TestCluster, mobula, repository, small_job, text_of, wait_for};
@@ -19,6 +20,19 @@ fn ask_with_token(cluster: &TestCluster, token: &str) -> Output {
 /// The same, with a token that must be refused; what was said.
 fn refusal_of_token(cluster: &TestCluster, token: &str) -> String {
     let output = ask_with_token(cluster, token);
+    assert!(!output.status.success(), "{}", text_of(&output));
+    text_of(&output)
+}
+
+/// What a worker says that must not become one of this cluster's.
+fn refusal_of_worker(cluster: &TestCluster, token_file: Option<&Path>) -> String {
+    let mut worker = mobula();
+    worker.args(["worker", "--name", "stray", "--head", cluster.api()]);
+    worker.arg("--data-dir").arg(cluster.dir().join("stray"));
+    if let Some(file) = token_file {
+        worker.arg("--join-token-file").arg(file);
+    }
+    let output = worker.output().unwrap();
     assert!(!output.status.success(), "{}", text_of(&output));
     text_of(&output)
 }
@@ -69,42 +83,85 @@ fn tokens_that_are_wrong_expired_absent_or_foreign_are_told_apart() {
         "{text}"
     );
 
-    let output = mobula()
-        .args([
-            "worker",
-            "--name",
-            "stray",
-            "--head",
-            cluster.api(),
-            "--data-dir",
-        ])
-        .arg(cluster.dir().join("stray"))
-        .output()
-        .unwrap();
-    assert!(!output.status.success());
-    assert!(text_of(&output).contains("token"), "{}", text_of(&output));
+    let text = refusal_of_worker(&cluster, None);
+    assert!(text.contains("--join-token-file"), "{text}");
 
     // A client's token does not make a worker.
-    let output = mobula()
-        .args([
-            "worker",
-            "--name",
-            "stray",
-            "--head",
-            cluster.api(),
-            "--data-dir",
-        ])
-        .arg(cluster.dir().join("stray"))
-        .arg("--join-token-file")
-        .arg(cluster.dir().join("tokens/client.token"))
-        .output()
-        .unwrap();
-    assert!(!output.status.success());
-    assert!(text_of(&output).contains("worker"), "{}", text_of(&output));
+    let client_token = cluster.dir().join("tokens/client.token");
+    let text = refusal_of_worker(&cluster, Some(&client_token));
+    assert!(text.contains("worker"), "{text}");
     assert_eq!(
         cluster.json(&["nodes", "list"]).as_array().unwrap().len(),
         1
     );
+}
+
+/// What a command says that needs no cluster to be refused.
+#[test]
+fn a_command_line_that_cannot_be_meant_is_refused_with_what_to_write() {
+    let home = tempfile::tempdir().unwrap();
+    let digits = repository("cluster-configs/jobs/digits-mlp.toml");
+    let digits = digits.to_str().unwrap();
+    let text_file = repository("LICENSE");
+    let text_file = text_file.to_str().unwrap();
+    let refused = |arguments: &[&str]| {
+        let output = mobula()
+            .args(arguments)
+            .env("HOME", home.path())
+            .output()
+            .unwrap();
+        assert!(!output.status.success(), "{}", text_of(&output));
+        text_of(&output)
+    };
+    for (arguments, what) in [
+        (&["explain", "foo"][..], "job-<number> or actor-<number>"),
+        (&["status", "--token-file", "t"], "--api"),
+        (&["chaos", "sim", "--seeds", "0"], "not in 1.."),
+        (&["chaos", "sim", "--minutes", "nan"], "write 10 or 0.5"),
+        (&["local", "up", "--heads", "2"], "1, 3 or 5"),
+        (&["local", "up", "--workers", "1000"], "128 at the most"),
+        (&["worker", "--cloud", "ours"], "aws, gcp or azure"),
+        (&["submit", digits, "--", "x"], "take no arguments"),
+        (&["submit", "/dev/null"], "is not a file"),
+        (&["submit", text_file], "not a Linux program"),
+        (
+            &["train", digits, "--program", "/no/such"],
+            "/no/such cannot be read",
+        ),
+    ] {
+        let text = refused(arguments);
+        assert!(text.contains(what), "{arguments:?}: {text}");
+    }
+    assert!(!home.path().join(".mobula").exists(), "nothing was begun");
+    // Each cause once.
+    let text = refused(&["head", "restore", "--check", "/not/there"]);
+    assert_eq!(text.matches("No such file").count(), 1, "{text}");
+}
+
+#[test]
+fn an_empty_variable_is_as_one_that_is_not_set() {
+    let home = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| {
+        let output = mobula()
+            .args(arguments)
+            .env("MOBULA_CLUSTER", "")
+            .env("MOBULA_CLOUD", "")
+            .env("HOME", home.path())
+            .output()
+            .unwrap();
+        text_of(&output)
+    };
+    let text = run(&["status"]);
+    let default = home.path().join(".mobula/local").display().to_string();
+    assert!(
+        text.contains(&format!("there is no cluster in {default}")),
+        "{text}"
+    );
+    let text = run(&["worker", "--config", "/not/there"]);
+    assert!(text.contains("/not/there cannot be read"), "{text}");
+    // An option that is empty is a slip.
+    let text = run(&["--cluster", "", "status"]);
+    assert!(text.contains("a value is required"), "{text}");
 }
 
 #[test]
