@@ -24,8 +24,15 @@ const ASK_MAX: Duration = Duration::from_secs(60);
 #[derive(Clone)]
 pub struct ClusterCollective {
     cluster: Cluster,
-    /// By slot, with the start that each was last called in.
-    trainers: Arc<Mutex<BTreeMap<u32, (u64, ActorRef<Trainer>)>>>,
+    /// By slot.
+    trainers: Arc<Mutex<BTreeMap<u32, Called>>>,
+}
+
+/// A trainer that was called.
+struct Called {
+    trainer: ActorRef<Trainer>,
+    /// The start that was meant last.
+    incarnation: u64,
 }
 
 impl ClusterCollective {
@@ -48,8 +55,11 @@ impl ClusterCollective {
             member,
             reason: error.to_string(),
         })?;
-        let known = (member.incarnation, trainer.clone());
-        self.trainers.lock().insert(member.slot, known);
+        let called = Called {
+            trainer: trainer.clone(),
+            incarnation: member.incarnation,
+        };
+        self.trainers.lock().insert(member.slot, called);
         Ok(trainer)
     }
 
@@ -57,12 +67,12 @@ impl ClusterCollective {
     /// asked for anew: the old one may lead to a dead process, of whose end no packet tells.
     fn known(&self, member: MemberId) -> Option<ActorRef<Trainer>> {
         let mut trainers = self.trainers.lock();
-        let (incarnation, trainer) = trainers.get_mut(&member.slot)?;
-        if *incarnation < member.incarnation {
-            *incarnation = member.incarnation;
-            *trainer = ActorRef::from_id(&self.cluster, trainer.actor_id());
+        let called = trainers.get_mut(&member.slot)?;
+        if called.incarnation < member.incarnation {
+            called.incarnation = member.incarnation;
+            called.trainer = ActorRef::from_id(&self.cluster, called.trainer.actor_id());
         }
-        Some(trainer.clone())
+        Some(called.trainer.clone())
     }
 
     fn failed(&self, member: MemberId, failure: CallFailure<TrainerError>) -> Unreachable {
