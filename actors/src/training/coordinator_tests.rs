@@ -339,6 +339,18 @@ async fn undisturbed_trainers_give_the_oracles_bits() {
 }
 
 #[tokio::test]
+async fn any_number_of_trainers_ends_in_the_same_bits() {
+    let hash = expected(&spec(12, 1, 1));
+    for count in [1, 2, 3, 4, 5, 7, 8] {
+        let spec = spec(12, count, count);
+        let trainers = trainers(&spec, vec![vec![]; count as usize]);
+        let mut coordinator = run(&spec, &trainers).await;
+        assert_eq!(coordinator.digest(), hash, "{count} trainers");
+        assert_eq!(coordinator.confirm().await, count as usize);
+    }
+}
+
+#[tokio::test]
 async fn each_fault_is_survived_and_counted() {
     // More steps than trainers may be ahead of the coordinator's copy, which counts the faults.
     let spec = spec(90, 2, 2);
