@@ -155,7 +155,7 @@ impl TrainerLink for ClusterLink {
                 call.timeout(PIECE_MAX).await?;
                 offset += piece.len() as u64;
             }
-            actor.prepare(plan).timeout(PREPARE_MAX).await
+            actor.prepare(plan, offset).timeout(PREPARE_MAX).await
         };
         let answer = self.unless_it_ends(send).await?;
         answer.map_err(|failure| self.failed(failure))

@@ -122,12 +122,12 @@ pub enum TrainerError {
     Damaged(#[from] Damaged),
     /// Pieces of a state that do not follow each other.
     #[error(
-        "a piece of a state begins at {found} and {expected} bytes are here; send all of it again"
+        "a state is to go on at byte {found} and {expected} bytes of it are here; send all of it again"
     )]
     Misplaced {
-        /// Where it begins.
+        /// Where what came begins, or how long the whole is.
         found: u64,
-        /// Where it should.
+        /// Bytes that are here.
         expected: u64,
     },
     /// The data, the state or the numbers are not what the job needs; the same order fails again.

@@ -134,18 +134,26 @@ impl Trainer {
         Ok(())
     }
 
-    /// Takes over the state that has arrived, and follows `plan` from there.
+    /// Takes over the state that has arrived, of so many bytes, and follows `plan` from there. A trainer that
+    /// was started again on the way has none of it, or a part.
     pub async fn prepare(
         &self,
         ctx: &ActorContext,
         plan: Plan,
+        length_bytes: u64,
     ) -> Result<(MemberId, Held), TrainerError> {
         let _turn = self.turn.lock().await;
         let (bytes, old) = {
             let mut inner = self.inner.lock();
             inner.admit(plan.epoch)?;
-            inner.running = None;
             let bytes = std::mem::take(&mut inner.arriving);
+            if bytes.len() as u64 != length_bytes {
+                return Err(TrainerError::Misplaced {
+                    found: length_bytes,
+                    expected: bytes.len() as u64,
+                });
+            }
+            inner.running = None;
             (bytes, Arc::clone(&inner.replica))
         };
         let (replica, held, value_count) = blocking(move || {
