@@ -208,6 +208,9 @@ where
             let outcome = Box::pin(process.run_driver(run)).await;
             match outcome {
                 ExitReason::Completed | ExitReason::Stopped => Ok(ExitCode::SUCCESS),
+                ExitReason::HostExited(code) => {
+                    Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from))
+                }
                 // Into the job's log, where whoever follows it looks.
                 reason => Err(Error::User(format!("driver {reason}"))),
             }

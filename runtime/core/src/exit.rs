@@ -4,6 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+/// What a driver's process ends with when it has lost its agent: neither success nor an error of `main`.
+pub const AGENT_LOST_EXIT_CODE: i32 = 113;
+
 /// Why an actor (or a driver) ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitReason {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mobula_core::exit::ExitReason;
+use mobula_core::exit::{AGENT_LOST_EXIT_CODE, ExitReason};
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_net::endpoint::Endpoint;
 use mobula_net::identity::{Credentials, CurrentCredentials, PrivateKey};
@@ -299,7 +299,7 @@ impl HostProcess {
         F: Future<Output = ExitReason> + Send + 'static,
     {
         let mut main = tokio::spawn(main);
-        let grace = loop {
+        let grace_ms = loop {
             tokio::select! {
                 outcome = &mut main => return driver_exit(outcome),
                 message = next_message(&mut self.from_agent) => match message {
@@ -317,23 +317,23 @@ impl HostProcess {
                     Ok(AgentMessage::Stop { actor: named, incarnation: start, grace_ms })
                         if named == actor && start == incarnation =>
                     {
-                        break Some(grace_ms);
+                        break grace_ms;
                     }
-                    Ok(AgentMessage::Shutdown { grace_ms }) => break Some(grace_ms),
+                    Ok(AgentMessage::Shutdown { grace_ms }) => break grace_ms,
                     Ok(AgentMessage::Stop { .. } | AgentMessage::Start(_)) => {
                         tracing::warn!("the agent sent a driver an order for an actor; ignored");
                     }
                     Err(reason) => {
                         tracing::error!(%reason, "the agent is gone, the driver ends");
-                        break None;
+                        main.abort();
+                        // Nobody asked for that: an agent that lives after all must not take it for success.
+                        return ExitReason::HostExited(AGENT_LOST_EXIT_CODE);
                     }
                 },
             }
         };
         // Waiting helps only if the driver looks at the request.
-        if let Some(grace_ms) = grace
-            && self.runtime.request_stop()
-        {
+        if self.runtime.request_stop() {
             let _ = tokio::time::timeout(Duration::from_millis(grace_ms), &mut main).await;
         }
         main.abort();

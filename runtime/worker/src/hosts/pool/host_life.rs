@@ -7,7 +7,7 @@
 //!    started; except by `end_all`, whose caller kills the processes itself.
 //! 3. A host is killed for an actor that does not stop only when every actor in it is overdue.
 
-use mobula_core::exit::ExitReason;
+use mobula_core::exit::{AGENT_LOST_EXIT_CODE, ExitReason};
 use mobula_core::id::HostId;
 use mobula_core::spec::ActorKind;
 use mobula_wire::host::{AgentMessage, HostMessage};
@@ -287,6 +287,9 @@ impl Pool {
         let is_driver = placed.start.spec.kind == ActorKind::Driver;
         match (is_driver, end) {
             (true, ProcessEnd::Exited(0)) => ExitReason::Completed,
+            (true, ProcessEnd::Exited(AGENT_LOST_EXIT_CODE)) => {
+                ExitReason::HostExited(AGENT_LOST_EXIT_CODE)
+            }
             (true, ProcessEnd::Exited(code)) => {
                 ExitReason::Failed(with_output(format!("driver exited with code {code}")))
             }
