@@ -2,6 +2,7 @@
 
 use super::SHARED_ACTORS_MAX;
 use super::*;
+use mobula_core::exit::AGENT_LOST_EXIT_CODE;
 use mobula_core::spec::{ActorKind, ActorSpec};
 use mobula_wire::host::HostMessage;
 
@@ -257,6 +258,12 @@ fn last_words_come_before_the_exit_code() {
 fn what_a_driver_leaves_unsaid_its_exit_code_says() {
     let cases = [
         (ProcessEnd::Exited(0), "", "completed"),
+        // It thinks that we are gone, and has neither succeeded nor failed.
+        (
+            ProcessEnd::Exited(AGENT_LOST_EXIT_CODE),
+            "",
+            "host process exited with code 113",
+        ),
         (
             ProcessEnd::Exited(2),
             "",
