@@ -67,6 +67,7 @@ fn increments_count_exactly_once_whatever_is_killed() {
                 None => kill_9(cluster.pid("head-1")),
             }
             heads += 1;
+            // How long it is away is part of the fault.
             std::thread::sleep(Duration::from_millis(random.random_range(0..500)));
             head = Some(start_head(&cluster, "head-1", &[]));
         } else {

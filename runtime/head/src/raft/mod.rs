@@ -20,6 +20,7 @@ mod agreement;
 mod apply;
 mod chance;
 mod changes;
+mod configuration;
 mod log_clock;
 mod membership;
 mod reads;

@@ -27,7 +27,7 @@ use mobula_core::control::Command;
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_storage::engine::{Durability, Engine};
 use mobula_storage::raft_log::{LogPoint, LogWrite, RaftLog};
-use raft::prelude::{ConfChange, ConfState, Entry, HardState, Message, MessageType};
+use raft::prelude::{ConfState, Entry, HardState, Message, MessageType};
 use raft::{RawNode, StateRole};
 use tokio::sync::{oneshot, watch};
 
@@ -35,9 +35,10 @@ use super::agreement::{Agreement, Diverged, PeerState};
 use super::apply::{AppliedEntry, AppliedRun, Applier, StateAt, log_time_ms, state_chain};
 use super::chance::ElectionTimeouts;
 use super::changes::{Changes, tells_of_change};
+use super::configuration::NodeConfiguration;
 use super::inputs::Input;
 use super::log_clock::LogClock;
-use super::membership::{Configuration, GroupView};
+use super::membership::GroupView;
 use super::proposals::{Leadership, Outcome, ProposeError};
 use super::reads::Reads;
 use super::snapshots::Snapshots;
@@ -517,46 +518,6 @@ impl<E: Engine> Loop<E> {
         self.commit(write, Durability::Buffered, "compact the log")?;
         self.bytes_since_compaction = 0;
         tracing::info!(from = first, to = target, "log compacted");
-        Ok(())
-    }
-}
-
-/// Raft's configuration while entries are applied.
-struct NodeConfiguration<'a, E: Engine> {
-    node: &'a mut Node<E>,
-    changed: Option<ConfState>,
-}
-
-impl<E: Engine> NodeConfiguration<'_, E> {
-    /// raft 0.7 lets a leader lead on that is no member any more, and panics when that one's next
-    /// entry is on the disk. A leader hands over before it is removed, but one that was elected with
-    /// its own removal in the log finds out only here.
-    fn step_down_if_removed(&mut self) {
-        let raft = &mut self.node.raft;
-        let is_member = raft.prs().get(raft.id).is_some();
-        if !is_member && raft.state == StateRole::Leader {
-            tracing::warn!("this head leads and was removed from the group; it steps down");
-            raft.become_follower(raft.term, raft::INVALID_ID);
-        }
-    }
-}
-
-impl<E: Engine> Configuration for NodeConfiguration<'_, E> {
-    fn state(&self) -> ConfState {
-        self.node.raft.prs().conf().to_conf_state()
-    }
-
-    fn change(&mut self, change: &ConfChange) -> Result<(), String> {
-        let mut state = self
-            .node
-            .apply_conf_change(change)
-            .map_err(|error| error.to_string())?;
-        self.step_down_if_removed();
-        // raft keeps them in hash sets; what is stored and sent has one form.
-        state.voters.sort_unstable();
-        state.learners.sort_unstable();
-        tracing::info!(voters = ?state.voters, learners = ?state.learners, "the group has changed");
-        self.changed = Some(state);
         Ok(())
     }
 }
