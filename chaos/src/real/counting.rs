@@ -75,7 +75,11 @@ impl Counting {
                 let number = |key: &str| told[key].as_u64().unwrap_or(0);
                 let (n, acknowledged, unknown) =
                     (number("n"), number("acknowledged"), number("unknown"));
-                traffic.counts.lock().increments = acknowledged;
+                {
+                    let mut counts = traffic.counts.lock();
+                    counts.increments = acknowledged;
+                    counts.increments_gap_ms = number("longest_gap_ms");
+                }
                 let is_right = (acknowledged..=acknowledged + unknown).contains(&n);
                 let line = format!("counted to {n} with {acknowledged} answers, {unknown} unknown");
                 let broken = if is_right { vec![] } else { vec![line.clone()] };

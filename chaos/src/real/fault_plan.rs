@@ -76,6 +76,8 @@ pub enum Victim {
     Leader,
     /// Any head, drawn.
     Head,
+    /// All heads at once.
+    Heads,
     /// A worker, drawn.
     Worker,
     /// The process of the workload's counter.
@@ -189,6 +191,7 @@ impl FaultPlan {
         let target = self.target();
         let fits = match kind {
             FaultKind::Kill => true,
+            _ if target == Victim::Heads => false,
             FaultKind::FillDisk | FaultKind::FreezeDisk | FaultKind::ReplaceHead => {
                 matches!(target, Victim::Leader | Victim::Head)
             }

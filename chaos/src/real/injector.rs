@@ -44,6 +44,8 @@ pub struct Done {
     pub at_ms: u64,
     /// When it was healed.
     pub healed_ms: u64,
+    /// Where all heads were away: how long after their start one led and every worker answered through it.
+    pub reconciled_ms: Option<u64>,
     /// When it began, by the machine's clock.
     #[serde(skip)]
     pub wall: SystemTime,
@@ -76,6 +78,7 @@ impl Injector {
     pub(super) async fn inject(&self, planned: &Planned) {
         let outcome = match planned.kind {
             _ if planned.target.is_of_job() => self.hit_job(planned).await,
+            _ if planned.target == Victim::Heads => self.black_out(planned).await,
             FaultKind::RollingRestart => self.rolling_restart(planned).await,
             kind => match self.victim(planned).await {
                 Some((node, was_leader)) => {
@@ -95,13 +98,32 @@ impl Injector {
     }
 
     fn done(&self, kind: FaultKind, node: &str, was_leader: bool, at: Duration, wall: SystemTime) {
-        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         self.record.lock().done.push(Done {
             kind,
             node: node.to_owned(),
             was_leader,
             at_ms: millis(at),
             healed_ms: millis(self.began.elapsed()),
+            reconciled_ms: None,
+            wall,
+        });
+    }
+
+    /// A fault of all heads at once is no loss of a leader: nobody could take over.
+    pub(super) fn done_with_all(
+        &self,
+        kind: FaultKind,
+        at: Duration,
+        wall: SystemTime,
+        reconciled: Duration,
+    ) {
+        self.record.lock().done.push(Done {
+            kind,
+            node: "all heads".to_owned(),
+            was_leader: false,
+            at_ms: millis(at),
+            healed_ms: millis(self.began.elapsed()),
+            reconciled_ms: Some(millis(reconciled)),
             wall,
         });
     }
@@ -376,12 +398,16 @@ impl Injector {
 }
 
 /// The right to handle a node's process; refused while another fault has it.
-fn turn(node: &Node) -> Result<tokio::sync::OwnedMutexGuard<()>, String> {
+pub(super) fn turn(node: &Node) -> Result<tokio::sync::OwnedMutexGuard<()>, String> {
     Arc::clone(&node.turn)
         .try_lock_owned()
         .map_err(|_| format!("{} is being handled by another fault", node.name()))
 }
 
-fn text(error: impl std::fmt::Display) -> String {
+pub(super) fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mobula::core::error::Executed;
 use mobula::core::spec::RestartPolicy;
@@ -102,8 +102,13 @@ async fn count(cluster: &Cluster, stop: &Path, per_second: f64) -> mobula::Resul
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut calls: JoinSet<Executed> = JoinSet::new();
     let (mut acknowledged, mut unknown) = (0_u64, 0_u64);
+    let (mut last, mut longest_gap) = (Instant::now(), Duration::ZERO);
     let mut note = |executed: Executed| match executed {
-        Executed::Yes => acknowledged += 1,
+        Executed::Yes => {
+            acknowledged += 1;
+            longest_gap = longest_gap.max(last.elapsed());
+            last = Instant::now();
+        }
         Executed::Unknown => unknown += 1,
         Executed::No => {}
     };
@@ -111,6 +116,9 @@ async fn count(cluster: &Cluster, stop: &Path, per_second: f64) -> mobula::Resul
         ticks.tick().await;
         while calls.len() >= CALLS_MAX {
             note(ended(calls.join_next().await));
+        }
+        while let Some(call) = calls.try_join_next() {
+            note(ended(Some(call)));
         }
         let counter = counter.clone();
         calls.spawn(async move {
@@ -127,7 +135,13 @@ async fn count(cluster: &Cluster, stop: &Path, per_second: f64) -> mobula::Resul
         note(ended(calls.join_next().await));
     }
     let n = counter.get().timeout(LAST_COUNT_MAX).await?;
-    Ok(json!({ "n": n, "acknowledged": acknowledged, "unknown": unknown }))
+    let longest_gap_ms = u64::try_from(longest_gap.as_millis()).unwrap_or(u64::MAX);
+    Ok(json!({
+        "n": n,
+        "acknowledged": acknowledged,
+        "unknown": unknown,
+        "longest_gap_ms": longest_gap_ms,
+    }))
 }
 
 /// A call that panicked, or was never there, counts as one of unknown outcome.

@@ -13,7 +13,7 @@
 //! * [`machine`]: a thread with namespaces of its own, where this user may make them; [`router`]: the
 //!   network between them; [`disk`]: a small disk of a machine's own. [`node`]: a head's or worker's
 //!   process on one; [`machines`], [`cluster`]: all of them.
-//! * [`injector`]: does and heals faults. [`traffic`]: what clients do and were told. [`job`]: the
+//! * [`injector`]: does and heals faults; `blackout`: all heads away at once. [`traffic`]: what clients do and were told. [`job`]: the
 //!   programs that they submit; `training`: jobs that must end in the same bits. [`gaps`]: how long a fault was felt. `leaks`: what is left behind.
 //! * [`runner`]: one run. [`outcome`]: its table.
 //!
@@ -23,6 +23,7 @@
 //! 2. When a run is over, however it ended, none of its processes, networks and mounts is left.
 //! 3. A run that has seen too little does not pass.
 
+mod blackout;
 pub mod cluster;
 mod counting;
 mod device;

@@ -60,6 +60,8 @@ pub struct Felt {
     pub election: Times,
     /// From a fault until writes are acknowledged at nine tenths of the rate before.
     pub recovery: Times,
+    /// From the start of heads that were all away until one leads and every worker answers through it.
+    pub reconciled: Times,
 }
 
 /// What a run showed.
@@ -108,6 +110,8 @@ pub(super) fn felt(
 ) -> Felt {
     let mut leading: Vec<_> = logs.iter().flat_map(|log| elections(log)).collect();
     leading.sort_unstable();
+    let reconciled = done.iter().filter_map(|done| done.reconciled_ms);
+    let reconciled = Times::of(reconciled.map(Duration::from_millis).collect());
     // What hits somebody else is hardly felt, and would only make the figures look better.
     let mut done: Vec<&Done> = done.iter().filter(|done| done.was_leader).collect();
     done.sort_by_key(|done| done.at_ms);
@@ -132,6 +136,7 @@ pub(super) fn felt(
         write_gap: Times::of(gaps),
         election: Times::of(elected),
         recovery: Times::of(back),
+        reconciled,
     }
 }
 
@@ -225,6 +230,7 @@ impl fmt::Display for Outcome {
             ("write gap", times(&self.felt.write_gap)),
             ("election", times(&self.felt.election)),
             ("recovery", times(&self.felt.recovery)),
+            ("heads back", times(&self.felt.reconciled)),
             ("step after a loss", times(&Times::of(next_steps.collect()))),
             ("stale messages refused", self.stale_refused.to_string()),
         ];
@@ -267,6 +273,7 @@ mod tests {
             was_leader,
             at_ms,
             healed_ms: at_ms,
+            reconciled_ms: None,
             wall,
         };
         let done = [

@@ -338,13 +338,28 @@ async fn play(
     ];
     checks.extend(counted);
     checks.extend(trained);
-    if let Some(limit) = scenario.checks.write_gap_p99_max_ms {
-        let p99 = felt.write_gap.p99_ms;
-        let broken = (p99 > limit).then(|| format!("{p99} ms, the limit is {limit} ms"));
-        let broken: Vec<String> = broken.into_iter().collect();
-        let looked_at = format!("{p99} ms of {limit} ms");
-        checks.push(Check::of("write gap, p99", looked_at, &broken));
-    }
+    let limits = &scenario.checks;
+    checks.extend(
+        [
+            within(
+                "write gap, p99",
+                felt.write_gap.p99_ms,
+                limits.write_gap_p99_max_ms,
+            ),
+            within(
+                "counted calls go on",
+                counts.increments_gap_ms,
+                limits.increments_gap_max_ms,
+            ),
+            within(
+                "heads back and all reconciled",
+                felt.reconciled.max_ms,
+                limits.reconciled_max_ms,
+            ),
+        ]
+        .into_iter()
+        .flatten(),
+    );
     let mut faults = BTreeMap::new();
     for done in &record.done {
         *faults.entry(done.kind.as_str()).or_default() += 1;
@@ -367,6 +382,18 @@ async fn play(
         network: cluster.router().map(super::router::Router::carried),
         done: record.done,
     })
+}
+
+/// That a time stays below its limit, where the scenario sets one.
+fn within(name: &str, took_ms: u64, limit_ms: Option<u64>) -> Option<Check> {
+    let limit_ms = limit_ms?;
+    let broken = (took_ms > limit_ms).then(|| format!("{took_ms} ms, the limit is {limit_ms} ms"));
+    let broken: Vec<String> = broken.into_iter().collect();
+    Some(Check::of(
+        name,
+        format!("{took_ms} ms of {limit_ms} ms"),
+        &broken,
+    ))
 }
 
 fn load() -> String {

@@ -10,10 +10,14 @@ use serde::Deserialize;
 use super::fault_plan::FaultPlan;
 
 /// The scenarios that come with the binary: their names and texts.
-pub const BUILT_IN: [(&str, &str); 10] = [
+pub const BUILT_IN: [(&str, &str); 11] = [
     (
         "leader-kill",
         include_str!("../../scenarios/leader-kill.toml"),
+    ),
+    (
+        "heads-away",
+        include_str!("../../scenarios/heads-away.toml"),
     ),
     (
         "leader-pause",
@@ -168,6 +172,13 @@ pub struct Checks {
     /// The longest that nobody's write was acknowledged after a fault, at the 99th percentile.
     #[serde(default)]
     pub write_gap_p99_max_ms: Option<u64>,
+    /// The longest that no counted call was answered.
+    #[serde(default)]
+    pub increments_gap_max_ms: Option<u64>,
+    /// The longest, after all heads were away and are started again, until one leads and every worker
+    /// answers through it.
+    #[serde(default)]
+    pub reconciled_max_ms: Option<u64>,
     /// Everything must have ended and every head must agree so long after the last fault.
     #[serde(default = "default_settle_s")]
     pub settle_max_s: u64,

@@ -100,6 +100,7 @@ impl fmt::Display for Planned {
         let target = match self.target {
             Victim::Leader => "the leader",
             Victim::Head => "a head",
+            Victim::Heads => "all heads",
             Victim::Worker => "a worker",
             Victim::Counter => "the counter",
             Victim::Trainer => "a trainer",

@@ -62,6 +62,8 @@ pub struct Counts {
     pub unknown: u64,
     /// Calls to the counter that were answered.
     pub increments: u64,
+    /// The longest that none was answered, in milliseconds.
+    pub increments_gap_ms: u64,
 }
 
 /// What all clients of a run share.

@@ -15,7 +15,7 @@ use rand::Rng;
 
 use super::head::leader_of;
 use super::network::Place;
-use super::options::MILLISECOND;
+use super::options::{MILLISECOND, Micros, SECOND};
 use super::packet::{Ask, Packet, Question, Request};
 use super::world::World;
 
@@ -33,6 +33,11 @@ const ENDPOINTS: u32 = 2;
 
 /// Files of which a version can be made; the same one twice is the same version.
 const DIGESTS: [char; 6] = ['a', 'b', 'c', 'd', 'e', 'f'];
+
+/// How much of what an actor says is said again, and until when: as long as a host's stream lives
+/// without a word from the head.
+const AGAIN: f64 = 0.2;
+const AGAIN_AFTER_MAX: Micros = 4 * SECOND;
 
 /// A thing that a running actor is, beside an actor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -173,12 +178,8 @@ impl World {
 
     /// An actor of an endpoint goes on.
     pub(crate) fn role_goes_on(&mut self, worker: usize, role: Role, incarnation: Incarnation) {
-        // Who was stopped, and goes on, says first what was due then, whoever has taken its place meanwhile.
-        let stopped_until = self.workers[worker].stopped_until;
-        let goes_on_again = stopped_until > 0 && self.now - stopped_until < 100 * MILLISECOND;
-        let often = if goes_on_again { 0.5 } else { 0.05 };
         match role {
-            Role::Router(endpoint) if self.rng.random_bool(often) => {
+            Role::Router(endpoint) if self.rng.random_bool(0.05) => {
                 let command = serving::Command::RouterReady {
                     endpoint,
                     incarnation,
@@ -234,7 +235,18 @@ impl World {
             },
         };
         let packet = Packet::Request(request);
-        self.send_at(self.now, Place::Worker(worker), Place::Head(head), packet);
+        self.send_at(
+            self.now,
+            Place::Worker(worker),
+            Place::Head(head),
+            packet.clone(),
+        );
+        // A host asks again until it is answered, over a stream that holds what it could not deliver:
+        // by then others may have taken the actor's place, and have spoken.
+        if self.rng.random_bool(AGAIN) {
+            let later = self.now + self.rng.random_range(0..AGAIN_AFTER_MAX);
+            self.send_at(later, Place::Worker(worker), Place::Head(head), packet);
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use mobula_chaos::real::cluster::ClusterError;
 use mobula_chaos::real::{Isolation, Outcome, RunError, RunOptions, Scenario, run};
 use mobula_chaos::schedule::seed_from_env;
 use tokio::sync::watch;
@@ -61,6 +62,49 @@ fn heads_are_cut_off_and_every_promise_is_kept() {
         network.cut > 0 && network.delivered > network.cut,
         "{network:?}"
     );
+}
+
+#[test]
+fn disks_fill_up_and_take_no_writes_for_moments_and_every_promise_is_kept() {
+    if Isolation::available() == Isolation::Loopback {
+        println!("not shown: this user may not make network namespaces");
+        return;
+    }
+    let mut options = options(seed_from_env().unwrap());
+    // The leader's disk stands still each five to ten seconds.
+    options.length = Duration::from_secs(16);
+    let scenario = Scenario::built_in("disk-full").unwrap();
+    let outcome = match run(&scenario, &options, never()) {
+        Err(RunError::Cluster {
+            source: ClusterError::Disk(error),
+            ..
+        }) => {
+            println!("not shown: {error}");
+            return;
+        }
+        outcome => outcome.unwrap_or_else(|error| panic!("seed {}: {error}", options.seed)),
+    };
+    println!("{outcome}");
+    assert!(outcome.passed, "seed {}: {outcome}", options.seed);
+    let count = |kind: &str| outcome.faults.get(kind).copied().unwrap_or(0);
+    assert!(count("freeze-disk") > 0, "{:?}", outcome.faults);
+    assert!(count("fill-disk") > 0, "{:?}", outcome.faults);
+}
+
+#[test]
+fn what_runs_goes_on_while_all_heads_are_away_and_is_adopted() {
+    let mut options = options(seed_from_env().unwrap());
+    options.only_loopback = true;
+    let mut scenario = Scenario::built_in("heads-away").unwrap();
+    // Longer than an election and a worker's lease, shorter than anybody's patience.
+    scenario.faults[0].lasts_s = (6.0, 6.0);
+    scenario.faults[0].every_s = (2.0, 2.0);
+    // How fast depends on what else this machine does.
+    scenario.checks.increments_gap_max_ms = Some(5_000);
+    scenario.checks.reconciled_max_ms = None;
+    scenario.checks.training_jobs_min_per_minute = 0.0;
+    let outcome = must_hold(&scenario, &options);
+    assert_eq!(outcome.felt.reconciled.count, 1, "{outcome}");
 }
 
 #[test]

@@ -44,6 +44,13 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 const BACKOFF_INITIAL: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(3);
 
+/// While no head says who leads, they are asked this often at least: that costs a refused connection,
+/// where to dial a leader who is not there costs seconds.
+const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
+
+/// After so many looks the last leader is dialled all the same: its other port may be out of reach.
+const LOOKS_MAX: u32 = 8;
+
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 enum SessionEnd {
@@ -145,7 +152,9 @@ impl Session {
                 }
                 _ => {
                     tracing::warn!(reason = %end, "no session with the leader; hosts run on");
-                    self.look_for_the_leader().await;
+                    if self.look_for_the_leader().await {
+                        delay = BACKOFF_INITIAL;
+                    }
                 }
             }
             if was_connected && began.elapsed() > BACKOFF_MAX {
@@ -156,13 +165,24 @@ impl Session {
         }
     }
 
-    /// The head may have moved: any head that answers says where to go.
-    async fn look_for_the_leader(&mut self) {
-        let credentials = self.membership.borrow().credentials.clone();
-        match self.joiner.cluster_address(&credentials).await {
-            Ok(address) => self.cluster_address = address,
-            Err(error) => tracing::debug!(%error, "no head says where the leader is"),
+    /// The head may have moved: any head that answers says where to go. Returns when one has, or when
+    /// none does for long; true if what it said is news: another leads, or one leads again.
+    async fn look_for_the_leader(&mut self) -> bool {
+        let mut delay = BACKOFF_INITIAL;
+        for looks in 0..LOOKS_MAX {
+            let credentials = self.membership.borrow().credentials.clone();
+            match self.joiner.cluster_address(&credentials).await {
+                Ok(address) => {
+                    let is_another = address != self.cluster_address;
+                    self.cluster_address = address;
+                    return is_another || looks > 0;
+                }
+                Err(error) => tracing::debug!(%error, "no head says where the leader is"),
+            }
+            tokio::time::sleep(jittered(delay)).await;
+            delay = (delay * 2).min(LOOK_INTERVAL_MAX);
         }
+        false
     }
 
     /// Ends the session if another head leads. A leader that is only slow keeps it.
