@@ -50,8 +50,9 @@ async fn main(cluster: Cluster, args: Vec<String>) -> mobula::Result<()> {
     let counter = cluster
         .actor(Counter::new())
         .name("counter")
-        // In a process of its own, so that nothing else dies with it.
+        // In a process of its own, so that nothing else dies with it, and with a share of a core.
         .isolated()
+        .cpus(0.1)
         .restart(RestartPolicy {
             max_restarts: 1_000_000,
             backoff_initial_ms: 10,

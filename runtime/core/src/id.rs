@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// Why a text is not an identity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` does not name this kind of thing: expected `{kind}-<number>` or a number")]
+#[error("`{text}` is no {kind} id: expected `{kind}-<number>` or a number")]
 pub struct ParseIdError {
     kind: &'static str,
     text: String,
@@ -125,7 +125,7 @@ mod tests {
         let error = "node-12".parse::<JobId>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "`node-12` does not name this kind of thing: expected `job-<number>` or a number"
+            "`node-12` is no job id: expected `job-<number>` or a number"
         );
     }
 
