@@ -73,8 +73,9 @@ fn a_head_whose_state_differs_from_the_majoritys_is_named_ends_and_stays_down() 
     assert!(log.contains("join again with an empty directory"), "{log}");
 
     // The others go on, and name it.
-    let named = head(&cluster, wrong).unwrap();
-    assert_eq!(named["state_differs"], true, "{named}");
+    let named = wait_for("the leader to name it", || {
+        head(&cluster, wrong).filter(|head| head["state_differs"] == true)
+    });
     let status = cluster.json(&["status"]);
     let problem = status["state_problem"].as_str().unwrap();
     assert!(

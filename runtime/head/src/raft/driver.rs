@@ -47,6 +47,9 @@ const INPUTS_PER_READY_MAX: usize = 1024;
 /// this head stand against them.
 const TICKS_MADE_UP_MAX: u32 = 4;
 
+/// How long a head whose state is wrong lives on, so that what it has told of itself gets away.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
 /// What an empty log becomes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum EmptyLog {
@@ -247,6 +250,8 @@ fn end_process(fault: &Fault) -> ! {
         }
         Fault::Diverged(_) => {
             tracing::error!(%fault, "ending the process, for its state is wrong");
+            // Without this thread nothing is answered from that state any more.
+            std::thread::sleep(LAST_WORD);
             65
         }
     };

@@ -154,9 +154,7 @@ impl<E: Engine> Loop<E> {
     fn compare_states(&mut self) -> Result<(), Fault> {
         if self.ticks_since_claim * self.parts.config.tick_ms >= CLAIM_INTERVAL_MS {
             self.ticks_since_claim = 0;
-            if let Some(claim) = self.agreement.claim() {
-                self.parts.peers.send_claim(&claim);
-            }
+            self.tell_state();
         }
         if !self.agreement.is_waiting() {
             return Ok(());
@@ -169,8 +167,16 @@ impl<E: Engine> Loop<E> {
         judged.or_else(|wrong| {
             let noted = self.parts.log.note_divergence(wrong.index);
             noted.map_err(|error| Fault::new("note a divergence", &error))?;
+            // The others may not have heard of the entry at which it is wrong, and are to name it.
+            self.tell_state();
             Err(wrong.into())
         })
+    }
+
+    fn tell_state(&mut self) {
+        if let Some(claim) = self.agreement.claim() {
+            self.parts.peers.send_claim(&claim);
+        }
     }
 
     /// Takes one input, at `now`.
