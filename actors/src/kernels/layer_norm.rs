@@ -6,8 +6,12 @@
 //! Order: sums over a row are sixteen lanes and a tree (`lanes.rs`), the variance is taken after the mean; sums
 //! over rows (for scale and shift) go through the rows in ascending order.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+use super::cuda::device;
 use super::division::{Shared, divide, divide_rows};
 use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
 use super::{Execution, by_rows, contiguous_values, last_dimension};
@@ -64,6 +68,24 @@ impl CustomOp3 for LayerNorm {
             };
             dispatch(instructions, operation);
         }))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        values: &CudaStorage,
+        layout: &Layout,
+        scale: &CudaStorage,
+        scale_layout: &Layout,
+        shift: &CudaStorage,
+        shift_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = [
+            (values, layout),
+            (scale, scale_layout),
+            (shift, shift_layout),
+        ];
+        device::layer_norm_forward(operands, self.epsilon)
     }
 
     fn bwd(
@@ -196,6 +218,24 @@ impl CustomOp3 for ValuesBackward {
             dispatch(instructions, operation);
         }))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        values: &CudaStorage,
+        layout: &Layout,
+        scale: &CudaStorage,
+        scale_layout: &Layout,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = [
+            (values, layout),
+            (scale, scale_layout),
+            (gradient, gradient_layout),
+        ];
+        device::layer_norm_backward(operands, self.0.epsilon)
+    }
 }
 
 struct BackwardRows<'a> {
@@ -305,6 +345,20 @@ impl CustomOp3 for ParametersBackward {
             dispatch(execution.instructions(), operation);
         });
         Ok((CpuStorage::F32(result), Shape::from((2, columns))))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        values: &CudaStorage,
+        layout: &Layout,
+        _scale: &CudaStorage,
+        _scale_layout: &Layout,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = [(values, layout), (gradient, gradient_layout)];
+        device::layer_norm_parameters_backward(operands, self.0.epsilon)
     }
 }
 

@@ -19,8 +19,11 @@
 //! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
 //! * [`gradients`]: a backward pass into one flat vector.
 //! * [`update`]: SGD and AdamW in place; the norm of a gradient. [`memory`]: none of it given back between steps.
+//! * `cuda` (with the feature of that name): the same on a GPU.
 
 pub mod affine;
+#[cfg(any(test, feature = "cuda"))]
+pub mod cuda;
 pub mod elementary;
 pub mod elementwise;
 pub mod execution;

@@ -4,8 +4,12 @@
 //! `lanes.rs`), and each is divided by the sum. Backward, `x̄ = y · (ȳ − Σ ȳ y)` with the sum in the same order,
 //! fused.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda::device;
 use super::division::divide_rows;
 use super::elementary::shifted_exponentials;
 use super::lanes::{LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
@@ -33,6 +37,11 @@ impl CustomOp1 for Softmax {
             &mut probabilities,
         );
         Ok((CpuStorage::F32(probabilities), layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        device::softmax_forward((storage, layout))
     }
 
     fn bwd(&self, _logits: &Tensor, result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
@@ -93,7 +102,7 @@ pub(super) fn divide_by<L: Lanes>(values: &mut [f32], divisor: f32) {
 }
 
 /// Of the gradient and the probabilities, the gradient of the logits.
-struct SoftmaxBackward;
+pub(super) struct SoftmaxBackward;
 
 impl CustomOp2 for SoftmaxBackward {
     fn name(&self) -> &'static str {
@@ -123,6 +132,17 @@ impl CustomOp2 for SoftmaxBackward {
                 dispatch(instructions, operation);
             },
         ))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+        probabilities: &CudaStorage,
+        layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        device::softmax_backward((gradient, gradient_layout), (probabilities, layout))
     }
 }
 

@@ -23,21 +23,34 @@ pub use blocked::multiply;
 
 pub(super) use blocked::copy_row;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 
 use super::Execution;
+#[cfg(feature = "cuda")]
+use super::cuda::device;
 
 /// `a · b` in `f32`, differentiable in both: matrices, or equally many matrices in equal leading dimensions.
 ///
 /// `(…, rows, inner) · (…, inner, columns) → (…, rows, columns)`. Strides are free: a transposed view costs
 /// no copy.
 pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    a.apply_op2(b, FixedOrderProduct)
+    readable(a)?.apply_op2(&readable(b)?, FixedOrderProduct)
 }
 
 /// [`product`] without a gradient.
 pub(super) fn product_without_gradient(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    a.apply_op2_no_bwd(b, &FixedOrderProduct)
+    readable(a)?.apply_op2_no_bwd(&readable(b)?, &FixedOrderProduct)
+}
+
+/// The tensor; on a GPU without gaps, where the matrices of a batch have no one stride.
+fn readable(tensor: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() && !device::is_readable(tensor.layout()) {
+        return tensor.contiguous();
+    }
+    Ok(tensor.clone())
 }
 
 struct FixedOrderProduct;
@@ -54,20 +67,8 @@ impl CustomOp2 for FixedOrderProduct {
         b: &CpuStorage,
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (a_dims, b_dims) = (a_layout.dims(), b_layout.dims());
-        let ([a_batch @ .., rows, inner], [b_batch @ .., b_rows, columns]) = (a_dims, b_dims)
-        else {
-            bail!("a product needs matrices, not {a_dims:?} and {b_dims:?}")
-        };
-        if inner != b_rows || a_batch != b_batch {
-            bail!(
-                "a {} matrix cannot multiply a {} one",
-                by(a_dims),
-                by(b_dims)
-            )
-        }
+        let ([rows, _, columns], shape) = sizes(a_layout.dims(), b_layout.dims())?;
         let (a, b) = (a.as_slice::<f32>()?, b.as_slice::<f32>()?);
-        let shape: Vec<usize> = a_batch.iter().chain([rows, columns]).copied().collect();
         let size = rows * columns;
         let mut c = vec![0.0; shape.iter().product()];
         let starts = batch_starts(a_layout).zip(batch_starts(b_layout));
@@ -80,6 +81,18 @@ impl CustomOp2 for FixedOrderProduct {
             .collect();
         multiply_all(Execution::current(), items);
         Ok((CpuStorage::F32(c), Shape::from(shape)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        a: &CudaStorage,
+        a_layout: &Layout,
+        b: &CudaStorage,
+        b_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (sizes, shape) = sizes(a_layout.dims(), b_layout.dims())?;
+        device::product((a, a_layout), (b, b_layout), sizes, Shape::from(shape))
     }
 
     fn bwd(
@@ -106,6 +119,22 @@ impl CustomOp2 for FixedOrderProduct {
         };
         Ok((for_a, for_b))
     }
+}
+
+/// Rows, inner dimension and columns of a product, and the result's shape.
+fn sizes(a_dims: &[usize], b_dims: &[usize]) -> Result<([usize; 3], Vec<usize>)> {
+    let ([a_batch @ .., rows, inner], [b_batch @ .., b_rows, columns]) = (a_dims, b_dims) else {
+        bail!("a product needs matrices, not {a_dims:?} and {b_dims:?}")
+    };
+    if inner != b_rows || a_batch != b_batch {
+        bail!(
+            "a {} matrix cannot multiply a {} one",
+            by(a_dims),
+            by(b_dims)
+        )
+    }
+    let shape = a_batch.iter().chain([rows, columns]).copied().collect();
+    Ok(([*rows, *inner, *columns], shape))
 }
 
 /// `2x3x4`.

@@ -1,0 +1,440 @@
+//! The kernels on candle's storage.
+//!
+//! Invariants:
+//! 1. A call gets addresses of as many values as its sizes say: whoever makes a call here has checked lengths, and that
+//!    nothing written overlaps anything else.
+//! 2. Calls go to the stream of candle's device, so they are ordered with candle's own.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg,
+};
+use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Shape, bail};
+
+use super::call::{Address, Argument, Call, Source, THREADS};
+use super::calls::{self, Matrices, Moved, ProductShape, Rows};
+use super::digest::WrittenDigest;
+use crate::kernels::update::AdamwUpdate;
+
+impl Source {
+    /// Name of the module on a GPU.
+    fn module(self) -> &'static str {
+        match self {
+            Self::Adamw => "mobula-adamw",
+            Self::LayerNorm => "mobula-layer-norm",
+            Self::Product => "mobula-product",
+            Self::Softmax => "mobula-softmax",
+            Self::TreeAdd => "mobula-tree-add",
+        }
+    }
+
+    fn ptx(self) -> &'static str {
+        match self {
+            Self::Adamw => include_str!(concat!(env!("OUT_DIR"), "/adamw.ptx")),
+            Self::LayerNorm => include_str!(concat!(env!("OUT_DIR"), "/layer_norm.ptx")),
+            Self::Product => include_str!(concat!(env!("OUT_DIR"), "/product.ptx")),
+            Self::Softmax => include_str!(concat!(env!("OUT_DIR"), "/softmax.ptx")),
+            Self::TreeAdd => include_str!(concat!(env!("OUT_DIR"), "/tree_add.ptx")),
+        }
+    }
+}
+
+/// Starts a kernel; it ends some time later.
+///
+/// # Safety
+/// The addresses are on this device, of as many values as the kernel reads and writes, and what it writes overlaps
+/// nothing else.
+unsafe fn launch(device: &CudaDevice, call: &Call) -> Result<()> {
+    if call.is_empty() {
+        return Ok(());
+    }
+    let source = call.kernel.source();
+    let function =
+        device.get_or_load_custom_func(call.kernel.name(), source.module(), source.ptx())?;
+    let mut builder = function.builder();
+    for argument in &call.arguments {
+        match argument {
+            Argument::Address(Address(value)) | Argument::Count(value) => builder.arg(value),
+            Argument::Wide(value) => builder.arg(value),
+            Argument::Int(value) => builder.arg(value),
+            Argument::Float(value) => builder.arg(value),
+        };
+    }
+    let configuration = LaunchConfig {
+        grid_dim: call.grid.into(),
+        block_dim: (THREADS, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    // SAFETY: the caller promises the addresses; `calls` makes arguments of the types of the kernel, which the
+    // emulation checks.
+    unsafe { builder.launch(configuration) }.map_err(Error::wrap)?;
+    Ok(())
+}
+
+/// How many multiprocessors the GPU has.
+fn multiprocessors(device: &CudaDevice) -> Result<u32> {
+    let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    let stream = device.cuda_stream();
+    let count = stream.context().attribute(attribute).map_err(Error::wrap)?;
+    Ok(u32::try_from(count).unwrap_or(1).max(1))
+}
+
+/// Where values lie that a call reads; alive until the call is started.
+macro_rules! read {
+    ($values:expr, $stream:expr) => {{
+        let (address, guard) = DevicePtr::device_ptr($values, $stream);
+        (Address(address), guard)
+    }};
+}
+
+/// Where values lie that a call writes; alive until the call is started.
+macro_rules! written {
+    ($values:expr, $stream:expr) => {{
+        let (address, guard) = DevicePtrMut::device_ptr_mut($values, $stream);
+        (Address(address), guard)
+    }};
+}
+
+/// `f32` values of a tensor without gaps: where in their storage they start.
+struct Contiguous<'a> {
+    values: &'a CudaSlice<f32>,
+    start: usize,
+}
+
+impl<'a> Contiguous<'a> {
+    fn of(storage: &'a CudaStorage, layout: &Layout, operation: &str) -> Result<Self> {
+        let values = storage.as_cuda_slice::<f32>()?;
+        match layout.contiguous_offsets() {
+            Some((start, end)) if end <= values.len() => Ok(Self { values, start }),
+            _ => bail!("{operation} needs contiguous values, not {layout:?}"),
+        }
+    }
+}
+
+/// An operand and its layout, as candle hands it over.
+pub(in crate::kernels) type Operand<'a> = (&'a CudaStorage, &'a Layout);
+
+/// Makes a tensor of `shape` from contiguous operands, of which `call` gets the addresses, with that of the result.
+fn of_contiguous<const N: usize>(
+    operation: &str,
+    operands: [Operand<'_>; N],
+    shape: Shape,
+    call: impl FnOnce([Address; N], Address) -> Result<Call>,
+) -> Result<(CudaStorage, Shape)> {
+    let device = operands[0].0.device().clone();
+    let stream = device.cuda_stream();
+    let mut contiguous = Vec::with_capacity(N);
+    for (storage, layout) in operands {
+        contiguous.push(Contiguous::of(storage, layout, operation)?);
+    }
+    // SAFETY: every kernel writes each value of its result; nothing reads it before.
+    let mut result = unsafe { device.alloc::<f32>(shape.elem_count())? };
+    {
+        let mut guards = Vec::with_capacity(N);
+        let mut addresses = [Address(0); N];
+        for (operand, address) in contiguous.iter().zip(&mut addresses) {
+            let (Address(start), guard) = read!(operand.values, &stream);
+            *address = Address(start + (operand.start * size_of::<f32>()) as u64);
+            guards.push(guard);
+        }
+        let (result, _written) = written!(&mut result, &stream);
+        // SAFETY: the operands have the sizes of their layouts, the result is new; the callers' sizes are those of
+        // the layouts.
+        unsafe { launch(&device, &call(addresses, result)?)? };
+    }
+    Ok((CudaStorage::wrap_cuda_slice(result, device), shape))
+}
+
+/// The rows of a tensor: all but the last dimension.
+fn rows_of(layout: &Layout) -> Rows {
+    let columns = layout.dims().last().copied().unwrap_or(1);
+    let count = layout.shape().elem_count();
+    Rows {
+        rows: count.checked_div(columns).unwrap_or_default(),
+        columns,
+    }
+}
+
+/// Softmax of each row.
+pub(in crate::kernels) fn softmax_forward(logits: Operand<'_>) -> Result<(CudaStorage, Shape)> {
+    let rows = rows_of(logits.1);
+    let shape = logits.1.shape().clone();
+    of_contiguous("softmax", [logits], shape, |[logits], result| {
+        rows.softmax_forward(logits, result).map_err(Error::wrap)
+    })
+}
+
+/// Of the gradient and the probabilities, the gradient of the logits.
+pub(in crate::kernels) fn softmax_backward(
+    gradient: Operand<'_>,
+    probabilities: Operand<'_>,
+) -> Result<(CudaStorage, Shape)> {
+    let shape = probabilities.1.shape().clone();
+    same_dims("softmax-backward", gradient, probabilities)?;
+    let rows = rows_of(probabilities.1);
+    let operands = [gradient, probabilities];
+    of_contiguous("softmax-backward", operands, shape, |addresses, result| {
+        let [gradient, probabilities] = addresses;
+        rows.softmax_backward(gradient, probabilities, result)
+            .map_err(Error::wrap)
+    })
+}
+
+fn same_dims(operation: &str, a: Operand<'_>, b: Operand<'_>) -> Result<()> {
+    if a.1.dims() != b.1.dims() {
+        bail!(
+            "{operation} of {:?} and {:?}, which differ",
+            a.1.dims(),
+            b.1.dims()
+        )
+    }
+    Ok(())
+}
+
+/// Refuses a parameter that has not one value a column.
+fn one_a_column(operation: &str, rows: Rows, parameter: Operand<'_>) -> Result<()> {
+    if parameter.1.dims() != [rows.columns] {
+        bail!(
+            "{operation} of rows of {} values needs as many parameters, not {:?}",
+            rows.columns,
+            parameter.1.dims()
+        )
+    }
+    Ok(())
+}
+
+/// Layer normalisation of each row of values, with scale and shift.
+pub(in crate::kernels) fn layer_norm_forward(
+    [values, scale, shift]: [Operand<'_>; 3],
+    epsilon: f32,
+) -> Result<(CudaStorage, Shape)> {
+    let (rows, shape) = (rows_of(values.1), values.1.shape().clone());
+    one_a_column("layer-norm", rows, scale)?;
+    one_a_column("layer-norm", rows, shift)?;
+    let operands = [values, scale, shift];
+    of_contiguous("layer-norm", operands, shape, |addresses, result| {
+        rows.layer_norm_forward(addresses, result, epsilon)
+            .map_err(Error::wrap)
+    })
+}
+
+/// Of values, scale and gradient, the gradient of the values.
+pub(in crate::kernels) fn layer_norm_backward(
+    [values, scale, gradient]: [Operand<'_>; 3],
+    epsilon: f32,
+) -> Result<(CudaStorage, Shape)> {
+    let (rows, shape) = (rows_of(values.1), values.1.shape().clone());
+    one_a_column("layer-norm-backward", rows, scale)?;
+    same_dims("layer-norm-backward", values, gradient)?;
+    let operands = [values, scale, gradient];
+    of_contiguous(
+        "layer-norm-backward",
+        operands,
+        shape,
+        |addresses, result| {
+            rows.layer_norm_backward(addresses, result, epsilon)
+                .map_err(Error::wrap)
+        },
+    )
+}
+
+/// Of values and gradient, the gradients of scale and shift as two rows.
+pub(in crate::kernels) fn layer_norm_parameters_backward(
+    [values, gradient]: [Operand<'_>; 2],
+    epsilon: f32,
+) -> Result<(CudaStorage, Shape)> {
+    const NAME: &str = "layer-norm-parameters-backward";
+    let rows = rows_of(values.1);
+    same_dims(NAME, values, gradient)?;
+    let moments_shape = Shape::from((rows.rows, 2));
+    let (moments, moments_shape) =
+        of_contiguous(NAME, [values], moments_shape, |[values], result| {
+            rows.layer_norm_moments(values, result, epsilon)
+                .map_err(Error::wrap)
+        })?;
+    let moments_layout = Layout::contiguous(moments_shape);
+    let operands = [values, gradient, (&moments, &moments_layout)];
+    let shape = Shape::from((2, rows.columns));
+    of_contiguous(NAME, operands, shape, |addresses, result| {
+        rows.layer_norm_parameters_backward(addresses, result)
+            .map_err(Error::wrap)
+    })
+}
+
+/// Whether a product reads this as it lies.
+pub(in crate::kernels) fn is_readable(layout: &Layout) -> bool {
+    Matrices::of(Address(0), layout).is_some()
+}
+
+/// `a · b` for each pair of matrices. The caller has compared the dimensions.
+pub(in crate::kernels) fn product(
+    a: Operand<'_>,
+    b: Operand<'_>,
+    sizes: [usize; 3],
+    shape: Shape,
+) -> Result<(CudaStorage, Shape)> {
+    let [rows, inner, columns] = sizes;
+    let device = a.0.device().clone();
+    let stream = device.cuda_stream();
+    let batch = shape.elem_count().checked_div(rows * columns);
+    let product_shape = ProductShape {
+        batch: batch.unwrap_or_default(),
+        rows,
+        inner,
+        columns,
+    };
+    let multiprocessors = multiprocessors(&device)?;
+    // SAFETY: the kernel writes each element; nothing reads one before.
+    let mut c = unsafe { device.alloc::<f32>(shape.elem_count())? };
+    {
+        let (a_values, b_values) = (a.0.as_cuda_slice::<f32>()?, b.0.as_cuda_slice::<f32>()?);
+        let (a_address, _a_read) = read!(a_values, &stream);
+        let (b_address, _b_read) = read!(b_values, &stream);
+        let a = matrices(a_address, a.1)?;
+        let b = matrices(b_address, b.1)?;
+        let (c, _written) = written!(&mut c, &stream);
+        let call =
+            calls::product(product_shape, &a, &b, c, multiprocessors).map_err(Error::wrap)?;
+        // SAFETY: candle's layouts stay within their storage; the result is new and of the product's size.
+        unsafe { launch(&device, &call)? };
+    }
+    Ok((CudaStorage::wrap_cuda_slice(c, device), shape))
+}
+
+fn matrices(start: Address, layout: &Layout) -> Result<Matrices> {
+    match Matrices::of(start, layout) {
+        Some(matrices) => Ok(matrices),
+        None => {
+            bail!("a product on a GPU needs matrices with one stride between them, not {layout:?}")
+        }
+    }
+}
+
+/// One part of the state of a training on a GPU: parameters, and AdamW's moments.
+#[derive(Debug)]
+pub struct FlatState {
+    /// Parameters.
+    pub params: CudaSlice<f32>,
+    /// Running means of the gradient.
+    pub means: CudaSlice<f32>,
+    /// Running means of its square.
+    pub squares: CudaSlice<f32>,
+}
+
+impl FlatState {
+    /// Updates the state in place, in one pass, and returns the digest of what was written. `first` is the position of
+    /// this part in the whole. Waits for the GPU, because of the digest.
+    ///
+    /// # Errors
+    /// If the lengths differ, or the GPU fails.
+    pub fn adamw(
+        &mut self,
+        device: &CudaDevice,
+        update: &AdamwUpdate,
+        grads: &CudaSlice<f32>,
+        first: u64,
+    ) -> Result<WrittenDigest> {
+        let mut digest = device.alloc_zeros::<u64>(2)?;
+        self.adamw_into(device, update, grads, first, &mut digest)?;
+        match device.clone_dtoh(&digest)?[..] {
+            [low, high] => Ok(WrittenDigest { low, high }),
+            _ => bail!("a digest is two numbers"),
+        }
+    }
+
+    /// As [`FlatState::adamw`], without waiting: the digest is added to the two numbers of `digest`.
+    ///
+    /// # Errors
+    /// If the lengths differ, or the GPU fails.
+    pub fn adamw_into(
+        &mut self,
+        device: &CudaDevice,
+        update: &AdamwUpdate,
+        grads: &CudaSlice<f32>,
+        first: u64,
+        digest: &mut CudaSlice<u64>,
+    ) -> Result<()> {
+        let count = grads.len();
+        for (what, length, expected) in [
+            ("parameters", self.params.len(), count),
+            ("means", self.means.len(), count),
+            ("squares", self.squares.len(), count),
+            ("digest", digest.len(), 2),
+        ] {
+            if length != expected {
+                bail!("{what} of {length} values where {expected} are needed")
+            }
+        }
+        let stream = device.cuda_stream();
+        let (params, _params) = written!(&mut self.params, &stream);
+        let (means, _means) = written!(&mut self.means, &stream);
+        let (squares, _squares) = written!(&mut self.squares, &stream);
+        let (grads, _grads) = read!(grads, &stream);
+        let (digest, _digest) = written!(digest, &stream);
+        let moved = Moved {
+            params,
+            means,
+            squares,
+            grads,
+            count: count as u64,
+            first,
+        };
+        let call = calls::adamw(update, &moved, digest, multiprocessors(device)?);
+        // SAFETY: four vectors of `count` values and two sums, as just checked, each borrowed for this call.
+        unsafe { launch(device, &call) }
+    }
+}
+
+/// `left += right`: the sum of two neighbours in the tree.
+///
+/// # Errors
+/// If the lengths differ, or the GPU fails.
+pub fn tree_add(
+    device: &CudaDevice,
+    left: &mut CudaSlice<f32>,
+    right: &CudaSlice<f32>,
+) -> Result<()> {
+    let count = left.len();
+    if count != right.len() {
+        bail!("a sum of vectors of {count} and {} values", right.len())
+    }
+    let stream: std::sync::Arc<CudaStream> = device.cuda_stream();
+    let (left, _left) = written!(left, &stream);
+    let (right, _right) = read!(right, &stream);
+    let call = calls::tree_add(left, right, count as u64, multiprocessors(device)?);
+    // SAFETY: two vectors of `count` values, both borrowed, one of them alone.
+    unsafe { launch(device, &call) }
+}
+
+/// The sum of the subtree over 2^`level` vectors of equal length, which lie in `partials` in the order of their shards.
+///
+/// # Errors
+/// If they are not that many, or the GPU fails.
+pub fn tree_fold(
+    device: &CudaDevice,
+    partials: &CudaSlice<f32>,
+    level: u32,
+) -> Result<CudaSlice<f32>> {
+    if level > calls::LEVELS_MAX || !partials.len().is_multiple_of(1 << level) {
+        bail!(
+            "{} values are not 2^{level} vectors of one length, of at most 2^{}",
+            partials.len(),
+            calls::LEVELS_MAX
+        )
+    }
+    let count = partials.len() >> level;
+    // SAFETY: the kernel writes each value; nothing reads one before.
+    let mut sum = unsafe { device.alloc::<f32>(count)? };
+    {
+        let stream = device.cuda_stream();
+        let (partials, _partials) = read!(partials, &stream);
+        let (sum, _sum) = written!(&mut sum, &stream);
+        let multiprocessors = multiprocessors(device)?;
+        let call = calls::tree_fold(partials, sum, count as u64, level, multiprocessors)
+            .map_err(Error::wrap)?;
+        // SAFETY: 2^level vectors of `count` values, and a new one.
+        unsafe { launch(device, &call)? };
+    }
+    Ok(sum)
+}
