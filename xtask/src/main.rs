@@ -1,5 +1,5 @@
-//! `cargo xtask`: the two commands a newcomer needs, `demo` and `test`; `bench`, `mutants` and
-//! `doctor`.
+//! `cargo xtask`: the two commands a newcomer needs, `demo` and `test`; `bench`, `mutants`, `gpu-check`
+//! and `doctor`.
 //!
 //! Invariants:
 //! 1. No dependencies. This crate compiles in seconds on a machine that has only Rust, and only
@@ -11,6 +11,7 @@
 
 mod bench;
 mod commands;
+mod gpu_check;
 mod install;
 mod libclang;
 mod mutants;
@@ -46,6 +47,8 @@ commands:
   mutants [NAME...] [--minutes T]
                   plant one known defect after the other in the head, and let the simulator look
                   for it (see chaos/README.md)
+  gpu-check       build the GPU kernels (feature `cuda`; needs CUDA 13's toolkit) and check each against
+                  the CPU and against candle's; says so where there is no GPU (see docs/gpu.md)
   doctor          say what this machine has and lacks, and how to install the rest
   help            this text
 
@@ -55,6 +58,7 @@ environment:
   MOBULA_NO_INSTALL  if set, nothing is installed: missing packages are only named
 
 exit status: 0 all well; 1 a check failed; 2 wrong command line, or something is missing;
+             `gpu-check`: 3 there is no GPU, nothing was checked;
              `demo` passes on the status of `mobula demo`";
 
 fn main() -> ExitCode {
@@ -73,17 +77,18 @@ fn main() -> ExitCode {
             bench::train(bench_arguments)
         }
         ("mutants", hunt_arguments) => mutants::hunt(hunt_arguments),
+        ("gpu-check", []) => gpu_check::check(),
         ("doctor", []) => commands::doctor(),
         ("help" | "--help" | "-h", _) => {
             println!("{HELP}");
             ExitCode::SUCCESS
         }
-        ("test" | "doctor", [help, ..]) if help == "--help" || help == "-h" => {
+        ("test" | "gpu-check" | "doctor", [help, ..]) if help == "--help" || help == "-h" => {
             println!("{HELP}");
             ExitCode::SUCCESS
         }
         ("bench", _) => usage_error("`bench` takes the name of a suite: `core`, `head` or `train`"),
-        ("test" | "doctor", unexpected) => usage_error(&format!(
+        ("test" | "gpu-check" | "doctor", unexpected) => usage_error(&format!(
             "`{command}` does not take `{}`",
             unexpected.join(" ")
         )),

@@ -20,6 +20,7 @@ fn a_wrong_command_line_is_refused_with_status_2() {
             "`test` does not take `--quick more`",
         ),
         (&["doctor", "now"], "`doctor` does not take `now`"),
+        (&["gpu-check", "1"], "`gpu-check` does not take `1`"),
     ] {
         let output = xtask(arguments);
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -39,6 +40,31 @@ fn help_is_no_error() {
         assert_eq!(output.status.code(), Some(0), "{arguments:?}");
         assert!(String::from_utf8_lossy(&output.stdout).contains("demo [args]"));
     }
+}
+
+/// Where there is a GPU this would build for minutes and check it, which is not what this test is for.
+#[test]
+fn without_a_gpu_the_check_says_so_and_builds_nothing() {
+    if std::path::Path::new("/dev/nvidia0").exists() || std::path::Path::new("/dev/dxg").exists() {
+        eprintln!("there is a GPU here; `cargo xtask gpu-check` checks it");
+        return;
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .arg("gpu-check")
+        // Whatever it would build with does not work.
+        .env("CARGO", "/bin/false")
+        .output()
+        .expect("cargo built xtask for this test");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(
+        stderr.contains("no GPU: this machine has no /dev/nvidia0"),
+        "{stderr}"
+    );
+    assert!(
+        stderr.contains("nothing was checked (exit status 3)"),
+        "{stderr}"
+    );
 }
 
 #[test]

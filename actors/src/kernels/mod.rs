@@ -41,7 +41,7 @@ mod division;
 mod lanes;
 mod seed;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "cuda"))]
 pub(crate) mod test_values;
 
 use std::ops::Range;

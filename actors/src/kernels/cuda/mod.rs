@@ -14,11 +14,14 @@
 //! * `call`, `calls`: which kernel, over which grid, with which arguments.
 //! * [`digest`]: what AdamW says about what it wrote.
 //! * `device` (with the feature): calls on candle's storage; what `cuda_fwd` of this crate's operations call.
+//! * `check` (with the feature): every kernel against the CPU and against candle, for `cargo xtask gpu-check`.
 
 mod call;
 mod calls;
 pub mod digest;
 
+#[cfg(feature = "cuda")]
+pub mod check;
 #[cfg(feature = "cuda")]
 pub mod device;
 
