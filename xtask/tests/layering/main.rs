@@ -10,6 +10,7 @@
 //! 4. Some crates never name some libraries ([`NEVER_NAMES`]).
 //! 5. `xtask` has no dependencies at all.
 //! 6. The table of `ARCHITECTURE.md` and the one in code are the same.
+//! 7. Nothing of CUDA is built unless somebody asks for the feature `cuda`.
 
 mod table;
 
@@ -267,6 +268,22 @@ fn pure_crates_reach_nothing_impure() {
         "purity is broken:\n{}",
         report(&violations)
     );
+}
+
+#[test]
+fn nothing_of_cuda_is_built_unless_it_is_asked_for() {
+    let metadata = workspace_metadata();
+    let graph = resolved_graph(&metadata);
+    assert!(graph["mobula-actors"].contains("candle-core"));
+    for crate_of_cuda in ["candle-kernels", "cudarc"] {
+        assert!(!graph.contains_key(crate_of_cuda), "{crate_of_cuda}");
+    }
+    for package in ["mobula-actors", "mobula-cli"] {
+        let mut packages = metadata.packages.iter();
+        let package = packages.find(|found| *found.name == package);
+        let features = &package.expect("it is in the workspace").features;
+        assert!(features.contains_key("cuda") && !features.contains_key("default"));
+    }
 }
 
 #[test]
