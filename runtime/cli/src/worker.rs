@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use mobula_core::config::ResourcesConfig;
 use mobula_core::label::Labels;
+use mobula_worker::notices::Cloud;
 use mobula_worker::{ResourceOverride, WorkerOptions};
 
 use crate::args::WorkerArguments;
@@ -53,7 +54,8 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
     options.notice_file = arguments
         .notice_file
         .or(config.preemption.notice_file.map(PathBuf::from));
-    options.cloud = arguments.cloud.map(|cloud| {
+    let cloud = whose_machine(arguments.cloud, config.preemption.cloud.as_deref())?;
+    options.cloud = cloud.map(|cloud| {
         let endpoint = arguments.cloud_endpoint;
         (
             cloud,
@@ -65,6 +67,14 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
     options.notice_poll_ms = config.preemption.poll_ms;
     options.default_grace_ms = config.preemption.default_grace_ms;
     Ok(options)
+}
+
+/// The cloud that was `named` on the command line, or else the one in the configuration.
+fn whose_machine(named: Option<Cloud>, configured: Option<&str>) -> anyhow::Result<Option<Cloud>> {
+    // Checked also where it does not count: a wrong key is wrong.
+    let configured = configured.map(str::parse).transpose();
+    let configured = configured.context("worker.preemption.cloud")?;
+    Ok(named.or(configured))
 }
 
 fn host_name() -> Option<String> {
@@ -118,6 +128,21 @@ fn resources(config: &ResourcesConfig) -> anyhow::Result<ResourceOverride> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_command_line_says_whose_machine_it_is_before_the_configuration_does() {
+        assert_eq!(whose_machine(None, None).unwrap(), None);
+        assert_eq!(whose_machine(None, Some("gcp")).unwrap(), Some(Cloud::Gcp));
+        let named = whose_machine(Some(Cloud::Aws), Some("gcp")).unwrap();
+        assert_eq!(named, Some(Cloud::Aws));
+        let error = whose_machine(Some(Cloud::Aws), Some("ibm")).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(
+            text.contains("worker.preemption.cloud: `ibm` is no cloud")
+                && text.contains("use aws, gcp or azure"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn quantities_are_checked() {

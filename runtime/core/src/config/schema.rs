@@ -219,6 +219,9 @@ pub struct ResourcesConfig {
 pub struct PreemptionConfig {
     /// A file whose appearance is a notice.
     pub notice_file: Option<String>,
+    /// Whose machine it is (`aws`, `gcp` or `azure`): its metadata service is asked for notices. Left out: none
+    /// is asked.
+    pub cloud: Option<String>,
     /// How often it is looked for, in milliseconds.
     pub poll_ms: u64,
     /// The grace of a notice that names none, in milliseconds.
@@ -229,6 +232,7 @@ impl Default for PreemptionConfig {
     fn default() -> Self {
         PreemptionConfig {
             notice_file: None,
+            cloud: None,
             poll_ms: 1_000,
             default_grace_ms: 30_000,
         }
