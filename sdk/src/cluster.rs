@@ -95,6 +95,13 @@ impl Cluster {
         self.runtime().map(|runtime| &runtime.info().storage)
     }
 
+    /// The name of this process's node; known to processes of the cluster.
+    #[must_use]
+    pub fn node_name(&self) -> Option<&str> {
+        self.runtime()
+            .map(|runtime| runtime.info().node_name.as_str())
+    }
+
     /// The notice that this process's node was given, and every change of it. Outside a cluster
     /// there is none, ever.
     #[must_use]
@@ -102,6 +109,16 @@ impl Cluster {
         match self.runtime() {
             Some(runtime) => runtime.notices(),
             None => watch::Sender::new(None).subscribe(),
+        }
+    }
+
+    /// Whether the cloud says that it may take this process's node away, and every change of it. There is no
+    /// deadline then, and there may never be one: a good moment to save, and no reason to leave.
+    #[must_use]
+    pub fn advice(&self) -> watch::Receiver<bool> {
+        match self.runtime() {
+            Some(runtime) => runtime.advice(),
+            None => watch::Sender::new(false).subscribe(),
         }
     }
 

@@ -235,6 +235,7 @@ impl HostProcess {
                     self.table.notify(Some(Notice { deadline_ms }));
                 }
                 Ok(AgentMessage::NoticeWithdrawn) => self.table.notify(None),
+                Ok(AgentMessage::Advice { stands }) => self.runtime.set_advice(stands),
                 Ok(AgentMessage::Certificate { certificate_pem }) => self.renew(&certificate_pem),
                 Ok(AgentMessage::Heads { api_addresses }) => {
                     self.runtime.set_api_addresses(api_addresses);
@@ -307,6 +308,7 @@ impl HostProcess {
                         self.table.notify(Some(Notice { deadline_ms }));
                     }
                     Ok(AgentMessage::NoticeWithdrawn) => self.table.notify(None),
+                    Ok(AgentMessage::Advice { stands }) => self.runtime.set_advice(stands),
                     Ok(AgentMessage::Certificate { certificate_pem }) => {
                         self.renew(&certificate_pem);
                     }

@@ -66,6 +66,7 @@ pub struct HostRuntime {
     info: HostInfo,
     api_addresses: watch::Sender<Vec<String>>,
     notices: watch::Sender<Option<Notice>>,
+    advice: watch::Sender<bool>,
     stop_requested: watch::Sender<bool>,
     credentials: OnceLock<CurrentCredentials>,
     calls: OnceLock<CallClient>,
@@ -85,6 +86,7 @@ impl HostRuntime {
             api_addresses: watch::Sender::new(info.api_addresses.clone()),
             info,
             notices: watch::Sender::new(None),
+            advice: watch::Sender::new(false),
             stop_requested: watch::Sender::new(false),
             credentials: OnceLock::new(),
             calls: OnceLock::new(),
@@ -168,6 +170,19 @@ impl HostRuntime {
     /// Announces a notice, or withdraws it.
     pub fn set_notice(&self, notice: Option<Notice>) {
         self.notices.send_replace(notice);
+    }
+
+    /// Whether the cloud says that it may take the node away, and every change of it: there is no deadline yet,
+    /// and there may never be one.
+    #[must_use]
+    pub fn advice(&self) -> watch::Receiver<bool> {
+        self.advice.subscribe()
+    }
+
+    /// Says that the cloud may take the node away, or that it says so no more.
+    pub fn set_advice(&self, stands: bool) {
+        self.advice
+            .send_if_modified(|known| std::mem::replace(known, stands) != stands);
     }
 
     /// Becomes true when a driver is asked to end.

@@ -121,6 +121,11 @@ pub enum AgentMessage {
         /// What.
         question: HostQuestion,
     },
+    /// The cloud says that it may take the machine away, without saying when; or says so no more.
+    Advice {
+        /// Whether it says so now.
+        stands: bool,
+    },
 }
 
 /// What an agent asks a host.

@@ -32,7 +32,7 @@ use crate::hosts::process::{HostProcess, ProcessEnd};
 use crate::hosts::renewal::{HostCertificate, Renewals};
 use crate::logs::Logs;
 use crate::metrics::WorkerMetrics;
-use crate::notices::{Notice, NoticeBoard, NoticeChange, NoticeSource, until};
+use crate::notices::{AdviceChange, Notice, NoticeBoard, NoticeChange, NoticeSource, until};
 use crate::objects::ObjectStore;
 use crate::session_handle::{FromLeader, SessionHandle};
 use crate::spans::Spans;
@@ -56,6 +56,8 @@ pub(crate) enum Input {
     Leader(FromLeader),
     /// A notice source says something.
     Notice(NoticeChange),
+    /// A notice source says something that has no deadline.
+    Advice(AdviceChange),
     /// A host said hello.
     HostConnected(Connected),
     /// A host says something.
@@ -228,6 +230,14 @@ impl Agent {
             }
             Input::Leader(FromLeader::OrdersComplete(standing)) => self.pool.keep_only(&standing),
             Input::Notice(change) => self.handle_notice(change),
+            Input::Advice(change) => {
+                if change.stands {
+                    let source = change.source.as_str();
+                    tracing::warn!(source, "the cloud may take this machine away");
+                }
+                let stands = self.notices.advise(change);
+                self.pool.advice(stands);
+            }
             Input::HostConnected(connected) => self.handle_connected(connected),
             Input::Leader(FromLeader::Ask {
                 session,

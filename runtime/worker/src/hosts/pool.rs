@@ -97,6 +97,7 @@ pub(crate) struct Pool {
     devices: Devices,
     last_host: u64,
     notice_deadline_ms: Option<u64>,
+    is_advised: bool,
     actions: Vec<Action>,
 }
 
@@ -111,6 +112,7 @@ impl Pool {
             devices,
             last_host: 0,
             notice_deadline_ms: None,
+            is_advised: false,
             actions: Vec::new(),
         }
     }

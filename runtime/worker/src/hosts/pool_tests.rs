@@ -413,6 +413,28 @@ fn notices_reach_the_hosts_that_are_there_and_those_that_come() {
 }
 
 #[test]
+fn advice_reaches_the_hosts_that_are_there_and_those_that_come() {
+    let mut pool = pool();
+    let host = run(&mut pool, start_of(1, 1));
+    pool.advice(true);
+    let advice = AgentMessage::Advice { stands: true };
+    assert_eq!(pool.take_actions(), [Action::Send(host, advice.clone())]);
+    pool.advice(true);
+    assert_eq!(pool.take_actions(), [], "said twice");
+    let mut isolated = start_of(2, 1);
+    isolated.spec.isolated = true;
+    pool.start(Box::new(isolated));
+    pool.launched(HostId(2), 8);
+    pool.connected(HostId(2), "127.0.0.1:2".into());
+    assert!(
+        pool.take_actions()
+            .contains(&Action::Send(HostId(2), advice))
+    );
+    pool.advice(false);
+    assert_eq!(pool.take_actions().len(), 2);
+}
+
+#[test]
 fn ending_all_gives_devices_back_and_starts_nothing_again() {
     let mut pool = pool();
     let host = run(&mut pool, gpu(1, 1000));

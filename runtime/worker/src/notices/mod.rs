@@ -5,12 +5,13 @@
 //! 1. Each source gives at most one notice; the earliest deadline of all counts.
 //! 2. The leader and the hosts hear only of changes of that earliest deadline, so a notice that
 //!    comes back as an echo changes nothing.
+//! 3. Advice is no notice: the hosts hear of it, nothing is moved for it, and the leader is not told.
 
 mod cloud;
 mod file;
 mod signal;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
 pub(crate) use cloud::watch_cloud;
@@ -67,10 +68,18 @@ pub(crate) struct NoticeChange {
     pub(crate) deadline_ms: Option<u64>,
 }
 
-/// All notices that stand.
+/// What a source says that has no deadline: that the machine may be taken away, or no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AdviceChange {
+    pub(crate) source: NoticeSource,
+    pub(crate) stands: bool,
+}
+
+/// All notices that stand, and all advice.
 #[derive(Debug, Default)]
 pub(crate) struct NoticeBoard {
     deadlines: BTreeMap<NoticeSource, u64>,
+    advisers: BTreeSet<NoticeSource>,
 }
 
 impl NoticeBoard {
@@ -91,6 +100,16 @@ impl NoticeBoard {
         }
         let after = self.current();
         (before != after).then_some(after)
+    }
+
+    /// Takes in what a source advises. Answers whether any advice stands now.
+    pub(crate) fn advise(&mut self, change: AdviceChange) -> bool {
+        if change.stands {
+            self.advisers.insert(change.source);
+        } else {
+            self.advisers.remove(&change.source);
+        }
+        !self.advisers.is_empty()
     }
 
     /// The notice that counts.
@@ -150,6 +169,17 @@ mod tests {
             board.apply(change(NoticeSource::Command, None)),
             Some(Some(file(500)))
         );
+    }
+
+    #[test]
+    fn advice_stands_as_long_as_somebody_gives_it() {
+        let mut board = NoticeBoard::default();
+        let advice = |source, stands| AdviceChange { source, stands };
+        assert!(board.advise(advice(NoticeSource::Aws, true)));
+        assert!(board.advise(advice(NoticeSource::Gcp, true)));
+        assert!(board.advise(advice(NoticeSource::Aws, false)));
+        assert_eq!(board.current(), None, "it is no notice");
+        assert!(!board.advise(advice(NoticeSource::Gcp, false)));
     }
 
     #[test]

@@ -120,6 +120,7 @@ async fn serve_actors(mut stream: FramedStream, mut credentials: Credentials) ->
             AgentMessage::Notice { .. }
             | AgentMessage::NoticeWithdrawn
             | AgentMessage::Heads { .. }
+            | AgentMessage::Advice { .. }
             | AgentMessage::Ask { .. } => continue,
             AgentMessage::Shutdown { .. } => return 0,
         };

@@ -139,23 +139,28 @@ impl Pool {
             return;
         }
         self.notice_deadline_ms = deadline_ms;
-        let message = notice_message(deadline_ms);
-        for (id, host) in &self.hosts {
-            if host.is_ready() && host.dead.is_none() {
-                self.actions.push(Action::Send(*id, message.clone()));
-            }
+        self.tell_hosts(&notice_message(deadline_ms));
+    }
+
+    /// The cloud says that it may take the machine away, or says so no more.
+    pub(crate) fn advice(&mut self, stands: bool) {
+        if std::mem::replace(&mut self.is_advised, stands) != stands {
+            self.tell_hosts(&AgentMessage::Advice { stands });
         }
     }
 
     /// Tells the hosts where the heads are. One that is being launched has addresses of a moment
     /// ago, and learns better ones from any of them.
     pub(crate) fn heads(&mut self, api_addresses: &[String]) {
+        self.tell_hosts(&AgentMessage::Heads {
+            api_addresses: api_addresses.to_vec(),
+        });
+    }
+
+    fn tell_hosts(&mut self, message: &AgentMessage) {
         for (id, host) in &self.hosts {
             if host.is_ready() && host.dead.is_none() {
-                let message = AgentMessage::Heads {
-                    api_addresses: api_addresses.to_vec(),
-                };
-                self.actions.push(Action::Send(*id, message));
+                self.actions.push(Action::Send(*id, message.clone()));
             }
         }
     }

@@ -138,6 +138,10 @@ impl Pool {
             let message = notice_message(self.notice_deadline_ms);
             self.actions.push(Action::Send(id, message));
         }
+        if self.is_advised {
+            let message = AgentMessage::Advice { stands: true };
+            self.actions.push(Action::Send(id, message));
+        }
     }
 
     fn start_in_host(&mut self, key: Key, id: HostId) {

@@ -24,6 +24,8 @@ pub(super) struct Aws {
     client: Client,
     endpoint: String,
     token: Option<String>,
+    /// Whether the last answer about advice was that there is some.
+    is_advised: bool,
 }
 
 #[derive(Deserialize)]
@@ -38,6 +40,7 @@ impl Aws {
             client,
             endpoint,
             token: None,
+            is_advised: false,
         }
     }
 
@@ -96,11 +99,15 @@ impl Service for Aws {
         if let Some(answer) = self.get(ACTION).await? {
             return leaves(&answer.text);
         }
-        // Advice only: that it cannot be had is no failure of what matters.
-        match self.get(REBALANCE).await {
-            Ok(Some(_)) => Ok(Said::Advised),
-            _ => Ok(Said::Nothing),
+        // Advice only: that it cannot be had is no failure of what matters, and says nothing new.
+        if let Ok(answer) = self.get(REBALANCE).await {
+            self.is_advised = answer.is_some();
         }
+        Ok(if self.is_advised {
+            Said::Advised
+        } else {
+            Said::Nothing
+        })
     }
 
     fn pause(&self) -> Duration {

@@ -27,7 +27,7 @@ use std::time::Duration;
 use reqwest::{Client, RequestBuilder, StatusCode};
 use tokio::sync::mpsc;
 
-use super::{NoticeChange, NoticeSource, now_ms};
+use super::{AdviceChange, NoticeChange, NoticeSource, now_ms};
 use crate::agent::Input;
 
 /// How often a service is asked that does not answer by itself when something changes: what AWS advises.
@@ -217,12 +217,6 @@ async fn watch(mut service: impl Service, source: NoticeSource, inputs: mpsc::Se
                 }
                 pause = PAUSE_FIRST;
                 if said != known {
-                    if said == Said::Advised {
-                        tracing::warn!(
-                            cloud = source.as_str(),
-                            "the cloud may take this machine away"
-                        );
-                    }
                     if !tell(source, known, said, &inputs).await {
                         return;
                     }
@@ -242,20 +236,26 @@ async fn watch(mut service: impl Service, source: NoticeSource, inputs: mpsc::Se
     }
 }
 
-/// Tells the agent what has changed; false if nobody listens any more. Advice has no deadline and so is no
-/// notice.
+/// Tells the agent what has changed; false if nobody listens any more. A deadline goes before the advice that
+/// it takes the place of.
 async fn tell(source: NoticeSource, before: Said, now: Said, inputs: &mpsc::Sender<Input>) -> bool {
     let deadline_of = |said| match said {
         Said::Leaves { deadline_ms } => Some(deadline_ms),
         Said::Nothing | Said::Advised => None,
     };
+    let mut told = true;
     let deadline_ms = deadline_of(now);
-    if deadline_ms == deadline_of(before) {
-        return true;
+    if deadline_ms != deadline_of(before) {
+        let change = NoticeChange {
+            source,
+            deadline_ms,
+        };
+        told = inputs.send(Input::Notice(change)).await.is_ok();
     }
-    let change = NoticeChange {
-        source,
-        deadline_ms,
-    };
-    inputs.send(Input::Notice(change)).await.is_ok()
+    let stands = now == Said::Advised;
+    if stands != (before == Said::Advised) {
+        let change = AdviceChange { source, stands };
+        told = inputs.send(Input::Advice(change)).await.is_ok();
+    }
+    told
 }

@@ -142,6 +142,12 @@ async fn aws_says_when_the_machine_leaves_and_that_it_does_not_any_more() {
     assert_eq!(service.ask().await, Ok(Said::Nothing));
     stub.answer_with(aws(None, true));
     assert_eq!(service.ask().await, Ok(Said::Advised));
+    // A question about advice that fails takes none back.
+    stub.answer_with(|asked| match asked.line.as_str() {
+        "GET /latest/meta-data/spot/instance-action" => status(404),
+        _ => status(500),
+    });
+    assert_eq!(service.ask().await, Ok(Said::Advised));
     stub.answer_with(aws(Some(LEAVES_AT), true));
     assert_eq!(service.ask().await, Ok(LEAVES));
     stub.answer_with(aws(None, false));
@@ -362,6 +368,13 @@ impl Service for Scripted {
     }
 }
 
+/// What the agent is told.
+#[derive(Debug, PartialEq)]
+enum Heard {
+    Notice(Option<u64>),
+    Advice(bool),
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_agent_hears_of_changes_and_a_failure_withdraws_nothing() {
     let leaves = |deadline_ms| Ok(Said::Leaves { deadline_ms });
@@ -377,24 +390,37 @@ async fn the_agent_hears_of_changes_and_a_failure_withdraws_nothing() {
         Ok(Said::Advised),
         Ok(Said::Nothing),
     ];
+    let expected = [
+        Heard::Advice(true),
+        Heard::Notice(Some(500)),
+        Heard::Advice(false),
+        Heard::Notice(Some(400)),
+        Heard::Notice(None),
+        Heard::Advice(true),
+        Heard::Advice(false),
+    ];
     let (inputs, mut told) = mpsc::channel(16);
     let watch = watch(Scripted(script.into()), NoticeSource::Aws, inputs);
     let heard = async {
         let mut heard = Vec::new();
-        for _ in 0..3 {
+        for _ in 0..7 {
             match told.recv().await {
                 Some(Input::Notice(change)) => {
                     assert_eq!(change.source, NoticeSource::Aws);
-                    heard.push(change.deadline_ms);
+                    heard.push(Heard::Notice(change.deadline_ms));
                 }
-                other => panic!("expected a notice, got {other:?}"),
+                Some(Input::Advice(change)) => {
+                    assert_eq!(change.source, NoticeSource::Aws);
+                    heard.push(Heard::Advice(change.stands));
+                }
+                other => panic!("expected a notice or advice, got {other:?}"),
             }
         }
         heard
     };
     tokio::select! {
         () = watch => panic!("it watches as long as somebody listens"),
-        heard = heard => assert_eq!(heard, [Some(500), Some(400), None]),
+        heard = heard => assert_eq!(heard, expected),
     }
 }
 
