@@ -15,6 +15,7 @@ use mobula_storage::checkpoint::{Checkpoint, CheckpointReader, LoadError, Manife
 use mobula_storage::digest::ParseDigestError;
 
 use super::checkpointer::{RESTORE_BYTES_MAX, reference};
+use super::preemptions::JobPreemptions;
 use super::state::{CheckpointCommand, CheckpointQuery, CheckpointRef, JobCheckpoints, JobSummary};
 use crate::ask;
 use crate::storage::open_blobs;
@@ -43,6 +44,12 @@ pub async fn jobs(cluster: &Cluster) -> mobula::Result<Vec<JobSummary>> {
 pub async fn of_job(cluster: &Cluster, job: JobId) -> mobula::Result<JobCheckpoints> {
     let query = CheckpointQuery::List { job };
     ask::query(cluster, ModuleId::CHECKPOINT, "list checkpoints", &query).await
+}
+
+/// What a job's drivers did about notices that their machines would be taken away; nothing for an unknown job.
+pub async fn preemptions(cluster: &Cluster, job: JobId) -> mobula::Result<JobPreemptions> {
+    let query = CheckpointQuery::Preemptions { job };
+    ask::query(cluster, ModuleId::CHECKPOINT, "list preemptions", &query).await
 }
 
 /// Keeps the checkpoint of a step whatever the job's policy says, or no more.

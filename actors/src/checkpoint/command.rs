@@ -5,6 +5,7 @@ use mobula_core::{Incarnation, JobId, Rejection};
 use serde::{Deserialize, Serialize};
 
 use super::keep::{KeepPolicy, Metric};
+use super::preemptions::PreemptionStep;
 
 /// The largest command, question or row.
 pub(super) const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
@@ -95,6 +96,15 @@ pub enum CheckpointCommand {
         /// How many of the newest stay, at least one.
         keep: u32,
     },
+    /// A driver says what it does about a notice, or what became of the driver before it.
+    Preempted {
+        /// The job.
+        job: JobId,
+        /// The incarnation of the driver that says it.
+        incarnation: Incarnation,
+        /// What happened since it said something last, oldest first.
+        steps: Vec<PreemptionStep>,
+    },
 }
 
 impl CheckpointCommand {
@@ -120,7 +130,8 @@ impl CheckpointCommand {
             | CheckpointCommand::Trim { job, .. }
             | CheckpointCommand::Keep { job, .. }
             | CheckpointCommand::Pin { job, .. }
-            | CheckpointCommand::Prune { job, .. } => *job,
+            | CheckpointCommand::Prune { job, .. }
+            | CheckpointCommand::Preempted { job, .. } => *job,
         }
     }
 }
@@ -138,6 +149,12 @@ pub enum CheckpointQuery {
     Jobs {
         /// Those behind this one.
         after: Option<JobId>,
+    },
+    /// What a job's drivers did about notices; answered with [`JobPreemptions`](super::preemptions::JobPreemptions),
+    /// empty for an unknown job.
+    Preemptions {
+        /// The job.
+        job: JobId,
     },
 }
 

@@ -6,6 +6,8 @@ use mobula_core::control::ModuleId;
 use mobula_core::{ErrorCode, JobId};
 use serde::{Deserialize, Serialize};
 
+use super::client;
+use super::preemptions::JobPreemptions;
 use super::state::{CheckpointCommand, CheckpointQuery, JobCheckpoints};
 
 /// Why a checkpoint was not saved or restored.
@@ -32,6 +34,9 @@ pub trait Ledger: Send + Sync + 'static {
 
     /// What is known of a job.
     fn list(&self, job: JobId) -> BoxFuture<'_, Result<JobCheckpoints, CheckpointError>>;
+
+    /// What a job's drivers did about notices.
+    fn preemptions(&self, job: JobId) -> BoxFuture<'_, Result<JobPreemptions, CheckpointError>>;
 }
 
 impl Ledger for Cluster {
@@ -47,6 +52,13 @@ impl Ledger for Cluster {
 
     fn list(&self, job: JobId) -> BoxFuture<'_, Result<JobCheckpoints, CheckpointError>> {
         Box::pin(committed(self, job))
+    }
+
+    fn preemptions(&self, job: JobId) -> BoxFuture<'_, Result<JobPreemptions, CheckpointError>> {
+        Box::pin(async move {
+            let asked = client::preemptions(self, job).await;
+            asked.map_err(|error| head_error(&error))
+        })
     }
 }
 
@@ -137,6 +149,22 @@ pub(crate) mod memory {
                     .query(&tables.0, 0, &query)
                     .expect("the question is well formed");
                 Ok(JobCheckpoints::decode(&answer).expect("the module spells it"))
+            })
+        }
+
+        fn preemptions(
+            &self,
+            job: JobId,
+        ) -> BoxFuture<'_, Result<JobPreemptions, CheckpointError>> {
+            Box::pin(async move {
+                self.reach()?;
+                let query = CheckpointQuery::Preemptions { job }.encode();
+                let tables = self.tables.lock();
+                let answer = CheckpointModule
+                    .query(&tables.0, 0, &query)
+                    .expect("the question is well formed");
+                let known = mobula_core::codec::decode(&answer, answer.len());
+                Ok(known.expect("the module spells it"))
             })
         }
     }

@@ -7,6 +7,7 @@
 //!   told and asked; `rows`: where it keeps that.
 //! * [`keep`]: which of a job's checkpoints stay visible.
 //! * [`retention`]: which of them must stay in the object store.
+//! * [`preemptions`]: what drivers did about notices that their machines would be taken away.
 //! * [`ledger`]: the table as those who save and restore see it.
 //! * [`checkpointer`] saves and restores on a job's behalf.
 //! * [`client`] is for everybody else: it lists, verifies, pins and prunes; [`safetensors`] writes what other
@@ -22,6 +23,7 @@ pub mod client;
 mod command;
 pub mod keep;
 pub mod ledger;
+pub mod preemptions;
 pub mod retention;
 mod rows;
 pub mod safetensors;

@@ -3,7 +3,8 @@
 //!
 //! Invariants:
 //! 1. Each row of jobs has one row by use, at its `used_index`, and the count is that of both.
-//! 2. There are at most [`JOBS_MAX`]: one more makes the job that was quiet for longest be forgotten.
+//! 2. What is recorded of a job's preemptions goes with its row ([`preemptions`]).
+//! 3. There are at most [`JOBS_MAX`]: one more makes the job that was quiet for longest be forgotten.
 
 use mobula_core::JobId;
 use mobula_core::codec;
@@ -12,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::command::PAYLOAD_BYTES_MAX;
+use super::preemptions;
 use super::state::{JobCheckpoints, JobSummary};
 
 /// Jobs remembered: at about 10 KiB a job 40 MiB, and 130 MiB if each keeps as much as it may.
@@ -78,12 +80,14 @@ fn forget_quietest(txn: &mut dyn Txn) {
     let job: JobId = decode_row(value);
     txn.delete(BY_USE, key);
     txn.delete(JOBS, &job.to_key());
+    preemptions::forget(txn, job);
 }
 
 /// Removes a job; `used_index` is its row's.
 pub(super) fn remove(txn: &mut dyn Txn, job: JobId, used_index: u64) {
     txn.delete(BY_USE, &used_index.to_be_bytes());
     txn.delete(JOBS, &job.to_key());
+    preemptions::forget(txn, job);
     let rest = count(txn).saturating_sub(1);
     txn.put(COUNT, COUNT_KEY, rest.to_be_bytes().to_vec());
 }

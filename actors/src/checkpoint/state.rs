@@ -9,7 +9,8 @@
 //! 4. A job keeps what its policy says ([`CHECKPOINTS_PER_JOB`] if it says nothing, [`KEPT_MAX`](super::keep::KEPT_MAX) at most)
 //!    and [`REJECTIONS_PER_JOB`] rejections; of [`JOBS_MAX`] jobs the one that was quiet for longest is
 //!    forgotten.
-//! 5. A pinned checkpoint stays until it is unpinned, is rejected, or its job is forgotten.
+//! 5. What drivers did about notices is in [`preemptions`], fenced and forgotten like the rest.
+//! 6. A pinned checkpoint stays until it is unpinned, is rejected, or its job is forgotten.
 
 use mobula_core::codec;
 use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::command::PAYLOAD_BYTES_MAX;
 pub use super::command::{CheckpointCommand, CheckpointQuery, CheckpointRef};
 use super::keep::{KeepPolicy, PINNED_MAX};
+use super::preemptions;
 pub use super::rows::{JOBS_MAX, JOBS_PER_PAGE};
 use super::rows::{load, remove, rewrite, store, summaries};
 
@@ -239,6 +241,16 @@ impl StateModule for CheckpointModule {
                 row.known.hide_old(keep);
                 rewrite(txn, job, &row);
             }
+            CheckpointCommand::Preempted {
+                job,
+                incarnation,
+                steps,
+            } => {
+                let mut row = load(txn, job).unwrap_or_default();
+                row.known.fence(job, incarnation)?;
+                preemptions::record(txn, job, steps)?;
+                store(context, txn, job, row);
+            }
             CheckpointCommand::Fence { job, incarnation } => {
                 let mut row = load(txn, job).unwrap_or_default();
                 row.known.fence(job, incarnation)?;
@@ -255,12 +267,15 @@ impl StateModule for CheckpointModule {
                 Ok(codec::encode_plain(&known))
             }
             CheckpointQuery::Jobs { after } => Ok(codec::encode_plain(&summaries(reader, after))),
+            CheckpointQuery::Preemptions { job } => {
+                Ok(codec::encode_plain(&preemptions::load(reader, job)))
+            }
         }
     }
 
     fn authorize_query(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
         let asked = match CheckpointQuery::decode(payload)? {
-            CheckpointQuery::List { job } => Some(job),
+            CheckpointQuery::List { job } | CheckpointQuery::Preemptions { job } => Some(job),
             CheckpointQuery::Jobs { .. } => None,
         };
         match caller {

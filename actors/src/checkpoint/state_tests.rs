@@ -5,6 +5,10 @@ use mobula_scheduler::memory_txn::MemoryTables;
 
 use super::*;
 use crate::checkpoint::keep::Metric;
+use crate::checkpoint::preemptions::{
+    JobPreemptions, PREEMPTION_STEPS_PER_JOB, PreemptionPhase, PreemptionStep, STEPS_PER_COMMAND,
+    WHY_BYTES_MAX,
+};
 
 #[derive(Default)]
 struct Head {
@@ -386,4 +390,83 @@ fn jobs_are_listed_in_pages_for_those_who_may_see_all() {
             .authorize_query(&Caller::Client, &query)
             .is_ok()
     );
+}
+
+fn preemption(incarnation: u64, number: u32, to: PreemptionPhase) -> PreemptionStep {
+    PreemptionStep {
+        incarnation: Incarnation(incarnation),
+        number,
+        node: "worker-1".to_owned(),
+        from: PreemptionPhase::Running,
+        to,
+        deadline_ms: Some(99),
+        trained_steps: 7,
+        needed_ms: None,
+        usable_ms: None,
+        why: "the machine goes in 90 ms".to_owned(),
+        said_ms: 9,
+    }
+}
+
+impl Head {
+    fn preempted(&mut self, by: u64, steps: Vec<PreemptionStep>) -> Result<(), Rejection> {
+        self.apply(&CheckpointCommand::Preempted {
+            job: JobId(1),
+            incarnation: Incarnation(by),
+            steps,
+        })
+    }
+
+    fn preemptions(&self) -> JobPreemptions {
+        let query = CheckpointQuery::Preemptions { job: JobId(1) }.encode();
+        let answer = CheckpointModule.query(&self.tables, 0, &query).unwrap();
+        codec::decode(&answer, PAYLOAD_BYTES_MAX).unwrap()
+    }
+}
+
+#[test]
+fn what_a_driver_did_about_a_notice_is_kept_once_and_outlives_it() {
+    let mut head = Head::default();
+    assert_eq!(head.preemptions(), JobPreemptions::default());
+    let noticed = preemption(3, 1, PreemptionPhase::Noticed);
+    let handoff = preemption(3, 2, PreemptionPhase::Handoff);
+    head.preempted(3, vec![noticed.clone()]).unwrap();
+    // The answer was lost: all of it is said again, with what came since.
+    head.preempted(3, vec![noticed.clone(), handoff.clone()])
+        .unwrap();
+    let known = head.preemptions();
+    assert_eq!(known.steps, [noticed.clone(), handoff.clone()]);
+    assert_eq!(known.unfinished_before(Incarnation(3)), None, "its own");
+    assert_eq!(known.unfinished_before(Incarnation(5)), Some(&handoff));
+
+    let gone = preemption(3, 3, PreemptionPhase::Gone);
+    head.preempted(5, vec![gone.clone()]).unwrap();
+    let late = head.preempted(3, vec![preemption(3, 4, PreemptionPhase::Running)]);
+    assert_eq!(late.unwrap_err().code, ErrorCode::Fenced);
+    let known = head.preemptions();
+    assert_eq!(known.steps, [noticed, handoff, gone]);
+    assert_eq!(known.unfinished_before(Incarnation(5)), None);
+
+    head.apply(&CheckpointCommand::Forget { job: JobId(1) })
+        .unwrap();
+    assert_eq!(head.preemptions(), JobPreemptions::default());
+}
+
+#[test]
+fn a_job_keeps_its_newest_preemptions_and_none_that_is_too_long() {
+    let mut head = Head::default();
+    for number in 1..=100 {
+        let step = preemption(3, number, PreemptionPhase::Noticed);
+        head.preempted(3, vec![step]).unwrap();
+    }
+    let known = head.preemptions().steps;
+    assert_eq!(known.len(), PREEMPTION_STEPS_PER_JOB);
+    assert_eq!(known.last().map(|step| step.number), Some(100));
+    let mut long = preemption(3, 101, PreemptionPhase::Gone);
+    long.why = "x".repeat(WHY_BYTES_MAX + 1);
+    let refused = head.preempted(3, vec![long]).unwrap_err();
+    assert!(refused.message.contains("the limit is 512"), "{refused}");
+    let many = vec![preemption(3, 102, PreemptionPhase::Gone); STEPS_PER_COMMAND + 1];
+    assert!(head.preempted(3, many).is_err());
+    assert_eq!(head.preemptions().steps, known, "nothing of it is kept");
 }

@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::collective::{Collective, Unreachable};
-use super::crew::{Crew, Event, Happened, Slot, TrainerLink};
+use super::crew::{Crew, Event, Happened, Slot, TrainerLink, Witness};
 use super::job_log::JobLog;
 use super::messages::{Epoch, Held, short_digest};
 use super::optimizer::{Optimizer, StepError, StepReport};
@@ -279,6 +279,13 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             // The copy may be a moment ahead of a trainer that has all sums as well.
             tokio::time::sleep(CONFIRM_PAUSE).await;
         }
+    }
+
+    /// The trainers that said within `limit` that they hold the copy's very bits. They go on meanwhile, and keep what
+    /// the copy would need to follow.
+    pub async fn witnesses(&self, limit: Duration) -> Vec<Witness> {
+        let digest = short_digest(&self.digest);
+        self.crew.witnesses(self.state.step, digest, limit).await
     }
 
     /// Carries out what the copy wants, up to the next step.

@@ -508,3 +508,28 @@ async fn unfit_data_ends_the_job_with_its_reason() {
         "{error}"
     );
 }
+
+#[tokio::test]
+async fn a_witness_holds_the_very_bits_and_says_whether_its_machine_stays() {
+    let spec = spec(40, 3, 3);
+    let trainers = trainers(&spec, vec![vec![]; 3]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    while coordinator.state().step < 5 {
+        coordinator.advance().await.unwrap();
+    }
+    let limit = Duration::from_secs(10);
+    let slots = |witnesses: Vec<Witness>| -> Vec<(usize, bool)> {
+        let slots = witnesses.iter();
+        slots.map(|one| (one.slot, one.is_doomed)).collect()
+    };
+    // They are ahead of the copy by now, and know what they held where it stands.
+    trainers[1].inner.lock().notice_ms = Some(1);
+    let witnesses = coordinator.witnesses(limit).await;
+    assert_eq!(slots(witnesses), [(0, false), (1, true), (2, false)]);
+    trainers[2].crash(&mut trainers[2].inner.lock());
+    let witnesses = coordinator.witnesses(limit).await;
+    assert_eq!(slots(witnesses), [(0, false), (1, true)]);
+    // A copy with other bits has none.
+    coordinator.digest = blake3::hash(b"other").to_hex().to_string();
+    assert_eq!(coordinator.witnesses(limit).await, []);
+}

@@ -96,6 +96,17 @@ pub(super) struct Slot<L> {
     pub(super) spent: (Duration, Duration),
 }
 
+/// A trainer that holds the very bits that were asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Witness {
+    /// Which trainer.
+    pub slot: usize,
+    /// Where it runs.
+    pub node: String,
+    /// Whether its node will be taken away too.
+    pub is_doomed: bool,
+}
+
 /// Something that happened to a trainer.
 pub(super) struct Event {
     pub(super) slot: usize,
@@ -289,6 +300,46 @@ impl<L: TrainerLink> Crew<L> {
                 },
             }
         });
+    }
+
+    /// Who of those who take part holds the state with `digest` before `step`, within `limit`; and of whom the node
+    /// was given notice. Those behind are waited for.
+    pub(super) async fn witnesses(
+        &self,
+        step: u64,
+        digest: StateDigest,
+        limit: Duration,
+    ) -> Vec<Witness> {
+        let ready = self
+            .slots
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.is_ready());
+        let asked = ready.map(|(index, slot)| async move {
+            let epoch = slot
+                .adopted
+                .as_ref()
+                .map_or(self.first_epoch, |plan| plan.epoch);
+            let ask = async {
+                // Its own word comes before what its news will say some time.
+                let news = slot.link.news(epoch, 0).await.ok()?;
+                loop {
+                    match slot.link.digest_before(step).await.ok()? {
+                        Some(found) if found == digest => return Some(news),
+                        Some(_) => return None,
+                        None => tokio::time::sleep(VOTE_PAUSE).await,
+                    }
+                }
+            };
+            let news = tokio::time::timeout(limit, ask).await.ok()??;
+            (Some(news.member) == slot.member).then(|| Witness {
+                slot: index,
+                node: slot.node.clone(),
+                is_doomed: news.notice_ms.is_some(),
+            })
+        });
+        let witnesses = futures::future::join_all(asked).await;
+        witnesses.into_iter().flatten().collect()
     }
 
     /// What all who take part hold; those who do not answer within `limit` are not counted.

@@ -1,5 +1,5 @@
-//! A driver whose node was given notice: it saves within the grace, or says why it did not, and
-//! leaves.
+//! A driver whose node was given notice: it hands over to the trainers that hold its bits elsewhere, or saves within
+//! the grace, or says why it did neither, and leaves. Advice that the node may be taken away makes it save.
 
 use std::time::Duration;
 
@@ -7,68 +7,187 @@ use mobula::Notice;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::chronicle::Chronicle;
 use super::job::{Coordinator, Driver, JobError, now_ms};
-use super::preemption::{Budget, Facts, Preemption, Transition};
+use super::preemption::{Budget, Facts, Phase, Preemption, Transition};
 use super::resume::History;
 use super::saving::Saver;
 
 /// How much later than it was given a notice may be heard: a worker looks for its file twice a second.
 const NOTICE_LAG_MS: u64 = 500;
+/// How long the trainers may take to say what they hold; and the share of the grace that it may be at most.
+const WITNESS_MAX: Duration = Duration::from_millis(500);
+const WITNESS_SHARE: u64 = 8;
 /// How long a driver that has yielded may still be there.
 const YIELDED_MAX: Duration = Duration::from_secs(30);
 /// Attempts to leave while the head does not know of the notice yet.
 const YIELD_ATTEMPTS_MAX: u32 = 10;
 const YIELD_PAUSE: Duration = Duration::from_millis(200);
 
+/// What is said of this driver's machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Said {
+    /// It goes then.
+    Leaves(Notice),
+    /// It does not go.
+    Stays,
+    /// It may go some time, or may no more.
+    Advised(bool),
+}
+
+/// Hears what is said of this driver's machine, each change once.
+pub(super) struct Ear {
+    notices: watch::Receiver<Option<Notice>>,
+    advice: watch::Receiver<bool>,
+    notice: Option<Notice>,
+    is_advised: bool,
+}
+
+impl Ear {
+    pub(super) fn new(
+        notices: watch::Receiver<Option<Notice>>,
+        advice: watch::Receiver<bool>,
+    ) -> Self {
+        Ear {
+            notices,
+            advice,
+            notice: None,
+            is_advised: false,
+        }
+    }
+
+    /// The next thing that is said. Nothing is lost when this is dropped.
+    pub(super) async fn next(&mut self) -> Said {
+        loop {
+            let notice = *self.notices.borrow_and_update();
+            if std::mem::replace(&mut self.notice, notice) != notice {
+                return notice.map_or(Said::Stays, Said::Leaves);
+            }
+            let is_advised = *self.advice.borrow_and_update();
+            if std::mem::replace(&mut self.is_advised, is_advised) != is_advised {
+                return Said::Advised(is_advised);
+            }
+            let changed = tokio::select! {
+                changed = self.notices.changed() => changed,
+                changed = self.advice.changed() => changed,
+            };
+            if changed.is_err() {
+                // Nobody is left who could say anything.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+/// How far a driver is from leaving its machine, told as it goes.
+pub(super) struct Departure {
+    machine: Preemption,
+    chronicle: Chronicle,
+}
+
+impl Departure {
+    pub(super) fn new(chronicle: Chronicle) -> Self {
+        Departure {
+            machine: Preemption::default(),
+            chronicle,
+        }
+    }
+
+    /// Has the machine take a step that it may take or not, and tells of it.
+    fn go(&mut self, trained_steps: u64, step: impl FnOnce(&mut Preemption) -> Option<Transition>) {
+        if let Some(transition) = step(&mut self.machine) {
+            self.chronicle.tell(&transition, trained_steps);
+        }
+    }
+}
+
 impl Driver {
-    /// Saves if the grace allows it, and leaves the node. Returns if the notice was withdrawn.
-    pub(super) async fn leave(
+    /// Does what is to be done about what is `said`. Answers whether a save would be good now; a driver that leaves
+    /// does not come back from this.
+    pub(super) async fn heed(
+        &self,
+        said: Said,
+        departure: &mut Departure,
+        coordinator: &Coordinator,
+        saver: &mut Saver,
+        history: &History,
+    ) -> Result<bool, JobError> {
+        let step = coordinator.state().step;
+        match said {
+            Said::Leaves(notice) => {
+                self.leave(notice, departure, coordinator, saver, history)
+                    .await?;
+            }
+            Said::Stays => {
+                departure.go(step, Preemption::withdrawn);
+                // What was advised before may still stand.
+                if *self.cluster.advice().borrow() {
+                    departure.go(step, Preemption::advised);
+                }
+            }
+            Said::Advised(true) => departure.go(step, Preemption::advised),
+            Said::Advised(false) => departure.go(step, Preemption::advice_withdrawn),
+        }
+        Ok(said == Said::Advised(true))
+    }
+
+    /// Hands over, saves or gives up, and leaves the node. Returns if it may not leave.
+    async fn leave(
         &self,
         notice: Notice,
+        departure: &mut Departure,
         coordinator: &Coordinator,
         saver: &mut Saver,
         history: &History,
     ) -> Result<(), JobError> {
-        let mut machine = Preemption::default();
-        self.tell(machine.noticed(notice.deadline_ms, now_ms()));
-        let facts = self.facts(coordinator, saver);
-        self.tell(machine.choose(&facts));
         let step = coordinator.state().step;
-        if machine.phase().saves() {
+        departure.go(step, |machine| {
+            machine.noticed(notice.deadline_ms, now_ms())
+        });
+        let facts = self.facts(notice, coordinator, saver).await;
+        departure.go(step, |machine| machine.choose(&facts));
+        let phase = departure.machine.phase();
+        let committed = |saver: &Saver| saver.committed_step().unwrap_or(0);
+        if phase.saves() {
             let begun = Instant::now();
             let budget = Budget::until(notice.deadline_ms, facts.now_ms, facts.lag_ms);
-            if machine.begins_new_save(&facts) {
+            if departure.machine.begins_new_save(&facts) {
                 saver.offer(self.order(coordinator, saver, history));
             }
             let deadline = begun + Duration::from_millis(budget.usable_ms);
             let is_saved = saver.flush(Some(deadline)).await?;
             let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
             if !is_saved {
-                self.tell(machine.ran_out(took_ms));
+                departure.go(step, |machine| machine.ran_out(took_ms));
             }
             self.log.line(format_args!(
                 "notice: {took_ms} ms were spent on saving step {step}; the newest checkpoint is of step {}",
-                saver.committed_step().unwrap_or(0),
+                committed(saver),
+            ));
+        } else if matches!(phase, Phase::Handoff { .. }) {
+            self.log.line(format_args!(
+                "notice: step {step} is handed over and not saved; the newest checkpoint is of step {}",
+                committed(saver),
             ));
         } else {
             self.log.line(format_args!(
                 "notice: step {step} is not saved; the newest checkpoint is of step {}",
-                saver.committed_step().unwrap_or(0),
+                committed(saver),
             ));
         }
-        self.yield_node(&mut machine).await
+        self.yield_node(departure, step).await
     }
 
-    /// What the choice rests on. Nobody else is known to hold these bits for sure: an order that would
-    /// prove it may take longer than the grace.
-    fn facts(&self, coordinator: &Coordinator, saver: &Saver) -> Facts {
+    /// What the choice rests on.
+    async fn facts(&self, notice: Notice, coordinator: &Coordinator, saver: &Saver) -> Facts {
         let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let survivors = self.survivors(notice, coordinator).await;
         let size_bytes = coordinator.state().size_bytes();
         let usual_ms = millis(saver.expected_time()).max(1);
         Facts {
             now_ms: now_ms(),
             lag_ms: NOTICE_LAG_MS,
-            survivors: 0,
+            survivors,
             savers: 1,
             overhead_ms: 0,
             missing_bytes: size_bytes,
@@ -77,14 +196,30 @@ impl Driver {
         }
     }
 
-    fn tell(&self, transition: Option<Transition>) {
-        if let Some(transition) = transition {
-            self.log.line(format_args!("{transition}"));
+    /// Trainers on machines without notice that hold this driver's very bits, as they say now.
+    async fn survivors(&self, notice: Notice, coordinator: &Coordinator) -> usize {
+        if self.spec.stops_early() {
+            // Trainers go on, and what is measured in their next steps decides when the job ends: a driver that
+            // does not know it cannot use their state.
+            self.log.line(format_args!(
+                "notice: a job that may stop early is not handed over, it is saved"
+            ));
+            return 0;
         }
+        let left_ms = notice.deadline_ms.saturating_sub(now_ms());
+        let limit = WITNESS_MAX.min(Duration::from_millis(left_ms / WITNESS_SHARE));
+        let witnesses = coordinator.witnesses(limit).await;
+        // A trainer beside this driver may not have heard of the notice yet.
+        let lives = witnesses
+            .iter()
+            .filter(|witness| !witness.is_doomed && witness.node != self.node());
+        lives.count()
     }
 
     /// Has the head start the driver elsewhere. Returns if it may not.
-    async fn yield_node(&self, machine: &mut Preemption) -> Result<(), JobError> {
+    async fn yield_node(&self, departure: &mut Departure, step: u64) -> Result<(), JobError> {
+        // From then on this process may end at any moment.
+        departure.chronicle.recorded().await;
         let notices = self.cluster.notices();
         for attempt in 1.. {
             let Err(error) = self.cluster.yield_actor(self.actor, self.incarnation).await else {
@@ -93,34 +228,18 @@ impl Driver {
             // The agent tells its hosts and the head at the same time: the head may be behind.
             if attempt == YIELD_ATTEMPTS_MAX || notices.borrow().is_none() {
                 if notices.borrow().is_none() {
-                    self.tell(machine.withdrawn());
+                    departure.go(step, Preemption::withdrawn);
                 }
                 self.log.line(format_args!("the driver stays: {error}"));
                 return Ok(());
             }
             tokio::time::sleep(YIELD_PAUSE).await;
         }
-        self.tell(machine.detached());
-        // The agent ends this process, and the head starts the driver elsewhere.
+        departure.go(step, Preemption::detached);
+        // The agent ends this process, and the head starts the driver elsewhere, which says so where this one
+        // does not get to.
         tokio::time::sleep(YIELDED_MAX).await;
         Err(JobError::NotStopped(self.actor))
-    }
-}
-
-/// Waits for a notice other than the one that was `seen`.
-pub(super) async fn new_notice(
-    notices: &mut watch::Receiver<Option<Notice>>,
-    seen: Option<Notice>,
-) -> Notice {
-    loop {
-        let standing = *notices.borrow_and_update();
-        match standing {
-            Some(notice) if standing != seen => return notice,
-            _ => {}
-        }
-        if notices.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
     }
 }
 
@@ -129,18 +248,25 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_notice_is_acted_on_once_and_again_when_it_changes() {
-        let (sender, mut receiver) = watch::channel(Some(Notice { deadline_ms: 5 }));
-        let first = new_notice(&mut receiver, None).await;
-        assert_eq!(first.deadline_ms, 5);
-        let again = new_notice(&mut receiver, Some(first));
-        assert!(
-            tokio::time::timeout(Duration::from_millis(20), again)
-                .await
-                .is_err()
+    async fn each_change_of_what_is_said_is_heard_once() {
+        let notices = watch::Sender::new(Some(Notice { deadline_ms: 5 }));
+        let advice = watch::Sender::new(false);
+        let mut ear = Ear::new(notices.subscribe(), advice.subscribe());
+        let leaves = |deadline_ms| Said::Leaves(Notice { deadline_ms });
+        assert_eq!(ear.next().await, leaves(5));
+        let silence = tokio::time::timeout(Duration::from_millis(20), ear.next());
+        assert!(silence.await.is_err());
+        advice.send_replace(true);
+        notices.send_replace(Some(Notice { deadline_ms: 9 }));
+        assert_eq!(
+            ear.next().await,
+            leaves(9),
+            "what has a deadline goes first"
         );
-        sender.send_replace(None);
-        sender.send_replace(Some(Notice { deadline_ms: 9 }));
-        assert_eq!(new_notice(&mut receiver, Some(first)).await.deadline_ms, 9);
+        assert_eq!(ear.next().await, Said::Advised(true));
+        notices.send_replace(None);
+        assert_eq!(ear.next().await, Said::Stays);
+        advice.send_replace(false);
+        assert_eq!(ear.next().await, Said::Advised(false));
     }
 }

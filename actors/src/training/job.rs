@@ -18,10 +18,11 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use super::checkpointing::SaveSchedule;
+use super::chronicle::Chronicle;
 use super::collective::ClusterCollective;
 use super::coordinator::CoordinatorError;
 use super::data::Files;
-use super::departure::new_notice;
+use super::departure::{Departure, Ear};
 use super::evaluation::UnknownMetric;
 use super::job_log::JobLog;
 use super::link::ClusterLink;
@@ -139,7 +140,7 @@ pub async fn train_spec(cluster: Cluster, spec: TrainSpec) -> Result<TrainResult
 
 pub(super) struct Driver {
     pub(super) cluster: Cluster,
-    spec: TrainSpec,
+    pub(super) spec: TrainSpec,
     workload: Workload,
     job: JobId,
     pub(super) actor: ActorId,
@@ -189,6 +190,13 @@ impl Driver {
         if policy != KeepPolicy::default() {
             saver.keep(self.incarnation, policy).await;
         }
+        let ledger = Arc::new(self.cluster.clone());
+        let node = self.node();
+        let mut chronicle = Chronicle::new(ledger, self.job, self.incarnation, node, log);
+        if restarts > 0 {
+            chronicle.take_over(state.step).await;
+        }
+        let mut departure = Departure::new(chronicle);
         let epoch = Epoch::first_of(self.incarnation.0);
         let counters = history.counters;
         let mut coordinator = Coordinator::new(
@@ -201,9 +209,20 @@ impl Driver {
             log,
         );
         let mut progress = Progress::new(self.spec.steps, self.spec.global_batch, log);
-        self.take_steps(&mut coordinator, &mut saver, &mut progress, &mut history)
-            .await?;
+        self.take_steps(
+            &mut coordinator,
+            &mut saver,
+            &mut progress,
+            &mut departure,
+            &mut history,
+        )
+        .await?;
         self.finish(coordinator, saver, &progress, history).await
+    }
+
+    /// The name of its machine.
+    pub(super) fn node(&self) -> &str {
+        self.cluster.node_name().unwrap_or("no node")
     }
 
     async fn resume(
@@ -242,11 +261,11 @@ impl Driver {
         coordinator: &mut Coordinator,
         saver: &mut Saver,
         progress: &mut Progress,
+        departure: &mut Departure,
         history: &mut History,
     ) -> Result<(), JobError> {
         let layout = self.workload.layout();
-        let mut notices = self.cluster.notices();
-        let mut seen = None;
+        let mut ear = Ear::new(self.cluster.notices(), self.cluster.advice());
         let mut schedule = SaveSchedule::new(
             &self.spec.checkpoints,
             self.spec.checkpoint_every_steps,
@@ -257,9 +276,9 @@ impl Driver {
         while coordinator.state().step < self.spec.steps && !history.watch.stop {
             let begun = Instant::now();
             let mut taken = None;
-            let noticed = tokio::select! {
+            let said = tokio::select! {
                 biased;
-                notice = new_notice(&mut notices, seen) => Some(notice),
+                said = ear.next() => Some(said),
                 report = coordinator.advance() => {
                     let report = report?;
                     history.loss_mean = Some(report.loss_mean);
@@ -279,12 +298,14 @@ impl Driver {
             let measured =
                 self.evaluate(coordinator, progress, history)? && self.spec.stops_early();
             let mut saving = Duration::ZERO;
-            if let Some(notice) = noticed {
-                seen = noticed;
-                self.leave(notice, coordinator, saver, history).await?;
-            } else if measured
-                || !saver.is_busy() && schedule.is_due(step, now, failures, saver.expected_time())
-            {
+            let is_due = match said {
+                Some(said) => {
+                    let heeded = self.heed(said, departure, coordinator, saver, history);
+                    heeded.await? && step > 0
+                }
+                None => schedule.is_due(step, now, failures, saver.expected_time()),
+            };
+            if measured || is_due && !saver.is_busy() {
                 let now = Instant::now();
                 saver.offer(self.order(coordinator, saver, history));
                 saving = now.elapsed();

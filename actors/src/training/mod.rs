@@ -22,7 +22,7 @@
 //! * [`job`] is the driver of a training job, from its TOML to its result; [`start_from`] begins with another
 //!   job's weights; [`resume`] finds where a driver that was started again goes on; [`checkpointing`] says
 //!   when to save and [`saving`] does it; `departure` leaves a node that was given notice, as [`preemption`]
-//!   chooses; [`publish`] stores the model.
+//!   chooses, and `chronicle` records that; [`publish`] stores the model.
 //! * [`protocol`] is what the members of a job do, as pure state machines; [`collective`] carries sums
 //!   between them and runs a member; [`shape`] has the sizes.
 //! * [`coordinator`] says who takes part and follows the steps; [`crew`] knows who is there.
@@ -56,6 +56,7 @@ pub mod validation;
 pub mod value_bytes;
 pub mod workload;
 
+mod chronicle;
 mod departure;
 
 pub mod checkpointing;

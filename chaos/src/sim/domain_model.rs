@@ -124,7 +124,8 @@ impl DomainModel {
             | CheckpointCommand::Trim { .. }
             | CheckpointCommand::Keep { .. }
             | CheckpointCommand::Pin { .. }
-            | CheckpointCommand::Prune { .. } => return Ok(()),
+            | CheckpointCommand::Prune { .. }
+            | CheckpointCommand::Preempted { .. } => return Ok(()),
         };
         let is_known = self.checkpoints.contains_key(&job);
         let known = self.checkpoints.entry(job).or_default();

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::Context;
 use mobula::Cluster;
 use mobula::log_lines::{FOLD_WINDOW, LogLines};
+use mobula_actors::checkpoint::client;
 use mobula_core::clock::Clock;
 use mobula_core::id::JobId;
 use mobula_wire::control::Job;
@@ -15,6 +16,7 @@ use crate::args::{JobsCommand, Target};
 use crate::clock::SystemClock;
 use crate::connect::connect;
 use crate::output::{age, or_dash, print_json, print_table};
+use crate::preemptions;
 
 pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result<ExitCode> {
     let cluster = connect(target).await?;
@@ -49,7 +51,11 @@ pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result
         JobsCommand::Logs { job, follow, .. } => print_logs(&cluster, job, follow).await?,
         JobsCommand::Timeline { job, output } => {
             let timeline = cluster.job_handle(job).timeline().await?;
-            let trace = timeline.to_chrome_trace();
+            let mut trace = timeline.to_chrome_trace();
+            let notices = client::preemptions(&cluster, job).await?;
+            if let Some(events) = trace["traceEvents"].as_array_mut() {
+                events.extend(preemptions::marks(&notices));
+            }
             let Some(path) = output else {
                 print_json(&trace)?;
                 return Ok(ExitCode::SUCCESS);

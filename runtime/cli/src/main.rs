@@ -19,6 +19,7 @@ mod local;
 mod models;
 mod nodes;
 mod output;
+mod preemptions;
 mod replay;
 mod scenario;
 mod secrets;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use mobula::{Cluster, JobHandle};
+use mobula_actors::checkpoint::client;
 use mobula_actors::training::progress::{ProgressLine, StepBreakdown};
 use mobula_core::id::JobId;
 use serde::Serialize;
@@ -12,6 +13,7 @@ use crate::args::{Target, TrainArguments, TrainCommand};
 use crate::connect::connect;
 use crate::jobs::as_json;
 use crate::output::print_json;
+use crate::preemptions::{self, PreemptionJson, newest_lines};
 use crate::replay;
 use crate::submit::{follow, require_executable};
 use crate::train_file::{self, TrainFile};
@@ -114,6 +116,8 @@ struct Status {
     breakdown_ms: Option<serde_json::Map<String, serde_json::Value>>,
     evaluation: Option<String>,
     result: serde_json::Value,
+    /// What its drivers did about notices, oldest first.
+    preemptions: Vec<PreemptionJson>,
 }
 
 async fn status(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<ExitCode> {
@@ -124,6 +128,13 @@ async fn status(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<Exit
         // What the head knows is worth showing all the same.
         eprintln!("the log of {id} cannot be read now: {error}");
     }
+    let preemptions = match client::preemptions(cluster, id).await {
+        Ok(known) => preemptions::as_json(&known),
+        Err(error) => {
+            eprintln!("what became of notices cannot be asked now: {error}");
+            Vec::new()
+        }
+    };
     let status = Status {
         job: id.0,
         name: job.name.clone(),
@@ -140,6 +151,7 @@ async fn status(cluster: &Cluster, id: JobId, json: bool) -> anyhow::Result<Exit
         progress: told.progress,
         evaluation: told.evaluation,
         result: as_json(&job)?["result"].clone(),
+        preemptions,
     };
     if json {
         print_json(&status)?;
@@ -198,6 +210,9 @@ fn show(status: &Status) {
     println!("state       {}, {} restarts", status.state, status.restarts);
     if let Some(why) = &status.why {
         println!("why         {why}");
+    }
+    for line in newest_lines(&status.preemptions) {
+        println!("notice      {line}");
     }
     let Some(line) = &status.progress else {
         println!("progress    no step is taken yet");

@@ -125,6 +125,67 @@ fn a_preempted_worker_hands_off_within_its_grace_and_no_step_is_lost() {
 }
 
 #[test]
+fn a_driver_hands_over_to_trainers_elsewhere_and_what_it_did_is_known_after_it() {
+    let cluster = TestCluster::up(3);
+    let expected = undisturbed(&cluster);
+    // No checkpoint before the last one: whatever goes on, goes on from what trainers hold.
+    let job = small_job("handed-over", STEPS).replace(
+        "checkpoint_every_steps = 40",
+        "checkpoint_every_steps = 1000000",
+    );
+    let job = cluster.submit_toml(&job);
+    wait_for_step(&cluster, &job, 60);
+    let (_, node) = actor_of(&cluster, &job, "driver");
+    cluster.ok(&[
+        "nodes",
+        "preempt",
+        &format!("node-{node}"),
+        "--grace",
+        "20s",
+    ]);
+    let result = cluster.result_of(&job);
+    assert_eq!(result["weights_blake3"], expected, "{result}");
+    assert_eq!(
+        (&result["lost_steps"], &result["lost_steps_known"]),
+        (&0.into(), &true.into()),
+        "{result}"
+    );
+    assert_eq!(
+        (&result["restarts"], &result["checkpoints"]),
+        (&1.into(), &1.into())
+    );
+
+    let status = cluster.json(&["train", "status", &job]);
+    let steps = status["preemptions"].as_array().unwrap();
+    let went: Vec<&str> = steps
+        .iter()
+        .map(|step| step["to"].as_str().unwrap())
+        .collect();
+    assert_eq!(went, ["NOTICED", "HANDOFF", "DETACHED", "GONE"], "{status}");
+    assert!(
+        steps
+            .iter()
+            .all(|step| step["incarnation"] == steps[0]["incarnation"]),
+        "all of it is about the driver that left: {status}"
+    );
+    let handoff = &steps[1];
+    assert!(
+        handoff["why"]
+            .as_str()
+            .unwrap()
+            .contains("without notice hold these bits")
+            && handoff["usable_ms"].is_u64(),
+        "{handoff}"
+    );
+    let text = cluster.ok(&["train", "status", &job]);
+    assert!(text.contains("NOTICED -> HANDOFF"), "{text}");
+    let trace: Value = serde_json::from_str(&cluster.ok(&["jobs", "timeline", &job])).unwrap();
+    let marks = trace["traceEvents"].as_array().unwrap().iter();
+    let marks = marks.filter(|event| event["cat"] == "preemption").count();
+    assert_eq!(marks, 4);
+}
+
+#[test]
 fn a_notice_by_file_and_by_sigterm_counts_too() {
     let cluster = TestCluster::up(3);
     let node = |name: &str| {

@@ -18,6 +18,16 @@ impl ExtraWorker {
     /// It is called `spot`, and has a label `spot` that says so. `settings` are lines of the section
     /// `[worker]`.
     pub(crate) fn start(cluster: &TestCluster, spot: &str, settings: &str) -> Self {
+        ExtraWorker::start_with(cluster, spot, settings, &[])
+    }
+
+    /// The same with more `arguments`.
+    pub(crate) fn start_with(
+        cluster: &TestCluster,
+        spot: &str,
+        settings: &str,
+        arguments: &[&str],
+    ) -> Self {
         let dir = ExtraWorker::dir(cluster, spot);
         std::fs::create_dir_all(&dir).unwrap();
         let config = dir.join("worker.toml");
@@ -32,6 +42,7 @@ impl ExtraWorker {
             .arg(&dir)
             .arg("--join-token-file")
             .arg(cluster.dir().join("tokens/worker.token"))
+            .args(arguments)
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())
             .spawn()

@@ -1,0 +1,100 @@
+//! What a training job's driver does when a cloud says something of its machine.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::Value;
+
+use crate::extra_worker::ExtraWorker;
+use crate::support::{TestCluster, small_job, wait_for};
+
+/// The metadata service of a machine that AWS may take away, as long as it is told so.
+fn rebalancing(is_advised: Arc<AtomicBool>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    // It ends with the process: a test has no other way to end an `accept`.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { continue };
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let Some(Ok(asked)) = lines.next() else {
+                continue;
+            };
+            // The rest of the head, for a question has no body.
+            let _ = lines.find(|line| line.as_ref().is_ok_and(String::is_empty));
+            let advised = is_advised.load(Ordering::SeqCst);
+            let body = match asked.as_str() {
+                line if line.starts_with("PUT /latest/api/token") => Some("token-1"),
+                line if line.contains("/rebalance") && advised => {
+                    Some(r#"{"noticeTime": "2017-09-18T08:22:00Z"}"#)
+                }
+                _ => None,
+            };
+            let status = if body.is_some() {
+                "200 OK"
+            } else {
+                "404 Not Found"
+            };
+            let body = body.unwrap_or_default();
+            let length = body.len();
+            // Who asked may have gone.
+            let _ = write!(
+                stream,
+                "HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+            );
+        }
+    });
+    url
+}
+
+/// The phases that a job's drivers went to, once they are so many.
+fn phases(cluster: &TestCluster, job: &str, count: usize) -> Vec<String> {
+    wait_for(&format!("{count} steps of {job}'s driver"), || {
+        let status = cluster.json(&["train", "status", job]);
+        let steps = status["preemptions"].as_array()?;
+        let went = steps
+            .iter()
+            .map(|step| step["to"].as_str().unwrap().to_owned());
+        (steps.len() >= count).then(|| went.collect())
+    })
+}
+
+#[test]
+fn advice_of_the_cloud_makes_a_driver_save_and_stay() {
+    let cluster = TestCluster::up(1);
+    cluster.ok(&["nodes", "drain", "worker-1"]);
+    let is_advised = Arc::new(AtomicBool::new(false));
+    let url = rebalancing(Arc::clone(&is_advised));
+    let cloud = ["--cloud", "aws", "--cloud-endpoint", &url];
+    let _spot = ExtraWorker::start_with(&cluster, "spot", "", &cloud);
+    // It would save at its end only.
+    let text = small_job("advised", 1_000_000).replace(
+        "checkpoint_every_steps = 40",
+        "checkpoint_every_steps = 1000000",
+    );
+    let job = cluster.submit_toml(&text);
+    let saved = |cluster: &TestCluster| -> Option<u64> {
+        let known = cluster.run(&["checkpoints", "list", &job, "--json"]);
+        let known: Value = serde_json::from_slice(&known.stdout).ok()?;
+        known["checkpoints"].as_array()?.first()?["step"].as_u64()
+    };
+    wait_for("the first steps", || {
+        let status = cluster.json(&["train", "status", &job]);
+        status["progress"]["step"].as_u64().filter(|step| *step > 0)
+    });
+    assert_eq!(saved(&cluster), None);
+    is_advised.store(true, Ordering::SeqCst);
+    assert_eq!(phases(&cluster, &job, 1), ["ADVISED"]);
+    wait_for("a checkpoint for the advice's sake", || saved(&cluster));
+    is_advised.store(false, Ordering::SeqCst);
+    assert_eq!(phases(&cluster, &job, 2), ["ADVISED", "RUNNING"]);
+    let status = cluster.json(&["train", "status", &job]);
+    assert_eq!(
+        (&status["state"], &status["restarts"]),
+        (&"running".into(), &0.into()),
+        "nothing is moved for advice: {status}"
+    );
+    cluster.ok(&["jobs", "stop", &job]);
+}
