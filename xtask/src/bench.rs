@@ -13,7 +13,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use crate::install::{self, StillMissing};
 use crate::workspace::Workspace;
-use crate::{EXIT_USAGE_OR_MISSING, progress, steps};
+use crate::{EXIT_USAGE_OR_MISSING, failed, steps};
 
 /// What of `ray microbenchmark` has a row of ours, as parts of its rows' names.
 const PATTERNS: [&str; 8] = [
@@ -108,13 +108,7 @@ fn run_suite<T>(
     let workspace = Workspace::find();
     let program = format!("mobula-bench-{suite}");
     let arguments = [&BUILD[..], &[program.as_str()], starts, &OPTIMIZED[..]].concat();
-    let mut build = workspace.cargo(&arguments);
-    eprintln!("+ {}", steps::shown(&build));
-    match progress::run(&mut build, workspace.target()) {
-        Ok(status) if status.success() => {}
-        Ok(status) => return Err(failed(&format!("the build failed ({status})"))),
-        Err(error) => return Err(failed(&format!("cannot start cargo: {error}"))),
-    }
+    workspace.build(&arguments)?;
     let results = workspace.root().join("benches/results");
     if let Err(error) = std::fs::create_dir_all(&results) {
         return Err(failed(&format!("{}: {error}", results.display())));
@@ -134,11 +128,6 @@ fn run_suite<T>(
         date,
         rates,
     })
-}
-
-fn failed(reason: &str) -> ExitCode {
-    eprintln!("error: {reason}");
-    ExitCode::FAILURE
 }
 
 /// The day in UTC, for the names of files.

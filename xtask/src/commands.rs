@@ -29,18 +29,8 @@ pub(crate) fn demo(arguments: &[String]) -> ExitCode {
     }
     let workspace = Workspace::find();
     announce_build(&workspace);
-    let mut build = workspace.cargo(&SHARED_BUILD);
-    eprintln!("+ {}", steps::shown(&build));
-    match progress::run(&mut build, workspace.target()) {
-        Ok(status) if status.success() => {}
-        Ok(status) => {
-            eprintln!("error: the build failed ({status}); cargo's message is above");
-            return ExitCode::FAILURE;
-        }
-        Err(error) => {
-            eprintln!("error: cannot start cargo: {error}");
-            return ExitCode::FAILURE;
-        }
+    if let Err(code) = workspace.build(&SHARED_BUILD) {
+        return code;
     }
     let mut mobula = Command::new(workspace.binary("mobula"));
     mobula.arg("demo").args(arguments);

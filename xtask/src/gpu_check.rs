@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use crate::workspace::Workspace;
-use crate::{EXIT_USAGE_OR_MISSING, progress, steps};
+use crate::{EXIT_USAGE_OR_MISSING, failed, steps};
 
 /// Exit status where there is no GPU: nothing was checked, so it is neither a pass nor a failure.
 pub(crate) const EXIT_NO_GPU: u8 = 3;
@@ -43,12 +43,8 @@ pub(crate) fn check() -> ExitCode {
         return ExitCode::from(EXIT_USAGE_OR_MISSING);
     }
     let workspace = Workspace::find();
-    let mut build = workspace.cargo(&BUILD);
-    eprintln!("+ {}", steps::shown(&build));
-    match progress::run(&mut build, workspace.target()) {
-        Ok(status) if status.success() => {}
-        Ok(status) => return failed(&format!("the build failed ({status})")),
-        Err(error) => return failed(&format!("cannot start cargo: {error}")),
+    if let Err(code) = workspace.build(&BUILD) {
+        return code;
     }
     let mut program = Command::new(workspace.binary("examples/gpu_check"));
     let libraries = library_path(&toolkits, env::var_os("LD_LIBRARY_PATH"));
@@ -61,11 +57,6 @@ pub(crate) fn check() -> ExitCode {
         },
         Err(error) => failed(&format!("cannot start the checks: {error}")),
     }
-}
-
-fn failed(message: &str) -> ExitCode {
-    eprintln!("error: {message}");
-    ExitCode::FAILURE
 }
 
 /// Why no GPU can be used here.

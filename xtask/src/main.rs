@@ -25,6 +25,12 @@ use std::process::ExitCode;
 /// Exit status for a wrong command line, or for a machine that lacks something.
 const EXIT_USAGE_OR_MISSING: u8 = 2;
 
+/// Says why nothing came of it; what to exit with.
+fn failed(reason: &str) -> ExitCode {
+    eprintln!("error: {reason}");
+    ExitCode::FAILURE
+}
+
 const HELP: &str = "\
 usage: cargo xtask <command>
 

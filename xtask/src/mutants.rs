@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use crate::install::{self, StillMissing};
 use crate::workspace::Workspace;
-use crate::{EXIT_USAGE_OR_MISSING, progress, steps};
+use crate::{EXIT_USAGE_OR_MISSING, failed, steps};
 
 /// What is built: the one program, with the one feature. The whole workspace is selected, and an
 /// example with it, because only then does cargo choose the features of the dependencies as in
@@ -29,12 +29,8 @@ pub(crate) fn hunt(arguments: &[String]) -> ExitCode {
         return ExitCode::from(EXIT_USAGE_OR_MISSING);
     }
     let workspace = Workspace::find();
-    let mut build = workspace.cargo(&BUILD);
-    eprintln!("+ {}", steps::shown(&build));
-    match progress::run(&mut build, workspace.target()) {
-        Ok(status) if status.success() => {}
-        Ok(status) => return failed(&format!("the build failed ({status})")),
-        Err(error) => return failed(&format!("cannot start cargo: {error}")),
+    if let Err(code) = workspace.build(&BUILD) {
+        return code;
     }
     let mut hunt = std::process::Command::new(workspace.binary("mobula-mutants"));
     hunt.args(arguments);
@@ -44,9 +40,4 @@ pub(crate) fn hunt(arguments: &[String]) -> ExitCode {
         Ok(_) => ExitCode::FAILURE,
         Err(error) => failed(&error.to_string()),
     }
-}
-
-fn failed(reason: &str) -> ExitCode {
-    eprintln!("error: {reason}");
-    ExitCode::FAILURE
 }

@@ -2,7 +2,9 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
+
+use crate::{failed, progress, steps};
 
 /// How every building command selects packages.
 ///
@@ -50,6 +52,19 @@ impl Workspace {
     pub(crate) fn binary(&self, name: &str) -> PathBuf {
         let file = format!("{name}{}", env::consts::EXE_SUFFIX);
         self.target.join("debug").join(file)
+    }
+
+    /// Runs a build to its end; what to exit with if it failed.
+    pub(crate) fn build(&self, arguments: &[&str]) -> Result<(), ExitCode> {
+        let mut build = self.cargo(arguments);
+        eprintln!("+ {}", steps::shown(&build));
+        match progress::run(&mut build, &self.target) {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(failed(&format!(
+                "the build failed ({status}); cargo's message is above"
+            ))),
+            Err(error) => Err(failed(&format!("cannot start cargo: {error}"))),
+        }
     }
 
     /// A cargo command that runs in the root of the checkout with the shared target directory.

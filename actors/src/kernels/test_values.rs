@@ -1,6 +1,20 @@
 //! Values for tests, and how far they are off.
 
+use super::update::AdamwUpdate;
 use crate::training::random::{Purpose, Stream};
+
+/// An update in the midst of a training; no value is one that would hide a mistake.
+pub(crate) const ADAMW: AdamwUpdate = AdamwUpdate {
+    scale: 0.37,
+    beta1: 0.9,
+    one_minus_beta1: 0.1,
+    beta2: 0.999,
+    one_minus_beta2: 0.001,
+    epsilon: 1e-8,
+    inverse_square_correction: 17.3,
+    keep: 0.999,
+    rate: 0.01,
+};
 
 /// `count` normal values with this deviation.
 pub(crate) fn normal(name: &str, count: usize, deviation: f64) -> Vec<f32> {

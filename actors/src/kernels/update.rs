@@ -261,19 +261,7 @@ impl LaneOperation for Squares<'_> {
 mod tests {
     use super::*;
     use crate::kernels::execution::all_executions;
-    use crate::kernels::test_values::{bits, normal};
-
-    const ADAMW: AdamwUpdate = AdamwUpdate {
-        scale: 0.37,
-        beta1: 0.9,
-        one_minus_beta1: 0.1,
-        beta2: 0.999,
-        one_minus_beta2: 0.001,
-        epsilon: 1e-8,
-        inverse_square_correction: 17.3,
-        keep: 0.999,
-        rate: 0.01,
-    };
+    use crate::kernels::test_values::{ADAMW, bits, normal};
 
     #[test]
     fn updates_are_their_formulas_without_fusing_on_every_path() {

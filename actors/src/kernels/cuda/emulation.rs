@@ -57,7 +57,7 @@ pub(super) fn run(call: &Call, descending: bool) {
     if call.is_empty() {
         return;
     }
-    let name = CString::new(call.kernel.name()).unwrap();
+    let name = CString::new(call.kernel.name()).expect("a kernel's name has no zero byte");
     let (pointers, sizes): (Vec<*const c_void>, Vec<usize>) = call
         .arguments
         .iter()

@@ -8,8 +8,7 @@ use super::digest::WrittenDigest;
 use super::emulation::{Guarded, check, run};
 use crate::kernels::product::{MatrixView, multiply};
 use crate::kernels::softmax::SoftmaxBackward;
-use crate::kernels::test_values::{bits, normal};
-use crate::kernels::update::AdamwUpdate;
+use crate::kernels::test_values::{ADAMW, bits, normal};
 use crate::kernels::{Execution, layer_norm, product, softmax};
 
 /// A batch of matrices in memory, as they are or transposed.
@@ -179,17 +178,6 @@ fn products_keep_negative_zeros_and_what_is_not_finite() {
 
 #[test]
 fn adamw_has_the_bits_of_the_cpu_and_the_digest_of_what_it_wrote() {
-    let update = AdamwUpdate {
-        scale: 0.37,
-        beta1: 0.9,
-        one_minus_beta1: 0.1,
-        beta2: 0.999,
-        one_minus_beta2: 0.001,
-        epsilon: 1e-8,
-        inverse_square_correction: 17.3,
-        keep: 0.999,
-        rate: 0.01,
-    };
     for (count, first, multiprocessors) in
         [(0, 0, 1), (1, 7, 1), (5003, 0, 1), (5003, 1 << 40, 132)]
     {
@@ -198,7 +186,7 @@ fn adamw_has_the_bits_of_the_cpu_and_the_digest_of_what_it_wrote() {
         let squares: Vec<f32> = squares.iter().map(|x| x.abs()).collect();
         let mut expected = [params.clone(), means.clone(), squares.clone()];
         let [p, m, s] = &mut expected;
-        update.apply(Execution::current(), p, m, s, &grads);
+        ADAMW.apply(Execution::current(), p, m, s, &grads);
         let expected_digest = WrittenDigest::of(first, p, m, s);
         for descending in [false, true] {
             let [mut p, mut m, mut s, mut g] =
@@ -215,7 +203,7 @@ fn adamw_has_the_bits_of_the_cpu_and_the_digest_of_what_it_wrote() {
             };
             let to = Address(digest.as_mut_ptr() as u64);
             run(
-                &calls::adamw(&update, &moved, to, multiprocessors),
+                &calls::adamw(&ADAMW, &moved, to, multiprocessors),
                 descending,
             );
             let found = [p.values(), m.values(), s.values()].map(bits);

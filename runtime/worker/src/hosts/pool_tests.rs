@@ -392,6 +392,16 @@ fn a_gpu_actor_has_ended_only_when_its_process_has() {
     assert!(text.contains("this worker has fewer"), "{text}");
 }
 
+/// A host comes for an actor of its own.
+fn another_comes(pool: &mut Pool) -> HostId {
+    let mut isolated = start_of(2, 1);
+    isolated.spec.isolated = true;
+    pool.start(Box::new(isolated));
+    pool.launched(HostId(2), 8);
+    pool.connected(HostId(2), "127.0.0.1:2".into());
+    HostId(2)
+}
+
 #[test]
 fn notices_reach_the_hosts_that_are_there_and_those_that_come() {
     let mut pool = pool();
@@ -399,15 +409,8 @@ fn notices_reach_the_hosts_that_are_there_and_those_that_come() {
     pool.notice(Some(77));
     let notice = AgentMessage::Notice { deadline_ms: 77 };
     assert_eq!(pool.take_actions(), [Action::Send(host, notice.clone())]);
-    let mut isolated = start_of(2, 1);
-    isolated.spec.isolated = true;
-    pool.start(Box::new(isolated));
-    pool.launched(HostId(2), 8);
-    pool.connected(HostId(2), "127.0.0.1:2".into());
-    assert!(
-        pool.take_actions()
-            .contains(&Action::Send(HostId(2), notice))
-    );
+    let another = another_comes(&mut pool);
+    assert!(pool.take_actions().contains(&Action::Send(another, notice)));
     pool.notice(None);
     assert_eq!(pool.take_actions().len(), 2);
 }
@@ -421,15 +424,8 @@ fn advice_reaches_the_hosts_that_are_there_and_those_that_come() {
     assert_eq!(pool.take_actions(), [Action::Send(host, advice.clone())]);
     pool.advice(true);
     assert_eq!(pool.take_actions(), [], "said twice");
-    let mut isolated = start_of(2, 1);
-    isolated.spec.isolated = true;
-    pool.start(Box::new(isolated));
-    pool.launched(HostId(2), 8);
-    pool.connected(HostId(2), "127.0.0.1:2".into());
-    assert!(
-        pool.take_actions()
-            .contains(&Action::Send(HostId(2), advice))
-    );
+    let another = another_comes(&mut pool);
+    assert!(pool.take_actions().contains(&Action::Send(another, advice)));
     pool.advice(false);
     assert_eq!(pool.take_actions().len(), 2);
 }

@@ -6,7 +6,6 @@
 use candle_core::{Device, Result, Tensor};
 
 use super::candle::with_gradients;
-use super::state::UPDATE;
 use super::{Outcome, Work};
 use crate::kernels::cuda::device::FlatState;
 use crate::kernels::test_values::{bits, normal, relative_error};
@@ -82,7 +81,7 @@ fn train(device: &Device) -> Result<Vec<State>> {
 fn update(device: &Device, state: &mut State, gradient: &[f32]) -> Result<()> {
     let [params, means, squares] = state;
     let Device::Cuda(device) = device else {
-        UPDATE.apply(Execution::current(), params, means, squares, gradient);
+        ADAMW.apply(Execution::current(), params, means, squares, gradient);
         return Ok(());
     };
     let mut flat = FlatState {
@@ -91,7 +90,7 @@ fn update(device: &Device, state: &mut State, gradient: &[f32]) -> Result<()> {
         squares: device.clone_htod(&*squares)?,
     };
     let gradient = device.clone_htod(gradient)?;
-    flat.adamw(device, &UPDATE, &gradient, 0)?;
+    flat.adamw(device, &ADAMW, &gradient, 0)?;
     *params = device.clone_dtoh(&flat.params)?;
     *means = device.clone_dtoh(&flat.means)?;
     *squares = device.clone_dtoh(&flat.squares)?;

@@ -8,20 +8,7 @@ use crate::kernels::Execution;
 use crate::kernels::cuda::device::{FlatState, tree_add, tree_fold};
 use crate::kernels::cuda::digest::WrittenDigest;
 use crate::kernels::elementwise::add_to;
-use crate::kernels::test_values::{bits, normal, relative_error};
-use crate::kernels::update::AdamwUpdate;
-
-pub(super) const UPDATE: AdamwUpdate = AdamwUpdate {
-    scale: 0.37,
-    beta1: 0.9,
-    one_minus_beta1: 0.1,
-    beta2: 0.999,
-    one_minus_beta2: 0.001,
-    epsilon: 1e-8,
-    inverse_square_correction: 17.3,
-    keep: 0.999,
-    rate: 0.01,
-};
+use crate::kernels::test_values::{ADAMW, bits, normal, relative_error};
 
 pub(super) fn check(device: &CudaDevice, tell: &mut impl FnMut(Outcome)) -> Result<()> {
     for count in [1003, 1 << 20, 1 << 26] {
@@ -50,7 +37,7 @@ fn check_adamw(device: &CudaDevice, count: usize) -> Result<Outcome> {
     };
     let grads = on(&g)?;
     let first = 1 << 33;
-    let digest = state.adamw(device, &UPDATE, &grads, first)?;
+    let digest = state.adamw(device, &ADAMW, &grads, first)?;
     let found = [
         device.clone_dtoh(&state.params)?,
         device.clone_dtoh(&state.means)?,
@@ -61,7 +48,7 @@ fn check_adamw(device: &CudaDevice, count: usize) -> Result<Outcome> {
     let [tp, tm, ts, tg] = tensors;
     let tensors = [tp?, tm?, ts?, tg?];
     let [wp, wm, ws, wg] = tensors.each_ref().map(|tensor| tensor.to_dtype(DType::F64));
-    let reference = candle::adamw(&UPDATE, [&wp?, &wm?, &ws?, &wg?])?;
+    let reference = candle::adamw(&ADAMW, [&wp?, &wm?, &ws?, &wg?])?;
     let mut error = 0.0;
     for (found, reference) in found.iter().zip(&reference) {
         let one = relative_error(found, &candle::wide(reference)?);
@@ -69,7 +56,7 @@ fn check_adamw(device: &CudaDevice, count: usize) -> Result<Outcome> {
     }
     let mut expected = [p, m, s];
     let [p, m, s] = &mut expected;
-    UPDATE.apply(Execution::current(), p, m, s, &g);
+    ADAMW.apply(Execution::current(), p, m, s, &g);
     let has_cpu_bits = found.each_ref().map(|values| bits(values))
         == expected.each_ref().map(|values| bits(values))
         && digest == WrittenDigest::of(first, &expected[0], &expected[1], &expected[2]);
@@ -77,12 +64,12 @@ fn check_adamw(device: &CudaDevice, count: usize) -> Result<Outcome> {
     let gpu = Device::Cuda(device.clone());
     let mut sums = device.alloc_zeros::<u64>(2)?;
     let ours = time(&gpu, || {
-        state.adamw_into(device, &UPDATE, &grads, first, &mut sums)
+        state.adamw_into(device, &ADAMW, &grads, first, &mut sums)
     })?;
     let [tp, tm, ts, tg] = tensors.each_ref().map(|tensor| tensor.to_device(&gpu));
     let (tp, tm, ts, tg) = (tp?, tm?, ts?, tg?);
     let candles = time(&gpu, || {
-        candle::adamw(&UPDATE, [&tp, &tm, &ts, &tg]).map(drop)
+        candle::adamw(&ADAMW, [&tp, &tm, &ts, &tg]).map(drop)
     })?;
     Ok(Outcome {
         kernel: "AdamW with digest".to_owned(),
