@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor};
 use super::candle::with_gradients;
 use super::{Outcome, Work};
 use crate::kernels::cuda::device::FlatState;
-use crate::kernels::test_values::{bits, normal, relative_error};
+use crate::kernels::test_values::{ADAMW, bits, normal, relative_error};
 use crate::kernels::{Execution, layer_norm, product, softmax};
 
 const STEPS: usize = 20;
