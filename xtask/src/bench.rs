@@ -8,7 +8,7 @@ mod train;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use crate::install::{self, StillMissing};
@@ -187,18 +187,29 @@ fn rays_rate(line: &str) -> Option<Rate> {
     })
 }
 
+/// The Python of the virtual environment at `environment`, with `packages`, which are installed
+/// from PyPI where they are missing; what is there already costs a second.
+fn python_with(environment: &Path, packages: &[&str]) -> Result<PathBuf, String> {
+    let python = environment.join("bin/python");
+    if !python.exists() {
+        run(Command::new("python3")
+            .args(["-m", "venv"])
+            .arg(environment))?;
+    }
+    // Not its `pip`, whose first line names the place where the environment was made, which a
+    // target folder that was moved is not.
+    run(Command::new(&python)
+        .args(["-m", "pip", "install", "--quiet"])
+        .args(packages))?;
+    Ok(python)
+}
+
 /// Ray's version and rates.
 fn ray(workspace: &Workspace) -> Result<(String, Vec<Rate>), String> {
     let environment = workspace.target().join("peers/ray");
     let program = |name: &str| -> PathBuf { environment.join("bin").join(name) };
-    if !program("ray").is_file() {
-        run(Command::new("python3")
-            .args(["-m", "venv"])
-            .arg(&environment))?;
-    }
-    // Its microbenchmark imports Ray's client and numpy, which plain `ray` does not bring. What is
-    // there already costs a second.
-    run(Command::new(program("pip")).args(["install", "--quiet", "ray[client]", "numpy"]))?;
+    // Its microbenchmark imports Ray's client and numpy, which plain `ray` does not bring.
+    python_with(&environment, &["ray[client]", "numpy"])?;
     let version = Command::new(program("ray"))
         .arg("--version")
         .output()

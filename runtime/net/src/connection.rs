@@ -39,9 +39,9 @@ pub enum ConnectionLost {
         /// What it said.
         reason: String,
     },
-    /// The peer knows nothing of this connection: it was started again.
-    #[error("the peer was restarted")]
-    PeerRestarted,
+    /// Nobody at the peer's address knows of this connection: its process has ended, or was started again.
+    #[error("the peer's process has ended")]
+    PeerEnded,
     /// Nothing was heard of the peer for too long.
     #[error("the peer has fallen silent")]
     TimedOut,
@@ -62,7 +62,7 @@ impl From<ConnectionError> for ConnectionLost {
             ConnectionError::ApplicationClosed(close) => ConnectionLost::ClosedByPeer {
                 reason: String::from_utf8_lossy(&close.reason).into_owned(),
             },
-            ConnectionError::Reset => ConnectionLost::PeerRestarted,
+            ConnectionError::Reset => ConnectionLost::PeerEnded,
             ConnectionError::TimedOut => ConnectionLost::TimedOut,
             ConnectionError::LocallyClosed => ConnectionLost::ClosedHere,
             error => ConnectionLost::Broken {

@@ -415,9 +415,9 @@ fn connect_failed(address: SocketAddr, error: ConnectionError) -> ConnectError {
         ConnectionError::ConnectionClosed(close)
             if close.error_code == TransportErrorCode::CONNECTION_REFUSED =>
         {
-            ConnectError::Refused {
+            ConnectError::Failed {
                 address,
-                reason: "it has too many connections".into(),
+                reason: "its process has ended, or has too many connections".into(),
             }
         }
         // QUIC puts TLS alerts here: the peer does not like our certificate or our protocol name.

@@ -4,7 +4,7 @@
 //! * [`tcp`]: the transport of gRPC.
 //! * [`endpoint`]: QUIC between heads, workers and hosts; [`lane`]: framed streams on it; [`pool`]:
 //!   connections kept by address.
-//! * [`probe`]: whether a port is closed for sure.
+//! * [`probe`]: whether a port is closed for sure. [`tombstone`]: what answers in the place of a killed process.
 //! * [`local`]: the same framed streams over a Unix socket; [`same_machine`]: how two processes that
 //!   know each other by certificate change over to one.
 //!
@@ -24,6 +24,7 @@ pub mod probe;
 pub mod same_machine;
 pub mod tcp;
 pub mod tls;
+pub mod tombstone;
 
 mod connection;
 mod transport;

@@ -51,6 +51,9 @@ impl LaneClass {
 /// it (one machine's loopback and jumbo frames have); a packet's price hardly depends on its size.
 const BULK_DATAGRAM_BYTES_MAX: u16 = 6_500;
 
+/// For as long somebody may wait for a peer that says nothing: that of the patient class.
+pub(crate) const IDLE_TIMEOUT_MAX: Duration = Duration::from_secs(15);
+
 const KIB: u32 = 1 << 10;
 const MIB: u32 = 1 << 20;
 
@@ -75,7 +78,7 @@ fn transport_config(class: LaneClass) -> TransportConfig {
             connection_window_bytes: 8 * MIB,
         },
         LaneClass::Bulk => Settings {
-            idle_timeout_ms: 15_000,
+            idle_timeout_ms: IDLE_TIMEOUT_MAX.as_millis() as u32,
             keep_alive_ms: 3_000,
             bidi_streams: 64,
             uni_streams: 64,

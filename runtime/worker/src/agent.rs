@@ -26,6 +26,7 @@ use crate::gather::Gathers;
 use crate::hosts::action::{Action, Alarm};
 use crate::hosts::connection::Connected;
 use crate::hosts::devices::Devices;
+use crate::hosts::graves::Graves;
 use crate::hosts::launcher::{Launched, Launcher};
 use crate::hosts::pool::Pool;
 use crate::hosts::process::{HostProcess, ProcessEnd};
@@ -91,6 +92,7 @@ pub(crate) struct Agent {
     alarms: BTreeMap<(Instant, u64), Alarm>,
     last_alarm: u64,
     renewals: Renewals,
+    graves: Graves,
     notices: NoticeBoard,
     welcome: Option<Arc<Welcome>>,
     pub(crate) tasks: JoinSet<()>,
@@ -128,6 +130,7 @@ impl Agent {
             alarms: BTreeMap::new(),
             last_alarm: 0,
             renewals: Renewals::default(),
+            graves: Graves::default(),
             notices: NoticeBoard::default(),
             welcome: None,
             tasks: JoinSet::new(),
@@ -155,6 +158,7 @@ impl Agent {
                 Some(input) = self.inputs.recv() => self.handle(input).await,
                 () = sleep_until(next_alarm) => self.ring(),
                 () = sleep_until(next_renewal) => self.renew_due(),
+                () = self.graves.tended() => {}
                 () = sleep_until_deadline(notice) => {
                     let source = notice.expect("the deadline is a notice's").source;
                     break WorkerExit::Preempted { source };

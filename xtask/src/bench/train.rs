@@ -4,10 +4,10 @@
 //! train the same network, and fails where the losses part.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use super::{failed, rates_of, run, run_suite};
+use super::{failed, python_with, rates_of, run_suite};
 use crate::workspace::Workspace;
 
 /// The peer's program, from the root of the checkout.
@@ -72,15 +72,9 @@ fn torch(
     quick: bool,
 ) -> Result<(Vec<Figure>, Result<(), String>), String> {
     let environment = workspace.target().join("peers/torch");
-    let program = |name: &str| -> PathBuf { environment.join("bin").join(name) };
-    if !program("pip").is_file() {
-        run(Command::new("python3")
-            .args(["-m", "venv"])
-            .arg(&environment))?;
-    }
     // PyPI has PyTorch for Linux with CUDA only, and it does not load without CUDA's libraries.
-    run(Command::new(program("pip")).args(["install", "--quiet", "torch", "numpy"]))?;
-    let mut command = Command::new(program("python"));
+    let python = python_with(&environment, &["torch", "numpy"])?;
+    let mut command = Command::new(python);
     command.arg(workspace.root().join(PEER)).arg(exchange);
     if quick {
         command.arg("--quick");

@@ -339,7 +339,7 @@ fn a_killed_and_restarted_peer_voids_its_old_connections() {
     let end = ours.block_on(connection.closed());
     assert_eq!(
         end,
-        ConnectionLost::PeerRestarted,
+        ConnectionLost::PeerEnded,
         "told at once, not by a timeout"
     );
     drop(again);

@@ -120,7 +120,14 @@ impl Agent {
             (end, _) => end,
         };
         tracing::info!(%host, %end, "host ended");
-        self.renewals.forget(host);
+        let certificate = self.renewals.forget(host);
+        // One that exits well has said farewell.
+        if end != ProcessEnd::Exited(0)
+            && let Some(certificate) = certificate
+            && let Some(address) = self.pool.call_address(host)
+        {
+            self.graves.raise(host, address, &certificate.credentials);
+        }
         self.forget(host);
         self.metrics.ended_host(match end {
             ProcessEnd::Exited(0) => "exited",

@@ -1,12 +1,14 @@
 //! Host processes: which actor runs in which ([`pool`]), how one is launched ([`launcher`],
 //! [`program`], [`files`], [`limits`]), its certificate after the first one ([`renewal`]), the process itself
-//! ([`process`]), and the agent's end of its socket ([`connection`]).
+//! ([`process`]), the agent's end of its socket ([`connection`]), and what callers of a killed one hear
+//! ([`graves`]).
 
 pub(crate) mod action;
 pub(crate) mod connection;
 pub(crate) mod devices;
 pub(crate) mod ended;
 pub(crate) mod files;
+pub(crate) mod graves;
 pub(crate) mod launcher;
 pub(crate) mod limits;
 pub(crate) mod pool;

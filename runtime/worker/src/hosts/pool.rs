@@ -137,6 +137,11 @@ impl Pool {
         self.hosts.get(&host).map(|host| host.shared_key.job)
     }
 
+    /// Where a host takes calls, once it has said so.
+    pub(crate) fn call_address(&self, host: HostId) -> Option<&str> {
+        self.hosts.get(&host)?.call_address.as_deref()
+    }
+
     /// How many hosts there are, dead ones included whose last words are not read yet.
     pub(crate) fn host_count(&self) -> usize {
         self.hosts.len()

@@ -52,10 +52,10 @@ impl Renewals {
         }
     }
 
-    /// A host is gone.
-    pub(crate) fn forget(&mut self, host: HostId) {
-        self.certificates.remove(&host);
+    /// A host is gone; the last certificate that it had.
+    pub(crate) fn forget(&mut self, host: HostId) -> Option<HostCertificate> {
         self.due.retain(|(_, due), ()| *due != host);
+        self.certificates.remove(&host)
     }
 
     /// When the next is due.

@@ -43,9 +43,11 @@ async fn serve(bootstrap: HostBootstrap) -> i32 {
     let mut stream = connect_local(socket, &bootstrap.cluster_id, Lane::Control)
         .await
         .unwrap();
+    // Nobody calls here; it is held, as a host holds its own, until the process ends.
+    let calls = std::net::UdpSocket::bind((bootstrap.listen_ip.as_str(), 0)).unwrap();
     let hello = HostMessage::Hello {
         host: bootstrap.host,
-        call_address: format!("{}:4711", bootstrap.listen_ip),
+        call_address: calls.local_addr().unwrap().to_string(),
         actor_types: vec!["plain".into()],
     };
     stream.sender.send_message(&hello).await.unwrap();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId, Term};
 use mobula_core::order::{Order, StartActor, WorkerEvent};
 use mobula_core::spec::{ActorKind, ActorSpec, Program};
-use mobula_net::endpoint::{Connection, Endpoint};
+use mobula_net::endpoint::{ConnectError, Connection, Endpoint, LaneClass};
 use mobula_net::identity::{ClusterCa, Identity, Role, Validity};
 use mobula_net::lane::FramedStream;
 use mobula_wire::session::{HeadMessage, StorageLocation, Welcome, WorkerHello, WorkerMessage};
@@ -33,6 +33,8 @@ pub(crate) struct Talk {
     connection: Connection,
     ca: ClusterCa,
     host_ttl: Duration,
+    /// Where the last actor that was started takes calls.
+    pub(crate) call_address: String,
     /// How many certificates of hosts were asked for.
     pub(crate) signed: u32,
     /// How many of the next ones are refused.
@@ -97,11 +99,19 @@ impl FakeHead {
                 connection,
                 ca,
                 host_ttl: self.host_ttl,
+                call_address: String::new(),
                 signed: 0,
                 refuse_to_sign: 0,
             }
         };
         tokio::time::timeout(BOUND, accept).await.unwrap()
+    }
+
+    /// Calls what listens at `address`, as if it were a host.
+    pub(crate) async fn call(&self, address: &str) -> Result<Connection, ConnectError> {
+        self.endpoint
+            .connect(address.parse().unwrap(), LaneClass::Control, Role::Host)
+            .await
     }
 
     /// The next session, welcomed.
@@ -241,7 +251,7 @@ impl Talk {
                     call_address,
                     ..
                 } if started == ActorId(actor) => {
-                    assert_eq!(call_address, "127.0.0.1:4711");
+                    self.call_address = call_address;
                     return pid;
                 }
                 // Repeated, because its acknowledgement went down with a connection.

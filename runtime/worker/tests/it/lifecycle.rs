@@ -5,6 +5,7 @@ use std::time::Duration;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation, Term};
 use mobula_core::order::{Order, WorkerEvent};
+use mobula_net::endpoint::ConnectError;
 use mobula_wire::session::{HeadMessage, WorkerMessage};
 use mobula_worker::{Worker, WorkerError, WorkerExit};
 
@@ -164,6 +165,12 @@ async fn a_killed_host_is_reported_with_its_signal() {
     assert_eq!(
         talk.acknowledged_event().await,
         exited(2, ExitReason::HostSignaled(9))
+    );
+    // Its callers are told so, and need not wait until an answer is overdue.
+    let error = head.call(&talk.call_address).await.unwrap_err();
+    assert!(
+        matches!(&error, ConnectError::Failed { reason, .. } if reason.contains("has ended")),
+        "{error}"
     );
 }
 
