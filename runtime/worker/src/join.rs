@@ -8,6 +8,10 @@
 //! 1. The private key is made here and never leaves this machine.
 //! 2. The token is sent only to a head whose CA has the key that the token names.
 //! 3. An identity is stored whole (mode 0600) before it is used.
+//!
+//! Where the leader is, is asked in `leader`.
+
+mod leader;
 
 use std::fs;
 use std::net::SocketAddr;
@@ -18,7 +22,7 @@ use std::time::{Duration, SystemTime};
 use mobula_net::identity::{CertificateError, Credentials, PrivateKey, Role, Token};
 use mobula_net::tcp::{ApiConnectError, ClientTls, connect_channel};
 use mobula_wire::control::control_client::ControlClient;
-use mobula_wire::control::{JoinReply, JoinRequest, StatusRequest};
+use mobula_wire::control::{JoinReply, JoinRequest};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tonic::Code;
@@ -161,44 +165,6 @@ impl Joiner {
             }
             _ => Err(refused),
         }
-    }
-
-    /// Where the leader or another head takes QUIC connections, from any head that answers.
-    pub(crate) async fn cluster_address(
-        &self,
-        credentials: &Credentials,
-    ) -> Result<String, JoinError> {
-        let tls = ClientTls::Mutual(credentials.clone());
-        let mut last = None;
-        for address in &self.head_api() {
-            let reply = async {
-                let mut client = self.connect(address, &tls).await?;
-                let mut request = tonic::Request::new(StatusRequest {});
-                request.set_timeout(RPC_TIMEOUT);
-                client.status(request).await.map_err(|status| {
-                    match self.refusal(address, &status) {
-                        // No token is at stake here.
-                        JoinError::TokenRefused { reason } => JoinError::Refused {
-                            name: self.name.clone(),
-                            reason,
-                        },
-                        other => other,
-                    }
-                })
-            };
-            match reply.await {
-                Ok(reply) => {
-                    let reply = reply.into_inner();
-                    self.learn(&reply.api_addresses);
-                    if !reply.leader_cluster_address.is_empty() {
-                        return Ok(reply.leader_cluster_address);
-                    }
-                    last = Some(self.unreachable(&format!("{address} knows of no leader")));
-                }
-                Err(error) => last = Some(error),
-            }
-        }
-        Err(last.unwrap_or_else(|| self.unreachable("no address is given")))
     }
 
     fn parse_token(&self) -> Result<Option<Token>, JoinError> {

@@ -5,7 +5,7 @@ use std::arch::x86_64::{
     _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
-use super::blocked::{Kernels, TURNED, Tile, TileKernel};
+use super::tiles::{Kernels, TURNED, Tile, TileKernel};
 
 /// Values in a vector.
 const LANES: usize = 8;
@@ -40,8 +40,8 @@ macro_rules! tiles {
                             left[$row] = _mm256_fmadd_ps(factor, b_left, left[$row]);
                             right[$row] = _mm256_fmadd_ps(factor, b_right, right[$row]);
                         )*
-                        a = a.add($rows);
-                        b = b.add(2 * LANES);
+                        a = a.wrapping_add(tile.a_step);
+                        b = b.wrapping_add(tile.b_step);
                     }
                     $(
                         let to = tile.c.add($row * tile.c_stride);
@@ -63,8 +63,8 @@ macro_rules! tiles {
                     for _ in 0..tile.inner {
                         let values = _mm256_loadu_ps(b);
                         $(sums[$row] = _mm256_fmadd_ps(_mm256_set1_ps(*a.add($row)), values, sums[$row]);)*
-                        a = a.add($rows);
-                        b = b.add(LANES);
+                        a = a.wrapping_add(tile.a_step);
+                        b = b.wrapping_add(tile.b_step);
                     }
                     $(_mm256_storeu_ps(tile.c.add($row * tile.c_stride), sums[$row]);)*
                 }

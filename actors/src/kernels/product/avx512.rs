@@ -4,7 +4,7 @@ use std::arch::x86_64::{
     _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
-use super::blocked::{Kernels, Tile, TileKernel};
+use super::tiles::{Kernels, Tile, TileKernel};
 
 /// Values in a vector.
 const LANES: usize = 16;
@@ -39,8 +39,8 @@ macro_rules! tiles {
                             left[$row] = _mm512_fmadd_ps(factor, b_left, left[$row]);
                             right[$row] = _mm512_fmadd_ps(factor, b_right, right[$row]);
                         )*
-                        a = a.add($rows);
-                        b = b.add(2 * LANES);
+                        a = a.wrapping_add(tile.a_step);
+                        b = b.wrapping_add(tile.b_step);
                     }
                     $(
                         let to = tile.c.add($row * tile.c_stride);
@@ -62,8 +62,8 @@ macro_rules! tiles {
                     for _ in 0..tile.inner {
                         let values = _mm512_loadu_ps(b);
                         $(sums[$row] = _mm512_fmadd_ps(_mm512_set1_ps(*a.add($row)), values, sums[$row]);)*
-                        a = a.add($rows);
-                        b = b.add(LANES);
+                        a = a.wrapping_add(tile.a_step);
+                        b = b.wrapping_add(tile.b_step);
                     }
                     $(_mm512_storeu_ps(tile.c.add($row * tile.c_stride), sums[$row]);)*
                 }

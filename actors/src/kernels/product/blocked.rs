@@ -3,14 +3,15 @@
 //! Operands are copied into panels: of `a`, a few rows, one column after the other; of `b`, a few columns,
 //! one row after the other. A tile then reads both from front to back, and strides matter only to the copy.
 //! What a panel lacks at the edge of a matrix is filled with zeros, and the sums made with them are dropped.
+//!
+//! Where `b` is as narrow as a tile, every value of `a` is used once, and a copy costs as much as the product.
+//! Then an operand that lies as a panel would is read where it is: this is the gradient of a convolution's weights.
 
-use std::cell::RefCell;
-
-use super::{PARALLEL_WORK_MIN, scalar};
-use crate::kernels::{Execution, InstructionSet};
-
-#[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512};
+use super::PARALLEL_WORK_MIN;
+use super::matrix::{MatrixView, Span, spans};
+use super::panels::{PANELS, copy_a, copy_b, room};
+use super::tiles::{Kernels, TILE_COLUMNS_MAX, TILE_ROWS_MAX, Tile, TileKernel};
+use crate::kernels::Execution;
 
 /// Inner dimension of a block, at most: a panel of 32 columns is then 32 KiB, and stays in a first-level
 /// cache of 48 KiB with the rows that meet it.
@@ -20,213 +21,10 @@ const BLOCK_INNER_MAX: usize = 256;
 const BLOCK_ROWS_MAX: usize = 480;
 /// Columns of a block, at most: 2 MiB of panels, which stay in the third-level cache.
 const BLOCK_COLUMNS_MAX: usize = 2048;
-/// Rows and columns of the largest tile.
-pub(super) const TILE_ROWS_MAX: usize = 12;
-pub(super) const TILE_COLUMNS_MAX: usize = 32;
-
-/// A matrix of `f32` with any strides.
-#[derive(Debug, Clone, Copy)]
-pub struct MatrixView<'a> {
-    values: &'a [f32],
-    rows: usize,
-    columns: usize,
-    row_stride: usize,
-    column_stride: usize,
-}
-
-impl<'a> MatrixView<'a> {
-    /// A view of `values`, `[rows, columns]` large, with the distances between neighbouring rows and
-    /// neighbouring columns.
-    ///
-    /// # Panics
-    /// If the last element lies outside `values`.
-    #[must_use]
-    pub fn new(
-        values: &'a [f32],
-        [rows, columns]: [usize; 2],
-        [row_stride, column_stride]: [usize; 2],
-    ) -> Self {
-        if rows > 0 && columns > 0 {
-            let last = (rows - 1) * row_stride + (columns - 1) * column_stride;
-            assert!(
-                last < values.len(),
-                "a {rows}x{columns} matrix ends at value {last} of {}",
-                values.len()
-            );
-        }
-        Self {
-            values,
-            rows,
-            columns,
-            row_stride,
-            column_stride,
-        }
-    }
-
-    /// A view of a matrix whose rows follow one another.
-    ///
-    /// # Panics
-    /// If `values` is too short.
-    #[must_use]
-    pub fn row_major(values: &'a [f32], rows: usize, columns: usize) -> Self {
-        Self::new(values, [rows, columns], [columns, 1])
-    }
-
-    /// The same with rows and columns exchanged.
-    #[must_use]
-    pub fn transposed(self) -> Self {
-        Self {
-            rows: self.columns,
-            columns: self.rows,
-            row_stride: self.column_stride,
-            column_stride: self.row_stride,
-            ..self
-        }
-    }
-
-    /// How many rows.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// How many columns.
-    #[must_use]
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-
-    fn part(&self, rows: Span, columns: Span) -> Self {
-        let start = rows.start * self.row_stride + columns.start * self.column_stride;
-        Self::new(
-            self.values.get(start..).unwrap_or_default(),
-            [rows.length, columns.length],
-            [self.row_stride, self.column_stride],
-        )
-    }
-}
-
-/// Some neighbouring rows or columns.
-#[derive(Debug, Clone, Copy)]
-struct Span {
-    start: usize,
-    length: usize,
-}
-
-/// `0..total` in spans of `length` and a shorter last one.
-fn spans(total: usize, length: usize) -> impl Iterator<Item = Span> + Clone {
-    (0..total).step_by(length.max(1)).map(move |start| Span {
-        start,
-        length: length.min(total - start),
-    })
-}
 
 /// `total` divided into equal blocks of at most `max`.
 fn balanced(total: usize, max: usize) -> usize {
     total.div_ceil(total.div_ceil(max).max(1)).max(1)
-}
-
-/// What one tile is computed from.
-pub(super) struct Tile {
-    /// Length of the chains in this block.
-    pub(super) inner: usize,
-    /// A panel: `inner` times the kernel's rows.
-    pub(super) a: *const f32,
-    /// A panel: `inner` times the kernel's columns.
-    pub(super) b: *const f32,
-    /// The sums: the kernel's rows, `c_stride` apart, of the kernel's columns.
-    pub(super) c: *mut f32,
-    pub(super) c_stride: usize,
-    /// Whether chains go on from what is in `c`, or start at zero.
-    pub(super) goes_on: bool,
-}
-
-/// A function that computes tiles of one size.
-#[derive(Clone, Copy)]
-pub(super) struct TileKernel {
-    pub(super) rows: usize,
-    pub(super) columns: usize,
-    /// Safety: the CPU has the kernel's instructions; `a` and `b` may be read and `c` read and written as
-    /// [`Tile`] says.
-    pub(super) run: unsafe fn(&Tile),
-}
-
-/// Rows and columns of a block that is transposed in registers.
-pub(super) const TURNED: usize = 8;
-
-/// The tiles of one instruction set: for each number of columns, kernels with ever fewer rows.
-pub(super) struct Kernels {
-    /// Transposes a square of [`TURNED`]: from, distance of its rows; to, distance of its rows.
-    ///
-    /// Safety: the CPU has the instructions, and all of the squares may be read and written.
-    pub(super) turn: unsafe fn(*const f32, usize, *mut f32, usize),
-    /// The widest tiles, those with most rows first.
-    pub(super) wide: &'static [TileKernel],
-    /// Tiles of half the width, for what is left at the right edge.
-    pub(super) narrow: &'static [TileKernel],
-}
-
-impl Kernels {
-    fn of(instructions: InstructionSet) -> &'static Kernels {
-        match instructions {
-            #[cfg(target_arch = "x86_64")]
-            InstructionSet::Avx512 => &avx512::KERNELS,
-            #[cfg(target_arch = "x86_64")]
-            InstructionSet::Avx2 => &avx2::KERNELS,
-            _ => &scalar::KERNELS,
-        }
-    }
-
-    fn tile_rows(&self) -> usize {
-        self.wide[0].rows
-    }
-
-    fn tile_columns(&self) -> usize {
-        self.wide[0].columns
-    }
-
-    /// Columns of the panel that holds the last `columns`.
-    fn panel_columns(&self, columns: usize) -> usize {
-        if columns <= self.narrow[0].columns {
-            self.narrow[0].columns
-        } else {
-            self.tile_columns()
-        }
-    }
-
-    /// The smallest tile with at least `rows`; every width has the same numbers of rows.
-    fn with_rows(kernels: &'static [TileKernel], rows: usize) -> TileKernel {
-        *kernels
-            .iter()
-            .rev()
-            .find(|kernel| kernel.rows >= rows)
-            .unwrap_or(&kernels[0])
-    }
-}
-
-/// Panels begin at a cache line.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct CacheLine([f32; 16]);
-
-#[derive(Default)]
-struct Panels {
-    a: Vec<CacheLine>,
-    b: Vec<CacheLine>,
-}
-
-thread_local! {
-    /// Kept from product to product; at most 2.5 MiB, by the bounds of a block.
-    static PANELS: RefCell<Panels> = RefCell::default();
-}
-
-fn room(lines: &mut Vec<CacheLine>, values: usize) -> &mut [f32] {
-    let needed = values.div_ceil(16);
-    if lines.len() < needed {
-        lines.resize(needed, CacheLine([0.0; 16]));
-    }
-    // SAFETY: a cache line is sixteen floats without padding, and `needed` of them are there.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), values) }
 }
 
 /// The result while several threads write to it.
@@ -316,25 +114,39 @@ unsafe fn multiply_part(
 ) {
     PANELS.with_borrow_mut(|panels| {
         let block_inner = balanced(a.columns, BLOCK_INNER_MAX);
+        let is_narrow = b.columns <= kernels.tile_columns();
+        let a_lies_right = is_narrow && a.row_stride == 1;
+        let b_lies_right =
+            is_narrow && b.column_stride == 1 && b.columns == kernels.panel_columns(b.columns);
         for columns in spans(b.columns, BLOCK_COLUMNS_MAX) {
             for inner in spans(a.columns, block_inner) {
                 let b = b.part(inner, columns);
-                let b_values = columns.length.next_multiple_of(TILE_COLUMNS_MAX) * inner.length;
-                let b_panels = room(&mut panels.b, b_values);
-                copy_b(kernels, &b, b_panels);
+                let b = if b_lies_right {
+                    Operand::InPlace(b)
+                } else {
+                    let values = columns.length.next_multiple_of(TILE_COLUMNS_MAX) * inner.length;
+                    let copied = room(&mut panels.b, values);
+                    copy_b(kernels, &b, copied);
+                    Operand::Panels(copied)
+                };
                 for rows in spans(a.rows, BLOCK_ROWS_MAX) {
                     let a = a.part(rows, inner);
-                    let a_values = rows.length.next_multiple_of(TILE_ROWS_MAX) * inner.length;
-                    let a_panels = room(&mut panels.a, a_values);
-                    copy_a(kernels, &a, a_panels);
+                    let a = if a_lies_right {
+                        Operand::InPlace(a)
+                    } else {
+                        let values = rows.length.next_multiple_of(TILE_ROWS_MAX) * inner.length;
+                        let copied = room(&mut panels.a, values);
+                        copy_a(kernels, &a, copied);
+                        Operand::Panels(copied)
+                    };
                     let target = target.at(rows.start, columns.start);
                     // SAFETY: as promised by the caller; this block is a part of it.
                     unsafe {
                         multiply_block(
                             kernels,
                             [rows.length, inner.length, columns.length],
-                            a_panels,
-                            b_panels,
+                            a,
+                            b,
                             target,
                             inner.start > 0,
                         );
@@ -345,12 +157,21 @@ unsafe fn multiply_part(
     });
 }
 
+/// A block of an operand, as its tiles read it.
+#[derive(Clone, Copy)]
+enum Operand<'a> {
+    /// One panel after the other, the last filled up with zeros.
+    Panels(&'a [f32]),
+    /// Where it is: what a tile needs of it at a time lies together.
+    InPlace(MatrixView<'a>),
+}
+
 /// Safety: as for [`multiply_part`].
 unsafe fn multiply_block(
     kernels: &'static Kernels,
     [rows, inner, columns]: [usize; 3],
-    a_panels: &[f32],
-    b_panels: &[f32],
+    a: Operand<'_>,
+    b: Operand<'_>,
     target: Target,
     goes_on: bool,
 ) {
@@ -362,30 +183,48 @@ unsafe fn multiply_block(
         } else {
             kernels.narrow
         };
-        let b = &b_panels[b_at..][..width * inner];
-        b_at += b.len();
-        let mut a_at = 0;
-        for row_span in spans(rows, kernels.tile_rows()) {
-            let kernel = Kernels::with_rows(family, row_span.length);
-            let a = &a_panels[a_at..][..kernel.rows * inner];
-            a_at += a.len();
-            let part = target.at(row_span.start, column_span.start);
+        let (b, b_step) = match b {
+            Operand::Panels(panels) => (&panels[b_at..][..width * inner], width),
+            Operand::InPlace(b) => (b.values, b.row_stride),
+        };
+        b_at += width * inner;
+        let (mut row, mut a_at) = (0, 0);
+        while row < rows {
+            let left = rows - row;
+            let (kernel, a, a_step) = match a {
+                Operand::Panels(panels) => {
+                    let kernel = Kernels::with_rows(family, left);
+                    let panel = &panels[a_at..][..kernel.rows * inner];
+                    (kernel, panel, kernel.rows)
+                }
+                Operand::InPlace(a) => {
+                    let kernel = Kernels::within_rows(family, left);
+                    (kernel, &a.values[row..], a.column_stride)
+                }
+            };
+            a_at += kernel.rows * inner;
+            let part = target.at(row, column_span.start);
+            let length = kernel.rows.min(left);
+            row += length;
             let tile = Tile {
                 inner,
                 a: a.as_ptr(),
+                a_step,
                 b: b.as_ptr(),
+                b_step,
                 c: part.values,
                 c_stride: part.stride,
                 goes_on,
             };
-            let is_whole = kernel.rows == row_span.length && width == column_span.length;
-            // SAFETY: the CPU has the instructions, for an execution is made only of such; the panels have
-            // the lengths that the kernel reads; a whole tile lies in the target.
+            let is_whole = kernel.rows == length && width == column_span.length;
+            // SAFETY: the CPU has the instructions, for an execution is made only of such. Panels have the
+            // lengths that the kernel reads; in place it reads rows of `a` and columns of `b` that there are,
+            // and a view holds its last value. A whole tile lies in the target.
             unsafe {
                 if is_whole {
                     (kernel.run)(&tile);
                 } else {
-                    run_at_edge(kernel, tile, row_span.length, column_span.length);
+                    run_at_edge(kernel, tile, length, column_span.length);
                 }
             }
         }
@@ -416,99 +255,6 @@ unsafe fn run_at_edge(kernel: TileKernel, tile: Tile, rows: usize, columns: usiz
             let from = sums.as_ptr().add(row * kernel.columns);
             let to = tile.c.add(row * tile.c_stride);
             std::ptr::copy_nonoverlapping(from, to, columns);
-        }
-    }
-}
-
-fn copy_a(kernels: &'static Kernels, a: &MatrixView<'_>, panels: &mut [f32]) {
-    let mut rest = panels;
-    for span in spans(a.rows, kernels.tile_rows()) {
-        let rows = Kernels::with_rows(kernels.wide, span.length).rows;
-        let (panel, behind) = std::mem::take(&mut rest).split_at_mut(rows * a.columns);
-        rest = behind;
-        let whole = Span {
-            start: 0,
-            length: a.columns,
-        };
-        copy_panel(kernels, &a.part(span, whole).transposed(), rows, panel);
-    }
-}
-
-fn copy_b(kernels: &'static Kernels, b: &MatrixView<'_>, panels: &mut [f32]) {
-    let mut rest = panels;
-    for span in spans(b.columns, kernels.tile_columns()) {
-        let columns = kernels.panel_columns(span.length);
-        let (panel, behind) = std::mem::take(&mut rest).split_at_mut(columns * b.rows);
-        rest = behind;
-        let whole = Span {
-            start: 0,
-            length: b.rows,
-        };
-        copy_panel(kernels, &b.part(whole, span), columns, panel);
-    }
-}
-
-/// Copies `from` into rows of `width`, and fills them up with zeros.
-fn copy_panel(kernels: &Kernels, from: &MatrixView<'_>, width: usize, panel: &mut [f32]) {
-    if from.columns < width {
-        panel.fill(0.0);
-    }
-    if from.column_stride == 1 {
-        for (row, to) in panel.chunks_exact_mut(width).enumerate() {
-            copy_row(
-                &from.values[row * from.row_stride..][..from.columns],
-                &mut to[..from.columns],
-            );
-        }
-    } else if from.row_stride == 1 {
-        copy_transposed(kernels, from, width, panel);
-    } else {
-        for (row, to) in panel.chunks_exact_mut(width).enumerate() {
-            for (column, value) in to[..from.columns].iter_mut().enumerate() {
-                *value = from.values[row * from.row_stride + column * from.column_stride];
-            }
-        }
-    }
-}
-
-/// Copies a short row without a call to `memmove`, which takes longer than the copy.
-#[inline(always)]
-pub(in crate::kernels) fn copy_row(from: &[f32], to: &mut [f32]) {
-    let (from, from_rest) = from.as_chunks::<8>();
-    let (to, to_rest) = to.as_chunks_mut::<8>();
-    for (from, to) in from.iter().zip(to) {
-        *to = *from;
-    }
-    for (from, to) in from_rest.iter().zip(to_rest) {
-        *to = *from;
-    }
-}
-
-/// As [`copy_panel`], where it is columns that lie together: square blocks are turned in registers.
-fn copy_transposed(kernels: &Kernels, from: &MatrixView<'_>, width: usize, panel: &mut [f32]) {
-    let (rows, columns) = (from.rows, from.columns);
-    let (whole_rows, whole_columns) = (rows - rows % TURNED, columns - columns % TURNED);
-    for row in (0..whole_rows).step_by(TURNED) {
-        for column in (0..whole_columns).step_by(TURNED) {
-            let last = (column + TURNED - 1) * from.column_stride + row + TURNED;
-            let values = &from.values[column * from.column_stride + row..last];
-            let to = &mut panel[row * width + column..(row + TURNED - 1) * width + column + TURNED];
-            // SAFETY: both slices begin at their block and reach its last value; the CPU has the kernels'
-            // instructions.
-            unsafe {
-                (kernels.turn)(values.as_ptr(), from.column_stride, to.as_mut_ptr(), width);
-            }
-        }
-    }
-    for column in 0..columns {
-        let first = if column < whole_columns {
-            whole_rows
-        } else {
-            0
-        };
-        let values = &from.values[column * from.column_stride..][..rows];
-        for (row, value) in values.iter().enumerate().skip(first) {
-            panel[row * width + column] = *value;
         }
     }
 }

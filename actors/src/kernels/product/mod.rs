@@ -7,21 +7,24 @@
 //! accumulators: none of this touches the order of a chain. candle's own product sums in blocks whose size
 //! depends on the CPU's caches.
 //!
-//! * `blocked` cuts a product into tiles and copies operands, whatever their strides, into panels;
-//! * `avx512`, `avx2` and `scalar` compute one tile.
+//! * `blocked` cuts a product into blocks and tiles; `panels` copies operands, whatever their strides, for it;
+//! * `tiles` says what a tile is; `avx512`, `avx2` and `scalar` compute one.
 
 mod blocked;
+mod matrix;
+mod panels;
 mod scalar;
+mod tiles;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-pub use blocked::MatrixView;
 pub use blocked::multiply;
+pub use matrix::MatrixView;
 
-pub(super) use blocked::copy_row;
+pub(super) use panels::copy_row;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;

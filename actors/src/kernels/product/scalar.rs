@@ -1,6 +1,6 @@
 //! Tiles in plain Rust: the definition, and what runs where there are no vectors.
 
-use super::blocked::{Kernels, TURNED, Tile, TileKernel};
+use super::tiles::{Kernels, TURNED, Tile, TileKernel};
 
 pub(super) static KERNELS: Kernels = Kernels {
     turn,
@@ -30,8 +30,8 @@ unsafe fn tile<const ROWS: usize, const COLUMNS: usize>(tile: &Tile) {
             }
         }
         for k in 0..tile.inner {
-            let factors = tile.a.add(k * ROWS).cast::<[f32; ROWS]>().read();
-            let values = tile.b.add(k * COLUMNS).cast::<[f32; COLUMNS]>().read();
+            let factors = tile.a.add(k * tile.a_step).cast::<[f32; ROWS]>().read();
+            let values = tile.b.add(k * tile.b_step).cast::<[f32; COLUMNS]>().read();
             for (sums, factor) in sums.iter_mut().zip(factors) {
                 for (sum, value) in sums.iter_mut().zip(values) {
                     *sum = factor.mul_add(value, *sum);

@@ -75,6 +75,9 @@ fn every_path_has_the_bits_of_the_chain() {
         [7, 33, 29],
         [4, 3, 16],
         [12, 256, 32],
+        // Read where they are, with all heights of tiles.
+        [151, 600, 32],
+        [9, 700, 16],
         [13, 257, 33],
         [5, 700, 24],
         [3, 0, 9],

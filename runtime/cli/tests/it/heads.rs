@@ -117,7 +117,7 @@ fn a_leader_dies_and_writes_workers_and_jobs_go_on_under_another() {
     assert_eq!(record["api_addresses"].as_array().unwrap().len(), 3);
     wait_for_voters(&cluster, 3);
     let job = cluster.submit_toml(&small_job("survivor", 4_000));
-    let nodes_before = cluster.json(&["nodes", "list"]);
+    let before = incarnations(&cluster);
 
     let mut gaps_ms = Vec::new();
     let mut started = Vec::new();
@@ -146,15 +146,7 @@ fn a_leader_dies_and_writes_workers_and_jobs_go_on_under_another() {
         (&0.into(), &0.into()),
         "no change of leaders may cost a worker: {result}"
     );
-    let nodes = cluster.json(&["nodes", "list"]);
-    let incarnations = |nodes: &Value| -> Vec<Value> {
-        let nodes = nodes.as_array().unwrap();
-        nodes
-            .iter()
-            .map(|node| node["incarnation"].clone())
-            .collect()
-    };
-    assert_eq!(incarnations(&nodes), incarnations(&nodes_before), "{nodes}");
+    assert_eq!(incarnations(&cluster), before);
     // Any head answers.
     let token = cluster.dir().join("tokens/client.token");
     for head in heads(&cluster) {
@@ -167,6 +159,55 @@ fn a_leader_dies_and_writes_workers_and_jobs_go_on_under_another() {
             .unwrap();
         assert!(shown.status.success(), "{}", text_of(&shown));
     }
+}
+
+/// Of the workers: one that was given up is another afterwards.
+fn incarnations(cluster: &TestCluster) -> Vec<Value> {
+    let nodes = cluster.json(&["nodes", "list"]);
+    let nodes = nodes.as_array().unwrap();
+    nodes
+        .iter()
+        .map(|node| node["incarnation"].clone())
+        .collect()
+}
+
+/// A stopped process keeps its connections, and takes new ones: nothing tells that it leads no more.
+#[test]
+fn a_leader_that_stops_without_dying_costs_no_worker() {
+    let cluster = TestCluster::up_with(2, &["--heads", "3"], &[]);
+    wait_for_voters(&cluster, 3);
+    let job = cluster.submit_toml(&small_job("unmoved", 1_500));
+    let before = incarnations(&cluster);
+    let sessions = |worker: &str| {
+        let log = cluster.dir().join(format!("{worker}.log"));
+        let log = std::fs::read_to_string(log).unwrap();
+        log.matches("session with the leader node=").count()
+    };
+    let workers = ["worker-1", "worker-2"];
+    let sessions_before = workers.map(sessions);
+
+    let stopped = cluster.pid(&leader(&cluster));
+    signal(stopped, libc::SIGSTOP);
+    for (worker, before) in workers.into_iter().zip(sessions_before) {
+        wait_for(
+            &format!("a session of {worker} with the next leader"),
+            || (sessions(worker) > before).then_some(()),
+        );
+    }
+    assert_eq!(
+        incarnations(&cluster),
+        before,
+        "they came after their lease had run out"
+    );
+    signal(stopped, libc::SIGCONT);
+    wait_for_voters(&cluster, 3);
+    let result = cluster.result_of(&job);
+    assert_eq!(
+        (&result["restarts"], &result["trainers_lost"]),
+        (&0.into(), &0.into()),
+        "{result}"
+    );
+    assert_eq!(incarnations(&cluster), before);
 }
 
 fn pid_of(cluster: &TestCluster, name: &str, started: &[(String, Started)]) -> u32 {
