@@ -84,14 +84,7 @@ impl CustomOp3 for Affine {
             &MatrixView::new(weight, [inputs, outputs], [row_stride, column_stride]),
             &mut result,
         );
-        divide_rows(execution, &mut result, outputs, |_, part| {
-            let operation = AddBias {
-                values: part,
-                bias,
-                activation: self.0,
-            };
-            dispatch(execution.instructions(), operation);
-        });
+        add_bias(execution, &mut result, bias, self.0);
         let mut dims = layout.dims().to_vec();
         *dims.last_mut().expect("rows have a dimension") = outputs;
         Ok((CpuStorage::F32(result), Shape::from(dims)))
@@ -106,11 +99,7 @@ impl CustomOp3 for Affine {
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (inputs, outputs) = weight.dims2()?;
-        let gradient = gradient.contiguous()?;
-        let gradient = match self.0 {
-            Activation::Identity => gradient,
-            Activation::Relu => gradient.apply_op2_no_bwd(result, &ReluBackward)?,
-        };
+        let gradient = slope(self.0, result, &gradient.contiguous()?)?;
         let gradient = gradient.reshape(((), outputs))?;
         // The input of the first layer needs no gradient; computing it would cost a third of the step.
         let for_values = match values.track_op() {
@@ -128,11 +117,41 @@ impl CustomOp3 for Affine {
             false => None,
         };
         let for_bias = match bias.track_op() {
-            true => gradients::keep(bias, gradient.apply_op1_no_bwd(&ColumnSums)?)?,
+            true => gradients::keep(bias, bias_gradient(&gradient)?)?,
             false => None,
         };
         Ok((for_values, for_weight, for_bias))
     }
+}
+
+/// Adds the bias to each row of `values`, and applies the activation.
+pub(super) fn add_bias(
+    execution: Execution,
+    values: &mut [f32],
+    bias: &[f32],
+    activation: Activation,
+) {
+    divide_rows(execution, values, bias.len(), |_, part| {
+        let operation = AddBias {
+            values: part,
+            bias,
+            activation,
+        };
+        dispatch(execution.instructions(), operation);
+    });
+}
+
+/// Of the gradient of a layer's `result`, that of what its activation was applied to.
+pub(super) fn slope(activation: Activation, result: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    match activation {
+        Activation::Identity => Ok(gradient.clone()),
+        Activation::Relu => gradient.apply_op2_no_bwd(result, &ReluBackward),
+    }
+}
+
+/// Of the gradient of rows, that of the bias that was added to each.
+pub(super) fn bias_gradient(rows: &Tensor) -> Result<Tensor> {
+    rows.apply_op1_no_bwd(&ColumnSums)
 }
 
 struct AddBias<'a> {

@@ -13,7 +13,7 @@
 //! * [`execution`]: which instructions, how many threads; `lanes`: sixteen values at a time, alike everywhere;
 //!   `division`: work for several threads.
 //! * [`mod@product`]: the matrix product, one chain of fused multiply-adds for each element.
-//! * [`mod@affine`]: a dense layer with its gradients; [`patches`]: convolution as a product.
+//! * [`mod@affine`]: a dense layer with its gradients; [`mod@convolution`]: the same of patches of images.
 //! * [`elementary`]: `exp`, `ln`, `tanh`, GELU of many `f32`; [`math`]: functions of single `f64`.
 //! * [`elementwise`], [`mod@softmax`], [`mod@layer_norm`]: differentiable, for candle's graph.
 //! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
@@ -22,6 +22,7 @@
 //! * `cuda` (with the feature of that name): the same on a GPU.
 
 pub mod affine;
+pub mod convolution;
 #[cfg(any(test, feature = "cuda"))]
 pub mod cuda;
 pub mod elementary;
@@ -32,7 +33,6 @@ pub mod layer_norm;
 pub mod loss;
 pub mod math;
 pub mod memory;
-pub mod patches;
 pub mod product;
 pub mod softmax;
 pub mod update;
@@ -51,6 +51,7 @@ use candle_core::{CpuStorage, Layout, Result, Shape, bail};
 use self::division::divide_rows;
 
 pub use affine::{Activation, affine};
+pub use convolution::convolution;
 pub use elementwise::{gelu, overwrite};
 pub use execution::{Execution, InstructionSet};
 pub use layer_norm::layer_norm;

@@ -32,7 +32,7 @@
 //!   compares.
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
 
-use crate::kernels::{loss, math, patches, product};
+use crate::kernels::{loss, math, product};
 
 pub mod data;
 pub mod evaluation;

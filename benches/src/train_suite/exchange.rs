@@ -68,9 +68,9 @@ fn layer(layer: &Layer) -> Value {
         Layer::Dense { inputs, outputs } => {
             json!({ "kind": "dense", "inputs": inputs, "outputs": outputs })
         }
-        Layer::Convolution { patches, outputs } => json!({
-            "kind": "convolution", "side": patches.height, "channels": patches.channels,
-            "stride": patches.stride, "outputs": outputs,
+        Layer::Convolution { images, outputs } => json!({
+            "kind": "convolution", "side": images.height, "channels": images.channels,
+            "stride": images.stride, "outputs": outputs,
         }),
     }
 }

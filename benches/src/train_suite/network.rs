@@ -1,11 +1,11 @@
 //! A network on the kernels: parameters in one flat vector, gradients in another, AdamW in place.
 
 use candle_core::{Device, Tensor, Var};
+use mobula_actors::kernels::convolution::Images;
 use mobula_actors::kernels::gradients::backward_from;
 use mobula_actors::kernels::loss::cross_entropy;
-use mobula_actors::kernels::patches::Patches;
 use mobula_actors::kernels::update::AdamwUpdate;
-use mobula_actors::kernels::{Activation, Execution, affine, math};
+use mobula_actors::kernels::{Activation, Execution, affine, convolution, math};
 use mobula_actors::training::random::{Purpose, Stream};
 
 /// AdamW's numbers, for us and for the peer.
@@ -19,14 +19,14 @@ pub(crate) const WEIGHT_DECAY: f64 = 0.01;
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Layer {
     Dense { inputs: usize, outputs: usize },
-    Convolution { patches: Patches, outputs: usize },
+    Convolution { images: Images, outputs: usize },
 }
 
 impl Layer {
     fn weight_shape(&self) -> (usize, usize) {
         match *self {
             Layer::Dense { inputs, outputs } => (inputs, outputs),
-            Layer::Convolution { patches, outputs } => (9 * patches.channels, outputs),
+            Layer::Convolution { images, outputs } => (images.patch_len(), outputs),
         }
     }
 }
@@ -56,7 +56,7 @@ impl Description {
     pub(crate) fn features(&self) -> usize {
         match self.layers[0] {
             Layer::Dense { inputs, .. } => inputs,
-            Layer::Convolution { patches, .. } => patches.image_len(),
+            Layer::Convolution { images, .. } => images.image_len(),
         }
     }
 
@@ -74,7 +74,7 @@ impl Description {
             let (inputs, outputs) = layer.weight_shape();
             let places = match layer {
                 Layer::Dense { .. } => 1,
-                Layer::Convolution { patches, .. } => patches.output_len(),
+                Layer::Convolution { images, .. } => images.output_len(),
             };
             6.0 * (inputs * outputs * places * self.batch) as f64
         };
@@ -137,9 +137,8 @@ impl Network {
             };
             values = match layer {
                 Layer::Dense { .. } => affine(&values, weight, bias, activation)?,
-                Layer::Convolution { patches, .. } => {
-                    let rows = affine(&patches.extract(&values)?, weight, bias, activation)?;
-                    rows.reshape((self.description.batch, ()))?
+                Layer::Convolution { images, .. } => {
+                    convolution(&values, weight, bias, *images, activation)?
                 }
             };
         }

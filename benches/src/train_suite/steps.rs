@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use mobula_actors::kernels::Execution;
-use mobula_actors::kernels::patches::Patches;
+use mobula_actors::kernels::convolution::Images;
 use mobula_benches::measure::{Samples, repeat};
 use mobula_benches::results::Results;
 use serde_json::json;
@@ -16,13 +16,13 @@ pub(crate) const COMPARED_STEPS: usize = 200;
 const BATCHES: usize = 8;
 
 fn descriptions() -> Vec<Description> {
-    let image = Patches {
+    let image = Images {
         height: 28,
         width: 28,
         channels: 1,
         stride: 1,
     };
-    let half = Patches {
+    let half = Images {
         height: 28,
         width: 28,
         channels: 16,
@@ -32,7 +32,7 @@ fn descriptions() -> Vec<Description> {
         inputs: half.output_len() * 32,
         outputs: 10,
     };
-    let convolution = |patches, outputs| Layer::Convolution { patches, outputs };
+    let convolution = |images, outputs| Layer::Convolution { images, outputs };
     vec![
         Description::dense("mlp 64-128-64-10, batch 128", &[64, 128, 64, 10], 128),
         Description::dense("mlp 784-512-512-10, batch 128", &[784, 512, 512, 10], 128),

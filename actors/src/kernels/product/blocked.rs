@@ -55,11 +55,29 @@ impl Target {
 /// # Panics
 /// If the sizes do not fit each other.
 pub fn multiply(execution: Execution, a: &MatrixView<'_>, b: &MatrixView<'_>, c: &mut [f32]) {
-    assert_eq!(a.columns, b.rows, "the inner dimensions differ");
-    assert_eq!(c.len(), a.rows * b.columns, "the result has another size");
     if a.columns == 0 {
         c.fill(0.0);
     }
+    multiply_from(execution, a, b, c, false);
+}
+
+/// `c += a · b`: the chains go on from what is in `c`. So a product may come in parts of its inner dimension.
+///
+/// # Panics
+/// If the sizes do not fit each other.
+pub fn multiply_add(execution: Execution, a: &MatrixView<'_>, b: &MatrixView<'_>, c: &mut [f32]) {
+    multiply_from(execution, a, b, c, true);
+}
+
+fn multiply_from(
+    execution: Execution,
+    a: &MatrixView<'_>,
+    b: &MatrixView<'_>,
+    c: &mut [f32],
+    goes_on: bool,
+) {
+    assert_eq!(a.columns, b.rows, "the inner dimensions differ");
+    assert_eq!(c.len(), a.rows * b.columns, "the result has another size");
     if a.columns == 0 || c.is_empty() {
         return;
     }
@@ -92,7 +110,15 @@ pub fn multiply(execution: Execution, a: &MatrixView<'_>, b: &MatrixView<'_>, c:
         let b = b.part(whole(b.rows), columns);
         // SAFETY: the spans are disjoint, so no two threads get the same elements of `c`, which is borrowed
         // until all of them have ended.
-        unsafe { multiply_part(kernels, &a, &b, target.at(rows.start, columns.start)) };
+        unsafe {
+            multiply_part(
+                kernels,
+                &a,
+                &b,
+                target.at(rows.start, columns.start),
+                goes_on,
+            )
+        };
     };
     if length >= total {
         return one(whole(total));
@@ -111,6 +137,7 @@ unsafe fn multiply_part(
     a: &MatrixView<'_>,
     b: &MatrixView<'_>,
     target: Target,
+    goes_on: bool,
 ) {
     PANELS.with_borrow_mut(|panels| {
         let block_inner = balanced(a.columns, BLOCK_INNER_MAX);
@@ -148,7 +175,7 @@ unsafe fn multiply_part(
                             a,
                             b,
                             target,
-                            inner.start > 0,
+                            goes_on || inner.start > 0,
                         );
                     }
                 }

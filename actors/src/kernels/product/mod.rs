@@ -21,7 +21,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-pub use blocked::multiply;
+pub use blocked::{multiply, multiply_add};
 pub use matrix::MatrixView;
 
 pub(super) use panels::copy_row;

@@ -6,16 +6,16 @@ use candle_core::{Device, Tensor};
 use super::super::data::SampleShape;
 use super::super::model::ModelError;
 use super::super::parameters::{Parameter, Parameters};
-use super::super::patches::{KERNEL_AREA, Patches};
 use super::head::{self, Network};
 use super::mlp::{affine, affine_parameters};
-use crate::kernels::Activation;
+use crate::kernels::convolution::Images;
+use crate::kernels::{Activation, convolution};
 
 /// A convolutional network.
 #[derive(Debug)]
 pub(super) struct Cnn {
     /// Each convolution's input.
-    convolutions: Vec<Patches>,
+    convolutions: Vec<Images>,
     /// Channels of each convolution's output.
     channels: Vec<usize>,
     inputs: usize,
@@ -45,15 +45,15 @@ impl Cnn {
         };
         let mut convolutions = Vec::with_capacity(channels.len());
         for (layer, out_channels) in channels.iter().enumerate() {
-            let patches = Patches {
+            let images = Images {
                 height,
                 width,
                 channels: in_channels,
                 stride: if layer == 0 { 1 } else { 2 },
             };
-            (height, width) = patches.output_size();
+            (height, width) = images.output_size();
             in_channels = *out_channels;
-            convolutions.push(patches);
+            convolutions.push(images);
         }
         Ok(Cnn {
             convolutions,
@@ -72,15 +72,13 @@ impl Network for Cnn {
     fn parameters(&self) -> Vec<Parameter> {
         let mut parameters = Vec::new();
         let mut features = self.inputs;
-        for (index, (patches, outputs)) in self.convolutions.iter().zip(&self.channels).enumerate()
-        {
-            let inputs = KERNEL_AREA * patches.channels;
+        for (index, (images, outputs)) in self.convolutions.iter().zip(&self.channels).enumerate() {
             parameters.extend(affine_parameters(
                 &format!("conv.{index}"),
-                inputs,
+                images.patch_len(),
                 *outputs,
             ));
-            let (height, width) = patches.output_size();
+            let (height, width) = images.output_size();
             features = height * width * outputs;
         }
         parameters.extend(affine_parameters("dense.0", features, self.outputs));
@@ -90,10 +88,10 @@ impl Network for Cnn {
     fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError> {
         let count = features.len() / self.inputs;
         let mut values = Tensor::from_slice(features, (count, self.inputs), &Device::Cpu)?;
-        for (layer, patches) in self.convolutions.iter().enumerate() {
-            let rows = patches.extract(&values)?;
-            let layer = format!("conv.{layer}");
-            values = affine(parameters, &rows, &layer, Activation::Relu)?.reshape((count, ()))?;
+        for (layer, images) in self.convolutions.iter().enumerate() {
+            let weight = parameters.tensor(&format!("conv.{layer}.weight"))?;
+            let bias = parameters.tensor(&format!("conv.{layer}.bias"))?;
+            values = convolution(&values, weight, bias, *images, Activation::Relu)?;
         }
         affine(parameters, &values, "dense.0", Activation::Identity)
     }
