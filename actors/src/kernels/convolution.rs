@@ -62,27 +62,44 @@ impl Images {
         KERNEL_AREA * self.channels
     }
 
-    /// Calls `visit(offset in the image, place of the output, range in the patch)` for every row of the kernel at
-    /// every place of the output, in a fixed order, with the part of it that lies inside the image.
+    /// Calls `visit(offset in the image, place of the output, offset in the patch, length)` for every row of the
+    /// kernel at every place of the output, with the part of it that lies inside the image. What is visited of one
+    /// pixel comes in ascending places.
     #[inline(always)]
-    fn for_each_run(&self, mut visit: impl FnMut(usize, usize, Range<usize>)) {
+    fn for_each_run(&self, mut visit: impl FnMut(usize, usize, usize, usize)) {
+        // The usual first layer, with runs of three values: their length must be known to be fast.
+        match self.channels {
+            1 => self.for_each_run_of(1, &mut visit),
+            channels => self.for_each_run_of(channels, &mut visit),
+        }
+    }
+
+    #[inline(always)]
+    fn for_each_run_of(&self, channels: usize, visit: &mut impl FnMut(usize, usize, usize, usize)) {
         let (height, width) = self.output_size();
-        for place in 0..height * width {
-            let (top, left) = (place / width * self.stride, place % width * self.stride);
-            // The kernel begins one before; what lies outside by that, or beyond the other side, is left out.
-            let first = usize::from(left == 0);
-            let end = KERNEL_SIDE.min(self.width + 1 - left);
+        for row in 0..height {
             for kernel_row in 0..KERNEL_SIDE {
-                // Above the image it wraps, and is beyond the height too.
-                let y = (top + kernel_row).wrapping_sub(1);
-                if y < self.height {
-                    let in_image = (y * self.width + left + first - 1) * self.channels;
-                    let row = kernel_row * KERNEL_SIDE;
-                    visit(
-                        in_image,
-                        place,
-                        (row + first) * self.channels..(row + end) * self.channels,
-                    );
+                // The kernel begins one before: above the image it wraps, and is beyond the height too.
+                let y = (row * self.stride + kernel_row).wrapping_sub(1);
+                if y >= self.height {
+                    continue;
+                }
+                let (image, patch) = (y * self.width, kernel_row * KERNEL_SIDE);
+                // What lies outside at the left, or beyond the other side, is left out.
+                let first = KERNEL_SIDE.min(self.width + 1) - 1;
+                visit(
+                    image * channels,
+                    row * width,
+                    (patch + 1) * channels,
+                    first * channels,
+                );
+                for column in 1..width {
+                    let left = column * self.stride - 1;
+                    let (from, place) = ((image + left) * channels, row * width + column);
+                    match KERNEL_SIDE.min(self.width - left) {
+                        KERNEL_SIDE => visit(from, place, patch * channels, KERNEL_SIDE * channels),
+                        cut => visit(from, place, patch * channels, cut * channels),
+                    }
                 }
             }
         }
@@ -90,13 +107,19 @@ impl Images {
 
     /// Writes what `part` of its patches says of an image, a row for each place of the output. What lies outside of
     /// the image stays as it is.
-    #[inline(always)]
     fn extract(&self, image: &[f32], part: &Range<usize>, patches: &mut [f32]) {
-        self.for_each_run(|from, place, in_patch| {
-            let start = in_patch.start.max(part.start);
-            let end = in_patch.end.min(part.end);
+        let patch_len = self.patch_len();
+        if part.len() == patch_len {
+            return self.for_each_run(|from, place, in_patch, length| {
+                let to = place * patch_len + in_patch;
+                copy_row(&image[from..from + length], &mut patches[to..to + length]);
+            });
+        }
+        self.for_each_run(|from, place, in_patch, length| {
+            let start = in_patch.max(part.start);
+            let end = (in_patch + length).min(part.end);
             if start < end {
-                let from = from + start - in_patch.start;
+                let from = from + start - in_patch;
                 let to = place * part.len() + start - part.start;
                 let length = end - start;
                 copy_row(&image[from..from + length], &mut patches[to..to + length]);
@@ -105,12 +128,12 @@ impl Images {
     }
 
     /// Adds each patch value to the pixel that it came from.
-    #[inline(always)]
     fn gather(&self, patches: &[f32], image: &mut [f32]) {
-        self.for_each_run(|to, place, in_patch| {
-            let from = place * self.patch_len() + in_patch.start;
-            let added = &patches[from..from + in_patch.len()];
-            for (sum, value) in image[to..to + in_patch.len()].iter_mut().zip(added) {
+        let patch_len = self.patch_len();
+        self.for_each_run(|to, place, in_patch, length| {
+            let from = place * patch_len + in_patch;
+            let added = &patches[from..from + length];
+            for (sum, value) in image[to..to + length].iter_mut().zip(added) {
                 *sum += value;
             }
         });
