@@ -24,6 +24,7 @@ use parking_lot::Mutex;
 
 use super::keep::Metric;
 use super::ledger::{CheckpointError, Ledger};
+use super::sharing::{self, Helper, Share};
 use super::state::{CheckpointCommand, CheckpointRef};
 
 /// The largest state that is restored: it must fit in memory, once as bytes and once as values.
@@ -49,6 +50,17 @@ pub struct SaveOrder {
     pub metric: Option<f64>,
     /// What the driver wants to find again.
     pub metadata: BTreeMap<String, String>,
+    /// Others who hold these bytes, and upload a share of them.
+    pub helpers: Vec<Arc<dyn Helper>>,
+}
+
+/// What a save brought.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SaveReport {
+    /// The checkpoint, which is visible now.
+    pub checkpoint: CheckpointRef,
+    /// What helpers uploaded of it.
+    pub shares: Vec<Share>,
 }
 
 impl fmt::Debug for SaveOrder {
@@ -129,7 +141,7 @@ impl Checkpointer {
     }
 
     /// Saves a state and makes it visible. May be called again after any failure.
-    pub async fn save(&self, order: &SaveOrder) -> Result<CheckpointRef, CheckpointError> {
+    pub async fn save(&self, order: &SaveOrder) -> Result<SaveReport, CheckpointError> {
         let (writer, reader) = self.store()?;
         let section = |(name, offset, length): &(String, u64, u64)| Section {
             name: name.clone(),
@@ -149,8 +161,8 @@ impl Checkpointer {
             .prepare(request, Arc::clone(&state))
             .await
             .map_err(|error| save_error(&error))?;
-        writer
-            .upload(state, prepared.missing())
+        let missing = prepared.missing();
+        let shares = sharing::upload(writer, &state, order.step, missing, &order.helpers)
             .await
             .map_err(|error| save_error(&error))?;
         let state_blake3 = prepared.state_blake3();
@@ -197,7 +209,7 @@ impl Checkpointer {
         };
         self.ledger.apply(&committed).await?;
         *self.newest.lock() = Some(handle);
-        Ok(checkpoint)
+        Ok(SaveReport { checkpoint, shares })
     }
 
     /// The newest checkpoint that verifies. Those that do not are rejected for good, each with its

@@ -36,6 +36,7 @@ fn order(step: u64, incarnation: u64, state: &str) -> SaveOrder {
         weights_blake3: blake3::hash(state.as_bytes()).to_hex().to_string(),
         metric: Some(1.5),
         metadata: BTreeMap::from([("seed".to_owned(), "7".to_owned())]),
+        helpers: Vec::new(),
     }
 }
 
@@ -48,7 +49,11 @@ async fn what_was_committed_is_restored_by_the_next_start() {
         RestoreReport::default()
     );
     first.save(&order(10, 1, "ten")).await.unwrap();
-    let saved = first.save(&order(20, 1, "twenty")).await.unwrap();
+    let saved = first
+        .save(&order(20, 1, "twenty"))
+        .await
+        .unwrap()
+        .checkpoint;
     assert_eq!(saved.metric.unwrap().value(), 1.5);
     let second = world.checkpointer();
     let report = second.restore(Incarnation(2)).await.unwrap();
@@ -67,7 +72,11 @@ async fn damage_is_rejected_by_name_with_its_reason_and_what_is_left_is_used() {
     let world = World::new();
     let first = world.checkpointer();
     first.save(&order(10, 1, "ten")).await.unwrap();
-    let newest = first.save(&order(20, 1, "twenty")).await.unwrap();
+    let newest = first
+        .save(&order(20, 1, "twenty"))
+        .await
+        .unwrap()
+        .checkpoint;
     world
         .blobs
         .renew(&newest.manifest_path, "{}".into())
@@ -101,7 +110,11 @@ async fn a_manifest_of_an_earlier_attempt_is_adopted_if_it_holds_the_same_state(
     assert!(matches!(lost, CheckpointError::Unavailable(_)), "{lost}");
     *world.ledger.is_away.lock() = false;
     let second = world.checkpointer();
-    let adopted = second.save(&order(20, 1, "twenty")).await.unwrap();
+    let adopted = second
+        .save(&order(20, 1, "twenty"))
+        .await
+        .unwrap()
+        .checkpoint;
     assert_eq!(adopted.step, 20);
     let other = world.checkpointer().save(&order(20, 1, "other")).await;
     assert!(

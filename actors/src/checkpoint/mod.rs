@@ -9,7 +9,7 @@
 //! * [`retention`]: which of them must stay in the object store.
 //! * [`preemptions`]: what drivers did about notices that their machines would be taken away.
 //! * [`ledger`]: the table as those who save and restore see it.
-//! * [`checkpointer`] saves and restores on a job's behalf.
+//! * [`checkpointer`] saves and restores on a job's behalf; [`sharing`] uploads with others who hold the same bytes.
 //! * [`client`] is for everybody else: it lists, verifies, pins and prunes; [`safetensors`] writes what other
 //!   programs read.
 //!
@@ -27,6 +27,7 @@ pub mod preemptions;
 pub mod retention;
 mod rows;
 pub mod safetensors;
+pub mod sharing;
 pub mod state;
 
 pub use keep::KeepPolicy;

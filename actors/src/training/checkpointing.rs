@@ -241,6 +241,17 @@ impl SaveSchedule {
         }
     }
 
+    /// The step of the next save behind `step`, where that is known before it comes: at a fixed number of steps, or
+    /// with the job's `last` step.
+    #[must_use]
+    pub fn next_save(&self, step: u64, last: u64) -> Option<u64> {
+        let next = match self.every {
+            SaveEvery::Steps(steps) => (step / steps.max(1) + 1) * steps.max(1),
+            SaveEvery::Auto => last,
+        };
+        Some(next.min(last)).filter(|next| *next > step)
+    }
+
     /// The time between two saves, as it is now.
     #[must_use]
     pub fn interval(&self, now: Instant, failures: u64, upload: Duration) -> Duration {
@@ -357,6 +368,21 @@ mod tests {
             ..measured
         };
         assert!(free.interval(cap) >= free.upload);
+    }
+
+    #[test]
+    fn the_next_save_is_known_where_steps_are_counted_and_at_the_end() {
+        let schedule =
+            |spec: &CheckpointSpec| SaveSchedule::new(spec, 50, Duration::ZERO, Instant::now());
+        let fixed = schedule(&CheckpointSpec::default());
+        let next = |step| fixed.next_save(step, 120);
+        assert_eq!([0, 49, 50, 99].map(next), [50, 50, 100, 100].map(Some));
+        assert_eq!([100, 119, 120].map(next), [Some(120), Some(120), None]);
+        let auto = schedule(&CheckpointSpec {
+            every: Some(SaveEvery::Auto),
+            ..CheckpointSpec::default()
+        });
+        assert_eq!(auto.next_save(7, 120), Some(120));
     }
 
     #[test]

@@ -37,6 +37,7 @@ use super::shape::{leader_shape, member_shape};
 use super::spec::TrainSpec;
 use super::state::TrainState;
 use super::workload::Workload;
+use crate::checkpoint::sharing::Helper;
 
 mod membership;
 
@@ -288,6 +289,22 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         self.crew.witnesses(self.state.step, digest, limit).await
     }
 
+    /// Has trainers on machines other than `node`, one on each, keep the state after `step`, so that they can help to
+    /// upload it. Asked again, it asks those who came since.
+    pub fn prepare_save(&mut self, step: u64, node: &str) {
+        self.crew.ask_to_keep(step, node);
+    }
+
+    /// Who keeps the state after `step`.
+    pub fn helpers(&self, step: u64) -> Vec<Arc<dyn Helper>> {
+        self.crew.helpers(step)
+    }
+
+    /// How far trainers may be ahead of the copy.
+    pub fn lead_max(&self) -> u64 {
+        self.leader.shape().lead_max
+    }
+
     /// Carries out what the copy wants, up to the next step.
     fn act(&mut self) -> Result<Option<StepReport>, CoordinatorError> {
         while let Some(action) = self.member.poll_action() {
@@ -363,6 +380,10 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             }
             Happened::News(Ok(news)) => self.heard(index, &news),
             Happened::News(Err(error)) => self.failed(index, &error)?,
+            // Who cannot be asked is lost, or will help with the next one.
+            Happened::Keeps { step, answer } => {
+                self.crew.slot(index).keeps = answer.unwrap_or(false).then_some(step);
+            }
             Happened::Judged { step, said } => self.judge(step, &said)?,
         }
         Ok(())

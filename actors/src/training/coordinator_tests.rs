@@ -4,10 +4,16 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use mobula_core::{Incarnation, JobId};
+use mobula_storage::blob::{BlobStore, S3Options};
+use mobula_storage::checkpoint::{
+    CheckpointReader, CheckpointSource, CheckpointWriter, Piece, SaveRequest,
+};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::*;
+use crate::checkpoint::sharing;
 use crate::training::collective::InProcess;
 use crate::training::collective::runner::{Board, Runner, RunnerHandle};
 use crate::training::crew::LinkError;
@@ -20,6 +26,7 @@ use crate::training::protocol::leader::StateDigest;
 use crate::training::protocol::plan::Plan;
 use crate::training::random::{Purpose, Stream};
 use crate::training::replica::{Replica, load};
+use crate::training::snapshot::StateSnapshot;
 
 /// What happens to a trainer when it first sends or asks for something of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +49,7 @@ static WEAK_SPOT: AtomicUsize = AtomicUsize::new(0);
 struct FakeTrainer {
     slot: u32,
     others: InProcess,
+    blobs: BlobStore,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -158,7 +166,7 @@ impl TrainerLink for FakeTrainer {
         let member = inner.running.is_some().then(|| inner.me(self.slot));
         Ok(Greeting {
             incarnation: inner.incarnation,
-            node_name: "here".to_owned(),
+            node_name: format!("worker-{}", self.slot),
             held: member.zip(held),
             notice_ms: inner.notice_ms,
         })
@@ -238,6 +246,26 @@ impl TrainerLink for FakeTrainer {
         handle.digest_before(step).await.ok_or_else(lost)
     }
 
+    async fn keep(&self, step: u64) -> Result<bool, LinkError> {
+        let replica = Arc::clone(&self.inner.lock().replica);
+        let keeps = replica.lock().keep(step);
+        Ok(keeps)
+    }
+
+    async fn store(&self, step: u64, pieces: Vec<Piece>) -> Result<(), LinkError> {
+        let replica = Arc::clone(&self.inner.lock().replica);
+        let kept = replica.lock().kept(step);
+        let state = kept.map_err(|_| TrainerError::NotKept { step })?;
+        let writer = CheckpointWriter::new(self.blobs.clone());
+        let stored = writer.upload(state, &pieces).await;
+        stored.map_err(|error| LinkError::Lost(error.to_string()))
+    }
+
+    async fn release(&self, step: u64) -> Result<(), LinkError> {
+        self.inner.lock().replica.lock().release(step);
+        Ok(())
+    }
+
     async fn leave(&self) -> Result<(), LinkError> {
         let mut inner = self.inner.lock();
         inner.log.push("leave");
@@ -252,9 +280,11 @@ fn trainers(
     faults: impl IntoIterator<Item = Vec<(u64, Fault)>>,
 ) -> Vec<FakeTrainer> {
     let others = InProcess::default();
+    let blobs = BlobStore::open("memory://", &S3Options::default()).unwrap();
     let trainer = |(slot, faults): (usize, Vec<(u64, Fault)>)| FakeTrainer {
         slot: slot as u32,
         others: others.clone(),
+        blobs: blobs.clone(),
         inner: Arc::new(Mutex::new(Inner {
             spec: spec.clone(),
             replica: Arc::new(Mutex::new(Replica::new(spec.clone()))),
@@ -504,7 +534,7 @@ async fn unfit_data_ends_the_job_with_its_reason() {
     let mut coordinator = coordinator(&spec, 1, &trainers(&absent, [vec![]]));
     let error = coordinator.advance().await.unwrap_err().to_string();
     assert!(
-        error.starts_with("trainer-0 on here: cannot read data file /nowhere.csv"),
+        error.starts_with("trainer-0 on worker-0: cannot read data file /nowhere.csv"),
         "{error}"
     );
 }
@@ -532,4 +562,53 @@ async fn a_witness_holds_the_very_bits_and_says_whether_its_machine_stays() {
     // A copy with other bits has none.
     coordinator.digest = blake3::hash(b"other").to_hex().to_string();
     assert_eq!(coordinator.witnesses(limit).await, []);
+}
+
+async fn follow_to(step: u64, coordinator: &mut Tested) {
+    while coordinator.state().step < step {
+        coordinator.advance().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn trainers_keep_the_state_of_a_save_and_store_their_share_of_it() {
+    let spec = spec(200, 3, 3);
+    let trainers = trainers(&spec, vec![vec![]; 3]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    follow_to(3, &mut coordinator).await;
+    // None of them has taken that step yet, however far ahead they are.
+    let step = 3 + coordinator.lead_max() + 1;
+    coordinator.prepare_save(step, "worker-0");
+    follow_to(step, &mut coordinator).await;
+    let helpers = coordinator.helpers(step);
+    let names: Vec<String> = helpers.iter().map(|helper| helper.name()).collect();
+    assert_eq!(names, ["trainer-1 on worker-1", "trainer-2 on worker-2"]);
+    assert!(coordinator.helpers(step + 1).is_empty());
+
+    let blobs = &trainers[0].blobs;
+    let writer = CheckpointWriter::new(blobs.clone()).with_chunk_bytes(10_000);
+    let state: Arc<dyn CheckpointSource> = Arc::new(StateSnapshot::of(coordinator.state()));
+    let request = SaveRequest {
+        job: JobId(1),
+        step,
+        incarnation: Incarnation(1),
+        parent: None,
+        sections: Vec::new(),
+        metadata: BTreeMap::new(),
+    };
+    let prepared = writer.prepare(request, Arc::clone(&state)).await.unwrap();
+    let missing = prepared.missing();
+    let shares = sharing::upload(&writer, &state, step, missing, &helpers).await;
+    for share in shares.unwrap() {
+        assert!(share.bytes > 0 && share.failed.is_none(), "{share}");
+    }
+    let saved = writer.finish(prepared).await.unwrap();
+    let read = CheckpointReader::new(blobs.clone(), 1 << 30)
+        .load(&saved.handle.reference)
+        .await
+        .unwrap();
+    assert!(read.bytes == coordinator.state().to_bytes());
+    // They keep it no more, and whoever asked again would be told.
+    let kept = trainers[1].inner.lock().replica.lock().kept(step);
+    assert!(!kept.unwrap_err());
 }

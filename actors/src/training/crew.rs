@@ -10,6 +10,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mobula_storage::checkpoint::Piece;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -62,6 +63,16 @@ pub trait TrainerLink: Clone + Send + Sync + 'static {
         &self,
         step: u64,
     ) -> impl Future<Output = Result<Option<StateDigest>, LinkError>> + Send;
+    /// Has it keep the state as it will be after `step`; whether it can.
+    fn keep(&self, step: u64) -> impl Future<Output = Result<bool, LinkError>> + Send;
+    /// Has it store pieces of that state; answers within a bound.
+    fn store(
+        &self,
+        step: u64,
+        pieces: Vec<Piece>,
+    ) -> impl Future<Output = Result<(), LinkError>> + Send;
+    /// Has it keep that state no more.
+    fn release(&self, step: u64) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Lets it leave its node.
     fn leave(&self) -> impl Future<Output = Result<(), LinkError>> + Send;
 }
@@ -79,7 +90,7 @@ pub(super) enum Presence {
 
 /// One trainer, as the coordinator sees it.
 pub(super) struct Slot<L> {
-    link: L,
+    pub(super) link: L,
     pub(super) presence: Presence,
     /// Grows when it is given up; what was under way then is ignored.
     pub(super) ticket: u64,
@@ -90,6 +101,9 @@ pub(super) struct Slot<L> {
     /// The newest plan that it is known to follow, and its gate.
     adopted: Option<Plan>,
     is_adopting: bool,
+    /// The step after which it was asked to keep the state for a checkpoint, and the one of which it said that it does.
+    pub(super) asked_to_keep: Option<u64>,
+    pub(super) keeps: Option<u64>,
     /// The last of its news.
     pub(super) news_number: u64,
     /// How long its last step waited for samples, and how long it was computed, as it said last.
@@ -123,6 +137,11 @@ pub(super) enum Happened {
     },
     Adopted(Result<(), LinkError>),
     News(Result<News, LinkError>),
+    /// Whether it keeps the state after the step.
+    Keeps {
+        step: u64,
+        answer: Result<bool, LinkError>,
+    },
     /// Who held which bits before the step, of those who answered.
     Judged {
         step: u64,
@@ -155,6 +174,8 @@ impl<L: TrainerLink> Crew<L> {
             node: "no node yet".to_owned(),
             adopted: None,
             is_adopting: false,
+            asked_to_keep: None,
+            keeps: None,
             news_number: 0,
             spent: Default::default(),
         });
@@ -353,7 +374,11 @@ impl<L: TrainerLink> Crew<L> {
         held.into_iter().flatten().collect()
     }
 
-    fn spawn(&mut self, index: usize, what: impl Future<Output = Happened> + Send + 'static) {
+    pub(super) fn spawn(
+        &mut self,
+        index: usize,
+        what: impl Future<Output = Happened> + Send + 'static,
+    ) {
         let ticket = self.slots[index].ticket;
         self.tasks.spawn(async move {
             Event {
@@ -369,6 +394,7 @@ impl<L: TrainerLink> Crew<L> {
         slot.presence = Presence::Away;
         slot.ticket += 1;
         (slot.member, slot.adopted, slot.is_adopting) = (None, None, false);
+        (slot.asked_to_keep, slot.keeps) = (None, None);
     }
 
     /// Waits in the background until the trainer is there; one that shall `leave` first is told.

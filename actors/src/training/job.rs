@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mobula::{Actor, Cluster};
 use mobula_core::{ActorId, Incarnation, JobId};
 use mobula_storage::blob::BlobError;
+use mobula_storage::checkpoint::CHUNK_BYTES_DEFAULT;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
@@ -50,6 +51,9 @@ use crate::storage::open_blobs;
 /// The coordinator of a job whose trainers are actors.
 pub(super) type Coordinator = super::coordinator::Coordinator<ClusterLink, ClusterCollective>;
 
+/// How far ahead of a save trainers are asked to keep its state, in multiples of what they may be ahead of the
+/// driver: they must not have taken that step when they hear of it.
+const HELP_STEPS: u64 = 3;
 /// Pauses between attempts to store the result's files.
 const PUBLISH_PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PUBLISH_PAUSE_MAX: Duration = Duration::from_secs(15);
@@ -291,6 +295,7 @@ impl Driver {
             };
             saver.poll()?;
             let step = coordinator.state().step;
+            self.ask_for_help(coordinator, &schedule);
             let now = Instant::now();
             history.trained_ms = millis(schedule.trained(now));
             let failures = history.failures(coordinator.counters());
@@ -323,6 +328,19 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    /// Has trainers keep the state of the next save, some steps ahead of it, where it has enough bytes to be shared.
+    fn ask_for_help(&self, coordinator: &mut Coordinator, schedule: &SaveSchedule) {
+        let state = coordinator.state();
+        let Some(next) = schedule.next_save(state.step, self.spec.steps) else {
+            return;
+        };
+        let is_near = next - state.step <= HELP_STEPS * coordinator.lead_max();
+        let is_large = state.size_bytes() > CHUNK_BYTES_DEFAULT as u64;
+        if is_near && is_large {
+            coordinator.prepare_save(next, self.node());
+        }
     }
 
     /// Measures the model if that is due, and finds out whether it is time to stop; whether it was
@@ -398,6 +416,7 @@ impl Driver {
             sections: state.sections(layout),
             weights_blake3: coordinator.digest().to_owned(),
             metadata,
+            helpers: coordinator.helpers(state.step),
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use mobula::{CallFailure, Cluster};
 use mobula_core::Incarnation;
 use mobula_core::spec::RestartPolicy;
+use mobula_storage::checkpoint::Piece;
 
 use super::crew::{LinkError, TrainerLink};
 use super::messages::{Epoch, Greeting, Held, News, TrainerError};
@@ -31,6 +32,8 @@ const SILENT_MAX: Duration = Duration::from_millis(1250);
 const SUSPECT_AFTER: Duration = Duration::from_millis(150);
 /// Bytes of a state that travel in one call.
 const PIECE_BYTES: usize = 4 << 20;
+/// How long a trainer may take to store some pieces of a checkpoint: 32 MiB at half a megabyte a second.
+const STORE_MAX: Duration = Duration::from_secs(60);
 /// How long it may take to leave.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 /// Starts of a trainer, at most enough for any cluster, and an end to one that cannot start; soon, because
@@ -179,6 +182,27 @@ impl TrainerLink for ClusterLink {
         let actor = self.0.actor.get().await.map_err(lost)?;
         let answer = actor.digest_before(step).timeout(SILENT_MAX).await;
         answer.map_err(|failure| self.failed(failure))
+    }
+
+    async fn keep(&self, step: u64) -> Result<bool, LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        // It says so between two shards, and nobody waits for that.
+        let call = actor.keep(step).timeout(PIECE_MAX);
+        let answer = self.unless_it_ends(call).await?;
+        answer.map_err(|error| self.broken(error))
+    }
+
+    async fn store(&self, step: u64, pieces: Vec<Piece>) -> Result<(), LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let call = actor.store(step, pieces).timeout(STORE_MAX);
+        let answer = self.unless_it_ends(call).await?;
+        answer.map_err(|failure| self.failed(failure))
+    }
+
+    async fn release(&self, step: u64) -> Result<(), LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let answer = actor.release(step).timeout(SILENT_MAX).await;
+        answer.map_err(|error| self.broken(error))
     }
 
     async fn leave(&self) -> Result<(), LinkError> {

@@ -133,6 +133,20 @@ pub enum TrainerError {
     /// The data, the state or the numbers are not what the job needs; the same order fails again.
     #[error("{0}")]
     Unfit(String),
+    /// It does not keep the state after that step, and will not.
+    #[error("the state after step {step} is not kept here; somebody else has to upload it")]
+    NotKept {
+        /// The step.
+        step: u64,
+    },
+    /// Its share of a checkpoint is not stored.
+    #[error("a share of the checkpoint of step {step} is not stored: {reason}")]
+    NotStored {
+        /// The step.
+        step: u64,
+        /// What the store, or the comparison with what was asked for, said.
+        reason: String,
+    },
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@
 //!
 //! * [`job`] is the driver of a training job, from its TOML to its result; [`start_from`] begins with another
 //!   job's weights; [`resume`] finds where a driver that was started again goes on; [`checkpointing`] says
-//!   when to save and [`saving`] does it; `departure` leaves a node that was given notice, as [`preemption`]
+//!   when to save and [`saving`] does it, with the trainers as `helpers`; `departure` leaves a node that was given notice, as [`preemption`]
 //!   chooses, and `chronicle` records that; [`publish`] stores the model.
 //! * [`protocol`] is what the members of a job do, as pure state machines; [`collective`] carries sums
 //!   between them and runs a member; [`shape`] has the sizes.
@@ -58,6 +58,7 @@ pub mod workload;
 
 mod chronicle;
 mod departure;
+mod helpers;
 
 pub mod checkpointing;
 pub mod collective;

@@ -3,8 +3,10 @@
 //! Invariants:
 //! 1. All replicas apply the same reduced sums in the same order, so all hold the same bits.
 //! 2. The state is always one between two steps.
+//! 3. What is kept for a checkpoint is the state after the very step that was asked for, one at most.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::data::Files;
@@ -12,6 +14,7 @@ use super::messages::{Held, TrainerError};
 use super::optimizer::{Optimizer, StepReport};
 use super::parameters::Parameters;
 use super::reduction::Partial;
+use super::snapshot::StateSnapshot;
 use super::spec::TrainSpec;
 use super::state::TrainState;
 use super::workload::Workload;
@@ -25,6 +28,9 @@ pub struct Replica {
     /// What the shards since it was asked last took: for samples, and for computing.
     spent: Cell<(Duration, Duration)>,
     sweep: Cell<Sweep>,
+    /// The step after which the state is to be kept for a checkpoint, and that state once it is there.
+    wanted_step: Option<u64>,
+    kept: Option<(u64, Arc<StateSnapshot>)>,
     /// Which parameter the next update gets wrong.
     #[cfg(test)]
     weak_spot: Option<usize>,
@@ -64,6 +70,8 @@ impl Replica {
             loaded: None,
             spent: Cell::default(),
             sweep: Cell::default(),
+            wanted_step: None,
+            kept: None,
             #[cfg(test)]
             weak_spot: None,
         }
@@ -195,7 +203,42 @@ impl Replica {
             .parameters
             .load(&loaded.state.params)
             .map_err(unfit)?;
-        Ok((report, loaded.held()))
+        let held = loaded.held();
+        self.keep_if_wanted();
+        Ok((report, held))
+    }
+
+    /// Keeps the state as it is or will be after `step`, and no other. Answers whether it can: it cannot where that
+    /// step is over.
+    pub fn keep(&mut self, step: u64) -> bool {
+        self.kept = None;
+        let at = self.step();
+        self.wanted_step = at.is_some_and(|at| at <= step).then_some(step);
+        self.keep_if_wanted();
+        at.is_some_and(|at| at <= step)
+    }
+
+    /// The state after `step`, if it is kept; whether it will be, if it is not.
+    pub fn kept(&self, step: u64) -> Result<Arc<StateSnapshot>, bool> {
+        match &self.kept {
+            Some((kept, state)) if *kept == step => Ok(Arc::clone(state)),
+            _ => Err(self.wanted_step == Some(step)),
+        }
+    }
+
+    /// Keeps the state after `step` no more.
+    pub fn release(&mut self, step: u64) {
+        self.kept.take_if(|(kept, _)| *kept == step);
+        self.wanted_step.take_if(|wanted| *wanted == step);
+    }
+
+    fn keep_if_wanted(&mut self) {
+        let Some(loaded) = &self.loaded else { return };
+        if self.wanted_step == Some(loaded.state.step) {
+            self.wanted_step = None;
+            let state = Arc::new(StateSnapshot::of(&loaded.state));
+            self.kept = Some((loaded.state.step, state));
+        }
     }
 
     /// Has the next update change a bit of one parameter, as a broken machine would.
@@ -233,6 +276,8 @@ fn unfit(error: impl std::fmt::Display) -> TrainerError {
 
 #[cfg(test)]
 mod tests {
+    use mobula_storage::checkpoint::CheckpointSource;
+
     use super::*;
     use crate::training::reduction::TreeReducer;
 
@@ -272,6 +317,32 @@ mod tests {
             assert_eq!(a.apply(&sums).unwrap(), b.apply(&sums).unwrap());
         }
         assert_eq!(a.held(), b.held());
+    }
+
+    #[test]
+    fn the_state_after_one_step_is_kept_while_others_are_taken() {
+        let mut replica = Replica::new(spec());
+        assert!(!replica.keep(0), "there is none yet");
+        replica.prepare(None).unwrap();
+        assert!(replica.keep(2));
+        assert!(replica.kept(2).unwrap_err(), "it will be");
+        let mut after = Vec::new();
+        for _ in 0..3 {
+            let sums = root(&replica);
+            replica.apply(&sums).unwrap();
+            after.push(replica.state().unwrap());
+        }
+        let kept = replica.kept(2).unwrap();
+        assert_eq!(kept.read(0..kept.length_bytes()), after[1]);
+        assert!(!replica.kept(1).unwrap_err());
+        assert!(!replica.keep(2), "that step is over");
+        assert!(!replica.kept(2).unwrap_err());
+        assert!(replica.keep(3), "it is there now");
+        assert!(replica.kept(3).is_ok());
+        replica.release(2);
+        assert!(replica.kept(3).is_ok(), "another one was meant");
+        replica.release(3);
+        assert!(!replica.kept(3).unwrap_err());
     }
 
     #[test]

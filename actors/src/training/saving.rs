@@ -20,9 +20,8 @@ use tokio::time::Instant;
 use super::checkpointing::CheckpointSpec;
 use super::job_log::JobLog;
 use crate::checkpoint::KeepPolicy;
-use crate::checkpoint::checkpointer::{Checkpointer, RestoreReport, SaveOrder};
+use crate::checkpoint::checkpointer::{Checkpointer, RestoreReport, SaveOrder, SaveReport};
 use crate::checkpoint::ledger::CheckpointError;
-use crate::checkpoint::state::CheckpointRef;
 use crate::storage::open_blobs;
 
 /// Pauses between attempts while the store is out of reach.
@@ -37,7 +36,7 @@ const USUAL_SAVE: Duration = Duration::from_secs(1);
 struct Attempt {
     order: Arc<SaveOrder>,
     took: Duration,
-    outcome: Result<CheckpointRef, CheckpointError>,
+    outcome: Result<SaveReport, CheckpointError>,
 }
 
 /// Saves a job's states.
@@ -199,7 +198,7 @@ impl Saver {
         } = attempt;
         self.under_way = None;
         match outcome {
-            Ok(checkpoint) => {
+            Ok(SaveReport { checkpoint, shares }) => {
                 self.pause = PAUSE_FIRST;
                 self.committed_step = Some(checkpoint.step);
                 self.committed_count += 1;
@@ -211,6 +210,12 @@ impl Saver {
                     took.as_millis(),
                     checkpoint.manifest_path
                 ));
+                for share in shares {
+                    let step = checkpoint.step;
+                    self.log.line(format_args!(
+                        "checkpoint of step {step} was shared: {share}"
+                    ));
+                }
                 self.start_next(Duration::ZERO);
                 Ok(())
             }

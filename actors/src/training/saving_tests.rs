@@ -80,6 +80,7 @@ impl World {
             sections: Vec::new(),
             metric: None,
             metadata: BTreeMap::new(),
+            helpers: Vec::new(),
         }
     }
 

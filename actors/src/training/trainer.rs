@@ -10,10 +10,12 @@ use std::time::Duration;
 
 use mobula::{ActorContext, ContextExt};
 use mobula_storage::blob::BlobError;
+use mobula_storage::checkpoint::{CheckpointSource, CheckpointWriter, Piece};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::collective::ClusterCollective;
 use super::collective::runner::{Board, Runner, RunnerHandle};
@@ -26,6 +28,7 @@ use super::protocol::member::Member;
 use super::protocol::plan::{MemberId, Plan};
 use super::replica::Replica;
 use super::shape::{member_shape, state_bytes_max};
+use super::snapshot::StateSnapshot;
 use super::spec::TrainSpec;
 use crate::kernels::memory::keep_freed_memory;
 use crate::storage::open_blobs;
@@ -33,10 +36,17 @@ use crate::storage::open_blobs;
 /// A trainer that has nothing to say says so after this: its silence would mean that it is lost.
 const NEWS_EVERY: Duration = Duration::from_millis(100);
 
+/// How long the state after a step is waited for that it has not taken yet, and how often it is looked for: the
+/// driver's copy may be a moment ahead.
+const KEPT_MAX: Duration = Duration::from_secs(5);
+const KEPT_PAUSE: Duration = Duration::from_millis(20);
+
 /// Computes shards of a training job, together with others; the job's coordinator says with whom.
 pub struct Trainer {
     slot: u32,
     spec: TrainSpec,
+    /// Uploads its share of checkpoints.
+    writer: CheckpointWriter,
     /// One state is taken over at a time.
     turn: tokio::sync::Mutex<()>,
     inner: Mutex<Inner>,
@@ -80,9 +90,15 @@ impl Trainer {
     /// that a missing file is an answer and not a crash that is tried again and again.
     pub fn new(ctx: &ActorContext, spec: TrainSpec, slot: u32) -> Result<Self, BlobError> {
         keep_freed_memory();
-        let files = Files::with_store(open_blobs(ctx.storage())?, Handle::current());
+        let blobs = open_blobs(ctx.storage())?;
+        let mut writer = CheckpointWriter::new(blobs.clone());
+        if let Some(limit) = spec.checkpoints.upload_bytes_per_second {
+            writer = writer.with_rate_limit(limit);
+        }
+        let files = Files::with_store(blobs, Handle::current());
         Ok(Trainer {
             slot,
+            writer,
             turn: tokio::sync::Mutex::default(),
             inner: Mutex::new(Inner {
                 epoch: Epoch::default(),
@@ -313,6 +329,38 @@ impl Trainer {
         Ok(rest[..rest.len().min(length as usize)].to_vec())
     }
 
+    /// Keeps the state as it is or will be after `step`, for a checkpoint that is uploaded together, and no other.
+    /// Answers whether it can: it cannot where that step is over.
+    pub async fn keep(&self, step: u64) -> bool {
+        let replica = Arc::clone(&self.inner.lock().replica);
+        blocking(move || replica.lock().keep(step)).await
+    }
+
+    /// Stores `pieces` of the state after `step`, each only if it is the one that was meant.
+    pub async fn store(&self, step: u64, pieces: Vec<Piece>) -> Result<(), TrainerError> {
+        let state: Arc<dyn CheckpointSource> = self.kept(step).await?;
+        let length = state.length_bytes();
+        let is_inside = |piece: &Piece| {
+            let end = piece.offset.checked_add(piece.chunk.length);
+            end.is_some_and(|end| end <= length)
+        };
+        if !pieces.iter().all(is_inside) {
+            let reason = format!("a piece of it ends behind the {length} bytes of the state here");
+            return Err(TrainerError::NotStored { step, reason });
+        }
+        let stored = self.writer.upload(state, &pieces).await;
+        stored.map_err(|error| TrainerError::NotStored {
+            step,
+            reason: error.to_string(),
+        })
+    }
+
+    /// Keeps the state after `step` no more.
+    pub async fn release(&self, step: u64) {
+        let replica = Arc::clone(&self.inner.lock().replica);
+        blocking(move || replica.lock().release(step)).await;
+    }
+
     /// Leaves a node that was given notice: it is started elsewhere, without state.
     pub async fn leave(&self, ctx: &ActorContext) -> Result<(), mobula::Error> {
         ctx.yield_now().await
@@ -320,6 +368,19 @@ impl Trainer {
 }
 
 impl Trainer {
+    /// The state after `step`, as soon as it is there.
+    async fn kept(&self, step: u64) -> Result<Arc<StateSnapshot>, TrainerError> {
+        let end = Instant::now() + KEPT_MAX;
+        loop {
+            let replica = Arc::clone(&self.inner.lock().replica);
+            match blocking(move || replica.lock().kept(step)).await {
+                Ok(state) => return Ok(state),
+                Err(true) if Instant::now() < end => tokio::time::sleep(KEPT_PAUSE).await,
+                Err(_) => return Err(TrainerError::NotKept { step }),
+            }
+        }
+    }
+
     /// What runs, if that is the member that was meant.
     fn shown_as(&self, meant: MemberId) -> Result<Shown, TrainerError> {
         let shown = self.inner.lock().shown()?;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::Value;
 
 use crate::extra_worker::ExtraWorker;
-use crate::support::{TestCluster, small_job, wait_for};
+use crate::support::{TestCluster, small_job, text_of, wait_for};
 
 /// The metadata service of a machine that AWS may take away, as long as it is told so.
 fn rebalancing(is_advised: Arc<AtomicBool>) -> String {
@@ -97,4 +97,32 @@ fn advice_of_the_cloud_makes_a_driver_save_and_stay() {
         "nothing is moved for advice: {status}"
     );
     cluster.ok(&["jobs", "stop", &job]);
+}
+
+/// A job whose state is some 30 MB, four chunks.
+fn large_job(name: &str) -> String {
+    format!(
+        "name = \"{name}\"\nseed = 7\nsteps = 80\nglobal_batch = 32\nvirtual_shards = 4\n\
+         checkpoint_every_steps = 40\nworkers = {{ min = 1, max = 2 }}\n\
+         [model.mlp]\nhidden = [1536, 1536]\n"
+    )
+}
+
+fn log_of(cluster: &TestCluster, job: &str) -> String {
+    text_of(&cluster.run(&["jobs", "logs", job]))
+}
+
+#[test]
+fn trainers_upload_a_share_of_a_large_checkpoint() {
+    let cluster = TestCluster::up(3);
+    let job = cluster.submit_toml(&large_job("shared"));
+    let result = cluster.result_of(&job);
+    assert_eq!(result["checkpoints"], 2, "{result}");
+    let log = log_of(&cluster, &job);
+    for step in [40, 80] {
+        let shared = format!("checkpoint of step {step} was shared: trainer-");
+        assert!(log.contains(&shared), "{log}");
+    }
+    assert!(!log.contains("then no more"), "{log}");
+    cluster.ok(&["checkpoints", "verify", &job]);
 }

@@ -1,0 +1,77 @@
+//! Trainers that upload a share of a checkpoint: they hold the bits that the driver saves.
+//!
+//! A trainer is asked some steps ahead to keep the state after a step that it has not taken yet, which costs it no
+//! time and the memory of the other half of its buffers. Then the driver gives it pieces by hash; what it holds
+//! otherwise, or does not hold, it refuses.
+//!
+//! Invariants:
+//! 1. Of each machine one trainer is asked, and none of the driver's own: they would share its way to the store.
+//! 2. A helper that is lost is noticed as a lost trainer is, and nothing waits for it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use mobula_storage::checkpoint::Piece;
+
+use super::crew::{Crew, Happened, Slot, TrainerLink};
+use crate::checkpoint::sharing::Helper;
+
+impl<L: TrainerLink> Crew<L> {
+    /// Asks in the background those who were not asked yet.
+    pub(super) fn ask_to_keep(&mut self, step: u64, own_node: &str) {
+        let mut nodes = BTreeSet::from([own_node.to_owned()]);
+        for index in self.which(Slot::is_ready) {
+            let slot = self.slot(index);
+            if !nodes.insert(slot.node.clone()) || slot.asked_to_keep == Some(step) {
+                continue;
+            }
+            (slot.asked_to_keep, slot.keeps) = (Some(step), None);
+            let link = slot.link.clone();
+            self.spawn(index, async move {
+                let answer = link.keep(step).await;
+                Happened::Keeps { step, answer }
+            });
+        }
+    }
+
+    /// Those who said that they keep the state after `step`.
+    pub(super) fn helpers(&self, step: u64) -> Vec<Arc<dyn Helper>> {
+        let keepers = self.slots().iter().enumerate();
+        let keepers = keepers.filter(|(_, slot)| slot.is_ready() && slot.keeps == Some(step));
+        keepers
+            .map(|(index, slot)| -> Arc<dyn Helper> {
+                Arc::new(TrainerHelper {
+                    name: format!("trainer-{index} on {}", slot.node),
+                    link: slot.link.clone(),
+                })
+            })
+            .collect()
+    }
+}
+
+struct TrainerHelper<L> {
+    name: String,
+    link: L,
+}
+
+impl<L: TrainerLink> Helper for TrainerHelper<L> {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn upload(&self, step: u64, pieces: Vec<Piece>) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async move {
+            let stored = self.link.store(step, pieces).await;
+            stored.map_err(|error| error.to_string())
+        })
+    }
+
+    fn release(&self, step: u64) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            if let Err(error) = self.link.release(step).await {
+                tracing::debug!(%error, step, "a trainer still keeps the state of a checkpoint");
+            }
+        })
+    }
+}
