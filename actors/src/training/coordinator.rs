@@ -18,6 +18,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mobula_storage::checkpoint::CHUNK_BYTES_DEFAULT;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -150,6 +151,8 @@ pub struct Coordinator<L, C> {
     /// Steps before which states were found to differ, and about which trainers are being asked.
     judging: BTreeSet<u64>,
     counters: Counters,
+    /// Whether trainers with notice stay, to help with a save.
+    keeps_doomed: bool,
     next_report: Instant,
     /// How long the last step waited for trainers before it began.
     waited: Duration,
@@ -193,6 +196,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             unreached_since: None,
             judging: BTreeSet::new(),
             counters,
+            keeps_doomed: false,
             next_report: Instant::now() + WAITING_REPORT,
             waited: Duration::ZERO,
             log,
@@ -298,6 +302,25 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     /// Who keeps the state after `step`.
     pub fn helpers(&self, step: u64) -> Vec<Arc<dyn Helper>> {
         self.crew.helpers(step)
+    }
+
+    /// Whether a save of this state has enough bytes to be shared.
+    pub fn can_be_shared(&self) -> bool {
+        self.state.size_bytes() > CHUNK_BYTES_DEFAULT as u64
+    }
+
+    /// Has trainers on machines other than `node` keep a state that none of them can have passed yet, and stay until
+    /// then whatever becomes of their machines. Answers the step after which that is; the copy follows them there.
+    pub fn gather(&mut self, node: &str) -> u64 {
+        self.keeps_doomed = true;
+        let step = self.leader.plan().gate;
+        self.prepare_save(step, node);
+        step
+    }
+
+    /// Trainers with notice leave again.
+    pub fn disperse(&mut self) {
+        self.keeps_doomed = false;
     }
 
     /// How far trainers may be ahead of the copy.

@@ -612,3 +612,33 @@ async fn trainers_keep_the_state_of_a_save_and_store_their_share_of_it() {
     let kept = trainers[1].inner.lock().replica.lock().kept(step);
     assert!(!kept.unwrap_err());
 }
+
+#[tokio::test]
+async fn trainers_whose_machines_all_go_stay_until_the_save_is_shared_and_then_leave() {
+    let mut spec = spec(200, 2, 2);
+    // More than a chunk, with its moments.
+    spec.model = ModelSpec::Mlp {
+        hidden: vec![1024, 768],
+    };
+    let trainers = trainers(&spec, vec![vec![]; 2]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    follow_to(2, &mut coordinator).await;
+    for trainer in &trainers {
+        trainer.inner.lock().notice_ms = Some(1);
+    }
+    let step = coordinator.gather("worker-0");
+    follow_to(step, &mut coordinator).await;
+    let helpers = coordinator.helpers(step);
+    let names: Vec<String> = helpers.iter().map(|helper| helper.name()).collect();
+    assert_eq!(names, ["trainer-1 on worker-1"]);
+    let has_left = |trainer: &FakeTrainer| trainer.inner.lock().log.contains(&"leave");
+    assert!(!trainers.iter().any(has_left));
+    coordinator.disperse();
+    while !trainers.iter().any(has_left) {
+        assert!(
+            coordinator.state().step < spec.steps,
+            "they leave in the end"
+        );
+        coordinator.advance().await.unwrap();
+    }
+}

@@ -101,6 +101,8 @@ pub(super) struct Slot<L> {
     /// The newest plan that it is known to follow, and its gate.
     adopted: Option<Plan>,
     is_adopting: bool,
+    /// Since when it is known that its node will be taken away.
+    pub(super) doomed_since: Option<Instant>,
     /// The step after which it was asked to keep the state for a checkpoint, and the one of which it said that it does.
     pub(super) asked_to_keep: Option<u64>,
     pub(super) keeps: Option<u64>,
@@ -175,6 +177,7 @@ impl<L: TrainerLink> Crew<L> {
             adopted: None,
             is_adopting: false,
             asked_to_keep: None,
+            doomed_since: None,
             keeps: None,
             news_number: 0,
             spent: Default::default(),
@@ -257,6 +260,11 @@ impl<L: TrainerLink> Crew<L> {
 
     /// Listens to a trainer in the background.
     pub(super) fn listen(&mut self, index: usize) {
+        self.listen_after(index, Duration::ZERO);
+    }
+
+    /// The same after a pause, to one that has something to say at once each time.
+    pub(super) fn listen_after(&mut self, index: usize, pause: Duration) {
         let slot = &self.slots[index];
         let (link, known) = (slot.link.clone(), slot.news_number);
         let epoch = slot
@@ -264,6 +272,9 @@ impl<L: TrainerLink> Crew<L> {
             .as_ref()
             .map_or(self.first_epoch, |plan| plan.epoch);
         self.spawn(index, async move {
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
             Happened::News(link.news(epoch, known).await)
         });
     }
@@ -395,6 +406,7 @@ impl<L: TrainerLink> Crew<L> {
         slot.ticket += 1;
         (slot.member, slot.adopted, slot.is_adopting) = (None, None, false);
         (slot.asked_to_keep, slot.keeps) = (None, None);
+        slot.doomed_since = None;
     }
 
     /// Waits in the background until the trainer is there; one that shall `leave` first is told.

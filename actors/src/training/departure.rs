@@ -18,6 +18,8 @@ const NOTICE_LAG_MS: u64 = 500;
 /// How long the trainers may take to say what they hold; and the share of the grace that it may be at most.
 const WITNESS_MAX: Duration = Duration::from_millis(500);
 const WITNESS_SHARE: u64 = 8;
+/// The share of the grace that may pass until those who go as well hold the state that is saved together.
+const GATHER_SHARE: u64 = 4;
 /// How long a driver that has yielded may still be there.
 const YIELDED_MAX: Duration = Duration::from_secs(30);
 /// Attempts to leave while the head does not know of the notice yet.
@@ -33,6 +35,8 @@ pub(super) enum Said {
     Stays,
     /// It may go some time, or may no more.
     Advised(bool),
+    /// Those who go as well hold the state now, or had their time.
+    Gathered,
 }
 
 /// Hears what is said of this driver's machine, each change once.
@@ -83,6 +87,17 @@ impl Ear {
 pub(super) struct Departure {
     machine: Preemption,
     chronicle: Chronicle,
+    gathering: Option<Gathering>,
+}
+
+/// A save that is to be shared with trainers whose machines go too.
+#[derive(Debug, Clone, Copy)]
+struct Gathering {
+    notice: Notice,
+    /// After which step they keep the state.
+    step: u64,
+    /// Until when that is waited for.
+    until: Instant,
 }
 
 impl Departure {
@@ -90,6 +105,22 @@ impl Departure {
         Departure {
             machine: Preemption::default(),
             chronicle,
+            gathering: None,
+        }
+    }
+
+    /// Whether others are waited for, to save together.
+    pub(super) fn is_gathering(&self) -> bool {
+        self.gathering.is_some()
+    }
+
+    /// Ends when those with whom a save is shared hold the state, where the driver's own copy stands after `step`, or
+    /// have had their time; never where nobody is waited for.
+    pub(super) async fn gathered(&self, step: u64) {
+        match self.gathering {
+            None => std::future::pending().await,
+            Some(gathering) if step >= gathering.step => {}
+            Some(gathering) => tokio::time::sleep_until(gathering.until).await,
         }
     }
 
@@ -108,17 +139,62 @@ impl Driver {
         &self,
         said: Said,
         departure: &mut Departure,
-        coordinator: &Coordinator,
+        coordinator: &mut Coordinator,
         saver: &mut Saver,
         history: &History,
     ) -> Result<bool, JobError> {
         let step = coordinator.state().step;
         match said {
             Said::Leaves(notice) => {
-                self.leave(notice, departure, coordinator, saver, history)
-                    .await?;
+                departure.go(step, |machine| {
+                    machine.noticed(notice.deadline_ms, now_ms())
+                });
+                let others = self.others(notice, coordinator).await;
+                if others.survivors == 0 && others.doomed > 0 && coordinator.can_be_shared() {
+                    let left_ms = notice.deadline_ms.saturating_sub(now_ms());
+                    let until = Instant::now() + Duration::from_millis(left_ms / GATHER_SHARE);
+                    let step = coordinator.gather(self.node());
+                    self.log.line(format_args!(
+                        "notice: {} trainers go as well; what they hold after step {step} is saved together",
+                        others.doomed
+                    ));
+                    departure.gathering = Some(Gathering {
+                        notice,
+                        step,
+                        until,
+                    });
+                    return Ok(false);
+                }
+                self.leave(
+                    notice,
+                    others.survivors,
+                    departure,
+                    coordinator,
+                    saver,
+                    history,
+                )
+                .await?;
+            }
+            Said::Gathered => {
+                let Some(Gathering { notice, .. }) = departure.gathering.take() else {
+                    return Ok(false);
+                };
+                // Somebody may have come meanwhile who stays.
+                let others = self.others(notice, coordinator).await;
+                self.leave(
+                    notice,
+                    others.survivors,
+                    departure,
+                    coordinator,
+                    saver,
+                    history,
+                )
+                .await?;
+                coordinator.disperse();
             }
             Said::Stays => {
+                departure.gathering = None;
+                coordinator.disperse();
                 departure.go(step, Preemption::withdrawn);
                 // What was advised before may still stand.
                 if *self.cluster.advice().borrow() {
@@ -135,16 +211,14 @@ impl Driver {
     async fn leave(
         &self,
         notice: Notice,
+        survivors: usize,
         departure: &mut Departure,
         coordinator: &Coordinator,
         saver: &mut Saver,
         history: &History,
     ) -> Result<(), JobError> {
         let step = coordinator.state().step;
-        departure.go(step, |machine| {
-            machine.noticed(notice.deadline_ms, now_ms())
-        });
-        let facts = self.facts(notice, coordinator, saver).await;
+        let facts = facts(survivors, coordinator, saver);
         departure.go(step, |machine| machine.choose(&facts));
         let phase = departure.machine.phase();
         let committed = |saver: &Saver| saver.committed_step().unwrap_or(0);
@@ -178,42 +252,29 @@ impl Driver {
         self.yield_node(departure, step).await
     }
 
-    /// What the choice rests on.
-    async fn facts(&self, notice: Notice, coordinator: &Coordinator, saver: &Saver) -> Facts {
-        let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-        let survivors = self.survivors(notice, coordinator).await;
-        let size_bytes = coordinator.state().size_bytes();
-        let usual_ms = millis(saver.expected_time()).max(1);
-        Facts {
-            now_ms: now_ms(),
-            lag_ms: NOTICE_LAG_MS,
-            survivors,
-            savers: 1,
-            overhead_ms: 0,
-            missing_bytes: size_bytes,
-            bytes_per_second: (size_bytes.saturating_mul(1000) / usual_ms).max(1),
-            running_ms: saver.expected_left().map(millis),
-        }
-    }
-
-    /// Trainers on machines without notice that hold this driver's very bits, as they say now.
-    async fn survivors(&self, notice: Notice, coordinator: &Coordinator) -> usize {
-        if self.spec.stops_early() {
+    /// Trainers on other machines that hold this driver's very bits, as they say now.
+    async fn others(&self, notice: Notice, coordinator: &Coordinator) -> Others {
+        let left_ms = notice.deadline_ms.saturating_sub(now_ms());
+        let limit = WITNESS_MAX.min(Duration::from_millis(left_ms / WITNESS_SHARE));
+        let witnesses = coordinator.witnesses(limit).await;
+        // A trainer beside this driver may not have heard of the notice yet.
+        let (doomed, alive): (Vec<_>, Vec<_>) = witnesses
+            .iter()
+            .filter(|witness| witness.node != self.node())
+            .partition(|witness| witness.is_doomed);
+        let mut survivors = alive.len();
+        if survivors > 0 && self.spec.stops_early() {
             // Trainers go on, and what is measured in their next steps decides when the job ends: a driver that
             // does not know it cannot use their state.
             self.log.line(format_args!(
                 "notice: a job that may stop early is not handed over, it is saved"
             ));
-            return 0;
+            survivors = 0;
         }
-        let left_ms = notice.deadline_ms.saturating_sub(now_ms());
-        let limit = WITNESS_MAX.min(Duration::from_millis(left_ms / WITNESS_SHARE));
-        let witnesses = coordinator.witnesses(limit).await;
-        // A trainer beside this driver may not have heard of the notice yet.
-        let lives = witnesses
-            .iter()
-            .filter(|witness| !witness.is_doomed && witness.node != self.node());
-        lives.count()
+        Others {
+            survivors,
+            doomed: doomed.len(),
+        }
     }
 
     /// Has the head start the driver elsewhere. Returns if it may not.
@@ -240,6 +301,31 @@ impl Driver {
         // does not get to.
         tokio::time::sleep(YIELDED_MAX).await;
         Err(JobError::NotStopped(self.actor))
+    }
+}
+
+/// Trainers on other machines that hold the driver's very bits.
+struct Others {
+    /// Those whose machines stay.
+    survivors: usize,
+    /// Those whose machines go too.
+    doomed: usize,
+}
+
+/// What the choice rests on.
+fn facts(survivors: usize, coordinator: &Coordinator, saver: &Saver) -> Facts {
+    let state = coordinator.state();
+    let size_bytes = state.size_bytes();
+    let left = saver.expected_left();
+    Facts {
+        now_ms: now_ms(),
+        lag_ms: NOTICE_LAG_MS,
+        survivors,
+        savers: 1 + coordinator.helpers(state.step).len() as u64,
+        overhead_ms: 0,
+        missing_bytes: size_bytes,
+        bytes_per_second: saver.bytes_per_second(size_bytes),
+        running_ms: left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
     }
 }
 

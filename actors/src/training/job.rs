@@ -13,7 +13,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mobula::{Actor, Cluster};
 use mobula_core::{ActorId, Incarnation, JobId};
 use mobula_storage::blob::BlobError;
-use mobula_storage::checkpoint::CHUNK_BYTES_DEFAULT;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
@@ -23,7 +22,7 @@ use super::chronicle::Chronicle;
 use super::collective::ClusterCollective;
 use super::coordinator::CoordinatorError;
 use super::data::Files;
-use super::departure::{Departure, Ear};
+use super::departure::{Departure, Ear, Said};
 use super::evaluation::UnknownMetric;
 use super::job_log::JobLog;
 use super::link::ClusterLink;
@@ -283,6 +282,7 @@ impl Driver {
             let said = tokio::select! {
                 biased;
                 said = ear.next() => Some(said),
+                () = departure.gathered(coordinator.state().step) => Some(Said::Gathered),
                 report = coordinator.advance() => {
                     let report = report?;
                     history.loss_mean = Some(report.loss_mean);
@@ -295,7 +295,9 @@ impl Driver {
             };
             saver.poll()?;
             let step = coordinator.state().step;
-            self.ask_for_help(coordinator, &schedule);
+            if !departure.is_gathering() {
+                self.ask_for_help(coordinator, &schedule);
+            }
             let now = Instant::now();
             history.trained_ms = millis(schedule.trained(now));
             let failures = history.failures(coordinator.counters());
@@ -337,8 +339,7 @@ impl Driver {
             return;
         };
         let is_near = next - state.step <= HELP_STEPS * coordinator.lead_max();
-        let is_large = state.size_bytes() > CHUNK_BYTES_DEFAULT as u64;
-        if is_near && is_large {
+        if is_near && coordinator.can_be_shared() {
             coordinator.prepare_save(next, self.node());
         }
     }

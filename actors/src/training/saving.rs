@@ -49,7 +49,8 @@ pub struct Saver {
     pause: Duration,
     committed_step: Option<u64>,
     committed_count: u64,
-    latest: Option<Duration>,
+    /// What the latest save took, and how many uploaded it.
+    latest: Option<(Duration, u64)>,
     log: JobLog,
 }
 
@@ -106,7 +107,15 @@ impl Saver {
     /// What a save takes, as the latest one did.
     #[must_use]
     pub fn expected_time(&self) -> Duration {
-        self.latest.unwrap_or(USUAL_SAVE)
+        self.latest.map_or(USUAL_SAVE, |(took, _)| took)
+    }
+
+    /// What one of those who uploaded the latest save sent in a second, of a state of `size_bytes`; at least 1.
+    #[must_use]
+    pub fn bytes_per_second(&self, size_bytes: u64) -> u64 {
+        let (took, savers) = self.latest.unwrap_or((USUAL_SAVE, 1));
+        let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1);
+        (size_bytes.saturating_mul(1000) / took_ms / savers.max(1)).max(1)
     }
 
     /// How long the save that is on its way still takes, if there is one and it is like the latest.
@@ -202,7 +211,8 @@ impl Saver {
                 self.pause = PAUSE_FIRST;
                 self.committed_step = Some(checkpoint.step);
                 self.committed_count += 1;
-                self.latest = Some(took);
+                let helped = shares.iter().filter(|share| share.failed.is_none());
+                self.latest = Some((took, 1 + helped.count() as u64));
                 self.log.line(format_args!(
                     "checkpoint of step {} committed: {} bytes in {} ms, {}",
                     checkpoint.step,

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::{Coordinator, CoordinatorError};
 use crate::training::collective::Collective;
 use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Slot, TrainerLink};
@@ -11,6 +13,11 @@ use crate::training::messages::{Greeting, Held, News, TrainerError};
 use crate::training::protocol::leader::{StateDigest, judge};
 use crate::training::protocol::plan::MemberId;
 
+/// How long the last trainers stay whose machines will all be taken away: longer than a driver takes to hear of its
+/// own notice.
+const LAST_STAY: Duration = Duration::from_secs(2);
+/// How often a trainer with notice that stays is listened to.
+const DOOMED_PAUSE: Duration = Duration::from_millis(100);
 /// How long no step may be done while members do not reach each other.
 const UNREACHED_MAX: Duration = Duration::from_secs(3);
 /// How long a member is left out then: if the way is still cut, it costs as much again.
@@ -88,14 +95,33 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             self.lose(index, "it has taken over a state from somebody else");
             return;
         }
-        if news.notice_ms.is_some() {
+        if news.notice_ms.is_none() {
+            self.crew.slot(index).doomed_since = None;
+            self.crew.listen(index);
+        } else if self.is_last_resort(index) {
+            self.crew.listen_after(index, DOOMED_PAUSE);
+        } else {
             self.let_leave(index, member);
             return;
         }
-        self.crew.listen(index);
         for report in &news.reports {
             self.reported(member, *report);
         }
+    }
+
+    /// Whether a trainer with notice stays for now: the driver saves with its help, or nobody without notice is left
+    /// and the driver, whose machine may go as well, has hardly had the time to hear of that. Nothing waits for
+    /// such a trainer; it goes on as long as it can.
+    fn is_last_resort(&mut self, index: usize) -> bool {
+        let slot = self.crew.slot(index);
+        let since = *slot.doomed_since.get_or_insert_with(Instant::now);
+        if self.keeps_doomed {
+            return true;
+        }
+        let mut ready = self.crew.slots().iter().filter(|slot| slot.is_ready());
+        self.can_be_shared()
+            && since.elapsed() < LAST_STAY
+            && ready.all(|slot| slot.doomed_since.is_some())
     }
 
     fn let_leave(&mut self, index: usize, member: MemberId) {

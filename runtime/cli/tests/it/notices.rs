@@ -126,3 +126,33 @@ fn trainers_upload_a_share_of_a_large_checkpoint() {
     assert!(!log.contains("then no more"), "{log}");
     cluster.ok(&["checkpoints", "verify", &job]);
 }
+
+#[test]
+fn machines_that_all_go_save_together_before_they_do() {
+    let cluster = TestCluster::up(3);
+    let job = cluster.submit_toml(&large_job("undisturbed"));
+    let expected = cluster.result_of(&job)["weights_blake3"].clone();
+    let text = large_job("all-go").replace(
+        "checkpoint_every_steps = 40",
+        "checkpoint_every_steps = 1000000",
+    );
+    let job = cluster.submit_toml(&text);
+    wait_for("the first steps", || {
+        let status = cluster.json(&["train", "status", &job]);
+        status["progress"]["step"].as_u64().filter(|step| *step > 2)
+    });
+    for worker in 1..=3 {
+        let file = cluster.dir().join(format!("worker-{worker}/notice"));
+        std::fs::write(file, "25").unwrap();
+    }
+    assert_eq!(phases(&cluster, &job, 2), ["NOTICED", "SAVE_SHARED"]);
+    let _spare = ExtraWorker::start(&cluster, "spare", "");
+    let result = cluster.result_of(&job);
+    assert_eq!(result["weights_blake3"], expected, "{result}");
+    let went = phases(&cluster, &job, 4);
+    assert_eq!(went, ["NOTICED", "SAVE_SHARED", "DETACHED", "GONE"]);
+    // The log of a machine that is gone cannot be read any more; what is recorded can.
+    let status = cluster.json(&["train", "status", &job]);
+    let why = status["preemptions"][1]["why"].as_str().unwrap();
+    assert!(why.contains("by each of 2"), "{why}");
+}
