@@ -61,22 +61,21 @@ impl fmt::Display for Share {
     }
 }
 
-/// Who did a batch: the leader, or a helper.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// Who sends a batch: the leader, or a helper by its place among them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Saver {
     Leader,
     Helper(usize),
 }
 
-struct Done {
-    saver: Saver,
-    batch: Vec<Piece>,
-    outcome: Result<(), Failure>,
-}
-
-enum Failure {
-    Store(SaveError),
-    Helper(String),
+/// What became of a batch.
+enum Done {
+    Leader(Result<(), SaveError>),
+    Helper {
+        index: usize,
+        batch: Vec<Piece>,
+        outcome: Result<(), String>,
+    },
 }
 
 /// Uploads `pieces` of `state`, which is that after `step`. Answers what each helper did; nothing where there is
@@ -88,147 +87,163 @@ pub async fn upload(
     pieces: &[Piece],
     helpers: &[Arc<dyn Helper>],
 ) -> Result<Vec<Share>, SaveError> {
-    let mut shares: Vec<Share> = helpers
-        .iter()
-        .map(|helper| Share {
-            name: helper.name(),
-            bytes: 0,
-            failed: None,
-        })
-        .collect();
-    let outcome = share_out(writer, state, step, pieces, helpers, &mut shares).await;
+    let send = |saver: Saver, batch: Vec<Piece>| async move {
+        match saver {
+            Saver::Leader => Done::Leader(writer.upload(Arc::clone(state), &batch).await),
+            Saver::Helper(index) => Done::Helper {
+                index,
+                outcome: helpers[index].upload(step, batch.clone()).await,
+                batch,
+            },
+        }
+    };
+    let mut deal = Deal::new(pieces, helpers);
+    let outcome = deal.carry_out(send).await;
     let released = helpers.iter().map(|helper| helper.release(step));
     // Who is not told finds out when it is asked to hold the next state.
     let _ = tokio::time::timeout(RELEASE_MAX, futures::future::join_all(released)).await;
-    outcome.map(|()| shares)
+    outcome.map(|()| deal.shares)
 }
 
-async fn share_out(
-    writer: &CheckpointWriter,
-    state: &Arc<dyn CheckpointSource>,
-    step: u64,
-    pieces: &[Piece],
-    helpers: &[Arc<dyn Helper>],
-    shares: &mut [Share],
-) -> Result<(), SaveError> {
-    let savers = helpers.len() + 1;
-    let batch_pieces = (pieces.len() / (savers * BATCHES_EACH)).clamp(1, BATCH_PIECES_MAX);
-    let mut waiting: VecDeque<Piece> = pieces.iter().copied().collect();
-    let mut idle: Vec<Saver> = std::iter::once(Saver::Leader)
-        .chain((0..helpers.len()).map(Saver::Helper))
-        .collect();
-    // What helpers are at, and since when; the leader's own is waited for.
-    let mut away: BTreeMap<Saver, (Instant, Vec<Piece>)> = BTreeMap::new();
-    let mut under_way: FuturesUnordered<BoxFuture<'_, Done>> = FuturesUnordered::new();
-    let mut patience = PATIENCE_MIN;
-    let mut leader_since: Option<Instant> = None;
-    let begin = |saver: Saver, batch: Vec<Piece>| -> BoxFuture<'_, Done> {
-        Box::pin(async move {
-            let outcome = match saver {
-                Saver::Leader => {
-                    let sent = writer.upload(Arc::clone(state), &batch).await;
-                    sent.map_err(Failure::Store)
-                }
-                Saver::Helper(index) => {
-                    let sent = helpers[index].upload(step, batch.clone()).await;
-                    sent.map_err(Failure::Helper)
-                }
-            };
-            Done {
-                saver,
-                batch,
-                outcome,
-            }
-        })
-    };
-    loop {
-        while !waiting.is_empty()
-            && let Some(saver) = idle.pop()
-        {
-            let count = batch_pieces.min(waiting.len());
-            let batch: Vec<Piece> = waiting.drain(..count).collect();
-            match saver {
-                Saver::Leader => leader_since = Some(Instant::now()),
-                Saver::Helper(_) => {
-                    away.insert(saver, (Instant::now(), batch.clone()));
-                }
-            }
-            under_way.push(begin(saver, batch));
-        }
-        if waiting.is_empty() && away.is_empty() && leader_since.is_none() {
-            return Ok(());
-        }
-        // With nothing else to do the leader looks at who has had something for longest.
-        let oldest = away.values().map(|(since, _)| *since).min();
-        let overdue = oldest
-            .filter(|_| leader_since.is_none())
-            .map(|since| since + patience);
-        let done = match overdue {
-            None => under_way.next().await,
-            Some(overdue) => match tokio::time::timeout_at(overdue, under_way.next()).await {
-                Ok(done) => done,
-                Err(_) => {
-                    take_back(&mut away, &mut waiting, shares, patience);
-                    continue;
-                }
-            },
+/// Who has what of an upload.
+struct Deal {
+    batch_pieces: usize,
+    /// What nobody is at.
+    waiting: VecDeque<Piece>,
+    /// Who is at nothing; the last one is next.
+    idle: Vec<Saver>,
+    /// What helpers are at, and since when.
+    away: BTreeMap<usize, (Instant, Vec<Piece>)>,
+    /// Since when the leader has been at something. That is waited for.
+    leader_since: Option<Instant>,
+    /// How long a helper may be at a batch.
+    patience: Duration,
+    shares: Vec<Share>,
+}
+
+impl Deal {
+    fn new(pieces: &[Piece], helpers: &[Arc<dyn Helper>]) -> Self {
+        let savers = helpers.len() + 1;
+        let share = |helper: &Arc<dyn Helper>| Share {
+            name: helper.name(),
+            bytes: 0,
+            failed: None,
         };
-        let Done {
-            saver,
-            batch,
-            outcome,
-        } = done.expect("something is under way");
-        match (saver, outcome) {
-            (Saver::Leader, outcome) => {
-                if let Err(Failure::Store(error)) = outcome {
-                    return Err(error);
-                }
-                let took = leader_since
-                    .take()
-                    .map_or(PATIENCE_MIN, |since| since.elapsed());
-                patience = patience.max(took * PATIENCE_FACTOR);
-                idle.push(saver);
-            }
-            (Saver::Helper(index), outcome) => {
-                // What was taken back is done by now or will be, by another.
-                let was_awaited = away.remove(&saver).is_some();
-                match outcome {
-                    Ok(()) if was_awaited => {
-                        let bytes = batch.iter().map(|piece| piece.chunk.length);
-                        shares[index].bytes += bytes.sum::<u64>();
-                        // The leader stays first in line for the end of the queue.
-                        idle.insert(0, saver);
-                    }
-                    Err(Failure::Helper(reason)) if was_awaited => {
-                        shares[index].failed = Some(reason);
-                        waiting.extend(batch);
-                    }
-                    _ => {}
-                }
-            }
+        // The leader is given something first: what its batches take says how long those of others may.
+        let mut idle: Vec<Saver> = (0..helpers.len()).map(Saver::Helper).collect();
+        idle.push(Saver::Leader);
+        Deal {
+            batch_pieces: (pieces.len() / (savers * BATCHES_EACH)).clamp(1, BATCH_PIECES_MAX),
+            waiting: pieces.iter().copied().collect(),
+            idle,
+            away: BTreeMap::new(),
+            leader_since: None,
+            patience: PATIENCE_MIN,
+            shares: helpers.iter().map(share).collect(),
         }
     }
-}
 
-/// Takes back what the helpers have had for longer than `patience`; they get no more.
-fn take_back(
-    away: &mut BTreeMap<Saver, (Instant, Vec<Piece>)>,
-    waiting: &mut VecDeque<Piece>,
-    shares: &mut [Share],
-    patience: Duration,
-) {
-    let overdue: Vec<Saver> = away
-        .iter()
-        .filter(|(_, (since, _))| since.elapsed() >= patience)
-        .map(|(saver, _)| *saver)
-        .collect();
-    for saver in overdue {
-        let (_, batch) = away.remove(&saver).expect("it was just there");
-        waiting.extend(batch);
-        if let Saver::Helper(index) = saver {
-            let ms = patience.as_millis();
-            shares[index].failed = Some(format!("nothing was heard for {ms} ms"));
+    /// Has everything sent by `send`. Ends with the first failure of the leader.
+    async fn carry_out<F>(&mut self, send: impl Fn(Saver, Vec<Piece>) -> F) -> Result<(), SaveError>
+    where
+        F: Future<Output = Done>,
+    {
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            while let Some((saver, batch)) = self.next_batch() {
+                under_way.push(send(saver, batch));
+            }
+            if self.is_done() {
+                return Ok(());
+            }
+            let done = match self.overdue() {
+                None => under_way.next().await,
+                Some(overdue) => match tokio::time::timeout_at(overdue, under_way.next()).await {
+                    Ok(done) => done,
+                    Err(_) => {
+                        self.take_back();
+                        continue;
+                    }
+                },
+            };
+            self.settle(done.expect("something is under way"))?;
         }
+    }
+
+    /// The next batch, and who sends it.
+    fn next_batch(&mut self) -> Option<(Saver, Vec<Piece>)> {
+        if self.waiting.is_empty() {
+            return None;
+        }
+        let saver = self.idle.pop()?;
+        let count = self.batch_pieces.min(self.waiting.len());
+        let batch: Vec<Piece> = self.waiting.drain(..count).collect();
+        match saver {
+            Saver::Leader => self.leader_since = Some(Instant::now()),
+            Saver::Helper(index) => {
+                self.away.insert(index, (Instant::now(), batch.clone()));
+            }
+        }
+        Some((saver, batch))
+    }
+
+    fn is_done(&self) -> bool {
+        self.waiting.is_empty() && self.away.is_empty() && self.leader_since.is_none()
+    }
+
+    /// When the leader, if it has nothing else to do, takes back what a helper has had for longest.
+    fn overdue(&self) -> Option<Instant> {
+        let oldest = self.away.values().map(|(since, _)| *since).min();
+        let oldest = oldest.filter(|_| self.leader_since.is_none());
+        oldest.map(|since| since + self.patience)
+    }
+
+    /// Takes back what helpers have had for too long; they get no more.
+    fn take_back(&mut self) {
+        let is_overdue = |since: &Instant| since.elapsed() >= self.patience;
+        let overdue = self.away.extract_if(.., |_, (since, _)| is_overdue(since));
+        for (index, (_, batch)) in overdue {
+            self.waiting.extend(batch);
+            let ms = self.patience.as_millis();
+            self.shares[index].failed = Some(format!("nothing was heard for {ms} ms"));
+        }
+    }
+
+    fn settle(&mut self, done: Done) -> Result<(), SaveError> {
+        if let Done::Helper { index, .. } = &done
+            && self.away.remove(index).is_none()
+        {
+            // What was taken back is done by now or will be, by another.
+            return Ok(());
+        }
+        match done {
+            Done::Leader(outcome) => {
+                outcome?;
+                let since = self.leader_since.take();
+                let took = since.map_or(PATIENCE_MIN, |since| since.elapsed());
+                self.patience = self.patience.max(took * PATIENCE_FACTOR);
+                self.idle.push(Saver::Leader);
+            }
+            Done::Helper {
+                index,
+                batch,
+                outcome: Ok(()),
+            } => {
+                let bytes = batch.iter().map(|piece| piece.chunk.length);
+                self.shares[index].bytes += bytes.sum::<u64>();
+                // The leader goes before all helpers.
+                self.idle.insert(0, Saver::Helper(index));
+            }
+            Done::Helper {
+                index,
+                batch,
+                outcome: Err(reason),
+            } => {
+                self.shares[index].failed = Some(reason);
+                self.waiting.extend(batch);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -25,7 +25,7 @@ use crate::training::protocol::exchange::{Ask, Contribution};
 use crate::training::protocol::leader::StateDigest;
 use crate::training::protocol::plan::Plan;
 use crate::training::random::{Purpose, Stream};
-use crate::training::replica::{Replica, load};
+use crate::training::replica::{Kept, Replica, load};
 use crate::training::snapshot::StateSnapshot;
 
 /// What happens to a trainer when it first sends or asks for something of a step.
@@ -254,8 +254,9 @@ impl TrainerLink for FakeTrainer {
 
     async fn store(&self, step: u64, pieces: Vec<Piece>) -> Result<(), LinkError> {
         let replica = Arc::clone(&self.inner.lock().replica);
-        let kept = replica.lock().kept(step);
-        let state = kept.map_err(|_| TrainerError::NotKept { step })?;
+        let Kept::Here(state) = replica.lock().kept(step) else {
+            return Err(TrainerError::NotKept { step }.into());
+        };
         let writer = CheckpointWriter::new(self.blobs.clone());
         let stored = writer.upload(state, &pieces).await;
         stored.map_err(|error| LinkError::Lost(error.to_string()))
@@ -610,7 +611,7 @@ async fn trainers_keep_the_state_of_a_save_and_store_their_share_of_it() {
     assert!(read.bytes == coordinator.state().to_bytes());
     // They keep it no more, and whoever asked again would be told.
     let kept = trainers[1].inner.lock().replica.lock().kept(step);
-    assert!(!kept.unwrap_err());
+    assert!(matches!(kept, Kept::Never));
 }
 
 #[tokio::test]

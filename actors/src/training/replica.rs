@@ -36,6 +36,17 @@ pub struct Replica {
     weak_spot: Option<usize>,
 }
 
+/// What a replica has of the state after some step, which it may have been asked to keep.
+#[derive(Debug, Clone)]
+pub enum Kept {
+    /// The state.
+    Here(Arc<StateSnapshot>),
+    /// Nothing yet: it was asked to keep it, and that step is still to come.
+    Coming,
+    /// Nothing: it was not asked, or too late, or keeps it no more.
+    Never,
+}
+
 /// Which shards were computed.
 #[derive(Debug, Clone, Copy, Default)]
 struct Sweep {
@@ -218,11 +229,13 @@ impl Replica {
         at.is_some_and(|at| at <= step)
     }
 
-    /// The state after `step`, if it is kept; whether it will be, if it is not.
-    pub fn kept(&self, step: u64) -> Result<Arc<StateSnapshot>, bool> {
+    /// What there is of the state after `step`.
+    #[must_use]
+    pub fn kept(&self, step: u64) -> Kept {
         match &self.kept {
-            Some((kept, state)) if *kept == step => Ok(Arc::clone(state)),
-            _ => Err(self.wanted_step == Some(step)),
+            Some((kept, state)) if *kept == step => Kept::Here(Arc::clone(state)),
+            _ if self.wanted_step == Some(step) => Kept::Coming,
+            _ => Kept::Never,
         }
     }
 
@@ -325,24 +338,29 @@ mod tests {
         assert!(!replica.keep(0), "there is none yet");
         replica.prepare(None).unwrap();
         assert!(replica.keep(2));
-        assert!(replica.kept(2).unwrap_err(), "it will be");
+        assert!(matches!(replica.kept(2), Kept::Coming));
         let mut after = Vec::new();
         for _ in 0..3 {
             let sums = root(&replica);
             replica.apply(&sums).unwrap();
             after.push(replica.state().unwrap());
         }
-        let kept = replica.kept(2).unwrap();
+        let Kept::Here(kept) = replica.kept(2) else {
+            panic!("it was asked for in time");
+        };
         assert_eq!(kept.read(0..kept.length_bytes()), after[1]);
-        assert!(!replica.kept(1).unwrap_err());
+        assert!(matches!(replica.kept(1), Kept::Never));
         assert!(!replica.keep(2), "that step is over");
-        assert!(!replica.kept(2).unwrap_err());
+        assert!(matches!(replica.kept(2), Kept::Never));
         assert!(replica.keep(3), "it is there now");
-        assert!(replica.kept(3).is_ok());
+        assert!(matches!(replica.kept(3), Kept::Here(_)));
         replica.release(2);
-        assert!(replica.kept(3).is_ok(), "another one was meant");
+        assert!(
+            matches!(replica.kept(3), Kept::Here(_)),
+            "another one was meant"
+        );
         replica.release(3);
-        assert!(!replica.kept(3).unwrap_err());
+        assert!(matches!(replica.kept(3), Kept::Never));
     }
 
     #[test]

@@ -26,7 +26,7 @@ use super::protocol::exchange::{Ask, Contribution, Refusal};
 use super::protocol::leader::StateDigest;
 use super::protocol::member::Member;
 use super::protocol::plan::{MemberId, Plan};
-use super::replica::Replica;
+use super::replica::{Kept, Replica};
 use super::shape::{member_shape, state_bytes_max};
 use super::snapshot::StateSnapshot;
 use super::spec::TrainSpec;
@@ -374,9 +374,9 @@ impl Trainer {
         loop {
             let replica = Arc::clone(&self.inner.lock().replica);
             match blocking(move || replica.lock().kept(step)).await {
-                Ok(state) => return Ok(state),
-                Err(true) if Instant::now() < end => tokio::time::sleep(KEPT_PAUSE).await,
-                Err(_) => return Err(TrainerError::NotKept { step }),
+                Kept::Here(state) => return Ok(state),
+                Kept::Coming if Instant::now() < end => tokio::time::sleep(KEPT_PAUSE).await,
+                Kept::Coming | Kept::Never => return Err(TrainerError::NotKept { step }),
             }
         }
     }
