@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::collective::{Collective, Unreachable};
 use super::crew::{Crew, Event, Happened, Slot, TrainerLink, Witness};
 use super::job_log::JobLog;
-use super::messages::{Epoch, Held, short_digest};
+use super::messages::{Epoch, Handover, Held, short_digest};
 use super::optimizer::{Optimizer, StepError, StepReport};
 use super::progress::StepBreakdown;
 use super::protocol::exchange::{Action, Content, Refusal, Report};
@@ -313,14 +313,36 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     /// then whatever becomes of their machines. Answers the step after which that is; the copy follows them there.
     pub fn gather(&mut self, node: &str) -> u64 {
         self.keeps_doomed = true;
-        let step = self.leader.plan().gate;
+        let step = self.gate();
         self.prepare_save(step, node);
         step
     }
 
-    /// Trainers with notice leave again.
+    /// Lets trainers come to the gate and no further. Answers the step after which that is; the copy follows them
+    /// there.
+    pub fn halt(&mut self) -> u64 {
+        self.leader.halt(true);
+        self.gate()
+    }
+
+    /// Trainers with notice leave again, and all go on where they were halted.
     pub fn disperse(&mut self) {
         self.keeps_doomed = false;
+        self.leader.halt(false);
+        if self.leader.follow(self.state.step) {
+            self.publish();
+        }
+    }
+
+    /// The step after which trainers wait for the driver, if they come so far.
+    pub fn gate(&self) -> u64 {
+        self.leader.plan().gate
+    }
+
+    /// Leaves `handover` with the trainers of `slots` for the next driver, within `limit`. Answers how many have it.
+    pub async fn entrust(&self, slots: &[usize], handover: &Handover, limit: Duration) -> usize {
+        let epoch = self.leader.plan().epoch;
+        self.crew.entrust(slots, epoch, handover, limit).await
     }
 
     /// How far trainers may be ahead of the copy.

@@ -19,7 +19,7 @@ use crate::training::collective::runner::{Board, Runner, RunnerHandle};
 use crate::training::crew::LinkError;
 use crate::training::data::Files;
 use crate::training::local::LocalTrainer;
-use crate::training::messages::{Greeting, News, TrainerError};
+use crate::training::messages::{Greeting, Handover, News, TrainerError};
 use crate::training::models::ModelSpec;
 use crate::training::protocol::exchange::{Ask, Contribution};
 use crate::training::protocol::leader::StateDigest;
@@ -64,6 +64,7 @@ struct Inner {
     faults: BTreeMap<u64, Fault>,
     /// Trainers to which nothing of this one gets.
     cut_off: Vec<u32>,
+    handover: Option<Handover>,
     log: Vec<&'static str>,
 }
 
@@ -267,6 +268,11 @@ impl TrainerLink for FakeTrainer {
         Ok(())
     }
 
+    async fn entrust(&self, _: Epoch, handover: Handover) -> Result<(), LinkError> {
+        self.inner.lock().handover = Some(handover);
+        Ok(())
+    }
+
     async fn leave(&self) -> Result<(), LinkError> {
         let mut inner = self.inner.lock();
         inner.log.push("leave");
@@ -296,6 +302,7 @@ fn trainers(
             running: None,
             faults: faults.into_iter().collect(),
             cut_off: Vec::new(),
+            handover: None,
             log: Vec::new(),
         })),
     };
@@ -642,4 +649,33 @@ async fn trainers_whose_machines_all_go_stay_until_the_save_is_shared_and_then_l
         );
         coordinator.advance().await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn halted_trainers_come_to_the_gate_keep_what_is_left_with_them_and_go_on_when_they_may() {
+    let spec = spec(200, 2, 2);
+    let trainers = trainers(&spec, vec![vec![]; 2]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    follow_to(2, &mut coordinator).await;
+    let gate = coordinator.halt();
+    follow_to(gate, &mut coordinator).await;
+    // Behind the gate there is nothing to follow to.
+    let further = tokio::time::timeout(Duration::from_millis(100), coordinator.advance()).await;
+    assert!(further.is_err());
+    let handover = Handover {
+        step: gate,
+        metadata: BTreeMap::from([("history".to_owned(), "{}".to_owned())]),
+    };
+    let limit = Duration::from_secs(10);
+    let witnesses = coordinator.witnesses(limit).await;
+    let slots: Vec<usize> = witnesses.iter().map(|witness| witness.slot).collect();
+    assert_eq!(slots, [0, 1]);
+    assert_eq!(coordinator.entrust(&slots, &handover, limit).await, 2);
+    for trainer in &trainers {
+        let inner = trainer.inner.lock();
+        assert_eq!(inner.replica.lock().step(), Some(gate));
+        assert_eq!(inner.handover.as_ref(), Some(&handover));
+    }
+    coordinator.disperse();
+    follow_to(gate + 1, &mut coordinator).await;
 }

@@ -14,7 +14,7 @@ use mobula_storage::checkpoint::Piece;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::messages::{Epoch, Greeting, Held, News, TrainerError};
+use super::messages::{Epoch, Greeting, Handover, Held, News, TrainerError};
 use super::protocol::leader::StateDigest;
 use super::protocol::plan::{MemberId, Plan};
 
@@ -73,6 +73,12 @@ pub trait TrainerLink: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Has it keep that state no more.
     fn release(&self, step: u64) -> impl Future<Output = Result<(), LinkError>> + Send;
+    /// Gives it what a driver that leaves knows, for the next one.
+    fn entrust(
+        &self,
+        epoch: Epoch,
+        handover: Handover,
+    ) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Lets it leave its node.
     fn leave(&self) -> impl Future<Output = Result<(), LinkError>> + Send;
 }
@@ -372,6 +378,23 @@ impl<L: TrainerLink> Crew<L> {
         });
         let witnesses = futures::future::join_all(asked).await;
         witnesses.into_iter().flatten().collect()
+    }
+
+    /// Gives `handover` to the trainers of `slots` within `limit`. Answers how many have it.
+    pub(super) async fn entrust(
+        &self,
+        slots: &[usize],
+        epoch: Epoch,
+        handover: &Handover,
+        limit: Duration,
+    ) -> usize {
+        let given = slots.iter().map(|index| async {
+            let link = &self.slots[*index].link;
+            let given = tokio::time::timeout(limit, link.entrust(epoch, handover.clone())).await;
+            matches!(given, Ok(Ok(())))
+        });
+        let given = futures::future::join_all(given).await;
+        given.into_iter().filter(|is_given| *is_given).count()
     }
 
     /// What all who take part hold; those who do not answer within `limit` are not counted.

@@ -1,5 +1,11 @@
 //! A driver whose node was given notice: it hands over to the trainers that hold its bits elsewhere, or saves within
 //! the grace, or says why it did neither, and leaves. Advice that the node may be taken away makes it save.
+//!
+//! Invariants:
+//! 1. What is chosen is [`preemption`](super::preemption)'s to say; this brings the facts and carries it out.
+//! 2. A job that may stop early is handed over only with what was measured up to the step that trainers may come to
+//!    without a driver.
+//! 3. Others are waited for no longer than a share of the grace.
 
 use std::time::Duration;
 
@@ -9,16 +15,17 @@ use tokio::time::Instant;
 
 use super::chronicle::Chronicle;
 use super::job::{Coordinator, Driver, JobError, now_ms};
+use super::messages::Handover;
 use super::preemption::{Budget, Facts, Phase, Preemption, Transition};
 use super::resume::History;
 use super::saving::Saver;
 
 /// How much later than it was given a notice may be heard: a worker looks for its file twice a second.
 const NOTICE_LAG_MS: u64 = 500;
-/// How long the trainers may take to say what they hold; and the share of the grace that it may be at most.
+/// How long the trainers may take to answer; and the share of the grace that it may be at most.
 const WITNESS_MAX: Duration = Duration::from_millis(500);
 const WITNESS_SHARE: u64 = 8;
-/// The share of the grace that may pass until those who go as well hold the state that is saved together.
+/// The share of the grace that may pass until all hold the state that is handed over or saved together.
 const GATHER_SHARE: u64 = 4;
 /// How long a driver that has yielded may still be there.
 const YIELDED_MAX: Duration = Duration::from_secs(30);
@@ -35,7 +42,7 @@ pub(super) enum Said {
     Stays,
     /// It may go some time, or may no more.
     Advised(bool),
-    /// Those who go as well hold the state now, or had their time.
+    /// The others hold the state that was waited for, or had their time.
     Gathered,
 }
 
@@ -90,11 +97,12 @@ pub(super) struct Departure {
     gathering: Option<Gathering>,
 }
 
-/// A save that is to be shared with trainers whose machines go too.
+/// A state that a driver trains on to before it leaves: one that trainers whose machines go too save with it, or
+/// after which those who stay wait for the next driver.
 #[derive(Debug, Clone, Copy)]
 struct Gathering {
     notice: Notice,
-    /// After which step they keep the state.
+    /// After which step that is.
     step: u64,
     /// Until when that is waited for.
     until: Instant,
@@ -109,13 +117,13 @@ impl Departure {
         }
     }
 
-    /// Whether others are waited for, to save together.
+    /// Whether a state is trained on to.
     pub(super) fn is_gathering(&self) -> bool {
         self.gathering.is_some()
     }
 
-    /// Ends when those with whom a save is shared hold the state, where the driver's own copy stands after `step`, or
-    /// have had their time; never where nobody is waited for.
+    /// Ends when the driver's own copy, which stands after `step`, is where it should come to, or has had its time;
+    /// never where it should come to nothing.
     pub(super) async fn gathered(&self, step: u64) {
         match self.gathering {
             None => std::future::pending().await,
@@ -150,46 +158,21 @@ impl Driver {
                     machine.noticed(notice.deadline_ms, now_ms())
                 });
                 let others = self.others(notice, coordinator).await;
-                if others.survivors == 0 && others.doomed > 0 && coordinator.can_be_shared() {
-                    let left_ms = notice.deadline_ms.saturating_sub(now_ms());
-                    let until = Instant::now() + Duration::from_millis(left_ms / GATHER_SHARE);
-                    let step = coordinator.gather(self.node());
-                    self.log.line(format_args!(
-                        "notice: {} trainers go as well; what they hold after step {step} is saved together",
-                        others.doomed
-                    ));
-                    departure.gathering = Some(Gathering {
-                        notice,
-                        step,
-                        until,
-                    });
-                    return Ok(false);
+                departure.gathering = self.gather(notice, &others, coordinator, history);
+                if departure.gathering.is_none() {
+                    self.leave(notice, others, departure, coordinator, saver, history)
+                        .await?;
+                    coordinator.disperse();
                 }
-                self.leave(
-                    notice,
-                    others.survivors,
-                    departure,
-                    coordinator,
-                    saver,
-                    history,
-                )
-                .await?;
             }
             Said::Gathered => {
                 let Some(Gathering { notice, .. }) = departure.gathering.take() else {
                     return Ok(false);
                 };
-                // Somebody may have come meanwhile who stays.
+                // Somebody may have come or gone meanwhile.
                 let others = self.others(notice, coordinator).await;
-                self.leave(
-                    notice,
-                    others.survivors,
-                    departure,
-                    coordinator,
-                    saver,
-                    history,
-                )
-                .await?;
+                self.leave(notice, others, departure, coordinator, saver, history)
+                    .await?;
                 coordinator.disperse();
             }
             Said::Stays => {
@@ -207,18 +190,96 @@ impl Driver {
         Ok(said == Said::Advised(true))
     }
 
+    /// Finds out whether it is better to train on for some steps before leaving, and sees to it.
+    fn gather(
+        &self,
+        notice: Notice,
+        others: &Others,
+        coordinator: &mut Coordinator,
+        history: &History,
+    ) -> Option<Gathering> {
+        let step = if !others.alive.is_empty() {
+            if self.knows_enough(coordinator, history) {
+                return None;
+            }
+            let step = coordinator.halt();
+            self.log.line(format_args!(
+                "notice: trainers stop after step {step}; what is measured until then decides when the job stops, and \
+                 is handed over with it"
+            ));
+            step
+        } else if others.doomed > 0 && coordinator.can_be_shared() {
+            let step = coordinator.gather(self.node());
+            self.log.line(format_args!(
+                "notice: {} trainers go as well; what they hold after step {step} is saved together",
+                others.doomed
+            ));
+            step
+        } else {
+            return None;
+        };
+        let left_ms = notice.deadline_ms.saturating_sub(now_ms());
+        Some(Gathering {
+            notice,
+            step,
+            until: Instant::now() + Duration::from_millis(left_ms / GATHER_SHARE),
+        })
+    }
+
+    /// Whether a driver that goes on from what trainers hold by then could judge when the job stops: nothing
+    /// is measured between what `history` knows and the step that they come to by themselves.
+    fn knows_enough(&self, coordinator: &Coordinator, history: &History) -> bool {
+        let rule = self.spec.evaluation.as_ref();
+        rule.is_none_or(|rule| history.watch.covers(rule, coordinator.gate()))
+    }
+
+    /// Gives those who stay what the next driver has to know beside the state. Answers how many of them it can go on
+    /// with.
+    async fn entrust(
+        &self,
+        notice: Notice,
+        others: &Others,
+        coordinator: &Coordinator,
+        saver: &Saver,
+        history: &History,
+    ) -> usize {
+        if others.alive.is_empty() {
+            return 0;
+        }
+        if !self.knows_enough(coordinator, history) {
+            self.log.line(format_args!(
+                "notice: not handed over, for trainers may come to step {} alone, and nobody would know what had to be \
+                 measured before",
+                coordinator.gate()
+            ));
+            return 0;
+        }
+        let handover = Handover {
+            step: coordinator.state().step,
+            metadata: self.knowledge(coordinator, saver.committed_count(), history),
+        };
+        let limit = witness_limit(notice);
+        let entrusted = coordinator.entrust(&others.alive, &handover, limit).await;
+        if self.spec.stops_early() {
+            return entrusted;
+        }
+        // Others lack nothing but numbers for people.
+        others.alive.len()
+    }
+
     /// Hands over, saves or gives up, and leaves the node. Returns if it may not leave.
     async fn leave(
         &self,
         notice: Notice,
-        survivors: usize,
+        others: Others,
         departure: &mut Departure,
         coordinator: &Coordinator,
         saver: &mut Saver,
         history: &History,
     ) -> Result<(), JobError> {
         let step = coordinator.state().step;
-        let facts = facts(survivors, coordinator, saver);
+        let survivors = self.entrust(notice, &others, coordinator, saver, history);
+        let facts = facts(survivors.await, coordinator, saver);
         departure.go(step, |machine| machine.choose(&facts));
         let phase = departure.machine.phase();
         let committed = |saver: &Saver| saver.committed_step().unwrap_or(0);
@@ -254,25 +315,14 @@ impl Driver {
 
     /// Trainers on other machines that hold this driver's very bits, as they say now.
     async fn others(&self, notice: Notice, coordinator: &Coordinator) -> Others {
-        let left_ms = notice.deadline_ms.saturating_sub(now_ms());
-        let limit = WITNESS_MAX.min(Duration::from_millis(left_ms / WITNESS_SHARE));
-        let witnesses = coordinator.witnesses(limit).await;
+        let witnesses = coordinator.witnesses(witness_limit(notice)).await;
         // A trainer beside this driver may not have heard of the notice yet.
         let (doomed, alive): (Vec<_>, Vec<_>) = witnesses
             .iter()
             .filter(|witness| witness.node != self.node())
             .partition(|witness| witness.is_doomed);
-        let mut survivors = alive.len();
-        if survivors > 0 && self.spec.stops_early() {
-            // Trainers go on, and what is measured in their next steps decides when the job ends: a driver that
-            // does not know it cannot use their state.
-            self.log.line(format_args!(
-                "notice: a job that may stop early is not handed over, it is saved"
-            ));
-            survivors = 0;
-        }
         Others {
-            survivors,
+            alive: alive.iter().map(|witness| witness.slot).collect(),
             doomed: doomed.len(),
         }
     }
@@ -306,10 +356,16 @@ impl Driver {
 
 /// Trainers on other machines that hold the driver's very bits.
 struct Others {
-    /// Those whose machines stay.
-    survivors: usize,
-    /// Those whose machines go too.
+    /// The slots of those whose machines stay.
+    alive: Vec<usize>,
+    /// How many have machines that go too.
     doomed: usize,
+}
+
+/// How long trainers may take to answer a driver that leaves.
+fn witness_limit(notice: Notice) -> Duration {
+    let left_ms = notice.deadline_ms.saturating_sub(now_ms());
+    WITNESS_MAX.min(Duration::from_millis(left_ms / WITNESS_SHARE))
 }
 
 /// What the choice rests on.

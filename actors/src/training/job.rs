@@ -383,15 +383,10 @@ impl Driver {
         history: &History,
     ) -> SaveOrder {
         let state = coordinator.state();
-        let history = History {
-            counters: coordinator.counters(),
-            checkpoints: saver.committed_count() + 1,
-            ..*history
-        };
         let text = |value: &dyn std::fmt::Display| value.to_string();
         let layout = self.workload.layout();
-        let trace = self.trace.lock().as_ref().map(StepTrace::to_text);
-        let mut metadata = BTreeMap::from([
+        let mut metadata = self.knowledge(coordinator, saver.committed_count() + 1, history);
+        metadata.extend([
             ("job_name".to_owned(), self.spec.name.clone()),
             ("seed".to_owned(), text(&self.spec.seed)),
             (
@@ -403,12 +398,7 @@ impl Driver {
                 SHAPES_KEY.to_owned(),
                 serde_json::to_string(&state.shapes(layout)).expect("plain numbers always encode"),
             ),
-            (
-                HISTORY_KEY.to_owned(),
-                serde_json::to_string(&history).expect("plain numbers always encode"),
-            ),
         ]);
-        metadata.extend(trace.map(|trace| (TRACE_KEY.to_owned(), trace)));
         SaveOrder {
             step: state.step,
             incarnation: self.incarnation,
@@ -419,6 +409,25 @@ impl Driver {
             metadata,
             helpers: coordinator.helpers(state.step),
         }
+    }
+
+    /// What the next driver has to know beside the state, after so many checkpoints.
+    pub(super) fn knowledge(
+        &self,
+        coordinator: &Coordinator,
+        checkpoints: u64,
+        history: &History,
+    ) -> BTreeMap<String, String> {
+        let history = History {
+            counters: coordinator.counters(),
+            checkpoints,
+            ..*history
+        };
+        let history = serde_json::to_string(&history).expect("plain numbers always encode");
+        let trace = self.trace.lock().as_ref().map(StepTrace::to_text);
+        let mut knowledge = BTreeMap::from([(HISTORY_KEY.to_owned(), history)]);
+        knowledge.extend(trace.map(|trace| (TRACE_KEY.to_owned(), trace)));
+        knowledge
     }
 
     async fn finish(

@@ -11,7 +11,7 @@ use mobula_core::spec::RestartPolicy;
 use mobula_storage::checkpoint::Piece;
 
 use super::crew::{LinkError, TrainerLink};
-use super::messages::{Epoch, Greeting, Held, News, TrainerError};
+use super::messages::{Epoch, Greeting, Handover, Held, News, TrainerError};
 use super::named_actor::NamedActor;
 use super::protocol::leader::StateDigest;
 use super::protocol::plan::{MemberId, Plan};
@@ -93,6 +93,13 @@ impl ClusterLink {
                 )));
             }
         }
+    }
+
+    /// What a driver that left has left with the trainer.
+    pub async fn handover(&self) -> Result<Option<Handover>, LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let handover = actor.handover().timeout(SILENT_MAX).await;
+        handover.map_err(|error| self.broken(error))
     }
 
     fn failed(&self, failure: CallFailure<TrainerError>) -> LinkError {
@@ -203,6 +210,13 @@ impl TrainerLink for ClusterLink {
         let actor = self.0.actor.get().await.map_err(lost)?;
         let answer = actor.release(step).timeout(SILENT_MAX).await;
         answer.map_err(|error| self.broken(error))
+    }
+
+    async fn entrust(&self, epoch: Epoch, handover: Handover) -> Result<(), LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let call = actor.entrust(epoch, handover).timeout(SILENT_MAX);
+        let answer = self.unless_it_ends(call).await?;
+        answer.map_err(|failure| self.failed(failure))
     }
 
     async fn leave(&self) -> Result<(), LinkError> {

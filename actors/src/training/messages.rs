@@ -3,6 +3,7 @@
 //! Invariant: every plan carries the coordinator's epoch; a trainer that has seen a higher one refuses
 //! it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -81,6 +82,16 @@ pub fn short_digest(hex: &str) -> StateDigest {
         short.copy_from_slice(&hash.as_bytes()[..16]);
     }
     short
+}
+
+/// What a driver that leaves its job to trainers knows beside the state: they keep it for the next one. It is as
+/// large as a checkpoint's metadata, some hundred KiB at most.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// Steps of which it knows everything.
+    pub step: u64,
+    /// What a checkpoint's metadata would say of them.
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// What a trainer tells the coordinator that listens to it.

@@ -13,7 +13,7 @@ use super::crew::TrainerLink;
 use super::evaluation::{EvaluationSpec, Watch};
 use super::job_log::JobLog;
 use super::link::ClusterLink;
-use super::messages::{Held, short_digest};
+use super::messages::{Handover, Held, short_digest};
 use super::protocol::leader::StateDigest;
 use super::saving::Saver;
 use super::spec::TrainSpec;
@@ -75,6 +75,46 @@ pub struct Resumed {
     pub trace: Option<StepTrace>,
 }
 
+impl Resumed {
+    /// The same at a later `state` of the job, with what a driver has left with it. Refused where that is not enough to
+    /// know when the job stops.
+    fn continued(
+        &self,
+        state: TrainState,
+        handover: Option<Handover>,
+        rule: Option<&EvaluationSpec>,
+    ) -> Result<Resumed, String> {
+        let (mut history, mut trace) = (self.history, self.trace.clone());
+        // Trainers keep it for as long as they live: a checkpoint may know more by now.
+        let is_newer =
+            |handover: &Handover| (self.state.step + 1..=state.step).contains(&handover.step);
+        if let Some(handover) = handover.filter(is_newer) {
+            let (known_history, known_trace) = known_of(&handover.metadata);
+            if let Some(known) = known_history {
+                // What was committed is known of the table.
+                let checkpoints = history.checkpoints;
+                history = History {
+                    checkpoints,
+                    ..known
+                };
+            }
+            trace = known_trace.or(trace);
+        }
+        // Trainers go on, so the state that comes may be further than what was said.
+        if rule.is_some_and(|rule| !history.watch.covers(rule, state.step)) {
+            return Err(format!(
+                "what was measured up to its step {} is not known, and decides when the job stops",
+                state.step
+            ));
+        }
+        Ok(Resumed {
+            state,
+            history,
+            trace,
+        })
+    }
+}
+
 /// Why a job cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ResumeError {
@@ -115,7 +155,6 @@ pub async fn resume(
             trace: None,
         },
     };
-    resumed.history.rejected_checkpoints += report.rejected.len() as u64;
     if resumed.state.step > 0 {
         saver.resume(resumed.history.checkpoints, resumed.state.step);
         log.line(format_args!(
@@ -129,6 +168,7 @@ pub async fn resume(
         let rule = spec.evaluation.as_ref();
         ask_witnesses(&mut resumed, rule, links, log).await;
     }
+    resumed.history.rejected_checkpoints += report.rejected.len() as u64;
     Ok(resumed)
 }
 
@@ -140,17 +180,22 @@ fn from_checkpoint(
     let wrong = |source| ResumeError::State { step, source };
     let state = TrainState::from_bytes(&restored.state).map_err(wrong)?;
     state.check_fingerprint(fingerprint).map_err(wrong)?;
-    let history = restored.metadata.get(HISTORY_KEY);
-    let history = history
-        .and_then(|text| serde_json::from_str(text).ok())
-        .unwrap_or_default();
-    let trace = restored.metadata.get(TRACE_KEY);
-    let trace = trace.and_then(|text| StepTrace::from_text(text).ok());
+    let (history, trace) = known_of(&restored.metadata);
     Ok(Resumed {
         state,
-        history,
+        history: history.unwrap_or_default(),
         trace,
     })
+}
+
+/// What a driver left in `metadata`.
+fn known_of(metadata: &BTreeMap<String, String>) -> (Option<History>, Option<StepTrace>) {
+    let history = metadata.get(HISTORY_KEY);
+    let trace = metadata.get(TRACE_KEY);
+    (
+        history.and_then(|text| serde_json::from_str(text).ok()),
+        trace.and_then(|text| StepTrace::from_text(text).ok()),
+    )
 }
 
 /// Asks the trainers what they hold, and goes on there if that is further and verifies.
@@ -185,24 +230,21 @@ async fn ask_witnesses(
     if furthest <= from {
         return;
     }
-    let watch = resumed.history.watch;
-    // Trainers go on, so the state that comes may be further than what was said.
-    let covered = |step: u64| rule.is_none_or(|rule| watch.covers(rule, step));
     for slot in candidates(&held, furthest) {
         let fetched = match fetch(links, &held, slot, resumed).await {
-            Ok(state) if !covered(state.step) => Err(format!(
-                "what was measured up to its step {} is not known, and decides when the job stops",
-                state.step
-            )),
-            other => other,
+            Ok(state) => {
+                let handover = links[slot].handover().await.unwrap_or_default();
+                resumed.continued(state, handover, rule)
+            }
+            Err(reason) => Err(reason),
         };
         match fetched {
-            Ok(state) => {
+            Ok(continued) => {
                 log.line(format_args!(
                     "trainer-{slot} still holds step {}: going on there, no step is lost",
-                    state.step
+                    continued.state.step
                 ));
-                resumed.state = state;
+                *resumed = continued;
                 return;
             }
             Err(reason) => {
@@ -307,6 +349,53 @@ mod tests {
             error.starts_with("checkpoint of step 40: this state belongs"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn what_a_driver_left_with_a_trainer_is_known_where_it_is_newer_and_decides_whether_to_go_on() {
+        let spec = TrainSpec::digits_mlp("a");
+        let files = crate::training::data::Files::local();
+        let workload = crate::training::workload::Workload::load(&spec, &files).unwrap();
+        let at = |step| TrainState {
+            step,
+            ..TrainState::initial(&workload)
+        };
+        let measured = |step, checkpoints| History {
+            watch: Watch {
+                step,
+                ..Watch::default()
+            },
+            checkpoints,
+            ..History::default()
+        };
+        let handover = |step, history: &History| Handover {
+            step,
+            metadata: BTreeMap::from([(
+                HISTORY_KEY.to_owned(),
+                serde_json::to_string(history).unwrap(),
+            )]),
+        };
+        let rule: EvaluationSpec =
+            toml::from_str("every_steps = 10\n[early_stop]\npatience = 2\n").unwrap();
+        let resumed = Resumed {
+            state: at(12),
+            history: measured(10, 3),
+            trace: None,
+        };
+        let go_on = |step, handover| resumed.continued(at(step), handover, Some(&rule));
+        assert!(go_on(20, None).is_ok(), "it can be measured there");
+        let refused = go_on(34, None).unwrap_err();
+        assert!(refused.contains("up to its step 34"), "{refused}");
+        let left = handover(32, &measured(30, 7));
+        let gone_on = go_on(34, Some(left.clone())).unwrap();
+        assert_eq!((gone_on.state.step, gone_on.history), (34, measured(30, 3)));
+        assert!(
+            go_on(41, Some(left.clone())).is_err(),
+            "step 40 was not measured"
+        );
+        assert!(go_on(31, Some(left)).is_err(), "of a later time");
+        let old = handover(11, &measured(10, 9));
+        assert_eq!(go_on(15, Some(old)).unwrap().history, measured(10, 3));
     }
 
     #[test]

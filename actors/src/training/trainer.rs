@@ -21,7 +21,7 @@ use super::collective::ClusterCollective;
 use super::collective::runner::{Board, Runner, RunnerHandle};
 use super::collective::sealed::Sealed;
 use super::data::Files;
-use super::messages::{Epoch, Greeting, Held, News, TrainerError};
+use super::messages::{Epoch, Greeting, Handover, Held, News, TrainerError};
 use super::protocol::exchange::{Ask, Contribution, Refusal};
 use super::protocol::leader::StateDigest;
 use super::protocol::member::Member;
@@ -59,6 +59,8 @@ struct Inner {
     arriving: Vec<u8>,
     /// A copy of the own state, on its way to a driver.
     leaving: Vec<u8>,
+    /// What the last driver that left has left here for the next.
+    handover: Option<Handover>,
     /// States that were taken over.
     entries: u64,
     running: Option<Running>,
@@ -105,6 +107,7 @@ impl Trainer {
                 replica: Arc::new(Mutex::new(Replica::reading(spec.clone(), files))),
                 arriving: Vec::new(),
                 leaving: Vec::new(),
+                handover: None,
                 entries: 0,
                 running: None,
             }),
@@ -327,6 +330,19 @@ impl Trainer {
             .and_then(|offset| inner.leaving.get(offset..))
             .unwrap_or_default();
         Ok(rest[..rest.len().min(length as usize)].to_vec())
+    }
+
+    /// Keeps what a driver that leaves knows, until another one leaves. One that was replaced is told so.
+    pub async fn entrust(&self, epoch: Epoch, handover: Handover) -> Result<(), TrainerError> {
+        let mut inner = self.inner.lock();
+        inner.admit(epoch)?;
+        inner.handover = Some(handover);
+        Ok(())
+    }
+
+    /// What a driver that left has left here.
+    pub async fn handover(&self) -> Option<Handover> {
+        self.inner.lock().handover.clone()
     }
 
     /// Keeps the state as it is or will be after `step`, for a checkpoint that is uploaded together, and no other.

@@ -40,6 +40,8 @@ pub struct Leader {
     shape: LeaderShape,
     seated: BTreeSet<MemberId>,
     plan: Plan,
+    /// Whether the gate stays where it is.
+    is_halted: bool,
 }
 
 impl Leader {
@@ -56,6 +58,7 @@ impl Leader {
             shape,
             seated: BTreeSet::new(),
             plan,
+            is_halted: false,
         }
     }
 
@@ -118,6 +121,9 @@ impl Leader {
     /// The driver's copy stands at `step`: the gate opens further. Answers whether it did, which is once
     /// in many steps.
     pub fn follow(&mut self, step: u64) -> bool {
+        if self.is_halted {
+            return false;
+        }
         let gate = gate(&self.shape, step);
         let is_far = gate >= self.plan.gate + self.shape.lead_max.div_ceil(2);
         let is_last = gate > self.plan.gate && gate >= self.shape.steps;
@@ -125,6 +131,12 @@ impl Leader {
             self.plan.gate = gate;
         }
         is_far || is_last
+    }
+
+    /// Leaves the gate where it is, or no more: members come to it and no further. Whoever ends that has to
+    /// [`Leader::follow`], for members that stand at the gate take no step that would.
+    pub fn halt(&mut self, is_halted: bool) {
+        self.is_halted = is_halted;
     }
 
     fn publish(&mut self) {
@@ -230,6 +242,17 @@ mod tests {
         let moves = (1..=100).filter(|step| leader.follow(*step)).count();
         assert_eq!(leader.plan().gate, 100);
         assert!(moves <= 20, "{moves}");
+    }
+
+    #[test]
+    fn a_gate_that_is_halted_stays_and_opens_again() {
+        let mut leader = leader(1);
+        leader.halt(true);
+        assert!((1..=10).all(|step| !leader.follow(step)));
+        assert_eq!(leader.plan().gate, 10);
+        leader.halt(false);
+        assert!(leader.follow(10));
+        assert_eq!(leader.plan().gate, 20);
     }
 
     #[test]

@@ -186,6 +186,56 @@ fn a_driver_hands_over_to_trainers_elsewhere_and_what_it_did_is_known_after_it()
 }
 
 #[test]
+fn a_job_that_may_stop_early_is_handed_over_with_what_was_measured() {
+    let cluster = TestCluster::up(3);
+    // Its rate is so small that nothing is better than what the first evaluation finds.
+    let text = |name: &str| {
+        let job = small_job(name, STEPS)
+            .replace("seed = 7", "seed = 7\nlearning_rate = 1e-9")
+            .replace(
+                "checkpoint_every_steps = 40",
+                "checkpoint_every_steps = 1000000",
+            );
+        format!(
+            "{job}[evaluation]\nevery_steps = 50\n\
+             [evaluation.early_stop]\npatience = 80\nmin_delta = 0.01\n"
+        )
+    };
+    let undisturbed = cluster.submit_toml(&text("undisturbed"));
+    let expected = cluster.result_of(&undisturbed);
+    assert_eq!(
+        (&expected["stopped_early"], &expected["steps"]),
+        (&true.into(), &4050.into()),
+        "{expected}"
+    );
+    let job = cluster.submit_toml(&text("stops-early"));
+    wait_for_step(&cluster, &job, 60);
+    let (_, node) = actor_of(&cluster, &job, "driver");
+    let node = format!("node-{node}");
+    cluster.ok(&["nodes", "preempt", &node, "--grace", "20s"]);
+    let result = cluster.result_of(&job);
+    for same in ["weights_blake3", "steps", "stopped_early", "best"] {
+        assert_eq!(result[same], expected[same], "{same}: {result}");
+    }
+    assert_eq!(
+        (&result["restarts"], &result["lost_steps"]),
+        (&1.into(), &0.into()),
+        "{result}"
+    );
+    let status = cluster.json(&["train", "status", &job]);
+    let steps = status["preemptions"].as_array().unwrap();
+    let went: Vec<&str> = steps
+        .iter()
+        .map(|step| step["to"].as_str().unwrap())
+        .collect();
+    assert_eq!(went, ["NOTICED", "HANDOFF", "DETACHED", "GONE"], "{status}");
+    assert_eq!(
+        steps[3]["trained_steps"], steps[1]["trained_steps"],
+        "the next driver goes on where this one left: {status}"
+    );
+}
+
+#[test]
 fn a_notice_by_file_and_by_sigterm_counts_too() {
     let cluster = TestCluster::up(3);
     let node = |name: &str| {
