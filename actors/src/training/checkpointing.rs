@@ -13,6 +13,7 @@ use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::time::Instant;
 
+use super::evaluation::{METRIC_LEN_MAX, lower_is_better};
 use super::validation::InvalidField;
 use crate::checkpoint::KeepPolicy;
 
@@ -94,8 +95,13 @@ pub struct CheckpointSpec {
     pub keep_last: u32,
     /// Keep each whose number is a multiple of this too; 0 for none.
     pub keep_every: u32,
-    /// Keep so many with the lowest training loss too.
+    /// Keep so many of the best too.
     pub keep_best: u32,
+    /// What they are compared by, as it is measured on held-out samples: `loss`, or a metric of the model such as
+    /// `accuracy`. Each evaluation is saved then. Absent: the training loss of the step.
+    pub keep_best_by: Option<String>,
+    /// Whether less of that is better; absent: yes for `loss`, no for everything else.
+    pub lower_is_better: Option<bool>,
     /// What an upload may use of the network; absent: what there is.
     pub upload_bytes_per_second: Option<u64>,
 }
@@ -109,6 +115,8 @@ impl Default for CheckpointSpec {
             keep_last: keep.last,
             keep_every: keep.every,
             keep_best: keep.best,
+            keep_best_by: None,
+            lower_is_better: None,
             upload_bytes_per_second: None,
         }
     }
@@ -122,7 +130,10 @@ impl CheckpointSpec {
             last: self.keep_last,
             every: self.keep_every,
             best: self.keep_best,
-            larger_is_better: false,
+            larger_is_better: self
+                .keep_best_by
+                .as_ref()
+                .is_some_and(|metric| !lower_is_better(metric, self.lower_is_better)),
         }
     }
 
@@ -152,12 +163,48 @@ impl CheckpointSpec {
                 next: "leave it out for no limit",
             });
         }
+        self.validate_best()?;
         self.policy().check().map_err(|invalid| InvalidField {
             key: invalid.what,
             found: invalid.found.to_string(),
             reason: invalid.rule,
             next: "give a number in that range",
         })
+    }
+}
+
+impl CheckpointSpec {
+    /// Refuses what would mean nothing.
+    fn validate_best(&self) -> Result<(), InvalidField> {
+        let refused = |key, found: &str, reason: &str, next| {
+            Err(InvalidField {
+                key,
+                found: found.to_owned(),
+                reason: reason.to_owned(),
+                next,
+            })
+        };
+        match (&self.keep_best_by, self.lower_is_better) {
+            (Some(metric), _) if !(1..=METRIC_LEN_MAX).contains(&metric.len()) => refused(
+                "keep_best_by",
+                metric,
+                &format!("a metric has a name of 1 to {METRIC_LEN_MAX} characters"),
+                "loss, or accuracy where samples have classes",
+            ),
+            (Some(metric), _) if self.keep_best == 0 => refused(
+                "keep_best_by",
+                metric,
+                "keep_best is 0, so nothing is compared",
+                "say in keep_best how many to keep, or leave it out",
+            ),
+            (None, Some(said)) => refused(
+                "lower_is_better",
+                &said.to_string(),
+                "less of a training loss is always better",
+                "name another metric in keep_best_by, or leave it out",
+            ),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -323,10 +370,35 @@ mod tests {
             ("keep_last = 0", "keep_last is 0"),
             ("keep_best = 100", "keep_best is 100"),
             ("upload_bytes_per_second = 0", "nothing would ever be saved"),
+            (
+                "keep_best_by = \"accuracy\"",
+                "keep_best is 0, so nothing is compared",
+            ),
+            (
+                "keep_best = 1\nkeep_best_by = \"\"",
+                "a name of 1 to 64 characters",
+            ),
+            (
+                "keep_best = 1\nlower_is_better = true",
+                "lower_is_better is true",
+            ),
         ] {
             let error = spec(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn less_of_a_loss_is_better_and_more_of_everything_else_unless_it_is_said() {
+        let larger = |text: &str| {
+            let text = format!("keep_best = 2\n{text}");
+            spec(&text).unwrap().policy().larger_is_better
+        };
+        assert!(!larger(""));
+        assert!(!larger("keep_best_by = \"loss\""));
+        assert!(larger("keep_best_by = \"accuracy\""));
+        let lower = "keep_best_by = \"absolute_error\"\nlower_is_better = true";
+        assert!(!larger(lower));
     }
 
     #[test]

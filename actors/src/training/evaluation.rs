@@ -14,6 +14,9 @@ use super::validation::{InvalidField, check};
 /// Evaluations without an improvement that a job may wait for, at most.
 const PATIENCE_MAX: u32 = 10_000;
 
+/// Characters of a metric's name, at most.
+pub(super) const METRIC_LEN_MAX: usize = 64;
+
 /// When to measure, and when to stop.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,6 +49,12 @@ fn loss() -> String {
     "loss".to_owned()
 }
 
+/// Whether less of `metric` is better, where that was `said` or is usual: yes for `loss`, no for everything else.
+#[must_use]
+pub fn lower_is_better(metric: &str, said: Option<bool>) -> bool {
+    said.unwrap_or(metric == "loss")
+}
+
 impl EvaluationSpec {
     /// Checks the values against their limits.
     pub(super) fn check(&self) -> Result<(), InvalidField> {
@@ -76,8 +85,8 @@ impl EvaluationSpec {
         check(
             "metric",
             &stop.metric,
-            (1..=64).contains(&stop.metric.len()),
-            "a metric has a name of 1 to 64 characters".to_owned(),
+            (1..=METRIC_LEN_MAX).contains(&stop.metric.len()),
+            format!("a metric has a name of 1 to {METRIC_LEN_MAX} characters"),
             "loss, or accuracy where samples have classes",
         )
     }
@@ -86,6 +95,12 @@ impl EvaluationSpec {
     #[must_use]
     pub fn is_due(&self, step: u64) -> bool {
         step > 0 && step.is_multiple_of(self.every_steps)
+    }
+
+    /// After how many steps it is measured next, where `step` were taken.
+    #[must_use]
+    pub fn next_due(&self, step: u64) -> u64 {
+        (step / self.every_steps + 1) * self.every_steps
     }
 }
 
@@ -102,12 +117,30 @@ pub struct Watch {
     pub stop: bool,
 }
 
-/// The watched metric is not among what the model measures.
+/// A metric is not among what the model measures.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("early_stop watches {metric}, which this model does not measure; it measures {known}")]
+#[error("{who} watches {metric}, which this model does not measure; it measures {known}")]
 pub struct UnknownMetric {
+    who: &'static str,
     metric: String,
     known: String,
+}
+
+/// The value of `metric`, which `who` in a job's description asks for.
+pub fn measured_as(
+    who: &'static str,
+    metric: &str,
+    measured: &Evaluation,
+) -> Result<f64, UnknownMetric> {
+    measured.get(metric).ok_or_else(|| {
+        let mut known = vec!["loss"];
+        known.extend(measured.metrics.keys().map(String::as_str));
+        UnknownMetric {
+            who,
+            metric: metric.to_owned(),
+            known: known.join(", "),
+        }
+    })
 }
 
 impl Watch {
@@ -126,16 +159,9 @@ impl Watch {
             self.step = step;
             return Ok(());
         };
-        let value = measured.get(&rule.metric).ok_or_else(|| {
-            let mut known = vec!["loss"];
-            known.extend(measured.metrics.keys().map(String::as_str));
-            UnknownMetric {
-                metric: rule.metric.clone(),
-                known: known.join(", "),
-            }
-        })?;
+        let value = measured_as("early_stop", &rule.metric, measured)?;
         self.step = step;
-        let lower = rule.lower_is_better.unwrap_or(rule.metric == "loss");
+        let lower = lower_is_better(&rule.metric, rule.lower_is_better);
         // What is no number is never better.
         let is_better = match self.best {
             None => !value.is_nan(),
@@ -230,6 +256,7 @@ mod tests {
         };
         assert!(watch.covers(&never, 1000));
         assert!(never.is_due(20) && !never.is_due(0) && !never.is_due(15));
+        assert_eq!([0, 9, 10].map(|step| never.next_due(step)), [10, 10, 20]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use super::collective::ClusterCollective;
 use super::coordinator::CoordinatorError;
 use super::data::Files;
 use super::departure::{Departure, Ear, Said};
-use super::evaluation::UnknownMetric;
+use super::evaluation::{UnknownMetric, measured_as};
 use super::job_log::JobLog;
 use super::link::ClusterLink;
 use super::messages::Epoch;
@@ -66,7 +66,7 @@ pub enum JobError {
     /// The model cannot be built or evaluated.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
-    /// Early stopping watches what nobody measures.
+    /// Early stopping, or keeping the best, watches what nobody measures.
     #[error(transparent)]
     Metric(#[from] UnknownMetric),
     /// The object store cannot be opened.
@@ -295,15 +295,16 @@ impl Driver {
             };
             saver.poll()?;
             let step = coordinator.state().step;
-            if !departure.is_gathering() {
+            // What a save that is on its way is uploaded from must not be given up for the next one.
+            if !departure.is_gathering() && !saver.is_busy() {
                 self.ask_for_help(coordinator, &schedule);
             }
             let now = Instant::now();
             history.trained_ms = millis(schedule.trained(now));
             let failures = history.failures(coordinator.counters());
             // What was measured must not be lost with the driver.
-            let measured =
-                self.evaluate(coordinator, progress, history)? && self.spec.stops_early();
+            let measured = self.evaluate(coordinator, progress, history)?
+                && self.spec.saved_evaluation().is_some();
             let mut saving = Duration::ZERO;
             let is_due = match said {
                 Some(said) => {
@@ -334,11 +335,14 @@ impl Driver {
 
     /// Has trainers keep the state of the next save, some steps ahead of it, where it has enough bytes to be shared.
     fn ask_for_help(&self, coordinator: &mut Coordinator, schedule: &SaveSchedule) {
-        let state = coordinator.state();
-        let Some(next) = schedule.next_save(state.step, self.spec.steps) else {
+        let step = coordinator.state().step;
+        let due = schedule.next_save(step, self.spec.steps);
+        let evaluation = self.spec.saved_evaluation();
+        let measured = evaluation.map(|rule| rule.next_due(step));
+        let Some(next) = due.into_iter().chain(measured).min() else {
             return;
         };
-        let is_near = next - state.step <= HELP_STEPS * coordinator.lead_max();
+        let is_near = next - step <= HELP_STEPS * coordinator.lead_max();
         if is_near && coordinator.can_be_shared() {
             coordinator.prepare_save(next, self.node());
         }
@@ -365,6 +369,10 @@ impl Driver {
         })?;
         progress.evaluated(state.step, &evaluation);
         history.watch.note(rule, state.step, &evaluation)?;
+        if let Some(metric) = &self.spec.checkpoints.keep_best_by {
+            let value = measured_as("keep_best_by", metric, &evaluation)?;
+            history.compared = Some((value, state.step));
+        }
         if history.watch.stop {
             let (best, at) = history.watch.best.unwrap_or((f64::NAN, 0));
             self.log.line(format_args!(
@@ -403,12 +411,21 @@ impl Driver {
             step: state.step,
             incarnation: self.incarnation,
             state: Arc::new(StateSnapshot::of(state)),
-            metric: history.loss_mean,
+            metric: self.metric(state.step, history),
             sections: state.sections(layout),
             weights_blake3: coordinator.digest().to_owned(),
             metadata,
             helpers: coordinator.helpers(state.step),
         }
+    }
+
+    /// What a checkpoint of `step` is compared by; none where that was not measured after that very step.
+    fn metric(&self, step: u64, history: &History) -> Option<f64> {
+        if self.spec.checkpoints.keep_best_by.is_none() {
+            return history.loss_mean;
+        }
+        let (value, measured_at) = history.compared?;
+        (measured_at == step).then_some(value)
     }
 
     /// What the next driver has to know beside the state, after so many checkpoints.

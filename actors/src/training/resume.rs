@@ -54,6 +54,9 @@ pub struct History {
     pub loss_mean: Option<f64>,
     /// What was measured on held-out samples, as far as early stopping needs it.
     pub watch: Watch,
+    /// What checkpoints are compared by, as it was measured last, and after how many steps.
+    #[serde(default)]
+    pub compared: Option<(f64, u64)>,
 }
 
 impl History {

@@ -212,6 +212,14 @@ impl TrainSpec {
         evaluation.is_some_and(|evaluation| evaluation.early_stop.is_some())
     }
 
+    /// When to measure, if a checkpoint is made each time: what was measured decides about the job's end, or about
+    /// which checkpoints stay.
+    #[must_use]
+    pub fn saved_evaluation(&self) -> Option<&EvaluationSpec> {
+        let is_saved = self.stops_early() || self.checkpoints.keep_best_by.is_some();
+        self.evaluation.as_ref().filter(|_| is_saved)
+    }
+
     /// BLAKE3 over everything that decides the weights' bits, the data's digest included.
     pub fn fingerprint(&self, dataset_digest: &str) -> [u8; 32] {
         let parts = (

@@ -83,6 +83,13 @@ impl TrainSpec {
             "give 1 or more",
         )?;
         self.checkpoints.validate()?;
+        check(
+            "keep_best_by",
+            self.checkpoints.keep_best_by.as_deref().unwrap_or_default(),
+            self.checkpoints.keep_best_by.is_none() || self.evaluation.is_some(),
+            "nothing is measured on held-out samples".to_owned(),
+            "say in [evaluation] every how many steps to measure, or leave it out",
+        )?;
         self.start_from
             .as_ref()
             .map_or(Ok(()), StartFrom::validate)?;

@@ -94,6 +94,7 @@ struct PolicyJson {
     keep_last: u32,
     keep_every: u32,
     keep_best: u32,
+    larger_is_better: bool,
 }
 
 #[derive(Serialize)]
@@ -115,6 +116,7 @@ pub(super) async fn list_job(cluster: &Cluster, job: JobId, json: bool) -> anyho
                 keep_last: known.policy.last,
                 keep_every: known.policy.every,
                 keep_best: known.policy.best,
+                larger_is_better: known.policy.larger_is_better,
             },
             checkpoints: known.checkpoints.iter().map(CheckpointJson::from).collect(),
             rejections: known.rejections.iter().map(RejectedJson::from).collect(),

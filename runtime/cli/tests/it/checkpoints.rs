@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::small_disk::SmallDisk;
-use crate::storage::wait_for_checkpoints;
+use crate::storage::{committed_steps, wait_for_checkpoints};
 use crate::support::{TestCluster, small_job, text_of, wait_for};
 
 fn steps(checkpoints: &Value) -> Vec<u64> {
@@ -193,6 +193,61 @@ fn damage_is_said(cluster: &TestCluster, job: &str) {
     let refused = cluster.refused(&["checkpoints", "restore", job]);
     assert!(refused.contains("is damaged"), "{refused}");
     assert!(refused.contains("none of 1 checkpoints"), "{refused}");
+}
+
+/// The steps and values of `accuracy` that a job's log has.
+fn accuracies(log: &str) -> Vec<(u64, f64)> {
+    let measured = log.lines().filter_map(|line| {
+        let (step, rest) = line
+            .split_once("evaluation after step ")?
+            .1
+            .split_once(':')?;
+        let (_, value) = rest.split_once("accuracy ")?;
+        Some((step.parse().unwrap(), value.trim().parse().unwrap()))
+    });
+    measured.collect()
+}
+
+#[test]
+fn the_best_by_what_is_measured_on_held_out_samples_are_kept() {
+    let cluster = TestCluster::up(1);
+    let text = format!(
+        "{}[evaluation]\nevery_steps = 20\n\
+         [checkpoints]\nevery = 70\nkeep_last = 1\nkeep_best = 2\nkeep_best_by = \"accuracy\"\n",
+        small_job("best", 1_000_000)
+    );
+    let job = cluster.submit_toml(&text);
+    wait_for_checkpoints(&cluster, &job, 20);
+    let listed = cluster.json(&["checkpoints", "list", &job]);
+    let kept = steps(&listed["checkpoints"]);
+    let log = text_of(&cluster.run(&["jobs", "logs", &job]));
+    cluster.ok(&["jobs", "stop", &job]);
+    let policy = &listed["policy"];
+    assert_eq!(
+        (&policy["keep_best"], &policy["larger_is_better"]),
+        (&2.into(), &true.into())
+    );
+    // Of those that were committed by then, the two with the most, and of equal ones the newer.
+    let committed = committed_steps(&log);
+    let mut best: Vec<(u64, f64)> = accuracies(&log)
+        .into_iter()
+        .filter(|(step, _)| *step <= kept[0] && committed.contains(step))
+        .collect();
+    best.sort_by(|a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
+    let mut expected: Vec<u64> = best.iter().take(2).map(|(step, _)| *step).collect();
+    expected.push(kept[0]);
+    expected.sort_unstable_by(|a, b| b.cmp(a));
+    expected.dedup();
+    assert_eq!(kept, expected, "{listed}\n{log}");
+    for one in listed["checkpoints"].as_array().unwrap() {
+        let step = one["step"].as_u64().unwrap();
+        let measured = best.iter().find(|(at, _)| *at == step);
+        let metric = one["metric"].as_f64();
+        assert_eq!(metric.is_some(), measured.is_some(), "{one}");
+        if let (Some(metric), Some((_, accuracy))) = (metric, measured) {
+            assert!((metric - accuracy).abs() < 1e-4, "{one}");
+        }
+    }
 }
 
 #[test]

@@ -92,7 +92,7 @@ fn wait_for_line(cluster: &TestCluster, job: &str, text: &str) -> String {
 }
 
 /// The steps of the checkpoints that the log says are committed.
-fn committed_steps(log: &str) -> Vec<u64> {
+pub(crate) fn committed_steps(log: &str) -> Vec<u64> {
     log.lines()
         .filter(|line| line.contains(" committed: "))
         .filter_map(|line| {
