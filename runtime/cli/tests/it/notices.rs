@@ -1,5 +1,6 @@
 //! What a training job's driver does when a cloud says something of its machine.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -61,33 +62,47 @@ fn phases(cluster: &TestCluster, job: &str, count: usize) -> Vec<String> {
     })
 }
 
+/// A worker that a cloud may take away, and all others drained.
+fn only_spot(cluster: &TestCluster, is_advised: &Arc<AtomicBool>) -> ExtraWorker {
+    cluster.ok(&["nodes", "drain", "worker-1"]);
+    let url = rebalancing(Arc::clone(is_advised));
+    let cloud = ["--cloud", "aws", "--cloud-endpoint", &url];
+    ExtraWorker::start_with(cluster, "spot", "", &cloud)
+}
+
+/// The step of a job's newest checkpoint.
+fn saved(cluster: &TestCluster, job: &str) -> Option<u64> {
+    let known = cluster.run(&["checkpoints", "list", job, "--json"]);
+    let known: Value = serde_json::from_slice(&known.stdout).ok()?;
+    known["checkpoints"].as_array()?.first()?["step"].as_u64()
+}
+
+fn wait_for_step(cluster: &TestCluster, job: &str, step: u64) {
+    wait_for(&format!("step {step} of {job}"), || {
+        let status = cluster.json(&["train", "status", job]);
+        let reached = status["progress"]["step"].as_u64();
+        reached.filter(|reached| *reached >= step)
+    });
+}
+
 #[test]
 fn advice_of_the_cloud_makes_a_driver_save_and_stay() {
     let cluster = TestCluster::up(1);
-    cluster.ok(&["nodes", "drain", "worker-1"]);
     let is_advised = Arc::new(AtomicBool::new(false));
-    let url = rebalancing(Arc::clone(&is_advised));
-    let cloud = ["--cloud", "aws", "--cloud-endpoint", &url];
-    let _spot = ExtraWorker::start_with(&cluster, "spot", "", &cloud);
+    let _spot = only_spot(&cluster, &is_advised);
     // It would save at its end only.
     let text = small_job("advised", 1_000_000).replace(
         "checkpoint_every_steps = 40",
         "checkpoint_every_steps = 1000000",
     );
     let job = cluster.submit_toml(&text);
-    let saved = |cluster: &TestCluster| -> Option<u64> {
-        let known = cluster.run(&["checkpoints", "list", &job, "--json"]);
-        let known: Value = serde_json::from_slice(&known.stdout).ok()?;
-        known["checkpoints"].as_array()?.first()?["step"].as_u64()
-    };
-    wait_for("the first steps", || {
-        let status = cluster.json(&["train", "status", &job]);
-        status["progress"]["step"].as_u64().filter(|step| *step > 0)
-    });
-    assert_eq!(saved(&cluster), None);
+    wait_for_step(&cluster, &job, 1);
+    assert_eq!(saved(&cluster, &job), None);
     is_advised.store(true, Ordering::SeqCst);
     assert_eq!(phases(&cluster, &job, 1), ["ADVISED"]);
-    wait_for("a checkpoint for the advice's sake", || saved(&cluster));
+    wait_for("a checkpoint for the advice's sake", || {
+        saved(&cluster, &job)
+    });
     is_advised.store(false, Ordering::SeqCst);
     assert_eq!(phases(&cluster, &job, 2), ["ADVISED", "RUNNING"]);
     let status = cluster.json(&["train", "status", &job]);
@@ -99,7 +114,7 @@ fn advice_of_the_cloud_makes_a_driver_save_and_stay() {
     cluster.ok(&["jobs", "stop", &job]);
 }
 
-/// A job whose state is some 30 MB, four chunks.
+/// A job whose state is some 30 MB: four chunks.
 fn large_job(name: &str) -> String {
     format!(
         "name = \"{name}\"\nseed = 7\nsteps = 80\nglobal_batch = 32\nvirtual_shards = 4\n\
@@ -137,10 +152,7 @@ fn machines_that_all_go_save_together_before_they_do() {
         "checkpoint_every_steps = 1000000",
     );
     let job = cluster.submit_toml(&text);
-    wait_for("the first steps", || {
-        let status = cluster.json(&["train", "status", &job]);
-        status["progress"]["step"].as_u64().filter(|step| *step > 2)
-    });
+    wait_for_step(&cluster, &job, 3);
     for worker in 1..=3 {
         let file = cluster.dir().join(format!("worker-{worker}/notice"));
         std::fs::write(file, "25").unwrap();
@@ -155,4 +167,70 @@ fn machines_that_all_go_save_together_before_they_do() {
     let status = cluster.json(&["train", "status", &job]);
     let why = status["preemptions"][1]["why"].as_str().unwrap();
     assert!(why.contains("by each of 2"), "{why}");
+}
+
+/// The names of the chunks in a cluster's store.
+fn chunks(cluster: &TestCluster) -> BTreeSet<String> {
+    let folder = cluster.dir().join("store/chunks");
+    let entries = std::fs::read_dir(folder).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.collect()
+}
+
+#[test]
+fn too_short_a_notice_for_a_slow_store_begins_no_save_and_says_what_one_needs() {
+    // A state of some 13 MB: the second of its two chunks has to wait until the first one's time is over.
+    let text = |name: &str, limit: &str| {
+        format!(
+            "name = \"{name}\"\nseed = 7\nsteps = 500\nglobal_batch = 16\nvirtual_shards = 2\n\
+             checkpoint_every_steps = 1000000\nworkers = {{ min = 1, max = 1 }}\n\
+             [model.mlp]\nhidden = [1024, 1024]\n{limit}"
+        )
+    };
+    let cluster = TestCluster::up(1);
+    let job = cluster.submit_toml(&text("undisturbed", ""));
+    let expected = cluster.result_of(&job)["weights_blake3"].clone();
+    let is_advised = Arc::new(AtomicBool::new(false));
+    let _spot = only_spot(&cluster, &is_advised);
+    let slow = "[checkpoints]\nupload_bytes_per_second = 3000000\n";
+    let job = cluster.submit_toml(&text("abandoned", slow));
+    wait_for_step(&cluster, &job, 1);
+    // Saves for the advice's sake, and so knows what that takes.
+    is_advised.store(true, Ordering::SeqCst);
+    let first = wait_for("a checkpoint", || saved(&cluster, &job));
+    wait_for_step(&cluster, &job, first + 1);
+    let stored = chunks(&cluster);
+    cluster.ok(&["nodes", "preempt", "spot", "--grace", "4s"]);
+    assert_eq!(phases(&cluster, &job, 3), ["ADVISED", "NOTICED", "ABANDON"]);
+    wait_for("the machine to be gone", || {
+        let nodes = cluster.json(&["nodes", "list"]);
+        let nodes = nodes.as_array()?;
+        let spot = nodes.iter().find(|node| node["name"] == "spot")?;
+        (spot["state"] == "lost").then_some(())
+    });
+    assert_eq!(chunks(&cluster), stored, "nothing was uploaded in vain");
+    assert_eq!(saved(&cluster, &job), Some(first));
+
+    cluster.ok(&["nodes", "drain", "worker-1", "--undo"]);
+    let result = cluster.result_of(&job);
+    assert_eq!(result["weights_blake3"], expected, "{result}");
+    let status = cluster.json(&["train", "status", &job]);
+    let steps = status["preemptions"].as_array().unwrap();
+    let abandoned = &steps[2];
+    let number = |key: &str| abandoned[key].as_u64().unwrap();
+    // 8 MiB at 3 MB a second; of 4 s there are at most 1.5 that count.
+    assert!(number("needed_ms") >= 2_700, "{abandoned}");
+    assert!(number("usable_ms") <= 1_500, "{abandoned}");
+    assert!(number("trained_steps") > first, "{abandoned}");
+    let why = abandoned["why"].as_str().unwrap();
+    assert!(
+        why.contains("a save needs") && why.contains("does not fit"),
+        "{why}"
+    );
+    let gone = steps.last().unwrap();
+    assert_eq!(
+        (&gone["to"], &gone["trained_steps"]),
+        (&"GONE".into(), &first.into()),
+        "the next driver goes on from the checkpoint before: {status}"
+    );
 }
