@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mobula::{Actor, Cluster};
+use mobula::Cluster;
 use mobula_core::{ActorId, Incarnation, JobId};
 use mobula_storage::blob::BlobError;
 use parking_lot::Mutex;
@@ -28,8 +28,7 @@ use super::job_log::JobLog;
 use super::link::ClusterLink;
 use super::messages::Epoch;
 use super::progress::Progress;
-use super::publish::{PublishVersionError, Published, describe, publish_version};
-use super::record::RunRecord;
+use super::publish::PublishVersionError;
 use super::result::TrainResult;
 use super::resume::{HISTORY_KEY, History, ResumeError, Resumed, TRACE_KEY, resume};
 use super::saving::Saver;
@@ -38,13 +37,11 @@ use super::spec::{SpecError, TrainSpec};
 use super::start_from::StartError;
 use super::state::TrainState;
 use super::trace::StepTrace;
-use super::trainer::Trainer;
 use super::workload::{Workload, WorkloadError};
 use crate::checkpoint::KeepPolicy;
 use crate::checkpoint::checkpointer::SaveOrder;
 use crate::checkpoint::ledger::{CheckpointError, committed};
 use crate::checkpoint::safetensors::SHAPES_KEY;
-use crate::registry::VersionFile;
 use crate::storage::open_blobs;
 
 /// The coordinator of a job whose trainers are actors.
@@ -53,9 +50,6 @@ pub(super) type Coordinator = super::coordinator::Coordinator<ClusterLink, Clust
 /// How far ahead of a save trainers are asked to keep its state, in multiples of what they may be ahead of the
 /// driver: they must not have taken that step when they hear of it.
 const HELP_STEPS: u64 = 3;
-/// Pauses between attempts to store the result's files.
-const PUBLISH_PAUSE_FIRST: Duration = Duration::from_millis(500);
-const PUBLISH_PAUSE_MAX: Duration = Duration::from_secs(15);
 
 /// Why a training job failed.
 #[derive(Debug, thiserror::Error)]
@@ -144,13 +138,13 @@ pub async fn train_spec(cluster: Cluster, spec: TrainSpec) -> Result<TrainResult
 pub(super) struct Driver {
     pub(super) cluster: Cluster,
     pub(super) spec: TrainSpec,
-    workload: Workload,
-    job: JobId,
+    pub(super) workload: Workload,
+    pub(super) job: JobId,
     pub(super) actor: ActorId,
     pub(super) incarnation: Incarnation,
     pub(super) log: JobLog,
     /// The states so far; set when it is known where to go on.
-    trace: Mutex<Option<StepTrace>>,
+    pub(super) trace: Mutex<Option<StepTrace>>,
 }
 
 impl Driver {
@@ -445,135 +439,6 @@ impl Driver {
         let mut knowledge = BTreeMap::from([(HISTORY_KEY.to_owned(), history)]);
         knowledge.extend(trace.map(|trace| (TRACE_KEY.to_owned(), trace)));
         knowledge
-    }
-
-    async fn finish(
-        &self,
-        mut coordinator: Coordinator,
-        mut saver: Saver,
-        progress: &Progress,
-        history: History,
-    ) -> Result<TrainResult, JobError> {
-        let speed = progress.samples_per_second();
-        saver.offer(self.order(&coordinator, &saver, &history));
-        let replicas_agreeing = coordinator.confirm().await as u64;
-        let (file, evaluation) = tokio::task::block_in_place(|| {
-            describe(&self.workload, self.job, coordinator.state())
-        })?;
-        // The job's result stands on its last checkpoint: it waits for the store if it must.
-        saver.flush(None).await?;
-        let published = self.publish(&file).await?;
-        let record = self.store_record(&coordinator).await?;
-        let status = self.cluster.job_handle(self.job).status().await?;
-        let counters = coordinator.counters();
-        let wall_ms = now_ms().saturating_sub(status.started_ms.unwrap_or(status.submitted_ms));
-        // A driver that found all steps taken measured none.
-        let samples = (coordinator.state().step * self.spec.global_batch) as f64;
-        let samples_per_second = speed.unwrap_or(samples * 1e3 / wall_ms.max(1) as f64);
-        let result = TrainResult {
-            weights_blake3: coordinator.digest().to_owned(),
-            accuracy: evaluation.get("accuracy"),
-            held_out_loss: evaluation.loss,
-            metrics: evaluation.metrics.clone(),
-            steps: coordinator.state().step,
-            stopped_early: history.watch.stop,
-            best: history.watch.best,
-            last_loss: progress.last().map(|report| report.loss_mean),
-            last_gradient_norm: progress.last().map(|report| report.gradient_norm),
-            last_learning_rate: progress.last().map(|report| report.learning_rate),
-            goodput: progress.goodput(),
-            restarts: status.restarts,
-            lost_steps: history.lost_steps,
-            lost_steps_known: history.unknown_losses == 0,
-            trainer_restarts: self.trainer_restarts().await?,
-            trainers_lost: counters.trainers_lost,
-            handoffs: counters.handoffs,
-            reassigned_shards: counters.reassigned_shards,
-            digest_mismatches: counters.digest_mismatches,
-            replicas_agreeing,
-            checkpoints: saver.committed_count(),
-            rejected_checkpoints: history.rejected_checkpoints,
-            snapshot_stall_us: history.snapshot_stall_us,
-            pauses: progress.pauses(),
-            record,
-            wall_ms,
-            samples_per_second,
-            model_digest: published.digest,
-            model_size_bytes: published.size_bytes,
-            model: self.spec.register.clone(),
-            model_version: published.version,
-        };
-        self.cluster.set_result(&result).await?;
-        self.log.line(format_args!(
-            "done: held-out {evaluation}, {} steps, {} driver restarts, {} steps lost, {} \
-             trainers hold the same bits; weights_blake3 {}",
-            result.steps,
-            result.restarts,
-            result.lost_steps,
-            result.replicas_agreeing,
-            result.weights_blake3
-        ));
-        Ok(result)
-    }
-
-    /// Starts of trainers after their first ones, as the head counted them.
-    async fn trainer_restarts(&self) -> Result<u64, JobError> {
-        let actors = self.cluster.list_actors(Some(self.job)).await?;
-        let trainers = actors
-            .iter()
-            .filter(|actor| actor.type_name == Trainer::TYPE_NAME);
-        Ok(trainers.map(|trainer| u64::from(trainer.restarts)).sum())
-    }
-
-    /// Stores what the run was, however long the store is out of reach; its digest.
-    async fn store_record(&self, coordinator: &Coordinator) -> Result<String, JobError> {
-        let state = coordinator.state();
-        let record = tokio::task::block_in_place(|| {
-            let trace = self.trace.lock();
-            RunRecord::new(
-                self.job,
-                &self.spec,
-                &state.fingerprint,
-                self.workload.split().train.digest(),
-                trace.as_ref().expect("it was set before the first step"),
-                state.step,
-                coordinator.digest(),
-            )
-        });
-        let location = self.cluster.storage().expect("a driver is in a cluster");
-        let mut pause = PUBLISH_PAUSE_FIRST;
-        loop {
-            let stored = match open_blobs(location) {
-                Ok(blobs) => record.store(&blobs).await,
-                Err(error) => Err(error),
-            };
-            match stored {
-                Ok(digest) => return Ok(digest),
-                // Also a full disk or a refused key: somebody can mend it while the job waits.
-                Err(error) => self.log.line(format_args!(
-                    "the run's record is not stored: {error}; waiting, next attempt in {} ms",
-                    pause.as_millis()
-                )),
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PUBLISH_PAUSE_MAX);
-        }
-    }
-
-    /// Stores the model version, however long the store is out of reach.
-    async fn publish(&self, file: &VersionFile) -> Result<Published, PublishVersionError> {
-        let mut pause = PUBLISH_PAUSE_FIRST;
-        loop {
-            match publish_version(&self.cluster, &self.spec, file).await {
-                Err(error) if error.may_pass() => self.log.line(format_args!(
-                    "the model version is not stored: {error}; waiting, next attempt in {} ms",
-                    pause.as_millis()
-                )),
-                outcome => return outcome,
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PUBLISH_PAUSE_MAX);
-        }
     }
 }
 

@@ -21,8 +21,8 @@
 //!
 //! * [`job`] is the driver of a training job, from its TOML to its result; [`start_from`] begins with another
 //!   job's weights; [`resume`] finds where a driver that was started again goes on; [`checkpointing`] says
-//!   when to save and [`saving`] does it, with the trainers as `helpers`; `departure` leaves a node that was given notice, as [`preemption`]
-//!   chooses, and `chronicle` records that; [`publish`] stores the model.
+//!   when to save and [`saving`] does it, with the trainers as `helpers`; `departure` leaves a node that was
+//!   given notice, as [`preemption`] chooses, and `chronicle` records that; `finishing` ends the job, and [`publish`] stores the model.
 //! * [`protocol`] is what the members of a job do, as pure state machines; [`collective`] carries sums
 //!   between them and runs a member; [`shape`] has the sizes.
 //! * [`coordinator`] says who takes part and follows the steps; [`crew`] knows who is there.
@@ -58,6 +58,7 @@ pub mod workload;
 
 mod chronicle;
 mod departure;
+mod finishing;
 mod helpers;
 
 pub mod checkpointing;
