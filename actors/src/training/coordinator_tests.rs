@@ -18,6 +18,7 @@ use crate::training::collective::InProcess;
 use crate::training::collective::runner::{Board, Runner, RunnerHandle};
 use crate::training::crew::LinkError;
 use crate::training::data::Files;
+use crate::training::job::now_ms;
 use crate::training::local::LocalTrainer;
 use crate::training::messages::{Greeting, Handover, News, TrainerError};
 use crate::training::models::ModelSpec;
@@ -564,6 +565,11 @@ async fn a_witness_holds_the_very_bits_and_says_whether_its_machine_stays() {
     trainers[1].inner.lock().notice_ms = Some(1);
     let witnesses = coordinator.witnesses(limit).await;
     assert_eq!(slots(witnesses), [(0, false), (1, true), (2, false)]);
+    let in_an_hour = now_ms() + 3_600_000;
+    assert!(
+        !coordinator.stays(1, in_an_hour),
+        "a state of one chunk is saved alone"
+    );
     trainers[2].crash(&mut trainers[2].inner.lock());
     let witnesses = coordinator.witnesses(limit).await;
     assert_eq!(slots(witnesses), [(0, false), (1, true)]);
@@ -631,6 +637,12 @@ async fn trainers_whose_machines_all_go_stay_until_the_save_is_shared_and_then_l
     let trainers = trainers(&spec, vec![vec![]; 2]);
     let mut coordinator = coordinator(&spec, 1, &trainers);
     follow_to(2, &mut coordinator).await;
+    let in_an_hour = now_ms() + 3_600_000;
+    assert!(
+        coordinator.stays(0, in_an_hour),
+        "the driver may need it soon"
+    );
+    assert!(!coordinator.stays(1, 1), "its time is over");
     for trainer in &trainers {
         trainer.inner.lock().notice_ms = Some(1);
     }

@@ -107,8 +107,8 @@ pub(super) struct Slot<L> {
     /// The newest plan that it is known to follow, and its gate.
     adopted: Option<Plan>,
     is_adopting: bool,
-    /// Since when it is known that its node will be taken away.
-    pub(super) doomed_since: Option<Instant>,
+    /// Until when it stays on a node that will be taken away.
+    pub(super) stays_until: Option<Instant>,
     /// The step after which it was asked to keep the state for a checkpoint, and the one of which it said that it does.
     pub(super) asked_to_keep: Option<u64>,
     pub(super) keeps: Option<u64>,
@@ -183,7 +183,7 @@ impl<L: TrainerLink> Crew<L> {
             adopted: None,
             is_adopting: false,
             asked_to_keep: None,
-            doomed_since: None,
+            stays_until: None,
             keeps: None,
             news_number: 0,
             spent: Default::default(),
@@ -429,7 +429,7 @@ impl<L: TrainerLink> Crew<L> {
         slot.ticket += 1;
         (slot.member, slot.adopted, slot.is_adopting) = (None, None, false);
         (slot.asked_to_keep, slot.keeps) = (None, None);
-        slot.doomed_since = None;
+        slot.stays_until = None;
     }
 
     /// Waits in the background until the trainer is there; one that shall `leave` first is told.

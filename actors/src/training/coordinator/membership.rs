@@ -9,13 +9,15 @@ use tokio::time::Instant;
 use super::{Coordinator, CoordinatorError};
 use crate::training::collective::Collective;
 use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Slot, TrainerLink};
+use crate::training::job::now_ms;
 use crate::training::messages::{Greeting, Held, News, TrainerError};
 use crate::training::protocol::leader::{StateDigest, judge};
 use crate::training::protocol::plan::MemberId;
 
-/// How long the last trainers stay whose machines will all be taken away: longer than a driver takes to hear of its
-/// own notice.
-const LAST_STAY: Duration = Duration::from_secs(2);
+/// How long a trainer with notice stays that could help to save: longer than a driver takes to hear that its own
+/// machine goes too, which is seldom said to all at the same moment. And the share of the grace that it may be at most.
+const STAY_MAX: Duration = Duration::from_secs(2);
+const STAY_SHARE: u32 = 8;
 /// How often a trainer with notice that stays is listened to.
 const DOOMED_PAUSE: Duration = Duration::from_millis(100);
 /// How long no step may be done while members do not reach each other.
@@ -95,33 +97,40 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             self.lose(index, "it has taken over a state from somebody else");
             return;
         }
-        if news.notice_ms.is_none() {
-            self.crew.slot(index).doomed_since = None;
-            self.crew.listen(index);
-        } else if self.is_last_resort(index) {
-            self.crew.listen_after(index, DOOMED_PAUSE);
-        } else {
-            self.let_leave(index, member);
-            return;
+        match news.notice_ms {
+            None => {
+                self.crew.slot(index).stays_until = None;
+                self.crew.listen(index);
+            }
+            Some(deadline_ms) if self.stays(index, deadline_ms) => {
+                self.crew.listen_after(index, DOOMED_PAUSE);
+            }
+            Some(_) => {
+                self.let_leave(index, member);
+                return;
+            }
         }
         for report in &news.reports {
             self.reported(member, *report);
         }
     }
 
-    /// Whether a trainer with notice stays for now: the driver saves with its help, or nobody without notice is left
-    /// and the driver, whose machine may go as well, has hardly had the time to hear of that. Nothing waits for
-    /// such a trainer; it goes on as long as it can.
-    fn is_last_resort(&mut self, index: usize) -> bool {
-        let slot = self.crew.slot(index);
-        let since = *slot.doomed_since.get_or_insert_with(Instant::now);
+    /// Whether a trainer whose machine goes stays for now: the driver saves with its help, or has hardly had the time
+    /// to hear that its own machine goes as well. Nothing waits for such a trainer; it goes on as long as it can.
+    pub(super) fn stays(&mut self, index: usize, deadline_ms: u64) -> bool {
         if self.keeps_doomed {
             return true;
         }
-        let mut ready = self.crew.slots().iter().filter(|slot| slot.is_ready());
-        self.can_be_shared()
-            && since.elapsed() < LAST_STAY
-            && ready.all(|slot| slot.doomed_since.is_some())
+        if !self.can_be_shared() {
+            return false;
+        }
+        let left = Duration::from_millis(deadline_ms.saturating_sub(now_ms()));
+        let stay = STAY_MAX.min(left / STAY_SHARE);
+        let slot = self.crew.slot(index);
+        Instant::now()
+            < *slot
+                .stays_until
+                .get_or_insert_with(|| Instant::now() + stay)
     }
 
     fn let_leave(&mut self, index: usize, member: MemberId) {
