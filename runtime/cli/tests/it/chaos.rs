@@ -43,7 +43,7 @@ fn undisturbed(cluster: &TestCluster) -> String {
 }
 
 /// A running trainer's (or the driver's) process id and node.
-fn actor_of(cluster: &TestCluster, job: &str, type_name: &str) -> (u32, u64) {
+pub(crate) fn actor_of(cluster: &TestCluster, job: &str, type_name: &str) -> (u32, u64) {
     wait_for(&format!("a running {type_name} of {job}"), || {
         let output = cluster.run(&["actors", "list", "--job", job, "--json"]);
         let actors: Value = serde_json::from_slice(&output.stdout).ok()?;
@@ -198,14 +198,14 @@ fn a_job_that_may_stop_early_is_handed_over_with_what_was_measured() {
             );
         format!(
             "{job}[evaluation]\nevery_steps = 50\n\
-             [evaluation.early_stop]\npatience = 80\nmin_delta = 0.01\n"
+             [evaluation.early_stop]\npatience = 40\nmin_delta = 0.01\n"
         )
     };
     let undisturbed = cluster.submit_toml(&text("undisturbed"));
     let expected = cluster.result_of(&undisturbed);
     assert_eq!(
         (&expected["stopped_early"], &expected["steps"]),
-        (&true.into(), &4050.into()),
+        (&true.into(), &2050.into()),
         "{expected}"
     );
     let job = cluster.submit_toml(&text("stops-early"));
