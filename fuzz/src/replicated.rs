@@ -16,13 +16,16 @@ use std::sync::Arc;
 use mobula_core::codec;
 use mobula_core::control::{ApplyContext, Caller, StateModule};
 use mobula_core::id::{Incarnation, JobId, NodeId};
+use mobula_core::kept::{KeptCommand, KeptNames, KeptQuery, KeptValue};
+use mobula_core::object::Format;
 use mobula_core::resource::Resources;
-use mobula_scheduler::Scheduler;
 use mobula_scheduler::memory_txn::MemoryTables;
+use mobula_scheduler::{KeptObjects, Scheduler};
 
 fn modules() -> Vec<Arc<dyn StateModule>> {
     let mut modules = mobula_actors::modules();
     modules.push(Arc::new(Scheduler));
+    modules.push(Arc::new(KeptObjects));
     modules
 }
 
@@ -119,6 +122,20 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         token_hash: [7; 32],
     };
     let fence = mobula_actors::checkpoint::state::CheckpointCommand::Fence { job, incarnation };
+    let keep = KeptCommand::Keep {
+        job: JobId::SYSTEM,
+        holder: None,
+        name: "kept".into(),
+        value: KeptValue {
+            format: Format::Encoded,
+            size_bytes: 9,
+            chunks: vec![[7; 32]],
+        },
+    };
+    let kept = KeptQuery {
+        job: JobId::SYSTEM,
+        which: KeptNames::After(String::new()),
+    };
     let steps = [
         step("scheduler", 0, &register.encode()),
         step("scheduler", 0, &stop.encode()),
@@ -126,6 +143,8 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         step("registry", 0, &codec::encode_plain(&version)),
         step("serving", 0, &codec::encode_plain(&deploy)),
         step("checkpoint", 0, &codec::encode_plain(&fence)),
+        step("kept", 0, &keep.encode()),
+        step("kept", 1, &kept.encode()),
     ];
     let mut seeds = vec![steps.concat()];
     seeds.extend(steps);

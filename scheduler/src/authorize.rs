@@ -63,7 +63,7 @@ fn client_may(command: &Command) -> bool {
     }
 }
 
-fn describe(caller: &Caller) -> String {
+pub(crate) fn describe(caller: &Caller) -> String {
     match caller {
         Caller::Head => "a head".to_owned(),
         Caller::Client => "a client".to_owned(),

@@ -2,7 +2,8 @@
 //!
 //! A [`Command`] goes in through the Raft log, table writes and effects come out; a
 //! [`placement_pass`] reads the tables and proposes where pending actors go. Everything the head
-//! needs to know about nodes, jobs, actors, sessions and tokens is answered by a [`Query`].
+//! needs to know about nodes, jobs, actors, sessions and tokens is answered by a [`Query`]. What jobs keep
+//! is a module of its own, [`KeptObjects`].
 //!
 //! Invariants:
 //! 1. Nothing here knows the time, chance, or the world: same tables and command, same outcome.
@@ -37,6 +38,7 @@ pub use orders::{next_wakeup_ms, orders_for_node};
 pub use placement::placement_pass;
 pub use query::{ActorTarget, Query, QueryResponse, Resolution, answer};
 pub use state::actor::Start;
+pub use state::kept::{KeptObjects, kept_chunks};
 pub use state::namespace::owner as namespace_owner;
 pub use state::session;
 pub use state::token::{check as check_token, principal as token_principal};

@@ -44,6 +44,18 @@ pub const JOB_SPEC_ENTRIES_MAX: usize = 4096;
 /// A job's result: a summary. Bulk results belong into objects or checkpoints.
 pub const RESULT_BYTES_MAX: usize = 64 * 1024;
 
+/// Objects that one job keeps: a name for each of its parts, not one for each of its steps.
+pub const KEPT_JOB_MAX: u64 = 1000;
+
+/// Their bytes: 256 KiB of digests in the tables.
+pub const KEPT_JOB_BYTES_MAX: u64 = 64 << 30;
+
+/// Objects that all jobs together keep: at some 200 bytes a row, 20 MB.
+pub const KEPT_TOTAL_MAX: u64 = 100_000;
+
+/// Their bytes: 16 MiB of digests, and half a million blobs, which one sweep of the store can take in.
+pub const KEPT_TOTAL_BYTES_MAX: u64 = 4 << 40;
+
 /// Names of nodes, jobs, actors, clients, tokens; keys of labels and placement.
 pub const NAME_BYTES_MAX: usize = 128;
 

@@ -30,6 +30,8 @@ impl ModuleId {
     pub const SERVING: ModuleId = ModuleId(4);
     /// Monitors, drift events, retrain suggestions.
     pub const DRIFT: ModuleId = ModuleId(5);
+    /// Objects that jobs keep.
+    pub const KEPT: ModuleId = ModuleId(6);
 }
 
 /// One keyed table of a module.

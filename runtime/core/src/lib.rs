@@ -13,6 +13,7 @@ pub mod control;
 pub mod error;
 pub mod exit;
 pub mod id;
+pub mod kept;
 pub mod label;
 pub mod mutant;
 pub mod namespace;

@@ -2,6 +2,7 @@
 //!
 //! Each belongs to the process that created it, its *owner*: the owner counts who refers to it and
 //! knows where its bytes are. Nothing about objects is replicated; with its owner an object is lost.
+//! What is to survive that is kept ([`crate::kept`]).
 
 use std::fmt;
 
@@ -34,6 +35,31 @@ impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "object-{:016x}-{}", self.owner.0, self.sequence)
     }
+}
+
+/// How the bytes of a value are to be read. On the wire and in rows: new variants go at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Format {
+    /// As one encoded value.
+    Encoded,
+    /// As numbers, one after another, in the machine's own (little-endian) order.
+    Plain(Element),
+}
+
+/// The numbers of a plain object. The order is on the wire: new ones go at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names say it all")]
+pub enum Element {
+    U8,
+    I8,
+    U16,
+    I16,
+    U32,
+    I32,
+    U64,
+    I64,
+    F32,
+    F64,
 }
 
 /// Why an object has no value here. Sent between processes: new variants go at the end.
@@ -105,7 +131,10 @@ pub enum ObjectError {
         reason: String,
     },
     /// The process that the object belongs to has ended.
-    #[error("{object} is lost with its owner: {reason}; create it again, in a process that lives")]
+    #[error(
+        "{object} is lost with its owner: {reason}; create it again, in a process that lives, or get \
+         it by its name if it was kept (`Cluster::kept`)"
+    )]
     OwnerDied {
         /// Which.
         object: ObjectId,

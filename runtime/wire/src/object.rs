@@ -11,6 +11,7 @@
 use serde::{Deserialize, Serialize};
 
 use mobula_core::id::{ActorId, NodeId};
+pub use mobula_core::object::{Element, Format};
 use mobula_core::object::{ObjectError, ObjectId, ProcessId};
 
 /// The built-in actor of every process that answers for its objects. The head never gives this
@@ -32,31 +33,6 @@ pub const CHANGES_MAX: usize = 4096;
 
 /// Values in one answer of an owner, in bytes: half of what a call's frame takes.
 pub const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
-
-/// How the bytes of a value are to be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Format {
-    /// As one encoded value.
-    Encoded,
-    /// As numbers, one after another, in the machine's own (little-endian) order.
-    Plain(Element),
-}
-
-/// The numbers of a plain object. The order is on the wire: new ones go at the end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the names say it all")]
-pub enum Element {
-    U8,
-    I8,
-    U16,
-    I16,
-    U32,
-    I32,
-    U64,
-    I64,
-    F32,
-    F64,
-}
 
 /// A reference on its way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

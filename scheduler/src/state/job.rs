@@ -8,7 +8,7 @@
 //! 4. A job that keeps detached actors has no driver either; the end of its last detached actor takes
 //!    the place of the driver's ([`super::detached`]).
 
-use mobula_core::control::{Reader, Subject};
+use mobula_core::control::{ModuleId, Reader, Subject};
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::namespace::Namespace;
 use mobula_core::spec::{ActorKind, ActorSpec, JobSpec, PlacementPolicy, Program, RestartPolicy};
@@ -16,7 +16,7 @@ use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection,
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Apply, actor, check_name, group, lifecycle, namespace, overloaded, precondition, stopping,
+    Apply, actor, check_name, group, kept, lifecycle, namespace, overloaded, precondition, stopping,
 };
 use crate::command::Response;
 use crate::limits::{
@@ -465,6 +465,9 @@ fn decide(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome, reason: Exit
 
 fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
     forget_secrets(apply, job.id);
+    if kept::forget(apply.txn, job.id) {
+        apply.changed(Subject::Module(ModuleId::KEPT));
+    }
     namespace::leave(apply, &job);
     job.state = JobState::Over(outcome);
     job.ended_ms = Some(apply.now_ms());

@@ -9,6 +9,7 @@ pub(crate) mod actor;
 pub(crate) mod detached;
 pub(crate) mod group;
 pub(crate) mod job;
+pub(crate) mod kept;
 pub(crate) mod lease;
 pub(crate) mod lifecycle;
 pub(crate) mod namespace;

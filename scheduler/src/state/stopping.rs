@@ -56,7 +56,7 @@ fn begin_stopping(apply: &mut Apply<'_>, mut actor: ActorRow, grace_ms: u64, the
 }
 
 /// Refuses to act on an actor in the name of a job that it does not belong to.
-fn check_job(actor: &ActorRow, job: JobId) -> Result<(), Rejection> {
+pub(super) fn check_job(actor: &ActorRow, job: JobId) -> Result<(), Rejection> {
     if actor.job == job {
         return Ok(());
     }

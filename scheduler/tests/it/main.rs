@@ -6,6 +6,7 @@
 mod cluster;
 mod explain;
 mod jobs;
+mod kept;
 mod limits;
 mod namespaces;
 mod nodes;

@@ -1,18 +1,20 @@
 //! Any sequence of commands keeps every invariant, and gives the same tables on every replica.
 
 use mobula_core::control::{ApplyContext, StateModule};
+use mobula_core::kept::KeptCommand;
 use mobula_core::namespace::NamespaceEntry;
 use mobula_core::order::WorkerEvent;
 use mobula_core::spec::SpreadKey;
 use mobula_core::{ActorId, ExitReason, HostId, Incarnation, JobId, NodeId, Resources};
 use mobula_scheduler::memory_txn::MemoryTables;
 use mobula_scheduler::{
-    ActorIncarnation, Command, Query, QueryResponse, Response, Role, Scheduler, invariants,
-    orders_for_node, placement_pass,
+    ActorIncarnation, Command, KeptObjects, Query, QueryResponse, Response, Role, Scheduler,
+    invariants, orders_for_node, placement_pass,
 };
 use proptest::prelude::*;
 
 use crate::cluster::{actor_spec, job_spec};
+use crate::kept::value;
 
 /// One step; numbers choose among what exists when it is its turn.
 #[derive(Debug, Clone)]
@@ -82,6 +84,12 @@ enum Step {
     UseToken {
         id: u8,
     },
+    Keep {
+        actor: u8,
+        stale: bool,
+        name: u8,
+        size_bytes: Option<u64>,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -134,13 +142,17 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Session),
         1 => (0..3u8, proptest::option::of(0..3u32)).prop_map(|(id, uses)| Step::Token { id, uses }),
         1 => (0..3u8).prop_map(|id| Step::UseToken { id }),
+        3 => (any::<u8>(), proptest::bool::weighted(0.2), 0..3u8, proptest::option::weighted(0.8, 0..3u64))
+            .prop_map(|(actor, stale, name, size_bytes)| {
+                Step::Keep { actor, stale, name, size_bytes }
+            }),
     ]
 }
 
 /// A replica, and the log of what was proposed to it.
 struct Replica {
     tables: MemoryTables,
-    log: Vec<(ApplyContext, Vec<u8>)>,
+    log: Vec<(&'static dyn StateModule, ApplyContext, Vec<u8>)>,
     now_ms: u64,
 }
 
@@ -186,23 +198,30 @@ impl Replica {
     }
 
     fn apply(&mut self, command: &Command) -> Option<Response> {
+        let response = self.apply_in(&Scheduler, command.encode())?;
+        Some(Response::decode(&response).unwrap())
+    }
+
+    /// Applies a command of any module; its answer, unless it is refused.
+    fn apply_in(&mut self, module: &'static dyn StateModule, payload: Vec<u8>) -> Option<Vec<u8>> {
         let index = self.log.len() as u64 + 1;
         let context = ApplyContext {
             index,
             term: 1,
             now_ms: self.now_ms,
         };
-        self.log.push((context, command.encode()));
+        self.log.push((module, context, payload.clone()));
         let before = self.tables.clone();
-        match self.tables.apply(&Scheduler, &context, &command.encode()) {
+        match self.tables.apply(module, &context, &payload) {
             Ok(applied) => {
                 if let Err(violation) = invariants::check(&self.tables) {
-                    panic!("after {command:?}: {violation}");
+                    let command = Command::decode(&payload);
+                    panic!("after {command:?} of {}: {violation}", module.name());
                 }
                 for node in 1..=4 {
                     let _ = orders_for_node(&self.tables, NodeId(node));
                 }
-                Some(Response::decode(&applied.response).unwrap())
+                Some(applied.response)
             }
             Err(_) => {
                 assert_eq!(self.tables, before);
@@ -369,7 +388,7 @@ impl Replica {
             Step::UseToken { id } => Command::UseToken {
                 secret_hash: [id; 32],
             },
-            Step::Place { .. } | Step::Wait { .. } => return None,
+            Step::Place { .. } | Step::Wait { .. } | Step::Keep { .. } => return None,
         })
     }
 
@@ -393,6 +412,28 @@ impl Replica {
                     Some(Response::Assigned { assigned, .. }) => distinct(&assigned),
                     other => panic!("unexpected {other:?}"),
                 }
+            }
+            Step::Keep {
+                actor,
+                stale,
+                name,
+                size_bytes,
+            } => {
+                let Some((actor, job, incarnation, _)) = self.actor(actor) else {
+                    return;
+                };
+                let incarnation = Incarnation(incarnation.0 - u64::from(stale).min(incarnation.0));
+                let (holder, name) = (Some((actor, incarnation)), name.to_string());
+                let command = match size_bytes {
+                    Some(size_bytes) => KeptCommand::Keep {
+                        job,
+                        holder,
+                        name,
+                        value: value(7, size_bytes),
+                    },
+                    None => KeptCommand::Drop { job, holder, name },
+                };
+                self.apply_in(&KeptObjects, command.encode());
             }
             step => {
                 if let Some(command) = self.command(step) {
@@ -423,8 +464,8 @@ proptest! {
             replica.step(step);
         }
         let mut other = MemoryTables::default();
-        for (context, payload) in &replica.log {
-            let _ = other.apply(&Scheduler, context, payload);
+        for (module, context, payload) in &replica.log {
+            let _ = other.apply(*module, context, payload);
         }
         prop_assert_eq!(other, replica.tables);
     }
