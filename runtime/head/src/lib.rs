@@ -47,7 +47,7 @@ use mobula_core::control::{Controller, ModuleId, StateModule};
 use mobula_net::endpoint::Endpoint;
 use mobula_net::identity::{Credentials, Role};
 use mobula_net::tcp::ApiListener;
-use mobula_scheduler::Scheduler;
+use mobula_scheduler::{KeptObjects, Scheduler};
 use mobula_storage::artifact::ArtifactStore;
 use mobula_storage::blob::BlobStore;
 use mobula_storage::engine::{RocksEngine, RocksOptions};
@@ -415,10 +415,10 @@ async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static s
 }
 
 fn collect_modules(modules: Vec<Arc<dyn StateModule>>) -> BTreeMap<ModuleId, Arc<dyn StateModule>> {
-    let scheduler: Arc<dyn StateModule> = Arc::new(Scheduler);
+    let own: [Arc<dyn StateModule>; 2] = [Arc::new(Scheduler), Arc::new(KeptObjects)];
     modules
         .into_iter()
-        .chain([scheduler])
+        .chain(own)
         .map(|module| (module.id(), module))
         .collect()
 }

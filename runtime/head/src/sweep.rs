@@ -1,4 +1,5 @@
-//! The leader's sweep of the object store: checkpoints that nobody keeps, and their chunks.
+//! The leader's sweep of the object store: checkpoints that nobody keeps, and chunks that neither
+//! these nor kept objects have.
 //!
 //! Invariants:
 //! 1. What is deleted was needed by nobody in tables that were read after the store was listed, and
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use mobula_core::control::Retention;
 use mobula_core::id::SessionId;
+use mobula_scheduler::kept_chunks;
 use mobula_storage::checkpoint::{GcError, Kept, ManifestRef, Sweeper};
 use mobula_storage::digest::Digest;
 use parking_lot::Mutex;
@@ -148,6 +150,7 @@ async fn round(
         Kept {
             committed: committed?,
             may_be_committed,
+            chunks: kept_chunks(&reader).map(Digest::from).collect(),
         }
     };
     let age_min_ms = u64::try_from(options.age_min.as_millis()).unwrap_or(u64::MAX);

@@ -94,13 +94,15 @@ impl Stored {
     }
 }
 
-/// What the tables say about the checkpoints in a store.
+/// What the tables say about the checkpoints in a store, and about other chunks there.
 #[derive(Debug, Clone, Default)]
 pub struct Kept {
     /// Every checkpoint of every job that is visible.
     pub committed: Vec<ManifestRef>,
     /// Those that are not, and may still become so.
     pub may_be_committed: BTreeSet<ManifestName>,
+    /// Chunks that no manifest names, and the tables do.
+    pub chunks: BTreeSet<Digest>,
 }
 
 /// Why nothing was swept, or not all.
@@ -184,7 +186,7 @@ impl Sweeper {
             .iter()
             .filter(|(_, blob)| !kept_paths.contains(blob.path.as_str()))
             .partition(|(name, blob)| is_old(blob) && !kept.may_be_committed.contains(name));
-        let mut named: BTreeSet<Digest> = BTreeSet::new();
+        let mut named = kept.chunks.clone();
         let reader = CheckpointReader::new(self.blobs.clone(), u64::MAX);
         for kept in &kept.committed {
             match reader.manifest(kept).await {

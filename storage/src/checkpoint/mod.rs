@@ -7,6 +7,8 @@
 //! gc/owner                                         the cluster that sweeps
 //! ```
 //!
+//! Chunks need no manifest where something else names them, as the replicated table of kept objects does.
+//!
 //! Invariants:
 //! 1. A checkpoint is visible when its manifest exists and verifies; there is no mutable "latest".
 //!    The manifest is created after every chunk was acknowledged, so no crash leaves one half
@@ -18,7 +20,7 @@
 //!    gives exactly the saved bytes, or an error.
 //! 4. What is damaged or missing makes a restore go to the next older checkpoint and say why; what
 //!    is out of reach for now does not: an outage must not turn back time.
-//! 5. A sweep deletes only what no kept manifest names and what is older than the longest upload.
+//! 5. A sweep deletes only what neither a kept manifest nor the tables name, and what is older than the longest upload.
 
 mod chunk;
 mod gc;

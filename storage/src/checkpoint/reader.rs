@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use futures::stream::{self, StreamExt, TryStreamExt};
+use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use mobula_core::id::JobId;
 
 use super::manifest::{MANIFEST_LIMIT_BYTES, job_folder};
@@ -201,15 +201,7 @@ impl CheckpointReader {
         }
         let capacity = usize::try_from(total_bytes).expect("the limit is what fits in memory");
         let mut joined = BytesMut::with_capacity(capacity);
-        // Owned and boxed: a closure over a borrow is not general enough for callers that must be
-        // `Send` for every lifetime, as methods of actors are.
-        let reader = self.clone();
-        let mut parts = stream::iter(manifest.chunks.clone())
-            .map(move |chunk| {
-                let reader = reader.clone();
-                async move { reader.fetch(chunk).await }
-            })
-            .buffered(DOWNLOADS_MAX);
+        let mut parts = self.chunks(manifest.chunks.clone());
         while let Some(part) = parts.try_next().await? {
             joined.extend_from_slice(&part);
         }
@@ -228,6 +220,22 @@ impl CheckpointReader {
             manifest: Arc::new(manifest),
         };
         Ok(Checkpoint { handle, bytes })
+    }
+
+    /// The bytes of `chunks`, in order, each verified; a few are fetched ahead.
+    ///
+    /// Owned and boxed: a closure over a borrow is not general enough for callers that must be
+    /// `Send` for every lifetime, as methods of actors are.
+    #[must_use]
+    pub fn chunks(&self, chunks: Vec<ChunkRef>) -> BoxStream<'static, Result<Bytes, LoadError>> {
+        let reader = self.clone();
+        stream::iter(chunks)
+            .map(move |chunk| {
+                let reader = reader.clone();
+                async move { reader.fetch(chunk).await }
+            })
+            .buffered(DOWNLOADS_MAX)
+            .boxed()
     }
 
     async fn fetch(&self, chunk: ChunkRef) -> Result<Bytes, LoadError> {

@@ -18,7 +18,7 @@ use futures::stream::{self, TryStreamExt};
 use mobula_core::id::{Incarnation, JobId};
 use tokio::time::Instant;
 
-use super::chunk::{self, CHUNK_BYTES_DEFAULT, Piece};
+use super::chunk::{self, CHUNK_BYTES_DEFAULT, ChunkRef, Piece, Survey};
 use super::manifest::MANIFEST_LIMIT_BYTES;
 use super::pace::Pace;
 use super::{CheckpointHandle, CheckpointSource, InvalidManifest, Manifest, ManifestRef, Section};
@@ -219,12 +219,8 @@ impl CheckpointWriter {
         source: Arc<dyn CheckpointSource>,
     ) -> Result<Prepared, SaveError> {
         let begun = Instant::now();
-        let chunk_bytes = self.chunk_bytes;
         let total_bytes = source.length_bytes();
-        // Seconds of hashing for a large state: not on an executor thread.
-        let survey = tokio::task::spawn_blocking(move || chunk::survey(&*source, chunk_bytes))
-            .await
-            .expect("hashing does not panic, and is not aborted");
+        let survey = self.survey(&source).await;
         let parent = request.parent.as_ref();
         let manifest = Manifest {
             format: Manifest::FORMAT,
@@ -293,6 +289,33 @@ impl CheckpointWriter {
             .await
     }
 
+    /// Saves `source` in chunks without a manifest, for whoever names them elsewhere at once: a sweep
+    /// removes chunks that nothing names when they are twice as old as the longest save.
+    pub async fn save_chunks(
+        &self,
+        source: Arc<dyn CheckpointSource>,
+    ) -> Result<Vec<ChunkRef>, SaveError> {
+        let begun = Instant::now();
+        let pieces = self.survey(&source).await.pieces;
+        let mut known = BTreeSet::new();
+        let each_once: Vec<Piece> = pieces
+            .iter()
+            .filter(|piece| known.insert(piece.chunk.blake3))
+            .copied()
+            .collect();
+        self.upload(source, &each_once).await?;
+        check_time(begun)?;
+        Ok(pieces.into_iter().map(|piece| piece.chunk).collect())
+    }
+
+    /// Seconds of hashing for a large state: not on an executor thread.
+    async fn survey(&self, source: &Arc<dyn CheckpointSource>) -> Survey {
+        let (source, chunk_bytes) = (Arc::clone(source), self.chunk_bytes);
+        tokio::task::spawn_blocking(move || chunk::survey(&*source, chunk_bytes))
+            .await
+            .expect("hashing does not panic, and is not aborted")
+    }
+
     /// Makes the checkpoint visible. All missing pieces must have been uploaded.
     pub async fn finish(&self, prepared: Prepared) -> Result<Saved, SaveError> {
         let Prepared {
@@ -301,11 +324,7 @@ impl CheckpointWriter {
             missing,
             begun,
         } = prepared;
-        let took = begun.elapsed();
-        if took > SAVE_TIME_MAX {
-            let took_s = took.as_secs();
-            return Err(SaveError::TooSlow { took_s });
-        }
+        check_time(begun)?;
         let reference = ManifestRef {
             path: manifest.path(),
             digest: Digest::of(&manifest_bytes),
@@ -346,6 +365,16 @@ impl CheckpointWriter {
             tries: MANIFEST_TRIES,
         })
     }
+}
+
+/// Refuses to name what may be swept meanwhile.
+fn check_time(begun: Instant) -> Result<(), SaveError> {
+    let took = begun.elapsed();
+    if took > SAVE_TIME_MAX {
+        let took_s = took.as_secs();
+        return Err(SaveError::TooSlow { took_s });
+    }
+    Ok(())
 }
 
 /// A piece's bytes, if they are what was prepared.

@@ -109,7 +109,7 @@ fn check_empty(data_dir: &Path) -> Result<(), RestoreError> {
 }
 
 fn check_modules(manifest: &Manifest, modules: &[ModuleId]) -> Result<(), RestoreError> {
-    let own = [ModuleId::HEADS, ModuleId::SCHEDULER];
+    let own = [ModuleId::HEADS, ModuleId::SCHEDULER, ModuleId::KEPT];
     let unknown: Vec<u8> = manifest
         .module_ids()
         .filter(|id| !own.contains(id) && !modules.contains(id))

@@ -1,6 +1,7 @@
 //! What a sweep removes, and what it must not.
 
 use bytes::Bytes;
+use futures::TryStreamExt;
 
 use super::*;
 use crate::blob::BlobStore;
@@ -136,13 +137,51 @@ async fn an_old_manifest_that_may_still_be_committed_is_spared_with_its_chunks()
     let sweeper = Sweeper::new(blobs.clone());
     let stored = sweeper.list().await.unwrap();
     let kept = Kept {
-        committed: Vec::new(),
         may_be_committed: stored.manifests().collect(),
+        ..Kept::default()
     };
     let plan = sweeper.plan(&stored, &kept, now_ms, 0, MANY).await.unwrap();
     assert!(plan.is_empty(), "{plan:?}");
     sweeper.sweep(&plan).await.unwrap();
     assert!(reader(&blobs).load(&open.reference).await.is_ok());
+}
+
+#[tokio::test]
+async fn chunks_that_the_tables_name_are_spared_and_join_to_what_was_saved() {
+    let blobs = in_memory();
+    let other = saved(&blobs, 1).await;
+    // The second piece is the first once more, and the last is shorter.
+    let bytes = Bytes::from([state(5, 64).repeat(2), vec![7; 10]].concat());
+    let writer = writer(&blobs).with_chunk_bytes(64);
+    let chunks = writer.save_chunks(Arc::new(bytes.clone())).await.unwrap();
+    assert_eq!(
+        chunks.iter().map(|chunk| chunk.length).collect::<Vec<_>>(),
+        [64, 64, 10]
+    );
+    let sweeper = Sweeper::new(blobs.clone());
+    let stored = sweeper.list().await.unwrap();
+    let kept = Kept {
+        chunks: chunks.iter().map(|chunk| chunk.blake3).collect(),
+        ..Kept::default()
+    };
+    let now_ms = later_ms(&blobs).await;
+    let plan = sweeper.plan(&stored, &kept, now_ms, 0, MANY).await.unwrap();
+    assert_eq!(plan.manifests, [other.reference.path]);
+    assert_eq!(plan.chunks.len(), other.manifest.chunks.len());
+    sweeper.sweep(&plan).await.unwrap();
+    let joined: Vec<Bytes> = reader(&blobs)
+        .chunks(chunks.clone())
+        .try_collect()
+        .await
+        .unwrap();
+    assert_eq!(joined.concat(), bytes);
+
+    blobs
+        .renew(&chunks[2].path(), vec![8; 10].into())
+        .await
+        .unwrap();
+    let damaged = reader(&blobs).chunks(chunks).try_collect::<Vec<_>>().await;
+    assert!(damaged.unwrap_err().condemns_the_checkpoint());
 }
 
 #[tokio::test]
