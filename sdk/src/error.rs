@@ -4,6 +4,7 @@ use std::fmt;
 
 use mobula_core::codec;
 use mobula_core::error::{CallError, ErrorCode, Executed};
+use mobula_core::kept::KeptError;
 use mobula_core::object::ObjectError;
 use mobula_host::StateError;
 use serde::de::DeserializeOwned;
@@ -57,6 +58,9 @@ pub enum Error {
     /// An object has no value here.
     #[error(transparent)]
     Object(ObjectError),
+    /// A value was not kept, or what was kept cannot be read.
+    #[error(transparent)]
+    Kept(KeptError),
 }
 
 /// What was asked for, where that says more than the refusal itself.
@@ -86,7 +90,11 @@ impl Error {
                 code,
                 ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::DeadlineExceeded
             ),
-            None => matches!(self, Error::Call(CallError::ActorUnavailable { .. })),
+            None => matches!(
+                self,
+                Error::Call(CallError::ActorUnavailable { .. })
+                    | Error::Kept(KeptError::NotStored { .. } | KeptError::OutOfReach { .. })
+            ),
         }
     }
 
@@ -111,6 +119,7 @@ impl Error {
             Error::NotInCluster(_) | Error::Setup { .. } => Executed::No,
             Error::User(_) => Executed::Yes,
             Error::Object(error) => error.executed(),
+            Error::Kept(_) => Executed::No,
         }
     }
 

@@ -33,7 +33,7 @@
 //!
 //! * [`connect`]: the ways into a cluster; [`cluster`]: what can be asked of it; [`control`]: the
 //!   head's API under it.
-//! * [`object`]: values that are put once and read by reference.
+//! * [`object`]: values that are put once and read by reference; kept ones outlive who put them.
 //! * [`mod@actor`]: creating actors and referring to them; [`call`]: calling them; [`stream`]: calls
 //!   that bring several values.
 //! * [`mod@task`]: functions that run somewhere in the cluster.
@@ -59,6 +59,7 @@ pub mod error;
 mod exactly_once;
 mod heads;
 pub mod job;
+mod kept;
 pub mod log_lines;
 pub mod object;
 mod plain;

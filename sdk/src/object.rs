@@ -3,7 +3,7 @@
 //! Invariants:
 //! 1. A value never changes. Reading it twice, anywhere, gives the same bytes, or a typed error.
 //! 2. An object lives as long as a reference to it, in a process or on its way to one, and as long
-//!    as the process that created it: its *owner*.
+//!    as the process that created it: its *owner*. What is to live longer is kept: [`Cluster::keep`].
 //! 3. A reference may be sent as an argument, returned, or put inside another object.
 
 use std::any::Any;
@@ -24,6 +24,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
+use crate::kept;
 use crate::plain::{self, Plain, SharedSlice};
 use crate::task::scope::waiting;
 
@@ -95,7 +96,7 @@ impl<T: DeserializeOwned + 'static> ObjectRef<T> {
         }
     }
 
-    fn decode(&self, payload: &Payload) -> Result<T> {
+    pub(crate) fn decode(&self, payload: &Payload) -> Result<T> {
         match payload.bytes.len() {
             0..=COPY_IN_PLACE_BYTES_MAX => self.decode_here(payload),
             _ => mobula_host::actor::run_blocking(|| self.decode_here(payload)),
@@ -224,6 +225,9 @@ impl<T> Serialize for ObjectRef<T> {
 impl<'de, T> Deserialize<'de> for ObjectRef<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         let reference = Reference::deserialize(deserializer)?;
+        if !kept::may_hold_references() {
+            return Err(serde::de::Error::custom("a kept value holds no references"));
+        }
         let of_task =
             TaskContext::current().and_then(|task| task.slot().runtime().objects().cloned());
         let objects = of_task

@@ -11,6 +11,7 @@
 //!   [`values`]: where their values are; [`completer`]: values that come later.
 //! * [`store`]: the node's shared memory, for values that are large; `mapping`: its unsafe part.
 //! * `brought`: values that travel with the references to them.
+//! * `kept`: to the object store and back, what outlives its owner.
 //! * `owner`: what the owner knows about holders elsewhere; `link`: what a holder tells the owner.
 //!
 //! Invariants:
@@ -24,6 +25,7 @@ mod brought;
 pub mod cell;
 pub mod completer;
 pub mod handle;
+mod kept;
 mod link;
 mod mapping;
 mod owner;

@@ -11,7 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures::stream::{Stream, TryStreamExt};
 use mobula_core::codec;
 use mobula_core::id::NodeId;
 use mobula_core::object::ObjectError;
@@ -99,6 +100,33 @@ impl ObjectTable {
             None => Ok(self.put_bytes(format, Bytes::copy_from_slice(bytes))),
             Some(store) => Ok(self.write(store, format, bytes).await?.0),
         }
+    }
+
+    /// Puts a value of `size_bytes` that comes in `parts`, in order; each is copied once, to where the
+    /// value will be read.
+    pub(crate) async fn put_parts<E: From<ObjectError>>(
+        self: &Arc<Self>,
+        format: Format,
+        size_bytes: u64,
+        mut parts: impl Stream<Item = Result<Bytes, E>> + Unpin,
+    ) -> Result<Object, E> {
+        // More than memory addresses has no store room for, which says so.
+        let size = usize::try_from(size_bytes).unwrap_or(usize::MAX);
+        let Some(store) = self.store_for(size)? else {
+            let mut joined = BytesMut::with_capacity(size);
+            while let Some(part) = parts.try_next().await? {
+                joined.extend_from_slice(&part);
+            }
+            return Ok(self.put_bytes(format, joined.freeze()));
+        };
+        let (object, entry) = self.create_entry(Cell::default());
+        let mut block = store.begin(size_bytes).await?;
+        while let Some(part) = parts.try_next().await? {
+            block.write(&part);
+        }
+        let stored = block.publish(object.id(), format, true);
+        entry.cell.settle(Ok(Value::Stored(stored)));
+        Ok(object)
     }
 
     /// Where the agent of this node answers others, if the process is connected to its store.

@@ -69,6 +69,11 @@ impl OwnMemory {
         })
     }
 
+    /// An allocated range becomes no object after all.
+    pub(super) fn give_back(&mut self, range: &Range) {
+        self.free(range.arena, range.offset, range.size_bytes);
+    }
+
     /// An allocated range is `object` from now on.
     pub(super) fn publish(&mut self, object: ObjectId, range: &Range) {
         let block = Block {
@@ -137,12 +142,16 @@ impl OwnMemory {
         let Some(block) = self.blocks.remove(&object) else {
             return false;
         };
-        if let Some(own) = self.arenas.get_mut(&block.arena)
-            && let Err(error) = own.blocks.release(block.offset, block.size_bytes)
-        {
-            tracing::error!(%object, %error, "a block of shared memory is lost");
-        }
+        self.free(block.arena, block.offset, block.size_bytes);
         true
+    }
+
+    fn free(&mut self, arena: u64, offset: u64, size_bytes: u64) {
+        if let Some(own) = self.arenas.get_mut(&arena)
+            && let Err(error) = own.blocks.release(offset, size_bytes)
+        {
+            tracing::error!(arena, offset, %error, "a block of shared memory is lost");
+        }
     }
 
     /// Lets go of arenas without blocks; answers which.
@@ -176,6 +185,9 @@ mod tests {
             owner: ProcessId(1),
             sequence,
         };
+        let unwanted = memory.allocate(4096).unwrap();
+        assert!(memory.allocate(1).is_none());
+        memory.give_back(&unwanted);
         let range = memory.allocate(4096).unwrap();
         memory.publish(object(1), &range);
         assert!(memory.allocate(1).is_none());

@@ -12,7 +12,8 @@
 //! Invariants:
 //! 1. A block's memory is used again only after the agent has said `Reclaimed` and no view of it
 //!    is left here.
-//! 2. Each `Open` that was answered has one `Close`, when the last view of it is dropped.
+//! 2. What is not published, because whoever wrote it gave up, is free again at once.
+//! 3. Each `Open` that was answered has one `Close`, when the last view of it is dropped.
 
 mod link;
 mod memory;
@@ -116,7 +117,7 @@ impl StoreClient {
     }
 
     /// Copies `bytes` into shared memory, as `object`. `is_owned_here` says that it is to end with
-    /// this process. Waits, within the agent's bound, for memory.
+    /// this process.
     pub(crate) async fn write(
         &self,
         object: ObjectId,
@@ -124,36 +125,18 @@ impl StoreClient {
         bytes: &[u8],
         is_owned_here: bool,
     ) -> Result<Stored, ObjectError> {
-        let size_bytes = bytes.len() as u64;
-        let range = self.allocate(size_bytes).await?;
-        let offset = usize::try_from(range.offset).expect("a mapped offset fits");
-        let copy = || {
-            // SAFETY: own arenas are mapped writable, and the range was allocated here just now: it
-            // is in no published block.
-            unsafe { range.mapping.write(offset, bytes) }
-        };
-        match bytes.len() {
-            0..=COPY_IN_PLACE_BYTES_MAX => copy(),
-            _ => run_blocking(copy),
-        }
-        let mut state = self.state.lock();
-        state.own.publish(object, &range);
-        self.push(
-            &mut state,
-            StoreRequest::Publish {
-                object,
-                arena: range.arena,
-                offset: range.offset,
-                size_bytes,
-                is_owned_here,
-            },
-        );
-        Ok(Stored {
-            object,
-            format,
-            size_bytes,
-            node: self.node,
-            agent: self.agent.clone(),
+        let mut block = self.begin(bytes.len() as u64).await?;
+        block.write(bytes);
+        Ok(block.publish(object, format, is_owned_here))
+    }
+
+    /// Memory for `size_bytes` that are then written. Waits, within the agent's bound, for it.
+    pub(crate) async fn begin(&self, size_bytes: u64) -> Result<NewBlock<'_>, ObjectError> {
+        Ok(NewBlock {
+            range: self.allocate(size_bytes).await?,
+            written_bytes: 0,
+            is_published: false,
+            store: self,
         })
     }
 
@@ -323,6 +306,81 @@ impl std::fmt::Debug for StoreClient {
             .field("node", &self.node)
             .field("agent", &self.agent)
             .finish_non_exhaustive()
+    }
+}
+
+/// Memory that is being written, and nobody else knows of; it is free again when this is dropped
+/// before it is published.
+pub(crate) struct NewBlock<'a> {
+    range: Range,
+    written_bytes: u64,
+    is_published: bool,
+    store: &'a StoreClient,
+}
+
+impl NewBlock<'_> {
+    /// Writes `bytes` behind what was written before.
+    pub(crate) fn write(&mut self, bytes: &[u8]) {
+        let begin = self.written_bytes;
+        self.written_bytes += bytes.len() as u64;
+        assert!(self.written_bytes <= self.range.size_bytes, "it has room");
+        let offset = usize::try_from(self.range.offset + begin).expect("a mapped offset fits");
+        let mapping = &self.range.mapping;
+        let copy = || {
+            // SAFETY: own arenas are mapped writable, and the range was allocated for this value
+            // alone: it is in no published block.
+            unsafe { mapping.write(offset, bytes) }
+        };
+        match bytes.len() {
+            0..=COPY_IN_PLACE_BYTES_MAX => copy(),
+            _ => run_blocking(copy),
+        }
+    }
+
+    /// What was written is `object` from now on.
+    pub(crate) fn publish(
+        mut self,
+        object: ObjectId,
+        format: Format,
+        is_owned_here: bool,
+    ) -> Stored {
+        let Range {
+            arena,
+            offset,
+            size_bytes,
+            ..
+        } = self.range;
+        // The rest may hold what another object had there.
+        assert_eq!(self.written_bytes, size_bytes, "all of it was written");
+        self.is_published = true;
+        let mut state = self.store.state.lock();
+        state.own.publish(object, &self.range);
+        self.store.push(
+            &mut state,
+            StoreRequest::Publish {
+                object,
+                arena,
+                offset,
+                size_bytes,
+                is_owned_here,
+            },
+        );
+        Stored {
+            object,
+            format,
+            size_bytes,
+            node: self.store.node,
+            agent: self.store.agent.clone(),
+        }
+    }
+}
+
+impl Drop for NewBlock<'_> {
+    fn drop(&mut self) {
+        if !self.is_published {
+            self.store.state.lock().own.give_back(&self.range);
+            self.store.room.notify_waiters();
+        }
     }
 }
 
