@@ -10,7 +10,9 @@ use mobula::log_lines::{FOLD_WINDOW, LogLines};
 use mobula_actors::checkpoint::client;
 use mobula_core::clock::Clock;
 use mobula_core::id::JobId;
+use mobula_core::kept::KeptObject;
 use mobula_wire::control::Job;
+use serde_json::json;
 
 use crate::args::{JobsCommand, Target};
 use crate::clock::SystemClock;
@@ -67,6 +69,20 @@ pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result
                 timeline.spans().len(),
                 path.display()
             );
+        }
+        JobsCommand::Kept { job, format } => {
+            let kept = cluster.in_job(job).kept_objects().await?;
+            if format.json {
+                print_json(&kept.iter().map(kept_as_json).collect::<Vec<_>>())?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let now_ms = SystemClock.now_ms();
+            let row = |kept: &KeptObject| {
+                let size = kept.value.size_bytes.to_string();
+                vec![kept.name.clone(), size, age(kept.kept_ms, now_ms)]
+            };
+            let rows: Vec<Vec<String>> = kept.iter().map(row).collect();
+            print_table(&["NAME", "BYTES", "AGE"], &rows);
         }
         JobsCommand::Stop { job } => {
             let handle = cluster.job_handle(job);
@@ -131,6 +147,15 @@ pub(crate) fn as_json(job: &Job) -> anyhow::Result<serde_json::Value> {
         object.insert("result".to_owned(), result);
     }
     Ok(value)
+}
+
+/// A kept object as `--json` prints it.
+fn kept_as_json(kept: &KeptObject) -> serde_json::Value {
+    json!({
+        "name": kept.name,
+        "size_bytes": kept.value.size_bytes,
+        "kept_ms": kept.kept_ms,
+    })
 }
 
 /// Why a job is not (or not any more) running, or why one without a driver is.

@@ -83,6 +83,13 @@ pub(crate) enum JobsCommand {
         /// The job.
         job: JobId,
     },
+    /// The objects that it keeps.
+    Kept {
+        /// The job.
+        job: JobId,
+        #[command(flatten)]
+        format: Format,
+    },
     /// What took how long in it, for Perfetto (ui.perfetto.dev) or chrome://tracing.
     Timeline {
         /// The job.

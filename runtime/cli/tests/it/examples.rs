@@ -59,7 +59,7 @@ fn parallel_pi_runs_embedded_and_submitted_with_the_same_answer() {
 }
 
 /// Examples that check what they show themselves, and what they print at their end.
-const CHECKED: [(&str, &str); 9] = [
+const CHECKED: [(&str, &str); 10] = [
     ("concurrency", "loaders at once"),
     ("streaming", "streamed"),
     ("cancellation", "all cancelled"),
@@ -67,6 +67,7 @@ const CHECKED: [(&str, &str); 9] = [
     ("errors", "all errors told apart"),
     ("names", "the books are right"),
     ("objects", "an object ends with its owner"),
+    ("kept", "numbers survived in metres"),
     ("tasks", "one survived at attempt 2"),
     ("task_streams", "streamed 1000 numbers in two attempts"),
 ];

@@ -23,6 +23,7 @@ mod heads;
 mod in_process;
 mod isolation;
 mod jobs;
+mod kept;
 mod notices;
 mod objects;
 mod observe;

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mobula::Cluster;
+use mobula::{Cluster, JobHandle};
 use mobula_actors::checkpoint::state::{CheckpointCommand, CheckpointRef};
 use mobula_core::clock::Clock;
 use mobula_core::control::ModuleId;
 use mobula_core::id::{Incarnation, JobId, SessionId};
+use mobula_core::kept::{KeptCommand, KeptValue};
+use mobula_core::object::Format;
 use mobula_head::SweepOptions;
 use mobula_storage::blob::{BlobStore, S3Options};
 use mobula_storage::checkpoint::{CheckpointWriter, SaveRequest, manifest_path};
@@ -93,6 +95,46 @@ impl World {
         outcome.result.unwrap();
     }
 
+    /// Stores a value that fits in one chunk, and has it kept where there is a name; its blob.
+    async fn keep(&self, bytes: &[u8], name: Option<&str>) -> String {
+        let bytes = bytes::Bytes::copy_from_slice(bytes);
+        let size_bytes = bytes.len() as u64;
+        let writer = CheckpointWriter::new(self.blobs.clone());
+        let chunks = writer.save_chunks(Arc::new(bytes)).await.unwrap();
+        if let Some(name) = name {
+            let command = KeptCommand::Keep {
+                job: self.job,
+                holder: None,
+                name: name.to_owned(),
+                value: KeptValue {
+                    format: Format::Encoded,
+                    size_bytes,
+                    chunks: chunks.iter().map(|chunk| chunk.blake3.into()).collect(),
+                },
+            };
+            let raft = self.head.raft();
+            let proposed = raft.propose(SessionId::INTERNAL, 0, ModuleId::KEPT, command.encode());
+            proposed.await.unwrap().result.unwrap();
+        }
+        chunks[0].path()
+    }
+
+    /// Waits until exactly these chunks are left.
+    async fn until_chunks(&self, expected: &[&String]) {
+        let expected: BTreeSet<String> = expected.iter().copied().cloned().collect();
+        let left = async {
+            loop {
+                let chunks = self.names("chunks").await;
+                if chunks == expected {
+                    return;
+                }
+                assert!(chunks.is_superset(&expected), "too much went: {chunks:?}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, left).await.unwrap();
+    }
+
     async fn names(&self, folder: &str) -> BTreeSet<String> {
         let blobs = self.blobs.list(folder, 1000).await.unwrap();
         blobs.into_iter().map(|blob| blob.path).collect()
@@ -123,18 +165,8 @@ impl World {
     }
 }
 
-async fn sweep_report(cluster: &Cluster) -> api::Sweep {
-    let status = cluster
-        .control()
-        .read("read the status", |mut client| async move {
-            client.status(api::StatusRequest {}).await
-        });
-    status.await.unwrap().sweep.unwrap()
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_leader_removes_what_the_table_has_forgotten_and_nothing_else() {
-    let clock = Arc::new(ShiftedClock::default());
+/// A head that sweeps, and a job.
+async fn start(clock: &Arc<ShiftedClock>) -> (World, Cluster, JobHandle) {
     let head = InProcessHead::start(clock.clone(), |options| {
         options.modules = mobula_actors::modules();
         options.sweep = Some(SweepOptions {
@@ -153,6 +185,22 @@ async fn the_leader_removes_what_the_table_has_forgotten_and_nothing_else() {
         job: submitted.id(),
         head,
     };
+    (world, cluster, submitted)
+}
+
+async fn sweep_report(cluster: &Cluster) -> api::Sweep {
+    let status = cluster
+        .control()
+        .read("read the status", |mut client| async move {
+            client.status(api::StatusRequest {}).await
+        });
+    status.await.unwrap().sweep.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_leader_removes_what_the_table_has_forgotten_and_nothing_else() {
+    let clock = Arc::new(ShiftedClock::default());
+    let (world, cluster, submitted) = start(&clock).await;
     for step in 1..=25 {
         world.save(step, true).await;
     }
@@ -189,5 +237,23 @@ async fn the_leader_removes_what_the_table_has_forgotten_and_nothing_else() {
     };
     let report = tokio::time::timeout(LIMIT, reported).await.unwrap();
     assert_eq!(report.blobs_deleted, 48, "24 manifests and a chunk of each");
+    world.head.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_job_keeps_stays_until_it_is_dropped_or_the_job_is_over() {
+    let clock = Arc::new(ShiftedClock::default());
+    let (world, cluster, submitted) = start(&clock).await;
+    let kept = world.keep(b"kept", Some("a")).await;
+    let dropped = world.keep(b"dropped", Some("b")).await;
+    let orphan = world.keep(b"stored, and nobody told the head", None).await;
+    world.until_chunks(&[&kept, &dropped, &orphan]).await;
+    clock.ahead_ms.store(JUMP_MS, Ordering::SeqCst);
+    world.until_chunks(&[&kept, &dropped]).await;
+    let in_job = cluster.in_job(world.job);
+    assert!(in_job.drop_kept("b").await.unwrap());
+    world.until_chunks(&[&kept]).await;
+    submitted.stop().await.unwrap();
+    world.until_chunks(&[]).await;
     world.head.stop().await;
 }
