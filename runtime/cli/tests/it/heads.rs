@@ -1,9 +1,10 @@
 //! Groups of heads as processes: they lose their leader, grow, shrink, and take back who was away.
 
 use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mobula::Cluster;
 use mobula_wire::control::{CreateTokenRequest, DrainNodeRequest};
@@ -201,6 +202,37 @@ fn a_leader_that_stops_without_dying_costs_no_worker() {
     );
     signal(stopped, libc::SIGCONT);
     wait_for_voters(&cluster, 3);
+    let result = cluster.result_of(&job);
+    assert_eq!(
+        (&result["restarts"], &result["trainers_lost"]),
+        (&0.into(), &0.into()),
+        "{result}"
+    );
+    assert_eq!(incarnations(&cluster), before);
+}
+
+/// What was said to it meanwhile is still in its sockets when it goes on.
+#[test]
+fn a_head_that_was_stopped_for_longer_than_a_lease_gives_nobody_up() {
+    const LEASE: Duration = Duration::from_secs(3);
+    let mut config = tempfile::NamedTempFile::with_suffix(".toml").unwrap();
+    let limits = "[limits]\nlease_ms = 3000\nrenew_ms = 500\nsuspect_ms = 2000\n";
+    config.write_all(limits.as_bytes()).unwrap();
+    let config = config.path().to_str().unwrap();
+    let cluster = TestCluster::up_with(1, &["--config", config], &[]);
+    let before = incarnations(&cluster);
+    let job = cluster.submit_toml(&small_job("undisturbed", 1_500));
+
+    let head = cluster.pid("head-1");
+    signal(head, libc::SIGSTOP);
+    // This is the fault, and its length matters.
+    std::thread::sleep(2 * LEASE);
+    signal(head, libc::SIGCONT);
+    let log = cluster.dir().join("head-1.log");
+    wait_for("the head to see that it was stopped", || {
+        let log = std::fs::read_to_string(&log).unwrap();
+        log.contains("this head was stopped").then_some(())
+    });
     let result = cluster.result_of(&job);
     assert_eq!(
         (&result["restarts"], &result["trainers_lost"]),
