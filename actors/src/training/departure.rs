@@ -23,7 +23,7 @@ use super::saving::Saver;
 /// How much later than it was given a notice may be heard: a worker looks for its file twice a second.
 const NOTICE_LAG_MS: u64 = 500;
 /// How long the trainers may take to answer; and the share of the grace that it may be at most.
-const WITNESS_MAX: Duration = Duration::from_millis(500);
+const WITNESS_MAX: Duration = Duration::from_secs(2);
 const WITNESS_SHARE: u64 = 8;
 /// The share of the grace that may pass until all hold the state that is handed over or saved together.
 const GATHER_SHARE: u64 = 4;

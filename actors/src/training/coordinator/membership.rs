@@ -126,11 +126,9 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         }
         let left = Duration::from_millis(deadline_ms.saturating_sub(now_ms()));
         let stay = STAY_MAX.min(left / STAY_SHARE);
+        let now = Instant::now();
         let slot = self.crew.slot(index);
-        Instant::now()
-            < *slot
-                .stays_until
-                .get_or_insert_with(|| Instant::now() + stay)
+        now < *slot.stays_until.get_or_insert(now + stay)
     }
 
     fn let_leave(&mut self, index: usize, member: MemberId) {

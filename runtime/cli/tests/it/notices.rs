@@ -194,28 +194,23 @@ fn chunks(cluster: &TestCluster) -> BTreeSet<String> {
 
 #[test]
 fn too_short_a_notice_for_a_slow_store_begins_no_save_and_says_what_one_needs() {
-    // A state of some 13 MB: the second of its two chunks has to wait until the first one's time is over.
-    let text = |name: &str, limit: &str| {
-        format!(
-            "name = \"{name}\"\nseed = 7\nsteps = 500\nglobal_batch = 16\nvirtual_shards = 2\n\
-             checkpoint_every_steps = 1000000\nworkers = {{ min = 1, max = 1 }}\n\
-             [model.mlp]\nhidden = [1024, 1024]\n{limit}"
-        )
-    };
+    // A state of some 13 MB: the second of its two chunks has to wait until the first one's time is over. More steps
+    // than anybody takes meanwhile.
+    let text = "name = \"abandoned\"\nseed = 7\nsteps = 1000000\nglobal_batch = 16\nvirtual_shards = 2\n\
+                checkpoint_every_steps = 1000000\nworkers = { min = 1, max = 1 }\n\
+                [model.mlp]\nhidden = [1024, 1024]\n\
+                [checkpoints]\nupload_bytes_per_second = 1000000\n";
     let cluster = TestCluster::up(1);
-    let job = cluster.submit_toml(&text("undisturbed", ""));
-    let expected = cluster.result_of(&job)["weights_blake3"].clone();
     let is_advised = Arc::new(AtomicBool::new(false));
     let _spot = only_spot(&cluster, &is_advised);
-    let slow = "[checkpoints]\nupload_bytes_per_second = 3000000\n";
-    let job = cluster.submit_toml(&text("abandoned", slow));
+    let job = cluster.submit_toml(text);
     wait_for_step(&cluster, &job, 1);
     // Saves for the advice's sake, and so knows what that takes.
     is_advised.store(true, Ordering::SeqCst);
     let first = wait_for("a checkpoint", || saved(&cluster, &job));
     wait_for_step(&cluster, &job, first + 1);
     let stored = chunks(&cluster);
-    cluster.ok(&["nodes", "preempt", "spot", "--grace", "4s"]);
+    cluster.ok(&["nodes", "preempt", "spot", "--grace", "8s"]);
     assert_eq!(
         phases(&cluster, &job, 3)[..3],
         ["ADVISED", "NOTICED", "ABANDON"]
@@ -230,15 +225,17 @@ fn too_short_a_notice_for_a_slow_store_begins_no_save_and_says_what_one_needs() 
     assert_eq!(saved(&cluster, &job), Some(first));
 
     cluster.ok(&["nodes", "drain", "worker-1", "--undo"]);
-    let result = cluster.result_of(&job);
-    assert_eq!(result["weights_blake3"], expected, "{result}");
-    let status = cluster.json(&["train", "status", &job]);
+    let status = wait_for("the next driver", || {
+        let status = cluster.json(&["train", "status", &job]);
+        let last = status["preemptions"].as_array()?.last()?;
+        (last["to"] == "GONE").then_some(status)
+    });
     let steps = status["preemptions"].as_array().unwrap();
     let abandoned = &steps[2];
     let number = |key: &str| abandoned[key].as_u64().unwrap();
-    // 8 MiB at 3 MB a second; of 4 s there are at most 1.5 that count.
-    assert!(number("needed_ms") >= 2_700, "{abandoned}");
-    assert!(number("usable_ms") <= 1_500, "{abandoned}");
+    // 8 MiB at 1 MB a second; of 8 s there are at most 5.5 that count.
+    assert!(number("needed_ms") >= 8_000, "{abandoned}");
+    assert!(number("usable_ms") <= 5_500, "{abandoned}");
     assert!(number("trained_steps") > first, "{abandoned}");
     let why = abandoned["why"].as_str().unwrap();
     assert!(

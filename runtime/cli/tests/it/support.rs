@@ -93,6 +93,12 @@ impl TestCluster {
 
     /// The same cluster once more, from what its dead processes left on disk.
     pub(crate) fn up_again(&mut self, workers: u32) {
+        // Who was killed a moment ago may still be dying, and counts as running until then.
+        wait_for("the end of the processes of before", || {
+            let mut processes = self.record["processes"].as_array().unwrap().iter();
+            let is_dead = |process: &Value| !runs(process["pid"].as_u64().unwrap() as u32);
+            processes.all(is_dead).then_some(())
+        });
         let output = mobula()
             .args(["local", "up", "--json", "--workers", &workers.to_string()])
             .arg("--data-dir")
