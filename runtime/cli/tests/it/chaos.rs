@@ -156,12 +156,7 @@ fn a_driver_hands_over_to_trainers_elsewhere_and_what_it_did_is_known_after_it()
     );
 
     let status = cluster.json(&["train", "status", &job]);
-    let steps = status["preemptions"].as_array().unwrap();
-    let went: Vec<&str> = steps
-        .iter()
-        .map(|step| step["to"].as_str().unwrap())
-        .collect();
-    assert_eq!(went, ["NOTICED", "HANDOFF", "DETACHED", "GONE"], "{status}");
+    let steps = handed_over(&status);
     assert!(
         steps
             .iter()
@@ -183,6 +178,17 @@ fn a_driver_hands_over_to_trainers_elsewhere_and_what_it_did_is_known_after_it()
     let marks = trace["traceEvents"].as_array().unwrap().iter();
     let marks = marks.filter(|event| event["cat"] == "preemption").count();
     assert_eq!(marks, 4);
+}
+
+/// The recorded steps of a driver that handed its job over.
+fn handed_over(status: &Value) -> &[Value] {
+    let steps = status["preemptions"].as_array().unwrap();
+    let went: Vec<&str> = steps
+        .iter()
+        .map(|step| step["to"].as_str().unwrap())
+        .collect();
+    assert_eq!(went, ["NOTICED", "HANDOFF", "DETACHED", "GONE"], "{status}");
+    steps
 }
 
 #[test]
@@ -223,12 +229,7 @@ fn a_job_that_may_stop_early_is_handed_over_with_what_was_measured() {
         "{result}"
     );
     let status = cluster.json(&["train", "status", &job]);
-    let steps = status["preemptions"].as_array().unwrap();
-    let went: Vec<&str> = steps
-        .iter()
-        .map(|step| step["to"].as_str().unwrap())
-        .collect();
-    assert_eq!(went, ["NOTICED", "HANDOFF", "DETACHED", "GONE"], "{status}");
+    let steps = handed_over(&status);
     assert_eq!(
         steps[3]["trained_steps"], steps[1]["trained_steps"],
         "the next driver goes on where this one left: {status}"

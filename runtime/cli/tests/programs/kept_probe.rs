@@ -4,6 +4,8 @@
 //! Arguments: `keep`, or `intrude` with the number of a job to look into; and a folder that it shares
 //! with the test.
 
+mod folder;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +14,8 @@ use mobula::core::object::ObjectError;
 use mobula::core::{ErrorCode, JobId};
 use mobula::prelude::*;
 use serde_json::{Value, json};
+
+use folder::Folder;
 
 type Error = mobula::Error;
 
@@ -60,24 +64,6 @@ async fn is_right(cluster: &Cluster, seed: u32) -> mobula::Result<bool> {
         return Ok(false);
     };
     Ok(large.view().await?[..] == numbers(seed) && small.get().await? == text(seed))
-}
-
-/// What the test and this program leave for each other.
-struct Folder(PathBuf);
-
-impl Folder {
-    /// Tells the test something, whole or not at all.
-    fn tell(&self, name: &str, what: &Value) -> std::io::Result<()> {
-        let hidden = self.0.join(format!(".{name}"));
-        std::fs::write(&hidden, what.to_string())?;
-        std::fs::rename(hidden, self.0.join(name))
-    }
-
-    async fn wait_for(&self, name: &str) {
-        while !self.0.join(name).exists() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
 }
 
 async fn keeper_at(cluster: &Cluster, spot: &str) -> mobula::Result<ActorRef<Keeper>> {

@@ -3,6 +3,8 @@
 //!
 //! Arguments: what to do, and a folder that it shares with the test.
 
+mod folder;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,6 +14,8 @@ use mobula::core::object::ObjectError;
 use mobula::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+
+use folder::Folder;
 
 type Error = mobula::Error;
 
@@ -172,24 +176,6 @@ impl Probe {
             is_right,
             refused: refused.map(|error| error.to_string()),
         })
-    }
-}
-
-/// What the test and this program leave for each other.
-struct Folder(PathBuf);
-
-impl Folder {
-    /// Tells the test something, whole or not at all.
-    fn tell(&self, name: &str, what: &Value) -> std::io::Result<()> {
-        let hidden = self.0.join(format!(".{name}"));
-        std::fs::write(&hidden, what.to_string())?;
-        std::fs::rename(hidden, self.0.join(name))
-    }
-
-    async fn wait_for(&self, name: &str) {
-        while !self.0.join(name).exists() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
     }
 }
 
