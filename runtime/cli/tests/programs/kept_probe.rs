@@ -6,7 +6,7 @@
 
 mod folder;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use mobula::core::label::Requirement;

@@ -5,7 +5,7 @@
 
 mod folder;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mobula::core::codec;
