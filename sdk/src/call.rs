@@ -19,6 +19,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use mobula_core::codec::{self, EncodeError};
 use mobula_core::error::{CallError, Executed};
+use mobula_host::client::CallOrder;
 use mobula_host::objects::Object;
 use mobula_host::reply::CancelLevel;
 use serde::de::DeserializeOwned;
@@ -150,6 +151,14 @@ macro_rules! call_options {
         /// panicked or was lost while it was under way. It may then run more than once.
         pub fn max_retries(mut self, times: u32) -> Self {
             self.prepared.options.max_retries = times;
+            self
+        }
+
+        /// Lets the call overtake others to the same process, and be overtaken. Between machines such calls share
+        /// several connections that are made for large values, instead of the one that all others keep their order
+        /// on: for arguments or answers of megabytes, of which many are under way.
+        pub fn any_order(mut self) -> Self {
+            self.prepared.options.order = CallOrder::Any;
             self
         }
 

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_host::CallScope;
-use mobula_host::client::{OutgoingCall, PendingCall, PendingStream, StreamEvent};
+use mobula_host::client::{CallOrder, OutgoingCall, PendingCall, PendingStream, StreamEvent};
 use mobula_host::mailbox::Deadline;
 use mobula_host::reply::{CallResult, CancelLevel, Cancellation};
 use tokio::sync::{oneshot, watch};
@@ -35,6 +35,7 @@ pub(crate) struct CallOptions {
     /// How often it is sent again when its outcome is unknown.
     pub(crate) max_retries: u32,
     pub(crate) exactly_once: bool,
+    pub(crate) order: CallOrder,
     /// What whoever started it says about ending it.
     pub(crate) cancel: Option<watch::Receiver<CancelLevel>>,
     /// Told when its place in the order of calls is taken.
@@ -227,6 +228,7 @@ impl UntypedRef {
             timeout,
             mut max_retries,
             exactly_once,
+            order,
             cancel,
             mut sent,
         } = options;
@@ -249,7 +251,8 @@ impl UntypedRef {
         };
         let call = OutgoingCall::new(method, arguments)
             .with_deadline(limit.deadline)
-            .with_key(held.as_ref().map(HeldKey::key));
+            .with_key(held.as_ref().map(HeldKey::key))
+            .in_order(order);
         let mut patience = Patience::default();
         loop {
             let at_once = match interest.level() {

@@ -101,7 +101,9 @@ impl Served {
         loop {
             tokio::select! {
                 accepted = connection.accept() => match accepted {
-                    Ok((Lane::Call, stream)) if streams.len() < STREAMS_PER_CONNECTION_MAX => {
+                    Ok((Lane::Call | Lane::LargeCall, stream))
+                        if streams.len() < STREAMS_PER_CONNECTION_MAX =>
+                    {
                         streams.spawn(self.clone().serve_stream(stream));
                     }
                     Ok((Lane::SameMachine, question))

@@ -1,32 +1,29 @@
-//! Making calls: one ordered stream from this process to each host, shared by all callers.
+//! Making calls: one ordered stream from this process to each host, shared by all callers, and some more for calls
+//! that need no order.
 //!
 //! Invariants:
-//! 1. Calls reach a host in the order in which [`CallClient::start`] took them.
+//! 1. Calls reach a host in the order in which [`CallClient::start`] took them, but for those that need none
+//!    ([`CallOrder::Any`]).
 //! 2. A call that was never handed to the transport failed as *not executed*; one that was, and
 //!    whose stream then broke, as *unknown*.
 //! 3. Nothing is sent twice from here: sending again is the decision of who knows the new address.
 //! 4. A host on this machine is called over a Unix socket if it offers one, any other over QUIC.
 //!    The choice is made once for a stream, before its first call is written, so order holds.
 
+mod stream;
+
 use std::collections::HashMap;
-use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_core::order::ActorAddress;
-use mobula_net::endpoint::{Connection, Endpoint, LaneClass, OpenError};
-use mobula_net::identity::Role;
-use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
-use mobula_net::same_machine::{change_over, is_own_address};
-use mobula_wire::call::{
-    CallKey, CallRequest, CalleeMessage, METHOD_BYTES_MAX, MethodName, STREAM_WINDOW_MAX,
-};
-use mobula_wire::frame::{Frame, FrameKind};
-use mobula_wire::frame_queue::FrameQueue;
-use mobula_wire::hello::Lane;
+use mobula_net::endpoint::Endpoint;
+use mobula_net::same_machine::is_own_address;
+use mobula_wire::call::{CallKey, CallRequest, METHOD_BYTES_MAX, MethodName, STREAM_WINDOW_MAX};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -37,8 +34,12 @@ pub use crate::pending::{PendingCall, PendingStream, StreamEvent};
 use crate::reply::{CallResult, Reply, VALUE_BYTES_MAX, unavailable};
 use crate::supervision::ActorTable;
 
-/// Hosts that one process calls at once; each costs a connection.
-pub const HOSTS_MAX: usize = 4096;
+/// Streams that one process has to others at once; each costs a connection.
+pub const STREAMS_MAX: usize = 4096;
+
+/// Connections to a host beside the ordered one, for calls that need no order. One connection's packets are
+/// encrypted and acknowledged by one task, so several are faster than one where there are processors for them.
+pub const LARGE_STREAMS: u8 = 3;
 
 /// Which ways to other processes a client takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +61,17 @@ pub enum CallPath {
     Network,
 }
 
+/// Whether a call has a place among the calls to its host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CallOrder {
+    /// It comes after those that were started before.
+    #[default]
+    Kept,
+    /// It may overtake others and be overtaken. Between machines it goes over one of [`LARGE_STREAMS`] connections
+    /// of its own kind, so that it neither waits for large values of other calls nor has those wait for its own.
+    Any,
+}
+
 /// A call to make.
 #[derive(Debug, Clone)]
 pub struct OutgoingCall {
@@ -71,16 +83,19 @@ pub struct OutgoingCall {
     pub deadline: Option<Deadline>,
     /// By which a repetition is recognized: the same for each time that the call is sent.
     pub key: Option<CallKey>,
+    /// Whether it keeps its place among other calls.
+    pub order: CallOrder,
 }
 
 impl OutgoingCall {
-    /// A call without deadline or key.
+    /// A call without deadline or key, in its order.
     pub fn new(method: impl Into<MethodName>, arguments: impl Into<Bytes>) -> Self {
         OutgoingCall {
             method: method.into(),
             arguments: arguments.into(),
             deadline: None,
             key: None,
+            order: CallOrder::Kept,
         }
     }
 
@@ -97,6 +112,13 @@ impl OutgoingCall {
         self.key = key;
         self
     }
+
+    /// The same in another order.
+    #[must_use]
+    pub fn in_order(mut self, order: CallOrder) -> Self {
+        self.order = order;
+        self
+    }
 }
 
 /// An actor's address as calls use it: looked at once, for all calls to one start of an actor.
@@ -107,8 +129,19 @@ struct RouteInner {
     actor: ActorId,
     incarnation: Incarnation,
     address: SocketAddr,
+    /// Whether that is on this machine, once somebody wanted to know.
+    is_near: OnceLock<bool>,
     /// The stream that the last call took: it saves the look into the table of streams.
     stream: Mutex<Option<Arc<HostStream>>>,
+}
+
+/// One of the streams to a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum StreamKind {
+    /// All calls that keep their order.
+    Ordered,
+    /// Some of those that need none.
+    Large(u8),
 }
 
 impl CallRoute {
@@ -122,6 +155,7 @@ impl CallRoute {
             actor: target.actor,
             incarnation: target.incarnation,
             address,
+            is_near: OnceLock::new(),
             stream: Mutex::new(None),
         })))
     }
@@ -156,6 +190,7 @@ impl From<NewCall> for OutgoingCall {
             arguments: new.request.arguments,
             deadline: new.deadline,
             key: new.request.key,
+            order: new.order,
         }
     }
 }
@@ -169,7 +204,9 @@ struct ClientInner {
     /// The actors of this very process, and the address under which others call them.
     local: Option<(SocketAddr, Weak<ActorTable>)>,
     paths: Paths,
-    streams: Mutex<HashMap<SocketAddr, Arc<HostStream>>>,
+    streams: Mutex<HashMap<(SocketAddr, StreamKind), Arc<HostStream>>>,
+    /// Whose turn it is among the streams for large calls.
+    turn: AtomicU8,
     /// Ends the streams' tasks with the last client.
     ended: CancellationToken,
 }
@@ -199,6 +236,7 @@ impl CallClient {
             local,
             paths,
             streams: Mutex::new(HashMap::new()),
+            turn: AtomicU8::new(0),
             ended: CancellationToken::new(),
         }))
     }
@@ -216,7 +254,8 @@ impl CallClient {
             return Some(CallPath::SameProcess);
         }
         let streams = self.0.streams.lock();
-        streams.get(&address)?.path.get().copied()
+        let stream = streams.get(&(address, StreamKind::Ordered))?;
+        stream.path.get().copied()
     }
 
     /// Makes a call and waits for its answer.
@@ -314,6 +353,7 @@ impl CallClient {
             arguments,
             deadline,
             key,
+            order,
         } = call;
         if arguments.len() > VALUE_BYTES_MAX || method.len() > METHOD_BYTES_MAX {
             return Prepared::Done(Route::Failed(CallError::BadCall(format!(
@@ -337,7 +377,7 @@ impl CallClient {
             table.admit(actor, incarnation, call);
             return Prepared::Done(Route::SameProcess(pending));
         }
-        let stream = match self.stream_of(route) {
+        let stream = match self.stream_of(route, order) {
             Ok(stream) => stream,
             Err(reason) => {
                 let error = unavailable(actor, reason, Executed::No);
@@ -355,33 +395,48 @@ impl CallClient {
             window,
             arguments,
         };
-        Prepared::Remote(stream, NewCall { request, deadline })
+        let call = NewCall {
+            request,
+            deadline,
+            order,
+        };
+        Prepared::Remote(stream, call)
     }
 
-    fn stream_of(&self, route: &CallRoute) -> Result<Arc<HostStream>, String> {
+    fn stream_of(&self, route: &CallRoute, order: CallOrder) -> Result<Arc<HostStream>, String> {
+        if order == CallOrder::Any && !self.is_near(route) {
+            let turn = self.0.turn.fetch_add(1, Ordering::Relaxed) % LARGE_STREAMS;
+            return self.stream(route.0.address, StreamKind::Large(turn));
+        }
         let mut known = route.0.stream.lock();
         if let Some(stream) = &*known
             && !stream.is_ended()
         {
             return Ok(Arc::clone(stream));
         }
-        let stream = self.stream(route.0.address)?;
+        let stream = self.stream(route.0.address, StreamKind::Ordered)?;
         *known = Some(Arc::clone(&stream));
         Ok(stream)
     }
 
-    fn stream(&self, address: SocketAddr) -> Result<Arc<HostStream>, String> {
+    /// Whether the host is called over a Unix socket, as far as its address tells: one stream is enough there.
+    fn is_near(&self, route: &CallRoute) -> bool {
+        let is_own = || is_own_address(route.0.address.ip());
+        self.0.paths == Paths::Any && *route.0.is_near.get_or_init(is_own)
+    }
+
+    fn stream(&self, address: SocketAddr, kind: StreamKind) -> Result<Arc<HostStream>, String> {
         let mut streams = self.0.streams.lock();
-        if let Some(stream) = streams.get(&address)
+        if let Some(stream) = streams.get(&(address, kind))
             && !stream.is_ended()
         {
             return Ok(Arc::clone(stream));
         }
         // A new host is rare enough to look through all of them for those that are gone.
         streams.retain(|_, stream| !stream.is_ended());
-        if streams.len() >= HOSTS_MAX {
+        if streams.len() >= STREAMS_MAX {
             return Err(format!(
-                "this process calls {HOSTS_MAX} hosts already, its limit"
+                "this process has {STREAMS_MAX} streams to other processes already, its limit"
             ));
         }
         let stream = Arc::new(HostStream::default());
@@ -391,12 +446,12 @@ impl CallClient {
         let served = Arc::clone(&stream);
         tokio::spawn(async move {
             let reason = tokio::select! {
-                reason = run_stream(&endpoint, address, paths, &served) => reason,
+                reason = stream::run(&endpoint, address, kind, paths, &served) => reason,
                 () = ended.cancelled() => "this process stopped calling".to_owned(),
             };
             served.end(&reason);
         });
-        streams.insert(address, Arc::clone(&stream));
+        streams.insert((address, kind), Arc::clone(&stream));
         Ok(stream)
     }
 }
@@ -406,98 +461,5 @@ impl std::fmt::Debug for CallClient {
         f.debug_struct("CallClient")
             .field("own_address", &self.own_address())
             .finish_non_exhaustive()
-    }
-}
-
-/// Connects, then writes requests and reads answers until either side fails; answers why.
-async fn run_stream(
-    endpoint: &Endpoint,
-    address: SocketAddr,
-    paths: Paths,
-    stream: &HostStream,
-) -> String {
-    let connection = match endpoint
-        .connect(address, LaneClass::Control, Role::Host)
-        .await
-    {
-        Ok(connection) => connection,
-        Err(error) => return format!("its host {address} does not take the connection: {error}"),
-    };
-    let framed = match open_stream(&connection, address, paths).await {
-        Ok((path, framed)) => {
-            let _ = stream.path.set(path);
-            framed
-        }
-        Err(error) => return format!("its host {address} does not open a call stream: {error}"),
-    };
-    let (sender, receiver) = framed.split();
-    let reason = tokio::select! {
-        reason = write_requests(sender, stream) => reason,
-        reason = read_answers(receiver, stream) => reason,
-        // A Unix socket would not notice.
-        lost = connection.closed() => lost.to_string(),
-    };
-    connection.close("the call stream ended");
-    format!("the connection to its host {address} is lost: {reason}")
-}
-
-/// A Unix socket where that is possible, QUIC otherwise.
-async fn open_stream(
-    connection: &Connection,
-    address: SocketAddr,
-    paths: Paths,
-) -> Result<(CallPath, FramedStream), OpenError> {
-    if paths == Paths::Any && is_own_address(address.ip()) {
-        match change_over(connection, Lane::Call).await {
-            Ok(stream) => return Ok((CallPath::SameMachine, stream)),
-            Err(error) => {
-                tracing::debug!(%address, %error, "a host of this machine is called over QUIC");
-            }
-        }
-    }
-    Ok((CallPath::Network, connection.open(Lane::Call).await?))
-}
-
-async fn write_requests(mut sender: FramedSender, stream: &HostStream) -> String {
-    let limits = sender.limits();
-    let mut frames = FrameQueue::new();
-    let mut batch = Vec::new();
-    while poll_fn(|context| stream.poll_outgoing(context, &mut batch)).await {
-        for message in batch.drain(..) {
-            if let Err(error) = frames.push_message(limits, |head| message.encode_head(head)) {
-                return error.to_string();
-            }
-        }
-        if let Err(error) = sender.send_frames(&mut frames).await {
-            return error.to_string();
-        }
-    }
-    "the stream has ended".to_owned()
-}
-
-async fn read_answers(mut receiver: FramedReceiver, stream: &HostStream) -> String {
-    loop {
-        let mut next = match receiver.receive_soon().await {
-            Ok(Some(frame)) => Some(frame),
-            Ok(None) => return "the host ended the stream".to_owned(),
-            Err(error) => return error.to_string(),
-        };
-        // What arrived together is handled together.
-        while let Some(Frame { kind, payload }) = next {
-            if kind != FrameKind::Message {
-                return format!("a frame of kind {kind:?} has no place on the call lane");
-            }
-            let message = match CalleeMessage::decode(payload) {
-                Ok(message) => message,
-                Err(error) => return error.to_string(),
-            };
-            if let Err(error) = stream.receive(message) {
-                return error.to_string();
-            }
-            next = match receiver.receive_buffered() {
-                Ok(next) => next,
-                Err(error) => return error.to_string(),
-            };
-        }
     }
 }

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 
 pub(crate) use self::sent_call::SentCall;
 use crate::caller_stream::COALESCED_BYTES;
-use crate::client::CallPath;
+use crate::client::{CallOrder, CallPath};
 use crate::mailbox::Deadline;
 use crate::reply::{CallResult, CancelLevel, remember, unavailable};
 
@@ -117,6 +117,8 @@ pub(crate) enum ProtocolError {
 pub(crate) struct NewCall {
     pub(crate) request: mobula_wire::call::CallRequest,
     pub(crate) deadline: Option<Deadline>,
+    /// For who takes it back, where there is no room.
+    pub(crate) order: CallOrder,
 }
 
 impl HostStream {
@@ -174,6 +176,7 @@ impl HostStream {
             let NewCall {
                 mut request,
                 deadline,
+                ..
             } = call.take()?;
             let sequence = state.next_sequence;
             state.next_sequence += 1;

@@ -145,7 +145,7 @@ async fn greet(
     // Raft has no business on a local socket: heads know each other by certificate.
     let judge = |lane| match lane {
         Lane::Raft => Err("heads talk over quic".to_owned()),
-        Lane::SameMachine => Err("this is a local socket already".to_owned()),
+        Lane::SameMachine | Lane::LargeCall => Err("this is a local socket already".to_owned()),
         Lane::Control | Lane::Call | Lane::Bulk => Ok(()),
     };
     match accept_stream(stream, &cluster_id, judge).await {

@@ -24,7 +24,7 @@ use crate::tls::{self, ALPN_BULK, ALPN_CONTROL, RejectionSlot, TlsError};
 pub enum LaneClass {
     /// Control, Raft and calls: small and urgent.
     Control,
-    /// Objects, snapshots, checkpoints: large and patient.
+    /// Objects, snapshots, checkpoints, large calls: large and patient.
     Bulk,
 }
 
@@ -34,7 +34,7 @@ impl LaneClass {
     pub const fn of(lane: Lane) -> Self {
         match lane {
             Lane::Control | Lane::Raft | Lane::Call | Lane::SameMachine => LaneClass::Control,
-            Lane::Bulk => LaneClass::Bulk,
+            Lane::Bulk | Lane::LargeCall => LaneClass::Bulk,
         }
     }
 

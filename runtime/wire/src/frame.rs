@@ -132,7 +132,7 @@ impl FrameLimits {
             Lane::Control => FrameLimits::CONTROL,
             Lane::SameMachine => FrameLimits::HELLO,
             Lane::Raft => FrameLimits::RAFT,
-            Lane::Call => FrameLimits::CALL,
+            Lane::Call | Lane::LargeCall => FrameLimits::CALL,
             Lane::Bulk => FrameLimits::BULK,
         }
     }

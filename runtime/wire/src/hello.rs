@@ -28,6 +28,8 @@ pub enum Lane {
     Bulk = 4,
     /// Asks a host for a Unix socket to make calls over, where both are on one machine.
     SameMachine = 5,
+    /// Calls that need no order, on connections for large things.
+    LargeCall = 6,
 }
 
 /// A lane number that this build does not know.
@@ -51,6 +53,7 @@ impl TryFrom<u8> for Lane {
             3 => Ok(Lane::Call),
             4 => Ok(Lane::Bulk),
             5 => Ok(Lane::SameMachine),
+            6 => Ok(Lane::LargeCall),
             number => Err(UnknownLane(number)),
         }
     }
@@ -64,6 +67,7 @@ impl fmt::Display for Lane {
             Lane::Call => "call",
             Lane::Bulk => "bulk",
             Lane::SameMachine => "same-machine",
+            Lane::LargeCall => "large-call",
         })
     }
 }
@@ -191,6 +195,7 @@ mod tests {
             (Lane::Call, 3),
             (Lane::Bulk, 4),
             (Lane::SameMachine, 5),
+            (Lane::LargeCall, 6),
         ] {
             assert_eq!(codec::encode_plain(&lane), [number]);
             assert_eq!(codec::decode::<Lane>(&[number], 1).unwrap(), lane);

@@ -8,6 +8,7 @@
 mod calls;
 mod concurrency;
 mod objects;
+mod order;
 mod protocol;
 mod supervision;
 mod support;
