@@ -21,6 +21,7 @@ use mobula_net::endpoint::Endpoint;
 use mobula_net::identity::{Credentials, CurrentCredentials, PrivateKey};
 use mobula_net::lane::{FramedReceiver, FramedSender};
 use mobula_net::local::connect_local;
+use mobula_net::threads::NetworkThreads;
 use mobula_wire::hello::Lane;
 use mobula_wire::host::{
     AgentMessage, BOOTSTRAP_ENV, HostAnswer, HostBootstrap, HostMessage, HostQuestion, HostRole,
@@ -136,6 +137,8 @@ pub struct HostProcess {
     closing: CancellationToken,
     writer: JoinHandle<()>,
     server: JoinHandle<()>,
+    /// The endpoint's. Last, because it must outlive it.
+    _network: NetworkThreads,
 }
 
 impl HostProcess {
@@ -153,7 +156,9 @@ impl HostProcess {
             .parse()
             .map(|ip: std::net::IpAddr| SocketAddr::new(ip, 0))
             .map_err(|error| HostStartError::setup("listen address", error))?;
-        let endpoint = Endpoint::bind(listen, &credentials)
+        let network = NetworkThreads::start()
+            .map_err(|error| HostStartError::setup("threads for the network", error))?;
+        let endpoint = Endpoint::bind_on(&network, listen, &credentials)
             .map_err(|error| HostStartError::setup("endpoint for calls", error))?;
         let call_address = endpoint.local_address();
 
@@ -202,6 +207,7 @@ impl HostProcess {
             closing,
             writer,
             server,
+            _network: network,
         })
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use mobula_wire::frame::{FrameKind, FrameLimits};
 use parking_lot::Mutex;
-use quinn::{ConnectionError, TransportErrorCode, VarInt};
+use quinn::{ConnectionError, Runtime, TokioRuntime, TransportErrorCode, VarInt};
 use rustls_pki_types::CertificateDer;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::task::JoinSet;
@@ -20,6 +20,7 @@ use tokio::time::timeout;
 
 use crate::connection::Peer;
 use crate::identity::{Credentials, Identity, Role, not_after, peer_identity};
+use crate::threads::NetworkThreads;
 use crate::tls::{PeerRejection, RejectionSlot, SERVER_NAME, TlsError};
 use crate::transport::{claimed_class, client_config, endpoint_config, server_config};
 
@@ -150,7 +151,18 @@ impl ServerConfigs {
 impl Endpoint {
     /// An endpoint at `address` (which may have port 0) that accepts and connects.
     pub fn bind(address: SocketAddr, credentials: &Credentials) -> Result<Self, EndpointError> {
-        Endpoint::open(address, credentials, Some(ServerConfigs::new(credentials)?))
+        let server = ServerConfigs::new(credentials)?;
+        Endpoint::open(address, credentials, Some(server), Arc::new(TokioRuntime))
+    }
+
+    /// The same on threads of its own, which must live as long as it.
+    pub fn bind_on(
+        threads: &NetworkThreads,
+        address: SocketAddr,
+        credentials: &Credentials,
+    ) -> Result<Self, EndpointError> {
+        let server = ServerConfigs::new(credentials)?;
+        Endpoint::open(address, credentials, Some(server), threads.runtime())
     }
 
     /// An endpoint that connects only.
@@ -158,13 +170,14 @@ impl Endpoint {
         address: SocketAddr,
         credentials: &Credentials,
     ) -> Result<Self, EndpointError> {
-        Endpoint::open(address, credentials, None)
+        Endpoint::open(address, credentials, None, Arc::new(TokioRuntime))
     }
 
     fn open(
         address: SocketAddr,
         credentials: &Credentials,
         server: Option<ServerConfigs>,
+        runtime: Arc<dyn Runtime>,
     ) -> Result<Self, EndpointError> {
         let failed = |source| EndpointError::Bind { address, source };
         let socket = UdpSocket::bind(address).map_err(failed)?;
@@ -173,7 +186,7 @@ impl Endpoint {
             endpoint_config(credentials),
             server.as_ref().map(|configs| (*configs.control).clone()),
             socket,
-            Arc::new(quinn::TokioRuntime),
+            runtime,
         )
         .map_err(failed)?;
         let local_address = quinn.local_addr().map_err(failed)?;

@@ -23,6 +23,7 @@ pub mod pool;
 pub mod probe;
 pub mod same_machine;
 pub mod tcp;
+pub mod threads;
 pub mod tls;
 pub mod tombstone;
 
@@ -40,3 +41,4 @@ pub use lane::{FramedReceiver, FramedSender, FramedStream};
 pub use mobula_wire::frame::{Frame, FrameKind};
 pub use mobula_wire::hello::Lane;
 pub use tcp::{ApiListener, ClientTls, PeerInfo, connect_channel};
+pub use threads::NetworkThreads;
