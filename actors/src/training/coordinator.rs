@@ -27,6 +27,7 @@ use super::collective::{Collective, Unreachable};
 use super::crew::{Crew, Event, Happened, Slot, TrainerLink, Witness};
 use super::job_log::JobLog;
 use super::messages::{Epoch, Handover, Held, short_digest};
+use super::numerics::Probe;
 use super::optimizer::{Optimizer, StepError, StepReport};
 use super::progress::StepBreakdown;
 use super::protocol::exchange::{Action, Content, Refusal, Report};
@@ -37,7 +38,7 @@ use super::reduction::Partial;
 use super::shape::{leader_shape, member_shape};
 use super::spec::TrainSpec;
 use super::state::TrainState;
-use super::workload::Workload;
+use super::workload::{Workload, WorkloadError};
 use crate::checkpoint::sharing::Helper;
 
 mod membership;
@@ -105,6 +106,7 @@ impl From<StepError> for CoordinatorError {
 
 /// What happened so far, over all starts of the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Counters {
     /// Trainers that were lost while they took part.
     pub trainers_lost: u64,
@@ -118,6 +120,10 @@ pub struct Counters {
     pub slow_orders: u64,
     /// Trainers that were found with other bits, and given the state again.
     pub digest_mismatches: u64,
+    /// Trainers that were not let in, because their machines compute other bits.
+    pub trainers_refused: u64,
+    /// Trainers that take part although their machines compute other bits.
+    pub trainers_mixed: u64,
 }
 
 /// What became of a call that the driver's copy made.
@@ -137,6 +143,8 @@ pub struct Coordinator<L, C> {
     optimizer: Optimizer,
     state: TrainState,
     digest: String,
+    /// What our machine computes.
+    probe: Probe,
     me: MemberId,
     leader: Leader,
     member: Member,
@@ -161,7 +169,7 @@ pub struct Coordinator<L, C> {
 
 impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     /// The coordinator of a job at `state`, which leads the trainers of `links` from now on. Its copy takes sums by
-    /// way of `collective`.
+    /// way of `collective`. Computes a shard, to compare with what trainers compute of it.
     pub fn new(
         workload: &Workload,
         state: TrainState,
@@ -170,7 +178,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         collective: C,
         counters: Counters,
         log: JobLog,
-    ) -> Self {
+    ) -> Result<Self, WorkloadError> {
         let spec = workload.spec();
         let digest = state.weights_blake3();
         let me = MemberId {
@@ -180,7 +188,8 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         };
         let value_count = state.params.len();
         let shape = member_shape(spec, value_count);
-        Coordinator {
+        Ok(Coordinator {
+            probe: workload.probe()?,
             optimizer: Optimizer::new(spec, workload.layout()),
             me,
             leader: Leader::new(leader_shape(spec, value_count), first_epoch, state.step),
@@ -200,7 +209,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             next_report: Instant::now() + WAITING_REPORT,
             waited: Duration::ZERO,
             log,
-        }
+        })
     }
 
     /// The state after the steps taken so far.
@@ -408,11 +417,12 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         match event.what {
             Happened::Greeted(greeting) => self.greeted(index, greeting),
             Happened::Prepared { sent, answer } => match answer {
-                Ok((member, held)) if held == sent => self.joined(index, member, held.step),
-                Ok((_, held)) => self.lose(
-                    index,
-                    &format!("it holds {} where {} was sent", held.digest, sent.digest),
-                ),
+                Ok(admission) if admission.held != sent => {
+                    let found = admission.held.digest;
+                    let reason = format!("it holds {found} where {} was sent", sent.digest);
+                    self.lose(index, &reason);
+                }
+                Ok(admission) => self.admitted(index, &admission),
                 Err(error) => self.failed(index, &error)?,
             },
             Happened::Adopted(answer) => {
@@ -485,5 +495,4 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
 }
 
 #[cfg(test)]
-#[path = "coordinator_tests.rs"]
 mod tests;

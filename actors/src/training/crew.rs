@@ -14,7 +14,8 @@ use mobula_storage::checkpoint::Piece;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::messages::{Epoch, Greeting, Handover, Held, News, TrainerError};
+use super::messages::{Admission, Epoch, Greeting, Handover, Held, News, TrainerError};
+use super::numerics::Probe;
 use super::protocol::leader::StateDigest;
 use super::protocol::plan::{MemberId, Plan};
 
@@ -40,6 +41,17 @@ pub enum LinkError {
     Lost(String),
 }
 
+/// What a trainer needs to take part.
+#[derive(Debug, Clone)]
+pub struct Preparation {
+    /// The plan to follow.
+    pub plan: Plan,
+    /// The state to follow it from.
+    pub state: Arc<Vec<u8>>,
+    /// What its machine must compute, where that is asked for.
+    pub probe: Option<Probe>,
+}
+
 /// The way to one trainer, over all its restarts. Calls of one link arrive in their order.
 pub trait TrainerLink: Clone + Send + Sync + 'static {
     /// Waits until it is there, within a bound, creating it if it has ended.
@@ -47,9 +59,8 @@ pub trait TrainerLink: Clone + Send + Sync + 'static {
     /// Gives it a state, and the plan to follow from there.
     fn prepare(
         &self,
-        plan: Plan,
-        state: Arc<Vec<u8>>,
-    ) -> impl Future<Output = Result<(MemberId, Held), LinkError>> + Send;
+        order: Preparation,
+    ) -> impl Future<Output = Result<Admission, LinkError>> + Send;
     /// Gives it another plan.
     fn adopt(&self, plan: Plan) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Listens to it; answers within a bound, also if there is nothing new.
@@ -101,6 +112,8 @@ pub(super) struct Slot<L> {
     /// Grows when it is given up; what was under way then is ignored.
     pub(super) ticket: u64,
     pub(super) incarnation: Option<u64>,
+    /// The start that was refused, because it computes other bits.
+    pub(super) refused: Option<u64>,
     /// Under which name it takes part.
     pub(super) member: Option<MemberId>,
     pub(super) node: String,
@@ -141,7 +154,7 @@ pub(super) enum Happened {
     Greeted(Greeting),
     Prepared {
         sent: Held,
-        answer: Result<(MemberId, Held), LinkError>,
+        answer: Result<Admission, LinkError>,
     },
     Adopted(Result<(), LinkError>),
     News(Result<News, LinkError>),
@@ -178,6 +191,7 @@ impl<L: TrainerLink> Crew<L> {
             presence: Presence::Away,
             ticket: 0,
             incarnation: None,
+            refused: None,
             member: None,
             node: "no node yet".to_owned(),
             adopted: None,
@@ -242,15 +256,15 @@ impl<L: TrainerLink> Crew<L> {
     }
 
     /// Sends a state in the background.
-    pub(super) fn prepare(&mut self, index: usize, plan: Plan, sent: Held, state: Arc<Vec<u8>>) {
+    pub(super) fn prepare(&mut self, index: usize, sent: Held, order: Preparation) {
         // An answer to something older says nothing about the new state.
         self.give_up(index);
         let slot = &mut self.slots[index];
         slot.presence = Presence::Preparing;
-        slot.adopted = Some(plan.clone());
+        slot.adopted = Some(order.plan.clone());
         let link = slot.link.clone();
         self.spawn(index, async move {
-            let answer = link.prepare(plan, state).await;
+            let answer = link.prepare(order).await;
             Happened::Prepared { sent, answer }
         });
     }

@@ -66,6 +66,8 @@ impl Driver {
             handoffs: counters.handoffs,
             reassigned_shards: counters.reassigned_shards,
             digest_mismatches: counters.digest_mismatches,
+            trainers_refused: counters.trainers_refused,
+            trainers_mixed: counters.trainers_mixed,
             replicas_agreeing,
             checkpoints: saver.committed_count(),
             rejected_checkpoints: history.rejected_checkpoints,
@@ -106,7 +108,7 @@ impl Driver {
         let state = coordinator.state();
         let record = tokio::task::block_in_place(|| {
             let trace = self.trace.lock();
-            RunRecord::new(
+            let record = RunRecord::new(
                 self.job,
                 &self.spec,
                 &state.fingerprint,
@@ -114,7 +116,11 @@ impl Driver {
                 trace.as_ref().expect("it was set before the first step"),
                 state.step,
                 coordinator.digest(),
-            )
+            );
+            RunRecord {
+                trainers_mixed: coordinator.counters().trainers_mixed,
+                ..record
+            }
         });
         let location = self.cluster.storage().expect("a driver is in a cluster");
         let mut pause = PUBLISH_PAUSE_FIRST;

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use super::checkpointing::SaveSchedule;
 use super::chronicle::Chronicle;
-use super::collective::ClusterCollective;
+use super::collective::{ClusterCollective, SharedMemory};
 use super::coordinator::CoordinatorError;
 use super::data::Files;
 use super::departure::{Departure, Ear, Said};
@@ -196,15 +196,11 @@ impl Driver {
         let mut departure = Departure::new(chronicle);
         let epoch = Epoch::first_of(self.incarnation.0);
         let counters = history.counters;
-        let mut coordinator = Coordinator::new(
-            &self.workload,
-            state,
-            epoch,
-            links,
-            ClusterCollective::new(&self.cluster),
-            counters,
-            log,
-        );
+        let collective = ClusterCollective::new(&self.cluster, Arc::new(SharedMemory::reader()));
+        let workload = &self.workload;
+        let mut coordinator = tokio::task::block_in_place(|| {
+            Coordinator::new(workload, state, epoch, links, collective, counters, log)
+        })?;
         let mut progress = Progress::new(self.spec.steps, self.spec.global_batch, log);
         self.take_steps(
             &mut coordinator,

@@ -10,11 +10,11 @@ use mobula_core::Incarnation;
 use mobula_core::spec::RestartPolicy;
 use mobula_storage::checkpoint::Piece;
 
-use super::crew::{LinkError, TrainerLink};
-use super::messages::{Epoch, Greeting, Handover, Held, News, TrainerError};
+use super::crew::{LinkError, Preparation, TrainerLink};
+use super::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
 use super::named_actor::NamedActor;
 use super::protocol::leader::StateDigest;
-use super::protocol::plan::{MemberId, Plan};
+use super::protocol::plan::Plan;
 use super::spec::TrainSpec;
 use super::trainer::{Trainer, TrainerCalls, trainer_name};
 
@@ -152,11 +152,8 @@ impl TrainerLink for ClusterLink {
         Ok(greeting)
     }
 
-    async fn prepare(
-        &self,
-        plan: Plan,
-        state: Arc<Vec<u8>>,
-    ) -> Result<(MemberId, Held), LinkError> {
+    async fn prepare(&self, order: Preparation) -> Result<Admission, LinkError> {
+        let Preparation { plan, state, probe } = order;
         let actor = self.0.actor.get().await.map_err(lost)?;
         let send = async {
             let mut offset = 0;
@@ -165,7 +162,10 @@ impl TrainerLink for ClusterLink {
                 call.timeout(PIECE_MAX).await?;
                 offset += piece.len() as u64;
             }
-            actor.prepare(plan, offset).timeout(PREPARE_MAX).await
+            actor
+                .prepare(plan, offset, probe)
+                .timeout(PREPARE_MAX)
+                .await
         };
         let answer = self.unless_it_ends(send).await?;
         answer.map_err(|failure| self.failed(failure))

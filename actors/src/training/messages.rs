@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::collective::sealed::Damaged;
+use super::collective::parcel::Damaged;
+use super::numerics::Probe;
 use super::protocol::exchange::Report;
 use super::protocol::leader::StateDigest;
 use super::protocol::plan::MemberId;
@@ -55,6 +56,17 @@ pub struct Greeting {
     pub held: Option<(MemberId, Held)>,
     /// The notice that its node was given: when, in milliseconds since the Unix epoch.
     pub notice_ms: Option<u64>,
+}
+
+/// A trainer that has taken a state over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admission {
+    /// Under which name it exchanges sums.
+    pub member: MemberId,
+    /// What it holds now.
+    pub held: Held,
+    /// What its machine computes.
+    pub probe: Probe,
 }
 
 /// The state that a replica holds.
@@ -157,6 +169,14 @@ pub enum TrainerError {
         step: u64,
         /// What the store, or the comparison with what was asked for, said.
         reason: String,
+    },
+    /// Its machine computes other bits than the driver's.
+    #[error("of the same shard it computes {computes}, where {expected} is expected")]
+    OtherBits {
+        /// What it computes.
+        computes: Probe,
+        /// What the driver's machine computes.
+        expected: Probe,
     },
 }
 

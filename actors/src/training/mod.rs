@@ -41,6 +41,7 @@ pub mod layout;
 pub mod local;
 pub mod model;
 pub mod models;
+pub mod numerics;
 pub mod optimizer;
 pub mod parameters;
 pub mod permutation;

@@ -80,6 +80,10 @@ pub struct RunRecord {
     pub steps: u64,
     /// BLAKE3 of weights and optimizer state at the end.
     pub weights_blake3: String,
+    /// Trainers that took part although their machines computed other bits than the driver's. Unless it is 0, the run
+    /// need not be repeatable.
+    #[serde(default)]
+    pub trainers_mixed: u64,
     /// Its states, step by step, as text.
     pub trace: String,
 }
@@ -129,6 +133,7 @@ impl RunRecord {
             environment: EnvironmentRecord::of_this_machine(),
             steps,
             weights_blake3: weights_blake3.to_owned(),
+            trainers_mixed: 0,
             trace: trace.to_text(),
         }
     }

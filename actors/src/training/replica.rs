@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::data::Files;
 use super::messages::{Held, TrainerError};
+use super::numerics::Probe;
 use super::optimizer::{Optimizer, StepReport};
 use super::parameters::Parameters;
 use super::reduction::Partial;
@@ -140,6 +141,12 @@ impl Replica {
         let held = loaded.held();
         self.loaded = Some(loaded);
         Ok(held)
+    }
+
+    /// What its machine computes, as [`Workload::probe`] asks.
+    pub fn probe(&self) -> Result<Probe, TrainerError> {
+        let loaded = self.loaded.as_ref().ok_or(TrainerError::Unprepared)?;
+        loaded.workload.probe().map_err(unfit)
     }
 
     /// Computes one shard's sums from the state as it is, which must be that before `step`.

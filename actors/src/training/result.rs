@@ -48,6 +48,11 @@ pub struct TrainResult {
     pub reassigned_shards: u64,
     /// Sums that were refused because they came from other bits.
     pub digest_mismatches: u64,
+    /// Trainers that were not let in, because their machines compute other bits.
+    pub trainers_refused: u64,
+    /// Trainers that took part although their machines compute other bits: if any did, the result depends on who
+    /// computed what.
+    pub trainers_mixed: u64,
     /// Trainers that hold the final bits at the end.
     pub replicas_agreeing: u64,
     /// Checkpoints that were committed.

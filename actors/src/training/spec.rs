@@ -12,6 +12,7 @@ use super::checkpointing::CheckpointSpec;
 use super::data::DataSpec;
 use super::evaluation::EvaluationSpec;
 use super::models::ModelSpec;
+use super::numerics::Numerics;
 use super::optimizer::{Decayed, OptimizerSpec};
 use super::schedule::Schedule;
 use super::start_from::StartFrom;
@@ -79,6 +80,9 @@ pub struct TrainSpec {
     /// How many workers may take part.
     #[serde(default = "defaults::workers")]
     pub workers: WorkerRange,
+    /// What becomes of a worker that computes other bits than the driver.
+    #[serde(default)]
+    pub numerics: Numerics,
     /// The network.
     pub model: ModelSpec,
     /// The update rule.
@@ -172,6 +176,7 @@ impl TrainSpec {
             checkpoints: CheckpointSpec::default(),
             start_from: None,
             workers: defaults::workers(),
+            numerics: Numerics::default(),
             model: ModelSpec::Mlp {
                 hidden: vec![128, 64],
             },
@@ -246,7 +251,12 @@ impl TrainSpec {
             ),
             self.start_from.as_ref().map(|from| &from.digest),
         );
-        let text = serde_json::to_vec(&parts).expect("plain numbers and strings always encode");
+        let mut text = serde_json::to_vec(&parts).expect("plain numbers and strings always encode");
+        if self.weight_decay_on != Decayed::All {
+            // Apart: it came later, and jobs without it keep the fingerprint that they had.
+            let decayed = serde_json::to_vec(&self.weight_decay_on);
+            text.extend(decayed.expect("a plain name always encodes"));
+        }
         *blake3::hash(&text).as_bytes()
     }
 }
@@ -359,6 +369,10 @@ mod tests {
             },
             TrainSpec {
                 clip_norm: None,
+                ..spec.clone()
+            },
+            TrainSpec {
+                weight_decay_on: Decayed::Matrices,
                 ..spec.clone()
             },
             TrainSpec::digits_cnn("a"),

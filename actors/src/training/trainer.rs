@@ -17,11 +17,14 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::collective::ClusterCollective;
+use super::collective::cluster::Met;
+use super::collective::parcel::Parcel;
 use super::collective::runner::{Board, Runner, RunnerHandle};
-use super::collective::sealed::Sealed;
+use super::collective::segment::SegmentName;
+use super::collective::{ClusterCollective, SharedMemory};
 use super::data::Files;
-use super::messages::{Epoch, Greeting, Handover, Held, News, TrainerError};
+use super::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
+use super::numerics::Probe;
 use super::protocol::exchange::{Ask, Contribution, Refusal};
 use super::protocol::leader::StateDigest;
 use super::protocol::member::Member;
@@ -63,12 +66,15 @@ struct Inner {
     handover: Option<Handover>,
     /// States that were taken over.
     entries: u64,
+    /// For sums to and from processes of this machine; there from the first state on.
+    memory: Option<Arc<SharedMemory>>,
     running: Option<Running>,
 }
 
 #[derive(Clone)]
 struct Shown {
     member: MemberId,
+    memory: Arc<SharedMemory>,
     handle: RunnerHandle,
     board: watch::Receiver<Board>,
 }
@@ -109,6 +115,7 @@ impl Trainer {
                 leaving: Vec::new(),
                 handover: None,
                 entries: 0,
+                memory: None,
                 running: None,
             }),
             spec,
@@ -154,13 +161,15 @@ impl Trainer {
     }
 
     /// Takes over the state that has arrived, of so many bytes, and follows `plan` from there. A trainer that
-    /// was started again on the way has none of it, or a part.
+    /// was started again on the way has none of it, or a part; one whose machine does not compute `expected`, where
+    /// that is asked for, takes no part.
     pub async fn prepare(
         &self,
         ctx: &ActorContext,
         plan: Plan,
         length_bytes: u64,
-    ) -> Result<(MemberId, Held), TrainerError> {
+        expected: Option<Probe>,
+    ) -> Result<Admission, TrainerError> {
         let _turn = self.turn.lock().await;
         let (bytes, old) = {
             let mut inner = self.inner.lock();
@@ -175,13 +184,17 @@ impl Trainer {
             inner.running = None;
             (bytes, Arc::clone(&inner.replica))
         };
-        let (replica, held, value_count) = blocking(move || {
+        let (replica, held, probe, value_count) = blocking(move || {
             let mut replica = old.lock().successor();
             let held = replica.prepare(Some(&bytes))?;
-            let value_count = replica.value_count();
-            Ok::<_, TrainerError>((Arc::new(Mutex::new(replica)), held, value_count))
+            let (probe, value_count) = (replica.probe()?, replica.value_count());
+            Ok::<_, TrainerError>((Arc::new(Mutex::new(replica)), held, probe, value_count))
         })
         .await?;
+        if let Some(expected) = expected.filter(|expected| *expected != probe) {
+            let computes = probe;
+            return Err(TrainerError::OtherBits { computes, expected });
+        }
         let shape = member_shape(&self.spec, value_count);
         let mut inner = self.inner.lock();
         inner.admit(plan.epoch)?;
@@ -196,19 +209,28 @@ impl Trainer {
         member
             .adopt(plan)
             .expect("a new member follows no plan yet");
-        let collective = ClusterCollective::new(&ctx.cluster());
+        let memory = inner
+            .memory
+            .get_or_insert_with(|| Arc::new(SharedMemory::for_gradients(value_count)));
+        let memory = Arc::clone(memory);
+        let collective = ClusterCollective::new(&ctx.cluster(), Arc::clone(&memory));
         let (runner, handle, board) = Runner::new(member, replica, collective);
         let mut task = JoinSet::new();
         task.spawn(runner.run());
         inner.running = Some(Running {
             shown: Shown {
                 member: me,
+                memory,
                 handle,
                 board,
             },
             _task: task,
         });
-        Ok((me, held))
+        Ok(Admission {
+            member: me,
+            held,
+            probe,
+        })
     }
 
     /// Follows `plan` from now on.
@@ -276,12 +298,25 @@ impl Trainer {
         })
     }
 
+    /// Another process will exchange sums with this one: whether each can read the other's memory.
+    pub async fn meet(
+        &self,
+        to: MemberId,
+        memory: Option<SegmentName>,
+    ) -> Result<Met, TrainerError> {
+        let shown = self.shown_as(to)?;
+        Ok(Met {
+            reads: memory.is_some_and(|name| shown.memory.can_read(name)),
+            memory: shown.memory.name(),
+        })
+    }
+
     /// Another member's sums, of the bucket and step that `at` names.
     pub async fn contribute(
         &self,
         to: MemberId,
         at: Ask,
-        sums: Vec<Sealed>,
+        sums: Vec<Parcel>,
     ) -> Result<Result<(), Refusal>, TrainerError> {
         let shown = self.shown_as(to)?;
         let contribution = Contribution {
@@ -291,22 +326,23 @@ impl Trainer {
             bucket: at.bucket,
             partials: sums
                 .into_iter()
-                .map(Sealed::open)
+                .map(|parcel| shown.memory.unpack(parcel))
                 .collect::<Result<_, _>>()?,
         };
         let answer = shown.handle.contribute(contribution).await;
         answer.ok_or_else(|| shown.ended())
     }
 
-    /// Another member asks for a sum; answered once it is there.
+    /// Another member asks for a sum; answered once it is there, `placed` in this process's memory if it can read that.
     pub async fn ask(
         &self,
         to: MemberId,
         ask: Ask,
-    ) -> Result<Result<Sealed, Refusal>, TrainerError> {
+        placed: bool,
+    ) -> Result<Result<Parcel, Refusal>, TrainerError> {
         let shown = self.shown_as(to)?;
         let answer = shown.handle.ask(ask).await.ok_or_else(|| shown.ended())?;
-        Ok(answer.map(|sum| Sealed::new(Arc::unwrap_or_clone(sum))))
+        Ok(answer.map(|sum| shown.memory.pack_answer(&ask, sum, placed)))
     }
 
     /// The first bytes of its state's digest before `step`, if it knows that still.

@@ -5,16 +5,18 @@
 //! 2. Held-out samples are measured in their order, in batches of a fixed size.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::data::{Batch, DataError, Dataset, Files, Prefetch, Split};
 use super::layout::Layout;
 use super::model::ModelError;
+use super::numerics::Probe;
 use super::parameters::{Parameters, ShardOutput, initial_values};
 use super::permutation::DataOrder;
 use super::spec::TrainSpec;
 use super::trainable::{Evaluation, EvaluationSums, Mode, ShardContext, Trainable};
 use super::validation::InvalidField;
+use super::value_bytes::bytes_of;
 
 /// Samples measured at once: bounds the memory of an evaluation. It decides the order of additions, so
 /// it never changes.
@@ -60,6 +62,8 @@ pub struct Workload {
     order: DataOrder,
     /// Only for samples that are read from a file each time.
     prefetch: Option<Prefetch>,
+    /// What this machine computes, once it was asked.
+    probe: OnceLock<Probe>,
 }
 
 #[cfg(test)]
@@ -94,6 +98,7 @@ impl Workload {
                 .then(|| Prefetch::new(split.train.clone(), order)),
             split,
             order,
+            probe: OnceLock::new(),
         })
     }
 
@@ -178,6 +183,18 @@ impl Workload {
             mode: Mode::Training,
         };
         Ok(self.model.shard_gradients(parameters, batch, &context)?)
+    }
+
+    /// What this machine computes: of the first shard, from the parameters that training begins with. It takes a
+    /// shard's time, once.
+    pub fn probe(&self) -> Result<Probe, WorkloadError> {
+        if let Some(probe) = self.probe.get() {
+            return Ok(*probe);
+        }
+        let parameters = self.parameters(&self.initial_parameters())?;
+        let sums = self.shard(&parameters, 0, 0)?;
+        let probe = Probe::of(sums.loss_sum, &bytes_of(&sums.grads));
+        Ok(*self.probe.get_or_init(|| probe))
     }
 
     /// Reads the samples of these shards of a step beside whatever is computed meanwhile, if that is worth

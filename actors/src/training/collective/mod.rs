@@ -7,7 +7,7 @@
 //! | backend | way |
 //! |---|---|
 //! | [`InProcess`] | pointers, between members of one process |
-//! | [`ClusterCollective`] | calls of trainers: a mailbox in one process, a Unix socket on one machine, QUIC between machines |
+//! | [`ClusterCollective`] | calls of trainers: on one machine they say where the sums lie in [`shared_memory`], between machines they carry them over several QUIC connections |
 //!
 //! Invariants:
 //! 1. A call names the member that it means; another start of that trainer does not take it.
@@ -16,8 +16,10 @@
 pub mod cluster;
 mod compute_thread;
 pub mod in_process;
+pub mod parcel;
 pub mod runner;
-pub mod sealed;
+pub mod segment;
+pub mod shared_memory;
 
 use std::future::Future;
 
@@ -27,6 +29,7 @@ use super::reduction::Partial;
 
 pub use cluster::ClusterCollective;
 pub use in_process::InProcess;
+pub use shared_memory::SharedMemory;
 
 /// A member cannot be reached, or did not answer in time. Whether it got the message is unknown, and
 /// does not matter: it is sent again.

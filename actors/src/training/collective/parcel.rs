@@ -1,15 +1,27 @@
-//! Sums with a digest of their bytes, as they travel.
+//! Sums as they travel: with a digest of their bytes, in the message itself or in memory that the receiver can
+//! read.
 
 use serde::{Deserialize, Serialize};
 
-use crate::training::reduction::Partial;
-use crate::training::value_bytes::bytes_of;
+use super::segment::{SegmentName, Span};
+use crate::training::reduction::{Partial, Subtree};
+use crate::training::value_bytes::{bytes_of, packed};
 
 /// Sums whose bytes can be checked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Sealed {
-    partial: Partial,
+pub struct Parcel {
+    subtree: Subtree,
+    loss_sum: f64,
+    count: u64,
+    values: Values,
     digest: [u8; 16],
+}
+
+/// Where the values are.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+enum Values {
+    Here(#[serde(with = "packed")] Vec<f32>),
+    There(SegmentName, Span),
 }
 
 /// The bytes are not those that were sent.
@@ -17,20 +29,56 @@ pub struct Sealed {
 #[error("the sums' digest does not match their bytes; they were damaged on the way")]
 pub struct Damaged;
 
-impl Sealed {
-    /// Seals sums.
+impl Parcel {
+    /// Sums that go with the message.
     #[must_use]
-    pub fn new(partial: Partial) -> Self {
-        Sealed {
-            digest: digest(&partial),
-            partial,
+    pub fn inline(mut partial: Partial) -> Self {
+        let digest = digest(&partial);
+        let values = std::mem::take(&mut partial.grads);
+        Parcel::new(&partial, digest, Values::Here(values))
+    }
+
+    /// Sums whose values lie at `span` of a segment.
+    #[must_use]
+    pub fn placed(partial: &Partial, segment: SegmentName, span: Span) -> Self {
+        Parcel::new(partial, digest(partial), Values::There(segment, span))
+    }
+
+    fn new(partial: &Partial, digest: [u8; 16], values: Values) -> Self {
+        Parcel {
+            subtree: partial.subtree,
+            loss_sum: partial.loss_sum,
+            count: partial.count,
+            values,
+            digest,
         }
     }
 
-    /// The sums, if they are what was sealed.
-    pub fn open(self) -> Result<Partial, Damaged> {
-        if digest(&self.partial) == self.digest {
-            Ok(self.partial)
+    /// Where its values lie; `None` if it has them with it.
+    #[must_use]
+    pub fn place(&self) -> Option<(SegmentName, Span)> {
+        match &self.values {
+            Values::Here(_) => None,
+            Values::There(segment, span) => Some((*segment, *span)),
+        }
+    }
+
+    /// The sums, if they are what was sealed. `read` copies values from a segment.
+    pub fn open(
+        self,
+        read: impl FnOnce(SegmentName, Span) -> Option<Vec<f32>>,
+    ) -> Result<Partial, Damaged> {
+        let partial = Partial {
+            subtree: self.subtree,
+            loss_sum: self.loss_sum,
+            count: self.count,
+            grads: match self.values {
+                Values::Here(values) => values,
+                Values::There(segment, span) => read(segment, span).ok_or(Damaged)?,
+            },
+        };
+        if digest(&partial) == self.digest {
+            Ok(partial)
         } else {
             Err(Damaged)
         }
@@ -51,30 +99,41 @@ fn digest(partial: &Partial) -> [u8; 16] {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::training::reduction::Subtree;
+    use mobula_core::codec;
 
-    #[test]
-    fn any_changed_bit_is_seen() {
-        let partial = Partial {
+    use super::*;
+
+    fn sums() -> Partial {
+        Partial {
             subtree: Subtree { level: 1, index: 2 },
             loss_sum: 0.5,
             count: 8,
             grads: (0..3000).map(|value| value as f32).collect(),
-        };
-        let sealed = Sealed::new(partial.clone());
-        assert_eq!(sealed.clone().open(), Ok(partial));
-        let changes: [fn(&mut Partial); 5] = [
-            |p| p.subtree.index ^= 1,
-            |p| p.loss_sum = -0.5,
-            |p| p.count += 1,
-            |p| p.grads[2999] = f32::from_bits(p.grads[2999].to_bits() ^ 1),
-            |p| p.grads.truncate(2999),
+        }
+    }
+
+    fn nowhere(_: SegmentName, _: Span) -> Option<Vec<f32>> {
+        None
+    }
+
+    #[test]
+    fn any_changed_bit_is_seen() {
+        let sealed = Parcel::inline(sums());
+        let bytes = codec::encode_plain(&sealed);
+        let back: Parcel = codec::decode(&bytes, bytes.len()).unwrap();
+        assert_eq!(back.open(nowhere), Ok(sums()));
+        let changes: [fn(&mut Parcel, &mut Vec<f32>); 5] = [
+            |p, _| p.subtree.index ^= 1,
+            |p, _| p.loss_sum = -0.5,
+            |p, _| p.count += 1,
+            |_, v| v[2999] = f32::from_bits(v[2999].to_bits() ^ 1),
+            |_, v| v.truncate(2999),
         ];
         for change in changes {
-            let mut damaged = sealed.clone();
-            change(&mut damaged.partial);
-            assert_eq!(damaged.open(), Err(Damaged));
+            let (mut damaged, mut values) = (sealed.clone(), sums().grads);
+            change(&mut damaged, &mut values);
+            damaged.values = Values::Here(values);
+            assert_eq!(damaged.open(nowhere), Err(Damaged));
         }
     }
 }

@@ -8,9 +8,10 @@ use tokio::time::Instant;
 
 use super::{Coordinator, CoordinatorError};
 use crate::training::collective::Collective;
-use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Slot, TrainerLink};
+use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Preparation, Slot, TrainerLink};
 use crate::training::job::now_ms;
-use crate::training::messages::{Greeting, Held, News, TrainerError};
+use crate::training::messages::{Admission, Greeting, Held, News, TrainerError};
+use crate::training::numerics::{Numerics, Probe};
 use crate::training::protocol::leader::{StateDigest, judge};
 use crate::training::protocol::plan::MemberId;
 
@@ -20,6 +21,8 @@ const STAY_MAX: Duration = Duration::from_secs(2);
 const STAY_SHARE: u32 = 8;
 /// How often a trainer with notice that stays is listened to.
 const DOOMED_PAUSE: Duration = Duration::from_millis(100);
+/// How often is looked whether a trainer that was refused was started anew, as on a machine that was mended.
+const REFUSED_PAUSE: Duration = Duration::from_secs(30);
 /// How long no step may be done while members do not reach each other.
 const UNREACHED_MAX: Duration = Duration::from_secs(3);
 /// How long a member is left out then: if the way is still cut, it costs as much again.
@@ -40,7 +43,10 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             self.crew.let_leave(index);
             return;
         }
+        let is_refused = slot.refused == slot.incarnation;
         match greeting.held {
+            // It would compute the same again.
+            None if is_refused => self.crew.lose(index, REFUSED_PAUSE),
             // It went on under an earlier coordinator, or lost nothing but the connection.
             Some((member, held)) if self.goes_with_us(&held) => {
                 self.joined(index, member, held.step);
@@ -71,8 +77,40 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         let packed = self
             .packed
             .get_or_insert_with(|| Arc::new(state.to_bytes()));
-        let (plan, packed) = (self.leader.plan().clone(), Arc::clone(packed));
-        self.crew.prepare(index, plan, sent, packed);
+        let order = Preparation {
+            plan: self.leader.plan().clone(),
+            state: Arc::clone(packed),
+            probe: (self.spec.numerics == Numerics::Strict).then_some(self.probe),
+        };
+        self.crew.prepare(index, sent, order);
+    }
+
+    /// A trainer's machine computes other bits than ours, and said so instead of taking part.
+    fn refused(&mut self, index: usize, computes: Probe) {
+        self.counters.trainers_refused += 1;
+        let (node, ours) = (&self.crew.slots()[index].node, self.probe);
+        self.log.line(format_args!(
+            "trainer-{index} on {node} takes no part: of the same shard it computes {computes}, this driver {ours}. \
+             It may run another build, or its machine is at fault; `numerics = \"mixed\"` would let it take part, and \
+             give up that the result has one hash"
+        ));
+        let slot = self.crew.slot(index);
+        slot.refused = slot.incarnation;
+        self.crew.lose(index, REFUSED_PAUSE);
+    }
+
+    /// A trainer holds the state, and may take part.
+    pub(super) fn admitted(&mut self, index: usize, admission: &Admission) {
+        if admission.probe != self.probe {
+            self.counters.trainers_mixed += 1;
+            let (node, ours) = (&self.crew.slots()[index].node, self.probe);
+            self.log.line(format_args!(
+                "trainer-{index} on {node} computes {} of a shard of which this driver computes {ours}: from here on \
+                 the result depends on who computes which shard",
+                admission.probe
+            ));
+        }
+        self.joined(index, admission.member, admission.held.step);
     }
 
     /// A trainer holds the state, and follows: it gets a seat.
@@ -164,6 +202,9 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             }
             LinkError::Trainer(TrainerError::Unprepared) => {
                 self.lose(index, "it was started again");
+            }
+            LinkError::Trainer(TrainerError::OtherBits { computes, .. }) => {
+                self.refused(index, *computes);
             }
             LinkError::Trainer(other) => self.lose(index, &other.to_string()),
             LinkError::Lost(reason) => self.lose(index, reason),

@@ -12,36 +12,9 @@ use serde_json::Value;
 use crate::examples::example;
 use crate::extra_worker::ExtraWorker;
 use crate::small_disk::SmallDisk;
-use crate::support::{TestCluster, kill_9, wait_for};
+use crate::support::{TestCluster, family, kill_9, processes, wait_for};
 
 const MIB: u64 = 1 << 20;
-
-/// Processes below `ancestor`, and itself.
-fn family(ancestor: u32) -> BTreeSet<u32> {
-    let parent_of = |pid: u32| -> Option<u32> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
-    };
-    let mut family = BTreeSet::from([ancestor]);
-    loop {
-        let before = family.len();
-        for pid in processes() {
-            if parent_of(pid).is_some_and(|parent| family.contains(&parent)) {
-                family.insert(pid);
-            }
-        }
-        if family.len() == before {
-            return family;
-        }
-    }
-}
-
-fn processes() -> Vec<u32> {
-    std::fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .collect()
-}
 
 /// The memory for objects that processes hold, by what the kernel calls its files.
 fn arenas_of(processes: &BTreeSet<u32>) -> BTreeSet<u64> {

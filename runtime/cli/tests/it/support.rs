@@ -1,5 +1,6 @@
 //! A cluster of processes for one test, and what tests do with it.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -249,6 +250,33 @@ pub(crate) fn runs(pid: u32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let state = status.lines().find(|line| line.starts_with("State:"));
     state.is_some_and(|state| !state.contains('Z'))
+}
+
+/// Processes below `ancestor`, and itself.
+pub(crate) fn family(ancestor: u32) -> BTreeSet<u32> {
+    let parent_of = |pid: u32| -> Option<u32> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    };
+    let mut family = BTreeSet::from([ancestor]);
+    loop {
+        let before = family.len();
+        for pid in processes() {
+            if parent_of(pid).is_some_and(|parent| family.contains(&parent)) {
+                family.insert(pid);
+            }
+        }
+        if family.len() == before {
+            return family;
+        }
+    }
+}
+
+pub(crate) fn processes() -> Vec<u32> {
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect()
 }
 
 /// A small training job: seconds when nothing happens to it.

@@ -1,8 +1,10 @@
 //! `mobula train`, against a cluster of real processes.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde_json::Value;
 
-use crate::support::{TestCluster, repository, small_job, text_of};
+use crate::support::{TestCluster, family, repository, small_job, text_of, wait_for};
 
 /// A job that gets no better soon: its rate is far too small.
 fn hopeless_job(name: &str) -> String {
@@ -49,6 +51,50 @@ fn a_job_is_followed_and_its_status_says_where_the_time_goes() {
     assert!(text.contains("write 2..8, or 4"), "{text}");
     let text = cluster.refused(&["train"]);
     assert!(text.contains("name a job file"), "{text}");
+}
+
+/// The memory in which `processes` exchange sums: which of them have each piece of it mapped.
+fn memory_of_sums(processes: &BTreeSet<u32>) -> BTreeMap<String, BTreeSet<u32>> {
+    let mut memory: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();
+    for pid in processes {
+        // A process may end meanwhile.
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        for line in maps
+            .lines()
+            .filter(|line| line.contains("/memfd:mobula-sums"))
+        {
+            let inode = line.split_whitespace().nth(4).unwrap().to_owned();
+            memory.entry(inode).or_default().insert(*pid);
+        }
+    }
+    memory
+}
+
+#[test]
+fn processes_of_one_machine_exchange_sums_in_memory() {
+    let cluster = TestCluster::up(2);
+    // Large enough that each trainer owns a bucket, so that the driver asks both.
+    let text = small_job("long", 1_000_000)
+        .replace("min = 1", "min = 2")
+        .replace("[64]", "[256, 192]");
+    let file = write(&cluster, "long.toml", &text);
+    let reply = cluster.json(&["train", &file]);
+    let sums = || {
+        let workers = ["worker-1", "worker-2"].map(|name| family(cluster.pid(name)));
+        memory_of_sums(&workers.into_iter().flatten().collect())
+    };
+    // Each trainer's is read by the other one and by the driver, whose copy takes the sums of every step.
+    wait_for("memory of two trainers, read by three processes", || {
+        let sums = sums();
+        let is_shared = sums.len() == 2 && sums.values().all(|readers| readers.len() == 3);
+        is_shared.then_some(())
+    });
+    let job = format!("job-{}", reply["job"]);
+    let step = || cluster.json(&["train", "status", &job])["progress"]["step"].as_u64();
+    let before = wait_for("a step", step);
+    wait_for("the next steps", || step().filter(|step| *step > before));
+    cluster.ok(&["jobs", "stop", &job]);
+    wait_for("the end of that memory", || sums().is_empty().then_some(()));
 }
 
 #[test]
