@@ -1,4 +1,5 @@
-//! With the feature `cuda`: compiles the kernels of `src/kernels/cuda/source` to PTX. Without it: nothing.
+//! Compiles the inference protocol's messages, and with the feature `cuda` the kernels of `src/kernels/cuda/source` to
+//! PTX.
 //!
 //! `nvcc` is that of `NVCC`, of `CUDA_HOME`, `CUDA_PATH` or of the search path, in this order. `CUDA_COMPUTE_CAP` is the
 //! oldest GPU that the result runs on (`90` for an H100); a driver compiles PTX for the GPU that it finds.
@@ -14,6 +15,11 @@ const COMPUTE_CAPABILITY: &str = "75";
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=proto");
+    if let Err(error) = compile_protocol() {
+        println!("cargo::error=proto/inference.proto: {error}");
+        return ExitCode::FAILURE;
+    }
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return ExitCode::SUCCESS;
     }
@@ -30,6 +36,16 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+/// With protox, so that no `protoc` is needed.
+fn compile_protocol() -> Result<(), Box<dyn std::error::Error>> {
+    let descriptors = protox::compile(["inference.proto"], ["proto"])?;
+    tonic_prost_build::configure()
+        .btree_map(".")
+        .bytes(".inference.ModelInferRequest.raw_input_contents")
+        .compile_fds(descriptors)?;
+    Ok(())
 }
 
 fn nvcc() -> PathBuf {

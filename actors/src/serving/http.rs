@@ -378,7 +378,7 @@ impl IntoResponse for OipError {
 
 #[cfg(test)]
 #[path = "http_fixture.rs"]
-mod fixture;
+pub(super) mod fixture;
 #[cfg(test)]
 #[path = "http_tests.rs"]
 mod tests;

@@ -8,6 +8,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 
+use super::super::grpc::oip_routes;
 use super::super::oip::{
     Datatype, Tensor, TensorData, TensorMetadata, decode_response, encode_request,
 };
@@ -160,17 +161,17 @@ impl InferenceService for Doubler {
     }
 }
 
-pub(super) struct Server {
+pub(in crate::serving) struct Server {
     pub(super) service: Arc<Doubler>,
     pub(super) client: Client,
-    pub(super) base: String,
+    pub(in crate::serving) base: String,
     pub(super) stop: oneshot::Sender<()>,
     pub(super) task: JoinHandle<ServeSummary>,
 }
 
-pub(super) const BODY_LIMIT: usize = 100_000;
+pub(in crate::serving) const BODY_LIMIT: usize = 100_000;
 
-pub(super) async fn start() -> Server {
+pub(in crate::serving) async fn start() -> Server {
     start_with_body_timeout(Duration::from_secs(60)).await
 }
 
@@ -182,7 +183,7 @@ pub(super) async fn start_with_body_timeout(timeout: Duration) -> Server {
         max_bytes: BODY_LIMIT,
         timeout,
     };
-    let router = oip_router(as_service, auth, limits);
+    let router = oip_routes(as_service, auth, limits);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
     let (stop, stopped) = oneshot::channel();

@@ -14,6 +14,7 @@
 //! * [`auth`]: bearer tokens.
 //! * `compression`: content encodings of HTTP bodies.
 //! * [`http`]: the protocol over HTTP for any [`http::InferenceService`].
+//! * [`grpc`]: the same over gRPC.
 //! * [`server`]: accepts connections for that router, within bounds, and stops in order.
 
 pub mod auth;
@@ -24,6 +25,7 @@ pub mod controller;
 pub mod endpoint_service;
 pub mod feed;
 pub mod fleet;
+pub mod grpc;
 pub mod http;
 pub mod oip;
 pub mod replica;

@@ -1,4 +1,4 @@
-//! The router: an endpoint's front door. It listens for HTTP, keeps track of the endpoint's
+//! The router: an endpoint's front door. It listens for HTTP and gRPC at one port, keeps track of the endpoint's
 //! replicas, and feeds its monitor.
 //!
 //! Invariants:
@@ -25,7 +25,7 @@ use super::controller::{monitor_name, replica_name};
 use super::endpoint_service::{EndpointService, ROW_VALUES_MAX, body_limits};
 use super::feed::{FeedReader, feed};
 use super::fleet::{BATCH_TIMEOUT, Backend, BackendFailure, Berth, Fleet};
-use super::http::oip_router;
+use super::grpc::oip_routes;
 use super::replica::{Inference, Replica, ReplicaCalls};
 use super::server;
 use super::state::{Command, Endpoint};
@@ -175,6 +175,7 @@ impl Running {
         let service = Arc::new(EndpointService::new(endpoint, widths, fleet, feed));
         let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
             .expect("one token is at least one and not too many");
+        let routes = oip_routes(service, auth, body_limits(widths.0));
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {
             // A router that is gone stops as one that was asked to.
@@ -183,7 +184,6 @@ impl Running {
         let mut server = JoinSet::new();
         let context = ctx.clone();
         server.spawn(async move {
-            let routes = oip_router(service, auth, body_limits(widths.0));
             if let Err(error) = server::serve(listener, routes, shutdown).await {
                 context.fail(error.to_string());
             }

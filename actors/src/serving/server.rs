@@ -1,8 +1,9 @@
-//! Accepts HTTP connections for a router.
+//! Accepts connections for a router: HTTP/1.1, and HTTP/2 from those who begin with it, as gRPC does.
 //!
 //! 1. Nagle's algorithm is off: with it, a response in two writes waits 40 ms for a delayed acknowledgement.
 //! 2. Connections are bounded; past the bound new ones wait in the kernel's backlog.
-//! 3. A connection that sends no request head for [`IDLE_TIMEOUT`] is closed.
+//! 3. An HTTP/1.1 connection that sends no request head for [`IDLE_TIMEOUT`] is closed, and an HTTP/2 one whose peer does not
+//!    answer a ping after it.
 //! 4. On shutdown the listener closes at once, requests in flight get [`DRAIN_TIMEOUT`] to finish, and no task is left.
 
 use std::future::Future;
@@ -25,6 +26,13 @@ pub const MAX_CONNECTIONS: usize = 1024;
 
 /// How long a connection may be idle, or take over a request's head.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+
+/// Calls that one HTTP/2 connection has open at once: as many as a router answers in a moment, and a bound on what it
+/// makes us hold.
+pub const MAX_STREAMS: u32 = 256;
+
+/// How long a silent HTTP/2 peer may take to answer a ping.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long requests in flight may take after the shutdown began.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -104,11 +112,17 @@ async fn serve_connection(stream: TcpStream, router: Router, mut stop: watch::Re
         tracing::debug!(%error, "cannot switch off Nagle's algorithm, the peer has gone");
         return;
     }
-    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
+    let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .keep_alive_interval(IDLE_TIMEOUT)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
     let service = TowerToHyperService::new(router);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let mut is_stopping = false;

@@ -57,25 +57,25 @@ impl RequestTimes {
 
 /// The executions of one batch size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-struct BatchTimes {
-    compute_input: DurationCount,
-    compute_infer: DurationCount,
-    compute_output: DurationCount,
+pub(super) struct BatchTimes {
+    pub(super) compute_input: DurationCount,
+    pub(super) compute_infer: DurationCount,
+    pub(super) compute_output: DurationCount,
 }
 
 /// Counts of one model version; those of several replicas add up with [`Self::merge`].
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ModelStatistics {
-    last_inference_unix_ms: u64,
-    inference_count: u64,
-    execution_count: u64,
-    success: DurationCount,
-    fail: DurationCount,
-    queue: DurationCount,
-    compute_input: DurationCount,
-    compute_infer: DurationCount,
-    compute_output: DurationCount,
-    batches: BTreeMap<u64, BatchTimes>,
+    pub(super) last_inference_unix_ms: u64,
+    pub(super) inference_count: u64,
+    pub(super) execution_count: u64,
+    pub(super) success: DurationCount,
+    pub(super) fail: DurationCount,
+    pub(super) queue: DurationCount,
+    pub(super) compute_input: DurationCount,
+    pub(super) compute_infer: DurationCount,
+    pub(super) compute_output: DurationCount,
+    pub(super) batches: BTreeMap<u64, BatchTimes>,
 }
 
 impl ModelStatistics {

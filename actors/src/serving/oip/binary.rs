@@ -3,7 +3,7 @@
 //! Numbers are their little-endian bytes, booleans a byte each, BYTES elements a 4-byte length and the bytes.
 
 use super::error::DecodeError;
-use super::tensor::{Datatype, TensorData, element_count};
+use super::tensor::{Datatype, Tensor, TensorData, element_count};
 
 /// Reads a tensor's bytes; their number must be exactly what datatype and shape take.
 pub(super) fn decode(
@@ -103,6 +103,28 @@ pub(super) fn size_bytes(data: &TensorData) -> usize {
             other.len() * size
         }
     }
+}
+
+/// A tensor of little-endian bytes; their number must be exactly what datatype and shape take.
+///
+/// # Errors
+/// [`DecodeError`] where they do not fit.
+pub fn tensor_of_bytes(
+    name: &str,
+    datatype: Datatype,
+    shape: Vec<u64>,
+    bytes: &[u8],
+) -> Result<Tensor, DecodeError> {
+    let data = decode(name, datatype, &shape, bytes)?;
+    Tensor::new(name, shape, data)
+}
+
+/// A tensor's elements as little-endian bytes.
+#[must_use]
+pub fn tensor_bytes(data: &TensorData) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode(data, &mut bytes);
+    bytes
 }
 
 /// Appends a tensor's bytes.

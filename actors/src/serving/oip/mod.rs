@@ -15,6 +15,7 @@ mod message;
 mod tensor;
 mod validate;
 
+pub use binary::{tensor_bytes, tensor_of_bytes};
 pub use codec::{
     EncodedBody, decode_raw_request, decode_request, decode_response, encode_request,
     encode_response,

@@ -29,6 +29,7 @@ mod objects;
 mod observe;
 mod overload;
 mod placement;
+mod python;
 mod replay;
 mod serving;
 mod sessions;

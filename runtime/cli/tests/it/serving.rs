@@ -1,6 +1,7 @@
 //! A trained version behind an endpoint: the protocol, its refusals, a replica that dies, and drift.
 
 mod served;
+mod triton_clients;
 
 use std::collections::BTreeSet;
 
