@@ -85,6 +85,8 @@ pub use job::JobHandle;
 pub use mobula_core as core;
 pub use mobula_host::CallScope;
 pub use mobula_host::actor::run_blocking;
+/// What actors measure themselves: gauges and counters that stand beside the worker's own metrics.
+pub use mobula_host::own_metrics as metrics;
 /// Begins something that shall stand in the job's timeline; it ends when the guard is dropped.
 pub use mobula_host::spans::begin as span;
 pub use mobula_host::{ActorContext, ActorState, Notice, StateError, TaskContext};
@@ -112,4 +114,7 @@ mod pages {
 
     #[doc = include_str!("../../docs/objects.md")]
     struct Objects;
+
+    #[doc = include_str!("../../docs/metrics.md")]
+    struct Metrics;
 }

@@ -278,6 +278,13 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         StepBreakdown::of(took, data, compute, self.waited)
     }
 
+    /// CPU time that the trainers which take part have used together, as far as they have said.
+    #[must_use]
+    pub fn cpu(&self) -> Duration {
+        let ready = self.crew.slots().iter().filter(|slot| slot.is_ready());
+        ready.map(|slot| slot.cpu).sum()
+    }
+
     /// Counts the trainers that end with our very bits.
     pub async fn confirm(&mut self) -> usize {
         let end = Instant::now() + CONFIRM_MAX;

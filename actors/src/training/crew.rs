@@ -129,6 +129,8 @@ pub(super) struct Slot<L> {
     pub(super) news_number: u64,
     /// How long its last step waited for samples, and how long it was computed, as it said last.
     pub(super) spent: (Duration, Duration),
+    /// CPU time of its process, as it said last.
+    pub(super) cpu: Duration,
 }
 
 /// A trainer that holds the very bits that were asked for.
@@ -201,6 +203,7 @@ impl<L: TrainerLink> Crew<L> {
             keeps: None,
             news_number: 0,
             spent: Default::default(),
+            cpu: Duration::ZERO,
         });
         let mut crew = Crew {
             slots: slots.collect(),

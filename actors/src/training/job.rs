@@ -317,7 +317,8 @@ impl Driver {
                 let mut took = coordinator.breakdown(took);
                 took.checkpoint = saving;
                 let last = step == self.spec.steps || history.watch.stop;
-                progress.stepped(report, coordinator.ready_count(), &took, last);
+                let trainers = (coordinator.ready_count(), coordinator.cpu());
+                progress.stepped(report, trainers, &took, last);
             }
         }
         Ok(())

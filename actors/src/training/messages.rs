@@ -119,6 +119,8 @@ pub struct News {
     pub reports: Vec<Report>,
     /// How long it waited for samples, and how long it computed, for its last step.
     pub spent: (Duration, Duration),
+    /// CPU time that its process has used.
+    pub cpu: Duration,
     /// The notice that its node was given: when, in milliseconds since the Unix epoch.
     pub notice_ms: Option<u64>,
 }

@@ -61,6 +61,7 @@ mod chronicle;
 mod departure;
 mod finishing;
 mod helpers;
+mod meters;
 
 pub mod checkpointing;
 pub mod collective;

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::job::now_ms;
 use super::job_log::JobLog;
+use super::meters::Meters;
 use super::optimizer::StepReport;
 use super::pauses::{Pause, Pauses};
 use super::trainable::Evaluation;
@@ -108,6 +109,8 @@ pub struct ProgressLine {
     pub workers: u64,
     /// The share of the driver's time so far in which steps were taken that count.
     pub goodput: f64,
+    /// Processor cores that the trainers kept busy together since the line before.
+    pub cpu_cores: f64,
     /// Mean milliseconds of a step since the line before, part by part as in [`StepBreakdown::parts`].
     pub parts_ms: [f64; 5],
 }
@@ -116,7 +119,7 @@ impl fmt::Display for ProgressLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "step {}/{} loss {:.4} rate {:.3e} gradient {:.3e} samples/s {:.0} workers {} goodput {:.3} ms",
+            "step {}/{} loss {:.4} rate {:.3e} gradient {:.3e} samples/s {:.0} workers {} goodput {:.3} cores {:.2} ms",
             self.step,
             self.steps,
             self.loss,
@@ -125,6 +128,7 @@ impl fmt::Display for ProgressLine {
             self.samples_per_second,
             self.workers,
             self.goodput,
+            self.cpu_cores,
         )?;
         let names = StepBreakdown::default().parts();
         for ((name, _), part) in names.iter().zip(self.parts_ms) {
@@ -168,6 +172,7 @@ impl FromStr for ProgressLine {
             samples_per_second: number("samples/s")?,
             workers: after("workers")?.parse().map_err(|_| NotProgress)?,
             goodput: number("goodput")?,
+            cpu_cores: number("cores")?,
             parts_ms,
         })
     }
@@ -189,6 +194,9 @@ pub struct Progress {
     /// When the last step ended.
     last_at: Option<Instant>,
     pauses: Pauses,
+    /// CPU time of the trainers at the last line.
+    cpu_at_line: Duration,
+    meters: Meters,
 }
 
 impl Progress {
@@ -209,6 +217,8 @@ impl Progress {
             last: None,
             last_at: None,
             pauses: Pauses::default(),
+            cpu_at_line: Duration::ZERO,
+            meters: Meters::new(),
         }
     }
 
@@ -224,11 +234,12 @@ impl Progress {
         self.last
     }
 
-    /// Takes note of a step that took so long, part by part. `last` says that none follows.
+    /// Takes note of a step that took so long, part by part, of so many trainers which have used so much CPU time by
+    /// now. `last` says that no step follows.
     pub fn stepped(
         &mut self,
         report: StepReport,
-        trainers: usize,
+        (trainers, cpu): (usize, Duration),
         took: &StepBreakdown,
         last: bool,
     ) {
@@ -248,21 +259,24 @@ impl Progress {
         let mean = self
             .since_line
             .mean(u32::try_from(steps).unwrap_or(u32::MAX));
-        self.log.line(format_args!(
-            "{}",
-            ProgressLine {
-                step: report.step + 1,
-                steps: self.steps,
-                loss: report.loss_mean,
-                learning_rate: report.learning_rate,
-                gradient_norm: report.gradient_norm,
-                samples_per_second: (steps * self.global_batch) as f64
-                    / since.as_secs_f64().max(1e-9),
-                workers: trainers as u64,
-                goodput: self.goodput(),
-                parts_ms: mean.parts().map(|(_, part)| part.as_secs_f64() * 1e3),
-            }
-        ));
+        let seconds = since.as_secs_f64().max(1e-9);
+        // Less than before where a trainer is gone: then the next line knows again.
+        let busy = cpu.saturating_sub(self.cpu_at_line);
+        let line = ProgressLine {
+            step: report.step + 1,
+            steps: self.steps,
+            loss: report.loss_mean,
+            learning_rate: report.learning_rate,
+            gradient_norm: report.gradient_norm,
+            samples_per_second: (steps * self.global_batch) as f64 / seconds,
+            workers: trainers as u64,
+            goodput: self.goodput(),
+            cpu_cores: busy.as_secs_f64() / seconds,
+            parts_ms: mean.parts().map(|(_, part)| part.as_secs_f64() * 1e3),
+        };
+        self.log.line(format_args!("{line}"));
+        self.meters.show(&line);
+        self.cpu_at_line = cpu;
         self.line_at = Instant::now();
         self.done_at_line = self.done;
         self.since_line = StepBreakdown::default();
@@ -272,6 +286,7 @@ impl Progress {
     pub fn evaluated(&self, step: u64, evaluation: &Evaluation) {
         self.log
             .line(format_args!("evaluation after step {step}: {evaluation}"));
+        self.meters.evaluated(evaluation);
     }
 
     /// The share of the time since this driver began in which steps were taken: not waiting, not saving,
@@ -305,6 +320,7 @@ mod tests {
             samples_per_second: 51200.0,
             workers: 3,
             goodput: 0.875,
+            cpu_cores: 1.75,
             parts_ms: [0.125, 5.5, 1.25, 0.5, 0.0],
         };
         let text = line.to_string();

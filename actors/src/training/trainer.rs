@@ -24,6 +24,7 @@ use super::collective::segment::SegmentName;
 use super::collective::{ClusterCollective, SharedMemory};
 use super::data::Files;
 use super::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
+use super::meters::process_cpu_time;
 use super::numerics::Probe;
 use super::protocol::exchange::{Ask, Contribution, Refusal};
 use super::protocol::leader::StateDigest;
@@ -293,6 +294,7 @@ impl Trainer {
             member: shown.member,
             step: board.step,
             spent: board.spent,
+            cpu: process_cpu_time(),
             reports: new.map(|(_, report)| *report).collect(),
             notice_ms: ctx.notice().map(|notice| notice.deadline_ms),
         })

@@ -231,9 +231,10 @@ fn show(status: &Status) {
         println!("evaluation  {evaluation}");
     }
     println!(
-        "speed       {:.0} samples/s with {} workers, goodput {:.1} %",
+        "speed       {:.0} samples/s with {} workers on {:.2} cores, goodput {:.1} %",
         line.samples_per_second,
         line.workers,
+        line.cpu_cores,
         100.0 * line.goodput
     );
     let total: f64 = line.parts_ms.iter().sum();
@@ -262,10 +263,10 @@ mod tests {
     #[test]
     fn the_last_line_of_progress_counts_however_the_log_is_cut() {
         let text = "training `a`: 20 steps\n\
-            step 1/20 loss 2.5000 rate 1.000e-3 gradient 1.000e0 samples/s 10 workers 1 goodput 0.5 \
+            step 1/20 loss 2.5000 rate 1.000e-3 gradient 1.000e0 samples/s 10 workers 1 goodput 0.5 cores 0.9 \
             ms data 0.0 compute 1.0 exchange 0.0 wait 0.0 checkpoint 0.0\n\
             evaluation after step 10: loss 1.5\n\
-            step 12/20 loss 1.5000 rate 1.000e-3 gradient 1.000e0 samples/s 10 workers 2 goodput 0.5 \
+            step 12/20 loss 1.5000 rate 1.000e-3 gradient 1.000e0 samples/s 10 workers 2 goodput 0.5 cores 0.9 \
             ms data 0.0 compute 2.0 exchange 0.5 wait 0.0 checkpoint 0.0\nstep 13/20 loss";
         for size in [1, 7, 50, 4096] {
             let mut told = Told::default();

@@ -35,6 +35,7 @@ pub mod mailbox;
 mod method;
 mod metrics;
 pub mod objects;
+pub mod own_metrics;
 pub mod pending;
 pub mod registry;
 pub mod reply;

@@ -86,6 +86,7 @@ pub(crate) fn snapshot(actors: usize) -> HostMetrics {
         call_buckets: values(&BUCKETS),
         call_total_us: TOTAL_US.load(Relaxed),
         spans_dropped: crate::spans::dropped(),
+        own: crate::own_metrics::snapshot(),
     }
 }
 

@@ -181,6 +181,21 @@ pub struct HostMetrics {
     pub call_total_us: u64,
     /// Spans that were forgotten for want of room.
     pub spans_dropped: u64,
+    /// What its actors measure themselves.
+    pub own: Vec<OwnSeries>,
+}
+
+/// Something that actors measure, under a name and labels of their own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnSeries {
+    /// The metric's name, as Prometheus allows it.
+    pub name: String,
+    /// Its labels, in the order of their names.
+    pub labels: Vec<(String, String)>,
+    /// Whether it only grows.
+    pub is_counter: bool,
+    /// The bits of its value, an `f64`.
+    pub value_bits: u64,
 }
 
 impl HostMetrics {

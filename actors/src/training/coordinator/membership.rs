@@ -129,7 +129,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     pub(super) fn heard(&mut self, index: usize, news: &News) {
         let slot = self.crew.slot(index);
         slot.news_number = news.number;
-        slot.spent = news.spent;
+        (slot.spent, slot.cpu) = (news.spent, news.cpu);
         let member = news.member;
         if slot.member != Some(member) {
             self.lose(index, "it has taken over a state from somebody else");

@@ -32,9 +32,9 @@ fn value(text: &str, series: &str) -> Option<f64> {
         .find_map(|line| line.strip_prefix(series)?.trim().parse().ok())
 }
 
-/// Whether there is one for each host process.
+/// Whether there is one for each host process, or for each training job.
 fn is_of_hosts(name: &str) -> bool {
-    name.starts_with("mobula_worker_host_")
+    name.starts_with("mobula_worker_host_") || name.starts_with("mobula_training_")
 }
 
 #[test]

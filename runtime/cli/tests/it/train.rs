@@ -93,6 +93,22 @@ fn processes_of_one_machine_exchange_sums_in_memory() {
     let step = || cluster.json(&["train", "status", &job])["progress"]["step"].as_u64();
     let before = wait_for("a step", step);
     wait_for("the next steps", || step().filter(|step| *step > before));
+    // The driver's process says so in the metrics of the worker that it is on.
+    let shown = wait_for("the job's metrics", || {
+        let texts = ["worker-1", "worker-2"].map(|worker| cluster.ok(&["metrics", worker]));
+        let shown = texts.concat();
+        shown.contains("mobula_training_step{").then_some(shown)
+    });
+    let value = |name: &str| -> f64 {
+        let line = shown.lines().find(|line| line.starts_with(name));
+        let line = line.unwrap_or_else(|| panic!("{name} in:\n{shown}"));
+        assert!(line.contains(&format!("job=\"{job}\"")), "{line}");
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    assert!(value("mobula_training_step{") > 0.0);
+    assert_eq!(value("mobula_training_workers{"), 2.0);
+    assert!(value("mobula_training_cpu_cores{") > 0.0, "{shown}");
+    assert!(value("mobula_training_step_seconds{") >= 0.0);
     cluster.ok(&["jobs", "stop", &job]);
     wait_for("the end of that memory", || sums().is_empty().then_some(()));
 }

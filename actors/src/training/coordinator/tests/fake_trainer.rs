@@ -251,6 +251,7 @@ impl TrainerLink for FakeTrainer {
         let new = shown.reports.iter().filter(|(number, _)| *number > known);
         Ok(News {
             spent: Default::default(),
+            cpu: Duration::ZERO,
             number: shown.number,
             member: inner.me(self.slot),
             step: shown.step,

@@ -48,7 +48,7 @@ fn tritons_own_clients_get_the_same_classes_by_http_and_grpc() {
         let metadata = &said["metadata"];
         assert_eq!(metadata["platform"], "mobula_candle", "{protocol}");
         assert_eq!(metadata["inputs"][0]["datatype"], "FP32", "{protocol}");
-        assert!(said["answered"].as_u64().unwrap() >= forms, "{said}");
+        assert!(said["answered"].as_u64().unwrap() >= forms as u64, "{said}");
     }
     // What both describe is the same; gRPC's JSON writes 64-bit numbers as text.
     let names = |tensors: &Value| -> Vec<Value> {
