@@ -7,6 +7,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::Device;
+
 use super::data::{Batch, DataError, Dataset, Files, Prefetch, Split};
 use super::layout::Layout;
 use super::model::ModelError;
@@ -60,6 +62,8 @@ pub struct Workload {
     order: DataOrder,
     /// Only for samples that are read from a file each time.
     prefetch: Option<Prefetch>,
+    /// What parameters are on, and with them whatever is computed.
+    device: Device,
 }
 
 #[cfg(test)]
@@ -71,7 +75,8 @@ impl Workload {
 }
 
 impl Workload {
-    /// Loads the data and builds the model; both must fit the job.
+    /// Loads the data and builds the model; both must fit the job. It is computed on the CPU, also where the job asks
+    /// its trainers for another device, until [`Workload::on`] says otherwise.
     pub fn load(spec: &TrainSpec, files: &Files) -> Result<Self, WorkloadError> {
         spec.validate()?;
         let data = Dataset::load(&spec.dataset, files)?;
@@ -94,7 +99,14 @@ impl Workload {
                 .then(|| Prefetch::new(split.train.clone(), order)),
             split,
             order,
+            device: Device::Cpu,
         })
+    }
+
+    /// The same work on another device.
+    #[must_use]
+    pub fn on(self, device: Device) -> Self {
+        Workload { device, ..self }
     }
 
     /// The job.
@@ -135,7 +147,7 @@ impl Workload {
 
     /// Parameters with these values, for [`Workload::shard`].
     pub fn parameters(&self, flat: &[f32]) -> Result<Parameters, ModelError> {
-        Parameters::new(Arc::clone(&self.layout), flat)
+        Parameters::on(self.device.clone(), Arc::clone(&self.layout), flat)
     }
 
     /// The sums of one virtual shard of one step.
