@@ -8,7 +8,20 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-const SOURCES: [&str; 5] = ["adamw", "layer_norm", "product", "softmax", "tree_add"];
+const SOURCES: [&str; 12] = [
+    "adamw",
+    "affine",
+    "attention",
+    "convolution",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "product",
+    "softmax",
+    "tree_add",
+];
 
 /// The oldest that CUDA 13 compiles for. The kernels use nothing newer.
 const COMPUTE_CAPABILITY: &str = "75";

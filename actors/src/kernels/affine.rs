@@ -3,10 +3,14 @@
 //! Order: the product's chains, then one addition of the bias. Backward, the bias' gradient goes through the
 //! rows in ascending order.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail,
 };
 
+#[cfg(feature = "cuda")]
+use super::cuda::device;
 use super::division::{Shared, divide, divide_rows};
 use super::elementwise::{Add, Pairwise, pairwise};
 use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
@@ -20,6 +24,16 @@ pub enum Activation {
     Identity,
     /// `max(0, x)`; its slope at zero is zero.
     Relu,
+}
+
+impl Activation {
+    /// Nothing less than this is left, but NaN: `max(0, x)` with a lower bound of −∞ is the identity.
+    pub(super) fn floor(self) -> f32 {
+        match self {
+            Activation::Identity => f32::NEG_INFINITY,
+            Activation::Relu => 0.0,
+        }
+    }
 }
 
 /// `(…, inputs) · (inputs, outputs) + (outputs)`, then the activation.
@@ -88,6 +102,24 @@ impl CustomOp3 for Affine {
         let mut dims = layout.dims().to_vec();
         *dims.last_mut().expect("rows have a dimension") = outputs;
         Ok((CpuStorage::F32(result), Shape::from(dims)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        values: &CudaStorage,
+        layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = [
+            (values, layout),
+            (weight, weight_layout),
+            (bias, bias_layout),
+        ];
+        device::affine_forward(operands, self.0)
     }
 
     fn bwd(
@@ -165,11 +197,7 @@ impl LaneOperation for AddBias<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        // `max(0, x)` with a lower bound of −∞ is the identity, but for NaN, which must stay.
-        let floor = L::splat(match self.activation {
-            Activation::Identity => f32::NEG_INFINITY,
-            Activation::Relu => 0.0,
-        });
+        let floor = L::splat(self.activation.floor());
         let (bias, bias_rest) = sixteens(self.bias);
         for row in self.values.chunks_exact_mut(self.bias.len()) {
             let (row, row_rest) = sixteens_mut(row);
@@ -201,6 +229,17 @@ impl CustomOp2 for ReluBackward {
         let gradient = contiguous_values(gradient, gradient_layout, self.name())?;
         let result = contiguous_values(result, layout, self.name())?;
         Ok(pairwise::<WherePositive>(layout, gradient, result))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+        result: &CudaStorage,
+        layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        device::rectifier_backward((gradient, gradient_layout), (result, layout))
     }
 }
 
@@ -241,6 +280,11 @@ impl CustomOp1 for ColumnSums {
             dispatch(execution.instructions(), operation);
         });
         Ok((CpuStorage::F32(sums), Shape::from(columns)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        device::column_sums((storage, layout))
     }
 }
 

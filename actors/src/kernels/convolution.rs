@@ -10,9 +10,13 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::affine::{Activation, add_bias, bias_gradient, slope};
+#[cfg(feature = "cuda")]
+use super::cuda::device;
 use super::division::{Shared, divide};
 use super::product::{MatrixView, copy_row, multiply, multiply_add};
 use super::{Execution, contiguous_values, gradients};
@@ -221,6 +225,24 @@ impl CustomOp3 for Convolution {
         ))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        images: &CudaStorage,
+        layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = [
+            (images, layout),
+            (weight, weight_layout),
+            (bias, bias_layout),
+        ];
+        device::convolution_forward(operands, self.shape, self.activation)
+    }
+
     fn bwd(
         &self,
         images: &Tensor,
@@ -257,7 +279,7 @@ impl CustomOp3 for Convolution {
 }
 
 /// Of images (for their shape), weight and gradient, the gradient of the images.
-struct ImagesBackward(Images);
+pub(super) struct ImagesBackward(pub(super) Images);
 
 impl CustomOp3 for ImagesBackward {
     fn name(&self) -> &'static str {
@@ -300,10 +322,24 @@ impl CustomOp3 for ImagesBackward {
         );
         Ok((CpuStorage::F32(result), layout.shape().clone()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _images: &CudaStorage,
+        layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = [(weight, weight_layout), (gradient, gradient_layout)];
+        device::convolution_images_backward(layout.shape(), operands, self.0)
+    }
 }
 
 /// Of images, weight (for its shape) and gradient, the gradient of the weight.
-struct WeightBackward(Images);
+pub(super) struct WeightBackward(pub(super) Images);
 
 impl CustomOp3 for WeightBackward {
     fn name(&self) -> &'static str {
@@ -346,6 +382,20 @@ impl CustomOp3 for WeightBackward {
             });
         });
         Ok((CpuStorage::F32(result), weight_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        images: &CudaStorage,
+        layout: &Layout,
+        _weight: &CudaStorage,
+        weight_layout: &Layout,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = [(images, layout), (gradient, gradient_layout)];
+        device::convolution_weight_backward(operands, weight_layout.shape(), self.0)
     }
 }
 

@@ -2,10 +2,14 @@
 
 use std::marker::PhantomData;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, Var, bail,
 };
 
+#[cfg(feature = "cuda")]
+use super::cuda::device;
 use super::division::{Shared, divide};
 use super::elementary::{gelu as gelu_of, gelu_slope};
 use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
@@ -71,6 +75,11 @@ impl InplaceOp1 for Overwrite<'_> {
         place[start..end].copy_from_slice(self.0);
         Ok(())
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        device::overwrite(storage, layout, self.0)
+    }
 }
 
 /// GELU by its usual approximation, `½x(1 + tanh(√(2/π)(x + 0.044715 x³)))`, of each value; differentiable.
@@ -91,6 +100,11 @@ impl CustomOp1 for Gelu {
             let values = &values[range];
             dispatch(instructions, GeluForward { values, result });
         }))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        device::gelu_forward((storage, layout))
     }
 
     fn bwd(&self, values: &Tensor, _result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
@@ -119,7 +133,7 @@ impl LaneOperation for GeluForward<'_> {
 }
 
 /// Of values and gradient, the gradient of the values.
-struct GeluBackward;
+pub(super) struct GeluBackward;
 
 impl CustomOp2 for GeluBackward {
     fn name(&self) -> &'static str {
@@ -136,6 +150,17 @@ impl CustomOp2 for GeluBackward {
         let values = contiguous_values(values, layout, self.name())?;
         let gradient = contiguous_values(gradient, gradient_layout, self.name())?;
         Ok(pairwise::<GeluSlope>(layout, values, gradient))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        values: &CudaStorage,
+        layout: &Layout,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        device::gelu_backward((values, layout), (gradient, gradient_layout))
     }
 }
 

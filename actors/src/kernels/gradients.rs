@@ -3,12 +3,18 @@
 //! candle's `backward` makes a tensor of zeros for each gradient, adds the gradient to it into a third tensor, and
 //! its caller copies that. For parameters this is most of a step's memory traffic. Here a kernel that has a
 //! parameter's gradient writes it to its place and tells candle nothing; what other operations leave in candle's
-//! store is added at the end.
+//! store is added at the end. On a GPU there is no such place: `elsewhere` keeps the sums as tensors there, adds in the same
+//! order, and fetches all of them in one copy.
 //!
 //! Invariants:
 //! 1. A parameter's gradient is its first contribution, plus the following ones in the order of the backward
 //!    pass, plus what is in candle's store. The pass is in the order of the graph, so this is fixed.
 //! 2. Every parameter gets a gradient, or [`GradientError::Missing`] names it.
+
+mod elsewhere;
+
+#[cfg(test)]
+pub(crate) use elsewhere::run_elsewhere;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -61,6 +67,9 @@ pub fn backward<'a>(
     buffer: Vec<f32>,
 ) -> std::result::Result<Vec<f32>, GradientError> {
     let parameters: Vec<(&str, &Tensor)> = parameters.into_iter().collect();
+    if elsewhere::is_asked_for(loss) {
+        return elsewhere::backward(loss, &parameters);
+    }
     let mut end = 0;
     let slots: Vec<Slot> = parameters
         .iter()
@@ -125,10 +134,14 @@ fn in_place<R>(parameter: &Tensor, write: impl FnOnce(&mut [f32], bool) -> R) ->
 
 /// Adds a gradient to its parameter's place, or returns it for candle to keep.
 pub(super) fn keep(parameter: &Tensor, gradient: Tensor) -> Result<Option<Tensor>> {
+    if elsewhere::keep(parameter, &gradient)? {
+        return Ok(None);
+    }
     let execution = Execution::current();
     let flat = gradient.flatten_all()?;
     let (storage, layout) = flat.storage_and_layout();
     let candle_core::Storage::Cpu(storage) = &*storage else {
+        // On a GPU, outside of [`backward`].
         return Ok(Some(gradient.clone()));
     };
     let gradient_values = super::contiguous_values(storage, layout, "gradient")?;
@@ -150,7 +163,7 @@ pub(super) fn product_into(parameter: &Tensor, a: &Tensor, b: &Tensor) -> Result
     let (candle_core::Storage::Cpu(a_values), candle_core::Storage::Cpu(b_values)) =
         (&*a_storage, &*b_storage)
     else {
-        bail!("gradients are collected on the CPU")
+        bail!("what is collected in the CPU's memory is computed there")
     };
     let a = matrix_of(
         a_values.as_slice::<f32>()?,
@@ -200,13 +213,13 @@ mod tests {
     use crate::kernels::test_values::{bits, normal};
     use crate::kernels::{Activation, affine};
 
-    fn var(name: &str, shape: &[usize]) -> Var {
+    pub(super) fn var(name: &str, shape: &[usize]) -> Var {
         let count = shape.iter().product();
         Var::from_vec(normal(name, count, 1.0), shape, &Device::Cpu).unwrap()
     }
 
     /// Uses `w` twice in dense layers and once outside of one, `b` twice in layers, `s` in candle's own operation.
-    fn loss(w: &Var, b: &Var, s: &Var) -> Tensor {
+    pub(super) fn loss(w: &Var, b: &Var, s: &Var) -> Tensor {
         let x = Tensor::from_vec(normal("x", 10, 1.0), (2, 5), &Device::Cpu).unwrap();
         let once = affine(&x, w, b, Activation::Relu).unwrap();
         let twice = affine(&once, w, b, Activation::Identity).unwrap();

@@ -3,11 +3,19 @@
 //! Order: within a row as in `softmax.rs`; a row's loss is `largest + ln Σ − logit` in `f64`, and rows are added in
 //! ascending order.
 
-use super::Execution;
+use std::cell::Cell;
+
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+
+#[cfg(feature = "cuda")]
+use super::cuda::device;
 use super::division::{Shared, divide};
 use super::elementary::{log_of_sum, shifted_exponentials};
 use super::lanes::{LaneOperation, Lanes, dispatch};
 use super::softmax::{divide_by, softmax_rows};
+use super::{Execution, contiguous_values};
 
 /// The loss of some samples, as sums.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,11 +74,90 @@ pub fn cross_entropy<L: Copy + Into<u32>>(
         .zip(facts.chunks_exact(2));
     let mut loss_sum = 0.0;
     for ((row, label), facts) in rows {
-        loss_sum += f64::from(facts[0]) + log_of_sum(facts[1]) - f64::from(row[*label]);
+        loss_sum += row_loss(facts[0], facts[1], row[*label]);
     }
     CrossEntropy {
         loss_sum,
         logit_gradients,
+    }
+}
+
+/// A row's loss, of its largest logit, the sum of its exponentials and its label's logit.
+pub(super) fn row_loss(largest: f32, sum: f32, logit: f32) -> f64 {
+    f64::from(largest) + log_of_sum(sum) - f64::from(logit)
+}
+
+/// The loss of some samples whose logits are a tensor.
+#[derive(Debug, Clone)]
+pub struct TensorCrossEntropy {
+    /// −Σ ln p(label).
+    pub loss_sum: f64,
+    /// The gradient of a multiple of `loss_sum`, where the logits are.
+    pub logit_gradients: Tensor,
+}
+
+/// As [`cross_entropy`], of logits `(labels.len(), classes)` on any device. The gradient is that of `scale` times the
+/// sum, and stays on the device.
+pub fn cross_entropy_of(logits: &Tensor, labels: &[u32], scale: f32) -> Result<TensorCrossEntropy> {
+    let &[rows, classes] = logits.dims() else {
+        bail!(
+            "a cross-entropy needs rows of logits, not {:?}",
+            logits.dims()
+        )
+    };
+    if rows != labels.len() {
+        bail!("{rows} rows of logits have {} labels", labels.len())
+    }
+    if let Some(label) = labels.iter().find(|label| **label as usize >= classes) {
+        bail!("label {label} is not one of {classes} classes")
+    }
+    let pass = CrossEntropyPass {
+        labels,
+        scale,
+        loss_sum: Cell::new(0.0),
+    };
+    let logit_gradients = logits.contiguous()?.apply_op1_no_bwd(&pass)?;
+    Ok(TensorCrossEntropy {
+        loss_sum: pass.loss_sum.get(),
+        logit_gradients,
+    })
+}
+
+/// From logits to their gradient; the loss, which the same pass gives, is left in the cell.
+struct CrossEntropyPass<'a> {
+    labels: &'a [u32],
+    scale: f32,
+    loss_sum: Cell<f64>,
+}
+
+impl CustomOp1 for CrossEntropyPass<'_> {
+    fn name(&self) -> &'static str {
+        "cross-entropy"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let logits = contiguous_values(storage, layout, self.name())?;
+        let (_, classes) = layout.shape().dims2()?;
+        let mut loss = cross_entropy(logits, self.labels, classes);
+        if self.scale != 1.0 {
+            for value in &mut loss.logit_gradients {
+                *value *= self.scale;
+            }
+        }
+        self.loss_sum.set(loss.loss_sum);
+        let gradients = CpuStorage::F32(loss.logit_gradients);
+        Ok((gradients, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (gradients, facts) = device::cross_entropy((storage, layout), self.labels, self.scale)?;
+        let mut loss_sum = 0.0;
+        for row in facts.chunks_exact(3) {
+            loss_sum += row_loss(row[0], row[1], row[2]);
+        }
+        self.loss_sum.set(loss_sum);
+        Ok((gradients, layout.shape().clone()))
     }
 }
 
@@ -150,6 +237,33 @@ mod tests {
                 found,
                 "{execution:?}"
             );
+        }
+    }
+
+    #[test]
+    fn a_tensor_has_the_loss_of_its_values_and_a_multiple_of_their_gradient() {
+        let (rows, classes) = (5, 7);
+        let logits = normal("logits", rows * classes, 4.0);
+        let labels = [6u32, 0, 3, 3, 1];
+        let expected = cross_entropy(&logits, &labels, classes);
+        let tensor = Tensor::from_slice(&logits, (rows, classes), &candle_core::Device::Cpu);
+        let tensor = tensor.unwrap();
+        for scale in [1.0, 0.125] {
+            let found = cross_entropy_of(&tensor, &labels, scale).unwrap();
+            assert_eq!(found.loss_sum.to_bits(), expected.loss_sum.to_bits());
+            let found = found.logit_gradients.flatten_all().unwrap();
+            let scaled = expected.logit_gradients.iter().map(|value| value * scale);
+            assert_eq!(
+                bits(&found.to_vec1::<f32>().unwrap()),
+                bits(&scaled.collect::<Vec<_>>())
+            );
+        }
+        for (labels, expected) in [
+            (&labels[..4], "5 rows of logits have 4 labels"),
+            (&[0, 7, 0, 0, 0], "label 7 is not one of 7 classes"),
+        ] {
+            let error = cross_entropy_of(&tensor, labels, 1.0).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
         }
     }
 

@@ -1,6 +1,11 @@
 //! Enters a gradient that is known already into candle's graph.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+
+#[cfg(feature = "cuda")]
+use super::cuda::device;
 
 /// A scalar, zero, whose gradient with respect to `output` is `gradient`: for losses that compute their own.
 pub(super) fn seeded(output: &Tensor, gradient: Tensor) -> Result<Tensor> {
@@ -23,6 +28,11 @@ impl CustomOp1 for Seed {
 
     fn cpu_fwd(&self, _output: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, output: &CudaStorage, _layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        device::zero(output)
     }
 
     fn bwd(

@@ -117,6 +117,7 @@ pub async fn train_spec(cluster: Cluster, spec: TrainSpec) -> Result<TrainResult
         Some(location) => Files::with_store(open_blobs(location)?, Handle::current()),
         None => Files::local(),
     };
+    spec.check_program().map_err(WorkloadError::Invalid)?;
     let workload = tokio::task::block_in_place(|| Workload::load(&spec, &files))?;
     let (Some(job), Some((actor, incarnation))) = (cluster.job(), cluster.driver()) else {
         let reason = "training is a job: start it with `mobula submit`".to_owned();

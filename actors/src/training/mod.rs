@@ -8,7 +8,7 @@
 //! * [`random`] and [`permutation`] give initial values and data order as functions of a position.
 //! * [`trainable`] is what a model is to everything else, and how users bring their own; [`parameters`] and
 //!   [`layout`] hold its parameters; [`models`] are those that come along; [`model`] is for inference.
-//! * [`workload`] is a job's model on its data: it computes one virtual shard at a time.
+//! * [`workload`] is a job's model on its data: it computes one virtual shard at a time, on a [`device`].
 //! * [`reduction`] adds shards in a tree that does not know about workers.
 //! * [`schedule`] gives the learning rate, [`optimizer`] makes the update; [`evaluation`] decides when to stop; [`state`] is what is carried on, saved and hashed: [`flat_vector`]s that
 //!   a [`snapshot`] can hold while they change.
@@ -35,6 +35,7 @@
 use crate::kernels::{loss, math, product};
 
 pub mod data;
+pub mod device;
 pub mod evaluation;
 pub mod flat_vector;
 pub mod layout;

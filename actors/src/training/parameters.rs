@@ -86,22 +86,32 @@ pub fn initial_values(parameters: &[Parameter], seed: u64) -> Vec<f32> {
     flat
 }
 
-/// The values of all parameters: as slices, or as tensors of candle.
+/// The values of all parameters: as slices, or as tensors of candle on the device that the job asks for.
+///
+/// Slices are in the CPU's memory, whatever the device. A model that uses tensors only, and makes its own with
+/// [`Parameters::device`], computes there without more ado; one that uses slices computes on the CPU.
 #[derive(Debug)]
 pub struct Parameters {
     layout: Arc<Layout>,
     flat: Vec<f32>,
+    device: Device,
     /// Made when they are asked for first, and again after new values came.
     tensors: OnceLock<BTreeMap<String, Var>>,
 }
 
 impl Parameters {
-    /// Parameters with these values.
+    /// Parameters with these values, on the CPU.
     pub fn new(layout: Arc<Layout>, flat: &[f32]) -> Result<Self, ModelError> {
+        Self::on(Device::Cpu, layout, flat)
+    }
+
+    /// Parameters with these values, whose tensors are on `device`.
+    pub fn on(device: Device, layout: Arc<Layout>, flat: &[f32]) -> Result<Self, ModelError> {
         check_length("the parameter vector", layout.value_count(), flat.len())?;
         Ok(Parameters {
             layout,
             flat: flat.to_vec(),
+            device,
             tensors: OnceLock::new(),
         })
     }
@@ -118,6 +128,12 @@ impl Parameters {
     #[must_use]
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Where the tensors are, and where a model puts its samples.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// All values, flat.
@@ -147,9 +163,23 @@ impl Parameters {
     }
 
     fn make_tensors(&self) -> Result<BTreeMap<String, Var>, ModelError> {
+        if !self.device.is_cpu() {
+            return self.make_tensors_of_one_copy();
+        }
         let make = |slot: &ParameterSlot| {
             let values = &self.flat[slot.range()];
             let var = Var::from_slice(values, &slot.shape[..], &Device::Cpu)?;
+            Ok((slot.name.clone(), var))
+        };
+        self.layout.slots.iter().map(make).collect()
+    }
+
+    /// The tensors by one copy to the device, which is then divided there.
+    fn make_tensors_of_one_copy(&self) -> Result<BTreeMap<String, Var>, ModelError> {
+        let whole = Tensor::from_slice(&self.flat, self.flat.len(), &self.device)?;
+        let make = |slot: &ParameterSlot| {
+            let values = whole.narrow(0, slot.offset, slot.value_count())?;
+            let var = Var::from_tensor(&values.reshape(&slot.shape[..])?)?;
             Ok((slot.name.clone(), var))
         };
         self.layout.slots.iter().map(make).collect()
@@ -260,12 +290,22 @@ impl ShardOutput {
         loss_sum: f64,
         output_gradients: Vec<f32>,
     ) -> Result<Self, ModelError> {
-        let gradient = Tensor::from_vec(output_gradients, outputs.shape(), &Device::Cpu)?;
+        let gradient = Tensor::from_vec(output_gradients, outputs.shape(), outputs.device())?;
+        Self::from_output_gradients(parameters, outputs, loss_sum, gradient)
+    }
+
+    /// As [`ShardOutput::from_outputs`], of gradients that are where the outputs are.
+    pub fn from_output_gradients(
+        parameters: &Parameters,
+        outputs: &Tensor,
+        loss_sum: f64,
+        output_gradients: Tensor,
+    ) -> Result<Self, ModelError> {
         let slots = parameters.layout.slots.iter();
         let tensors = slots
             .map(|slot| Ok((slot.name.as_str(), parameters.tensor(&slot.name)?)))
             .collect::<Result<Vec<_>, ModelError>>()?;
-        let grads = backward_from(outputs, gradient, tensors, Vec::new())?;
+        let grads = backward_from(outputs, output_gradients, tensors, Vec::new())?;
         check_length("the gradient", parameters.flat.len(), grads.len())?;
         Ok(ShardOutput { loss_sum, grads })
     }
@@ -311,6 +351,22 @@ mod tests {
         assert!(error.contains("values where"), "{error}");
         let error = parameters.tensor("c").unwrap_err().to_string();
         assert!(error.contains("no parameter is called c"), "{error}");
+    }
+
+    #[test]
+    fn tensors_of_one_copy_are_those_of_many() {
+        let parameters = parameters();
+        let (one, many) = (
+            parameters.make_tensors_of_one_copy().unwrap(),
+            parameters.make_tensors().unwrap(),
+        );
+        assert!(one.keys().eq(many.keys()));
+        for (name, tensor) in &one {
+            let values = tensor.to_vec1::<f32>().unwrap();
+            assert_eq!(values, parameters.values(name).unwrap());
+            assert_eq!(tensor.dims(), many[name].dims());
+            assert!(tensor.is_variable());
+        }
     }
 
     #[test]

@@ -51,6 +51,12 @@ impl Stream {
         }
     }
 
+    /// The key of all its blocks, for a kernel that computes them elsewhere.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(crate) fn key(&self) -> [u32; 2] {
+        self.key
+    }
+
     /// 128 random bits for an item (a global sample or element index) and a draw number.
     pub fn block(&self, index: u64, draw: u32) -> [u32; 4] {
         philox4x32_10([index as u32, (index >> 32) as u32, draw, 0], self.key)

@@ -16,6 +16,7 @@ use mobula_storage::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::device::ComputeDevice;
 use super::spec::TrainSpec;
 use super::trace::StepTrace;
 
@@ -39,7 +40,7 @@ pub struct ProgramRecord {
     pub dependencies: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// The machine of the driver.
+/// The machine of the driver, and what the job's trainers computed on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EnvironmentRecord {
     /// The processor, as it calls itself.
@@ -48,6 +49,9 @@ pub struct EnvironmentRecord {
     pub isa: Vec<String>,
     /// The operating system, and its kernel's release.
     pub os: String,
+    /// What gradients were computed on. It decides no bit, so a run is made once more on any.
+    #[serde(default)]
+    pub device: ComputeDevice,
 }
 
 /// The data.
@@ -130,7 +134,7 @@ impl RunRecord {
                 blake3: data_blake3.to_owned(),
             },
             program: ProgramRecord::of_this_process(),
-            environment: EnvironmentRecord::of_this_machine(),
+            environment: EnvironmentRecord::of_this_machine(spec.device),
             steps,
             weights_blake3: weights_blake3.to_owned(),
             trainers_mixed: 0,
@@ -271,13 +275,14 @@ fn locked(text: &str) -> BTreeMap<String, BTreeSet<String>> {
 }
 
 impl EnvironmentRecord {
-    fn of_this_machine() -> Self {
+    fn of_this_machine(device: ComputeDevice) -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let release = read("/proc/sys/kernel/osrelease");
         EnvironmentRecord {
             cpu_model: model_name(&read("/proc/cpuinfo")),
             isa: isa(),
             os: format!("{} {}", std::env::consts::OS, release.trim()),
+            device,
         }
     }
 }
@@ -370,6 +375,24 @@ mod tests {
         );
         assert_eq!(differences[2].2, "0.25");
         assert_eq!(differences[1].2, "-");
+    }
+
+    #[test]
+    fn the_device_is_of_the_environment_and_not_of_what_decides_the_bits() {
+        let on_cpus = record(&TrainSpec::digits_mlp("a"));
+        let on_gpus = record(&TrainSpec {
+            device: ComputeDevice::Cuda,
+            ..TrainSpec::digits_mlp("a")
+        });
+        let differences = on_cpus.differences(&on_gpus);
+        let keys: Vec<&str> = differences.iter().map(|(key, ..)| key.as_str()).collect();
+        assert_eq!(keys, ["environment.device", "spec.device"]);
+        // A record of before there was a choice.
+        let mut old = serde_json::to_value(&on_cpus).unwrap();
+        for part in ["environment", "spec"] {
+            old[part].as_object_mut().unwrap().remove("device").unwrap();
+        }
+        assert_eq!(serde_json::from_value::<RunRecord>(old).unwrap(), on_cpus);
     }
 
     #[test]

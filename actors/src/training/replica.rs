@@ -123,7 +123,10 @@ impl Replica {
     pub fn prepare(&mut self, state: Option<&[u8]>) -> Result<Held, TrainerError> {
         let workload = match self.loaded.take() {
             Some(loaded) => loaded.workload,
-            None => load(&self.spec, &self.files)?,
+            None => {
+                let device = self.spec.device.open().map_err(unfit)?;
+                load(&self.spec, &self.files)?.on(device)
+            }
         };
         let state = match state {
             Some(bytes) => TrainState::from_bytes(bytes).map_err(unfit)?,
@@ -299,6 +302,7 @@ mod tests {
     use mobula_storage::checkpoint::CheckpointSource;
 
     use super::*;
+    use crate::training::device::ComputeDevice;
     use crate::training::reduction::TreeReducer;
 
     fn spec() -> TrainSpec {
@@ -323,6 +327,22 @@ mod tests {
             })
             .next()
             .unwrap()
+    }
+
+    /// Also in a program with the feature, on a machine without a GPU.
+    #[test]
+    fn a_replica_without_the_device_that_the_job_asks_for_says_what_to_do() {
+        let spec = TrainSpec {
+            device: ComputeDevice::Cuda,
+            ..spec()
+        };
+        if ComputeDevice::Cuda.open().is_ok() {
+            return;
+        }
+        let mut replica = Replica::new(spec);
+        let error = replica.prepare(None).unwrap_err().to_string();
+        assert!(error.contains("leave `device` out of the job"), "{error}");
+        assert_eq!(replica.held(), None);
     }
 
     #[test]

@@ -3,13 +3,14 @@
 //! Invariants:
 //! 1. A spec that [`TrainSpec::validate`] accepts can be trained; the other modules rely on its bounds.
 //! 2. [`TrainSpec::fingerprint`] covers everything that decides the weights' bits and nothing else: not the
-//!    name, the number of workers or the checkpoint interval.
+//!    name, the number of workers, the device or the checkpoint interval.
 //! 3. Unknown and mistyped keys are refused with file and line.
 
 use serde::{Deserialize, Serialize};
 
 use super::checkpointing::CheckpointSpec;
 use super::data::DataSpec;
+use super::device::ComputeDevice;
 use super::evaluation::EvaluationSpec;
 use super::models::ModelSpec;
 use super::numerics::Numerics;
@@ -91,6 +92,9 @@ pub struct TrainSpec {
     /// When to measure on held-out samples as it goes; absent: at the end only.
     #[serde(default)]
     pub evaluation: Option<EvaluationSpec>,
+    /// What trainers compute gradients on. The result does not depend on it.
+    #[serde(default)]
+    pub device: ComputeDevice,
 }
 
 /// Values that serve the digits well and that a job file may leave out.
@@ -182,6 +186,7 @@ impl TrainSpec {
             },
             optimizer: defaults::optimizer(),
             evaluation: None,
+            device: ComputeDevice::Cpu,
         }
     }
 
@@ -208,6 +213,12 @@ impl TrainSpec {
             invalid,
         })?;
         Ok(spec)
+    }
+
+    /// Refuses a job that this program cannot train, because it was built without what the job asks for. Another one
+    /// may: a description alone is checked by [`TrainSpec::validate`].
+    pub fn check_program(&self) -> Result<(), InvalidField> {
+        self.device.check()
     }
 
     /// Whether it may end before its last step.
@@ -344,6 +355,22 @@ mod tests {
     }
 
     #[test]
+    fn a_device_is_read_and_another_one_refused() {
+        let text = format!("device = \"cuda\"\n{MINIMAL}");
+        let spec = TrainSpec::from_toml(&text, "job.toml").unwrap();
+        assert_eq!(spec.device, ComputeDevice::Cuda);
+        assert_eq!(spec.check_program().is_ok(), cfg!(feature = "cuda"));
+        let wrong = text.replace("cuda", "tpu");
+        let error = TrainSpec::from_toml(&wrong, "job.toml")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("job.toml:1: unknown variant `tpu`"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn the_fingerprint_covers_what_decides_the_bits_only() {
         let spec = TrainSpec::digits_mlp("a");
         let original = spec.fingerprint("d");
@@ -353,6 +380,7 @@ mod tests {
             ..spec.clone()
         };
         same.workers = WorkerRange { min: 3, max: 9 };
+        same.device = ComputeDevice::Cuda;
         assert_eq!(same.fingerprint("d"), original);
         let changed = [
             TrainSpec {

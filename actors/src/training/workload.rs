@@ -7,6 +7,8 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+use candle_core::Device;
+
 use super::data::{Batch, DataError, Dataset, Files, Prefetch, Split};
 use super::layout::Layout;
 use super::model::ModelError;
@@ -64,6 +66,8 @@ pub struct Workload {
     prefetch: Option<Prefetch>,
     /// What this machine computes, once it was asked.
     probe: OnceLock<Probe>,
+    /// What parameters are on, and with them whatever is computed.
+    device: Device,
 }
 
 #[cfg(test)]
@@ -75,7 +79,8 @@ impl Workload {
 }
 
 impl Workload {
-    /// Loads the data and builds the model; both must fit the job.
+    /// Loads the data and builds the model; both must fit the job. It is computed on the CPU, also where the job asks
+    /// its trainers for another device, until [`Workload::on`] says otherwise.
     pub fn load(spec: &TrainSpec, files: &Files) -> Result<Self, WorkloadError> {
         spec.validate()?;
         let data = Dataset::load(&spec.dataset, files)?;
@@ -99,7 +104,18 @@ impl Workload {
             split,
             order,
             probe: OnceLock::new(),
+            device: Device::Cpu,
         })
+    }
+
+    /// The same work on another device.
+    #[must_use]
+    pub fn on(self, device: Device) -> Self {
+        Workload {
+            device,
+            probe: OnceLock::new(),
+            ..self
+        }
     }
 
     /// The job.
@@ -140,7 +156,7 @@ impl Workload {
 
     /// Parameters with these values, for [`Workload::shard`].
     pub fn parameters(&self, flat: &[f32]) -> Result<Parameters, ModelError> {
-        Parameters::new(Arc::clone(&self.layout), flat)
+        Parameters::on(self.device.clone(), Arc::clone(&self.layout), flat)
     }
 
     /// The sums of one virtual shard of one step.

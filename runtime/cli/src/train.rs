@@ -56,8 +56,9 @@ async fn submit(target: &Target, arguments: TrainArguments) -> anyhow::Result<Ex
         secrets,
         files,
     } = train_file::read(file, arguments.workers)?;
-    if let Some(program) = &arguments.program {
-        require_executable(program)?;
+    match &arguments.program {
+        Some(program) => require_executable(program)?,
+        None => train_file::check_program(&spec, file)?,
     }
     let cluster = connect(target).await?;
     let mut job = cluster

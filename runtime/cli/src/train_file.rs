@@ -45,6 +45,12 @@ pub(crate) fn read(path: &Path, workers: Option<WorkerRange>) -> anyhow::Result<
     })
 }
 
+/// Refuses a job that `mobula` itself, which trains it where no other program is given, was not built for.
+pub(crate) fn check_program(spec: &TrainSpec, path: &Path) -> anyhow::Result<()> {
+    spec.check_program()
+        .with_context(|| format!("the job file {}", path.display()))
+}
+
 /// Finds the data files to ship, and puts their new names into the job.
 fn take_files(spec: &mut TrainSpec, folder: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
     let mut shipped = Vec::new();
@@ -132,6 +138,25 @@ mod tests {
         std::fs::remove_file(folder.path().join("part.csv")).unwrap();
         let error = read(&job, None).err().unwrap().to_string();
         assert!(error.contains("part.csv is not there"), "{error}");
+    }
+
+    #[test]
+    fn a_job_for_gpus_is_refused_where_mobula_was_not_built_for_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = folder.path().join("job.toml");
+        std::fs::write(&job, JOB).unwrap();
+        check_program(&read(&job, None).unwrap().spec, &job).unwrap();
+        std::fs::write(&job, format!("device = \"cuda\"\n{JOB}")).unwrap();
+        let read_back = read(&job, Some(WorkerRange { min: 2, max: 5 })).unwrap();
+        let again = TrainSpec::from_toml(&read_back.text, "again.toml").unwrap();
+        assert_eq!(again.device, read_back.spec.device);
+        let checked = check_program(&read_back.spec, &job);
+        if cfg!(feature = "cuda") {
+            return checked.unwrap();
+        }
+        let error = format!("{:#}", checked.unwrap_err());
+        assert!(error.contains("job.toml: device is cuda: "), "{error}");
+        assert!(error.contains("build it with `--features cuda`"), "{error}");
     }
 
     #[test]

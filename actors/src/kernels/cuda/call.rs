@@ -9,6 +9,13 @@ pub(super) const THREADS: u32 = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
     Adamw,
+    Affine,
+    Attention,
+    Convolution,
+    CrossEntropy,
+    Dropout,
+    Embedding,
+    Gelu,
     LayerNorm,
     Product,
     Softmax,
@@ -19,6 +26,23 @@ pub(super) enum Source {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kernel {
     Adamw,
+    AddBias,
+    RectifierBackward,
+    ColumnSums,
+    AttentionScores,
+    AttentionShares,
+    AttentionForward,
+    AttentionSlopes,
+    AttentionScoresBackward,
+    AttentionBackward,
+    Patches,
+    PatchesBackward,
+    CrossEntropy,
+    Dropout,
+    EmbeddingForward,
+    EmbeddingBackward,
+    GeluForward,
+    GeluBackward,
     LayerNormForward,
     LayerNormBackward,
     LayerNormMoments,
@@ -35,20 +59,7 @@ pub(super) enum Kernel {
 impl Kernel {
     /// Its name in the source.
     pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Adamw => "adamw",
-            Self::LayerNormForward => "layer_norm_forward",
-            Self::LayerNormBackward => "layer_norm_backward",
-            Self::LayerNormMoments => "layer_norm_moments",
-            Self::LayerNormParametersBackward => "layer_norm_parameters_backward",
-            Self::Product128 => "product_128",
-            Self::Product64 => "product_64",
-            Self::Product32 => "product_32",
-            Self::SoftmaxForward => "softmax_forward",
-            Self::SoftmaxBackward => "softmax_backward",
-            Self::TreeAdd => "tree_add",
-            Self::TreeFold => "tree_fold",
-        }
+        self.name_and_source().0
     }
 
     /// The file that it is in.
@@ -57,15 +68,42 @@ impl Kernel {
         expect(dead_code, reason = "only a GPU loads it")
     )]
     pub(super) fn source(self) -> Source {
+        self.name_and_source().1
+    }
+
+    fn name_and_source(self) -> (&'static str, Source) {
         match self {
-            Self::Adamw => Source::Adamw,
-            Self::LayerNormForward
-            | Self::LayerNormBackward
-            | Self::LayerNormMoments
-            | Self::LayerNormParametersBackward => Source::LayerNorm,
-            Self::Product128 | Self::Product64 | Self::Product32 => Source::Product,
-            Self::SoftmaxForward | Self::SoftmaxBackward => Source::Softmax,
-            Self::TreeAdd | Self::TreeFold => Source::TreeAdd,
+            Self::Adamw => ("adamw", Source::Adamw),
+            Self::AddBias => ("add_bias", Source::Affine),
+            Self::RectifierBackward => ("rectifier_backward", Source::Affine),
+            Self::ColumnSums => ("column_sums", Source::Affine),
+            Self::AttentionScores => ("attention_scores", Source::Attention),
+            Self::AttentionShares => ("attention_shares", Source::Attention),
+            Self::AttentionForward => ("attention_forward", Source::Attention),
+            Self::AttentionSlopes => ("attention_slopes", Source::Attention),
+            Self::AttentionScoresBackward => ("attention_scores_backward", Source::Attention),
+            Self::AttentionBackward => ("attention_backward", Source::Attention),
+            Self::Patches => ("patches", Source::Convolution),
+            Self::PatchesBackward => ("patches_backward", Source::Convolution),
+            Self::CrossEntropy => ("cross_entropy", Source::CrossEntropy),
+            Self::Dropout => ("dropout", Source::Dropout),
+            Self::EmbeddingForward => ("embedding_forward", Source::Embedding),
+            Self::EmbeddingBackward => ("embedding_backward", Source::Embedding),
+            Self::GeluForward => ("gelu_forward", Source::Gelu),
+            Self::GeluBackward => ("gelu_backward", Source::Gelu),
+            Self::LayerNormForward => ("layer_norm_forward", Source::LayerNorm),
+            Self::LayerNormBackward => ("layer_norm_backward", Source::LayerNorm),
+            Self::LayerNormMoments => ("layer_norm_moments", Source::LayerNorm),
+            Self::LayerNormParametersBackward => {
+                ("layer_norm_parameters_backward", Source::LayerNorm)
+            }
+            Self::Product128 => ("product_128", Source::Product),
+            Self::Product64 => ("product_64", Source::Product),
+            Self::Product32 => ("product_32", Source::Product),
+            Self::SoftmaxForward => ("softmax_forward", Source::Softmax),
+            Self::SoftmaxBackward => ("softmax_backward", Source::Softmax),
+            Self::TreeAdd => ("tree_add", Source::TreeAdd),
+            Self::TreeFold => ("tree_fold", Source::TreeAdd),
         }
     }
 }

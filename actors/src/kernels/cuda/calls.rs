@@ -1,6 +1,14 @@
 //! The call of each kernel: its grid and its arguments, in the order of its source.
 //!
 //! Invariant: the numbers of blocks and of multiprocessors decide the speed, and never show in a result.
+//!
+//! Here are products, rows, and what a training's state needs; `dense`, `convolution`, `attention` and `tokens` have what
+//! layers need beside.
+
+pub(super) mod attention;
+pub(super) mod convolution;
+pub(super) mod dense;
+pub(super) mod tokens;
 
 use candle_core::Layout;
 
@@ -214,6 +222,7 @@ impl Rows {
         let columns = at_most("columns", self.columns, i32::MAX - 128)?;
         let blocks = match kernel {
             Kernel::LayerNormParametersBackward => self.columns.div_ceil(COLUMNS),
+            Kernel::ColumnSums => self.columns.div_ceil(THREADS as usize),
             _ if self.columns == 0 => 0,
             _ => self.rows.div_ceil(ROWS),
         };

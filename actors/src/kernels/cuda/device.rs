@@ -4,6 +4,14 @@
 //! 1. A call gets addresses of as many values as its sizes say: whoever makes a call here has checked lengths, and that
 //!    nothing written overlaps anything else.
 //! 2. Calls go to the stream of candle's device, so they are ordered with candle's own.
+//!
+//! Here are products, rows, and what a training's state needs; `attention`, `convolution`, `dense` and `tokens` have the
+//! layers.
+
+mod attention;
+mod convolution;
+mod dense;
+mod tokens;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
@@ -15,6 +23,18 @@ use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Shape, bail};
 use super::call::{Address, Argument, Call, Source, THREADS};
 use super::calls::{self, Matrices, Moved, ProductShape, Rows};
 use super::digest::WrittenDigest;
+use super::{Attention, Dropping};
+
+pub(crate) use attention::{attention_backward, attention_forward};
+pub(in crate::kernels) use convolution::{
+    convolution_forward, convolution_images_backward, convolution_weight_backward,
+};
+pub(in crate::kernels) use dense::{
+    affine_forward, column_sums, cross_entropy, gelu_backward, gelu_forward, overwrite,
+    rectifier_backward, zero,
+};
+pub(crate) use tokens::{dropout, embedding_backward, embedding_forward};
+
 use crate::kernels::update::AdamwUpdate;
 
 impl Source {
@@ -22,6 +42,13 @@ impl Source {
     fn module(self) -> &'static str {
         match self {
             Self::Adamw => "mobula-adamw",
+            Self::Affine => "mobula-affine",
+            Self::Attention => "mobula-attention",
+            Self::Convolution => "mobula-convolution",
+            Self::CrossEntropy => "mobula-cross-entropy",
+            Self::Dropout => "mobula-dropout",
+            Self::Embedding => "mobula-embedding",
+            Self::Gelu => "mobula-gelu",
             Self::LayerNorm => "mobula-layer-norm",
             Self::Product => "mobula-product",
             Self::Softmax => "mobula-softmax",
@@ -32,6 +59,13 @@ impl Source {
     fn ptx(self) -> &'static str {
         match self {
             Self::Adamw => include_str!(concat!(env!("OUT_DIR"), "/adamw.ptx")),
+            Self::Affine => include_str!(concat!(env!("OUT_DIR"), "/affine.ptx")),
+            Self::Attention => include_str!(concat!(env!("OUT_DIR"), "/attention.ptx")),
+            Self::Convolution => include_str!(concat!(env!("OUT_DIR"), "/convolution.ptx")),
+            Self::CrossEntropy => include_str!(concat!(env!("OUT_DIR"), "/cross_entropy.ptx")),
+            Self::Dropout => include_str!(concat!(env!("OUT_DIR"), "/dropout.ptx")),
+            Self::Embedding => include_str!(concat!(env!("OUT_DIR"), "/embedding.ptx")),
+            Self::Gelu => include_str!(concat!(env!("OUT_DIR"), "/gelu.ptx")),
             Self::LayerNorm => include_str!(concat!(env!("OUT_DIR"), "/layer_norm.ptx")),
             Self::Product => include_str!(concat!(env!("OUT_DIR"), "/product.ptx")),
             Self::Softmax => include_str!(concat!(env!("OUT_DIR"), "/softmax.ptx")),
@@ -87,6 +121,7 @@ macro_rules! read {
         (Address(address), guard)
     }};
 }
+use read;
 
 /// Where values lie that a call writes; alive until the call is started.
 macro_rules! written {
@@ -95,6 +130,8 @@ macro_rules! written {
         (Address(address), guard)
     }};
 }
+
+use written;
 
 /// `f32` values of a tensor without gaps: where in their storage they start.
 struct Contiguous<'a> {
@@ -113,7 +150,13 @@ impl<'a> Contiguous<'a> {
 }
 
 /// An operand and its layout, as candle hands it over.
-pub(in crate::kernels) type Operand<'a> = (&'a CudaStorage, &'a Layout);
+pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
+
+impl Contiguous<'_> {
+    fn address(&self, Address(start): Address) -> Address {
+        Address(start + (self.start * size_of::<f32>()) as u64)
+    }
+}
 
 /// Makes a tensor of `shape` from contiguous operands, of which `call` gets the addresses, with that of the result.
 fn of_contiguous<const N: usize>(
@@ -121,6 +164,19 @@ fn of_contiguous<const N: usize>(
     operands: [Operand<'_>; N],
     shape: Shape,
     call: impl FnOnce([Address; N], Address) -> Result<Call>,
+) -> Result<(CudaStorage, Shape)> {
+    of_contiguous_and(operation, operands, [], shape, |addresses, [], result| {
+        call(addresses, result)
+    })
+}
+
+/// As [`of_contiguous`], from vectors of whole numbers as well.
+fn of_contiguous_and<const N: usize, const M: usize>(
+    operation: &str,
+    operands: [Operand<'_>; N],
+    numbers: [&CudaSlice<u32>; M],
+    shape: Shape,
+    call: impl FnOnce([Address; N], [Address; M], Address) -> Result<Call>,
 ) -> Result<(CudaStorage, Shape)> {
     let device = operands[0].0.device().clone();
     let stream = device.cuda_stream();
@@ -131,19 +187,51 @@ fn of_contiguous<const N: usize>(
     // SAFETY: every kernel writes each value of its result; nothing reads it before.
     let mut result = unsafe { device.alloc::<f32>(shape.elem_count())? };
     {
-        let mut guards = Vec::with_capacity(N);
+        let mut guards = Vec::with_capacity(N + M);
         let mut addresses = [Address(0); N];
         for (operand, address) in contiguous.iter().zip(&mut addresses) {
-            let (Address(start), guard) = read!(operand.values, &stream);
-            *address = Address(start + (operand.start * size_of::<f32>()) as u64);
+            let (start, guard) = read!(operand.values, &stream);
+            *address = operand.address(start);
+            guards.push(guard);
+        }
+        let mut number_addresses = [Address(0); M];
+        for (numbers, address) in numbers.into_iter().zip(&mut number_addresses) {
+            let guard;
+            (*address, guard) = read!(numbers, &stream);
             guards.push(guard);
         }
         let (result, _written) = written!(&mut result, &stream);
         // SAFETY: the operands have the sizes of their layouts, the result is new; the callers' sizes are those of
-        // the layouts.
-        unsafe { launch(&device, &call(addresses, result)?)? };
+        // the layouts and of the numbers.
+        unsafe { launch(&device, &call(addresses, number_addresses, result)?)? };
     }
     Ok((CudaStorage::wrap_cuda_slice(result, device), shape))
+}
+
+/// Changes the values of a tensor that nobody else has, which fill their storage; `call` gets their address, and those of
+/// contiguous operands.
+fn in_place<const N: usize>(
+    operation: &str,
+    values: &mut CudaStorage,
+    operands: [Operand<'_>; N],
+    call: impl FnOnce(Address, [Address; N]) -> Result<Call>,
+) -> Result<()> {
+    let device = values.device().clone();
+    let stream = device.cuda_stream();
+    let mut contiguous = Vec::with_capacity(N);
+    for (storage, layout) in operands {
+        contiguous.push(Contiguous::of(storage, layout, operation)?);
+    }
+    let mut guards = Vec::with_capacity(N);
+    let mut addresses = [Address(0); N];
+    for (operand, address) in contiguous.iter().zip(&mut addresses) {
+        let (start, guard) = read!(operand.values, &stream);
+        *address = operand.address(start);
+        guards.push(guard);
+    }
+    let (values, _written) = written!(values.as_cuda_slice_mut::<f32>()?, &stream);
+    // SAFETY: the operands have the sizes of their layouts, the values are borrowed alone; the callers' sizes are theirs.
+    unsafe { launch(&device, &call(values, addresses)?) }
 }
 
 /// The rows of a tensor: all but the last dimension.

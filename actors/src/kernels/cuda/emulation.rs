@@ -92,6 +92,16 @@ pub(super) fn run(call: &Call, descending: bool) {
     panic!("{call:?}: {meaning}");
 }
 
+/// The `f64` exponential of the kernels of attention.
+pub(super) fn wide_exponential(x: f64) -> f64 {
+    type Function = unsafe extern "C" fn(f64) -> f64;
+    // SAFETY: the symbol has this type, and the function only computes.
+    unsafe {
+        let function = library().get::<Function>(b"emulate_wide_exponential\0");
+        function.unwrap()(x)
+    }
+}
+
 /// Values between guards that are NaN: what is read beyond shows in the result, what is written beyond in `values`.
 pub(super) struct Guarded(Vec<f32>);
 
@@ -132,19 +142,43 @@ fn bits_of(values: &[f32]) -> Vec<u32> {
 
 /// Runs the call in both orders of threads; the result must be `expected` each time.
 pub(super) fn check(result_length: usize, expected: &[f32], call: impl Fn(Address) -> Call) {
+    check_all(result_length, expected, |result| vec![call(result)]);
+}
+
+/// As [`check`], of calls that follow one another and of which the last one completes the result.
+pub(super) fn check_all(
+    result_length: usize,
+    expected: &[f32],
+    calls: impl Fn(Address) -> Vec<Call>,
+) {
     for descending in [false, true] {
         let mut result = Guarded::unwritten(result_length);
-        let call = call(result.address());
-        run(&call, descending);
+        let calls = calls(result.address());
+        for call in &calls {
+            run(call, descending);
+        }
         let found = result.values();
         let wrong = (0..expected.len())
             .find(|index| bits_of(&found[*index..=*index]) != bits_of(&expected[*index..=*index]));
         if let Some(index) = wrong {
             panic!(
-                "{call:?}, descending {descending}: value {index} is {:e}, not {:e}",
+                "{calls:?}, descending {descending}: value {index} is {:e}, not {:e}",
                 found[index], expected[index]
             );
         }
         assert_eq!(found.len(), expected.len());
+    }
+}
+
+/// Whole numbers, as a GPU gets them; what lies beyond them is far too large.
+pub(super) struct Numbers(Vec<u32>);
+
+impl Numbers {
+    pub(super) fn new(numbers: &[u32]) -> Self {
+        Self([numbers, &[u32::MAX; GUARD]].concat())
+    }
+
+    pub(super) fn address(&mut self) -> Address {
+        Address(self.0.as_mut_ptr() as u64)
     }
 }

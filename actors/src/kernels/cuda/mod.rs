@@ -25,6 +25,9 @@ pub mod check;
 #[cfg(feature = "cuda")]
 pub mod device;
 
+pub(crate) use calls::attention::Attention;
+pub(crate) use calls::tokens::Dropping;
+
 #[cfg(test)]
 mod emulation;
 #[cfg(test)]

@@ -1,5 +1,10 @@
 //! Every kernel, emulated, against the CPU's.
 
+mod attention;
+mod convolution;
+mod dense;
+mod tokens;
+
 use candle_core::{Device, Shape, Tensor, Var};
 
 use super::call::{Address, Argument, Call, Kernel};

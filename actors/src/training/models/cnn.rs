@@ -1,7 +1,7 @@
 //! 3×3 convolutions with rectifiers, then one dense layer, for images whose channels lie nearest in
 //! memory.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::super::data::SampleShape;
 use super::super::model::ModelError;
@@ -87,7 +87,7 @@ impl Network for Cnn {
 
     fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError> {
         let count = features.len() / self.inputs;
-        let mut values = Tensor::from_slice(features, (count, self.inputs), &Device::Cpu)?;
+        let mut values = Tensor::from_slice(features, (count, self.inputs), parameters.device())?;
         for (layer, images) in self.convolutions.iter().enumerate() {
             let weight = parameters.tensor(&format!("conv.{layer}.weight"))?;
             let bias = parameters.tensor(&format!("conv.{layer}.bias"))?;

@@ -1,4 +1,4 @@
-//! Gradients beside the slope of the loss, for tests of models.
+//! Gradients beside the slope of the loss, and gathered in both ways, for tests of models.
 
 use std::sync::Arc;
 
@@ -6,11 +6,14 @@ use super::super::data::Batch;
 use super::super::layout::Layout;
 use super::super::parameters::{Parameters, initial_values};
 use super::super::trainable::{Mode, ShardContext, Trainable};
+use crate::kernels::gradients::run_elsewhere;
+use crate::kernels::test_values::bits;
 
-/// Compares, for some values of each parameter, the gradient with the slope of the loss.
+/// Compares, for some values of each parameter, the gradient with the slope of the loss; and all bits of it with those that
+/// are gathered as on a GPU.
 ///
 /// # Panics
-/// If they differ by more than rounding explains, or the model refuses the batch.
+/// If they differ by more than rounding explains, in one bit, or the model refuses the batch.
 pub(in crate::training) fn check_gradients(model: &dyn Trainable, batch: &Batch) {
     let list = model.parameters();
     let layout = Arc::new(Layout::of(&list));
@@ -28,6 +31,8 @@ pub(in crate::training) fn check_gradients(model: &dyn Trainable, batch: &Batch)
         mode: Mode::Training,
     };
     let ours = model.shard_gradients(&parameters, batch, &context).unwrap();
+    let apart = run_elsewhere(|| model.shard_gradients(&parameters, batch, &context)).unwrap();
+    assert_eq!(bits(apart.gradients()), bits(ours.gradients()));
     for slot in &layout.slots {
         let count = slot.value_count();
         for within in [0, count / 3, count / 2, count - 1] {

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use candle_core::Tensor;
 
 use super::super::data::{Batch, SampleShape, Samples};
-use super::super::loss::cross_entropy;
+use super::super::loss::{cross_entropy, cross_entropy_of};
 use super::super::model::{ModelError, check_length};
 use super::super::parameters::{Parameter, Parameters, ShardOutput};
 use super::super::trainable::{EvaluationSums, ShardContext, Trainable};
@@ -39,8 +39,8 @@ impl<N: Network> Trainable for Headed<N> {
     ) -> Result<ShardOutput, ModelError> {
         check_batch(batch, self.0.ends())?;
         let outputs = self.0.forward(parameters, batch.features())?;
-        let loss = loss(&values_of(&outputs)?, batch, self.0.ends().1);
-        ShardOutput::from_outputs(parameters, &outputs, loss.sum, loss.gradients)
+        let (loss_sum, gradients) = graded_loss(&outputs, batch, self.0.ends().1)?;
+        ShardOutput::from_output_gradients(parameters, &outputs, loss_sum, gradients)
     }
 
     fn evaluate(
@@ -111,6 +111,17 @@ fn check_batch(batch: &Batch, (inputs, outputs): (usize, usize)) -> Result<(), M
         }
         Samples::Tokens { .. } => Err(ModelError::shape("the network", "samples of numbers")),
     }
+}
+
+/// The loss of some outputs, and its gradient where they are.
+fn graded_loss(outputs: &Tensor, batch: &Batch, width: usize) -> Result<(f64, Tensor), ModelError> {
+    if let Samples::Classified { labels, .. } = &batch.samples {
+        let loss = cross_entropy_of(outputs, labels, 1.0)?;
+        return Ok((loss.loss_sum, loss.logit_gradients));
+    }
+    let loss = loss(&values_of(outputs)?, batch, width);
+    let gradients = Tensor::from_vec(loss.gradients, outputs.shape(), outputs.device())?;
+    Ok((loss.sum, gradients))
 }
 
 /// Cross-entropy for classes, half the squared distance for numbers: sums over the samples.

@@ -1,6 +1,6 @@
 //! Dense layers with rectifiers between them.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::super::data::SampleShape;
 use super::super::model::ModelError;
@@ -63,7 +63,7 @@ impl Network for Mlp {
     fn forward(&self, parameters: &Parameters, features: &[f32]) -> Result<Tensor, ModelError> {
         let inputs = self.widths[0];
         let shape = (features.len() / inputs, inputs);
-        let mut values = Tensor::from_slice(features, shape, &Device::Cpu)?;
+        let mut values = Tensor::from_slice(features, shape, parameters.device())?;
         let last = self.widths.len() - 2;
         for layer in 0..=last {
             let activation = match layer < last {

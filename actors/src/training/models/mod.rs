@@ -24,7 +24,7 @@ use super::validation::{InvalidField, PARAMETERS_MAX, check};
 
 mod cnn;
 mod head;
-mod layers;
+pub(crate) mod layers;
 mod mlp;
 mod transformer;
 

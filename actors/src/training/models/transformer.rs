@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::super::data::{Batch, SampleShape, Samples};
-use super::super::loss::cross_entropy;
+use super::super::loss::{cross_entropy, cross_entropy_of};
 use super::super::model::{ModelError, check_length};
 use super::super::parameters::{Initial, Parameter, Parameters, ShardOutput};
 use super::super::product::product;
@@ -251,14 +251,14 @@ impl Trainable for Transformer {
     ) -> Result<ShardOutput, ModelError> {
         let (tokens, targets) = self.tokens(batch)?;
         let scores = self.forward(parameters, tokens, context)?;
-        let loss = cross_entropy(&values_of(&scores)?, &targets, self.vocabulary);
         let share = 1.0 / self.context as f64;
-        let gradients = loss
-            .logit_gradients
-            .iter()
-            .map(|value| value * share as f32);
-        let gradients = gradients.collect();
-        ShardOutput::from_outputs(parameters, &scores, loss.loss_sum * share, gradients)
+        let loss = cross_entropy_of(&scores, &targets, share as f32)?;
+        ShardOutput::from_output_gradients(
+            parameters,
+            &scores,
+            loss.loss_sum * share,
+            loss.logit_gradients,
+        )
     }
 
     fn evaluate(

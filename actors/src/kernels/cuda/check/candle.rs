@@ -27,6 +27,13 @@ pub(super) fn layer_norm(
     normalised.broadcast_mul(scale)?.broadcast_add(shift)
 }
 
+/// `½x(1 + tanh(√(2/π)(x + 0.044715 x³)))`. candle's own has a gradient with constants of six digits.
+pub(super) fn gelu(values: &Tensor) -> Result<Tensor> {
+    let cube = (values.sqr()? * values)?;
+    let inner = ((values + (cube * 0.044_715)?)? * (2.0 / std::f64::consts::PI).sqrt())?;
+    (values * 0.5)? * (inner.tanh()? + 1.0)?
+}
+
 /// As the step of `candle_nn::AdamW`: parameters, means and squares after the update.
 pub(super) fn adamw(update: &AdamwUpdate, [p, m, s, g]: [&Tensor; 4]) -> Result<[Tensor; 3]> {
     let of = |value: f32| f64::from(value);

@@ -1,17 +1,21 @@
 //! Every kernel on the GPU against `f64` and against the CPU, and its time beside that of candle's own operations.
 //!
 //! * `candle`: the same functions as candle composes them, in any precision.
-//! * `operations`: products, softmax, layer normalisation, forward and backward.
+//! * `operations`: products, softmax, layer normalisation, forward and backward; `layers`: the other layers of the
+//!   built-in models; `loss`: the loss at their end.
 //! * `state`: AdamW with its digest, and sums in the tree.
-//! * `replay`: some steps of a small network, on both.
+//! * `replay`: some steps of a small network, on both; `training`: some steps of jobs as trainers take them.
 //!
 //! A check passes if the result is within its bound of `f64` and has the bits of this crate's kernels on the CPU. Times
 //! are medians, with both sides' allocations; they are told, not judged.
 
 mod candle;
+mod layers;
+mod loss;
 mod operations;
 mod replay;
 mod state;
+mod training;
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -127,7 +131,9 @@ pub fn run(ordinal: usize, mut told: impl FnMut(&Outcome)) -> Result<Vec<Outcome
     };
     operations::check(&device, &mut tell)?;
     state::check(cuda(&device)?, &mut tell)?;
+    loss::check(&device, &mut tell)?;
     replay::check(&device, &mut tell)?;
+    training::check(&device, &mut tell)?;
     Ok(outcomes)
 }
 

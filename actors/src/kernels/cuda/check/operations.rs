@@ -1,33 +1,33 @@
-//! Differentiable operations: products with transposed operands, softmax, layer normalisation.
+//! Differentiable operations: products with transposed operands, softmax, layer normalisation, and those of `layers`.
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::candle;
-use super::{Outcome, Work, time};
+use super::{Outcome, Work, layers, time};
 use crate::kernels::test_values::{bits, normal, relative_error};
 use crate::kernels::{Execution, layer_norm, product, softmax};
 
 const EPSILON: f32 = 1e-5;
 
 /// A function of some tensors, ours or candle's.
-type Function = fn(&[Tensor]) -> Result<Tensor>;
+pub(super) type Function = fn(&[Tensor]) -> Result<Tensor>;
 
 /// One operation of one shape.
-struct Case {
-    kernel: &'static str,
-    shape: String,
+pub(super) struct Case {
+    pub(super) kernel: &'static str,
+    pub(super) shape: String,
     /// Dimensions and deviation of each argument.
-    arguments: Vec<(Vec<usize>, f64)>,
-    ours: Function,
-    candles: Function,
+    pub(super) arguments: Vec<(Vec<usize>, f64)>,
+    pub(super) ours: Function,
+    pub(super) candles: Function,
     /// Numbers in the longest chain of additions, forward or backward.
-    chain: usize,
+    pub(super) chain: usize,
     /// Of the forward pass, and of forward and backward.
-    work: [Work; 2],
+    pub(super) work: [Work; 2],
 }
 
 pub(super) fn check(device: &Device, tell: &mut impl FnMut(Outcome)) -> Result<()> {
-    for case in cases() {
+    for case in cases().into_iter().chain(layers::cases()) {
         case.check(device, tell)?;
     }
     Ok(())
@@ -182,6 +182,6 @@ impl Case {
 }
 
 /// The larger, or NaN if one is.
-fn worse(a: f64, b: f64) -> f64 {
+pub(super) fn worse(a: f64, b: f64) -> f64 {
     if a.is_nan() || a > b { a } else { b }
 }

@@ -2,6 +2,13 @@
 #include "emulation.hpp"
 
 #include "adamw.cu"
+#include "affine.cu"
+#include "attention.cu"
+#include "convolution.cu"
+#include "cross_entropy.cu"
+#include "dropout.cu"
+#include "embedding.cu"
+#include "gelu.cu"
 #include "layer_norm.cu"
 #include "product.cu"
 #include "softmax.cu"
@@ -44,6 +51,23 @@ static Called find(const char *name, void **arguments) {
         return called(NAME, arguments);                                                                               \
     }
     KERNEL(adamw)
+    KERNEL(add_bias)
+    KERNEL(rectifier_backward)
+    KERNEL(column_sums)
+    KERNEL(attention_scores)
+    KERNEL(attention_shares)
+    KERNEL(attention_forward)
+    KERNEL(attention_slopes)
+    KERNEL(attention_scores_backward)
+    KERNEL(attention_backward)
+    KERNEL(patches)
+    KERNEL(patches_backward)
+    KERNEL(cross_entropy)
+    KERNEL(dropout)
+    KERNEL(embedding_forward)
+    KERNEL(embedding_backward)
+    KERNEL(gelu_forward)
+    KERNEL(gelu_backward)
     KERNEL(layer_norm_forward)
     KERNEL(layer_norm_backward)
     KERNEL(layer_norm_moments)
@@ -73,3 +97,6 @@ extern "C" int emulate(const char *name, const unsigned *grid, unsigned threads,
     }
     return emulation::launch(grid, threads, descending != 0, called.kernel) ? 0 : 1;
 }
+
+/// The power that attention computes in f64, of which its results in f32 would show a wrong last bit too seldom.
+extern "C" double emulate_wide_exponential(double x) { return wide_exponential(x); }

@@ -34,6 +34,18 @@ static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 
+static inline double __dadd_rn(double a, double b) { return a + b; }
+static inline double __dsub_rn(double a, double b) { return a - b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
+static inline double __ddiv_rn(double a, double b) { return a / b; }
+static inline float __double2float_rn(double a) { return (float)a; }
+
+static inline double __longlong_as_double(long long bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 static inline unsigned __float_as_uint(float value) {
     unsigned bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -60,7 +72,8 @@ struct Thread {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(64 << 10);
     Wait waits = Wait::None;
-    float given = 0.0f;
+    /// The bits of what it gives to others of its warp.
+    uint64_t given = 0;
 };
 
 struct Block {
@@ -143,13 +156,30 @@ static bool launch(const unsigned *grid, unsigned threads, bool descending, std:
 
 static inline void __syncthreads() { emulation::wait(emulation::Wait::Block); }
 
-static inline float __shfl_xor_sync(unsigned, float value, int mask) {
-    using namespace emulation;
-    const size_t me = block->current;
-    block->threads[me]->given = value;
+static inline void __syncwarp() { emulation::wait(emulation::Wait::Warp); }
+
+namespace emulation {
+
+/// Gives `value` to the warp, and takes that of the thread `from` of the block.
+template <typename Value>
+static Value exchange(Value value, size_t from) {
+    std::memcpy(&block->threads[block->current]->given, &value, sizeof value);
     wait(Wait::Warp);
-    const float received = block->threads[me ^ (size_t)mask]->given;
+    Value received;
+    std::memcpy(&received, &block->threads[from]->given, sizeof received);
     // Nobody gives the next value before all have read this one.
     wait(Wait::Warp);
     return received;
+}
+
+} // namespace emulation
+
+static inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    return emulation::exchange(value, emulation::block->current ^ (size_t)mask);
+}
+
+/// Of the `width` threads around this one, the value of the one at `place`.
+static inline double __shfl_sync(unsigned, double value, int place, int width) {
+    const size_t me = emulation::block->current;
+    return emulation::exchange(value, me - me % (size_t)width + (size_t)place);
 }

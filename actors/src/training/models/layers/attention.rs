@@ -4,18 +4,24 @@
 //! the largest score down, then the values' sum in ascending order. The backward pass computes the scores
 //! again instead of keeping them: they take a context squared for each head.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::super::super::math;
 use super::{add_scaled, contiguous, dot};
+#[cfg(any(test, feature = "cuda"))]
+use crate::kernels::cuda::Attention;
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::device;
 
 /// The shape of the windows and heads.
 #[derive(Debug, Clone, Copy)]
-pub(in super::super) struct CausalAttention {
+pub(crate) struct CausalAttention {
     /// Tokens of a window.
-    pub(in super::super) context: usize,
+    pub(crate) context: usize,
     /// Heads, which divide the width.
-    pub(in super::super) heads: usize,
+    pub(crate) heads: usize,
 }
 
 /// One head's part of a window: rows of queries, keys and values lie in one matrix.
@@ -73,7 +79,7 @@ impl<'a> Head<'a> {
 impl CausalAttention {
     /// From `[windows * context, 3 * width]`, queries beside keys beside values, to `[windows * context,
     /// width]`.
-    pub(in super::super) fn apply(self, projected: &Tensor) -> Result<Tensor> {
+    pub(crate) fn apply(self, projected: &Tensor) -> Result<Tensor> {
         projected.contiguous()?.apply_op1(self)
     }
 
@@ -94,6 +100,19 @@ impl CausalAttention {
             )
         }
         Ok((rows, width, width / self.heads))
+    }
+
+    /// The same for a GPU, of what was projected.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(crate) fn on_gpu(&self, projected: &Layout) -> Result<Attention> {
+        let (rows, _, size) = self.sizes(projected)?;
+        Ok(Attention {
+            rows,
+            context: self.context,
+            heads: self.heads,
+            size,
+            scale: Self::scale(size),
+        })
     }
 
     fn scale(size: usize) -> f32 {
@@ -137,6 +156,11 @@ impl CustomOp1 for CausalAttention {
         Ok((CpuStorage::F32(out), Shape::from((rows, width))))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        device::attention_forward((storage, layout), &self.on_gpu(layout)?)
+    }
+
     fn bwd(
         &self,
         projected: &Tensor,
@@ -152,7 +176,7 @@ impl CustomOp1 for CausalAttention {
     }
 }
 
-struct Backward(CausalAttention);
+pub(crate) struct Backward(pub(crate) CausalAttention);
 
 impl CustomOp2 for Backward {
     fn name(&self) -> &'static str {
@@ -197,5 +221,18 @@ impl CustomOp2 for Backward {
             }
         }
         Ok((CpuStorage::F32(result), Shape::from((rows, 3 * width))))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        projected: &CudaStorage,
+        projected_layout: &Layout,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let attention = self.0.on_gpu(projected_layout)?;
+        let projected = (projected, projected_layout);
+        device::attention_backward(projected, (gradient, gradient_layout), &attention)
     }
 }

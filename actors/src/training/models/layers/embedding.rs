@@ -1,11 +1,15 @@
 //! Rows of a table by number.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::{add_scaled, contiguous};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::device;
 
 /// The rows of `table` (`[count, width]`) that `rows` names, which must exist: `[rows.len(), width]`.
-pub(in super::super) fn embed(table: &Tensor, rows: Vec<u32>) -> Result<Tensor> {
+pub(crate) fn embed(table: &Tensor, rows: Vec<u32>) -> Result<Tensor> {
     table.contiguous()?.apply_op1(Embedding { rows })
 }
 
@@ -34,6 +38,11 @@ impl CustomOp1 for Embedding {
         Ok((CpuStorage::F32(values), shape))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        device::embedding_forward((storage, layout), &self.rows)
+    }
+
     fn bwd(&self, table: &Tensor, _result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let scatter = Scatter {
             rows: self.rows.clone(),
@@ -44,9 +53,9 @@ impl CustomOp1 for Embedding {
 }
 
 /// Adds each row to the table's row that it came from, in order.
-struct Scatter {
-    rows: Vec<u32>,
-    count: usize,
+pub(crate) struct Scatter {
+    pub(crate) rows: Vec<u32>,
+    pub(crate) count: usize,
 }
 
 impl CustomOp1 for Scatter {
@@ -62,5 +71,10 @@ impl CustomOp1 for Scatter {
             add_scaled(&mut table[*row as usize * width..][..width], 1.0, values);
         }
         Ok((CpuStorage::F32(table), Shape::from((self.count, width))))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        device::embedding_backward((storage, layout), &self.rows, self.count)
     }
 }

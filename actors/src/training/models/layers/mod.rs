@@ -7,9 +7,14 @@ mod attention;
 mod dropout;
 mod embedding;
 
-pub(super) use attention::CausalAttention;
-pub(super) use dropout::Dropout;
-pub(super) use embedding::embed;
+pub(crate) use attention::CausalAttention;
+pub(crate) use dropout::Dropout;
+pub(crate) use embedding::embed;
+
+#[cfg(test)]
+pub(crate) use attention::Backward as AttentionBackward;
+#[cfg(test)]
+pub(crate) use embedding::Scatter;
 
 pub(super) use crate::kernels::{gelu, layer_norm};
 
