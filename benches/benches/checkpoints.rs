@@ -157,7 +157,8 @@ fn store_all(offered: Receiver<StateSnapshot>) -> String {
         let state: Arc<dyn CheckpointSource> = Arc::new(state);
         let length = state.length_bytes();
         let begun = Instant::now();
-        let saving = CheckpointWriter::new(blobs).save_from(request, state);
+        let writer = CheckpointWriter::new(blobs);
+        let saving = writer.save_from(request, state);
         runtime.block_on(saving).expect("there is room for a state");
         (count, bytes, spent) = (count + 1, bytes + length, spent + begun.elapsed());
     }
