@@ -163,7 +163,9 @@ impl Case {
             })?;
             Ok::<_, candle_core::Error>([forward, both])
         };
-        let (ours, candles) = (time_of(self.ours)?, time_of(self.candles)?);
+        let ours = time_of(self.ours)?;
+        // On GPUs candle lacks some backward passes; then there is nothing to compare with, and the checks go on.
+        let candles = time_of(self.candles).ok();
         for (index, (pass, (error, has_cpu_bits))) in
             [("", forward), (", and back", all)].into_iter().enumerate()
         {
@@ -173,7 +175,7 @@ impl Case {
                 error,
                 error_max: self.error_max(),
                 has_cpu_bits,
-                times: Some([ours[index], candles[index]]),
+                times: candles.map(|candles| [ours[index], candles[index]]),
                 work: self.work[index],
             });
         }
