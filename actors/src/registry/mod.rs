@@ -4,12 +4,14 @@
 //! * [`version_file`]: what a version consists of, as one verified file in the object store.
 //! * [`state`]: the replicated module (pure): its commands and questions. What they do is in [`versions`],
 //!   [`stages`], [`aliases`], [`keys`] and [`search`]; [`provenance`] says what production needs.
-//! * [`statement`], [`envelope`], [`signer`]: what is signed, how it is checked, and who has private keys.
+//! * [`statement`], [`envelope`], [`signer`]: what is signed, how it is checked, and who has private keys;
+//!   [`decide`]: a change on its way to be signed.
 //! * [`events`]: the log of all changes, over the hash trees of [`merkle`].
 //! * [`client`]: what jobs and the command line ask it, and how a job publishes a version.
 
 pub mod aliases;
 pub mod client;
+pub mod decide;
 pub mod envelope;
 pub mod events;
 pub mod keys;
