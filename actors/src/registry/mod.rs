@@ -5,11 +5,12 @@
 //! * [`state`]: the replicated module (pure): its commands and questions. What they do is in [`versions`],
 //!   [`stages`], [`aliases`], [`keys`] and [`search`]; [`provenance`] says what production needs.
 //! * [`statement`], [`envelope`], [`signer`]: what is signed, how it is checked, and who has private keys;
-//!   [`decide`]: a change on its way to be signed.
+//!   [`decide`]: a change on its way to be signed; [`bundle`]: the files of a version, signed for other tools.
 //! * [`events`]: the log of all changes, over the hash trees of [`merkle`].
 //! * [`client`]: what jobs and the command line ask it, and how a job publishes a version.
 
 pub mod aliases;
+pub mod bundle;
 pub mod client;
 pub mod decide;
 pub mod envelope;
