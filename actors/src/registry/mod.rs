@@ -6,10 +6,11 @@
 //!   [`stages`], [`aliases`], [`keys`] and [`search`]; [`provenance`] says what production needs.
 //! * [`statement`], [`envelope`], [`signer`]: what is signed, how it is checked, and who has private keys;
 //!   [`decide`]: a change on its way to be signed; [`bundle`]: the files of a version, signed for other tools.
-//! * [`events`]: the log of all changes, over the hash trees of [`merkle`].
+//! * [`events`]: the log of all changes, over the hash trees of [`merkle`]; [`audit_file`]: the same as a file.
 //! * [`client`]: what jobs and the command line ask it, and how a job publishes a version.
 
 pub mod aliases;
+pub mod audit_file;
 pub mod bundle;
 pub mod client;
 pub mod decide;
