@@ -29,6 +29,7 @@ mod objects;
 mod observe;
 mod overload;
 mod placement;
+mod registry;
 mod replay;
 mod serving;
 mod sessions;
