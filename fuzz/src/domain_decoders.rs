@@ -42,7 +42,55 @@ pub const DOMAIN_DECODERS: &[Decoder] = &[
         run: oip_binary,
         seeds: oip_binary_seeds,
     },
+    Decoder {
+        name: "registry_files",
+        run: registry_files,
+        seeds: registry_files_seeds,
+    },
 ];
+
+/// What people hand to each other about models: signatures, decisions, logs, keys, conditions.
+fn registry_files(bytes: &[u8]) {
+    use mobula_actors::registry::decide::Decision;
+    use mobula_actors::registry::envelope::Envelope;
+    use mobula_actors::registry::keys::PublicKey;
+    use mobula_actors::registry::search::MetricCondition;
+    use mobula_actors::registry::{audit_file, bundle};
+    use std::path::Path;
+
+    if let Ok(key) = PublicKey::from_spki(bytes) {
+        assert_eq!(PublicKey::from_pem(&key.to_pem()), Ok(key.clone()));
+        let _ = key.verifies(b"message", bytes);
+    }
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let _ = PublicKey::from_pem(text);
+    let _ = audit_file::verify(text, None);
+    let _ = text.parse::<MetricCondition>();
+    if let Ok(value) = serde_json::from_str(text) {
+        let _ = Decision::reason_in(&value);
+        if let Ok(envelope) = Envelope::from_json(&value) {
+            assert_eq!(Envelope::from_json(&envelope.to_json()), Ok(envelope));
+        }
+    }
+    let key = include_str!("../../actors/src/registry/testdata/p256.pub");
+    let key = PublicKey::from_pem(key).expect("a test of the registry reads it");
+    let nowhere = Path::new("/nonexistent");
+    // A genuine one is refused for want of its folder.
+    assert!(bundle::verify(nowhere, nowhere, text, &key).is_err());
+}
+
+fn registry_files_seeds() -> Vec<Vec<u8>> {
+    let files = [
+        include_str!("../../actors/src/registry/testdata/model_signing_1.1.1.sig"),
+        include_str!("../../actors/src/registry/testdata/p256.pub"),
+        r#"{"payload":"e30=","payloadType":"application/vnd.in-toto+json","signatures":[{"keyid":"a","sig":"AAAA"}]}"#,
+        r#"{"format":"mobula-registry-log/1","dropped":0,"size":0,"before":[],"anchor":"0","chain":"0","root":"0"}"#,
+        "accuracy>=0.9",
+    ];
+    files.map(Vec::from).to_vec()
+}
 
 fn manifest(bytes: &[u8]) {
     use mobula_storage::checkpoint::{Manifest, ManifestName};

@@ -13,6 +13,10 @@
 
 use std::sync::Arc;
 
+use mobula_actors::registry::envelope::Envelope;
+use mobula_actors::registry::keys::{PublicKey, Role};
+use mobula_actors::registry::stages::{Stage, StageChange};
+use mobula_actors::registry::state::{Command as RegistryCommand, Query as RegistryQuery};
 use mobula_core::codec;
 use mobula_core::control::{ApplyContext, Caller, StateModule};
 use mobula_core::id::{Incarnation, JobId, NodeId};
@@ -113,7 +117,46 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         metrics: [("accuracy".into(), 0.5)].into(),
         training_json: "{}".into(),
     };
-    let version = mobula_actors::registry::state::Command::Register(version);
+    let run = RegistryCommand::RegisterRun {
+        version: version.clone(),
+        provenance: Default::default(),
+    };
+    let version = RegistryCommand::Register(version);
+    let alias = RegistryCommand::Alias {
+        model: "digits".into(),
+        alias: "champion".into(),
+        version: Some(1),
+        expected_revision: 0,
+    };
+    let tag = RegistryCommand::Tag {
+        model: "digits".into(),
+        version: 1,
+        tag: "team".into(),
+        value: Some("vision".into()),
+    };
+    let stage = RegistryCommand::Stage(StageChange {
+        model: "digits".into(),
+        version: 1,
+        to: Stage::Staging,
+        expected_revision: 1,
+        reason: String::new(),
+        promotion: Envelope {
+            payload: b"{}".to_vec(),
+            signatures: Vec::new(),
+        },
+        provenance: None,
+    });
+    let key = include_str!("../../actors/src/registry/testdata/p256.pub");
+    let key = PublicKey::from_pem(key).expect("a test of the registry reads it");
+    let key = RegistryCommand::AddKey {
+        spki: key.spki().to_vec(),
+        roles: [Role::Release].into(),
+        owner: "ann".into(),
+    };
+    let search = RegistryQuery::Search {
+        filter: Default::default(),
+        after: None,
+    };
     let deploy = mobula_actors::serving::state::Command::Deploy {
         endpoint: "e".into(),
         model: "digits".into(),
@@ -141,6 +184,12 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         step("scheduler", 0, &stop.encode()),
         step("scheduler", 1, &list.encode()),
         step("registry", 0, &codec::encode_plain(&version)),
+        step("registry", 0, &codec::encode_plain(&run)),
+        step("registry", 0, &codec::encode_plain(&alias)),
+        step("registry", 0, &codec::encode_plain(&tag)),
+        step("registry", 0, &codec::encode_plain(&key)),
+        step("registry", 0, &codec::encode_plain(&stage)),
+        step("registry", 1, &codec::encode_plain(&search)),
         step("serving", 0, &codec::encode_plain(&deploy)),
         step("checkpoint", 0, &codec::encode_plain(&fence)),
         step("kept", 0, &keep.encode()),

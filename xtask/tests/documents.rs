@@ -15,6 +15,7 @@ const PAGES: &[&str] = &[
     "CONTRIBUTING.md",
     "docs/checkpoints.md",
     "docs/cli-json.md",
+    "docs/registry.md",
     "docs/reproducing.md",
     "runtime/head/OVERVIEW.md",
     "runtime/net/OVERVIEW.md",

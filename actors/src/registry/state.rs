@@ -1,51 +1,32 @@
-//! The registry's table.
+//! The registry's replicated module: its commands and questions, and who may send them. What a command does
+//! is in the file of its subject.
 //!
 //! Invariants:
-//! 1. A version never changes and is never given out again.
-//! 2. Registering the same files of a model again is the same version.
+//! 1. A version never changes and is never given out again ([`super::versions`]).
+//! 2. At most one version of a model is in production, and each change of a stage is signed
+//!    ([`super::stages`]).
+//! 3. Each change has its entry in the log ([`super::events`]).
+//! 4. What was decided on another revision of a model than its present one is refused.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use mobula_core::codec;
-use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
-};
+use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
-/// Model name, 0, version → [`ModelVersion`].
-const VERSIONS: Table = Table {
-    module: ModuleId::REGISTRY,
-    tag: 1,
-};
-/// Model name → its newest version.
-const NEWEST: Table = Table {
-    module: ModuleId::REGISTRY,
-    tag: 2,
-};
-/// Model name, 0, digest → its version.
-const BY_DIGEST: Table = Table {
-    module: ModuleId::REGISTRY,
-    tag: 3,
-};
+use super::envelope::Envelope;
+use super::keys::Role;
+use super::provenance::Provenance;
+use super::search::{self, Filter, Selector};
+use super::stages::{self, Policy, StageChange};
+use super::tables::{NEWEST, VERSIONS, model_prefix, version_key};
+pub use super::versions::{ModelVersion, NewVersion, find};
+use super::{aliases, events, keys, versions};
 
-/// The largest command or question.
+/// The largest command or question: signed statements of up to 64 KiB, two at the most.
 const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
-
-/// Versions that a model may have: a row has a KiB or two and 15 KiB at the most, so 150 MiB a
-/// model at the very most.
-const VERSIONS_MAX: u64 = 10_000;
-
-/// Models: the bound on a list of all of them.
-const MODELS_MAX: usize = 1_000;
-
-/// The largest specification that is kept of a training job; ours have less than one KiB.
-const TRAINING_JSON_BYTES_MAX: usize = 8 * 1024;
-
-/// Metrics of a version, and the longest name of one in bytes.
-const METRICS_MAX: usize = 64;
-const METRIC_NAME_BYTES_MAX: usize = 64;
 
 /// Versions in one answer: 4 MiB at the most, which the control API carries.
 const PAGE_ROWS: usize = 256;
@@ -55,42 +36,68 @@ const PAGE_ROWS: usize = 256;
 pub enum Command {
     /// Adds a version. Answer: [`ModelVersion`].
     Register(NewVersion),
-}
-
-/// What a new version says about itself.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct NewVersion {
-    /// The model's name.
-    pub model: String,
-    /// BLAKE3 of the version's file in the object store, which also is its name there.
-    pub digest: String,
-    /// Size of that file, in bytes.
-    pub size_bytes: u64,
-    /// BLAKE3 of weights and optimizer state, as the training job reported it.
-    pub weights_blake3: String,
-    /// BLAKE3 of the data set's source bytes.
-    pub dataset_blake3: String,
-    /// The training job.
-    pub job: u64,
-    /// What was measured on held-out data: `accuracy` …
-    pub metrics: BTreeMap<String, f64>,
-    /// How it was trained: the job's specification, as JSON text.
-    pub training_json: String,
-}
-
-/// A registered version.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ModelVersion {
-    /// Counted from 1 within its model.
-    pub version: u64,
-    /// When it was registered, in milliseconds since the Unix epoch.
-    pub registered_ms: u64,
-    /// What it says about itself.
-    pub description: NewVersion,
+    /// Adds a version with where it came from. Answer: [`ModelVersion`].
+    RegisterRun {
+        /// What it says about itself.
+        version: NewVersion,
+        /// Where it came from.
+        provenance: Box<Provenance>,
+    },
+    /// Changes a version's stage. Answer: [`search::VersionView`].
+    Stage(StageChange),
+    /// Makes an alias name a version, or nothing. Answer: [`stages::ModelState`].
+    Alias {
+        /// The model.
+        model: String,
+        /// The alias.
+        alias: String,
+        /// What it names from now on; absent: it is removed.
+        version: Option<u64>,
+        /// The model's revision that this was decided on.
+        expected_revision: u64,
+    },
+    /// Gives a version a tag, or takes it away. Answer: [`search::VersionView`].
+    Tag {
+        /// The model.
+        model: String,
+        /// Its version.
+        version: u64,
+        /// The tag's name.
+        tag: String,
+        /// Its value; absent: the tag is removed.
+        value: Option<String>,
+    },
+    /// Sets who decides about a model. Answer: [`stages::ModelState`].
+    SetPolicy {
+        /// The model.
+        model: String,
+        /// Its policy from now on.
+        policy: Policy,
+        /// The model's revision that this was decided on.
+        expected_revision: u64,
+        /// [`super::statement::policy`], signed: needed for a weaker policy.
+        envelope: Option<Envelope>,
+    },
+    /// Adds a public key. Answer: [`keys::KeyRecord`].
+    AddKey {
+        /// Its `SubjectPublicKeyInfo` in DER.
+        spki: Vec<u8>,
+        /// What it may sign.
+        roles: BTreeSet<Role>,
+        /// Whose it is, for people.
+        owner: String,
+    },
+    /// Makes a key worthless for what is signed from now on. Answer: [`keys::KeyRecord`].
+    RevokeKey {
+        /// Its name.
+        key: String,
+        /// Why, for people.
+        reason: String,
+    },
 }
 
 /// A question. Append-only: positions are tags.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Query {
     /// The newest version of each model, by name, a page of them. Answer: `Vec<ModelVersion>`,
     /// empty after the last.
@@ -113,111 +120,150 @@ pub enum Query {
         /// Which; the newest if absent.
         version: Option<u64>,
     },
+    /// The versions that a filter lets through, by model and number, a page of them. Answer:
+    /// [`search::Page`].
+    Search {
+        /// Which.
+        filter: Filter,
+        /// Only those behind this one.
+        after: Option<(String, u64)>,
+    },
+    /// One version with all that is known of it. Answer: [`search::VersionView`].
+    View {
+        /// The model.
+        model: String,
+        /// Which.
+        selector: Selector,
+    },
+    /// A model, without its versions. Answer: [`search::ModelView`].
+    Model {
+        /// Its name.
+        model: String,
+    },
+    /// The latest signed change of a version's stage. Answer: `Option<SignedEdge>`.
+    Signed {
+        /// The model.
+        model: String,
+        /// Its version.
+        version: u64,
+    },
+    /// Keys, by name, a page of them. Answer: `Vec<KeyRecord>`, empty after the last.
+    Keys {
+        /// Only keys with a larger name.
+        after: Option<String>,
+    },
+    /// Entries of the log, a page of them. Answer: [`events::EventPage`].
+    Events {
+        /// Only from this number on.
+        from: u64,
+    },
+    /// One entry of the log, and the proof that it is there. Answer: [`events::EventProof`].
+    Proof {
+        /// Its number.
+        sequence: u64,
+    },
 }
 
 /// The registry's replicated part.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Registry;
 
-fn version_key(model: &str, version: u64) -> Vec<u8> {
-    [model.as_bytes(), &[0], &version.to_be_bytes()].concat()
-}
-
-fn digest_key(model: &str, digest: &str) -> Vec<u8> {
-    [model.as_bytes(), &[0], digest.as_bytes()].concat()
-}
-
-/// One version of a model; the newest if `version` is absent.
-pub fn find(
-    reader: &dyn Reader,
-    model: &str,
-    version: Option<u64>,
-) -> Result<ModelVersion, Rejection> {
-    let newest: u64 = row::get(reader, NEWEST, model.as_bytes()).ok_or_else(|| {
-        Rejection::not_found(format!(
-            "no model is called `{model}`: see `mobula models list`"
-        ))
-    })?;
-    let version = version.unwrap_or(newest);
-    row::get(reader, VERSIONS, &version_key(model, version)).ok_or_else(|| {
-        Rejection::not_found(format!(
-            "model `{model}` has no version {version}: it has 1 to {newest}"
-        ))
+/// Applies a command; the encoded answer.
+fn apply(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    command: Command,
+) -> Result<Vec<u8>, Rejection> {
+    Ok(match command {
+        Command::Register(new) => {
+            codec::encode_plain(&versions::register(context, txn, new, None)?)
+        }
+        Command::RegisterRun {
+            version,
+            provenance,
+        } => {
+            let registered = versions::register(context, txn, version, Some(&provenance))?;
+            codec::encode_plain(&registered)
+        }
+        Command::Stage(change) => {
+            let version = stages::change(context, txn, &change)?;
+            codec::encode_plain(&search::view(txn, version))
+        }
+        Command::Alias {
+            model,
+            alias,
+            version,
+            expected_revision,
+        } => {
+            let state = aliases::set(context, txn, &model, &alias, version, expected_revision)?;
+            codec::encode_plain(&state)
+        }
+        Command::Tag {
+            model,
+            version,
+            tag,
+            value,
+        } => {
+            let tagged = aliases::tag(context, txn, (&model, version), &tag, value)?;
+            codec::encode_plain(&search::view(txn, tagged))
+        }
+        Command::SetPolicy {
+            model,
+            policy,
+            expected_revision,
+            envelope,
+        } => {
+            let envelope = envelope.as_ref();
+            let revision = expected_revision;
+            let state = stages::set_policy(context, txn, &model, policy, revision, envelope)?;
+            codec::encode_plain(&state)
+        }
+        Command::AddKey { spki, roles, owner } => {
+            codec::encode_plain(&keys::add(context, txn, spki, roles, owner)?)
+        }
+        Command::RevokeKey { key, reason } => {
+            codec::encode_plain(&keys::revoke(context, txn, &key, reason)?)
+        }
     })
 }
 
-fn register(
-    context: &ApplyContext,
-    txn: &mut dyn Txn,
-    new: NewVersion,
-) -> Result<ModelVersion, Rejection> {
-    check(&new)?;
-    let by_digest = digest_key(&new.model, &new.digest);
-    if let Some(version) = row::get::<u64>(txn, BY_DIGEST, &by_digest) {
-        return find(txn, &new.model, Some(version));
-    }
-    let newest: u64 = row::get(txn, NEWEST, new.model.as_bytes()).unwrap_or(0);
-    if newest >= VERSIONS_MAX {
-        return Err(Rejection::new(
-            ErrorCode::FailedPrecondition,
-            format!(
-                "model `{}` has {VERSIONS_MAX} versions, the limit: use a new name",
-                new.model
-            ),
-        ));
-    }
-    if newest == 0 && row::all::<u64>(txn, NEWEST, &[]).len() >= MODELS_MAX {
-        return Err(Rejection::new(
-            ErrorCode::FailedPrecondition,
-            format!("there are {MODELS_MAX} models, the limit: register under a known name"),
-        ));
-    }
-    let version = newest + 1;
-    let model = new.model.clone();
-    let row = ModelVersion {
-        version,
-        registered_ms: context.now_ms,
-        description: new,
-    };
-    row::put(txn, VERSIONS, &version_key(&model, version), &row);
-    row::put(txn, NEWEST, model.as_bytes(), &version);
-    row::put(txn, BY_DIGEST, &by_digest, &version);
-    Ok(row)
-}
-
-fn check(new: &NewVersion) -> Result<(), Rejection> {
-    crate::name::check("a model", &new.model)?;
-    let digests = [
-        ("digest", &new.digest),
-        ("weights_blake3", &new.weights_blake3),
-        ("dataset_blake3", &new.dataset_blake3),
-    ];
-    for (field, value) in digests {
-        // Lower case only: a file's name is its digest, letter by letter.
-        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-        if value.len() != 64 || !value.bytes().all(is_digit) {
-            let shown: String = value.chars().take(80).collect();
-            return Err(Rejection::invalid(format!(
-                "{field} is `{shown}`: expected 64 lower-case hexadecimal digits"
-            )));
+fn query(reader: &dyn Reader, query: Query) -> Result<Vec<u8>, Rejection> {
+    Ok(match query {
+        Query::List { after } => {
+            let after = after.as_deref().map(str::as_bytes);
+            let newest = reader.scan(NEWEST, &[], after, PAGE_ROWS);
+            let versions = newest.into_iter().map(|(model, _)| {
+                let model = String::from_utf8(model).expect("a model's name is ASCII");
+                find(reader, &model, None).expect("the newest version of a model exists")
+            });
+            codec::encode_plain(&versions.collect::<Vec<ModelVersion>>())
         }
-    }
-    let size = new.training_json.len();
-    if size > TRAINING_JSON_BYTES_MAX {
-        return Err(Rejection::invalid(format!(
-            "training_json has {size} bytes, the limit is {TRAINING_JSON_BYTES_MAX}: register what \
-             decides the training, not its course"
-        )));
-    }
-    let longest = new.metrics.keys().map(String::len).max().unwrap_or(0);
-    if new.metrics.len() > METRICS_MAX || longest > METRIC_NAME_BYTES_MAX {
-        return Err(Rejection::invalid(format!(
-            "{} metrics with names of up to {longest} bytes, the limits are {METRICS_MAX} and \
-             {METRIC_NAME_BYTES_MAX}: register fewer, or shorten their names",
-            new.metrics.len()
-        )));
-    }
-    Ok(())
+        Query::Versions { model, after } => {
+            find(reader, &model, None)?;
+            let after = version_key(&model, after);
+            let rows = reader.scan(VERSIONS, &model_prefix(&model), Some(&after), PAGE_ROWS);
+            let versions = rows
+                .iter()
+                .map(|(_, bytes)| row::from_bytes(VERSIONS, bytes));
+            codec::encode_plain(&versions.collect::<Vec<ModelVersion>>())
+        }
+        Query::Version { model, version } => codec::encode_plain(&find(reader, &model, version)?),
+        Query::Search { filter, after } => {
+            codec::encode_plain(&search::page(reader, &filter, after)?)
+        }
+        Query::View { model, selector } => {
+            let version = search::select(reader, &model, &selector)?;
+            codec::encode_plain(&search::view(reader, version))
+        }
+        Query::Model { model } => codec::encode_plain(&search::model(reader, &model)?),
+        Query::Signed { model, version } => {
+            find(reader, &model, Some(version))?;
+            codec::encode_plain(&stages::signed(reader, &model, version))
+        }
+        Query::Keys { after } => codec::encode_plain(&keys::page(reader, after.as_deref())),
+        Query::Events { from } => codec::encode_plain(&events::page(reader, from)),
+        Query::Proof { sequence } => codec::encode_plain(&events::proof(reader, sequence)?),
+    })
 }
 
 impl StateModule for Registry {
@@ -235,10 +281,34 @@ impl StateModule for Registry {
         txn: &mut dyn Txn,
         payload: &[u8],
     ) -> Result<Applied, Rejection> {
-        let Command::Register(new) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
-        let version = register(context, txn, new)?;
-        let response = codec::encode_plain(&version);
+        let command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
+        let response = apply(context, txn, command)?;
         Ok(Applied::changed(self.id(), response))
+    }
+
+    fn subject(&self, payload: &[u8], _response: Option<&[u8]>) -> String {
+        match crate::payload::decode(payload, PAYLOAD_BYTES_MAX) {
+            Ok(Command::Register(version) | Command::RegisterRun { version, .. }) => {
+                format!("a version of {}", version.model)
+            }
+            Ok(Command::Stage(change)) => {
+                let StageChange {
+                    model, version, to, ..
+                } = change;
+                format!("{model}:{version} to {}", to.as_str())
+            }
+            Ok(Command::Alias { model, alias, .. }) => format!("alias {alias} of {model}"),
+            Ok(Command::Tag {
+                model,
+                version,
+                tag,
+                ..
+            }) => format!("tag {tag} of {model}:{version}"),
+            Ok(Command::SetPolicy { model, .. }) => format!("policy of {model}"),
+            Ok(Command::AddKey { owner, .. }) => format!("a key of {owner}"),
+            Ok(Command::RevokeKey { key, .. }) => format!("key {key}"),
+            Err(_) => self.name().to_owned(),
+        }
     }
 
     fn query(
@@ -247,203 +317,30 @@ impl StateModule for Registry {
         _now_ms: u64,
         payload: &[u8],
     ) -> Result<Vec<u8>, Rejection> {
-        Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
-            Query::List { after } => {
-                let after = after.as_deref().map(str::as_bytes);
-                let newest = reader.scan(NEWEST, &[], after, PAGE_ROWS);
-                let versions = newest.into_iter().map(|(model, _)| {
-                    let model = String::from_utf8(model).expect("a model's name is ASCII");
-                    find(reader, &model, None).expect("the newest version of a model exists")
-                });
-                codec::encode_plain(&versions.collect::<Vec<ModelVersion>>())
-            }
-            Query::Versions { model, after } => {
-                find(reader, &model, None)?;
-                let prefix = [model.as_bytes(), &[0]].concat();
-                let after = version_key(&model, after);
-                let rows = reader.scan(VERSIONS, &prefix, Some(&after), PAGE_ROWS);
-                let versions = rows
-                    .iter()
-                    .map(|(_, bytes)| row::from_bytes(VERSIONS, bytes));
-                codec::encode_plain(&versions.collect::<Vec<ModelVersion>>())
-            }
-            Query::Version { model, version } => {
-                codec::encode_plain(&find(reader, &model, version)?)
-            }
-        })
+        query(reader, crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?)
     }
 
     fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
-        let Command::Register(new) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
-        match caller {
-            Caller::Client | Caller::Head => Ok(()),
-            Caller::Host { job, .. } if job.0 == new.job => Ok(()),
-            Caller::Host { .. } | Caller::Node(_) => Err(Rejection::new(
+        let command: Command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
+        let of_job = match &command {
+            Command::Register(version) | Command::RegisterRun { version, .. } => Some(version.job),
+            _ => None,
+        };
+        match (caller, of_job) {
+            (Caller::Client | Caller::Head, _) => Ok(()),
+            (Caller::Host { job, .. }, Some(of_job)) if job.0 == of_job => Ok(()),
+            (Caller::Host { .. } | Caller::Node(_), Some(_)) => Err(Rejection::new(
                 ErrorCode::PermissionDenied,
                 "models are registered by clients, and by jobs that name themselves as their origin",
+            )),
+            (Caller::Host { .. } | Caller::Node(_), None) => Err(Rejection::new(
+                ErrorCode::PermissionDenied,
+                "stages, aliases, tags, policies and keys are changed with a client token",
             )),
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use mobula_scheduler::memory_txn::MemoryTables;
-
-    fn new_version(digest: char) -> NewVersion {
-        NewVersion {
-            model: "digits".into(),
-            digest: digest.to_string().repeat(64),
-            size_bytes: 10,
-            weights_blake3: "a".repeat(64),
-            dataset_blake3: "b".repeat(64),
-            job: 3,
-            metrics: BTreeMap::from([("accuracy".to_owned(), 0.97)]),
-            training_json: "{}".into(),
-        }
-    }
-
-    fn apply(txn: &mut MemoryTables, new: NewVersion) -> Result<ModelVersion, Rejection> {
-        let context = ApplyContext {
-            index: 5,
-            term: 1,
-            now_ms: 7,
-        };
-        let payload = codec::encode_plain(&Command::Register(new));
-        let applied = txn.apply(&Registry, &context, &payload)?;
-        Ok(codec::decode(&applied.response, PAYLOAD_BYTES_MAX).unwrap())
-    }
-
-    #[test]
-    fn versions_count_up_and_the_same_files_are_the_same_version() {
-        let mut txn = MemoryTables::default();
-        assert_eq!(apply(&mut txn, new_version('1')).unwrap().version, 1);
-        assert_eq!(apply(&mut txn, new_version('2')).unwrap().version, 2);
-        assert_eq!(apply(&mut txn, new_version('1')).unwrap().version, 1);
-        assert_eq!(find(&txn, "digits", None).unwrap().version, 2);
-    }
-
-    #[test]
-    fn what_does_not_exist_is_named_with_what_does() {
-        let mut txn = MemoryTables::default();
-        apply(&mut txn, new_version('1')).unwrap();
-        let error = find(&txn, "digits", Some(9)).unwrap_err();
-        assert_eq!(
-            error.message,
-            "model `digits` has no version 9: it has 1 to 1"
-        );
-        assert!(
-            find(&txn, "faces", None)
-                .unwrap_err()
-                .message
-                .contains("mobula models list")
-        );
-    }
-
-    #[test]
-    fn bad_names_and_digests_are_refused() {
-        let mut txn = MemoryTables::default();
-        let bad_name = NewVersion {
-            model: "../x".into(),
-            ..new_version('1')
-        };
-        assert!(
-            apply(&mut txn, bad_name)
-                .unwrap_err()
-                .message
-                .contains("cannot name a model")
-        );
-        for digest in ['z', 'A'] {
-            let error = apply(&mut txn, new_version(digest)).unwrap_err();
-            assert!(error.message.contains("lower-case hexadecimal"), "{error}");
-        }
-    }
-
-    #[test]
-    fn nothing_of_a_version_is_unbounded() {
-        let mut txn = MemoryTables::default();
-        let metric = |name: String| BTreeMap::from([(name, 1.0)]);
-        let cases = [
-            (
-                NewVersion {
-                    training_json: "x".repeat(8 * 1024 + 1),
-                    ..new_version('1')
-                },
-                "training_json has 8193 bytes",
-            ),
-            (
-                NewVersion {
-                    metrics: metric("x".repeat(65)),
-                    ..new_version('1')
-                },
-                "names of up to 65 bytes",
-            ),
-            (
-                NewVersion {
-                    dataset_blake3: "b".repeat(100_000),
-                    ..new_version('1')
-                },
-                "dataset_blake3 is",
-            ),
-        ];
-        for (new, expected) in cases {
-            let error = apply(&mut txn, new).unwrap_err();
-            assert!(error.message.contains(expected), "{error}");
-            assert!(error.message.len() < 300, "{error}");
-        }
-    }
-
-    #[test]
-    fn lists_come_in_pages_that_the_api_carries() {
-        let mut txn = MemoryTables::default();
-        let count = PAGE_ROWS as u64 + 10;
-        for number in 0..count {
-            let mut new = new_version('1');
-            new.digest = format!("{number:064x}");
-            new.training_json = "x".repeat(TRAINING_JSON_BYTES_MAX);
-            apply(&mut txn, new.clone()).unwrap();
-            new.model = format!("m{number:04}");
-            apply(&mut txn, new).unwrap();
-        }
-        let ask = |query: &Query| -> Vec<ModelVersion> {
-            let bytes = Registry
-                .query(&txn, 0, &codec::encode_plain(query))
-                .unwrap();
-            assert!(bytes.len() < 4 << 20, "{} bytes", bytes.len());
-            codec::decode(&bytes, 4 << 20).unwrap()
-        };
-        let versions = |after| {
-            ask(&Query::Versions {
-                model: "digits".into(),
-                after,
-            })
-        };
-        let first = versions(0);
-        let last = first.last().unwrap().version;
-        assert_eq!((first.len(), last), (PAGE_ROWS, PAGE_ROWS as u64));
-        assert_eq!(versions(last).last().unwrap().version, count);
-        assert_eq!(versions(count), []);
-        let first = ask(&Query::List { after: None });
-        let last = first.last().unwrap().description.model.clone();
-        let rest = ask(&Query::List { after: Some(last) });
-        assert_eq!(
-            (first.len(), first.len() + rest.len()),
-            (PAGE_ROWS, count as usize + 1)
-        );
-    }
-
-    #[test]
-    fn a_job_registers_what_came_of_itself_only() {
-        use mobula_core::id::{JobId, NodeId};
-        let payload = codec::encode_plain(&Command::Register(new_version('1')));
-        let host = |job| Caller::Host {
-            job: JobId(job),
-            node: NodeId(1),
-        };
-        assert!(Registry.authorize(&host(3), &payload).is_ok());
-        assert!(Registry.authorize(&Caller::Client, &payload).is_ok());
-        let error = Registry.authorize(&host(4), &payload).unwrap_err();
-        assert_eq!(error.code, ErrorCode::PermissionDenied);
-    }
-}
+#[path = "state_tests.rs"]
+pub(super) mod tests;

@@ -9,10 +9,12 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use mobula_core::codec;
 use mobula_storage::blob::{BlobError, BlobStore};
 use serde::{Deserialize, Serialize};
 
+use super::{hex, merkle};
 use crate::drift::{Reference, ReferenceError};
 use crate::training::data::SampleShape;
 use crate::training::model::{Model, ModelError};
@@ -71,6 +73,8 @@ pub struct VersionFile {
 pub struct StoredVersion {
     /// BLAKE3 of its bytes, in hex.
     pub digest: String,
+    /// SHA-256 of its bytes, in hex: what signatures name it by.
+    pub sha256: String,
     /// Its size.
     pub size_bytes: u64,
 }
@@ -194,8 +198,13 @@ impl VersionFile {
             });
         }
         let digest = blake3::hash(&bytes).to_string();
+        let sha256 = hex::encode(&merkle::hash(&bytes));
         blobs.renew(&path(&digest), bytes.into()).await?;
-        Ok(StoredVersion { digest, size_bytes })
+        Ok(StoredVersion {
+            digest,
+            sha256,
+            size_bytes,
+        })
     }
 
     /// Loads the file of this name, and verifies all of it.
@@ -204,28 +213,37 @@ impl VersionFile {
         digest: &str,
         size_bytes: u64,
     ) -> Result<Self, VersionFileError> {
-        if size_bytes > VERSION_FILE_BYTES_MAX {
-            let limit_bytes = VERSION_FILE_BYTES_MAX;
-            return Err(VersionFileError::TooLarge {
-                size_bytes,
-                limit_bytes,
-            });
-        }
-        let path = path(digest);
-        let bytes = blobs.get(&path, VERSION_FILE_BYTES_MAX).await?;
-        let found = blake3::hash(&bytes).to_string();
-        let found_bytes = bytes.len() as u64;
-        if found != digest || found_bytes != size_bytes {
-            return Err(VersionFileError::Damaged {
-                path,
-                expected: digest.to_owned(),
-                expected_bytes: size_bytes,
-                found,
-                found_bytes,
-            });
-        }
-        Self::from_bytes(&bytes)
+        Self::from_bytes(&fetch(blobs, digest, size_bytes).await?)
     }
+}
+
+/// The bytes of the file of this name, verified.
+pub async fn fetch(
+    blobs: &BlobStore,
+    digest: &str,
+    size_bytes: u64,
+) -> Result<Bytes, VersionFileError> {
+    if size_bytes > VERSION_FILE_BYTES_MAX {
+        let limit_bytes = VERSION_FILE_BYTES_MAX;
+        return Err(VersionFileError::TooLarge {
+            size_bytes,
+            limit_bytes,
+        });
+    }
+    let path = path(digest);
+    let bytes = blobs.get(&path, VERSION_FILE_BYTES_MAX).await?;
+    let found = blake3::hash(&bytes).to_string();
+    let found_bytes = bytes.len() as u64;
+    if found != digest || found_bytes != size_bytes {
+        return Err(VersionFileError::Damaged {
+            path,
+            expected: digest.to_owned(),
+            expected_bytes: size_bytes,
+            found,
+            found_bytes,
+        });
+    }
+    Ok(bytes)
 }
 
 fn path(digest: &str) -> String {

@@ -8,13 +8,15 @@ use mobula::Actor;
 
 use super::job::{Coordinator, Driver, JobError, now_ms};
 use super::progress::Progress;
-use super::publish::{PublishVersionError, Published, describe, publish_version};
+use super::publish::{PublishVersionError, Published, describe, origin, publish_version};
 use super::record::RunRecord;
 use super::result::TrainResult;
 use super::resume::History;
 use super::saving::Saver;
 use super::trainer::Trainer;
+use crate::checkpoint::client;
 use crate::registry::VersionFile;
+use crate::registry::provenance::Provenance;
 use crate::storage::open_blobs;
 
 /// Pauses between attempts to store the result's files.
@@ -38,8 +40,15 @@ impl Driver {
         })?;
         // The job's result stands on its last checkpoint: it waits for the store if it must.
         saver.flush(None).await?;
-        let published = self.publish(&file).await?;
-        let record = self.store_record(&coordinator).await?;
+        let (run, record) = self.store_record(&coordinator).await?;
+        let checkpoints = client::of_job(&self.cluster, self.job).await?;
+        let of_the_end = checkpoints
+            .checkpoints
+            .iter()
+            .map(|committed| &committed.checkpoint)
+            .find(|checkpoint| checkpoint.step == coordinator.state().step);
+        let origin = origin(&run, &record, of_the_end);
+        let published = self.publish(&file, &origin).await?;
         let status = self.cluster.job_handle(self.job).status().await?;
         let counters = coordinator.counters();
         let wall_ms = now_ms().saturating_sub(status.started_ms.unwrap_or(status.submitted_ms));
@@ -103,8 +112,11 @@ impl Driver {
         Ok(trainers.map(|trainer| u64::from(trainer.restarts)).sum())
     }
 
-    /// Stores what the run was, however long the store is out of reach; its digest.
-    async fn store_record(&self, coordinator: &Coordinator) -> Result<String, JobError> {
+    /// Stores what the run was, however long the store is out of reach; the record and its digest.
+    async fn store_record(
+        &self,
+        coordinator: &Coordinator,
+    ) -> Result<(RunRecord, String), JobError> {
         let state = coordinator.state();
         let record = tokio::task::block_in_place(|| {
             let trace = self.trace.lock();
@@ -130,7 +142,7 @@ impl Driver {
                 Err(error) => Err(error),
             };
             match stored {
-                Ok(digest) => return Ok(digest),
+                Ok(digest) => return Ok((record, digest)),
                 // Also a full disk or a refused key: somebody can mend it while the job waits.
                 Err(error) => self.log.line(format_args!(
                     "the run's record is not stored: {error}; waiting, next attempt in {} ms",
@@ -143,10 +155,14 @@ impl Driver {
     }
 
     /// Stores the model version, however long the store is out of reach.
-    async fn publish(&self, file: &VersionFile) -> Result<Published, PublishVersionError> {
+    async fn publish(
+        &self,
+        file: &VersionFile,
+        origin: &Provenance,
+    ) -> Result<Published, PublishVersionError> {
         let mut pause = PUBLISH_PAUSE_FIRST;
         loop {
-            match publish_version(&self.cluster, &self.spec, file).await {
+            match publish_version(&self.cluster, &self.spec, file, origin).await {
                 Err(error) if error.may_pass() => self.log.line(format_args!(
                     "the model version is not stored: {error}; waiting, next attempt in {} ms",
                     pause.as_millis()

@@ -6,13 +6,17 @@ use mobula_storage::blob::BlobError;
 
 use super::data::SampleShape;
 use super::model::Model;
+use super::record::RunRecord;
 use super::reference::reference_sample;
 use super::spec::TrainSpec;
 use super::state::TrainState;
 use super::trainable::Evaluation;
 use super::workload::{Workload, WorkloadError};
+use crate::checkpoint::state::CheckpointRef;
 use crate::registry::client::{PublishError, publish};
-use crate::registry::{Provenance, VersionFile, VersionFileError};
+use crate::registry::provenance::{CheckpointOrigin, Code, Parent};
+use crate::registry::version_file::Provenance;
+use crate::registry::{VersionFile, VersionFileError, provenance};
 use crate::storage::open_blobs;
 
 /// Rows of the training data that a version keeps for drift detection: enough for stable
@@ -103,16 +107,59 @@ pub fn describe(
     Ok((file, evaluation))
 }
 
+/// Where the version of a run comes from, as its record and its last checkpoint say.
+#[must_use]
+pub fn origin(
+    record: &RunRecord,
+    record_digest: &str,
+    checkpoint: Option<&CheckpointRef>,
+) -> provenance::Provenance {
+    let environment = &record.environment;
+    let facts = [
+        ("cpu_model", environment.cpu_model.clone()),
+        ("isa", environment.isa.join(" ")),
+        ("os", environment.os.clone()),
+    ];
+    let parent = match &record.spec.start_from {
+        None => Parent::Seed,
+        Some(from) => Parent::Checkpoint(CheckpointOrigin {
+            manifest: from.manifest.clone(),
+            digest: from.digest.clone(),
+        }),
+    };
+    provenance::Provenance {
+        // Of the file, which whoever stores it knows.
+        sha256: None,
+        code: record.program.blake3.as_ref().map(|blake3| Code {
+            reference: format!("mobula {}", record.program.version),
+            blake3: blake3.clone(),
+        }),
+        environment: facts
+            .into_iter()
+            .filter(|(_, fact)| !fact.is_empty())
+            .map(|(name, fact)| (name.to_owned(), fact))
+            .collect(),
+        seed: Some(record.spec.seed),
+        parent: Some(parent),
+        checkpoint: checkpoint.map(|checkpoint| CheckpointOrigin {
+            manifest: checkpoint.manifest_path.clone(),
+            digest: checkpoint.manifest_digest.clone(),
+        }),
+        run_record: Some(record_digest.to_owned()),
+    }
+}
+
 /// Stores the version, and registers it if the job asks for that.
 pub async fn publish_version(
     cluster: &Cluster,
     spec: &TrainSpec,
     file: &VersionFile,
+    origin: &provenance::Provenance,
 ) -> Result<Published, PublishVersionError> {
     if spec.register.is_some() {
         let training_json =
             serde_json::to_string(spec).expect("plain numbers and strings always encode");
-        let registered = publish(cluster, file, training_json).await?;
+        let registered = publish(cluster, file, training_json, origin.clone()).await?;
         return Ok(Published {
             digest: registered.description.digest,
             size_bytes: registered.description.size_bytes,

@@ -202,7 +202,10 @@ impl DomainModel {
         command: registry::Command,
         result: &Answer,
     ) -> Result<(), Violation> {
-        let registry::Command::Register(new) = command;
+        let registry::Command::Register(new) = command else {
+            let text = format!("{command:?} is none of the simulator's commands");
+            return broken(VERSIONS, index, text);
+        };
         let Ok(bytes) = result else {
             return broken(VERSIONS, index, format!("{new:?} was refused: {result:?}"));
         };

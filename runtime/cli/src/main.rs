@@ -15,11 +15,13 @@ mod explain;
 mod head;
 mod heads;
 mod jobs;
+mod keys;
 mod local;
 mod models;
 mod nodes;
 mod output;
 mod preemptions;
+mod registry_log;
 mod replay;
 mod scenario;
 mod secrets;
@@ -101,11 +103,16 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Actors(command) => actors::run(&target, command).await?,
         Command::Nodes(command) => nodes::run(&target, command).await?,
         Command::Checkpoints(command) => return checkpoints::run(&target, command).await,
-        Command::Models(command) => models::run(&target, command).await?,
+        Command::Models(command) => return models::run(&target, command).await,
+        Command::Keys(command) => keys::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,
         Command::Tokens(command) => tokens::run(&target, command).await?,
-        Command::Audit(options) => audit::run(&target, options).await?,
+        Command::Audit {
+            command: Some(command),
+            ..
+        } => registry_log::run(&target, command).await?,
+        Command::Audit { arguments, .. } => audit::run(&target, arguments).await?,
         Command::Metrics { node } => status::metrics(&target, node).await?,
         Command::Status(format) => status::run(&target, format).await?,
         Command::Explain(options) => explain::run(&target, options).await?,

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use mobula::Cluster;
+use mobula_actors::registry;
+use mobula_actors::registry::search::Selector;
 use mobula_actors::serving::client;
 use mobula_actors::serving::controller::replica_name;
 use mobula_actors::serving::endpoint_service::INPUT;
@@ -15,6 +17,7 @@ use serde::Serialize;
 use crate::args::{ServeCommand, Target};
 use crate::clock::SystemClock;
 use crate::connect::connect;
+use crate::models::name::VersionName;
 use crate::output::{age, or_dash, print_json, print_table};
 
 /// How long `serve delete` waits for the endpoint's actors to end.
@@ -77,9 +80,18 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
             timeout,
             format,
         } => {
-            let (model, version) = model_and_version(&model)?;
-            let name = endpoint.unwrap_or_else(|| model.to_owned());
-            let deployment = client::deploy(&cluster, &name, model, version, replicas).await?;
+            let VersionName { model, selector } = model;
+            let version = match selector {
+                Selector::Newest => None,
+                Selector::Number(version) => Some(version),
+                // From then on the endpoint serves that version, whatever becomes of the alias.
+                alias => {
+                    let view = registry::client::view(&cluster, &model, alias).await?;
+                    Some(view.version.version)
+                }
+            };
+            let name = endpoint.unwrap_or_else(|| model.clone());
+            let deployment = client::deploy(&cluster, &name, &model, version, replicas).await?;
             let waited =
                 client::wait_ready(&cluster, &deployment, Duration::from_millis(timeout)).await?;
             match waited {
@@ -102,19 +114,6 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
                 println!("{endpoint} is being deleted: see `mobula serve list`");
             }
             Ok(())
-        }
-    }
-}
-
-/// `digits` or `digits:3`.
-fn model_and_version(text: &str) -> anyhow::Result<(&str, Option<u64>)> {
-    match text.split_once(':') {
-        None => Ok((text, None)),
-        Some((model, version)) => {
-            let number = version.parse().with_context(|| {
-                format!("`{version}` is not a version: write `{model}` or `{model}:1`")
-            })?;
-            Ok((model, Some(number)))
         }
     }
 }
@@ -205,17 +204,6 @@ async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_model_is_named_with_or_without_its_version() {
-        assert_eq!(model_and_version("digits").unwrap(), ("digits", None));
-        assert_eq!(model_and_version("digits:3").unwrap(), ("digits", Some(3)));
-        let error = model_and_version("digits:latest").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "`latest` is not a version: write `digits` or `digits:1`"
-        );
-    }
 
     #[test]
     fn the_example_is_a_request() {

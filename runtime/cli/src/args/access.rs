@@ -1,5 +1,7 @@
 //! Who may do what, and who did.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
 use super::Format;
@@ -31,6 +33,32 @@ pub(crate) enum TokensCommand {
     Revoke {
         /// Its name, as `tokens list` shows it.
         id: String,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum AuditCommand {
+    /// Write the log of what was decided about models into a file.
+    Export {
+        /// The file, which must be absent.
+        file: PathBuf,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Print one entry of that log, with the proof that it is there.
+    Prove {
+        /// The entry's number.
+        sequence: u64,
+    },
+    /// Check a file of `export` or `prove`, without a cluster. Names the first entry that was changed.
+    Verify {
+        /// The file.
+        file: PathBuf,
+        /// The root that it must have, in hex: one that was kept elsewhere.
+        #[arg(long, value_name = "SHA256")]
+        root: Option<String>,
         #[command(flatten)]
         format: Format,
     },

@@ -5,6 +5,7 @@ mod chaos;
 mod cluster;
 mod duration;
 mod jobs;
+mod registry;
 mod serving;
 mod training;
 
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 use clap::builder::Resettable;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-pub(crate) use access::{AuditArguments, TokensCommand};
+pub(crate) use access::{AuditArguments, AuditCommand, TokensCommand};
 pub(crate) use chaos::{ChaosCommand, ChaosRunArguments, ChaosSimArguments};
 pub(crate) use cluster::{
     DemoArguments, GroupCommand, HeadArguments, HeadCommand, LocalCommand, LocalDirectory,
@@ -23,7 +24,11 @@ pub(crate) use cluster::{
 pub(crate) use jobs::{
     ActorsCommand, ExplainArguments, JobsCommand, NodesCommand, SubmitArguments,
 };
-pub(crate) use serving::{DriftCommand, ModelsCommand, ServeCommand};
+pub(crate) use registry::{
+    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RiskArgument, RoleArgument,
+    SearchArguments, SigningArguments,
+};
+pub(crate) use serving::{DriftCommand, ServeCommand};
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 
 /// An actor-based distributed runtime: a head, workers, and jobs made of actors, in one binary.
@@ -118,6 +123,9 @@ pub(crate) enum Command {
     /// Models and their versions.
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Keys that decisions about models are signed with.
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Endpoints that serve models.
     #[command(subcommand)]
     Serve(ServeCommand),
@@ -127,8 +135,15 @@ pub(crate) enum Command {
     /// Join and client tokens.
     #[command(subcommand)]
     Tokens(TokensCommand),
-    /// Who changed what: one record of each call that changed something, or would have.
-    Audit(AuditArguments),
+    /// Who changed what: one record of each call that changed something, or would have; or the log of what was
+    /// decided about models, which can be checked without a cluster.
+    #[command(args_conflicts_with_subcommands = true)]
+    Audit {
+        #[command(subcommand)]
+        command: Option<AuditCommand>,
+        #[command(flatten)]
+        arguments: AuditArguments,
+    },
     /// What the cluster is and how it does.
     Status(Format),
     /// What a head or a worker counts and measures, as Prometheus reads it.

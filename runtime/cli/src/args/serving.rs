@@ -1,29 +1,17 @@
-//! Models, the endpoints that serve them, and the drift of what those see.
+//! The endpoints that serve models, and the drift of what those see.
 
 use clap::Subcommand;
 
 use super::Format;
 use super::duration::parse_duration_ms;
-
-#[derive(Subcommand)]
-pub(crate) enum ModelsCommand {
-    /// All models and their versions.
-    List(Format),
-    /// One model, with where each version comes from.
-    Show {
-        /// The model's name.
-        model: String,
-        #[command(flatten)]
-        format: Format,
-    },
-}
+use crate::models::name::VersionName;
 
 #[derive(Subcommand)]
 pub(crate) enum ServeCommand {
     /// Make a model version answer requests.
     Deploy {
-        /// The model, as `name` (newest version) or `name:version`.
-        model: String,
+        /// The model, as `name` (newest version), `name:3` or `name:alias`.
+        model: VersionName,
         /// The endpoint's name [default: the model's].
         #[arg(long)]
         endpoint: Option<String>,

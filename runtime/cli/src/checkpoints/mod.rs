@@ -134,17 +134,24 @@ fn choose_all(
 
 /// The cluster's object store, from here.
 pub(crate) async fn archive(cluster: &Cluster, store: &StoreArguments) -> anyhow::Result<Archive> {
+    Ok(Archive::open(&location(cluster, store).await?)?)
+}
+
+/// Where the cluster's object store is, from here.
+pub(crate) async fn location(
+    cluster: &Cluster,
+    store: &StoreArguments,
+) -> anyhow::Result<StorageLocation> {
     let url = cluster.status().await?.storage_url;
     let s3 = read_config(store.config.as_deref())?.storage.s3;
-    let location = StorageLocation {
+    Ok(StorageLocation {
         url,
         endpoint: s3.endpoint,
         region: s3.region,
         allow_http: s3.allow_http,
         access_key_env: s3.access_key_env,
         secret_key_env: s3.secret_key_env,
-    };
-    Ok(Archive::open(&location)?)
+    })
 }
 
 /// A checkpoint, as programs read it.

@@ -30,6 +30,7 @@ mod observe;
 mod overload;
 mod placement;
 mod python;
+mod registry;
 mod replay;
 mod serving;
 mod sessions;
