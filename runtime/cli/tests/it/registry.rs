@@ -6,6 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::python::python_with;
 use crate::support::{TestCluster, mobula, small_job, text_of};
 
 /// Trains and registers a version of `digits`; the job's result.
@@ -315,35 +316,10 @@ fn logs(cluster: &TestCluster) {
 /// What PyPI's `model-signing` of this version says. It does not name pyOpenSSL, which it imports.
 const MODEL_SIGNING: [&str; 2] = ["model-signing==1.1.1", "pyOpenSSL"];
 
-/// A Python with model-signing, or why there is none.
-fn model_signing() -> Result<PathBuf, String> {
-    let target =
-        std::env::var_os("CARGO_TARGET_TMPDIR").map_or_else(std::env::temp_dir, PathBuf::from);
-    let environment = target.join("model-signing");
-    let python = environment.join("bin/python");
-    let run = |command: &mut Command| match command.output() {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(text_of(&output)),
-        Err(error) => Err(error.to_string()),
-    };
-    if !python.exists() {
-        run(Command::new("python3")
-            .args(["-m", "venv"])
-            .arg(&environment))?;
-    }
-    let install = ["-m", "pip", "install", "--quiet", "--retries", "1"];
-    run(Command::new(&python).args(install).args(MODEL_SIGNING))?;
-    Ok(python)
-}
-
 #[test]
 fn bundles_are_those_of_model_signing_both_ways() {
-    let python = match model_signing() {
-        Ok(python) => python,
-        Err(reason) => {
-            eprintln!("skipped: model-signing cannot be had from PyPI: {reason}");
-            return;
-        }
+    let Some(python) = python_with("model-signing", &MODEL_SIGNING) else {
+        return;
     };
     let cluster = TestCluster::up(1);
     train(&cluster, 7);
