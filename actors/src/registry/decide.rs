@@ -8,7 +8,7 @@
 
 use serde_json::{Value, json};
 
-use super::envelope::{Envelope, EnvelopeError};
+use super::envelope::{Envelope, EnvelopeError, Signature};
 use super::search::{ModelView, VersionView};
 use super::signer::{self, SignError, Signer};
 use super::stages::{SignedEdge, Stage, StageChange};
@@ -107,6 +107,28 @@ impl Decision {
             signer::sign(signer, provenance)?;
         }
         Ok(())
+    }
+
+    /// The statements that are signed, for a signer that is elsewhere.
+    #[must_use]
+    pub fn statements(&self) -> Vec<&[u8]> {
+        let envelopes = [
+            Some(&self.change.promotion),
+            self.change.provenance.as_ref(),
+        ];
+        let envelopes = envelopes.into_iter().flatten();
+        envelopes.map(|envelope| &envelope.payload[..]).collect()
+    }
+
+    /// Adds a key's signatures, one of each of [`Decision::statements`] in their order.
+    pub fn add_signatures(&mut self, signatures: Vec<Signature>) {
+        let envelopes = [
+            Some(&mut self.change.promotion),
+            self.change.provenance.as_mut(),
+        ];
+        for (envelope, signature) in envelopes.into_iter().flatten().zip(signatures) {
+            envelope.signatures.push(signature);
+        }
     }
 
     /// How often it is signed.

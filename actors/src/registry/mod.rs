@@ -4,7 +4,8 @@
 //! * [`version_file`]: what a version consists of, as one verified file in the object store.
 //! * [`state`]: the replicated module (pure): its commands and questions. What they do is in [`versions`],
 //!   [`stages`], [`aliases`], [`keys`] and [`search`]; [`provenance`] says what production needs.
-//! * [`statement`], [`envelope`], [`signer`]: what is signed, how it is checked, and who has private keys;
+//! * [`statement`], [`envelope`], [`signer`]: what is signed, how it is checked, and who has private keys
+//!   ([`key_holder`] is an actor that has them for jobs);
 //!   [`decide`]: a change on its way to be signed; [`bundle`]: the files of a version, signed for other tools.
 //! * [`events`]: the log of all changes, over the hash trees of [`merkle`]; [`audit_file`]: the same as a file.
 //! * [`client`]: what jobs and the command line ask it, and how a job publishes a version.
@@ -16,6 +17,7 @@ pub mod client;
 pub mod decide;
 pub mod envelope;
 pub mod events;
+pub mod key_holder;
 pub mod keys;
 pub mod merkle;
 pub mod provenance;

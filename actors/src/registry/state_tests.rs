@@ -233,7 +233,7 @@ fn lists_come_in_pages_that_the_api_carries() {
 }
 
 #[test]
-fn a_job_registers_what_came_of_itself_and_decides_nothing() {
+fn a_job_registers_what_came_of_itself_and_decides_only_what_is_signed() {
     let of_3 = new_version('1');
     let host = |job| Caller::Host {
         job: JobId(job),
@@ -259,6 +259,11 @@ fn a_job_registers_what_came_of_itself_and_decides_nothing() {
         reason: String::new(),
     };
     assert_eq!(may(&Caller::Client, &key), Ok(()));
+    // What is signed counts by its signatures.
+    let stage = Command::Stage(World::with_versions(1).change(1, Stage::Staging, &[]));
+    assert_eq!(may(&host(3), &stage), Ok(()));
+    let node = may(&Caller::Node(NodeId(1)), &stage);
+    assert_eq!(node, Err(ErrorCode::PermissionDenied));
     for caller in [host(3), host(JobId::SYSTEM.0), Caller::Node(NodeId(1))] {
         assert_eq!(may(&caller, &key), Err(ErrorCode::PermissionDenied));
     }

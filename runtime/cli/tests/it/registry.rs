@@ -6,6 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::examples::example;
 use crate::python::python_with;
 use crate::support::{TestCluster, mobula, small_job, text_of};
 
@@ -168,6 +169,32 @@ fn refuses_other_keys(cluster: &TestCluster, bob: &str) {
     let text = archive(bob);
     assert!(text.contains("can be read by others"), "{text}");
     assert_eq!(stage_of(cluster, "digits:1"), "production");
+}
+
+/// A job has no key: it asks the actor that holds one.
+#[test]
+fn a_job_decides_with_signatures_of_the_key_holder() {
+    let cluster = TestCluster::up(1);
+    train(&cluster, 7);
+    let file = key(&cluster, "service", &[]);
+    let program = example("signing_job");
+    let submitted = cluster.ok(&[
+        "submit",
+        "--json",
+        program.to_str().unwrap(),
+        "--",
+        &file,
+        "1",
+    ]);
+    let submitted: Value = serde_json::from_str(&submitted).unwrap();
+    let result = cluster.result_of(&format!("job-{}", submitted["job"]));
+    assert_eq!(result["stage"], "staging", "{result}");
+    let refused = result["refused"].as_str().unwrap();
+    assert!(refused.contains("only statements about models"), "{result}");
+    assert_eq!(stage_of(&cluster, "digits:1"), "staging");
+    let known = cluster.json(&["keys", "list"]);
+    assert_eq!(known[0]["key"], result["key"]);
+    cluster.ok(&["models", "verify", "digits:1"]);
 }
 
 fn serves_and_tells_where(cluster: &TestCluster, result: &Value) {
