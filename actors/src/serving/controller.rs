@@ -1,6 +1,9 @@
-//! Sees to it that each endpoint has its router, its replicas and its monitor, and that a deleted
-//! one has none. It reads the tables and proposes what is missing, so a new leader goes on where
-//! the old one was.
+//! Sees to it that each endpoint has its router, and each version that it answers with its replicas and
+//! its monitor, and that what is not wanted any more has none. It reads the tables and proposes what is
+//! missing, so a new leader goes on where the old one was.
+//!
+//! Names of replicas and monitors carry the version: a promotion then starts and ends nothing that goes
+//! on being wanted.
 
 use mobula_core::codec;
 use mobula_core::control::{Controller, ModuleId, Proposal, Reader};
@@ -12,6 +15,9 @@ use mobula_scheduler::{
 };
 
 use super::replica::Replica;
+use super::rollout::Rollout;
+use super::rollout::plan::{Cleanup, Served};
+use super::rollout::state::{Command as RolloutCommand, newest};
 use super::router::Router;
 use super::state::{Command, Endpoint, endpoints};
 use crate::drift::monitor::Monitor;
@@ -40,14 +46,14 @@ pub fn router_name(endpoint: &str) -> String {
 
 /// A replica's name; `number` counts from 1.
 #[must_use]
-pub fn replica_name(endpoint: &str, number: u32) -> String {
-    format!("serving/{endpoint}/replica-{number}")
+pub fn replica_name(endpoint: &str, version: u64, number: u32) -> String {
+    format!("serving/{endpoint}/v{version}/replica-{number}")
 }
 
-/// The monitor's name.
+/// The name of a version's monitor.
 #[must_use]
-pub fn monitor_name(endpoint: &str) -> String {
-    format!("drift/{endpoint}/monitor")
+pub fn monitor_name(endpoint: &str, version: u64) -> String {
+    format!("drift/{endpoint}/v{version}/monitor")
 }
 
 /// The serving controller.
@@ -63,10 +69,14 @@ impl Controller for ServingController {
         endpoints(reader)
             .iter()
             .flat_map(|endpoint| {
+                let rollout = newest(reader, &endpoint.name);
                 if endpoint.deleting {
-                    take_down(reader, endpoint)
+                    take_down(reader, endpoint, rollout.as_ref())
                 } else {
-                    bring_up(reader, endpoint)
+                    let mut proposals = bring_up(reader, endpoint, rollout.as_ref());
+                    let left = rollout.and_then(|rollout| retire(reader, endpoint, &rollout));
+                    proposals.extend(left.into_iter().flatten());
+                    proposals
                 }
             })
             .collect()
@@ -96,9 +106,19 @@ fn scheduler(command: &SchedulerCommand) -> Proposal {
     }
 }
 
-fn bring_up(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
+fn serving(command: &Command) -> Proposal {
+    Proposal {
+        module: ModuleId::SERVING,
+        payload: codec::encode_plain(command),
+    }
+}
+
+fn bring_up(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>) -> Vec<Proposal> {
+    let candidate = rollout.filter(|rollout| rollout.phase.is_open());
+    let of_candidate = candidate.map(|rollout| replicas_of(endpoint, &rollout.candidate));
     let missing: Vec<ActorSpec> = actors_of(endpoint)
         .into_iter()
+        .chain(of_candidate.into_iter().flatten())
         .filter(|spec| {
             spec.name
                 .as_deref()
@@ -118,19 +138,48 @@ fn bring_up(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
     })]
 }
 
-fn take_down(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
-    let left: Vec<(ActorId, bool)> = actors_of(endpoint)
+/// Ends the actors of the version that a rollout left with nothing to answer, once its router has none
+/// of its requests.
+fn retire(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Option<Vec<Proposal>> {
+    let retiring = rollout
+        .retiring()
+        .filter(|_| rollout.cleanup == Cleanup::Ending)?;
+    let retired = RolloutCommand::Retired {
+        endpoint: endpoint.name.clone(),
+        rollout: rollout.number,
+        revision: rollout.revision,
+    };
+    Some(end(
+        reader,
+        names_of(endpoint, retiring.version),
+        &Command::Rollout(retired),
+    ))
+}
+
+fn take_down(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>) -> Vec<Proposal> {
+    let versions = rollout.map_or_else(
+        || vec![endpoint.version],
+        |rollout| vec![rollout.stable.version, rollout.candidate.version],
+    );
+    let names = versions
+        .into_iter()
+        .flat_map(|version| names_of(endpoint, version))
+        .chain([router_name(&endpoint.name)])
+        .collect();
+    let gone = Command::Gone {
+        endpoint: endpoint.name.clone(),
+    };
+    end(reader, names, &gone)
+}
+
+/// Stops the living of these actors; says so with `ended` when there are none.
+fn end(reader: &dyn Reader, names: Vec<String>, ended: &Command) -> Vec<Proposal> {
+    let left: Vec<(ActorId, bool)> = names
         .iter()
-        .filter_map(|spec| living(reader, spec.name.as_deref()?))
+        .filter_map(|name| living(reader, name))
         .collect();
     if left.is_empty() {
-        let gone = Command::Gone {
-            endpoint: endpoint.name.clone(),
-        };
-        return vec![Proposal {
-            module: ModuleId::SERVING,
-            payload: codec::encode_plain(&gone),
-        }];
+        return vec![serving(ended)];
     }
     left.into_iter()
         .filter(|(_, is_stopping)| !is_stopping)
@@ -144,24 +193,17 @@ fn take_down(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
         .collect()
 }
 
-/// Everything that runs for an endpoint.
+/// The names of all actors of one version of an endpoint.
+fn names_of(endpoint: &Endpoint, version: u64) -> Vec<String> {
+    (1..=endpoint.replicas)
+        .map(|number| replica_name(&endpoint.name, version, number))
+        .chain([monitor_name(&endpoint.name, version)])
+        .collect()
+}
+
+/// Everything that runs for an endpoint, without a rollout.
 fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
     let name = &endpoint.name;
-    let replicas = (1..=endpoint.replicas).map(|number| {
-        let init = Replica::new(
-            endpoint.model.clone(),
-            endpoint.version,
-            endpoint.digest.clone(),
-            endpoint.size_bytes,
-        );
-        let mut spec = spec_of(init, replica_name(name, number), REPLICA_CPU_MILLI);
-        // Apart where there are enough nodes: one lost machine leaves the others.
-        spec.placement.spread_key = Some(SpreadKey {
-            key: format!("serving/{name}"),
-            strict: false,
-        });
-        spec
-    });
     let mut router = spec_of(
         Router::new(endpoint.clone()),
         router_name(name),
@@ -176,12 +218,40 @@ fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
         endpoint.digest.clone(),
         endpoint.size_bytes,
     );
-    replicas
-        .chain([
-            router,
-            spec_of(monitor, monitor_name(name), LIGHT_CPU_MILLI),
-        ])
-        .collect()
+    let monitor = spec_of(
+        monitor,
+        monitor_name(name, endpoint.version),
+        LIGHT_CPU_MILLI,
+    );
+    let active = Served {
+        version: endpoint.version,
+        digest: endpoint.digest.clone(),
+        size_bytes: endpoint.size_bytes,
+    };
+    let mut actors = replicas_of(endpoint, &active);
+    actors.extend([router, monitor]);
+    actors
+}
+
+/// The replicas of one version.
+fn replicas_of(endpoint: &Endpoint, served: &Served) -> Vec<ActorSpec> {
+    let replicas = (1..=endpoint.replicas).map(|number| {
+        let init = Replica::new(
+            endpoint.model.clone(),
+            served.version,
+            served.digest.clone(),
+            served.size_bytes,
+        );
+        let name = replica_name(&endpoint.name, served.version, number);
+        let mut spec = spec_of(init, name, REPLICA_CPU_MILLI);
+        // Apart where there are enough nodes: one lost machine leaves the others.
+        spec.placement.spread_key = Some(SpreadKey {
+            key: format!("serving/{}/v{}", endpoint.name, served.version),
+            strict: false,
+        });
+        spec
+    });
+    replicas.collect()
 }
 
 fn spec_of<A: mobula::Actor>(init: mobula::Init<A>, name: String, cpu_milli: u64) -> ActorSpec {

@@ -108,10 +108,10 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
     );
     assert_eq!(head.reconcile(), 1);
     let expected = [
-        replica_name("digits", 1),
-        replica_name("digits", 2),
+        replica_name("digits", 2, 1),
+        replica_name("digits", 2, 2),
         router_name("digits"),
-        monitor_name("digits"),
+        monitor_name("digits", 2),
     ];
     assert_eq!(head.living(), expected);
     assert_eq!(head.reconcile(), 0);
