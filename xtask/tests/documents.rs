@@ -16,6 +16,7 @@ const PAGES: &[&str] = &[
     "docs/checkpoints.md",
     "docs/cli-json.md",
     "docs/reproducing.md",
+    "docs/rollouts.md",
     "runtime/head/OVERVIEW.md",
     "runtime/net/OVERVIEW.md",
     "storage/OVERVIEW.md",

@@ -74,8 +74,9 @@ impl Controller for ServingController {
                     take_down(reader, endpoint, rollout.as_ref())
                 } else {
                     let mut proposals = bring_up(reader, endpoint, rollout.as_ref());
-                    let left = rollout.and_then(|rollout| retire(reader, endpoint, &rollout));
-                    proposals.extend(left.into_iter().flatten());
+                    if let Some(rollout) = &rollout {
+                        proposals.extend(retire(reader, endpoint, rollout));
+                    }
                     proposals
                 }
             })
@@ -138,22 +139,26 @@ fn bring_up(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>)
     })]
 }
 
-/// Ends the actors of the version that a rollout left with nothing to answer, once its router has none
-/// of its requests.
-fn retire(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Option<Vec<Proposal>> {
-    let retiring = rollout
-        .retiring()
-        .filter(|_| rollout.cleanup == Cleanup::Ending)?;
-    let retired = RolloutCommand::Retired {
-        endpoint: endpoint.name.clone(),
-        rollout: rollout.number,
-        revision: rollout.revision,
+/// Ends the actors of the version that a rollout left with nothing to answer: its replicas once the
+/// router has none of its requests.
+fn retire(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<Proposal> {
+    let Some(retiring) = rollout.retiring() else {
+        return Vec::new();
     };
-    Some(end(
-        reader,
-        names_of(endpoint, retiring.version),
-        &Command::Rollout(retired),
-    ))
+    match rollout.cleanup {
+        // At once: if its version becomes active again, its monitor must be younger than the other's.
+        Cleanup::Draining => stop(reader, &[monitor_name(&endpoint.name, retiring.version)]),
+        Cleanup::Ending => {
+            let retired = RolloutCommand::Retired {
+                endpoint: endpoint.name.clone(),
+                rollout: rollout.number,
+                revision: rollout.revision,
+            };
+            let names = names_of(endpoint, retiring.version);
+            stop_or(reader, &names, &Command::Rollout(retired))
+        }
+        Cleanup::Waiting | Cleanup::Done => Vec::new(),
+    }
 }
 
 fn take_down(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>) -> Vec<Proposal> {
@@ -164,24 +169,27 @@ fn take_down(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>
     let names = versions
         .into_iter()
         .flat_map(|version| names_of(endpoint, version))
-        .chain([router_name(&endpoint.name)])
-        .collect();
+        .chain([router_name(&endpoint.name)]);
+    let names: Vec<String> = names.collect();
     let gone = Command::Gone {
         endpoint: endpoint.name.clone(),
     };
-    end(reader, names, &gone)
+    stop_or(reader, &names, &gone)
 }
 
-/// Stops the living of these actors; says so with `ended` when there are none.
-fn end(reader: &dyn Reader, names: Vec<String>, ended: &Command) -> Vec<Proposal> {
-    let left: Vec<(ActorId, bool)> = names
-        .iter()
-        .filter_map(|name| living(reader, name))
-        .collect();
-    if left.is_empty() {
+/// Stops these actors; proposes `ended` when none of them is left.
+fn stop_or(reader: &dyn Reader, names: &[String], ended: &Command) -> Vec<Proposal> {
+    if names.iter().all(|name| living(reader, name).is_none()) {
         return vec![serving(ended)];
     }
-    left.into_iter()
+    stop(reader, names)
+}
+
+/// Stops those of these actors that live and are not being stopped.
+fn stop(reader: &dyn Reader, names: &[String]) -> Vec<Proposal> {
+    names
+        .iter()
+        .filter_map(|name| living(reader, name))
         .filter(|(_, is_stopping)| !is_stopping)
         .map(|(actor, _)| {
             scheduler(&SchedulerCommand::StopActor {

@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
 
 use super::super::controller::{ServingController, monitor_name, replica_name, router_name};
+use super::super::rollout::plan::Cleanup;
+use super::super::rollout::{Guardrails, Strategy};
 use super::*;
 use crate::registry::NewVersion;
 use crate::registry::state::{Command as RegistryCommand, Registry};
@@ -132,6 +134,93 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
     assert_eq!(endpoints(&head.tables).len(), 1);
     assert_eq!(head.reconcile(), 0);
     head.deploy("digits", None, 1).unwrap();
+}
+
+#[test]
+fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_drained_it() {
+    let mut head = Head::with_model();
+    head.deploy("digits", Some(1), 1).unwrap();
+    head.reconcile();
+    let router = Incarnation(head.index);
+    head.serving(&Command::RouterReady {
+        endpoint: "digits".into(),
+        incarnation: router,
+        http_address: "127.0.0.1:9".into(),
+    })
+    .unwrap();
+    let endpoint = || "digits".to_owned();
+    let rollout = |head: &mut Head, command| {
+        let answer = head.serving(&Command::Rollout(command)).unwrap();
+        codec::decode::<Rollout>(&answer, PAYLOAD_BYTES_MAX).unwrap()
+    };
+    rollout(
+        &mut head,
+        rollout::Command::Start {
+            endpoint: endpoint(),
+            model: "digits".into(),
+            version: Some(2),
+            strategy: Strategy::Canary,
+            steps: Vec::new(),
+            guardrails: Guardrails::STANDARD,
+            min_samples: 10,
+        },
+    );
+    assert_eq!(head.reconcile(), 1);
+    assert_eq!(head.reconcile(), 0);
+    let (old, new) = (replica_name("digits", 1, 1), replica_name("digits", 2, 1));
+    let old_monitor = monitor_name("digits", 1);
+    let router_name = router_name("digits");
+    let living = |head: &Head, expected: &[&String]| {
+        assert_eq!(head.living().iter().collect::<Vec<_>>(), expected);
+    };
+    living(&head, &[&old, &router_name, &old_monitor, &new]);
+
+    let promoted = rollout(
+        &mut head,
+        rollout::Command::Promote {
+            endpoint: endpoint(),
+        },
+    );
+    // The new monitor, and the end of the old one; the old replica may still have requests.
+    assert_eq!(head.reconcile(), 2);
+    assert_eq!(head.reconcile(), 0);
+    let monitor = monitor_name("digits", 2);
+    living(&head, &[&old, &router_name, &new, &monitor]);
+    rollout(
+        &mut head,
+        rollout::Command::Drained {
+            endpoint: endpoint(),
+            rollout: promoted.number,
+            revision: promoted.revision,
+            router,
+        },
+    );
+    while head.reconcile() > 0 {}
+    living(&head, &[&router_name, &new, &monitor]);
+    let known = rollout::newest(&head.tables, "digits").unwrap();
+    assert_eq!(known.cleanup, Cleanup::Done);
+
+    // An endpoint that is deleted in the middle of a rollout leaves nothing behind.
+    rollout(
+        &mut head,
+        rollout::Command::Start {
+            endpoint: endpoint(),
+            model: "digits".into(),
+            version: Some(1),
+            strategy: Strategy::BlueGreen,
+            steps: Vec::new(),
+            guardrails: Guardrails::STANDARD,
+            min_samples: 10,
+        },
+    );
+    head.reconcile();
+    assert_eq!(head.living().len(), 4);
+    head.serving(&Command::Delete {
+        endpoint: endpoint(),
+    })
+    .unwrap();
+    while head.reconcile() > 0 {}
+    assert_eq!(head.living(), Vec::<String>::new());
 }
 
 #[test]

@@ -21,6 +21,7 @@ mod nodes;
 mod output;
 mod preemptions;
 mod replay;
+mod rollout;
 mod scenario;
 mod secrets;
 mod serve;
@@ -103,6 +104,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Checkpoints(command) => return checkpoints::run(&target, command).await,
         Command::Models(command) => models::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,
+        Command::Rollout(command) => rollout::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,
         Command::Tokens(command) => tokens::run(&target, command).await?,
         Command::Audit(options) => audit::run(&target, options).await?,

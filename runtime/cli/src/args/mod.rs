@@ -5,6 +5,7 @@ mod chaos;
 mod cluster;
 mod duration;
 mod jobs;
+mod rollout;
 mod serving;
 mod training;
 
@@ -23,6 +24,7 @@ pub(crate) use cluster::{
 pub(crate) use jobs::{
     ActorsCommand, ExplainArguments, JobsCommand, NodesCommand, SubmitArguments,
 };
+pub(crate) use rollout::{RolloutCommand, RolloutStartArguments, RolloutTarget};
 pub(crate) use serving::{DriftCommand, ModelsCommand, ServeCommand};
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 
@@ -121,6 +123,9 @@ pub(crate) enum Command {
     /// Endpoints that serve models.
     #[command(subcommand)]
     Serve(ServeCommand),
+    /// Rollouts: another version of a model for an endpoint, step by step.
+    #[command(subcommand)]
+    Rollout(RolloutCommand),
     /// Drift of what endpoints see.
     #[command(subcommand)]
     Drift(DriftCommand),

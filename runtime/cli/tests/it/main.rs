@@ -30,6 +30,7 @@ mod observe;
 mod overload;
 mod placement;
 mod replay;
+mod rollouts;
 mod serving;
 mod sessions;
 mod simulation;

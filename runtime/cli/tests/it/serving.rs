@@ -1,6 +1,6 @@
 //! A trained version behind an endpoint: the protocol, its refusals, a replica that dies, and drift.
 
-mod served;
+pub(crate) mod served;
 
 use std::collections::BTreeSet;
 
