@@ -115,11 +115,25 @@ fn serving(command: &Command) -> Proposal {
 }
 
 fn bring_up(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>) -> Vec<Proposal> {
-    let candidate = rollout.filter(|rollout| rollout.phase.is_open());
-    let of_candidate = candidate.map(|rollout| replicas_of(endpoint, &rollout.candidate));
-    let missing: Vec<ActorSpec> = actors_of(endpoint)
+    let mut wanted = match rollout.filter(|rollout| rollout.phase.is_open()) {
+        Some(rollout) => {
+            let (stable, candidate) = rollout.replica_counts(endpoint.replicas);
+            let mut replicas = replicas_of(endpoint, &rollout.stable, stable);
+            replicas.extend(replicas_of(endpoint, &rollout.candidate, candidate));
+            replicas
+        }
+        None => {
+            let active = Served {
+                version: endpoint.version,
+                digest: endpoint.digest.clone(),
+                size_bytes: endpoint.size_bytes,
+            };
+            replicas_of(endpoint, &active, endpoint.replicas)
+        }
+    };
+    wanted.extend(companions_of(endpoint));
+    let missing: Vec<ActorSpec> = wanted
         .into_iter()
-        .chain(of_candidate.into_iter().flatten())
         .filter(|spec| {
             spec.name
                 .as_deref()
@@ -139,11 +153,21 @@ fn bring_up(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>)
     })]
 }
 
-/// Ends the actors of the version that a rollout left with nothing to answer: its replicas once the
-/// router has none of its requests.
+/// Ends the replicas whose place the candidate's have taken: what they have not answered, the router
+/// sends to another one of their version.
+fn replace(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<Proposal> {
+    let (stable, _) = rollout.replica_counts(endpoint.replicas);
+    let names: Vec<String> = (stable + 1..=endpoint.replicas)
+        .map(|number| replica_name(&endpoint.name, rollout.stable.version, number))
+        .collect();
+    stop(reader, &names)
+}
+
+/// Ends what a rollout needs no more: actors of the version that it left with nothing to answer, the
+/// replicas among them once the router has none of its requests.
 fn retire(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<Proposal> {
     let Some(retiring) = rollout.retiring() else {
-        return Vec::new();
+        return replace(reader, endpoint, rollout);
     };
     match rollout.cleanup {
         // At once: if its version becomes active again, its monitor must be younger than the other's.
@@ -209,8 +233,8 @@ fn names_of(endpoint: &Endpoint, version: u64) -> Vec<String> {
         .collect()
 }
 
-/// Everything that runs for an endpoint, without a rollout.
-fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
+/// The router and the monitor.
+fn companions_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
     let name = &endpoint.name;
     let mut router = spec_of(
         Router::new(endpoint.clone()),
@@ -231,19 +255,12 @@ fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
         monitor_name(name, endpoint.version),
         LIGHT_CPU_MILLI,
     );
-    let active = Served {
-        version: endpoint.version,
-        digest: endpoint.digest.clone(),
-        size_bytes: endpoint.size_bytes,
-    };
-    let mut actors = replicas_of(endpoint, &active);
-    actors.extend([router, monitor]);
-    actors
+    vec![router, monitor]
 }
 
 /// The replicas of one version.
-fn replicas_of(endpoint: &Endpoint, served: &Served) -> Vec<ActorSpec> {
-    let replicas = (1..=endpoint.replicas).map(|number| {
+fn replicas_of(endpoint: &Endpoint, served: &Served, count: u32) -> Vec<ActorSpec> {
+    let replicas = (1..=count).map(|number| {
         let init = Replica::new(
             endpoint.model.clone(),
             served.version,

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use super::super::controller::{ServingController, monitor_name, replica_name, router_name};
 use super::super::rollout::plan::Cleanup;
+use super::super::rollout::trial::Evidence;
 use super::super::rollout::{Guardrails, Strategy};
 use super::*;
 use crate::registry::NewVersion;
@@ -221,6 +222,56 @@ fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_dr
     .unwrap();
     while head.reconcile() > 0 {}
     assert_eq!(head.living(), Vec::<String>::new());
+}
+
+#[test]
+fn a_rolling_update_ends_a_replica_for_each_that_takes_its_place() {
+    let mut head = Head::with_model();
+    head.deploy("digits", Some(1), 2).unwrap();
+    head.reconcile();
+    let router = Incarnation(head.index);
+    head.serving(&Command::RouterReady {
+        endpoint: "digits".into(),
+        incarnation: router,
+        http_address: "127.0.0.1:9".into(),
+    })
+    .unwrap();
+    let start = rollout::Command::Start {
+        endpoint: "digits".into(),
+        model: "digits".into(),
+        version: Some(2),
+        strategy: Strategy::Rolling,
+        steps: Vec::new(),
+        guardrails: Guardrails::STANDARD,
+        min_samples: 10,
+    };
+    head.serving(&Command::Rollout(start)).unwrap();
+    let replicas = |head: &mut Head| {
+        while head.reconcile() > 0 {}
+        let is_replica = |name: &String| name.contains("/replica-");
+        let mut living: Vec<String> = head.living().into_iter().filter(is_replica).collect();
+        living.sort();
+        living
+    };
+    let name = |version, number| replica_name("digits", version, number);
+    let expected = [
+        vec![name(1, 1), name(1, 2), name(2, 1)],
+        vec![name(1, 1), name(2, 1)],
+        vec![name(1, 1), name(2, 1), name(2, 2)],
+    ];
+    for (step, expected) in (0..).zip(expected) {
+        assert_eq!(replicas(&mut head), expected, "{step}");
+        let passed = rollout::Command::Judge {
+            endpoint: "digits".into(),
+            rollout: 1,
+            step,
+            router,
+            verdict: rollout::Verdict::Pass,
+            evidence: Evidence::default(),
+        };
+        head.serving(&Command::Rollout(passed)).unwrap();
+    }
+    assert_eq!(find(&head.tables, "digits").unwrap().version, 2);
 }
 
 #[test]

@@ -298,7 +298,7 @@ impl Steering {
             return;
         };
         let judgement = if tried.weight_percent == 0 {
-            all_answer(&tried.arm)
+            all_answer(&tried.arm, rollout)
         } else {
             lock(&tried.trial).judge()
         };
@@ -360,13 +360,15 @@ impl Steering {
 }
 
 /// The judgement of a step without requests: it is passed when the candidate could take all of them.
-fn all_answer(arm: &Arm<Replicas>) -> Judgement {
-    let (open, count) = (arm.fleet().open_count(), arm.fleet().replica_count());
+fn all_answer(arm: &Arm<Replicas>, rollout: &Rollout) -> Judgement {
+    let replicas = u32::try_from(arm.fleet().replica_count()).unwrap_or(u32::MAX);
+    let (_, count) = rollout.replica_counts(replicas);
+    let open = arm.fleet().open_count();
     let evidence = Evidence {
         reason: format!("{open} of {count} replicas answer"),
         ..Evidence::default()
     };
-    if open == count {
+    if open >= count as usize {
         Judgement::Pass(evidence)
     } else {
         Judgement::Hold(evidence)

@@ -161,6 +161,7 @@ fn described(rollout: &Rollout) -> String {
     let strategy = match rollout.strategy {
         Strategy::Canary => "canary",
         Strategy::BlueGreen => "blue-green",
+        Strategy::Rolling => "rolling",
     };
     let at = || {
         format!(

@@ -19,6 +19,9 @@ pub const DECISIONS_MAX: usize = 64;
 /// The weights of a canary, in percent of the requests.
 pub const CANARY_STEPS: [u32; 5] = [1, 5, 25, 50, 100];
 
+/// The weights of a rolling update: its candidate has as large a share of the replicas.
+pub const ROLLING_STEPS: [u32; 4] = [25, 50, 75, 100];
+
 /// The largest number of samples that a step may ask for: with ten requests a second, a day.
 const MIN_SAMPLES_MAX: u64 = 1_000_000;
 
@@ -30,6 +33,8 @@ pub enum Strategy {
     Canary,
     /// All replicas of the candidate are started; when all of them answer, it gets all requests.
     BlueGreen,
+    /// A canary whose replicas take the place of the stable version's, a quarter of them at a time.
+    Rolling,
 }
 
 impl Strategy {
@@ -39,6 +44,7 @@ impl Strategy {
         match self {
             Strategy::Canary => CANARY_STEPS.to_vec(),
             Strategy::BlueGreen => vec![0, 100],
+            Strategy::Rolling => ROLLING_STEPS.to_vec(),
         }
     }
 }
@@ -189,6 +195,21 @@ impl Rollout {
         }
     }
 
+    /// How many replicas the stable version and the candidate shall have while the rollout is open, of an
+    /// endpoint with so many. Neither has none: both have requests.
+    #[must_use]
+    pub fn replica_counts(&self, replicas: u32) -> (u32, u32) {
+        match self.strategy {
+            Strategy::Canary | Strategy::BlueGreen => (replicas, replicas),
+            Strategy::Rolling => {
+                let replaced = u64::from(replicas) * u64::from(self.weight_percent());
+                let candidate = (replaced.div_ceil(100) as u32).max(1);
+                let stable = replicas - (replaced / 100) as u32;
+                (stable, candidate)
+            }
+        }
+    }
+
     /// What keys are hashed with: another one for each rollout, so that not the same users are always
     /// the first to meet a new version.
     #[must_use]
@@ -261,4 +282,54 @@ pub(super) fn check(
         )));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rolling_update_replaces_replicas_and_never_has_many_more_than_before() {
+        let mut rollout = Rollout {
+            endpoint: "digits".into(),
+            number: 1,
+            strategy: Strategy::Rolling,
+            stable: served(1),
+            candidate: served(2),
+            steps: Strategy::Rolling.default_steps(),
+            step: 0,
+            phase: Phase::Running,
+            guardrails: Guardrails::STANDARD,
+            min_samples: 1,
+            started_ms: 0,
+            revision: 1,
+            cleanup: Cleanup::Waiting,
+            decisions: Vec::new(),
+        };
+        let mut counts = |replicas| {
+            [0, 1, 2].map(|step| {
+                rollout.step = step;
+                rollout.replica_counts(replicas)
+            })
+        };
+        assert_eq!(counts(1), [(1, 1), (1, 1), (1, 1)]);
+        assert_eq!(counts(2), [(2, 1), (1, 1), (1, 2)]);
+        assert_eq!(counts(8), [(6, 2), (4, 4), (2, 6)]);
+        for replicas in 1..=64 {
+            for (stable, candidate) in counts(replicas) {
+                assert!(stable > 0 && candidate > 0);
+                assert!((replicas..=replicas + 1).contains(&(stable + candidate)));
+            }
+        }
+        rollout.strategy = Strategy::Canary;
+        assert_eq!(rollout.replica_counts(8), (8, 8));
+    }
+
+    fn served(version: u64) -> Served {
+        Served {
+            version,
+            digest: "a".repeat(64),
+            size_bytes: 1,
+        }
+    }
 }

@@ -41,7 +41,7 @@ pub(crate) struct RolloutStartArguments {
     #[arg(long, value_enum, default_value = "canary")]
     pub(crate) strategy: StrategyArgument,
     /// The candidate's share of the requests at each step, in percent; the last is 100
-    /// [default: 1,5,25,50,100 for canary; 0,100 for blue-green].
+    /// [default: 1,5,25,50,100 for canary; 0,100 for blue-green; 25,50,75,100 for rolling].
     #[arg(long, value_delimiter = ',')]
     pub(crate) steps: Vec<u32>,
     /// Requests that candidate and baseline must each have answered before a step is passed.
@@ -63,6 +63,8 @@ pub(crate) enum StrategyArgument {
     Canary,
     /// All at once, when all replicas of the candidate answer.
     BlueGreen,
+    /// As a canary, with replicas that take the place of others: for clusters without room for twice as many.
+    Rolling,
 }
 
 impl From<StrategyArgument> for Strategy {
@@ -70,6 +72,7 @@ impl From<StrategyArgument> for Strategy {
         match argument {
             StrategyArgument::Canary => Strategy::Canary,
             StrategyArgument::BlueGreen => Strategy::BlueGreen,
+            StrategyArgument::Rolling => Strategy::Rolling,
         }
     }
 }

@@ -83,21 +83,21 @@ fn send_until(
     answered
 }
 
-fn start(served: &Served) -> Value {
-    served.cluster.json(&[
-        "rollout",
-        "start",
-        "digits",
-        "digits@2",
-        "--steps",
-        "25,50,100",
+fn start(served: &Served, options: &[&str]) -> Value {
+    let mut arguments = vec!["rollout", "start", "digits", "digits@2"];
+    arguments.extend(options);
+    arguments.extend([
         "--min-samples",
         "40",
         // The machine is shared with other tests, and what takes long here says nothing of a version.
         "--max-latency-increase",
         "100000",
-    ])
+    ]);
+    served.cluster.json(&arguments)
 }
+
+/// The steps of these tests: each needs requests.
+const CANARY: [&str; 2] = ["--steps", "25,50,100"];
 
 fn actions(rollout: &Value) -> Vec<&str> {
     let decisions = rollout["decisions"].as_array().unwrap();
@@ -121,7 +121,7 @@ fn a_good_version_is_promoted_without_a_failed_request_though_the_leader_dies() 
     wait_for_voters(&served.cluster, 3);
     let url = served.deployment["url"].as_str().unwrap().to_owned();
     register_changed(&served, |parameters| parameters[0] += 1e-6);
-    let begun = start(&served);
+    let begun = start(&served, &CANARY);
     assert_eq!(
         (&begun["phase"], &begun["weight_percent"]),
         (&json!("running"), &json!(25))
@@ -135,7 +135,10 @@ fn a_good_version_is_promoted_without_a_failed_request_though_the_leader_dies() 
         rollout["step"] == 1
     });
     assert!(first["1"] > first["2"] && first["2"] >= 40, "{first:?}");
-    let replicas = pids(&served, "serving/digits/v2/replica-");
+    let replicas = wait_for("both replicas of the candidate", || {
+        let replicas = pids(&served, "serving/digits/v2/replica-");
+        (replicas.len() == 2).then_some(replicas)
+    });
     kill_9(served.cluster.pid(&leader(&served.cluster)));
     send_until(&served, &url, "the promotion", |rollout| {
         rollout["phase"] == "promoted"
@@ -177,11 +180,72 @@ fn a_good_version_is_promoted_without_a_failed_request_though_the_leader_dies() 
 }
 
 #[test]
+fn replicas_are_replaced_without_a_failed_request_and_a_router_that_starts_finds_the_active_version()
+ {
+    let served = Served::up(2);
+    let url = served.deployment["url"].as_str().unwrap().to_owned();
+    register_changed(&served, |parameters| parameters[0] += 1e-6);
+    start(&served, &["--strategy", "rolling"]);
+    send_until(&served, &url, "the promotion", |rollout| {
+        rollout["phase"] == "promoted"
+    });
+    send_until(&served, &url, "the end of the drain", |rollout| {
+        rollout["cleanup"] == "done"
+    });
+    let shown = rollout(&served).unwrap();
+    assert_eq!(
+        actions(&shown),
+        ["start", "pass", "pass", "promote"],
+        "{shown}"
+    );
+    // It was created for version 1.
+    let url = another_router(&served);
+    let after = send_until(&served, &url, "more answers", |_| true);
+    assert_eq!(after.keys().collect::<Vec<_>>(), ["2"], "{after:?}");
+
+    // Back, and at once to the other side again.
+    served.cluster.ok(&["rollout", "rollback", "digits"]);
+    send_until(&served, &url, "the end of the way back", |rollout| {
+        rollout["cleanup"] == "done"
+    });
+    start(&served, &["--strategy", "blue-green"]);
+    send_until(&served, &url, "the promotion", |rollout| {
+        rollout["number"] == 2 && rollout["phase"] == "promoted"
+    });
+    let shown = rollout(&served).unwrap();
+    assert_eq!(
+        shown["decisions"][1]["evidence"]["reason"], "2 of 2 replicas answer",
+        "{shown}"
+    );
+    // In the middle of everything it can be deleted, and leaves nothing.
+    served.cluster.ok(&["serve", "delete", "digits"]);
+    wait_for("the endpoint to be gone", || {
+        let listed = served.cluster.json(&["serve", "list"]);
+        listed.as_array().unwrap().is_empty().then_some(())
+    });
+    assert_eq!(served.actors("serving/"), Vec::<Value>::new());
+    assert_eq!(served.actors("drift/"), Vec::<Value>::new());
+}
+
+/// Kills the router; where the next one answers.
+fn another_router(served: &Served) -> String {
+    let killed = pids(served, "serving/digits/router").pop().unwrap();
+    kill_9(u32::try_from(killed).unwrap());
+    wait_for("another router", || {
+        let router = pids(served, "serving/digits/router").pop()?;
+        let listed = served.cluster.json(&["serve", "list"]);
+        let url = listed[0]["url"].as_str()?.to_owned();
+        let answer = served.try_infer(&url, &request(served, 0)).ok()?;
+        (router != killed && answer.status == 200).then_some(url)
+    })
+}
+
+#[test]
 fn a_version_that_answers_no_numbers_is_rolled_back_though_the_router_dies() {
     let served = Served::up(2);
     let url = served.deployment["url"].as_str().unwrap().to_owned();
     register_changed(&served, |parameters| parameters.fill(f32::NAN));
-    start(&served);
+    start(&served, &CANARY);
     wait_for("a replica of the candidate", || {
         let replicas = served.actors("serving/digits/v2/replica-");
         replicas
@@ -194,14 +258,7 @@ fn a_version_that_answers_no_numbers_is_rolled_back_though_the_router_dies() {
         let answer = served.try_infer(&url, &request(&served, user)).unwrap();
         assert_eq!(answer.json()["model_version"], "1");
     }
-    let router = pids(&served, "serving/digits/router").pop().unwrap();
-    kill_9(u32::try_from(router).unwrap());
-    let url = wait_for("another router", || {
-        let listed = served.cluster.json(&["serve", "list"]);
-        let url = listed[0]["url"].as_str()?.to_owned();
-        let answer = served.try_infer(&url, &request(&served, 0)).ok()?;
-        (answer.status == 200).then_some(url)
-    });
+    let url = another_router(&served);
 
     // Nobody is given an answer of the candidate, and nobody goes without one.
     let answered = send_until(&served, &url, "the rollback", |rollout| {
