@@ -11,7 +11,7 @@ use rand::rngs::OsRng;
 use tokio::time::Instant;
 
 use super::rollout::Rollout;
-use super::rollout::state::Command as RolloutCommand;
+use super::rollout::command::Command as RolloutCommand;
 use super::state::{Command, Endpoint, Query, Routing};
 use crate::ask;
 

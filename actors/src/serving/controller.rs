@@ -16,8 +16,9 @@ use mobula_scheduler::{
 
 use super::replica::Replica;
 use super::rollout::Rollout;
+use super::rollout::command::Command as RolloutCommand;
 use super::rollout::plan::{Cleanup, Served};
-use super::rollout::state::{Command as RolloutCommand, newest};
+use super::rollout::state::newest;
 use super::router::Router;
 use super::state::{Command, Endpoint, endpoints};
 use crate::drift::monitor::Monitor;

@@ -16,7 +16,7 @@ use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
-use super::rollout::{Rollout, state as rollout};
+use super::rollout::{Rollout, command, state as rollout};
 use crate::registry;
 
 /// Endpoint name → [`Endpoint`].
@@ -98,7 +98,7 @@ pub enum Command {
         endpoint: String,
     },
     /// A change of a rollout. Answer: [`Rollout`].
-    Rollout(rollout::Command),
+    Rollout(command::Command),
 }
 
 /// A question. Append-only: positions are tags.
@@ -314,7 +314,7 @@ impl StateModule for Serving {
         let command: Command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         let is_allowed = match (caller, command) {
             (Caller::Head, _) => true,
-            (caller, Command::Rollout(command)) => rollout::is_allowed(caller, &command),
+            (caller, Command::Rollout(command)) => command::is_allowed(caller, &command),
             (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
             // Routers are the platform's own actors.
             (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,

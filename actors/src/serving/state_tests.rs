@@ -156,7 +156,7 @@ fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_dr
     };
     rollout(
         &mut head,
-        rollout::Command::Start {
+        command::Command::Start {
             endpoint: endpoint(),
             model: "digits".into(),
             version: Some(2),
@@ -178,7 +178,7 @@ fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_dr
 
     let promoted = rollout(
         &mut head,
-        rollout::Command::Promote {
+        command::Command::Promote {
             endpoint: endpoint(),
         },
     );
@@ -189,7 +189,7 @@ fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_dr
     living(&head, &[&old, &router_name, &new, &monitor]);
     rollout(
         &mut head,
-        rollout::Command::Drained {
+        command::Command::Drained {
             endpoint: endpoint(),
             rollout: promoted.number,
             revision: promoted.revision,
@@ -204,7 +204,7 @@ fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_dr
     // An endpoint that is deleted in the middle of a rollout leaves nothing behind.
     rollout(
         &mut head,
-        rollout::Command::Start {
+        command::Command::Start {
             endpoint: endpoint(),
             model: "digits".into(),
             version: Some(1),
@@ -236,7 +236,7 @@ fn a_rolling_update_ends_a_replica_for_each_that_takes_its_place() {
         http_address: "127.0.0.1:9".into(),
     })
     .unwrap();
-    let start = rollout::Command::Start {
+    let start = command::Command::Start {
         endpoint: "digits".into(),
         model: "digits".into(),
         version: Some(2),
@@ -261,12 +261,12 @@ fn a_rolling_update_ends_a_replica_for_each_that_takes_its_place() {
     ];
     for (step, expected) in (0..).zip(expected) {
         assert_eq!(replicas(&mut head), expected, "{step}");
-        let passed = rollout::Command::Judge {
+        let passed = command::Command::Judge {
             endpoint: "digits".into(),
             rollout: 1,
             step,
             router,
-            verdict: rollout::Verdict::Pass,
+            verdict: command::Verdict::Pass,
             evidence: Evidence::default(),
         };
         head.serving(&Command::Rollout(passed)).unwrap();

@@ -3,8 +3,8 @@
 use anyhow::Context;
 use mobula::Cluster;
 use mobula_actors::serving::client;
+use mobula_actors::serving::rollout::command::Command;
 use mobula_actors::serving::rollout::plan::{Action, Decision, Phase};
-use mobula_actors::serving::rollout::state::Command;
 use mobula_actors::serving::rollout::trial::SideEvidence;
 use mobula_actors::serving::rollout::{Guardrails, Rollout, Strategy};
 use mobula_core::clock::Clock;

@@ -10,13 +10,13 @@
 //!    with them. It names the revision that it follows, so that a word about a promotion is not taken
 //!    for one about the rollback after it.
 
-use mobula_core::control::{ApplyContext, Caller, ModuleId, Reader, Table, Txn};
+use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
-use mobula_core::id::{Incarnation, JobId};
+use mobula_core::id::Incarnation;
 use mobula_core::row;
-use serde::{Deserialize, Serialize};
 
-use super::plan::{Action, Cleanup, Guardrails, Phase, Rollout, Served, Strategy, check};
+use super::command::{Command, Verdict};
+use super::plan::{Action, Cleanup, Phase, Rollout, Served, check};
 use super::trial::Evidence;
 use crate::registry;
 use crate::serving::state::{Endpoint, find as find_endpoint, put_endpoint};
@@ -29,97 +29,6 @@ const ROLLOUTS: Table = Table {
 
 /// Rollouts that are kept of an endpoint, the newest: of some KiB each.
 pub const HISTORY_MAX: usize = 20;
-
-/// What a router found of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Verdict {
-    /// The step is passed.
-    Pass,
-    /// The candidate violates a guardrail.
-    RollBack,
-}
-
-/// A change. Append-only: positions are tags.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Command {
-    /// Begins a rollout. Answer: [`Rollout`], like that of all commands of clients.
-    Start {
-        /// The endpoint.
-        endpoint: String,
-        /// Its model.
-        model: String,
-        /// The version to try; the newest if absent.
-        version: Option<u64>,
-        /// How.
-        strategy: Strategy,
-        /// The weights, in percent; those of the strategy if empty.
-        steps: Vec<u32>,
-        /// What the candidate may not do.
-        guardrails: Guardrails,
-        /// How many requests of each side a step needs.
-        min_samples: u64,
-    },
-    /// Stays at the step.
-    Pause {
-        /// The endpoint.
-        endpoint: String,
-    },
-    /// Goes on.
-    Resume {
-        /// The endpoint.
-        endpoint: String,
-    },
-    /// Makes the candidate the endpoint's version now.
-    Promote {
-        /// The endpoint.
-        endpoint: String,
-    },
-    /// Ends an open rollout without one.
-    Abort {
-        /// The endpoint.
-        endpoint: String,
-    },
-    /// Returns to the version of before, also after the promotion.
-    RollBack {
-        /// The endpoint.
-        endpoint: String,
-    },
-    /// A router has judged a step. Answer: nothing.
-    Judge {
-        /// The endpoint.
-        endpoint: String,
-        /// The rollout.
-        rollout: u64,
-        /// The step that was judged.
-        step: u32,
-        /// The router's incarnation.
-        router: Incarnation,
-        /// What it found.
-        verdict: Verdict,
-        /// In numbers.
-        evidence: Evidence,
-    },
-    /// A router has no request with the version that lost, and will send it none. Answer: nothing.
-    Drained {
-        /// The endpoint.
-        endpoint: String,
-        /// The rollout.
-        rollout: u64,
-        /// The revision that the router follows.
-        revision: u64,
-        /// The router's incarnation.
-        router: Incarnation,
-    },
-    /// The actors of the version that lost have ended. Answer: nothing.
-    Retired {
-        /// The endpoint.
-        endpoint: String,
-        /// The rollout.
-        rollout: u64,
-        /// The revision that the controller saw.
-        revision: u64,
-    },
-}
 
 fn prefix(endpoint: &str) -> Vec<u8> {
     [endpoint.as_bytes(), &[0]].concat()
@@ -156,19 +65,6 @@ fn put(txn: &mut dyn Txn, rollout: &Rollout) {
         &key(&rollout.endpoint, rollout.number),
         rollout,
     );
-}
-
-/// Whether `caller` may give this command.
-pub(in crate::serving) fn is_allowed(caller: &Caller, command: &Command) -> bool {
-    match (caller, command) {
-        (Caller::Head, _) => true,
-        // Routers are the platform's own actors.
-        (Caller::Host { job, .. }, Command::Judge { .. } | Command::Drained { .. }) => {
-            *job == JobId::SYSTEM
-        }
-        (_, Command::Judge { .. } | Command::Drained { .. } | Command::Retired { .. }) => false,
-        (caller, _) => matches!(caller, Caller::Client),
-    }
 }
 
 /// Applies a command; the rollout as it is then.

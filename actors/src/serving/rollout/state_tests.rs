@@ -1,11 +1,14 @@
 use std::collections::BTreeMap;
 
 use mobula_core::codec;
-use mobula_core::control::StateModule;
+use mobula_core::control::{Caller, StateModule};
+use mobula_core::id::JobId;
 use mobula_scheduler::memory_txn::MemoryTables;
 use proptest::prelude::{Just, ProptestConfig, prop_assert, prop_assert_eq, prop_oneof, proptest};
 use proptest::strategy::Strategy as _;
 
+use super::super::command::is_allowed;
+use super::super::plan::{Guardrails, Strategy};
 use super::*;
 use crate::registry::NewVersion;
 use crate::registry::state::{Command as RegistryCommand, Registry};
