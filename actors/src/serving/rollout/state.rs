@@ -27,6 +27,12 @@ const ROLLOUTS: Table = Table {
     tag: 2,
 };
 
+/// Endpoint name → the number of its newest rollout, which is asked for all the time.
+const NEWEST: Table = Table {
+    module: ModuleId::SERVING,
+    tag: 3,
+};
+
 /// Rollouts that are kept of an endpoint, the newest: of some KiB each.
 pub const HISTORY_MAX: usize = 20;
 
@@ -48,7 +54,8 @@ pub fn history(reader: &dyn Reader, endpoint: &str) -> Vec<Rollout> {
 
 /// The newest rollout of an endpoint, if there was one.
 pub fn newest(reader: &dyn Reader, endpoint: &str) -> Option<Rollout> {
-    history(reader, endpoint).pop()
+    let number: u64 = row::get(reader, NEWEST, endpoint.as_bytes())?;
+    row::get(reader, ROLLOUTS, &key(endpoint, number))
 }
 
 /// Forgets the rollouts of an endpoint that is gone.
@@ -56,6 +63,7 @@ pub(in crate::serving) fn forget(txn: &mut dyn Txn, endpoint: &str) {
     for rollout in history(txn, endpoint) {
         txn.delete(ROLLOUTS, &key(endpoint, rollout.number));
     }
+    txn.delete(NEWEST, endpoint.as_bytes());
 }
 
 fn put(txn: &mut dyn Txn, rollout: &Rollout) {
@@ -109,6 +117,7 @@ pub(in crate::serving) fn apply(
                 endpoint: endpoint.name,
             };
             rollout.decided(context.now_ms, Action::Start, None);
+            row::put(txn, NEWEST, rollout.endpoint.as_bytes(), &number);
             put(txn, &rollout);
             Ok(rollout)
         }

@@ -386,6 +386,7 @@ fn history_is_bounded_and_goes_with_its_endpoint() {
     );
     head.serving(&ServingCommand::Gone { endpoint }).unwrap();
     assert_eq!(history(&head.tables, "digits"), []);
+    assert_eq!(newest(&head.tables, "digits"), None);
 }
 
 fn any_command() -> impl proptest::strategy::Strategy<Value = Command> {
@@ -462,6 +463,7 @@ proptest! {
             let (ended, last) = after.split_at(after.len().saturating_sub(1));
             prop_assert!(ended.iter().all(|rollout| rollout.cleanup == Cleanup::Done));
             prop_assert!(after.len() <= HISTORY_MAX);
+            prop_assert_eq!(last.first().cloned(), newest(&head.tables, "digits"));
             let Some(last) = last.first() else { continue };
             let expected = match last.phase {
                 Phase::Promoted => last.candidate.version,
