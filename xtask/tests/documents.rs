@@ -17,6 +17,7 @@ const PAGES: &[&str] = &[
     "docs/cli-json.md",
     "docs/registry.md",
     "docs/reproducing.md",
+    "docs/rollouts.md",
     "runtime/head/OVERVIEW.md",
     "runtime/net/OVERVIEW.md",
     "storage/OVERVIEW.md",

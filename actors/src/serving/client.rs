@@ -10,7 +10,9 @@ use rand::TryRngCore;
 use rand::rngs::OsRng;
 use tokio::time::Instant;
 
-use super::state::{Command, Endpoint, Query};
+use super::rollout::Rollout;
+use super::rollout::command::Command as RolloutCommand;
+use super::state::{Command, Endpoint, Query, Routing};
 use crate::ask;
 
 /// How long one question to a router may take: it only looks at its own memory.
@@ -85,6 +87,29 @@ pub async fn find(cluster: &Cluster, endpoint: &str) -> mobula::Result<Endpoint>
         endpoint: endpoint.to_owned(),
     };
     ask::query(cluster, ModuleId::SERVING, "look up an endpoint", &query).await
+}
+
+/// An endpoint with its newest rollout.
+pub async fn routing(cluster: &Cluster, endpoint: &str) -> mobula::Result<Routing> {
+    let query = Query::Routing {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up an endpoint", &query).await
+}
+
+/// The rollouts of an endpoint that are kept, oldest first.
+pub async fn rollouts(cluster: &Cluster, endpoint: &str) -> mobula::Result<Vec<Rollout>> {
+    let query = Query::Rollouts {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up rollouts", &query).await
+}
+
+/// Changes a rollout; as it is then.
+pub async fn roll_out(cluster: &Cluster, command: RolloutCommand) -> mobula::Result<Rollout> {
+    let command = Command::Rollout(command);
+    let answer = ask::apply(cluster, ModuleId::SERVING, "change a rollout", &command).await?;
+    ask::answer(&answer)
 }
 
 /// Stops serving. Its actors end soon after.

@@ -1,6 +1,9 @@
-//! Sees to it that each endpoint has its router, its replicas and its monitor, and that a deleted
-//! one has none. It reads the tables and proposes what is missing, so a new leader goes on where
-//! the old one was.
+//! Sees to it that each endpoint has its router, and each version that it answers with its replicas and
+//! its monitor, and that what is not wanted any more has none. It reads the tables and proposes what is
+//! missing, so a new leader goes on where the old one was.
+//!
+//! Names of replicas and monitors carry the version: a promotion then starts and ends nothing that goes
+//! on being wanted.
 
 use mobula_core::codec;
 use mobula_core::control::{Controller, ModuleId, Proposal, Reader};
@@ -12,6 +15,10 @@ use mobula_scheduler::{
 };
 
 use super::replica::Replica;
+use super::rollout::Rollout;
+use super::rollout::command::Command as RolloutCommand;
+use super::rollout::plan::{Cleanup, Served};
+use super::rollout::state::newest;
 use super::router::Router;
 use super::state::{Command, Endpoint, endpoints};
 use crate::drift::monitor::Monitor;
@@ -40,14 +47,14 @@ pub fn router_name(endpoint: &str) -> String {
 
 /// A replica's name; `number` counts from 1.
 #[must_use]
-pub fn replica_name(endpoint: &str, number: u32) -> String {
-    format!("serving/{endpoint}/replica-{number}")
+pub fn replica_name(endpoint: &str, version: u64, number: u32) -> String {
+    format!("serving/{endpoint}/v{version}/replica-{number}")
 }
 
-/// The monitor's name.
+/// The name of a version's monitor.
 #[must_use]
-pub fn monitor_name(endpoint: &str) -> String {
-    format!("drift/{endpoint}/monitor")
+pub fn monitor_name(endpoint: &str, version: u64) -> String {
+    format!("drift/{endpoint}/v{version}/monitor")
 }
 
 /// The serving controller.
@@ -63,10 +70,15 @@ impl Controller for ServingController {
         endpoints(reader)
             .iter()
             .flat_map(|endpoint| {
+                let rollout = newest(reader, &endpoint.name);
                 if endpoint.deleting {
-                    take_down(reader, endpoint)
+                    take_down(reader, endpoint, rollout.as_ref())
                 } else {
-                    bring_up(reader, endpoint)
+                    let mut proposals = bring_up(reader, endpoint, rollout.as_ref());
+                    if let Some(rollout) = &rollout {
+                        proposals.extend(retire(reader, endpoint, rollout));
+                    }
+                    proposals
                 }
             })
             .collect()
@@ -96,8 +108,32 @@ fn scheduler(command: &SchedulerCommand) -> Proposal {
     }
 }
 
-fn bring_up(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
-    let missing: Vec<ActorSpec> = actors_of(endpoint)
+fn serving(command: &Command) -> Proposal {
+    Proposal {
+        module: ModuleId::SERVING,
+        payload: codec::encode_plain(command),
+    }
+}
+
+fn bring_up(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>) -> Vec<Proposal> {
+    let mut wanted = match rollout.filter(|rollout| rollout.phase.is_open()) {
+        Some(rollout) => {
+            let (stable, candidate) = rollout.replica_counts(endpoint.replicas);
+            let mut replicas = replicas_of(endpoint, &rollout.stable, stable);
+            replicas.extend(replicas_of(endpoint, &rollout.candidate, candidate));
+            replicas
+        }
+        None => {
+            let active = Served {
+                version: endpoint.version,
+                digest: endpoint.digest.clone(),
+                size_bytes: endpoint.size_bytes,
+            };
+            replicas_of(endpoint, &active, endpoint.replicas)
+        }
+    };
+    wanted.extend(companions_of(endpoint));
+    let missing: Vec<ActorSpec> = wanted
         .into_iter()
         .filter(|spec| {
             spec.name
@@ -118,21 +154,67 @@ fn bring_up(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
     })]
 }
 
-fn take_down(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
-    let left: Vec<(ActorId, bool)> = actors_of(endpoint)
-        .iter()
-        .filter_map(|spec| living(reader, spec.name.as_deref()?))
+/// Ends the replicas whose place the candidate's have taken: what they have not answered, the router
+/// sends to another one of their version.
+fn replace(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<Proposal> {
+    let (stable, _) = rollout.replica_counts(endpoint.replicas);
+    let names: Vec<String> = (stable + 1..=endpoint.replicas)
+        .map(|number| replica_name(&endpoint.name, rollout.stable.version, number))
         .collect();
-    if left.is_empty() {
-        let gone = Command::Gone {
-            endpoint: endpoint.name.clone(),
-        };
-        return vec![Proposal {
-            module: ModuleId::SERVING,
-            payload: codec::encode_plain(&gone),
-        }];
+    stop(reader, &names)
+}
+
+/// Ends what a rollout needs no more: actors of the version that it left with nothing to answer, the
+/// replicas among them once the router has none of its requests.
+fn retire(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<Proposal> {
+    let Some(retiring) = rollout.retiring() else {
+        return replace(reader, endpoint, rollout);
+    };
+    match rollout.cleanup {
+        // At once: if its version becomes active again, its monitor must be younger than the other's.
+        Cleanup::Draining => stop(reader, &[monitor_name(&endpoint.name, retiring.version)]),
+        Cleanup::Ending => {
+            let retired = RolloutCommand::Retired {
+                endpoint: endpoint.name.clone(),
+                rollout: rollout.number,
+                revision: rollout.revision,
+            };
+            let names = names_of(endpoint, retiring.version);
+            stop_or(reader, &names, &Command::Rollout(retired))
+        }
+        Cleanup::Waiting | Cleanup::Done => Vec::new(),
     }
-    left.into_iter()
+}
+
+fn take_down(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>) -> Vec<Proposal> {
+    let versions = rollout.map_or_else(
+        || vec![endpoint.version],
+        |rollout| vec![rollout.stable.version, rollout.candidate.version],
+    );
+    let names = versions
+        .into_iter()
+        .flat_map(|version| names_of(endpoint, version))
+        .chain([router_name(&endpoint.name)]);
+    let names: Vec<String> = names.collect();
+    let gone = Command::Gone {
+        endpoint: endpoint.name.clone(),
+    };
+    stop_or(reader, &names, &gone)
+}
+
+/// Stops these actors; proposes `ended` when none of them is left.
+fn stop_or(reader: &dyn Reader, names: &[String], ended: &Command) -> Vec<Proposal> {
+    if names.iter().all(|name| living(reader, name).is_none()) {
+        return vec![serving(ended)];
+    }
+    stop(reader, names)
+}
+
+/// Stops those of these actors that live and are not being stopped.
+fn stop(reader: &dyn Reader, names: &[String]) -> Vec<Proposal> {
+    names
+        .iter()
+        .filter_map(|name| living(reader, name))
         .filter(|(_, is_stopping)| !is_stopping)
         .map(|(actor, _)| {
             scheduler(&SchedulerCommand::StopActor {
@@ -144,24 +226,17 @@ fn take_down(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
         .collect()
 }
 
-/// Everything that runs for an endpoint.
-fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
+/// The names of all actors of one version of an endpoint.
+fn names_of(endpoint: &Endpoint, version: u64) -> Vec<String> {
+    (1..=endpoint.replicas)
+        .map(|number| replica_name(&endpoint.name, version, number))
+        .chain([monitor_name(&endpoint.name, version)])
+        .collect()
+}
+
+/// The router and the monitor.
+fn companions_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
     let name = &endpoint.name;
-    let replicas = (1..=endpoint.replicas).map(|number| {
-        let init = Replica::new(
-            endpoint.model.clone(),
-            endpoint.version,
-            endpoint.digest.clone(),
-            endpoint.size_bytes,
-        );
-        let mut spec = spec_of(init, replica_name(name, number), REPLICA_CPU_MILLI);
-        // Apart where there are enough nodes: one lost machine leaves the others.
-        spec.placement.spread_key = Some(SpreadKey {
-            key: format!("serving/{name}"),
-            strict: false,
-        });
-        spec
-    });
     let mut router = spec_of(
         Router::new(endpoint.clone()),
         router_name(name),
@@ -176,12 +251,33 @@ fn actors_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
         endpoint.digest.clone(),
         endpoint.size_bytes,
     );
-    replicas
-        .chain([
-            router,
-            spec_of(monitor, monitor_name(name), LIGHT_CPU_MILLI),
-        ])
-        .collect()
+    let monitor = spec_of(
+        monitor,
+        monitor_name(name, endpoint.version),
+        LIGHT_CPU_MILLI,
+    );
+    vec![router, monitor]
+}
+
+/// The replicas of one version.
+fn replicas_of(endpoint: &Endpoint, served: &Served, count: u32) -> Vec<ActorSpec> {
+    let replicas = (1..=count).map(|number| {
+        let init = Replica::new(
+            endpoint.model.clone(),
+            served.version,
+            served.digest.clone(),
+            served.size_bytes,
+        );
+        let name = replica_name(&endpoint.name, served.version, number);
+        let mut spec = spec_of(init, name, REPLICA_CPU_MILLI);
+        // Apart where there are enough nodes: one lost machine leaves the others.
+        spec.placement.spread_key = Some(SpreadKey {
+            key: format!("serving/{}/v{}", endpoint.name, served.version),
+            strict: false,
+        });
+        spec
+    });
+    replicas.collect()
 }
 
 fn spec_of<A: mobula::Actor>(init: mobula::Init<A>, name: String, cpu_milli: u64) -> ActorSpec {

@@ -1,23 +1,29 @@
-//! An endpoint as the Open Inference Protocol sees it: one model version, answered by a fleet.
+//! An endpoint as the Open Inference Protocol sees it: a model, answered by the fleet of its active version
+//! and, while one is tried, by that of a candidate.
 //!
 //! Invariants:
-//! 1. The endpoint's name is the model's name in every answer; the version is that of the model.
+//! 1. The endpoint's name is the model's name in every answer; the version is the one that answered.
 //! 2. A request's rows reach the monitor's feed after they were answered, and never delay anybody.
+//! 3. What a candidate does not answer, the active version does: a trial costs no caller an answer. The
+//!    candidate's failure is counted all the same.
+//! 4. A number that is none is no answer.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::watch;
 
+use super::arm::{Arm, Assigned, Routes};
 use super::batcher::BatchAnswer;
-use super::feed::{Feed, Observation};
-use super::fleet::{BATCH_ROWS_MAX, Backend, Fleet, Prediction};
+use super::feed::Observation;
+use super::fleet::{BATCH_ROWS_MAX, Backend, Prediction};
 use super::http::{BodyLimits, InferenceService, ServiceFuture};
 use super::oip::{
     Datatype, DecodeError, InferRequest, InferResponse, ModelMetadata, OipError, Parameters,
     ServerMetadata, Tensor, TensorData, TensorMetadata,
 };
-use super::state::Endpoint;
+use super::rollout::trial::Outcome;
 use super::statistics::{ModelStatistics, RequestTimes};
 
 /// The input: pixels scaled to 0..=1, row by row.
@@ -48,20 +54,20 @@ pub fn body_limits(row_values: usize) -> BodyLimits {
 pub struct EndpointService<B> {
     row_values: usize,
     classes: usize,
+    /// Without its versions, which change.
     metadata: ModelMetadata,
-    fleet: Arc<Fleet<B>>,
-    feed: Feed,
-    statistics: Mutex<ModelStatistics>,
+    routes: watch::Receiver<Arc<Routes<B>>>,
+    /// Counts requests without a key.
+    keyless: AtomicU64,
 }
 
 impl<B: Backend> EndpointService<B> {
-    /// The service of `endpoint`, whose rows have so many values and which knows so many classes.
+    /// The service of the endpoint `name`, whose rows have so many values and which knows so many classes.
     #[must_use]
     pub fn new(
-        endpoint: &Endpoint,
+        name: &str,
         (row_values, classes): (usize, usize),
-        fleet: Arc<Fleet<B>>,
-        feed: Feed,
+        routes: watch::Receiver<Arc<Routes<B>>>,
     ) -> Self {
         let tensor = |name: &str, datatype, shape: &[i64]| TensorMetadata {
             name: name.to_owned(),
@@ -69,8 +75,8 @@ impl<B: Backend> EndpointService<B> {
             shape: shape.to_vec(),
         };
         let metadata = ModelMetadata {
-            name: endpoint.name.clone(),
-            versions: vec![endpoint.version.to_string()],
+            name: name.to_owned(),
+            versions: Vec::new(),
             platform: "mobula_candle".to_owned(),
             max_batch_size: BATCH_ROWS_MAX as u32,
             inputs: vec![tensor(INPUT, Datatype::Fp32, &[-1, row_values as i64])],
@@ -83,43 +89,41 @@ impl<B: Backend> EndpointService<B> {
             row_values,
             classes,
             metadata,
-            fleet,
-            feed,
-            statistics: Mutex::default(),
+            routes,
+            keyless: AtomicU64::new(0),
         }
     }
 
-    fn check(&self, model: &str, version: Option<&str>) -> Result<(), OipError> {
+    fn routes(&self) -> Arc<Routes<B>> {
+        Arc::clone(&self.routes.borrow())
+    }
+
+    /// The arm that a question is about: that of the version it names, or the active one.
+    fn arm(&self, model: &str, version: Option<&str>) -> Result<Arc<Arm<B>>, OipError> {
         if model != self.metadata.name {
             return Err(OipError::UnknownModel {
                 model: model.to_owned(),
             });
         }
-        match version {
-            Some(version)
-                if !self
-                    .metadata
-                    .versions
-                    .iter()
-                    .any(|served| served == version) =>
-            {
-                Err(OipError::UnknownVersion {
-                    model: model.to_owned(),
-                    version: version.to_owned(),
-                    served: self.metadata.versions.clone(),
-                })
-            }
-            _ => Ok(()),
-        }
+        let routes = self.routes();
+        let Some(version) = version else {
+            return Ok(Arc::clone(&routes.active));
+        };
+        let found = routes.arm(version).map(Arc::clone);
+        found.ok_or_else(|| OipError::UnknownVersion {
+            model: model.to_owned(),
+            version: version.to_owned(),
+            served: routes.versions(),
+        })
     }
 
-    fn ready(&self) -> Result<(), OipError> {
-        if self.fleet.open_count() > 0 {
+    fn ready(&self, arm: &Arm<B>) -> Result<(), OipError> {
+        if arm.is_open() {
             return Ok(());
         }
         let reason = format!(
             "none of its {} replicas answers yet",
-            self.fleet.replica_count()
+            arm.fleet().replica_count()
         );
         Err(OipError::NotReady {
             model: self.metadata.name.clone(),
@@ -127,49 +131,116 @@ impl<B: Backend> EndpointService<B> {
         })
     }
 
-    async fn answer(&self, request: InferRequest) -> Result<InferResponse, OipError> {
-        let started = Instant::now();
-        let result = self.infer_rows(request, started).await;
-        if result.is_err() {
-            self.statistics().record_failure(started.elapsed());
+    /// Where a request goes that names no version.
+    fn assign(&self, request: &InferRequest) -> Assigned<B> {
+        let key = request.routing_key.as_ref().or(request.id.as_ref());
+        match key {
+            Some(key) => self.routes().assign(key),
+            None => {
+                let number = self.keyless.fetch_add(1, Ordering::Relaxed);
+                self.routes().assign(&number.to_string())
+            }
         }
-        result
+    }
+
+    async fn answer(
+        &self,
+        assigned: Assigned<B>,
+        request: InferRequest,
+    ) -> Result<InferResponse, OipError> {
+        let started = Instant::now();
+        // A request that no version could answer says nothing about one.
+        let rows = match rows_of(request, self.row_values) {
+            Ok(rows) => rows,
+            Err(error) => {
+                assigned.arm.statistics().record_failure(started.elapsed());
+                return Err(error);
+            }
+        };
+        let input = started.elapsed();
+        let error = match self.infer_rows(&assigned.arm, rows.clone(), input).await {
+            Ok(response) => {
+                assigned.count(Outcome::Answered(started.elapsed()));
+                return Ok(response);
+            }
+            Err(error) => error,
+        };
+        assigned.count(Outcome::Failed(&error.to_string()));
+        let Some(second) = &assigned.second else {
+            return Err(error);
+        };
+        tracing::debug!(
+            version = assigned.arm.version(),
+            %error,
+            "the active version answers for the candidate"
+        );
+        self.infer_rows(second, rows, input).await
     }
 
     async fn infer_rows(
         &self,
-        request: InferRequest,
-        started: Instant,
+        arm: &Arm<B>,
+        rows: Vec<Vec<f32>>,
+        compute_input: Duration,
     ) -> Result<InferResponse, OipError> {
-        let rows = rows_of(request, self.row_values)?;
-        let compute_input = started.elapsed();
-        let answer = self.fleet.infer(&self.metadata.name, rows.clone()).await?;
+        let started = Instant::now();
+        let result = self.infer_with(arm, rows, compute_input).await;
+        if result.is_err() {
+            arm.statistics()
+                .record_failure(compute_input + started.elapsed());
+        }
+        result
+    }
+
+    async fn infer_with(
+        &self,
+        arm: &Arm<B>,
+        rows: Vec<Vec<f32>>,
+        compute_input: Duration,
+    ) -> Result<InferResponse, OipError> {
+        let answer = arm.fleet().infer(&self.metadata.name, rows.clone()).await?;
         let splitting = Instant::now();
-        let response = self.response(&answer.outputs)?;
+        let response = self.response(arm.version(), &answer.outputs)?;
         let times = RequestTimes {
             queue: answer.queued,
             compute_input,
             compute_infer: answer.computed,
             compute_output: splitting.elapsed(),
         };
-        self.record(&answer, times);
-        self.feed.offer(Observation {
-            rows: rows.concat(),
-            classes: answer
-                .outputs
-                .iter()
-                .map(|prediction| prediction.class)
-                .collect(),
-        });
+        record(arm, &answer, times);
+        // A monitor compares with what its own version was trained on, and only the active one has one.
+        if self.routes.borrow().active.version() == arm.version() {
+            arm.feed().offer(Observation {
+                rows: rows.concat(),
+                classes: answer
+                    .outputs
+                    .iter()
+                    .map(|prediction| prediction.class)
+                    .collect(),
+            });
+        }
         Ok(response)
     }
 
-    fn response(&self, predictions: &[Prediction]) -> Result<InferResponse, OipError> {
+    fn response(
+        &self,
+        version: u64,
+        predictions: &[Prediction],
+    ) -> Result<InferResponse, OipError> {
         let count = predictions.len() as u64;
         let probabilities: Vec<f32> = predictions
             .iter()
             .flat_map(|p| p.probabilities.iter().copied())
             .collect();
+        if let Some(index) = probabilities.iter().position(|value| !value.is_finite()) {
+            return Err(OipError::Failed {
+                reason: format!(
+                    "version {version} answered {} at index {index} of {PROBABILITIES:?}, which is no \
+                     number",
+                    probabilities[index]
+                ),
+            });
+        }
         let classes = predictions.iter().map(|p| i64::from(p.class)).collect();
         let misfit = |error: DecodeError| OipError::Failed {
             reason: error.to_string(),
@@ -182,30 +253,23 @@ impl<B: Backend> EndpointService<B> {
         let class = Tensor::new(CLASS, vec![count], TensorData::Int64(classes));
         Ok(InferResponse {
             model_name: self.metadata.name.clone(),
-            model_version: self.metadata.versions[0].clone(),
+            model_version: version.to_string(),
             id: None,
             parameters: Parameters::new(),
             outputs: vec![probabilities.map_err(misfit)?, class.map_err(misfit)?],
         })
     }
+}
 
-    fn record(&self, answer: &BatchAnswer<Prediction>, times: RequestTimes) {
-        let since_epoch = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or(Duration::ZERO);
-        let now_ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
-        let mut statistics = self.statistics();
-        statistics.record_success(answer.outputs.len() as u64, times, now_ms);
-        if answer.is_first_in_batch {
-            statistics.record_execution(answer.batch_rows as u64, times);
-        }
-    }
-
-    fn statistics(&self) -> MutexGuard<'_, ModelStatistics> {
-        // Counters are whole after every single update, so a panic elsewhere does not spoil them.
-        self.statistics
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+fn record<B: Backend>(arm: &Arm<B>, answer: &BatchAnswer<Prediction>, times: RequestTimes) {
+    let since_epoch = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
+    let now_ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
+    let mut statistics = arm.statistics();
+    statistics.record_success(answer.outputs.len() as u64, times, now_ms);
+    if answer.is_first_in_batch {
+        statistics.record_execution(answer.batch_rows as u64, times);
     }
 }
 
@@ -244,7 +308,8 @@ impl<B: Backend> InferenceService for EndpointService<B> {
 
     fn server_ready(&self) -> ServiceFuture<'_, ()> {
         Box::pin(async {
-            self.ready().map_err(|error| OipError::ServerNotReady {
+            let ready = self.ready(&self.routes().active);
+            ready.map_err(|error| OipError::ServerNotReady {
                 reason: error.to_string(),
             })
         })
@@ -256,8 +321,11 @@ impl<B: Backend> InferenceService for EndpointService<B> {
         version: Option<&'a str>,
     ) -> ServiceFuture<'a, ModelMetadata> {
         Box::pin(async move {
-            self.check(model, version)?;
-            Ok(self.metadata.clone())
+            self.arm(model, version)?;
+            Ok(ModelMetadata {
+                versions: self.routes().versions(),
+                ..self.metadata.clone()
+            })
         })
     }
 
@@ -267,8 +335,8 @@ impl<B: Backend> InferenceService for EndpointService<B> {
         version: Option<&'a str>,
     ) -> ServiceFuture<'a, ()> {
         Box::pin(async move {
-            self.check(model, version)?;
-            self.ready()
+            let arm = self.arm(model, version)?;
+            self.ready(&arm)
         })
     }
 
@@ -278,8 +346,9 @@ impl<B: Backend> InferenceService for EndpointService<B> {
         version: Option<&'a str>,
     ) -> ServiceFuture<'a, (String, ModelStatistics)> {
         Box::pin(async move {
-            self.check(model, version)?;
-            Ok((self.metadata.versions[0].clone(), self.statistics().clone()))
+            let arm = self.arm(model, version)?;
+            let statistics = arm.statistics().clone();
+            Ok((arm.version().to_string(), statistics))
         })
     }
 
@@ -290,8 +359,17 @@ impl<B: Backend> InferenceService for EndpointService<B> {
         request: InferRequest,
     ) -> ServiceFuture<'a, InferResponse> {
         Box::pin(async move {
-            self.check(model, version)?;
-            self.answer(request).await
+            let arm = self.arm(model, version)?;
+            let assigned = match version {
+                // Who asks for a version gets it, or the error: such requests are no sample of all.
+                Some(_) => Assigned {
+                    arm,
+                    second: None,
+                    counted: None,
+                },
+                None => self.assign(&request),
+            };
+            self.answer(assigned, request).await
         })
     }
 }

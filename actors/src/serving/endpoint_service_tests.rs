@@ -1,8 +1,14 @@
+use std::sync::Mutex;
+
+use tokio::task::JoinSet;
+
+use super::super::arm::{Tried, lock};
 use super::super::feed::{FeedReader, feed};
-use super::super::fleet::BackendFailure;
+use super::super::fleet::{BackendFailure, Fleet};
 use super::super::replica::Inference;
+use super::super::rollout::Guardrails;
+use super::super::rollout::trial::{Judgement, Trial};
 use super::*;
-use mobula_core::id::Incarnation;
 
 const FEATURES: usize = 64;
 const CLASSES: usize = 10;
@@ -25,27 +31,29 @@ impl Backend for Three {
     }
 }
 
-fn service() -> (EndpointService<Three>, FeedReader, Arc<Fleet<Three>>) {
-    let endpoint = Endpoint {
-        name: "digits".into(),
-        model: "digits-mlp".into(),
-        version: 4,
-        digest: "a".repeat(64),
-        size_bytes: 1,
-        replicas: 1,
-        token_hash: [0; 32],
-        deployed_ms: 0,
-        http_address: None,
-        router_incarnation: Incarnation(0),
-        deleting: false,
-    };
-    let fleet = Arc::new(Fleet::new(1));
+/// An arm of one replica that takes no requests yet.
+fn arm<B: Backend>(version: u64) -> (Arc<Arm<B>>, FeedReader) {
     let (feed, reader) = feed();
-    (
-        EndpointService::new(&endpoint, (FEATURES, CLASSES), Arc::clone(&fleet), feed),
-        reader,
-        fleet,
-    )
+    let (arm, _) = Arm::new(version, Fleet::new(1), feed, JoinSet::new());
+    (Arc::new(arm), reader)
+}
+
+fn open<B: Backend>(arm: &Arm<B>, backend: B) {
+    arm.fleet().berths().next().unwrap().1.open(backend);
+}
+
+fn service_of<B: Backend>(routes: Routes<B>) -> EndpointService<B> {
+    let (_, receiver) = watch::channel(Arc::new(routes));
+    EndpointService::new("digits", (FEATURES, CLASSES), receiver)
+}
+
+fn service() -> (EndpointService<Three>, FeedReader, Arc<Arm<Three>>) {
+    let (active, reader) = arm(4);
+    let routes = Routes {
+        active: Arc::clone(&active),
+        tried: None,
+    };
+    (service_of(routes), reader, active)
 }
 
 fn request(rows: u64, value: f32) -> InferRequest {
@@ -59,7 +67,7 @@ fn request(rows: u64, value: f32) -> InferRequest {
 
 #[tokio::test]
 async fn answers_carry_name_and_version_and_reach_the_monitor() {
-    let (service, mut reader, fleet) = service();
+    let (service, mut reader, active) = service();
     assert_eq!(service.server_ready().await.unwrap_err().status(), 503);
     assert_eq!(
         service
@@ -69,7 +77,7 @@ async fn answers_carry_name_and_version_and_reach_the_monitor() {
             .status(),
         503
     );
-    fleet.berths().next().unwrap().1.open(Three);
+    open(&active, Three);
     service.model_ready("digits", Some("4")).await.unwrap();
     let response = service
         .infer("digits", None, request(2, 0.5))
@@ -93,8 +101,8 @@ async fn answers_carry_name_and_version_and_reach_the_monitor() {
 
 #[tokio::test]
 async fn what_is_not_served_or_no_number_is_refused() {
-    let (service, _reader, fleet) = service();
-    fleet.berths().next().unwrap().1.open(Three);
+    let (service, _reader, active) = service();
+    open(&active, Three);
     let error = service
         .infer("faces", None, request(1, 0.0))
         .await
@@ -111,4 +119,109 @@ async fn what_is_not_served_or_no_number_is_refused() {
         .unwrap_err();
     assert_eq!(error.status(), 400);
     assert!(error.to_string().contains("NaN"), "{error}");
+}
+
+/// Answers with this probability for every class.
+#[derive(Clone)]
+struct Always(f32);
+
+impl Backend for Always {
+    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
+        let count = rows.len() / FEATURES;
+        Ok(Inference {
+            probabilities: vec![self.0; count * CLASSES],
+            classes: vec![0; count],
+            computed_ns: 1,
+        })
+    }
+}
+
+/// Version 1 active, and version 2 tried with half of the requests.
+fn tried(candidate: f32) -> (EndpointService<Always>, Arc<Mutex<Trial>>, Arc<Arm<Always>>) {
+    let ((active, _), (arm, _)) = (self::arm(1), self::arm(2));
+    open(&active, Always(0.1));
+    open(&arm, Always(candidate));
+    let trial = Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1)));
+    let routes = Routes {
+        active,
+        tried: Some(Tried {
+            arm: Arc::clone(&arm),
+            seed: "digits/1/".into(),
+            weight_percent: 50,
+            trial: Arc::clone(&trial),
+        }),
+    };
+    (service_of(routes), trial, arm)
+}
+
+async fn version_of(service: &EndpointService<Always>, key: &str) -> String {
+    let request = InferRequest {
+        routing_key: Some(key.to_owned()),
+        ..request(1, 0.5)
+    };
+    let response = service.infer("digits", None, request).await;
+    response.unwrap().model_version
+}
+
+#[tokio::test]
+async fn a_key_always_meets_the_same_version_and_both_sides_are_counted() {
+    let (service, trial, _) = tried(0.1);
+    let mut versions = std::collections::BTreeMap::new();
+    for user in 0..60 {
+        let key = format!("user-{user}");
+        let version = version_of(&service, &key).await;
+        assert_eq!(version_of(&service, &key).await, version);
+        *versions.entry(version).or_insert(0u64) += 2;
+    }
+    assert_eq!(versions.len(), 2, "{versions:?}");
+    let (Judgement::Pass(evidence) | Judgement::Hold(evidence) | Judgement::RollBack(evidence)) =
+        lock(&trial).judge();
+    assert_eq!(evidence.candidate.requests, versions["2"]);
+    assert_eq!(evidence.baseline.requests, versions["1"]);
+    // Who asks for a version gets it, and is no sample.
+    for version in ["1", "2"] {
+        let asked = service
+            .infer("digits", Some(version), request(1, 0.5))
+            .await;
+        assert_eq!(asked.unwrap().model_version, version);
+    }
+    let metadata = service.model_metadata("digits", None).await.unwrap();
+    assert_eq!(metadata.versions, ["1", "2"]);
+}
+
+#[tokio::test]
+async fn what_a_candidate_answers_with_no_number_counts_and_reaches_nobody() {
+    let (service, trial, arm) = tried(f32::NAN);
+    for user in 0..60 {
+        assert_eq!(version_of(&service, &format!("user-{user}")).await, "1");
+    }
+    let Judgement::RollBack(evidence) = lock(&trial).judge() else {
+        panic!("half of sixty requests failed")
+    };
+    assert_eq!(evidence.candidate.errors, evidence.candidate.requests);
+    assert_eq!(evidence.baseline.errors, 0);
+    let last = &evidence.candidate.last_error;
+    assert!(last.contains("version 2 answered NaN at index 0"), "{last}");
+    assert_eq!(arm.statistics().failure_count(), evidence.candidate.errors);
+    let error = service
+        .infer("digits", Some("2"), request(1, 0.5))
+        .await
+        .unwrap_err();
+    assert_eq!(error.status(), 500);
+}
+
+#[tokio::test]
+async fn a_candidate_without_replicas_gets_nothing_and_nothing_is_counted() {
+    let (service, trial, arm) = tried(0.1);
+    arm.fleet().berths().next().unwrap().1.close();
+    for user in 0..20 {
+        assert_eq!(version_of(&service, &format!("user-{user}")).await, "1");
+    }
+    let Judgement::Hold(evidence) = lock(&trial).judge() else {
+        panic!("nothing was tried")
+    };
+    assert_eq!(
+        (evidence.candidate.requests, evidence.baseline.requests),
+        (0, 0)
+    );
 }

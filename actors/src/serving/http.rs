@@ -44,6 +44,9 @@ const OFFLOAD_MIN_BYTES: usize = 256 << 10;
 
 const JSON_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 
+/// Who asks: requests with the same key go to the same version while a new one is tried.
+pub(super) const ROUTING_KEY: HeaderName = HeaderName::from_static("x-mobula-key");
+
 /// A future a service returns; boxed, so that services can be trait objects.
 pub type ServiceFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, OipError>> + Send + 'a>>;
 
@@ -239,7 +242,10 @@ async fn infer(
     let answer_encoding = compression::accepted(request.headers());
     let (body, headers) = read_body(request, front.body).await?;
     let max_body_bytes = front.body.max_bytes;
-    let request = off_async_threads(body.len(), move || {
+    let routing_key = headers
+        .get(ROUTING_KEY)
+        .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let mut request = off_async_threads(body.len(), move || {
         let body = compression::inflate(&headers, body, max_body_bytes)?;
         let request = match json_length(&headers, body.len())? {
             Some(0) => decode_raw_request(&body, &metadata)?,
@@ -249,6 +255,7 @@ async fn infer(
         Ok(request)
     })
     .await?;
+    request.routing_key = routing_key;
 
     // The response is written as the request wanted it, but its inputs are the service's to keep or drop.
     let wanted = InferRequest {

@@ -79,7 +79,8 @@ impl Doubler {
             .record_success(rows, times, 1);
         InferResponse {
             model_name: model.to_owned(),
-            model_version: "1".to_owned(),
+            // Says what key came with the request, if one did.
+            model_version: request.routing_key.clone().unwrap_or("1".to_owned()),
             outputs: vec![
                 Tensor::new("y", x.shape().to_vec(), doubled).unwrap(),
                 Tensor::new("text", vec![rows], text).unwrap(),

@@ -66,6 +66,20 @@ async fn json_inference_without_content_type() {
 }
 
 #[tokio::test]
+async fn the_key_of_a_request_comes_from_its_header() {
+    let server = start().await;
+    for (key, expected) in [(Some("user-7"), "user-7"), (None, "1")] {
+        let mut call = server.infer("double", json_body(1));
+        if let Some(key) = key {
+            call = call.header("X-Mobula-Key", key);
+        }
+        let body = call.send().await.unwrap().bytes().await.unwrap();
+        let answer: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(answer["model_version"], expected, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn binary_inference_both_ways_and_raw() {
     let server = start().await;
     let mut request = request(2);

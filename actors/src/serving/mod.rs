@@ -3,8 +3,10 @@
 //! The actors, and what decides about them:
 //! * [`state`]: endpoints as a replicated table (pure); [`controller`] starts and stops what they
 //!   need; [`client`] is what the command line asks.
-//! * [`router`]: an endpoint's front door. [`fleet`] chooses among its replicas,
-//!   [`endpoint_service`] speaks the protocol for it, [`feed`] tells the monitor.
+//! * [`rollout`]: how an endpoint goes from one version to another.
+//! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, [`arm`] is one of
+//!   them, [`fleet`] chooses among its replicas, `replica_link` finds these, [`endpoint_service`] speaks
+//!   the protocol, [`feed`] tells the monitor.
 //! * [`replica`]: one copy of the model.
 //!
 //! The protocol, for any service:
@@ -17,6 +19,7 @@
 //! * [`grpc`]: the same over gRPC.
 //! * [`server`]: accepts connections for that router, within bounds, and stops in order.
 
+pub mod arm;
 pub mod auth;
 pub mod batcher;
 pub mod client;
@@ -29,7 +32,10 @@ pub mod grpc;
 pub mod http;
 pub mod oip;
 pub mod replica;
+mod replica_link;
+pub mod rollout;
 pub mod router;
 pub mod server;
 pub mod state;
 pub mod statistics;
+pub mod steering;

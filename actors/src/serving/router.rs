@@ -4,42 +4,29 @@
 //! Invariants:
 //! 1. It listens before it says where, and says where before anybody is told to ask it.
 //! 2. It finds its replicas and its monitor by name; it serves without a monitor, and without the
-//!    head once it knows its replicas.
+//!    head once it knows its replicas. Which versions it answers with, [`super::steering`] follows.
 //! 3. Its tasks end with it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mobula::{ActorContext, ActorRef, CallFailure, Cluster, ContextExt};
+use mobula::{ActorContext, Cluster, ContextExt};
 use mobula_core::codec;
 use mobula_core::control::ModuleId;
 use mobula_core::error::ErrorCode;
-use mobula_core::id::{ActorId, Incarnation};
+use mobula_core::id::Incarnation;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::auth::BearerAuth;
-use super::controller::{monitor_name, replica_name};
-use super::endpoint_service::{EndpointService, ROW_VALUES_MAX, body_limits};
-use super::feed::{FeedReader, feed};
-use super::fleet::{BATCH_TIMEOUT, Backend, BackendFailure, Berth, Fleet};
+use super::endpoint_service::{EndpointService, body_limits};
 use super::grpc::oip_routes;
-use super::replica::{Inference, Replica, ReplicaCalls};
 use super::server;
-use super::state::{Command, Endpoint};
-use crate::drift::monitor::{Monitor, MonitorCalls};
-use crate::registry::version_file::{VersionFile, VersionFileError};
+use super::state::{Command, Endpoint, Routing};
+use super::steering::{Steering, Versions, WidthsError};
 use crate::serving::client;
-use crate::storage::open_blobs;
-use crate::training::data::SampleShape;
-
-/// How long a probe of a replica waits; it includes waiting for a replica that is being started.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How long one question to the head waits for news of a replica.
-const WATCH_WAIT: Duration = Duration::from_secs(30);
 
 /// The pause after something that could not be done now.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
@@ -48,8 +35,9 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// milliseconds, and meanwhile nobody listens.
 const LEAVE_DRAIN: Duration = Duration::from_secs(1);
 
-/// How long the monitor may take for a call, its start included.
-const MONITOR_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a router that starts asks which version is active. Without an answer it fails, and its
+/// policy starts it again after growing pauses.
+const ROUTING_TRIES: u32 = 20;
 
 /// Why a router cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -58,17 +46,10 @@ enum RouterError {
     NoAddress,
     #[error("cannot listen on {ip}: {source}; give the worker another `listen` address")]
     Bind { ip: IpAddr, source: std::io::Error },
-    #[error("the version's file: {0}")]
-    Version(#[from] VersionFileError),
-    #[error(
-        "version {version} of {model} is trained on {samples}: an endpoint answers for numbers \
-         with classes, at most {ROW_VALUES_MAX} numbers a row"
-    )]
-    Samples {
-        model: String,
-        version: u64,
-        samples: String,
-    },
+    #[error("the head does not say which version is active: {0}")]
+    Routing(#[source] mobula::Error),
+    #[error(transparent)]
+    Widths(#[from] WidthsError),
 }
 
 /// Answers an endpoint's requests.
@@ -142,29 +123,23 @@ impl Router {
 impl Running {
     async fn start(ctx: &ActorContext, endpoint: &Endpoint) -> Result<Self, RouterError> {
         let cluster = ctx.cluster();
-        let widths = row_widths(ctx, endpoint).await?;
+        // What this router was created with may be versions ago.
+        let routing = first_routing(&cluster, &endpoint.name).await?;
+        let versions = Versions::new(cluster.clone(), ctx.storage().clone());
+        let widths = versions.widths(&routing.endpoint).await?;
         let ip = ctx
             .runtime()
             .call_address()
             .ok_or(RouterError::NoAddress)?
             .ip();
-        let listener = bind(ip, last_port(&cluster, endpoint, ip).await).await?;
+        let listener = bind(ip, last_port(&routing.endpoint, ip)).await?;
         let address = listener
             .local_addr()
             .map_err(|source| RouterError::Bind { ip, source })?;
 
         let mut tasks = JoinSet::new();
-        let fleet: Arc<Fleet<ActorRef<Replica>>> = Arc::new(Fleet::new(endpoint.replicas));
-        for (number, berth) in fleet.berths() {
-            let name = replica_name(&endpoint.name, number);
-            tasks.spawn(keep_open(cluster.clone(), name, berth));
-        }
-        let (feed, reader) = feed();
-        tasks.spawn(feed_monitor(
-            cluster.clone(),
-            monitor_name(&endpoint.name),
-            reader,
-        ));
+        let (steering, routes) = Steering::new(versions, ctx.incarnation(), widths, &routing);
+        tasks.spawn(steering.follow());
         tasks.spawn(announce(
             ctx.clone(),
             endpoint.name.clone(),
@@ -172,7 +147,7 @@ impl Running {
             address,
         ));
 
-        let service = Arc::new(EndpointService::new(endpoint, widths, fleet, feed));
+        let service = Arc::new(EndpointService::new(&endpoint.name, widths, routes));
         let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
             .expect("one token is at least one and not too many");
         let routes = oip_routes(service, auth, body_limits(widths.0));
@@ -197,31 +172,26 @@ impl Running {
     }
 }
 
-/// How many values a row of this endpoint has, and how many classes it knows.
-async fn row_widths(
-    ctx: &ActorContext,
-    endpoint: &Endpoint,
-) -> Result<(usize, usize), RouterError> {
-    let blobs = open_blobs(ctx.storage()).map_err(VersionFileError::from)?;
-    let file = VersionFile::load(&blobs, &endpoint.digest, endpoint.size_bytes).await?;
-    let samples = &file.samples;
-    match samples {
-        SampleShape::Classified { classes, .. } if samples.feature_count() <= ROW_VALUES_MAX => {
-            Ok((samples.feature_count(), *classes))
+/// What the head says about the endpoint now.
+async fn first_routing(cluster: &Cluster, endpoint: &str) -> Result<Routing, RouterError> {
+    let mut tries = 1;
+    loop {
+        match client::routing(cluster, endpoint).await {
+            Ok(routing) => return Ok(routing),
+            Err(error) if tries == ROUTING_TRIES || error.code() == Some(ErrorCode::NotFound) => {
+                return Err(RouterError::Routing(error));
+            }
+            Err(error) => tracing::debug!(endpoint, %error, "the active version is not known yet"),
         }
-        _ => Err(RouterError::Samples {
-            model: endpoint.model.clone(),
-            version: endpoint.version,
-            samples: samples.to_string(),
-        }),
+        tries += 1;
+        tokio::time::sleep(RETRY_PAUSE).await;
     }
 }
 
 /// The port that this endpoint had at this address, so that a router that is started again is
 /// found where it was.
-async fn last_port(cluster: &Cluster, endpoint: &Endpoint, ip: IpAddr) -> Option<u16> {
-    let known = client::find(cluster, &endpoint.name).await.ok()?;
-    let address: SocketAddr = known.http_address?.parse().ok()?;
+fn last_port(known: &Endpoint, ip: IpAddr) -> Option<u16> {
+    let address: SocketAddr = known.http_address.as_ref()?.parse().ok()?;
     (address.ip() == ip).then(|| address.port())
 }
 
@@ -262,105 +232,6 @@ async fn announce(
             _ => tracing::warn!(%error, "the head does not yet know where the endpoint answers"),
         }
         tokio::time::sleep(RETRY_PAUSE).await;
-    }
-}
-
-/// Finds a replica and opens its berth; again whenever it has failed or was started again.
-async fn keep_open(cluster: Cluster, name: String, berth: Arc<Berth<ActorRef<Replica>>>) {
-    let mut known: Option<ActorId> = None;
-    loop {
-        match probe(&cluster, &name, known).await {
-            Ok((replica, incarnation)) => {
-                let id = replica.actor_id();
-                known = Some(id);
-                berth.open(replica);
-                tokio::select! {
-                    () = berth.failed() => {}
-                    () = ended(&cluster, id, incarnation) => berth.close(),
-                }
-            }
-            Err(error) => {
-                tracing::debug!(name, %error, "a replica does not answer yet");
-                if error.actor_has_ended() {
-                    known = None;
-                }
-                tokio::time::sleep(RETRY_PAUSE).await;
-            }
-        }
-    }
-}
-
-/// A replica that answers, by a new reference: an old one remembers where it was.
-async fn probe(
-    cluster: &Cluster,
-    name: &str,
-    known: Option<ActorId>,
-) -> mobula::Result<(ActorRef<Replica>, Incarnation)> {
-    let replica = match known {
-        Some(id) => ActorRef::from_id(cluster, id),
-        None => cluster.get_actor::<Replica>(name).await?,
-    };
-    let incarnation = replica.ping().timeout(PROBE_TIMEOUT).await?;
-    Ok((replica, incarnation))
-}
-
-/// Waits until the head knows that this start of a replica is over: it learns of a lost process
-/// long before a caller does.
-async fn ended(cluster: &Cluster, id: ActorId, incarnation: Incarnation) {
-    loop {
-        match cluster.resolve_actor(id, incarnation, WATCH_WAIT).await {
-            Ok(actor) => {
-                let is_newer = actor
-                    .incarnation
-                    .is_some_and(|newest| newest > incarnation.0);
-                if is_newer || actor.state == "ended" {
-                    return;
-                }
-            }
-            // Without a head the replica is judged by its answers alone.
-            Err(error) => {
-                tracing::debug!(%id, %error, "a replica cannot be watched now");
-                tokio::time::sleep(RETRY_PAUSE).await;
-            }
-        }
-    }
-}
-
-impl Backend for ActorRef<Replica> {
-    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
-        let call = ReplicaCalls::infer(self, rows).timeout(BATCH_TIMEOUT);
-        call.await.map_err(|failure| match failure {
-            CallFailure::User(error) => BackendFailure::Refused(error.to_string()),
-            CallFailure::System(error) => BackendFailure::Lost(error.to_string()),
-        })
-    }
-}
-
-/// Sends what was answered to the monitor. Whatever does not arrive is dropped and counted.
-async fn feed_monitor(cluster: Cluster, name: String, mut reader: FeedReader) {
-    let mut known: Option<ActorRef<Monitor>> = None;
-    while let Some(observation) = reader.next().await {
-        let rows = observation.classes.len() as u64;
-        let dropped = reader.take_dropped();
-        let sending = async {
-            let monitor = match known.take() {
-                Some(monitor) => monitor,
-                None => cluster.get_actor::<Monitor>(&name).await?,
-            };
-            monitor
-                .observe(observation.rows, observation.classes, dropped)
-                .timeout(MONITOR_TIMEOUT)
-                .await?;
-            Ok::<_, mobula::Error>(monitor)
-        };
-        match sending.await {
-            Ok(monitor) => known = Some(monitor),
-            Err(error) => {
-                tracing::warn!(name, rows, %error, "the monitor misses rows");
-                reader.count_dropped(rows + dropped);
-                tokio::time::sleep(RETRY_PAUSE).await;
-            }
-        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Endpoints, replicated.
 //!
 //! Invariants:
-//! 1. An endpoint serves one version; another version is another deployment.
+//! 1. An endpoint has one active version: the one in its row. Only a rollout changes it
+//!    (`rollout/state.rs`).
 //! 2. Where it answers is written by the router's newest incarnation only.
 //! 3. A deleted endpoint is kept until the controller has ended its actors.
 
@@ -15,6 +16,7 @@ use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
+use super::rollout::{Rollout, command, state as rollout};
 use crate::registry;
 
 /// Endpoint name → [`Endpoint`].
@@ -39,7 +41,7 @@ pub struct Endpoint {
     pub name: String,
     /// The model that it serves.
     pub model: String,
-    /// Which version of it.
+    /// Which version of it is active.
     pub version: u64,
     /// BLAKE3 of that version's file.
     pub digest: String,
@@ -61,7 +63,7 @@ pub struct Endpoint {
 }
 
 /// A change. Append-only: positions are tags.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Command {
     /// Serves a version. Answer: [`Endpoint`].
     Deploy {
@@ -95,6 +97,8 @@ pub enum Command {
         /// The endpoint's name.
         endpoint: String,
     },
+    /// A change of a rollout. Answer: [`Rollout`].
+    Rollout(command::Command),
 }
 
 /// A question. Append-only: positions are tags.
@@ -107,6 +111,25 @@ pub enum Query {
         /// Its name.
         endpoint: String,
     },
+    /// What an endpoint's router must do. Answer: [`Routing`].
+    Routing {
+        /// Its name.
+        endpoint: String,
+    },
+    /// The rollouts of an endpoint that are kept, oldest first. Answer: `Vec<Rollout>`.
+    Rollouts {
+        /// Its name.
+        endpoint: String,
+    },
+}
+
+/// An endpoint with its newest rollout.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Routing {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// Its newest rollout, if it had one.
+    pub rollout: Option<Rollout>,
 }
 
 /// The replicated part of serving.
@@ -128,6 +151,11 @@ pub fn find(reader: &dyn Reader, name: &str) -> Result<Endpoint, Rejection> {
             "no endpoint is called `{name}`: see `mobula serve list`"
         ))
     })
+}
+
+/// Writes an endpoint's row.
+pub(super) fn put_endpoint(txn: &mut dyn Txn, endpoint: &Endpoint) {
+    row::put(txn, ENDPOINTS, endpoint.name.as_bytes(), endpoint);
 }
 
 fn deploy(
@@ -153,9 +181,9 @@ fn deploy(
             )
         } else {
             format!(
-                "endpoint `{name}` serves {}:{} already: delete it first with `mobula serve \
-                 delete {name}`",
-                existing.model, existing.version
+                "endpoint `{name}` serves {}:{} already: roll out another version with `mobula \
+                 rollout start {name} {}`, or delete it first with `mobula serve delete {name}`",
+                existing.model, existing.version, existing.model
             )
         };
         return Err(Rejection::new(ErrorCode::AlreadyExists, message));
@@ -179,7 +207,7 @@ fn deploy(
         router_incarnation: Incarnation(context.index),
         deleting: false,
     };
-    row::put(txn, ENDPOINTS, name.as_bytes(), &endpoint);
+    put_endpoint(txn, &endpoint);
     Ok(endpoint)
 }
 
@@ -202,7 +230,7 @@ fn router_ready(
         router_incarnation: incarnation,
         ..endpoint
     };
-    row::put(txn, ENDPOINTS, name.as_bytes(), &endpoint);
+    put_endpoint(txn, &endpoint);
     Ok(())
 }
 
@@ -237,7 +265,7 @@ impl StateModule for Serving {
                     deleting: true,
                     ..find(txn, &name)?
                 };
-                row::put(txn, ENDPOINTS, name.as_bytes(), &endpoint);
+                put_endpoint(txn, &endpoint);
                 Vec::new()
             }
             Command::RouterReady {
@@ -250,9 +278,13 @@ impl StateModule for Serving {
             }
             Command::Gone { endpoint } => {
                 if find(txn, &endpoint)?.deleting {
+                    rollout::forget(txn, &endpoint);
                     txn.delete(ENDPOINTS, endpoint.as_bytes());
                 }
                 Vec::new()
+            }
+            Command::Rollout(command) => {
+                codec::encode_plain(&rollout::apply(context, txn, command)?)
             }
         };
         Ok(Applied::changed(self.id(), response))
@@ -267,6 +299,14 @@ impl StateModule for Serving {
         Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
             Query::List => codec::encode_plain(&endpoints(reader)),
             Query::Endpoint { endpoint } => codec::encode_plain(&find(reader, &endpoint)?),
+            Query::Routing { endpoint } => codec::encode_plain(&Routing {
+                endpoint: find(reader, &endpoint)?,
+                rollout: rollout::newest(reader, &endpoint),
+            }),
+            Query::Rollouts { endpoint } => {
+                find(reader, &endpoint)?;
+                codec::encode_plain(&rollout::history(reader, &endpoint))
+            }
         })
     }
 
@@ -274,6 +314,7 @@ impl StateModule for Serving {
         let command: Command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         let is_allowed = match (caller, command) {
             (Caller::Head, _) => true,
+            (caller, Command::Rollout(command)) => command::is_allowed(caller, &command),
             (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
             // Routers are the platform's own actors.
             (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,
@@ -284,7 +325,7 @@ impl StateModule for Serving {
         }
         Err(Rejection::new(
             ErrorCode::PermissionDenied,
-            "endpoints are deployed and deleted with a client token",
+            "endpoints are deployed, deleted and rolled out with a client token",
         ))
     }
 }

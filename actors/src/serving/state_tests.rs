@@ -1,6 +1,9 @@
 use std::collections::BTreeMap;
 
 use super::super::controller::{ServingController, monitor_name, replica_name, router_name};
+use super::super::rollout::plan::Cleanup;
+use super::super::rollout::trial::Evidence;
+use super::super::rollout::{Guardrails, Strategy};
 use super::*;
 use crate::registry::NewVersion;
 use crate::registry::state::{Command as RegistryCommand, Registry};
@@ -108,10 +111,10 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
     );
     assert_eq!(head.reconcile(), 1);
     let expected = [
-        replica_name("digits", 1),
-        replica_name("digits", 2),
+        replica_name("digits", 2, 1),
+        replica_name("digits", 2, 2),
         router_name("digits"),
-        monitor_name("digits"),
+        monitor_name("digits", 2),
     ];
     assert_eq!(head.living(), expected);
     assert_eq!(head.reconcile(), 0);
@@ -132,6 +135,143 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
     assert_eq!(endpoints(&head.tables).len(), 1);
     assert_eq!(head.reconcile(), 0);
     head.deploy("digits", None, 1).unwrap();
+}
+
+#[test]
+fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_drained_it() {
+    let mut head = Head::with_model();
+    head.deploy("digits", Some(1), 1).unwrap();
+    head.reconcile();
+    let router = Incarnation(head.index);
+    head.serving(&Command::RouterReady {
+        endpoint: "digits".into(),
+        incarnation: router,
+        http_address: "127.0.0.1:9".into(),
+    })
+    .unwrap();
+    let endpoint = || "digits".to_owned();
+    let rollout = |head: &mut Head, command| {
+        let answer = head.serving(&Command::Rollout(command)).unwrap();
+        codec::decode::<Rollout>(&answer, PAYLOAD_BYTES_MAX).unwrap()
+    };
+    rollout(
+        &mut head,
+        command::Command::Start {
+            endpoint: endpoint(),
+            model: "digits".into(),
+            version: Some(2),
+            strategy: Strategy::Canary,
+            steps: Vec::new(),
+            guardrails: Guardrails::STANDARD,
+            min_samples: 10,
+        },
+    );
+    assert_eq!(head.reconcile(), 1);
+    assert_eq!(head.reconcile(), 0);
+    let (old, new) = (replica_name("digits", 1, 1), replica_name("digits", 2, 1));
+    let old_monitor = monitor_name("digits", 1);
+    let router_name = router_name("digits");
+    let living = |head: &Head, expected: &[&String]| {
+        assert_eq!(head.living().iter().collect::<Vec<_>>(), expected);
+    };
+    living(&head, &[&old, &router_name, &old_monitor, &new]);
+
+    let promoted = rollout(
+        &mut head,
+        command::Command::Promote {
+            endpoint: endpoint(),
+        },
+    );
+    // The new monitor, and the end of the old one; the old replica may still have requests.
+    assert_eq!(head.reconcile(), 2);
+    assert_eq!(head.reconcile(), 0);
+    let monitor = monitor_name("digits", 2);
+    living(&head, &[&old, &router_name, &new, &monitor]);
+    rollout(
+        &mut head,
+        command::Command::Drained {
+            endpoint: endpoint(),
+            rollout: promoted.number,
+            revision: promoted.revision,
+            router,
+        },
+    );
+    while head.reconcile() > 0 {}
+    living(&head, &[&router_name, &new, &monitor]);
+    let known = rollout::newest(&head.tables, "digits").unwrap();
+    assert_eq!(known.cleanup, Cleanup::Done);
+
+    // An endpoint that is deleted in the middle of a rollout leaves nothing behind.
+    rollout(
+        &mut head,
+        command::Command::Start {
+            endpoint: endpoint(),
+            model: "digits".into(),
+            version: Some(1),
+            strategy: Strategy::BlueGreen,
+            steps: Vec::new(),
+            guardrails: Guardrails::STANDARD,
+            min_samples: 10,
+        },
+    );
+    head.reconcile();
+    assert_eq!(head.living().len(), 4);
+    head.serving(&Command::Delete {
+        endpoint: endpoint(),
+    })
+    .unwrap();
+    while head.reconcile() > 0 {}
+    assert_eq!(head.living(), Vec::<String>::new());
+}
+
+#[test]
+fn a_rolling_update_ends_a_replica_for_each_that_takes_its_place() {
+    let mut head = Head::with_model();
+    head.deploy("digits", Some(1), 2).unwrap();
+    head.reconcile();
+    let router = Incarnation(head.index);
+    head.serving(&Command::RouterReady {
+        endpoint: "digits".into(),
+        incarnation: router,
+        http_address: "127.0.0.1:9".into(),
+    })
+    .unwrap();
+    let start = command::Command::Start {
+        endpoint: "digits".into(),
+        model: "digits".into(),
+        version: Some(2),
+        strategy: Strategy::Rolling,
+        steps: Vec::new(),
+        guardrails: Guardrails::STANDARD,
+        min_samples: 10,
+    };
+    head.serving(&Command::Rollout(start)).unwrap();
+    let replicas = |head: &mut Head| {
+        while head.reconcile() > 0 {}
+        let is_replica = |name: &String| name.contains("/replica-");
+        let mut living: Vec<String> = head.living().into_iter().filter(is_replica).collect();
+        living.sort();
+        living
+    };
+    let name = |version, number| replica_name("digits", version, number);
+    let expected = [
+        vec![name(1, 1), name(1, 2), name(2, 1)],
+        vec![name(1, 1), name(2, 1)],
+        vec![name(1, 1), name(2, 1), name(2, 2)],
+    ];
+    for (step, expected) in (0..).zip(expected) {
+        assert_eq!(replicas(&mut head), expected, "{step}");
+        let passed = command::Command::Judge {
+            endpoint: "digits".into(),
+            rollout: 1,
+            step,
+            router,
+            verdict: command::Verdict::Pass,
+            evidence: Evidence::default(),
+        };
+        head.serving(&Command::Rollout(passed)).unwrap();
+    }
+    assert_eq!(find(&head.tables, "digits").unwrap().version, 2);
 }
 
 #[test]

@@ -55,9 +55,13 @@ impl Role {
             let name = name.strip_prefix(prefix)?.strip_suffix(suffix)?;
             Some(name.to_owned())
         };
-        inner("serving/", "/router")
-            .map(Role::Router)
-            .or_else(|| inner("drift/", "/monitor").map(Role::Monitor))
+        // A monitor's name says whose version it watches after the endpoint.
+        let endpoint = |inner: String| Some(inner.rsplit_once('/')?.0.to_owned());
+        inner("serving/", "/router").map(Role::Router).or_else(|| {
+            inner("drift/", "/monitor")
+                .and_then(endpoint)
+                .map(Role::Monitor)
+        })
     }
 }
 
@@ -259,9 +263,9 @@ mod tests {
         use mobula_actors::serving::controller::{monitor_name, replica_name, router_name};
         assert_eq!(Role::of(&router_name("e")), Some(Role::Router("e".into())));
         assert_eq!(
-            Role::of(&monitor_name("e")),
+            Role::of(&monitor_name("e", 1)),
             Some(Role::Monitor("e".into()))
         );
-        assert_eq!(Role::of(&replica_name("e", 1)), None);
+        assert_eq!(Role::of(&replica_name("e", 1, 1)), None);
     }
 }

@@ -23,6 +23,7 @@ mod output;
 mod preemptions;
 mod registry_log;
 mod replay;
+mod rollout;
 mod scenario;
 mod secrets;
 mod serve;
@@ -106,6 +107,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Models(command) => return models::run(&target, command).await,
         Command::Keys(command) => keys::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,
+        Command::Rollout(command) => rollout::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,
         Command::Tokens(command) => tokens::run(&target, command).await?,
         Command::Audit {

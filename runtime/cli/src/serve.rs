@@ -156,7 +156,7 @@ async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
     let actors = cluster.list_actors(Some(JobId::SYSTEM)).await?;
     let running = |endpoint: &Endpoint| {
         (1..=endpoint.replicas)
-            .map(|number| replica_name(&endpoint.name, number))
+            .map(|number| replica_name(&endpoint.name, endpoint.version, number))
             .filter(|name| {
                 actors
                     .iter()

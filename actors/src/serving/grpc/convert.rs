@@ -41,6 +41,7 @@ pub(super) fn request(message: proto::ModelInferRequest) -> Result<InferRequest,
         inputs,
         outputs: outputs.collect::<Result<_, _>>()?,
         binary_data_output: true,
+        routing_key: None,
     })
 }
 

@@ -19,7 +19,7 @@ use self::proto::grpc_inference_service_server::{
     GrpcInferenceService, GrpcInferenceServiceServer,
 };
 use super::auth::BearerAuth;
-use super::http::{BodyLimits, InferenceService, oip_router};
+use super::http::{BodyLimits, InferenceService, ROUTING_KEY, oip_router};
 use super::oip::{OipError, validate_request};
 
 /// The messages, as `proto/inference.proto` has them.
@@ -82,6 +82,7 @@ impl GrpcFront {
     async fn answer(
         &self,
         request: proto::ModelInferRequest,
+        routing_key: Option<String>,
     ) -> Result<proto::ModelInferResponse, OipError> {
         let model = request.model_name.clone();
         let version = named(&request.model_version).map(str::to_owned);
@@ -93,11 +94,18 @@ impl GrpcFront {
             .map(|output| output.name.clone())
             .collect();
         let id = request.id.clone();
-        let request = convert::request(request)?;
+        let mut request = convert::request(request)?;
+        request.routing_key = routing_key;
         validate_request(&request, &metadata)?;
         let response = self.service.infer(&model, version, request).await?;
         Ok(convert::response(response, id, &wanted)?)
     }
+}
+
+/// Who asks, as while a new version is tried: the same header as HTTP's.
+fn routing_key<T>(request: &Request<T>) -> Option<String> {
+    let value = request.metadata().get(ROUTING_KEY.as_str())?;
+    Some(String::from_utf8_lossy(value.as_bytes()).into_owned())
 }
 
 /// A version that was asked for; the protocol's empty string is none.
@@ -218,8 +226,9 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::ModelInferRequest>,
     ) -> Result<Response<proto::ModelInferResponse>, Status> {
+        let key = routing_key(&request);
         let request = self.admitted(request)?;
-        let response = self.answer(request).await.map_err(status_of)?;
+        let response = self.answer(request, key).await.map_err(status_of)?;
         Ok(Response::new(response))
     }
 
@@ -229,11 +238,13 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<Streaming<proto::ModelInferRequest>>,
     ) -> Result<Response<Answers>, Status> {
+        // One for all requests of the stream.
+        let key = routing_key(&request);
         let requests = self.admitted(request)?;
         let front = self.clone();
         let answers = requests.map(move |request| {
-            let front = front.clone();
-            async move { front.answer_in_band(request?).await }
+            let (front, key) = (front.clone(), key.clone());
+            async move { front.answer_in_band(request?, key).await }
         });
         Ok(Response::new(Box::pin(answers.buffered(STREAM_AT_ONCE))))
     }
@@ -243,9 +254,10 @@ impl GrpcFront {
     async fn answer_in_band(
         &self,
         request: proto::ModelInferRequest,
+        routing_key: Option<String>,
     ) -> Result<proto::ModelStreamInferResponse, Status> {
         let id = request.id.clone();
-        let (mut response, error_message) = match self.answer(request).await {
+        let (mut response, error_message) = match self.answer(request, routing_key).await {
             Ok(response) => (response, String::new()),
             // Who sent it finds out by its id which of the requests failed.
             Err(error) => {

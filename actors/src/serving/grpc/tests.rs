@@ -112,6 +112,18 @@ async fn raw_and_typed_inputs_get_the_same_raw_outputs() {
 }
 
 #[tokio::test]
+async fn the_key_by_which_versions_are_chosen_is_a_header_here_too() {
+    let server = start().await;
+    let mut client = connect(&server).await;
+    let mut request = with_token(raw("double", &[1.0, 2.0]));
+    let key = MetadataValue::from_static("ann");
+    request.metadata_mut().insert("x-mobula-key", key);
+    let answer = client.model_infer(request).await.unwrap();
+    // The service of these tests says it back as its version.
+    assert_eq!(answer.get_ref().model_version, "ann");
+}
+
+#[tokio::test]
 async fn the_descriptions_are_those_of_http() {
     let server = start().await;
     let mut client = connect(&server).await;

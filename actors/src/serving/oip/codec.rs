@@ -89,6 +89,7 @@ pub fn decode_request(
         inputs,
         outputs,
         binary_data_output,
+        routing_key: None,
     })
 }
 

@@ -74,6 +74,9 @@ pub struct InferRequest {
     pub outputs: Vec<RequestedOutput>,
     /// Whether outputs that do not say otherwise are wanted in binary form.
     pub binary_data_output: bool,
+    /// Who asks, from the transport rather than the body: the same key is always sent to the same version
+    /// while a new one is tried.
+    pub routing_key: Option<String>,
 }
 
 impl InferRequest {

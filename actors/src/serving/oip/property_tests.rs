@@ -78,6 +78,7 @@ fn request() -> impl Strategy<Value = InferRequest> {
                 inputs,
                 outputs,
                 binary_data_output,
+                routing_key: None,
             },
         )
 }

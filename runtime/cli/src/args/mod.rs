@@ -6,6 +6,7 @@ mod cluster;
 mod duration;
 mod jobs;
 mod registry;
+mod rollout;
 mod serving;
 mod training;
 
@@ -28,6 +29,7 @@ pub(crate) use registry::{
     AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RiskArgument, RoleArgument,
     SearchArguments, SigningArguments,
 };
+pub(crate) use rollout::{RolloutCommand, RolloutStartArguments, RolloutTarget};
 pub(crate) use serving::{DriftCommand, ServeCommand};
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 
@@ -129,6 +131,9 @@ pub(crate) enum Command {
     /// Endpoints that serve models.
     #[command(subcommand)]
     Serve(ServeCommand),
+    /// Rollouts: another version of a model for an endpoint, step by step.
+    #[command(subcommand)]
+    Rollout(RolloutCommand),
     /// Drift of what endpoints see.
     #[command(subcommand)]
     Drift(DriftCommand),

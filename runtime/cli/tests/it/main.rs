@@ -32,6 +32,7 @@ mod placement;
 mod python;
 mod registry;
 mod replay;
+mod rollouts;
 mod serving;
 mod sessions;
 mod simulation;

@@ -1,6 +1,6 @@
 //! A trained version behind an endpoint: the protocol, its refusals, a replica that dies, and drift.
 
-mod served;
+pub(crate) mod served;
 mod triton_clients;
 
 use std::collections::BTreeSet;
@@ -30,7 +30,7 @@ fn an_endpoint_answers_the_protocol_refuses_with_reasons_and_goes_without_a_trac
     refuses(&served);
 
     let nodes: BTreeSet<u64> = served
-        .actors("serving/digits/replica-")
+        .actors("serving/digits/v1/replica-")
         .iter()
         .map(|replica| replica["node"].as_u64().unwrap())
         .collect();
@@ -341,7 +341,7 @@ fn requests_are_answered_while_a_replica_dies_and_comes_back() {
     let served = Served::up(2);
     let image = served.image(0);
     let expected = served.classify(image);
-    let name = "serving/digits/replica-1";
+    let name = "serving/digits/v1/replica-1";
     let running = || {
         let replica = served.actors(name).pop()?;
         (replica["state"] == "running").then(|| replica["pid"].as_u64())?

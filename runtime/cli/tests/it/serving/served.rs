@@ -13,42 +13,47 @@ use crate::support::{TestCluster, small_job, wait_for};
 const STEPS: u32 = 150;
 
 /// Pixels of an image.
-pub(super) const FEATURES: usize = 64;
+pub(crate) const FEATURES: usize = 64;
 
 /// Rows in a request: fewer than an endpoint takes.
-pub(super) const ROWS: usize = 100;
+pub(crate) const ROWS: usize = 100;
 
 /// An answer, whatever its status.
-pub(super) struct Answer {
-    pub(super) status: u16,
-    pub(super) headers: HeaderMap,
-    pub(super) body: Vec<u8>,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Answer {
-    pub(super) fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let text = String::from_utf8_lossy(&self.body);
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {text}"))
     }
 }
 
 /// A cluster with a trained model that is served.
-pub(super) struct Served {
-    pub(super) cluster: TestCluster,
+pub(crate) struct Served {
+    pub(crate) cluster: TestCluster,
     http: reqwest::Client,
     runtime: Runtime,
     /// The held-out images, one after the other.
-    pub(super) images: Vec<f32>,
+    pub(crate) images: Vec<f32>,
     /// What they show.
-    pub(super) labels: Vec<u32>,
-    pub(super) accuracy: f64,
-    pub(super) deployment: Value,
+    pub(crate) labels: Vec<u32>,
+    pub(crate) accuracy: f64,
+    pub(crate) deployment: Value,
 }
 
 impl Served {
     /// Trains, registers and deploys `digits`.
-    pub(super) fn up(workers: u32) -> Self {
-        let cluster = TestCluster::up(workers);
+    pub(crate) fn up(workers: u32) -> Self {
+        Served::up_with(workers, &[])
+    }
+
+    /// The same, with more arguments for `local up`.
+    pub(crate) fn up_with(workers: u32, arguments: &[&str]) -> Self {
+        let cluster = TestCluster::up_with(workers, arguments, &[]);
         let text =
             small_job("digits", STEPS).replace("seed = 7", "register = \"digits\"\nseed = 7");
         let spec = TrainSpec::from_toml(&text, "job.toml").unwrap();
@@ -74,12 +79,12 @@ impl Served {
         }
     }
 
-    pub(super) fn token(&self) -> &str {
+    pub(crate) fn token(&self) -> &str {
         self.deployment["token"].as_str().unwrap()
     }
 
     /// Calls the endpoint; `path` begins after its address.
-    pub(super) fn call(
+    pub(crate) fn call(
         &self,
         method: Method,
         path: &str,
@@ -105,30 +110,47 @@ impl Served {
         })
     }
 
-    pub(super) fn get(&self, path: &str) -> Answer {
+    pub(crate) fn get(&self, path: &str) -> Answer {
         self.call(Method::GET, path, Some(self.token()), None, Vec::new())
     }
 
-    pub(super) fn infer(&self, request: &Value) -> Answer {
+    pub(crate) fn infer(&self, request: &Value) -> Answer {
         let body = request.to_string().into_bytes();
         let path = "/v2/models/digits/infer";
         self.call(Method::POST, path, Some(self.token()), None, body)
     }
 
+    /// Asks the endpoint at `url`, which may have no router now.
+    pub(crate) fn try_infer(&self, url: &str, request: &Value) -> reqwest::Result<Answer> {
+        let request = self
+            .http
+            .post(format!("{url}/v2/models/digits/infer"))
+            .bearer_auth(self.token())
+            .body(request.to_string());
+        self.runtime.block_on(async {
+            let response = request.send().await?;
+            Ok(Answer {
+                status: response.status().as_u16(),
+                headers: response.headers().clone(),
+                body: response.bytes().await?.to_vec(),
+            })
+        })
+    }
+
     /// One held-out image.
-    pub(super) fn image(&self, index: usize) -> &[f32] {
+    pub(crate) fn image(&self, index: usize) -> &[f32] {
         &self.images[index * FEATURES..][..FEATURES]
     }
 
     /// The classes of some images, which must be answered.
-    pub(super) fn classify(&self, images: &[f32]) -> Vec<u64> {
+    pub(crate) fn classify(&self, images: &[f32]) -> Vec<u64> {
         let answer = self.infer(&request_of(images));
         assert_eq!(answer.status, 200, "{}", answer.json());
         integers(&output(&answer.json(), "class")["data"])
     }
 
     /// The system's actors that have not ended and whose name begins so.
-    pub(super) fn actors(&self, prefix: &str) -> Vec<Value> {
+    pub(crate) fn actors(&self, prefix: &str) -> Vec<Value> {
         let actors = self.cluster.json(&["actors", "list"]);
         let is_wanted = |actor: &&Value| {
             actor["name"].as_str().unwrap().starts_with(prefix) && actor["state"] != "ended"
@@ -143,7 +165,7 @@ impl Served {
     }
 
     /// Sends images, changed, over and over until `look` finds something in what the monitor says.
-    pub(super) fn send_until<T>(
+    pub(crate) fn send_until<T>(
         &self,
         what: &str,
         change: fn(f32) -> f32,
@@ -160,14 +182,14 @@ impl Served {
     }
 }
 
-pub(super) fn request_of(images: &[f32]) -> Value {
+pub(crate) fn request_of(images: &[f32]) -> Value {
     let rows = images.len() / FEATURES;
     json!({
         "inputs": [{"name": "image", "shape": [rows, FEATURES], "datatype": "FP32", "data": images}],
     })
 }
 
-pub(super) fn output<'a>(answer: &'a Value, name: &str) -> &'a Value {
+pub(crate) fn output<'a>(answer: &'a Value, name: &str) -> &'a Value {
     let outputs = answer["outputs"].as_array().unwrap();
     outputs
         .iter()
@@ -175,7 +197,7 @@ pub(super) fn output<'a>(answer: &'a Value, name: &str) -> &'a Value {
         .unwrap()
 }
 
-pub(super) fn integers(values: &Value) -> Vec<u64> {
+pub(crate) fn integers(values: &Value) -> Vec<u64> {
     values
         .as_array()
         .unwrap()

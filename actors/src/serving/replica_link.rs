@@ -1,0 +1,127 @@
+//! From an arm of the router to its actors: finds the replicas, watches them, and feeds the monitor.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mobula::{ActorRef, CallFailure, Cluster};
+use mobula_core::id::{ActorId, Incarnation};
+
+use super::feed::FeedReader;
+use super::fleet::{BATCH_TIMEOUT, Backend, BackendFailure, Berth};
+use super::replica::{Inference, Replica, ReplicaCalls};
+use crate::drift::monitor::{Monitor, MonitorCalls};
+
+/// How long a probe of a replica waits; it includes waiting for a replica that is being started.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long one question to the head waits for news of a replica.
+const WATCH_WAIT: Duration = Duration::from_secs(30);
+
+/// The pause after something that could not be done now.
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
+
+/// How long the monitor may take for a call, its start included.
+const MONITOR_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Finds a replica and opens its berth; again whenever it has failed or was started again.
+pub(super) async fn keep_open(
+    cluster: Cluster,
+    name: String,
+    berth: Arc<Berth<ActorRef<Replica>>>,
+) {
+    let mut known: Option<ActorId> = None;
+    loop {
+        match probe(&cluster, &name, known).await {
+            Ok((replica, incarnation)) => {
+                let id = replica.actor_id();
+                known = Some(id);
+                berth.open(replica);
+                tokio::select! {
+                    () = berth.failed() => {}
+                    () = ended(&cluster, id, incarnation) => berth.close(),
+                }
+            }
+            Err(error) => {
+                tracing::debug!(name, %error, "a replica does not answer yet");
+                if error.actor_has_ended() {
+                    known = None;
+                }
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// A replica that answers, by a new reference: an old one remembers where it was.
+async fn probe(
+    cluster: &Cluster,
+    name: &str,
+    known: Option<ActorId>,
+) -> mobula::Result<(ActorRef<Replica>, Incarnation)> {
+    let replica = match known {
+        Some(id) => ActorRef::from_id(cluster, id),
+        None => cluster.get_actor::<Replica>(name).await?,
+    };
+    let incarnation = replica.ping().timeout(PROBE_TIMEOUT).await?;
+    Ok((replica, incarnation))
+}
+
+/// Waits until the head knows that this start of a replica is over: it learns of a lost process
+/// long before a caller does.
+async fn ended(cluster: &Cluster, id: ActorId, incarnation: Incarnation) {
+    loop {
+        match cluster.resolve_actor(id, incarnation, WATCH_WAIT).await {
+            Ok(actor) => {
+                let is_newer = actor
+                    .incarnation
+                    .is_some_and(|newest| newest > incarnation.0);
+                if is_newer || actor.state == "ended" {
+                    return;
+                }
+            }
+            // Without a head the replica is judged by its answers alone.
+            Err(error) => {
+                tracing::debug!(%id, %error, "a replica cannot be watched now");
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+}
+
+impl Backend for ActorRef<Replica> {
+    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
+        let call = ReplicaCalls::infer(self, rows).timeout(BATCH_TIMEOUT);
+        call.await.map_err(|failure| match failure {
+            CallFailure::User(error) => BackendFailure::Refused(error.to_string()),
+            CallFailure::System(error) => BackendFailure::Lost(error.to_string()),
+        })
+    }
+}
+
+/// Sends what was answered to the monitor. Whatever does not arrive is dropped and counted.
+pub(super) async fn feed_monitor(cluster: Cluster, name: String, mut reader: FeedReader) {
+    let mut known: Option<ActorRef<Monitor>> = None;
+    while let Some(observation) = reader.next().await {
+        let rows = observation.classes.len() as u64;
+        let dropped = reader.take_dropped();
+        let sending = async {
+            let monitor = match known.take() {
+                Some(monitor) => monitor,
+                None => cluster.get_actor::<Monitor>(&name).await?,
+            };
+            monitor
+                .observe(observation.rows, observation.classes, dropped)
+                .timeout(MONITOR_TIMEOUT)
+                .await?;
+            Ok::<_, mobula::Error>(monitor)
+        };
+        match sending.await {
+            Ok(monitor) => known = Some(monitor),
+            Err(error) => {
+                tracing::warn!(name, rows, %error, "the monitor misses rows");
+                reader.count_dropped(rows + dropped);
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Tests that may be looked at after every request: their chance of a false alarm, over all looks
+//! together, is bounded (Ville's inequality).
+//!
+//! * Events: of events that hit two equally large random halves, each is a fair coin if both halves are
+//!   equally prone. [`log_e_value`] is the mixture likelihood ratio of Robbins (1970), used for
+//!   experiments as mSPRT by Johari, Pekelis and Walsh (*Always Valid Inference*, 2017) and for counts
+//!   by Lindon and Malek (*Anytime-Valid Inference for Multinomial Count Data*, 2022). Each term is a
+//!   likelihood ratio of a larger share against one half, so their mean stays a supermartingale for
+//!   every share up to one half: the bound is exact and one-sided.
+//! * Means: [`increase_lower_bound`] is the one-sided asymptotic confidence sequence of Waudby-Smith,
+//!   Arbour, Sinha, Kennedy and Ramdas (*Time-uniform central limit theory and asymptotic confidence
+//!   sequences*, Annals of Statistics 2024, proposition B.1), for the difference of two means of a
+//!   randomized experiment.
+
+/// Shares of the candidate's half that the mixture looks for, equally weighted: from a tenth more
+/// events than the baseline's to nearly all of them.
+const SHARES: [f64; 10] = [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99];
+
+/// The share under the null hypothesis: both halves are equally large.
+const FAIR: f64 = 0.5;
+
+/// How many observations of both halves the bound on means is tightest for.
+const TUNED_FOR: f64 = 1_000.0;
+
+/// The natural logarithm of the evidence that the candidate is more prone to an event than its
+/// equally large baseline. It exceeds `ln(1 / alpha)` ever, at equal proneness, with probability
+/// `alpha` at the most.
+#[must_use]
+pub fn log_e_value(candidate_events: u64, baseline_events: u64) -> f64 {
+    let terms = SHARES.map(|share| {
+        candidate_events as f64 * (share / FAIR).ln()
+            + baseline_events as f64 * ((1.0 - share) / FAIR).ln()
+    });
+    let largest = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = terms.iter().map(|term| (term - largest).exp()).sum();
+    largest + sum.ln() - (SHARES.len() as f64).ln()
+}
+
+/// Count, mean and variance of what was observed, kept by Welford's method.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Moments {
+    count: u64,
+    mean: f64,
+    squares: f64,
+}
+
+impl Moments {
+    /// Takes one observation.
+    pub fn add(&mut self, value: f64) {
+        self.count += 1;
+        let from_mean = value - self.mean;
+        self.mean += from_mean / self.count as f64;
+        self.squares += from_mean * (value - self.mean);
+    }
+
+    /// Observations.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Their mean; 0 before the first.
+    #[must_use]
+    pub fn mean(&self) -> f64 {
+        self.mean
+    }
+
+    /// Their variance, without bias; 0 before the second.
+    #[must_use]
+    pub fn variance(&self) -> f64 {
+        match self.count {
+            0 | 1 => 0.0,
+            count => self.squares / (count - 1) as f64,
+        }
+    }
+}
+
+/// What the candidate's mean exceeds the baseline's by at least. It is above the truth ever, with a
+/// probability of about `alpha` at the most; `None` before two observations of each.
+///
+/// With `t` observations, of which each half has its part, `s²` the variance of the difference scaled to
+/// one observation, and `r` a parameter: `difference − s · √(2 (t r² + 1) / (t² r²) · ln(1 + √(t r² + 1) / (2 alpha)))`.
+#[must_use]
+pub fn increase_lower_bound(candidate: &Moments, baseline: &Moments, alpha: f64) -> Option<f64> {
+    if candidate.count() < 2 || baseline.count() < 2 {
+        return None;
+    }
+    let (of_candidate, of_baseline) = (candidate.count() as f64, baseline.count() as f64);
+    let total = of_candidate + of_baseline;
+    let scaled_variance =
+        total * (candidate.variance() / of_candidate + baseline.variance() / of_baseline);
+    // The paper's choice of the parameter for the time at which the bound is to be tightest.
+    let confidence = -2.0 * (2.0 * alpha).ln();
+    let tuned = (confidence + (confidence + 1.0).ln()) / TUNED_FOR;
+    let grown = total * tuned + 1.0;
+    let radius =
+        (2.0 * grown / (total * total * tuned) * (1.0 + grown.sqrt() / (2.0 * alpha)).ln()).sqrt();
+    Some(candidate.mean() - baseline.mean() - scaled_variance.sqrt() * radius)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    /// Simulated runs.
+    const RUNS: u64 = 1_000;
+
+    /// As many alarms as a chance of `alpha` gives in [`RUNS`] runs, and three standard deviations: the
+    /// bound is on the chance, and runs that are counted scatter around it.
+    fn most_alarms(alpha: f64) -> f64 {
+        let runs = RUNS as f64;
+        alpha * runs + 3.0 * (alpha * (1.0 - alpha) * runs).sqrt()
+    }
+
+    #[test]
+    fn evidence_is_that_of_the_formula() {
+        assert!(log_e_value(0, 0).abs() < 1e-12);
+        // One event of the candidate: the mean of twice the shares.
+        let mean: f64 = SHARES.iter().map(|share| 2.0 * share).sum::<f64>() / 10.0;
+        assert!((log_e_value(1, 0) - mean.ln()).abs() < 1e-12);
+        // Fourteen events, all the candidate's, are enough for one chance in a thousand; five are not.
+        assert!(log_e_value(14, 0) > 1_000f64.ln() && log_e_value(5, 0) < 1_000f64.ln());
+        assert!(log_e_value(0, 14) < 0.0 && log_e_value(50, 50) < 0.0);
+        assert!(log_e_value(u64::MAX, u64::MAX).is_finite());
+    }
+
+    #[test]
+    fn a_fair_coin_is_seldom_called_unfair_however_often_one_looks() {
+        let alpha: f64 = 0.05;
+        let mut alarms = 0;
+        for seed in 0..RUNS {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let (mut candidate, mut baseline) = (0, 0);
+            let is_alarm = (0..1_000).any(|_| {
+                *(if rng.random_bool(0.5) {
+                    &mut candidate
+                } else {
+                    &mut baseline
+                }) += 1;
+                log_e_value(candidate, baseline) >= (1.0 / alpha).ln()
+            });
+            alarms += u64::from(is_alarm);
+        }
+        println!("fair coins called unfair: {alarms} of {RUNS} (seeds 0..{RUNS}), bound {alpha}");
+        assert!(alarms as f64 <= most_alarms(alpha), "{alarms}");
+    }
+
+    #[test]
+    fn moments_are_those_of_the_definition() {
+        let mut moments = Moments::default();
+        for value in [1.0, 2.0, 4.0, 9.0] {
+            moments.add(value);
+        }
+        assert_eq!((moments.count(), moments.mean()), (4, 4.0));
+        assert!((moments.variance() - 38.0 / 3.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn equal_means_are_seldom_told_apart_and_different_ones_soon() {
+        let alpha = 0.05;
+        let look = |seed, shift: f64| {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let (mut candidate, mut baseline) = (Moments::default(), Moments::default());
+            (1..=1_000u64).find(|_| {
+                candidate.add(shift + rng.random_range(-1.0..1.0));
+                baseline.add(rng.random_range(-1.0..1.0));
+                candidate.count() >= 50
+                    && increase_lower_bound(&candidate, &baseline, alpha).unwrap() > 0.0
+            })
+        };
+        let alarms = (0..RUNS).filter(|seed| look(*seed, 0.0).is_some()).count();
+        println!("equal means told apart: {alarms} of {RUNS} (seeds 0..{RUNS}), bound {alpha}");
+        assert!(alarms as f64 <= most_alarms(alpha), "{alarms}");
+        // Half a standard deviation.
+        let latest = (0..100)
+            .map(|seed| look(seed, 0.29).unwrap())
+            .max()
+            .unwrap();
+        println!("half a standard deviation: found after {latest} pairs at the latest");
+        assert!(latest <= 400, "{latest}");
+        let one = Moments::default();
+        assert_eq!(increase_lower_bound(&one, &one, alpha), None);
+    }
+}

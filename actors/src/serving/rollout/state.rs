@@ -1,0 +1,419 @@
+//! Rollouts, replicated.
+//!
+//! Invariants:
+//! 1. An endpoint has one active version at every log index: that of its row. A promotion changes it in
+//!    one entry, and so does a rollback after one; nothing else does.
+//! 2. An endpoint has one open rollout at the most, and none begins before nothing is left of the last.
+//! 3. Steps are judged by the endpoint's newest router, which names the rollout and the step that it
+//!    judged: what an older router says, or one says late, changes nothing.
+//! 4. The actors of the version that lost are ended after the router has said that it has no request
+//!    with them. It names the revision that it follows, so that a word about a promotion is not taken
+//!    for one about the rollback after it.
+
+use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::Incarnation;
+use mobula_core::row;
+
+use super::command::{Command, Verdict};
+use super::plan::{Action, Cleanup, Phase, Rollout, Served, check};
+use super::trial::Evidence;
+use crate::registry;
+use crate::serving::state::{Endpoint, find as find_endpoint, put_endpoint};
+
+/// Endpoint name, 0, number → [`Rollout`].
+const ROLLOUTS: Table = Table {
+    module: ModuleId::SERVING,
+    tag: 2,
+};
+
+/// Endpoint name → the number of its newest rollout, which is asked for all the time.
+const NEWEST: Table = Table {
+    module: ModuleId::SERVING,
+    tag: 3,
+};
+
+/// Rollouts that are kept of an endpoint, the newest: of some KiB each.
+pub const HISTORY_MAX: usize = 20;
+
+fn prefix(endpoint: &str) -> Vec<u8> {
+    [endpoint.as_bytes(), &[0]].concat()
+}
+
+fn key(endpoint: &str, number: u64) -> Vec<u8> {
+    [endpoint.as_bytes(), &[0], &number.to_be_bytes()].concat()
+}
+
+/// The rollouts of an endpoint that are kept, oldest first.
+pub fn history(reader: &dyn Reader, endpoint: &str) -> Vec<Rollout> {
+    row::all(reader, ROLLOUTS, &prefix(endpoint))
+        .into_iter()
+        .map(|(_, rollout)| rollout)
+        .collect()
+}
+
+/// The newest rollout of an endpoint, if there was one.
+pub fn newest(reader: &dyn Reader, endpoint: &str) -> Option<Rollout> {
+    let number: u64 = row::get(reader, NEWEST, endpoint.as_bytes())?;
+    row::get(reader, ROLLOUTS, &key(endpoint, number))
+}
+
+/// Forgets the rollouts of an endpoint that is gone.
+pub(in crate::serving) fn forget(txn: &mut dyn Txn, endpoint: &str) {
+    for rollout in history(txn, endpoint) {
+        txn.delete(ROLLOUTS, &key(endpoint, rollout.number));
+    }
+    txn.delete(NEWEST, endpoint.as_bytes());
+}
+
+fn put(txn: &mut dyn Txn, rollout: &Rollout) {
+    row::put(
+        txn,
+        ROLLOUTS,
+        &key(&rollout.endpoint, rollout.number),
+        rollout,
+    );
+}
+
+/// Applies a command; the rollout as it is then.
+pub(in crate::serving) fn apply(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    command: Command,
+) -> Result<Rollout, Rejection> {
+    match command {
+        Command::Start {
+            endpoint,
+            model,
+            version,
+            strategy,
+            steps,
+            guardrails,
+            min_samples,
+        } => {
+            let endpoint = standing(txn, &endpoint)?;
+            let steps = if steps.is_empty() {
+                strategy.default_steps()
+            } else {
+                steps
+            };
+            check(&steps, &guardrails, min_samples)?;
+            let candidate = candidate(txn, &endpoint, &model, version)?;
+            let number = next_number(txn, &endpoint.name)?;
+            let mut rollout = Rollout {
+                number,
+                strategy,
+                stable: served(&endpoint),
+                candidate,
+                steps,
+                step: 0,
+                phase: Phase::Running,
+                guardrails,
+                min_samples,
+                started_ms: context.now_ms,
+                revision: context.index,
+                cleanup: Cleanup::Waiting,
+                decisions: Vec::new(),
+                endpoint: endpoint.name,
+            };
+            rollout.decided(context.now_ms, Action::Start, None);
+            row::put(txn, NEWEST, rollout.endpoint.as_bytes(), &number);
+            put(txn, &rollout);
+            Ok(rollout)
+        }
+        Command::Pause { endpoint } => turn(context, txn, &endpoint, Action::Pause),
+        Command::Resume { endpoint } => turn(context, txn, &endpoint, Action::Resume),
+        Command::Promote { endpoint } => turn(context, txn, &endpoint, Action::Promote),
+        Command::Abort { endpoint } => turn(context, txn, &endpoint, Action::Abort),
+        Command::RollBack { endpoint } => turn(context, txn, &endpoint, Action::RollBack),
+        Command::Judge {
+            endpoint,
+            rollout,
+            step,
+            router,
+            verdict,
+            evidence,
+        } => {
+            heard(txn, &endpoint, router)?;
+            judge(context, txn, (&endpoint, rollout, step), verdict, evidence)
+        }
+        Command::Drained {
+            endpoint,
+            rollout,
+            revision,
+            router,
+        } => {
+            heard(txn, &endpoint, router)?;
+            clean(
+                txn,
+                (&endpoint, rollout, revision),
+                Cleanup::Draining,
+                Cleanup::Ending,
+            )
+        }
+        Command::Retired {
+            endpoint,
+            rollout,
+            revision,
+        } => clean(
+            txn,
+            (&endpoint, rollout, revision),
+            Cleanup::Ending,
+            Cleanup::Done,
+        ),
+    }
+}
+
+/// An endpoint that is not being taken down.
+fn standing(reader: &dyn Reader, name: &str) -> Result<Endpoint, Rejection> {
+    let endpoint = find_endpoint(reader, name)?;
+    if endpoint.deleting {
+        return Err(Rejection::new(
+            ErrorCode::FailedPrecondition,
+            format!("endpoint `{name}` is being taken down: deploy it again first"),
+        ));
+    }
+    Ok(endpoint)
+}
+
+fn served(endpoint: &Endpoint) -> Served {
+    Served {
+        version: endpoint.version,
+        digest: endpoint.digest.clone(),
+        size_bytes: endpoint.size_bytes,
+    }
+}
+
+fn candidate(
+    reader: &dyn Reader,
+    endpoint: &Endpoint,
+    model: &str,
+    version: Option<u64>,
+) -> Result<Served, Rejection> {
+    if model != endpoint.model {
+        return Err(Rejection::invalid(format!(
+            "endpoint `{}` serves {}, not {model}: roll out a version of {}, or deploy {model} as an \
+             endpoint of its own",
+            endpoint.name, endpoint.model, endpoint.model
+        )));
+    }
+    let found = registry::state::find(reader, model, version)?;
+    if found.version == endpoint.version {
+        return Err(Rejection::new(
+            ErrorCode::AlreadyExists,
+            format!(
+                "endpoint `{}` serves {model}:{} already: see `mobula models show {model}` for others",
+                endpoint.name, found.version
+            ),
+        ));
+    }
+    Ok(Served {
+        version: found.version,
+        digest: found.description.digest,
+        size_bytes: found.description.size_bytes,
+    })
+}
+
+/// The number of a new rollout; makes room for its row.
+fn next_number(txn: &mut dyn Txn, endpoint: &str) -> Result<u64, Rejection> {
+    let known = history(txn, endpoint);
+    let Some(last) = known.last() else {
+        return Ok(1);
+    };
+    if last.phase.is_open() {
+        return Err(Rejection::new(
+            ErrorCode::AlreadyExists,
+            format!(
+                "rollout {} of endpoint `{endpoint}` to version {} is under way: wait for its end, or \
+                 end it with `mobula rollout abort {endpoint}`",
+                last.number, last.candidate.version
+            ),
+        ));
+    }
+    if last.cleanup != Cleanup::Done {
+        return Err(Rejection::new(
+            ErrorCode::FailedPrecondition,
+            format!(
+                "what is left of rollout {} of endpoint `{endpoint}` is being taken down: try again in \
+                 a moment, and see `mobula rollout status {endpoint}`",
+                last.number
+            ),
+        ));
+    }
+    let excess = (known.len() + 1).saturating_sub(HISTORY_MAX);
+    for old in &known[..excess] {
+        txn.delete(ROLLOUTS, &key(endpoint, old.number));
+    }
+    Ok(last.number + 1)
+}
+
+/// What a client wants of the newest rollout.
+fn turn(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    name: &str,
+    action: Action,
+) -> Result<Rollout, Rejection> {
+    let endpoint = standing(txn, name)?;
+    let Some(mut rollout) = newest(txn, name) else {
+        return Err(Rejection::not_found(format!(
+            "endpoint `{name}` has had no rollout: begin one with `mobula rollout start {name} {}`",
+            endpoint.model
+        )));
+    };
+    let phase = match (action, rollout.phase) {
+        (Action::Pause, Phase::Running) => Phase::Paused,
+        (Action::Resume, Phase::Paused) => Phase::Running,
+        (Action::Promote, Phase::Running | Phase::Paused) => Phase::Promoted,
+        (Action::Abort, Phase::Running | Phase::Paused) => Phase::Aborted,
+        (Action::RollBack, Phase::Running | Phase::Paused | Phase::Promoted) => Phase::RolledBack,
+        (_, phase) => {
+            return Err(Rejection::new(
+                ErrorCode::FailedPrecondition,
+                format!(
+                    "rollout {} of endpoint `{name}` is {}, so there is nothing to {}: see `mobula \
+                     rollout status {name}`",
+                    rollout.number,
+                    said(phase),
+                    wanted(action)
+                ),
+            ));
+        }
+    };
+    rollout.decided(context.now_ms, action, None);
+    enter(context, txn, endpoint, &mut rollout, phase);
+    Ok(rollout)
+}
+
+/// A phase in words.
+fn said(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Running => "running",
+        Phase::Paused => "paused",
+        Phase::Promoted => "promoted",
+        Phase::Aborted => "aborted",
+        Phase::RolledBack => "rolled back",
+    }
+}
+
+fn wanted(action: Action) -> &'static str {
+    match action {
+        Action::Start => "start",
+        Action::Pass => "pass",
+        Action::Pause => "pause",
+        Action::Resume => "resume",
+        Action::Promote => "promote",
+        Action::Abort => "abort",
+        Action::RollBack => "roll back",
+    }
+}
+
+/// Enters a phase, and makes the version active that this phase is about.
+fn enter(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    endpoint: Endpoint,
+    rollout: &mut Rollout,
+    phase: Phase,
+) {
+    rollout.phase = phase;
+    rollout.revision = context.index;
+    rollout.cleanup = if phase.is_open() {
+        Cleanup::Waiting
+    } else {
+        Cleanup::Draining
+    };
+    put(txn, rollout);
+    let active = match phase {
+        Phase::Promoted => &rollout.candidate,
+        Phase::Running | Phase::Paused | Phase::Aborted | Phase::RolledBack => &rollout.stable,
+    };
+    if active.version != endpoint.version {
+        let endpoint = Endpoint {
+            version: active.version,
+            digest: active.digest.clone(),
+            size_bytes: active.size_bytes,
+            ..endpoint
+        };
+        put_endpoint(txn, &endpoint);
+    }
+}
+
+/// Refuses routers that are not the endpoint's newest.
+fn heard(reader: &dyn Reader, name: &str, router: Incarnation) -> Result<(), Rejection> {
+    let known = standing(reader, name)?.router_incarnation;
+    if router == known {
+        return Ok(());
+    }
+    Err(Rejection::fenced(format!(
+        "router {router} of endpoint `{name}` has no say: {known} has"
+    )))
+}
+
+fn judge(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    (name, number, step): (&str, u64, u32),
+    verdict: Verdict,
+    evidence: Evidence,
+) -> Result<Rollout, Rejection> {
+    if !evidence.is_bounded() {
+        return Err(Rejection::invalid(
+            "the evidence has too long a text, or a number that is none: nothing was decided",
+        ));
+    }
+    let endpoint = standing(txn, name)?;
+    let current = newest(txn, name).filter(|rollout| {
+        rollout.number == number && rollout.phase.is_open() && rollout.step == step
+    });
+    let Some(mut rollout) = current else {
+        return Err(Rejection::fenced(format!(
+            "rollout {number} of endpoint `{name}` is not at step {step} any more"
+        )));
+    };
+    if verdict == Verdict::RollBack {
+        rollout.decided(context.now_ms, Action::RollBack, Some(evidence));
+        enter(context, txn, endpoint, &mut rollout, Phase::RolledBack);
+        return Ok(rollout);
+    }
+    if rollout.phase == Phase::Paused {
+        return Err(Rejection::new(
+            ErrorCode::FailedPrecondition,
+            format!("rollout {number} of endpoint `{name}` is paused: no step is passed"),
+        ));
+    }
+    let next = step + 1;
+    if rollout.steps[next as usize] == 100 {
+        rollout.decided(context.now_ms, Action::Promote, Some(evidence));
+        enter(context, txn, endpoint, &mut rollout, Phase::Promoted);
+    } else {
+        rollout.decided(context.now_ms, Action::Pass, Some(evidence));
+        rollout.step = next;
+        enter(context, txn, endpoint, &mut rollout, Phase::Running);
+    }
+    Ok(rollout)
+}
+
+fn clean(
+    txn: &mut dyn Txn,
+    (name, number, revision): (&str, u64, u64),
+    from: Cleanup,
+    to: Cleanup,
+) -> Result<Rollout, Rejection> {
+    let current = newest(txn, name)
+        .filter(|rollout| rollout.number == number && rollout.revision == revision);
+    let Some(mut rollout) = current else {
+        return Err(Rejection::fenced(format!(
+            "rollout {number} of endpoint `{name}` is past revision {revision}"
+        )));
+    };
+    if rollout.cleanup == from {
+        rollout.cleanup = to;
+        put(txn, &rollout);
+    }
+    Ok(rollout)
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

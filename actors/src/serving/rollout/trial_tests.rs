@@ -1,0 +1,185 @@
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+
+/// Steps of a canary that are judged.
+const STEPS: u32 = 4;
+const MIN_SAMPLES: u64 = 200;
+
+/// Requests between two looks: more often than a router looks at a busy endpoint.
+const LOOK_EVERY: u64 = 8;
+
+/// How a version behaves.
+#[derive(Clone, Copy)]
+struct Version {
+    errors: f64,
+    /// The median latency.
+    latency_us: f64,
+}
+
+const GOOD: Version = Version {
+    errors: 0.01,
+    latency_us: 2_000.0,
+};
+
+/// A latency around the median, log-normal with a standard deviation of 0.4: a 95th percentile of
+/// twice the median.
+fn latency(rng: &mut StdRng, median_us: f64) -> Duration {
+    let (first, second): (f64, f64) = (rng.random_range(1e-12..1.0), rng.random());
+    let normal = (-2.0 * first.ln()).sqrt() * (std::f64::consts::TAU * second).cos();
+    Duration::from_secs_f64(median_us * (0.4 * normal).exp() / 1e6)
+}
+
+/// Sends requests to both, judging now and then, until the step is decided; how many the candidate had.
+fn run(rng: &mut StdRng, trial: &mut Trial, candidate: Version, most: u64) -> (u64, Judgement) {
+    let (mut of_candidate, mut requests) = (0, 0);
+    loop {
+        let (side, version) = if rng.random_bool(0.5) {
+            of_candidate += 1;
+            (Side::Candidate, candidate)
+        } else {
+            (Side::Baseline, GOOD)
+        };
+        if rng.random_bool(version.errors) {
+            trial.record(side, Outcome::Failed("no"));
+        } else {
+            trial.record(side, Outcome::Answered(latency(rng, version.latency_us)));
+        }
+        requests += 1;
+        if requests % LOOK_EVERY != 0 {
+            continue;
+        }
+        let judgement = trial.judge();
+        if !matches!(judgement, Judgement::Hold(_)) || of_candidate >= most {
+            return (of_candidate, judgement);
+        }
+    }
+}
+
+#[test]
+fn a_version_that_is_no_worse_is_rolled_back_in_at_most_one_of_a_hundred_rollouts() {
+    const RUNS: u64 = 1_000;
+    let mut rolled_back = 0;
+    for seed in 0..RUNS {
+        let mut rng = StdRng::seed_from_u64(seed);
+        // As long as it takes, and longer than it should: the samples that pass a step are many more
+        // than the default.
+        let is_bad = (0..STEPS).any(|_| {
+            let mut trial = Trial::new(Guardrails::STANDARD, 2 * MIN_SAMPLES, STEPS);
+            let (_, judgement) = run(&mut rng, &mut trial, GOOD, 1_000);
+            matches!(judgement, Judgement::RollBack(_))
+        });
+        rolled_back += u64::from(is_bad);
+    }
+    println!("A/A: {rolled_back} of {RUNS} rolled back (seeds 0..{RUNS})");
+    assert!(rolled_back * 100 <= RUNS, "{rolled_back} of {RUNS}");
+}
+
+#[test]
+fn five_percent_errors_and_a_third_more_latency_are_found_soon() {
+    const RUNS: u64 = 100;
+    let no_errors = Version {
+        errors: 0.0,
+        ..GOOD
+    };
+    let failing = Version {
+        errors: 0.06,
+        ..GOOD
+    };
+    let slow = Version {
+        latency_us: 1.3 * GOOD.latency_us,
+        ..no_errors
+    };
+    for (name, version, bound) in [("5 % more errors", failing, 1_500), ("+30 %", slow, 1_500)] {
+        let mut needed = Vec::new();
+        for seed in 0..RUNS {
+            let mut rng = StdRng::seed_from_u64(1_000 + seed);
+            let mut trial = Trial::new(Guardrails::STANDARD, MIN_SAMPLES, STEPS);
+            let (requests, judgement) = run(&mut rng, &mut trial, version, bound);
+            let Judgement::RollBack(evidence) = judgement else {
+                panic!("{name}, seed {seed}: {judgement:?} after {requests} requests")
+            };
+            assert!(evidence.is_bounded(), "{evidence:?}");
+            needed.push(requests);
+        }
+        needed.sort_unstable();
+        println!(
+            "{name}: rolled back after {} requests of the candidate in the median, {} at the most \
+             (seeds 1000..{})",
+            needed[needed.len() / 2],
+            needed[needed.len() - 1],
+            1_000 + RUNS
+        );
+    }
+}
+
+#[test]
+fn a_version_that_always_fails_is_found_within_a_few_requests() {
+    let mut trial = Trial::new(Guardrails::STANDARD, MIN_SAMPLES, STEPS);
+    let answered = Outcome::Answered(Duration::from_millis(2));
+    let count = (1..100).find(|_| {
+        trial.record(Side::Candidate, Outcome::Failed("probabilities[0] is NaN"));
+        trial.record(Side::Baseline, answered);
+        matches!(trial.judge(), Judgement::RollBack(_))
+    });
+    assert!((10..20).contains(&count.unwrap()), "{count:?}");
+    let Judgement::RollBack(evidence) = trial.judge() else {
+        panic!("it stays violated")
+    };
+    assert_eq!(evidence.candidate.errors, evidence.candidate.requests);
+    assert_eq!(evidence.candidate.last_error, "probabilities[0] is NaN");
+    assert_eq!(evidence.reason, "worse than the stable version: errors");
+}
+
+#[test]
+fn without_requests_of_both_sides_nothing_is_decided() {
+    let answered = Outcome::Answered(Duration::from_millis(2));
+    let mut trial = Trial::new(Guardrails::STANDARD, 10, STEPS);
+    let held = |trial: &Trial| match trial.judge() {
+        Judgement::Hold(evidence) => evidence.reason,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(held(&trial), "0 of 10 requests");
+    for _ in 0..50 {
+        trial.record(Side::Candidate, answered);
+        trial.record(Side::Stable, answered);
+        trial.record(Side::CandidateUncompared, answered);
+    }
+    assert_eq!(held(&trial), "0 of 10 requests");
+    for _ in 0..9 {
+        trial.record(Side::Baseline, answered);
+    }
+    assert_eq!(held(&trial), "9 of 10 requests");
+    trial.record(Side::Baseline, answered);
+    let Judgement::Pass(evidence) = trial.judge() else {
+        panic!("enough requests, all well")
+    };
+    assert_eq!(evidence.baseline.requests, 10);
+    let p95 = evidence.candidate.latency_p95_us;
+    assert!((2_000..2_100).contains(&p95), "{p95}");
+    assert_eq!(evidence.candidate.latency_mean_us, 2_000);
+}
+
+#[test]
+fn numbers_beyond_the_guardrails_hold_a_step_until_they_are_no_chance() {
+    let answered = Outcome::Answered(Duration::from_millis(2));
+    let mut trial = Trial::new(Guardrails::STANDARD, 20, STEPS);
+    trial.record(Side::Candidate, Outcome::Failed("once"));
+    for _ in 0..40 {
+        trial.record(Side::Candidate, answered);
+        trial.record(Side::Baseline, answered);
+    }
+    assert!(matches!(trial.judge(), Judgement::Hold(_)));
+    for _ in 0..300 {
+        trial.record(Side::Candidate, answered);
+        trial.record(Side::Baseline, answered);
+    }
+    assert!(matches!(trial.judge(), Judgement::Pass(_)));
+}
+
+#[test]
+fn texts_of_others_are_cut_where_a_character_ends() {
+    let cut = shortened(&"ä".repeat(EVIDENCE_TEXT_BYTES_MAX));
+    assert!(cut.len() <= EVIDENCE_TEXT_BYTES_MAX && cut.ends_with('ä'));
+}

@@ -1,0 +1,260 @@
+//! `mobula rollout`.
+
+use anyhow::Context;
+use mobula::Cluster;
+use mobula_actors::serving::client;
+use mobula_actors::serving::rollout::command::Command;
+use mobula_actors::serving::rollout::plan::{Action, Decision, Phase};
+use mobula_actors::serving::rollout::trial::SideEvidence;
+use mobula_actors::serving::rollout::{Guardrails, Rollout, Strategy};
+use mobula_core::clock::Clock;
+use serde::Serialize;
+
+use crate::args::{RolloutCommand, RolloutStartArguments, RolloutTarget, Target};
+use crate::clock::SystemClock;
+use crate::connect::connect;
+use crate::output::{age, print_json, print_table};
+
+/// A rollout as `--json` prints it.
+#[derive(Serialize)]
+struct RolloutJson<'a> {
+    #[serde(flatten)]
+    rollout: &'a Rollout,
+    weight_percent: u32,
+}
+
+/// An endpoint's rollouts as `--json` prints them.
+#[derive(Serialize)]
+struct StatusJson<'a> {
+    endpoint: &'a str,
+    model: &'a str,
+    /// The active version.
+    version: u64,
+    /// Oldest first.
+    rollouts: Vec<RolloutJson<'a>>,
+}
+
+impl<'a> RolloutJson<'a> {
+    fn of(rollout: &'a Rollout) -> Self {
+        RolloutJson {
+            rollout,
+            weight_percent: rollout.weight_percent(),
+        }
+    }
+}
+
+pub(crate) async fn run(target: &Target, command: RolloutCommand) -> anyhow::Result<()> {
+    let cluster = connect(target).await?;
+    match command {
+        RolloutCommand::Start(arguments) => start(&cluster, arguments).await,
+        RolloutCommand::Status(of) => status(&cluster, of).await,
+        RolloutCommand::Pause(of) => {
+            change(&cluster, of, |endpoint| Command::Pause { endpoint }).await
+        }
+        RolloutCommand::Resume(of) => {
+            change(&cluster, of, |endpoint| Command::Resume { endpoint }).await
+        }
+        RolloutCommand::Promote(of) => {
+            change(&cluster, of, |endpoint| Command::Promote { endpoint }).await
+        }
+        RolloutCommand::Abort(of) => {
+            change(&cluster, of, |endpoint| Command::Abort { endpoint }).await
+        }
+        RolloutCommand::Rollback(of) => {
+            change(&cluster, of, |endpoint| Command::RollBack { endpoint }).await
+        }
+    }
+}
+
+async fn start(cluster: &Cluster, arguments: RolloutStartArguments) -> anyhow::Result<()> {
+    let (model, version) = model_and_version(&arguments.model)?;
+    let guardrails = Guardrails {
+        error_increase_max_bp: arguments.max_error_increase_bp,
+        latency_increase_max_percent: arguments.max_latency_increase,
+        ..Guardrails::STANDARD
+    };
+    let command = Command::Start {
+        endpoint: arguments.endpoint,
+        model: model.to_owned(),
+        version,
+        strategy: arguments.strategy.into(),
+        steps: arguments.steps,
+        guardrails,
+        min_samples: arguments.min_samples,
+    };
+    let rollout = client::roll_out(cluster, command).await?;
+    print_rollout(&rollout, arguments.format.json)
+}
+
+async fn change(
+    cluster: &Cluster,
+    of: RolloutTarget,
+    command: fn(String) -> Command,
+) -> anyhow::Result<()> {
+    let rollout = client::roll_out(cluster, command(of.endpoint)).await?;
+    print_rollout(&rollout, of.format.json)
+}
+
+fn print_rollout(rollout: &Rollout, json: bool) -> anyhow::Result<()> {
+    if json {
+        return print_json(&RolloutJson::of(rollout));
+    }
+    println!("{}", described(rollout));
+    Ok(())
+}
+
+/// `digits`, `digits:3` or `digits@3`.
+fn model_and_version(text: &str) -> anyhow::Result<(&str, Option<u64>)> {
+    let Some((model, version)) = text.split_once([':', '@']) else {
+        return Ok((text, None));
+    };
+    let number = version
+        .parse()
+        .with_context(|| format!("`{version}` is not a version: write `{model}` or `{model}:1`"))?;
+    Ok((model, Some(number)))
+}
+
+async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
+    let endpoint = client::find(cluster, &of.endpoint).await?;
+    let rollouts = client::rollouts(cluster, &of.endpoint).await?;
+    if of.format.json {
+        return print_json(&StatusJson {
+            endpoint: &endpoint.name,
+            model: &endpoint.model,
+            version: endpoint.version,
+            rollouts: rollouts.iter().map(RolloutJson::of).collect(),
+        });
+    }
+    println!(
+        "{} serves {}:{}",
+        endpoint.name, endpoint.model, endpoint.version
+    );
+    for rollout in &rollouts {
+        println!("\n{}", described(rollout));
+    }
+    let Some(last) = rollouts.last() else {
+        println!("\nno rollout so far: begin one with `mobula rollout start`");
+        return Ok(());
+    };
+    println!();
+    let now_ms = SystemClock.now_ms();
+    let rows: Vec<Vec<String>> = last
+        .decisions
+        .iter()
+        .map(|decision| row(last, decision, now_ms))
+        .collect();
+    let header = [
+        "STEP",
+        "WEIGHT",
+        "DECISION",
+        "AGE",
+        "CANDIDATE",
+        "BASELINE",
+        "WHY",
+    ];
+    print_table(&header, &rows);
+    Ok(())
+}
+
+/// A rollout in a line.
+fn described(rollout: &Rollout) -> String {
+    let strategy = match rollout.strategy {
+        Strategy::Canary => "canary",
+        Strategy::BlueGreen => "blue-green",
+        Strategy::Rolling => "rolling",
+    };
+    let at = || {
+        format!(
+            "at step {} of {}, {} % of the requests",
+            rollout.step + 1,
+            rollout.steps.len(),
+            rollout.weight_percent()
+        )
+    };
+    let phase = match rollout.phase {
+        Phase::Running => format!("running {}", at()),
+        Phase::Paused => format!("paused {}", at()),
+        Phase::Promoted => "promoted".to_owned(),
+        Phase::Aborted => "aborted".to_owned(),
+        Phase::RolledBack => "rolled back".to_owned(),
+    };
+    format!(
+        "{} rollout {}: version {} to {}, {strategy}, {phase}",
+        rollout.endpoint, rollout.number, rollout.stable.version, rollout.candidate.version
+    )
+}
+
+fn row(rollout: &Rollout, decision: &Decision, now_ms: u64) -> Vec<String> {
+    let action = match decision.action {
+        Action::Start => "start",
+        Action::Pass => "pass",
+        Action::Pause => "pause",
+        Action::Resume => "resume",
+        Action::Promote => "promote",
+        Action::Abort => "abort",
+        Action::RollBack => "roll back",
+    };
+    let weight = rollout.steps.get(decision.step as usize);
+    let (candidate, baseline, why) = match &decision.evidence {
+        None => ("-".to_owned(), "-".to_owned(), "a client's".to_owned()),
+        Some(evidence) => {
+            let last_error = &evidence.candidate.last_error;
+            let why = if last_error.is_empty() {
+                evidence.reason.clone()
+            } else {
+                format!("{} (last error: {last_error})", evidence.reason)
+            };
+            (side(&evidence.candidate), side(&evidence.baseline), why)
+        }
+    };
+    vec![
+        (decision.step + 1).to_string(),
+        weight.map_or_else(|| "-".to_owned(), |weight| format!("{weight} %")),
+        action.to_owned(),
+        age(decision.at_ms, now_ms),
+        candidate,
+        baseline,
+        why,
+    ]
+}
+
+/// One side's numbers in a few words.
+fn side(numbers: &SideEvidence) -> String {
+    format!(
+        "{} of {} failed, {:.1} ms, p95 {:.1} ms",
+        numbers.errors,
+        numbers.requests,
+        numbers.latency_mean_us as f64 / 1e3,
+        numbers.latency_p95_us as f64 / 1e3
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_named_with_either_sign_or_none() {
+        assert_eq!(model_and_version("digits").unwrap(), ("digits", None));
+        for text in ["digits:3", "digits@3"] {
+            assert_eq!(model_and_version(text).unwrap(), ("digits", Some(3)));
+        }
+        let error = model_and_version("digits@latest").unwrap_err();
+        assert!(
+            error.to_string().contains("`latest` is not a version"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn numbers_are_said_with_their_units() {
+        let numbers = SideEvidence {
+            requests: 40,
+            errors: 3,
+            latency_mean_us: 2_150,
+            latency_p95_us: 4_300,
+            last_error: String::new(),
+        };
+        assert_eq!(side(&numbers), "3 of 40 failed, 2.1 ms, p95 4.3 ms");
+    }
+}
