@@ -15,8 +15,12 @@ from tritonclient.utils import InferenceServerException
 
 url, token, model, path, width = sys.argv[1:]
 rows = numpy.fromfile(path, dtype=numpy.float32).reshape(-1, int(width))
-headers = {"authorization": f"Bearer {token}"}
 said = {}
+
+
+def headers():
+    """A dictionary of its own for each call: the HTTP client writes into the one that it is given."""
+    return {"authorization": f"Bearer {token}"}
 
 
 def inputs(client, **options):
@@ -46,14 +50,14 @@ def refusal(call):
 
 with http.InferenceServerClient(url, concurrency=4) as client:
     said["http"] = {
-        "live": client.is_server_live(headers=headers),
-        "ready": client.is_server_ready(headers=headers),
-        "model_ready": client.is_model_ready(model, headers=headers),
-        "server": client.get_server_metadata(headers=headers),
-        "metadata": client.get_model_metadata(model, headers=headers),
-        "config": client.get_model_config(model, headers=headers),
+        "live": client.is_server_live(headers=headers()),
+        "ready": client.is_server_ready(headers=headers()),
+        "model_ready": client.is_model_ready(model, headers=headers()),
+        "server": client.get_server_metadata(headers=headers()),
+        "metadata": client.get_model_metadata(model, headers=headers()),
+        "config": client.get_model_config(model, headers=headers()),
     }
-    infer = lambda **options: classes(client.infer(model, headers=headers, **options))
+    infer = lambda **options: classes(client.infer(model, headers=headers(), **options))
     binary, plain = dict(binary_data=True), dict(binary_data=False)
     said["http"]["classes"] = {
         "binary": infer(inputs=inputs(http, **binary), outputs=outputs(http, **binary)),
@@ -72,28 +76,28 @@ with http.InferenceServerClient(url, concurrency=4) as client:
             response_compression_algorithm="deflate",
         ),
         "async": classes(
-            client.async_infer(model, inputs(http, **binary), headers=headers).get_result()
+            client.async_infer(model, inputs(http, **binary), headers=headers()).get_result()
         ),
     }
     said["http"]["refusals"] = {
-        "model": refusal(lambda: client.infer("none", inputs(http), headers=headers)),
+        "model": refusal(lambda: client.infer("none", inputs(http), headers=headers())),
         "token": refusal(lambda: client.infer(model, inputs(http))),
     }
-    statistics = client.get_inference_statistics(model, headers=headers)
+    statistics = client.get_inference_statistics(model, headers=headers())
     said["http"]["answered"] = statistics["model_stats"][0]["inference_stats"]["success"]["count"]
 
 with grpc.InferenceServerClient(url) as client:
-    as_json = dict(headers=headers, as_json=True)
+    as_json = dict(headers=headers(), as_json=True)
     said["grpc"] = {
-        "live": client.is_server_live(headers=headers),
-        "ready": client.is_server_ready(headers=headers),
-        "model_ready": client.is_model_ready(model, headers=headers),
+        "live": client.is_server_live(headers=headers()),
+        "ready": client.is_server_ready(headers=headers()),
+        "model_ready": client.is_model_ready(model, headers=headers()),
         "server": client.get_server_metadata(**as_json),
         "metadata": client.get_model_metadata(model, **as_json),
         "config": client.get_model_config(model, **as_json)["config"],
     }
     infer = lambda **options: classes(
-        client.infer(model, inputs(grpc), headers=headers, **options)
+        client.infer(model, inputs(grpc), headers=headers(), **options)
     )
     said["grpc"]["classes"] = {
         "all outputs": infer(),
@@ -103,12 +107,12 @@ with grpc.InferenceServerClient(url) as client:
     }
     answers = queue.Queue()
     take = lambda result, error: answers.put((result, error))
-    client.async_infer(model, inputs(grpc), take, headers=headers)
+    client.async_infer(model, inputs(grpc), take, headers=headers())
     result, error = answers.get(timeout=30)
     assert error is None, error
     said["grpc"]["classes"]["async"] = classes(result)
 
-    client.start_stream(callback=take, headers=headers)
+    client.start_stream(callback=take, headers=headers())
     for name in (model, "none", model):
         client.async_stream_infer(name, inputs(grpc), request_id=name)
     streamed = [answers.get(timeout=30) for _ in range(3)]
@@ -119,10 +123,10 @@ with grpc.InferenceServerClient(url) as client:
         said["grpc"]["classes"][f"stream {position}"] = classes(result)
     said["grpc"]["refusals"] = {
         "stream": [None, streamed[1][1].message()],
-        "model": refusal(lambda: client.infer("none", inputs(grpc), headers=headers)),
+        "model": refusal(lambda: client.infer("none", inputs(grpc), headers=headers())),
         "token": refusal(lambda: client.infer(model, inputs(grpc))),
     }
-    statistics = client.get_inference_statistics(model, headers=headers, as_json=True)
+    statistics = client.get_inference_statistics(model, headers=headers(), as_json=True)
     success = statistics["model_stats"][0]["inference_stats"]["success"]["count"]
     said["grpc"]["answered"] = int(success)
 
