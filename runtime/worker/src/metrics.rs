@@ -310,10 +310,14 @@ const OWN_TEXT_BYTES_MAX: usize = 480 * 1024;
 /// much again where it is the first of its name.
 const SERIES_OVERHEAD_BYTES: usize = 128;
 
-/// What actors measure, by name, and whether it only grows.
+/// Labels by name.
+type Labels = Vec<(String, String)>;
+
+/// What actors measure.
 #[derive(Debug, Default)]
 struct OwnMetrics {
-    families: BTreeMap<(String, bool), Vec<(Vec<(String, String)>, f64)>>,
+    /// By name, and whether it only grows.
+    families: BTreeMap<(String, bool), Vec<(Labels, f64)>>,
     dropped: u64,
 }
 

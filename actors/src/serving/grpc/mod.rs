@@ -20,7 +20,7 @@ use self::proto::grpc_inference_service_server::{
 };
 use super::auth::BearerAuth;
 use super::http::{BodyLimits, InferenceService, ROUTING_KEY, oip_router};
-use super::oip::{OipError, validate_request};
+use super::oip::{ModelMetadata, OipError, validate_request};
 
 /// The messages, as `proto/inference.proto` has them.
 #[allow(
@@ -77,6 +77,11 @@ impl GrpcFront {
         let value = authorization.map(|value| value.as_bytes());
         self.auth.check(value).map_err(status_of)?;
         Ok(request.into_inner())
+    }
+
+    async fn metadata_of(&self, model: &str, version: &str) -> Result<ModelMetadata, Status> {
+        let metadata = self.service.model_metadata(model, named(version)).await;
+        metadata.map_err(status_of)
     }
 
     async fn answer(
@@ -184,11 +189,7 @@ impl GrpcInferenceService for GrpcFront {
         request: Request<proto::ModelMetadataRequest>,
     ) -> Result<Response<proto::ModelMetadataResponse>, Status> {
         let asked = self.admitted(request)?;
-        let metadata = self
-            .service
-            .model_metadata(&asked.name, named(&asked.version))
-            .await
-            .map_err(status_of)?;
+        let metadata = self.metadata_of(&asked.name, &asked.version).await?;
         Ok(Response::new(convert::metadata(metadata)))
     }
 
@@ -197,11 +198,7 @@ impl GrpcInferenceService for GrpcFront {
         request: Request<proto::ModelConfigRequest>,
     ) -> Result<Response<proto::ModelConfigResponse>, Status> {
         let asked = self.admitted(request)?;
-        let metadata = self
-            .service
-            .model_metadata(&asked.name, named(&asked.version))
-            .await
-            .map_err(status_of)?;
+        let metadata = self.metadata_of(&asked.name, &asked.version).await?;
         Ok(Response::new(proto::ModelConfigResponse {
             config: Some(convert::config(&metadata)),
         }))
