@@ -20,7 +20,7 @@ pub enum Verdict {
 /// A change. Append-only: positions are tags.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Command {
-    /// Begins a rollout. Answer: [`Rollout`], like that of all commands of clients.
+    /// Begins a rollout. Answer: [`Rollout`](super::plan::Rollout), like that of all commands of clients.
     Start {
         /// The endpoint.
         endpoint: String,
