@@ -74,36 +74,38 @@ pub async fn register(cluster: &Cluster, new: NewVersion) -> mobula::Result<Mode
     change(cluster, "register a model", &Command::Register(new)).await
 }
 
+/// Everything that a question brings page by page; `after` asks for what comes behind the last row.
+async fn all_pages<T: DeserializeOwned>(
+    cluster: &Cluster,
+    what: &str,
+    after: impl Fn(Option<&T>) -> Query,
+) -> mobula::Result<Vec<T>> {
+    let mut rows = Vec::new();
+    loop {
+        let query = after(rows.last());
+        let page: Vec<T> = ask::query(cluster, ModuleId::REGISTRY, what, &query).await?;
+        if page.is_empty() {
+            return Ok(rows);
+        }
+        rows.extend(page);
+    }
+}
+
 /// The newest version of every model, by name.
 pub async fn list(cluster: &Cluster) -> mobula::Result<Vec<ModelVersion>> {
-    let mut models: Vec<ModelVersion> = Vec::new();
-    loop {
-        let after = models.last().map(|last| last.description.model.clone());
-        let query = Query::List { after };
-        let page: Vec<ModelVersion> =
-            ask::query(cluster, ModuleId::REGISTRY, "list models", &query).await?;
-        if page.is_empty() {
-            return Ok(models);
-        }
-        models.extend(page);
-    }
+    let after = |last: Option<&ModelVersion>| Query::List {
+        after: last.map(|last| last.description.model.clone()),
+    };
+    all_pages(cluster, "list models", after).await
 }
 
 /// All versions of a model, oldest first.
 pub async fn versions(cluster: &Cluster, model: &str) -> mobula::Result<Vec<ModelVersion>> {
-    let mut versions: Vec<ModelVersion> = Vec::new();
-    loop {
-        let query = Query::Versions {
-            model: model.to_owned(),
-            after: versions.last().map_or(0, |last| last.version),
-        };
-        let page: Vec<ModelVersion> =
-            ask::query(cluster, ModuleId::REGISTRY, "look up a model", &query).await?;
-        if page.is_empty() {
-            return Ok(versions);
-        }
-        versions.extend(page);
-    }
+    let after = |last: Option<&ModelVersion>| Query::Versions {
+        model: model.to_owned(),
+        after: last.map_or(0, |last| last.version),
+    };
+    all_pages(cluster, "look up a model", after).await
 }
 
 /// One version of a model; the newest if `version` is absent.
@@ -234,17 +236,10 @@ pub async fn set_policy(
 
 /// All keys, by name.
 pub async fn keys(cluster: &Cluster) -> mobula::Result<Vec<KeyRecord>> {
-    let mut keys: Vec<KeyRecord> = Vec::new();
-    loop {
-        let after = keys.last().map(|last| last.id.clone());
-        let query = Query::Keys { after };
-        let page: Vec<KeyRecord> =
-            ask::query(cluster, ModuleId::REGISTRY, "list keys", &query).await?;
-        if page.is_empty() {
-            return Ok(keys);
-        }
-        keys.extend(page);
-    }
+    let after = |last: Option<&KeyRecord>| Query::Keys {
+        after: last.map(|last| last.id.clone()),
+    };
+    all_pages(cluster, "list keys", after).await
 }
 
 /// Adds a public key.

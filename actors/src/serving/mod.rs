@@ -39,3 +39,6 @@ pub mod server;
 pub mod state;
 pub mod statistics;
 pub mod steering;
+
+#[cfg(test)]
+mod test_tables;

@@ -1,58 +1,40 @@
-use std::collections::BTreeMap;
-
 use super::super::controller::{ServingController, monitor_name, replica_name, router_name};
 use super::super::rollout::plan::Cleanup;
 use super::super::rollout::trial::Evidence;
 use super::super::rollout::{Guardrails, Strategy};
 use super::*;
-use crate::registry::NewVersion;
-use crate::registry::state::{Command as RegistryCommand, Registry};
+use crate::serving::test_tables::TestTables;
 use mobula_core::control::{Controller, Proposal};
-use mobula_scheduler::memory_txn::MemoryTables;
 use mobula_scheduler::{Query as SchedulerQuery, QueryResponse, Scheduler};
 
-/// Tables, and the index of the last command.
-#[derive(Default)]
+/// Tables, and the loop that the leader runs over them.
 struct Head {
-    tables: MemoryTables,
-    index: u64,
+    applied: TestTables,
     controller: ServingController,
 }
 
 impl Head {
     fn with_model() -> Self {
-        let mut head = Head::default();
-        for digest in ['1', '2'] {
-            let new = NewVersion {
-                model: "digits".into(),
-                digest: digest.to_string().repeat(64),
-                size_bytes: 10,
-                weights_blake3: "a".repeat(64),
-                dataset_blake3: "b".repeat(64),
-                job: 3,
-                metrics: BTreeMap::new(),
-                training_json: "{}".into(),
-            };
-            let payload = codec::encode_plain(&RegistryCommand::Register(new));
-            head.apply(&Registry, &payload).unwrap();
+        Head {
+            applied: TestTables::with_versions(2),
+            controller: ServingController,
         }
-        head
-    }
-
-    fn apply(&mut self, module: &dyn StateModule, payload: &[u8]) -> Result<Vec<u8>, Rejection> {
-        self.index += 1;
-        let context = ApplyContext {
-            index: self.index,
-            term: 1,
-            now_ms: self.index,
-        };
-        self.tables
-            .apply(module, &context, payload)
-            .map(|applied| applied.response)
     }
 
     fn serving(&mut self, command: &Command) -> Result<Vec<u8>, Rejection> {
-        self.apply(&Serving, &codec::encode_plain(command))
+        self.applied.serving(command)
+    }
+
+    /// A router of `digits` says that it answers; its incarnation.
+    fn router_ready(&mut self) -> Incarnation {
+        let incarnation = Incarnation(self.applied.index);
+        self.serving(&Command::RouterReady {
+            endpoint: "digits".into(),
+            incarnation,
+            http_address: "127.0.0.1:9".into(),
+        })
+        .unwrap();
+        incarnation
     }
 
     fn deploy(
@@ -74,13 +56,13 @@ impl Head {
 
     /// What the controller proposes, applied.
     fn reconcile(&mut self) -> usize {
-        let proposals: Vec<Proposal> = self.controller.reconcile(&self.tables, 0);
+        let proposals: Vec<Proposal> = self.controller.reconcile(&self.applied.tables, 0);
         for proposal in &proposals {
             let module: &dyn StateModule = match proposal.module {
                 ModuleId::SCHEDULER => &Scheduler,
                 _ => &Serving,
             };
-            self.apply(module, &proposal.payload).unwrap();
+            self.applied.apply(module, &proposal.payload).unwrap();
         }
         proposals.len()
     }
@@ -92,7 +74,8 @@ impl Head {
             after: None,
             limit: 0,
         };
-        let Ok(QueryResponse::Actors(actors)) = mobula_scheduler::answer(&self.tables, 0, query)
+        let Ok(QueryResponse::Actors(actors)) =
+            mobula_scheduler::answer(&self.applied.tables, 0, query)
         else {
             panic!("a list of actors is one")
         };
@@ -132,7 +115,7 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
     assert_eq!(head.reconcile(), 4);
     assert_eq!(head.living().len(), 3);
     assert_eq!(head.reconcile(), 1);
-    assert_eq!(endpoints(&head.tables).len(), 1);
+    assert_eq!(endpoints(&head.applied.tables).len(), 1);
     assert_eq!(head.reconcile(), 0);
     head.deploy("digits", None, 1).unwrap();
 }
@@ -142,13 +125,7 @@ fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_dr
     let mut head = Head::with_model();
     head.deploy("digits", Some(1), 1).unwrap();
     head.reconcile();
-    let router = Incarnation(head.index);
-    head.serving(&Command::RouterReady {
-        endpoint: "digits".into(),
-        incarnation: router,
-        http_address: "127.0.0.1:9".into(),
-    })
-    .unwrap();
+    let router = head.router_ready();
     let endpoint = || "digits".to_owned();
     let rollout = |head: &mut Head, command| {
         let answer = head.serving(&Command::Rollout(command)).unwrap();
@@ -198,7 +175,7 @@ fn a_candidate_gets_its_replicas_and_who_loses_loses_them_when_the_router_has_dr
     );
     while head.reconcile() > 0 {}
     living(&head, &[&router_name, &new, &monitor]);
-    let known = rollout::newest(&head.tables, "digits").unwrap();
+    let known = rollout::newest(&head.applied.tables, "digits").unwrap();
     assert_eq!(known.cleanup, Cleanup::Done);
 
     // An endpoint that is deleted in the middle of a rollout leaves nothing behind.
@@ -229,13 +206,7 @@ fn a_rolling_update_ends_a_replica_for_each_that_takes_its_place() {
     let mut head = Head::with_model();
     head.deploy("digits", Some(1), 2).unwrap();
     head.reconcile();
-    let router = Incarnation(head.index);
-    head.serving(&Command::RouterReady {
-        endpoint: "digits".into(),
-        incarnation: router,
-        http_address: "127.0.0.1:9".into(),
-    })
-    .unwrap();
+    let router = head.router_ready();
     let start = command::Command::Start {
         endpoint: "digits".into(),
         model: "digits".into(),
@@ -271,7 +242,7 @@ fn a_rolling_update_ends_a_replica_for_each_that_takes_its_place() {
         };
         head.serving(&Command::Rollout(passed)).unwrap();
     }
-    assert_eq!(find(&head.tables, "digits").unwrap().version, 2);
+    assert_eq!(find(&head.applied.tables, "digits").unwrap().version, 2);
 }
 
 #[test]
@@ -287,7 +258,7 @@ fn only_the_newest_router_says_where_an_endpoint_answers() {
     head.serving(&ready(9, "127.0.0.1:9")).unwrap();
     let error = head.serving(&ready(8, "127.0.0.1:8")).unwrap_err();
     assert_eq!(error.code, ErrorCode::Fenced);
-    let address = find(&head.tables, "digits").unwrap().http_address;
+    let address = find(&head.applied.tables, "digits").unwrap().http_address;
     assert_eq!(address.as_deref(), Some("127.0.0.1:9"));
     head.serving(&ready(10, "127.0.0.1:10")).unwrap();
 }
@@ -300,7 +271,7 @@ fn a_router_of_an_earlier_endpoint_of_the_name_says_nothing_about_this_one() {
     // What a router that was cut off since then still has to say.
     let late = Command::RouterReady {
         endpoint: "digits".into(),
-        incarnation: Incarnation(head.index),
+        incarnation: Incarnation(head.applied.index),
         http_address: "127.0.0.1:9".into(),
     };
     head.serving(&Command::Delete {
@@ -313,7 +284,10 @@ fn a_router_of_an_earlier_endpoint_of_the_name_says_nothing_about_this_one() {
     head.deploy("digits", None, 1).unwrap();
     let error = head.serving(&late).unwrap_err();
     assert_eq!(error.code, ErrorCode::Fenced);
-    assert_eq!(find(&head.tables, "digits").unwrap().http_address, None);
+    assert_eq!(
+        find(&head.applied.tables, "digits").unwrap().http_address,
+        None
+    );
 }
 
 #[test]

@@ -98,7 +98,7 @@ pub(super) fn wide_exponential(x: f64) -> f64 {
     // SAFETY: the symbol has this type, and the function only computes.
     unsafe {
         let function = library().get::<Function>(b"emulate_wide_exponential\0");
-        function.unwrap()(x)
+        function.expect("emulation.cpp defines it")(x)
     }
 }
 

@@ -1,25 +1,20 @@
-use std::collections::BTreeMap;
-
 use mobula_core::codec;
-use mobula_core::control::{Caller, StateModule};
+use mobula_core::control::Caller;
 use mobula_core::id::JobId;
-use mobula_scheduler::memory_txn::MemoryTables;
 use proptest::prelude::{Just, ProptestConfig, prop_assert, prop_assert_eq, prop_oneof, proptest};
 use proptest::strategy::Strategy as _;
 
 use super::super::command::is_allowed;
 use super::super::plan::{Guardrails, Strategy};
 use super::*;
-use crate::registry::NewVersion;
-use crate::registry::state::{Command as RegistryCommand, Registry};
-use crate::serving::state::{Command as ServingCommand, Serving};
+use crate::serving::state::Command as ServingCommand;
+use crate::serving::test_tables::TestTables;
 
 const VERSIONS: u64 = 3;
 
 /// Tables with an endpoint `digits` of the first of some versions, heard of by router 900.
 struct Head {
-    tables: MemoryTables,
-    index: u64,
+    applied: TestTables,
 }
 
 const ROUTER: Incarnation = Incarnation(900);
@@ -27,23 +22,8 @@ const ROUTER: Incarnation = Incarnation(900);
 impl Head {
     fn new() -> Self {
         let mut head = Head {
-            tables: MemoryTables::default(),
-            index: 0,
+            applied: TestTables::with_versions(VERSIONS),
         };
-        for version in 1..=VERSIONS {
-            let new = NewVersion {
-                model: "digits".into(),
-                digest: version.to_string().repeat(64),
-                size_bytes: 10 + version,
-                weights_blake3: "a".repeat(64),
-                dataset_blake3: "b".repeat(64),
-                job: 3,
-                metrics: BTreeMap::new(),
-                training_json: "{}".into(),
-            };
-            let payload = codec::encode_plain(&RegistryCommand::Register(new));
-            head.apply(&Registry, &payload).unwrap();
-        }
         head.serving(&ServingCommand::Deploy {
             endpoint: "digits".into(),
             model: "digits".into(),
@@ -56,20 +36,8 @@ impl Head {
         head
     }
 
-    fn apply(&mut self, module: &dyn StateModule, payload: &[u8]) -> Result<Vec<u8>, Rejection> {
-        self.index += 1;
-        let context = ApplyContext {
-            index: self.index,
-            term: 1,
-            now_ms: self.index,
-        };
-        self.tables
-            .apply(module, &context, payload)
-            .map(|applied| applied.response)
-    }
-
     fn serving(&mut self, command: &ServingCommand) -> Result<Vec<u8>, Rejection> {
-        self.apply(&Serving, &codec::encode_plain(command))
+        self.applied.serving(command)
     }
 
     fn router(&mut self, incarnation: Incarnation) -> Result<Vec<u8>, Rejection> {
@@ -90,19 +58,21 @@ impl Head {
     }
 
     fn judge(&mut self, verdict: Verdict) -> Result<Rollout, Rejection> {
-        let rollout = newest(&self.tables, "digits").unwrap();
+        let rollout = newest(&self.applied.tables, "digits").unwrap();
         self.rollout(judgement(rollout.number, rollout.step, ROUTER, verdict))
     }
 
     /// Everything that the loser of the last rollout leaves is taken away.
     fn clean(&mut self) {
-        let last = newest(&self.tables, "digits").unwrap();
+        let last = newest(&self.applied.tables, "digits").unwrap();
         self.rollout(drained(&last, ROUTER)).unwrap();
         self.rollout(retired(&last)).unwrap();
     }
 
     fn active(&self) -> u64 {
-        find_endpoint(&self.tables, "digits").unwrap().version
+        find_endpoint(&self.applied.tables, "digits")
+            .unwrap()
+            .version
     }
 }
 
@@ -176,7 +146,7 @@ fn a_candidate_that_passes_every_step_becomes_the_endpoint_s_version_in_one_entr
     );
     let last = head.judge(Verdict::Pass).unwrap();
     assert_eq!(last.phase, Phase::Promoted);
-    let endpoint = find_endpoint(&head.tables, "digits").unwrap();
+    let endpoint = find_endpoint(&head.applied.tables, "digits").unwrap();
     assert_eq!((endpoint.version, endpoint.size_bytes), (2, 12));
     assert_eq!(endpoint.digest, "2".repeat(64));
     let actions: Vec<Action> = last
@@ -370,7 +340,7 @@ fn history_is_bounded_and_goes_with_its_endpoint() {
         head.rollout(named(Action::Abort)).unwrap();
         head.clean();
     }
-    let kept = history(&head.tables, "digits");
+    let kept = history(&head.applied.tables, "digits");
     assert_eq!((kept.len(), kept[0].number), (HISTORY_MAX, 4));
     assert!(kept.iter().all(|rollout| rollout.decisions.len() == 64));
     let endpoint = "digits".to_owned();
@@ -385,8 +355,8 @@ fn history_is_bounded_and_goes_with_its_endpoint() {
             .contains("being taken down")
     );
     head.serving(&ServingCommand::Gone { endpoint }).unwrap();
-    assert_eq!(history(&head.tables, "digits"), []);
-    assert_eq!(newest(&head.tables, "digits"), None);
+    assert_eq!(history(&head.applied.tables, "digits"), []);
+    assert_eq!(newest(&head.applied.tables, "digits"), None);
 }
 
 fn any_command() -> impl proptest::strategy::Strategy<Value = Command> {
@@ -445,7 +415,7 @@ proptest! {
     ) {
         let mut head = Head::new();
         for step in steps {
-            let (before, active) = (history(&head.tables, "digits"), head.active());
+            let (before, active) = (history(&head.applied.tables, "digits"), head.active());
             let result = match step {
                 Step::Any(command) => head.rollout(*command),
                 Step::Judge(verdict) if !before.is_empty() => head.judge(verdict),
@@ -455,7 +425,7 @@ proptest! {
                 }
                 Step::Judge(_) | Step::Clean => continue,
             };
-            let (after, now) = (history(&head.tables, "digits"), head.active());
+            let (after, now) = (history(&head.applied.tables, "digits"), head.active());
             if result.is_err() {
                 prop_assert_eq!(&before, &after);
                 prop_assert_eq!(active, now);
@@ -463,7 +433,7 @@ proptest! {
             let (ended, last) = after.split_at(after.len().saturating_sub(1));
             prop_assert!(ended.iter().all(|rollout| rollout.cleanup == Cleanup::Done));
             prop_assert!(after.len() <= HISTORY_MAX);
-            prop_assert_eq!(last.first().cloned(), newest(&head.tables, "digits"));
+            prop_assert_eq!(last.first().cloned(), newest(&head.applied.tables, "digits"));
             let Some(last) = last.first() else { continue };
             let expected = match last.phase {
                 Phase::Promoted => last.candidate.version,

@@ -1,0 +1,63 @@
+//! The tables of a head with versions of a model, and commands applied to them one after the other.
+
+use std::collections::BTreeMap;
+
+use mobula_core::codec;
+use mobula_core::control::{ApplyContext, StateModule};
+use mobula_core::error::Rejection;
+use mobula_scheduler::memory_txn::MemoryTables;
+
+use super::state::{Command, Serving};
+use crate::registry::NewVersion;
+use crate::registry::state::{Command as RegistryCommand, Registry};
+
+/// Tables, and the index of the last command, which also is the time.
+#[derive(Default)]
+pub(super) struct TestTables {
+    pub(super) tables: MemoryTables,
+    pub(super) index: u64,
+}
+
+impl TestTables {
+    /// With so many versions of `digits`; the digest of version 1 is `111…`.
+    pub(super) fn with_versions(count: u64) -> Self {
+        let mut tables = TestTables::default();
+        for version in 1..=count {
+            let new = NewVersion {
+                model: "digits".into(),
+                digest: version.to_string().repeat(64),
+                size_bytes: 10 + version,
+                weights_blake3: "a".repeat(64),
+                dataset_blake3: "b".repeat(64),
+                job: 3,
+                metrics: BTreeMap::new(),
+                training_json: "{}".into(),
+            };
+            let payload = codec::encode_plain(&RegistryCommand::Register(new));
+            tables.apply(&Registry, &payload).unwrap();
+        }
+        tables
+    }
+
+    /// Applies the next command; its answer.
+    pub(super) fn apply(
+        &mut self,
+        module: &dyn StateModule,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, Rejection> {
+        self.index += 1;
+        let context = ApplyContext {
+            index: self.index,
+            term: 1,
+            now_ms: self.index,
+        };
+        self.tables
+            .apply(module, &context, payload)
+            .map(|applied| applied.response)
+    }
+
+    /// The same for a command of serving.
+    pub(super) fn serving(&mut self, command: &Command) -> Result<Vec<u8>, Rejection> {
+        self.apply(&Serving, &codec::encode_plain(command))
+    }
+}
