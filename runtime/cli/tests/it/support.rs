@@ -235,9 +235,14 @@ impl Drop for Started {
     }
 }
 
-/// Kills a process the hard way.
+/// Kills a process the hard way and waits until its ports and its files are free.
 pub(crate) fn kill_9(pid: u32) {
     signal(pid, libc::SIGKILL);
+    wait_for(&format!("process {pid} to be gone"), || {
+        // A first thread that is a zombie already says nothing about the others, and any of them keeps all files open.
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+        (threads <= 1 && !runs(pid)).then_some(())
+    });
 }
 
 pub(crate) fn signal(pid: u32, signal: i32) {
