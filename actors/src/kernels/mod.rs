@@ -13,7 +13,8 @@
 //! * [`execution`]: which instructions, how many threads; `lanes`: sixteen values at a time, alike everywhere;
 //!   `division`: work for several threads.
 //! * [`mod@product`]: the matrix product, one chain of fused multiply-adds for each element.
-//! * [`mod@affine`]: a dense layer with its gradients; [`mod@convolution`]: the same of patches of images.
+//! * [`mod@affine`]: a dense layer with its gradients; [`mod@convolution`]: the same of patches of images;
+//!   [`attention`]: of the tokens of a window.
 //! * [`elementary`]: `exp`, `ln`, `tanh`, GELU of many `f32`; [`math`]: functions of single `f64`.
 //! * [`elementwise`], [`mod@softmax`], [`mod@layer_norm`]: differentiable, for candle's graph.
 //! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
@@ -22,6 +23,7 @@
 //! * `cuda` (with the feature of that name): the same on a GPU.
 
 pub mod affine;
+pub mod attention;
 pub mod convolution;
 #[cfg(any(test, feature = "cuda"))]
 pub mod cuda;

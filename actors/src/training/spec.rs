@@ -19,6 +19,9 @@ use super::schedule::Schedule;
 use super::start_from::StartFrom;
 use super::validation::InvalidField;
 
+/// Stands for the order in which attention adds: a checkpoint of another order would go on to other bits.
+const ATTENTION_ORDER: &[u8] = b"attention in blocks of products";
+
 /// How many workers may train together. The result does not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -267,6 +270,9 @@ impl TrainSpec {
             // Apart: it came later, and jobs without it keep the fingerprint that they had.
             let decayed = serde_json::to_vec(&self.weight_decay_on);
             text.extend(decayed.expect("a plain name always encodes"));
+        }
+        if matches!(self.model, ModelSpec::Transformer(_)) {
+            text.extend(ATTENTION_ORDER);
         }
         *blake3::hash(&text).as_bytes()
     }

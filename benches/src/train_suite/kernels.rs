@@ -3,7 +3,9 @@
 use std::hint::black_box;
 
 use candle_core::{Device, Tensor, Var};
+use mobula_actors::kernels::attention::CausalAttention;
 use mobula_actors::kernels::elementwise::add_to;
+use mobula_actors::kernels::gradients::backward_from;
 use mobula_actors::kernels::product::{MatrixView, multiply};
 use mobula_actors::kernels::update::{AdamwUpdate, square_sum};
 use mobula_actors::kernels::{Execution, gelu, layer_norm, softmax};
@@ -38,6 +40,7 @@ pub(crate) fn measure(options: &Options, results: &mut Results) -> Outcome {
         };
         products(execution, &mut row);
         execution.run(|| normalisations(&mut row))?;
+        execution.run(|| attention(&mut row))?;
         updates(execution, &mut row);
     }
     Ok(())
@@ -101,6 +104,8 @@ fn products(execution: Execution, row: &mut Row<'_>) {
     }
 }
 
+type Forward<'a> = &'a dyn Fn() -> candle_core::Result<Tensor>;
+
 /// Forward and backward, in millions of values a second.
 fn normalisations(row: &mut Row<'_>) -> Outcome {
     let amount = 1e-6 * (ROWS * COLUMNS) as f64;
@@ -108,38 +113,64 @@ fn normalisations(row: &mut Row<'_>) -> Outcome {
     let input = Var::from_vec(values("x", ROWS * COLUMNS), (ROWS, COLUMNS), &device)?;
     let scale = Var::from_vec(values("scale", COLUMNS), COLUMNS, &device)?;
     let shift = Var::from_vec(values("shift", COLUMNS), COLUMNS, &device)?;
-    let seed = Tensor::from_vec(values("seed", ROWS * COLUMNS), (ROWS, COLUMNS), &device)?;
-    type Forward<'a> = &'a dyn Fn() -> candle_core::Result<Tensor>;
     let operations: [(&str, Forward<'_>); 3] = [
         ("softmax", &|| softmax(&input)),
         ("layer-norm", &|| layer_norm(&input, &scale, &shift, 1e-5)),
         ("gelu", &|| gelu(&input)),
     ];
     for (name, forward) in operations {
-        let mut failure = None;
-        let name = format!("{name} {ROWS}x{COLUMNS}, forward and backward");
-        row.rate(&name, amount, "Mvalues/s", || {
+        let name = format!("{name} {ROWS}x{COLUMNS}");
+        both_ways(row, &name, (amount, "Mvalues/s"), &input, forward)?;
+    }
+    Ok(())
+}
+
+/// Causal attention forward and backward: six products of every pair of tokens that see each other.
+fn attention(row: &mut Row<'_>) -> Outcome {
+    for (windows, context, heads, size) in [(8, 256, 8, 64), (16, 64, 4, 16)] {
+        let (tokens, width) = (windows * context, heads * size);
+        let projected = values("projected", tokens * 3 * width);
+        let projected = Var::from_vec(projected, (tokens, 3 * width), &Device::Cpu)?;
+        let layer = CausalAttention { context, heads };
+        let pairs = (tokens * (context + 1)) as f64 / 2.0;
+        let amount = (12e-9 * pairs * width as f64, "GFLOP/s");
+        let name = format!("causal attention {windows}x{context}, {heads} heads of {size}");
+        both_ways(row, &name, amount, &projected, &|| layer.apply(&projected))?;
+    }
+    Ok(())
+}
+
+/// Measures an operation with its gradient for `input`.
+fn both_ways(
+    row: &mut Row<'_>,
+    name: &str,
+    (amount, unit): (f64, &str),
+    input: &Var,
+    forward: Forward<'_>,
+) -> Outcome {
+    let shape = forward()?.shape().clone();
+    let seed = Tensor::from_vec(values("seed", shape.elem_count()), shape, &Device::Cpu)?;
+    let mut failure = None;
+    row.rate(
+        &format!("{name}, forward and backward"),
+        amount,
+        unit,
+        || {
             let pass = || {
                 let result = forward()?;
                 let parameters = [("x", input.as_tensor())];
-                let buffer = Vec::new();
-                let gradients = mobula_actors::kernels::gradients::backward_from(
-                    &result,
-                    seed.clone(),
-                    parameters,
-                    buffer,
-                );
+                let gradients = backward_from(&result, seed.clone(), parameters, Vec::new());
                 gradients.map_err(|error| candle_core::Error::msg(error.to_string()))
             };
             if let Err(error) = pass() {
                 failure = Some(error);
             }
-        });
-        if let Some(error) = failure {
-            return Err(error.into());
-        }
+        },
+    );
+    match failure {
+        Some(error) => Err(error.into()),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// What goes over all parameters, in bytes read and written a second.

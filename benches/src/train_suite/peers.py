@@ -192,6 +192,20 @@ def kernels(threads, seconds):
 
         taken = median_seconds(both, seconds)
         shown(f"{name} {rows}x{columns}, forward and backward, {suffix}", 1e-6 * rows * columns / taken, "Mvalues/s")
+    for windows, context, heads, size in ((8, 256, 8, 64), (16, 64, 4, 16)):
+        tokens, width = windows * context, heads * size
+        projected = torch.randn(tokens, 3 * width, requires_grad=True)
+        seed = torch.randn(tokens, width)
+
+        def attention():
+            projected.grad = None
+            parts = projected.reshape(windows, context, 3, heads, size).permute(2, 0, 3, 1, 4)
+            seen = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+            seen.transpose(1, 2).reshape(tokens, width).backward(seed)
+
+        taken = median_seconds(attention, seconds)
+        name = f"causal attention {windows}x{context}, {heads} heads of {size}, forward and backward, {suffix}"
+        shown(name, 12e-9 * tokens * (context + 1) / 2 * width / taken, "GFLOP/s")
     parameter = nn.Parameter(torch.randn(1 << 23))
     parameter.grad = torch.randn(1 << 23)
     optimizer = torch.optim.AdamW([parameter], fused=True)

@@ -92,16 +92,6 @@ pub(super) fn run(call: &Call, descending: bool) {
     panic!("{call:?}: {meaning}");
 }
 
-/// The `f64` exponential of the kernels of attention.
-pub(super) fn wide_exponential(x: f64) -> f64 {
-    type Function = unsafe extern "C" fn(f64) -> f64;
-    // SAFETY: the symbol has this type, and the function only computes.
-    unsafe {
-        let function = library().get::<Function>(b"emulate_wide_exponential\0");
-        function.expect("emulation.cpp defines it")(x)
-    }
-}
-
 /// Values between guards that are NaN: what is read beyond shows in the result, what is written beyond in `values`.
 pub(super) struct Guarded(Vec<f32>);
 

@@ -25,7 +25,6 @@ pub mod check;
 #[cfg(feature = "cuda")]
 pub mod device;
 
-pub(crate) use calls::attention::Attention;
 pub(crate) use calls::tokens::Dropping;
 
 #[cfg(test)]

@@ -72,6 +72,30 @@ impl<'a> MatrixView<'a> {
         self.columns
     }
 
+    /// `count` rows from `start` on.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[must_use]
+    pub fn rows_from(&self, start: usize, count: usize) -> Self {
+        assert!(
+            start + count <= self.rows,
+            "rows {start} and {count} more of {}",
+            self.rows
+        );
+        let all = Span {
+            start: 0,
+            length: self.columns,
+        };
+        self.part(
+            Span {
+                start,
+                length: count,
+            },
+            all,
+        )
+    }
+
     pub(super) fn part(&self, rows: Span, columns: Span) -> Self {
         let start = rows.start * self.row_stride + columns.start * self.column_stride;
         Self::new(

@@ -167,9 +167,12 @@ fn machines_that_all_go_save_together_before_they_do() {
     nodes.sort_by_key(|node| *node == driver);
     for node in nodes {
         let node = format!("node-{node}");
-        cluster.ok(&["nodes", "preempt", &node, "--grace", "25s"]);
+        // A quarter of it is what the others are waited for; who does not come to the step by then saves alone.
+        cluster.ok(&["nodes", "preempt", &node, "--grace", "60s"]);
     }
-    assert_eq!(phases(&cluster, &job, 2)[..2], ["NOTICED", "SAVE_SHARED"]);
+    let went = phases(&cluster, &job, 2);
+    let log = || log_of(&cluster, &job);
+    assert_eq!(went[..2], ["NOTICED", "SAVE_SHARED"], "{}", log());
     let _spare = ExtraWorker::start(&cluster, "spare", "");
     let result = cluster.result_of(&job);
     assert_eq!(result["weights_blake3"], expected, "{result}");

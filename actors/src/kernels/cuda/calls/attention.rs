@@ -2,32 +2,14 @@
 
 use super::super::call::{Address, Argument, Call, Kernel, TooLarge, at_most};
 use super::{ROWS, elementwise_grid};
+use crate::kernels::attention::Attention;
 
 use Argument::{Float, Int, Wide};
-
-/// The sizes of an attention.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Attention {
-    /// Tokens, of all windows.
-    pub(crate) rows: usize,
-    /// Tokens of a window.
-    pub(crate) context: usize,
-    pub(crate) heads: usize,
-    /// Values of a head.
-    pub(crate) size: usize,
-    /// What scores are multiplied by.
-    pub(crate) scale: f32,
-}
 
 impl Attention {
     /// Values that hold something of each pair of tokens in a window, for each head.
     pub(in super::super) fn pair_count(&self) -> usize {
         self.rows * self.heads * self.context
-    }
-
-    /// Values of a token, in all heads.
-    pub(in super::super) fn width(&self) -> usize {
-        self.heads * self.size
     }
 
     /// The score of each query and key.

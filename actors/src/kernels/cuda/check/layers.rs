@@ -7,9 +7,10 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::Work;
 use super::candle;
 use super::operations::{Case, Function};
+use crate::kernels::attention::CausalAttention;
 use crate::kernels::convolution::Images;
 use crate::kernels::{Activation, affine, convolution, gelu};
-use crate::training::models::layers::{CausalAttention, Dropout, embed};
+use crate::training::models::layers::{Dropout, embed};
 use crate::training::trainable::{Mode, ShardContext};
 
 pub(super) fn cases() -> Vec<Case> {

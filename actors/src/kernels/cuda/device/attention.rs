@@ -3,7 +3,8 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Error, Layout, Result, Shape, bail};
 
-use super::{Attention, Operand, in_place, multiprocessors, of_contiguous};
+use super::{Operand, in_place, multiprocessors, of_contiguous};
+use crate::kernels::attention::Attention;
 
 /// Refuses a tensor that has not the sizes of the attention, `columns` in widths of a token.
 fn check(operation: &str, attention: &Attention, layout: &Layout, columns: usize) -> Result<()> {

@@ -97,6 +97,3 @@ extern "C" int emulate(const char *name, const unsigned *grid, unsigned threads,
     }
     return emulation::launch(grid, threads, descending != 0, called.kernel) ? 0 : 1;
 }
-
-/// The power that attention computes in f64, of which its results in f32 would show a wrong last bit too seldom.
-extern "C" double emulate_wide_exponential(double x) { return wide_exponential(x); }

@@ -4,7 +4,7 @@
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use super::{add_scaled, contiguous};
+use super::contiguous;
 #[cfg(feature = "cuda")]
 use crate::kernels::cuda::device;
 
@@ -68,7 +68,10 @@ impl CustomOp1 for Scatter {
         let values = contiguous(storage, layout, self.name())?;
         let mut table = vec![0.0; self.count * width];
         for (row, values) in self.rows.iter().zip(values.chunks_exact(width)) {
-            add_scaled(&mut table[*row as usize * width..][..width], 1.0, values);
+            let sums = &mut table[*row as usize * width..][..width];
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum += value;
+            }
         }
         Ok((CpuStorage::F32(table), Shape::from((self.count, width))))
     }

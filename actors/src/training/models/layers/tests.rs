@@ -20,19 +20,6 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
 }
 
 #[test]
-fn a_sum_of_products_is_close_to_the_plain_one_for_all_lengths() {
-    for length in 0..40 {
-        let (a, b) = (values("a", length), values("b", length));
-        let plain: f64 = a
-            .iter()
-            .zip(&b)
-            .map(|(a, b)| f64::from(*a) * f64::from(*b))
-            .sum();
-        assert!((f64::from(dot(&a, &b)) - plain).abs() < 1e-5, "{length}");
-    }
-}
-
-#[test]
 fn rows_of_a_table_bring_their_gradients_back_even_when_repeated() {
     let table = var("table", 4, 3);
     let rows = embed(table.as_tensor(), vec![2, 0, 2]).unwrap();
