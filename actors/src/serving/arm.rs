@@ -124,7 +124,8 @@ impl<B: Backend> Routes<B> {
         self.arms().map(|arm| arm.version.to_string()).collect()
     }
 
-    fn arms(&self) -> impl Iterator<Item = &Arc<Arm<B>>> {
+    /// The arms, the active one first.
+    pub fn arms(&self) -> impl Iterator<Item = &Arc<Arm<B>>> {
         [&self.active]
             .into_iter()
             .chain(self.tried.as_ref().map(|tried| &tried.arm))

@@ -18,10 +18,10 @@ use super::arm::{Arm, Assigned, Routes};
 use super::batcher::BatchAnswer;
 use super::feed::Observation;
 use super::fleet::{BATCH_ROWS_MAX, Backend, Prediction};
-use super::http::{BodyLimits, InferenceService, ServiceFuture};
+use super::http::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
-    Datatype, DecodeError, InferRequest, InferResponse, ModelMetadata, OipError, Parameters,
-    ServerMetadata, Tensor, TensorData, TensorMetadata,
+    Datatype, DecodeError, InferRequest, InferResponse, ModelMetadata, ModelState, OipError,
+    Parameters, RepositoryEntry, ServerMetadata, Tensor, TensorData, TensorMetadata,
 };
 use super::rollout::trial::Outcome;
 use super::statistics::{ModelStatistics, RequestTimes};
@@ -50,6 +50,17 @@ pub fn body_limits(row_values: usize) -> BodyLimits {
     }
 }
 
+/// What all versions of an endpoint take and give.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Signature {
+    /// Values of a row.
+    pub row_values: usize,
+    /// Classes that are told apart.
+    pub classes: usize,
+    /// The names of the classes, in their order.
+    pub labels: Vec<String>,
+}
+
 /// Answers the protocol for one endpoint.
 pub struct EndpointService<B> {
     row_values: usize,
@@ -62,17 +73,23 @@ pub struct EndpointService<B> {
 }
 
 impl<B: Backend> EndpointService<B> {
-    /// The service of the endpoint `name`, whose rows have so many values and which knows so many classes.
+    /// The service of the endpoint `name`.
     #[must_use]
     pub fn new(
         name: &str,
-        (row_values, classes): (usize, usize),
+        signature: Signature,
         routes: watch::Receiver<Arc<Routes<B>>>,
     ) -> Self {
+        let Signature {
+            row_values,
+            classes,
+            labels,
+        } = signature;
         let tensor = |name: &str, datatype, shape: &[i64]| TensorMetadata {
             name: name.to_owned(),
             datatype,
             shape: shape.to_vec(),
+            labels: Vec::new(),
         };
         let metadata = ModelMetadata {
             name: name.to_owned(),
@@ -81,7 +98,10 @@ impl<B: Backend> EndpointService<B> {
             max_batch_size: BATCH_ROWS_MAX as u32,
             inputs: vec![tensor(INPUT, Datatype::Fp32, &[-1, row_values as i64])],
             outputs: vec![
-                tensor(PROBABILITIES, Datatype::Fp32, &[-1, classes as i64]),
+                TensorMetadata {
+                    labels,
+                    ..tensor(PROBABILITIES, Datatype::Fp32, &[-1, classes as i64])
+                },
                 tensor(CLASS, Datatype::Int64, &[-1]),
             ],
         };
@@ -298,7 +318,13 @@ fn rows_of(request: InferRequest, row_values: usize) -> Result<Vec<Vec<f32>>, Oi
 
 impl<B: Backend> InferenceService for EndpointService<B> {
     fn server_metadata(&self) -> ServerMetadata {
-        let extensions = ["binary_tensor_data", "model_configuration", "statistics"];
+        let extensions = [
+            "binary_tensor_data",
+            "classification",
+            "model_configuration",
+            "model_repository",
+            "statistics",
+        ];
         ServerMetadata {
             name: "mobula".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -349,6 +375,47 @@ impl<B: Backend> InferenceService for EndpointService<B> {
             let arm = self.arm(model, version)?;
             let statistics = arm.statistics().clone();
             Ok((arm.version().to_string(), statistics))
+        })
+    }
+
+    fn repository_index(&self) -> ServiceFuture<'_, Vec<RepositoryEntry>> {
+        Box::pin(async move {
+            let routes = self.routes();
+            let entry = |arm: &Arc<Arm<B>>| {
+                let ready = self.ready(arm);
+                RepositoryEntry {
+                    name: self.metadata.name.clone(),
+                    version: arm.version().to_string(),
+                    state: match ready {
+                        Ok(()) => ModelState::Ready,
+                        Err(_) => ModelState::Unavailable,
+                    },
+                    reason: ready.err().map_or(String::new(), |error| error.to_string()),
+                }
+            };
+            Ok(routes.arms().map(entry).collect())
+        })
+    }
+
+    fn change_repository<'a>(
+        &'a self,
+        model: &'a str,
+        change: RepositoryChange,
+    ) -> ServiceFuture<'a, ()> {
+        Box::pin(async move {
+            // The endpoint's token is for asking it; what it answers with is the cluster's to decide.
+            let instead = match change {
+                RepositoryChange::Load if model == self.metadata.name => format!(
+                    "`mobula rollout start {model}` takes another version into service, step by step"
+                ),
+                RepositoryChange::Load => {
+                    format!("`mobula serve deploy {model}` makes an endpoint of a registered model")
+                }
+                RepositoryChange::Unload => {
+                    format!("`mobula serve delete {model}` takes an endpoint down")
+                }
+            };
+            Err(OipError::RepositoryFixed { instead })
         })
     }
 

@@ -44,7 +44,12 @@ fn open<B: Backend>(arm: &Arm<B>, backend: B) {
 
 fn service_of<B: Backend>(routes: Routes<B>) -> EndpointService<B> {
     let (_, receiver) = watch::channel(Arc::new(routes));
-    EndpointService::new("digits", (FEATURES, CLASSES), receiver)
+    let signature = Signature {
+        row_values: FEATURES,
+        classes: CLASSES,
+        labels: (0..CLASSES).map(|class| format!("digit {class}")).collect(),
+    };
+    EndpointService::new("digits", signature, receiver)
 }
 
 fn service() -> (EndpointService<Three>, FeedReader, Arc<Arm<Three>>) {

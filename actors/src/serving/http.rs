@@ -24,8 +24,9 @@ use serde_json::{Value, json};
 use super::auth::BearerAuth;
 use super::compression::{self, ContentEncoding};
 use super::oip::{
-    DecodeError, InferRequest, InferResponse, ModelMetadata, OipError, ServerMetadata,
-    decode_raw_request, decode_request, encode_response, validate_request,
+    DecodeError, IndexRequest, InferRequest, InferResponse, ModelMetadata, OipError,
+    RepositoryEntry, ServerMetadata, classify, decode_raw_request, decode_request, encode_response,
+    validate_request,
 };
 use super::statistics::ModelStatistics;
 
@@ -83,6 +84,25 @@ pub trait InferenceService: Send + Sync + 'static {
         version: Option<&'a str>,
         request: InferRequest,
     ) -> ServiceFuture<'a, InferResponse>;
+
+    /// Every version of every model, in the order of their names.
+    fn repository_index(&self) -> ServiceFuture<'_, Vec<RepositoryEntry>>;
+
+    /// Loads a model or takes it away. A service whose models come and go by other ways refuses and names them.
+    fn change_repository<'a>(
+        &'a self,
+        model: &'a str,
+        change: RepositoryChange,
+    ) -> ServiceFuture<'a, ()>;
+}
+
+/// What a client wants of a model in the repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepositoryChange {
+    /// Answer with it.
+    Load,
+    /// Answer with it no more.
+    Unload,
 }
 
 #[derive(Clone)]
@@ -106,7 +126,10 @@ pub fn oip_router(
     let mut router = Router::new()
         .route("/v2", get(server_metadata))
         .route("/v2/health/live", get(live))
-        .route("/v2/health/ready", get(server_ready));
+        .route("/v2/health/ready", get(server_ready))
+        .route("/v2/repository/index", post(repository_index))
+        .route("/v2/repository/models/{model}/load", post(load))
+        .route("/v2/repository/models/{model}/unload", post(unload));
     for model in [
         "/v2/models/{model}",
         "/v2/models/{model}/versions/{version}",
@@ -231,6 +254,37 @@ async fn model_statistics(State(front): State<Front>, at: ModelPath) -> Result<R
     Ok(json_response(&statistics.to_json(&at.model, &version)))
 }
 
+async fn repository_index(
+    State(front): State<Front>,
+    request: Request,
+) -> Result<Response, OipError> {
+    let (body, headers) = read_body(request, front.body).await?;
+    let body = compression::inflate(&headers, body, front.body.max_bytes)?;
+    let asked = IndexRequest::decode(&body)?;
+    let entries = front.service.repository_index().await?;
+    let wanted = entries.iter().filter(|entry| asked.wants(entry));
+    Ok(json_response(
+        &wanted.map(RepositoryEntry::to_json).collect(),
+    ))
+}
+
+async fn load(State(front): State<Front>, at: ModelPath) -> Result<StatusCode, OipError> {
+    change(&front, &at.model, RepositoryChange::Load).await
+}
+
+async fn unload(State(front): State<Front>, at: ModelPath) -> Result<StatusCode, OipError> {
+    change(&front, &at.model, RepositoryChange::Unload).await
+}
+
+async fn change(
+    front: &Front,
+    model: &str,
+    change: RepositoryChange,
+) -> Result<StatusCode, OipError> {
+    front.service.change_repository(model, change).await?;
+    Ok(StatusCode::OK)
+}
+
 /// A request without a Content-Type is as good as any: the most used client sends none.
 async fn infer(
     State(front): State<Front>,
@@ -242,16 +296,18 @@ async fn infer(
     let answer_encoding = compression::accepted(request.headers());
     let (body, headers) = read_body(request, front.body).await?;
     let max_body_bytes = front.body.max_bytes;
+    let metadata = Arc::new(metadata);
+    let model = Arc::clone(&metadata);
     let routing_key = headers
         .get(ROUTING_KEY)
         .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let mut request = off_async_threads(body.len(), move || {
         let body = compression::inflate(&headers, body, max_body_bytes)?;
         let request = match json_length(&headers, body.len())? {
-            Some(0) => decode_raw_request(&body, &metadata)?,
+            Some(0) => decode_raw_request(&body, &model)?,
             length => decode_request(&body, length)?,
         };
-        validate_request(&request, &metadata)?;
+        validate_request(&request, &model)?;
         Ok(request)
     })
     .await?;
@@ -266,6 +322,7 @@ async fn infer(
     };
     let mut response = front.service.infer(&at.model, version, request).await?;
     response.id = wanted.id.clone();
+    classify(&mut response, &wanted, &metadata)?;
     let elements = response
         .outputs
         .iter()

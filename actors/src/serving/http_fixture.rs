@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::super::grpc::oip_routes;
 use super::super::oip::{
-    Datatype, Tensor, TensorData, TensorMetadata, decode_response, encode_request,
+    Datatype, ModelState, Tensor, TensorData, TensorMetadata, decode_response, encode_request,
 };
 use super::super::server::{ServeSummary, serve};
 use super::super::statistics::RequestTimes;
@@ -44,6 +44,7 @@ impl Doubler {
             name: name.to_owned(),
             datatype,
             shape: shape.to_vec(),
+            labels: Vec::new(),
         };
         Ok(ModelMetadata {
             name: model.to_owned(),
@@ -137,6 +138,37 @@ impl InferenceService for Doubler {
         Box::pin(async move {
             self.metadata(model, version)?;
             Ok(("1".to_owned(), self.statistics.lock().unwrap().clone()))
+        })
+    }
+
+    fn repository_index(&self) -> ServiceFuture<'_, Vec<RepositoryEntry>> {
+        Box::pin(async {
+            let entry = |name: &str, state, reason: &str| RepositoryEntry {
+                name: name.to_owned(),
+                version: "1".to_owned(),
+                state,
+                reason: reason.to_owned(),
+            };
+            Ok(vec![
+                entry("double", ModelState::Ready, ""),
+                entry("down", ModelState::Unavailable, "no replica runs"),
+            ])
+        })
+    }
+
+    /// `double` may come and go, the others may not.
+    fn change_repository<'a>(
+        &'a self,
+        model: &'a str,
+        _change: RepositoryChange,
+    ) -> ServiceFuture<'a, ()> {
+        Box::pin(async move {
+            self.metadata(model, None)?;
+            if model == "double" {
+                return Ok(());
+            }
+            let instead = "ask somebody else".to_owned();
+            Err(OipError::RepositoryFixed { instead })
         })
     }
 

@@ -86,6 +86,7 @@ async fn binary_inference_both_ways_and_raw() {
     let output = |name: &str, binary_data| RequestedOutput {
         name: name.to_owned(),
         binary_data: Some(binary_data),
+        classes: None,
         parameters: Parameters::new(),
     };
     request.outputs = vec![output("text", true), output("y", false)];

@@ -25,7 +25,7 @@ use super::endpoint_service::{EndpointService, body_limits};
 use super::grpc::oip_routes;
 use super::server;
 use super::state::{Command, Endpoint, Routing};
-use super::steering::{Steering, Versions, WidthsError};
+use super::steering::{Steering, Versions, SignatureError};
 use crate::serving::client;
 
 /// The pause after something that could not be done now.
@@ -49,7 +49,7 @@ enum RouterError {
     #[error("the head does not say which version is active: {0}")]
     Routing(#[source] mobula::Error),
     #[error(transparent)]
-    Widths(#[from] WidthsError),
+    Signature(#[from] SignatureError),
 }
 
 /// Answers an endpoint's requests.
@@ -126,7 +126,8 @@ impl Running {
         // What this router was created with may be versions ago.
         let routing = first_routing(&cluster, &endpoint.name).await?;
         let versions = Versions::new(cluster.clone(), ctx.storage().clone());
-        let widths = versions.widths(&routing.endpoint).await?;
+        let signature = versions.signature(&routing.endpoint).await?;
+        let body = body_limits(signature.row_values);
         let ip = ctx
             .runtime()
             .call_address()
@@ -138,7 +139,7 @@ impl Running {
             .map_err(|source| RouterError::Bind { ip, source })?;
 
         let mut tasks = JoinSet::new();
-        let (steering, routes) = Steering::new(versions, ctx.incarnation(), widths, &routing);
+        let (steering, routes) = Steering::new(versions, ctx.incarnation(), signature.clone(), &routing);
         tasks.spawn(steering.follow());
         tasks.spawn(announce(
             ctx.clone(),
@@ -147,10 +148,10 @@ impl Running {
             address,
         ));
 
-        let service = Arc::new(EndpointService::new(&endpoint.name, widths, routes));
+        let service = Arc::new(EndpointService::new(&endpoint.name, signature, routes));
         let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
             .expect("one token is at least one and not too many");
-        let routes = oip_routes(service, auth, body_limits(widths.0));
+        let routes = oip_routes(service, auth, body);
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {
             // A router that is gone stops as one that was asked to.

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use super::arm::{Arm, Routes, Tried, WhenGone, lock};
 use super::client;
 use super::controller::{monitor_name, replica_name};
-use super::endpoint_service::ROW_VALUES_MAX;
+use super::endpoint_service::{ROW_VALUES_MAX, Signature};
 use super::feed::feed;
 use super::fleet::Fleet;
 use super::replica::Replica;
@@ -41,7 +41,7 @@ type Replicas = ActorRef<Replica>;
 
 /// Why an endpoint cannot answer with a version.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum WidthsError {
+pub(super) enum SignatureError {
     #[error("the version's file: {0}")]
     Version(#[from] VersionFileError),
     #[error(
@@ -55,10 +55,10 @@ pub(super) enum WidthsError {
     },
 }
 
-impl WidthsError {
+impl SignatureError {
     /// Whether another try cannot help.
     fn is_final(&self) -> bool {
-        !matches!(self, WidthsError::Version(VersionFileError::Store(_)))
+        !matches!(self, SignatureError::Version(VersionFileError::Store(_)))
     }
 }
 
@@ -73,12 +73,16 @@ impl Versions {
         Versions { cluster, storage }
     }
 
-    /// How many values a row of the endpoint's active version has, and how many classes it knows.
-    pub(super) async fn widths(&self, endpoint: &Endpoint) -> Result<(usize, usize), WidthsError> {
-        self.widths_of(&endpoint.model, &active(endpoint)).await
+    /// What the endpoint's active version takes and gives.
+    pub(super) async fn signature(&self, endpoint: &Endpoint) -> Result<Signature, SignatureError> {
+        self.signature_of(&endpoint.model, &active(endpoint)).await
     }
 
-    async fn widths_of(&self, model: &str, served: &Served) -> Result<(usize, usize), WidthsError> {
+    async fn signature_of(
+        &self,
+        model: &str,
+        served: &Served,
+    ) -> Result<Signature, SignatureError> {
         let blobs = open_blobs(&self.storage).map_err(VersionFileError::from)?;
         let file = VersionFile::load(&blobs, &served.digest, served.size_bytes).await?;
         let samples = &file.samples;
@@ -86,9 +90,13 @@ impl Versions {
             SampleShape::Classified { classes, .. }
                 if samples.feature_count() <= ROW_VALUES_MAX =>
             {
-                Ok((samples.feature_count(), *classes))
+                Ok(Signature {
+                    row_values: samples.feature_count(),
+                    classes: *classes,
+                    labels: file.labels.clone(),
+                })
             }
-            _ => Err(WidthsError::Samples {
+            _ => Err(SignatureError::Samples {
                 model: model.to_owned(),
                 version: served.version,
                 samples: samples.to_string(),
@@ -124,7 +132,7 @@ pub(super) struct Steering {
     name: String,
     versions: Versions,
     incarnation: Incarnation,
-    widths: (usize, usize),
+    signature: Signature,
     routes: watch::Sender<Arc<Routes<Replicas>>>,
     /// The arms that are wanted, by version, and what tells of their end: two, or three for a moment.
     arms: BTreeMap<u64, (Arc<Arm<Replicas>>, WhenGone)>,
@@ -141,7 +149,7 @@ impl Steering {
     pub(super) fn new(
         versions: Versions,
         incarnation: Incarnation,
-        widths: (usize, usize),
+        signature: Signature,
         routing: &Routing,
     ) -> (Self, watch::Receiver<Arc<Routes<Replicas>>>) {
         let version = routing.endpoint.version;
@@ -156,7 +164,7 @@ impl Steering {
             name: routing.endpoint.name.clone(),
             versions,
             incarnation,
-            widths,
+            signature,
             routes: sender,
             arms: BTreeMap::from([(version, (arm, when_gone))]),
             leaving: Vec::new(),
@@ -206,15 +214,22 @@ impl Steering {
             return true;
         }
         let candidate = &rollout.candidate;
-        let reason = match self.versions.widths_of(&endpoint.model, candidate).await {
-            Ok(widths) if widths == self.widths => {
+        let reason = match self.versions.signature_of(&endpoint.model, candidate).await {
+            Ok(signature) if signature == self.signature => {
                 self.fitting = Some(rollout.number);
                 return true;
             }
-            Ok((row_values, classes)) => format!(
-                "version {} takes {row_values} values a row and knows {classes} classes, the endpoint {} \
-                 and {}",
-                candidate.version, self.widths.0, self.widths.1
+            Ok(other) if other.labels != self.signature.labels => format!(
+                "version {} calls its classes {:?}, the endpoint {:?}",
+                candidate.version, other.labels, self.signature.labels
+            ),
+            Ok(other) => format!(
+                "version {} takes {} values a row and knows {} classes, the endpoint {} and {}",
+                candidate.version,
+                other.row_values,
+                other.classes,
+                self.signature.row_values,
+                self.signature.classes
             ),
             Err(error) if error.is_final() => error.to_string(),
             Err(error) => {

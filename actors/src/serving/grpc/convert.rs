@@ -1,8 +1,10 @@
 //! Between the protocol's gRPC messages and its values.
 
+use std::collections::BTreeMap;
+
 use super::super::oip::{
-    Datatype, DecodeError, EncodeError, InferRequest, InferResponse, ModelMetadata, Parameter,
-    Parameters, RequestedOutput, Tensor, TensorData, TensorMetadata, tensor_bytes, tensor_of_bytes,
+    CLASSIFICATION, Datatype, DecodeError, EncodeError, InferRequest, InferResponse, ModelMetadata, Parameter,
+    Parameters, RepositoryEntry, RequestedOutput, Tensor, TensorData, TensorMetadata, tensor_bytes, tensor_of_bytes,
 };
 use super::super::statistics::{BatchTimes, DurationCount, ModelStatistics};
 use super::proto;
@@ -28,10 +30,11 @@ pub(super) fn request(message: proto::ModelInferRequest) -> Result<InferRequest,
         both.map(|(input, bytes)| raw_tensor(&input, &bytes))
             .collect::<Result<_, _>>()?
     };
-    let outputs = message.outputs.into_iter().map(|output| {
+    let outputs = message.outputs.into_iter().map(|mut output| {
         Ok(RequestedOutput {
             name: output.name,
             binary_data: Some(true),
+            classes: classes(&mut output.parameters)?,
             parameters: parameters(output.parameters)?,
         })
     });
@@ -43,6 +46,29 @@ pub(super) fn request(message: proto::ModelInferRequest) -> Result<InferRequest,
         binary_data_output: true,
         routing_key: None,
     })
+}
+
+/// How many classes of an output are wanted.
+fn classes(
+    parameters: &mut BTreeMap<String, proto::InferParameter>,
+) -> Result<Option<u64>, DecodeError> {
+    let Some(asked) = parameters.remove(CLASSIFICATION) else {
+        return Ok(None);
+    };
+    let classes = match &asked.parameter_choice {
+        Some(ParameterChoice::Int64Param(classes)) => u64::try_from(*classes).ok(),
+        Some(ParameterChoice::Uint64Param(classes)) => Some(*classes),
+        _ => None,
+    };
+    let wrong = || DecodeError::Parameter {
+        name: CLASSIFICATION.to_owned(),
+        expected: "a whole number from 1 on".to_owned(),
+        got: format!("{:?}", asked.parameter_choice),
+    };
+    classes
+        .filter(|classes| *classes > 0)
+        .map(Some)
+        .ok_or_else(wrong)
 }
 
 fn parameters(
@@ -156,7 +182,7 @@ where
 pub(super) fn response(
     response: InferResponse,
     id: String,
-    wanted: &[String],
+    wanted: &[RequestedOutput],
 ) -> Result<proto::ModelInferResponse, EncodeError> {
     let InferResponse {
         model_name,
@@ -168,10 +194,12 @@ pub(super) fn response(
     let outputs: Vec<&Tensor> = if wanted.is_empty() {
         outputs.iter().collect()
     } else {
-        let find = |name: &String| {
-            let found = outputs.iter().find(|output| output.name() == name);
+        let find = |wanted: &RequestedOutput| {
+            let found = outputs
+                .iter()
+                .find(|output| output.name() == wanted.name);
             found.ok_or_else(|| EncodeError::MissingOutput {
-                output: name.clone(),
+                output: wanted.name.clone(),
             })
         };
         wanted.iter().map(find).collect::<Result<_, _>>()?
@@ -208,6 +236,16 @@ fn parameter((name, value): (String, Parameter)) -> (String, proto::InferParamet
         parameter_choice: Some(choice),
     };
     (name, value)
+}
+
+/// The entry of a model in the repository's index.
+pub(super) fn entry(entry: RepositoryEntry) -> proto::repository_index_response::ModelIndex {
+    proto::repository_index_response::ModelIndex {
+        name: entry.name,
+        version: entry.version,
+        state: entry.state.name().to_owned(),
+        reason: entry.reason,
+    }
 }
 
 /// The answer to a metadata request.

@@ -19,8 +19,8 @@ use self::proto::grpc_inference_service_server::{
     GrpcInferenceService, GrpcInferenceServiceServer,
 };
 use super::auth::BearerAuth;
-use super::http::{BodyLimits, InferenceService, ROUTING_KEY, oip_router};
-use super::oip::{ModelMetadata, OipError, validate_request};
+use super::http::{BodyLimits, InferenceService, ROUTING_KEY, RepositoryChange, oip_router};
+use super::oip::{IndexRequest, InferRequest, ModelMetadata, OipError, classify, validate_request};
 
 /// The messages, as `proto/inference.proto` has them.
 #[allow(
@@ -93,17 +93,17 @@ impl GrpcFront {
         let version = named(&request.model_version).map(str::to_owned);
         let version = version.as_deref();
         let metadata = self.service.model_metadata(&model, version).await?;
-        let wanted: Vec<String> = request
-            .outputs
-            .iter()
-            .map(|output| output.name.clone())
-            .collect();
         let id = request.id.clone();
         let mut request = convert::request(request)?;
         request.routing_key = routing_key;
         validate_request(&request, &metadata)?;
-        let response = self.service.infer(&model, version, request).await?;
-        Ok(convert::response(response, id, &wanted)?)
+        let wanted = InferRequest {
+            outputs: request.outputs.clone(),
+            ..InferRequest::default()
+        };
+        let mut response = self.service.infer(&model, version, request).await?;
+        classify(&mut response, &wanted, &metadata)?;
+        Ok(convert::response(response, id, &wanted.outputs)?)
     }
 }
 
@@ -121,6 +121,7 @@ fn named(version: &str) -> Option<&str> {
 /// The status of a failure: the codes that Triton uses, and the words of HTTP's answers.
 fn status_of(error: OipError) -> Status {
     let code = match error.status() {
+        _ if matches!(error, OipError::RepositoryFixed { .. }) => Code::FailedPrecondition,
         401 => Code::Unauthenticated,
         404 => Code::NotFound,
         408 => Code::DeadlineExceeded,
@@ -165,7 +166,8 @@ impl GrpcInferenceService for GrpcFront {
             .await;
         let ready = match answer {
             Ok(()) => true,
-            Err(error) if error.is_retryable() => false,
+            // What is not there is not ready either; a client that waits for a model asks before there is one.
+            Err(error) if error.is_retryable() || error.status() == 404 => false,
             Err(error) => return Err(status_of(error)),
         };
         Ok(Response::new(proto::ModelReadyResponse { ready }))
@@ -229,6 +231,40 @@ impl GrpcInferenceService for GrpcFront {
         Ok(Response::new(response))
     }
 
+    async fn repository_index(
+        &self,
+        request: Request<proto::RepositoryIndexRequest>,
+    ) -> Result<Response<proto::RepositoryIndexResponse>, Status> {
+        let asked = IndexRequest {
+            ready: self.admitted(request)?.ready,
+        };
+        let entries = self.service.repository_index().await.map_err(status_of)?;
+        let wanted = entries.into_iter().filter(|entry| asked.wants(entry));
+        Ok(Response::new(proto::RepositoryIndexResponse {
+            models: wanted.map(convert::entry).collect(),
+        }))
+    }
+
+    async fn repository_model_load(
+        &self,
+        request: Request<proto::RepositoryModelLoadRequest>,
+    ) -> Result<Response<proto::RepositoryModelLoadResponse>, Status> {
+        let asked = self.admitted(request)?;
+        self.change(&asked.model_name, RepositoryChange::Load)
+            .await?;
+        Ok(Response::new(proto::RepositoryModelLoadResponse {}))
+    }
+
+    async fn repository_model_unload(
+        &self,
+        request: Request<proto::RepositoryModelUnloadRequest>,
+    ) -> Result<Response<proto::RepositoryModelUnloadResponse>, Status> {
+        let asked = self.admitted(request)?;
+        self.change(&asked.model_name, RepositoryChange::Unload)
+            .await?;
+        Ok(Response::new(proto::RepositoryModelUnloadResponse {}))
+    }
+
     type ModelStreamInferStream = Answers;
 
     async fn model_stream_infer(
@@ -248,21 +284,29 @@ impl GrpcInferenceService for GrpcFront {
 }
 
 impl GrpcFront {
+    async fn change(&self, model: &str, change: RepositoryChange) -> Result<(), Status> {
+        let changed = self.service.change_repository(model, change).await;
+        changed.map_err(status_of)
+    }
+
     async fn answer_in_band(
         &self,
         request: proto::ModelInferRequest,
         routing_key: Option<String>,
     ) -> Result<proto::ModelStreamInferResponse, Status> {
         let id = request.id.clone();
-        let (mut response, error_message) = match self.answer(request, routing_key).await {
-            Ok(response) => (response, String::new()),
+        let mut response = match self.answer(request, routing_key).await {
+            Ok(response) => response,
             // Who sent it finds out by its id which of the requests failed.
             Err(error) => {
                 let response = proto::ModelInferResponse {
                     id,
                     ..Default::default()
                 };
-                (response, error.to_string())
+                return Ok(proto::ModelStreamInferResponse {
+                    error_message: error.to_string(),
+                    infer_response: Some(response),
+                });
             }
         };
         let parameter = proto::infer_parameter::ParameterChoice::BoolParam(true);
@@ -273,7 +317,7 @@ impl GrpcFront {
             .parameters
             .insert(FINAL_RESPONSE.to_owned(), parameter);
         Ok(proto::ModelStreamInferResponse {
-            error_message,
+            error_message: String::new(),
             infer_response: Some(response),
         })
     }

@@ -16,6 +16,9 @@ use super::message::{
 };
 use super::tensor::{Datatype, Tensor, TensorData};
 
+/// Of an output: how many classes are wanted instead of its values.
+pub const CLASSIFICATION: &str = "classification";
+
 /// A body ready to send.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EncodedBody {
@@ -75,14 +78,18 @@ pub fn decode_request(
     for output in request.outputs.unwrap_or_default() {
         let mut parameters = Params::read(output.parameters)?;
         let binary_data = parameters.take_bool("binary_data")?;
+        let classes = parameters.take_size(CLASSIFICATION)?;
         let parameters = parameters.rest;
         outputs.push(RequestedOutput {
             name: output.name,
             binary_data,
+            classes: classes.filter(|classes| *classes > 0),
             parameters,
         });
     }
-    let (id, parameters) = (request.id, parameters.rest);
+    // An empty id is none, as in gRPC, whose texts are never absent.
+    let id = request.id.filter(|id| !id.is_empty());
+    let parameters = parameters.rest;
     Ok(InferRequest {
         id,
         parameters,
@@ -254,7 +261,7 @@ impl Params {
         let mut rest = Parameters::new();
         for (name, value) in json.unwrap_or_default() {
             // Ignoring these would answer something else than was asked.
-            if name.starts_with("shared_memory_") || name == "classification" {
+            if name.starts_with("shared_memory_") {
                 return Err(DecodeError::Unsupported {
                     feature: format!("parameter {name:?}"),
                 });
@@ -288,7 +295,7 @@ impl Params {
             Parameter::Bool(_) | Parameter::Float(_) | Parameter::String(_) => None,
         };
         let size =
-            size.ok_or_else(|| wrong_parameter(name, "a number of bytes", &parameter.to_json()));
+            size.ok_or_else(|| wrong_parameter(name, "a whole number from 0 on", &parameter.to_json()));
         size.map(Some)
     }
 }
@@ -355,6 +362,9 @@ pub fn encode_request(request: &InferRequest, binary: bool) -> Result<EncodedBod
         let mut parameters = json_parameters(&output.parameters).unwrap_or_default();
         if let Some(binary_data) = output.binary_data {
             parameters.insert("binary_data".to_owned(), Value::Bool(binary_data));
+        }
+        if let Some(classes) = output.classes {
+            parameters.insert(CLASSIFICATION.to_owned(), Value::from(classes));
         }
         OutputEnvelope {
             name: &output.name,

@@ -14,6 +14,7 @@ fn model(datatype: Datatype, shape: Vec<i64>) -> ModelMetadata {
         name: name.to_owned(),
         datatype,
         shape: shape.clone(),
+        labels: Vec::new(),
     };
     ModelMetadata {
         name: "m".to_owned(),
@@ -203,6 +204,7 @@ fn responses_take_the_form_asked_for() {
     let output = |name: &str, binary_data| RequestedOutput {
         name: name.to_owned(),
         binary_data,
+        classes: None,
         parameters: Parameters::new(),
     };
     let mut request = InferRequest {

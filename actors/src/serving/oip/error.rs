@@ -193,6 +193,17 @@ pub enum EncodeError {
         /// The datatype.
         datatype: Datatype,
     },
+    /// The output's values cannot be ordered.
+    #[error(
+        "tensor {tensor:?}: {datatype} has no classes, they are for integers, FP32 and FP64: leave parameters.classification \
+         out"
+    )]
+    NoClasses {
+        /// The tensor.
+        tensor: String,
+        /// The datatype.
+        datatype: Datatype,
+    },
     /// The model did not give an output its metadata promises.
     #[error("output {output:?} was asked for but the model did not produce it")]
     MissingOutput {
@@ -343,6 +354,12 @@ pub enum OipError {
         /// The path.
         path: String,
     },
+    /// The repository is not changed by way of an endpoint.
+    #[error("a repository's models are not changed through an endpoint: {instead}")]
+    RepositoryFixed {
+        /// What to do instead.
+        instead: String,
+    },
     /// The body, or what it inflates to, is too large.
     #[error("the request body exceeds the limit of {limit_bytes} bytes: send smaller batches")]
     BodyTooLarge {
@@ -416,9 +433,11 @@ impl OipError {
     pub fn status(&self) -> u16 {
         match self {
             Self::Encode(EncodeError::MissingOutput { .. }) | Self::Failed { .. } => 500,
-            Self::Decode(_) | Self::Validate(_) | Self::Encode(_) | Self::BodyUnreadable { .. } => {
-                400
-            }
+            Self::Decode(_)
+            | Self::Validate(_)
+            | Self::Encode(_)
+            | Self::BodyUnreadable { .. }
+            | Self::RepositoryFixed { .. } => 400,
             Self::Unauthorized => 401,
             Self::UnknownModel { .. } | Self::UnknownVersion { .. } | Self::UnknownPath { .. } => {
                 404

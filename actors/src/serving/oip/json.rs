@@ -281,7 +281,8 @@ impl Context<'_> {
         };
         let mut out = Vec::with_capacity(values.len());
         for (index, value) in values.into_iter().enumerate() {
-            out.push(convert(value).ok_or_else(|| self.element(index, value))?);
+            // With an exponent, as a float may have hundreds of digits.
+            out.push(convert(value).ok_or_else(|| self.element(index, format!("{value:e}")))?);
         }
         Ok(out)
     }

@@ -57,6 +57,8 @@ pub struct RequestedOutput {
     pub name: String,
     /// Whether it is wanted in binary form; `None` follows the request's [`InferRequest::binary_data_output`].
     pub binary_data: Option<bool>,
+    /// How many classes are wanted instead of the values; `None` for the values, and never zero.
+    pub classes: Option<u64>,
     /// Other parameters.
     pub parameters: Parameters,
 }
@@ -134,6 +136,8 @@ pub struct TensorMetadata {
     pub datatype: Datatype,
     /// The dimensions with the batch dimension if the model batches; `-1` is any size.
     pub shape: Vec<i64>,
+    /// Of an output, the names of its classes in their order; may be fewer than there are, or none.
+    pub labels: Vec<String>,
 }
 
 /// What a model takes and gives.
@@ -204,6 +208,7 @@ mod tests {
             name: name.to_owned(),
             datatype: Datatype::Fp32,
             shape: vec![-1, width],
+            labels: Vec::new(),
         };
         ModelMetadata {
             name: "digits".to_owned(),
@@ -234,6 +239,7 @@ mod tests {
         let output = |name: &str, binary_data| RequestedOutput {
             name: name.to_owned(),
             binary_data,
+            classes: None,
             parameters: Parameters::new(),
         };
         let request = InferRequest {

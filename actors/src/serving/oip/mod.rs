@@ -5,19 +5,22 @@
 //! 3. Nothing is allocated from a size a client merely claims; only bytes that are there are copied.
 //!
 //! Reading order: `tensor` (types and data), `message` (requests, responses, metadata), `json` and `binary` (the two
-//! forms of tensor data), `codec` (whole bodies), `validate` (against a model), `error`.
+//! forms of tensor data), `codec` (whole bodies), `validate` (against a model), `classify`, `repository`, `error`.
 
 mod binary;
+mod classify;
 mod codec;
 mod error;
 mod json;
 mod message;
+mod repository;
 mod tensor;
 mod validate;
 
 pub use binary::{tensor_bytes, tensor_of_bytes};
+pub use classify::classify;
 pub use codec::{
-    EncodedBody, decode_raw_request, decode_request, decode_response, encode_request,
+    CLASSIFICATION, EncodedBody, decode_raw_request, decode_request, decode_response, encode_request,
     encode_response,
 };
 pub use error::{DecodeError, EncodeError, OipError, ValidateError};
@@ -25,6 +28,7 @@ pub use message::{
     InferRequest, InferResponse, ModelMetadata, Parameter, Parameters, RequestedOutput,
     ServerMetadata, TensorMetadata,
 };
+pub use repository::{IndexRequest, ModelState, RepositoryEntry};
 pub use tensor::{Datatype, Tensor, TensorData};
 pub use validate::validate_request;
 

@@ -61,6 +61,7 @@ fn request() -> impl Strategy<Value = InferRequest> {
         ("[a-z]{1,6}", any::<Option<bool>>()).prop_map(|(name, binary_data)| RequestedOutput {
             name,
             binary_data,
+            classes: None,
             parameters: Parameters::new(),
         });
     let inputs = vec(tensor(), 0..4);

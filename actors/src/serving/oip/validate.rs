@@ -137,6 +137,7 @@ mod tests {
             name: name.to_owned(),
             datatype: Datatype::Fp32,
             shape: shape.to_vec(),
+            labels: Vec::new(),
         };
         ModelMetadata {
             name: "m".to_owned(),
@@ -157,6 +158,7 @@ mod tests {
         let output = |name: &&str| RequestedOutput {
             name: (*name).to_owned(),
             binary_data: None,
+            classes: None,
             parameters: Parameters::new(),
         };
         let outputs = outputs.iter().map(output).collect();
