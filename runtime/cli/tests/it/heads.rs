@@ -25,6 +25,11 @@ pub(crate) fn head(cluster: &TestCluster, name: &str) -> Option<Value> {
     heads(cluster).into_iter().find(|head| head["name"] == name)
 }
 
+/// A head that the others know; who is asked may not answer at once.
+fn known_head(cluster: &TestCluster, name: &str) -> Value {
+    wait_for(&format!("somebody to name {name}"), || head(cluster, name))
+}
+
 pub(crate) fn leader(cluster: &TestCluster) -> String {
     wait_for("a leader", || {
         let heads = heads(cluster);
@@ -339,7 +344,7 @@ fn a_follower_that_was_away_past_the_compaction_catches_up_by_snapshot() {
     let leads = leader(&cluster);
     let away = another_head(&leads);
     kill_9(cluster.pid(away));
-    let matched = head(&cluster, away).unwrap()["matched_index"]
+    let matched = known_head(&cluster, away)["matched_index"]
         .as_u64()
         .unwrap();
     runtime().block_on(async {
@@ -375,7 +380,7 @@ fn a_wiped_head_is_refused_under_its_old_id_and_replaced_under_a_new_one() {
     wait_for_voters(&cluster, 3);
     let leads = leader(&cluster);
     let wiped = another_head(&leads);
-    let old_id = head(&cluster, wiped).unwrap()["raft_id"].as_u64().unwrap();
+    let old_id = known_head(&cluster, wiped)["raft_id"].as_u64().unwrap();
     kill_9(cluster.pid(wiped));
     let dir: PathBuf = cluster.dir().join(wiped);
     // Half a wipe: the identity is still there, and must not vote on an empty log.
@@ -389,7 +394,7 @@ fn a_wiped_head_is_refused_under_its_old_id_and_replaced_under_a_new_one() {
     std::fs::remove_dir_all(&dir).unwrap();
     let _new = join_head(&cluster, wiped);
     wait_for_voters(&cluster, 3);
-    let new_id = head(&cluster, wiped).unwrap()["raft_id"].as_u64().unwrap();
+    let new_id = known_head(&cluster, wiped)["raft_id"].as_u64().unwrap();
     assert!(new_id > old_id, "{new_id} after {old_id}");
 }
 
@@ -462,13 +467,17 @@ fn a_token_of_another_role_or_a_used_up_one_does_not_make_a_head() {
     // It stays a learner until somebody promotes it, however long it keeps up.
     for _ in 0..3 {
         cluster.ok(&["tokens", "create", "--role", "worker"]);
-        let written = head(&cluster, "head-1").unwrap()["matched_index"].as_u64();
+        let written = known_head(&cluster, "head-1")["matched_index"].as_u64();
         let learner = wait_for("head-2 to hold what was written", || {
             let shown = head(&cluster, "head-2")?;
             (shown["matched_index"].as_u64()? >= written?).then_some(shown)
         });
         assert_eq!(learner["role"], "learner");
     }
-    cluster.ok(&["head", "promote", "head-2"]);
+    // Refused while it is behind, which a moment without CPU time is enough for.
+    wait_for("head-2 to be promoted", || {
+        let promoted = cluster.run(&["head", "promote", "head-2"]);
+        promoted.status.success().then_some(())
+    });
     wait_for_voters(&cluster, 2);
 }
