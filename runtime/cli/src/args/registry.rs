@@ -98,6 +98,15 @@ pub(crate) enum ModelsCommand {
         #[command(flatten)]
         format: Format,
     },
+    /// A version as a page in Markdown: what it is for, what it was measured at, where it came from, who signed it, and
+    /// how its rollouts went.
+    Card {
+        /// The version, as `name:3` or `name:alias`.
+        version: VersionName,
+        /// Write it to this file instead.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
     /// Check a version: its file byte by byte, and what was signed about it. Fails if anything is wrong.
     Verify {
         /// The version, as `name:3` or `name:alias`.

@@ -4,6 +4,7 @@ pub(crate) mod name;
 
 mod alias;
 mod bundle;
+mod card;
 mod lineage;
 mod list;
 mod promote;
@@ -88,6 +89,9 @@ pub(crate) async fn run(target: &Target, command: ModelsCommand) -> anyhow::Resu
             job,
             format,
         } => lineage::lineage(&cluster, version, data, job, format.json).await?,
+        ModelsCommand::Card { version, out } => {
+            card::card(&cluster, &version, out.as_deref()).await?;
+        }
         ModelsCommand::Verify {
             version,
             store,

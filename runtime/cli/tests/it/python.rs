@@ -1,9 +1,11 @@
 //! Peers that are Python packages: environments with them, where PyPI can be reached.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use crate::support::text_of;
+/// How long an environment may take to be made: some hundred MB come from PyPI.
+const MADE_WITHIN: Duration = Duration::from_secs(180);
 
 /// The Python of an environment with `packages` from PyPI; `None`, and a line that says so, where they cannot be had.
 /// An environment that is there already is used as it is.
@@ -29,9 +31,26 @@ pub(crate) fn python_with(name: &str, packages: &[&str]) -> Option<PathBuf> {
 }
 
 fn run(command: &mut Command) -> Result<(), String> {
-    match command.output() {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(text_of(&output)),
-        Err(error) => Err(error.to_string()),
+    let said = tempfile::NamedTempFile::new().map_err(|error| error.to_string())?;
+    let log = || said.reopen().map_err(|error| error.to_string());
+    let command = command.stdin(Stdio::null()).stdout(log()?).stderr(log()?);
+    let mut child = command.spawn().map_err(|error| error.to_string())?;
+    let begun = Instant::now();
+    let ended = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status.success(),
+            Ok(None) if begun.elapsed() < MADE_WITHIN => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Ok(None) | Err(_) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(format!("{command:?} did not end within {MADE_WITHIN:?}"));
+            }
+        }
+    };
+    match ended {
+        true => Ok(()),
+        false => Err(std::fs::read_to_string(said.path()).unwrap_or_default()),
     }
 }

@@ -169,6 +169,15 @@ fn a_good_version_is_promoted_without_a_failed_request_though_the_leader_dies() 
         (&listed[0]["version"], &listed[0]["replicas_running"]),
         (&json!(2), &json!(2))
     );
+    let file = served.cluster.dir().join("card.md");
+    let path = file.to_str().unwrap();
+    served
+        .cluster
+        .ok(&["models", "card", "digits:2", "--out", path]);
+    let card = std::fs::read_to_string(file).unwrap();
+    for row in ["| serves at | digits |", "| digits 1 |", "| promoted |"] {
+        assert!(card.contains(row), "{card}");
+    }
 
     // And back: the version of before answers when it can, the one of now until then.
     served.cluster.ok(&["rollout", "rollback", "digits"]);
