@@ -31,9 +31,9 @@ pub(crate) fn python_with(name: &str, packages: &[&str]) -> Option<PathBuf> {
 }
 
 fn run(command: &mut Command) -> Result<(), String> {
-    let said = tempfile::NamedTempFile::new().map_err(|error| error.to_string())?;
-    let log = || said.reopen().map_err(|error| error.to_string());
-    let command = command.stdin(Stdio::null()).stdout(log()?).stderr(log()?);
+    let said = tempfile::NamedTempFile::new().unwrap();
+    let [out, err] = [(); 2].map(|()| said.as_file().try_clone().unwrap());
+    let command = command.stdin(Stdio::null()).stdout(out).stderr(err);
     let mut child = command.spawn().map_err(|error| error.to_string())?;
     let begun = Instant::now();
     let ended = loop {
