@@ -1,9 +1,10 @@
-//! `cargo xtask bench core`, `head` and `train`: build a suite, run it, and keep its figures; the core suite
-//! is put beside Ray and the training suite beside PyTorch where that is asked for.
+//! `cargo xtask bench core`, `head`, `train` and `serve`: build a suite, run it, and keep its figures; the core suite
+//! is put beside Ray, the training suite beside PyTorch and the serving suite beside a tritonserver where that is asked for.
 //!
 //! Ray comes from PyPI into a virtual environment under the target folder and is asked with its own
 //! `ray microbenchmark`, one pattern of its `TESTS_TO_RUN` after the other, in the same run as ours.
 
+mod serve;
 mod train;
 
 use std::fmt::Write as _;
@@ -27,6 +28,7 @@ const PATTERNS: [&str; 8] = [
     "single client wait 1k refs",
 ];
 
+pub(crate) use serve::serve;
 pub(crate) use train::train;
 
 /// How Ray names the rows that go through its client's server, which ours have no part in.

@@ -50,6 +50,10 @@ commands:
                   steps of whole networks, and kernels by themselves; --peers installs PyTorch
                   from PyPI (6 GB under the target folder) and does the same with it; `--quick`
                   and `--only <part of a name>` go to the suite
+  bench serve [--peers] [args]
+                  requests to an endpoint: callers that wait, requests that come when they come, where
+                  the time goes, overload; --peers asks a tritonserver from PyPI (400 MB under the
+                  target folder) the same; `--quick` goes to the suite
   mutants [NAME...] [--minutes T]
                   plant one known defect after the other in the head, and let the simulator look
                   for it (see chaos/README.md)
@@ -79,6 +83,9 @@ fn main() -> ExitCode {
         ("test", [flag]) if flag == "--quick" => commands::test(commands::TestScope::Quick),
         ("bench", [suite, bench_arguments @ ..]) if suite == "core" => bench::core(bench_arguments),
         ("bench", [suite, bench_arguments @ ..]) if suite == "head" => bench::head(bench_arguments),
+        ("bench", [suite, bench_arguments @ ..]) if suite == "serve" => {
+            bench::serve(bench_arguments)
+        }
         ("bench", [suite, bench_arguments @ ..]) if suite == "train" => {
             bench::train(bench_arguments)
         }
@@ -93,7 +100,9 @@ fn main() -> ExitCode {
             println!("{HELP}");
             ExitCode::SUCCESS
         }
-        ("bench", _) => usage_error("`bench` takes the name of a suite: `core`, `head` or `train`"),
+        ("bench", _) => {
+            usage_error("`bench` takes the name of a suite: `core`, `head`, `train` or `serve`")
+        }
         ("test" | "gpu-check" | "doctor", unexpected) => usage_error(&format!(
             "`{command}` does not take `{}`",
             unexpected.join(" ")

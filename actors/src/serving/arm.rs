@@ -8,7 +8,7 @@
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::feed::Feed;
@@ -17,9 +17,19 @@ use super::rollout::split::{self, Side};
 use super::rollout::trial::{Outcome, Trial};
 use super::statistics::ModelStatistics;
 
+/// Where a version comes from, as far as it is known.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Origin {
+    /// BLAKE3 of its file.
+    pub digest: Option<String>,
+    /// The keys that signed its latest change of stage.
+    pub signers: Vec<String>,
+}
+
 /// One version with its replicas.
 pub struct Arm<B> {
     version: u64,
+    origin: watch::Receiver<Origin>,
     fleet: Fleet<B>,
     feed: Feed,
     statistics: Mutex<ModelStatistics>,
@@ -35,10 +45,17 @@ pub type WhenGone = oneshot::Receiver<Infallible>;
 impl<B: Backend> Arm<B> {
     /// The arm of a version, and what tells of its end.
     #[must_use]
-    pub fn new(version: u64, fleet: Fleet<B>, feed: Feed, tasks: JoinSet<()>) -> (Self, WhenGone) {
+    pub fn new(
+        version: u64,
+        origin: watch::Receiver<Origin>,
+        fleet: Fleet<B>,
+        feed: Feed,
+        tasks: JoinSet<()>,
+    ) -> (Self, WhenGone) {
         let (gone, when_gone) = oneshot::channel();
         let arm = Arm {
             version,
+            origin,
             fleet,
             feed,
             statistics: Mutex::default(),
@@ -52,6 +69,12 @@ impl<B: Backend> Arm<B> {
     #[must_use]
     pub fn version(&self) -> u64 {
         self.version
+    }
+
+    /// Where the version comes from.
+    #[must_use]
+    pub fn origin(&self) -> Origin {
+        self.origin.borrow().clone()
     }
 
     /// Its replicas.

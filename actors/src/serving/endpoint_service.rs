@@ -20,8 +20,8 @@ use super::feed::Observation;
 use super::fleet::{BATCH_ROWS_MAX, Backend, Prediction};
 use super::http::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
-    Datatype, DecodeError, InferRequest, InferResponse, ModelMetadata, ModelState, OipError,
-    Parameters, RepositoryEntry, ServerMetadata, Tensor, TensorData, TensorMetadata,
+    Datatype, DecodeError, Explanation, InferRequest, InferResponse, ModelMetadata, ModelState,
+    OipError, Parameters, RepositoryEntry, ServerMetadata, Tensor, TensorData, TensorMetadata,
 };
 use super::rollout::trial::Outcome;
 use super::statistics::{ModelStatistics, RequestTimes};
@@ -75,11 +75,7 @@ pub struct EndpointService<B> {
 impl<B: Backend> EndpointService<B> {
     /// The service of the endpoint `name`.
     #[must_use]
-    pub fn new(
-        name: &str,
-        signature: Signature,
-        routes: watch::Receiver<Arc<Routes<B>>>,
-    ) -> Self {
+    pub fn new(name: &str, signature: Signature, routes: watch::Receiver<Arc<Routes<B>>>) -> Self {
         let Signature {
             row_values,
             classes,
@@ -169,6 +165,7 @@ impl<B: Backend> EndpointService<B> {
         request: InferRequest,
     ) -> Result<InferResponse, OipError> {
         let started = Instant::now();
+        let explain = request.explain;
         // A request that no version could answer says nothing about one.
         let rows = match rows_of(request, self.row_values) {
             Ok(rows) => rows,
@@ -178,7 +175,10 @@ impl<B: Backend> EndpointService<B> {
             }
         };
         let input = started.elapsed();
-        let error = match self.infer_rows(&assigned.arm, rows.clone(), input).await {
+        let error = match self
+            .infer_rows(&assigned.arm, rows.clone(), input, explain)
+            .await
+        {
             Ok(response) => {
                 assigned.count(Outcome::Answered(started.elapsed()));
                 return Ok(response);
@@ -194,7 +194,7 @@ impl<B: Backend> EndpointService<B> {
             %error,
             "the active version answers for the candidate"
         );
-        self.infer_rows(second, rows, input).await
+        self.infer_rows(second, rows, input, explain).await
     }
 
     async fn infer_rows(
@@ -202,9 +202,10 @@ impl<B: Backend> EndpointService<B> {
         arm: &Arm<B>,
         rows: Vec<Vec<f32>>,
         compute_input: Duration,
+        explain: bool,
     ) -> Result<InferResponse, OipError> {
         let started = Instant::now();
-        let result = self.infer_with(arm, rows, compute_input).await;
+        let result = self.infer_with(arm, rows, compute_input, explain).await;
         if result.is_err() {
             arm.statistics()
                 .record_failure(compute_input + started.elapsed());
@@ -217,10 +218,11 @@ impl<B: Backend> EndpointService<B> {
         arm: &Arm<B>,
         rows: Vec<Vec<f32>>,
         compute_input: Duration,
+        explain: bool,
     ) -> Result<InferResponse, OipError> {
         let answer = arm.fleet().infer(&self.metadata.name, rows.clone()).await?;
         let splitting = Instant::now();
-        let response = self.response(arm.version(), &answer.outputs)?;
+        let mut response = self.response(arm.version(), &answer.outputs)?;
         let times = RequestTimes {
             queue: answer.queued,
             compute_input,
@@ -228,6 +230,17 @@ impl<B: Backend> EndpointService<B> {
             compute_output: splitting.elapsed(),
         };
         record(arm, &answer, times);
+        response.explanation = explain.then(|| {
+            let origin = arm.origin();
+            Explanation {
+                digest: origin.digest,
+                signers: origin.signers,
+                assemble: times.compute_input,
+                queue: times.queue,
+                compute: times.compute_infer,
+                split: times.compute_output,
+            }
+        });
         // A monitor compares with what its own version was trained on, and only the active one has one.
         if self.routes.borrow().active.version() == arm.version() {
             arm.feed().offer(Observation {
@@ -277,6 +290,7 @@ impl<B: Backend> EndpointService<B> {
             id: None,
             parameters: Parameters::new(),
             outputs: vec![probabilities.map_err(misfit)?, class.map_err(misfit)?],
+            explanation: None,
         })
     }
 }

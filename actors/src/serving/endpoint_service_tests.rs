@@ -2,7 +2,7 @@ use std::sync::Mutex;
 
 use tokio::task::JoinSet;
 
-use super::super::arm::{Tried, lock};
+use super::super::arm::{Origin, Tried, lock};
 use super::super::feed::{FeedReader, feed};
 use super::super::fleet::{BackendFailure, Fleet};
 use super::super::replica::Inference;
@@ -34,7 +34,11 @@ impl Backend for Three {
 /// An arm of one replica that takes no requests yet.
 fn arm<B: Backend>(version: u64) -> (Arc<Arm<B>>, FeedReader) {
     let (feed, reader) = feed();
-    let (arm, _) = Arm::new(version, Fleet::new(1), feed, JoinSet::new());
+    let (_, origin) = watch::channel(Origin {
+        digest: Some("d1".to_owned()),
+        signers: vec!["alice".to_owned()],
+    });
+    let (arm, _) = Arm::new(version, origin, Fleet::new(1), feed, JoinSet::new());
     (Arc::new(arm), reader)
 }
 
@@ -229,4 +233,51 @@ async fn a_candidate_without_replicas_gets_nothing_and_nothing_is_counted() {
         (evidence.candidate.requests, evidence.baseline.requests),
         (0, 0)
     );
+}
+
+#[tokio::test]
+async fn an_answer_names_its_origin_and_the_index_its_versions() {
+    let (service, _reader, active) = service();
+    let state = async || {
+        let index = service.repository_index().await.unwrap();
+        assert_eq!(index.len(), 1);
+        (
+            index[0].version.clone(),
+            index[0].state,
+            !index[0].reason.is_empty(),
+        )
+    };
+    assert_eq!(
+        state().await,
+        ("4".to_owned(), ModelState::Unavailable, true)
+    );
+    open(&active, Three);
+    assert_eq!(state().await, ("4".to_owned(), ModelState::Ready, false));
+    let mut asked = request(1, 0.5);
+    asked.explain = true;
+    let answer = service.infer("digits", None, asked).await.unwrap();
+    let explanation = answer.explanation.unwrap();
+    assert_eq!(explanation.digest.as_deref(), Some("d1"));
+    assert_eq!(explanation.signers, ["alice"]);
+    let plain = service.infer("digits", None, request(1, 0.5)).await;
+    assert_eq!(plain.unwrap().explanation, None);
+    for (model, change, command) in [
+        (
+            "digits",
+            RepositoryChange::Load,
+            "mobula rollout start digits",
+        ),
+        ("faces", RepositoryChange::Load, "mobula serve deploy faces"),
+        (
+            "digits",
+            RepositoryChange::Unload,
+            "mobula serve delete digits",
+        ),
+    ] {
+        let refused = service.change_repository(model, change).await.unwrap_err();
+        assert_eq!(refused.status(), 400);
+        assert!(refused.to_string().contains(command), "{refused}");
+    }
+    let metadata = service.model_metadata("digits", None).await.unwrap();
+    assert_eq!(metadata.outputs[0].labels[3], "digit 3");
 }

@@ -8,7 +8,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Bytes;
@@ -24,9 +24,9 @@ use serde_json::{Value, json};
 use super::auth::BearerAuth;
 use super::compression::{self, ContentEncoding};
 use super::oip::{
-    DecodeError, IndexRequest, InferRequest, InferResponse, ModelMetadata, OipError,
+    DecodeError, EXPLAIN, IndexRequest, InferRequest, InferResponse, ModelMetadata, OipError,
     RepositoryEntry, ServerMetadata, classify, decode_raw_request, decode_request, encode_response,
-    validate_request,
+    is_asked, validate_request,
 };
 use super::statistics::ModelStatistics;
 
@@ -301,6 +301,8 @@ async fn infer(
     let routing_key = headers
         .get(ROUTING_KEY)
         .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let explain = is_asked(headers.get(EXPLAIN).map(HeaderValue::as_bytes));
+    let started = Instant::now();
     let mut request = off_async_threads(body.len(), move || {
         let body = compression::inflate(&headers, body, max_body_bytes)?;
         let request = match json_length(&headers, body.len())? {
@@ -312,6 +314,8 @@ async fn infer(
     })
     .await?;
     request.routing_key = routing_key;
+    request.explain = explain;
+    let read = started.elapsed();
 
     // The response is written as the request wanted it, but its inputs are the service's to keep or drop.
     let wanted = InferRequest {
@@ -322,6 +326,9 @@ async fn infer(
     };
     let mut response = front.service.infer(&at.model, version, request).await?;
     response.id = wanted.id.clone();
+    if let Some(explanation) = &mut response.explanation {
+        explanation.assemble += read;
+    }
     classify(&mut response, &wanted, &metadata)?;
     let elements = response
         .outputs
@@ -390,6 +397,7 @@ fn encode(
     wanted: &InferRequest,
     encoding: ContentEncoding,
 ) -> Result<Response, OipError> {
+    let started = Instant::now();
     let body = encode_response(response, wanted)?;
     let content_type = if body.json_length.is_some() {
         "application/octet-stream"
@@ -397,8 +405,18 @@ fn encode(
         "application/json"
     };
     let (bytes, encoding) = compression::deflate(encoding, body.bytes);
+    let explained = response
+        .explanation
+        .as_ref()
+        .map(|explanation| explanation.headers(&response.model_version, started.elapsed()));
     let mut response = Response::new(bytes.into());
     let headers = response.headers_mut();
+    for (name, value) in explained.into_iter().flatten() {
+        // Names of keys may hold what a header may not; the others are known without it.
+        if let Ok(value) = HeaderValue::try_from(value) {
+            headers.insert(name, value);
+        }
+    }
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     if let Some(length) = body.json_length {
         headers.insert(JSON_LENGTH, HeaderValue::from(length));

@@ -10,7 +10,8 @@ use tokio::task::JoinHandle;
 
 use super::super::grpc::oip_routes;
 use super::super::oip::{
-    Datatype, ModelState, Tensor, TensorData, TensorMetadata, decode_response, encode_request,
+    Datatype, Explanation, ModelState, Tensor, TensorData, TensorMetadata, decode_response,
+    encode_request,
 };
 use super::super::server::{ServeSummary, serve};
 use super::super::statistics::RequestTimes;
@@ -86,6 +87,11 @@ impl Doubler {
                 Tensor::new("y", x.shape().to_vec(), doubled).unwrap(),
                 Tensor::new("text", vec![rows], text).unwrap(),
             ],
+            explanation: request.explain.then(|| Explanation {
+                digest: Some("d1".to_owned()),
+                signers: vec!["ann".to_owned()],
+                ..Explanation::default()
+            }),
             ..InferResponse::default()
         }
     }

@@ -324,3 +324,94 @@ async fn a_body_that_stalls_ends_its_request() {
     assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
     assert!(answer.contains("did not arrive within 50 ms"), "{answer}");
 }
+
+#[tokio::test]
+async fn classes_are_given_where_an_output_asks_for_them() {
+    let server = start().await;
+    let ask = |output: &str, classes: Value| {
+        let mut body: Value = serde_json::from_slice(&json_body(2)).unwrap();
+        body["outputs"] = json!([{"name": output, "parameters": {"classification": classes}}]);
+        server.infer("double", body.to_string())
+    };
+    let response = decode(ask("y", json!(1)).send().await.unwrap()).await;
+    let best = TensorData::Bytes(vec![b"2.000000:1".to_vec(), b"6.000000:1".to_vec()]);
+    assert_eq!(response.outputs[0].data(), &best);
+    assert_eq!(response.outputs[0].shape(), [2, 1]);
+    // None at all are the values.
+    let response = decode(ask("y", json!(0)).send().await.unwrap()).await;
+    assert_eq!(response.outputs[0].shape(), [2, 2]);
+    let error = server.error_of(ask("text", json!(1)), 400).await;
+    assert!(error.contains("BYTES has no classes"), "{error}");
+    let error = server.error_of(ask("y", json!("1")), 400).await;
+    assert!(error.contains("classification"), "{error}");
+}
+
+#[tokio::test]
+async fn the_repository_tells_its_states_and_changes_what_may_change() {
+    let server = start().await;
+    let index = |body: &'static str| server.call(Method::POST, "/v2/repository/index").body(body);
+    let ready = json!({"name": "double", "version": "1", "state": "READY"});
+    let down = json!({
+        "name": "down", "version": "1", "state": "UNAVAILABLE", "reason": "no replica runs",
+    });
+    for (body, expected) in [
+        ("", json!([ready, down])),
+        ("{}", json!([ready, down])),
+        (r#"{"ready": true}"#, json!([ready])),
+    ] {
+        let answer = index(body).send().await.unwrap();
+        assert_eq!(answer.json::<Value>().await.unwrap(), expected, "{body}");
+    }
+    let error = server.error_of(index("hello"), 400).await;
+    assert!(error.contains("malformed"), "{error}");
+    for change in ["load", "unload"] {
+        let change = |model: &str| {
+            let path = format!("/v2/repository/models/{model}/{change}");
+            server.call(Method::POST, &path)
+        };
+        let changed = change("double").send().await.unwrap();
+        assert_eq!(changed.status(), StatusCode::OK);
+        let error = server.error_of(change("down"), 400).await;
+        assert!(error.contains("ask somebody else"), "{error}");
+        server.error_of(change("nobody"), 404).await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_explains_itself_when_it_is_asked() {
+    let server = start().await;
+    let plain = server.infer("double", json_body(1)).send().await.unwrap();
+    let own = |response: &reqwest::Response| -> Vec<String> {
+        let names = response.headers().keys().map(HeaderName::to_string);
+        names.filter(|name| name.starts_with("x-mobula-")).collect()
+    };
+    assert_eq!(own(&plain), Vec::<String>::new());
+    let call = server.infer("double", json_body(1));
+    let explained = call
+        .header("X-Mobula-Explain", "true")
+        .send()
+        .await
+        .unwrap();
+    let header = |name: &str| explained.headers()[name].to_str().unwrap().to_owned();
+    assert_eq!(header("x-mobula-version"), "1");
+    assert_eq!(header("x-mobula-digest"), "d1");
+    assert_eq!(header("x-mobula-signers"), "ann");
+    let times = header("x-mobula-times-us");
+    let parts: Vec<&str> = times
+        .split(", ")
+        .map(|part| {
+            let (name, microseconds) = part.split_once('=').unwrap();
+            microseconds.parse::<u64>().unwrap();
+            name
+        })
+        .collect();
+    assert_eq!(
+        parts,
+        ["queue", "assemble", "compute", "split", "serialize"]
+    );
+    // The message itself is the protocol's.
+    assert_eq!(
+        explained.bytes().await.unwrap(),
+        plain.bytes().await.unwrap()
+    );
+}

@@ -1,15 +1,19 @@
-//! From an arm of the router to its actors: finds the replicas, watches them, and feeds the monitor.
+//! From an arm of the router to what it has to do with: finds the replicas, watches them, feeds the monitor, and asks the
+//! registry about the version.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use mobula::{ActorRef, CallFailure, Cluster};
 use mobula_core::id::{ActorId, Incarnation};
+use tokio::sync::watch;
 
+use super::arm::Origin;
 use super::feed::FeedReader;
 use super::fleet::{BATCH_TIMEOUT, Backend, BackendFailure, Berth};
 use super::replica::{Inference, Replica, ReplicaCalls};
 use crate::drift::monitor::{Monitor, MonitorCalls};
+use crate::registry::client as registry;
 
 /// How long a probe of a replica waits; it includes waiting for a replica that is being started.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -19,6 +23,10 @@ const WATCH_WAIT: Duration = Duration::from_secs(30);
 
 /// The pause after something that could not be done now.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
+
+/// How often the registry is asked who has signed a version: signatures come by hand, and answers may name them a little
+/// later.
+const ORIGIN_INTERVAL: Duration = Duration::from_secs(30);
 
 /// How long the monitor may take for a call, its start included.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(10);
@@ -96,6 +104,41 @@ impl Backend for ActorRef<Replica> {
             CallFailure::System(error) => BackendFailure::Lost(error.to_string()),
         })
     }
+}
+
+/// Keeps up with what the registry knows of a version: a stage may be signed while it answers.
+pub(super) async fn follow_origin(
+    cluster: Cluster,
+    model: String,
+    version: u64,
+    learnt: watch::Sender<Origin>,
+) {
+    loop {
+        let pause = match origin(&cluster, &model, version).await {
+            Ok(origin) => {
+                learnt.send_replace(origin);
+                ORIGIN_INTERVAL
+            }
+            Err(error) => {
+                tracing::debug!(model, version, %error, "the registry does not answer");
+                RETRY_PAUSE
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn origin(cluster: &Cluster, model: &str, version: u64) -> mobula::Result<Origin> {
+    let known = registry::version(cluster, model, Some(version)).await?;
+    let signed = registry::signed(cluster, model, version).await?;
+    let signatures = signed.map_or(Vec::new(), |edge| edge.promotion.signatures);
+    Ok(Origin {
+        digest: Some(known.description.digest),
+        signers: signatures
+            .into_iter()
+            .map(|signature| signature.key)
+            .collect(),
+    })
 }
 
 /// Sends what was answered to the monitor. Whatever does not arrive is dropped and counted.

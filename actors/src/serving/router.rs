@@ -25,7 +25,7 @@ use super::endpoint_service::{EndpointService, body_limits};
 use super::grpc::oip_routes;
 use super::server;
 use super::state::{Command, Endpoint, Routing};
-use super::steering::{Steering, Versions, SignatureError};
+use super::steering::{SignatureError, Steering, Versions};
 use crate::serving::client;
 
 /// The pause after something that could not be done now.
@@ -139,7 +139,8 @@ impl Running {
             .map_err(|source| RouterError::Bind { ip, source })?;
 
         let mut tasks = JoinSet::new();
-        let (steering, routes) = Steering::new(versions, ctx.incarnation(), signature.clone(), &routing);
+        let (steering, routes) =
+            Steering::new(versions, ctx.incarnation(), signature.clone(), &routing);
         tasks.spawn(steering.follow());
         tasks.spawn(announce(
             ctx.clone(),

@@ -18,14 +18,14 @@ use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::arm::{Arm, Routes, Tried, WhenGone, lock};
+use super::arm::{Arm, Origin, Routes, Tried, WhenGone, lock};
 use super::client;
 use super::controller::{monitor_name, replica_name};
 use super::endpoint_service::{ROW_VALUES_MAX, Signature};
 use super::feed::feed;
 use super::fleet::Fleet;
 use super::replica::Replica;
-use super::replica_link::{feed_monitor, keep_open};
+use super::replica_link::{feed_monitor, follow_origin, keep_open};
 use super::rollout::command::{Command, Verdict};
 use super::rollout::plan::{Cleanup, Phase, Rollout, Served};
 use super::rollout::trial::{Evidence, Judgement, Trial, shortened};
@@ -115,7 +115,14 @@ impl Versions {
         let (feed, reader) = feed();
         let monitor = monitor_name(&endpoint.name, version);
         tasks.spawn(feed_monitor(self.cluster.clone(), monitor, reader));
-        Arm::new(version, fleet, feed, tasks)
+        let (learnt, origin) = watch::channel(Origin::default());
+        tasks.spawn(follow_origin(
+            self.cluster.clone(),
+            endpoint.model.clone(),
+            version,
+            learnt,
+        ));
+        Arm::new(version, origin, fleet, feed, tasks)
     }
 }
 

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::super::oip::{
-    CLASSIFICATION, Datatype, DecodeError, EncodeError, InferRequest, InferResponse, ModelMetadata, Parameter,
-    Parameters, RepositoryEntry, RequestedOutput, Tensor, TensorData, TensorMetadata, tensor_bytes, tensor_of_bytes,
+    CLASSIFICATION, Datatype, DecodeError, EncodeError, InferRequest, InferResponse, ModelMetadata,
+    Parameter, Parameters, RepositoryEntry, RequestedOutput, Tensor, TensorData, TensorMetadata,
+    tensor_bytes, tensor_of_bytes,
 };
 use super::super::statistics::{BatchTimes, DurationCount, ModelStatistics};
 use super::proto;
@@ -45,6 +46,7 @@ pub(super) fn request(message: proto::ModelInferRequest) -> Result<InferRequest,
         outputs: outputs.collect::<Result<_, _>>()?,
         binary_data_output: true,
         routing_key: None,
+        explain: false,
     })
 }
 
@@ -195,9 +197,7 @@ pub(super) fn response(
         outputs.iter().collect()
     } else {
         let find = |wanted: &RequestedOutput| {
-            let found = outputs
-                .iter()
-                .find(|output| output.name() == wanted.name);
+            let found = outputs.iter().find(|output| output.name() == wanted.name);
             found.ok_or_else(|| EncodeError::MissingOutput {
                 output: wanted.name.clone(),
             })
@@ -225,7 +225,7 @@ pub(super) fn response(
     })
 }
 
-fn parameter((name, value): (String, Parameter)) -> (String, proto::InferParameter) {
+pub(super) fn parameter((name, value): (String, Parameter)) -> (String, proto::InferParameter) {
     let choice = match value {
         Parameter::Bool(value) => ParameterChoice::BoolParam(value),
         Parameter::Int(value) => ParameterChoice::Int64Param(value),

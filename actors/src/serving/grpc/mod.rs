@@ -9,6 +9,7 @@ mod convert;
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Router;
 use futures::{Stream, StreamExt};
@@ -20,7 +21,10 @@ use self::proto::grpc_inference_service_server::{
 };
 use super::auth::BearerAuth;
 use super::http::{BodyLimits, InferenceService, ROUTING_KEY, RepositoryChange, oip_router};
-use super::oip::{IndexRequest, InferRequest, ModelMetadata, OipError, classify, validate_request};
+use super::oip::{
+    EXPLAIN, IndexRequest, InferRequest, ModelMetadata, OipError, Parameter, classify, is_asked,
+    validate_request,
+};
 
 /// The messages, as `proto/inference.proto` has them.
 #[allow(
@@ -87,30 +91,56 @@ impl GrpcFront {
     async fn answer(
         &self,
         request: proto::ModelInferRequest,
-        routing_key: Option<String>,
-    ) -> Result<proto::ModelInferResponse, OipError> {
+        asker: &Asker,
+    ) -> Result<(proto::ModelInferResponse, Explained), OipError> {
         let model = request.model_name.clone();
         let version = named(&request.model_version).map(str::to_owned);
         let version = version.as_deref();
         let metadata = self.service.model_metadata(&model, version).await?;
         let id = request.id.clone();
+        let started = Instant::now();
         let mut request = convert::request(request)?;
-        request.routing_key = routing_key;
+        request.routing_key.clone_from(&asker.routing_key);
+        request.explain = asker.explain;
         validate_request(&request, &metadata)?;
+        let read = started.elapsed();
         let wanted = InferRequest {
             outputs: request.outputs.clone(),
             ..InferRequest::default()
         };
         let mut response = self.service.infer(&model, version, request).await?;
         classify(&mut response, &wanted, &metadata)?;
-        Ok(convert::response(response, id, &wanted.outputs)?)
+        let explanation = response.explanation.take().map(|mut explanation| {
+            explanation.assemble += read;
+            explanation
+        });
+        let started = Instant::now();
+        let message = convert::response(response, id, &wanted.outputs)?;
+        let explained = explanation
+            .map(|explanation| explanation.headers(&message.model_version, started.elapsed()));
+        Ok((message, explained.unwrap_or_default()))
     }
 }
 
-/// Who asks, as while a new version is tried: the same header as HTTP's.
-fn routing_key<T>(request: &Request<T>) -> Option<String> {
-    let value = request.metadata().get(ROUTING_KEY.as_str())?;
-    Some(String::from_utf8_lossy(value.as_bytes()).into_owned())
+/// What an answer says about itself, as names and values.
+type Explained = Vec<(&'static str, String)>;
+
+/// What a call's metadata say: the same headers as HTTP's. One for all requests of a stream.
+#[derive(Clone)]
+struct Asker {
+    routing_key: Option<String>,
+    explain: bool,
+}
+
+impl Asker {
+    fn of<T>(request: &Request<T>) -> Self {
+        let value = |name: &str| request.metadata().get(name).map(|value| value.as_bytes());
+        let key = value(ROUTING_KEY.as_str());
+        Asker {
+            routing_key: key.map(|key| String::from_utf8_lossy(key).into_owned()),
+            explain: is_asked(value(EXPLAIN)),
+        }
+    }
 }
 
 /// A version that was asked for; the protocol's empty string is none.
@@ -225,10 +255,17 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::ModelInferRequest>,
     ) -> Result<Response<proto::ModelInferResponse>, Status> {
-        let key = routing_key(&request);
+        let asker = Asker::of(&request);
         let request = self.admitted(request)?;
-        let response = self.answer(request, key).await.map_err(status_of)?;
-        Ok(Response::new(response))
+        let (message, explained) = self.answer(request, &asker).await.map_err(status_of)?;
+        let mut response = Response::new(message);
+        for (name, value) in explained {
+            // Names of keys may hold what metadata may not; the others are known without it.
+            if let Ok(value) = value.parse() {
+                response.metadata_mut().insert(name, value);
+            }
+        }
+        Ok(response)
     }
 
     async fn repository_index(
@@ -271,13 +308,12 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<Streaming<proto::ModelInferRequest>>,
     ) -> Result<Response<Answers>, Status> {
-        // One for all requests of the stream.
-        let key = routing_key(&request);
+        let asker = Asker::of(&request);
         let requests = self.admitted(request)?;
         let front = self.clone();
         let answers = requests.map(move |request| {
-            let (front, key) = (front.clone(), key.clone());
-            async move { front.answer_in_band(request?, key).await }
+            let (front, asker) = (front.clone(), asker.clone());
+            async move { front.answer_in_band(request?, &asker).await }
         });
         Ok(Response::new(Box::pin(answers.buffered(STREAM_AT_ONCE))))
     }
@@ -292,11 +328,11 @@ impl GrpcFront {
     async fn answer_in_band(
         &self,
         request: proto::ModelInferRequest,
-        routing_key: Option<String>,
+        asker: &Asker,
     ) -> Result<proto::ModelStreamInferResponse, Status> {
         let id = request.id.clone();
-        let mut response = match self.answer(request, routing_key).await {
-            Ok(response) => response,
+        let (mut response, explained) = match self.answer(request, asker).await {
+            Ok(answered) => answered,
             // Who sent it finds out by its id which of the requests failed.
             Err(error) => {
                 let response = proto::ModelInferResponse {
@@ -309,13 +345,13 @@ impl GrpcFront {
                 });
             }
         };
-        let parameter = proto::infer_parameter::ParameterChoice::BoolParam(true);
-        let parameter = proto::InferParameter {
-            parameter_choice: Some(parameter),
-        };
-        response
-            .parameters
-            .insert(FINAL_RESPONSE.to_owned(), parameter);
+        // A stream has metadata once, so each answer explains itself.
+        let explained = explained
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), Parameter::String(value)));
+        let last = (FINAL_RESPONSE.to_owned(), Parameter::Bool(true));
+        let parameters = explained.chain([last]).map(convert::parameter);
+        response.parameters.extend(parameters);
         Ok(proto::ModelStreamInferResponse {
             error_message: String::new(),
             infer_response: Some(response),

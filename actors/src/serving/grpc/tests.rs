@@ -320,3 +320,59 @@ async fn a_stream_outlives_the_failure_of_a_request_and_keeps_their_order() {
         }
     }
 }
+
+#[tokio::test]
+async fn the_repository_classes_and_explanations_are_those_of_http() {
+    let server = start().await;
+    let mut client = connect(&server).await;
+    let index = proto::RepositoryIndexRequest {
+        ready: true,
+        ..Default::default()
+    };
+    let index = client.repository_index(with_token(index)).await.unwrap();
+    let models = &index.get_ref().models;
+    assert_eq!(models.len(), 1);
+    assert_eq!((&*models[0].name, &*models[0].state), ("double", "READY"));
+    let load = |model: &str| {
+        with_token(proto::RepositoryModelLoadRequest {
+            model_name: model.to_owned(),
+            ..Default::default()
+        })
+    };
+    client.repository_model_load(load("double")).await.unwrap();
+    let status = client
+        .repository_model_load(load("down"))
+        .await
+        .unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+
+    let mut request = raw("double", &[1.0, 2.0]);
+    let classes = |count| proto::InferParameter {
+        parameter_choice: Some(proto::infer_parameter::ParameterChoice::Int64Param(count)),
+    };
+    let mut output = InferRequestedOutputTensor {
+        name: "y".to_owned(),
+        ..Default::default()
+    };
+    output
+        .parameters
+        .insert("classification".to_owned(), classes(1));
+    request.outputs = vec![output];
+    let mut call = with_token(request.clone());
+    let wish = MetadataValue::from_static("true");
+    call.metadata_mut().insert("x-mobula-explain", wish);
+    let answer = client.model_infer(call).await.unwrap();
+    assert_eq!(answer.metadata().get("x-mobula-digest").unwrap(), "d1");
+    assert!(answer.metadata().contains_key("x-mobula-times-us"));
+    assert_eq!(
+        &answer.get_ref().raw_output_contents[0][..],
+        b"\x0a\0\0\x004.000000:1"
+    );
+    let negative = classes(-1);
+    request.outputs[0]
+        .parameters
+        .insert("classification".to_owned(), negative);
+    let (code, words) = refusal(&mut client, request).await;
+    assert_eq!(code, Code::InvalidArgument);
+    assert!(words.contains("classification"), "{words}");
+}

@@ -49,12 +49,11 @@ fn classes(
     let count = usize::try_from(count).unwrap_or(usize::MAX).min(row_values);
     let mut texts = Vec::with_capacity(count * rows.unwrap_or(1) as usize);
     for first in (0..values).step_by(row_values.max(1)) {
-        let ordered = ordered(output.data(), first, row_values).ok_or_else(|| {
-            EncodeError::NoClasses {
+        let ordered =
+            ordered(output.data(), first, row_values).ok_or_else(|| EncodeError::NoClasses {
                 tensor: output.name().to_owned(),
                 datatype: output.datatype(),
-            }
-        })?;
+            })?;
         for (index, value) in ordered.into_iter().take(count) {
             let label = labels.get(index).map(|label| format!(":{label}"));
             let text = format!("{value}:{index}{}", label.unwrap_or_default());
@@ -69,10 +68,7 @@ fn classes(
 /// The values of a row with their places, the largest first and equal ones in their order; `None` where values have no
 /// order or no text.
 fn ordered(data: &TensorData, first: usize, count: usize) -> Option<Vec<(usize, String)>> {
-    fn sorted<T: PartialOrd + Copy>(
-        row: &[T],
-        text: impl Fn(T) -> String,
-    ) -> Vec<(usize, String)> {
+    fn sorted<T: PartialOrd + Copy>(row: &[T], text: impl Fn(T) -> String) -> Vec<(usize, String)> {
         let mut places: Vec<usize> = (0..row.len()).collect();
         // What is no number is equal to all, so it stays where it is.
         places.sort_by(|a, b| {
@@ -94,10 +90,9 @@ fn ordered(data: &TensorData, first: usize, count: usize) -> Option<Vec<(usize, 
         TensorData::Int64(values) => sorted(&values[row], |value| value.to_string()),
         TensorData::Fp32(values) => sorted(&values[row], |value| format!("{value:.6}")),
         TensorData::Fp64(values) => sorted(&values[row], |value| format!("{value:.6}")),
-        TensorData::Bool(_)
-        | TensorData::Fp16(_)
-        | TensorData::Bf16(_)
-        | TensorData::Bytes(_) => return None,
+        TensorData::Bool(_) | TensorData::Fp16(_) | TensorData::Bf16(_) | TensorData::Bytes(_) => {
+            return None;
+        }
     })
 }
 

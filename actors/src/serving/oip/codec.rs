@@ -97,6 +97,7 @@ pub fn decode_request(
         outputs,
         binary_data_output,
         routing_key: None,
+        explain: false,
     })
 }
 
@@ -188,6 +189,7 @@ pub fn decode_response(
         id: response.id,
         parameters: Params::read(response.parameters)?.rest,
         outputs: decode_tensors(response.outputs, tail)?,
+        explanation: None,
     })
 }
 
@@ -294,8 +296,8 @@ impl Params {
             Parameter::Int(value) => u64::try_from(value).ok(),
             Parameter::Bool(_) | Parameter::Float(_) | Parameter::String(_) => None,
         };
-        let size =
-            size.ok_or_else(|| wrong_parameter(name, "a whole number from 0 on", &parameter.to_json()));
+        let size = size
+            .ok_or_else(|| wrong_parameter(name, "a whole number from 0 on", &parameter.to_json()));
         size.map(Some)
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::explain::Explanation;
 use super::tensor::{Datatype, Tensor};
 
 /// A value of a `parameters` object.
@@ -79,6 +80,8 @@ pub struct InferRequest {
     /// Who asks, from the transport rather than the body: the same key is always sent to the same version
     /// while a new one is tried.
     pub routing_key: Option<String>,
+    /// Whether an [`Explanation`] is wanted, from the transport as well.
+    pub explain: bool,
 }
 
 impl InferRequest {
@@ -114,6 +117,8 @@ pub struct InferResponse {
     pub parameters: Parameters,
     /// The outputs.
     pub outputs: Vec<Tensor>,
+    /// Where it comes from and where its time went, if that was asked for; goes beside the message.
+    pub explanation: Option<Explanation>,
 }
 
 /// What a server says about itself.

@@ -5,12 +5,13 @@
 //! 3. Nothing is allocated from a size a client merely claims; only bytes that are there are copied.
 //!
 //! Reading order: `tensor` (types and data), `message` (requests, responses, metadata), `json` and `binary` (the two
-//! forms of tensor data), `codec` (whole bodies), `validate` (against a model), `classify`, `repository`, `error`.
+//! forms of tensor data), `codec` (whole bodies), `validate` (against a model), `classify`, `repository`, `explain`, `error`.
 
 mod binary;
 mod classify;
 mod codec;
 mod error;
+mod explain;
 mod json;
 mod message;
 mod repository;
@@ -20,10 +21,11 @@ mod validate;
 pub use binary::{tensor_bytes, tensor_of_bytes};
 pub use classify::classify;
 pub use codec::{
-    CLASSIFICATION, EncodedBody, decode_raw_request, decode_request, decode_response, encode_request,
-    encode_response,
+    CLASSIFICATION, EncodedBody, decode_raw_request, decode_request, decode_response,
+    encode_request, encode_response,
 };
 pub use error::{DecodeError, EncodeError, OipError, ValidateError};
+pub use explain::{EXPLAIN, Explanation, is_asked};
 pub use message::{
     InferRequest, InferResponse, ModelMetadata, Parameter, Parameters, RequestedOutput,
     ServerMetadata, TensorMetadata,

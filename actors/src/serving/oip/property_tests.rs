@@ -57,11 +57,15 @@ fn request() -> impl Strategy<Value = InferRequest> {
         "[a-z]{0,5}".prop_map(Parameter::String),
     ];
     let parameters = proptest::collection::btree_map("[a-b]{1,4}", parameter, 0..3);
-    let output =
-        ("[a-z]{1,6}", any::<Option<bool>>()).prop_map(|(name, binary_data)| RequestedOutput {
+    let output = (
+        "[a-z]{1,6}",
+        any::<Option<bool>>(),
+        proptest::option::of(1u64..9),
+    )
+        .prop_map(|(name, binary_data, classes)| RequestedOutput {
             name,
             binary_data,
-            classes: None,
+            classes,
             parameters: Parameters::new(),
         });
     let inputs = vec(tensor(), 0..4);
@@ -74,12 +78,14 @@ fn request() -> impl Strategy<Value = InferRequest> {
     )
         .prop_map(
             |(id, parameters, inputs, outputs, binary_data_output)| InferRequest {
-                id,
+                // An empty id is none.
+                id: id.filter(|id| !id.is_empty()),
                 parameters,
                 inputs,
                 outputs,
                 binary_data_output,
                 routing_key: None,
+                explain: false,
             },
         )
 }

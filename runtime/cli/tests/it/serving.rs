@@ -28,6 +28,8 @@ fn an_endpoint_answers_the_protocol_refuses_with_reasons_and_goes_without_a_trac
     described(&served);
     answers_json(&served);
     answers_binary(&served);
+    names_classes_and_origins(&served);
+    keeps_its_repository(&served);
     refuses(&served);
 
     let nodes: BTreeSet<u64> = served
@@ -209,6 +211,63 @@ fn answers_binary(served: &Served) {
 }
 
 /// Every refusal has its status, and a body `{"error": …}` that says what was expected.
+fn names_classes_and_origins(served: &Served) {
+    let mut request = request_of(served.image(0));
+    request["outputs"] = json!([{"name": "probabilities", "parameters": {"classification": 2}}]);
+    let answer = served.infer(&request).json();
+    let best = &output(&answer, "probabilities")["data"];
+    let class = served.classify(served.image(0))[0];
+    let first = best[0].as_str().unwrap();
+    let parts: Vec<&str> = first.split(':').collect();
+    // The digits' labels are their own names.
+    assert_eq!(
+        parts[1..],
+        [class.to_string(), class.to_string()],
+        "{answer}"
+    );
+
+    let shown = served.cluster.json(&["models", "show", "digits:1"])[0].clone();
+    let digest = wait_for("the router to know where the version comes from", || {
+        let answer = served.infer_explained(&request_of(served.image(0)));
+        assert_eq!(answer.status, 200, "{}", answer.json());
+        assert_eq!(answer.headers["x-mobula-version"], "1");
+        let times = answer.headers["x-mobula-times-us"].to_str().unwrap();
+        assert!(times.contains("compute="), "{times}");
+        // Nobody has signed anything yet.
+        assert!(!answer.headers.contains_key("x-mobula-signers"));
+        let digest = answer.headers.get("x-mobula-digest")?;
+        Some(digest.to_str().unwrap().to_owned())
+    });
+    assert_eq!(shown["digest"], json!(digest), "{shown}");
+}
+
+fn keeps_its_repository(served: &Served) {
+    let post = |path: &str| {
+        let path = format!("/v2/repository/{path}");
+        served.call(Method::POST, &path, Some(served.token()), None, Vec::new())
+    };
+    let index = post("index").json();
+    assert_eq!(
+        index,
+        json!([{"name": "digits", "version": "1", "state": "READY"}])
+    );
+    for (change, command) in [
+        ("models/digits/load", "mobula rollout start digits"),
+        ("models/digits/unload", "mobula serve delete digits"),
+        ("models/faces/load", "mobula serve deploy faces"),
+    ] {
+        let refused = post(change);
+        assert_eq!(refused.status, 400, "{change}");
+        let words = refused.json();
+        assert!(
+            words["error"].as_str().unwrap().contains(command),
+            "{words}"
+        );
+    }
+    let unknown = served.call(Method::POST, "/v2/repository/index", None, None, Vec::new());
+    assert_eq!(unknown.status, 401);
+}
+
 fn refuses(served: &Served) {
     const INFER: &str = "/v2/models/digits/infer";
     let token = Some(served.token());

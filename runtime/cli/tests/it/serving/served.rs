@@ -120,6 +120,25 @@ impl Served {
         self.call(Method::POST, path, Some(self.token()), None, body)
     }
 
+    /// The same, asking for an explanation as well.
+    pub(crate) fn infer_explained(&self, request: &Value) -> Answer {
+        let url = self.deployment["url"].as_str().unwrap();
+        let request = self
+            .http
+            .post(format!("{url}/v2/models/digits/infer"))
+            .bearer_auth(self.token())
+            .header("x-mobula-explain", "true")
+            .body(request.to_string());
+        self.runtime.block_on(async {
+            let response = request.send().await.unwrap();
+            Answer {
+                status: response.status().as_u16(),
+                headers: response.headers().clone(),
+                body: response.bytes().await.unwrap().to_vec(),
+            }
+        })
+    }
+
     /// Asks the endpoint at `url`, which may have no router now.
     pub(crate) fn try_infer(&self, url: &str, request: &Value) -> reqwest::Result<Answer> {
         let request = self

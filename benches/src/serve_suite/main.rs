@@ -1,0 +1,156 @@
+//! The serving suite: what an endpoint answers, how long it takes, where that time goes, and what happens when more is
+//! asked than it can do.
+//!
+//! `cargo xtask bench serve` builds and starts it; see `benches/README.md`.
+
+mod endpoint;
+mod load;
+mod parts;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use mobula_benches::results::Results;
+
+use endpoint::{Digits, Identity, Target};
+use load::{Arrivals, Outcomes};
+
+/// What a part may end with.
+type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// Callers that ask one thing after the other.
+const CALLERS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+
+/// Callers in a quick run.
+const CALLERS_QUICK: [usize; 3] = [1, 8, 512];
+
+/// The share of the most that was answered at which a service should be run, and at which its latencies count.
+const USUAL_LOAD: f64 = 0.7;
+
+/// How much more than the most that was answered is asked when overload is measured.
+const OVERLOAD: f64 = 2.0;
+
+/// How much is measured, and where the figures go.
+#[derive(Debug, Clone)]
+struct Options {
+    /// For each row.
+    round: Duration,
+    callers: &'static [usize],
+    /// Where Mobula's programs are.
+    programs: PathBuf,
+    /// A tritonserver with the model `identity`, `ip:port` of its HTTP.
+    triton: Option<String>,
+    output: Option<PathBuf>,
+}
+
+impl Options {
+    fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
+        let own = std::env::current_exe().map_err(|error| error.to_string())?;
+        let programs = own.parent().ok_or("this program lies in no folder")?;
+        let mut options = Options {
+            round: Duration::from_secs(5),
+            callers: &CALLERS,
+            programs: programs.to_owned(),
+            triton: None,
+            output: None,
+        };
+        let mut args = args;
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().ok_or(format!("`{arg}` needs a value"));
+            match arg.as_str() {
+                "--quick" => {
+                    options.round = Duration::from_secs(1);
+                    options.callers = &CALLERS_QUICK;
+                }
+                "--triton" => options.triton = Some(value()?),
+                "--output" => options.output = Some(value()?.into()),
+                unknown => {
+                    return Err(format!(
+                        "unknown argument `{unknown}`: there are --quick, --triton IP:PORT and --output FILE"
+                    ));
+                }
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn main() -> Outcome {
+    let options = Options::parse(std::env::args().skip(1))?;
+    let mut results = Results::begin("serve");
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(measure(&options, &mut results))?;
+    if let Some(path) = &options.output {
+        results.save(path)?;
+        println!("written to {}", path.display());
+    }
+    Ok(())
+}
+
+async fn measure(options: &Options, results: &mut Results) -> Outcome {
+    parts::in_process(options.round, results).await?;
+    {
+        let identity = Identity::start(&options.programs)?;
+        closed(
+            options,
+            results,
+            "identity, the protocol alone",
+            &identity.target,
+        )
+        .await?;
+    }
+    if let Some(triton) = &options.triton {
+        let target = Target::identity(triton, "");
+        closed(options, results, "identity, tritonserver", &target).await?;
+    }
+    let digits = Digits::deploy(&options.programs).await?;
+    parts::of_an_endpoint(options.round, results, &digits.target).await?;
+    let most = closed(options, results, "digits, 2 replicas", &digits.target).await?;
+    open(options, results, &digits.target, most).await
+}
+
+/// Callers that each wait for their answer; how many a second were answered at the most.
+async fn closed(
+    options: &Options,
+    results: &mut Results,
+    name: &str,
+    target: &Target,
+) -> Outcome<f64> {
+    let mut most = 0.0_f64;
+    for callers in options.callers {
+        load::closed(target, *callers, options.round / 10).await?;
+        let outcomes = load::closed(target, *callers, options.round).await?;
+        let row = format!("{name}, {callers} callers");
+        let per_second = outcomes.answered_per_second();
+        results.rate(&row, per_second, &outcomes.answered);
+        tell_refusals(results, &row, &outcomes);
+        most = most.max(per_second);
+    }
+    Ok(most)
+}
+
+/// Requests that come when they come, as those of many independent people do.
+async fn open(options: &Options, results: &mut Results, target: &Target, most: f64) -> Outcome {
+    for (name, share) in [("usual load", USUAL_LOAD), ("overload", OVERLOAD)] {
+        let arrivals = Arrivals {
+            per_second: most * share,
+            seed: 7,
+        };
+        let outcomes = load::open(target, arrivals, options.round).await?;
+        let row = format!("digits, open loop, {name}: {share} of the most, seed 7");
+        results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
+        tell_refusals(results, &row, &outcomes);
+        let goodput = outcomes.answered_per_second() / most.max(f64::MIN_POSITIVE) * 100.0;
+        results.figure(&format!("{row}: goodput of the most"), goodput, "%");
+    }
+    Ok(())
+}
+
+fn tell_refusals(results: &mut Results, row: &str, outcomes: &Outcomes) {
+    if !outcomes.refused.is_empty() {
+        let per_second = outcomes.per_second(&outcomes.refused);
+        results.rate(&format!("{row}: refused"), per_second, &outcomes.refused);
+    }
+}

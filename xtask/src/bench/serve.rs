@@ -1,0 +1,109 @@
+//! `cargo xtask bench serve`: the serving suite, with a tritonserver beside it where that is asked for.
+//!
+//! The server comes from PyPI into a virtual environment under the target folder and serves the models of the
+//! conformance test; the suite's own load generator asks both, one after the other in the same run.
+
+use std::fs::File;
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use super::{CLUSTER, failed, our_rate, python_with, run_suite};
+use crate::workspace::Workspace;
+
+/// Brings tritonserver 2.51.0 and its Python backend.
+const TRITON: &str = "nvidia-pytriton==0.7.0";
+
+/// Writes the models and becomes the server, from the root of the checkout.
+const PROGRAM: &str = "runtime/cli/tests/programs/oip_conformance/triton.py";
+
+/// How long a tritonserver may take to load its models.
+const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// Runs the serving suite; `arguments` may hold `--peers`, everything else is the suite's own.
+pub(crate) fn serve(arguments: &[String]) -> ExitCode {
+    let mut own: Vec<String> = arguments
+        .iter()
+        .filter(|argument| *argument != "--peers")
+        .cloned()
+        .collect();
+    let mut peer = None;
+    if own.len() < arguments.len() {
+        match Triton::start(&Workspace::find()) {
+            Ok(triton) => {
+                own.extend(["--triton".to_owned(), triton.address.clone()]);
+                peer = Some(triton);
+            }
+            Err(reason) => return failed(&reason),
+        }
+    }
+    let own: Vec<&String> = own.iter().collect();
+    let starts = [&CLUSTER[..], &["--example", "identity_server"]].concat();
+    let ended = run_suite("serve", &starts, &own, our_rate);
+    drop(peer);
+    match ended {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(code) => code,
+    }
+}
+
+/// A tritonserver; it ends with this.
+struct Triton {
+    child: Child,
+    /// Of its HTTP.
+    address: String,
+}
+
+impl Triton {
+    fn start(workspace: &Workspace) -> Result<Self, String> {
+        let python = python_with(&workspace.target().join("peers/triton"), &[TRITON])?;
+        let folder = workspace.target().join("peers/triton-models");
+        let words = |error: std::io::Error| format!("{}: {error}", folder.display());
+        // What an earlier run left may be of another checkout.
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).map_err(words)?;
+        }
+        std::fs::create_dir_all(&folder).map_err(words)?;
+        let log = folder.join("tritonserver.log");
+        let output = File::create(&log).map_err(words)?;
+        let (address, grpc) = (
+            free_address().map_err(words)?,
+            free_address().map_err(words)?,
+        );
+        let port = |address: &str| address.rsplit(':').next().unwrap_or_default().to_owned();
+        let child = Command::new(python)
+            .arg(workspace.root().join(PROGRAM))
+            .arg(&folder)
+            .args([port(&address), port(&grpc)])
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().map_err(words)?)
+            .stderr(output)
+            .spawn()
+            .map_err(|error| format!("cannot start tritonserver: {error}"))?;
+        let mut triton = Triton { child, address };
+        let deadline = Instant::now() + START_LIMIT;
+        // It listens once all models are loaded.
+        while TcpStream::connect(&triton.address).is_err() {
+            let ended = triton.child.try_wait().map_err(words)?;
+            if ended.is_some() || Instant::now() > deadline {
+                return Err(format!("tritonserver does not run; see {}", log.display()));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(triton)
+    }
+}
+
+impl Drop for Triton {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An address whose port was free a moment ago.
+fn free_address() -> std::io::Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    Ok(listener.local_addr()?.to_string())
+}
