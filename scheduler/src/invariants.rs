@@ -17,8 +17,9 @@ use crate::limits::{
 use crate::placement::gpu;
 use crate::row::{
     self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_BY_NAME, ACTORS_BY_NAMESPACE, ACTORS_FINISHED,
-    Counter, GROUPS, JOB_SPECS, JOBS, JOBS_BY_KEY, JOBS_FINISHED, LEASES, NAMESPACES, NODES,
-    NODES_BY_NAME, PENDING, SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE, TOKENS, TOKENS_BY_HASH,
+    Counter, GROUPS, JOB_SPECS, JOB_SUBMITTERS, JOBS, JOBS_BY_KEY, JOBS_FINISHED, LEASES,
+    NAMESPACES, NODES, NODES_BY_NAME, PENDING, SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE,
+    TOKENS, TOKENS_BY_HASH,
 };
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::group::GroupRow;
@@ -448,6 +449,12 @@ fn indexes_match_rows(reader: &dyn Reader) -> Result<(), Violation> {
     for (what, found, expected) in cases {
         ensure(found == expected, RULE, || {
             format!("{found} {what}, there are {expected}")
+        })?;
+    }
+    for (key, _) in row::scan(reader, JOB_SUBMITTERS, &[]) {
+        ensure(reader.get(JOBS, &key).is_some(), RULE, || {
+            let job = JobId(row::number_at(&key, 0));
+            format!("the submitter of {job}, which is not known")
         })?;
     }
     for (key, _) in row::scan(reader, SESSION_RESPONSES, &[]) {

@@ -40,11 +40,14 @@ pub use query::{ActorTarget, Query, QueryResponse, Resolution, answer};
 pub use state::actor::Start;
 pub use state::kept::{KeptObjects, kept_chunks};
 pub use state::namespace::owner as namespace_owner;
+pub use state::principal::{job_submitter, principal_of};
 pub use state::session;
 pub use state::token::{check as check_token, principal as token_principal};
 pub use view::{ActorView, ClusterStatus, JobView, NodeView, TokenView};
 
-use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
+use mobula_core::control::{
+    Applied, ApplyContext, Caller, ModuleId, Origin, Reader, StateModule, Txn,
+};
 use mobula_core::{Rejection, codec};
 
 /// The scheduler's replicated part, to be plugged into the head.
@@ -66,12 +69,26 @@ impl StateModule for Scheduler {
         txn: &mut dyn Txn,
         payload: &[u8],
     ) -> Result<Applied, Rejection> {
+        self.apply_from(context, None, txn, payload)
+    }
+
+    fn apply_from(
+        &self,
+        context: &ApplyContext,
+        origin: Option<&Origin>,
+        txn: &mut dyn Txn,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
         let command = Command::decode(payload)?;
         let mut apply = state::Apply::new(*context, txn);
         let response = state::apply(&mut apply, command)?;
+        let effects = apply.into_effects();
+        if let Some(origin) = origin {
+            state::principal::note_submitter(txn, origin, &response);
+        }
         Ok(Applied {
             response: codec::encode_plain(&response),
-            effects: apply.into_effects(),
+            effects,
         })
     }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 
 use mobula_core::Rejection;
-use mobula_core::control::{Applied, ApplyContext, Reader, Row, StateModule, Table, Txn};
+use mobula_core::control::{Applied, ApplyContext, Origin, Reader, Row, StateModule, Table, Txn};
 
 /// Tables in memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -22,8 +22,19 @@ impl MemoryTables {
         context: &ApplyContext,
         payload: &[u8],
     ) -> Result<Applied, Rejection> {
+        self.apply_from(module, context, None, payload)
+    }
+
+    /// The same for a command whose origin is known.
+    pub fn apply_from(
+        &mut self,
+        module: &dyn StateModule,
+        context: &ApplyContext,
+        origin: Option<&Origin>,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
         let mut next = self.clone();
-        let applied = module.apply(context, &mut next, payload)?;
+        let applied = module.apply_from(context, origin, &mut next, payload)?;
         *self = next;
         Ok(applied)
     }

@@ -64,6 +64,8 @@ pub(crate) const USAGE_BY_KEY: Table = table(22);
 pub(crate) const NAMESPACES: Table = table(23);
 /// Incarnation of a namespace, name → actor id: what [`ACTORS_BY_NAME`] is to jobs in none.
 pub(crate) const ACTORS_BY_NAMESPACE: Table = table(24);
+/// Job id → the principal in whose name it was submitted, as long as the job is kept.
+pub(crate) const JOB_SUBMITTERS: Table = table(25);
 
 /// Counts and number sources, each one row in [`COUNTERS`]. Numbers are persisted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

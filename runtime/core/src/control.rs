@@ -170,6 +170,19 @@ pub trait StateModule: Send + Sync {
         payload: &[u8],
     ) -> Result<Applied, Rejection>;
 
+    /// The same for a command whose origin is known, which is how a head applies commands. Only modules
+    /// whose rules ask in whose name a command comes implement it.
+    fn apply_from(
+        &self,
+        context: &ApplyContext,
+        origin: Option<&Origin>,
+        txn: &mut dyn Txn,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
+        let _ = origin;
+        self.apply(context, txn, payload)
+    }
+
     /// What a command was about, in a few words of ids and names, for the audit log: never anything of
     /// its contents that could be a secret. `response` is the answer of [`StateModule::apply`], where it
     /// was not refused.

@@ -23,7 +23,7 @@ use crate::limits::{
     FINISHED_JOBS_KEPT, GRACE_MS_MAX, JOB_SPEC_BYTES_MAX, JOB_SPEC_ENTRIES_MAX, JOB_STOP_GRACE_MS,
     LIVE_ACTORS_MAX, LIVE_JOBS_MAX, RESULT_BYTES_MAX,
 };
-use crate::row::{self, Counter, JOB_SPECS, JOBS, JOBS_BY_KEY, JOBS_FINISHED};
+use crate::row::{self, Counter, JOB_SPECS, JOB_SUBMITTERS, JOBS, JOBS_BY_KEY, JOBS_FINISHED};
 
 /// A job, without its specification.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -516,6 +516,7 @@ fn forget_oldest(apply: &mut Apply<'_>) {
             apply.txn.delete(JOBS_BY_KEY, key.as_bytes());
         }
         apply.txn.delete(JOB_SPECS, &id.to_key());
+        apply.txn.delete(JOB_SUBMITTERS, &id.to_key());
         apply.txn.delete(JOBS, &id.to_key());
         apply.txn.delete(JOBS_FINISHED, &key);
         Counter::FinishedJobs.decrement(apply.txn);

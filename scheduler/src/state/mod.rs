@@ -14,6 +14,7 @@ pub(crate) mod lease;
 pub(crate) mod lifecycle;
 pub(crate) mod namespace;
 pub(crate) mod node;
+pub(crate) mod principal;
 pub mod session;
 pub(crate) mod stopping;
 pub(crate) mod token;

@@ -201,7 +201,8 @@ impl<E: Engine> Applier<E> {
             term: entry.term,
             now_ms,
         };
-        let outcome = module.apply(&context, &mut txn, &command.payload);
+        let origin = command.origin.as_ref();
+        let outcome = module.apply_from(&context, origin, &mut txn, &command.payload);
         // A refusal is an answer too: a retry must get the same one, without its writes.
         let mut txn = match &outcome {
             Ok(_) => txn,
