@@ -5,6 +5,7 @@ use std::sync::Arc;
 use mobula_core::control::{Controller, Retention, StateModule};
 
 use crate::checkpoint::{CheckpointModule, CheckpointRetention};
+use crate::drift::retraining::controller::RetrainingController;
 use crate::drift::state::Drift;
 use crate::registry::Registry;
 use crate::serving::controller::ServingController;
@@ -24,7 +25,7 @@ pub fn modules() -> Vec<Arc<dyn StateModule>> {
 /// The leader-only loops of the actors.
 #[must_use]
 pub fn controllers() -> Vec<Box<dyn Controller>> {
-    vec![Box::new(ServingController)]
+    vec![Box::new(ServingController), Box::new(RetrainingController)]
 }
 
 /// What says which checkpoints in the object store must stay.

@@ -38,6 +38,7 @@ pub use orders::{next_wakeup_ms, orders_for_node};
 pub use placement::placement_pass;
 pub use query::{ActorTarget, Query, QueryResponse, Resolution, answer};
 pub use state::actor::Start;
+pub use state::job::of_key as job_of_key;
 pub use state::kept::{KeptObjects, kept_chunks};
 pub use state::namespace::owner as namespace_owner;
 pub use state::principal::{job_submitter, principal_of};

@@ -171,8 +171,9 @@ impl JobBuilder {
         self
     }
 
-    /// Ships the program if the cluster lacks it, and starts the job.
-    pub async fn submit(self) -> Result<JobHandle> {
+    /// Ships the program and the files that the cluster lacks; the job as it can be submitted at any time
+    /// later, by whoever is told.
+    pub async fn into_spec(self) -> Result<JobSpec> {
         let JobBuilder {
             cluster,
             program,
@@ -192,6 +193,13 @@ impl JobBuilder {
                 size_bytes,
             });
         }
+        Ok(spec)
+    }
+
+    /// Ships the program if the cluster lacks it, and starts the job.
+    pub async fn submit(self) -> Result<JobHandle> {
+        let cluster = self.cluster.clone();
+        let spec = self.into_spec().await?;
         let reply = cluster
             .control()
             .mutate("submit a job", |mut api, stamp| {

@@ -14,6 +14,7 @@ const PAGES: &[&str] = &[
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "docs/checkpoints.md",
+    "docs/drift.md",
     "docs/cli-json.md",
     "docs/registry.md",
     "docs/reproducing.md",

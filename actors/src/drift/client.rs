@@ -3,6 +3,7 @@
 use mobula::Cluster;
 use mobula_core::control::ModuleId;
 
+use super::retraining::{self, History, RetrainPolicy, Retraining};
 use super::state::{Command, DriftEvent, MonitorStatus, Query, Report};
 use crate::ask;
 
@@ -42,4 +43,71 @@ pub async fn report(cluster: &Cluster, report: Report) -> mobula::Result<()> {
     ask::apply(cluster, ModuleId::DRIFT, "report a window", &command)
         .await
         .map(drop)
+}
+
+/// The retrain policy of an endpoint, if it has one.
+pub async fn policy(cluster: &Cluster, endpoint: &str) -> mobula::Result<Option<RetrainPolicy>> {
+    let query = Query::Policy {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::DRIFT, "look up a retrain policy", &query).await
+}
+
+/// The retrainings of an endpoint, and what its policy still allows.
+pub async fn retrainings(cluster: &Cluster, endpoint: &str) -> mobula::Result<History> {
+    let query = Query::Retrainings {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::DRIFT, "look up retrainings", &query).await
+}
+
+/// Sets the retrain policy of an endpoint.
+pub async fn set_policy(
+    cluster: &Cluster,
+    endpoint: &str,
+    policy: RetrainPolicy,
+) -> mobula::Result<()> {
+    let command = retraining::Command::SetPolicy {
+        endpoint: endpoint.to_owned(),
+        policy: Box::new(policy),
+    };
+    change(cluster, "set a retrain policy", command)
+        .await
+        .map(drop)
+}
+
+/// Removes the retrain policy of an endpoint.
+pub async fn remove_policy(cluster: &Cluster, endpoint: &str) -> mobula::Result<()> {
+    let command = retraining::Command::RemovePolicy {
+        endpoint: endpoint.to_owned(),
+    };
+    change(cluster, "remove a retrain policy", command)
+        .await
+        .map(drop)
+}
+
+/// Begins a retraining that is suggested.
+pub async fn retrain(cluster: &Cluster, endpoint: &str) -> mobula::Result<Retraining> {
+    let command = retraining::Command::Retrain {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::answer(&change(cluster, "retrain", command).await?)
+}
+
+/// Ends a retraining that is under way.
+pub async fn cancel(cluster: &Cluster, endpoint: &str, reason: &str) -> mobula::Result<Retraining> {
+    let command = retraining::Command::Cancel {
+        endpoint: endpoint.to_owned(),
+        reason: reason.to_owned(),
+    };
+    ask::answer(&change(cluster, "cancel a retraining", command).await?)
+}
+
+async fn change(
+    cluster: &Cluster,
+    operation: &str,
+    command: retraining::Command,
+) -> mobula::Result<Vec<u8>> {
+    let command = Command::Retraining(Box::new(command));
+    ask::apply(cluster, ModuleId::DRIFT, operation, &command).await
 }

@@ -2,9 +2,9 @@
 //!
 //! * [`window`] compares windows of traffic with a [`mod@reference`], by [`statistics`].
 //! * [`monitor`]: the actor that is fed by an endpoint's router. [`state`]: the replicated table of what monitors found.
-//!   [`client`]: what the command line asks.
+//!   [`retraining`]: what is done about it, up to another version in service. [`client`]: what the command line asks.
 //!
-//! 1. `window`, `reference`, `statistics` and `state` are pure functions of their arguments: no clock, no randomness, no
+//! 1. `window`, `reference`, `statistics`, `findings` and `state` are pure functions of their arguments: no clock, no randomness, no
 //!    I/O.
 //! 2. Memory is bounded: a [`Reference`] keeps at most [`MAX_REFERENCE_ROWS`] rows and a [`WindowMonitor`] at most one
 //!    window of [`MAX_WINDOW_SIZE`] observations.
@@ -13,8 +13,10 @@
 //!    false alarms: a small p-value is cheap with many samples, a large PSI is cheap with few.
 
 pub mod client;
+mod findings;
 pub mod monitor;
 pub mod reference;
+pub mod retraining;
 pub mod state;
 pub mod statistics;
 pub mod window;

@@ -86,6 +86,27 @@ pub(super) enum Event<'a> {
     },
     /// A key may sign no more.
     KeyRevoked { key: &'a str, reason: &'a str },
+    /// A retraining of an endpoint's model took a step.
+    Retraining(Retrained<'a>),
+}
+
+/// A step of a retraining, as its entry tells it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Retrained<'a> {
+    /// The endpoint that drifted.
+    pub(crate) endpoint: &'a str,
+    /// The retraining's number there.
+    pub(crate) number: u64,
+    /// The endpoint's model.
+    pub(crate) model: &'a str,
+    /// The job that trains, once there is one.
+    pub(crate) job: Option<u64>,
+    /// The version that it registered, once there is one.
+    pub(crate) version: Option<u64>,
+    /// The phase that was entered.
+    pub(crate) phase: &'a str,
+    /// Why.
+    pub(crate) reason: &'a str,
 }
 
 /// An entry's text.
@@ -159,6 +180,11 @@ pub(super) fn ends(reader: &dyn Reader) -> Ends {
 /// Writes a change's entry. To be called within the command that makes the change.
 pub(super) fn append(txn: &mut dyn Txn, context: &ApplyContext, event: &Event<'_>) {
     append_within(txn, context, event, EVENTS_MAX);
+}
+
+/// Writes the entry of a retraining's step, within the command that takes it.
+pub(crate) fn retrained(txn: &mut dyn Txn, context: &ApplyContext, step: Retrained<'_>) {
+    append(txn, context, &Event::Retraining(step));
 }
 
 fn append_within(txn: &mut dyn Txn, context: &ApplyContext, event: &Event<'_>, events_max: u64) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mobula::Actor;
 
+use super::comparison::{BASELINE_VARIABLE, Baseline};
 use super::job::{Coordinator, Driver, JobError, now_ms};
 use super::progress::Progress;
 use super::publish::{PublishVersionError, Published, describe, origin, publish_version};
@@ -35,9 +36,10 @@ impl Driver {
         let speed = progress.samples_per_second();
         saver.offer(self.order(&coordinator, &saver, &history));
         let replicas_agreeing = coordinator.confirm().await as u64;
-        let (file, evaluation) = tokio::task::block_in_place(|| {
+        let (mut file, evaluation) = tokio::task::block_in_place(|| {
             describe(&self.workload, self.job, coordinator.state())
         })?;
+        self.compare(&mut file).await;
         // The job's result stands on its last checkpoint: it waits for the store if it must.
         saver.flush(None).await?;
         let (run, record) = self.store_record(&coordinator).await?;
@@ -101,6 +103,25 @@ impl Driver {
             result.weights_blake3
         ));
         Ok(result)
+    }
+
+    /// Measures the version that the job shall be compared with, if one is named.
+    async fn compare(&self, file: &mut VersionFile) {
+        let Ok(text) = std::env::var(BASELINE_VARIABLE) else {
+            return;
+        };
+        let location = self.cluster.storage().expect("a driver is in a cluster");
+        let measured = match (Baseline::from_text(&text), open_blobs(location)) {
+            (Ok(baseline), Ok(blobs)) => baseline.measure(&blobs, &self.workload).await,
+            (Err(error), _) => Err(error),
+            (_, Err(error)) => Err(error.to_string()),
+        };
+        match measured {
+            Ok(metrics) => file.provenance.metrics.extend(metrics),
+            Err(error) => self.log.line(format_args!(
+                "the active version is not measured on these samples: {error}"
+            )),
+        }
     }
 
     /// Starts of trainers after their first ones, as the head counted them.

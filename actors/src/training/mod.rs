@@ -66,6 +66,7 @@ mod meters;
 
 pub mod checkpointing;
 pub mod collective;
+pub mod comparison;
 pub mod coordinator;
 pub mod crew;
 pub mod job;

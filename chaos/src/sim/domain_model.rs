@@ -93,10 +93,11 @@ impl DomainModel {
             }
             ModuleId::REGISTRY => self.registered(index, decode(index, payload)?, result),
             ModuleId::SERVING => self.served(index, decode(index, payload)?, result),
-            ModuleId::DRIFT => {
-                let drift::Command::Report(report) = decode(index, payload)?;
-                self.watched(index, &report, result, tables)
-            }
+            ModuleId::DRIFT => match decode(index, payload)? {
+                drift::Command::Report(report) => self.watched(index, &report, result, tables),
+                // The simulated people set no policy.
+                drift::Command::Retraining(_) => Ok(()),
+            },
             _ => Ok(()),
         }
     }

@@ -1,12 +1,15 @@
 //! `mobula drift`.
 
+mod policy;
+mod retraining;
+
 use anyhow::bail;
 use mobula_actors::drift::client;
 use mobula_actors::drift::state::{DriftEvent, Drifted, MonitorStatus};
 use mobula_core::clock::Clock;
 use serde::Serialize;
 
-use crate::args::{DriftCommand, Target};
+use crate::args::{DriftCommand, Format, Target};
 use crate::clock::SystemClock;
 use crate::connect::connect;
 use crate::output::{age, or_dash, print_json, print_table};
@@ -26,8 +29,18 @@ struct MonitorJson<'a> {
 }
 
 pub(crate) async fn run(target: &Target, command: DriftCommand) -> anyhow::Result<()> {
+    match command {
+        DriftCommand::Status { endpoint, format } => status(target, endpoint, format).await,
+        DriftCommand::Policy(command) => policy::run(target, command).await,
+        DriftCommand::Loop(of) => retraining::newest(target, of).await,
+        DriftCommand::History(of) => retraining::history(target, of).await,
+        DriftCommand::Retrain(of) => retraining::retrain(target, of).await,
+        DriftCommand::Cancel { of, reason } => retraining::cancel(target, of, &reason).await,
+    }
+}
+
+async fn status(target: &Target, endpoint: Option<String>, format: Format) -> anyhow::Result<()> {
     let cluster = connect(target).await?;
-    let DriftCommand::Status { endpoint, format } = command;
     let monitors = client::monitors(&cluster, endpoint.as_deref()).await?;
     if let (Some(endpoint), true) = (&endpoint, monitors.is_empty()) {
         bail!(

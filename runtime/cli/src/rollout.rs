@@ -6,7 +6,7 @@ use mobula_actors::serving::client;
 use mobula_actors::serving::rollout::command::Command;
 use mobula_actors::serving::rollout::plan::{Action, Decision, Phase};
 use mobula_actors::serving::rollout::trial::SideEvidence;
-use mobula_actors::serving::rollout::{Guardrails, Rollout, Strategy};
+use mobula_actors::serving::rollout::{Rollout, Strategy};
 use mobula_core::clock::Clock;
 use serde::Serialize;
 
@@ -68,19 +68,15 @@ pub(crate) async fn run(target: &Target, command: RolloutCommand) -> anyhow::Res
 
 async fn start(cluster: &Cluster, arguments: RolloutStartArguments) -> anyhow::Result<()> {
     let (model, version) = model_and_version(&arguments.model)?;
-    let guardrails = Guardrails {
-        error_increase_max_bp: arguments.max_error_increase_bp,
-        latency_increase_max_percent: arguments.max_latency_increase,
-        ..Guardrails::STANDARD
-    };
+    let plan = arguments.plan;
     let command = Command::Start {
         endpoint: arguments.endpoint,
         model: model.to_owned(),
         version,
-        strategy: arguments.strategy.into(),
-        steps: arguments.steps,
-        guardrails,
-        min_samples: arguments.min_samples,
+        guardrails: plan.guardrails(),
+        strategy: plan.strategy.into(),
+        steps: plan.steps,
+        min_samples: plan.min_samples,
     };
     let rollout = client::roll_out(cluster, command).await?;
     print_rollout(&rollout, arguments.format.json)

@@ -216,12 +216,17 @@ pub(crate) fn store_keeping(apply: &mut Apply<'_>, id: JobId, name: String, name
     store(apply, &job);
 }
 
+/// The job that was submitted with this idempotency key, as long as it is kept.
+#[must_use]
+pub fn of_key(reader: &dyn Reader, key: &str) -> Option<JobId> {
+    row::get(reader, JOBS_BY_KEY, key.as_bytes())
+}
+
 fn submitted_before(reader: &dyn Reader, spec: &JobSpec) -> Result<Option<Response>, Rejection> {
     let Some(key) = &spec.idempotency_key else {
         return Ok(None);
     };
-    let known = row::get::<JobId>(reader, JOBS_BY_KEY, key.as_bytes());
-    let Some(job) = known.filter(|_| !is_planted(Mutant::KeyIgnored)) else {
+    let Some(job) = of_key(reader, key).filter(|_| !is_planted(Mutant::KeyIgnored)) else {
         return Ok(None);
     };
     // Secrets are not compared: they are gone when the job is over, and may have been renewed.

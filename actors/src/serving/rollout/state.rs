@@ -76,7 +76,7 @@ fn put(txn: &mut dyn Txn, rollout: &Rollout) {
 }
 
 /// Applies a command; the rollout as it is then.
-pub(in crate::serving) fn apply(
+pub(crate) fn apply(
     context: &ApplyContext,
     txn: &mut dyn Txn,
     command: Command,

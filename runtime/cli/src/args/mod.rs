@@ -3,6 +3,7 @@
 mod access;
 mod chaos;
 mod cluster;
+mod drift;
 mod duration;
 mod jobs;
 mod registry;
@@ -22,6 +23,7 @@ pub(crate) use cluster::{
     DemoArguments, GroupCommand, HeadArguments, HeadCommand, LocalCommand, LocalDirectory,
     LocalUpArguments, WorkerArguments,
 };
+pub(crate) use drift::{DriftCommand, DriftTarget, PolicyCommand, PolicySetArguments};
 pub(crate) use jobs::{
     ActorsCommand, ExplainArguments, JobsCommand, NodesCommand, SubmitArguments,
 };
@@ -29,8 +31,10 @@ pub(crate) use registry::{
     AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RiskArgument, RoleArgument,
     SearchArguments, SigningArguments,
 };
-pub(crate) use rollout::{RolloutCommand, RolloutStartArguments, RolloutTarget};
-pub(crate) use serving::{DriftCommand, ServeCommand};
+pub(crate) use rollout::{
+    RolloutCommand, RolloutPlanArguments, RolloutStartArguments, RolloutTarget,
+};
+pub(crate) use serving::ServeCommand;
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 
 /// An actor-based distributed runtime: a head, workers, and jobs made of actors, in one binary.
@@ -134,7 +138,7 @@ pub(crate) enum Command {
     /// Rollouts: another version of a model for an endpoint, step by step.
     #[command(subcommand)]
     Rollout(RolloutCommand),
-    /// Drift of what endpoints see.
+    /// Drift of what endpoints see, and what is done about it.
     #[command(subcommand)]
     Drift(DriftCommand),
     /// Join and client tokens.

@@ -1,7 +1,7 @@
 //! Rollouts of versions to endpoints.
 
 use clap::{Args, Subcommand, ValueEnum};
-use mobula_actors::serving::rollout::Strategy;
+use mobula_actors::serving::rollout::{Guardrails, Strategy};
 
 use super::Format;
 
@@ -37,6 +37,15 @@ pub(crate) struct RolloutStartArguments {
     pub(crate) endpoint: String,
     /// Its model, as `name` (newest version), `name:version` or `name@version`.
     pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) plan: RolloutPlanArguments,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+/// How a version is tried.
+#[derive(Args)]
+pub(crate) struct RolloutPlanArguments {
     /// How to go over.
     #[arg(long, value_enum, default_value = "canary")]
     pub(crate) strategy: StrategyArgument,
@@ -53,8 +62,17 @@ pub(crate) struct RolloutStartArguments {
     /// How much longer an answer may take than with the stable version, in percent.
     #[arg(long, default_value_t = 10, value_name = "PERCENT")]
     pub(crate) max_latency_increase: u32,
-    #[command(flatten)]
-    pub(crate) format: Format,
+}
+
+impl RolloutPlanArguments {
+    /// What the candidate may not do.
+    pub(crate) fn guardrails(&self) -> Guardrails {
+        Guardrails {
+            error_increase_max_bp: self.max_error_increase_bp,
+            latency_increase_max_percent: self.max_latency_increase,
+            ..Guardrails::STANDARD
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]

@@ -1,4 +1,4 @@
-//! The endpoints that serve models, and the drift of what those see.
+//! The endpoints that serve models.
 
 use clap::Subcommand;
 
@@ -30,17 +30,5 @@ pub(crate) enum ServeCommand {
     Delete {
         /// The endpoint's name.
         endpoint: String,
-    },
-}
-
-#[derive(Subcommand)]
-pub(crate) enum DriftCommand {
-    /// Monitors, drift events and retrain suggestions.
-    Status {
-        /// Only those of this endpoint.
-        #[arg(long)]
-        endpoint: Option<String>,
-        #[command(flatten)]
-        format: Format,
     },
 }

@@ -2,8 +2,10 @@
 //! of what was shown at the end.
 //!
 //! * `stages`: what happens, in order. * `training`: a job that is watched and disturbed.
+//! * `lifecycle`: versions that are signed, tried, rolled back and followed by others.
 //! * `requests`: load on an endpoint. * `report`: the table.
 
+mod lifecycle;
 mod report;
 mod requests;
 mod stages;

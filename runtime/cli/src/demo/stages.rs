@@ -11,6 +11,7 @@ use mobula_actors::training::spec::TrainSpec;
 use mobula_actors::{drift, registry, serving};
 use mobula_core::id::JobId;
 
+use super::lifecycle;
 use super::report::{Progress, Report};
 use super::requests::Client;
 use super::training::{TrainingResult, drawn_faults, follow, submit};
@@ -20,7 +21,7 @@ use crate::local::ClusterRecord;
 const JOB: &str = include_str!("../../../../cluster-configs/jobs/digits-mlp.toml");
 
 /// The least accuracy on held-out images that counts as trained.
-const ACCURACY_MIN: f64 = 0.95;
+pub(super) const ACCURACY_MIN: f64 = 0.95;
 
 /// How long the preempted machine still lives.
 const GRACE: Duration = Duration::from_secs(10);
@@ -54,12 +55,29 @@ pub(super) async fn run(
     disturbed(&cluster, &spec, &undisturbed, seed, progress, report).await?;
     let model = spec.name.clone();
     let version = registered(&cluster, &model, progress, report).await?;
-    let client = deployed(&cluster, &model, version, progress, report).await?;
+    lifecycle::signed(
+        &cluster,
+        &record.data_dir,
+        &model,
+        version,
+        progress,
+        report,
+    )
+    .await?;
+    // The one of the undisturbed run, so that the other one can follow it.
+    let client = deployed(&cluster, &model, version - 1, progress, report).await?;
     let held_out = Dataset::load(&spec.dataset, &Files::local())?
         .split(spec.seed, spec.held_out_fraction)
         .held_out;
     answered(&client, &held_out, progress, report).await?;
-    drifted(&cluster, &model, &client, &held_out, progress, report).await
+    lifecycle::good_canary(
+        &cluster, &model, version, &client, &held_out, progress, report,
+    )
+    .await?;
+    lifecycle::broken_canary(&cluster, &model, &client, &held_out, progress, report).await?;
+    lifecycle::set_policy(&cluster, &record.data_dir, &spec).await?;
+    drifted(&cluster, &model, &client, &held_out, progress, report).await?;
+    lifecycle::retrained(&cluster, &model, &client, &held_out, progress, report).await
 }
 
 async fn undisturbed(
@@ -215,7 +233,7 @@ async fn answered(
 }
 
 /// Ink where there was paper: no such image was ever trained on.
-fn shifted(pixel: f32) -> f32 {
+pub(super) fn shifted(pixel: f32) -> f32 {
     1.0 - pixel
 }
 

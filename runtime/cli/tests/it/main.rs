@@ -14,6 +14,7 @@ mod chaos;
 mod checkpoints;
 mod configs;
 mod detached;
+mod drift;
 mod exactly_once;
 mod examples;
 mod extra_worker;

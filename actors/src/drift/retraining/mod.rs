@@ -1,0 +1,42 @@
+//! Retraining: what is done about drift, as replicated state.
+//!
+//! ```text
+//! drift event ─► suggested ─► submitting ─► training ─► evaluating ─► gate ─► queued ─► canary ─► promoted
+//!                    │            │            │            │           │        │         └────► rolled back
+//!                    └────────────┴────────────┴────────────┴───────────┴────────┴──► failed, not better,
+//!                                                                                     budget spent, cancelled
+//! ```
+//!
+//! * [`plan`]: rows: the policy of an endpoint, a retraining, its steps.
+//! * [`command`]: what can be said about them.
+//! * [`state`]: the tables, and what each command does to them (pure).
+//! * [`next`]: which step may be taken now, as a function of all tables (pure).
+//! * [`evaluation`]: whether a new version is better than the active one (pure).
+//! * [`controller`]: the leader's loop, which proposes steps, jobs, and the end of jobs that nobody waits for.
+//!
+//! Invariants:
+//! 1. An endpoint has one retraining under way at the most, and each drift event leads to one at the most,
+//!    unless a client asks for another.
+//! 2. A step names the revision that it follows, and its apply looks again whether it may be taken: a step
+//!    that is proposed twice, late, or by two leaders is taken once.
+//! 3. A retraining submits one job at the most: the job's idempotency key names the retraining.
+//! 4. The canary is begun by the entry that says so. Which version is active only rollouts change.
+//! 5. No more jobs are submitted within a period than the policy's budget, and none within the cooldown
+//!    after the last retraining's end unless a client asks for it.
+
+pub mod command;
+pub mod controller;
+pub mod evaluation;
+mod next;
+pub mod plan;
+pub mod state;
+
+pub use command::Command;
+pub use plan::{Mode, Phase, RetrainPolicy, Retraining};
+pub use state::{History, Shown};
+pub(super) use state::{apply, find_policy, shown};
+
+#[cfg(test)]
+mod invariants_tests;
+#[cfg(test)]
+mod world;

@@ -1,0 +1,483 @@
+//! Policies and retrainings as replicated tables, and what each command does to them.
+
+use mobula_core::control::{Applied, ApplyContext, ModuleId, Reader, Table, Txn};
+use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::{codec, row};
+use serde::{Deserialize, Serialize};
+
+use super::command::Command;
+use super::next::{Found, next, waits_for};
+use super::plan::{Mode, Phase, RetrainPolicy, Retraining, STEPS_KEPT_MAX, Step, cut};
+use crate::drift::findings::{self, RetrainSuggestion};
+use crate::registry::events::{Retrained, retrained};
+use crate::serving::rollout::command::Command as RolloutCommand;
+use crate::serving::rollout::plan::Served;
+use crate::serving::rollout::state as rollouts;
+use crate::serving::state::{Endpoint, find as find_endpoint};
+
+/// Endpoint → [`RetrainPolicy`].
+const POLICIES: Table = Table {
+    module: ModuleId::DRIFT,
+    tag: 3,
+};
+
+/// Endpoint → [`Ledger`], of each endpoint that has or had a policy.
+const LEDGERS: Table = Table {
+    module: ModuleId::DRIFT,
+    tag: 4,
+};
+
+/// Endpoint, 0, number → [`Retraining`].
+const RETRAININGS: Table = Table {
+    module: ModuleId::DRIFT,
+    tag: 5,
+};
+
+/// Retrainings that are kept of an endpoint, the newest: of some KiB each.
+pub const HISTORY_MAX: u64 = 50;
+
+/// What is counted of an endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(super) struct Ledger {
+    /// The number of the newest retraining; 0 if there was none.
+    pub(super) newest: u64,
+    /// The latest drift event that led to a retraining; 0 if none did.
+    pub(super) event: u64,
+    /// When jobs were submitted, in milliseconds since the Unix epoch: the latest, as many as a budget may
+    /// count.
+    pub(super) submissions_ms: Vec<u64>,
+    /// Until when no drift event begins a retraining, in milliseconds since the Unix epoch.
+    pub(super) quiet_until_ms: u64,
+}
+
+/// A retraining with what it waits for now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Shown {
+    /// The retraining.
+    pub retraining: Retraining,
+    /// In a few words; absent if it is over, or goes on at once.
+    pub waits_for: Option<String>,
+}
+
+/// The retrainings of an endpoint, and what its policy still allows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct History {
+    /// Those that are kept, oldest first.
+    pub retrainings: Vec<Shown>,
+    /// How many jobs the budget allows now; absent without a policy.
+    pub jobs_left: Option<u32>,
+    /// Until when no drift event begins another one, in milliseconds since the Unix epoch; absent if one may.
+    pub quiet_until_ms: Option<u64>,
+}
+
+fn key(endpoint: &str, number: u64) -> Vec<u8> {
+    [endpoint.as_bytes(), &[0], &number.to_be_bytes()].concat()
+}
+
+/// Every endpoint that has or had a policy, with what is counted of it.
+pub(super) fn ledgers(reader: &dyn Reader) -> Vec<(String, Ledger)> {
+    row::all(reader, LEDGERS, &[])
+        .into_iter()
+        .map(|(name, ledger)| {
+            let name = String::from_utf8(name).expect("an endpoint's name is ASCII");
+            (name, ledger)
+        })
+        .collect()
+}
+
+fn ledger(reader: &dyn Reader, endpoint: &str) -> Ledger {
+    row::get(reader, LEDGERS, endpoint.as_bytes()).unwrap_or_default()
+}
+
+/// A retraining of an endpoint.
+pub(super) fn find(reader: &dyn Reader, endpoint: &str, number: u64) -> Option<Retraining> {
+    row::get(reader, RETRAININGS, &key(endpoint, number))
+}
+
+fn newest(reader: &dyn Reader, endpoint: &str) -> Option<Retraining> {
+    find(reader, endpoint, ledger(reader, endpoint).newest)
+}
+
+/// The retrainings of an endpoint that are kept, oldest first.
+pub(super) fn history(reader: &dyn Reader, endpoint: &str) -> Vec<Retraining> {
+    row::all(reader, RETRAININGS, &[endpoint.as_bytes(), &[0]].concat())
+        .into_iter()
+        .map(|(_, retraining)| retraining)
+        .collect()
+}
+
+pub(super) fn find_policy_row(reader: &dyn Reader, endpoint: &str) -> Option<RetrainPolicy> {
+    row::get(reader, POLICIES, endpoint.as_bytes())
+}
+
+/// The policy of an endpoint, which has to exist.
+pub(in crate::drift) fn find_policy(
+    reader: &dyn Reader,
+    endpoint: &str,
+) -> Result<Option<RetrainPolicy>, Rejection> {
+    find_endpoint(reader, endpoint)?;
+    Ok(find_policy_row(reader, endpoint))
+}
+
+/// The retrainings of an endpoint, which has to exist, as they are shown.
+pub(in crate::drift) fn shown(
+    reader: &dyn Reader,
+    now_ms: u64,
+    endpoint: &str,
+) -> Result<History, Rejection> {
+    let policy = find_policy(reader, endpoint)?;
+    let ledger = ledger(reader, endpoint);
+    let shown = |retraining| Shown {
+        waits_for: waits_for(reader, &retraining),
+        retraining,
+    };
+    Ok(History {
+        retrainings: history(reader, endpoint).into_iter().map(shown).collect(),
+        jobs_left: policy.map(|policy| {
+            policy
+                .budget
+                .jobs
+                .saturating_sub(spent(&policy, &ledger, now_ms))
+        }),
+        quiet_until_ms: Some(ledger.quiet_until_ms).filter(|until| *until > now_ms),
+    })
+}
+
+/// How many jobs were submitted in the budget's period.
+fn spent(policy: &RetrainPolicy, ledger: &Ledger, now_ms: u64) -> u32 {
+    let from = now_ms.saturating_sub(policy.budget.period_ms);
+    let within = ledger.submissions_ms.iter().filter(|at| **at > from);
+    u32::try_from(within.count()).unwrap_or(u32::MAX)
+}
+
+/// Applies a command.
+pub(in crate::drift) fn apply(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    command: Command,
+) -> Result<Applied, Rejection> {
+    let mut answer = Vec::new();
+    match command {
+        Command::SetPolicy { endpoint, policy } => set_policy(txn, &endpoint, &policy)?,
+        Command::RemovePolicy { endpoint } => {
+            if find_policy(txn, &endpoint)?.is_none() {
+                return Err(no_policy(&endpoint));
+            }
+            txn.delete(POLICIES, endpoint.as_bytes());
+        }
+        Command::Retrain { endpoint } => {
+            answer = codec::encode_plain(&retrain(context, txn, &endpoint)?);
+        }
+        Command::Cancel { endpoint, reason } => {
+            answer = codec::encode_plain(&cancel(context, txn, &endpoint, &reason)?);
+        }
+        Command::Begin { endpoint, event } => begin(context, txn, &endpoint, event)?,
+        Command::Advance {
+            endpoint,
+            number,
+            revision,
+        } => advance(context, txn, &endpoint, number, revision)?,
+        Command::Forget { endpoint } => forget(txn, &endpoint)?,
+    }
+    Ok(Applied::changed(ModuleId::DRIFT, answer))
+}
+
+fn no_policy(endpoint: &str) -> Rejection {
+    Rejection::new(
+        ErrorCode::FailedPrecondition,
+        format!(
+            "endpoint `{endpoint}` has no retrain policy: set one with `mobula drift policy set {endpoint} \
+             --job FILE`"
+        ),
+    )
+}
+
+fn precondition(message: String) -> Rejection {
+    Rejection::new(ErrorCode::FailedPrecondition, message)
+}
+
+fn set_policy(txn: &mut dyn Txn, name: &str, policy: &RetrainPolicy) -> Result<(), Rejection> {
+    policy.check()?;
+    let endpoint = find_endpoint(txn, name)?;
+    if policy.model != endpoint.model {
+        return Err(Rejection::invalid(format!(
+            "endpoint `{name}` serves {}, and the job registers {}: write `register = \"{}\"` into the job file",
+            endpoint.model, policy.model, endpoint.model
+        )));
+    }
+    row::put(txn, POLICIES, name.as_bytes(), policy);
+    // The leader looks after endpoints that have one.
+    let ledger = ledger(txn, name);
+    row::put(txn, LEDGERS, name.as_bytes(), &ledger);
+    Ok(())
+}
+
+/// The suggestion about the version that an endpoint serves.
+fn suggestion(reader: &dyn Reader, endpoint: &Endpoint) -> Option<RetrainSuggestion> {
+    let found = findings::monitor(reader, &endpoint.name)?.retrain_suggestion?;
+    (found.model == endpoint.model && found.version == endpoint.version).then_some(found)
+}
+
+/// The drift event for which the leader should begin a retraining now.
+pub(super) fn due(reader: &dyn Reader, now_ms: u64, name: &str, ledger: &Ledger) -> Option<u64> {
+    let is_open = find(reader, name, ledger.newest).is_some_and(|row| row.phase.is_open());
+    if is_open || now_ms < ledger.quiet_until_ms {
+        return None;
+    }
+    let endpoint = find_endpoint(reader, name).ok()?;
+    let suggestion = suggestion(reader, &endpoint)?;
+    let policy = find_policy_row(reader, name)?;
+    let is_new = suggestion.event > ledger.event;
+    (is_new && !endpoint.deleting && policy.model == endpoint.model).then_some(suggestion.event)
+}
+
+fn begin(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    name: &str,
+    event: u64,
+) -> Result<(), Rejection> {
+    let mut ledger = ledger(txn, name);
+    if due(txn, context.now_ms, name, &ledger) != Some(event) {
+        return Err(Rejection::fenced(format!(
+            "drift event {event} of endpoint `{name}` leads to no retraining now"
+        )));
+    }
+    let policy = find_policy_row(txn, name).ok_or_else(|| no_policy(name))?;
+    let spent = spent(&policy, &ledger, context.now_ms);
+    let (phase, reason) = match policy.mode {
+        Mode::Suggest => (
+            Phase::Suggested,
+            "the policy leaves it to a client".to_owned(),
+        ),
+        Mode::Auto if spent < policy.budget.jobs => {
+            (Phase::Submitting, "the policy says so".to_owned())
+        }
+        Mode::Auto => (
+            Phase::BudgetSpent,
+            format!(
+                "{spent} jobs of {} were submitted in the last {} s",
+                policy.budget.jobs,
+                policy.budget.period_ms / 1000
+            ),
+        ),
+    };
+    create(context, txn, name, &mut ledger, &policy)?.enter(
+        context,
+        txn,
+        &mut ledger,
+        phase,
+        reason,
+    );
+    Ok(())
+}
+
+/// A retraining that has no phase yet; makes room for its row.
+fn create(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    name: &str,
+    ledger: &mut Ledger,
+    policy: &RetrainPolicy,
+) -> Result<Retraining, Rejection> {
+    let endpoint = find_endpoint(txn, name)?;
+    let Some(suggestion) = suggestion(txn, &endpoint) else {
+        return Err(precondition(format!(
+            "nothing suggests to retrain {}:{} at endpoint `{name}`: see `mobula drift status`",
+            endpoint.model, endpoint.version
+        )));
+    };
+    ledger.newest += 1;
+    ledger.event = suggestion.event;
+    if let Some(old) = ledger.newest.checked_sub(HISTORY_MAX) {
+        txn.delete(RETRAININGS, &key(name, old));
+    }
+    Ok(Retraining {
+        endpoint: name.to_owned(),
+        number: ledger.newest,
+        began_index: context.index,
+        model: endpoint.model,
+        event: suggestion.event,
+        drift: cut(&suggestion.reason),
+        baseline: Served {
+            version: endpoint.version,
+            digest: endpoint.digest,
+            size_bytes: endpoint.size_bytes,
+        },
+        terms: policy.terms.clone(),
+        phase: Phase::Suggested,
+        job: None,
+        candidate: None,
+        comparison: None,
+        rollout: None,
+        revision: context.index,
+        steps: Vec::new(),
+    })
+}
+
+impl Retraining {
+    /// Takes a step: the row, what is counted, and the entry of the audit log.
+    fn enter(
+        mut self,
+        context: &ApplyContext,
+        txn: &mut dyn Txn,
+        ledger: &mut Ledger,
+        phase: Phase,
+        reason: String,
+    ) -> Self {
+        retrained(
+            txn,
+            context,
+            Retrained {
+                endpoint: &self.endpoint,
+                number: self.number,
+                model: &self.model,
+                job: self.job,
+                version: self.candidate,
+                phase: phase.as_str(),
+                reason: &reason,
+            },
+        );
+        self.phase = phase;
+        self.revision = context.index;
+        self.steps.push(Step {
+            at_ms: context.now_ms,
+            index: context.index,
+            phase,
+            reason,
+        });
+        let excess = self.steps.len().saturating_sub(STEPS_KEPT_MAX);
+        self.steps.drain(..excess);
+        if phase == Phase::Submitting {
+            ledger.submissions_ms.push(context.now_ms);
+            let excess = ledger
+                .submissions_ms
+                .len()
+                .saturating_sub(super::plan::BUDGET_JOBS_MAX as usize);
+            ledger.submissions_ms.drain(..excess);
+        }
+        if !phase.is_open() {
+            ledger.quiet_until_ms = context.now_ms.saturating_add(self.terms.cooldown_ms);
+        }
+        row::put(txn, RETRAININGS, &key(&self.endpoint, self.number), &self);
+        row::put(txn, LEDGERS, self.endpoint.as_bytes(), ledger);
+        self
+    }
+}
+
+fn retrain(context: &ApplyContext, txn: &mut dyn Txn, name: &str) -> Result<Retraining, Rejection> {
+    let policy = find_policy(txn, name)?.ok_or_else(|| no_policy(name))?;
+    let mut ledger = ledger(txn, name);
+    let spent = spent(&policy, &ledger, context.now_ms);
+    if spent >= policy.budget.jobs {
+        return Err(precondition(format!(
+            "the budget of endpoint `{name}` is spent: {spent} jobs of {} in the last {} s; set another with \
+             `mobula drift policy set`",
+            policy.budget.jobs,
+            policy.budget.period_ms / 1000
+        )));
+    }
+    let open = newest(txn, name).filter(|row| row.phase.is_open());
+    let row = match open {
+        Some(row) if row.phase == Phase::Suggested => row,
+        Some(row) => {
+            return Err(Rejection::new(
+                ErrorCode::AlreadyExists,
+                format!(
+                    "retraining {} of endpoint `{name}` is under way ({}): see `mobula drift loop {name}`",
+                    row.number,
+                    row.phase.as_str()
+                ),
+            ));
+        }
+        None => create(context, txn, name, &mut ledger, &policy)?,
+    };
+    let reason = "a client asked for it".to_owned();
+    Ok(row.enter(context, txn, &mut ledger, Phase::Submitting, reason))
+}
+
+fn cancel(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    name: &str,
+    reason: &str,
+) -> Result<Retraining, Rejection> {
+    find_endpoint(txn, name)?;
+    let Some(row) = newest(txn, name).filter(|row| row.phase.is_open()) else {
+        return Err(precondition(format!(
+            "endpoint `{name}` has no retraining under way: see `mobula drift history {name}`"
+        )));
+    };
+    if row.phase == Phase::Canary {
+        return Err(precondition(format!(
+            "retraining {} of endpoint `{name}` is at its rollout: end that with `mobula rollout abort {name}`",
+            row.number
+        )));
+    }
+    let reason = match reason {
+        "" => "a client ended it".to_owned(),
+        reason => cut(&format!("a client ended it: {reason}")),
+    };
+    let mut ledger = ledger(txn, name);
+    Ok(row.enter(context, txn, &mut ledger, Phase::Cancelled, reason))
+}
+
+fn advance(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    name: &str,
+    number: u64,
+    revision: u64,
+) -> Result<(), Rejection> {
+    let current = find(txn, name, number).filter(|row| row.revision == revision);
+    let step = current.and_then(|row| Some((next(txn, context.now_ms, &row)?, row)));
+    let Some((step, mut row)) = step else {
+        return Err(Rejection::fenced(format!(
+            "retraining {number} of endpoint `{name}` takes no step after revision {revision} now"
+        )));
+    };
+    let (mut phase, mut reason) = (step.phase, step.reason);
+    match step.found {
+        Found::Nothing => {}
+        Found::Job(job) => row.job = Some(job.0),
+        Found::Candidate(version) => row.candidate = Some(version),
+        Found::Comparison(comparison) => row.comparison = Some(comparison),
+    }
+    if phase == Phase::Canary {
+        let plan = row.terms.canary.clone();
+        let start = RolloutCommand::Start {
+            endpoint: row.endpoint.clone(),
+            model: row.model.clone(),
+            version: row.candidate,
+            strategy: plan.strategy,
+            steps: plan.steps,
+            guardrails: plan.guardrails,
+            min_samples: plan.min_samples,
+        };
+        // In this entry: a canary that was begun is known to be this retraining's. A start that is refused
+        // has written nothing.
+        match rollouts::apply(context, txn, start) {
+            Ok(rollout) => row.rollout = Some(rollout.number),
+            Err(error) => (phase, reason) = (Phase::Failed, cut(&error.message)),
+        }
+    }
+    let mut ledger = ledger(txn, name);
+    row.enter(context, txn, &mut ledger, phase, reason);
+    Ok(())
+}
+
+fn forget(txn: &mut dyn Txn, name: &str) -> Result<(), Rejection> {
+    if find_endpoint(txn, name).is_ok() {
+        return Err(Rejection::fenced(format!("endpoint `{name}` exists")));
+    }
+    for row in history(txn, name) {
+        txn.delete(RETRAININGS, &key(name, row.number));
+    }
+    txn.delete(POLICIES, name.as_bytes());
+    txn.delete(LEDGERS, name.as_bytes());
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+pub(super) mod tests;

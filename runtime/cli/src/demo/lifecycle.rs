@@ -1,0 +1,377 @@
+//! The stages of a version's life after its training: signed into production, tried on requests, rolled back
+//! if it is broken, and followed by another one when the data drifts.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use mobula::Cluster;
+use mobula_actors::drift::retraining::plan::{Budget, CanaryPlan, Mode, Retraining, Terms};
+use mobula_actors::drift::retraining::{Phase as RetrainingPhase, RetrainPolicy};
+use mobula_actors::registry::decide::Decision;
+use mobula_actors::registry::keys::{Algorithm, Role};
+use mobula_actors::registry::search::Selector;
+use mobula_actors::registry::signer::{PrivateKey, Signer};
+use mobula_actors::registry::stages::Stage;
+use mobula_actors::registry::{NewVersion, VersionFile};
+use mobula_actors::serving::rollout::command::Command;
+use mobula_actors::serving::rollout::plan::{Cleanup, Phase};
+use mobula_actors::serving::rollout::{Guardrails, Rollout, Strategy};
+use mobula_actors::training::data::csv::CsvSpec;
+use mobula_actors::training::data::{DataSpec, Dataset, Files};
+use mobula_actors::training::spec::TrainSpec;
+use mobula_actors::{drift, registry, serving};
+use mobula_storage::blob::{BlobStore, S3Options};
+
+use super::report::{Progress, Report};
+use super::requests::Client;
+use super::stages::{ACCURACY_MIN, shifted};
+
+/// How long a rollout or a retraining may take: both go on with the requests that the demo sends.
+const ROLLOUT_LIMIT: Duration = Duration::from_secs(120);
+
+/// The candidate's share of the requests at each step, in percent.
+const STEPS: [u32; 2] = [50, 100];
+
+/// Requests that both sides need at a step.
+const MIN_SAMPLES: u64 = 100;
+
+/// What a candidate may not do. The processes share the machine with whatever else runs on it, so how long
+/// an answer takes says nothing of a version here.
+const GUARDRAILS: Guardrails = Guardrails {
+    latency_increase_max_percent: 100_000,
+    ..Guardrails::STANDARD
+};
+
+/// Steps of the retraining: the digits are small.
+const RETRAIN_STEPS: u64 = 1_200;
+
+/// The name of the data file among those of the retraining's job.
+const DATA_FILE: &str = "data/inverted.csv";
+
+/// Signs a version into production, which is refused without a signature.
+pub(super) async fn signed(
+    cluster: &Cluster,
+    data_dir: &Path,
+    model: &str,
+    version: u64,
+    progress: &Progress,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    progress.say("signing the version into production");
+    let started = Instant::now();
+    let file = data_dir.join("demo-signing-key.pem");
+    let key = match file.exists() {
+        true => PrivateKey::open(&file)?,
+        false => PrivateKey::create(&file, Algorithm::Ed25519)?,
+    };
+    let roles = [Role::Stage, Role::Release];
+    registry::client::add_key(cluster, key.public_key(), roles, "demo").await?;
+    let unsigned = decision(cluster, model, version, Stage::Staging).await?;
+    let refused = registry::client::stage(cluster, unsigned.into_change()).await;
+    let mut stage = Stage::Candidate;
+    for to in [Stage::Staging, Stage::Production] {
+        let mut decision = decision(cluster, model, version, to).await?;
+        decision.sign(&key)?;
+        let shown = registry::client::stage(cluster, decision.into_change()).await?;
+        stage = shown.standing.stage;
+    }
+    report.note(
+        "signed",
+        started,
+        refused.is_err() && stage == Stage::Production,
+        format!(
+            "{model}:{version} in {}, signed with key {}; without a signature refused",
+            stage.as_str(),
+            &key.public_key().id()[..12]
+        ),
+    );
+    Ok(())
+}
+
+async fn decision(
+    cluster: &Cluster,
+    model: &str,
+    version: u64,
+    to: Stage,
+) -> anyhow::Result<Decision> {
+    let view = registry::client::model(cluster, model).await?;
+    let selector = Selector::Number(version);
+    let version = registry::client::view(cluster, model, selector).await?;
+    Ok(Decision::new(&view, &version, to, "the demo"))
+}
+
+/// Tries a version that is as good as the active one: it gets all requests in the end.
+pub(super) async fn good_canary(
+    cluster: &Cluster,
+    model: &str,
+    version: u64,
+    client: &Client,
+    held_out: &Dataset,
+    progress: &Progress,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    progress.say("rolling out a good version as a canary");
+    let started = Instant::now();
+    let (rollout, answered) = roll_out(cluster, model, version, client, held_out).await?;
+    report.note(
+        "canary",
+        started,
+        rollout.phase == Phase::Promoted && active(cluster, model).await? == version,
+        format!(
+            "{model}:{version} {} after {answered} requests, none failed: {}",
+            word(rollout.phase),
+            why(&rollout)
+        ),
+    );
+    Ok(())
+}
+
+/// Tries a version that answers no numbers: nobody sees them, and the version of before stays.
+pub(super) async fn broken_canary(
+    cluster: &Cluster,
+    model: &str,
+    client: &Client,
+    held_out: &Dataset,
+    progress: &Progress,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    progress.say("rolling out a broken version");
+    let started = Instant::now();
+    let stable = active(cluster, model).await?;
+    let broken = register_broken(cluster, model, stable).await?;
+    let (rollout, answered) = roll_out(cluster, model, broken, client, held_out).await?;
+    report.note(
+        "rollback",
+        started,
+        rollout.phase == Phase::RolledBack && active(cluster, model).await? == stable,
+        format!(
+            "{model}:{broken} {} after {answered} requests, none failed: {}",
+            word(rollout.phase),
+            why(&rollout)
+        ),
+    );
+    Ok(())
+}
+
+fn word(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Running | Phase::Paused => "undecided",
+        Phase::Promoted => "promoted",
+        Phase::Aborted => "aborted",
+        Phase::RolledBack => "rolled back",
+    }
+}
+
+fn why(rollout: &Rollout) -> String {
+    let evidence = rollout
+        .decisions
+        .last()
+        .and_then(|last| last.evidence.as_ref());
+    evidence.map_or_else(
+        || "nobody said why".to_owned(),
+        |found| found.reason.clone(),
+    )
+}
+
+async fn active(cluster: &Cluster, endpoint: &str) -> anyhow::Result<u64> {
+    Ok(serving::client::find(cluster, endpoint).await?.version)
+}
+
+/// Registers a version whose weights are no numbers.
+async fn register_broken(cluster: &Cluster, model: &str, of: u64) -> anyhow::Result<u64> {
+    let good = registry::client::version(cluster, model, Some(of))
+        .await?
+        .description;
+    let url = cluster.status().await?.storage_url;
+    let blobs = BlobStore::open(&url, &S3Options::default())?;
+    let mut file = VersionFile::load(&blobs, &good.digest, good.size_bytes).await?;
+    file.parameters.fill(f32::NAN);
+    let stored = file.store(&blobs).await?;
+    let new = NewVersion {
+        digest: stored.digest,
+        size_bytes: stored.size_bytes,
+        ..good
+    };
+    Ok(registry::client::register(cluster, new).await?.version)
+}
+
+/// Rolls a version out, and sends requests until it is decided and cleaned up; how many were answered.
+async fn roll_out(
+    cluster: &Cluster,
+    endpoint: &str,
+    version: u64,
+    client: &Client,
+    held_out: &Dataset,
+) -> anyhow::Result<(Rollout, usize)> {
+    let start = Command::Start {
+        endpoint: endpoint.to_owned(),
+        model: endpoint.to_owned(),
+        version: Some(version),
+        strategy: Strategy::Canary,
+        steps: STEPS.to_vec(),
+        guardrails: GUARDRAILS,
+        min_samples: MIN_SAMPLES,
+    };
+    serving::client::roll_out(cluster, start).await?;
+    let deadline = Instant::now() + ROLLOUT_LIMIT;
+    let mut answered = 0;
+    loop {
+        answered += client.send_all(held_out, |pixel| pixel).await?.count;
+        let rollout = serving::client::routing(cluster, endpoint).await?.rollout;
+        let rollout = rollout.context("a rollout was begun")?;
+        if rollout.cleanup == Cleanup::Done {
+            return Ok((rollout, answered));
+        }
+        if Instant::now() >= deadline {
+            bail!(
+                "the rollout to version {version} is not over after {answered} requests and {} s",
+                ROLLOUT_LIMIT.as_secs()
+            );
+        }
+    }
+}
+
+/// Says what is to be done when the endpoint drifts: a job that trains on inverted images, and no person.
+pub(super) async fn set_policy(
+    cluster: &Cluster,
+    data_dir: &Path,
+    spec: &TrainSpec,
+) -> anyhow::Result<()> {
+    let images = Dataset::load(&spec.dataset, &Files::local())?.all()?;
+    let width = images.features().len() / images.labels().len();
+    let mut text = String::new();
+    for (image, label) in images.features().chunks(width).zip(images.labels()) {
+        for pixel in image {
+            write!(text, "{},", shifted(*pixel))?;
+        }
+        writeln!(text, "{label}")?;
+    }
+    let path = data_dir.join("inverted.csv");
+    std::fs::write(&path, text).with_context(|| format!("{} cannot be written", path.display()))?;
+    let retrain = TrainSpec {
+        name: format!("retrain-{}", spec.name),
+        steps: RETRAIN_STEPS,
+        dataset: DataSpec::Csv(CsvSpec {
+            files: vec![DATA_FILE.to_owned()],
+            header: false,
+            shape: Some(vec![8, 8]),
+            classes: Some(10),
+            targets: None,
+            scale: None,
+        }),
+        ..spec.clone()
+    };
+    let job = cluster
+        .new_job(&retrain.name)
+        .builtin()
+        .args(["train".to_owned(), toml::to_string(&retrain)?])
+        .cpus(0.1)
+        .max_restarts(3)
+        .file(path, DATA_FILE)
+        .into_spec()
+        .await?;
+    let policy = RetrainPolicy {
+        model: spec.name.clone(),
+        job,
+        mode: Mode::Auto,
+        budget: Budget {
+            jobs: 1,
+            period_ms: 24 * 3_600_000,
+        },
+        terms: Terms {
+            cooldown_ms: 3_600_000,
+            metric: Some("accuracy".to_owned()),
+            min_gain: 0.0,
+            gate: Stage::Candidate,
+            canary: CanaryPlan {
+                strategy: Strategy::Canary,
+                steps: STEPS.to_vec(),
+                guardrails: GUARDRAILS,
+                min_samples: MIN_SAMPLES,
+            },
+        },
+    };
+    drift::client::set_policy(cluster, &spec.name, policy).await?;
+    Ok(())
+}
+
+/// Goes on sending inverted images until what the drift began has ended.
+pub(super) async fn retrained(
+    cluster: &Cluster,
+    endpoint: &str,
+    client: &Client,
+    held_out: &Dataset,
+    progress: &Progress,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    progress.say("the drift retrains the model; sending inverted images all the while");
+    let started = Instant::now();
+    let row = follow_retraining(cluster, endpoint, client, held_out, progress).await?;
+    let load = client.send_all(held_out, shifted).await?;
+    let version = active(cluster, endpoint).await?;
+    let compared = row
+        .comparison
+        .as_ref()
+        .map_or_else(String::new, |compared| {
+            format!(
+                ", {} {:.2} % against {:.2} %",
+                compared.metric,
+                compared.candidate * 100.0,
+                compared.baseline * 100.0
+            )
+        });
+    let reason = row.steps.last().map_or("", |step| &step.reason);
+    let is_shown = row.phase == RetrainingPhase::Promoted
+        && row.candidate == Some(version)
+        && load.accuracy() >= ACCURACY_MIN;
+    report.note(
+        "retrain",
+        started,
+        is_shown,
+        format!(
+            "event {} -> job-{} -> {endpoint}:{}{compared} -> {}: {reason}; inverted images now {:.2} %",
+            row.event,
+            row.job.unwrap_or_default(),
+            row.candidate.unwrap_or_default(),
+            row.phase.as_str(),
+            load.accuracy() * 100.0
+        ),
+    );
+    Ok(())
+}
+
+async fn follow_retraining(
+    cluster: &Cluster,
+    endpoint: &str,
+    client: &Client,
+    held_out: &Dataset,
+    progress: &Progress,
+) -> anyhow::Result<Retraining> {
+    let deadline = Instant::now() + ROLLOUT_LIMIT;
+    let mut told = 0;
+    loop {
+        client.send_all(held_out, shifted).await?;
+        let history = drift::client::retrainings(cluster, endpoint).await?;
+        if let Some(row) = history.retrainings.last().map(|shown| &shown.retraining) {
+            for step in &row.steps[told..] {
+                progress.say(&format!(
+                    "retraining: {}: {}",
+                    step.phase.as_str(),
+                    step.reason
+                ));
+            }
+            told = row.steps.len();
+            if !row.phase.is_open() {
+                return Ok(row.clone());
+            }
+        }
+        if Instant::now() >= deadline {
+            bail!(
+                "the retraining is not over after {} s",
+                ROLLOUT_LIMIT.as_secs()
+            );
+        }
+    }
+}
