@@ -1,14 +1,16 @@
 //! `cargo xtask bench serve`: the serving suite, with a tritonserver beside it where that is asked for.
 //!
 //! The server comes from PyPI into a virtual environment under the target folder and serves the models of the
-//! conformance test; the suite's own load generator asks both, one after the other in the same run.
+//! conformance test. The suite's own load generator asks both, one after the other in the same run, and so does Triton's
+//! `perf_analyzer`, by HTTP and gRPC.
 
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{CLUSTER, failed, our_rate, python_with, run_suite};
+use super::{CLUSTER, failed, our_rate, python_with, rates_of, run_suite};
 use crate::workspace::Workspace;
 
 /// Brings tritonserver 2.51.0 and its Python backend.
@@ -16,6 +18,9 @@ const TRITON: &str = "nvidia-pytriton==0.7.0";
 
 /// Writes the models and becomes the server, from the root of the checkout.
 const PROGRAM: &str = "runtime/cli/tests/programs/oip_conformance/triton.py";
+
+/// Runs `perf_analyzer` against both, from the root of the checkout.
+const PEER: &str = "benches/src/serve_suite/peers.py";
 
 /// How long a tritonserver may take to load its models.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -39,19 +44,33 @@ pub(crate) fn serve(arguments: &[String]) -> ExitCode {
     }
     let own: Vec<&String> = own.iter().collect();
     let starts = [&CLUSTER[..], &["--example", "identity_server"]].concat();
-    let ended = run_suite("serve", &starts, &own, our_rate);
-    drop(peer);
-    match ended {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(code) => code,
+    let measured = match run_suite("serve", &starts, &own, our_rate) {
+        Ok(measured) => measured,
+        Err(code) => return code,
+    };
+    let Some(triton) = peer else {
+        return ExitCode::SUCCESS;
+    };
+    let is_quick = arguments.iter().any(|argument| argument == "--quick");
+    let path = measured
+        .results
+        .join(format!("serve-peers-{}.md", measured.date));
+    match triton.compared(&measured.workspace, is_quick) {
+        Ok(table) => match std::fs::write(&path, table) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&format!("{}: {error}", path.display())),
+        },
+        Err(reason) => failed(&reason),
     }
 }
 
 /// A tritonserver; it ends with this.
 struct Triton {
     child: Child,
+    python: PathBuf,
     /// Of its HTTP.
     address: String,
+    grpc: String,
 }
 
 impl Triton {
@@ -71,7 +90,7 @@ impl Triton {
             free_address().map_err(words)?,
         );
         let port = |address: &str| address.rsplit(':').next().unwrap_or_default().to_owned();
-        let child = Command::new(python)
+        let child = Command::new(&python)
             .arg(workspace.root().join(PROGRAM))
             .arg(&folder)
             .args([port(&address), port(&grpc)])
@@ -80,7 +99,12 @@ impl Triton {
             .stderr(output)
             .spawn()
             .map_err(|error| format!("cannot start tritonserver: {error}"))?;
-        let mut triton = Triton { child, address };
+        let mut triton = Triton {
+            child,
+            python,
+            address,
+            grpc,
+        };
         let deadline = Instant::now() + START_LIMIT;
         // It listens once all models are loaded.
         while TcpStream::connect(&triton.address).is_err() {
@@ -91,6 +115,21 @@ impl Triton {
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(triton)
+    }
+
+    /// The table of `perf_analyzer`, which is shown as it grows.
+    fn compared(&self, workspace: &Workspace, is_quick: bool) -> Result<String, String> {
+        let mut command = Command::new(&self.python);
+        command
+            .arg(workspace.root().join(PEER))
+            .arg(workspace.target().join("peers/perf-analyzer"))
+            .args([&self.address, &self.grpc])
+            .arg(workspace.binary("examples/identity_server"));
+        if is_quick {
+            command.arg("--quick");
+        }
+        let (lines, end) = rates_of(&mut command, |line| Some(line.to_owned()));
+        end.map(|()| lines.join("\n") + "\n")
     }
 }
 

@@ -1,0 +1,93 @@
+"""Triton's own `perf_analyzer` against a tritonserver and against Mobula's protocol, in turns; prints a table.
+
+usage: peers.py FOLDER TRITON_HTTP TRITON_GRPC IDENTITY_SERVER [--quick]
+
+Both serve `identity`, FP32 of 16: the tritonserver with its Python backend, Mobula by the example `identity_server`, which is
+the protocol without a cluster. The program comes from the last wheel of `tritonclient` that has it; the libraries that it wants
+are those of `nvidia-pytriton`, under their plain names.
+"""
+
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytriton
+
+WHEEL = "tritonclient==2.49.0"
+CALLERS = [1, 8, 64]
+
+# Rounds of a measurement may differ by half before it counts as unstable: two of them share a machine with the server.
+STABILITY_PERCENT = "50"
+
+
+def perf_analyzer(folder):
+    """The program and the folder of its libraries."""
+    program = folder / "perf_analyzer"
+    libraries = folder / "libraries"
+    if not program.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*pip, "--platform", "manylinux1_x86_64", "--dest", folder, WHEEL], check=True)
+        (wheel,) = folder.glob("tritonclient-*.whl")
+        with zipfile.ZipFile(wheel) as files:
+            (name,) = [name for name in files.namelist() if name.endswith("/bin/perf_analyzer")]
+            program.write_bytes(files.read(name))
+        program.chmod(0o755)
+    libraries.mkdir(exist_ok=True)
+    bundled = pathlib.Path(pytriton.__file__).parent.parent / "nvidia_pytriton.libs"
+    for plain, pattern in [("libb64.so.0d", "libb64-*"), ("libcudart.so.12", "libcudart-*")]:
+        (found,) = bundled.glob(pattern)
+        link = libraries / plain
+        link.unlink(missing_ok=True)
+        link.symlink_to(found)
+    return program, f"{libraries}:{bundled}"
+
+
+def measured(program, libraries, folder, protocol, address, token, callers, window_ms):
+    """Answers a second, and the median and 99th percentile of their latencies in microseconds."""
+    figures = folder / "figures.csv"
+    figures.unlink(missing_ok=True)
+    # By gRPC the name must be in small letters, and a space after the colon is taken for a part of the value.
+    authorization = f"authorization:Bearer {token}"
+    command = [
+        program, "-m", "identity", "-u", address, "-i", protocol, "-b", "1",
+        "--concurrency-range", str(callers), "--measurement-interval", str(window_ms),
+        "--stability-percentage", STABILITY_PERCENT, "-H", authorization, "-f", figures,
+    ]
+    ran = subprocess.run(
+        command, env=os.environ | {"LD_LIBRARY_PATH": libraries}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    rows = list(csv.DictReader(figures.open())) if figures.exists() else []
+    if not rows:
+        raise SystemExit(f"perf_analyzer measured nothing at {address}:\n{ran.stdout}")
+    (row,) = rows
+    return tuple(float(row[name]) for name in ("Inferences/Second", "p50 latency", "p99 latency"))
+
+
+def main():
+    folder, triton_http, triton_grpc, server, *quick = sys.argv[1:]
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    window_ms = 1000 if quick else 5000
+    program, libraries = perf_analyzer(folder)
+    mobula = subprocess.Popen([server], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        address, token = mobula.stdout.readline().split()
+        print("| identity, FP32 of 16 | tritonserver, a second | p50 | p99 | mobula, a second | p50 | p99 | ratio |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        for protocol, theirs in [("http", triton_http), ("grpc", triton_grpc)]:
+            for callers in CALLERS:
+                ask = lambda where: measured(program, libraries, folder, protocol, where, token, callers, window_ms)
+                triton, ours = ask(theirs), ask(address)
+                cells = [f"{rate:.0f} | {p50:.0f} µs | {p99:.0f} µs" for rate, p50, p99 in (triton, ours)]
+                ratio = ours[0] / triton[0]
+                print(f"| {protocol}, {callers} callers | {cells[0]} | {cells[1]} | {ratio:.1f}× |", flush=True)
+    finally:
+        mobula.kill()
+        mobula.wait()
+
+
+if __name__ == "__main__":
+    main()
