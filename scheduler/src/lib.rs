@@ -47,7 +47,7 @@ pub use state::token::{check as check_token, principal as token_principal};
 pub use view::{ActorView, ClusterStatus, JobView, NodeView, TokenView};
 
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Origin, Reader, StateModule, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Origin, Reader, StateModule, TableGauge, Txn,
 };
 use mobula_core::{Rejection, codec};
 
@@ -91,6 +91,18 @@ impl StateModule for Scheduler {
             response: codec::encode_plain(&response),
             effects,
         })
+    }
+
+    fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
+        let states = view::training_jobs(reader).into_iter();
+        states
+            .map(|(state, value)| TableGauge {
+                name: "ml_training_jobs_total",
+                help: "Training jobs that the head knows, by state",
+                label: Some(("state", state)),
+                value,
+            })
+            .collect()
     }
 
     fn subject(&self, payload: &[u8], response: Option<&[u8]>) -> String {

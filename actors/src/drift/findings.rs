@@ -156,6 +156,13 @@ pub(super) fn monitor(reader: &dyn Reader, endpoint: &str) -> Option<MonitorStat
     row::get(reader, MONITORS, endpoint.as_bytes())
 }
 
+/// Endpoints whose last window drifted.
+pub(super) fn drifting_count(reader: &dyn Reader) -> u64 {
+    let monitors = row::all::<MonitorStatus>(reader, MONITORS, &[]);
+    let drifting = monitors.iter().filter(|(_, monitor)| monitor.last.drifts());
+    drifting.count() as u64
+}
+
 /// Where monitors stand, by endpoint, a page of them behind `after`.
 pub(super) fn monitors(reader: &dyn Reader, after: Option<&str>) -> Vec<MonitorStatus> {
     reader

@@ -2,7 +2,9 @@
 //! about it ([`super::retraining`]).
 
 use mobula_core::codec;
-use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
+use mobula_core::control::{
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, TableGauge, Txn,
+};
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::JobId;
 use serde::{Deserialize, Serialize};
@@ -86,6 +88,15 @@ impl StateModule for Drift {
             Ok(Command::Retraining(command)) => command.subject(),
             Err(_) => self.name().to_owned(),
         }
+    }
+
+    fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
+        vec![TableGauge {
+            name: "mobula_drift_endpoints_drifting",
+            help: "Endpoints whose last window of requests differs from what their version was trained on",
+            label: None,
+            value: findings::drifting_count(reader),
+        }]
     }
 
     fn query(

@@ -8,6 +8,7 @@ mod duration;
 mod jobs;
 mod registry;
 mod rollout;
+mod scaling;
 mod serving;
 mod training;
 
@@ -34,6 +35,7 @@ pub(crate) use registry::{
 pub(crate) use rollout::{
     RolloutCommand, RolloutPlanArguments, RolloutStartArguments, RolloutTarget,
 };
+pub(crate) use scaling::{ExplainScalingArguments, ScaleArguments};
 pub(crate) use serving::ServeCommand;
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 
@@ -188,3 +190,7 @@ mod tests {
         Arguments::command().debug_assert();
     }
 }
+
+#[cfg(test)]
+#[path = "pages_tests.rs"]
+mod pages_tests;
