@@ -15,6 +15,7 @@ const PAGES: &[&str] = &[
     "CONTRIBUTING.md",
     "docs/checkpoints.md",
     "docs/cli-json.md",
+    "docs/policy.md",
     "docs/registry.md",
     "docs/reproducing.md",
     "docs/rollouts.md",

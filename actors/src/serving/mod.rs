@@ -3,6 +3,7 @@
 //! The actors, and what decides about them:
 //! * [`state`]: endpoints as a replicated table (pure); [`controller`] starts and stops what they
 //!   need; [`client`] is what the command line asks.
+//! * `gate`: what the policies say before a version is served.
 //! * [`rollout`]: how an endpoint goes from one version to another.
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, [`arm`] is one of
 //!   them, [`fleet`] chooses among its replicas, `replica_link` finds these, [`endpoint_service`] speaks
@@ -28,6 +29,7 @@ pub mod controller;
 pub mod endpoint_service;
 pub mod feed;
 pub mod fleet;
+mod gate;
 pub mod grpc;
 pub mod http;
 pub mod oip;

@@ -20,6 +20,7 @@ mod local;
 mod models;
 mod nodes;
 mod output;
+mod policy;
 mod preemptions;
 mod registry_log;
 mod replay;
@@ -27,6 +28,7 @@ mod rollout;
 mod scenario;
 mod secrets;
 mod serve;
+mod signing;
 mod status;
 mod submit;
 mod tokens;
@@ -106,6 +108,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Checkpoints(command) => return checkpoints::run(&target, command).await,
         Command::Models(command) => return models::run(&target, command).await,
         Command::Keys(command) => keys::run(&target, command).await?,
+        Command::Policy(command) => policy::run(&target, command).await?,
+        Command::Data(command) => policy::data::run(&target, command).await?,
+        Command::Approvals(command) => policy::approvals::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,
         Command::Rollout(command) => rollout::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,

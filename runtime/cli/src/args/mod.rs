@@ -5,6 +5,7 @@ mod chaos;
 mod cluster;
 mod duration;
 mod jobs;
+mod policy;
 mod registry;
 mod rollout;
 mod serving;
@@ -25,8 +26,11 @@ pub(crate) use cluster::{
 pub(crate) use jobs::{
     ActorsCommand, ExplainArguments, JobsCommand, NodesCommand, SubmitArguments,
 };
+pub(crate) use policy::{
+    ActionArgument, AdminSigning, ApprovalsCommand, DataCommand, PolicyCommand, SubjectArguments,
+};
 pub(crate) use registry::{
-    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RiskArgument, RoleArgument,
+    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RiskArgument,
     SearchArguments, SigningArguments,
 };
 pub(crate) use rollout::{RolloutCommand, RolloutStartArguments, RolloutTarget};
@@ -128,6 +132,15 @@ pub(crate) enum Command {
     /// Keys that decisions about models are signed with.
     #[command(subcommand)]
     Keys(KeysCommand),
+    /// Policies: what may be trained on, promoted and deployed.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Labels of data, which policies go by.
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Approvals of what somebody else asks for.
+    #[command(subcommand)]
+    Approvals(ApprovalsCommand),
     /// Endpoints that serve models.
     #[command(subcommand)]
     Serve(ServeCommand),
