@@ -49,11 +49,13 @@ pub const DOMAIN_DECODERS: &[Decoder] = &[
     },
 ];
 
-/// What people hand to each other about models: signatures, decisions, logs, keys, conditions.
+/// What people hand to each other about models: signatures, decisions, logs, keys, conditions,
+/// policies.
 fn registry_files(bytes: &[u8]) {
     use mobula_actors::registry::decide::Decision;
     use mobula_actors::registry::envelope::Envelope;
     use mobula_actors::registry::keys::PublicKey;
+    use mobula_actors::registry::policy::engine;
     use mobula_actors::registry::search::MetricCondition;
     use mobula_actors::registry::{audit_file, bundle};
     use std::path::Path;
@@ -68,6 +70,7 @@ fn registry_files(bytes: &[u8]) {
     let _ = PublicKey::from_pem(text);
     let _ = audit_file::verify(text, None);
     let _ = text.parse::<MetricCondition>();
+    let _ = engine::check(text);
     if let Ok(value) = serde_json::from_str(text) {
         let _ = Decision::reason_in(&value);
         if let Ok(envelope) = Envelope::from_json(&value) {
@@ -88,6 +91,7 @@ fn registry_files_seeds() -> Vec<Vec<u8>> {
         r#"{"payload":"e30=","payloadType":"application/vnd.in-toto+json","signatures":[{"keyid":"a","sig":"AAAA"}]}"#,
         r#"{"format":"mobula-registry-log/1","dropped":0,"size":0,"before":[],"anchor":"0","chain":"0","root":"0"}"#,
         "accuracy>=0.9",
+        r#"@id("a") forbid (principal, action, resource) when { resource.labels.contains("pii") };"#,
     ];
     files.map(Vec::from).to_vec()
 }

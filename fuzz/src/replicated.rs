@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use mobula_actors::registry::envelope::Envelope;
 use mobula_actors::registry::keys::{PublicKey, Role};
+use mobula_actors::registry::policy::data::{DataSet, LabelChange};
 use mobula_actors::registry::stages::{Stage, StageChange};
 use mobula_actors::registry::state::{Command as RegistryCommand, Query as RegistryQuery};
 use mobula_core::codec;
@@ -153,6 +154,27 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         roles: [Role::Release].into(),
         owner: "ann".into(),
     };
+    let policies = RegistryCommand::SetPolicyFile {
+        text: r#"@id("a") forbid (principal, action, resource) when { context.approvals < 1 };"#
+            .into(),
+        expected_revision: 0,
+        envelope: None,
+    };
+    let label = RegistryCommand::LabelData(LabelChange {
+        data: "b".repeat(64),
+        name: "faces".into(),
+        labels: ["pii".into()].into(),
+        expected_revision: 0,
+        envelope: None,
+    });
+    let train = RegistryCommand::Train {
+        job: 1,
+        data: DataSet {
+            digest: "b".repeat(64),
+            files: vec!["c".repeat(64)],
+        },
+        parent: None,
+    };
     let search = RegistryQuery::Search {
         filter: Default::default(),
         after: None,
@@ -189,6 +211,9 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         step("registry", 0, &codec::encode_plain(&tag)),
         step("registry", 0, &codec::encode_plain(&key)),
         step("registry", 0, &codec::encode_plain(&stage)),
+        step("registry", 0, &codec::encode_plain(&policies)),
+        step("registry", 0, &codec::encode_plain(&label)),
+        step("registry", 0, &codec::encode_plain(&train)),
         step("registry", 1, &codec::encode_plain(&search)),
         step("serving", 0, &codec::encode_plain(&deploy)),
         step("checkpoint", 0, &codec::encode_plain(&fence)),

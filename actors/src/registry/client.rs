@@ -4,6 +4,7 @@ use mobula::Cluster;
 use mobula_core::control::ModuleId;
 use serde::de::DeserializeOwned;
 
+use super::envelope::Envelope;
 use super::events::{EventPage, EventProof};
 use super::keys::{KeyRecord, PublicKey, Role};
 use super::provenance::Provenance;
@@ -223,7 +224,7 @@ pub async fn set_policy(
     model: &str,
     policy: Policy,
     expected_revision: u64,
-    envelope: Option<super::envelope::Envelope>,
+    envelope: Option<Envelope>,
 ) -> mobula::Result<ModelState> {
     let command = Command::SetPolicy {
         model: model.to_owned(),
@@ -242,26 +243,45 @@ pub async fn keys(cluster: &Cluster) -> mobula::Result<Vec<KeyRecord>> {
     all_pages(cluster, "list keys", after).await
 }
 
-/// Adds a public key.
+/// Adds a public key; with [`super::statement::key`], signed, once a key has the role `admin`.
 pub async fn add_key(
     cluster: &Cluster,
     key: &PublicKey,
     roles: impl IntoIterator<Item = Role>,
     owner: &str,
+    envelope: Option<Envelope>,
 ) -> mobula::Result<KeyRecord> {
-    let command = Command::AddKey {
-        spki: key.spki().to_vec(),
-        roles: roles.into_iter().collect(),
-        owner: owner.to_owned(),
+    let spki = key.spki().to_vec();
+    let roles = roles.into_iter().collect();
+    let owner = owner.to_owned();
+    let command = match envelope {
+        None => Command::AddKey { spki, roles, owner },
+        Some(envelope) => Command::EnrolKey {
+            spki,
+            roles,
+            owner,
+            envelope,
+        },
     };
     change(cluster, "add a key", &command).await
 }
 
-/// Makes a key worthless for what is signed from now on.
-pub async fn revoke_key(cluster: &Cluster, key: &str, reason: &str) -> mobula::Result<KeyRecord> {
-    let command = Command::RevokeKey {
-        key: key.to_owned(),
-        reason: reason.to_owned(),
+/// Makes a key worthless for what is signed from now on; with [`super::statement::key`], signed, once a key has
+/// the role `admin`.
+pub async fn revoke_key(
+    cluster: &Cluster,
+    key: &str,
+    reason: &str,
+    envelope: Option<Envelope>,
+) -> mobula::Result<KeyRecord> {
+    let (key, reason) = (key.to_owned(), reason.to_owned());
+    let command = match envelope {
+        None => Command::RevokeKey { key, reason },
+        Some(envelope) => Command::RevokeKeySigned {
+            key,
+            reason,
+            envelope,
+        },
     };
     change(cluster, "revoke a key", &command).await
 }

@@ -13,15 +13,19 @@
 //! 2. Sequence numbers begin at 1 and have no gaps; entry `n` is leaf `n - 1`.
 //! 3. An entry holds names, digests, public keys and signatures: no secret, no bytes of a model.
 
+use std::collections::BTreeSet;
+
 use mobula_core::control::{ApplyContext, Reader, Txn};
 use mobula_core::error::Rejection;
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 use super::merkle::{self, Hash};
+use super::policy::gate::Decision;
 use super::tables::{ENDS, ENDS_KEY, EVENTS, TREE, subtree_key};
 
-/// Entries that are kept with their text: at 1 to 20 KiB each some 100 MiB, which a snapshot carries. Whoever
+/// Entries that are kept with their text: at 1 to 20 KiB each (one that sets policies has their
+/// text, of up to 32) some 100 MiB, which a snapshot carries. Whoever
 /// wants more exports them (`mobula audit export`).
 pub const EVENTS_MAX: u64 = 50_000;
 
@@ -52,6 +56,9 @@ pub(super) enum Event<'a> {
         revision: u64,
         signers: &'a [String],
         envelopes: Vec<serde_json::Value>,
+        /// What the policies said; absent for what they are not asked about.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        gate: Option<&'a Decision>,
     },
     /// An alias was moved, made or removed.
     Aliased {
@@ -83,9 +90,54 @@ pub(super) enum Event<'a> {
         public_key: String,
         roles: Vec<&'static str>,
         owner: &'a str,
+        #[serde(skip_serializing_if = "<[String]>::is_empty")]
+        signers: &'a [String],
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        envelopes: Vec<serde_json::Value>,
     },
     /// A key may sign no more.
-    KeyRevoked { key: &'a str, reason: &'a str },
+    KeyRevoked {
+        key: &'a str,
+        reason: &'a str,
+        #[serde(skip_serializing_if = "<[String]>::is_empty")]
+        signers: &'a [String],
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        envelopes: Vec<serde_json::Value>,
+    },
+    /// Other policies count from now on.
+    PolicyFileSet {
+        revision: u64,
+        policies: &'a [String],
+        text: &'a str,
+        signers: &'a [String],
+        envelopes: Vec<serde_json::Value>,
+    },
+    /// Data was labelled.
+    DataLabelled {
+        data: &'a str,
+        name: &'a str,
+        labels: &'a BTreeSet<String>,
+        revision: u64,
+        signers: &'a [String],
+        envelopes: Vec<serde_json::Value>,
+    },
+    /// Something was approved, or approvals were withdrawn.
+    Approved {
+        subject: &'a str,
+        withdrawn: bool,
+        principal: &'a str,
+        reason: &'a str,
+        revision: u64,
+        signers: &'a [String],
+        envelopes: Vec<serde_json::Value>,
+    },
+    /// The policies were asked.
+    GateDecided {
+        /// Of a training: the job.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        job: Option<u64>,
+        gate: &'a Decision,
+    },
     /// A retraining of an endpoint's model took a step.
     Retraining(Retrained<'a>),
 }
@@ -306,6 +358,8 @@ mod tests {
             let event = Event::KeyRevoked {
                 key: "k",
                 reason: "lost",
+                signers: &[],
+                envelopes: Vec::new(),
             };
             append_within(&mut tables, &context, &event, events_max);
         }

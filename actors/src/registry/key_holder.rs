@@ -4,6 +4,9 @@
 //! Who starts it asks for the node that has the files, and for a process of its own (`isolated`), in whose
 //! memory no other actor's code runs.
 //!
+//! A job starts one for itself, or finds the cluster's, which [`hold`] starts (`mobula keys hold`): a detached actor
+//! in the namespace [`NAMESPACE`], which the command line asks too.
+//!
 //! Invariants:
 //! 1. No key leaves the actor: its answers are names and signatures.
 //! 2. It signs statements of the registry's own kinds: no other bytes are ever under these keys.
@@ -11,12 +14,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use mobula::{ActorRef, Cluster};
+use mobula_core::label::Requirement;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::envelope::{PAYLOAD_BYTES_MAX, PAYLOAD_TYPE, Signature, pae};
 use super::signer::{KeyFileError, PrivateKey, Signer};
-use super::statement::{POLICY_TYPE, PROMOTION_TYPE, PROVENANCE_TYPE, STATEMENT_TYPE};
+use super::statement::{SIGNED_TYPES, STATEMENT_TYPE};
 
 /// Why something was not signed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -39,6 +44,58 @@ pub enum RefusedToSign {
         /// Why.
         reason: String,
     },
+}
+
+/// The namespace of the cluster's key holder.
+pub const NAMESPACE: &str = "keys";
+
+/// Its name there.
+pub const NAME: &str = "key-holder";
+
+/// Its restarts: as often as its files can be read again, within reason.
+const RESTARTS_MAX: u32 = 1_000;
+
+/// The longest description of a holder to start.
+const ORDER_BYTES_MAX: usize = 64 * 1024;
+
+/// Which keys the cluster's holder shall have, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldOrder {
+    /// Their files, on the machine where it runs.
+    pub files: Vec<String>,
+    /// Labels of that machine, name and value.
+    pub labels: Vec<(String, String)>,
+}
+
+/// Starts the cluster's holder, as the driver of a job in [`NAMESPACE`]; `text` is a [`HoldOrder`] in JSON. The
+/// job's result are the names of the keys.
+pub async fn hold(cluster: &Cluster, text: &str) -> mobula::Result<()> {
+    if text.len() > ORDER_BYTES_MAX {
+        return Err(mobula::Error::User(format!(
+            "the order has {} bytes, the limit is {ORDER_BYTES_MAX}: hold fewer keys",
+            text.len()
+        )));
+    }
+    let order: HoldOrder = serde_json::from_str(text)?;
+    let mut holder = cluster
+        .actor(KeyHolder::new(order.files))
+        .name(NAME)
+        .isolated()
+        .detached()
+        .max_restarts(RESTARTS_MAX);
+    for (label, value) in order.labels {
+        holder = holder.require(Requirement::In(label, vec![value]));
+    }
+    let keys = holder.spawn().await?.keys().await?;
+    cluster.set_result(&keys).await
+}
+
+/// The cluster's holder, for whoever is connected.
+pub async fn find(cluster: &Cluster) -> mobula::Result<ActorRef<KeyHolder>> {
+    match cluster.job() {
+        Some(_) => cluster.get_actor(NAME).await,
+        None => cluster.get_actor_in(NAMESPACE, NAME).await,
+    }
 }
 
 /// Holds private keys.
@@ -90,7 +147,7 @@ fn check(statement: &[u8]) -> Result<(), RefusedToSign> {
     let value: Value =
         serde_json::from_slice(statement).map_err(|error| refused(error.to_string()))?;
     let kind = value["predicateType"].as_str().unwrap_or_default();
-    let is_ours = [PROMOTION_TYPE, POLICY_TYPE, PROVENANCE_TYPE].contains(&kind);
+    let is_ours = SIGNED_TYPES.contains(&kind);
     if value["_type"] == STATEMENT_TYPE && is_ours {
         return Ok(());
     }

@@ -17,9 +17,11 @@ use ring::signature::{ECDSA_P256_SHA256_ASN1, ED25519, UnparsedPublicKey, Verifi
 use rustls_pki_types::pem::{PemObject, SectionKind};
 use serde::{Deserialize, Serialize};
 
+use super::envelope::{Demand, Envelope};
 use super::events::{self, Event};
 use super::hex;
 use super::merkle;
+use super::statement::{self, KeyChange};
 use super::tables::KEYS;
 
 /// Keys of a cluster, revoked ones among them: people and services that decide, and what they had before.
@@ -184,11 +186,15 @@ pub enum Role {
     Stage,
     /// Those too, and edges to and from production, and weaker policies.
     Release,
+    /// Approvals of what others ask for.
+    Approve,
+    /// Which keys count, which policies there are, and what data is labelled no more.
+    Admin,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Role; 2] = [Role::Stage, Role::Release];
+    pub const ALL: [Role; 4] = [Role::Stage, Role::Release, Role::Approve, Role::Admin];
 
     /// A short stable word.
     #[must_use]
@@ -196,6 +202,8 @@ impl Role {
         match self {
             Role::Stage => "stage",
             Role::Release => "release",
+            Role::Approve => "approve",
+            Role::Admin => "admin",
         }
     }
 }
@@ -242,7 +250,8 @@ impl KeyRecord {
     /// Whether it may sign what needs `role`.
     #[must_use]
     pub fn may(&self, role: Role) -> bool {
-        self.roles.contains(&role) || self.roles.contains(&Role::Release)
+        let implied = role == Role::Stage && self.roles.contains(&Role::Release);
+        self.roles.contains(&role) || implied
     }
 }
 
@@ -269,19 +278,50 @@ fn check_text(what: &str, text: &str) -> Result<(), Rejection> {
     )))
 }
 
-/// Adds a key; the same again is the same key.
+/// Refuses what no key with the role `admin` has signed, once such a key was added; the keys that signed it.
+pub(super) fn check_admin(
+    reader: &dyn Reader,
+    what: &'static str,
+    statement: &[u8],
+    envelope: Option<&Envelope>,
+) -> Result<Vec<String>, Rejection> {
+    let keys = row::all::<KeyRecord>(reader, KEYS, &[]);
+    let is_needed = keys.iter().any(|(_, key)| key.may(Role::Admin));
+    let Some(envelope) = envelope else {
+        if !is_needed {
+            return Ok(Vec::new());
+        }
+        return Err(Rejection::new(
+            ErrorCode::PermissionDenied,
+            format!(
+                "this needs the {what} signed by a key with the role `admin`, because there are such keys: \
+                 give --sign-with, with one of those that `mobula keys list` shows"
+            ),
+        ));
+    };
+    let demand = Demand {
+        what,
+        statement,
+        role: Role::Admin,
+        signatures: 1,
+    };
+    Ok(envelope.check(demand, |id| find(reader, id))?)
+}
+
+/// Adds a key; the same again is the same key. After the first with the role `admin`, one of those signs it.
 pub(super) fn add(
     context: &ApplyContext,
     txn: &mut dyn Txn,
     spki: Vec<u8>,
     roles: BTreeSet<Role>,
     owner: String,
+    envelope: Option<&Envelope>,
 ) -> Result<KeyRecord, Rejection> {
     let key = PublicKey::from_spki(&spki).map_err(|error| Rejection::invalid(error.to_string()))?;
     check_text("the owner", &owner)?;
     if roles.is_empty() {
         return Err(Rejection::invalid(
-            "a key without a role can sign nothing: give it `stage` or `release`",
+            "a key without a role can sign nothing: give it `stage`, `release`, `approve` or `admin`",
         ));
     }
     let id = key.id();
@@ -309,6 +349,11 @@ pub(super) fn add(
             format!("there are {KEYS_MAX} keys, the limit: sign with one of them"),
         ));
     }
+    let change = KeyChange::Enrol {
+        roles: &roles,
+        owner: &owner,
+    };
+    let signers = check_admin(txn, "enrolment", &statement::key(&id, &change), envelope)?;
     let record = KeyRecord {
         id,
         spki,
@@ -323,17 +368,21 @@ pub(super) fn add(
         public_key: key.to_pem(),
         roles: record.roles.iter().map(|role| role.as_str()).collect(),
         owner: &record.owner,
+        signers: &signers,
+        envelopes: envelope.map(Envelope::to_json).into_iter().collect(),
     };
     events::append(txn, context, &event);
     Ok(record)
 }
 
-/// Makes a key worthless for what is signed from now on; again changes nothing.
+/// Makes a key worthless for what is signed from now on; again changes nothing. After the first key with the
+/// role `admin`, one of those signs it.
 pub(super) fn revoke(
     context: &ApplyContext,
     txn: &mut dyn Txn,
     id: &str,
     reason: String,
+    envelope: Option<&Envelope>,
 ) -> Result<KeyRecord, Rejection> {
     check_text("the reason", &reason)?;
     let Some(mut record) = find(txn, id) else {
@@ -345,9 +394,35 @@ pub(super) fn revoke(
     if record.revoked.is_some() {
         return Ok(record);
     }
+    let change = KeyChange::Revoke { reason: &reason };
+    let signers = check_admin(
+        txn,
+        "revocation",
+        &statement::key(&record.id, &change),
+        envelope,
+    )?;
+    if record.may(Role::Admin) {
+        let keys = row::all::<KeyRecord>(txn, KEYS, &[]);
+        let mut others = keys
+            .iter()
+            .map(|(_, key)| key)
+            .filter(|key| key.id != record.id);
+        if !others.any(|key| key.revoked.is_none() && key.may(Role::Admin)) {
+            return Err(Rejection::new(
+                ErrorCode::FailedPrecondition,
+                format!(
+                    "key {} is the last with the role `admin`, and without one no key could be added or \
+                     revoked any more: add another such key first",
+                    record.id
+                ),
+            ));
+        }
+    }
     let event = Event::KeyRevoked {
         key: &record.id,
         reason: &reason,
+        signers: &signers,
+        envelopes: envelope.map(Envelope::to_json).into_iter().collect(),
     };
     events::append(txn, context, &event);
     record.revoked = Some(Revocation {

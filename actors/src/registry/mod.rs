@@ -7,6 +7,7 @@
 //! * [`statement`], [`envelope`], [`signer`]: what is signed, how it is checked, and who has private keys
 //!   ([`key_holder`] is an actor that has them for jobs);
 //!   [`decide`]: a change on its way to be signed; [`bundle`]: the files of a version, signed for other tools.
+//! * [`policy`]: gates in front of training, promotion and deployment.
 //! * [`events`]: the log of all changes, over the hash trees of [`merkle`]; [`audit_file`]: the same as a file.
 //! * [`client`]: what jobs and the command line ask it, and how a job publishes a version.
 
@@ -20,6 +21,7 @@ pub mod events;
 pub mod key_holder;
 pub mod keys;
 pub mod merkle;
+pub mod policy;
 pub mod provenance;
 pub mod search;
 pub mod signer;

@@ -14,6 +14,7 @@
 //!    model's policy asks for.
 //! 3. A version with a field of its provenance missing is never in production.
 //! 4. A policy becomes weaker only with the signatures that the stronger one asks for.
+//! 5. Nothing becomes staging or production that the policies forbid ([`super::policy`]).
 
 use std::collections::BTreeMap;
 
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::envelope::{Demand, Envelope};
 use super::events::{self, Event};
 use super::keys::{self, KeyRecord, Role};
+use super::policy::gate;
 use super::provenance::{Provenance, missing};
 use super::statement::{self, Promotion};
 use super::tables::{KEYS, MODELS, PROVENANCE, SIGNED, STANDINGS, version_key};
@@ -278,10 +280,11 @@ fn check_edge(
     Ok(())
 }
 
-/// Changes the stage of a version.
+/// Changes the stage of a version; `principal` is in whose name that is asked.
 pub(super) fn change(
     context: &ApplyContext,
     txn: &mut dyn Txn,
+    principal: &str,
     change: &StageChange,
 ) -> Result<ModelVersion, Rejection> {
     let StageChange {
@@ -337,6 +340,7 @@ pub(super) fn change(
         // What was signed once stays with the version.
         _ => signed(txn, model, *version).and_then(|before| before.provenance),
     };
+    let gate = gate::pass_promote(txn, principal, &found, *to, &signers)?;
 
     let event = Event::Staged {
         model,
@@ -355,6 +359,7 @@ pub(super) fn change(
             )
             .map(Envelope::to_json)
             .collect(),
+        gate: gate.as_ref(),
     };
     events::append(txn, context, &event);
     if let Some(replaced) = replaces {

@@ -11,13 +11,18 @@
 use std::collections::BTreeSet;
 
 use mobula_core::codec;
-use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
+use mobula_core::control::{
+    Applied, ApplyContext, Caller, ModuleId, Origin, Reader, StateModule, Txn,
+};
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 use super::envelope::Envelope;
 use super::keys::Role;
+use super::policy::approvals::ApprovalChange;
+use super::policy::data::{DataSet, LabelChange};
+use super::policy::{approvals, data, file, gate};
 use super::provenance::Provenance;
 use super::search::{self, Filter, Selector};
 use super::stages::{self, Policy, StageChange};
@@ -94,6 +99,48 @@ pub enum Command {
         /// Why, for people.
         reason: String,
     },
+    /// Adds a public key with the signature of one with the role `admin`. Answer: [`keys::KeyRecord`].
+    EnrolKey {
+        /// Its `SubjectPublicKeyInfo` in DER.
+        spki: Vec<u8>,
+        /// What it may sign.
+        roles: BTreeSet<Role>,
+        /// Whose it is, for people.
+        owner: String,
+        /// [`super::statement::key`], signed.
+        envelope: Envelope,
+    },
+    /// Makes a key worthless with the signature of one with the role `admin`. Answer: [`keys::KeyRecord`].
+    RevokeKeySigned {
+        /// Its name.
+        key: String,
+        /// Why, for people.
+        reason: String,
+        /// [`super::statement::key`], signed.
+        envelope: Envelope,
+    },
+    /// Sets the policies. Answer: [`file::PolicyFile`].
+    SetPolicyFile {
+        /// Their text; empty: only the shipped ones count.
+        text: String,
+        /// The revision that this was decided on.
+        expected_revision: u64,
+        /// [`super::statement::policy_file`], signed: needed once a key has the role `admin`.
+        envelope: Option<Envelope>,
+    },
+    /// Says what data is. Answer: [`data::DataRecord`].
+    LabelData(LabelChange),
+    /// Approves something, or withdraws approvals. Answer: [`approvals::Approvals`].
+    Approve(ApprovalChange),
+    /// Asks whether a job may train, before it does. Answer: [`gate::Decision`].
+    Train {
+        /// The job.
+        job: u64,
+        /// What it trains on.
+        data: DataSet,
+        /// The job of whose checkpoint the weights are that it begins with.
+        parent: Option<u64>,
+    },
 }
 
 /// A question. Append-only: positions are tags.
@@ -162,6 +209,35 @@ pub enum Query {
         /// Its number.
         sequence: u64,
     },
+    /// The policies. Answer: [`file::PolicyFile`].
+    PolicyFile,
+    /// What the policies would say. Answer: [`gate::Decision`].
+    Explain {
+        /// In whose name it would be asked.
+        principal: String,
+        /// What.
+        request: gate::Request,
+    },
+    /// Labelled data, by digest, a page of it. Answer: `Vec<DataRecord>`, empty after the last.
+    Data {
+        /// Only data with a larger digest.
+        after: Option<String>,
+    },
+    /// What data is labelled as. Answer: `Option<DataRecord>`.
+    DataRecord {
+        /// Its BLAKE3, in hex.
+        digest: String,
+    },
+    /// Approvals, a page of them. Answer: `Vec<Approvals>`, empty after the last.
+    Approvals {
+        /// Only behind those of this.
+        after: Option<approvals::Subject>,
+    },
+    /// The approvals of one thing. Answer: [`approvals::Approvals`].
+    ApprovalsOf {
+        /// Of what.
+        subject: approvals::Subject,
+    },
 }
 
 /// The registry's replicated part.
@@ -171,6 +247,7 @@ pub struct Registry;
 /// Applies a command; the encoded answer.
 fn apply(
     context: &ApplyContext,
+    origin: Option<&Origin>,
     txn: &mut dyn Txn,
     command: Command,
 ) -> Result<Vec<u8>, Rejection> {
@@ -186,7 +263,8 @@ fn apply(
             codec::encode_plain(&registered)
         }
         Command::Stage(change) => {
-            let version = stages::change(context, txn, &change)?;
+            let principal = gate::principal(txn, origin);
+            let version = stages::change(context, txn, &principal, &change)?;
             codec::encode_plain(&search::view(txn, version))
         }
         Command::Alias {
@@ -219,10 +297,40 @@ fn apply(
             codec::encode_plain(&state)
         }
         Command::AddKey { spki, roles, owner } => {
-            codec::encode_plain(&keys::add(context, txn, spki, roles, owner)?)
+            codec::encode_plain(&keys::add(context, txn, spki, roles, owner, None)?)
         }
         Command::RevokeKey { key, reason } => {
-            codec::encode_plain(&keys::revoke(context, txn, &key, reason)?)
+            codec::encode_plain(&keys::revoke(context, txn, &key, reason, None)?)
+        }
+        Command::EnrolKey {
+            spki,
+            roles,
+            owner,
+            envelope,
+        } => {
+            let envelope = Some(&envelope);
+            codec::encode_plain(&keys::add(context, txn, spki, roles, owner, envelope)?)
+        }
+        Command::RevokeKeySigned {
+            key,
+            reason,
+            envelope,
+        } => codec::encode_plain(&keys::revoke(context, txn, &key, reason, Some(&envelope))?),
+        Command::SetPolicyFile {
+            text,
+            expected_revision,
+            envelope,
+        } => {
+            let envelope = envelope.as_ref();
+            codec::encode_plain(&file::set(context, txn, text, expected_revision, envelope)?)
+        }
+        Command::LabelData(change) => codec::encode_plain(&data::label(context, txn, &change)?),
+        Command::Approve(change) => {
+            let principal = gate::principal(txn, origin);
+            codec::encode_plain(&approvals::change(context, txn, &principal, &change)?)
+        }
+        Command::Train { job, data, parent } => {
+            codec::encode_plain(&gate::pass_train(context, txn, job, &data, parent)?)
         }
     })
 }
@@ -263,6 +371,14 @@ fn query(reader: &dyn Reader, query: Query) -> Result<Vec<u8>, Rejection> {
         Query::Keys { after } => codec::encode_plain(&keys::page(reader, after.as_deref())),
         Query::Events { from } => codec::encode_plain(&events::page(reader, from)),
         Query::Proof { sequence } => codec::encode_plain(&events::proof(reader, sequence)?),
+        Query::PolicyFile => codec::encode_plain(&file::current(reader)),
+        Query::Explain { principal, request } => {
+            codec::encode_plain(&gate::decide(reader, &principal, &request)?)
+        }
+        Query::Data { after } => codec::encode_plain(&data::page(reader, after.as_deref())),
+        Query::DataRecord { digest } => codec::encode_plain(&data::find(reader, &digest)),
+        Query::Approvals { after } => codec::encode_plain(&approvals::page(reader, after.as_ref())),
+        Query::ApprovalsOf { subject } => codec::encode_plain(&approvals::of(reader, &subject)),
     })
 }
 
@@ -281,8 +397,18 @@ impl StateModule for Registry {
         txn: &mut dyn Txn,
         payload: &[u8],
     ) -> Result<Applied, Rejection> {
+        self.apply_from(context, None, txn, payload)
+    }
+
+    fn apply_from(
+        &self,
+        context: &ApplyContext,
+        origin: Option<&Origin>,
+        txn: &mut dyn Txn,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
         let command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
-        let response = apply(context, txn, command)?;
+        let response = apply(context, origin, txn, command)?;
         Ok(Applied::changed(self.id(), response))
     }
 
@@ -305,8 +431,18 @@ impl StateModule for Registry {
                 ..
             }) => format!("tag {tag} of {model}:{version}"),
             Ok(Command::SetPolicy { model, .. }) => format!("policy of {model}"),
-            Ok(Command::AddKey { owner, .. }) => format!("a key of {owner}"),
-            Ok(Command::RevokeKey { key, .. }) => format!("key {key}"),
+            Ok(Command::AddKey { owner, .. } | Command::EnrolKey { owner, .. }) => {
+                format!("a key of {owner}")
+            }
+            Ok(Command::RevokeKey { key, .. } | Command::RevokeKeySigned { key, .. }) => {
+                format!("key {key}")
+            }
+            Ok(Command::SetPolicyFile { .. }) => "the policies".to_owned(),
+            Ok(Command::LabelData(change)) => format!("labels of {}", change.data),
+            Ok(Command::Approve(change)) => format!("approval to {}", change.subject),
+            Ok(Command::Train { job, data, .. }) => {
+                format!("job-{job} to train on {}", data.digest)
+            }
             Err(_) => self.name().to_owned(),
         }
     }
@@ -324,20 +460,27 @@ impl StateModule for Registry {
         let command: Command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         let of_job = match &command {
             Command::Register(version) | Command::RegisterRun { version, .. } => Some(version.job),
+            Command::Train { job, .. } => Some(*job),
             _ => None,
         };
         match (caller, of_job) {
+            // A job asks for itself, and nobody else can make its data known.
+            (Caller::Client, _) if matches!(command, Command::Train { .. }) => Err(Rejection::new(
+                ErrorCode::PermissionDenied,
+                "a job asks for itself whether it may train: see `mobula policy explain`",
+            )),
             (Caller::Client | Caller::Head, _) => Ok(()),
             // What counts are the signatures, whoever sends them.
             (Caller::Host { .. }, _) if matches!(command, Command::Stage(_)) => Ok(()),
             (Caller::Host { job, .. }, Some(of_job)) if job.0 == of_job => Ok(()),
             (Caller::Host { .. } | Caller::Node(_), Some(_)) => Err(Rejection::new(
                 ErrorCode::PermissionDenied,
-                "models are registered by clients, and by jobs that name themselves as their origin",
+                "models are registered by clients, and by jobs that name themselves as their origin; jobs \
+                 ask about their own training only",
             )),
             (Caller::Host { .. } | Caller::Node(_), None) => Err(Rejection::new(
                 ErrorCode::PermissionDenied,
-                "aliases, tags, policies and keys are changed with a client token",
+                "aliases, tags, policies, labels, approvals and keys are changed with a client token",
             )),
         }
     }

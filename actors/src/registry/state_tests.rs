@@ -56,6 +56,19 @@ impl World {
         &mut self,
         command: &Command,
     ) -> Result<A, Rejection> {
+        self.apply_as("ann", command)
+    }
+
+    /// The same in somebody's name.
+    pub(in crate::registry) fn apply_as<A: serde::de::DeserializeOwned>(
+        &mut self,
+        principal: &str,
+        command: &Command,
+    ) -> Result<A, Rejection> {
+        let origin = Origin {
+            principal: principal.to_owned(),
+            call: "test".to_owned(),
+        };
         self.index += 1;
         let context = ApplyContext {
             index: self.index,
@@ -64,7 +77,9 @@ impl World {
         };
         let payload = codec::encode_plain(command);
         let before = self.tables.clone();
-        let applied = self.tables.apply(&Registry, &context, &payload);
+        let applied = self
+            .tables
+            .apply_from(&Registry, &context, Some(&origin), &payload);
         if applied.is_err() {
             assert_eq!(self.tables, before);
         }

@@ -6,10 +6,14 @@
 //! 2. It says everything that the change does: model, version, files, both stages, which version leaves
 //!    production, why, and the revision that it is for, so that it cannot be used a second time.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use super::hex;
+use super::keys::Role;
 use super::merkle;
+use super::policy::approvals::Subject;
 use super::provenance::{CheckpointOrigin, Parent, Provenance};
 use super::stages::{Policy, Stage};
 use super::versions::ModelVersion;
@@ -24,8 +28,32 @@ pub const PROMOTION_TYPE: &str =
 /// What the statement of a policy says.
 pub const POLICY_TYPE: &str = "https://github.com/mobula-runtime/mobula/attestations/policy/v1";
 
+/// What the statement of a file of policies says.
+pub const POLICY_FILE_TYPE: &str =
+    "https://github.com/mobula-runtime/mobula/attestations/policy-file/v1";
+
+/// What the statement of labels of data says.
+pub const LABELS_TYPE: &str = "https://github.com/mobula-runtime/mobula/attestations/labels/v1";
+
+/// What the statement of an approval says.
+pub const APPROVAL_TYPE: &str = "https://github.com/mobula-runtime/mobula/attestations/approval/v1";
+
+/// What the statement about a key says.
+pub const KEY_TYPE: &str = "https://github.com/mobula-runtime/mobula/attestations/key/v1";
+
 /// SLSA's provenance (slsa.dev/spec/v1.0/provenance).
 pub const PROVENANCE_TYPE: &str = "https://slsa.dev/provenance/v1";
+
+/// All types of statements that are signed here, and so by [`super::key_holder`].
+pub const SIGNED_TYPES: [&str; 7] = [
+    PROMOTION_TYPE,
+    POLICY_TYPE,
+    PROVENANCE_TYPE,
+    POLICY_FILE_TYPE,
+    LABELS_TYPE,
+    APPROVAL_TYPE,
+    KEY_TYPE,
+];
 
 /// How our versions are built: SLSA asks for a name of it.
 const BUILD_TYPE: &str = "https://github.com/mobula-runtime/mobula/attestations/training/v1";
@@ -110,6 +138,80 @@ pub fn policy(model: &str, policy: &Policy, revision: u64) -> Vec<u8> {
         POLICY_TYPE,
         predicate,
     )
+}
+
+/// The statement of a file of policies, which is its subject.
+#[must_use]
+pub fn policy_file(text: &str, revision: u64) -> Vec<u8> {
+    let digest = hex::encode(&merkle::hash(text.as_bytes()));
+    to_bytes(
+        json!({ "name": "policies.cedar", "digest": { "sha256": digest } }),
+        POLICY_FILE_TYPE,
+        json!({ "revision": revision }),
+    )
+}
+
+/// The statement of what data is labelled as.
+#[must_use]
+pub fn labels(data: &str, name: &str, labels: &BTreeSet<String>, revision: u64) -> Vec<u8> {
+    to_bytes(
+        json!({ "name": "data", "digest": { "blake3": data } }),
+        LABELS_TYPE,
+        json!({ "name": name, "labels": labels, "revision": revision }),
+    )
+}
+
+/// The statement of an approval. Its subject is what is approved, by the SHA-256 of its name; a version is
+/// meant by the digest of its file.
+#[must_use]
+pub fn approval(about: &Subject, file: Option<&str>, reason: &str, revision: u64) -> Vec<u8> {
+    let name = about.to_string();
+    let digest = hex::encode(&merkle::hash(name.as_bytes()));
+    to_bytes(
+        json!({ "name": name, "digest": { "sha256": digest } }),
+        APPROVAL_TYPE,
+        json!({
+            "action": about.action(),
+            "file_blake3": file,
+            "reason": reason,
+            "revision": revision,
+        }),
+    )
+}
+
+/// The statement that a key counts from now on (`roles`), or no more. Its subject is the key, by the SHA-256
+/// of its DER.
+#[must_use]
+pub fn key(id: &str, change: &KeyChange<'_>) -> Vec<u8> {
+    let predicate = match change {
+        KeyChange::Enrol { roles, owner } => {
+            let roles: Vec<&str> = roles.iter().map(|role| role.as_str()).collect();
+            json!({ "change": "enrol", "roles": roles, "owner": owner })
+        }
+        KeyChange::Revoke { reason } => json!({ "change": "revoke", "reason": reason }),
+    };
+    to_bytes(
+        json!({ "name": "key", "digest": { "sha256": id } }),
+        KEY_TYPE,
+        predicate,
+    )
+}
+
+/// What becomes of a key.
+#[derive(Debug, Clone, Copy)]
+pub enum KeyChange<'a> {
+    /// It counts. A key is enrolled once, so the statement cannot be used again.
+    Enrol {
+        /// What it may sign.
+        roles: &'a BTreeSet<Role>,
+        /// Whose it is.
+        owner: &'a str,
+    },
+    /// It counts no more, for good.
+    Revoke {
+        /// Why.
+        reason: &'a str,
+    },
 }
 
 /// SLSA provenance of a version.

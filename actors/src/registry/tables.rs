@@ -33,8 +33,23 @@ pub(super) const EVENTS: Table = table(10);
 pub(super) const TREE: Table = table(11);
 /// [`ENDS_KEY`] → [`super::events::Ends`].
 pub(super) const ENDS: Table = table(12);
+/// [`POLICY_FILE_KEY`] → [`super::policy::file::PolicyFile`].
+pub(super) const POLICY_FILE: Table = table(13);
+/// BLAKE3 of data or of one of its files → [`super::policy::data::DataRecord`].
+pub(super) const DATA: Table = table(14);
+/// Job → [`super::policy::data::TrainedOn`], of the newest jobs.
+pub(super) const TRAINED: Table = table(15);
+/// [`ENDS_KEY`] → [`super::policy::data::TrainedEnds`].
+pub(super) const TRAINED_ENDS: Table = table(16);
+/// Model name, 0, version → [`super::policy::data::TrainedOn`], where the job said so.
+pub(super) const VERSION_DATA: Table = table(17);
+/// What is approved → [`super::policy::approvals::Approvals`].
+pub(super) const APPROVALS: Table = table(18);
 
-/// The one key of [`ENDS`].
+/// The one key of [`POLICY_FILE`].
+pub(super) const POLICY_FILE_KEY: &[u8] = b"policies";
+
+/// The one key of [`ENDS`] and of [`TRAINED_ENDS`].
 pub(super) const ENDS_KEY: &[u8] = b"ends";
 
 /// The key of a version.

@@ -12,6 +12,7 @@ use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 use super::events::{self, Event};
+use super::policy::data;
 use super::provenance::Provenance;
 use super::tables::{BY_DIGEST, NEWEST, PROVENANCE, VERSIONS, named_key, version_key};
 
@@ -124,6 +125,7 @@ pub(super) fn register(
     if let Some(provenance) = provenance {
         row::put(txn, PROVENANCE, &version_key(&model, version), provenance);
     }
+    data::note_version(txn, &row);
     let event = Event::Registered {
         model: &model,
         version,

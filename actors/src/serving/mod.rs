@@ -3,6 +3,7 @@
 //! The actors, and what decides about them:
 //! * [`state`]: endpoints as a replicated table (pure); [`controller`] starts and stops what they
 //!   need; [`client`] is what the command line asks.
+//! * `gate`: what the policies say before a version is served.
 //! * [`rollout`]: how an endpoint goes from one version to another; [`autoscaler`]: with how many replicas.
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, [`arm`] is one of
 //!   them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
@@ -30,6 +31,7 @@ pub mod controller;
 pub mod endpoint_service;
 pub mod feed;
 pub mod fleet;
+mod gate;
 pub mod grpc;
 pub mod guard;
 pub mod http;

@@ -8,7 +8,7 @@
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, TableGauge, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Origin, Reader, StateModule, Table, TableGauge, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::{Incarnation, JobId};
@@ -297,6 +297,18 @@ impl StateModule for Serving {
             }
         };
         Ok(Applied::changed(self.id(), response))
+    }
+
+    fn apply_from(
+        &self,
+        context: &ApplyContext,
+        origin: Option<&Origin>,
+        txn: &mut dyn Txn,
+        payload: &[u8],
+    ) -> Result<Applied, Rejection> {
+        let command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
+        super::gate::pass(context, origin, txn, &command)?;
+        self.apply(context, txn, payload)
     }
 
     fn query(

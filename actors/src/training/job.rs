@@ -27,6 +27,7 @@ use super::evaluation::{UnknownMetric, measured_as};
 use super::job_log::JobLog;
 use super::link::ClusterLink;
 use super::messages::Epoch;
+use super::permission;
 use super::progress::Progress;
 use super::publish::PublishVersionError;
 use super::result::TrainResult;
@@ -84,6 +85,9 @@ pub enum JobError {
     /// The cluster refused something.
     #[error(transparent)]
     Cluster(#[from] mobula::Error),
+    /// The policies forbid to train on the data.
+    #[error("{0}")]
+    Forbidden(String),
     /// It has left its node, but was not stopped there.
     #[error("the driver has left {0} and was not stopped: its agent may be gone")]
     NotStopped(ActorId),
@@ -95,7 +99,7 @@ impl JobError {
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {
-            JobError::Spec(_) | JobError::Metric(_) => true,
+            JobError::Spec(_) | JobError::Metric(_) | JobError::Forbidden(_) => true,
             JobError::Workload(error) => !error.may_pass(),
             JobError::Train(error) => error.is_final(),
             _ => false,
@@ -123,6 +127,7 @@ pub async fn train_spec(cluster: Cluster, spec: TrainSpec) -> Result<TrainResult
         let reason = "training is a job: start it with `mobula submit`".to_owned();
         return Err(mobula::Error::NotInCluster(reason).into());
     };
+    permission::ask(&cluster, job, &spec, &workload).await?;
     let driver = Driver {
         cluster,
         spec,

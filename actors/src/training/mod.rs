@@ -75,6 +75,7 @@ pub mod link;
 pub mod messages;
 pub mod named_actor;
 pub mod pauses;
+mod permission;
 pub mod preemption;
 pub mod progress;
 pub mod protocol;

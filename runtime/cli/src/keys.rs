@@ -1,25 +1,26 @@
 //! `mobula keys`.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use mobula::Cluster;
 use mobula_actors::registry::client;
+use mobula_actors::registry::key_holder::{self, HoldOrder};
 use mobula_actors::registry::keys::{Algorithm, KeyRecord, PublicKey, Role};
 use mobula_actors::registry::signer::{PrivateKey, Signer};
+use mobula_actors::registry::statement::{self, KeyChange};
 use mobula_core::clock::Clock;
 use serde::Serialize;
 use serde_json::json;
 
 use crate::args::{
-    AlgorithmArgument, Format, KeysCommand, KnownKeyArguments, RoleArgument, Target,
+    AdminSigning, AlgorithmArgument, Format, KeysCommand, KnownKeyArguments, Target,
 };
 use crate::clock::SystemClock;
 use crate::connect::connect;
 use crate::output::{age, print_json, print_table};
-
-/// The fewest digits that name a key: nobody types all 64.
-const PREFIX_MIN: usize = 8;
+use crate::signing::PREFIX_MIN;
 
 /// A key as `--json` prints it.
 #[derive(Serialize)]
@@ -85,12 +86,18 @@ pub(crate) async fn run(target: &Target, command: KeysCommand) -> anyhow::Result
             let key = PublicKey::from_pem(&text).with_context(|| file.display().to_string())?;
             add(&connect(target).await?, &key, &file, known, format).await
         }
+        KeysCommand::Hold {
+            files,
+            labels,
+            format,
+        } => hold(&connect(target).await?, &files, &labels, format).await,
         KeysCommand::List(format) => list(&connect(target).await?, format).await,
         KeysCommand::Revoke {
             key,
             reason,
+            signing,
             format,
-        } => revoke(&connect(target).await?, &key, &reason, format).await,
+        } => revoke(&connect(target).await?, &key, &reason, &signing, format).await,
     }
 }
 
@@ -115,19 +122,63 @@ async fn add(
     known: KnownKeyArguments,
     format: Format,
 ) -> anyhow::Result<()> {
-    let role = match known.role {
-        RoleArgument::Stage => Role::Stage,
-        RoleArgument::Release => Role::Release,
-    };
+    let roles: BTreeSet<Role> = known.roles.into_iter().map(Role::from).collect();
     let owner = known.owner.unwrap_or_else(|| {
         let name = file.file_stem().unwrap_or_default();
         name.to_string_lossy().into_owned()
     });
-    let record = client::add_key(cluster, key, [role], &owner).await?;
+    let change = KeyChange::Enrol {
+        roles: &roles,
+        owner: &owner,
+    };
+    let statement = statement::key(&key.id(), &change);
+    let envelope = known.signing.envelope(cluster, statement).await?;
+    let record = client::add_key(cluster, key, roles.clone(), &owner, envelope).await?;
     if format.json {
         return print_json(&KeyJson::from(&record));
     }
     println!("{}", record.id);
+    Ok(())
+}
+
+/// Starts the key holder; the job that does so ends, and the actor stays.
+async fn hold(
+    cluster: &Cluster,
+    files: &[PathBuf],
+    labels: &[String],
+    format: Format,
+) -> anyhow::Result<()> {
+    let files = files.iter().map(|file| -> anyhow::Result<String> {
+        let file = std::path::absolute(file)?;
+        let text = file
+            .to_str()
+            .context("a key file's path is no UTF-8: move it")?;
+        Ok(text.to_owned())
+    });
+    let labels = labels
+        .iter()
+        .map(|label| -> anyhow::Result<(String, String)> {
+            let (name, value) = label
+                .split_once('=')
+                .with_context(|| format!("`{label}` is no label: write `zone=vault`"))?;
+            Ok((name.to_owned(), value.to_owned()))
+        });
+    let order = HoldOrder {
+        files: files.collect::<anyhow::Result<_>>()?,
+        labels: labels.collect::<anyhow::Result<_>>()?,
+    };
+    let job = cluster
+        .new_job("hold-keys")
+        .builtin()
+        .args(["hold-keys".to_owned(), serde_json::to_string(&order)?])
+        .namespace(key_holder::NAMESPACE);
+    let keys: Vec<String> = job.submit().await?.result().await?.unwrap_or_default();
+    if format.json {
+        return print_json(&json!({ "keys": keys }));
+    }
+    for key in keys {
+        println!("holder:{key}");
+    }
     Ok(())
 }
 
@@ -166,6 +217,7 @@ async fn revoke(
     cluster: &Cluster,
     prefix: &str,
     reason: &str,
+    signing: &AdminSigning,
     format: Format,
 ) -> anyhow::Result<()> {
     if prefix.len() < PREFIX_MIN {
@@ -179,7 +231,9 @@ async fn revoke(
     if found.next().is_some() {
         bail!("more than one key begins with `{prefix}`: give more digits");
     }
-    let record = client::revoke_key(cluster, &key.id, reason).await?;
+    let statement = statement::key(&key.id, &KeyChange::Revoke { reason });
+    let envelope = signing.envelope(cluster, statement).await?;
+    let record = client::revoke_key(cluster, &key.id, reason, envelope).await?;
     if format.json {
         return print_json(&KeyJson::from(&record));
     }

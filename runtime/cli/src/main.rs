@@ -20,6 +20,7 @@ mod local;
 mod models;
 mod nodes;
 mod output;
+mod policy;
 mod preemptions;
 mod registry_log;
 mod replay;
@@ -28,6 +29,7 @@ mod scaling;
 mod scenario;
 mod secrets;
 mod serve;
+mod signing;
 mod status;
 mod submit;
 mod tokens;
@@ -107,6 +109,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Checkpoints(command) => return checkpoints::run(&target, command).await,
         Command::Models(command) => return models::run(&target, command).await,
         Command::Keys(command) => keys::run(&target, command).await?,
+        Command::Policy(command) => policy::run(&target, command).await?,
+        Command::Data(command) => policy::data::run(&target, command).await?,
+        Command::Approvals(command) => policy::approvals::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,
         Command::Rollout(command) => rollout::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,

@@ -149,6 +149,8 @@ pub struct Dataset {
 struct Whole {
     source: String,
     digest: String,
+    /// BLAKE3 of each file, in hex, in the order in which they were read.
+    files: Vec<String>,
     shape: SampleShape,
     rows: Rows,
 }
@@ -197,7 +199,7 @@ impl Dataset {
                 text::cut(&source, text, spec.context)?
             }
         };
-        Ok(Self::of(source, digests.finish(), shape, rows))
+        Ok(Self::of(source, digests, shape, rows))
     }
 
     /// The embedded handwritten digits. Their digest is that of [`EMBEDDED_DIGITS`].
@@ -214,7 +216,15 @@ impl Dataset {
         csv::read("digits.csv.gz", EMBEDDED_DIGITS, false, &mut table)?;
         let (shape, rows) = table.finish("digits")?;
         let digest = blake3::hash(EMBEDDED_DIGITS).to_hex().to_string();
-        Ok(Self::of("digits".to_owned(), digest, shape, rows))
+        let source = "digits".to_owned();
+        let whole = Whole {
+            source,
+            digest,
+            files: Vec::new(),
+            shape,
+            rows,
+        };
+        Ok(Self::of_whole(whole))
     }
 
     /// Samples of CSV text; `file` names it in errors.
@@ -223,16 +233,21 @@ impl Dataset {
         let mut table = Table::new(spec.table());
         csv::read(file, &digests.add(bytes.to_vec()), spec.header, &mut table)?;
         let (shape, rows) = table.finish(file)?;
-        Ok(Self::of(file.to_owned(), digests.finish(), shape, rows))
+        Ok(Self::of(file.to_owned(), digests, shape, rows))
     }
 
-    fn of(source: String, digest: String, shape: SampleShape, rows: Rows) -> Self {
-        let whole = Whole {
+    fn of(source: String, digests: Digests, shape: SampleShape, rows: Rows) -> Self {
+        let (digest, files) = digests.finish();
+        Self::of_whole(Whole {
             source,
             digest,
+            files,
             shape,
             rows,
-        };
+        })
+    }
+
+    fn of_whole(whole: Whole) -> Self {
         Dataset {
             whole: Arc::new(whole),
             chosen: None,
@@ -250,6 +265,12 @@ impl Dataset {
     #[must_use]
     pub fn digest(&self) -> &str {
         &self.whole.digest
+    }
+
+    /// BLAKE3, in hex, of each of the source's files: none of the embedded digits.
+    #[must_use]
+    pub fn file_digests(&self) -> &[String] {
+        &self.whole.files
     }
 
     /// What each sample looks like.
@@ -341,8 +362,11 @@ impl Dataset {
     }
 }
 
-/// The digest of a data set, as its files are read.
-struct Digests(blake3::Hasher);
+/// The digests of a data set, as its files are read.
+struct Digests {
+    whole: blake3::Hasher,
+    files: Vec<blake3::Hash>,
+}
 
 impl Digests {
     fn of(spec: &DataSpec) -> Self {
@@ -352,11 +376,14 @@ impl Digests {
             .expect("plain numbers and strings always encode");
         hasher.update(&(how.len() as u64).to_le_bytes());
         hasher.update(&how);
-        Digests(hasher)
+        Digests {
+            whole: hasher,
+            files: Vec::new(),
+        }
     }
 
     fn add(&mut self, bytes: Vec<u8>) -> Vec<u8> {
-        self.0.update(blake3::hash(&bytes).as_bytes());
+        self.add_digest(blake3::hash(&bytes));
         bytes
     }
 
@@ -364,12 +391,19 @@ impl Digests {
     fn add_file(&mut self, file: &mut File) -> io::Result<u64> {
         let mut hasher = blake3::Hasher::new();
         let size_bytes = io::copy(file, &mut hasher)?;
-        self.0.update(hasher.finalize().as_bytes());
+        self.add_digest(hasher.finalize());
         Ok(size_bytes)
     }
 
-    fn finish(self) -> String {
-        self.0.finalize().to_hex().to_string()
+    fn add_digest(&mut self, digest: blake3::Hash) {
+        self.whole.update(digest.as_bytes());
+        self.files.push(digest);
+    }
+
+    /// That of the whole, and those of its files, in hex.
+    fn finish(self) -> (String, Vec<String>) {
+        let files = self.files.iter().map(|file| file.to_hex().to_string());
+        (self.whole.finalize().to_hex().to_string(), files.collect())
     }
 }
 

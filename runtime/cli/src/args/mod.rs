@@ -6,6 +6,7 @@ mod cluster;
 mod drift;
 mod duration;
 mod jobs;
+mod policy;
 mod registry;
 mod rollout;
 mod scaling;
@@ -28,8 +29,11 @@ pub(crate) use drift::{DriftCommand, DriftTarget, PolicyCommand, PolicySetArgume
 pub(crate) use jobs::{
     ActorsCommand, ExplainArguments, JobsCommand, NodesCommand, SubmitArguments,
 };
+pub(crate) use policy::{
+    ActionArgument, AdminSigning, ApprovalsCommand, DataCommand, PolicyCommand, SubjectArguments,
+};
 pub(crate) use registry::{
-    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RiskArgument, RoleArgument,
+    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RiskArgument,
     SearchArguments, SigningArguments,
 };
 pub(crate) use rollout::{
@@ -134,6 +138,15 @@ pub(crate) enum Command {
     /// Keys that decisions about models are signed with.
     #[command(subcommand)]
     Keys(KeysCommand),
+    /// Policies: what may be trained on, promoted and deployed.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Labels of data, which policies go by.
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Approvals of what somebody else asks for.
+    #[command(subcommand)]
+    Approvals(ApprovalsCommand),
     /// Endpoints that serve models.
     #[command(subcommand)]
     Serve(ServeCommand),

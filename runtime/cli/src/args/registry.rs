@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use mobula_actors::registry::keys::Role;
 use mobula_actors::registry::search::MetricCondition;
 use mobula_actors::registry::stages::Stage;
 use mobula_core::id::JobId;
 
-use super::{Format, StoreArguments};
+use super::{AdminSigning, Format, StoreArguments};
 use crate::models::name::VersionName;
+use crate::signing::KeySource;
 
 #[derive(Subcommand)]
 pub(crate) enum ModelsCommand {
@@ -78,9 +80,9 @@ pub(crate) enum ModelsCommand {
         /// How many keys [default: 1, and 2 for high risk].
         #[arg(long)]
         signatures: Option<u32>,
-        /// A private key's file, of a key with the role `release`; can be repeated.
-        #[arg(long = "key", value_name = "FILE")]
-        keys: Vec<PathBuf>,
+        /// A private key's file, or `holder:3f9a01bc`, of a key with the role `release`; can be repeated.
+        #[arg(long = "key", value_name = "KEY")]
+        keys: Vec<KeySource>,
         #[command(flatten)]
         format: Format,
     },
@@ -170,13 +172,10 @@ pub(crate) struct SearchArguments {
 /// Who signs, and what becomes of it.
 #[derive(Args)]
 pub(crate) struct SigningArguments {
-    /// A private key's file, as `mobula keys create` made it; can be repeated.
-    #[arg(
-        long = "key",
-        value_name = "FILE",
-        required_unless_present = "envelope"
-    )]
-    pub(crate) keys: Vec<PathBuf>,
+    /// A private key's file, as `mobula keys create` made it, or `holder:3f9a01bc` for a key of the key holder;
+    /// can be repeated.
+    #[arg(long = "key", value_name = "KEY", required_unless_present = "envelope")]
+    pub(crate) keys: Vec<KeySource>,
     /// Why, for people; it is part of what is signed.
     #[arg(long, default_value = "", conflicts_with = "envelope")]
     pub(crate) reason: String,
@@ -220,6 +219,19 @@ pub(crate) enum RiskArgument {
 pub(crate) enum RoleArgument {
     Stage,
     Release,
+    Approve,
+    Admin,
+}
+
+impl From<RoleArgument> for Role {
+    fn from(role: RoleArgument) -> Self {
+        match role {
+            RoleArgument::Stage => Role::Stage,
+            RoleArgument::Release => Role::Release,
+            RoleArgument::Approve => Role::Approve,
+            RoleArgument::Admin => Role::Admin,
+        }
+    }
 }
 
 /// How a key signs, on the command line.
@@ -255,6 +267,17 @@ pub(crate) enum KeysCommand {
         #[command(flatten)]
         format: Format,
     },
+    /// Have keys held by an actor, which signs with them for whoever is asked with `holder:KEY` and gives no key away.
+    Hold {
+        /// The private keys' files, on the machine where the actor runs.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// A label of that machine, as `zone=vault`; can be repeated.
+        #[arg(long = "label", value_name = "NAME=VALUE")]
+        labels: Vec<String>,
+        #[command(flatten)]
+        format: Format,
+    },
     /// The keys that the registry knows.
     List(Format),
     /// Make a key worthless for what is signed from now on, for good.
@@ -265,6 +288,8 @@ pub(crate) enum KeysCommand {
         #[arg(long)]
         reason: String,
         #[command(flatten)]
+        signing: AdminSigning,
+        #[command(flatten)]
         format: Format,
     },
 }
@@ -272,10 +297,13 @@ pub(crate) enum KeysCommand {
 /// What the registry should know about a key.
 #[derive(Args)]
 pub(crate) struct KnownKeyArguments {
-    /// What it may sign: `stage` (all but production) or `release`.
-    #[arg(long, default_value = "stage")]
-    pub(crate) role: RoleArgument,
+    /// What it may sign; can be repeated: `stage` (stages but production), `release` (those and production),
+    /// `approve` (what others ask for), `admin` (keys, policies, labels).
+    #[arg(long = "role", default_value = "stage")]
+    pub(crate) roles: Vec<RoleArgument>,
     /// Whose it is [default: the file's name].
     #[arg(long)]
     pub(crate) owner: Option<String>,
+    #[command(flatten)]
+    pub(crate) signing: AdminSigning,
 }

@@ -1,13 +1,12 @@
 //! `mobula models promote`, `archive` and `policy`: what is signed.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, bail};
 use mobula::Cluster;
 use mobula_actors::registry::client;
 use mobula_actors::registry::decide::Decision;
 use mobula_actors::registry::envelope::Envelope;
-use mobula_actors::registry::signer::{PrivateKey, sign};
 use mobula_actors::registry::stages::{Policy, Risk, Stage};
 use mobula_actors::registry::statement;
 use serde_json::{Value, json};
@@ -16,6 +15,7 @@ use super::name::VersionName;
 use super::{VersionJson, name_of, one_version};
 use crate::args::{RiskArgument, SigningArguments};
 use crate::output::print_json;
+use crate::signing::KeySource;
 
 /// Brings a version to `to`, or one stage further.
 pub(super) async fn promote(
@@ -41,7 +41,8 @@ pub(super) async fn promote(
         decision.take_over(file)?;
     }
     for key in &signing.keys {
-        decision.sign(&PrivateKey::open(key)?)?;
+        let signatures = key.sign(cluster, &decision.statements()).await?;
+        decision.add_signatures(signatures);
     }
     let (from, replaces) = (decision.from, decision.replaces);
     if let Some(path) = &signing.save {
@@ -82,7 +83,7 @@ pub(super) async fn policy(
     model: &str,
     risk: RiskArgument,
     signatures: Option<u32>,
-    keys: &[PathBuf],
+    keys: &[KeySource],
     json: bool,
 ) -> anyhow::Result<()> {
     let view = client::model(cluster, model).await?;
@@ -100,7 +101,10 @@ pub(super) async fn policy(
         signatures: Vec::new(),
     };
     for key in keys {
-        sign(&PrivateKey::open(key)?, &mut envelope)?;
+        let payload = [envelope.payload.as_slice()];
+        envelope
+            .signatures
+            .extend(key.sign(cluster, &payload).await?);
     }
     let envelope = Some(envelope).filter(|envelope| !envelope.signatures.is_empty());
     if policy == view.state.policy {

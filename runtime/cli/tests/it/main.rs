@@ -30,6 +30,7 @@ mod objects;
 mod observe;
 mod overload;
 mod placement;
+mod policy;
 mod python;
 mod registry;
 mod replay;

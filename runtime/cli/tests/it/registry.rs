@@ -197,6 +197,35 @@ fn a_job_decides_with_signatures_of_the_key_holder() {
     cluster.ok(&["models", "verify", "digits:1"]);
 }
 
+/// Who runs the command line needs no key: the cluster's holder signs.
+#[test]
+fn the_command_line_signs_with_the_key_holder() {
+    let cluster = TestCluster::up(1);
+    train(&cluster, 7);
+    let promote = |key: &str| cluster.run(&["models", "promote", "digits:1", "--key", key]);
+    let text = text_of(&promote("holder:00000000"));
+    assert!(text.contains("no key holder runs"), "{text}");
+    let missing = cluster.dir().join("missing").display().to_string();
+    let text = cluster.refused(&["keys", "hold", &missing]);
+    assert!(text.contains("missing"), "{text}");
+
+    let file = key(&cluster, "vault", &[]);
+    let held = cluster.json(&["keys", "hold", &file]);
+    let id = held["keys"][0].as_str().unwrap();
+    assert_eq!(cluster.json(&["keys", "list"])[0]["key"], id);
+    // Nobody can read it any more, and the actor has it.
+    std::fs::remove_file(&file).unwrap();
+    let text = text_of(&promote("holder:00000000"));
+    assert!(
+        text.contains("no key that begins with `00000000`"),
+        "{text}"
+    );
+    let output = promote(&format!("holder:{}", &id[..12]));
+    assert!(output.status.success(), "{}", text_of(&output));
+    assert_eq!(stage_of(&cluster, "digits:1"), "staging");
+    cluster.ok(&["models", "verify", "digits:1"]);
+}
+
 fn serves_and_tells_where(cluster: &TestCluster, result: &Value) {
     let deployed = cluster.json(&["serve", "deploy", "digits:champion", "--replicas", "1"]);
     assert_eq!(deployed["version"], 2, "{deployed}");
