@@ -44,7 +44,9 @@ pub use state::session;
 pub use state::token::{check as check_token, principal as token_principal};
 pub use view::{ActorView, ClusterStatus, JobView, NodeView, TokenView};
 
-use mobula_core::control::{Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Txn};
+use mobula_core::control::{
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, TableGauge, Txn,
+};
 use mobula_core::{Rejection, codec};
 
 /// The scheduler's replicated part, to be plugged into the head.
@@ -73,6 +75,18 @@ impl StateModule for Scheduler {
             response: codec::encode_plain(&response),
             effects: apply.into_effects(),
         })
+    }
+
+    fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
+        let states = view::training_jobs(reader).into_iter();
+        states
+            .map(|(state, value)| TableGauge {
+                name: "ml_training_jobs_total",
+                help: "Training jobs that the head knows, by state",
+                label: Some(("state", state)),
+                value,
+            })
+            .collect()
     }
 
     fn subject(&self, payload: &[u8], response: Option<&[u8]>) -> String {

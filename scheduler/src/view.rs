@@ -6,6 +6,7 @@
 use mobula_core::control::Reader;
 use mobula_core::label::Labels;
 use mobula_core::namespace::Namespace;
+use mobula_core::spec::Program;
 use mobula_core::{ActorId, ExitReason, GroupId, HostId, Incarnation, JobId, NodeId, Resources};
 use serde::{Deserialize, Serialize};
 
@@ -339,6 +340,34 @@ impl ClusterStatus {
         }
         status
     }
+}
+
+/// The states of a job, as they are called.
+const JOB_STATES: [&str; 6] = [
+    "pending",
+    "running",
+    "stopping",
+    "succeeded",
+    "failed",
+    "stopped",
+];
+
+/// The first argument of a built-in program that trains.
+const TRAIN: &str = "train";
+
+/// How many training jobs of those that are kept are in each state.
+pub(crate) fn training_jobs(reader: &dyn Reader) -> Vec<(&'static str, u64)> {
+    let mut counts = JOB_STATES.map(|state| (state, 0));
+    for view in jobs(reader, None, usize::MAX) {
+        let spec = job::load_spec(reader, view.job);
+        let trains =
+            spec.program == Program::Builtin && spec.args.first().is_some_and(|kind| kind == TRAIN);
+        let count = counts.iter_mut().find(|(state, _)| *state == view.state);
+        if let (true, Some((_, count))) = (trains, count) {
+            *count += 1;
+        }
+    }
+    counts.to_vec()
 }
 
 /// All jobs that are kept, from `after` on; the system job only when it has been used.

@@ -8,7 +8,7 @@
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, TableGauge, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::JobId;
@@ -304,6 +304,17 @@ impl StateModule for Drift {
         let Command::Report(found) = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         report(context, txn, found)?;
         Ok(Applied::changed(self.id(), Vec::new()))
+    }
+
+    fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
+        let monitors = row::all::<MonitorStatus>(reader, MONITORS, &[]);
+        let drifting = monitors.iter().filter(|(_, monitor)| monitor.last.drifts());
+        vec![TableGauge {
+            name: "mobula_drift_endpoints_drifting",
+            help: "Endpoints whose last window of requests differs from what their version was trained on",
+            label: None,
+            value: drifting.count() as u64,
+        }]
     }
 
     fn query(

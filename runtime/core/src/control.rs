@@ -191,6 +191,25 @@ pub trait StateModule: Send + Sync {
         let _ = (caller, payload);
         Ok(())
     }
+
+    /// What its tables hold, in numbers for the head's metrics; read whenever somebody asks for them.
+    fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
+        let _ = reader;
+        Vec::new()
+    }
+}
+
+/// A number that a module's tables hold. All of one name have the same label, of few values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TableGauge {
+    /// Its whole name.
+    pub name: &'static str,
+    /// What it is, for people.
+    pub help: &'static str,
+    /// A label and its value, if it has one.
+    pub label: Option<(&'static str, &'static str)>,
+    /// The number.
+    pub value: u64,
 }
 
 /// Who sends a command, as their certificate or token says.

@@ -7,6 +7,7 @@
 //! 1. Counting never waits and never fails.
 //! 2. Labels have few values: methods, codes, kinds; never an id of a job, actor or client.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -19,6 +20,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use mobula_core::control::{StateModule, TableGauge};
 use mobula_scheduler::{ClusterStatus, Query, QueryResponse};
 
 use crate::api::LOG_STREAMS_MAX;
@@ -285,15 +287,25 @@ impl HeadMetrics {
 
 /// Everything of this head as text, in the OpenMetrics format.
 pub(crate) async fn text(context: &Arc<HeadContext>) -> Result<String, tonic::Status> {
-    let mut registry = Registry::with_prefix("mobula");
-    context.metrics.register(&mut registry);
+    let mut registry = Registry::default();
+    // A head that cannot read its tables still has counters to show.
+    if let Ok(reader) = context.raft.read().await {
+        let modules: Vec<Arc<dyn StateModule>> = context.modules.values().cloned().collect();
+        // Thousands of rows, which must not keep other requests waiting.
+        let reading = tokio::task::spawn_blocking(move || {
+            let gauges = modules.iter().flat_map(|module| module.gauges(&reader));
+            gauges.collect::<Vec<TableGauge>>()
+        });
+        register_tables(&mut registry, reading.await.unwrap_or_default());
+    }
+    let r = registry.sub_registry_with_prefix("mobula");
+    context.metrics.register(r);
     let leadership = *context.raft.leadership().borrow();
     let gauge = |registry: &mut Registry, name: &str, help: &str, value: u64| {
         let gauge = Count::default();
         gauge.set(value);
         registry.register(name, help, gauge);
     };
-    let r = &mut registry;
     let started = context.started_ms / 1000;
     gauge(
         r,
@@ -362,6 +374,21 @@ pub(crate) async fn text(context: &Arc<HeadContext>) -> Result<String, tonic::St
     let mut text = String::new();
     encode(&mut text, &registry).map_err(|error| tonic::Status::internal(error.to_string()))?;
     Ok(text)
+}
+
+/// What the modules say of their tables.
+fn register_tables(registry: &mut Registry, gauges: Vec<TableGauge>) {
+    let mut families = BTreeMap::<&str, (&str, Family<Vec<(&str, &str)>, Count>)>::new();
+    for gauge in gauges {
+        let (_, family) = families
+            .entry(gauge.name)
+            .or_insert_with(|| (gauge.help, Family::default()));
+        let labels = gauge.label.into_iter().collect();
+        family.get_or_create(&labels).set(gauge.value);
+    }
+    for (name, (help, family)) in families {
+        registry.register(name, help, family);
+    }
 }
 
 fn register_counts(registry: &mut Registry, counts: &ClusterStatus) {
