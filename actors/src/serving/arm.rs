@@ -6,6 +6,7 @@
 //!    over the same time.
 
 use std::convert::Infallible;
+use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
@@ -23,8 +24,8 @@ pub struct Arm<B> {
     fleet: Fleet<B>,
     feed: Feed,
     statistics: Mutex<ModelStatistics>,
-    /// Finds the replicas and feeds the monitor; aborted when dropped.
-    _tasks: JoinSet<()>,
+    /// Find the replicas and feed the monitor; aborted when dropped.
+    tasks: Mutex<JoinSet<()>>,
     /// Dropped with the arm.
     _gone: oneshot::Sender<Infallible>,
 }
@@ -42,10 +43,18 @@ impl<B: Backend> Arm<B> {
             fleet,
             feed,
             statistics: Mutex::default(),
-            _tasks: tasks,
+            tasks: Mutex::new(tasks),
             _gone: gone,
         };
         (arm, when_gone)
+    }
+
+    /// Runs a task of this arm, as long as the arm lives.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those of replicas that are wanted no more have ended.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task);
     }
 
     /// The version of the model.

@@ -4,7 +4,8 @@
 //! 2. A batch leaves when the next request would exceed the largest batch, or when its oldest request has waited for the
 //!    largest delay, or when no delay is allowed.
 //! 3. The queue is bounded; past it a request is refused at once and was not executed.
-//! 4. A caller who has gone before the batch leaves is dropped from it. One batch runs at a time, so a runner needs no lock.
+//! 4. A caller who has gone before the batch leaves is dropped from it, and a batch is dropped when all of its callers have gone.
+//!    One batch runs at a time, so a runner needs no lock.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -80,6 +81,19 @@ pub trait BatchRunner: Send + 'static {
         &mut self,
         rows: Vec<Self::Row>,
     ) -> impl Future<Output = Result<Vec<Self::Output>, String>> + Send;
+
+    /// The same for callers none of whom waits after `until`. Dropped when all of them have gone earlier.
+    ///
+    /// # Errors
+    /// A reason, which every request of the batch is given.
+    fn run_until(
+        &mut self,
+        rows: Vec<Self::Row>,
+        until: Instant,
+    ) -> impl Future<Output = Result<Vec<Self::Output>, String>> + Send {
+        let _ = until;
+        self.run(rows)
+    }
 }
 
 /// A request's outputs and where its time went.
@@ -100,6 +114,8 @@ pub struct BatchAnswer<O> {
 struct Pending<R, O> {
     rows: Vec<R>,
     queued_at: Instant,
+    /// When the caller stops waiting, if ever.
+    until: Option<Instant>,
     reply: oneshot::Sender<Result<BatchAnswer<O>, BatchError>>,
 }
 
@@ -124,6 +140,26 @@ impl<R: Send, O: Send> BatcherHandle<R, O> {
     /// # Errors
     /// [`BatchError`]; each kind says whether the request was executed.
     pub async fn submit(&self, rows: Vec<R>) -> Result<BatchAnswer<O>, BatchError> {
+        self.send(rows, None).await
+    }
+
+    /// The same for a caller who does not wait after `until`: the runner is told.
+    ///
+    /// # Errors
+    /// [`BatchError`]; each kind says whether the request was executed.
+    pub async fn submit_until(
+        &self,
+        rows: Vec<R>,
+        until: Instant,
+    ) -> Result<BatchAnswer<O>, BatchError> {
+        self.send(rows, Some(until)).await
+    }
+
+    async fn send(
+        &self,
+        rows: Vec<R>,
+        until: Option<Instant>,
+    ) -> Result<BatchAnswer<O>, BatchError> {
         let max_batch_rows = self.config.max_batch_rows;
         if rows.is_empty() || rows.len() > max_batch_rows {
             return Err(BatchError::RowCount {
@@ -135,6 +171,7 @@ impl<R: Send, O: Send> BatcherHandle<R, O> {
         let pending = Pending {
             rows,
             queued_at: Instant::now(),
+            until,
             reply,
         };
         self.queue.try_send(pending).map_err(|error| match error {
@@ -289,7 +326,10 @@ impl<B: BatchRunner> Worker<B> {
         let started = Instant::now();
         let mut rows = Vec::new();
         let mut callers = Vec::with_capacity(batch.len());
+        // A batch may take as long as any of its callers waits.
+        let mut until = Some(started);
         for pending in batch {
+            until = until.zip(pending.until).map(|(one, other)| one.max(other));
             callers.push((
                 pending.rows.len(),
                 started - pending.queued_at,
@@ -298,7 +338,22 @@ impl<B: BatchRunner> Worker<B> {
             rows.extend(pending.rows);
         }
         let batch_rows = rows.len();
-        let result = self.runner.run(rows).await;
+        let running = async {
+            match until {
+                Some(until) => self.runner.run_until(rows, until).await,
+                None => self.runner.run(rows).await,
+            }
+        };
+        let all_gone = async {
+            for (_, _, reply) in &mut callers {
+                reply.closed().await;
+            }
+        };
+        let result = tokio::select! {
+            biased;
+            result = running => result,
+            () = all_gone => return,
+        };
         let computed = started.elapsed();
         let mut outputs = match result {
             Ok(outputs) if outputs.len() == batch_rows => outputs.into_iter(),

@@ -10,6 +10,8 @@ use rand::TryRngCore;
 use rand::rngs::OsRng;
 use tokio::time::Instant;
 
+use super::autoscaler::state::Command as ScalingCommand;
+use super::autoscaler::{Policy, Scaling};
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
 use super::state::{Command, Endpoint, Query, Routing};
@@ -89,7 +91,7 @@ pub async fn find(cluster: &Cluster, endpoint: &str) -> mobula::Result<Endpoint>
     ask::query(cluster, ModuleId::SERVING, "look up an endpoint", &query).await
 }
 
-/// An endpoint with its newest rollout.
+/// An endpoint with its newest rollout, and how it is scaled.
 pub async fn routing(cluster: &Cluster, endpoint: &str) -> mobula::Result<Routing> {
     let query = Query::Routing {
         endpoint: endpoint.to_owned(),
@@ -110,6 +112,23 @@ pub async fn roll_out(cluster: &Cluster, command: RolloutCommand) -> mobula::Res
     let command = Command::Rollout(command);
     let answer = ask::apply(cluster, ModuleId::SERVING, "change a rollout", &command).await?;
     ask::answer(&answer)
+}
+
+/// Changes how an endpoint is scaled; as it is then.
+pub async fn scale(cluster: &Cluster, command: ScalingCommand) -> mobula::Result<Scaling> {
+    let command = Command::Scaling(command);
+    let answer = ask::apply(cluster, ModuleId::SERVING, "scale an endpoint", &command).await?;
+    ask::answer(&answer)
+}
+
+/// Scales an endpoint by another policy from now on.
+pub async fn set_policy(
+    cluster: &Cluster,
+    endpoint: &str,
+    policy: Policy,
+) -> mobula::Result<Scaling> {
+    let endpoint = endpoint.to_owned();
+    scale(cluster, ScalingCommand::SetPolicy { endpoint, policy }).await
 }
 
 /// Stops serving. Its actors end soon after.

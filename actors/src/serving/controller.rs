@@ -14,6 +14,7 @@ use mobula_scheduler::{
     ActorTarget, Command as SchedulerCommand, Query as SchedulerQuery, QueryResponse, Resolution,
 };
 
+use super::autoscaler::state::{Command as ScalingCommand, Scaling, find as scaling_of};
 use super::replica::Replica;
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
@@ -75,6 +76,7 @@ impl Controller for ServingController {
                     take_down(reader, endpoint, rollout.as_ref())
                 } else {
                     let mut proposals = bring_up(reader, endpoint, rollout.as_ref());
+                    proposals.extend(end_surplus(reader, endpoint));
                     if let Some(rollout) = &rollout {
                         proposals.extend(retire(reader, endpoint, rollout));
                     }
@@ -164,6 +166,27 @@ fn replace(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<P
     stop(reader, &names)
 }
 
+/// Ends the replicas that are too many, once the router has none of its requests with them.
+fn end_surplus(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<Proposal> {
+    let Scaling {
+        surplus,
+        is_drained,
+        revision,
+        ..
+    } = scaling_of(reader, endpoint);
+    if !is_drained {
+        return Vec::new();
+    }
+    let names: Vec<String> = (endpoint.replicas + 1..=surplus)
+        .map(|number| replica_name(&endpoint.name, endpoint.version, number))
+        .collect();
+    let ended = ScalingCommand::Ended {
+        endpoint: endpoint.name.clone(),
+        revision,
+    };
+    stop_or(reader, &names, &Command::Scaling(ended))
+}
+
 /// Ends what a rollout needs no more: actors of the version that it left with nothing to answer, the
 /// replicas among them once the router has none of its requests.
 fn retire(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<Proposal> {
@@ -179,7 +202,7 @@ fn retire(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<Pr
                 rollout: rollout.number,
                 revision: rollout.revision,
             };
-            let names = names_of(endpoint, retiring.version);
+            let names = names_of(reader, endpoint, retiring.version);
             stop_or(reader, &names, &Command::Rollout(retired))
         }
         Cleanup::Waiting | Cleanup::Done => Vec::new(),
@@ -193,7 +216,7 @@ fn take_down(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>
     );
     let names = versions
         .into_iter()
-        .flat_map(|version| names_of(endpoint, version))
+        .flat_map(|version| names_of(reader, endpoint, version))
         .chain([router_name(&endpoint.name)]);
     let names: Vec<String> = names.collect();
     let gone = Command::Gone {
@@ -227,8 +250,8 @@ fn stop(reader: &dyn Reader, names: &[String]) -> Vec<Proposal> {
 }
 
 /// The names of all actors of one version of an endpoint.
-fn names_of(endpoint: &Endpoint, version: u64) -> Vec<String> {
-    (1..=endpoint.replicas)
+fn names_of(reader: &dyn Reader, endpoint: &Endpoint, version: u64) -> Vec<String> {
+    (1..=scaling_of(reader, endpoint).replicas_living(endpoint))
         .map(|number| replica_name(&endpoint.name, version, number))
         .chain([monitor_name(&endpoint.name, version)])
         .collect()

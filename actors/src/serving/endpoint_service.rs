@@ -20,8 +20,8 @@ use super::feed::Observation;
 use super::fleet::{BATCH_ROWS_MAX, Backend, Prediction};
 use super::http::{BodyLimits, InferenceService, ServiceFuture};
 use super::oip::{
-    Datatype, DecodeError, InferRequest, InferResponse, ModelMetadata, OipError, Parameters,
-    ServerMetadata, Tensor, TensorData, TensorMetadata,
+    Datatype, DecodeError, InferRequest, InferResponse, ModelMetadata, OipError, Parameter,
+    Parameters, ServerMetadata, Tensor, TensorData, TensorMetadata,
 };
 use super::rollout::trial::Outcome;
 use super::statistics::{ModelStatistics, RequestTimes};
@@ -32,6 +32,9 @@ pub const INPUT: &str = "image";
 pub const PROBABILITIES: &str = "probabilities";
 /// The output with the most probable class.
 pub const CLASS: &str = "class";
+
+/// The parameter that says how long a request waits, in microseconds.
+pub const TIMEOUT: &str = "timeout";
 
 /// What a value takes in a JSON body: a number of 17 digits with sign and exponent, and the white space of a printer that
 /// puts each on a line of its own.
@@ -118,7 +121,8 @@ impl<B: Backend> EndpointService<B> {
     }
 
     fn ready(&self, arm: &Arm<B>) -> Result<(), OipError> {
-        if arm.is_open() {
+        // One without replicas gets them with the first request, which must come for that.
+        if arm.is_open() || arm.fleet().is_asleep() {
             return Ok(());
         }
         let reason = format!(
@@ -148,7 +152,9 @@ impl<B: Backend> EndpointService<B> {
         assigned: Assigned<B>,
         request: InferRequest,
     ) -> Result<InferResponse, OipError> {
+        assigned.arm.fleet().traffic().admit()?;
         let started = Instant::now();
+        let limit = time_limit(&request)?;
         // A request that no version could answer says nothing about one.
         let rows = match rows_of(request, self.row_values) {
             Ok(rows) => rows,
@@ -158,7 +164,10 @@ impl<B: Backend> EndpointService<B> {
             }
         };
         let input = started.elapsed();
-        let error = match self.infer_rows(&assigned.arm, rows.clone(), input).await {
+        let error = match self
+            .infer_rows(&assigned.arm, rows.clone(), input, limit)
+            .await
+        {
             Ok(response) => {
                 assigned.count(Outcome::Answered(started.elapsed()));
                 return Ok(response);
@@ -174,7 +183,7 @@ impl<B: Backend> EndpointService<B> {
             %error,
             "the active version answers for the candidate"
         );
-        self.infer_rows(second, rows, input).await
+        self.infer_rows(second, rows, input, limit).await
     }
 
     async fn infer_rows(
@@ -182,9 +191,10 @@ impl<B: Backend> EndpointService<B> {
         arm: &Arm<B>,
         rows: Vec<Vec<f32>>,
         compute_input: Duration,
+        limit: Option<Duration>,
     ) -> Result<InferResponse, OipError> {
         let started = Instant::now();
-        let result = self.infer_with(arm, rows, compute_input).await;
+        let result = self.infer_with(arm, rows, compute_input, limit).await;
         if result.is_err() {
             arm.statistics()
                 .record_failure(compute_input + started.elapsed());
@@ -197,8 +207,12 @@ impl<B: Backend> EndpointService<B> {
         arm: &Arm<B>,
         rows: Vec<Vec<f32>>,
         compute_input: Duration,
+        limit: Option<Duration>,
     ) -> Result<InferResponse, OipError> {
-        let answer = arm.fleet().infer(&self.metadata.name, rows.clone()).await?;
+        let answered = arm
+            .fleet()
+            .infer_within(&self.metadata.name, rows.clone(), limit);
+        let answer = answered.await?;
         let splitting = Instant::now();
         let response = self.response(arm.version(), &answer.outputs)?;
         let times = RequestTimes {
@@ -270,6 +284,21 @@ fn record<B: Backend>(arm: &Arm<B>, answer: &BatchAnswer<Prediction>, times: Req
     statistics.record_success(answer.outputs.len() as u64, times, now_ms);
     if answer.is_first_in_batch {
         statistics.record_execution(answer.batch_rows as u64, times);
+    }
+}
+
+/// How long the caller waits: the parameter `timeout`, in microseconds as Triton has it; 0 is for ever.
+fn time_limit(request: &InferRequest) -> Result<Option<Duration>, OipError> {
+    match request.parameters.get(TIMEOUT) {
+        None | Some(Parameter::Int(0)) => Ok(None),
+        Some(Parameter::Int(micros)) if *micros > 0 => {
+            Ok(Some(Duration::from_micros(micros.unsigned_abs())))
+        }
+        Some(other) => Err(OipError::Decode(DecodeError::Parameter {
+            name: TIMEOUT.to_owned(),
+            got: other.to_json().to_string(),
+            expected: "a number of microseconds".to_owned(),
+        })),
     }
 }
 

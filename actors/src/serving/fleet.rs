@@ -2,200 +2,205 @@
 //!
 //! Invariants:
 //! 1. Each replica has a batcher of its own, with a bounded queue; a replica that failed gets no
-//!    requests until it has answered a probe.
+//!    requests until it has answered a probe, and one that fails again and again none for a while.
 //! 2. Of two replicas the one with fewer rows in flight is chosen (power of two choices).
-//! 3. A request that a replica did not answer is sent once more, to another one if there is one:
-//!    inference changes nothing, so twice is harmless. A request never takes longer than
-//!    [`REQUEST_TIMEOUT`].
-//! 4. A request that finds no replica waits a little for one: they come back within moments.
-//! 5. Dropping a fleet ends its tasks.
+//! 3. A request that a replica did not answer is sent once more, to another one if there is one and the
+//!    budget allows it: inference changes nothing, so twice is harmless. A request never takes longer than
+//!    its deadline.
+//! 4. A request that finds no replica waits a little for one: they come back within moments. Where there
+//!    was none at all it waits for the first, and of those that wait there are not many.
+//! 5. A replica that is wanted no more gets no new requests, and is gone with its last one.
+//! 6. Dropping a fleet ends its tasks.
 
-use std::future::Future;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
-use super::batcher::{BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle};
+use super::batcher::{BatchAnswer, BatchError};
+use super::guard::outlier::Outliers;
+use super::guard::traffic::Traffic;
+use super::lane::{Deadline, Lane, QUEUED_REQUESTS_MAX, Refusal};
 use super::oip::OipError;
-use super::replica::Inference;
 
-/// Rows in a batch: large enough that the model, not the call around it, takes the time.
-pub const BATCH_ROWS_MAX: usize = 128;
+pub use super::lane::{BATCH_ROWS_MAX, BATCH_TIMEOUT, Backend, BackendFailure, Berth, Prediction};
 
-/// Requests that wait for one replica: two or three batches of single rows. More would only wait
-/// longer than their callers do.
-const QUEUED_REQUESTS_MAX: usize = 256;
-
-/// How long a batch may take before its requests are sent elsewhere. A batch takes milliseconds;
-/// this is how long it takes to find that a process has vanished.
-pub const BATCH_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How long a request may take with its second try.
+/// How long a request may take with its second try, if it does not say itself.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a request may take at the most, whatever it says.
+pub const DEADLINE_MAX: Duration = Duration::from_secs(60);
 
 /// How long a request waits for any replica to take requests. Who waits holds a connection, and
 /// those are bounded.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// One replica, as the fleet reaches it.
-pub trait Backend: Clone + Send + Sync + 'static {
-    /// Answers rows; they come one after the other.
-    fn infer(
-        &self,
-        rows: Vec<f32>,
-    ) -> impl Future<Output = Result<Inference, BackendFailure>> + Send;
-}
+/// How long a request waits for the first replica of an endpoint that had none: a process is started, and
+/// loads the model.
+const WAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why a replica gave no answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum BackendFailure {
-    /// It answered that it cannot.
-    Refused(String),
-    /// It did not answer.
-    Lost(String),
-}
+/// Requests that wait for a replica, as many as for one that is busy.
+const HELD_REQUESTS_MAX: usize = QUEUED_REQUESTS_MAX;
 
-/// What the model says about one row.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Prediction {
-    /// The probability of each class.
-    pub probabilities: Vec<f32>,
-    /// The most probable class.
-    pub class: u32,
-}
+/// How long a replica must have had a request, without answering any, before its being late counts as a
+/// failure: callers with shorter deadlines say more about themselves than about it.
+const LATE_MIN: Duration = Duration::from_millis(100);
 
-/// A replica's own words; another one would say the same.
-type Refusal = String;
-
-/// What a replica's batcher answers.
-type Answer = Result<BatchAnswer<Result<Prediction, Refusal>>, BatchError>;
-
-/// The fleet's end of one replica, for whoever finds it and probes it.
-#[derive(Debug)]
-pub struct Berth<B> {
-    backend: watch::Sender<Option<B>>,
-    /// Counts how often any berth of the fleet was opened.
-    openings: Arc<watch::Sender<u64>>,
-}
-
-impl<B: Backend> Berth<B> {
-    /// The replica takes requests from now on.
-    pub fn open(&self, backend: B) {
-        self.backend.send_replace(Some(backend));
-        self.openings.send_modify(|count| *count += 1);
-    }
-
-    /// The replica is gone: what it has not answered is sent elsewhere at once.
-    pub fn close(&self) {
-        self.backend.send_replace(None);
-    }
-
-    /// Waits until the replica has failed a request.
-    pub async fn failed(&self) {
-        // The sender is ours, so waiting cannot fail.
-        let _ = self.backend.subscribe().wait_for(Option::is_none).await;
-    }
-}
-
-struct Lane<B> {
-    number: u32,
-    berth: Arc<Berth<B>>,
-    queue: BatcherHandle<Vec<f32>, Result<Prediction, Refusal>>,
-    rows_in_flight: AtomicUsize,
-    _batcher: Batcher,
-}
-
-impl<B> Lane<B> {
-    fn is_open(&self) -> bool {
-        self.berth.backend.borrow().is_some()
-    }
-}
-
-/// The replicas behind an endpoint.
+/// The replicas of one version of an endpoint.
 pub struct Fleet<B> {
-    lanes: Vec<Lane<B>>,
+    lanes: RwLock<Vec<Arc<Lane<B>>>>,
+    /// Lanes that are wanted no more and may have requests.
+    leaving: Mutex<Vec<Weak<Lane<B>>>>,
     openings: Arc<watch::Sender<u64>>,
+    /// Whether there was no replica, and none has answered since.
+    is_waking: AtomicBool,
+    /// Requests that wait for a replica.
+    held: AtomicUsize,
     ticket: AtomicU64,
+    outliers: Mutex<Outliers>,
+    traffic: Arc<Traffic>,
 }
 
 impl<B: Backend> Fleet<B> {
     /// A fleet of `replicas`, none of which takes requests yet.
     #[must_use]
     pub fn new(replicas: u32) -> Self {
-        let openings = Arc::new(watch::Sender::new(0));
-        let lanes = (1..=replicas).map(|number| {
-            let berth = Arc::new(Berth {
-                backend: watch::Sender::new(None),
-                openings: Arc::clone(&openings),
-            });
-            let config = BatcherConfig {
-                max_batch_rows: BATCH_ROWS_MAX,
-                // What queues up while a batch runs is the next batch; an idle replica answers at
-                // once.
-                max_delay: Duration::ZERO,
-                max_queued_requests: QUEUED_REQUESTS_MAX,
-            };
-            let runner = Runner {
-                number,
-                berth: Arc::clone(&berth),
-            };
-            let (batcher, queue) = Batcher::start(config, runner);
-            Lane {
-                number,
-                berth,
-                queue,
-                rows_in_flight: AtomicUsize::new(0),
-                _batcher: batcher,
-            }
-        });
-        Fleet {
-            lanes: lanes.collect(),
-            openings,
+        Fleet::sharing(replicas, Arc::default())
+    }
+
+    /// The same as part of an endpoint's traffic.
+    #[must_use]
+    pub fn sharing(replicas: u32, traffic: Arc<Traffic>) -> Self {
+        let fleet = Fleet {
+            lanes: RwLock::default(),
+            leaving: Mutex::default(),
+            openings: Arc::new(watch::Sender::new(0)),
+            is_waking: AtomicBool::new(replicas == 0),
+            held: AtomicUsize::new(0),
             ticket: AtomicU64::new(0),
+            outliers: Mutex::default(),
+            traffic,
+        };
+        fleet.resize(replicas);
+        fleet
+    }
+
+    /// Has so many replicas from now on. The berths of new ones, with their numbers.
+    pub fn resize(&self, replicas: u32) -> Vec<(u32, Arc<Berth<B>>)> {
+        let mut lanes = self.lanes.write().unwrap_or_else(PoisonError::into_inner);
+        let known = lanes.len() as u32;
+        if replicas == 0 {
+            self.is_waking.store(true, Ordering::Relaxed);
         }
+        if replicas < known {
+            let leaving = lanes.split_off(replicas as usize);
+            let leaving: Vec<Weak<Lane<B>>> = leaving.iter().map(Arc::downgrade).collect();
+            lock(&self.leaving).extend(leaving);
+            lock(&self.outliers).keep(replicas);
+        }
+        let new: Vec<Arc<Lane<B>>> = (known + 1..=replicas)
+            .map(|number| Arc::new(Lane::new(number, Arc::clone(&self.openings))))
+            .collect();
+        lanes.extend(new.iter().cloned());
+        new.iter()
+            .map(|lane| (lane.number, Arc::clone(&lane.berth)))
+            .collect()
+    }
+
+    fn lanes(&self) -> Vec<Arc<Lane<B>>> {
+        let lanes = self.lanes.read().unwrap_or_else(PoisonError::into_inner);
+        lanes.clone()
     }
 
     /// Each replica's number, counted from 1, with its berth.
     pub fn berths(&self) -> impl Iterator<Item = (u32, Arc<Berth<B>>)> {
-        self.lanes
-            .iter()
+        self.lanes()
+            .into_iter()
             .map(|lane| (lane.number, Arc::clone(&lane.berth)))
     }
 
     /// How many replicas take requests.
     #[must_use]
     pub fn open_count(&self) -> usize {
-        self.lanes.iter().filter(|lane| lane.is_open()).count()
+        self.lanes().iter().filter(|lane| lane.is_open()).count()
     }
 
     /// How many replicas there should be.
     #[must_use]
     pub fn replica_count(&self) -> usize {
-        self.lanes.len()
+        self.lanes().len()
     }
 
-    /// Answers the rows of one request.
+    /// How many requests wait for a replica.
+    #[must_use]
+    pub fn pending_count(&self) -> usize {
+        let queued: usize = self.lanes().iter().map(|lane| lane.queued()).sum();
+        queued + self.held.load(Ordering::Relaxed)
+    }
+
+    /// Whether it has no replica and gets one with the first request.
+    #[must_use]
+    pub fn is_asleep(&self) -> bool {
+        self.replica_count() == 0
+    }
+
+    /// Whether no request is left with a replica that is wanted no more.
+    pub fn is_drained(&self) -> bool {
+        let mut leaving = lock(&self.leaving);
+        leaving.retain(|lane| lane.strong_count() > 0);
+        leaving.is_empty()
+    }
+
+    /// What passes through the endpoint that it is part of.
+    #[must_use]
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
+    /// Answers the rows of one request, within [`REQUEST_TIMEOUT`].
     pub async fn infer(
         &self,
         model: &str,
         rows: Vec<Vec<f32>>,
     ) -> Result<BatchAnswer<Prediction>, OipError> {
-        let answered = tokio::time::timeout(REQUEST_TIMEOUT, self.infer_or_retry(model, rows));
-        let Ok(answer) = answered.await else {
-            let reason = format!("no answer within {} ms", REQUEST_TIMEOUT.as_millis());
-            return Err(OipError::ReplicaLost { reason });
+        self.infer_within(model, rows, None).await
+    }
+
+    /// Answers the rows of one request before `limit` has passed, if it has one.
+    pub async fn infer_within(
+        &self,
+        model: &str,
+        rows: Vec<Vec<f32>>,
+        limit: Option<Duration>,
+    ) -> Result<BatchAnswer<Prediction>, OipError> {
+        let entered = self.traffic.load.enter();
+        self.traffic.earn_retry();
+        let deadline = match limit {
+            Some(limit) => Deadline::of(limit.min(DEADLINE_MAX)),
+            // Waiting for a replica does not count then.
+            None => Deadline::of(WAKE_TIMEOUT + REQUEST_TIMEOUT),
         };
+        let is_given = limit.is_some();
+        let first = self.choose_or_wait(model, &deadline, is_given).await?;
+        let deadline = if is_given {
+            deadline
+        } else {
+            Deadline::of(REQUEST_TIMEOUT)
+        };
+        let tried = self.try_twice(&first, rows, &deadline).await;
+        let answer = tried.map_err(|error| self.outcome(error, &deadline, is_given))?;
         let BatchAnswer {
             outputs,
             queued,
             computed,
             batch_rows,
             is_first_in_batch,
-        } = answer?;
+        } = answer;
         let outputs: Result<Vec<Prediction>, Refusal> = outputs.into_iter().collect();
         let outputs = outputs.map_err(|reason| OipError::Failed { reason })?;
+        entered.answered();
         Ok(BatchAnswer {
             outputs,
             queued,
@@ -205,36 +210,105 @@ impl<B: Backend> Fleet<B> {
         })
     }
 
-    async fn infer_or_retry(
+    /// Sends the rows to `first`, and to another one if that does not answer them.
+    async fn try_twice(
         &self,
-        model: &str,
+        first: &Lane<B>,
         rows: Vec<Vec<f32>>,
-    ) -> Result<BatchAnswer<Result<Prediction, Refusal>>, OipError> {
-        let first = self
-            .choose_or_wait()
-            .await
-            .ok_or_else(|| self.none_open(model))?;
-        let error = match first.submit(rows.clone()).await {
-            Err(BatchError::RowCount {
-                rows,
-                max_batch_rows,
-            }) => {
+        deadline: &Deadline,
+    ) -> Result<BatchAnswer<Result<Prediction, Refusal>>, TryError> {
+        if let Some(wait) = first.wait_beyond(deadline) {
+            return Err(TryError::WouldBeLate { wait });
+        }
+        let another = self.choose(Some(first.number));
+        let has_another = another.is_some_and(|another| another.number != first.number);
+        // Half of the time is left for a second try, where there is one to be had.
+        let until = if has_another {
+            deadline.half()
+        } else {
+            deadline.at
+        };
+        let error = match self.try_once(first, rows.clone(), until).await {
+            Ok(answer) => return Ok(answer),
+            Err(TryError::Batch(error @ BatchError::RowCount { .. })) => {
                 // The protocol's layer has checked this against the model's metadata.
-                return Err(OipError::Failed {
-                    reason: format!("{rows} rows, where 1 to {max_batch_rows} are possible"),
-                });
+                return Err(TryError::Batch(error));
             }
             Err(error) => error,
-            Ok(answer) => return Ok(answer),
         };
-        let Some(second) = self.choose(Some(first.number)) else {
-            return Err(outcome(error));
+        let second = self.choose(Some(first.number));
+        let Some(second) = second.filter(|_| deadline.left() > Duration::ZERO) else {
+            return Err(error);
         };
+        if !self.traffic.may_retry() {
+            return Err(error);
+        }
         tracing::debug!(first = first.number, second = second.number, %error, "a second try");
-        second.submit(rows).await.map_err(outcome)
+        self.try_once(&second, rows, deadline.at).await
     }
 
-    async fn choose_or_wait(&self) -> Option<&Lane<B>> {
+    async fn try_once(
+        &self,
+        lane: &Lane<B>,
+        rows: Vec<Vec<f32>>,
+        until: Instant,
+    ) -> Result<BatchAnswer<Result<Prediction, Refusal>>, TryError> {
+        let began = Instant::now();
+        let answered = lane.answered();
+        let Ok(tried) = tokio::time::timeout_at(until, lane.submit(rows, until)).await else {
+            let has_answered = lane.answered() != answered;
+            if !has_answered && began.elapsed() >= LATE_MIN {
+                self.failed(lane);
+            }
+            return Err(TryError::Late);
+        };
+        match &tried {
+            Ok(answer) if answer.outputs.iter().any(Result::is_err) => self.failed(lane),
+            Ok(_) => lock(&self.outliers).succeeded(lane.number),
+            Err(BatchError::Failed { .. } | BatchError::Lost | BatchError::OutputCount { .. }) => {
+                self.failed(lane);
+            }
+            Err(
+                BatchError::Overloaded { .. }
+                | BatchError::RowCount { .. }
+                | BatchError::ShuttingDown,
+            ) => {}
+        }
+        tried.map_err(TryError::Batch)
+    }
+
+    fn failed(&self, lane: &Lane<B>) {
+        let open = self.open_count();
+        let now_ms = self.traffic.now_ms();
+        if let Some(lasts_ms) = lock(&self.outliers).failed(lane.number, open, now_ms) {
+            self.traffic.count(|counts| counts.ejections += 1);
+            tracing::warn!(replica = lane.number, lasts_ms, "a replica is ejected");
+        }
+    }
+
+    async fn choose_or_wait(
+        &self,
+        model: &str,
+        deadline: &Deadline,
+        is_given: bool,
+    ) -> Result<Arc<Lane<B>>, OipError> {
+        if let Some(lane) = self.choose(None) {
+            return Ok(lane);
+        }
+        let held = Held::enter(&self.held);
+        if held.count > HELD_REQUESTS_MAX {
+            self.traffic.count(|counts| counts.shed += 1);
+            return Err(OipError::Overloaded {
+                queued: HELD_REQUESTS_MAX as u64,
+                limit: HELD_REQUESTS_MAX as u64,
+            });
+        }
+        let is_waking = self.is_waking.load(Ordering::Relaxed);
+        let patience = if is_waking {
+            WAKE_TIMEOUT
+        } else {
+            OPEN_TIMEOUT
+        };
         // From before we look, so that no opening is missed.
         let mut openings = self.openings.subscribe();
         let found = async {
@@ -246,28 +320,44 @@ impl<B: Backend> Fleet<B> {
                 let _ = openings.changed().await;
             }
         };
-        tokio::time::timeout(OPEN_TIMEOUT, found).await.ok()
+        let until = deadline.at.min(Instant::now() + patience);
+        let found = tokio::time::timeout_at(until, found).await;
+        found.map_err(|_| {
+            if is_given && deadline.left() == Duration::ZERO {
+                return self.outcome(TryError::Late, deadline, is_given);
+            }
+            self.none_open(model)
+        })
     }
 
     /// The less busy of two replicas that take requests, other than `except` if there is another.
-    fn choose(&self, except: Option<u32>) -> Option<&Lane<B>> {
-        let open: Vec<&Lane<B>> = self.lanes.iter().filter(|lane| lane.is_open()).collect();
-        let others: Vec<&Lane<B>> = open
+    fn choose(&self, except: Option<u32>) -> Option<Arc<Lane<B>>> {
+        let lanes = self.lanes.read().unwrap_or_else(PoisonError::into_inner);
+        let open: Vec<&Arc<Lane<B>>> = lanes.iter().filter(|lane| lane.is_open()).collect();
+        if !open.is_empty() {
+            self.is_waking.store(false, Ordering::Relaxed);
+        }
+        let now_ms = self.traffic.now_ms();
+        let outliers = lock(&self.outliers);
+        let others: Vec<&Arc<Lane<B>>> = open
             .iter()
             .copied()
             .filter(|lane| Some(lane.number) != except)
+            .filter(|lane| !outliers.is_ejected(lane.number, now_ms))
             .collect();
+        drop(outliers);
         let candidates = if others.is_empty() { open } else { others };
         let count = candidates.len();
         if count < 2 {
-            return candidates.first().copied();
+            return candidates.first().copied().cloned();
         }
         let hash = mixed(self.ticket.fetch_add(1, Ordering::Relaxed));
         let one = (hash >> 32) as usize % count;
         // Any of the others, each as likely.
         let other = (one + 1 + (hash & 0xFFFF_FFFF) as usize % (count - 1)) % count;
         let load = |at: usize| candidates[at].rows_in_flight.load(Ordering::Relaxed);
-        Some(candidates[if load(other) < load(one) { other } else { one }])
+        let less_busy = if load(other) < load(one) { other } else { one };
+        Some(Arc::clone(candidates[less_busy]))
     }
 
     fn none_open(&self, model: &str) -> OipError {
@@ -275,36 +365,71 @@ impl<B: Backend> Fleet<B> {
             model: model.to_owned(),
             reason: format!(
                 "none of its {} replicas is running; they are being started",
-                self.lanes.len()
+                self.replica_count()
             ),
+        }
+    }
+
+    fn outcome(&self, error: TryError, deadline: &Deadline, is_given: bool) -> OipError {
+        let limit_ms = u64::try_from(deadline.limit.as_millis()).unwrap_or(u64::MAX);
+        match error {
+            TryError::Late if is_given => {
+                self.traffic.count(|counts| counts.late += 1);
+                OipError::DeadlineExceeded { limit_ms }
+            }
+            TryError::Late => OipError::ReplicaLost {
+                reason: format!("no answer within {limit_ms} ms"),
+            },
+            TryError::WouldBeLate { wait } => {
+                self.traffic.count(|counts| counts.shed += 1);
+                OipError::WouldBeLate {
+                    wait_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+                    limit_ms,
+                }
+            }
+            TryError::Batch(error) => {
+                if matches!(error, BatchError::Overloaded { .. }) {
+                    self.traffic.count(|counts| counts.shed += 1);
+                }
+                outcome(error)
+            }
         }
     }
 }
 
-impl<B> Lane<B> {
-    async fn submit(&self, rows: Vec<Vec<f32>>) -> Answer {
-        let _counted = InFlight::enter(&self.rows_in_flight, rows.len());
-        self.queue.submit(rows).await
-    }
+/// Why a try gave no answer.
+#[derive(Debug, thiserror::Error)]
+enum TryError {
+    #[error("no answer in time")]
+    Late,
+    #[error("its queue takes {} ms", wait.as_millis())]
+    WouldBeLate { wait: Duration },
+    #[error(transparent)]
+    Batch(BatchError),
 }
 
-/// Counts rows for as long as it lives, also when the caller goes away.
-struct InFlight<'a> {
+/// Counts a request that waits for a replica.
+struct Held<'a> {
     counter: &'a AtomicUsize,
-    rows: usize,
+    count: usize,
 }
 
-impl<'a> InFlight<'a> {
-    fn enter(counter: &'a AtomicUsize, rows: usize) -> Self {
-        counter.fetch_add(rows, Ordering::Relaxed);
-        InFlight { counter, rows }
+impl<'a> Held<'a> {
+    fn enter(counter: &'a AtomicUsize) -> Self {
+        let count = counter.fetch_add(1, Ordering::Relaxed) + 1;
+        Held { counter, count }
     }
 }
 
-impl Drop for InFlight<'_> {
+impl Drop for Held<'_> {
     fn drop(&mut self) {
-        self.counter.fetch_sub(self.rows, Ordering::Relaxed);
+        self.counter.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Whole after every single update, so a panic elsewhere does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn outcome(error: BatchError) -> OipError {
@@ -330,64 +455,6 @@ fn mixed(ticket: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
-}
-
-/// Sends one replica its batches.
-struct Runner<B> {
-    number: u32,
-    berth: Arc<Berth<B>>,
-}
-
-impl<B: Backend> BatchRunner for Runner<B> {
-    type Row = Vec<f32>;
-    type Output = Result<Prediction, Refusal>;
-
-    async fn run(&mut self, rows: Vec<Vec<f32>>) -> Result<Vec<Self::Output>, String> {
-        let mut berth = self.berth.backend.subscribe();
-        let backend = berth.borrow_and_update().clone();
-        // Requests that queued up behind the one that found the replica dead.
-        let Some(backend) = backend else {
-            return Err(format!("replica {} is not running", self.number));
-        };
-        let count = rows.len();
-        let failure = tokio::select! {
-            answer = backend.infer(rows.concat()) => match answer {
-                Ok(inference) => return Ok(predictions(inference)),
-                Err(failure) => failure,
-            },
-            // Closed by whoever watches the replica, or opened with a newer start of it.
-            _ = berth.changed() => {
-                return Err(format!("replica {} ended while it held the batch", self.number));
-            }
-            () = tokio::time::sleep(BATCH_TIMEOUT) => {
-                BackendFailure::Lost(format!("no answer within {} ms", BATCH_TIMEOUT.as_millis()))
-            }
-        };
-        match failure {
-            BackendFailure::Refused(reason) => Ok(vec![Err(reason); count]),
-            BackendFailure::Lost(reason) => {
-                tracing::warn!(replica = self.number, reason, "a replica does not answer");
-                self.berth.close();
-                Err(format!("replica {}: {reason}", self.number))
-            }
-        }
-    }
-}
-
-fn predictions(inference: Inference) -> Vec<Result<Prediction, Refusal>> {
-    // A replica answers at least one row, and as many probabilities for each.
-    let width = inference.probabilities.len() / inference.classes.len().max(1);
-    let rows = inference
-        .probabilities
-        .chunks_exact(width.max(1))
-        .zip(inference.classes);
-    rows.map(|(row, class)| {
-        Ok(Prediction {
-            probabilities: row.to_vec(),
-            class,
-        })
-    })
-    .collect()
 }
 
 #[cfg(test)]

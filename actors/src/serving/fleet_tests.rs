@@ -1,5 +1,7 @@
 use std::sync::atomic::AtomicBool;
 
+use super::super::replica::Inference;
+
 use super::*;
 
 /// Answers each row with its first value as the class.
@@ -123,7 +125,7 @@ async fn when_all_are_lost_the_caller_learns_that_it_may_retry() {
 async fn the_less_busy_replica_is_chosen() {
     let (fleet, fakes) = fleet(2);
     fakes[0].hangs.store(true, Ordering::Relaxed);
-    fleet.lanes[0]
+    fleet.lanes()[0]
         .rows_in_flight
         .fetch_add(500, Ordering::Relaxed);
     for _ in 0..20 {
@@ -166,7 +168,7 @@ async fn a_request_waits_a_little_for_the_first_replica() {
 async fn what_a_replica_held_when_its_end_was_seen_is_sent_elsewhere_at_once() {
     let (fleet, fakes) = fleet(2);
     fakes[0].hangs.store(true, Ordering::Relaxed);
-    fleet.lanes[1]
+    fleet.lanes()[1]
         .rows_in_flight
         .fetch_add(500, Ordering::Relaxed);
     let (_, berth) = fleet.berths().next().unwrap();
@@ -178,4 +180,178 @@ async fn what_a_replica_held_when_its_end_was_seen_is_sent_elsewhere_at_once() {
     };
     let (answer, ()) = tokio::join!(classes(&fleet, &[6.0]), closing);
     assert_eq!(answer.unwrap(), [6]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fleet_without_replicas_holds_requests_until_the_first_answers() {
+    let fleet: Fleet<Fake> = Fleet::new(0);
+    assert!(fleet.is_asleep());
+    let waking = async {
+        fleet.traffic().load.alarm_above(0);
+        fleet.traffic().load.alarmed().await;
+        let (number, berth) = fleet.resize(1).remove(0);
+        assert_eq!(number, 1);
+        // Longer than a request waits where replicas only are away for a moment.
+        tokio::time::sleep(OPEN_TIMEOUT * 5).await;
+        berth.open(Fake::default());
+    };
+    let (answer, ()) = tokio::join!(classes(&fleet, &[5.0]), waking);
+    assert_eq!(answer.unwrap(), [5]);
+    assert!(!fleet.is_asleep());
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_that_wait_for_a_first_replica_are_bounded_by_number_and_deadline() {
+    let fleet: Arc<Fleet<Fake>> = Arc::new(Fleet::new(0));
+    let limit = Duration::from_millis(300);
+    let waiting = (0..=HELD_REQUESTS_MAX).map(|_| {
+        let fleet = Arc::clone(&fleet);
+        async move {
+            let answer = fleet
+                .infer_within("digits", rows(&[1.0]), Some(limit))
+                .await;
+            answer.map(drop).unwrap_err().status()
+        }
+    });
+    let statuses = futures::future::join_all(waiting).await;
+    let count = |status| statuses.iter().filter(|found| **found == status).count();
+    assert_eq!((count(503), count(504)), (1, HELD_REQUESTS_MAX));
+    assert_eq!(fleet.traffic().load.read().in_flight, 0);
+}
+
+#[tokio::test]
+async fn a_replica_that_is_wanted_no_more_answers_what_it_has_and_gets_nothing_new() {
+    let (fleet, fakes) = fleet(2);
+    fakes[1].hangs.store(true, Ordering::Relaxed);
+    fleet.lanes()[0]
+        .rows_in_flight
+        .fetch_add(500, Ordering::Relaxed);
+    let (_, berth) = fleet.berths().nth(1).unwrap();
+    let resizing = async {
+        while fakes[1].calls.load(Ordering::Relaxed) == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(fleet.resize(1).is_empty());
+        assert!(!fleet.is_drained());
+        berth.close();
+    };
+    let (answer, ()) = tokio::join!(classes(&fleet, &[6.0]), resizing);
+    assert_eq!(answer.unwrap(), [6]);
+    berth.retired().await;
+    assert!(fleet.is_drained());
+    assert_eq!(fleet.replica_count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_with_a_deadline_goes_to_another_replica_while_there_is_time() {
+    let (fleet, fakes) = fleet(2);
+    fakes[0].hangs.store(true, Ordering::Relaxed);
+    let limit = Some(Duration::from_millis(400));
+    for round in 0..30 {
+        let answer = fleet.infer_within("digits", rows(&[4.0]), limit).await;
+        assert_eq!(answer.unwrap().outputs[0].class, 4, "{round}");
+    }
+    // It never came near the time after which a replica is given up, and still gets nothing any more.
+    assert_eq!(fleet.open_count(), 2);
+    assert_eq!(fakes[0].calls.load(Ordering::Relaxed), 5);
+    assert_eq!(fleet.traffic().counts().ejections, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deadline_reaches_the_replica_and_whoever_goes_away_takes_the_call_back() {
+    #[derive(Clone, Default)]
+    struct Slow {
+        limits: Arc<Mutex<Vec<Duration>>>,
+        dropped: Arc<AtomicUsize>,
+    }
+    struct Dropped(Arc<AtomicUsize>);
+    impl Drop for Dropped {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    impl Backend for Slow {
+        async fn infer(&self, _: Vec<f32>) -> Result<Inference, BackendFailure> {
+            unreachable!("every call has a limit")
+        }
+        async fn infer_within(
+            &self,
+            _: Vec<f32>,
+            limit: Duration,
+        ) -> Result<Inference, BackendFailure> {
+            lock(&self.limits).push(limit);
+            let _dropped = Dropped(Arc::clone(&self.dropped));
+            std::future::pending().await
+        }
+    }
+    let fleet: Fleet<Slow> = Fleet::new(1);
+    let slow = Slow::default();
+    fleet.berths().next().unwrap().1.open(slow.clone());
+    let limit = Duration::from_millis(300);
+    let error = fleet
+        .infer_within("digits", rows(&[1.0]), Some(limit))
+        .await;
+    assert_eq!(error.unwrap_err().status(), 504);
+    assert!(lock(&slow.limits)[0] <= limit);
+    let going = fleet.infer("digits", rows(&[1.0]));
+    assert!(tokio::time::timeout(limit, going).await.is_err());
+    while slow.dropped.load(Ordering::Relaxed) < 2 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(fleet.open_count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_queue_that_would_outlast_the_deadline_is_not_joined() {
+    let (fleet, _) = fleet(1);
+    // One answer, so that its pace is known.
+    classes(&fleet, &[1.0]).await.unwrap();
+    let lanes = fleet.lanes();
+    lanes[0].set_batch_time(Duration::from_millis(50));
+    let limit = Some(Duration::from_millis(140));
+    lanes[0].rows_in_flight.store(256, Ordering::Relaxed);
+    let error = fleet.infer_within("digits", rows(&[1.0]), limit).await;
+    let error = error.unwrap_err();
+    assert_eq!(
+        error,
+        OipError::WouldBeLate {
+            wait_ms: 200,
+            limit_ms: 140
+        }
+    );
+    assert_eq!(error.status(), 503);
+    // An idle replica is asked whatever it was like before.
+    lanes[0].set_batch_time(Duration::from_secs(9));
+    lanes[0].rows_in_flight.store(0, Ordering::Relaxed);
+    assert!(
+        fleet
+            .infer_within("digits", rows(&[1.0]), limit)
+            .await
+            .is_ok()
+    );
+}
+
+#[tokio::test]
+async fn where_every_replica_fails_second_tries_end_with_the_budget() {
+    let (fleet, fakes) = fleet(2);
+    let calls = || -> usize {
+        fakes
+            .iter()
+            .map(|fake| fake.calls.load(Ordering::Relaxed))
+            .sum()
+    };
+    for fake in &fakes {
+        fake.lost.store(true, Ordering::Relaxed);
+    }
+    let requests = 3_000;
+    for _ in 0..requests {
+        for ((_, berth), fake) in fleet.berths().zip(&fakes) {
+            berth.open(fake.clone());
+        }
+        classes(&fleet, &[1.0]).await.unwrap_err();
+    }
+    let counts = fleet.traffic().counts();
+    let second_tries = calls() - requests;
+    assert_eq!(second_tries as u64, counts.retries);
+    assert!(counts.retries_refused > 0, "{counts:?}");
 }

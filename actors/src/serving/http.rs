@@ -375,7 +375,8 @@ impl IntoResponse for OipError {
                 headers.insert(header::ACCEPT_ENCODING, known);
             }
             retryable if retryable.is_retryable() => {
-                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+                let seconds = HeaderValue::from(retryable.retry_after_s());
+                headers.insert(header::RETRY_AFTER, seconds);
             }
             _ => {}
         }

@@ -3,10 +3,11 @@
 //! The actors, and what decides about them:
 //! * [`state`]: endpoints as a replicated table (pure); [`controller`] starts and stops what they
 //!   need; [`client`] is what the command line asks.
-//! * [`rollout`]: how an endpoint goes from one version to another.
+//! * [`rollout`]: how an endpoint goes from one version to another; [`autoscaler`]: with how many replicas.
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, [`arm`] is one of
-//!   them, [`fleet`] chooses among its replicas, `replica_link` finds these, [`endpoint_service`] speaks
+//!   them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
 //!   the protocol, [`feed`] tells the monitor.
+//! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model.
 //!
 //! The protocol, for any service:
@@ -21,6 +22,7 @@
 
 pub mod arm;
 pub mod auth;
+pub mod autoscaler;
 pub mod batcher;
 pub mod client;
 mod compression;
@@ -29,7 +31,10 @@ pub mod endpoint_service;
 pub mod feed;
 pub mod fleet;
 pub mod grpc;
+pub mod guard;
 pub mod http;
+mod lane;
+mod meters;
 pub mod oip;
 pub mod replica;
 mod replica_link;

@@ -23,22 +23,30 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// How long the monitor may take for a call, its start included.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Finds a replica and opens its berth; again whenever it has failed or was started again.
+/// Finds a replica and opens its berth; again whenever it has failed or was started again, until it is
+/// wanted no more.
 pub(super) async fn keep_open(
     cluster: Cluster,
     name: String,
     berth: Arc<Berth<ActorRef<Replica>>>,
 ) {
+    tokio::select! {
+        () = berth.retired() => {}
+        () = find_again_and_again(&cluster, &name, &berth) => {}
+    }
+}
+
+async fn find_again_and_again(cluster: &Cluster, name: &str, berth: &Berth<ActorRef<Replica>>) {
     let mut known: Option<ActorId> = None;
     loop {
-        match probe(&cluster, &name, known).await {
+        match probe(cluster, name, known).await {
             Ok((replica, incarnation)) => {
                 let id = replica.actor_id();
                 known = Some(id);
                 berth.open(replica);
                 tokio::select! {
                     () = berth.failed() => {}
-                    () = ended(&cluster, id, incarnation) => berth.close(),
+                    () = ended(cluster, id, incarnation) => berth.close(),
                 }
             }
             Err(error) => {
@@ -90,7 +98,16 @@ async fn ended(cluster: &Cluster, id: ActorId, incarnation: Incarnation) {
 
 impl Backend for ActorRef<Replica> {
     async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
-        let call = ReplicaCalls::infer(self, rows).timeout(BATCH_TIMEOUT);
+        self.infer_within(rows, BATCH_TIMEOUT).await
+    }
+
+    async fn infer_within(
+        &self,
+        rows: Vec<f32>,
+        limit: Duration,
+    ) -> Result<Inference, BackendFailure> {
+        // The call carries its deadline: a replica does not begin what nobody waits for any more.
+        let call = ReplicaCalls::infer(self, rows).timeout(limit);
         call.await.map_err(|failure| match failure {
             CallFailure::User(error) => BackendFailure::Refused(error.to_string()),
             CallFailure::System(error) => BackendFailure::Lost(error.to_string()),

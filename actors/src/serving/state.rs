@@ -8,7 +8,7 @@
 
 use mobula_core::codec;
 use mobula_core::control::{
-    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, Txn,
+    Applied, ApplyContext, Caller, ModuleId, Reader, StateModule, Table, TableGauge, Txn,
 };
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::{Incarnation, JobId};
@@ -16,6 +16,7 @@ use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
+use super::autoscaler::{Scaling, state as scaling};
 use super::rollout::{Rollout, command, state as rollout};
 use crate::registry;
 
@@ -47,7 +48,7 @@ pub struct Endpoint {
     pub digest: String,
     /// Size of that file, in bytes.
     pub size_bytes: u64,
-    /// How many replicas it shall have.
+    /// How many replicas it shall have now.
     pub replicas: u32,
     /// BLAKE3 of the bearer token that its callers show.
     pub token_hash: [u8; 32],
@@ -99,6 +100,8 @@ pub enum Command {
     },
     /// A change of a rollout. Answer: [`Rollout`].
     Rollout(command::Command),
+    /// A change of how an endpoint is scaled. Answer: [`Scaling`].
+    Scaling(scaling::Command),
 }
 
 /// A question. Append-only: positions are tags.
@@ -123,13 +126,15 @@ pub enum Query {
     },
 }
 
-/// An endpoint with its newest rollout.
+/// An endpoint with its newest rollout, and how it is scaled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Routing {
     /// The endpoint.
     pub endpoint: Endpoint,
     /// Its newest rollout, if it had one.
     pub rollout: Option<Rollout>,
+    /// How it is scaled.
+    pub scaling: Scaling,
 }
 
 /// The replicated part of serving.
@@ -279,12 +284,16 @@ impl StateModule for Serving {
             Command::Gone { endpoint } => {
                 if find(txn, &endpoint)?.deleting {
                     rollout::forget(txn, &endpoint);
+                    scaling::forget(txn, &endpoint);
                     txn.delete(ENDPOINTS, endpoint.as_bytes());
                 }
                 Vec::new()
             }
             Command::Rollout(command) => {
                 codec::encode_plain(&rollout::apply(context, txn, command)?)
+            }
+            Command::Scaling(command) => {
+                codec::encode_plain(&scaling::apply(context, txn, command)?)
             }
         };
         Ok(Applied::changed(self.id(), response))
@@ -299,10 +308,14 @@ impl StateModule for Serving {
         Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
             Query::List => codec::encode_plain(&endpoints(reader)),
             Query::Endpoint { endpoint } => codec::encode_plain(&find(reader, &endpoint)?),
-            Query::Routing { endpoint } => codec::encode_plain(&Routing {
-                endpoint: find(reader, &endpoint)?,
-                rollout: rollout::newest(reader, &endpoint),
-            }),
+            Query::Routing { endpoint } => {
+                let endpoint = find(reader, &endpoint)?;
+                codec::encode_plain(&Routing {
+                    rollout: rollout::newest(reader, &endpoint.name),
+                    scaling: scaling::find(reader, &endpoint),
+                    endpoint,
+                })
+            }
             Query::Rollouts { endpoint } => {
                 find(reader, &endpoint)?;
                 codec::encode_plain(&rollout::history(reader, &endpoint))
@@ -310,11 +323,25 @@ impl StateModule for Serving {
         })
     }
 
+    fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
+        let endpoints = endpoints(reader);
+        let answering = endpoints
+            .iter()
+            .filter(|endpoint| !endpoint.deleting && endpoint.http_address.is_some());
+        vec![TableGauge {
+            name: "ml_model_deployments_active",
+            help: "Endpoints that answer",
+            label: None,
+            value: answering.count() as u64,
+        }]
+    }
+
     fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {
         let command: Command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         let is_allowed = match (caller, command) {
             (Caller::Head, _) => true,
             (caller, Command::Rollout(command)) => command::is_allowed(caller, &command),
+            (caller, Command::Scaling(command)) => scaling::is_allowed(caller, &command),
             (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
             // Routers are the platform's own actors.
             (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,
@@ -325,7 +352,7 @@ impl StateModule for Serving {
         }
         Err(Rejection::new(
             ErrorCode::PermissionDenied,
-            "endpoints are deployed, deleted and rolled out with a client token",
+            "endpoints are deployed, scaled, deleted and rolled out with a client token",
         ))
     }
 }

@@ -6,7 +6,9 @@
 //! 2. It changes to another active version when a replica of that one answers, and not before: neither a
 //!    promotion nor a rollback costs an answer.
 //! 3. It says that a version is drained after the last request with it was answered.
-//! 4. A step is judged by what came of it here. A router that is started again counts anew.
+//! 4. It has as many replicas as the endpoint's row says, and proposes how many that shall be
+//!    (`autoscaler`): at each look, and at once when far more requests come than before.
+//! 5. A step is judged by what came of it here. A router that is started again counts anew.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -19,11 +21,14 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::arm::{Arm, Routes, Tried, WhenGone, lock};
+use super::autoscaler::pilot::{Pilot, Replicas as SeenReplicas};
 use super::client;
 use super::controller::{monitor_name, replica_name};
 use super::endpoint_service::ROW_VALUES_MAX;
 use super::feed::feed;
 use super::fleet::Fleet;
+use super::guard::traffic::Traffic;
+use super::meters::{Meters, VersionSeen};
 use super::replica::Replica;
 use super::replica_link::{feed_monitor, keep_open};
 use super::rollout::command::{Command, Verdict};
@@ -66,11 +71,16 @@ impl WidthsError {
 pub(super) struct Versions {
     cluster: Cluster,
     storage: StorageLocation,
+    traffic: Arc<Traffic>,
 }
 
 impl Versions {
     pub(super) fn new(cluster: Cluster, storage: StorageLocation) -> Self {
-        Versions { cluster, storage }
+        Versions {
+            cluster,
+            storage,
+            traffic: Arc::default(),
+        }
     }
 
     /// How many values a row of the endpoint's active version has, and how many classes it knows.
@@ -99,7 +109,7 @@ impl Versions {
     /// An arm that looks for its replicas from now on.
     fn arm(&self, endpoint: &Endpoint, version: u64) -> (Arm<Replicas>, WhenGone) {
         let mut tasks = JoinSet::new();
-        let fleet = Fleet::new(endpoint.replicas);
+        let fleet = Fleet::sharing(endpoint.replicas, Arc::clone(&self.traffic));
         for (number, berth) in fleet.berths() {
             let name = replica_name(&endpoint.name, version, number);
             tasks.spawn(keep_open(self.cluster.clone(), name, berth));
@@ -108,6 +118,14 @@ impl Versions {
         let monitor = monitor_name(&endpoint.name, version);
         tasks.spawn(feed_monitor(self.cluster.clone(), monitor, reader));
         Arm::new(version, fleet, feed, tasks)
+    }
+
+    /// Gives an arm as many replicas as the endpoint shall have.
+    fn resize(&self, endpoint: &Endpoint, arm: &Arm<Replicas>) {
+        for (number, berth) in arm.fleet().resize(endpoint.replicas) {
+            let name = replica_name(&endpoint.name, arm.version(), number);
+            arm.spawn(keep_open(self.cluster.clone(), name, berth));
+        }
     }
 }
 
@@ -134,6 +152,9 @@ pub(super) struct Steering {
     fitting: Option<u64>,
     /// The rollout and step that are tried.
     tried: Option<(u64, u32)>,
+    pilot: Pilot,
+    /// None where the process has no room for them.
+    meters: Option<Meters>,
 }
 
 impl Steering {
@@ -152,6 +173,11 @@ impl Steering {
             tried: None,
         };
         let (sender, receiver) = watch::channel(Arc::new(routes));
+        let traffic = Arc::clone(&versions.traffic);
+        let pilot = Pilot::new(versions.cluster.clone(), incarnation, traffic);
+        let meters = Meters::new(&routing.endpoint.name)
+            .inspect_err(|error| tracing::warn!(%error, "an endpoint is not measured"))
+            .ok();
         let steering = Steering {
             name: routing.endpoint.name.clone(),
             versions,
@@ -162,20 +188,68 @@ impl Steering {
             leaving: Vec::new(),
             fitting: None,
             tried: None,
+            pilot,
+            meters,
         };
         (steering, receiver)
     }
 
     /// Follows the head until the router ends.
     pub(super) async fn follow(mut self) {
+        let traffic = Arc::clone(&self.versions.traffic);
         loop {
-            match client::routing(&self.versions.cluster, &self.name).await {
-                Ok(routing) => self.look(&routing).await,
+            let is_scaled = match client::routing(&self.versions.cluster, &self.name).await {
+                Ok(routing) => {
+                    self.look(&routing).await;
+                    self.scale(&routing).await
+                }
                 Err(error) => {
                     tracing::debug!(endpoint = self.name, %error, "the head does not answer");
+                    false
+                }
+            };
+            if !is_scaled {
+                tokio::select! {
+                    () = tokio::time::sleep(LOOK_INTERVAL) => {}
+                    () = traffic.load.alarmed() => {}
                 }
             }
-            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    /// Has the replicas that the endpoint shall have, and sees whether these should be others.
+    async fn scale(&mut self, routing: &Routing) -> bool {
+        let arms = || self.arms.values().map(|(arm, _)| arm);
+        for arm in arms() {
+            self.versions.resize(&routing.endpoint, arm);
+        }
+        let seen = SeenReplicas {
+            ready: self.routes.borrow().active.fleet().open_count(),
+            are_drained: arms().all(|arm| arm.fleet().is_drained()),
+        };
+        let is_scaled = self.pilot.look(routing, seen).await;
+        self.measure(routing.endpoint.replicas);
+        is_scaled
+    }
+
+    fn measure(&mut self, replicas: u32) {
+        let Some(meters) = &mut self.meters else {
+            return;
+        };
+        let figures = self.pilot.seen();
+        let counts = self.versions.traffic.counts();
+        meters.show(replicas, figures, &counts);
+        let seen: Vec<VersionSeen> = self
+            .arms
+            .values()
+            .map(|(arm, _)| VersionSeen {
+                version: arm.version(),
+                statistics: arm.statistics().clone(),
+                pending: arm.fleet().pending_count() as u64,
+            })
+            .collect();
+        if let Err(error) = meters.show_versions(&seen) {
+            tracing::debug!(endpoint = self.name, %error, "a version is not measured");
         }
     }
 

@@ -24,6 +24,7 @@ mod preemptions;
 mod registry_log;
 mod replay;
 mod rollout;
+mod scaling;
 mod scenario;
 mod secrets;
 mod serve;

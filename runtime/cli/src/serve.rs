@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use mobula::Cluster;
 use mobula_actors::registry;
 use mobula_actors::registry::search::Selector;
+use mobula_actors::serving::autoscaler::Policy;
 use mobula_actors::serving::client;
 use mobula_actors::serving::controller::replica_name;
 use mobula_actors::serving::endpoint_service::INPUT;
@@ -19,6 +20,9 @@ use crate::clock::SystemClock;
 use crate::connect::connect;
 use crate::models::name::VersionName;
 use crate::output::{age, or_dash, print_json, print_table};
+
+/// Replicas of an endpoint if nothing is said: one may be lost.
+const REPLICAS: u32 = 2;
 
 /// How long `serve delete` waits for the endpoint's actors to end.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -76,7 +80,7 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
         ServeCommand::Deploy {
             model,
             endpoint,
-            replicas,
+            scaling,
             timeout,
             format,
         } => {
@@ -91,7 +95,21 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
                 }
             };
             let name = endpoint.unwrap_or_else(|| model.clone());
+            let policy = scaling.policy(Policy::between(REPLICAS, REPLICAS));
+            // Before there is anything to undo.
+            policy.check()?;
+            // It begins with one at least, and so shows that it can answer.
+            let (floor, _) = policy.bounds(SystemClock.now_ms());
+            let replicas = floor.max(1);
             let deployment = client::deploy(&cluster, &name, &model, version, replicas).await?;
+            let scaled = client::set_policy(&cluster, &name, policy).await;
+            scaled.with_context(|| {
+                format!(
+                    "{name} is deployed with {replicas} replicas, and its token is {}; say with `mobula serve \
+                     scale {name}` how it shall be scaled",
+                    deployment.token
+                )
+            })?;
             let waited =
                 client::wait_ready(&cluster, &deployment, Duration::from_millis(timeout)).await?;
             match waited {
@@ -105,6 +123,8 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
                 }
             }
         }
+        ServeCommand::Scale(arguments) => crate::scaling::scale(&cluster, arguments).await,
+        ServeCommand::Explain(arguments) => crate::scaling::explain(&cluster, arguments).await,
         ServeCommand::List(format) => list(&cluster, format.json).await,
         ServeCommand::Delete { endpoint } => {
             client::delete(&cluster, &endpoint).await?;

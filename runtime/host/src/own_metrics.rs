@@ -116,6 +116,17 @@ pub fn counter(name: &str, labels: &[(&str, &str)]) -> Result<Counter, MetricErr
     SERIES.lock().find(name, labels, true).map(Counter)
 }
 
+/// Shows a series no more, so that its room is another's. Whoever has its handle counts for nobody.
+pub fn remove(name: &str, labels: &[(&str, &str)]) {
+    let labels = labels
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    let mut labels: Vec<(String, String)> = labels.collect();
+    labels.sort();
+    let key = (name.to_owned(), labels);
+    SERIES.lock().values.remove(&key);
+}
+
 /// All of them as they are now.
 pub(crate) fn snapshot() -> Vec<OwnSeries> {
     let series = SERIES.lock();

@@ -19,6 +19,7 @@ use self::proto::grpc_inference_service_server::{
     GrpcInferenceService, GrpcInferenceServiceServer,
 };
 use super::auth::BearerAuth;
+use super::endpoint_service::TIMEOUT;
 use super::http::{BodyLimits, InferenceService, ROUTING_KEY, oip_router};
 use super::oip::{ModelMetadata, OipError, validate_request};
 
@@ -113,6 +114,26 @@ fn routing_key<T>(request: &Request<T>) -> Option<String> {
     Some(String::from_utf8_lossy(value.as_bytes()).into_owned())
 }
 
+/// What gRPC's own deadline leaves, as the protocol's parameter. It has at most eight digits and a unit.
+fn time_limit<T>(request: &Request<T>) -> Option<proto::InferParameter> {
+    let value = request.metadata().get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    let count: i64 = digits.parse().ok().filter(|count| *count > 0)?;
+    let micros = match unit {
+        "H" => count.checked_mul(3_600_000_000)?,
+        "M" => count.checked_mul(60_000_000)?,
+        "S" => count.checked_mul(1_000_000)?,
+        "m" => count.checked_mul(1_000)?,
+        "u" => count,
+        "n" => (count / 1_000).max(1),
+        _ => return None,
+    };
+    let choice = proto::infer_parameter::ParameterChoice::Int64Param(micros);
+    Some(proto::InferParameter {
+        parameter_choice: Some(choice),
+    })
+}
+
 /// A version that was asked for; the protocol's empty string is none.
 fn named(version: &str) -> Option<&str> {
     (!version.is_empty()).then_some(version)
@@ -123,8 +144,8 @@ fn status_of(error: OipError) -> Status {
     let code = match error.status() {
         401 => Code::Unauthenticated,
         404 => Code::NotFound,
-        408 => Code::DeadlineExceeded,
-        413 => Code::ResourceExhausted,
+        408 | 504 => Code::DeadlineExceeded,
+        413 | 429 => Code::ResourceExhausted,
         503 => Code::Unavailable,
         500..=599 => Code::Internal,
         _ => Code::InvalidArgument,
@@ -224,7 +245,12 @@ impl GrpcInferenceService for GrpcFront {
         request: Request<proto::ModelInferRequest>,
     ) -> Result<Response<proto::ModelInferResponse>, Status> {
         let key = routing_key(&request);
-        let request = self.admitted(request)?;
+        let limit = time_limit(&request);
+        let mut request = self.admitted(request)?;
+        if let Some(limit) = limit {
+            let asked = request.parameters.entry(TIMEOUT.to_owned());
+            asked.or_insert(limit);
+        }
         let response = self.answer(request, key).await.map_err(status_of)?;
         Ok(Response::new(response))
     }

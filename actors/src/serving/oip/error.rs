@@ -408,6 +408,34 @@ pub enum OipError {
         /// The limit, in milliseconds.
         limit_ms: u64,
     },
+    /// More requests a second than the endpoint takes: not executed.
+    #[error(
+        "the endpoint takes {per_second} requests a second: send the request again in {retry_after_ms} ms, or raise the limit with `mobula serve scale --rate-limit`"
+    )]
+    RateLimited {
+        /// The limit.
+        per_second: u32,
+        /// When the next request is taken, in milliseconds.
+        retry_after_ms: u64,
+    },
+    /// The queue would take longer than the request waits: not executed, so it may be sent again.
+    #[error(
+        "the queue would take {wait_ms} ms and the request waits {limit_ms} ms: it was not executed; retry after a pause, allow more time, or add replicas"
+    )]
+    WouldBeLate {
+        /// How long it would take, in milliseconds.
+        wait_ms: u64,
+        /// How long the request waits, in milliseconds.
+        limit_ms: u64,
+    },
+    /// The request's own deadline has passed: whether it was executed is unknown.
+    #[error(
+        "no answer within the {limit_ms} ms that the request allows: allow more, or add replicas"
+    )]
+    DeadlineExceeded {
+        /// What the request allows, in milliseconds.
+        limit_ms: u64,
+    },
 }
 
 impl OipError {
@@ -427,9 +455,12 @@ impl OipError {
             Self::BodyTimeout { .. } => 408,
             Self::BodyTooLarge { .. } => 413,
             Self::UnsupportedEncoding { .. } => 415,
+            Self::RateLimited { .. } => 429,
+            Self::DeadlineExceeded { .. } => 504,
             Self::NotReady { .. }
             | Self::ServerNotReady { .. }
             | Self::Overloaded { .. }
+            | Self::WouldBeLate { .. }
             | Self::ShuttingDown
             | Self::ReplicaLost { .. } => 503,
         }
@@ -438,6 +469,15 @@ impl OipError {
     /// Whether the same request may succeed later without being changed.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        self.status() == 503
+        matches!(self.status(), 429 | 503)
+    }
+
+    /// After how many whole seconds the same request may succeed.
+    #[must_use]
+    pub fn retry_after_s(&self) -> u64 {
+        match self {
+            Self::RateLimited { retry_after_ms, .. } => retry_after_ms.div_ceil(1_000).max(1),
+            _ => 1,
+        }
     }
 }

@@ -19,6 +19,7 @@ use super::command::{Command, Verdict};
 use super::plan::{Action, Cleanup, Phase, Rollout, Served, check};
 use super::trial::Evidence;
 use crate::registry;
+use crate::serving::autoscaler::state as scaling;
 use crate::serving::state::{Endpoint, find as find_endpoint, put_endpoint};
 
 /// Endpoint name, 0, number → [`Rollout`].
@@ -100,6 +101,8 @@ pub(in crate::serving) fn apply(
             check(&steps, &guardrails, min_samples)?;
             let candidate = candidate(txn, &endpoint, &model, version)?;
             let number = next_number(txn, &endpoint.name)?;
+            // A candidate is compared with a version that answers.
+            let endpoint = scaling::wake(txn, endpoint);
             let mut rollout = Rollout {
                 number,
                 strategy,
@@ -165,7 +168,7 @@ pub(in crate::serving) fn apply(
 }
 
 /// An endpoint that is not being taken down.
-fn standing(reader: &dyn Reader, name: &str) -> Result<Endpoint, Rejection> {
+pub(in crate::serving) fn standing(reader: &dyn Reader, name: &str) -> Result<Endpoint, Rejection> {
     let endpoint = find_endpoint(reader, name)?;
     if endpoint.deleting {
         return Err(Rejection::new(
@@ -340,7 +343,11 @@ fn enter(
 }
 
 /// Refuses routers that are not the endpoint's newest.
-fn heard(reader: &dyn Reader, name: &str, router: Incarnation) -> Result<(), Rejection> {
+pub(in crate::serving) fn heard(
+    reader: &dyn Reader,
+    name: &str,
+    router: Incarnation,
+) -> Result<(), Rejection> {
     let known = standing(reader, name)?.router_incarnation;
     if router == known {
         return Ok(());

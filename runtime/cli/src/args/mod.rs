@@ -7,6 +7,7 @@ mod duration;
 mod jobs;
 mod registry;
 mod rollout;
+mod scaling;
 mod serving;
 mod training;
 
@@ -30,6 +31,7 @@ pub(crate) use registry::{
     SearchArguments, SigningArguments,
 };
 pub(crate) use rollout::{RolloutCommand, RolloutStartArguments, RolloutTarget};
+pub(crate) use scaling::{ExplainScalingArguments, ScaleArguments};
 pub(crate) use serving::{DriftCommand, ServeCommand};
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 

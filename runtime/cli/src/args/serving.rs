@@ -4,6 +4,7 @@ use clap::Subcommand;
 
 use super::Format;
 use super::duration::parse_duration_ms;
+use super::scaling::{ExplainScalingArguments, ScaleArguments, ScalingArguments};
 use crate::models::name::VersionName;
 
 #[derive(Subcommand)]
@@ -15,9 +16,8 @@ pub(crate) enum ServeCommand {
         /// The endpoint's name [default: the model's].
         #[arg(long)]
         endpoint: Option<String>,
-        /// How many replicas, on different workers where there are enough.
-        #[arg(long, default_value_t = 2)]
-        replicas: u32,
+        #[command(flatten)]
+        scaling: ScalingArguments,
         /// How long to wait until it answers, such as `30s`.
         #[arg(long, default_value = "30s", value_parser = parse_duration_ms)]
         timeout: u64,
@@ -26,6 +26,10 @@ pub(crate) enum ServeCommand {
     },
     /// All endpoints.
     List(Format),
+    /// Change how an endpoint is scaled: what is not said stays.
+    Scale(ScaleArguments),
+    /// How an endpoint is scaled, and the numbers behind each of the last changes.
+    Explain(ExplainScalingArguments),
     /// Stop serving.
     Delete {
         /// The endpoint's name.

@@ -42,6 +42,23 @@ fn is_of_training(name: &str) -> bool {
     name.starts_with("mobula_training_")
 }
 
+/// Whether there is one for each endpoint.
+fn is_of_serving(name: &str) -> bool {
+    name.starts_with("mobula_serving_") || name.starts_with("nv_inference_")
+}
+
+/// What an endpoint's worker exports of it is what is documented.
+pub(crate) fn assert_serving_exported(text: &str) {
+    let of_serving = |names: BTreeSet<String>| -> BTreeSet<String> {
+        names
+            .into_iter()
+            .filter(|name| is_of_serving(name))
+            .collect()
+    };
+    let (found, documented) = (of_serving(exported(text)), of_serving(documented()));
+    assert_eq!(found, documented, "left: exported, right: documented");
+}
+
 #[test]
 fn metrics_are_exported_under_the_names_that_are_documented() {
     let cluster = TestCluster::up(1);
@@ -53,7 +70,8 @@ fn metrics_are_exported_under_the_names_that_are_documented() {
     found.extend(exported(&worker));
     // A series of each host, or of each reason: there is none where there are no hosts, or where
     // nothing is pending.
-    let is_of_some = |name: &String| is_of_hosts(name) || is_of_training(name);
+    let is_of_some =
+        |name: &String| is_of_hosts(name) || is_of_training(name) || is_of_serving(name);
     found.extend(documented().into_iter().filter(is_of_some));
     found.insert("mobula_actors_pending_by_reason".to_owned());
     assert_eq!(found, documented(), "left: exported, right: documented");

@@ -1,5 +1,6 @@
 //! A trained version behind an endpoint: the protocol, its refusals, a replica that dies, and drift.
 
+mod autoscaling;
 pub(crate) mod served;
 mod triton_clients;
 

@@ -120,6 +120,20 @@ impl Served {
         self.call(Method::POST, path, Some(self.token()), None, body)
     }
 
+    /// Sends the same request so many times at once; the statuses.
+    pub(crate) fn infer_at_once(&self, request: &Value, count: usize) -> Vec<u16> {
+        let url = self.deployment["url"].as_str().unwrap();
+        let requests = (0..count).map(|_| {
+            let request = self
+                .http
+                .post(format!("{url}/v2/models/digits/infer"))
+                .bearer_auth(self.token())
+                .body(request.to_string());
+            async { request.send().await.unwrap().status().as_u16() }
+        });
+        self.runtime.block_on(futures::future::join_all(requests))
+    }
+
     /// Asks the endpoint at `url`, which may have no router now.
     pub(crate) fn try_infer(&self, url: &str, request: &Value) -> reqwest::Result<Answer> {
         let request = self

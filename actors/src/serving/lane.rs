@@ -1,0 +1,334 @@
+//! One replica of a fleet: its place, its queue, and how fast it is.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::batcher::{BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle};
+use super::replica::Inference;
+
+/// Rows in a batch: large enough that the model, not the call around it, takes the time.
+pub const BATCH_ROWS_MAX: usize = 128;
+
+/// Requests that wait for one replica: two or three batches of single rows. More would only wait
+/// longer than their callers do.
+pub(super) const QUEUED_REQUESTS_MAX: usize = 256;
+
+/// How long a batch may take before its requests are sent elsewhere. A batch takes milliseconds;
+/// this is how long it takes to find that a process has vanished.
+pub const BATCH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// One replica, as the fleet reaches it.
+pub trait Backend: Clone + Send + Sync + 'static {
+    /// Answers rows; they come one after the other.
+    fn infer(
+        &self,
+        rows: Vec<f32>,
+    ) -> impl Future<Output = Result<Inference, BackendFailure>> + Send;
+
+    /// The same for callers that wait no longer than `limit`.
+    fn infer_within(
+        &self,
+        rows: Vec<f32>,
+        limit: Duration,
+    ) -> impl Future<Output = Result<Inference, BackendFailure>> + Send {
+        let _ = limit;
+        self.infer(rows)
+    }
+}
+
+/// Why a replica gave no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackendFailure {
+    /// It answered that it cannot.
+    Refused(String),
+    /// It did not answer.
+    Lost(String),
+}
+
+/// What the model says about one row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prediction {
+    /// The probability of each class.
+    pub probabilities: Vec<f32>,
+    /// The most probable class.
+    pub class: u32,
+}
+
+/// A replica's own words; another one would say the same.
+pub(super) type Refusal = String;
+
+/// What a replica's batcher answers.
+pub(super) type Answer = Result<BatchAnswer<Result<Prediction, Refusal>>, BatchError>;
+
+/// The fleet's end of one replica, for whoever finds it and probes it.
+#[derive(Debug)]
+pub struct Berth<B> {
+    backend: watch::Sender<Option<B>>,
+    /// Counts how often any berth of the fleet was opened.
+    openings: Arc<watch::Sender<u64>>,
+    /// Closed when the replica's place is gone.
+    retired: watch::Sender<bool>,
+}
+
+impl<B: Backend> Berth<B> {
+    /// The replica takes requests from now on.
+    pub fn open(&self, backend: B) {
+        self.backend.send_replace(Some(backend));
+        self.openings.send_modify(|count| *count += 1);
+    }
+
+    /// The replica is gone: what it has not answered is sent elsewhere at once.
+    pub fn close(&self) {
+        self.backend.send_replace(None);
+    }
+
+    /// Waits until the replica has failed a request.
+    pub async fn failed(&self) {
+        // The sender is ours, so waiting cannot fail.
+        let _ = self.backend.subscribe().wait_for(Option::is_none).await;
+    }
+
+    /// Waits until the replica is wanted no more and its last request is gone.
+    pub async fn retired(&self) {
+        let _ = self.retired.subscribe().wait_for(|retired| *retired).await;
+    }
+}
+
+pub(super) struct Lane<B> {
+    pub(super) number: u32,
+    pub(super) berth: Arc<Berth<B>>,
+    queue: BatcherHandle<Vec<f32>, Result<Prediction, Refusal>>,
+    pub(super) rows_in_flight: AtomicUsize,
+    pace: Arc<Pace>,
+    _batcher: Batcher,
+}
+
+impl<B> Drop for Lane<B> {
+    fn drop(&mut self) {
+        self.berth.retired.send_replace(true);
+    }
+}
+
+/// How fast a replica is.
+#[derive(Default)]
+struct Pace {
+    /// What a batch took lately, in microseconds; 0 before the first.
+    batch_us: AtomicU64,
+    /// Batches that it answered.
+    answered: AtomicU64,
+}
+
+impl Pace {
+    fn record(&self, taken: Duration) {
+        let taken_us = u64::try_from(taken.as_micros()).unwrap_or(u64::MAX).max(1);
+        // One batch runs at a time, so nobody else writes.
+        let before = self.batch_us.load(Ordering::Relaxed);
+        let after = if before == 0 {
+            taken_us
+        } else {
+            (before * 7 + taken_us) / 8
+        };
+        self.batch_us.store(after.max(1), Ordering::Relaxed);
+        self.answered.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl<B: Backend> Lane<B> {
+    /// The place of the replica with this number; `openings` is told when it is opened.
+    pub(super) fn new(number: u32, openings: Arc<watch::Sender<u64>>) -> Self {
+        let berth = Arc::new(Berth {
+            backend: watch::Sender::new(None),
+            openings,
+            retired: watch::Sender::new(false),
+        });
+        let config = BatcherConfig {
+            max_batch_rows: BATCH_ROWS_MAX,
+            // What queues up while a batch runs is the next batch; an idle replica answers at
+            // once.
+            max_delay: Duration::ZERO,
+            max_queued_requests: QUEUED_REQUESTS_MAX,
+        };
+        let pace = Arc::new(Pace::default());
+        let runner = Runner {
+            number,
+            berth: Arc::clone(&berth),
+            pace: Arc::clone(&pace),
+        };
+        let (batcher, queue) = Batcher::start(config, runner);
+        Lane {
+            number,
+            berth,
+            queue,
+            rows_in_flight: AtomicUsize::new(0),
+            pace,
+            _batcher: batcher,
+        }
+    }
+}
+
+impl<B> Lane<B> {
+    pub(super) fn is_open(&self) -> bool {
+        self.berth.backend.borrow().is_some()
+    }
+
+    pub(super) async fn submit(&self, rows: Vec<Vec<f32>>, until: Instant) -> Answer {
+        let _counted = InFlight::enter(&self.rows_in_flight, rows.len());
+        self.queue.submit_until(rows, until).await
+    }
+
+    /// How long an answer would take, if that is beyond the deadline. An idle replica is always asked: it
+    /// may have become faster.
+    pub(super) fn wait_beyond(&self, deadline: &Deadline) -> Option<Duration> {
+        let rows = self.rows_in_flight.load(Ordering::Relaxed);
+        if rows == 0 {
+            return None;
+        }
+        // The batch that runs, those that wait, and one's own.
+        let batches = (rows / BATCH_ROWS_MAX + 2) as u64;
+        let batch_us = self.pace.batch_us.load(Ordering::Relaxed);
+        let wait = Duration::from_micros(batch_us.saturating_mul(batches));
+        (wait > deadline.left()).then_some(wait)
+    }
+
+    /// What a batch takes, as a test has it.
+    #[cfg(test)]
+    pub(super) fn set_batch_time(&self, taken: Duration) {
+        let taken_us = taken.as_micros() as u64;
+        self.pace.batch_us.store(taken_us, Ordering::Relaxed);
+    }
+
+    /// Requests in its queue.
+    pub(super) fn queued(&self) -> usize {
+        self.queue.queued_requests()
+    }
+
+    /// Batches that it has answered.
+    pub(super) fn answered(&self) -> u64 {
+        self.pace.answered.load(Ordering::Relaxed)
+    }
+}
+
+/// When a request must be answered.
+pub(super) struct Deadline {
+    pub(super) limit: Duration,
+    pub(super) at: Instant,
+}
+
+impl Deadline {
+    /// So much from now on.
+    pub(super) fn of(limit: Duration) -> Self {
+        let at = Instant::now() + limit;
+        Deadline { limit, at }
+    }
+
+    pub(super) fn left(&self) -> Duration {
+        self.at.saturating_duration_since(Instant::now())
+    }
+
+    /// When half of what is left has passed.
+    pub(super) fn half(&self) -> Instant {
+        Instant::now() + self.left() / 2
+    }
+}
+
+/// Counts rows for as long as it lives, also when the caller goes away.
+struct InFlight<'a> {
+    counter: &'a AtomicUsize,
+    rows: usize,
+}
+
+impl<'a> InFlight<'a> {
+    fn enter(counter: &'a AtomicUsize, rows: usize) -> Self {
+        counter.fetch_add(rows, Ordering::Relaxed);
+        InFlight { counter, rows }
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.counter.fetch_sub(self.rows, Ordering::Relaxed);
+    }
+}
+
+/// Sends one replica its batches.
+struct Runner<B> {
+    number: u32,
+    berth: Arc<Berth<B>>,
+    pace: Arc<Pace>,
+}
+
+impl<B: Backend> BatchRunner for Runner<B> {
+    type Row = Vec<f32>;
+    type Output = Result<Prediction, Refusal>;
+
+    async fn run(&mut self, rows: Vec<Vec<f32>>) -> Result<Vec<Self::Output>, String> {
+        let until = Instant::now() + BATCH_TIMEOUT;
+        self.run_until(rows, until).await
+    }
+
+    async fn run_until(
+        &mut self,
+        rows: Vec<Vec<f32>>,
+        until: Instant,
+    ) -> Result<Vec<Self::Output>, String> {
+        let mut berth = self.berth.backend.subscribe();
+        let backend = berth.borrow_and_update().clone();
+        // Requests that queued up behind the one that found the replica dead.
+        let Some(backend) = backend else {
+            return Err(format!("replica {} is not running", self.number));
+        };
+        let count = rows.len();
+        let began = Instant::now();
+        // Nobody waits for an answer after the last deadline, here or at the replica.
+        let limit = until.saturating_duration_since(began).min(BATCH_TIMEOUT);
+        let failure = tokio::select! {
+            answer = backend.infer_within(rows.concat(), limit) => match answer {
+                Ok(inference) => {
+                    self.pace.record(began.elapsed());
+                    return Ok(predictions(inference));
+                }
+                Err(failure) => failure,
+            },
+            // Closed by whoever watches the replica, or opened with a newer start of it.
+            _ = berth.changed() => {
+                return Err(format!("replica {} ended while it held the batch", self.number));
+            }
+            () = tokio::time::sleep(limit) => {
+                BackendFailure::Lost(format!("no answer within {} ms", limit.as_millis()))
+            }
+        };
+        match failure {
+            BackendFailure::Refused(reason) => Ok(vec![Err(reason); count]),
+            // Its callers were in a hurry: that says little about the replica, and they are gone.
+            BackendFailure::Lost(reason) if began.elapsed() >= limit && limit < BATCH_TIMEOUT => {
+                Err(format!("replica {}: {reason}", self.number))
+            }
+            BackendFailure::Lost(reason) => {
+                tracing::warn!(replica = self.number, reason, "a replica does not answer");
+                self.berth.close();
+                Err(format!("replica {}: {reason}", self.number))
+            }
+        }
+    }
+}
+
+fn predictions(inference: Inference) -> Vec<Result<Prediction, Refusal>> {
+    // A replica answers at least one row, and as many probabilities for each.
+    let width = inference.probabilities.len() / inference.classes.len().max(1);
+    let rows = inference
+        .probabilities
+        .chunks_exact(width.max(1))
+        .zip(inference.classes);
+    rows.map(|(row, class)| {
+        Ok(Prediction {
+            probabilities: row.to_vec(),
+            class,
+        })
+    })
+    .collect()
+}

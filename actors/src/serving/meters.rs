@@ -1,0 +1,204 @@
+//! An endpoint in metrics of its router's process: what each version answered, by Triton's names, and what
+//! the endpoint as a whole has.
+//!
+//! Triton's counters are gauges here that only grow: the format that workers speak would append `_total` to
+//! the name of a counter, and dashboards made for Triton would not find them.
+
+use std::collections::BTreeMap;
+
+use mobula::metrics::{Counter, Gauge, MetricError, counter, gauge, remove};
+
+use super::autoscaler::decision::Figures;
+use super::guard::traffic::Counts;
+use super::statistics::ModelStatistics;
+
+/// What a version has, in the order of [`version_values`].
+const VERSION_NAMES: [&str; 9] = [
+    "nv_inference_request_success",
+    "nv_inference_count",
+    "nv_inference_exec_count",
+    "nv_inference_request_duration_us",
+    "nv_inference_queue_duration_us",
+    "nv_inference_compute_input_duration_us",
+    "nv_inference_compute_infer_duration_us",
+    "nv_inference_compute_output_duration_us",
+    "nv_inference_pending_request_count",
+];
+
+/// The one that has a reason beside its version.
+const FAILURES: &str = "nv_inference_request_failure";
+
+/// What an endpoint has, in the order of [`Meters::show`].
+const ENDPOINT_NAMES: [&str; 7] = [
+    "mobula_serving_replicas_wanted",
+    "mobula_serving_replicas_answering",
+    "mobula_serving_replicas_floor",
+    "mobula_serving_replicas_ceiling",
+    "mobula_serving_requests_in_flight",
+    "mobula_serving_requests_per_second",
+    "mobula_serving_p99_seconds",
+];
+
+/// What is counted for an endpoint, with the label `reason` where it has one, in the order of [`counted`].
+const COUNTERS: [(&str, Option<&str>); 6] = [
+    ("mobula_serving_requests_refused", Some("rate_limit")),
+    ("mobula_serving_requests_refused", Some("queue")),
+    ("mobula_serving_requests_refused", Some("deadline")),
+    ("mobula_serving_retries", None),
+    ("mobula_serving_retries_refused", None),
+    ("mobula_serving_replicas_ejected", None),
+];
+
+fn counted(counts: &Counts) -> [u64; COUNTERS.len()] {
+    [
+        counts.rate_limited,
+        counts.shed,
+        counts.late,
+        counts.retries,
+        counts.retries_refused,
+        counts.ejections,
+    ]
+}
+
+/// One version of an endpoint.
+struct VersionMeters {
+    values: Vec<Gauge>,
+    failures: Gauge,
+}
+
+/// What one version has answered, and how many requests wait for it.
+pub(super) struct VersionSeen {
+    pub(super) version: u64,
+    pub(super) statistics: ModelStatistics,
+    pub(super) pending: u64,
+}
+
+/// The metrics of an endpoint.
+pub(super) struct Meters {
+    endpoint: String,
+    values: Vec<Gauge>,
+    counters: Vec<Counter>,
+    counted: [u64; COUNTERS.len()],
+    versions: BTreeMap<u64, VersionMeters>,
+}
+
+impl Meters {
+    /// The metrics of an endpoint that no other router of this process has.
+    pub(super) fn new(endpoint: &str) -> Result<Self, MetricError> {
+        let labels = [("endpoint", endpoint)];
+        let values = ENDPOINT_NAMES.iter().map(|name| gauge(name, &labels));
+        let counters = COUNTERS.iter().map(|(name, reason)| match reason {
+            Some(reason) => counter(name, &[labels[0], ("reason", reason)]),
+            None => counter(name, &labels),
+        });
+        Ok(Meters {
+            endpoint: endpoint.to_owned(),
+            values: values.collect::<Result<_, _>>()?,
+            counters: counters.collect::<Result<_, _>>()?,
+            counted: [0; COUNTERS.len()],
+            versions: BTreeMap::new(),
+        })
+    }
+
+    /// Shows an endpoint as it is now.
+    pub(super) fn show(&mut self, replicas: u32, figures: &Figures, counts: &Counts) {
+        let milli = |value: u64| value as f64 / 1e3;
+        let values = [
+            f64::from(replicas),
+            f64::from(figures.ready),
+            f64::from(figures.floor),
+            f64::from(figures.ceiling),
+            figures.in_flight as f64,
+            milli(figures.rate_milli),
+            figures.p99_us.unwrap_or_default() as f64 / 1e6,
+        ];
+        for (gauge, value) in self.values.iter().zip(values) {
+            gauge.set(value);
+        }
+        let counted = counted(counts);
+        for ((counter, now), before) in self.counters.iter().zip(counted).zip(self.counted) {
+            counter.add((now - before) as f64);
+        }
+        self.counted = counted;
+    }
+
+    /// Shows the versions that are answered with, and no others.
+    pub(super) fn show_versions(&mut self, seen: &[VersionSeen]) -> Result<(), MetricError> {
+        let gone = |version: &u64| !seen.iter().any(|seen| seen.version == *version);
+        let gone: Vec<u64> = self.versions.keys().copied().filter(gone).collect();
+        for version in gone {
+            self.versions.remove(&version);
+            self.forget(version);
+        }
+        for seen in seen {
+            if !self.versions.contains_key(&seen.version) {
+                let meters = self.begin(seen.version)?;
+                self.versions.insert(seen.version, meters);
+            }
+            let meters = &self.versions[&seen.version];
+            let statistics = &seen.statistics;
+            for (gauge, value) in meters.values.iter().zip(version_values(seen)) {
+                gauge.set(value);
+            }
+            meters.failures.set(statistics.fail.count as f64);
+        }
+        Ok(())
+    }
+
+    fn begin(&self, version: u64) -> Result<VersionMeters, MetricError> {
+        let version = version.to_string();
+        let [model, version] = [("model", &*self.endpoint), ("version", &*version)];
+        let values = VERSION_NAMES
+            .iter()
+            .map(|name| gauge(name, &[model, version]));
+        Ok(VersionMeters {
+            values: values.collect::<Result<_, _>>()?,
+            failures: gauge(FAILURES, &[model, version, ("reason", "OTHER")])?,
+        })
+    }
+
+    fn forget(&self, version: u64) {
+        let version = version.to_string();
+        let [model, version] = [("model", &*self.endpoint), ("version", &*version)];
+        for name in VERSION_NAMES {
+            remove(name, &[model, version]);
+        }
+        remove(FAILURES, &[model, version, ("reason", "OTHER")]);
+    }
+}
+
+fn version_values(seen: &VersionSeen) -> [f64; VERSION_NAMES.len()] {
+    let statistics = &seen.statistics;
+    let micros = |ns: u64| (ns / 1_000) as f64;
+    [
+        statistics.success.count as f64,
+        statistics.inference_count as f64,
+        statistics.execution_count as f64,
+        micros(statistics.success.ns.saturating_add(statistics.fail.ns)),
+        micros(statistics.queue.ns),
+        micros(statistics.compute_input.ns),
+        micros(statistics.compute_infer.ns),
+        micros(statistics.compute_output.ns),
+        seen.pending as f64,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_come_and_go_without_end_and_leave_no_series() {
+        let mut meters = Meters::new("come-and-go").unwrap();
+        // More than a process has room for, if they stayed.
+        for version in 1..=100 {
+            let seen = VersionSeen {
+                version,
+                statistics: ModelStatistics::default(),
+                pending: 0,
+            };
+            meters.show_versions(&[seen]).unwrap();
+        }
+        meters.show_versions(&[]).unwrap();
+    }
+}
