@@ -186,3 +186,7 @@ mod tests {
         Arguments::command().debug_assert();
     }
 }
+
+#[cfg(test)]
+#[path = "pages_tests.rs"]
+mod pages_tests;
