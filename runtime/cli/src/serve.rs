@@ -99,8 +99,8 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
             // Before there is anything to undo.
             policy.check()?;
             // It begins with one at least, and so shows that it can answer.
-            let (floor, ceiling) = policy.bounds(SystemClock.now_ms());
-            let replicas = floor.max(1).min(ceiling);
+            let (floor, _) = policy.bounds(SystemClock.now_ms());
+            let replicas = floor.max(1);
             let deployment = client::deploy(&cluster, &name, &model, version, replicas).await?;
             let scaled = client::set_policy(&cluster, &name, policy).await;
             scaled.with_context(|| {

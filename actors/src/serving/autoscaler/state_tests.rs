@@ -185,6 +185,7 @@ fn what_is_decided_on_old_figures_or_by_an_old_router_changes_nothing() {
     let mut head = Head::with_endpoint(1);
     let before = head.set(quick(0, 4)).unwrap().revision;
     head.decide(2).unwrap();
+    assert_eq!(head.replicas(), names(2));
     let late = |router, revision| Command::Decide {
         endpoint: "digits".into(),
         router,

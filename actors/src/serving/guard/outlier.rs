@@ -106,10 +106,7 @@ mod tests {
     use super::*;
 
     fn fail(outliers: &mut Outliers, number: u32, open: usize, now_ms: u64) -> Option<u64> {
-        (0..FAILURES_MAX)
-            .map(|_| outliers.failed(number, open, now_ms))
-            .last()
-            .unwrap()
+        (0..FAILURES_MAX).find_map(|_| outliers.failed(number, open, now_ms))
     }
 
     #[test]

@@ -50,8 +50,10 @@ fn wait_asleep(served: &Served) {
 #[test]
 fn an_endpoint_sleeps_wakes_with_a_request_and_grows_with_the_load() {
     let served = Served::up(2);
-    let options = ["--replicas", "0..3", "--target-rate", "20"];
-    let set = scale(&served, &[&options[..], &QUICK].concat());
+    let options = ["--replicas", "0..3", "--target-rate", "10"];
+    // So that only the rate counts: how many are in flight depends on the machine.
+    let others = ["--target-in-flight", "10000"];
+    let set = scale(&served, &[&options[..], &others, &QUICK].concat());
     assert_eq!(set["policy"]["replicas_max"], 3, "{set}");
     wait_asleep(&served);
     // Whoever sends requests here must not be told to go elsewhere.
@@ -76,7 +78,7 @@ fn an_endpoint_sleeps_wakes_with_a_request_and_grows_with_the_load() {
     let last = grown["changes"].as_array().unwrap().last().unwrap();
     assert_eq!(last["to"], 3, "{last}");
     assert!(
-        last["figures"]["rate_milli"].as_u64().unwrap() > 40_000,
+        last["figures"]["rate_milli"].as_u64().unwrap() > 20_000,
         "{last}"
     );
     let text = served.cluster.ok(&["serve", "explain", "digits"]);
@@ -161,8 +163,10 @@ fn bounds_and_limits_that_an_operator_sets_hold_at_once() {
 fn a_replica_that_hangs_costs_no_answer() {
     let served = Served::up(2);
     let pid_of = |name: &str| {
-        let actors = served.actors(name);
-        u32::try_from(actors[0]["pid"].as_u64().unwrap()).unwrap()
+        wait_for("the process of a replica", || {
+            let actors = served.actors(name);
+            u32::try_from(actors.first()?["pid"].as_u64()?).ok()
+        })
     };
     let mut request = request_of(served.image(0));
     // Microseconds, as Triton's clients send them.
