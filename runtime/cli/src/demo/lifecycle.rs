@@ -18,15 +18,17 @@ use mobula_actors::registry::{NewVersion, VersionFile};
 use mobula_actors::serving::rollout::command::Command;
 use mobula_actors::serving::rollout::plan::{Cleanup, Phase};
 use mobula_actors::serving::rollout::{Guardrails, Rollout, Strategy};
+use mobula_actors::storage::open_blobs;
 use mobula_actors::training::data::csv::CsvSpec;
 use mobula_actors::training::data::{DataSpec, Dataset, Files};
 use mobula_actors::training::spec::TrainSpec;
 use mobula_actors::{drift, registry, serving};
-use mobula_storage::blob::{BlobStore, S3Options};
 
 use super::report::{Progress, Report};
 use super::requests::Client;
 use super::stages::{ACCURACY_MIN, shifted};
+use crate::args::StoreArguments;
+use crate::checkpoints::location;
 
 /// How long a rollout or a retraining may take: both go on with the requests that the demo sends.
 const ROLLOUT_LIMIT: Duration = Duration::from_secs(120);
@@ -184,8 +186,7 @@ async fn register_broken(cluster: &Cluster, model: &str, of: u64) -> anyhow::Res
     let good = registry::client::version(cluster, model, Some(of))
         .await?
         .description;
-    let url = cluster.status().await?.storage_url;
-    let blobs = BlobStore::open(&url, &S3Options::default())?;
+    let blobs = open_blobs(&location(cluster, &StoreArguments { config: None }).await?)?;
     let mut file = VersionFile::load(&blobs, &good.digest, good.size_bytes).await?;
     file.parameters.fill(f32::NAN);
     let stored = file.store(&blobs).await?;
