@@ -378,13 +378,18 @@ pub(crate) async fn text(context: &Arc<HeadContext>) -> Result<String, tonic::St
 
 /// What the modules say of their tables.
 fn register_tables(registry: &mut Registry, gauges: Vec<TableGauge>) {
-    let mut families = BTreeMap::<&str, (&str, Family<Vec<(&str, &str)>, Count>)>::new();
+    let mut families = BTreeMap::<&str, (&str, Family<[(&str, &str); 1], Count>)>::new();
     for gauge in gauges {
+        let Some(label) = gauge.label else {
+            let count = Count::default();
+            count.set(gauge.value);
+            registry.register(gauge.name, gauge.help, count);
+            continue;
+        };
         let (_, family) = families
             .entry(gauge.name)
             .or_insert_with(|| (gauge.help, Family::default()));
-        let labels = gauge.label.into_iter().collect();
-        family.get_or_create(&labels).set(gauge.value);
+        family.get_or_create(&[label]).set(gauge.value);
     }
     for (name, (help, family)) in families {
         registry.register(name, help, family);

@@ -226,6 +226,9 @@ fn who_begins_to_look_takes_nothing_away_before_a_whole_window() {
 }
 
 proptest! {
+    // Each case is an hour or more, looked at twice a second.
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
     /// Whatever the load does, the number stays within the bounds and moves as fast as it may at most.
     #[test]
     fn no_load_moves_it_out_of_the_bounds_or_too_fast(
