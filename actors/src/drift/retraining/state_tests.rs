@@ -260,8 +260,9 @@ fn the_rollout_of_somebody_else_is_waited_for() {
 
 #[test]
 fn what_cannot_be_a_policy_is_refused_with_the_reason() {
+    type Change = fn(&mut RetrainPolicy);
     let mut world = World::new(Mode::Auto);
-    let cases: [(fn(&mut RetrainPolicy), &str); 6] = [
+    let cases: [(Change, &str); 6] = [
         (
             |policy| policy.model = "faces".into(),
             "write `register = \"digits\"`",

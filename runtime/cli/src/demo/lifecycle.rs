@@ -198,7 +198,7 @@ async fn register_broken(cluster: &Cluster, model: &str, of: u64) -> anyhow::Res
     Ok(registry::client::register(cluster, new).await?.version)
 }
 
-/// Rolls a version out, and sends requests until it is decided and cleaned up; how many were answered.
+/// Rolls a version out; the rollout at its end, and how many requests were answered meanwhile.
 async fn roll_out(
     cluster: &Cluster,
     endpoint: &str,
@@ -216,10 +216,22 @@ async fn roll_out(
         min_samples: MIN_SAMPLES,
     };
     serving::client::roll_out(cluster, start).await?;
+    clean(cluster, endpoint, client, held_out, |pixel| pixel).await
+}
+
+/// Sends changed images until the newest rollout is decided, and the router has left the version that lost;
+/// the rollout, and how many were answered.
+async fn clean(
+    cluster: &Cluster,
+    endpoint: &str,
+    client: &Client,
+    held_out: &Dataset,
+    change: fn(f32) -> f32,
+) -> anyhow::Result<(Rollout, usize)> {
     let deadline = Instant::now() + ROLLOUT_LIMIT;
     let mut answered = 0;
     loop {
-        answered += client.send_all(held_out, |pixel| pixel).await?.count;
+        answered += client.send_all(held_out, change).await?.count;
         let rollout = serving::client::routing(cluster, endpoint).await?.rollout;
         let rollout = rollout.context("a rollout was begun")?;
         if rollout.cleanup == Cleanup::Done {
@@ -227,7 +239,8 @@ async fn roll_out(
         }
         if Instant::now() >= deadline {
             bail!(
-                "the rollout to version {version} is not over after {answered} requests and {} s",
+                "rollout {} is not over after {answered} requests and {} s",
+                rollout.number,
                 ROLLOUT_LIMIT.as_secs()
             );
         }
@@ -310,6 +323,7 @@ pub(super) async fn retrained(
     progress.say("the drift retrains the model; sending inverted images all the while");
     let started = Instant::now();
     let row = follow_retraining(cluster, endpoint, client, held_out, progress).await?;
+    clean(cluster, endpoint, client, held_out, shifted).await?;
     let load = client.send_all(held_out, shifted).await?;
     let version = active(cluster, endpoint).await?;
     let compared = row
