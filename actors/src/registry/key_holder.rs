@@ -77,15 +77,18 @@ pub async fn hold(cluster: &Cluster, text: &str) -> mobula::Result<()> {
         )));
     }
     let order: HoldOrder = serde_json::from_str(text)?;
-    let mut holder = cluster
-        .actor(KeyHolder::new(order.files))
-        .name(NAME)
-        .isolated()
-        .detached()
-        .max_restarts(RESTARTS_MAX);
-    for (label, value) in order.labels {
-        holder = holder.require(Requirement::In(label, vec![value]));
-    }
+    let builder = || {
+        let mut holder = cluster
+            .actor(KeyHolder::new(order.files.clone()))
+            .isolated();
+        for (label, value) in &order.labels {
+            holder = holder.require(Requirement::In(label.clone(), vec![value.clone()]));
+        }
+        holder
+    };
+    // One that is never started again says at once what is wrong with a file, and ends with this job.
+    builder().max_restarts(0).spawn().await?.keys().await?;
+    let holder = builder().name(NAME).detached().max_restarts(RESTARTS_MAX);
     let keys = holder.spawn().await?.keys().await?;
     cluster.set_result(&keys).await
 }

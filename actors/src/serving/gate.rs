@@ -30,6 +30,9 @@ pub(super) fn pass(
         }) => (endpoint, model, version, true),
         _ => return Ok(()),
     };
-    let found = registry::state::find(txn, model, *version)?;
+    // Without a version there is nothing to ask about, and the command is refused for what is wrong with it.
+    let Ok(found) = registry::state::find(txn, model, *version) else {
+        return Ok(());
+    };
     gate::pass_deploy(context, txn, origin, &found, endpoint, rollout)
 }

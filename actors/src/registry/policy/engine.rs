@@ -3,8 +3,8 @@
 //! Invariants:
 //! 1. Everything here is a function of its arguments: no clock, no chance, and what Cedar keeps in hash maps
 //!    is sorted before anybody sees it.
-//! 2. Cedar gives up where a thread's stack ends. Each call here has a stack of its own, of one size, so that
-//!    every head comes to the same end ([`STACK_BYTES`]).
+//! 2. Cedar gives up where a thread's stack ends, which differs between processors. Each call here has a stack of
+//!    its own ([`STACK_BYTES`]), and no policy that is let in comes near the end of it ([`POLICY_BYTES_MAX`]).
 //! 3. A policy that fails while it is evaluated denies: an error opens no gate.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,11 +31,15 @@ pub const TEXT_BYTES_MAX: usize = 32 * 1024;
 /// Policies of a file: each is evaluated at each gate.
 pub const POLICIES_MAX: usize = 256;
 
+/// The largest policy: a chain of operators is as deep for whoever evaluates it as it is long, and so must stay far
+/// from the end of [`STACK_BYTES`].
+const POLICY_BYTES_MAX: usize = 4 * 1024;
+
 /// How deep brackets may be nested: people nest five, and a parser's stack grows with each.
 const NESTING_MAX: usize = 32;
 
-/// The stack of a call: what the deepest text of [`TEXT_BYTES_MAX`] needs, many times over. Pages that are
-/// not used are never there.
+/// The stack of a call: what the deepest policy of [`POLICY_BYTES_MAX`] needs, several times over, so that no head
+/// comes to its end, whatever its processor. Pages that are not used are never there.
 const STACK_BYTES: usize = 64 << 20;
 
 /// Errors of a text that are told at once.
@@ -68,6 +72,17 @@ pub enum PolicyError {
         line: usize,
         /// Where.
         column: usize,
+    },
+    /// One is too long.
+    #[error(
+        "policy {number} (counted from 1) has {found} bytes, the limit is {POLICY_BYTES_MAX}: write several policies \
+         instead"
+    )]
+    TooLongPolicy {
+        /// Which.
+        number: usize,
+        /// Its size.
+        found: usize,
     },
     /// Too many.
     #[error("there are {found} policies, the limit is {POLICIES_MAX}: join some")]
@@ -214,6 +229,10 @@ fn read(text: &str) -> Result<Vec<Policy>, PolicyError> {
             let Some(policy) = parsed.policy(&counted) else {
                 return Err(PolicyError::Template { number });
             };
+            let found = policy.to_cedar().map_or(0, |text| text.len());
+            if found > POLICY_BYTES_MAX {
+                return Err(PolicyError::TooLongPolicy { number, found });
+            }
             match policy.annotation("id").filter(|id| !id.is_empty()) {
                 Some(id) => Ok(policy.new_id(PolicyId::new(shortened(id)))),
                 None => Err(PolicyError::NoId { number }),

@@ -145,18 +145,16 @@ fn what_is_no_policy_is_refused_with_the_place_and_what_is_expected() {
     assert_eq!(check(&text), Ok(vec!["a".to_owned()]));
 }
 
-/// What people do not write and a program may: long chains and deep choices of the largest size, on the stack
-/// of a test's thread, which has 2 MiB.
-#[test]
-fn the_largest_texts_end_with_an_answer() {
+/// Chains and choices that people do not write and a program may, as long as `size`.
+fn deep_policies(size: usize) -> Vec<String> {
     let around =
         |body: &str| format!("@id(\"a\") forbid (principal, action, resource) when {{ {body} }};");
-    let room = TEXT_BYTES_MAX - around("").len();
+    let room = size - around("").len();
     let repeated = |part: &str, end: &str| {
         let count = (room - end.len()) / part.len();
         around(&format!("{}{end}", part.repeat(count)))
     };
-    for text in [
+    vec![
         repeated("1+", "1 == 2"),
         repeated("true&&", "true"),
         repeated("false||", "true"),
@@ -165,11 +163,15 @@ fn the_largest_texts_end_with_an_answer() {
         repeated("!", "true"),
         around(&format!("resource{} == 1", ".a".repeat(room / 2 - 10))),
         around(&format!("[{}1].isEmpty()", "1,".repeat(room / 2 - 20))),
-        repeated("context has a.", "a"),
-        around(&format!("context has a{}", ".a".repeat(200))),
-    ] {
+        around(&format!("context has a{}", ".a".repeat(room / 2 - 20))),
+    ]
+}
+
+/// On the stack of a test's thread, which has 2 MiB.
+#[test]
+fn the_deepest_policies_come_to_no_end_of_a_stack() {
+    for text in deep_policies(POLICY_BYTES_MAX) {
         let shown: String = text.chars().skip(50).take(40).collect();
-        // Where a stack ends differs between processors, so nothing may come near the end of it.
         let is_deep = |told: &str| told.contains("recursion") || told.contains("stack");
         match check(&text) {
             Ok(_) => {
@@ -183,6 +185,15 @@ fn the_largest_texts_end_with_an_answer() {
             Err(error) => assert!(!is_deep(&error.to_string()), "{shown}: {error}"),
         }
     }
+    for text in deep_policies(TEXT_BYTES_MAX) {
+        assert!(check(&text).is_err());
+    }
+    let long = &deep_policies(POLICY_BYTES_MAX + 100)[1];
+    let error = check(long).unwrap_err().to_string();
+    assert!(
+        error.contains("policy 1") && error.contains("the limit is 4096"),
+        "{error}"
+    );
 }
 
 #[test]
