@@ -152,13 +152,14 @@ impl Cluster {
         command
     }
 
-    /// Runs a command against the cluster.
+    /// Runs a command against the cluster; what it prints as JSON.
     fn asked(&self, arguments: &[&str]) -> Outcome<Value> {
         let mut command = self.command();
         command
             .arg("--cluster")
             .arg(self.dir.path())
-            .args(arguments);
+            .args(arguments)
+            .arg("--json");
         Ok(serde_json::from_slice(&printed(&mut command)?)?)
     }
 }
@@ -174,9 +175,9 @@ impl Drop for Cluster {
     }
 }
 
-/// What a command prints as JSON, which must succeed.
+/// What a command prints, which must succeed.
 fn printed(command: &mut Command) -> Outcome<Vec<u8>> {
-    let output = command.arg("--json").output()?;
+    let output = command.output()?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
         return Err(format!("{command:?}: {words}").into());

@@ -124,7 +124,7 @@ fn malformed_requests_say_what_is_wrong() {
             with(
                 json!({"name": "x", "shape": [1], "datatype": "FP32", "parameters": {"binary_data_size": "4"}}),
             ),
-            "parameter \"binary_data_size\": expected a number of bytes, got \"4\"",
+            "parameter \"binary_data_size\": expected a whole number from 0 on, got \"4\"",
         ),
         (
             with(
