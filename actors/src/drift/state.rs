@@ -99,17 +99,6 @@ impl StateModule for Drift {
         }]
     }
 
-    fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
-        let monitors = row::all::<MonitorStatus>(reader, MONITORS, &[]);
-        let drifting = monitors.iter().filter(|(_, monitor)| monitor.last.drifts());
-        vec![TableGauge {
-            name: "mobula_drift_endpoints_drifting",
-            help: "Endpoints whose last window of requests differs from what their version was trained on",
-            label: None,
-            value: drifting.count() as u64,
-        }]
-    }
-
     fn query(
         &self,
         reader: &dyn Reader,

@@ -142,14 +142,6 @@ impl Versions {
             arm.spawn(keep_open(self.cluster.clone(), name, berth));
         }
     }
-
-    /// Gives an arm as many replicas as the endpoint shall have.
-    fn resize(&self, endpoint: &Endpoint, arm: &Arm<Replicas>) {
-        for (number, berth) in arm.fleet().resize(endpoint.replicas) {
-            let name = replica_name(&endpoint.name, arm.version(), number);
-            arm.spawn(keep_open(self.cluster.clone(), name, berth));
-        }
-    }
 }
 
 fn active(endpoint: &Endpoint) -> Served {

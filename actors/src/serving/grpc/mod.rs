@@ -164,26 +164,6 @@ fn time_limit<T>(request: &Request<T>) -> Option<proto::InferParameter> {
     })
 }
 
-/// What gRPC's own deadline leaves, as the protocol's parameter. It has at most eight digits and a unit.
-fn time_limit<T>(request: &Request<T>) -> Option<proto::InferParameter> {
-    let value = request.metadata().get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
-    let count: i64 = digits.parse().ok().filter(|count| *count > 0)?;
-    let micros = match unit {
-        "H" => count.checked_mul(3_600_000_000)?,
-        "M" => count.checked_mul(60_000_000)?,
-        "S" => count.checked_mul(1_000_000)?,
-        "m" => count.checked_mul(1_000)?,
-        "u" => count,
-        "n" => (count / 1_000).max(1),
-        _ => return None,
-    };
-    let choice = proto::infer_parameter::ParameterChoice::Int64Param(micros);
-    Some(proto::InferParameter {
-        parameter_choice: Some(choice),
-    })
-}
-
 /// A version that was asked for; the protocol's empty string is none.
 fn named(version: &str) -> Option<&str> {
     (!version.is_empty()).then_some(version)

@@ -21,7 +21,7 @@ pub(crate) enum DriftCommand {
     },
     /// Retrain policies: what is done when an endpoint drifts.
     #[command(subcommand)]
-    Policy(PolicyCommand),
+    Policy(RetrainPolicyCommand),
     /// The retraining of an endpoint that is under way, or was the last: its steps, and what it waits for.
     Loop(DriftTarget),
     /// The retrainings of an endpoint, and what its policy still allows.
@@ -47,9 +47,9 @@ pub(crate) struct DriftTarget {
 }
 
 #[derive(Subcommand)]
-pub(crate) enum PolicyCommand {
+pub(crate) enum RetrainPolicyCommand {
     /// Say what is done when an endpoint drifts.
-    Set(Box<PolicySetArguments>),
+    Set(Box<RetrainPolicySetArguments>),
     /// The policy of an endpoint.
     Show(DriftTarget),
     /// Do nothing any more. A retraining that has its job goes on.
@@ -60,7 +60,7 @@ pub(crate) enum PolicyCommand {
 }
 
 #[derive(Args)]
-pub(crate) struct PolicySetArguments {
+pub(crate) struct RetrainPolicySetArguments {
     /// The endpoint's name.
     pub(crate) endpoint: String,
     /// The training job's TOML file; `register` in it names the endpoint's model.

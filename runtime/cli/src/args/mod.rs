@@ -25,7 +25,9 @@ pub(crate) use cluster::{
     DemoArguments, GroupCommand, HeadArguments, HeadCommand, LocalCommand, LocalDirectory,
     LocalUpArguments, WorkerArguments,
 };
-pub(crate) use drift::{DriftCommand, DriftTarget, PolicyCommand, PolicySetArguments};
+pub(crate) use drift::{
+    DriftCommand, DriftTarget, RetrainPolicyCommand, RetrainPolicySetArguments,
+};
 pub(crate) use jobs::{
     ActorsCommand, ExplainArguments, JobsCommand, NodesCommand, SubmitArguments,
 };

@@ -69,7 +69,7 @@ pub(super) async fn signed(
         false => PrivateKey::create(&file, Algorithm::Ed25519)?,
     };
     let roles = [Role::Stage, Role::Release];
-    registry::client::add_key(cluster, key.public_key(), roles, "demo").await?;
+    registry::client::add_key(cluster, key.public_key(), roles, "demo", None).await?;
     let unsigned = decision(cluster, model, version, Stage::Staging).await?;
     let refused = registry::client::stage(cluster, unsigned.into_change()).await;
     let mut stage = Stage::Candidate;

@@ -6,7 +6,7 @@ use mobula_actors::drift::retraining::RetrainPolicy;
 use mobula_actors::drift::retraining::plan::{Budget, CanaryPlan, Mode, Terms};
 use serde::Serialize;
 
-use crate::args::{DriftTarget, PolicyCommand, PolicySetArguments, Target};
+use crate::args::{DriftTarget, RetrainPolicyCommand, RetrainPolicySetArguments, Target};
 use crate::connect::connect;
 use crate::output::print_json;
 use crate::train_file;
@@ -66,11 +66,11 @@ impl<'a> PolicyJson<'a> {
     }
 }
 
-pub(super) async fn run(target: &Target, command: PolicyCommand) -> anyhow::Result<()> {
+pub(super) async fn run(target: &Target, command: RetrainPolicyCommand) -> anyhow::Result<()> {
     match command {
-        PolicyCommand::Set(arguments) => set(target, *arguments).await,
-        PolicyCommand::Show(of) => show(target, of).await,
-        PolicyCommand::Remove { endpoint } => {
+        RetrainPolicyCommand::Set(arguments) => set(target, *arguments).await,
+        RetrainPolicyCommand::Show(of) => show(target, of).await,
+        RetrainPolicyCommand::Remove { endpoint } => {
             client::remove_policy(&connect(target).await?, &endpoint).await?;
             println!("nothing is done any more when {endpoint} drifts");
             Ok(())
@@ -78,7 +78,7 @@ pub(super) async fn run(target: &Target, command: PolicyCommand) -> anyhow::Resu
     }
 }
 
-async fn set(target: &Target, arguments: PolicySetArguments) -> anyhow::Result<()> {
+async fn set(target: &Target, arguments: RetrainPolicySetArguments) -> anyhow::Result<()> {
     let file = train_file::read(&arguments.job, None)?;
     train_file::check_program(&file.spec, &arguments.job)?;
     let path = arguments.job.display();
