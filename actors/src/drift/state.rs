@@ -1,4 +1,4 @@
-//! The replicated module of drift detection: what monitors found ([`super::findings`]) and what is done
+//! The replicated module of drift detection: what monitors found (`findings`) and what is done
 //! about it ([`super::retraining`]).
 
 use mobula_core::codec;

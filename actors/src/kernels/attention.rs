@@ -2,7 +2,7 @@
 //!
 //! Order: scores and sums of values are products as `product` makes them, one chain of fused multiply-adds from zero
 //! in ascending order; shares are the softmax, as `softmax.rs` says, of a query's scores up to its own token. Queries
-//! go in blocks of [`BLOCK`], whose products end with the block's last token: what lies behind a query within its
+//! go in blocks of `BLOCK`, whose products end with the block's last token: what lies behind a query within its
 //! block counts as zero, what lies behind the block is not computed. The backward pass computes the shares again
 //! instead of keeping them: they take a context squared for each head.
 

@@ -10,7 +10,7 @@
 //! * [`plan`]: rows: the policy of an endpoint, a retraining, its steps.
 //! * [`command`]: what can be said about them.
 //! * [`state`]: the tables, and what each command does to them (pure).
-//! * [`next`]: which step may be taken now, as a function of all tables (pure).
+//! * `next`: which step may be taken now, as a function of all tables (pure).
 //! * [`evaluation`]: whether a new version is better than the active one (pure).
 //! * [`controller`]: the leader's loop, which proposes steps, jobs, and the end of jobs that nobody waits for.
 //!

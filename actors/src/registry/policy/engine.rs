@@ -4,7 +4,7 @@
 //! 1. Everything here is a function of its arguments: no clock, no chance, and what Cedar keeps in hash maps
 //!    is sorted before anybody sees it.
 //! 2. Cedar gives up where a thread's stack ends, which differs between processors. Each call here has a stack of
-//!    its own ([`STACK_BYTES`]), and no policy that is let in comes near the end of it ([`POLICY_BYTES_MAX`]).
+//!    its own (`STACK_BYTES`), and no policy that is let in comes near the end of it (`POLICY_BYTES_MAX`).
 //! 3. A policy that fails while it is evaluated denies: an error opens no gate.
 
 use std::collections::{BTreeMap, BTreeSet};
