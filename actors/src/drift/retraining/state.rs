@@ -10,6 +10,8 @@ use super::next::{Found, next, waits_for};
 use super::plan::{Mode, Phase, RetrainPolicy, Retraining, STEPS_KEPT_MAX, Step, cut};
 use crate::drift::findings::{self, RetrainSuggestion};
 use crate::registry::events::{Retrained, retrained};
+use crate::registry::policy::gate;
+use crate::registry::state::find as find_version;
 use crate::serving::rollout::command::Command as RolloutCommand;
 use crate::serving::rollout::plan::Served;
 use crate::serving::rollout::state as rollouts;
@@ -456,14 +458,28 @@ fn advance(
         };
         // In this entry: a canary that was begun is known to be this retraining's. A start that is refused
         // has written nothing.
-        match rollouts::apply(context, txn, start) {
-            Ok(rollout) => row.rollout = Some(rollout.number),
+        match begin_canary(context, txn, &row, start) {
+            Ok(number) => row.rollout = Some(number),
             Err(error) => (phase, reason) = (Phase::Failed, cut(&error.message)),
         }
     }
     let mut ledger = ledger(txn, name);
     row.enter(context, txn, &mut ledger, phase, reason);
     Ok(())
+}
+
+/// Begins the rollout of a retraining's version, if the policies permit it; its number.
+fn begin_canary(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    row: &Retraining,
+    start: RolloutCommand,
+) -> Result<u64, Rejection> {
+    let version = find_version(txn, &row.model, row.candidate)?;
+    let decision = gate::ask_deploy(txn, None, &version, &row.endpoint, true)?;
+    let rollout = rollouts::apply(context, txn, start)?;
+    gate::write_down(context, txn, &decision);
+    Ok(rollout.number)
 }
 
 fn forget(txn: &mut dyn Txn, name: &str) -> Result<(), Rejection> {

@@ -237,6 +237,24 @@ fn a_version_waits_for_the_signature_that_its_model_asks_for() {
 }
 
 #[test]
+fn a_version_that_the_policies_forbid_to_serve_is_not_tried() {
+    let mut world = World::new(Mode::Auto);
+    world.drift();
+    world.settle();
+    world.label_data("pii");
+    world.end_job(world.newest().job.unwrap(), Some(0.95));
+    world.settle();
+    let row = world.newest();
+    assert_eq!((row.phase, row.rollout), (Phase::Failed, None));
+    let reason = last_reason(&row);
+    assert!(
+        reason.contains("policy pii-needs-approval forbids"),
+        "{reason}"
+    );
+    assert_eq!(world.active(), 1);
+}
+
+#[test]
 fn the_rollout_of_somebody_else_is_waited_for() {
     let mut world = World::new(Mode::Auto);
     world.drift();

@@ -24,6 +24,7 @@ use super::state::history;
 use super::state::tests::{new_version, terms};
 use crate::drift::state::{Command as DriftCommand, Drift, Report};
 use crate::registry::keys::{Algorithm, Role};
+use crate::registry::policy::data::LabelChange;
 use crate::registry::search::{ModelView, Selector, VersionView};
 use crate::registry::signer::{PrivateKey, Signer};
 use crate::registry::stages::Stage;
@@ -177,6 +178,18 @@ impl World {
 
     pub(super) fn rollout(&mut self, command: RolloutCommand) -> Result<Vec<u8>, Rejection> {
         self.serving(&ServingCommand::Rollout(command))
+    }
+
+    /// Gives the data that all versions were trained on a label.
+    pub(super) fn label_data(&mut self, label: &str) {
+        let change = LabelChange {
+            data: new_version('a').dataset_blake3,
+            name: "digits.csv".into(),
+            labels: [label.to_owned()].into(),
+            expected_revision: 0,
+            envelope: None,
+        };
+        self.registry(&RegistryCommand::LabelData(change)).unwrap();
     }
 
     /// What the leader would propose now.

@@ -223,10 +223,27 @@ pub(crate) fn pass_deploy(
     endpoint: &str,
     rollout: bool,
 ) -> Result<(), Rejection> {
-    let principal = principal(txn, origin);
-    let decision = deploy(txn, &principal, version, endpoint, rollout).check()?;
-    append(context, txn, &decision, None);
+    let decision = ask_deploy(txn, origin, version, endpoint, rollout)?;
+    write_down(context, txn, &decision);
     Ok(())
+}
+
+/// The same for a command that goes on if the deployment is refused: nothing is written before
+/// [`write_down`].
+pub(crate) fn ask_deploy(
+    reader: &dyn Reader,
+    origin: Option<&Origin>,
+    version: &ModelVersion,
+    endpoint: &str,
+    rollout: bool,
+) -> Result<Decision, Rejection> {
+    let principal = principal(reader, origin);
+    deploy(reader, &principal, version, endpoint, rollout).check()
+}
+
+/// Writes down what was decided.
+pub(crate) fn write_down(context: &ApplyContext, txn: &mut dyn Txn, decision: &Decision) {
+    append(context, txn, decision, None);
 }
 
 fn append(context: &ApplyContext, txn: &mut dyn Txn, decision: &Decision, job: Option<u64>) {
