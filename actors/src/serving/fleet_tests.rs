@@ -186,8 +186,8 @@ async fn what_a_replica_held_when_its_end_was_seen_is_sent_elsewhere_at_once() {
 async fn a_fleet_without_replicas_holds_requests_until_the_first_answers() {
     let fleet: Fleet<Fake> = Fleet::new(0);
     assert!(fleet.is_asleep());
+    fleet.traffic().load.alarm_above(0);
     let waking = async {
-        fleet.traffic().load.alarm_above(0);
         fleet.traffic().load.alarmed().await;
         let (number, berth) = fleet.resize(1).remove(0);
         assert_eq!(number, 1);
