@@ -361,8 +361,7 @@ fn a_follower_that_was_away_past_the_compaction_catches_up_by_snapshot() {
     let _again = start_head(&cluster, away, &["--config", config]);
     wait_for("the follower to catch up", || {
         let shown = head(&cluster, away)?;
-        let is_close = shown["matched_index"].as_u64()? > matched + 300;
-        (shown["replication"] == "replicate" && is_close).then_some(())
+        (shown["matched_index"].as_u64()? > matched + 300).then_some(())
     });
     let log = std::fs::read_to_string(cluster.dir().join(format!("{away}.log"))).unwrap();
     assert!(log.contains("installing a snapshot"), "{log}");
@@ -458,9 +457,12 @@ fn a_token_of_another_role_or_a_used_up_one_does_not_make_a_head() {
         "--learner",
     ];
     let _second = start_head(&cluster, "head-2", &join);
+    // Not by its state: raft keeps one that a snapshot brought everything in `probe` until somebody writes.
     wait_for("head-2 to follow", || {
+        let written = head(&cluster, "head-1")?["matched_index"].as_u64()?;
         let shown = head(&cluster, "head-2")?;
-        (shown["role"] == "learner" && shown["replication"] == "replicate").then_some(())
+        let holds = shown["matched_index"].as_u64()?;
+        (shown["role"] == "learner" && holds >= written).then_some(())
     });
     let refused = try_to_join(&once, "head-9");
     assert!(refused.contains("used as often as it may be"), "{refused}");
