@@ -263,32 +263,3 @@ fn a_learner_whose_snapshot_did_not_arrive_is_not_promoted_in_a_young_group() {
         "{refused}"
     );
 }
-
-#[test]
-fn a_learner_whose_snapshot_held_everything_is_promoted_though_nobody_writes() {
-    let mut group = Stepped::of(2);
-    group.start(3, false);
-    let _added = group.ask(1, Change::AddLearner(member(3)));
-    let sent = (0..100).find_map(|_| {
-        if group.post.messages.lock().is_empty() {
-            let leader = group.heads.get_mut(&1).unwrap();
-            leader.tick();
-            leader.settle().unwrap();
-        }
-        group.carry_one();
-        group.post.snapshots.lock().pop_front()
-    });
-    let (message, frames) = sent.expect("a head without a log needs a snapshot");
-    let now = group.now;
-    let learner = group.heads.get_mut(&3).unwrap();
-    let arrived = learner.snapshot_arrived(message, &frames, now).unwrap();
-    learner.settle().unwrap();
-    // Its answer is quicker than the news that all of the snapshot was sent.
-    group.carry(|_| true);
-    let leader = group.heads.get_mut(&1).unwrap();
-    leader.snapshot_sent(3, arrived, now).unwrap();
-    leader.settle().unwrap();
-    group.ticks(1, 6);
-    let mut answer = group.change(1, Change::Promote(3));
-    answer.try_recv().unwrap().unwrap();
-}
