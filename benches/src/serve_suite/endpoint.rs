@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,13 @@ use crate::Outcome;
 /// How long a cluster may take to train the model, and to put it into service.
 const LIMIT: Duration = Duration::from_secs(300);
 
-const JOB: &str = "name = \"digits\"\nregister = \"digits\"\nseed = 7\nsteps = 60\n\
+/// The model, and its first endpoint.
+pub(crate) const MODEL: &str = "digits";
+
+const RAY_PROGRAM: &str = include_str!("ray_serve.py");
+
+/// A job that trains a version of it, once `SEED` is replaced.
+const JOB: &str = "name = \"digits\"\nregister = \"digits\"\nseed = SEED\nsteps = 60\n\
                    workers = { min = 1, max = 1 }\n[model.mlp]\nhidden = [64]\n";
 
 /// Where requests go, and what is sent: the same bytes each time.
@@ -52,6 +58,21 @@ impl Target {
         }
     }
 
+    /// A server that has no part of the protocol, and answers with the bytes that it is sent: as many as the row has.
+    fn echo(address: &str) -> Self {
+        let row = [0; 16 * 4];
+        let head = format!(
+            "POST / HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/octet-stream\r\nContent-Length: {}\r\n\r\n",
+            row.len()
+        );
+        let request: Arc<[u8]> = [head.as_bytes(), &row].concat().into();
+        Target {
+            address: address.to_owned(),
+            explained: Arc::clone(&request),
+            request,
+        }
+    }
+
     /// The model `identity` of the conformance test: FP32 of 16.
     pub(crate) fn identity(address: &str, token: &str) -> Self {
         Target::new(address, token, "identity", "INPUT0", 16)
@@ -87,46 +108,125 @@ impl Drop for Identity {
     }
 }
 
+/// Ray Serve with an application that answers with what it is sent; taken down with this. It runs only while it is asked: beside
+/// the rows of others it has been seen to take its own starved proxy for dead.
+pub(crate) struct RayServe {
+    child: Child,
+    /// Kept open: what Ray prints later must not fail.
+    _output: BufReader<ChildStdout>,
+    pub(crate) target: Target,
+}
+
+impl RayServe {
+    pub(crate) fn start(python: &Path) -> Outcome<Self> {
+        let mut child = Command::new(python)
+            .args(["-c", RAY_PROGRAM])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let output = child.stdout.take().ok_or("no output to read")?;
+        let mut output = BufReader::new(output);
+        let mut line = String::new();
+        let address = loop {
+            line.clear();
+            if output.read_line(&mut line)? == 0 {
+                return Err("Ray Serve ended before it said where it is".into());
+            }
+            if let Some(address) = line.trim().strip_prefix("serving at ") {
+                break address;
+            }
+        };
+        let target = Target::echo(address);
+        Ok(RayServe {
+            child,
+            _output: output,
+            target,
+        })
+    }
+}
+
+impl Drop for RayServe {
+    fn drop(&mut self) {
+        // The program takes down what it has started when its input ends.
+        drop(self.child.stdin.take());
+        if let Err(error) = self.child.wait() {
+            eprintln!("Ray Serve was not taken down: {error}");
+        }
+    }
+}
+
 /// A cluster of processes with `digits` behind an endpoint of two replicas; taken down with this.
 pub(crate) struct Digits {
-    _cluster: Cluster,
+    cluster: Cluster,
     pub(crate) target: Target,
 }
 
 impl Digits {
     pub(crate) async fn deploy(programs: &Path) -> Outcome<Self> {
         let cluster = Cluster::up(programs.join("mobula"))?;
-        let file = cluster.dir.path().join("digits.toml");
-        std::fs::write(&file, JOB)?;
-        let submitted = cluster.asked(&["submit", &file.display().to_string()])?;
-        let job = format!("job-{}", submitted["job"]);
-        let deadline = Instant::now() + LIMIT;
-        let ended = loop {
-            let shown = cluster.asked(&["jobs", "show", &job])?;
-            if shown["ended_ms"].is_u64() {
-                break shown;
-            }
-            if Instant::now() > deadline {
-                return Err(format!("{job} did not end within {} s", LIMIT.as_secs()).into());
-            }
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        };
-        if ended["state"] != "succeeded" {
-            return Err(format!("training ended as {ended}").into());
-        }
-        let deployed = cluster.asked(&["serve", "deploy", "digits", "--replicas", "2"])?;
-        let text = |name: &str| {
-            deployed[name]
-                .as_str()
-                .ok_or(format!("no {name}: {deployed}"))
-        };
-        let address = text("url")?.trim_start_matches("http://");
-        let target = Target::new(address, text("token")?, "digits", "image", 64);
-        Ok(Digits {
-            _cluster: cluster,
-            target,
-        })
+        train(&cluster, 7).await?;
+        let target = deployed(&cluster, MODEL, &["--replicas", "2"])?;
+        Ok(Digits { cluster, target })
     }
+
+    /// The cluster, as a client of it.
+    pub(crate) async fn client(&self) -> Outcome<mobula::Cluster> {
+        Ok(mobula::Cluster::from_data_dir(self.cluster.dir.path()).await?)
+    }
+
+    /// Trains another version, as good as the first.
+    pub(crate) async fn train_another(&self) -> Outcome {
+        train(&self.cluster, 8).await
+    }
+
+    /// Another endpoint of the first version.
+    pub(crate) fn another(&self, endpoint: &str, scaling: &[&str]) -> Outcome<Target> {
+        deployed(&self.cluster, endpoint, scaling)
+    }
+
+    /// How many replicas an endpoint has now.
+    pub(crate) fn replicas_running(&self, endpoint: &str) -> Outcome<u64> {
+        let shown = self.cluster.asked(&["serve", "explain", endpoint])?;
+        let running = shown["replicas_running"].as_u64();
+        running.ok_or_else(|| format!("no replicas_running: {shown}").into())
+    }
+}
+
+/// Trains a version of the model, and waits for it.
+async fn train(cluster: &Cluster, seed: u64) -> Outcome {
+    let file = cluster.dir.path().join("digits.toml");
+    std::fs::write(&file, JOB.replace("SEED", &seed.to_string()))?;
+    let submitted = cluster.asked(&["submit", &file.display().to_string()])?;
+    let job = format!("job-{}", submitted["job"]);
+    let deadline = Instant::now() + LIMIT;
+    let ended = loop {
+        let shown = cluster.asked(&["jobs", "show", &job])?;
+        if shown["ended_ms"].is_u64() {
+            break shown;
+        }
+        if Instant::now() > deadline {
+            return Err(format!("{job} did not end within {} s", LIMIT.as_secs()).into());
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    match &ended["state"] {
+        state if state == "succeeded" => Ok(()),
+        _ => Err(format!("training ended as {ended}").into()),
+    }
+}
+
+/// Puts the first version behind an endpoint, and waits until it answers.
+fn deployed(cluster: &Cluster, endpoint: &str, scaling: &[&str]) -> Outcome<Target> {
+    let first = format!("{MODEL}:1");
+    let command = ["serve", "deploy", &first, "--endpoint", endpoint];
+    let deployed = cluster.asked(&[&command[..], scaling].concat())?;
+    let text = |name: &str| {
+        deployed[name]
+            .as_str()
+            .ok_or(format!("no {name}: {deployed}"))
+    };
+    let address = text("url")?.trim_start_matches("http://");
+    Ok(Target::new(address, text("token")?, endpoint, "image", 64))
 }
 
 /// What `mobula local up` starts.

@@ -25,6 +25,10 @@ const LATENCY_MAX_NS: u64 = 60_000_000_000;
 /// The largest answer that is read: the models of this suite answer far less.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 
+/// How long a caller waits. One that waited for ever would stop the suite: a tritonserver under 512 callers has been seen to
+/// leave requests without an answer, their connections open and idle.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
 /// When requests come: independent of each other, so many a second on average.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Arrivals {
@@ -39,6 +43,9 @@ pub(crate) struct Outcomes {
     pub(crate) answered: Histogram<u64>,
     /// Of those that were refused with 503, from the moment at which they were sent.
     pub(crate) refused: Histogram<u64>,
+    /// Of those that had no answer within [`ANSWER_LIMIT`].
+    pub(crate) unanswered: u64,
+    /// Until the last answer.
     elapsed: Duration,
 }
 
@@ -47,6 +54,7 @@ impl Outcomes {
         Ok(Outcomes {
             answered: Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3)?,
             refused: Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3)?,
+            unanswered: 0,
             elapsed: Duration::ZERO,
         })
     }
@@ -59,18 +67,37 @@ impl Outcomes {
         outcomes.len() as f64 / self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE)
     }
 
-    fn record(&mut self, answer: &Answer, due: Instant, sent: Instant) -> Outcome {
+    /// Asks once, and records what comes of it.
+    async fn ask(
+        &mut self,
+        connection: &mut Connection,
+        target: &Target,
+        due: Instant,
+        start: Instant,
+    ) -> Outcome {
+        let sent = Instant::now();
+        let asked = tokio::time::timeout(ANSWER_LIMIT, connection.ask(&target.request));
+        let Ok(answer) = asked.await else {
+            self.unanswered += 1;
+            // The answer may still come, and is not the next request's.
+            *connection = Connection::open(target).await?;
+            return Ok(());
+        };
+        let answer = answer?;
         match answer.status {
             200 => self.answered.saturating_record(nanoseconds(due.elapsed())),
             503 => self.refused.saturating_record(nanoseconds(sent.elapsed())),
             status => return Err(format!("status {status}: {}", answer.text()).into()),
         }
+        self.elapsed = start.elapsed();
         Ok(())
     }
 
     fn merge(&mut self, other: &Outcomes) {
         self.answered += &other.answered;
         self.refused += &other.refused;
+        self.unanswered += other.unanswered;
+        self.elapsed = self.elapsed.max(other.elapsed);
     }
 }
 
@@ -158,6 +185,15 @@ fn whole_answer(bytes: &[u8]) -> Outcome<Option<Answer>> {
 
 /// Lets so many callers ask for so long.
 pub(crate) async fn closed(target: &Target, callers: usize, length: Duration) -> Outcome<Outcomes> {
+    closed_while(target, callers, move |elapsed| elapsed < length).await
+}
+
+/// Lets so many callers ask until nobody wants them to, which they ask before each request.
+pub(crate) async fn closed_while(
+    target: &Target,
+    callers: usize,
+    goes_on: impl Fn(Duration) -> bool + Clone + Send + 'static,
+) -> Outcome<Outcomes> {
     let mut tasks = JoinSet::new();
     let mut connections = Vec::with_capacity(callers);
     for _ in 0..callers {
@@ -165,18 +201,18 @@ pub(crate) async fn closed(target: &Target, callers: usize, length: Duration) ->
     }
     let start = Instant::now();
     for mut connection in connections {
-        let request = Arc::clone(&target.request);
+        let target = target.clone();
+        let goes_on = goes_on.clone();
         tasks.spawn(async move {
             let mut outcomes = Outcomes::new()?;
-            while start.elapsed() < length {
-                let sent = Instant::now();
-                let answer = connection.ask(&request).await?;
-                outcomes.record(&answer, sent, sent)?;
+            while goes_on(start.elapsed()) {
+                let asking = outcomes.ask(&mut connection, &target, Instant::now(), start);
+                asking.await?;
             }
             Ok(outcomes)
         });
     }
-    all(tasks, start).await
+    all(tasks).await
 }
 
 /// Lets requests come for so long, and waits until each has an answer.
@@ -185,12 +221,25 @@ pub(crate) async fn open(
     arrivals: Arrivals,
     length: Duration,
 ) -> Outcome<Outcomes> {
+    open_while(target, arrivals, |elapsed| elapsed < length).await
+}
+
+/// Lets requests come until nobody wants more, and waits until each has an answer.
+pub(crate) async fn open_while(
+    target: &Target,
+    arrivals: Arrivals,
+    goes_on: impl Fn(Duration) -> bool,
+) -> Outcome<Outcomes> {
     let (due, waiting) = mpsc::unbounded_channel::<Instant>();
     let waiting = Arc::new(Mutex::new(waiting));
     let mut tasks = JoinSet::new();
+    let mut connections = Vec::with_capacity(CONNECTIONS);
     for _ in 0..CONNECTIONS {
-        let mut connection = Connection::open(target).await?;
-        let request = Arc::clone(&target.request);
+        connections.push(Connection::open(target).await?);
+    }
+    let start = Instant::now();
+    for mut connection in connections {
+        let target = target.clone();
         let waiting = Arc::clone(&waiting);
         tasks.spawn(async move {
             let mut outcomes = Outcomes::new()?;
@@ -199,34 +248,30 @@ pub(crate) async fn open(
                 let Some(due) = next else {
                     return Ok(outcomes);
                 };
-                let sent = Instant::now();
-                let answer = connection.ask(&request).await?;
-                outcomes.record(&answer, due, sent)?;
+                outcomes.ask(&mut connection, &target, due, start).await?;
             }
         });
     }
-    let start = Instant::now();
     let mut random = arrivals.seed;
     let mut at = Duration::ZERO;
     // The queue is bounded by what comes within the length of the row.
-    while at < length {
+    while goes_on(at) {
         tokio::time::sleep_until((start + at).into()).await;
         // The timer has a grain of a millisecond: all that is due by now is sent.
-        while at <= start.elapsed() && at < length {
+        while at <= start.elapsed() && goes_on(at) {
             due.send(start + at)?;
             at += Duration::from_secs_f64(gap(&mut random, arrivals.per_second));
         }
     }
     drop(due);
-    all(tasks, start).await
+    all(tasks).await
 }
 
-async fn all(mut tasks: JoinSet<Outcome<Outcomes>>, start: Instant) -> Outcome<Outcomes> {
+async fn all(mut tasks: JoinSet<Outcome<Outcomes>>) -> Outcome<Outcomes> {
     let mut sum = Outcomes::new()?;
     while let Some(outcomes) = tasks.join_next().await {
         sum.merge(&outcomes??);
     }
-    sum.elapsed = start.elapsed();
     Ok(sum)
 }
 

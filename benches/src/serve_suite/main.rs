@@ -3,6 +3,7 @@
 //!
 //! `cargo xtask bench serve` builds and starts it; see `benches/README.md`.
 
+mod changes;
 mod endpoint;
 mod load;
 mod parts;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use mobula_benches::results::Results;
 
-use endpoint::{Digits, Identity, Target};
+use endpoint::{Digits, Identity, RayServe, Target};
 use load::{Arrivals, Outcomes};
 
 /// What a part may end with.
@@ -40,6 +41,8 @@ struct Options {
     programs: PathBuf,
     /// A tritonserver with the model `identity`, `ip:port` of its HTTP.
     triton: Option<String>,
+    /// A Python that has Ray Serve.
+    ray_python: Option<PathBuf>,
     output: Option<PathBuf>,
 }
 
@@ -52,6 +55,7 @@ impl Options {
             callers: &CALLERS,
             programs: programs.to_owned(),
             triton: None,
+            ray_python: None,
             output: None,
         };
         let mut args = args;
@@ -63,10 +67,11 @@ impl Options {
                     options.callers = &CALLERS_QUICK;
                 }
                 "--triton" => options.triton = Some(value()?),
+                "--ray-python" => options.ray_python = Some(value()?.into()),
                 "--output" => options.output = Some(value()?.into()),
                 unknown => {
                     return Err(format!(
-                        "unknown argument `{unknown}`: there are --quick, --triton IP:PORT and --output FILE"
+                        "unknown argument `{unknown}`: there are --quick, --triton IP:PORT, --ray-python FILE and --output FILE"
                     ));
                 }
             }
@@ -105,10 +110,15 @@ async fn measure(options: &Options, results: &mut Results) -> Outcome {
         let target = Target::identity(triton, "");
         closed(options, results, "identity, tritonserver", &target).await?;
     }
+    if let Some(python) = &options.ray_python {
+        let ray = RayServe::start(python)?;
+        closed(options, results, "identity, Ray Serve", &ray.target).await?;
+    }
     let digits = Digits::deploy(&options.programs).await?;
     parts::of_an_endpoint(options.round, results, &digits.target).await?;
     let most = closed(options, results, "digits, 2 replicas", &digits.target).await?;
-    open(options, results, &digits.target, most).await
+    open(options, results, &digits.target, most).await?;
+    changes::measure(results, &digits).await
 }
 
 /// Callers that each wait for their answer; how many a second were answered at the most.
@@ -125,7 +135,7 @@ async fn closed(
         let row = format!("{name}, {callers} callers");
         let per_second = outcomes.answered_per_second();
         results.rate(&row, per_second, &outcomes.answered);
-        tell_refusals(results, &row, &outcomes);
+        tell_the_rest(results, &row, &outcomes);
         most = most.max(per_second);
     }
     Ok(most)
@@ -141,16 +151,20 @@ async fn open(options: &Options, results: &mut Results, target: &Target, most: f
         let outcomes = load::open(target, arrivals, options.round).await?;
         let row = format!("digits, open loop, {name}: {share} of the most, seed 7");
         results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
-        tell_refusals(results, &row, &outcomes);
+        tell_the_rest(results, &row, &outcomes);
         let goodput = outcomes.answered_per_second() / most.max(f64::MIN_POSITIVE) * 100.0;
         results.figure(&format!("{row}: goodput of the most"), goodput, "%");
     }
     Ok(())
 }
 
-fn tell_refusals(results: &mut Results, row: &str, outcomes: &Outcomes) {
+fn tell_the_rest(results: &mut Results, row: &str, outcomes: &Outcomes) {
     if !outcomes.refused.is_empty() {
         let per_second = outcomes.per_second(&outcomes.refused);
         results.rate(&format!("{row}: refused"), per_second, &outcomes.refused);
+    }
+    if outcomes.unanswered > 0 {
+        let unanswered = outcomes.unanswered as f64;
+        results.figure(&format!("{row}: without an answer"), unanswered, "requests");
     }
 }

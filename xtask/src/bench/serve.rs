@@ -1,8 +1,8 @@
-//! `cargo xtask bench serve`: the serving suite, with a tritonserver beside it where that is asked for.
+//! `cargo xtask bench serve`: the serving suite, with a tritonserver and Ray Serve beside it where that is asked for.
 //!
-//! The server comes from PyPI into a virtual environment under the target folder and serves the models of the
-//! conformance test. The suite's own load generator asks both, one after the other in the same run, and so does Triton's
-//! `perf_analyzer`, by HTTP and gRPC.
+//! They come from PyPI into virtual environments under the target folder. The tritonserver serves the models of the
+//! conformance test, Ray an application that answers with what it is sent. The suite's own load generator asks all, one
+//! after the other in the same run; Triton's `perf_analyzer` asks tritonserver and ours, by HTTP and gRPC.
 
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
@@ -22,6 +22,9 @@ const PROGRAM: &str = "runtime/cli/tests/programs/oip_conformance/triton.py";
 /// Runs `perf_analyzer` against both, from the root of the checkout.
 const PEER: &str = "benches/src/serve_suite/peers.py";
 
+/// Brings Ray Serve, which the suite starts when it is its turn.
+const RAY_SERVE: &str = "ray[serve]";
+
 /// How long a tritonserver may take to load its models.
 const START_LIMIT: Duration = Duration::from_secs(120);
 
@@ -34,9 +37,12 @@ pub(crate) fn serve(arguments: &[String]) -> ExitCode {
         .collect();
     let mut peer = None;
     if own.len() < arguments.len() {
-        match Triton::start(&Workspace::find()) {
-            Ok(triton) => {
+        let workspace = Workspace::find();
+        let ray = python_with(&workspace.target().join("peers/ray-serve"), &[RAY_SERVE]);
+        match ray.and_then(|ray| Ok((ray, Triton::start(&workspace)?))) {
+            Ok((ray, triton)) => {
                 own.extend(["--triton".to_owned(), triton.address.clone()]);
+                own.extend(["--ray-python".to_owned(), ray.display().to_string()]);
                 peer = Some(triton);
             }
             Err(reason) => return failed(&reason),
