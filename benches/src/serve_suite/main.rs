@@ -25,15 +25,23 @@ const CALLERS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 /// Callers in a quick run.
 const CALLERS_QUICK: [usize; 3] = [1, 8, 512];
 
+/// Callers that keep an endpoint of two replicas as busy as it gets: more only wait longer.
+const BUSY_CALLERS: usize = 64;
+
 /// The share of the most that was answered at which a service should be run, and at which its latencies count.
 const USUAL_LOAD: f64 = 0.7;
 
 /// How much more than the most that was answered is asked when overload is measured.
 const OVERLOAD: f64 = 2.0;
 
+/// What can be measured alone.
+const PARTS: [&str; 5] = ["router", "identity", "endpoint", "open", "changes"];
+
 /// How much is measured, and where the figures go.
 #[derive(Debug, Clone)]
 struct Options {
+    /// Of [`PARTS`]; empty for all.
+    only: Vec<String>,
     /// For each row.
     round: Duration,
     callers: &'static [usize],
@@ -51,6 +59,7 @@ impl Options {
         let own = std::env::current_exe().map_err(|error| error.to_string())?;
         let programs = own.parent().ok_or("this program lies in no folder")?;
         let mut options = Options {
+            only: Vec::new(),
             round: Duration::from_secs(5),
             callers: &CALLERS,
             programs: programs.to_owned(),
@@ -66,17 +75,28 @@ impl Options {
                     options.round = Duration::from_secs(1);
                     options.callers = &CALLERS_QUICK;
                 }
+                "--only" => {
+                    let part = value()?;
+                    if !PARTS.contains(&part.as_str()) {
+                        return Err(format!("`{part}` is none of {}", PARTS.join(", ")));
+                    }
+                    options.only.push(part);
+                }
                 "--triton" => options.triton = Some(value()?),
                 "--ray-python" => options.ray_python = Some(value()?.into()),
                 "--output" => options.output = Some(value()?.into()),
                 unknown => {
                     return Err(format!(
-                        "unknown argument `{unknown}`: there are --quick, --triton IP:PORT, --ray-python FILE and --output FILE"
+                        "unknown argument `{unknown}`: there are --quick, --only PART, --triton IP:PORT, --ray-python FILE and --output FILE"
                     ));
                 }
             }
         }
         Ok(options)
+    }
+
+    fn wants(&self, part: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == part)
     }
 }
 
@@ -95,16 +115,38 @@ fn main() -> Outcome {
 }
 
 async fn measure(options: &Options, results: &mut Results) -> Outcome {
-    parts::in_process(options.round, results).await?;
+    if options.wants("router") {
+        parts::in_process(options.round, results).await?;
+    }
+    if options.wants("identity") {
+        identity(options, results).await?;
+    }
+    if !["endpoint", "open", "changes"]
+        .iter()
+        .any(|part| options.wants(part))
     {
-        let identity = Identity::start(&options.programs)?;
-        closed(
-            options,
-            results,
-            "identity, the protocol alone",
-            &identity.target,
-        )
-        .await?;
+        return Ok(());
+    }
+    let digits = Digits::deploy(&options.programs).await?;
+    if options.wants("endpoint") {
+        parts::of_an_endpoint(options.round, results, &digits.target).await?;
+        closed(options, results, "digits, 2 replicas", &digits.target).await?;
+    }
+    if options.wants("open") {
+        open(options, results, &digits.target).await?;
+    }
+    if options.wants("changes") {
+        changes::measure(results, &digits).await?;
+    }
+    Ok(())
+}
+
+/// Servers that answer with what they are sent.
+async fn identity(options: &Options, results: &mut Results) -> Outcome {
+    {
+        let ours = Identity::start(&options.programs)?;
+        let name = "identity, the protocol alone";
+        closed(options, results, name, &ours.target).await?;
     }
     if let Some(triton) = &options.triton {
         let target = Target::identity(triton, "");
@@ -114,35 +156,28 @@ async fn measure(options: &Options, results: &mut Results) -> Outcome {
         let ray = RayServe::start(python)?;
         closed(options, results, "identity, Ray Serve", &ray.target).await?;
     }
-    let digits = Digits::deploy(&options.programs).await?;
-    parts::of_an_endpoint(options.round, results, &digits.target).await?;
-    let most = closed(options, results, "digits, 2 replicas", &digits.target).await?;
-    open(options, results, &digits.target, most).await?;
-    changes::measure(results, &digits).await
+    Ok(())
 }
 
-/// Callers that each wait for their answer; how many a second were answered at the most.
-async fn closed(
-    options: &Options,
-    results: &mut Results,
-    name: &str,
-    target: &Target,
-) -> Outcome<f64> {
-    let mut most = 0.0_f64;
+/// Callers that each wait for their answer.
+async fn closed(options: &Options, results: &mut Results, name: &str, target: &Target) -> Outcome {
     for callers in options.callers {
         load::closed(target, *callers, options.round / 10).await?;
         let outcomes = load::closed(target, *callers, options.round).await?;
         let row = format!("{name}, {callers} callers");
-        let per_second = outcomes.answered_per_second();
-        results.rate(&row, per_second, &outcomes.answered);
+        results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
         tell_the_rest(results, &row, &outcomes);
-        most = most.max(per_second);
     }
-    Ok(most)
+    Ok(())
 }
 
 /// Requests that come when they come, as those of many independent people do.
-async fn open(options: &Options, results: &mut Results, target: &Target, most: f64) -> Outcome {
+async fn open(options: &Options, results: &mut Results, target: &Target) -> Outcome {
+    load::closed(target, BUSY_CALLERS, options.round / 2).await?;
+    let outcomes = load::closed(target, BUSY_CALLERS, options.round).await?;
+    let most = outcomes.answered_per_second();
+    let row = format!("digits, the most: {BUSY_CALLERS} callers");
+    results.rate(&row, most, &outcomes.answered);
     for (name, share) in [("usual load", USUAL_LOAD), ("overload", OVERLOAD)] {
         let arrivals = Arrivals {
             per_second: most * share,
