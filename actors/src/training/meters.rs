@@ -15,7 +15,7 @@ pub(super) struct Meters {
 }
 
 /// What is shown of a line, in the order of [`Meters::show`].
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 10] = [
     "mobula_training_step",
     "mobula_training_steps",
     "mobula_training_loss",
@@ -25,6 +25,7 @@ const NAMES: [&str; 9] = [
     "mobula_training_workers",
     "mobula_training_cpu_cores",
     "mobula_training_goodput_ratio",
+    "ml_data_integration_records_processed",
 ];
 
 impl Meters {
@@ -37,7 +38,9 @@ impl Meters {
         }
     }
 
-    pub(super) fn show(&self, line: &ProgressLine) {
+    /// Shows a line, and how many records of the data this driver's trainers have learnt from by then.
+    pub(super) fn show(&self, line: &ProgressLine, records: u64) {
+        let records = records as f64;
         let values = [
             line.step as f64,
             line.steps as f64,
@@ -48,6 +51,7 @@ impl Meters {
             line.workers as f64,
             line.cpu_cores,
             line.goodput,
+            records,
         ];
         let parts = line.parts_ms.map(|part| part / 1e3);
         let shown = self.values.iter().zip(values);

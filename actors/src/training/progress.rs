@@ -275,7 +275,7 @@ impl Progress {
             parts_ms: mean.parts().map(|(_, part)| part.as_secs_f64() * 1e3),
         };
         self.log.line(format_args!("{line}"));
-        self.meters.show(&line);
+        self.meters.show(&line, self.done * self.global_batch);
         self.cpu_at_line = cpu;
         self.line_at = Instant::now();
         self.done_at_line = self.done;

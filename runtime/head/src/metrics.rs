@@ -298,6 +298,11 @@ pub(crate) async fn text(context: &Arc<HeadContext>) -> Result<String, tonic::St
         });
         register_tables(&mut registry, reading.await.unwrap_or_default());
     }
+    registry.register(
+        "ml_agent_orchestration_requests",
+        "What was asked of worker agents, by kind",
+        context.metrics.orders.clone(),
+    );
     let r = registry.sub_registry_with_prefix("mobula");
     context.metrics.register(r);
     let leadership = *context.raft.leadership().borrow();

@@ -39,7 +39,7 @@ fn is_of_hosts(name: &str) -> bool {
 
 /// Whether there is one for each training job.
 fn is_of_training(name: &str) -> bool {
-    name.starts_with("mobula_training_")
+    name.starts_with("mobula_training_") || name.starts_with("ml_data_integration_")
 }
 
 /// Whether there is one for each endpoint.
