@@ -18,49 +18,67 @@ pub(crate) fn write(
     losses: &[f64],
 ) -> Outcome {
     let layers: Vec<Value> = description.layers.iter().map(layer).collect();
-    let threads: Vec<usize> = thread_counts().iter().map(|count| count.get()).collect();
+    let network = Network::new(description)?;
+    let mut samples = Vec::new();
+    for batch in &batches.samples {
+        samples.extend(batch.flatten_all()?.to_vec1::<f32>()?);
+    }
     let document = json!({
-        "name": description.name,
         "layers": layers,
         "batch": description.batch,
         "batches": batches.samples.len(),
         "features": description.features(),
         "classes": description.classes(),
-        "threads": threads,
-        "compared_steps": COMPARED_STEPS,
-        "adamw": {
-            "lr": LEARNING_RATE, "betas": [BETA1, BETA2], "eps": EPSILON, "weight_decay": WEIGHT_DECAY,
-        },
-        "losses": losses,
     });
+    let files = [
+        ("params", f32_bytes(&network.params)),
+        ("samples", f32_bytes(&samples)),
+        ("labels", u32_bytes(&batches.labels.concat())),
+    ];
+    leave(folder, description.name, document, losses, &files)
+}
+
+/// Leaves a network: what is peculiar to it in `document`, to which is added what all have, and its files by extension.
+pub(crate) fn leave(
+    folder: &Path,
+    name: &str,
+    mut document: Value,
+    losses: &[f64],
+    files: &[(&str, Vec<u8>)],
+) -> Outcome {
+    let threads: Vec<usize> = thread_counts().iter().map(|count| count.get()).collect();
+    document["name"] = json!(name);
+    document["threads"] = json!(threads);
+    document["compared_steps"] = json!(COMPARED_STEPS);
+    document["adamw"] = json!({
+        "lr": LEARNING_RATE, "betas": [BETA1, BETA2], "eps": EPSILON, "weight_decay": WEIGHT_DECAY,
+    });
+    document["losses"] = json!(losses);
     // A name that any file system takes.
-    let stem: String = description
-        .name
+    let stem: String = name
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
         .collect();
     let path = |extension: &str| folder.join(format!("{stem}.{extension}"));
     std::fs::write(path("json"), format!("{document:#}\n"))?;
-    let network = Network::new(description)?;
-    let parameters: Vec<u8> = network
-        .params
+    for (extension, bytes) in files {
+        std::fs::write(path(extension), bytes)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn f32_bytes(values: &[f32]) -> Vec<u8> {
+    values
         .iter()
         .flat_map(|value| value.to_le_bytes())
-        .collect();
-    std::fs::write(path("params"), parameters)?;
-    let mut samples = Vec::new();
-    for batch in &batches.samples {
-        let values = batch.flatten_all()?.to_vec1::<f32>()?;
-        samples.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-    }
-    std::fs::write(path("samples"), samples)?;
-    let labels = batches
-        .labels
+        .collect()
+}
+
+pub(crate) fn u32_bytes(values: &[u32]) -> Vec<u8> {
+    values
         .iter()
-        .flatten()
-        .flat_map(|label| label.to_le_bytes());
-    std::fs::write(path("labels"), labels.collect::<Vec<u8>>())?;
-    Ok(())
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
 }
 
 fn layer(layer: &Layer) -> Value {

@@ -5,6 +5,7 @@
 
 mod exchange;
 mod kernels;
+mod language;
 mod network;
 mod steps;
 
@@ -87,6 +88,7 @@ fn main() -> Outcome {
     let options = Options::parse(std::env::args().skip(1))?;
     let mut results = Results::begin("train");
     steps::measure(&options, &mut results)?;
+    language::measure(&options, &mut results)?;
     kernels::measure(&options, &mut results)?;
     if let Some(path) = &options.output {
         results.save(path)?;

@@ -171,19 +171,7 @@ impl Network {
 
     fn update(&mut self, samples: usize) -> candle_core::Result<()> {
         self.step += 1;
-        let (mean_part, square_part) =
-            (math::power(BETA1, self.step), math::power(BETA2, self.step));
-        let update = AdamwUpdate {
-            scale: (1.0 / samples as f64) as f32,
-            beta1: BETA1 as f32,
-            one_minus_beta1: (1.0 - BETA1) as f32,
-            beta2: BETA2 as f32,
-            one_minus_beta2: (1.0 - BETA2) as f32,
-            epsilon: EPSILON as f32,
-            inverse_square_correction: (1.0 / (1.0 - square_part)) as f32,
-            keep: (1.0 - LEARNING_RATE * WEIGHT_DECAY) as f32,
-            rate: (LEARNING_RATE / (1.0 - mean_part)) as f32,
-        };
+        let update = adamw(self.step, samples);
         update.apply(
             Execution::current(),
             &mut self.params,
@@ -198,6 +186,22 @@ impl Network {
             rest = behind;
         }
         Ok(())
+    }
+}
+
+/// The update after `step` steps, counted from 1, for sums of gradients over so many samples.
+pub(crate) fn adamw(step: u64, samples: usize) -> AdamwUpdate {
+    let (mean_part, square_part) = (math::power(BETA1, step), math::power(BETA2, step));
+    AdamwUpdate {
+        scale: (1.0 / samples as f64) as f32,
+        beta1: BETA1 as f32,
+        one_minus_beta1: (1.0 - BETA1) as f32,
+        beta2: BETA2 as f32,
+        one_minus_beta2: (1.0 - BETA2) as f32,
+        epsilon: EPSILON as f32,
+        inverse_square_correction: (1.0 / (1.0 - square_part)) as f32,
+        keep: (1.0 - LEARNING_RATE * WEIGHT_DECAY) as f32,
+        rate: (LEARNING_RATE / (1.0 - mean_part)) as f32,
     }
 }
 

@@ -97,9 +97,62 @@ def network(description, values):
     return nn.Sequential(*modules)
 
 
+class Transformer(nn.Module):
+    """The decoder transformer of `actors/src/training/models/transformer.rs`, by the same names."""
+
+    def __init__(self, description, values):
+        super().__init__()
+        self.layers, self.heads = (description["transformer"][key] for key in ("layers", "heads"))
+        self.named = {}
+        for slot in description["slots"]:
+            count = int(numpy.prod(slot["shape"]))
+            first = values[slot["offset"] : slot["offset"] + count].reshape(slot["shape"])
+            self.named[slot["name"]] = nn.Parameter(torch.from_numpy(first.copy()))
+        # A name with dots cannot be registered.
+        self.all = nn.ParameterList(self.named.values())
+
+    def norm(self, x, layer):
+        return nn.functional.layer_norm(x, x.shape[-1:], self.named[f"{layer}.scale"], self.named[f"{layer}.shift"])
+
+    def dense(self, x, layer):
+        return x @ self.named[f"{layer}.weight"] + self.named[f"{layer}.bias"]
+
+    def attention(self, x, layer):
+        windows, context, width = x.shape
+        parts = self.dense(x, f"{layer}.in").reshape(windows, context, 3, self.heads, width // self.heads)
+        seen = nn.functional.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4), is_causal=True)
+        return self.dense(seen.transpose(1, 2).reshape(windows, context, width), f"{layer}.out")
+
+    def forward(self, tokens):
+        table = self.named["token.weight"]
+        x = nn.functional.embedding(tokens, table) + self.named["position.weight"]
+        for block in range(self.layers):
+            name = f"block.{block:02}"
+            x = x + self.attention(self.norm(x, f"{name}.norm.0"), f"{name}.attention")
+            hidden = self.dense(self.norm(x, f"{name}.norm.1"), f"{name}.mlp.in")
+            x = x + self.dense(nn.functional.gelu(hidden, approximate="tanh"), f"{name}.mlp.out")
+        return (self.norm(x, "norm") @ table.t()).flatten(0, 1)
+
+
+def data(description, path):
+    """The batches: what a network is given, and the classes or tokens that it shall find."""
+    shape = (description["batches"], description["batch"])
+    if "transformer" in description:
+        windows = numpy.fromfile(path.with_suffix(".samples"), dtype="<u4").astype("int64").reshape(*shape, -1)
+        return [(torch.from_numpy(x[:, :-1].copy()), torch.from_numpy(x[:, 1:].copy()).flatten()) for x in windows]
+    samples = numpy.fromfile(path.with_suffix(".samples"), dtype="<f4").reshape(*shape, description["features"])
+    labels = numpy.fromfile(path.with_suffix(".labels"), dtype="<u4").astype("int64").reshape(shape)
+    return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(samples, labels)]
+
+
 def stepper(description, values, batches, fused, dtype=torch.float32):
-    model = network(description, values).to(dtype)
-    batches = [(samples.to(dtype), labels) for samples, labels in batches]
+    build = Transformer if "transformer" in description else network
+    model = build(description, values)
+    # In place: the transformer finds its parameters by names of its own.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if "transformer" not in description:
+        batches = [(samples.to(dtype), labels) for samples, labels in batches]
     adamw = description["adamw"]
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -128,10 +181,7 @@ def compare(path, seconds):
     """Step times of one network, and its losses beside ours; whether these agree."""
     description = json.loads(path.read_text())
     values = numpy.fromfile(path.with_suffix(".params"), dtype="<f4")
-    shape = (description["batches"], description["batch"])
-    samples = numpy.fromfile(path.with_suffix(".samples"), dtype="<f4").reshape(*shape, description["features"])
-    labels = numpy.fromfile(path.with_suffix(".labels"), dtype="<u4").astype("int64").reshape(shape)
-    batches = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(samples, labels)]
+    batches = data(description, path)
     for threads in description["threads"]:
         torch.set_num_threads(threads)
         times = {}

@@ -13,7 +13,7 @@ use crate::{Options, Outcome, exchange, thread_counts};
 /// Steps whose losses are compared with the peer's.
 pub(crate) const COMPARED_STEPS: usize = 200;
 /// Different batches, taken in turn.
-const BATCHES: usize = 8;
+pub(crate) const BATCHES: usize = 8;
 
 fn descriptions() -> Vec<Description> {
     let image = Images {
@@ -63,36 +63,57 @@ pub(crate) fn measure(options: &Options, results: &mut Results) -> Outcome {
                 let mut network = Network::new(&description)?;
                 steps(options, &mut network, &batches)
             })?;
-            report(results, &description, threads.get(), &samples);
+            report(
+                results,
+                name,
+                description.operations(),
+                threads.get(),
+                &samples,
+            );
             if options.exchange.is_some() {
                 curves.push(execution.run(|| curve(&description, &batches))?);
             }
         }
         if let Some(folder) = &options.exchange {
-            // The promise, while we are here: equal bits whatever the number of threads.
-            if let Some(other) = curves.iter().find(|curve| **curve != curves[0]) {
-                return Err(format!("{name}: {other:?} is not {:?}", curves[0]).into());
-            }
+            same_curve(name, &curves)?;
             exchange::write(folder, &description, &batches, &curves[0])?;
         }
     }
     Ok(())
 }
 
-type StepResult<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+/// The promise, while we are here: equal bits whatever the number of threads.
+pub(crate) fn same_curve(name: &str, curves: &[Vec<f64>]) -> Outcome {
+    match curves.iter().find(|curve| **curve != curves[0]) {
+        Some(other) => Err(format!("{name}: {other:?} is not {:?}", curves[0]).into()),
+        None => Ok(()),
+    }
+}
+
+pub(crate) type StepResult<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 fn steps(options: &Options, network: &mut Network, batches: &Batches) -> StepResult<Samples> {
     let pairs: Vec<(&Tensor, &Vec<u32>)> = batches.samples.iter().zip(&batches.labels).collect();
+    timed(options, |turn| {
+        let (samples, labels) = pairs[turn % pairs.len()];
+        network.step(samples, labels)
+    })
+}
+
+/// How long steps take; `step` is told how many were before it, and says its loss.
+pub(crate) fn timed(
+    options: &Options,
+    mut step: impl FnMut(usize) -> StepResult<f64>,
+) -> StepResult<Samples> {
     let mut turn = 0;
     let mut failure = None;
     let samples = repeat(options.settings(), || {
-        let (samples, labels) = pairs[turn % pairs.len()];
-        turn += 1;
-        match network.step(samples, labels) {
+        match step(turn) {
             Ok(loss) if loss.is_finite() => {}
             Ok(loss) => failure = Some(format!("the loss is {loss}").into()),
             Err(error) => failure = Some(error),
         }
+        turn += 1;
     });
     match failure {
         Some(error) => Err(error),
@@ -100,11 +121,18 @@ fn steps(options: &Options, network: &mut Network, batches: &Batches) -> StepRes
     }
 }
 
-fn report(results: &mut Results, description: &Description, threads: usize, samples: &Samples) {
-    let name = format!("step, {}, {threads} thread(s)", description.name);
+/// A row of a network whose step multiplies and adds so often.
+pub(crate) fn report(
+    results: &mut Results,
+    name: &str,
+    operations: f64,
+    threads: usize,
+    samples: &Samples,
+) {
+    let name = format!("step, {name}, {threads} thread(s)");
     let ms = |share| samples.quantile(share).as_secs_f64() * 1e3;
     let (p50, p99) = (ms(0.5), ms(0.99));
-    let gflops = description.operations() / (p50 / 1e3) / 1e9;
+    let gflops = operations / (p50 / 1e3) / 1e9;
     results.row(
         &format!("{name:<64} {p50:>10.3} ms  p99 {p99:.3} ms, {gflops:.1} GFLOP/s"),
         json!({ "name": name, "unit": "ms", "p50": p50, "p99": p99, "gflops": gflops, "count": samples.count() }),
