@@ -30,7 +30,7 @@ pub const DOMAIN_DECODERS: &[Decoder] = &[
     Decoder {
         name: "version_file",
         run: version_file,
-        seeds: no_seeds,
+        seeds: version_file_seeds,
     },
     Decoder {
         name: "oip_json",
@@ -118,8 +118,30 @@ fn job_toml_seeds() -> Vec<Vec<u8>> {
     vec![text.into()]
 }
 
+fn version_file_seeds() -> Vec<Vec<u8>> {
+    use mobula_actors::registry::imported_file::{Description, ImportedFile, ModelFormat};
+    let description = Description {
+        model_name: "a".into(),
+        format: ModelFormat::Onnx,
+        files: Default::default(),
+        inputs: Vec::new(),
+        outputs: Vec::new(),
+        max_batch_size: 8,
+    };
+    let file = ("model.onnx".to_owned(), bytes::Bytes::from_static(b"abc"));
+    vec![ImportedFile::new(description, &[file].into()).to_bytes()]
+}
+
 fn version_file(bytes: &[u8]) {
     let _ = mobula_actors::registry::version_file::VersionFile::from_bytes(bytes);
+    let artifact = bytes::Bytes::copy_from_slice(bytes);
+    let artifact = mobula_actors::registry::artifact::Artifact::from_bytes(&artifact);
+    if let Ok(mobula_actors::registry::artifact::Artifact::Imported(file)) = artifact {
+        // Every file that it says it has is there.
+        for name in file.description.files.keys() {
+            assert!(file.file(name).is_some(), "{name}");
+        }
+    }
     let csv = mobula_actors::training::data::csv::CsvSpec {
         files: Vec::new(),
         header: false,

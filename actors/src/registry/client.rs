@@ -11,7 +11,8 @@ use super::provenance::Provenance;
 use super::search::{Filter, ModelView, Page, Selector, VersionView};
 use super::stages::{ModelState, Policy, SignedEdge, StageChange};
 use super::state::{Command, ModelVersion, NewVersion, Query};
-use super::version_file::{VersionFile, VersionFileError};
+use super::version_file::{StoredVersion, VersionFile, VersionFileError};
+use super::versions::IMPORTED;
 use crate::ask;
 use crate::storage::open_blobs;
 
@@ -58,6 +59,28 @@ pub async fn publish(
         }),
     };
     Ok(change(cluster, "register a model", &command).await?)
+}
+
+/// Registers an imported version whose file is stored; `new` is given its name and size, and `origin` its SHA-256.
+pub async fn register_imported(
+    cluster: &Cluster,
+    stored: StoredVersion,
+    new: NewVersion,
+    origin: Provenance,
+) -> mobula::Result<ModelVersion> {
+    let command = Command::RegisterRun {
+        version: NewVersion {
+            digest: stored.digest,
+            size_bytes: stored.size_bytes,
+            job: IMPORTED,
+            ..new
+        },
+        provenance: Box::new(Provenance {
+            sha256: Some(stored.sha256),
+            ..origin
+        }),
+    };
+    change(cluster, "register a model", &command).await
 }
 
 /// Applies a command, and decodes its answer.

@@ -1,7 +1,8 @@
 //! The model registry: immutable versions, each named by the digest of its file, where each came from, and
 //! who decided what becomes of it.
 //!
-//! * [`version_file`]: what a version consists of, as one verified file in the object store.
+//! * [`version_file`]: what a version consists of, as one verified file in the object store; [`imported_file`]: the
+//!   same for one that other tools made; [`artifact`]: either.
 //! * [`state`]: the replicated module (pure): its commands and questions. What they do is in [`versions`],
 //!   [`stages`], [`aliases`], [`keys`] and [`search`]; [`provenance`] says what production needs.
 //! * [`statement`], [`envelope`], [`signer`]: what is signed, how it is checked, and who has private keys
@@ -12,12 +13,14 @@
 //! * [`client`]: what jobs and the command line ask it, and how a job publishes a version.
 
 pub mod aliases;
+pub mod artifact;
 pub mod audit_file;
 pub mod bundle;
 pub mod client;
 pub mod decide;
 pub mod envelope;
 pub mod events;
+pub mod imported_file;
 pub mod key_holder;
 pub mod keys;
 pub mod merkle;

@@ -121,12 +121,14 @@ pub fn missing(version: &ModelVersion, provenance: Option<&Provenance>) -> Vec<&
     let NewVersion {
         metrics,
         training_json,
+        dataset_blake3,
         ..
     } = &version.description;
     let hyperparameters: Option<serde_json::Map<String, serde_json::Value>> =
         serde_json::from_str(training_json).ok();
     [
         ("artifact_sha256", provenance.sha256.is_none()),
+        ("dataset", dataset_blake3.is_empty()),
         ("code", provenance.code.is_none()),
         ("environment", provenance.environment.is_empty()),
         (

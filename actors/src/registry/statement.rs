@@ -221,7 +221,10 @@ pub fn provenance(version: &ModelVersion, provenance: &Provenance) -> Vec<u8> {
     let training: Value = serde_json::from_str(&description.training_json).unwrap_or(Value::Null);
     let blake3 = |name: &str, digest: &str| json!({ "name": name, "digest": { "blake3": digest } });
     let checkpoint = |name: &str, of: &CheckpointOrigin| json!({ "name": name, "uri": of.manifest, "digest": { "blake3": of.digest } });
-    let mut dependencies = vec![blake3("dataset", &description.dataset_blake3)];
+    let mut dependencies = Vec::new();
+    if !description.dataset_blake3.is_empty() {
+        dependencies.push(blake3("dataset", &description.dataset_blake3));
+    }
     if let Some(code) = &provenance.code {
         dependencies.push(blake3(&code.reference, &code.blake3));
     }
@@ -236,6 +239,10 @@ pub fn provenance(version: &ModelVersion, provenance: &Provenance) -> Vec<u8> {
         byproducts.push(blake3("run record", record));
     }
     byproducts.push(json!({ "name": "metrics", "annotations": description.metrics }));
+    let invocation = match version.is_imported() {
+        false => format!("job-{}", description.job),
+        true => "imported".to_owned(),
+    };
     let predicate = json!({
         "buildDefinition": {
             "buildType": BUILD_TYPE,
@@ -248,7 +255,7 @@ pub fn provenance(version: &ModelVersion, provenance: &Provenance) -> Vec<u8> {
         },
         "runDetails": {
             "builder": { "id": BUILDER },
-            "metadata": { "invocationId": format!("job-{}", description.job) },
+            "metadata": { "invocationId": invocation },
             "byproducts": byproducts,
         },
     });

@@ -14,7 +14,7 @@ use mobula_core::codec;
 use mobula_storage::blob::{BlobError, BlobStore};
 use serde::{Deserialize, Serialize};
 
-use super::{hex, merkle};
+use super::{hex, imported_file, merkle};
 use crate::drift::{Reference, ReferenceError};
 use crate::training::data::SampleShape;
 use crate::training::model::{Model, ModelError};
@@ -87,7 +87,7 @@ pub enum VersionFileError {
     Store(#[from] BlobError),
     /// Larger than what is allowed.
     #[error(
-        "the version file has {size_bytes} bytes, the limit is {limit_bytes}; train a smaller model"
+        "the version file has {size_bytes} bytes, the limit is {limit_bytes}; use a smaller model"
     )]
     TooLarge {
         /// Its size.
@@ -115,6 +115,14 @@ pub enum VersionFileError {
     /// Not a version file, or one of a newer format.
     #[error("not a version file of format {FORMAT}: {0}; use the release that wrote it")]
     Malformed(String),
+    /// A version that was made elsewhere, where one is wanted that was trained here.
+    #[error(
+        "the version was imported: it has no training data, so it is neither watched for drift nor compared"
+    )]
+    Imported,
+    /// Not the file of an imported version, or one of a newer layout.
+    #[error("not the file of an imported version: {0}; use the release that wrote it")]
+    MalformedImport(String),
     /// The parameters do not fit the network.
     #[error("the version's network cannot be built: {0}")]
     Model(#[from] ModelError),
@@ -136,6 +144,9 @@ impl VersionFile {
     /// The version that verified `bytes` spell.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, VersionFileError> {
         let malformed = |reason: String| VersionFileError::Malformed(reason);
+        if imported_file::is_imported(bytes) {
+            return Err(VersionFileError::Imported);
+        }
         let Some((header, body)) = bytes.split_at_checked(HEADER_BYTES) else {
             return Err(malformed(format!("it has {} bytes", bytes.len())));
         };
@@ -188,23 +199,7 @@ impl VersionFile {
 
     /// Stores the file under its name.
     pub async fn store(&self, blobs: &BlobStore) -> Result<StoredVersion, VersionFileError> {
-        let bytes = self.to_bytes();
-        let size_bytes = bytes.len() as u64;
-        if size_bytes > VERSION_FILE_BYTES_MAX {
-            let limit_bytes = VERSION_FILE_BYTES_MAX;
-            return Err(VersionFileError::TooLarge {
-                size_bytes,
-                limit_bytes,
-            });
-        }
-        let digest = blake3::hash(&bytes).to_string();
-        let sha256 = hex::encode(&merkle::hash(&bytes));
-        blobs.renew(&path(&digest), bytes.into()).await?;
-        Ok(StoredVersion {
-            digest,
-            sha256,
-            size_bytes,
-        })
+        store_bytes(blobs, self.to_bytes()).await
     }
 
     /// Loads the file of this name, and verifies all of it.
@@ -215,6 +210,29 @@ impl VersionFile {
     ) -> Result<Self, VersionFileError> {
         Self::from_bytes(&fetch(blobs, digest, size_bytes).await?)
     }
+}
+
+/// Stores the bytes of a version's file under their name.
+pub(super) async fn store_bytes(
+    blobs: &BlobStore,
+    bytes: Vec<u8>,
+) -> Result<StoredVersion, VersionFileError> {
+    let size_bytes = bytes.len() as u64;
+    if size_bytes > VERSION_FILE_BYTES_MAX {
+        let limit_bytes = VERSION_FILE_BYTES_MAX;
+        return Err(VersionFileError::TooLarge {
+            size_bytes,
+            limit_bytes,
+        });
+    }
+    let digest = blake3::hash(&bytes).to_string();
+    let sha256 = hex::encode(&merkle::hash(&bytes));
+    blobs.renew(&path(&digest), bytes.into()).await?;
+    Ok(StoredVersion {
+        digest,
+        sha256,
+        size_bytes,
+    })
 }
 
 /// The bytes of the file of this name, verified.

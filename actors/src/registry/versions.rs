@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use mobula_core::control::{ApplyContext, Reader, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
+use mobula_core::id::JobId;
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +31,9 @@ pub(super) const TRAINING_JSON_BYTES_MAX: usize = 8 * 1024;
 const METRICS_MAX: usize = 64;
 const METRIC_NAME_BYTES_MAX: usize = 64;
 
+/// The job of versions that no job trained: that of the system, which trains nothing.
+pub const IMPORTED: u64 = JobId::SYSTEM.0;
+
 /// What a new version says about itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NewVersion {
@@ -39,11 +43,12 @@ pub struct NewVersion {
     pub digest: String,
     /// Size of that file, in bytes.
     pub size_bytes: u64,
-    /// BLAKE3 of weights and optimizer state, as the training job reported it.
+    /// BLAKE3 of weights and optimizer state, as the training job reported it; of an imported version, of the file that
+    /// holds its weights.
     pub weights_blake3: String,
-    /// BLAKE3 of the data set's source bytes.
+    /// BLAKE3 of the data set's source bytes; empty for an imported version of which nobody said it.
     pub dataset_blake3: String,
-    /// The training job.
+    /// The training job; [`IMPORTED`] if there was none.
     pub job: u64,
     /// What was measured on held-out data: `accuracy` …
     pub metrics: BTreeMap<String, f64>,
@@ -60,6 +65,14 @@ pub struct ModelVersion {
     pub registered_ms: u64,
     /// What it says about itself.
     pub description: NewVersion,
+}
+
+impl ModelVersion {
+    /// Whether it was made elsewhere.
+    #[must_use]
+    pub fn is_imported(&self) -> bool {
+        self.description.job == IMPORTED
+    }
 }
 
 /// One version of a model; the newest if `version` is absent.
@@ -144,8 +157,12 @@ fn check(new: &NewVersion) -> Result<(), Rejection> {
         ("weights_blake3", &new.weights_blake3),
         ("dataset_blake3", &new.dataset_blake3),
     ];
+    let is_unknown =
+        |field, value: &str| field == "dataset_blake3" && value.is_empty() && new.job == IMPORTED;
     for (field, value) in digests {
-        check_digest(field, value)?;
+        if !is_unknown(field, value) {
+            check_digest(field, value)?;
+        }
     }
     let size = new.training_json.len();
     if size > TRAINING_JSON_BYTES_MAX {
@@ -180,6 +197,7 @@ pub(super) fn check_digest(field: &str, value: &str) -> Result<(), Rejection> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::registry::provenance;
     use crate::registry::state::tests::World;
 
     pub(in crate::registry) fn new_version(digest: char) -> NewVersion {
@@ -222,6 +240,22 @@ pub(super) mod tests {
             let error = world.register(new_version(digest)).unwrap_err();
             assert!(error.message.contains("lower-case hexadecimal"), "{error}");
         }
+    }
+
+    #[test]
+    fn only_an_imported_version_may_leave_its_data_unsaid() {
+        let mut world = World::default();
+        let of = |job| NewVersion {
+            dataset_blake3: String::new(),
+            job,
+            ..new_version('1')
+        };
+        let error = world.register(of(3)).unwrap_err();
+        assert!(error.message.contains("dataset_blake3 is"), "{error}");
+        let imported = world.register(of(IMPORTED)).unwrap();
+        assert!(imported.is_imported());
+        assert!(provenance::missing(&imported, None).contains(&"dataset"));
+        assert!(!world.register(new_version('2')).unwrap().is_imported());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Joins waiting requests into batches (Triton's dynamic batching, in its simple form).
 //!
 //! 1. Requests keep their order and are never split over two batches; a request may hold several rows.
-//! 2. A batch leaves when the next request would exceed the largest batch, or when its oldest request has waited for the
-//!    largest delay, or when no delay is allowed.
+//! 2. A batch leaves when the next request would exceed the largest batch or does not fit the others, when its oldest
+//!    request has waited for the largest delay, when no delay is allowed, or when waiting for one more is not worth it.
 //! 3. The queue is bounded; past it a request is refused at once and was not executed.
 //! 4. A caller who has gone before the batch leaves is dropped from it, and a batch is dropped when all of its callers have gone.
 //!    One batch runs at a time, so a runner needs no lock.
@@ -16,16 +16,34 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use super::patience::{Arrivals, BatchCost, patience};
+
 /// The bounds of a batcher.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatcherConfig {
     /// Rows in a batch, at least 1.
     pub max_batch_rows: usize,
-    /// How long the oldest request waits for others; zero sends whatever has queued up while the last batch ran.
-    pub max_delay: Duration,
+    /// How long requests wait for others.
+    pub delay: Delay,
     /// Requests that wait while a batch runs, at least 1; past it callers get [`BatchError::Overloaded`].
     pub max_queued_requests: usize,
 }
+
+/// How long requests wait for others to share a batch with. What has queued up while the last batch ran is always joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delay {
+    /// The oldest so long; zero is not at all.
+    Fixed(Duration),
+    /// As long as that saves more than it costs ([`super::patience`]), the oldest at most so long, and none past its
+    /// deadline.
+    Adaptive {
+        /// The longest.
+        max: Duration,
+    },
+}
+
+/// Waits shorter than this are not made: the runtime's clock counts milliseconds, and would make them as long.
+const WAIT_MIN: Duration = Duration::from_millis(1);
 
 /// Why a request got no answer.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -72,6 +90,12 @@ pub trait BatchRunner: Send + 'static {
     type Row: Send + 'static;
     /// What one row becomes.
     type Output: Send + 'static;
+
+    /// Whether a row may be part of a batch that begins with `first` and has `rows` rows already.
+    fn joins(first: &Self::Row, rows: usize, next: &Self::Row) -> bool {
+        let _ = (first, rows, next);
+        true
+    }
 
     /// Computes one output a row, in order.
     ///
@@ -217,6 +241,9 @@ impl Batcher {
             incoming,
             waiting: VecDeque::new(),
             stopping,
+            cost: BatchCost::default(),
+            arrivals: Arrivals::default(),
+            last_arrival: None,
         };
         let task = tokio::spawn(worker.work());
         (Self { stop, task }, BatcherHandle { queue, config })
@@ -243,6 +270,11 @@ struct Worker<B: BatchRunner> {
     /// The batch that grows, at most one batch of rows and one request that did not fit.
     waiting: VecDeque<Pending<B::Row, B::Output>>,
     stopping: watch::Receiver<bool>,
+    /// What batches take.
+    cost: BatchCost,
+    /// When requests come.
+    arrivals: Arrivals,
+    last_arrival: Option<Instant>,
 }
 
 impl<B: BatchRunner> Worker<B> {
@@ -272,14 +304,11 @@ impl<B: BatchRunner> Worker<B> {
             // What is there already joins without waiting, so that a zero delay still batches under load.
             while self.waiting_rows() < self.config.max_batch_rows {
                 match self.incoming.try_recv() {
-                    Ok(pending) => self.waiting.push_back(pending),
+                    Ok(pending) => self.arrived(pending),
                     Err(_) => break,
                 }
             }
-            let due = self
-                .waiting
-                .front()
-                .map(|oldest| oldest.queued_at + self.config.max_delay);
+            let due = self.due();
             if due.is_some_and(|due| due <= Instant::now())
                 || self.waiting_rows() >= self.config.max_batch_rows
             {
@@ -295,7 +324,7 @@ impl<B: BatchRunner> Worker<B> {
                 biased;
                 _ = self.stopping.changed() => return false,
                 next = next => match next {
-                    Ok(Some(pending)) => self.waiting.push_back(pending),
+                    Ok(Some(pending)) => self.arrived(pending),
                     // Every handle is gone and the queue is empty: what waits is still answered.
                     Ok(None) => return !self.waiting.is_empty(),
                     Err(_elapsed) => return true,
@@ -304,22 +333,69 @@ impl<B: BatchRunner> Worker<B> {
         }
     }
 
+    fn arrived(&mut self, pending: Pending<B::Row, B::Output>) {
+        let at = pending.queued_at;
+        if let Some(last) = self.last_arrival.replace(at) {
+            let gap = at.saturating_duration_since(last);
+            self.arrivals.record(gap, pending.rows.len());
+        }
+        self.waiting.push_back(pending);
+    }
+
+    /// When the waiting requests should leave.
+    fn due(&self) -> Option<Instant> {
+        let oldest = self.waiting.front()?;
+        let max = match self.config.delay {
+            Delay::Fixed(delay) => return Some(oldest.queued_at + delay),
+            Delay::Adaptive { max } => max,
+        };
+        let now = Instant::now();
+        let (requests, rows) = self.fitting();
+        if requests < self.waiting.len() {
+            return Some(now);
+        }
+        let since_last = self.last_arrival.map_or(Duration::ZERO, |last| now - last);
+        let wait = patience(&self.cost, &self.arrivals, requests, since_last);
+        if wait < WAIT_MIN {
+            return Some(now);
+        }
+        // The answer has to be there in time, and one batch is not like the other.
+        let expected = self.cost.expected(rows + 1) * 2;
+        let deadlines = self.waiting.iter().filter_map(|pending| pending.until);
+        let latest = deadlines
+            .min()
+            .and_then(|until| until.checked_sub(expected));
+        let due = (now + wait).min(oldest.queued_at + max);
+        Some(latest.map_or(due, |latest| due.min(latest)))
+    }
+
     fn waiting_rows(&self) -> usize {
         self.waiting.iter().map(|pending| pending.rows.len()).sum()
     }
 
-    /// Takes requests from the front while they fit into one batch.
+    /// How many requests from the front fit into one batch, and their rows.
+    fn fitting(&self) -> (usize, usize) {
+        let mut rows = 0;
+        let Some(first) = self.waiting.front() else {
+            return (0, 0);
+        };
+        for (count, next) in self.waiting.iter().enumerate() {
+            let with_next = rows + next.rows.len();
+            // The rows of one request fit each other, so its first speaks for all.
+            let fits = count == 0 || B::joins(&first.rows[0], with_next - 1, &next.rows[0]);
+            if with_next > self.config.max_batch_rows || !fits {
+                return (count, rows);
+            }
+            rows = with_next;
+        }
+        (self.waiting.len(), rows)
+    }
+
+    /// Takes the requests from the front that fit into one batch.
     fn take_batch(&mut self) -> Vec<Pending<B::Row, B::Output>> {
         self.waiting.retain(|pending| !pending.reply.is_closed());
-        let (mut batch, mut rows) = (Vec::new(), 0);
-        while let Some(next) = self.waiting.front() {
-            if rows + next.rows.len() > self.config.max_batch_rows {
-                break;
-            }
-            rows += next.rows.len();
-            batch.extend(self.waiting.pop_front());
-        }
-        batch
+        let (requests, _) = self.fitting();
+        self.waiting.drain(..requests).collect()
     }
 
     async fn run_batch(&mut self, batch: Vec<Pending<B::Row, B::Output>>) {
@@ -356,7 +432,10 @@ impl<B: BatchRunner> Worker<B> {
         };
         let computed = started.elapsed();
         let mut outputs = match result {
-            Ok(outputs) if outputs.len() == batch_rows => outputs.into_iter(),
+            Ok(outputs) if outputs.len() == batch_rows => {
+                self.cost.record(batch_rows, computed);
+                outputs.into_iter()
+            }
             failed => {
                 let error = match failed {
                     Ok(outputs) => BatchError::OutputCount {

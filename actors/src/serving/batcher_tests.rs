@@ -39,10 +39,9 @@ fn start(
     max_queued_requests: usize,
 ) -> (Batcher, Handle, Batches) {
     let batches = Batches::default();
-    let max_delay = Duration::from_millis(max_delay_ms);
     let config = BatcherConfig {
         max_batch_rows,
-        max_delay,
+        delay: Delay::Fixed(Duration::from_millis(max_delay_ms)),
         max_queued_requests,
     };
     let (batcher, handle) = Batcher::start(
@@ -127,6 +126,120 @@ async fn without_delay_batches_form_while_one_runs() {
         call.await.unwrap().unwrap();
     }
     assert_eq!(*batches.lock().unwrap(), [vec![1], vec![2, 3]]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_that_do_not_fit_each_other_wait_for_the_next_batch() {
+    /// Joins rows with the same last digit, at most as many as that digit.
+    struct Alike(Batches);
+    impl BatchRunner for Alike {
+        type Row = u32;
+        type Output = u32;
+        fn joins(first: &u32, rows: usize, next: &u32) -> bool {
+            first % 10 == next % 10 && rows < (first % 10) as usize
+        }
+        async fn run(&mut self, rows: Vec<u32>) -> Result<Vec<u32>, String> {
+            self.0.lock().unwrap().push(rows.clone());
+            tokio::time::sleep(COMPUTE).await;
+            Ok(rows)
+        }
+    }
+    let batches = Batches::default();
+    let config = BatcherConfig {
+        max_batch_rows: 8,
+        delay: Delay::Fixed(Duration::ZERO),
+        max_queued_requests: 100,
+    };
+    let (_batcher, handle) = Batcher::start(config, Alike(Arc::clone(&batches)));
+    let requests = [&[9][..], &[3], &[13], &[2, 12], &[23, 33], &[43, 53]];
+    let calls = requests.map(|rows| spawn(&handle, rows));
+    for (call, rows) in calls.into_iter().zip(requests) {
+        assert_eq!(call.await.unwrap().unwrap().outputs, rows);
+    }
+    assert_eq!(
+        *batches.lock().unwrap(),
+        [
+            vec![9],
+            vec![3, 13],
+            vec![2, 12],
+            vec![23, 33],
+            vec![43, 53]
+        ]
+    );
+}
+
+/// Has a batcher learn that a batch takes 40 ms however many rows it has, and that requests come in pairs, 2 ms apart.
+async fn adaptive(max_ms: u64) -> (Batcher, Handle, Batches) {
+    const COST: Duration = Duration::from_millis(40);
+    struct Constant(Batches);
+    impl BatchRunner for Constant {
+        type Row = u32;
+        type Output = u32;
+        async fn run(&mut self, rows: Vec<u32>) -> Result<Vec<u32>, String> {
+            self.0.lock().unwrap().push(rows.clone());
+            tokio::time::sleep(COST).await;
+            Ok(rows)
+        }
+    }
+    let batches = Batches::default();
+    let config = BatcherConfig {
+        max_batch_rows: 8,
+        delay: Delay::Adaptive {
+            max: Duration::from_millis(max_ms),
+        },
+        max_queued_requests: 100,
+    };
+    let (batcher, handle) = Batcher::start(config, Constant(Arc::clone(&batches)));
+    for round in 0..40 {
+        let rows: &[u32] = if round % 2 == 0 { &[1] } else { &[1, 2, 3] };
+        let first = spawn(&handle, rows);
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        let second = spawn(&handle, &[4]);
+        first.await.unwrap().unwrap();
+        second.await.unwrap().unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    batches.lock().unwrap().clear();
+    (batcher, handle, batches)
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_soon_is_waited_for_and_nobody_for_longer_than_that() {
+    let (_batcher, handle, batches) = adaptive(1_000).await;
+    let first = spawn(&handle, &[1]);
+    tokio::time::sleep(Duration::from_millis(2)).await;
+    let second = spawn(&handle, &[2]);
+    let first = first.await.unwrap().unwrap();
+    assert_eq!(first.batch_rows, 2);
+    // Nor for a third one.
+    assert!(
+        first.queued <= Duration::from_millis(7),
+        "{:?}",
+        first.queued
+    );
+    second.await.unwrap().unwrap();
+    assert_eq!(*batches.lock().unwrap(), [[1, 2]]);
+    // One whose companion does not come is sent after the time in which they come.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let alone = handle.submit(vec![3]).await.unwrap();
+    assert!(
+        alone.queued <= Duration::from_millis(5),
+        "{:?}",
+        alone.queued
+    );
+    assert!(alone.queued >= WAIT_MIN, "{:?}", alone.queued);
+}
+
+#[tokio::test(start_paused = true)]
+async fn neither_the_bound_nor_a_deadline_is_waited_past() {
+    let (_batcher, handle, _) = adaptive(1).await;
+    let answer = handle.submit(vec![1]).await.unwrap();
+    assert_eq!(answer.queued, WAIT_MIN);
+    let (_batcher, handle, _) = adaptive(1_000).await;
+    // Twice what a batch takes, and nothing more to wait.
+    let until = Instant::now() + Duration::from_millis(80);
+    let answer = handle.submit_until(vec![1], until).await.unwrap();
+    assert!(answer.queued <= WAIT_MIN, "{:?}", answer.queued);
 }
 
 #[tokio::test(start_paused = true)]

@@ -23,6 +23,7 @@ use super::rollout::state::newest;
 use super::router::Router;
 use super::state::{Command, Endpoint, endpoints};
 use crate::drift::monitor::Monitor;
+use crate::registry::versions::find as find_version;
 
 /// The CPU that a router or monitor asks for, in thousandths of a core: they mostly wait.
 const LIGHT_CPU_MILLI: u64 = 50;
@@ -134,7 +135,7 @@ fn bring_up(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>)
             replicas_of(endpoint, &active, endpoint.replicas)
         }
     };
-    wanted.extend(companions_of(endpoint));
+    wanted.extend(companions_of(reader, endpoint));
     let missing: Vec<ActorSpec> = wanted
         .into_iter()
         .filter(|spec| {
@@ -257,8 +258,8 @@ fn names_of(reader: &dyn Reader, endpoint: &Endpoint, version: u64) -> Vec<Strin
         .collect()
 }
 
-/// The router and the monitor.
-fn companions_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
+/// The router, and the monitor of a version that was trained here: there is nothing to compare another one with.
+fn companions_of(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<ActorSpec> {
     let name = &endpoint.name;
     let mut router = spec_of(
         Router::new(endpoint.clone()),
@@ -267,6 +268,10 @@ fn companions_of(endpoint: &Endpoint) -> Vec<ActorSpec> {
     );
     // A process of its own: what kills a replica must not close the front door.
     router.isolated = true;
+    let version = find_version(reader, &endpoint.model, Some(endpoint.version));
+    if version.is_ok_and(|version| version.is_imported()) {
+        return vec![router];
+    }
     let monitor = Monitor::new(
         name.clone(),
         endpoint.model.clone(),

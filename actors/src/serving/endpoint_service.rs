@@ -6,7 +6,7 @@
 //! 2. A request's rows reach the monitor's feed after they were answered, and never delay anybody.
 //! 3. What a candidate does not answer, the active version does: a trial costs no caller an answer. The
 //!    candidate's failure is counted all the same.
-//! 4. A number that is none is no answer.
+//! 4. A number that is none is no answer of a version that was trained here.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,59 +16,23 @@ use tokio::sync::watch;
 
 use super::arm::{Arm, Assigned, Routes};
 use super::batcher::BatchAnswer;
-use super::feed::Observation;
-use super::fleet::{BATCH_ROWS_MAX, Backend, Prediction};
-use super::http::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
+use super::fleet::Backend;
+use super::http::{InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
-    Datatype, DecodeError, Explanation, InferRequest, InferResponse, ModelMetadata, ModelState,
-    OipError, Parameter, Parameters, RepositoryEntry, ServerMetadata, Tensor, TensorData,
-    TensorMetadata,
+    DecodeError, Explanation, InferRequest, InferResponse, ModelMetadata, ModelState, OipError,
+    Parameter, Parameters, RepositoryEntry, ServerMetadata,
 };
 use super::rollout::trial::Outcome;
+use super::rows::Row;
+use super::signature::Signature;
 use super::statistics::{ModelStatistics, RequestTimes};
-
-/// The input: pixels scaled to 0..=1, row by row.
-pub const INPUT: &str = "image";
-/// The output with the probability of each class.
-pub const PROBABILITIES: &str = "probabilities";
-/// The output with the most probable class.
-pub const CLASS: &str = "class";
 
 /// The parameter that says how long a request waits, in microseconds.
 pub const TIMEOUT: &str = "timeout";
 
-/// What a value takes in a JSON body: a number of 17 digits with sign and exponent, and the white space of a printer that
-/// puts each on a line of its own.
-const VALUE_TEXT_BYTES: usize = 64;
-
-/// Values of a row, at most: a full batch of them then takes half of what a call may hold.
-pub const ROW_VALUES_MAX: usize = 8192;
-
-/// The bodies that an endpoint reads whose rows have so many values: a full batch as JSON, and what is around it. For
-/// rows of 64 values, a thousand connections can so be made to hold a gigabyte.
-#[must_use]
-pub fn body_limits(row_values: usize) -> BodyLimits {
-    BodyLimits {
-        max_bytes: BATCH_ROWS_MAX * row_values * VALUE_TEXT_BYTES + 64 * 1024,
-        timeout: Duration::from_secs(20),
-    }
-}
-
-/// What all versions of an endpoint take and give.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Signature {
-    /// Values of a row.
-    pub row_values: usize,
-    /// Classes that are told apart.
-    pub classes: usize,
-    /// The names of the classes, in their order.
-    pub labels: Vec<String>,
-}
-
 /// Answers the protocol for one endpoint.
 pub struct EndpointService<B> {
-    row_values: usize,
-    classes: usize,
+    signature: Signature,
     /// Without its versions, which change.
     metadata: ModelMetadata,
     routes: watch::Receiver<Arc<Routes<B>>>,
@@ -89,35 +53,9 @@ impl<B: Backend> EndpointService<B> {
     /// The service of the endpoint `name`.
     #[must_use]
     pub fn new(name: &str, signature: Signature, routes: watch::Receiver<Arc<Routes<B>>>) -> Self {
-        let Signature {
-            row_values,
-            classes,
-            labels,
-        } = signature;
-        let tensor = |name: &str, datatype, shape: &[i64]| TensorMetadata {
-            name: name.to_owned(),
-            datatype,
-            shape: shape.to_vec(),
-            labels: Vec::new(),
-        };
-        let metadata = ModelMetadata {
-            name: name.to_owned(),
-            versions: Vec::new(),
-            platform: "mobula_candle".to_owned(),
-            max_batch_size: BATCH_ROWS_MAX as u32,
-            inputs: vec![tensor(INPUT, Datatype::Fp32, &[-1, row_values as i64])],
-            outputs: vec![
-                TensorMetadata {
-                    labels,
-                    ..tensor(PROBABILITIES, Datatype::Fp32, &[-1, classes as i64])
-                },
-                tensor(CLASS, Datatype::Int64, &[-1]),
-            ],
-        };
         EndpointService {
-            row_values,
-            classes,
-            metadata,
+            metadata: signature.metadata(name),
+            signature,
             routes,
             keyless: AtomicU64::new(0),
         }
@@ -185,7 +123,7 @@ impl<B: Backend> EndpointService<B> {
             limit: time_limit(&request)?,
         };
         // A request that no version could answer says nothing about one.
-        let rows = match rows_of(request, self.row_values) {
+        let rows = match self.signature.rows_of(request) {
             Ok(rows) => rows,
             Err(error) => {
                 assigned.arm.statistics().record_failure(started.elapsed());
@@ -218,7 +156,7 @@ impl<B: Backend> EndpointService<B> {
     async fn infer_rows(
         &self,
         arm: &Arm<B>,
-        rows: Vec<Vec<f32>>,
+        rows: Vec<Row>,
         compute_input: Duration,
         asked: Asked,
     ) -> Result<InferResponse, OipError> {
@@ -234,7 +172,7 @@ impl<B: Backend> EndpointService<B> {
     async fn infer_with(
         &self,
         arm: &Arm<B>,
-        rows: Vec<Vec<f32>>,
+        rows: Vec<Row>,
         compute_input: Duration,
         asked: Asked,
     ) -> Result<InferResponse, OipError> {
@@ -243,7 +181,7 @@ impl<B: Backend> EndpointService<B> {
             .infer_within(&self.metadata.name, rows.clone(), asked.limit);
         let answer = answered.await?;
         let splitting = Instant::now();
-        let mut response = self.response(arm.version(), &answer.outputs)?;
+        let mut response = self.response(arm.version(), answer.outputs.clone())?;
         let times = RequestTimes {
             queue: answer.queued,
             compute_input,
@@ -263,60 +201,27 @@ impl<B: Backend> EndpointService<B> {
             }
         });
         // A monitor compares with what its own version was trained on, and only the active one has one.
-        if self.routes.borrow().active.version() == arm.version() {
-            arm.feed().offer(Observation {
-                rows: rows.concat(),
-                classes: answer
-                    .outputs
-                    .iter()
-                    .map(|prediction| prediction.class)
-                    .collect(),
-            });
+        if self.routes.borrow().active.version() == arm.version()
+            && let Some(observation) = self.signature.observation(rows, &answer)
+        {
+            arm.feed().offer(observation);
         }
         Ok(response)
     }
 
-    fn response(
-        &self,
-        version: u64,
-        predictions: &[Prediction],
-    ) -> Result<InferResponse, OipError> {
-        let count = predictions.len() as u64;
-        let probabilities: Vec<f32> = predictions
-            .iter()
-            .flat_map(|p| p.probabilities.iter().copied())
-            .collect();
-        if let Some(index) = probabilities.iter().position(|value| !value.is_finite()) {
-            return Err(OipError::Failed {
-                reason: format!(
-                    "version {version} answered {} at index {index} of {PROBABILITIES:?}, which is no \
-                     number",
-                    probabilities[index]
-                ),
-            });
-        }
-        let classes = predictions.iter().map(|p| i64::from(p.class)).collect();
-        let misfit = |error: DecodeError| OipError::Failed {
-            reason: error.to_string(),
-        };
-        let probabilities = Tensor::new(
-            PROBABILITIES,
-            vec![count, self.classes as u64],
-            TensorData::Fp32(probabilities),
-        );
-        let class = Tensor::new(CLASS, vec![count], TensorData::Int64(classes));
+    fn response(&self, version: u64, rows: Vec<Row>) -> Result<InferResponse, OipError> {
         Ok(InferResponse {
             model_name: self.metadata.name.clone(),
             model_version: version.to_string(),
             id: None,
             parameters: Parameters::new(),
-            outputs: vec![probabilities.map_err(misfit)?, class.map_err(misfit)?],
+            outputs: self.signature.outputs_of(version, rows)?,
             explanation: None,
         })
     }
 }
 
-fn record<B: Backend>(arm: &Arm<B>, answer: &BatchAnswer<Prediction>, times: RequestTimes) {
+fn record<B: Backend>(arm: &Arm<B>, answer: &BatchAnswer<Row>, times: RequestTimes) {
     let since_epoch = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or(Duration::ZERO);
@@ -341,29 +246,6 @@ fn time_limit(request: &InferRequest) -> Result<Option<Duration>, OipError> {
             expected: "a number of microseconds".to_owned(),
         })),
     }
-}
-
-/// The rows of a request that fits the metadata.
-fn rows_of(request: InferRequest, row_values: usize) -> Result<Vec<Vec<f32>>, OipError> {
-    let input = request.inputs.into_iter().next().map(Tensor::into_data);
-    let Some(TensorData::Fp32(values)) = input else {
-        return Err(OipError::Failed {
-            reason: format!("the input {INPUT:?} is not FP32"),
-        });
-    };
-    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-        // Only binary data can hold such values; the answer would be no number either.
-        return Err(OipError::Decode(DecodeError::Element {
-            tensor: INPUT.to_owned(),
-            index: index as u64,
-            got: values[index].to_string(),
-            datatype: Datatype::Fp32,
-        }));
-    }
-    Ok(values
-        .chunks_exact(row_values)
-        .map(<[f32]>::to_vec)
-        .collect())
 }
 
 impl<B: Backend> InferenceService for EndpointService<B> {

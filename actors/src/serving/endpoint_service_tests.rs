@@ -5,9 +5,12 @@ use tokio::task::JoinSet;
 use super::super::arm::{Origin, Tried, lock};
 use super::super::feed::{FeedReader, feed};
 use super::super::fleet::{BackendFailure, Fleet};
-use super::super::replica::Inference;
+use super::super::oip::{Datatype, Tensor, TensorData, TensorMetadata};
+use super::super::replica::{Inference, classified};
 use super::super::rollout::Guardrails;
 use super::super::rollout::trial::{Judgement, Trial};
+use super::super::rows::{Batch, Cell};
+use super::super::signature::INPUT;
 use super::*;
 
 const FEATURES: usize = 64;
@@ -18,14 +21,13 @@ const CLASSES: usize = 10;
 struct Three;
 
 impl Backend for Three {
-    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
-        let count = rows.len() / FEATURES;
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+        let count = rows.rows.unwrap() as usize;
         let row: Vec<f32> = (0..CLASSES)
             .map(|class| f32::from(u8::from(class == 3)))
             .collect();
         Ok(Inference {
-            probabilities: row.repeat(count),
-            classes: vec![3; count],
+            outputs: classified(row.repeat(count), vec![3; count]),
             computed_ns: 1,
         })
     }
@@ -48,11 +50,8 @@ fn open<B: Backend>(arm: &Arm<B>, backend: B) {
 
 fn service_of<B: Backend>(routes: Routes<B>) -> EndpointService<B> {
     let (_, receiver) = watch::channel(Arc::new(routes));
-    let signature = Signature {
-        row_values: FEATURES,
-        classes: CLASSES,
-        labels: (0..CLASSES).map(|class| format!("digit {class}")).collect(),
-    };
+    let labels = (0..CLASSES).map(|class| format!("digit {class}")).collect();
+    let signature = Signature::classifier(FEATURES, CLASSES, labels);
     EndpointService::new("digits", signature, receiver)
 }
 
@@ -135,11 +134,10 @@ async fn what_is_not_served_or_no_number_is_refused() {
 struct Always(f32);
 
 impl Backend for Always {
-    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
-        let count = rows.len() / FEATURES;
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+        let count = rows.rows.unwrap() as usize;
         Ok(Inference {
-            probabilities: vec![self.0; count * CLASSES],
-            classes: vec![0; count],
+            outputs: classified(vec![self.0; count * CLASSES], vec![0; count]),
             computed_ns: 1,
         })
     }
@@ -280,4 +278,108 @@ async fn an_answer_names_its_origin_and_the_index_its_versions() {
     }
     let metadata = service.model_metadata("digits", None).await.unwrap();
     assert_eq!(metadata.outputs[0].labels[3], "digit 3");
+}
+
+/// Answers with its first input, turned round, and the second one's first element; and how many rows it was asked at once.
+#[derive(Clone)]
+struct Swapping;
+
+impl Backend for Swapping {
+    async fn infer(&self, mut batch: Batch) -> Result<Inference, BackendFailure> {
+        batch.cells.swap(0, 1);
+        Ok(Inference {
+            outputs: batch,
+            computed_ns: 1,
+        })
+    }
+}
+
+#[tokio::test]
+async fn tensors_of_any_kind_and_number_go_there_and_back() {
+    let tensor = |name: &str, datatype, shape: &[i64]| TensorMetadata {
+        name: name.to_owned(),
+        datatype,
+        shape: shape.to_vec(),
+        labels: Vec::new(),
+    };
+    for max_batch_size in [8, 0] {
+        let (active, mut reader) = arm(4);
+        let routes = Routes {
+            active: Arc::clone(&active),
+            tried: None,
+        };
+        let (_, receiver) = watch::channel(Arc::new(routes));
+        let (text, number) = (
+            tensor("text", Datatype::Bytes, &[-1, 1]),
+            tensor("number", Datatype::Fp16, &[-1, 2]),
+        );
+        let signature = Signature {
+            platform: "swapping".into(),
+            max_batch_size,
+            inputs: vec![text.clone(), number.clone()],
+            outputs: vec![number, text],
+            is_classifier: false,
+        };
+        let service = EndpointService::new("swap", signature, receiver);
+        open(&active, Swapping);
+        let number = TensorData::Fp16(vec![1, 2, 3, 0x7e00]);
+        let text = TensorData::Bytes(vec![b"one".to_vec(), b"two".to_vec()]);
+        // In another order than the model's.
+        let request = InferRequest {
+            inputs: vec![
+                Tensor::new("number", vec![2, 2], number.clone()).unwrap(),
+                Tensor::new("text", vec![2, 1], text.clone()).unwrap(),
+            ],
+            ..InferRequest::default()
+        };
+        let answer = service.infer("swap", None, request).await.unwrap();
+        let outputs: Vec<(&str, &[u64], &TensorData)> = answer
+            .outputs
+            .iter()
+            .map(|tensor| (tensor.name(), tensor.shape(), tensor.data()))
+            .collect();
+        let expected: [(&str, &[u64], &TensorData); 2] =
+            [("number", &[2, 2], &number), ("text", &[2, 1], &text)];
+        assert_eq!(outputs, expected, "{max_batch_size}");
+        // No monitor can make anything of that.
+        assert_eq!(reader.take_dropped(), 0);
+        drop((service, active));
+        assert_eq!(reader.next().await, None);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_does_not_fit_is_an_error() {
+    /// One row too few, whatever it is asked.
+    #[derive(Clone)]
+    struct Short;
+    impl Backend for Short {
+        async fn infer(&self, _: Batch) -> Result<Inference, BackendFailure> {
+            let cell = Cell {
+                shape: vec![2, 1],
+                data: TensorData::Fp32(vec![1.0; 2]),
+            };
+            let outputs = Batch {
+                rows: Some(3),
+                cells: vec![cell],
+            };
+            Ok(Inference {
+                outputs,
+                computed_ns: 1,
+            })
+        }
+    }
+    let (active, _reader) = arm(4);
+    let routes = Routes {
+        active: Arc::clone(&active),
+        tried: None,
+    };
+    let service = service_of(routes);
+    open(&active, Short);
+    let error = service
+        .infer("digits", None, request(3, 0.5))
+        .await
+        .unwrap_err();
+    assert_eq!(error.status(), 500);
+    assert!(error.to_string().contains("asked were 3 rows"), "{error}");
 }

@@ -24,8 +24,9 @@ use super::guard::outlier::Outliers;
 use super::guard::traffic::Traffic;
 use super::lane::{Deadline, Lane, QUEUED_REQUESTS_MAX, Refusal};
 use super::oip::OipError;
+use super::rows::Row;
 
-pub use super::lane::{BATCH_ROWS_MAX, BATCH_TIMEOUT, Backend, BackendFailure, Berth, Prediction};
+pub use super::lane::{BATCH_ROWS_MAX, BATCH_TIMEOUT, Backend, BackendFailure, Berth};
 
 /// How long a request may take with its second try, if it does not say itself.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -160,11 +161,7 @@ impl<B: Backend> Fleet<B> {
     }
 
     /// Answers the rows of one request, within [`REQUEST_TIMEOUT`].
-    pub async fn infer(
-        &self,
-        model: &str,
-        rows: Vec<Vec<f32>>,
-    ) -> Result<BatchAnswer<Prediction>, OipError> {
+    pub async fn infer(&self, model: &str, rows: Vec<Row>) -> Result<BatchAnswer<Row>, OipError> {
         self.infer_within(model, rows, None).await
     }
 
@@ -172,9 +169,9 @@ impl<B: Backend> Fleet<B> {
     pub async fn infer_within(
         &self,
         model: &str,
-        rows: Vec<Vec<f32>>,
+        rows: Vec<Row>,
         limit: Option<Duration>,
-    ) -> Result<BatchAnswer<Prediction>, OipError> {
+    ) -> Result<BatchAnswer<Row>, OipError> {
         let entered = self.traffic.load.enter();
         self.traffic.earn_retry();
         let deadline = match limit {
@@ -198,7 +195,7 @@ impl<B: Backend> Fleet<B> {
             batch_rows,
             is_first_in_batch,
         } = answer;
-        let outputs: Result<Vec<Prediction>, Refusal> = outputs.into_iter().collect();
+        let outputs: Result<Vec<Row>, Refusal> = outputs.into_iter().collect();
         let outputs = outputs.map_err(|reason| OipError::Failed { reason })?;
         entered.answered();
         Ok(BatchAnswer {
@@ -214,9 +211,9 @@ impl<B: Backend> Fleet<B> {
     async fn try_twice(
         &self,
         first: &Lane<B>,
-        rows: Vec<Vec<f32>>,
+        rows: Vec<Row>,
         deadline: &Deadline,
-    ) -> Result<BatchAnswer<Result<Prediction, Refusal>>, TryError> {
+    ) -> Result<BatchAnswer<Result<Row, Refusal>>, TryError> {
         if let Some(wait) = first.wait_beyond(deadline) {
             return Err(TryError::WouldBeLate { wait });
         }
@@ -250,9 +247,9 @@ impl<B: Backend> Fleet<B> {
     async fn try_once(
         &self,
         lane: &Lane<B>,
-        rows: Vec<Vec<f32>>,
+        rows: Vec<Row>,
         until: Instant,
-    ) -> Result<BatchAnswer<Result<Prediction, Refusal>>, TryError> {
+    ) -> Result<BatchAnswer<Result<Row, Refusal>>, TryError> {
         let began = Instant::now();
         let answered = lane.answered();
         let Ok(tried) = tokio::time::timeout_at(until, lane.submit(rows, until)).await else {

@@ -1,6 +1,8 @@
 use std::sync::atomic::AtomicBool;
 
-use super::super::replica::Inference;
+use super::super::oip::TensorData;
+use super::super::replica::{Inference, classified};
+use super::super::rows::Batch;
 
 use super::*;
 
@@ -14,7 +16,7 @@ struct Fake {
 }
 
 impl Backend for Fake {
-    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         if self.hangs.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
@@ -25,11 +27,12 @@ impl Backend for Fake {
         if self.lost.load(Ordering::Relaxed) {
             return Err(BackendFailure::Lost("connection lost".into()));
         }
-        let classes: Vec<u32> = rows.chunks_exact(2).map(|row| row[0] as u32).collect();
-        let probabilities = vec![0.1; classes.len() * 10];
+        let TensorData::Fp32(values) = &rows.cells[0].data else {
+            unreachable!("the rows are numbers")
+        };
+        let classes: Vec<u32> = values.chunks_exact(2).map(|row| row[0] as u32).collect();
         Ok(Inference {
-            probabilities,
-            classes,
+            outputs: classified(vec![0.1; classes.len() * 10], classes),
             computed_ns: 1,
         })
     }
@@ -44,17 +47,22 @@ fn fleet(count: u32) -> (Fleet<Fake>, Vec<Fake>) {
     (fleet, fakes)
 }
 
-fn rows(values: &[f32]) -> Vec<Vec<f32>> {
-    values.iter().map(|value| vec![*value, 0.0]).collect()
+fn rows(values: &[f32]) -> Vec<Row> {
+    let row = |value: &f32| Row::numbers(vec![*value, 0.0], BATCH_ROWS_MAX);
+    values.iter().map(row).collect()
+}
+
+/// The class that a row of an answer says.
+fn class(row: &Row) -> u32 {
+    match &row.cells[1].data {
+        TensorData::Int64(class) => class[0] as u32,
+        other => unreachable!("classes are whole numbers, not {other:?}"),
+    }
 }
 
 async fn classes(fleet: &Fleet<Fake>, values: &[f32]) -> Result<Vec<u32>, OipError> {
     let answer = fleet.infer("digits", rows(values)).await?;
-    Ok(answer
-        .outputs
-        .iter()
-        .map(|prediction| prediction.class)
-        .collect())
+    Ok(answer.outputs.iter().map(class).collect())
 }
 
 #[tokio::test]
@@ -249,7 +257,7 @@ async fn a_request_with_a_deadline_goes_to_another_replica_while_there_is_time()
     let limit = Some(Duration::from_millis(400));
     for round in 0..30 {
         let answer = fleet.infer_within("digits", rows(&[4.0]), limit).await;
-        assert_eq!(answer.unwrap().outputs[0].class, 4, "{round}");
+        assert_eq!(class(&answer.unwrap().outputs[0]), 4, "{round}");
     }
     // It never came near the time after which a replica is given up, and still gets nothing any more.
     assert_eq!(fleet.open_count(), 2);
@@ -271,12 +279,12 @@ async fn a_deadline_reaches_the_replica_and_whoever_goes_away_takes_the_call_bac
         }
     }
     impl Backend for Slow {
-        async fn infer(&self, _: Vec<f32>) -> Result<Inference, BackendFailure> {
+        async fn infer(&self, _: Batch) -> Result<Inference, BackendFailure> {
             unreachable!("every call has a limit")
         }
         async fn infer_within(
             &self,
-            _: Vec<f32>,
+            _: Batch,
             limit: Duration,
         ) -> Result<Inference, BackendFailure> {
             lock(&self.limits).push(limit);

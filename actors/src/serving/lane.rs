@@ -8,8 +8,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::batcher::{BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle};
+use super::batcher::{
+    BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle, Delay,
+};
 use super::replica::Inference;
+use super::rows::{Batch, Row};
 
 /// Rows in a batch: large enough that the model, not the call around it, takes the time.
 pub const BATCH_ROWS_MAX: usize = 128;
@@ -18,22 +21,22 @@ pub const BATCH_ROWS_MAX: usize = 128;
 /// longer than their callers do.
 pub(super) const QUEUED_REQUESTS_MAX: usize = 256;
 
+/// How long a request may be kept waiting for others: callers that are asked to wait at all wait for models that take as long.
+const DELAY_MAX: Duration = Duration::from_millis(50);
+
 /// How long a batch may take before its requests are sent elsewhere. A batch takes milliseconds;
 /// this is how long it takes to find that a process has vanished.
 pub const BATCH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One replica, as the fleet reaches it.
 pub trait Backend: Clone + Send + Sync + 'static {
-    /// Answers rows; they come one after the other.
-    fn infer(
-        &self,
-        rows: Vec<f32>,
-    ) -> impl Future<Output = Result<Inference, BackendFailure>> + Send;
+    /// Answers rows that are computed at once.
+    fn infer(&self, rows: Batch) -> impl Future<Output = Result<Inference, BackendFailure>> + Send;
 
     /// The same for callers that wait no longer than `limit`.
     fn infer_within(
         &self,
-        rows: Vec<f32>,
+        rows: Batch,
         limit: Duration,
     ) -> impl Future<Output = Result<Inference, BackendFailure>> + Send {
         let _ = limit;
@@ -50,20 +53,11 @@ pub enum BackendFailure {
     Lost(String),
 }
 
-/// What the model says about one row.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Prediction {
-    /// The probability of each class.
-    pub probabilities: Vec<f32>,
-    /// The most probable class.
-    pub class: u32,
-}
-
 /// A replica's own words; another one would say the same.
 pub(super) type Refusal = String;
 
 /// What a replica's batcher answers.
-pub(super) type Answer = Result<BatchAnswer<Result<Prediction, Refusal>>, BatchError>;
+pub(super) type Answer = Result<BatchAnswer<Result<Row, Refusal>>, BatchError>;
 
 /// The fleet's end of one replica, for whoever finds it and probes it.
 #[derive(Debug)]
@@ -102,7 +96,7 @@ impl<B: Backend> Berth<B> {
 pub(super) struct Lane<B> {
     pub(super) number: u32,
     pub(super) berth: Arc<Berth<B>>,
-    queue: BatcherHandle<Vec<f32>, Result<Prediction, Refusal>>,
+    queue: BatcherHandle<Row, Result<Row, Refusal>>,
     pub(super) rows_in_flight: AtomicUsize,
     pace: Arc<Pace>,
     _batcher: Batcher,
@@ -148,9 +142,9 @@ impl<B: Backend> Lane<B> {
         });
         let config = BatcherConfig {
             max_batch_rows: BATCH_ROWS_MAX,
-            // What queues up while a batch runs is the next batch; an idle replica answers at
-            // once.
-            max_delay: Duration::ZERO,
+            // What queues up while a batch runs is the next batch; an idle replica answers at once, unless
+            // batches cost so much by themselves that the next request is worth waiting for.
+            delay: Delay::Adaptive { max: DELAY_MAX },
             max_queued_requests: QUEUED_REQUESTS_MAX,
         };
         let pace = Arc::new(Pace::default());
@@ -176,7 +170,7 @@ impl<B> Lane<B> {
         self.berth.backend.borrow().is_some()
     }
 
-    pub(super) async fn submit(&self, rows: Vec<Vec<f32>>, until: Instant) -> Answer {
+    pub(super) async fn submit(&self, rows: Vec<Row>, until: Instant) -> Answer {
         let _counted = InFlight::enter(&self.rows_in_flight, rows.len());
         self.queue.submit_until(rows, until).await
     }
@@ -263,17 +257,21 @@ struct Runner<B> {
 }
 
 impl<B: Backend> BatchRunner for Runner<B> {
-    type Row = Vec<f32>;
-    type Output = Result<Prediction, Refusal>;
+    type Row = Row;
+    type Output = Result<Row, Refusal>;
 
-    async fn run(&mut self, rows: Vec<Vec<f32>>) -> Result<Vec<Self::Output>, String> {
+    fn joins(first: &Row, rows: usize, next: &Row) -> bool {
+        next.joins(first, rows)
+    }
+
+    async fn run(&mut self, rows: Vec<Row>) -> Result<Vec<Self::Output>, String> {
         let until = Instant::now() + BATCH_TIMEOUT;
         self.run_until(rows, until).await
     }
 
     async fn run_until(
         &mut self,
-        rows: Vec<Vec<f32>>,
+        rows: Vec<Row>,
         until: Instant,
     ) -> Result<Vec<Self::Output>, String> {
         let mut berth = self.berth.backend.subscribe();
@@ -287,10 +285,10 @@ impl<B: Backend> BatchRunner for Runner<B> {
         // Nobody waits for an answer after the last deadline, here or at the replica.
         let limit = until.saturating_duration_since(began).min(BATCH_TIMEOUT);
         let failure = tokio::select! {
-            answer = backend.infer_within(rows.concat(), limit) => match answer {
+            answer = backend.infer_within(Batch::join(rows), limit) => match answer {
                 Ok(inference) => {
                     self.pace.record(began.elapsed());
-                    return Ok(predictions(inference));
+                    return Ok(answered(inference, count));
                 }
                 Err(failure) => failure,
             },
@@ -317,18 +315,10 @@ impl<B: Backend> BatchRunner for Runner<B> {
     }
 }
 
-fn predictions(inference: Inference) -> Vec<Result<Prediction, Refusal>> {
-    // A replica answers at least one row, and as many probabilities for each.
-    let width = inference.probabilities.len() / inference.classes.len().max(1);
-    let rows = inference
-        .probabilities
-        .chunks_exact(width.max(1))
-        .zip(inference.classes);
-    rows.map(|(row, class)| {
-        Ok(Prediction {
-            probabilities: row.to_vec(),
-            class,
-        })
-    })
-    .collect()
+/// The rows of an answer to `count` rows. One that does not fit them is a refusal: another replica would say the same.
+fn answered(inference: Inference, count: usize) -> Vec<Result<Row, Refusal>> {
+    match inference.outputs.split() {
+        Ok(rows) => rows.into_iter().map(Ok).collect(),
+        Err(misfit) => vec![Err(misfit.to_string()); count],
+    }
 }

@@ -9,11 +9,13 @@
 //!   them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
 //!   the protocol, [`feed`] tells the monitor.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
-//! * [`replica`]: one copy of the model.
+//! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`; [`onnx`]: models that other
+//!   tools wrote.
+//! * [`signature`]: what versions take and give; [`rows`]: what is joined into batches and taken apart again.
 //!
 //! The protocol, for any service:
 //! * [`oip`]: requests, responses and their bytes, free of any transport.
-//! * [`batcher`]: joins waiting requests into batches, within bounds.
+//! * [`batcher`]: joins waiting requests into batches, within bounds; [`patience`] says when one more is worth waiting for.
 //! * [`statistics`]: what a model has answered, and how long each part took.
 //! * [`auth`]: bearer tokens.
 //! * `compression`: content encodings of HTTP bodies.
@@ -29,6 +31,7 @@ pub mod client;
 mod compression;
 pub mod controller;
 pub mod endpoint_service;
+mod executor;
 pub mod feed;
 pub mod fleet;
 mod gate;
@@ -38,11 +41,16 @@ pub mod http;
 mod lane;
 mod meters;
 pub mod oip;
+pub mod onnx;
+pub mod patience;
+mod predictor;
 pub mod replica;
 mod replica_link;
 pub mod rollout;
 pub mod router;
+pub mod rows;
 pub mod server;
+pub mod signature;
 pub mod state;
 pub mod statistics;
 pub mod steering;

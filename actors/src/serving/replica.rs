@@ -4,6 +4,7 @@
 //! 1. It answers with the version that it was created for: the file is verified before the first
 //!    answer, and a replica that cannot load it does not start.
 //! 2. It has no state of its own, so it may be started again anywhere at any time.
+//! 3. The model computes on a thread of its own, and has answered once before the replica is ready.
 
 use std::time::Instant;
 
@@ -11,20 +12,20 @@ use mobula::{ActorContext, ContextExt};
 use mobula_core::id::Incarnation;
 use serde::{Deserialize, Serialize};
 
-use crate::registry::version_file::{VersionFile, VersionFileError};
+use super::executor::{Executor, ExecutorError};
+use super::predictor::Predictor;
+use super::rows::{Batch, ROWS_MAX};
+use crate::registry::artifact::Artifact;
+use crate::registry::version_file::VersionFileError;
 use crate::storage::open_blobs;
-use crate::training::model::Model;
 
-/// Rows in one call. The router sends less; this bounds what anybody else may ask for.
-pub const ROWS_MAX: usize = 1024;
+pub use super::predictor::{PredictorError, classified};
 
 /// What a model says about rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Inference {
-    /// The probability of each class, row by row.
-    pub probabilities: Vec<f32>,
-    /// The most probable class of each row.
-    pub classes: Vec<u32>,
+    /// The outputs.
+    pub outputs: Batch,
     /// How long the model took.
     pub computed_ns: u64,
 }
@@ -32,22 +33,48 @@ pub struct Inference {
 /// Why a replica gave no answer. The same call fails again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum InferError {
-    /// The values are not whole rows, or there are too many.
-    #[error("{values} values are not 1 to {ROWS_MAX} rows of {row_values}")]
+    /// The values are not whole rows.
+    #[error("{values} values are not whole rows of {row_values}, and at least one")]
     RowCount {
         /// Values given.
         values: u64,
         /// Values of a row.
         row_values: u64,
     },
+    /// There are too many rows, or none.
+    #[error("{rows} rows, expected 1 to {ROWS_MAX}")]
+    Rows {
+        /// Rows given.
+        rows: u64,
+    },
     /// The model refused.
     #[error("the model failed: {0}")]
     Model(String),
 }
 
+/// Why a replica does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// The version's file is not to be had.
+    #[error(transparent)]
+    File(#[from] VersionFileError),
+    /// It is no model.
+    #[error(transparent)]
+    Model(#[from] PredictorError),
+    /// The thread that computes.
+    #[error("the thread that computes: {0}")]
+    Thread(String),
+}
+
+impl From<ExecutorError> for ReplicaError {
+    fn from(error: ExecutorError) -> Self {
+        ReplicaError::Thread(error.to_string())
+    }
+}
+
 /// Answers for one model version.
 pub struct Replica {
-    predictor: Predictor,
+    model: Executor<Predictor>,
 }
 
 #[mobula::actor(name = "mobula.replica")]
@@ -60,18 +87,31 @@ impl Replica {
         version: u64,
         digest: String,
         size_bytes: u64,
-    ) -> Result<Self, VersionFileError> {
-        let blobs = open_blobs(ctx.storage())?;
-        let file = VersionFile::load(&blobs, &digest, size_bytes).await?;
-        let predictor = tokio::task::block_in_place(|| Predictor::new(&file))?;
+    ) -> Result<Self, ReplicaError> {
+        let blobs = open_blobs(ctx.storage()).map_err(VersionFileError::from)?;
+        let artifact = Artifact::load(&blobs, &digest, size_bytes).await?;
+        let replica = Replica {
+            model: Executor::start(move || Predictor::new(&artifact)).await??,
+        };
         tracing::info!(model, version, digest, "a replica is ready");
-        Ok(Replica { predictor })
+        Ok(replica)
     }
 
-    /// Answers rows, which come one after the other.
-    pub fn infer(&self, rows: Vec<f32>) -> Result<Inference, InferError> {
-        // Computing must not keep the host's other tasks from running.
-        tokio::task::block_in_place(|| self.predictor.infer(&rows))
+    /// Answers rows that are computed at once.
+    pub async fn infer(&self, rows: Batch) -> Result<Inference, InferError> {
+        let computing = self.model.run(move |model| {
+            let started = Instant::now();
+            let outputs = model.infer(rows)?;
+            let computed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            Ok(Inference {
+                outputs,
+                computed_ns,
+            })
+        });
+        match computing.await {
+            Ok(answer) => answer,
+            Err(error) => Err(InferError::Model(error.to_string())),
+        }
     }
 
     /// Answers which start of it runs.
@@ -84,77 +124,6 @@ impl Replica {
     async fn leave(&mut self, ctx: &ActorContext, deadline_ms: u64) {
         if let Err(error) = ctx.yield_now().await {
             tracing::warn!(%error, deadline_ms, "a replica could not leave its node early");
-        }
-    }
-}
-
-/// The model of a replica, without the actor around it.
-struct Predictor {
-    model: Model,
-}
-
-impl Predictor {
-    fn new(file: &VersionFile) -> Result<Self, VersionFileError> {
-        Ok(Predictor {
-            model: file.build_model()?,
-        })
-    }
-
-    fn infer(&self, rows: &[f32]) -> Result<Inference, InferError> {
-        let width = self.model.shape().feature_count();
-        let count = rows.len() / width;
-        if !rows.len().is_multiple_of(width) || count == 0 || count > ROWS_MAX {
-            return Err(InferError::RowCount {
-                values: rows.len() as u64,
-                row_values: width as u64,
-            });
-        }
-        let started = Instant::now();
-        let probabilities = self
-            .model
-            .probabilities(rows)
-            .map_err(|error| InferError::Model(error.to_string()))?;
-        let classes = probabilities
-            .chunks_exact(self.model.shape().output_count())
-            .map(most_probable)
-            .collect();
-        let computed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        Ok(Inference {
-            probabilities,
-            classes,
-            computed_ns,
-        })
-    }
-}
-
-/// The lowest class among the most probable ones, as [`Model::predictions`] has it.
-fn most_probable(row: &[f32]) -> u32 {
-    let best = (1..row.len()).fold(
-        0,
-        |best, class| if row[class] > row[best] { class } else { best },
-    );
-    best as u32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::registry::version_file::tests::digits;
-    use crate::training::data::Dataset;
-
-    #[test]
-    fn it_answers_as_the_model_does_and_refuses_what_is_no_row() {
-        let file = digits(20);
-        let predictor = Predictor::new(&file).unwrap();
-        let batch = Dataset::digits().unwrap().gather(&[0, 1, 2, 3, 4]).unwrap();
-        let images = batch.features().to_vec();
-        let answer = predictor.infer(&images).unwrap();
-        let model = file.build_model().unwrap();
-        assert_eq!(answer.probabilities, model.probabilities(&images).unwrap());
-        assert_eq!(answer.classes, model.predictions(&images).unwrap());
-        for rows in [&[][..], &images[1..], &vec![0.0; (ROWS_MAX + 1) * 64]] {
-            let error = predictor.infer(rows).unwrap_err();
-            assert!(error.to_string().contains("rows of 64"), "{error}");
         }
     }
 }

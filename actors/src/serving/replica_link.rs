@@ -12,6 +12,7 @@ use super::arm::Origin;
 use super::feed::FeedReader;
 use super::fleet::{BATCH_TIMEOUT, Backend, BackendFailure, Berth};
 use super::replica::{Inference, Replica, ReplicaCalls};
+use super::rows::Batch;
 use crate::drift::monitor::{Monitor, MonitorCalls};
 use crate::registry::client as registry;
 
@@ -105,13 +106,13 @@ async fn ended(cluster: &Cluster, id: ActorId, incarnation: Incarnation) {
 }
 
 impl Backend for ActorRef<Replica> {
-    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
         self.infer_within(rows, BATCH_TIMEOUT).await
     }
 
     async fn infer_within(
         &self,
-        rows: Vec<f32>,
+        rows: Batch,
         limit: Duration,
     ) -> Result<Inference, BackendFailure> {
         // The call carries its deadline: a replica does not begin what nobody waits for any more.

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::auth::BearerAuth;
-use super::endpoint_service::{EndpointService, body_limits};
+use super::endpoint_service::EndpointService;
 use super::grpc::oip_routes;
 use super::server;
 use super::state::{Command, Endpoint, Routing};
@@ -127,7 +127,7 @@ impl Running {
         let routing = first_routing(&cluster, &endpoint.name).await?;
         let versions = Versions::new(cluster.clone(), ctx.storage().clone());
         let signature = versions.signature(&routing.endpoint).await?;
-        let body = body_limits(signature.row_values);
+        let body = signature.body_limits();
         let ip = ctx
             .runtime()
             .call_address()

@@ -24,7 +24,6 @@ use super::arm::{Arm, Origin, Routes, Tried, WhenGone, lock};
 use super::autoscaler::pilot::{Pilot, Replicas as SeenReplicas};
 use super::client;
 use super::controller::{monitor_name, replica_name};
-use super::endpoint_service::{ROW_VALUES_MAX, Signature};
 use super::feed::feed;
 use super::fleet::Fleet;
 use super::guard::traffic::Traffic;
@@ -34,10 +33,11 @@ use super::replica_link::{feed_monitor, follow_origin, keep_open};
 use super::rollout::command::{Command, Verdict};
 use super::rollout::plan::{Cleanup, Phase, Rollout, Served};
 use super::rollout::trial::{Evidence, Judgement, Trial, shortened};
+use super::signature::{ROW_VALUES_MAX, Signature};
 use super::state::{Endpoint, Routing};
-use crate::registry::version_file::{VersionFile, VersionFileError};
+use crate::registry::artifact::Artifact;
+use crate::registry::version_file::VersionFileError;
 use crate::storage::open_blobs;
-use crate::training::data::SampleShape;
 
 /// How often the head is asked and the trial is judged: a rollback comes this much later than it could.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -94,24 +94,12 @@ impl Versions {
         served: &Served,
     ) -> Result<Signature, SignatureError> {
         let blobs = open_blobs(&self.storage).map_err(VersionFileError::from)?;
-        let file = VersionFile::load(&blobs, &served.digest, served.size_bytes).await?;
-        let samples = &file.samples;
-        match samples {
-            SampleShape::Classified { classes, .. }
-                if samples.feature_count() <= ROW_VALUES_MAX =>
-            {
-                Ok(Signature {
-                    row_values: samples.feature_count(),
-                    classes: *classes,
-                    labels: file.labels.clone(),
-                })
-            }
-            _ => Err(SignatureError::Samples {
-                model: model.to_owned(),
-                version: served.version,
-                samples: samples.to_string(),
-            }),
-        }
+        let artifact = Artifact::load(&blobs, &served.digest, served.size_bytes).await?;
+        Signature::of(&artifact).map_err(|samples| SignatureError::Samples {
+            model: model.to_owned(),
+            version: served.version,
+            samples,
+        })
     }
 
     /// An arm that looks for its replicas from now on.
@@ -300,18 +288,7 @@ impl Steering {
                 self.fitting = Some(rollout.number);
                 return true;
             }
-            Ok(other) if other.labels != self.signature.labels => format!(
-                "version {} calls its classes {:?}, the endpoint {:?}",
-                candidate.version, other.labels, self.signature.labels
-            ),
-            Ok(other) => format!(
-                "version {} takes {} values a row and knows {} classes, the endpoint {} and {}",
-                candidate.version,
-                other.row_values,
-                other.classes,
-                self.signature.row_values,
-                self.signature.classes
-            ),
+            Ok(other) => other.difference(candidate.version, &self.signature),
             Err(error) if error.is_final() => error.to_string(),
             Err(error) => {
                 tracing::warn!(endpoint = self.name, %error, "a candidate cannot be looked at yet");

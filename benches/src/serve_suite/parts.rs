@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use mobula_actors::serving::arm::{Arm, Origin, Routes};
-use mobula_actors::serving::endpoint_service::{EndpointService, INPUT, Signature};
+use mobula_actors::serving::endpoint_service::EndpointService;
 use mobula_actors::serving::feed::feed;
 use mobula_actors::serving::fleet::{Backend, BackendFailure, Fleet};
 use mobula_actors::serving::http::InferenceService;
 use mobula_actors::serving::oip::{InferRequest, Tensor, TensorData};
-use mobula_actors::serving::replica::Inference;
+use mobula_actors::serving::replica::{Inference, classified};
+use mobula_actors::serving::rows::Batch;
+use mobula_actors::serving::signature::{INPUT, Signature};
 use mobula_benches::results::Results;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -31,10 +33,18 @@ const TIMES: &str = "x-mobula-times-us";
 struct Nothing;
 
 impl Backend for Nothing {
-    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+        let probabilities: Vec<f32> = rows
+            .cells
+            .into_iter()
+            .flat_map(|cell| match cell.data {
+                TensorData::Fp32(values) => values,
+                _ => Vec::new(),
+            })
+            .collect();
+        let classes = vec![0; probabilities.len() / WIDTH];
         Ok(Inference {
-            classes: vec![0; rows.len() / WIDTH],
-            probabilities: rows,
+            outputs: classified(probabilities, classes),
             computed_ns: 0,
         })
     }
@@ -53,11 +63,7 @@ pub(crate) async fn in_process(length: Duration, results: &mut Results) -> Outco
         tried: None,
     };
     let (_routes, receiver) = watch::channel(Arc::new(routes));
-    let signature = Signature {
-        row_values: WIDTH,
-        classes: WIDTH,
-        labels: Vec::new(),
-    };
+    let signature = Signature::classifier(WIDTH, WIDTH, Vec::new());
     let service = EndpointService::new("nothing", signature, receiver);
     let input = Tensor::new(
         INPUT,

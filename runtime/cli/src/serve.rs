@@ -9,11 +9,11 @@ use mobula_actors::registry::search::Selector;
 use mobula_actors::serving::autoscaler::Policy;
 use mobula_actors::serving::client;
 use mobula_actors::serving::controller::replica_name;
-use mobula_actors::serving::endpoint_service::INPUT;
 use mobula_actors::serving::state::Endpoint;
 use mobula_core::clock::Clock;
 use mobula_core::id::JobId;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::args::{ServeCommand, Target};
 use crate::clock::SystemClock;
@@ -113,7 +113,7 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
             let waited =
                 client::wait_ready(&cluster, &deployment, Duration::from_millis(timeout)).await?;
             match waited {
-                Ok(endpoint) => print_deployment(&endpoint, &deployment.token, format.json),
+                Ok(endpoint) => print_deployment(&endpoint, &deployment.token, format.json).await,
                 // The token exists nowhere else, so that it is not lost with the error.
                 Err(error) => {
                     bail!(
@@ -138,7 +138,7 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
     }
 }
 
-fn print_deployment(endpoint: &Endpoint, token: &str, json: bool) -> anyhow::Result<()> {
+async fn print_deployment(endpoint: &Endpoint, token: &str, json: bool) -> anyhow::Result<()> {
     let url = url(endpoint).context("an endpoint that is ready has an address")?;
     let infer_url = format!("{url}/v2/models/{}/infer", endpoint.name);
     if json {
@@ -157,18 +157,65 @@ fn print_deployment(endpoint: &Endpoint, token: &str, json: bool) -> anyhow::Res
     println!("model      {}:{}", endpoint.model, endpoint.version);
     println!("url        {url}");
     println!("token      {token}");
-    println!("\nThe token is shown this once. Ask it (a blank image):\n");
-    println!("curl -s {infer_url} -H 'Authorization: Bearer {token}' \\");
-    println!("  -d '{}'", example_request());
+    let described_url = format!("{url}/v2/models/{}", endpoint.name);
+    println!("\nThe token is shown this once. Ask it:\n");
+    match described(&described_url, token).await {
+        Ok(Some(request)) => {
+            println!("curl -s {infer_url} -H 'Authorization: Bearer {token}' \\");
+            println!("  -d '{request}'");
+        }
+        // A request of many values is nothing to paste.
+        Ok(None) => println!("curl -s {described_url} -H 'Authorization: Bearer {token}'"),
+        Err(error) => {
+            tracing::debug!(%error, "the endpoint does not say what it takes");
+            println!("curl -s {described_url} -H 'Authorization: Bearer {token}'");
+        }
+    }
     Ok(())
 }
 
-/// A request that can be pasted.
-fn example_request() -> String {
-    let pixels = vec!["0"; 64].join(",");
-    format!(
-        r#"{{"inputs":[{{"name":"{INPUT}","datatype":"FP32","shape":[1,64],"data":[{pixels}]}}]}}"#
-    )
+/// How long the endpoint may take to say what it takes.
+const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A request of zeros for the endpoint whose metadata is at `url`, if it is short enough to be pasted.
+async fn described(url: &str, token: &str) -> anyhow::Result<Option<String>> {
+    let asked = reqwest::Client::new().get(url).bearer_auth(token);
+    let answer = asked.timeout(DESCRIBE_TIMEOUT).send().await?;
+    Ok(example_request(&answer.error_for_status()?.json().await?))
+}
+
+/// A request of zeros, with one row, and one of each other thing that may have any number.
+fn example_request(metadata: &Value) -> Option<String> {
+    const PASTED_VALUES_MAX: i64 = 512;
+    let mut values = 0i64;
+    let mut inputs = Vec::new();
+    for input in metadata["inputs"].as_array()? {
+        let sizes = input["shape"].as_array()?.iter();
+        let shape: Option<Vec<i64>> = sizes
+            .map(|size| size.as_i64().map(|size| if size < 0 { 1 } else { size }))
+            .collect();
+        let shape = shape?;
+        let count = shape
+            .iter()
+            .try_fold(1i64, |count, size| count.checked_mul(*size))?;
+        values = values.checked_add(count)?;
+        if values > PASTED_VALUES_MAX {
+            return None;
+        }
+        let value = match input["datatype"].as_str()? {
+            "BOOL" => Value::Bool(false),
+            "BYTES" => Value::from(""),
+            _ => Value::from(0),
+        };
+        let data = vec![value; usize::try_from(count).ok()?];
+        inputs.push(json!({
+            "name": input["name"],
+            "datatype": input["datatype"],
+            "shape": shape,
+            "data": data,
+        }));
+    }
+    Some(json!({ "inputs": inputs }).to_string())
 }
 
 async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
@@ -226,8 +273,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_example_is_a_request() {
-        let request: serde_json::Value = serde_json::from_str(&example_request()).unwrap();
+    fn the_example_is_a_request_of_what_the_endpoint_takes() {
+        let metadata = json!({"inputs": [
+            {"name": "image", "datatype": "FP32", "shape": [-1, 64]},
+            {"name": "flags", "datatype": "BOOL", "shape": [-1, -1]},
+        ]});
+        let request: Value = serde_json::from_str(&example_request(&metadata).unwrap()).unwrap();
         assert_eq!(request["inputs"][0]["data"].as_array().unwrap().len(), 64);
+        assert_eq!(request["inputs"][0]["shape"], json!([1, 64]));
+        assert_eq!(request["inputs"][1]["data"], json!([false]));
+        let large =
+            json!({"inputs": [{"name": "i", "datatype": "FP32", "shape": [-1, 3, 224, 224]}]});
+        assert_eq!(example_request(&large), None);
     }
 }

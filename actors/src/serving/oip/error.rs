@@ -453,6 +453,16 @@ pub enum OipError {
         /// What the request allows, in milliseconds.
         limit_ms: u64,
     },
+    /// The inputs are more than a call to a replica carries, however few rows they are.
+    #[error(
+        "the inputs have {size_bytes} bytes, the limit is {limit_bytes}: send fewer rows, or smaller ones"
+    )]
+    InputTooLarge {
+        /// What the inputs take, in bytes.
+        size_bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
 }
 
 impl OipError {
@@ -472,7 +482,7 @@ impl OipError {
             }
             Self::MethodNotAllowed { .. } => 405,
             Self::BodyTimeout { .. } => 408,
-            Self::BodyTooLarge { .. } => 413,
+            Self::BodyTooLarge { .. } | Self::InputTooLarge { .. } => 413,
             Self::UnsupportedEncoding { .. } => 415,
             Self::RateLimited { .. } => 429,
             Self::DeadlineExceeded { .. } => 504,

@@ -177,6 +177,65 @@ impl TensorData {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// What the elements take in binary form, in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> usize {
+        super::binary::size_bytes(self)
+    }
+
+    /// Appends elements of the same type; those of another are left out.
+    pub fn append(&mut self, more: Self) {
+        match (self, more) {
+            (Self::Bool(values), Self::Bool(more)) => values.extend(more),
+            (Self::Uint8(values), Self::Uint8(more)) => values.extend(more),
+            (Self::Uint16(values), Self::Uint16(more))
+            | (Self::Fp16(values), Self::Fp16(more))
+            | (Self::Bf16(values), Self::Bf16(more)) => values.extend(more),
+            (Self::Uint32(values), Self::Uint32(more)) => values.extend(more),
+            (Self::Uint64(values), Self::Uint64(more)) => values.extend(more),
+            (Self::Int8(values), Self::Int8(more)) => values.extend(more),
+            (Self::Int16(values), Self::Int16(more)) => values.extend(more),
+            (Self::Int32(values), Self::Int32(more)) => values.extend(more),
+            (Self::Int64(values), Self::Int64(more)) => values.extend(more),
+            (Self::Fp32(values), Self::Fp32(more)) => values.extend(more),
+            (Self::Fp64(values), Self::Fp64(more)) => values.extend(more),
+            (Self::Bytes(values), Self::Bytes(more)) => values.extend(more),
+            (values, more) => debug_assert_eq!(values.datatype(), more.datatype()),
+        }
+    }
+
+    /// The elements in `parts` pieces of equal length, which their number must be a multiple of.
+    #[must_use]
+    pub fn split(self, parts: usize) -> Vec<Self> {
+        match self {
+            Self::Bool(values) => pieces(values, parts, Self::Bool),
+            Self::Uint8(values) => pieces(values, parts, Self::Uint8),
+            Self::Uint16(values) => pieces(values, parts, Self::Uint16),
+            Self::Uint32(values) => pieces(values, parts, Self::Uint32),
+            Self::Uint64(values) => pieces(values, parts, Self::Uint64),
+            Self::Int8(values) => pieces(values, parts, Self::Int8),
+            Self::Int16(values) => pieces(values, parts, Self::Int16),
+            Self::Int32(values) => pieces(values, parts, Self::Int32),
+            Self::Int64(values) => pieces(values, parts, Self::Int64),
+            Self::Fp16(values) => pieces(values, parts, Self::Fp16),
+            Self::Bf16(values) => pieces(values, parts, Self::Bf16),
+            Self::Fp32(values) => pieces(values, parts, Self::Fp32),
+            Self::Fp64(values) => pieces(values, parts, Self::Fp64),
+            Self::Bytes(values) => pieces(values, parts, Self::Bytes),
+        }
+    }
+}
+
+fn pieces<T>(values: Vec<T>, parts: usize, of: fn(Vec<T>) -> TensorData) -> Vec<TensorData> {
+    if parts == 1 {
+        return vec![of(values)];
+    }
+    let length = values.len() / parts.max(1);
+    let mut values = values.into_iter();
+    (0..parts)
+        .map(|_| of(values.by_ref().take(length).collect()))
+        .collect()
 }
 
 /// A named tensor whose data fits its shape.

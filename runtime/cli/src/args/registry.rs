@@ -25,6 +25,9 @@ pub(crate) enum ModelsCommand {
     },
     /// The versions that fulfil all that is said of them.
     Search(SearchArguments),
+    /// Register a model that was made elsewhere, as a new version. The file is looked through and tried here, and goes
+    /// straight into the cluster's object store.
+    Register(RegisterArguments),
     /// Bring a version one stage further, with signatures.
     Promote {
         /// The version, as `name:3` or `name:alias`.
@@ -146,6 +149,27 @@ pub(crate) enum ModelsCommand {
         #[command(flatten)]
         format: Format,
     },
+}
+
+#[derive(Args)]
+pub(crate) struct RegisterArguments {
+    /// The model.
+    pub(crate) model: String,
+    /// The model's file, with its weights inside.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) onnx: PathBuf,
+    /// Where it comes from and what it is worth, in JSON; any of: `dataset_blake3`, `code`, `code_blake3`, `environment`,
+    /// `seed`, `run_record`, `metrics`, `training`, and `labels`, the names of an output's classes.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metadata: Option<PathBuf>,
+    /// Rows of a batch, at most [default: as many as a call holds, up to 128, where rows are answered independently of each
+    /// other].
+    #[arg(long, value_name = "ROWS")]
+    pub(crate) max_batch: Option<u32>,
+    #[command(flatten)]
+    pub(crate) store: StoreArguments,
+    #[command(flatten)]
+    pub(crate) format: Format,
 }
 
 #[derive(Args)]

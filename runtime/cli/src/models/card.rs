@@ -18,10 +18,10 @@ use mobula_actors::serving::client as serving;
 use mobula_actors::serving::rollout::Rollout;
 use mobula_actors::serving::rollout::plan::Action;
 use mobula_actors::serving::rollout::trial::SideEvidence;
-use mobula_core::id::JobId;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::list::made_by;
 use super::name::VersionName;
 use super::{name_of, one_version};
 
@@ -174,14 +174,12 @@ impl Card<'_> {
     fn origin(&self, text: &mut String) {
         let description = &self.version.version.description;
         section(text, "Training");
-        let job = JobId(description.job).to_string();
-        let mut rows = vec![
-            ["job".to_owned(), job.clone()],
-            [
-                "data".to_owned(),
-                format!("BLAKE3 `{}`", description.dataset_blake3),
-            ],
-        ];
+        let job = made_by(&self.version.version);
+        let data = match description.dataset_blake3.as_str() {
+            "" => "not known".to_owned(),
+            digest => format!("BLAKE3 `{digest}`"),
+        };
+        let mut rows = vec![["job".to_owned(), job.clone()], ["data".to_owned(), data]];
         let mut row = |name: &str, value: Option<String>| {
             rows.extend(value.map(|value| [name.to_owned(), value]));
         };
@@ -215,12 +213,12 @@ impl Card<'_> {
         }
         table(text, ["", ""], rows.into_iter());
         let missing = missing(&self.version.version, self.version.provenance.as_ref());
-        if missing.is_empty() {
+        if missing.is_empty() && !self.version.version.is_imported() {
             line(
                 text,
                 &format!("`mobula train replay {job}` trains it again and compares the bits."),
             );
-        } else {
+        } else if !missing.is_empty() {
             line(
                 text,
                 &format!(

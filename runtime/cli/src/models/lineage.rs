@@ -8,9 +8,10 @@ use mobula_actors::registry::provenance::Parent;
 use mobula_actors::registry::search::{Filter, Selector, VersionView};
 use mobula_core::id::JobId;
 
-use super::list::short;
+use super::list::{made_by, short};
 use super::name::VersionName;
 use super::{name_of, print_versions_json};
+use crate::output::or_dash;
 
 pub(super) async fn lineage(
     cluster: &Cluster,
@@ -42,9 +43,12 @@ pub(super) async fn lineage(
         by_job.entry(description.job).or_default().push(version);
     }
     for (data, by_job) in by_data {
-        println!("data {data}");
-        for (job, versions) in by_job {
-            println!("  {}", JobId(job));
+        println!(
+            "data {}",
+            or_dash(Some(data).filter(|data| !data.is_empty()))
+        );
+        for versions in by_job.into_values() {
+            println!("  {}", made_by(&versions[0].version));
             for version in versions {
                 print_version(version);
             }

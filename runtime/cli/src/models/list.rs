@@ -1,10 +1,10 @@
 //! `mobula models list`, `show` and `search`.
 
 use mobula::Cluster;
-use mobula_actors::registry::client;
 use mobula_actors::registry::provenance::{Parent, missing};
 use mobula_actors::registry::search::{Filter, Selector, VersionView};
 use mobula_actors::registry::stages::Stage;
+use mobula_actors::registry::{ModelVersion, client};
 use mobula_core::clock::Clock;
 use mobula_core::id::JobId;
 
@@ -60,10 +60,18 @@ fn row(view: &VersionView) -> Vec<String> {
         view.standing.stage.as_str().to_owned(),
         or_dash(Some(aliases).filter(|aliases| !aliases.is_empty())),
         or_dash(accuracy.map(|accuracy| format!("{accuracy:.4}"))),
-        JobId(description.job).to_string(),
+        made_by(version),
         age(version.registered_ms, SystemClock.now_ms()),
         short(&description.digest).to_owned(),
     ]
+}
+
+/// The job that trained a version, or that none did.
+pub(super) fn made_by(version: &ModelVersion) -> String {
+    match version.is_imported() {
+        false => JobId(version.description.job).to_string(),
+        true => "imported".to_owned(),
+    }
 }
 
 /// The beginning of a digest: enough for people.
@@ -118,8 +126,12 @@ fn show_version(view: &VersionView) {
     println!("digest     {}", description.digest);
     println!("size       {} bytes", description.size_bytes);
     println!("weights    {}", description.weights_blake3);
-    println!("data       {}", description.dataset_blake3);
-    println!("job        {}", JobId(description.job));
+    let data = Some(&description.dataset_blake3);
+    println!(
+        "data       {}",
+        or_dash(data.filter(|data| !data.is_empty()))
+    );
+    println!("job        {}", made_by(version));
     println!("age        {}", age(version.registered_ms, now_ms));
     for (metric, value) in &description.metrics {
         println!("{metric:<10} {value:.4}");

@@ -8,6 +8,7 @@ mod card;
 mod lineage;
 mod list;
 mod promote;
+mod register;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -45,6 +46,7 @@ pub(crate) async fn run(target: &Target, command: ModelsCommand) -> anyhow::Resu
         ModelsCommand::List(format) => list::list(&cluster, format.json).await?,
         ModelsCommand::Show { model, format } => list::show(&cluster, &model, format.json).await?,
         ModelsCommand::Search(arguments) => list::search(&cluster, arguments).await?,
+        ModelsCommand::Register(arguments) => register::register(&cluster, arguments).await?,
         ModelsCommand::Promote {
             version,
             to,

@@ -1,0 +1,168 @@
+//! The model of a replica, without the actor around it.
+
+use super::oip::TensorData;
+use super::onnx::{OnnxError, OnnxModel};
+use super::replica::InferError;
+use super::rows::{Batch, Cell, ROWS_MAX};
+use crate::registry::artifact::Artifact;
+use crate::registry::imported_file::{ImportedFile, ModelFormat};
+use crate::registry::version_file::VersionFileError;
+use crate::training::model::Model;
+
+/// Why a version's file is no model.
+#[derive(Debug, thiserror::Error)]
+pub enum PredictorError {
+    /// The file cannot be used.
+    #[error(transparent)]
+    File(#[from] VersionFileError),
+    /// It is not what its format wants.
+    #[error(transparent)]
+    Onnx(#[from] OnnxError),
+    /// A file is missing.
+    #[error("the version has no {0}: register it again")]
+    Missing(&'static str),
+}
+
+/// A model that answers batches.
+pub(super) enum Predictor {
+    /// Trained here, with numbers in and classes out.
+    Trained(Box<Model>),
+    /// A graph that other tools wrote.
+    Onnx(Box<OnnxModel>),
+}
+
+impl Predictor {
+    /// Builds the model, and has it answer once, so that the first request finds it warm.
+    pub(super) fn new(artifact: &Artifact) -> Result<Self, PredictorError> {
+        match artifact {
+            Artifact::Trained(file) => {
+                let model = file.build_model()?;
+                let row = vec![0.0; model.shape().feature_count()];
+                model.probabilities(&row).map_err(VersionFileError::from)?;
+                Ok(Predictor::Trained(Box::new(model)))
+            }
+            Artifact::Imported(file) => Self::imported(file),
+        }
+    }
+
+    fn imported(file: &ImportedFile) -> Result<Self, PredictorError> {
+        let described = &file.description;
+        match described.format {
+            ModelFormat::Onnx => {
+                let name = described.format.file_name();
+                let bytes = file.file(name).ok_or(PredictorError::Missing(name))?;
+                let model = OnnxModel::load(&bytes)?;
+                let (inputs, outputs) = (&described.inputs, &described.outputs);
+                model.check_described(inputs, outputs, described.max_batch_size)?;
+                model.warm_up()?;
+                Ok(Predictor::Onnx(Box::new(model)))
+            }
+        }
+    }
+
+    /// The outputs of a batch.
+    pub(super) fn infer(&self, batch: Batch) -> Result<Batch, InferError> {
+        if batch.rows.is_some_and(|rows| rows == 0 || rows > ROWS_MAX) {
+            return Err(InferError::Rows {
+                rows: batch.rows.unwrap_or_default(),
+            });
+        }
+        match self {
+            Predictor::Trained(model) => classify(model, &batch),
+            Predictor::Onnx(model) => model
+                .run(batch)
+                .map_err(|error| InferError::Model(error.to_string())),
+        }
+    }
+}
+
+fn classify(model: &Model, batch: &Batch) -> Result<Batch, InferError> {
+    let width = model.shape().feature_count();
+    let count = batch.rows.unwrap_or_default();
+    let values = match batch.cells.as_slice() {
+        [
+            Cell {
+                data: TensorData::Fp32(values),
+                ..
+            },
+        ] if values.len() as u64 == count * width as u64 && count > 0 => values,
+        _ => {
+            return Err(InferError::RowCount {
+                values: batch.cells.iter().map(|cell| cell.data.len() as u64).sum(),
+                row_values: width as u64,
+            });
+        }
+    };
+    let probabilities = model
+        .probabilities(values)
+        .map_err(|error| InferError::Model(error.to_string()))?;
+    let classes = probabilities
+        .chunks_exact(model.shape().output_count())
+        .map(most_probable)
+        .collect();
+    Ok(classified(probabilities, classes))
+}
+
+/// What a classifier answers: the probability of each class, row by row, and the most probable class of each row.
+#[must_use]
+pub fn classified(probabilities: Vec<f32>, classes: Vec<u32>) -> Batch {
+    let rows = classes.len() as u64;
+    let width = probabilities.len() as u64 / rows.max(1);
+    let classes = classes.into_iter().map(i64::from).collect();
+    Batch {
+        rows: Some(rows),
+        cells: vec![
+            Cell {
+                shape: vec![rows, width],
+                data: TensorData::Fp32(probabilities),
+            },
+            Cell {
+                shape: vec![rows],
+                data: TensorData::Int64(classes),
+            },
+        ],
+    }
+}
+
+/// The lowest class among the most probable ones, as [`Model::predictions`] has it.
+fn most_probable(row: &[f32]) -> u32 {
+    let best = (1..row.len()).fold(
+        0,
+        |best, class| if row[class] > row[best] { class } else { best },
+    );
+    best as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rows::Row;
+    use super::*;
+    use crate::registry::version_file::tests::digits;
+    use crate::training::data::Dataset;
+
+    #[test]
+    fn it_answers_as_the_model_does_and_refuses_what_is_no_row() {
+        let file = digits(20);
+        let predictor = Predictor::new(&Artifact::Trained(Box::new(file.clone()))).unwrap();
+        let batch = Dataset::digits().unwrap().gather(&[0, 1, 2, 3, 4]).unwrap();
+        let images = batch.features().to_vec();
+        let join = |images: &[f32], width: usize| {
+            let rows = images.chunks(width);
+            Batch::join(rows.map(|row| Row::numbers(row.to_vec(), 5)).collect())
+        };
+        let answer = predictor.infer(join(&images, 64)).unwrap();
+        let model = file.build_model().unwrap();
+        let expected = classified(
+            model.probabilities(&images).unwrap(),
+            model.predictions(&images).unwrap(),
+        );
+        assert_eq!(answer, expected);
+        for rows in [join(&[], 64), join(&images[1..64], 63), join(&images, 32)] {
+            let error = predictor.infer(rows).unwrap_err();
+            assert!(error.to_string().contains("rows"), "{error}");
+        }
+        let many = vec![0.0; (ROWS_MAX as usize + 1) * 64];
+        let error = predictor.infer(join(&many, 64)).unwrap_err();
+        assert!(error.to_string().contains("1025 rows"), "{error}");
+    }
+}
