@@ -16,6 +16,7 @@ const PAGES: &[&str] = &[
     "docs/checkpoints.md",
     "docs/drift.md",
     "docs/cli-json.md",
+    "docs/experiments.md",
     "docs/policy.md",
     "docs/registry.md",
     "docs/reproducing.md",

@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::experiment::Plan;
+use super::experiment::tally::{Tally, Unit, Variant, variant};
 use super::feed::Feed;
 use super::fleet::{Backend, Fleet};
 use super::rollout::split::{self, Side};
@@ -125,12 +127,41 @@ pub struct Tried<B> {
     pub trial: Arc<Mutex<Trial>>,
 }
 
+/// A version that is compared with the active one.
+pub struct Compared<B> {
+    /// Its replicas.
+    pub arm: Arc<Arm<B>>,
+    /// Who meets which version.
+    pub plan: Arc<Plan>,
+    /// What came of it so far.
+    pub tally: Arc<Mutex<Tally>>,
+}
+
 /// Where requests go.
 pub struct Routes<B> {
     /// The active version.
     pub active: Arc<Arm<B>>,
     /// The version that is tried, if one is.
     pub tried: Option<Tried<B>>,
+    /// The version that it is compared with, if an experiment is under way; never beside one that is tried.
+    pub compared: Option<Compared<B>>,
+}
+
+/// Who sends a request.
+#[derive(Debug, Clone, Copy)]
+pub enum Asker<'a> {
+    /// Somebody with a key.
+    Key(&'a str),
+    /// Somebody without one, by the number of the request.
+    Unknown(u64),
+}
+
+/// Where to count what comes of a request.
+pub enum Counted {
+    /// At a step of a rollout.
+    Step(Arc<Mutex<Trial>>, Side),
+    /// In an experiment.
+    Experiment(Arc<Mutex<Tally>>, Unit, Variant),
 }
 
 /// Where one request goes.
@@ -140,7 +171,7 @@ pub struct Assigned<B> {
     /// The version that answers if that one cannot.
     pub second: Option<Arc<Arm<B>>>,
     /// Where to count what came of it.
-    pub counted: Option<(Arc<Mutex<Trial>>, Side)>,
+    pub counted: Option<Counted>,
 }
 
 impl<B: Backend> Routes<B> {
@@ -161,43 +192,89 @@ impl<B: Backend> Routes<B> {
         [&self.active]
             .into_iter()
             .chain(self.tried.as_ref().map(|tried| &tried.arm))
+            .chain(self.compared.as_ref().map(|compared| &compared.arm))
     }
 
-    /// Where a request with this key goes.
+    /// Where a request goes.
     #[must_use]
-    pub fn assign(&self, key: &str) -> Assigned<B> {
-        let active = Assigned {
-            arm: Arc::clone(&self.active),
-            second: None,
-            counted: None,
+    pub fn assign(&self, asker: Asker<'_>) -> Assigned<B> {
+        let number;
+        let key = match asker {
+            Asker::Key(key) => key,
+            Asker::Unknown(count) => {
+                number = count.to_string();
+                &number
+            }
         };
-        let Some(tried) = self.tried.as_ref().filter(|tried| tried.arm.is_open()) else {
-            return active;
+        let open = |arm: &Arc<Arm<B>>| arm.is_open();
+        if let Some(tried) = self.tried.as_ref().filter(|tried| open(&tried.arm)) {
+            let side = split::side(split::bucket(&tried.seed, key), tried.weight_percent);
+            let counted = Counted::Step(Arc::clone(&tried.trial), side);
+            return match side {
+                Side::Baseline | Side::Stable => self.by_active(Some(counted)),
+                Side::Candidate | Side::CandidateUncompared => self.by(&tried.arm, counted),
+            };
+        }
+        let compared = self.compared.as_ref();
+        let Some(compared) = compared.filter(|compared| open(&compared.arm)) else {
+            return self.by_active(None);
         };
-        let side = split::side(split::bucket(&tried.seed, key), tried.weight_percent);
-        let counted = Some((Arc::clone(&tried.trial), side));
-        match side {
-            Side::Baseline | Side::Stable => Assigned { counted, ..active },
-            Side::Candidate | Side::CandidateUncompared => Assigned {
-                arm: Arc::clone(&tried.arm),
-                second: Some(active.arm),
-                counted,
-            },
+        let Some(variant) = variant(&compared.plan, key) else {
+            return self.by_active(None);
+        };
+        let unit = match asker {
+            Asker::Key(key) => Unit::of(key),
+            Asker::Unknown(_) => Unit::Request,
+        };
+        let counted = Counted::Experiment(Arc::clone(&compared.tally), unit, variant);
+        match variant {
+            Variant::Control => self.by_active(Some(counted)),
+            Variant::Treatment => self.by(&compared.arm, counted),
+        }
+    }
+
+    fn by_active(&self, counted: Option<Counted>) -> Assigned<B> {
+        Assigned {
+            counted,
+            ..Assigned::uncounted(Arc::clone(&self.active))
+        }
+    }
+
+    /// By a version that is not the active one, which answers what that one does not.
+    fn by(&self, arm: &Arc<Arm<B>>, counted: Counted) -> Assigned<B> {
+        Assigned {
+            arm: Arc::clone(arm),
+            second: Some(Arc::clone(&self.active)),
+            counted: Some(counted),
         }
     }
 }
 
 impl<B> Assigned<B> {
+    /// To one version alone, as nobody's sample.
+    #[must_use]
+    pub fn uncounted(arm: Arc<Arm<B>>) -> Self {
+        Assigned {
+            arm,
+            second: None,
+            counted: None,
+        }
+    }
+
     /// Counts what came of the request.
     pub fn count(&self, outcome: Outcome<'_>) {
-        if let Some((trial, side)) = &self.counted {
-            lock(trial).record(*side, outcome);
+        match &self.counted {
+            Some(Counted::Step(trial, side)) => lock(trial).record(*side, outcome),
+            Some(Counted::Experiment(tally, unit, variant)) => {
+                lock(tally).record(*unit, *variant, outcome);
+            }
+            None => {}
         }
     }
 }
 
-/// A trial, for one look or one count.
-pub fn lock(trial: &Mutex<Trial>) -> MutexGuard<'_, Trial> {
+/// A trial or a tally, for one look or one count.
+pub fn lock<T>(counted: &Mutex<T>) -> MutexGuard<'_, T> {
     // Counters are whole after every single update, so a panic elsewhere does not spoil them.
-    trial.lock().unwrap_or_else(PoisonError::into_inner)
+    counted.lock().unwrap_or_else(PoisonError::into_inner)
 }

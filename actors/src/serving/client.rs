@@ -12,9 +12,11 @@ use tokio::time::Instant;
 
 use super::autoscaler::state::Command as ScalingCommand;
 use super::autoscaler::{Policy, Scaling};
+use super::experiment::Experiment;
+use super::experiment::command::Command as ExperimentCommand;
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
-use super::state::{Command, Endpoint, Query, Routing};
+use super::state::{Command, Endpoint, Query, Routing, Steered};
 use crate::ask;
 
 /// How long one question to a router may take: it only looks at its own memory.
@@ -97,6 +99,32 @@ pub async fn routing(cluster: &Cluster, endpoint: &str) -> mobula::Result<Routin
         endpoint: endpoint.to_owned(),
     };
     ask::query(cluster, ModuleId::SERVING, "look up an endpoint", &query).await
+}
+
+/// All that an endpoint's router goes by.
+pub(super) async fn steered(cluster: &Cluster, endpoint: &str) -> mobula::Result<Steered> {
+    let query = Query::Steered {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up an endpoint", &query).await
+}
+
+/// The experiments of an endpoint that are kept, oldest first.
+pub async fn experiments(cluster: &Cluster, endpoint: &str) -> mobula::Result<Vec<Experiment>> {
+    let query = Query::Experiments {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up experiments", &query).await
+}
+
+/// Changes an experiment; as it is then.
+pub async fn experiment(
+    cluster: &Cluster,
+    command: ExperimentCommand,
+) -> mobula::Result<Experiment> {
+    let command = Command::Experiment(command);
+    let answer = ask::apply(cluster, ModuleId::SERVING, "change an experiment", &command).await?;
+    ask::answer(&answer)
 }
 
 /// The rollouts of an endpoint that are kept, oldest first.

@@ -15,6 +15,9 @@ use mobula_scheduler::{
 };
 
 use super::autoscaler::state::{Command as ScalingCommand, Scaling, find as scaling_of};
+use super::experiment::command::Command as ExperimentCommand;
+use super::experiment::plan::Experiment;
+use super::experiment::state::unfinished;
 use super::replica::Replica;
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
@@ -73,13 +76,18 @@ impl Controller for ServingController {
             .iter()
             .flat_map(|endpoint| {
                 let rollout = newest(reader, &endpoint.name);
+                let experiment = unfinished(reader, &endpoint.name);
                 if endpoint.deleting {
-                    take_down(reader, endpoint, rollout.as_ref())
+                    take_down(reader, endpoint, rollout.as_ref(), experiment.as_ref())
                 } else {
-                    let mut proposals = bring_up(reader, endpoint, rollout.as_ref());
+                    let mut proposals =
+                        bring_up(reader, endpoint, rollout.as_ref(), experiment.as_ref());
                     proposals.extend(end_surplus(reader, endpoint));
                     if let Some(rollout) = &rollout {
                         proposals.extend(retire(reader, endpoint, rollout));
+                    }
+                    if let Some(experiment) = &experiment {
+                        proposals.extend(retire_treatment(reader, endpoint, experiment));
                     }
                     proposals
                 }
@@ -118,7 +126,12 @@ fn serving(command: &Command) -> Proposal {
     }
 }
 
-fn bring_up(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>) -> Vec<Proposal> {
+fn bring_up(
+    reader: &dyn Reader,
+    endpoint: &Endpoint,
+    rollout: Option<&Rollout>,
+    experiment: Option<&Experiment>,
+) -> Vec<Proposal> {
     let mut wanted = match rollout.filter(|rollout| rollout.phase.is_open()) {
         Some(rollout) => {
             let (stable, candidate) = rollout.replica_counts(endpoint.replicas);
@@ -135,6 +148,10 @@ fn bring_up(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>)
             replicas_of(endpoint, &active, endpoint.replicas)
         }
     };
+    if let Some(experiment) = experiment.filter(|experiment| experiment.is_open()) {
+        let treatment = &experiment.plan.treatment;
+        wanted.extend(replicas_of(endpoint, treatment, endpoint.replicas));
+    }
     wanted.extend(companions_of(reader, endpoint));
     let missing: Vec<ActorSpec> = wanted
         .into_iter()
@@ -210,11 +227,35 @@ fn retire(reader: &dyn Reader, endpoint: &Endpoint, rollout: &Rollout) -> Vec<Pr
     }
 }
 
-fn take_down(reader: &dyn Reader, endpoint: &Endpoint, rollout: Option<&Rollout>) -> Vec<Proposal> {
-    let versions = rollout.map_or_else(
+/// Ends the treatment's replicas once an experiment is over and the router has none of its requests with them.
+fn retire_treatment(
+    reader: &dyn Reader,
+    endpoint: &Endpoint,
+    experiment: &Experiment,
+) -> Vec<Proposal> {
+    if experiment.cleanup != Cleanup::Ending {
+        return Vec::new();
+    }
+    let retired = ExperimentCommand::Retired {
+        endpoint: endpoint.name.clone(),
+        experiment: experiment.number,
+        revision: experiment.revision,
+    };
+    let names = names_of(reader, endpoint, experiment.plan.treatment.version);
+    stop_or(reader, &names, &Command::Experiment(retired))
+}
+
+fn take_down(
+    reader: &dyn Reader,
+    endpoint: &Endpoint,
+    rollout: Option<&Rollout>,
+    experiment: Option<&Experiment>,
+) -> Vec<Proposal> {
+    let mut versions = rollout.map_or_else(
         || vec![endpoint.version],
         |rollout| vec![rollout.stable.version, rollout.candidate.version],
     );
+    versions.extend(experiment.map(|experiment| experiment.plan.treatment.version));
     let names = versions
         .into_iter()
         .flat_map(|version| names_of(reader, endpoint, version))

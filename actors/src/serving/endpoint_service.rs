@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
-use super::arm::{Arm, Assigned, Routes};
+use super::arm::{Arm, Asker, Assigned, Routes};
 use super::batcher::BatchAnswer;
 use super::fleet::Backend;
 use super::http::{InferenceService, RepositoryChange, ServiceFuture};
@@ -102,13 +102,11 @@ impl<B: Backend> EndpointService<B> {
     /// Where a request goes that names no version.
     fn assign(&self, request: &InferRequest) -> Assigned<B> {
         let key = request.routing_key.as_ref().or(request.id.as_ref());
-        match key {
-            Some(key) => self.routes().assign(key),
-            None => {
-                let number = self.keyless.fetch_add(1, Ordering::Relaxed);
-                self.routes().assign(&number.to_string())
-            }
-        }
+        let asker = match key {
+            Some(key) => Asker::Key(key),
+            None => Asker::Unknown(self.keyless.fetch_add(1, Ordering::Relaxed)),
+        };
+        self.routes().assign(asker)
     }
 
     async fn answer(
@@ -141,7 +139,14 @@ impl<B: Backend> EndpointService<B> {
             }
             Err(error) => error,
         };
-        assigned.count(Outcome::Failed(&error.to_string()));
+        let reason = error.to_string();
+        assigned.count(match error {
+            // Not executed, which says nothing about an answer.
+            OipError::Overloaded { .. } | OipError::WouldBeLate { .. } | OipError::ShuttingDown => {
+                Outcome::Refused
+            }
+            _ => Outcome::Failed(&reason),
+        });
         let Some(second) = &assigned.second else {
             return Err(error);
         };
@@ -361,11 +366,7 @@ impl<B: Backend> InferenceService for EndpointService<B> {
             let arm = self.arm(model, version)?;
             let assigned = match version {
                 // Who asks for a version gets it, or the error: such requests are no sample of all.
-                Some(_) => Assigned {
-                    arm,
-                    second: None,
-                    counted: None,
-                },
+                Some(_) => Assigned::uncounted(arm),
                 None => self.assign(&request),
             };
             self.answer(assigned, request).await

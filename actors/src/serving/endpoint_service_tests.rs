@@ -60,6 +60,7 @@ fn service() -> (EndpointService<Three>, FeedReader, Arc<Arm<Three>>) {
     let routes = Routes {
         active: Arc::clone(&active),
         tried: None,
+        compared: None,
     };
     (service_of(routes), reader, active)
 }
@@ -157,6 +158,7 @@ fn tried(candidate: f32) -> (EndpointService<Always>, Arc<Mutex<Trial>>, Arc<Arm
             weight_percent: 50,
             trial: Arc::clone(&trial),
         }),
+        compared: None,
     };
     (service_of(routes), trial, arm)
 }

@@ -1,8 +1,9 @@
-//! The policies' word before a version is served: by a new endpoint, or by a rollout at one.
+//! The policies' word before a version is served: by a new endpoint, or by a rollout or an experiment at one.
 
 use mobula_core::control::{ApplyContext, Origin, Txn};
 use mobula_core::error::Rejection;
 
+use super::experiment::command::Command as ExperimentCommand;
 use super::rollout::command::Command as RolloutCommand;
 use super::state::Command;
 use crate::registry;
@@ -28,6 +29,9 @@ pub(super) fn pass(
             version,
             ..
         }) => (endpoint, model, version, true),
+        Command::Experiment(ExperimentCommand::Start(proposed)) => {
+            (&proposed.endpoint, &proposed.model, &proposed.version, true)
+        }
         _ => return Ok(()),
     };
     // Without a version there is nothing to ask about, and the command is refused for what is wrong with it.

@@ -4,9 +4,10 @@
 //! * [`state`]: endpoints as a replicated table (pure); [`controller`] starts and stops what they
 //!   need; [`client`] is what the command line asks.
 //! * `gate`: what the policies say before a version is served.
-//! * [`rollout`]: how an endpoint goes from one version to another; [`autoscaler`]: with how many replicas.
-//! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, [`arm`] is one of
-//!   them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
+//! * [`rollout`]: how an endpoint goes from one version to another; [`experiment`]: which of two is better;
+//!   [`autoscaler`]: with how many replicas.
+//! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, `versions` reaches
+//!   them, [`arm`] is one of them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
 //!   the protocol, [`feed`] tells the monitor.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`; [`onnx`]: models that other
@@ -32,6 +33,7 @@ mod compression;
 pub mod controller;
 pub mod endpoint_service;
 mod executor;
+pub mod experiment;
 pub mod feed;
 pub mod fleet;
 mod gate;
@@ -54,6 +56,7 @@ pub mod signature;
 pub mod state;
 pub mod statistics;
 pub mod steering;
+mod versions;
 
 #[cfg(test)]
 mod test_tables;

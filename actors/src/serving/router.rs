@@ -22,10 +22,12 @@ use tokio::task::JoinSet;
 
 use super::auth::BearerAuth;
 use super::endpoint_service::EndpointService;
+use super::experiment::outcomes::outcome_routes;
 use super::grpc::oip_routes;
 use super::server;
 use super::state::{Command, Endpoint, Routing};
-use super::steering::{SignatureError, Steering, Versions};
+use super::steering::Steering;
+use super::versions::{SignatureError, Versions};
 use crate::serving::client;
 
 /// The pause after something that could not be done now.
@@ -149,10 +151,11 @@ impl Running {
             address,
         ));
 
-        let service = Arc::new(EndpointService::new(&endpoint.name, signature, routes));
         let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
             .expect("one token is at least one and not too many");
-        let routes = oip_routes(service, auth, body);
+        let outcomes = outcome_routes(&endpoint.name, routes.clone(), auth.clone());
+        let service = Arc::new(EndpointService::new(&endpoint.name, signature, routes));
+        let routes = oip_routes(service, auth, body).merge(outcomes);
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {
             // A router that is gone stops as one that was asked to.

@@ -17,6 +17,8 @@ use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 use super::autoscaler::{Scaling, state as scaling};
+use super::experiment::{Experiment, command as experiments, state as experiment};
+use super::rollout::plan::Cleanup;
 use super::rollout::{Rollout, command, state as rollout};
 use crate::registry;
 
@@ -102,6 +104,8 @@ pub enum Command {
     Rollout(command::Command),
     /// A change of how an endpoint is scaled. Answer: [`Scaling`].
     Scaling(scaling::Command),
+    /// A change of an experiment. Answer: [`Experiment`].
+    Experiment(experiments::Command),
 }
 
 /// A question. Append-only: positions are tags.
@@ -124,6 +128,16 @@ pub enum Query {
         /// Its name.
         endpoint: String,
     },
+    /// All that an endpoint's router goes by. Answer: [`Steered`].
+    Steered {
+        /// Its name.
+        endpoint: String,
+    },
+    /// The experiments of an endpoint that are kept, oldest first. Answer: `Vec<Experiment>`.
+    Experiments {
+        /// Its name.
+        endpoint: String,
+    },
 }
 
 /// An endpoint with its newest rollout, and how it is scaled.
@@ -135,6 +149,35 @@ pub struct Routing {
     pub rollout: Option<Rollout>,
     /// How it is scaled.
     pub scaling: Scaling,
+}
+
+/// All that a router goes by.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Steered {
+    /// The endpoint, its newest rollout, and how it is scaled.
+    pub routing: Routing,
+    /// Its newest experiment, if it had one.
+    pub experiment: Option<Experiment>,
+}
+
+impl Steered {
+    /// Whether another version than the active one answers, or its replicas have not ended.
+    #[must_use]
+    pub fn is_changing(&self) -> bool {
+        let rollout = self.routing.rollout.as_ref();
+        let experiment = self.experiment.as_ref();
+        rollout.is_some_and(|rollout| rollout.cleanup != Cleanup::Done)
+            || experiment.is_some_and(|experiment| experiment.cleanup != Cleanup::Done)
+    }
+}
+
+fn routing(reader: &dyn Reader, name: &str) -> Result<Routing, Rejection> {
+    let endpoint = find(reader, name)?;
+    Ok(Routing {
+        rollout: rollout::newest(reader, &endpoint.name),
+        scaling: scaling::find(reader, &endpoint),
+        endpoint,
+    })
 }
 
 /// The replicated part of serving.
@@ -284,6 +327,7 @@ impl StateModule for Serving {
             Command::Gone { endpoint } => {
                 if find(txn, &endpoint)?.deleting {
                     rollout::forget(txn, &endpoint);
+                    experiment::forget(txn, &endpoint);
                     scaling::forget(txn, &endpoint);
                     txn.delete(ENDPOINTS, endpoint.as_bytes());
                 }
@@ -294,6 +338,9 @@ impl StateModule for Serving {
             }
             Command::Scaling(command) => {
                 codec::encode_plain(&scaling::apply(context, txn, command)?)
+            }
+            Command::Experiment(command) => {
+                codec::encode_plain(&experiment::apply(context, txn, command)?)
             }
         };
         Ok(Applied::changed(self.id(), response))
@@ -320,17 +367,18 @@ impl StateModule for Serving {
         Ok(match crate::payload::decode(payload, PAYLOAD_BYTES_MAX)? {
             Query::List => codec::encode_plain(&endpoints(reader)),
             Query::Endpoint { endpoint } => codec::encode_plain(&find(reader, &endpoint)?),
-            Query::Routing { endpoint } => {
-                let endpoint = find(reader, &endpoint)?;
-                codec::encode_plain(&Routing {
-                    rollout: rollout::newest(reader, &endpoint.name),
-                    scaling: scaling::find(reader, &endpoint),
-                    endpoint,
-                })
-            }
+            Query::Routing { endpoint } => codec::encode_plain(&routing(reader, &endpoint)?),
             Query::Rollouts { endpoint } => {
                 find(reader, &endpoint)?;
                 codec::encode_plain(&rollout::history(reader, &endpoint))
+            }
+            Query::Steered { endpoint } => codec::encode_plain(&Steered {
+                routing: routing(reader, &endpoint)?,
+                experiment: experiment::newest(reader, &endpoint),
+            }),
+            Query::Experiments { endpoint } => {
+                find(reader, &endpoint)?;
+                codec::encode_plain(&experiment::history(reader, &endpoint))
             }
         })
     }
@@ -354,6 +402,7 @@ impl StateModule for Serving {
             (Caller::Head, _) => true,
             (caller, Command::Rollout(command)) => command::is_allowed(caller, &command),
             (caller, Command::Scaling(command)) => scaling::is_allowed(caller, &command),
+            (caller, Command::Experiment(command)) => experiments::is_allowed(caller, &command),
             (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
             // Routers are the platform's own actors.
             (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,
@@ -364,7 +413,7 @@ impl StateModule for Serving {
         }
         Err(Rejection::new(
             ErrorCode::PermissionDenied,
-            "endpoints are deployed, scaled, deleted and rolled out with a client token",
+            "endpoints are deployed, scaled, deleted, rolled out and compared with a client token",
         ))
     }
 }

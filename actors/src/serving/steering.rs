@@ -1,5 +1,5 @@
-//! Which versions a router answers with: it follows the endpoint's row and its rollout, and judges the
-//! rollout's steps.
+//! Which versions a router answers with: it follows the endpoint's row, its rollout and its experiment, and
+//! judges the rollout's steps.
 //!
 //! Invariants:
 //! 1. The router goes on with what it knows while the head is away.
@@ -9,136 +9,31 @@
 //! 4. It has as many replicas as the endpoint's row says, and proposes how many that shall be
 //!    (`autoscaler`): at each look, and at once when far more requests come than before.
 //! 5. A step is judged by what came of it here. A router that is started again counts anew.
+//! 6. An experiment changes no version: what it is about is the active one, and one beside it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use mobula::{ActorRef, Cluster, StorageLocation};
 use mobula_core::id::Incarnation;
 use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 
-use super::arm::{Arm, Origin, Routes, Tried, WhenGone, lock};
+use super::arm::{Arm, Compared, Routes, Tried, WhenGone, lock};
 use super::autoscaler::pilot::{Pilot, Replicas as SeenReplicas};
 use super::client;
-use super::controller::{monitor_name, replica_name};
-use super::feed::feed;
-use super::fleet::Fleet;
-use super::guard::traffic::Traffic;
+use super::experiment::comparing::Comparing;
+use super::experiment::plan::Experiment;
 use super::meters::{Meters, VersionSeen};
-use super::replica::Replica;
-use super::replica_link::{feed_monitor, follow_origin, keep_open};
 use super::rollout::command::{Command, Verdict};
 use super::rollout::plan::{Cleanup, Phase, Rollout, Served};
 use super::rollout::trial::{Evidence, Judgement, Trial, shortened};
-use super::signature::{ROW_VALUES_MAX, Signature};
-use super::state::{Endpoint, Routing};
-use crate::registry::artifact::Artifact;
-use crate::registry::version_file::VersionFileError;
-use crate::storage::open_blobs;
+use super::signature::Signature;
+use super::state::{Endpoint, Routing, Steered};
+use super::versions::{Fit, Replicas, Versions};
 
 /// How often the head is asked and the trial is judged: a rollback comes this much later than it could.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
-
-type Replicas = ActorRef<Replica>;
-
-/// Why an endpoint cannot answer with a version.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum SignatureError {
-    #[error("the version's file: {0}")]
-    Version(#[from] VersionFileError),
-    #[error(
-        "version {version} of {model} is trained on {samples}: an endpoint answers for numbers \
-         with classes, at most {ROW_VALUES_MAX} numbers a row"
-    )]
-    Samples {
-        model: String,
-        version: u64,
-        samples: String,
-    },
-}
-
-impl SignatureError {
-    /// Whether another try cannot help.
-    fn is_final(&self) -> bool {
-        !matches!(self, SignatureError::Version(VersionFileError::Store(_)))
-    }
-}
-
-/// How the versions of an endpoint are reached.
-pub(super) struct Versions {
-    cluster: Cluster,
-    storage: StorageLocation,
-    traffic: Arc<Traffic>,
-}
-
-impl Versions {
-    pub(super) fn new(cluster: Cluster, storage: StorageLocation) -> Self {
-        Versions {
-            cluster,
-            storage,
-            traffic: Arc::default(),
-        }
-    }
-
-    /// What the endpoint's active version takes and gives.
-    pub(super) async fn signature(&self, endpoint: &Endpoint) -> Result<Signature, SignatureError> {
-        self.signature_of(&endpoint.model, &active(endpoint)).await
-    }
-
-    async fn signature_of(
-        &self,
-        model: &str,
-        served: &Served,
-    ) -> Result<Signature, SignatureError> {
-        let blobs = open_blobs(&self.storage).map_err(VersionFileError::from)?;
-        let artifact = Artifact::load(&blobs, &served.digest, served.size_bytes).await?;
-        Signature::of(&artifact).map_err(|samples| SignatureError::Samples {
-            model: model.to_owned(),
-            version: served.version,
-            samples,
-        })
-    }
-
-    /// An arm that looks for its replicas from now on.
-    fn arm(&self, endpoint: &Endpoint, version: u64) -> (Arm<Replicas>, WhenGone) {
-        let mut tasks = JoinSet::new();
-        let fleet = Fleet::sharing(endpoint.replicas, Arc::clone(&self.traffic));
-        for (number, berth) in fleet.berths() {
-            let name = replica_name(&endpoint.name, version, number);
-            tasks.spawn(keep_open(self.cluster.clone(), name, berth));
-        }
-        let (feed, reader) = feed();
-        let monitor = monitor_name(&endpoint.name, version);
-        tasks.spawn(feed_monitor(self.cluster.clone(), monitor, reader));
-        let (learnt, origin) = watch::channel(Origin::default());
-        tasks.spawn(follow_origin(
-            self.cluster.clone(),
-            endpoint.model.clone(),
-            version,
-            learnt,
-        ));
-        Arm::new(version, origin, fleet, feed, tasks)
-    }
-
-    /// Gives an arm as many replicas as the endpoint shall have.
-    fn resize(&self, endpoint: &Endpoint, arm: &Arm<Replicas>) {
-        for (number, berth) in arm.fleet().resize(endpoint.replicas) {
-            let name = replica_name(&endpoint.name, arm.version(), number);
-            arm.spawn(keep_open(self.cluster.clone(), name, berth));
-        }
-    }
-}
-
-fn active(endpoint: &Endpoint) -> Served {
-    Served {
-        version: endpoint.version,
-        digest: endpoint.digest.clone(),
-        size_bytes: endpoint.size_bytes,
-    }
-}
 
 /// Follows one endpoint.
 pub(super) struct Steering {
@@ -151,10 +46,13 @@ pub(super) struct Steering {
     arms: BTreeMap<u64, (Arc<Arm<Replicas>>, WhenGone)>,
     /// Arms that may still have requests, with their versions.
     leaving: Vec<(u64, WhenGone)>,
-    /// The rollout whose candidate is known to fit the endpoint.
+    /// The version that is known to fit the endpoint.
     fitting: Option<u64>,
     /// The rollout and step that are tried.
     tried: Option<(u64, u32)>,
+    /// The experiment that is under way here.
+    compared: Option<u64>,
+    comparing: Comparing,
     pilot: Pilot,
     /// None where the process has no room for them.
     meters: Option<Meters>,
@@ -174,10 +72,12 @@ impl Steering {
         let routes = Routes {
             active: Arc::clone(&arm),
             tried: None,
+            compared: None,
         };
         let (sender, receiver) = watch::channel(Arc::new(routes));
         let traffic = Arc::clone(&versions.traffic);
         let pilot = Pilot::new(versions.cluster.clone(), incarnation, traffic);
+        let comparing = Comparing::new(versions.cluster.clone(), incarnation);
         let meters = Meters::new(&routing.endpoint.name)
             .inspect_err(|error| tracing::warn!(%error, "an endpoint is not measured"))
             .ok();
@@ -191,6 +91,8 @@ impl Steering {
             leaving: Vec::new(),
             fitting: None,
             tried: None,
+            compared: None,
+            comparing,
             pilot,
             meters,
         };
@@ -201,10 +103,10 @@ impl Steering {
     pub(super) async fn follow(mut self) {
         let traffic = Arc::clone(&self.versions.traffic);
         loop {
-            let is_scaled = match client::routing(&self.versions.cluster, &self.name).await {
-                Ok(routing) => {
-                    self.look(&routing).await;
-                    self.scale(&routing).await
+            let is_scaled = match client::steered(&self.versions.cluster, &self.name).await {
+                Ok(steered) => {
+                    self.look(&steered).await;
+                    self.scale(&steered).await
                 }
                 Err(error) => {
                     tracing::debug!(endpoint = self.name, %error, "the head does not answer");
@@ -221,7 +123,8 @@ impl Steering {
     }
 
     /// Has the replicas that the endpoint shall have, and sees whether these should be others.
-    async fn scale(&mut self, routing: &Routing) -> bool {
+    async fn scale(&mut self, steered: &Steered) -> bool {
+        let routing = &steered.routing;
         let arms = || self.arms.values().map(|(arm, _)| arm);
         for arm in arms() {
             self.versions.resize(&routing.endpoint, arm);
@@ -230,7 +133,7 @@ impl Steering {
             ready: self.routes.borrow().active.fleet().open_count(),
             are_drained: arms().all(|arm| arm.fleet().is_drained()),
         };
-        let is_scaled = self.pilot.look(routing, seen).await;
+        let is_scaled = self.pilot.look(steered, seen).await;
         self.measure(routing.endpoint.replicas);
         is_scaled
     }
@@ -256,7 +159,11 @@ impl Steering {
         }
     }
 
-    async fn look(&mut self, routing: &Routing) {
+    async fn look(&mut self, steered: &Steered) {
+        let Steered {
+            routing,
+            experiment,
+        } = steered;
         let endpoint = &routing.endpoint;
         let open = routing
             .rollout
@@ -266,8 +173,18 @@ impl Steering {
             Some(rollout) if self.fits(endpoint, rollout).await => Some(rollout),
             _ => None,
         };
-        self.route(endpoint, open);
-        self.drop_unwanted(endpoint, open);
+        let under_way = experiment
+            .as_ref()
+            .filter(|experiment| experiment.is_open());
+        let compared = match under_way {
+            Some(experiment) => self.compare(endpoint, experiment).await,
+            None => {
+                self.comparing.forget();
+                None
+            }
+        };
+        self.route(endpoint, open, compared);
+        self.drop_unwanted(endpoint, open, under_way);
         match (&routing.rollout, open) {
             (_, Some(rollout)) => self.judge(rollout).await,
             (Some(rollout), None) if !rollout.phase.is_open() => {
@@ -275,32 +192,60 @@ impl Steering {
             }
             _ => {}
         }
+        match (experiment, under_way) {
+            (_, Some(experiment)) => self.comparing.judge(experiment).await,
+            (Some(over), None) if !self.is_left(endpoint, over.plan.treatment.version) => {
+                self.comparing.say_drained(over).await;
+            }
+            _ => {}
+        }
     }
 
     /// Whether a candidate takes and gives what the endpoint does. One that never will is rolled back.
     async fn fits(&mut self, endpoint: &Endpoint, rollout: &Rollout) -> bool {
-        if self.fitting == Some(rollout.number) {
-            return true;
+        match self.fit(endpoint, &rollout.candidate).await {
+            Fit::Yes => true,
+            Fit::Unknown => false,
+            Fit::No(reason) => {
+                let evidence = Evidence {
+                    reason: shortened(&reason),
+                    ..Evidence::default()
+                };
+                self.say(rollout, Verdict::RollBack, evidence).await;
+                false
+            }
         }
-        let candidate = &rollout.candidate;
-        let reason = match self.versions.signature_of(&endpoint.model, candidate).await {
-            Ok(signature) if signature == self.signature => {
-                self.fitting = Some(rollout.number);
-                return true;
+    }
+
+    async fn fit(&mut self, endpoint: &Endpoint, served: &Served) -> Fit {
+        if self.fitting == Some(served.version) {
+            return Fit::Yes;
+        }
+        let found = self.versions.fit(&self.signature, &endpoint.model, served);
+        let found = found.await;
+        if let Fit::Yes = found {
+            self.fitting = Some(served.version);
+        }
+        found
+    }
+
+    /// The other side of an experiment, once the head knows that this router counts.
+    async fn compare(
+        &mut self,
+        endpoint: &Endpoint,
+        experiment: &Experiment,
+    ) -> Option<(u64, Compared<Replicas>)> {
+        let (plan, tally) = self.comparing.count(experiment).await?;
+        match self.fit(endpoint, &plan.treatment).await {
+            Fit::Yes => {}
+            Fit::Unknown => return None,
+            Fit::No(reason) => {
+                self.comparing.refuse(experiment, &reason).await;
+                return None;
             }
-            Ok(other) => other.difference(candidate.version, &self.signature),
-            Err(error) if error.is_final() => error.to_string(),
-            Err(error) => {
-                tracing::warn!(endpoint = self.name, %error, "a candidate cannot be looked at yet");
-                return false;
-            }
-        };
-        let evidence = Evidence {
-            reason: shortened(&reason),
-            ..Evidence::default()
-        };
-        self.say(rollout, Verdict::RollBack, evidence).await;
-        false
+        }
+        let arm = self.arm(endpoint, plan.treatment.version);
+        Some((experiment.number, Compared { arm, plan, tally }))
     }
 
     fn arm(&mut self, endpoint: &Endpoint, version: u64) -> Arc<Arm<Replicas>> {
@@ -313,7 +258,12 @@ impl Steering {
     }
 
     /// Sends requests where they belong now.
-    fn route(&mut self, endpoint: &Endpoint, open: Option<&Rollout>) {
+    fn route(
+        &mut self,
+        endpoint: &Endpoint,
+        open: Option<&Rollout>,
+        compared: Option<(u64, Compared<Replicas>)>,
+    ) {
         let known = Arc::clone(&self.routes.borrow());
         let wanted = self.arm(endpoint, endpoint.version);
         let active = if wanted.is_open() {
@@ -322,9 +272,12 @@ impl Steering {
             Arc::clone(&known.active)
         };
         let at = open.map(|rollout| (rollout.number, rollout.step));
-        if at == self.tried && active.version() == known.active.version() {
+        let number = compared.as_ref().map(|(number, _)| *number);
+        let is_known = (at, number) == (self.tried, self.compared);
+        if is_known && active.version() == known.active.version() {
             return;
         }
+        let compared = compared.map(|(_, compared)| compared);
         let tried = open.map(|rollout| Tried {
             arm: self.arm(endpoint, rollout.candidate.version),
             seed: rollout.seed(),
@@ -340,15 +293,26 @@ impl Steering {
             active = active.version(),
             candidate = tried.as_ref().map(|tried| tried.arm.version()),
             weight_percent = tried.as_ref().map(|tried| tried.weight_percent),
+            treatment = compared.as_ref().map(|compared| compared.arm.version()),
             "requests are sent by new rules"
         );
-        self.tried = at;
-        self.routes.send_replace(Arc::new(Routes { active, tried }));
+        (self.tried, self.compared) = (at, number);
+        self.routes.send_replace(Arc::new(Routes {
+            active,
+            tried,
+            compared,
+        }));
     }
 
-    fn drop_unwanted(&mut self, endpoint: &Endpoint, open: Option<&Rollout>) {
+    fn drop_unwanted(
+        &mut self,
+        endpoint: &Endpoint,
+        open: Option<&Rollout>,
+        under_way: Option<&Experiment>,
+    ) {
         let mut wanted = vec![endpoint.version, self.routes.borrow().active.version()];
         wanted.extend(open.map(|rollout| rollout.candidate.version));
+        wanted.extend(under_way.map(|experiment| experiment.plan.treatment.version));
         let unwanted: Vec<u64> = self
             .arms
             .keys()
@@ -409,10 +373,7 @@ impl Steering {
         let Some(retiring) = rollout.retiring().map(|served| served.version) else {
             return;
         };
-        let is_left = self.arms.contains_key(&retiring)
-            || self.leaving.iter().any(|(version, _)| *version == retiring)
-            || self.routes.borrow().active.version() != endpoint.version;
-        if rollout.cleanup != Cleanup::Draining || is_left {
+        if rollout.cleanup != Cleanup::Draining || self.is_left(endpoint, retiring) {
             return;
         }
         self.tell(Command::Drained {
@@ -422,6 +383,13 @@ impl Steering {
             router: self.incarnation,
         })
         .await;
+    }
+
+    /// Whether a request may be with a version that is wanted no more.
+    fn is_left(&self, endpoint: &Endpoint, version: u64) -> bool {
+        self.arms.contains_key(&version)
+            || self.leaving.iter().any(|(leaving, _)| *leaving == version)
+            || self.routes.borrow().active.version() != endpoint.version
     }
 
     async fn tell(&self, command: Command) {

@@ -11,6 +11,7 @@ mod clock;
 mod connect;
 mod demo;
 mod drift;
+mod experiment;
 mod explain;
 mod head;
 mod heads;
@@ -114,6 +115,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Approvals(command) => policy::approvals::run(&target, command).await?,
         Command::Serve(command) => serve::run(&target, command).await?,
         Command::Rollout(command) => rollout::run(&target, command).await?,
+        Command::Experiment(command) => experiment::run(&target, command).await?,
         Command::Drift(command) => drift::run(&target, command).await?,
         Command::Tokens(command) => tokens::run(&target, command).await?,
         Command::Audit {

@@ -100,7 +100,7 @@ fn print_rollout(rollout: &Rollout, json: bool) -> anyhow::Result<()> {
 }
 
 /// `digits`, `digits:3` or `digits@3`.
-fn model_and_version(text: &str) -> anyhow::Result<(&str, Option<u64>)> {
+pub(crate) fn model_and_version(text: &str) -> anyhow::Result<(&str, Option<u64>)> {
     let Some((model, version)) = text.split_once([':', '@']) else {
         return Ok((text, None));
     };

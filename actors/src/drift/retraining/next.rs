@@ -11,6 +11,7 @@ use super::plan::{Phase, Retraining, cut};
 use super::state::find_policy_row;
 use crate::registry::stages::{Policy, Risk, Stage, model_state, standing};
 use crate::registry::state::{ModelVersion, find as find_version};
+use crate::serving::experiment::state as experiments;
 use crate::serving::rollout::plan::{Action, Cleanup, Phase as RolloutPhase, Rollout};
 use crate::serving::rollout::state as rollouts;
 use crate::serving::state::{Endpoint, find as find_endpoint};
@@ -277,11 +278,25 @@ fn busy(rollout: &Rollout) -> Option<String> {
     Some(format!("rollout {} of the endpoint {what}", rollout.number))
 }
 
+/// What an endpoint's next rollout waits for.
+fn occupied(reader: &dyn Reader, endpoint: &str) -> Option<String> {
+    rollouts::newest(reader, endpoint)
+        .and_then(|rollout| busy(&rollout))
+        .or_else(|| {
+            experiments::unfinished(reader, endpoint).map(|experiment| {
+                format!(
+                    "experiment {} of the endpoint is not over",
+                    experiment.number
+                )
+            })
+        })
+}
+
 fn queued(reader: &dyn Reader, endpoint: &Endpoint, row: &Retraining) -> Option<Next> {
     if !is_baseline(endpoint, row) {
         return Some(superseded(endpoint, row));
     }
-    if rollouts::newest(reader, &row.endpoint).is_some_and(|rollout| busy(&rollout).is_some()) {
+    if occupied(reader, &row.endpoint).is_some() {
         return None;
     }
     let candidate = match candidate_of(reader, row) {
@@ -352,7 +367,7 @@ pub(super) fn waits_for(reader: &dyn Reader, row: &Retraining) -> Option<String>
         Phase::Gate => candidate_of(reader, row)
             .ok()
             .and_then(|candidate| waits_for_stage(reader, row, &candidate)),
-        Phase::Queued => rollouts::newest(reader, &row.endpoint).and_then(|rollout| busy(&rollout)),
+        Phase::Queued => occupied(reader, &row.endpoint),
         Phase::Canary => Some(format!(
             "the verdict on rollout {} (`mobula rollout status {}`)",
             row.rollout.unwrap_or_default(),

@@ -8,7 +8,7 @@
 //!    a whole window has passed without one.
 //! 3. Replicas are taken away when nine tenths of the targets are enough for fewer, and never so that a
 //!    number remains that was too few for the same rate of requests before: a constant load does not flap.
-//! 4. While a rollout is under way, nothing is taken away.
+//! 4. While a rollout or an experiment is under way, nothing is taken away.
 
 use serde::{Deserialize, Serialize};
 
@@ -107,7 +107,7 @@ pub struct Standing<'a> {
     pub version: u64,
     /// The latest changes, oldest first.
     pub changes: &'a [Change],
-    /// Whether a rollout is under way or being cleaned up.
+    /// Whether a rollout or an experiment is under way or being cleaned up.
     pub is_rolling_out: bool,
 }
 

@@ -12,8 +12,7 @@ use super::policy::Policy;
 use super::state::{Command, Scaling};
 use crate::serving::client;
 use crate::serving::guard::traffic::Traffic;
-use crate::serving::rollout::plan::Cleanup;
-use crate::serving::state::Routing;
+use crate::serving::state::{Routing, Steered};
 
 /// What a router sees of its replicas.
 #[derive(Debug, Clone, Copy)]
@@ -47,12 +46,10 @@ impl Pilot {
     }
 
     /// Looks once. Whether the number of replicas was changed, which is to be followed at once.
-    pub(in crate::serving) async fn look(&mut self, routing: &Routing, replicas: Replicas) -> bool {
+    pub(in crate::serving) async fn look(&mut self, steered: &Steered, replicas: Replicas) -> bool {
         let Routing {
-            endpoint,
-            rollout,
-            scaling,
-        } = routing;
+            endpoint, scaling, ..
+        } = &steered.routing;
         self.traffic.limit_rate(scaling.policy.rate_limit);
         if scaling.surplus > endpoint.replicas && !scaling.is_drained && replicas.are_drained {
             self.tell(Command::Drained {
@@ -66,9 +63,7 @@ impl Pilot {
             replicas: endpoint.replicas,
             version: endpoint.version,
             changes: &scaling.changes,
-            is_rolling_out: rollout
-                .as_ref()
-                .is_some_and(|rollout| rollout.cleanup != Cleanup::Done),
+            is_rolling_out: steered.is_changing(),
         };
         let ready = u32::try_from(replicas.ready).unwrap_or(u32::MAX);
         let load = self.traffic.load.read();

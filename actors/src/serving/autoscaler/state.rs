@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::decision::{Change, Choice, Standing};
 use super::policy::Policy;
+use crate::serving::experiment::state as experiment;
 use crate::serving::rollout::plan::Cleanup;
 use crate::serving::rollout::state::{heard, newest, standing};
 use crate::serving::state::{Endpoint, put_endpoint};
@@ -235,7 +236,8 @@ fn standing_of<'a>(reader: &dyn Reader, endpoint: &Endpoint, scaling: &'a Scalin
         replicas: endpoint.replicas,
         version: endpoint.version,
         changes: &scaling.changes,
-        is_rolling_out: rollout.is_some_and(|rollout| rollout.cleanup != Cleanup::Done),
+        is_rolling_out: rollout.is_some_and(|rollout| rollout.cleanup != Cleanup::Done)
+            || experiment::unfinished(reader, &endpoint.name).is_some(),
     }
 }
 

@@ -16,7 +16,7 @@
 /// events than the baseline's to nearly all of them.
 const SHARES: [f64; 10] = [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99];
 
-/// The share under the null hypothesis: both halves are equally large.
+/// The share under the null hypothesis where both halves are equally large.
 const FAIR: f64 = 0.5;
 
 /// How many observations of both halves the bound on means is tightest for.
@@ -27,30 +27,76 @@ const TUNED_FOR: f64 = 1_000.0;
 /// `alpha` at the most.
 #[must_use]
 pub fn log_e_value(candidate_events: u64, baseline_events: u64) -> f64 {
+    log_e_value_of_split(candidate_events, baseline_events, FAIR)
+}
+
+/// The same where the candidate's part of both, which is `fair` of an event that hits both equally, is not one
+/// half: the mixture looks for the same odds, `fair` times as large.
+#[must_use]
+pub fn log_e_value_of_split(candidate_events: u64, baseline_events: u64, fair: f64) -> f64 {
     let terms = SHARES.map(|share| {
-        candidate_events as f64 * (share / FAIR).ln()
-            + baseline_events as f64 * ((1.0 - share) / FAIR).ln()
+        let odds = share / (1.0 - share) * fair / (1.0 - fair);
+        let share = odds / (1.0 + odds);
+        candidate_events as f64 * (share / fair).ln()
+            + baseline_events as f64 * ((1.0 - share) / (1.0 - fair)).ln()
     });
     let largest = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = terms.iter().map(|term| (term - largest).exp()).sum();
     largest + sum.ln() - (SHARES.len() as f64).ln()
 }
 
-/// Count, mean and variance of what was observed, kept by Welford's method.
+/// Count, mean, variance and skewness of what was observed, kept by Welford's method as Pébay extended it
+/// (*Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical
+/// Moments*, 2008).
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Moments {
     count: u64,
     mean: f64,
+    /// Of the differences from the mean, as the next.
     squares: f64,
+    cubes: f64,
 }
 
 impl Moments {
     /// Takes one observation.
     pub fn add(&mut self, value: f64) {
         self.count += 1;
+        let count = self.count as f64;
         let from_mean = value - self.mean;
-        self.mean += from_mean / self.count as f64;
-        self.squares += from_mean * (value - self.mean);
+        let step = from_mean / count;
+        self.mean += step;
+        let square = from_mean * (value - self.mean);
+        self.cubes += square * step * (count - 2.0) - 3.0 * step * self.squares;
+        self.squares += square;
+    }
+
+    /// What both have observed.
+    #[must_use]
+    pub fn joined(&self, other: &Moments) -> Moments {
+        let (one, two) = (self.count as f64, other.count as f64);
+        let count = one + two;
+        if count == 0.0 {
+            return Moments::default();
+        }
+        let apart = other.mean - self.mean;
+        let product = apart * apart * one * two / count;
+        Moments {
+            count: self.count + other.count,
+            mean: self.mean + apart * two / count,
+            squares: self.squares + other.squares + product,
+            cubes: self.cubes
+                + other.cubes
+                + product * apart * (one - two) / count
+                + 3.0 * apart * (one * other.squares - two * self.squares) / count,
+        }
+    }
+
+    /// Their skewness; `None` if they are all equal.
+    #[must_use]
+    pub fn skewness(&self) -> Option<f64> {
+        (self.squares > 0.0)
+            .then(|| (self.count as f64).sqrt() * self.cubes / self.squares.powf(1.5))
+            .filter(|skewness| skewness.is_finite())
     }
 
     /// Observations.
@@ -155,6 +201,29 @@ mod tests {
         }
         assert_eq!((moments.count(), moments.mean()), (4, 4.0));
         assert!((moments.variance() - 38.0 / 3.0).abs() < 1e-12);
+        // The cubes of -3, -2, 0 and 5 add up to 90.
+        let skewness = 2.0 * 90.0 / 38f64.powf(1.5);
+        assert!((moments.skewness().unwrap() - skewness).abs() < 1e-12);
+        let of = |values: &[f64]| {
+            let mut moments = Moments::default();
+            values.iter().for_each(|value| moments.add(*value));
+            moments
+        };
+        let joined = of(&[9.0]).joined(&of(&[2.0, 1.0, 4.0]));
+        assert_eq!((joined.count(), joined.mean()), (4, 4.0));
+        assert!((joined.variance() - moments.variance()).abs() < 1e-12);
+        assert!((joined.skewness().unwrap() - skewness).abs() < 1e-12);
+        assert_eq!(of(&[7.0, 7.0]).skewness(), None);
+        assert_eq!(of(&[]).joined(&of(&[])), Moments::default());
+    }
+
+    #[test]
+    fn events_of_unequal_parts_are_held_against_their_shares() {
+        // A tenth of the keys has a tenth of the events, then a third of them.
+        assert!(log_e_value_of_split(100, 900, 0.1) < 0.0);
+        assert!(log_e_value_of_split(100, 200, 0.1) > 1_000f64.ln());
+        assert!((log_e_value_of_split(3, 5, 0.5) - log_e_value(3, 5)).abs() < 1e-12);
+        assert!(log_e_value_of_split(u64::MAX, u64::MAX, 0.01).is_finite());
     }
 
     #[test]

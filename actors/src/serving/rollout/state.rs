@@ -9,6 +9,7 @@
 //! 4. The actors of the version that lost are ended after the router has said that it has no request
 //!    with them. It names the revision that it follows, so that a word about a promotion is not taken
 //!    for one about the rollback after it.
+//! 5. Nothing begins, and nothing is taken back, while an experiment compares the active version with another.
 
 use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
@@ -20,6 +21,7 @@ use super::plan::{Action, Cleanup, Phase, Rollout, Served, check};
 use super::trial::Evidence;
 use crate::registry;
 use crate::serving::autoscaler::state as scaling;
+use crate::serving::experiment::state as experiment;
 use crate::serving::state::{Endpoint, find as find_endpoint, put_endpoint};
 
 /// Endpoint name, 0, number → [`Rollout`].
@@ -99,7 +101,8 @@ pub(crate) fn apply(
                 steps
             };
             check(&steps, &guardrails, min_samples)?;
-            let candidate = candidate(txn, &endpoint, &model, version)?;
+            let candidate = another_version(txn, &endpoint, &model, version)?;
+            check_experiment(txn, &endpoint.name)?;
             let number = next_number(txn, &endpoint.name)?;
             // A candidate is compared with a version that answers.
             let endpoint = scaling::wake(txn, endpoint);
@@ -179,7 +182,8 @@ pub(in crate::serving) fn standing(reader: &dyn Reader, name: &str) -> Result<En
     Ok(endpoint)
 }
 
-fn served(endpoint: &Endpoint) -> Served {
+/// The version that an endpoint serves.
+pub(in crate::serving) fn served(endpoint: &Endpoint) -> Served {
     Served {
         version: endpoint.version,
         digest: endpoint.digest.clone(),
@@ -187,7 +191,8 @@ fn served(endpoint: &Endpoint) -> Served {
     }
 }
 
-fn candidate(
+/// A version of an endpoint's model that is not the one it serves.
+pub(in crate::serving) fn another_version(
     reader: &dyn Reader,
     endpoint: &Endpoint,
     model: &str,
@@ -215,6 +220,14 @@ fn candidate(
         digest: found.description.digest,
         size_bytes: found.description.size_bytes,
     })
+}
+
+/// Refuses to change an endpoint's version while an experiment goes by it.
+fn check_experiment(reader: &dyn Reader, endpoint: &str) -> Result<(), Rejection> {
+    match experiment::in_the_way(reader, endpoint) {
+        Some(reason) => Err(Rejection::new(ErrorCode::FailedPrecondition, reason)),
+        None => Ok(()),
+    }
 }
 
 /// The number of a new rollout; makes room for its row.
@@ -283,6 +296,8 @@ fn turn(
             ));
         }
     };
+    // The other version's actors may be the experiment's, and are ended with it.
+    check_experiment(txn, name)?;
     rollout.decided(context.now_ms, action, None);
     enter(context, txn, endpoint, &mut rollout, phase);
     Ok(rollout)

@@ -15,8 +15,8 @@ use super::plan::Guardrails;
 use super::sequential::{Moments, increase_lower_bound, log_e_value};
 use super::split::Side;
 
-/// Guardrails of a step: errors, mean latency, 95th percentile.
-const GUARDRAILS: f64 = 3.0;
+/// Guardrails of a step: errors, refusals, mean latency, 95th percentile.
+const GUARDRAILS: f64 = 4.0;
 
 /// Answers of the baseline from which the 95th percentile is taken that both sides are then held
 /// against. The test needs a threshold that does not depend on what it counts.
@@ -39,6 +39,8 @@ pub enum Outcome<'a> {
     Answered(Duration),
     /// It was not, for this reason.
     Failed(&'a str),
+    /// It was not executed, as too many others were waiting.
+    Refused,
 }
 
 /// One side's numbers.
@@ -59,7 +61,7 @@ pub struct SideEvidence {
 /// What a guardrail says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GuardrailEvidence {
-    /// `errors`, `latency_mean` or `latency_p95`.
+    /// `errors`, `refusals`, `latency_mean` or `latency_p95`.
     pub guardrail: String,
     /// What `value` is: `log_e_value`, or `increase_percent_at_least`.
     pub statistic: String,
@@ -125,6 +127,8 @@ pub enum Judgement {
 struct Sample {
     requests: u64,
     errors: u64,
+    /// Beside `requests`: they say nothing about what the version would have answered.
+    refused: u64,
     last_error: String,
     /// Of the logarithm of the latency in microseconds.
     log_latency: Moments,
@@ -138,6 +142,7 @@ impl Sample {
         Sample {
             requests: 0,
             errors: 0,
+            refused: 0,
             last_error: String::new(),
             log_latency: Moments::default(),
             histogram: vec![0; LATENCY_BUCKETS],
@@ -147,6 +152,10 @@ impl Sample {
 
     fn error_rate(&self) -> f64 {
         self.errors as f64 / self.requests.max(1) as f64
+    }
+
+    fn refusal_rate(&self) -> f64 {
+        self.refused as f64 / (self.requests + self.refused).max(1) as f64
     }
 
     fn p95_us(&self) -> u64 {
@@ -221,9 +230,13 @@ impl Trial {
             Side::Baseline => (&mut self.baseline, 1.0),
             Side::CandidateUncompared | Side::Stable => return,
         };
-        sample.requests += 1;
         let latency_us = match outcome {
+            Outcome::Refused => {
+                sample.refused += 1;
+                return;
+            }
             Outcome::Failed(reason) => {
+                sample.requests += 1;
                 sample.errors += 1;
                 sample.last_error = shortened(reason);
                 return;
@@ -231,6 +244,7 @@ impl Trial {
             // Below a microsecond the clock says little.
             Outcome::Answered(latency) => (latency.as_secs_f64() * 1e6).max(1.0),
         };
+        sample.requests += 1;
         sample.log_latency.add(latency_us.ln());
         let bucket = (latency_us.ln() / LATENCY_BUCKET_GROWTH.ln()) as usize;
         sample.histogram[bucket.min(LATENCY_BUCKETS - 1)] += 1;
@@ -263,6 +277,13 @@ impl Trial {
         let is_violated = !violated.is_empty();
         let held = self.held();
         let reason = match &held {
+            _ if violated.contains(&"refusals") => format!(
+                "worse than the stable version: {} (of the candidate's requests {} were refused, of the \
+                 baseline's {})",
+                violated.join(", "),
+                self.candidate.refused,
+                self.baseline.refused
+            ),
             _ if is_violated => format!("worse than the stable version: {}", violated.join(", ")),
             Some(held) => held.clone(),
             None => format!("{} requests within the guardrails", self.candidate.requests),
@@ -299,6 +320,14 @@ impl Trial {
             limit,
             errors >= limit && self.errors_exceed(),
         )];
+        let refused = log_e_value(self.candidate.refused, self.baseline.refused);
+        rows.push(row(
+            "refusals",
+            "log_e_value",
+            refused,
+            limit,
+            refused >= limit && self.refusals_exceed(),
+        ));
         let (candidate, baseline) = (&self.candidate.log_latency, &self.baseline.log_latency);
         if candidate.count().min(baseline.count()) >= MEAN_SAMPLES_MIN
             && let Some(bound) = increase_lower_bound(candidate, baseline, self.alpha)
@@ -327,7 +356,14 @@ impl Trial {
     }
 
     fn errors_exceed(&self) -> bool {
-        let increase = self.candidate.error_rate() - self.baseline.error_rate();
+        self.exceeds(self.candidate.error_rate() - self.baseline.error_rate())
+    }
+
+    fn refusals_exceed(&self) -> bool {
+        self.exceeds(self.candidate.refusal_rate() - self.baseline.refusal_rate())
+    }
+
+    fn exceeds(&self, increase: f64) -> bool {
         increase * 10_000.0 > f64::from(self.guardrails.error_increase_max_bp)
     }
 
@@ -340,6 +376,9 @@ impl Trial {
         }
         if self.errors_exceed() {
             return Some("more errors than allowed, which may yet be chance".to_owned());
+        }
+        if self.refusals_exceed() {
+            return Some("more refusals than allowed, which may yet be chance".to_owned());
         }
         let increase = self.candidate.log_latency.mean() - self.baseline.log_latency.mean();
         if increase > self.latency_factor().ln() {

@@ -179,6 +179,48 @@ fn numbers_beyond_the_guardrails_hold_a_step_until_they_are_no_chance() {
 }
 
 #[test]
+fn refusals_say_nothing_of_answers_but_more_of_them_than_the_stable_versions_do() {
+    let answered = Outcome::Answered(Duration::from_millis(2));
+    let mut trial = Trial::new(Guardrails::STANDARD, 20, STEPS);
+    // Both are overloaded alike: that is no fault of the candidate.
+    for _ in 0..200 {
+        for side in [Side::Candidate, Side::Baseline] {
+            trial.record(side, answered);
+            trial.record(side, Outcome::Refused);
+        }
+    }
+    let Judgement::Pass(evidence) = trial.judge() else {
+        panic!("{:?}", trial.judge())
+    };
+    assert_eq!(evidence.candidate.requests, 200);
+    assert_eq!(
+        (evidence.candidate.errors, evidence.baseline.errors),
+        (0, 0)
+    );
+
+    let mut trial = Trial::new(Guardrails::STANDARD, 20, STEPS);
+    let count = (1..200).find(|_| {
+        trial.record(Side::Candidate, Outcome::Refused);
+        trial.record(Side::Candidate, answered);
+        trial.record(Side::Baseline, answered);
+        matches!(trial.judge(), Judgement::RollBack(_))
+    });
+    assert!((10..20).contains(&count.unwrap()), "{count:?}");
+    let Judgement::RollBack(evidence) = trial.judge() else {
+        panic!("it stays violated")
+    };
+    assert!(evidence.is_bounded());
+    assert_eq!(evidence.candidate.errors, 0);
+    assert!(
+        evidence
+            .reason
+            .starts_with("worse than the stable version: refusals (of the candidate's"),
+        "{}",
+        evidence.reason
+    );
+}
+
+#[test]
 fn texts_of_others_are_cut_where_a_character_ends() {
     let cut = shortened(&"ä".repeat(EVIDENCE_TEXT_BYTES_MAX));
     assert!(cut.len() <= EVIDENCE_TEXT_BYTES_MAX && cut.ends_with('ä'));

@@ -5,6 +5,7 @@ mod chaos;
 mod cluster;
 mod drift;
 mod duration;
+mod experiment;
 mod jobs;
 mod policy;
 mod registry;
@@ -27,6 +28,9 @@ pub(crate) use cluster::{
 };
 pub(crate) use drift::{
     DriftCommand, DriftTarget, RetrainPolicyCommand, RetrainPolicySetArguments,
+};
+pub(crate) use experiment::{
+    ExperimentCommand, ExperimentRecordArguments, ExperimentStartArguments, MetricArgument,
 };
 pub(crate) use jobs::{
     ActorsCommand, ExplainArguments, JobsCommand, NodesCommand, SubmitArguments,
@@ -155,6 +159,9 @@ pub(crate) enum Command {
     /// Rollouts: another version of a model for an endpoint, step by step.
     #[command(subcommand)]
     Rollout(RolloutCommand),
+    /// Experiments: which of two versions of a model is better, by a plan that is fixed before.
+    #[command(subcommand)]
+    Experiment(ExperimentCommand),
     /// Drift of what endpoints see, and what is done about it.
     #[command(subcommand)]
     Drift(DriftCommand),

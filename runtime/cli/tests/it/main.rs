@@ -17,6 +17,7 @@ mod detached;
 mod drift;
 mod exactly_once;
 mod examples;
+mod experiments;
 mod extra_worker;
 mod head_faults;
 mod head_states;

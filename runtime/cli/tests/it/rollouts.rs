@@ -18,7 +18,7 @@ use crate::support::{kill_9, wait_for};
 const REQUESTS: usize = 40;
 
 /// Registers another version of `digits`: the first with changed parameters.
-fn register_changed(served: &Served, change: impl Fn(&mut [f32])) {
+pub(crate) fn register_changed(served: &Served, change: impl Fn(&mut [f32])) {
     let status = served.cluster.json(&["status"]);
     let storage_url = status["storage_url"].as_str().unwrap();
     let blobs = BlobStore::open(storage_url, &S3Options::default()).unwrap();
@@ -53,7 +53,7 @@ fn rollout(served: &Served) -> Option<Value> {
 }
 
 /// A request of a user: the same user always meets the same version.
-fn request(served: &Served, user: usize) -> Value {
+pub(crate) fn request(served: &Served, user: usize) -> Value {
     let mut request = request_of(served.image(user % 100));
     request["id"] = json!(format!("user-{user}"));
     request
@@ -237,7 +237,7 @@ fn replicas_are_replaced_without_a_failed_request_and_a_router_that_starts_finds
 }
 
 /// Kills the router; where the next one answers.
-fn another_router(served: &Served) -> String {
+pub(crate) fn another_router(served: &Served) -> String {
     let killed = pids(served, "serving/digits/router").pop().unwrap();
     kill_9(u32::try_from(killed).unwrap());
     wait_for("another router", || {

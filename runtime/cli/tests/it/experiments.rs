@@ -1,0 +1,281 @@
+//! Experiments on processes: a version that is better is found, and nothing else changes by it; groups of the
+//! wrong sizes conclude nothing; one that answers no numbers is ended; a router that dies begins the count anew.
+
+use mobula_actors::serving::rollout::split::{BUCKETS, bucket};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::rollouts::{another_router, register_changed, request};
+use crate::serving::served::Served;
+use crate::support::wait_for;
+
+/// Users between two looks at the experiment.
+const USERS: usize = 40;
+
+/// The experiments of these tests: half of the keys each, hashed with a known seed.
+fn start(served: &Served, options: &[&str]) -> Value {
+    let mut arguments = vec![
+        "experiment",
+        "start",
+        "digits",
+        "digits@2",
+        "--seed",
+        "exp",
+        // What takes long on a shared machine says nothing of a version.
+        "--guardrail",
+        "error-rate=0.01",
+    ];
+    arguments.extend(options);
+    served.cluster.json(&arguments)
+}
+
+const CLICKS: [&str; 4] = ["--primary", "outcome:clicks", "--min-effect", "0.5"];
+
+/// The endpoint's newest experiment, if a head answers.
+fn experiment(served: &Served) -> Option<Value> {
+    let shown = served
+        .cluster
+        .run(&["experiment", "status", "digits", "--json"]);
+    serde_json::from_slice(&shown.stdout).ok()
+}
+
+/// Whether a user meets the treatment.
+fn is_treated(user: usize) -> bool {
+    bucket("exp", &format!("user-{user}")) < BUCKETS / 2
+}
+
+/// Asks for a user, which must be answered; by which version.
+fn ask(served: &Served, url: &str, user: usize) -> String {
+    let answer = served.try_infer(url, &request(served, user)).unwrap();
+    let body = answer.json();
+    assert_eq!(answer.status, 200, "{body}");
+    body["model_version"].as_str().unwrap().to_owned()
+}
+
+/// Reports a value of a user; the HTTP status.
+fn report(served: &Served, user: usize, value: f64) -> u16 {
+    let body = json!({"key": format!("user-{user}"), "value": value});
+    let answer = served.call(
+        Method::POST,
+        "/v2/models/digits/outcomes",
+        Some(served.token()),
+        None,
+        body.to_string().into_bytes(),
+    );
+    answer.status
+}
+
+#[test]
+fn a_better_version_is_found_and_changes_nothing_until_it_is_rolled_out() {
+    let served = Served::up(2);
+    let url = served.deployment["url"].as_str().unwrap().to_owned();
+    register_changed(&served, |parameters| parameters[0] += 1e-6);
+    let begun = start(&served, &CLICKS);
+    assert_eq!(
+        (
+            &begun["state"],
+            &begun["decision"],
+            &begun["plan"]["primary"]
+        ),
+        (
+            &json!("running"),
+            &json!("undecided"),
+            &json!("outcome:clicks:up")
+        )
+    );
+    let digest = begun["plan_blake3"].clone();
+    // Nobody has asked so far.
+    let text = served.cluster.ok(&["experiment", "status", "digits"]);
+    assert!(text.contains("nothing is counted so far"), "{text}");
+    // The plan is fixed, and so is the version.
+    let text = served.cluster.refused(&[
+        "experiment",
+        "start",
+        "digits",
+        "digits@2",
+        "--seed",
+        "exp",
+        "--guardrail",
+        "error-rate=0.01",
+        "--primary",
+        "outcome:clicks",
+        "--min-effect",
+        "0.1",
+        "--alpha",
+        "0.1",
+    ]);
+    assert!(
+        text.contains("with another minimum effect, alpha"),
+        "{text}"
+    );
+    let text = served
+        .cluster
+        .refused(&["rollout", "start", "digits", "digits@2"]);
+    assert!(text.contains("mobula experiment stop digits"), "{text}");
+
+    // One of them by hand.
+    let token = served.cluster.dir().join("endpoint-token");
+    std::fs::write(&token, served.token()).unwrap();
+    let by_hand = (0..).find(|user| is_treated(*user)).unwrap();
+    wait_for("an answer of the treatment", || {
+        (ask(&served, &url, by_hand) == "2").then_some(())
+    });
+    let key = format!("user-{by_hand}");
+    let record = [
+        "experiment",
+        "record",
+        "digits",
+        "--key",
+        &key,
+        "--value",
+        "2.5",
+        "--endpoint-token-file",
+        token.to_str().unwrap(),
+    ];
+    let text = served.cluster.ok(&record);
+    assert_eq!(text, "counted for the treatment, version 2\n");
+    let text = served.cluster.refused(&record);
+    assert!(text.contains("a key counts once, with the first"), "{text}");
+
+    let mut user = by_hand;
+    let decided = wait_for("a decision", || {
+        for _ in 0..USERS {
+            user += 1;
+            let expected = if is_treated(user) { "2" } else { "1" };
+            if ask(&served, &url, user) != expected {
+                // The router has concluded, and goes by it.
+                assert_ne!(experiment(&served)?["state"], "running");
+                break;
+            }
+            let better = f64::from(u8::from(is_treated(user)));
+            let value = 2.0 * better + (user % 10) as f64 / 10.0;
+            // When the router has concluded, it counts no more.
+            assert!([200, 404].contains(&report(&served, user, value)));
+        }
+        experiment(&served).filter(|found| found["state"] != "running")
+    });
+    assert_eq!(
+        (
+            &decided["state"],
+            &decided["decision"],
+            &decided["plan_blake3"]
+        ),
+        (&json!("decided"), &json!("treatment"), &digest),
+        "{decided}"
+    );
+    let effect = &decided["findings"]["measured"][0]["effect"];
+    assert!(
+        effect["lower"].as_f64().unwrap() > 0.0 && effect["upper"].as_f64().unwrap() > 2.0,
+        "{effect}"
+    );
+    let file = served.cluster.dir().join("ab_summary.json");
+    let path = file.to_str().unwrap();
+    let text = served
+        .cluster
+        .ok(&["experiment", "status", "digits", "--out", path]);
+    assert!(
+        text.contains("mobula rollout start digits digits:2"),
+        "{text}"
+    );
+    let summary: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_eq!(summary["findings"], decided["findings"]);
+
+    // The version is the one of before, and nothing of the other is left.
+    wait_for("the end of the treatment", || {
+        (experiment(&served)?["cleanup"] == "done").then_some(())
+    });
+    assert_eq!(served.actors("serving/digits/v2/"), Vec::<Value>::new());
+    assert_eq!(ask(&served, &url, by_hand), "1");
+    served.cluster.ok(&[
+        "rollout",
+        "start",
+        "digits",
+        "digits@2",
+        "--strategy",
+        "blue-green",
+    ]);
+    wait_for("the promotion", || {
+        let rollouts = served.cluster.json(&["rollout", "status", "digits"]);
+        (rollouts["version"] == 2).then_some(())
+    });
+    let listed = served.cluster.json(&["experiment", "list"]);
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn groups_of_the_wrong_sizes_conclude_nothing_and_a_router_that_dies_counts_anew() {
+    let served = Served::up(2);
+    let url = served.deployment["url"].as_str().unwrap().to_owned();
+    register_changed(&served, |parameters| parameters[0] += 1e-6);
+    start(&served, &CLICKS);
+    let mut users = (0..).filter(|user| is_treated(*user));
+    // Somebody upstream loses all users of the control.
+    let found = wait_for("the mismatch", || {
+        for _ in 0..USERS {
+            ask(&served, &url, users.next().unwrap());
+        }
+        let found = experiment(&served)?;
+        let is_mismatch = found["findings"]["ratios"][0]["is_mismatch"] == true;
+        is_mismatch.then_some(found)
+    });
+    assert_eq!(
+        (&found["state"], &found["decision"], &found["counts"]),
+        (&json!("running"), &json!("undecided"), &json!(1))
+    );
+    let text = served.cluster.ok(&["experiment", "status", "digits"]);
+    assert!(
+        text.contains("sample ratio mismatch") && text.contains("nothing is concluded"),
+        "{text}"
+    );
+
+    let url = another_router(&served);
+    let mut users = 1_000..;
+    let found = wait_for("numbers of the next router", || {
+        for _ in 0..USERS {
+            ask(&served, &url, users.next().unwrap());
+        }
+        experiment(&served).filter(|found| found["counts"] == 2 && found["findings"].is_object())
+    });
+    // Those of before are gone with the router that had them.
+    let keys = &found["findings"]["ratios"][0];
+    assert_eq!(keys["is_mismatch"], false, "{found}");
+    assert!(keys["control"].as_u64().unwrap() > 0, "{found}");
+    let stopped = served.cluster.json(&["experiment", "stop", "digits"]);
+    assert_eq!(
+        (&stopped["state"], &stopped["decision"]),
+        (&json!("stopped"), &json!("undecided"))
+    );
+    let text = served.cluster.refused(&["experiment", "stop", "digits"]);
+    assert!(text.contains("is over already"), "{text}");
+}
+
+#[test]
+fn a_treatment_that_answers_no_numbers_is_ended_by_its_guardrail() {
+    let served = Served::up(2);
+    let url = served.deployment["url"].as_str().unwrap().to_owned();
+    register_changed(&served, |parameters| parameters.fill(f32::NAN));
+    start(&served, &["--primary", "latency", "--min-effect", "0.1"]);
+    let mut user = 0;
+    let ended = wait_for("the end", || {
+        for _ in 0..USERS {
+            user += 1;
+            // Nobody is given an answer of the treatment, and nobody goes without one.
+            assert_eq!(ask(&served, &url, user), "1");
+        }
+        experiment(&served).filter(|found| found["state"] != "running")
+    });
+    assert_eq!(
+        (&ended["state"], &ended["decision"]),
+        (&json!("guardrail"), &json!("control")),
+        "{ended}"
+    );
+    let violated = &ended["findings"]["guardrails"][0];
+    assert_eq!(
+        (&violated["metric"], &violated["is_violated"]),
+        (&json!("error-rate"), &json!(true))
+    );
+    wait_for("the end of the treatment", || {
+        (experiment(&served)?["cleanup"] == "done").then_some(())
+    });
+    assert_eq!(served.actors("serving/digits/v2/"), Vec::<Value>::new());
+}
