@@ -309,6 +309,7 @@ async fn tensors_of_any_kind_and_number_go_there_and_back() {
         let routes = Routes {
             active: Arc::clone(&active),
             tried: None,
+            compared: None,
         };
         let (_, receiver) = watch::channel(Arc::new(routes));
         let (text, number) = (
@@ -375,6 +376,7 @@ async fn an_answer_that_does_not_fit_is_an_error() {
     let routes = Routes {
         active: Arc::clone(&active),
         tried: None,
+        compared: None,
     };
     let service = service_of(routes);
     open(&active, Short);

@@ -61,6 +61,7 @@ pub(crate) async fn in_process(length: Duration, results: &mut Results) -> Outco
     let routes = Routes {
         active: Arc::new(arm),
         tried: None,
+        compared: None,
     };
     let (_routes, receiver) = watch::channel(Arc::new(routes));
     let signature = Signature::classifier(WIDTH, WIDTH, Vec::new());

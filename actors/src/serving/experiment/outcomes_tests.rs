@@ -6,16 +6,18 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::*;
 use crate::serving::arm::{Arm, Asker, Compared, Origin};
-use crate::serving::endpoint_service::{EndpointService, INPUT, Signature, body_limits};
+use crate::serving::endpoint_service::EndpointService;
 use crate::serving::experiment::findings::Decision;
 use crate::serving::experiment::tally::{Tally, variant};
 use crate::serving::experiment::{Direction, Measure, Metric, Plan};
 use crate::serving::feed::feed;
 use crate::serving::fleet::{BackendFailure, Fleet};
 use crate::serving::grpc::oip_routes;
-use crate::serving::replica::Inference;
+use crate::serving::replica::{Inference, classified};
 use crate::serving::rollout::plan::Served;
+use crate::serving::rows::Batch;
 use crate::serving::server;
+use crate::serving::signature::{INPUT, Signature};
 
 const FEATURES: usize = 4;
 const CLASSES: usize = 2;
@@ -25,11 +27,10 @@ const CLASSES: usize = 2;
 struct Always(f32);
 
 impl Backend for Always {
-    async fn infer(&self, rows: Vec<f32>) -> Result<Inference, BackendFailure> {
-        let count = rows.len() / FEATURES;
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+        let count = rows.rows.unwrap() as usize;
         Ok(Inference {
-            probabilities: vec![self.0; count * CLASSES],
-            classes: vec![0; count],
+            outputs: classified(vec![self.0; count * CLASSES], vec![0; count]),
             computed_ns: 1,
         })
     }
@@ -90,15 +91,13 @@ async fn start(probability: f32) -> Endpoint {
             tally: Arc::clone(&tally),
         }),
     }));
-    let signature = Signature {
-        row_values: FEATURES,
-        classes: CLASSES,
-        labels: vec!["no".into(), "yes".into()],
-    };
+    let labels = vec!["no".into(), "yes".into()];
+    let signature = Signature::classifier(FEATURES, CLASSES, labels);
+    let limits = signature.body_limits();
     let auth = BearerAuth::with_token("secret");
     let outcomes = outcome_routes("digits", receiver.clone(), auth.clone());
     let service = Arc::new(EndpointService::new("digits", signature, receiver));
-    let app = oip_routes(service, auth, body_limits(FEATURES)).merge(outcomes);
+    let app = oip_routes(service, auth, limits).merge(outcomes);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = oneshot::channel();
