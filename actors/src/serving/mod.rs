@@ -10,6 +10,11 @@
 //!   the protocol, [`feed`] tells the monitor.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model.
+//! * [`graph`]: endpoints that answer one request together, as one model.
+//! * [`asynchronous`]: requests whose callers come back for the answer.
+//! * [`batch_inference`]: files of requests, answered at low priority.
+//! * [`ingress`]: a stable address on every worker for all endpoints. [`access`]: whose tokens open which of them, and
+//!   the rules by which requests go to a version.
 //!
 //! The protocol, for any service:
 //! * [`oip`]: requests, responses and their bytes, free of any transport.
@@ -21,9 +26,13 @@
 //! * [`grpc`]: the same over gRPC.
 //! * [`server`]: accepts connections for that router, within bounds, and stops in order.
 
+mod about;
+pub mod access;
 pub mod arm;
+pub mod asynchronous;
 pub mod auth;
 pub mod autoscaler;
+pub mod batch_inference;
 pub mod batcher;
 pub mod client;
 mod compression;
@@ -32,9 +41,12 @@ pub mod endpoint_service;
 pub mod feed;
 pub mod fleet;
 mod gate;
+pub mod graph;
 pub mod grpc;
 pub mod guard;
 pub mod http;
+mod inference_service;
+pub mod ingress;
 mod lane;
 mod meters;
 pub mod oip;
