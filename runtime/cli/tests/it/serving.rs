@@ -2,6 +2,7 @@
 
 mod autoscaling;
 mod conformance;
+mod ingress;
 pub(crate) mod served;
 mod triton_clients;
 
