@@ -10,7 +10,7 @@ use std::future::{pending, ready};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use mobula_actors::serving::auth::BearerAuth;
+use mobula_actors::serving::auth::{BearerAuth, Caller};
 use mobula_actors::serving::grpc::oip_routes;
 use mobula_actors::serving::http::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
 use mobula_actors::serving::oip::{
@@ -212,7 +212,10 @@ impl InferenceService for Identity {
         })
     }
 
-    fn repository_index(&self) -> ServiceFuture<'_, Vec<RepositoryEntry>> {
+    fn repository_index<'a>(
+        &'a self,
+        _caller: &'a Caller,
+    ) -> ServiceFuture<'a, Vec<RepositoryEntry>> {
         let entry = |name: &String| RepositoryEntry {
             name: name.clone(),
             version: VERSION.to_owned(),

@@ -8,17 +8,27 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::access::keyring::now_ms;
+use super::access::rules::{Rule, first_met};
+use super::batcher::BatchAnswer;
 use super::experiment::Plan;
 use super::experiment::tally::{Tally, Unit, Variant, variant};
 use super::feed::Feed;
 use super::fleet::{Backend, Fleet};
+use super::oip::{InferRequest, OipError};
 use super::rollout::split::{self, Side};
 use super::rollout::trial::{Outcome, Trial};
-use super::statistics::ModelStatistics;
+use super::rows::Row;
+use super::statistics::{FailureReason, ModelStatistics, RequestTimes};
+
+/// Requests that may wait for each replica while one of low priority is taken: a sixteenth of its queue, so that it costs
+/// others a fraction of a batch.
+const LOW_PRIORITY_QUEUED_MAX: usize = 16;
 
 /// Where a version comes from, as far as it is known.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -108,10 +118,71 @@ impl<B: Backend> Arm<B> {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts an answered request.
+    pub fn record(&self, answer: &BatchAnswer<Row>, times: RequestTimes) {
+        let mut statistics = self.statistics();
+        statistics.record_success(answer.outputs.len() as u64, times, now_ms());
+        if answer.is_first_in_batch {
+            statistics.record_execution(answer.batch_rows as u64, times);
+        }
+    }
+
+    /// Takes a request of low priority, if few others wait.
+    ///
+    /// # Errors
+    /// [`OipError::Overloaded`].
+    pub fn take_low_priority(&self) -> Result<(), OipError> {
+        let queued = self.fleet.pending_count();
+        let limit = LOW_PRIORITY_QUEUED_MAX * self.fleet.open_count().max(1);
+        if queued < limit {
+            return Ok(());
+        }
+        Err(OipError::Overloaded {
+            queued: queued as u64,
+            limit: limit as u64,
+        })
+    }
+
     /// Whether any of its replicas takes requests.
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.fleet.open_count() > 0
+    }
+}
+
+/// One version's attempt at a request: counted as failed when it is over, also that of a caller who goes away.
+pub struct Attempt<'a, B: Backend> {
+    arm: &'a Arm<B>,
+    began: Instant,
+    compute_input: Duration,
+    /// Why; `None` once it is answered.
+    failed: Option<FailureReason>,
+}
+
+impl<'a, B: Backend> Attempt<'a, B> {
+    /// A request begins whose inputs took so long.
+    #[must_use]
+    pub fn begin(arm: &'a Arm<B>, compute_input: Duration) -> Self {
+        Attempt {
+            arm,
+            began: Instant::now(),
+            compute_input,
+            failed: Some(FailureReason::Canceled),
+        }
+    }
+
+    /// It is over, with this error if it has one.
+    pub fn end(mut self, error: Option<&OipError>) {
+        self.failed = error.map(FailureReason::of);
+    }
+}
+
+impl<B: Backend> Drop for Attempt<'_, B> {
+    fn drop(&mut self) {
+        if let Some(reason) = self.failed {
+            let taken = self.compute_input + self.began.elapsed();
+            self.arm.statistics().record_failure(taken, reason);
+        }
     }
 }
 
@@ -193,6 +264,30 @@ impl<B: Backend> Routes<B> {
             .into_iter()
             .chain(self.tried.as_ref().map(|tried| &tried.arm))
             .chain(self.compared.as_ref().map(|compared| &compared.arm))
+    }
+
+    /// Where a rule sends a request that names no version, and what the rule says.
+    #[must_use]
+    pub fn assign_by_rule(
+        &self,
+        rules: &[Rule],
+        request: &InferRequest,
+    ) -> Option<(Assigned<B>, String)> {
+        let arm_of = |version: u64| self.arms().find(|arm| arm.version == version);
+        // The active version also where it is asleep: it wakes up with its first request.
+        let answers = |version| {
+            arm_of(version).is_some_and(|arm| arm.is_open() || Arc::ptr_eq(arm, &self.active))
+        };
+        let rule = first_met(rules, request, answers)?;
+        let arm = Arc::clone(arm_of(rule.version)?);
+        let is_active = Arc::ptr_eq(&arm, &self.active);
+        let assigned = Assigned {
+            arm,
+            second: (!is_active).then(|| Arc::clone(&self.active)),
+            // Whom a rule picks is no sample of all.
+            counted: None,
+        };
+        Some((assigned, rule.to_string()))
     }
 
     /// Where a request goes.

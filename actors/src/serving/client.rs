@@ -10,10 +10,13 @@ use rand::TryRngCore;
 use rand::rngs::OsRng;
 use tokio::time::Instant;
 
+use super::access::state::{Access, Command as AccessCommand, Doors};
 use super::autoscaler::state::Command as ScalingCommand;
 use super::autoscaler::{Policy, Scaling};
 use super::experiment::Experiment;
 use super::experiment::command::Command as ExperimentCommand;
+use super::graph::spec::GraphSpec;
+use super::graph::state::{Command as GraphCommand, Graph};
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
 use super::state::{Command, Endpoint, Query, Routing, Steered};
@@ -70,6 +73,86 @@ pub async fn deploy(
         endpoint: ask::answer(&answer)?,
         token,
     })
+}
+
+/// Accepts one more token at an endpoint, for `ttl` and for so many requests a second if these are given. The token:
+/// it is kept nowhere else.
+pub async fn add_token(
+    cluster: &Cluster,
+    endpoint: &str,
+    name: &str,
+    ttl: Option<Duration>,
+    per_second: Option<u32>,
+) -> mobula::Result<(String, Access)> {
+    let token = new_token()?;
+    let command = AccessCommand::AddToken {
+        endpoint: endpoint.to_owned(),
+        name: name.to_owned(),
+        hash: *blake3::hash(token.as_bytes()).as_bytes(),
+        ttl_ms: ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+        per_second,
+    };
+    let access = change_access(cluster, command).await?;
+    Ok((token, access))
+}
+
+/// Changes who may ask an endpoint, or its rules; what holds then.
+pub async fn change_access(cluster: &Cluster, command: AccessCommand) -> mobula::Result<Access> {
+    let command = Command::Access(command);
+    let what = "change who may ask an endpoint";
+    let answer = ask::apply(cluster, ModuleId::SERVING, what, &command).await?;
+    ask::answer(&answer)
+}
+
+/// Who may ask an endpoint, and its rules.
+pub async fn access(cluster: &Cluster, endpoint: &str) -> mobula::Result<Access> {
+    let query = Query::Access {
+        endpoint: endpoint.to_owned(),
+    };
+    let what = "look up who may ask an endpoint";
+    ask::query(cluster, ModuleId::SERVING, what, &query).await
+}
+
+/// What the doors of the cluster must know, if that is something else than at revision `known`.
+pub async fn doors(cluster: &Cluster, known: u64) -> mobula::Result<Doors> {
+    let query = Query::Doors { known };
+    ask::query(cluster, ModuleId::SERVING, "look up the endpoints", &query).await
+}
+
+/// Makes a graph; with its callers' token, which is kept nowhere else.
+pub async fn create_graph(
+    cluster: &Cluster,
+    graph: &str,
+    spec: GraphSpec,
+) -> mobula::Result<(Graph, String)> {
+    let token = new_token()?;
+    let command = GraphCommand::Create {
+        graph: graph.to_owned(),
+        spec,
+        token_hash: *blake3::hash(token.as_bytes()).as_bytes(),
+    };
+    Ok((change_graph(cluster, command).await?, token))
+}
+
+/// Changes a graph, or deletes it; as it was then.
+pub async fn change_graph(cluster: &Cluster, command: GraphCommand) -> mobula::Result<Graph> {
+    let command = Command::Graph(command);
+    let answer = ask::apply(cluster, ModuleId::SERVING, "change a graph", &command).await?;
+    ask::answer(&answer)
+}
+
+/// All graphs, by name.
+pub async fn graphs(cluster: &Cluster) -> mobula::Result<Vec<Graph>> {
+    ask::query(cluster, ModuleId::SERVING, "list graphs", &Query::Graphs).await
+}
+
+/// Where the ingress of a worker shall listen; `None` if it was not told.
+pub async fn ingress_address(cluster: &Cluster, node: &str) -> mobula::Result<Option<String>> {
+    let query = Query::Ingress {
+        node: node.to_owned(),
+    };
+    let what = "look up where the ingress shall listen";
+    ask::query(cluster, ModuleId::SERVING, what, &query).await
 }
 
 fn new_token() -> mobula::Result<String> {

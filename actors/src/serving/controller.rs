@@ -18,6 +18,7 @@ use super::autoscaler::state::{Command as ScalingCommand, Scaling, find as scali
 use super::experiment::command::Command as ExperimentCommand;
 use super::experiment::plan::Experiment;
 use super::experiment::state::unfinished;
+use super::ingress::plan as ingress;
 use super::replica::Replica;
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
@@ -29,7 +30,7 @@ use crate::drift::monitor::Monitor;
 use crate::registry::versions::find as find_version;
 
 /// The CPU that a router or monitor asks for, in thousandths of a core: they mostly wait.
-const LIGHT_CPU_MILLI: u64 = 50;
+pub(super) const LIGHT_CPU_MILLI: u64 = 50;
 
 /// The CPU that a replica asks for, in thousandths of a core.
 const REPLICA_CPU_MILLI: u64 = 250;
@@ -72,32 +73,31 @@ impl Controller for ServingController {
     }
 
     fn reconcile(&mut self, reader: &dyn Reader, _now_ms: u64) -> Vec<Proposal> {
-        endpoints(reader)
-            .iter()
-            .flat_map(|endpoint| {
-                let rollout = newest(reader, &endpoint.name);
-                let experiment = unfinished(reader, &endpoint.name);
-                if endpoint.deleting {
-                    take_down(reader, endpoint, rollout.as_ref(), experiment.as_ref())
-                } else {
-                    let mut proposals =
-                        bring_up(reader, endpoint, rollout.as_ref(), experiment.as_ref());
-                    proposals.extend(end_surplus(reader, endpoint));
-                    if let Some(rollout) = &rollout {
-                        proposals.extend(retire(reader, endpoint, rollout));
-                    }
-                    if let Some(experiment) = &experiment {
-                        proposals.extend(retire_treatment(reader, endpoint, experiment));
-                    }
-                    proposals
+        let mut proposals = ingress::reconcile(reader);
+        proposals.extend(endpoints(reader).iter().flat_map(|endpoint| {
+            let rollout = newest(reader, &endpoint.name);
+            let experiment = unfinished(reader, &endpoint.name);
+            if endpoint.deleting {
+                take_down(reader, endpoint, rollout.as_ref(), experiment.as_ref())
+            } else {
+                let mut proposals =
+                    bring_up(reader, endpoint, rollout.as_ref(), experiment.as_ref());
+                proposals.extend(end_surplus(reader, endpoint));
+                if let Some(rollout) = &rollout {
+                    proposals.extend(retire(reader, endpoint, rollout));
                 }
-            })
-            .collect()
+                if let Some(experiment) = &experiment {
+                    proposals.extend(retire_treatment(reader, endpoint, experiment));
+                }
+                proposals
+            }
+        }));
+        proposals
     }
 }
 
 /// The living actor of this name, and whether it is already being stopped.
-fn living(reader: &dyn Reader, name: &str) -> Option<(ActorId, bool)> {
+pub(super) fn living(reader: &dyn Reader, name: &str) -> Option<(ActorId, bool)> {
     let target = ActorTarget::Name(name.to_owned());
     let query = SchedulerQuery::ResolveActor {
         job: JobId::SYSTEM,
@@ -153,6 +153,11 @@ fn bring_up(
         wanted.extend(replicas_of(endpoint, treatment, endpoint.replicas));
     }
     wanted.extend(companions_of(reader, endpoint));
+    create(reader, wanted)
+}
+
+/// Creates those of these actors that do not live.
+pub(super) fn create(reader: &dyn Reader, wanted: Vec<ActorSpec>) -> Vec<Proposal> {
     let missing: Vec<ActorSpec> = wanted
         .into_iter()
         .filter(|spec| {
@@ -276,7 +281,7 @@ fn stop_or(reader: &dyn Reader, names: &[String], ended: &Command) -> Vec<Propos
 }
 
 /// Stops those of these actors that live and are not being stopped.
-fn stop(reader: &dyn Reader, names: &[String]) -> Vec<Proposal> {
+pub(super) fn stop(reader: &dyn Reader, names: &[String]) -> Vec<Proposal> {
     names
         .iter()
         .filter_map(|name| living(reader, name))
@@ -349,7 +354,11 @@ fn replicas_of(endpoint: &Endpoint, served: &Served, count: u32) -> Vec<ActorSpe
     replicas.collect()
 }
 
-fn spec_of<A: mobula::Actor>(init: mobula::Init<A>, name: String, cpu_milli: u64) -> ActorSpec {
+pub(super) fn spec_of<A: mobula::Actor>(
+    init: mobula::Init<A>,
+    name: String,
+    cpu_milli: u64,
+) -> ActorSpec {
     let spec = init
         .into_spec()
         .expect("names, numbers and digests can be encoded");

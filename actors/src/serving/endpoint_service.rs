@@ -8,27 +8,29 @@
 //!    candidate's failure is counted all the same.
 //! 4. A number that is none is no answer of a version that was trained here.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::arm::{Arm, Asker, Assigned, Routes};
-use super::batcher::BatchAnswer;
+use super::about::{repository_fixed, server_metadata, time_limit};
+use super::access::rates::TokenRates;
+use super::access::rules::headers_of;
+use super::access::state::Access;
+use super::arm::{Arm, Asker, Assigned, Attempt, Routes};
+use super::asynchronous::results::Results;
+use super::auth::Caller;
 use super::fleet::Backend;
 use super::http::{InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
-    DecodeError, Explanation, InferRequest, InferResponse, ModelMetadata, ModelState, OipError,
-    Parameter, Parameters, RepositoryEntry, ServerMetadata,
+    Explanation, InferRequest, InferResponse, ModelMetadata, ModelState, OipError, Parameters,
+    RepositoryEntry, ServerMetadata,
 };
 use super::rollout::trial::Outcome;
 use super::rows::Row;
 use super::signature::Signature;
-use super::statistics::{ModelStatistics, RequestTimes};
-
-/// The parameter that says how long a request waits, in microseconds.
-pub const TIMEOUT: &str = "timeout";
+use super::statistics::{FailureReason, ModelStatistics, RequestTimes};
 
 /// Answers the protocol for one endpoint.
 pub struct EndpointService<B> {
@@ -38,6 +40,11 @@ pub struct EndpointService<B> {
     routes: watch::Receiver<Arc<Routes<B>>>,
     /// Counts requests without a key.
     keyless: AtomicU64,
+    access: watch::Receiver<Arc<Access>>,
+    rates: TokenRates,
+    results: Results,
+    /// Itself, once it is shared: requests whose callers do not wait keep it until they are answered.
+    shared: Weak<Self>,
 }
 
 /// What a request wants beside its answer.
@@ -58,7 +65,26 @@ impl<B: Backend> EndpointService<B> {
             signature,
             routes,
             keyless: AtomicU64::new(0),
+            access: watch::channel(Arc::default()).1,
+            rates: TokenRates::default(),
+            results: Results::default(),
+            shared: Weak::new(),
         }
+    }
+
+    /// The same for several users, with which callers need not wait for their answers.
+    #[must_use]
+    pub fn shared(self) -> Arc<Self> {
+        Arc::new_cyclic(|shared| EndpointService {
+            shared: Weak::clone(shared),
+            ..self
+        })
+    }
+
+    /// The same with limits of tokens and with rules, which may change.
+    #[must_use]
+    pub fn with_access(self, access: watch::Receiver<Arc<Access>>) -> Self {
+        EndpointService { access, ..self }
     }
 
     fn routes(&self) -> Arc<Routes<B>> {
@@ -99,7 +125,7 @@ impl<B: Backend> EndpointService<B> {
         })
     }
 
-    /// Where a request goes that names no version.
+    /// Where a request goes by weight that names no version.
     fn assign(&self, request: &InferRequest) -> Assigned<B> {
         let key = request.routing_key.as_ref().or(request.id.as_ref());
         let asker = match key {
@@ -115,6 +141,9 @@ impl<B: Backend> EndpointService<B> {
         request: InferRequest,
     ) -> Result<InferResponse, OipError> {
         assigned.arm.fleet().traffic().admit()?;
+        if request.low_priority {
+            assigned.arm.take_low_priority()?;
+        }
         let started = Instant::now();
         let asked = Asked {
             explain: request.explain,
@@ -124,7 +153,9 @@ impl<B: Backend> EndpointService<B> {
         let rows = match self.signature.rows_of(request) {
             Ok(rows) => rows,
             Err(error) => {
-                assigned.arm.statistics().record_failure(started.elapsed());
+                let reason = FailureReason::of(&error);
+                let mut statistics = assigned.arm.statistics();
+                statistics.record_failure(started.elapsed(), reason);
                 return Err(error);
             }
         };
@@ -165,12 +196,9 @@ impl<B: Backend> EndpointService<B> {
         compute_input: Duration,
         asked: Asked,
     ) -> Result<InferResponse, OipError> {
-        let started = Instant::now();
+        let attempt = Attempt::begin(arm, compute_input);
         let result = self.infer_with(arm, rows, compute_input, asked).await;
-        if result.is_err() {
-            arm.statistics()
-                .record_failure(compute_input + started.elapsed());
-        }
+        attempt.end(result.as_ref().err());
         result
     }
 
@@ -193,7 +221,7 @@ impl<B: Backend> EndpointService<B> {
             compute_infer: answer.computed,
             compute_output: splitting.elapsed(),
         };
-        record(arm, &answer, times);
+        arm.record(&answer, times);
         response.explanation = asked.explain.then(|| {
             let origin = arm.origin();
             Explanation {
@@ -203,6 +231,7 @@ impl<B: Backend> EndpointService<B> {
                 queue: times.queue,
                 compute: times.compute_infer,
                 split: times.compute_output,
+                ..Explanation::default()
             }
         });
         // A monitor compares with what its own version was trained on, and only the active one has one.
@@ -226,47 +255,9 @@ impl<B: Backend> EndpointService<B> {
     }
 }
 
-fn record<B: Backend>(arm: &Arm<B>, answer: &BatchAnswer<Row>, times: RequestTimes) {
-    let since_epoch = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or(Duration::ZERO);
-    let now_ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
-    let mut statistics = arm.statistics();
-    statistics.record_success(answer.outputs.len() as u64, times, now_ms);
-    if answer.is_first_in_batch {
-        statistics.record_execution(answer.batch_rows as u64, times);
-    }
-}
-
-/// How long the caller waits: the parameter `timeout`, in microseconds as Triton has it; 0 is for ever.
-fn time_limit(request: &InferRequest) -> Result<Option<Duration>, OipError> {
-    match request.parameters.get(TIMEOUT) {
-        None | Some(Parameter::Int(0)) => Ok(None),
-        Some(Parameter::Int(micros)) if *micros > 0 => {
-            Ok(Some(Duration::from_micros(micros.unsigned_abs())))
-        }
-        Some(other) => Err(OipError::Decode(DecodeError::Parameter {
-            name: TIMEOUT.to_owned(),
-            got: other.to_json().to_string(),
-            expected: "a number of microseconds".to_owned(),
-        })),
-    }
-}
-
 impl<B: Backend> InferenceService for EndpointService<B> {
     fn server_metadata(&self) -> ServerMetadata {
-        let extensions = [
-            "binary_tensor_data",
-            "classification",
-            "model_configuration",
-            "model_repository",
-            "statistics",
-        ];
-        ServerMetadata {
-            name: "mobula".to_owned(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            extensions: extensions.map(str::to_owned).to_vec(),
-        }
+        server_metadata()
     }
 
     fn server_ready(&self) -> ServiceFuture<'_, ()> {
@@ -315,7 +306,10 @@ impl<B: Backend> InferenceService for EndpointService<B> {
         })
     }
 
-    fn repository_index(&self) -> ServiceFuture<'_, Vec<RepositoryEntry>> {
+    fn repository_index<'a>(
+        &'a self,
+        _caller: &'a Caller,
+    ) -> ServiceFuture<'a, Vec<RepositoryEntry>> {
         Box::pin(async move {
             let routes = self.routes();
             let entry = |arm: &Arc<Arm<B>>| {
@@ -339,21 +333,20 @@ impl<B: Backend> InferenceService for EndpointService<B> {
         model: &'a str,
         change: RepositoryChange,
     ) -> ServiceFuture<'a, ()> {
-        Box::pin(async move {
-            // The endpoint's token is for asking it; what it answers with is the cluster's to decide.
-            let instead = match change {
-                RepositoryChange::Load if model == self.metadata.name => format!(
-                    "`mobula rollout start {model}` takes another version into service, step by step"
-                ),
-                RepositoryChange::Load => {
-                    format!("`mobula serve deploy {model}` makes an endpoint of a registered model")
-                }
-                RepositoryChange::Unload => {
-                    format!("`mobula serve delete {model}` takes an endpoint down")
-                }
-            };
-            Err(OipError::RepositoryFixed { instead })
-        })
+        let is_endpoint = model == self.metadata.name;
+        Box::pin(std::future::ready(Err(repository_fixed(
+            model,
+            change,
+            is_endpoint,
+        ))))
+    }
+
+    fn results(&self) -> Option<(Arc<dyn InferenceService>, &Results)> {
+        Some((self.shared.upgrade()?, &self.results))
+    }
+
+    fn routing_headers(&self, _model: &str) -> Vec<String> {
+        headers_of(&self.access.borrow().rules)
     }
 
     fn infer<'a>(
@@ -364,12 +357,24 @@ impl<B: Backend> InferenceService for EndpointService<B> {
     ) -> ServiceFuture<'a, InferResponse> {
         Box::pin(async move {
             let arm = self.arm(model, version)?;
-            let assigned = match version {
+            let access = Arc::clone(&self.access.borrow());
+            if let Some(token) = &request.token {
+                let now_ms = arm.fleet().traffic().now_ms();
+                self.rates.admit(&access.tokens, token, now_ms)?;
+            }
+            let (assigned, rule) = match version {
                 // Who asks for a version gets it, or the error: such requests are no sample of all.
-                Some(_) => Assigned::uncounted(arm),
-                None => self.assign(&request),
+                Some(_) => (Assigned::uncounted(arm), None),
+                None => match self.routes().assign_by_rule(&access.rules, &request) {
+                    Some((assigned, rule)) => (assigned, Some(rule)),
+                    None => (self.assign(&request), None),
+                },
             };
-            self.answer(assigned, request).await
+            let mut response = self.answer(assigned, request).await?;
+            if let Some(explanation) = &mut response.explanation {
+                explanation.rule = rule;
+            }
+            Ok(response)
         })
     }
 }

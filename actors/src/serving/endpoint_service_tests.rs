@@ -2,6 +2,8 @@ use std::sync::Mutex;
 
 use tokio::task::JoinSet;
 
+use super::super::access::rules::{Matcher, Rule};
+use super::super::access::state::Token;
 use super::super::arm::{Origin, Tried, lock};
 use super::super::feed::{FeedReader, feed};
 use super::super::fleet::{BackendFailure, Fleet};
@@ -239,7 +241,7 @@ async fn a_candidate_without_replicas_gets_nothing_and_nothing_is_counted() {
 async fn an_answer_names_its_origin_and_the_index_its_versions() {
     let (service, _reader, active) = service();
     let state = async || {
-        let index = service.repository_index().await.unwrap();
+        let index = service.repository_index(&Caller::default()).await.unwrap();
         assert_eq!(index.len(), 1);
         (
             index[0].version.clone(),
@@ -351,6 +353,85 @@ async fn tensors_of_any_kind_and_number_go_there_and_back() {
     }
 }
 
+/// A service that answers with version 4 and tries 5, as its callers' access says.
+fn service_with(access: Access) -> (EndpointService<Three>, [FeedReader; 2]) {
+    let ((active, reader), (candidate, other)) = (arm(4), arm(5));
+    open(&active, Three);
+    open(&candidate, Three);
+    let tried = Tried {
+        arm: candidate,
+        seed: "s".to_owned(),
+        weight_percent: 0,
+        trial: Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1))),
+    };
+    let routes = Routes {
+        active,
+        tried: Some(tried),
+        compared: None,
+    };
+    let (_, access) = watch::channel(Arc::new(access));
+    (service_of(routes).with_access(access), [reader, other])
+}
+
+#[tokio::test]
+async fn a_rule_sends_a_request_to_its_version_before_weights() {
+    let rule = |value: &str, version| Rule {
+        matcher: Matcher::header("x-tier", value),
+        version,
+    };
+    let access = Access {
+        rules: vec![rule("beta", 9), rule("beta", 5)],
+        ..Access::default()
+    };
+    let (service, _readers) = service_with(access);
+    assert_eq!(service.routing_headers("digits"), ["x-tier"]);
+    let mut asked = InferRequest {
+        explain: true,
+        ..request(1, 0.5)
+    };
+    let response = service.infer("digits", None, asked.clone()).await.unwrap();
+    assert_eq!(response.model_version, "4");
+    assert_eq!(response.explanation.unwrap().rule, None);
+
+    asked.headers.insert("x-tier".to_owned(), "beta".to_owned());
+    let response = service.infer("digits", None, asked.clone()).await.unwrap();
+    // Version 9 is not in service, so the next rule decides.
+    assert_eq!(response.model_version, "5");
+    let rule = response.explanation.unwrap().rule;
+    assert_eq!(rule.as_deref(), Some("header x-tier=beta to version 5"));
+    let response = service.infer("digits", Some("4"), asked).await.unwrap();
+    assert_eq!(response.model_version, "4");
+}
+
+#[tokio::test]
+async fn a_token_with_a_limit_is_refused_above_it_and_others_are_not() {
+    let token = |name: &str, per_second| Token {
+        name: name.to_owned(),
+        hash: [0; 32],
+        created_ms: 0,
+        expires_ms: None,
+        per_second,
+    };
+    let access = Access {
+        tokens: vec![token("slow", Some(1)), token("fast", None)],
+        ..Access::default()
+    };
+    let (service, _readers) = service_with(access);
+    let asked = |token: &str| InferRequest {
+        token: Some(token.to_owned()),
+        ..request(1, 0.5)
+    };
+    service.infer("digits", None, asked("slow")).await.unwrap();
+    let refused = service.infer("digits", None, asked("slow")).await;
+    assert!(matches!(
+        refused,
+        Err(OipError::TokenRateLimited { per_second: 1, .. })
+    ));
+    for _ in 0..3 {
+        service.infer("digits", None, asked("fast")).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn an_answer_that_does_not_fit_is_an_error() {
     /// One row too few, whatever it is asked.
@@ -386,4 +467,30 @@ async fn an_answer_that_does_not_fit_is_an_error() {
         .unwrap_err();
     assert_eq!(error.status(), 500);
     assert!(error.to_string().contains("asked were 3 rows"), "{error}");
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_is_counted_as_such() {
+    /// Never answers.
+    #[derive(Clone)]
+    struct Hangs;
+    impl Backend for Hangs {
+        async fn infer(&self, _rows: Batch) -> Result<Inference, BackendFailure> {
+            std::future::pending().await
+        }
+    }
+    let (active, _reader) = arm(4);
+    open(&active, Hangs);
+    let routes = Routes {
+        active: Arc::clone(&active),
+        tried: None,
+        compared: None,
+    };
+    let service = service_of(routes);
+    let asking = service.infer("digits", None, request(1, 0.5));
+    let gone = tokio::time::timeout(Duration::from_millis(10), asking).await;
+    assert!(gone.is_err());
+    let statistics = active.statistics();
+    assert_eq!(statistics.failures_for(FailureReason::Canceled), 1);
+    assert_eq!(statistics.failure_count(), 1);
 }

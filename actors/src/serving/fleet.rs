@@ -40,7 +40,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long a request waits for the first replica of an endpoint that had none: a process is started, and
 /// loads the model.
-const WAKE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const WAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Requests that wait for a replica, as many as for one that is busy.
 const HELD_REQUESTS_MAX: usize = QUEUED_REQUESTS_MAX;

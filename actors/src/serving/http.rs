@@ -5,15 +5,14 @@
 //! 3. A body is bounded in size and time, and so is what it inflates to. Large bodies are decoded off the async threads.
 //! 4. A service sees only requests that fit the metadata it gave.
 
-use std::future::Future;
-use std::pin::Pin;
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
-use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, Extension, FromRequestParts, Path, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
@@ -21,24 +20,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Value, json};
 
-use super::auth::BearerAuth;
+use super::auth::{Caller, Gate, Subject};
 use super::compression::{self, ContentEncoding};
+pub use super::inference_service::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
-    DecodeError, EXPLAIN, IndexRequest, InferRequest, InferResponse, ModelMetadata, OipError,
-    RepositoryEntry, ServerMetadata, classify, decode_raw_request, decode_request, encode_response,
-    is_asked, validate_request,
+    DecodeError, EXPLAIN, IndexRequest, InferRequest, InferResponse, OipError, RepositoryEntry,
+    ServerMetadata, classify, decode_raw_request, decode_request, encode_response, is_asked,
+    validate_request,
 };
-use super::statistics::ModelStatistics;
-
-/// What a request's body may take. Every connection may be made to hold as much, so the model decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BodyLimits {
-    /// Bytes, before and after inflating; above them a request is answered with 413.
-    pub max_bytes: usize,
-    /// From the request's head to the body's last byte; past it a request is answered with 408. A client that stalls
-    /// would keep one of the server's connections for ever.
-    pub timeout: Duration,
-}
 
 /// Bodies from this size on are decoded on the blocking pool: below, the hand-over costs more than the work.
 const OFFLOAD_MIN_BYTES: usize = 256 << 10;
@@ -48,79 +37,28 @@ const JSON_LENGTH: HeaderName = HeaderName::from_static("inference-header-conten
 /// Who asks: requests with the same key go to the same version while a new one is tried.
 pub(super) const ROUTING_KEY: HeaderName = HeaderName::from_static("x-mobula-key");
 
-/// A future a service returns; boxed, so that services can be trait objects.
-pub type ServiceFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, OipError>> + Send + 'a>>;
+/// How urgent a request is, as its header says: one that says [`LOW_PRIORITY`] is refused where others wait.
+pub const PRIORITY: &str = "x-mobula-priority";
 
-/// What answers the protocol's calls. A version of `None` leaves the choice to the service.
-pub trait InferenceService: Send + Sync + 'static {
-    /// The server's name, version and the extensions that exist.
-    fn server_metadata(&self) -> ServerMetadata;
-
-    /// Succeeds when requests can be served; otherwise says what is awaited.
-    fn server_ready(&self) -> ServiceFuture<'_, ()>;
-
-    /// Describes a model. This is on the path of every inference.
-    fn model_metadata<'a>(
-        &'a self,
-        model: &'a str,
-        version: Option<&'a str>,
-    ) -> ServiceFuture<'a, ModelMetadata>;
-
-    /// Succeeds when the model can answer; otherwise says what is awaited.
-    fn model_ready<'a>(&'a self, model: &'a str, version: Option<&'a str>)
-    -> ServiceFuture<'a, ()>;
-
-    /// Counts of a model, with the version they belong to.
-    fn model_statistics<'a>(
-        &'a self,
-        model: &'a str,
-        version: Option<&'a str>,
-    ) -> ServiceFuture<'a, (String, ModelStatistics)>;
-
-    /// Answers a request that fits the model's metadata. The response may hold more outputs than were asked for.
-    fn infer<'a>(
-        &'a self,
-        model: &'a str,
-        version: Option<&'a str>,
-        request: InferRequest,
-    ) -> ServiceFuture<'a, InferResponse>;
-
-    /// Every version of every model, in the order of their names.
-    fn repository_index(&self) -> ServiceFuture<'_, Vec<RepositoryEntry>>;
-
-    /// Loads a model or takes it away. A service whose models come and go by other ways refuses and names them.
-    fn change_repository<'a>(
-        &'a self,
-        model: &'a str,
-        change: RepositoryChange,
-    ) -> ServiceFuture<'a, ()>;
-}
-
-/// What a client wants of a model in the repository.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RepositoryChange {
-    /// Answer with it.
-    Load,
-    /// Answer with it no more.
-    Unload,
-}
+/// The value of [`PRIORITY`] of requests that may wait.
+pub const LOW_PRIORITY: &str = "low";
 
 #[derive(Clone)]
 struct Front {
     service: Arc<dyn InferenceService>,
-    auth: BearerAuth,
+    gate: Arc<dyn Gate>,
     body: BodyLimits,
 }
 
 /// The protocol's routes.
 pub fn oip_router(
     service: Arc<dyn InferenceService>,
-    auth: BearerAuth,
+    gate: Arc<dyn Gate>,
     body: BodyLimits,
 ) -> Router {
     let front = Front {
         service,
-        auth,
+        gate,
         body,
     };
     let mut router = Router::new()
@@ -142,9 +80,9 @@ pub fn oip_router(
             .route(&format!("{model}/infer"), post(infer));
     }
     router
+        .route("/v2/models/{model}/requests/{id}", get(fetch))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
-        .layer(DefaultBodyLimit::max(body.max_bytes))
         // Outermost, so that it also guards the addresses that do not exist.
         .layer(from_fn_with_state(front.clone(), authenticate))
         .with_state(front)
@@ -152,11 +90,15 @@ pub fn oip_router(
 
 async fn authenticate(
     State(front): State<Front>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, OipError> {
+    // A gRPC call is about what its message names; its service asks the gate again then.
+    let subject = Subject::of_path(request.uri().path());
     let authorization = request.headers().get(header::AUTHORIZATION);
-    front.auth.check(authorization.map(HeaderValue::as_bytes))?;
+    let authorization = authorization.map(HeaderValue::as_bytes);
+    let caller = front.gate.admit(authorization, subject)?;
+    request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
 }
 
@@ -196,7 +138,7 @@ impl<S: Send + Sync> FromRequestParts<S> for ModelPath {
         for (name, value) in segments {
             if name == "model" {
                 found.model = value;
-            } else {
+            } else if name == "version" {
                 found.version = Some(value);
             }
         }
@@ -256,12 +198,13 @@ async fn model_statistics(State(front): State<Front>, at: ModelPath) -> Result<R
 
 async fn repository_index(
     State(front): State<Front>,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, OipError> {
     let (body, headers) = read_body(request, front.body).await?;
     let body = compression::inflate(&headers, body, front.body.max_bytes)?;
     let asked = IndexRequest::decode(&body)?;
-    let entries = front.service.repository_index().await?;
+    let entries = front.service.repository_index(&caller).await?;
     let wanted = entries.iter().filter(|entry| asked.wants(entry));
     Ok(json_response(
         &wanted.map(RepositoryEntry::to_json).collect(),
@@ -289,19 +232,30 @@ async fn change(
 async fn infer(
     State(front): State<Front>,
     at: ModelPath,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, OipError> {
     let version = at.version.as_deref();
-    let metadata = front.service.model_metadata(&at.model, version).await?;
+    let metadata = front.service.infer_metadata(&at.model, version).await?;
     let answer_encoding = compression::accepted(request.headers());
-    let (body, headers) = read_body(request, front.body).await?;
-    let max_body_bytes = front.body.max_bytes;
-    let metadata = Arc::new(metadata);
+    let own_max_bytes = front.service.body_bytes_max(&at.model);
+    let max_body_bytes =
+        own_max_bytes.map_or(front.body.max_bytes, |own| own.min(front.body.max_bytes));
+    let limits = BodyLimits {
+        max_bytes: max_body_bytes,
+        ..front.body
+    };
+    let (body, headers) = read_body(request, limits).await?;
+    let routing_headers = read_headers(&headers, front.service.routing_headers(&at.model));
     let model = Arc::clone(&metadata);
     let routing_key = headers
         .get(ROUTING_KEY)
         .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let explain = is_asked(headers.get(EXPLAIN).map(HeaderValue::as_bytes));
+    let is_async = prefers_async(&headers);
+    let low_priority = headers
+        .get(PRIORITY)
+        .is_some_and(|value| value == LOW_PRIORITY);
     let started = Instant::now();
     let mut request = off_async_threads(body.len(), move || {
         let body = compression::inflate(&headers, body, max_body_bytes)?;
@@ -315,7 +269,14 @@ async fn infer(
     .await?;
     request.routing_key = routing_key;
     request.explain = explain;
+    request.token = caller.token.as_deref().map(str::to_owned);
+    request.headers = routing_headers;
+    request.low_priority = low_priority;
     let read = started.elapsed();
+    if is_async {
+        let id = front.service.submit(&at.model, version, request).await?;
+        return Ok(accepted(&at.model, &id));
+    }
 
     // The response is written as the request wanted it, but its inputs are the service's to keep or drop.
     let wanted = InferRequest {
@@ -341,9 +302,50 @@ async fn infer(
     .await
 }
 
-async fn read_body(request: Request, limits: BodyLimits) -> Result<(Bytes, HeaderMap), OipError> {
+/// Whether the caller comes back for the answer (RFC 7240).
+fn prefers_async(headers: &HeaderMap) -> bool {
+    let values = headers.get_all("prefer").iter();
+    let mut preferences = values
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','));
+    preferences.any(|preference| preference.trim().eq_ignore_ascii_case("respond-async"))
+}
+
+/// The answer to a request that is under way, and where its own answer will be.
+fn accepted(model: &str, id: &str) -> Response {
+    let mut response = json_response(&json!({"id": id, "state": "pending"}));
+    *response.status_mut() = StatusCode::ACCEPTED;
+    let location = HeaderValue::try_from(format!("/v2/models/{model}/requests/{id}"));
+    if let Ok(location) = location {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    response
+}
+
+async fn fetch(
+    State(front): State<Front>,
+    Path((model, id)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, OipError> {
+    let Some(fetched) = front.service.fetch(&model, &id).await? else {
+        return Ok(accepted(&model, &id));
+    };
+    let encoding = compression::accepted(&headers);
+    let outputs = fetched.response.outputs.iter();
+    let elements = outputs.map(|output| output.data().len()).sum();
+    off_async_threads(elements, move || {
+        encode(&fetched.response, &fetched.wanted, encoding)
+    })
+    .await
+}
+
+async fn read_body(
+    mut request: Request,
+    limits: BodyLimits,
+) -> Result<(Bytes, HeaderMap), OipError> {
     use axum::extract::FromRequest;
     let headers = request.headers().clone();
+    DefaultBodyLimit::max(limits.max_bytes).apply(&mut request);
     let reading = tokio::time::timeout(limits.timeout, Bytes::from_request(request, &()));
     let read = reading.await.map_err(|_| OipError::BodyTimeout {
         limit_ms: u64::try_from(limits.timeout.as_millis()).unwrap_or(u64::MAX),
@@ -359,6 +361,15 @@ async fn read_body(request: Request, limits: BodyLimits) -> Result<(Bytes, Heade
         },
     })?;
     Ok((body, headers))
+}
+
+/// The headers that decide where a request goes, as far as it has them. Of one that comes several times, the first.
+fn read_headers(headers: &HeaderMap, wanted: Vec<String>) -> BTreeMap<String, String> {
+    let read = |name: String| {
+        let value = headers.get(&name)?.to_str().ok()?.to_owned();
+        Some((name, value))
+    };
+    wanted.into_iter().filter_map(read).collect()
 }
 
 fn json_length(headers: &HeaderMap, body_bytes: usize) -> Result<Option<usize>, OipError> {

@@ -8,13 +8,14 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 
+use super::super::auth::BearerAuth;
 use super::super::grpc::oip_routes;
 use super::super::oip::{
-    Datatype, Explanation, ModelState, Tensor, TensorData, TensorMetadata, decode_response,
-    encode_request,
+    Datatype, Explanation, ModelMetadata, ModelState, Tensor, TensorData, TensorMetadata,
+    decode_response, encode_request,
 };
 use super::super::server::{ServeSummary, serve};
-use super::super::statistics::RequestTimes;
+use super::super::statistics::{ModelStatistics, RequestTimes};
 use super::*;
 
 /// A model `double` that doubles `x` FP32[-1,2] into `y` and greets with `text`; a model `slow` that waits to be told;
@@ -147,7 +148,10 @@ impl InferenceService for Doubler {
         })
     }
 
-    fn repository_index(&self) -> ServiceFuture<'_, Vec<RepositoryEntry>> {
+    fn repository_index<'a>(
+        &'a self,
+        _caller: &'a Caller,
+    ) -> ServiceFuture<'a, Vec<RepositoryEntry>> {
         Box::pin(async {
             let entry = |name: &str, state, reason: &str| RepositoryEntry {
                 name: name.to_owned(),

@@ -10,7 +10,7 @@ use mobula::metrics::{Counter, Gauge, MetricError, counter, gauge, remove};
 
 use super::autoscaler::decision::Figures;
 use super::guard::traffic::Counts;
-use super::statistics::ModelStatistics;
+use super::statistics::{FailureReason, ModelStatistics};
 
 /// What a version has, in the order of [`version_values`].
 const VERSION_NAMES: [&str; 9] = [
@@ -63,7 +63,8 @@ fn counted(counts: &Counts) -> [u64; COUNTERS.len()] {
 /// One version of an endpoint.
 struct VersionMeters {
     values: Vec<Gauge>,
-    failures: Gauge,
+    /// By reason.
+    failures: Vec<(FailureReason, Gauge)>,
 }
 
 /// What one version has answered, and how many requests wait for it.
@@ -140,7 +141,9 @@ impl Meters {
             for (gauge, value) in meters.values.iter().zip(version_values(seen)) {
                 gauge.set(value);
             }
-            meters.failures.set(statistics.fail.count as f64);
+            for (reason, gauge) in &meters.failures {
+                gauge.set(statistics.failures_for(*reason) as f64);
+            }
         }
         Ok(())
     }
@@ -151,9 +154,13 @@ impl Meters {
         let values = VERSION_NAMES
             .iter()
             .map(|name| gauge(name, &[model, version]));
+        let failures = FailureReason::ALL.into_iter().map(|reason| {
+            let labels = [model, version, ("reason", reason.name())];
+            Ok((reason, gauge(FAILURES, &labels)?))
+        });
         Ok(VersionMeters {
             values: values.collect::<Result<_, _>>()?,
-            failures: gauge(FAILURES, &[model, version, ("reason", "OTHER")])?,
+            failures: failures.collect::<Result<_, _>>()?,
         })
     }
 
@@ -163,7 +170,9 @@ impl Meters {
         for name in VERSION_NAMES {
             remove(name, &[model, version]);
         }
-        remove(FAILURES, &[model, version, ("reason", "OTHER")]);
+        for reason in FailureReason::ALL {
+            remove(FAILURES, &[model, version, ("reason", reason.name())]);
+        }
     }
 }
 

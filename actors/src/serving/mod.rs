@@ -13,6 +13,11 @@
 //! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`; [`onnx`]: models that other
 //!   tools wrote.
 //! * [`signature`]: what versions take and give; [`rows`]: what is joined into batches and taken apart again.
+//! * [`graph`]: endpoints that answer one request together, as one model.
+//! * [`asynchronous`]: requests whose callers come back for the answer.
+//! * [`batch_inference`]: files of requests, answered at low priority.
+//! * [`ingress`]: a stable address on every worker for all endpoints. [`access`]: whose tokens open which of them, and
+//!   the rules by which requests go to a version.
 //!
 //! The protocol, for any service:
 //! * [`oip`]: requests, responses and their bytes, free of any transport.
@@ -24,9 +29,13 @@
 //! * [`grpc`]: the same over gRPC.
 //! * [`server`]: accepts connections for that router, within bounds, and stops in order.
 
+mod about;
+pub mod access;
 pub mod arm;
+pub mod asynchronous;
 pub mod auth;
 pub mod autoscaler;
+pub mod batch_inference;
 pub mod batcher;
 pub mod client;
 mod compression;
@@ -37,9 +46,12 @@ pub mod experiment;
 pub mod feed;
 pub mod fleet;
 mod gate;
+pub mod graph;
 pub mod grpc;
 pub mod guard;
 pub mod http;
+mod inference_service;
+pub mod ingress;
 mod lane;
 mod meters;
 pub mod oip;

@@ -6,26 +6,38 @@
 //! 2. It finds its replicas and its monitor by name; it serves without a monitor, and without the
 //!    head once it knows its replicas. Which versions it answers with, [`super::steering`] follows.
 //! 3. Its tasks end with it.
+//! 4. What an ingress hands on is answered as what comes in at its own port, by the same rules.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mobula::{ActorContext, Cluster, ContextExt};
+use mobula::{ActorContext, ActorRef, ContextExt};
 use mobula_core::codec;
 use mobula_core::control::ModuleId;
 use mobula_core::error::ErrorCode;
 use mobula_core::id::Incarnation;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::auth::BearerAuth;
+use super::access::follow;
+use super::access::keyring::EndpointGate;
+use super::access::state::Access;
+use super::asynchronous::Fetched;
+use super::auth::Caller;
 use super::endpoint_service::EndpointService;
 use super::experiment::outcomes::outcome_routes;
 use super::grpc::oip_routes;
+use super::http::InferenceService;
+use super::oip::{
+    InferRequest, InferResponse, ModelMetadata, OipError, RepositoryEntry, validate_request,
+};
+use super::replica::Replica;
 use super::server;
-use super::state::{Command, Endpoint, Routing};
+use super::state::{Command, Endpoint};
+use super::statistics::ModelStatistics;
 use super::steering::Steering;
 use super::versions::{SignatureError, Versions};
 use crate::serving::client;
@@ -54,6 +66,15 @@ enum RouterError {
     Signature(#[from] SignatureError),
 }
 
+/// What an ingress must know of an endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Described {
+    /// What it takes and gives.
+    pub metadata: ModelMetadata,
+    /// Bytes of a request's body, before and after inflating.
+    pub body_bytes_max: u64,
+}
+
 /// Answers an endpoint's requests.
 pub struct Router {
     endpoint: Endpoint,
@@ -62,13 +83,16 @@ pub struct Router {
 
 struct Running {
     address: SocketAddr,
+    service: Arc<EndpointService<ActorRef<Replica>>>,
+    body_bytes_max: u64,
     stop: watch::Sender<bool>,
     server: JoinSet<()>,
     /// Aborted when dropped.
     _tasks: JoinSet<()>,
 }
 
-#[mobula::actor(name = "mobula.router")]
+// As many requests at once as its mailbox holds: they wait for replicas, whose queues are bounded.
+#[mobula::actor(name = "mobula.router", max_concurrency = 1024)]
 impl Router {
     /// A router of `endpoint`; it listens once it has started.
     pub fn new(endpoint: Endpoint) -> Self {
@@ -83,6 +107,75 @@ impl Router {
         self.running
             .as_ref()
             .map(|running| running.address.to_string())
+    }
+
+    /// Describes the endpoint, or one of its versions.
+    pub async fn describe(&self, version: Option<String>) -> Result<Described, OipError> {
+        let running = self.running()?;
+        let described = running
+            .service
+            .model_metadata(&self.endpoint.name, version.as_deref());
+        Ok(Described {
+            metadata: described.await?,
+            body_bytes_max: running.body_bytes_max,
+        })
+    }
+
+    /// Succeeds when it can answer.
+    pub async fn ready(&self, version: Option<String>) -> Result<(), OipError> {
+        let service = &self.running()?.service;
+        service
+            .model_ready(&self.endpoint.name, version.as_deref())
+            .await
+    }
+
+    /// What a version has answered.
+    pub async fn statistics(
+        &self,
+        version: Option<String>,
+    ) -> Result<(String, ModelStatistics), OipError> {
+        let service = &self.running()?.service;
+        service
+            .model_statistics(&self.endpoint.name, version.as_deref())
+            .await
+    }
+
+    /// Its versions.
+    pub async fn index(&self) -> Result<Vec<RepositoryEntry>, OipError> {
+        let caller = Caller::default();
+        self.running()?.service.repository_index(&caller).await
+    }
+
+    /// Answers a request whose caller an ingress has let in.
+    pub async fn answer(
+        &self,
+        version: Option<String>,
+        request: InferRequest,
+    ) -> Result<InferResponse, OipError> {
+        let service = &self.running()?.service;
+        let (model, version) = (&*self.endpoint.name, version.as_deref());
+        let metadata = service.infer_metadata(model, version).await?;
+        validate_request(&request, &metadata)?;
+        service.infer(model, version, request).await
+    }
+
+    /// The same for a caller who comes back for the answer; the id to fetch it with.
+    pub async fn submit(
+        &self,
+        version: Option<String>,
+        request: InferRequest,
+    ) -> Result<String, OipError> {
+        let service = &self.running()?.service;
+        let (model, version) = (&*self.endpoint.name, version.as_deref());
+        let metadata = service.infer_metadata(model, version).await?;
+        validate_request(&request, &metadata)?;
+        service.submit(model, version, request).await
+    }
+
+    /// The answer to such a request; `None` as long as it is under way.
+    pub async fn fetch(&self, id: String) -> Result<Option<Fetched>, OipError> {
+        let service = &self.running()?.service;
+        service.fetch(&self.endpoint.name, &id).await
     }
 
     #[mobula(started)]
@@ -122,11 +215,24 @@ impl Router {
     }
 }
 
+impl Router {
+    fn running(&self) -> Result<&Running, OipError> {
+        self.running
+            .as_ref()
+            .ok_or_else(|| OipError::ServerNotReady {
+                reason: "the router does not know yet which version is active".to_owned(),
+            })
+    }
+}
+
 impl Running {
     async fn start(ctx: &ActorContext, endpoint: &Endpoint) -> Result<Self, RouterError> {
         let cluster = ctx.cluster();
         // What this router was created with may be versions ago.
-        let routing = first_routing(&cluster, &endpoint.name).await?;
+        let routing =
+            first_answer(&endpoint.name, || client::routing(&cluster, &endpoint.name)).await?;
+        let access =
+            first_answer(&endpoint.name, || client::access(&cluster, &endpoint.name)).await?;
         let versions = Versions::new(cluster.clone(), ctx.storage().clone());
         let signature = versions.signature(&routing.endpoint).await?;
         let body = signature.body_limits();
@@ -151,11 +257,13 @@ impl Running {
             address,
         ));
 
-        let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
-            .expect("one token is at least one and not too many");
-        let outcomes = outcome_routes(&endpoint.name, routes.clone(), auth.clone());
-        let service = Arc::new(EndpointService::new(&endpoint.name, signature, routes));
-        let routes = oip_routes(service, auth, body).merge(outcomes);
+        let (sender, access): (_, watch::Receiver<Arc<Access>>) = watch::channel(Arc::new(access));
+        tasks.spawn(follow::follow(cluster, endpoint.name.clone(), sender));
+        let gate = EndpointGate::new(&endpoint.name, access.clone());
+        let outcomes = outcome_routes(&endpoint.name, routes.clone(), gate.clone());
+        let service = EndpointService::new(&endpoint.name, signature, routes);
+        let service = service.with_access(access).shared();
+        let routes = oip_routes(Arc::clone(&service) as _, gate, body).merge(outcomes);
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {
             // A router that is gone stops as one that was asked to.
@@ -170,6 +278,8 @@ impl Running {
         });
         Ok(Running {
             address,
+            service,
+            body_bytes_max: body.max_bytes as u64,
             stop,
             server,
             _tasks: tasks,
@@ -178,11 +288,14 @@ impl Running {
 }
 
 /// What the head says about the endpoint now.
-async fn first_routing(cluster: &Cluster, endpoint: &str) -> Result<Routing, RouterError> {
+async fn first_answer<T, F>(endpoint: &str, question: impl Fn() -> F) -> Result<T, RouterError>
+where
+    F: Future<Output = mobula::Result<T>>,
+{
     let mut tries = 1;
     loop {
-        match client::routing(cluster, endpoint).await {
-            Ok(routing) => return Ok(routing),
+        match question().await {
+            Ok(answer) => return Ok(answer),
             Err(error) if tries == ROUTING_TRIES || error.code() == Some(ErrorCode::NotFound) => {
                 return Err(RouterError::Routing(error));
             }

@@ -16,9 +16,12 @@ use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
+use super::access::state as access;
 use super::autoscaler::{Scaling, state as scaling};
 use super::experiment::{Experiment, command as experiments, state as experiment};
 use super::rollout::plan::Cleanup;
+use super::graph::state as graph;
+use super::ingress::plan::address_of;
 use super::rollout::{Rollout, command, state as rollout};
 use crate::registry;
 
@@ -106,6 +109,10 @@ pub enum Command {
     Scaling(scaling::Command),
     /// A change of an experiment. Answer: [`Experiment`].
     Experiment(experiments::Command),
+    /// A change of who may ask an endpoint, or of its rules. Answer: [`access::Access`].
+    Access(access::Command),
+    /// A change of a graph. Answer: [`graph::Graph`].
+    Graph(graph::Command),
 }
 
 /// A question. Append-only: positions are tags.
@@ -137,6 +144,23 @@ pub enum Query {
     Experiments {
         /// Its name.
         endpoint: String,
+    },
+    /// Who may ask an endpoint, and its rules. Answer: [`access::Access`].
+    Access {
+        /// Its name.
+        endpoint: String,
+    },
+    /// What the doors of the cluster must know. Answer: [`access::Doors`].
+    Doors {
+        /// The revision that the asker knows; 0 if none.
+        known: u64,
+    },
+    /// All graphs, by name. Answer: `Vec<graph::Graph>`.
+    Graphs,
+    /// Where the ingress of a worker shall listen. Answer: `Option<String>`, as the worker was told.
+    Ingress {
+        /// The worker's name.
+        node: String,
     },
 }
 
@@ -220,6 +244,7 @@ fn deploy(
             "{replicas} replicas are not possible: ask for 1 to {REPLICAS_MAX}"
         )));
     }
+    graph::check_free(txn, &name)?;
     let version = registry::state::find(txn, model, version)?;
     if let Some(existing) = row::get::<Endpoint>(txn, ENDPOINTS, name.as_bytes()) {
         let message = if existing.deleting {
@@ -256,6 +281,7 @@ fn deploy(
         deleting: false,
     };
     put_endpoint(txn, &endpoint);
+    access::touch(context, txn);
     Ok(endpoint)
 }
 
@@ -314,6 +340,7 @@ impl StateModule for Serving {
                     ..find(txn, &name)?
                 };
                 put_endpoint(txn, &endpoint);
+                access::touch(context, txn);
                 Vec::new()
             }
             Command::RouterReady {
@@ -329,6 +356,7 @@ impl StateModule for Serving {
                     rollout::forget(txn, &endpoint);
                     experiment::forget(txn, &endpoint);
                     scaling::forget(txn, &endpoint);
+                    access::forget(txn, &endpoint);
                     txn.delete(ENDPOINTS, endpoint.as_bytes());
                 }
                 Vec::new()
@@ -342,6 +370,8 @@ impl StateModule for Serving {
             Command::Experiment(command) => {
                 codec::encode_plain(&experiment::apply(context, txn, command)?)
             }
+            Command::Access(command) => codec::encode_plain(&access::apply(context, txn, command)?),
+            Command::Graph(command) => codec::encode_plain(&graph::apply(context, txn, command)?),
         };
         Ok(Applied::changed(self.id(), response))
     }
@@ -380,6 +410,10 @@ impl StateModule for Serving {
                 find(reader, &endpoint)?;
                 codec::encode_plain(&experiment::history(reader, &endpoint))
             }
+            Query::Access { endpoint } => codec::encode_plain(&access::of(reader, &endpoint)?),
+            Query::Doors { known } => codec::encode_plain(&access::doors(reader, known)),
+            Query::Graphs => codec::encode_plain(&graph::graphs(reader)),
+            Query::Ingress { node } => codec::encode_plain(&address_of(reader, &node)),
         })
     }
 
@@ -403,6 +437,8 @@ impl StateModule for Serving {
             (caller, Command::Rollout(command)) => command::is_allowed(caller, &command),
             (caller, Command::Scaling(command)) => scaling::is_allowed(caller, &command),
             (caller, Command::Experiment(command)) => experiments::is_allowed(caller, &command),
+            (caller, Command::Access(_)) => access::is_allowed(caller),
+            (caller, Command::Graph(_)) => graph::is_allowed(caller),
             (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
             // Routers are the platform's own actors.
             (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,

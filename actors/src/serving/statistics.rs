@@ -9,6 +9,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::oip::OipError;
+
 /// How often something happened and how long it took in all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DurationCount {
@@ -33,6 +35,54 @@ impl DurationCount {
 
     fn to_json(self) -> Value {
         json!({"count": self.count, "ns": self.ns})
+    }
+}
+
+/// Why a request failed, in Triton's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureReason {
+    /// It was not executed: queues are full or too long, or nothing runs.
+    Rejected,
+    /// Its caller went away, or its time passed.
+    Canceled,
+    /// The model or its replica failed on it.
+    Backend,
+    /// It does not fit the model, or something else.
+    Other,
+}
+
+impl FailureReason {
+    /// All of them, in the order in which they are counted.
+    pub const ALL: [FailureReason; 4] = [
+        FailureReason::Rejected,
+        FailureReason::Canceled,
+        FailureReason::Backend,
+        FailureReason::Other,
+    ];
+
+    /// The name in metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rejected => "REJECTED",
+            Self::Canceled => "CANCELED",
+            Self::Backend => "BACKEND",
+            Self::Other => "OTHER",
+        }
+    }
+
+    /// The reason of an error.
+    #[must_use]
+    pub fn of(error: &OipError) -> Self {
+        match error {
+            OipError::DeadlineExceeded { .. } => Self::Canceled,
+            OipError::ReplicaLost { .. } | OipError::Failed { .. } | OipError::Encode(_) => {
+                Self::Backend
+            }
+            OipError::Node { error, .. } => Self::of(error),
+            error if error.is_retryable() => Self::Rejected,
+            _ => Self::Other,
+        }
     }
 }
 
@@ -71,6 +121,8 @@ pub struct ModelStatistics {
     pub(super) execution_count: u64,
     pub(super) success: DurationCount,
     pub(super) fail: DurationCount,
+    /// Failures in the order of [`FailureReason::ALL`].
+    failures: [u64; FailureReason::ALL.len()],
     pub(super) queue: DurationCount,
     pub(super) compute_input: DurationCount,
     pub(super) compute_infer: DurationCount,
@@ -91,8 +143,9 @@ impl ModelStatistics {
     }
 
     /// Counts a request that failed after some time.
-    pub fn record_failure(&mut self, duration: Duration) {
+    pub fn record_failure(&mut self, duration: Duration, reason: FailureReason) {
         self.fail.add(duration);
+        self.failures[reason as usize] += 1;
     }
 
     /// Counts one execution of the model, which may answer many requests: call it for the first request of a batch.
@@ -113,6 +166,9 @@ impl ModelStatistics {
         self.execution_count += other.execution_count;
         self.success.merge(other.success);
         self.fail.merge(other.fail);
+        for (count, more) in self.failures.iter_mut().zip(other.failures) {
+            *count += more;
+        }
         self.queue.merge(other.queue);
         self.compute_input.merge(other.compute_input);
         self.compute_infer.merge(other.compute_infer);
@@ -141,6 +197,12 @@ impl ModelStatistics {
     #[must_use]
     pub fn failure_count(&self) -> u64 {
         self.fail.count
+    }
+
+    /// Requests that failed for this reason.
+    #[must_use]
+    pub fn failures_for(&self, reason: FailureReason) -> u64 {
+        self.failures[reason as usize]
     }
 
     /// The answer to a statistics request.
@@ -182,6 +244,30 @@ mod tests {
     use super::*;
 
     #[test]
+    fn failures_have_tritons_reasons() {
+        let text = String::new;
+        for (error, reason) in [
+            (
+                OipError::Overloaded {
+                    queued: 1,
+                    limit: 1,
+                },
+                "REJECTED",
+            ),
+            (OipError::ShuttingDown, "REJECTED"),
+            (OipError::DeadlineExceeded { limit_ms: 1 }, "CANCELED"),
+            (OipError::ReplicaLost { reason: text() }, "BACKEND"),
+            (OipError::Failed { reason: text() }, "BACKEND"),
+            (OipError::UnknownModel { model: text() }, "OTHER"),
+        ] {
+            assert_eq!(FailureReason::of(&error).name(), reason, "{error}");
+        }
+        for (at, reason) in FailureReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, at);
+        }
+    }
+
+    #[test]
     fn counts_add_up_and_every_key_is_there() {
         let times = RequestTimes {
             queue: Duration::from_nanos(1),
@@ -194,7 +280,7 @@ mod tests {
         one.record_success(1, times, 60);
         one.record_execution(4, times);
         let mut all = ModelStatistics::default();
-        all.record_failure(Duration::from_nanos(5));
+        all.record_failure(Duration::from_nanos(5), FailureReason::Rejected);
         all.merge(&one);
         all.merge(&one);
         let json = all.to_json("m", "1");
@@ -221,6 +307,9 @@ mod tests {
             stats["batch_stats"][0]["compute_infer"],
             json!({"count": 2, "ns": 200})
         );
+
+        let failures = FailureReason::ALL.map(|reason| all.failures_for(reason));
+        assert_eq!(failures, [1, 0, 0, 0]);
 
         let empty = ModelStatistics::default().to_json("m", "1");
         for key in [

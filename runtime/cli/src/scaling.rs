@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::args::{ExplainScalingArguments, ScaleArguments};
 use crate::clock::SystemClock;
 use crate::output::{age, print_json, print_table};
+use crate::serve::route::{self, RuleJson};
 
 /// How an endpoint is scaled, as `--json` prints it.
 #[derive(Serialize)]
@@ -24,6 +25,8 @@ struct ScalingJson<'a> {
     floor: u32,
     ceiling: u32,
     policy: PolicyJson,
+    /// In the order in which a request is held against them.
+    rules: Vec<RuleJson<'a>>,
     /// Oldest first.
     changes: Vec<ChangeJson<'a>>,
 }
@@ -105,6 +108,8 @@ async fn print(
             running.any(|actor| actor.name == *name)
         })
         .count();
+    let rules = client::access(cluster, &endpoint.name).await?.rules;
+    let versions = route::versions(cluster, &endpoint.name).await?;
     let now_ms = SystemClock.now_ms();
     let policy = &scaling.policy;
     let (floor, ceiling) = policy.bounds(now_ms);
@@ -116,6 +121,7 @@ async fn print(
             floor,
             ceiling,
             policy: json_of(policy),
+            rules: route::json_of(&rules, &versions),
             changes: scaling.changes.iter().map(change_json).collect(),
         });
     }
@@ -127,6 +133,15 @@ async fn print(
     println!("policy     {}", described(policy));
     for schedule in &policy.schedules {
         println!("schedule   {schedule}");
+    }
+    for rule in &rules {
+        let is_answered = versions.contains(&rule.version);
+        let note = if is_answered {
+            ""
+        } else {
+            " (not in service: passed over)"
+        };
+        println!("rule       {rule}{note}");
     }
     if scaling.changes.is_empty() {
         println!("\nNothing was decided yet.");

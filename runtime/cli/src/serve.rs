@@ -1,5 +1,11 @@
 //! `mobula serve`.
 
+mod batch;
+mod graph;
+mod ingress;
+pub(crate) mod route;
+mod tokens;
+
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -125,6 +131,11 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
         }
         ServeCommand::Scale(arguments) => crate::scaling::scale(&cluster, arguments).await,
         ServeCommand::Explain(arguments) => crate::scaling::explain(&cluster, arguments).await,
+        ServeCommand::Tokens(command) => tokens::run(&cluster, command).await,
+        ServeCommand::Route(command) => route::run(&cluster, command).await,
+        ServeCommand::Graph(command) => graph::run(&cluster, command).await,
+        ServeCommand::Batch(arguments) => batch::run(&cluster, arguments).await,
+        ServeCommand::Ingress(format) => ingress::run(&cluster, format).await,
         ServeCommand::List(format) => list(&cluster, format.json).await,
         ServeCommand::Delete { endpoint } => {
             client::delete(&cluster, &endpoint).await?;

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
+use mobula_actors::serving::ingress::plan::{ADDRESS_LABEL, NODE_LABEL};
 use mobula_core::config::ResourcesConfig;
 use mobula_core::label::Labels;
 use mobula_worker::notices::Cloud;
@@ -47,6 +48,15 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
     options.listen_ip = listen_ip(&config.listen)?;
     options.labels = config.labels;
     options.labels.extend(parse_labels(&arguments.labels)?);
+    if let Some(address) = arguments.ingress {
+        // The serving controller reads them, and places an actor by the second.
+        let told = [
+            (ADDRESS_LABEL, address.to_string()),
+            (NODE_LABEL, options.name.clone()),
+        ];
+        let told = told.map(|(label, value)| (label.to_owned(), value));
+        options.labels.extend(told);
+    }
     options.resources = resources(&config.resources)?;
     if let Some(cpus) = arguments.cpus {
         options.resources.cpu_milli = Some(milli("--cpus", cpus)?);

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 use super::tally::{NotCounted, Variant};
 use crate::serving::arm::{Routes, lock};
-use crate::serving::auth::BearerAuth;
+use crate::serving::auth::{Gate, Subject};
 use crate::serving::fleet::Backend;
 use crate::serving::oip::OipError;
 
@@ -84,19 +84,19 @@ pub enum NotReported {
 struct Front<B> {
     endpoint: String,
     routes: watch::Receiver<Arc<Routes<B>>>,
-    auth: BearerAuth,
+    gate: Box<dyn Gate>,
 }
 
 /// The route of an endpoint, beside those of the protocol.
 pub fn outcome_routes<B: Backend>(
     endpoint: &str,
     routes: watch::Receiver<Arc<Routes<B>>>,
-    auth: BearerAuth,
+    gate: impl Gate,
 ) -> Router {
     let front = Front {
         endpoint: endpoint.to_owned(),
         routes,
-        auth,
+        gate: Box::new(gate),
     };
     Router::new()
         .route(
@@ -120,7 +120,9 @@ async fn take<B: Backend>(
     request: Request,
 ) -> Result<Response, OipError> {
     let authorization = request.headers().get(header::AUTHORIZATION);
-    front.auth.check(authorization.map(HeaderValue::as_bytes))?;
+    let subject = Subject::Model(&model);
+    let authorization = authorization.map(HeaderValue::as_bytes);
+    front.gate.admit(authorization, subject)?;
     if model != front.endpoint {
         return Err(OipError::UnknownModel { model });
     }

@@ -47,6 +47,9 @@ pub(super) fn request(message: proto::ModelInferRequest) -> Result<InferRequest,
         binary_data_output: true,
         routing_key: None,
         explain: false,
+        token: None,
+        headers: BTreeMap::new(),
+        low_priority: false,
     })
 }
 

@@ -1,27 +1,31 @@
 //! The Open Inference Protocol over gRPC, for any [`InferenceService`].
 //!
-//! 1. The token is checked before anything else, the model before the tensors.
+//! 1. The token is checked before anything else, the model before the tensors; on a stream for each request.
 //! 2. A service sees only requests that fit the metadata it gave: what HTTP refuses is refused here, in the same words.
 //! 3. Outputs are always raw: so clients read them, and no element is copied into a message of its own.
 //! 4. A stream stays open when one of its requests fails: the failure is that request's answer.
 
 mod convert;
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use futures::{Stream, StreamExt};
 use tonic::codec::CompressionEncoding;
+use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use self::proto::grpc_inference_service_server::{
     GrpcInferenceService, GrpcInferenceServiceServer,
 };
-use super::auth::BearerAuth;
-use super::endpoint_service::TIMEOUT;
-use super::http::{BodyLimits, InferenceService, ROUTING_KEY, RepositoryChange, oip_router};
+use super::about::TIMEOUT;
+use super::auth::{Caller, Gate, Subject};
+use super::http::{
+    BodyLimits, InferenceService, LOW_PRIORITY, PRIORITY, ROUTING_KEY, RepositoryChange, oip_router,
+};
 use super::oip::{
     EXPLAIN, IndexRequest, InferRequest, ModelMetadata, OipError, Parameter, classify, is_asked,
     validate_request,
@@ -50,18 +54,15 @@ const FINAL_RESPONSE: &str = "triton_final_response";
 #[derive(Clone)]
 struct GrpcFront {
     service: Arc<dyn InferenceService>,
-    auth: BearerAuth,
+    gate: Arc<dyn Gate>,
 }
 
 /// Both forms of the protocol, for one port: a gRPC call is an HTTP/2 request to a path of its own.
-pub fn oip_routes(
-    service: Arc<dyn InferenceService>,
-    auth: BearerAuth,
-    body: BodyLimits,
-) -> Router {
+pub fn oip_routes(service: Arc<dyn InferenceService>, gate: impl Gate, body: BodyLimits) -> Router {
+    let gate: Arc<dyn Gate> = Arc::new(gate);
     let front = GrpcFront {
         service: Arc::clone(&service),
-        auth: auth.clone(),
+        gate: Arc::clone(&gate),
     };
     let grpc = GrpcInferenceServiceServer::new(front)
         .max_decoding_message_size(body.max_bytes)
@@ -70,17 +71,30 @@ pub fn oip_routes(
         .accept_compressed(CompressionEncoding::Deflate)
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
-    oip_router(service, auth, body).route_service(ROUTE, grpc)
+    oip_router(service, gate, body).route_service(ROUTE, grpc)
 }
 
 type Answers = Pin<Box<dyn Stream<Item = Result<proto::ModelStreamInferResponse, Status>> + Send>>;
 
 impl GrpcFront {
-    /// The message of a request whose token is right.
-    fn admitted<T>(&self, request: Request<T>) -> Result<T, Status> {
-        let authorization = request.metadata().get("authorization");
+    /// Who it is that sends these metadata, if that one may ask about this.
+    fn admit(&self, metadata: &MetadataMap, subject: Subject<'_>) -> Result<Caller, OipError> {
+        let authorization = metadata.get("authorization");
         let value = authorization.map(|value| value.as_bytes());
-        self.auth.check(value).map_err(status_of)?;
+        self.gate.admit(value, subject)
+    }
+
+    /// The message of a request whose token is right for the server.
+    fn admitted<T>(&self, request: Request<T>) -> Result<T, Status> {
+        self.admit(request.metadata(), Subject::Server)
+            .map_err(status_of)?;
+        Ok(request.into_inner())
+    }
+
+    /// The message of a request whose token is right for the model that it names.
+    fn admitted_to<T>(&self, request: Request<T>, model: impl Fn(&T) -> &str) -> Result<T, Status> {
+        let subject = Subject::Model(model(request.get_ref()));
+        self.admit(request.metadata(), subject).map_err(status_of)?;
         Ok(request.into_inner())
     }
 
@@ -91,18 +105,26 @@ impl GrpcFront {
 
     async fn answer(
         &self,
-        request: proto::ModelInferRequest,
+        mut request: proto::ModelInferRequest,
         asker: &Asker,
     ) -> Result<(proto::ModelInferResponse, Explained), OipError> {
         let model = request.model_name.clone();
+        let caller = self.admit(&asker.metadata, Subject::Model(&model))?;
+        if let Some(limit) = asker.time_left()? {
+            let asked = request.parameters.entry(TIMEOUT.to_owned());
+            asked.or_insert(limit);
+        }
         let version = named(&request.model_version).map(str::to_owned);
         let version = version.as_deref();
-        let metadata = self.service.model_metadata(&model, version).await?;
+        let metadata = self.service.infer_metadata(&model, version).await?;
         let id = request.id.clone();
         let started = Instant::now();
         let mut request = convert::request(request)?;
         request.routing_key.clone_from(&asker.routing_key);
         request.explain = asker.explain;
+        request.token = caller.token.as_deref().map(str::to_owned);
+        request.headers = asker.headers(self.service.routing_headers(&model));
+        request.low_priority = asker.low_priority;
         validate_request(&request, &metadata)?;
         let read = started.elapsed();
         let wanted = InferRequest {
@@ -127,40 +149,77 @@ impl GrpcFront {
 type Explained = Vec<(&'static str, String)>;
 
 /// What a call's metadata say: the same headers as HTTP's. One for all requests of a stream.
-#[derive(Clone)]
 struct Asker {
+    metadata: MetadataMap,
     routing_key: Option<String>,
     explain: bool,
+    low_priority: bool,
+    /// What gRPC's own deadline allows, and until when: that of a stream holds for all of its requests.
+    limit: Option<(Duration, Instant)>,
 }
 
 impl Asker {
     fn of<T>(request: &Request<T>) -> Self {
-        let value = |name: &str| request.metadata().get(name).map(|value| value.as_bytes());
+        let metadata = request.metadata();
+        let value = |name: &str| metadata.get(name).map(|value| value.as_bytes());
         let key = value(ROUTING_KEY.as_str());
+        let limit = metadata.get("grpc-timeout").and_then(|value| {
+            let limit = time_limit(value.to_str().ok()?)?;
+            Some((limit, Instant::now() + limit))
+        });
         Asker {
             routing_key: key.map(|key| String::from_utf8_lossy(key).into_owned()),
             explain: is_asked(value(EXPLAIN)),
+            low_priority: value(PRIORITY) == Some(LOW_PRIORITY.as_bytes()),
+            limit,
+            metadata: metadata.clone(),
         }
+    }
+
+    /// What is left of gRPC's own deadline, as the protocol's parameter.
+    fn time_left(&self) -> Result<Option<proto::InferParameter>, OipError> {
+        let Some((limit, until)) = self.limit else {
+            return Ok(None);
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(OipError::DeadlineExceeded {
+                limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
+            });
+        }
+        // Zero would be no limit at all.
+        let micros = i64::try_from(left.as_micros()).unwrap_or(i64::MAX).max(1);
+        let choice = proto::infer_parameter::ParameterChoice::Int64Param(micros);
+        Ok(Some(proto::InferParameter {
+            parameter_choice: Some(choice),
+        }))
+    }
+
+    /// The headers that decide where a request goes, as far as the call has them.
+    fn headers(&self, wanted: Vec<String>) -> BTreeMap<String, String> {
+        let read = |name: String| {
+            let value = self.metadata.get(&name)?.to_str().ok()?.to_owned();
+            Some((name, value))
+        };
+        wanted.into_iter().filter_map(read).collect()
     }
 }
 
-/// What gRPC's own deadline leaves, as the protocol's parameter. It has at most eight digits and a unit.
-fn time_limit<T>(request: &Request<T>) -> Option<proto::InferParameter> {
-    let value = request.metadata().get("grpc-timeout")?.to_str().ok()?;
+/// A value of `grpc-timeout`: at most eight digits and a unit.
+fn time_limit(value: &str) -> Option<Duration> {
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
-    let count: i64 = digits.parse().ok().filter(|count| *count > 0)?;
-    let micros = match unit {
-        "H" => count.checked_mul(3_600_000_000)?,
-        "M" => count.checked_mul(60_000_000)?,
-        "S" => count.checked_mul(1_000_000)?,
-        "m" => count.checked_mul(1_000)?,
-        "u" => count,
-        "n" => (count / 1_000).max(1),
+    let count: u64 = digits.parse().ok()?;
+    if digits.len() > 8 || count == 0 {
+        return None;
+    }
+    Some(match unit {
+        "H" => Duration::from_secs(count * 3_600),
+        "M" => Duration::from_secs(count * 60),
+        "S" => Duration::from_secs(count),
+        "m" => Duration::from_millis(count),
+        "u" => Duration::from_micros(count),
+        "n" => Duration::from_nanos(count),
         _ => return None,
-    };
-    let choice = proto::infer_parameter::ParameterChoice::Int64Param(micros);
-    Some(proto::InferParameter {
-        parameter_choice: Some(choice),
     })
 }
 
@@ -193,7 +252,8 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::ServerLiveRequest>,
     ) -> Result<Response<proto::ServerLiveResponse>, Status> {
-        self.admitted(request)?;
+        self.admit(request.metadata(), Subject::Health)
+            .map_err(status_of)?;
         Ok(Response::new(proto::ServerLiveResponse { live: true }))
     }
 
@@ -201,7 +261,8 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::ServerReadyRequest>,
     ) -> Result<Response<proto::ServerReadyResponse>, Status> {
-        self.admitted(request)?;
+        self.admit(request.metadata(), Subject::Health)
+            .map_err(status_of)?;
         let ready = self.service.server_ready().await.is_ok();
         Ok(Response::new(proto::ServerReadyResponse { ready }))
     }
@@ -210,7 +271,7 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::ModelReadyRequest>,
     ) -> Result<Response<proto::ModelReadyResponse>, Status> {
-        let asked = self.admitted(request)?;
+        let asked = self.admitted_to(request, |asked| &asked.name)?;
         let answer = self
             .service
             .model_ready(&asked.name, named(&asked.version))
@@ -241,7 +302,7 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::ModelMetadataRequest>,
     ) -> Result<Response<proto::ModelMetadataResponse>, Status> {
-        let asked = self.admitted(request)?;
+        let asked = self.admitted_to(request, |asked| &asked.name)?;
         let metadata = self.metadata_of(&asked.name, &asked.version).await?;
         Ok(Response::new(convert::metadata(metadata)))
     }
@@ -250,7 +311,7 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::ModelConfigRequest>,
     ) -> Result<Response<proto::ModelConfigResponse>, Status> {
-        let asked = self.admitted(request)?;
+        let asked = self.admitted_to(request, |asked| &asked.name)?;
         let metadata = self.metadata_of(&asked.name, &asked.version).await?;
         Ok(Response::new(proto::ModelConfigResponse {
             config: Some(convert::config(&metadata)),
@@ -261,7 +322,7 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::ModelStatisticsRequest>,
     ) -> Result<Response<proto::ModelStatisticsResponse>, Status> {
-        let asked = self.admitted(request)?;
+        let asked = self.admitted_to(request, |asked| &asked.name)?;
         let (version, statistics) = self
             .service
             .model_statistics(&asked.name, named(&asked.version))
@@ -277,13 +338,8 @@ impl GrpcInferenceService for GrpcFront {
         request: Request<proto::ModelInferRequest>,
     ) -> Result<Response<proto::ModelInferResponse>, Status> {
         let asker = Asker::of(&request);
-        let limit = time_limit(&request);
-        let mut request = self.admitted(request)?;
-        if let Some(limit) = limit {
-            let asked = request.parameters.entry(TIMEOUT.to_owned());
-            asked.or_insert(limit);
-        }
-        let (message, explained) = self.answer(request, &asker).await.map_err(status_of)?;
+        let answered = self.answer(request.into_inner(), &asker).await;
+        let (message, explained) = answered.map_err(status_of)?;
         let mut response = Response::new(message);
         for (name, value) in explained {
             // Names of keys may hold what metadata may not; the others are known without it.
@@ -298,10 +354,13 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::RepositoryIndexRequest>,
     ) -> Result<Response<proto::RepositoryIndexResponse>, Status> {
+        let admitted = self.admit(request.metadata(), Subject::Server);
+        let caller = admitted.map_err(status_of)?;
         let asked = IndexRequest {
-            ready: self.admitted(request)?.ready,
+            ready: request.into_inner().ready,
         };
-        let entries = self.service.repository_index().await.map_err(status_of)?;
+        let entries = self.service.repository_index(&caller).await;
+        let entries = entries.map_err(status_of)?;
         let wanted = entries.into_iter().filter(|entry| asked.wants(entry));
         Ok(Response::new(proto::RepositoryIndexResponse {
             models: wanted.map(convert::entry).collect(),
@@ -312,7 +371,7 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::RepositoryModelLoadRequest>,
     ) -> Result<Response<proto::RepositoryModelLoadResponse>, Status> {
-        let asked = self.admitted(request)?;
+        let asked = self.admitted_to(request, |asked| &asked.model_name)?;
         self.change(&asked.model_name, RepositoryChange::Load)
             .await?;
         Ok(Response::new(proto::RepositoryModelLoadResponse {}))
@@ -322,7 +381,7 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<proto::RepositoryModelUnloadRequest>,
     ) -> Result<Response<proto::RepositoryModelUnloadResponse>, Status> {
-        let asked = self.admitted(request)?;
+        let asked = self.admitted_to(request, |asked| &asked.model_name)?;
         self.change(&asked.model_name, RepositoryChange::Unload)
             .await?;
         Ok(Response::new(proto::RepositoryModelUnloadResponse {}))
@@ -334,11 +393,11 @@ impl GrpcInferenceService for GrpcFront {
         &self,
         request: Request<Streaming<proto::ModelInferRequest>>,
     ) -> Result<Response<Answers>, Status> {
-        let asker = Asker::of(&request);
+        let asker = Arc::new(Asker::of(&request));
         let requests = self.admitted(request)?;
         let front = self.clone();
         let answers = requests.map(move |request| {
-            let (front, asker) = (front.clone(), asker.clone());
+            let (front, asker) = (front.clone(), Arc::clone(&asker));
             async move { front.answer_in_band(request?, &asker).await }
         });
         Ok(Response::new(Box::pin(answers.buffered(STREAM_AT_ONCE))))

@@ -98,6 +98,9 @@ pub fn decode_request(
         binary_data_output,
         routing_key: None,
         explain: false,
+        token: None,
+        headers: BTreeMap::new(),
+        low_priority: false,
     })
 }
 

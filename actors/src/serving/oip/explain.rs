@@ -13,6 +13,10 @@ const VERSION: &str = "x-mobula-version";
 const DIGEST: &str = "x-mobula-digest";
 /// The keys that signed the version's latest change of stage; left out where none has.
 const SIGNERS: &str = "x-mobula-signers";
+/// The rule that sent the request to the version; left out where none did.
+const RULE: &str = "x-mobula-rule";
+/// The nodes of a graph, each with its microseconds; left out for other models.
+const NODES: &str = "x-mobula-nodes-us";
 /// Microseconds by part.
 const TIMES: &str = "x-mobula-times-us";
 
@@ -31,6 +35,10 @@ pub struct Explanation {
     pub compute: Duration,
     /// Taking this request's outputs out of the batch's.
     pub split: Duration,
+    /// The rule that sent the request to the version, as people read it; `None` where none did.
+    pub rule: Option<String>,
+    /// Of a graph, what became of each node.
+    pub nodes: Vec<String>,
 }
 
 impl Explanation {
@@ -47,6 +55,10 @@ impl Explanation {
         let times = parts.map(|(part, time)| format!("{part}={}", time.as_micros()));
         let mut headers = vec![(VERSION, version.to_owned()), (TIMES, times.join(", "))];
         headers.extend(self.digest.clone().map(|digest| (DIGEST, digest)));
+        if !self.nodes.is_empty() {
+            headers.push((NODES, self.nodes.join(", ")));
+        }
+        headers.extend(self.rule.clone().map(|rule| (RULE, rule)));
         if !self.signers.is_empty() {
             headers.push((SIGNERS, self.signers.join(", ")));
         }
@@ -84,9 +96,11 @@ mod tests {
         );
         explanation.digest = Some("ab".to_owned());
         explanation.signers = vec!["alice".to_owned(), "bob".to_owned()];
+        explanation.rule = Some("header x-tier=beta to version 3".to_owned());
         let headers = explanation.headers("3", Duration::ZERO);
         assert!(headers.contains(&(DIGEST, "ab".to_owned())), "{headers:?}");
         assert!(headers.contains(&(SIGNERS, "alice, bob".to_owned())));
+        assert!(headers.contains(&(RULE, "header x-tier=beta to version 3".to_owned())));
         assert!(is_asked(Some(b"True")) && !is_asked(Some(b"no")) && !is_asked(None));
     }
 }

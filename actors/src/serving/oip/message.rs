@@ -82,6 +82,12 @@ pub struct InferRequest {
     pub routing_key: Option<String>,
     /// Whether an [`Explanation`] is wanted, from the transport as well.
     pub explain: bool,
+    /// The name of the token that the caller showed, where tokens have names.
+    pub token: Option<String>,
+    /// The headers that decide where it goes, by their names in lower case.
+    pub headers: BTreeMap<String, String>,
+    /// Whether it is refused where others wait.
+    pub low_priority: bool,
 }
 
 impl InferRequest {

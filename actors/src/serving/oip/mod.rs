@@ -5,11 +5,12 @@
 //! 3. Nothing is allocated from a size a client merely claims; only bytes that are there are copied.
 //!
 //! Reading order: `tensor` (types and data), `message` (requests, responses, metadata), `json` and `binary` (the two
-//! forms of tensor data), `codec` (whole bodies), `validate` (against a model), `classify`, `repository`, `explain`, `error`.
+//! forms of tensor data), `codec` (whole bodies), `validate` (against a model), `classify`, `repository`, `explain`, `decode_error`, `error`.
 
 mod binary;
 mod classify;
 mod codec;
+mod decode_error;
 mod error;
 mod explain;
 mod json;

@@ -84,8 +84,7 @@ fn request() -> impl Strategy<Value = InferRequest> {
                 inputs,
                 outputs,
                 binary_data_output,
-                routing_key: None,
-                explain: false,
+                ..InferRequest::default()
             },
         )
 }

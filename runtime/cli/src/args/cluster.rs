@@ -139,6 +139,10 @@ pub(crate) struct WorkerArguments {
     /// A label for placement, key=value; can be repeated.
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub(crate) labels: Vec<String>,
+    /// Where this machine answers for all endpoints of the cluster, also those that run elsewhere: HTTP and gRPC at one
+    /// port that stays.
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_ingress)]
+    pub(crate) ingress: Option<SocketAddr>,
     /// A file whose appearance is a notice of preemption.
     #[arg(long, value_name = "FILE")]
     pub(crate) notice_file: Option<PathBuf>,
@@ -192,6 +196,9 @@ pub(crate) struct LocalUpArguments {
     /// The object store [default: a folder in the data directory].
     #[arg(long, value_name = "URL")]
     pub(crate) storage_url: Option<String>,
+    /// Where the first worker answers for all endpoints of the cluster; each other one takes the next port.
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_ingress)]
+    pub(crate) ingress: Option<SocketAddr>,
     /// Configuration file for what has no option here.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -215,4 +222,15 @@ pub(crate) struct DemoArguments {
     pub(crate) seed: Option<u64>,
     #[command(flatten)]
     pub(crate) format: Format,
+}
+
+/// An address whose port stays the same.
+fn parse_ingress(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| format!("`{text}` is not ip:port, such as 0.0.0.0:8000"))?;
+    if address.port() == 0 {
+        return Err("an ingress has a port that stays: name one, such as 8000".to_owned());
+    }
+    Ok(address)
 }

@@ -46,7 +46,9 @@ pub(crate) use rollout::{
     RolloutCommand, RolloutPlanArguments, RolloutStartArguments, RolloutTarget,
 };
 pub(crate) use scaling::{ExplainScalingArguments, ScaleArguments};
-pub(crate) use serving::ServeCommand;
+pub(crate) use serving::{
+    ServeBatchArguments, ServeCommand, ServeGraphCommand, ServeRouteCommand, ServeTokensCommand,
+};
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 
 /// An actor-based distributed runtime: a head, workers, and jobs made of actors, in one binary.

@@ -36,6 +36,7 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<ExitCode> {
         workers: WORKERS,
         cpus: CPUS,
         storage_url: None,
+        ingress: None,
         config: None,
     };
     let seed = arguments

@@ -1,6 +1,7 @@
 //! `mobula local up`.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
@@ -34,6 +35,8 @@ pub(crate) struct LocalOptions {
     pub(crate) workers: u32,
     pub(crate) cpus: f64,
     pub(crate) storage_url: Option<String>,
+    /// Where the first worker answers for all endpoints; each other one takes the next port.
+    pub(crate) ingress: Option<SocketAddr>,
     pub(crate) config: Option<PathBuf>,
 }
 
@@ -58,6 +61,7 @@ pub(crate) async fn run(data_dir: PathBuf, arguments: LocalUpArguments) -> anyho
         workers: arguments.workers,
         cpus: arguments.cpus,
         storage_url: arguments.storage_url,
+        ingress: arguments.ingress,
         config: arguments.config,
     };
     let record = start(&options).await?;
@@ -165,6 +169,9 @@ async fn start_processes(
         option("--head", heads.api_addresses.join(","));
         option("--join-token-file", worker_token.display().to_string());
         option("--cpus", options.cpus.to_string());
+        if let Some(address) = ingress_of(options, number)? {
+            option("--ingress", address.to_string());
+        }
         option(
             "--notice-file",
             dir.join(&name).join("notice").display().to_string(),
@@ -182,6 +189,20 @@ async fn start_processes(
     record.write()?;
     wait_for_workers(&record, options.workers).await?;
     Ok(record)
+}
+
+/// Where the worker of this number, counted from 1, answers for all endpoints.
+fn ingress_of(options: &LocalOptions, number: u32) -> anyhow::Result<Option<SocketAddr>> {
+    let Some(first) = options.ingress else {
+        return Ok(None);
+    };
+    let port = u32::from(first.port()) + number - 1;
+    let port = u16::try_from(port).with_context(|| {
+        format!(
+            "worker-{number} would have its ingress at port {port}: give --ingress a lower port"
+        )
+    })?;
+    Ok(Some(SocketAddr::new(first.ip(), port)))
 }
 
 pub(super) fn record_of(

@@ -3,6 +3,7 @@
 mod autoscaling;
 mod conformance;
 mod imported;
+mod ingress;
 pub(crate) mod served;
 mod triton_clients;
 

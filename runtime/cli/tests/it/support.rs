@@ -139,6 +139,17 @@ impl TestCluster {
             .unwrap()
     }
 
+    /// Starts a command and does not wait for its end.
+    pub(crate) fn start(&self, arguments: &[&str]) -> Child {
+        mobula()
+            .arg("--cluster")
+            .arg(self.dir())
+            .args(arguments)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
     /// Runs a command that must succeed; what it printed.
     pub(crate) fn ok(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);

@@ -153,13 +153,12 @@ impl Served {
         self.runtime.block_on(futures::future::join_all(requests))
     }
 
-    /// Asks the endpoint at `url`, which may have no router now.
-    pub(crate) fn try_infer(&self, url: &str, request: &Value) -> reqwest::Result<Answer> {
-        let request = self
-            .http
-            .post(format!("{url}/v2/models/digits/infer"))
-            .bearer_auth(self.token())
-            .body(request.to_string());
+    /// Sends any request; an error where nobody listens.
+    pub(crate) fn send(
+        &self,
+        build: impl FnOnce(&reqwest::Client) -> reqwest::RequestBuilder,
+    ) -> reqwest::Result<Answer> {
+        let request = build(&self.http);
         self.runtime.block_on(async {
             let response = request.send().await?;
             Ok(Answer {
@@ -167,6 +166,20 @@ impl Served {
                 headers: response.headers().clone(),
                 body: response.bytes().await?.to_vec(),
             })
+        })
+    }
+
+    /// Runs something asynchronous beside the cluster.
+    pub(crate) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(future)
+    }
+
+    /// Asks the endpoint at `url`, which may have no router now.
+    pub(crate) fn try_infer(&self, url: &str, request: &Value) -> reqwest::Result<Answer> {
+        self.send(|http| {
+            http.post(format!("{url}/v2/models/digits/infer"))
+                .bearer_auth(self.token())
+                .body(request.to_string())
         })
     }
 
