@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 use super::access::state as access;
 use super::autoscaler::{Scaling, state as scaling};
 use super::experiment::{Experiment, command as experiments, state as experiment};
-use super::rollout::plan::Cleanup;
 use super::graph::state as graph;
 use super::ingress::plan::address_of;
+use super::rollout::plan::Cleanup;
 use super::rollout::{Rollout, command, state as rollout};
 use crate::registry;
 
