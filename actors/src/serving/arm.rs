@@ -18,6 +18,7 @@ use super::feed::Feed;
 use super::fleet::{Backend, Fleet};
 use super::rollout::split::{self, Side};
 use super::rollout::trial::{Outcome, Trial};
+use super::shadow::mirror::Shadowed;
 use super::statistics::ModelStatistics;
 
 /// Where a version comes from, as far as it is known.
@@ -145,6 +146,8 @@ pub struct Routes<B> {
     pub tried: Option<Tried<B>>,
     /// The version that it is compared with, if an experiment is under way; never beside one that is tried.
     pub compared: Option<Compared<B>>,
+    /// The candidate that copies of requests go to, if there is one; never beside one that is tried.
+    pub shadowed: Option<Shadowed<B>>,
 }
 
 /// Who sends a request.
@@ -172,6 +175,8 @@ pub struct Assigned<B> {
     pub second: Option<Arc<Arm<B>>>,
     /// Where to count what came of it.
     pub counted: Option<Counted>,
+    /// Who gets a copy of it, once it is answered.
+    pub copied: Option<Shadowed<B>>,
 }
 
 impl<B: Backend> Routes<B> {
@@ -215,6 +220,17 @@ impl<B: Backend> Routes<B> {
                 Side::Candidate | Side::CandidateUncompared => self.by(&tried.arm, counted),
             };
         }
+        if let Some(shadowed) = self
+            .shadowed
+            .as_ref()
+            .filter(|shadowed| open(&shadowed.arm))
+        {
+            let is_copied = split::bucket(&shadowed.seed, key) < shadowed.share();
+            return Assigned {
+                copied: is_copied.then(|| shadowed.clone()),
+                ..self.by_active(None)
+            };
+        }
         let compared = self.compared.as_ref();
         let Some(compared) = compared.filter(|compared| open(&compared.arm)) else {
             return self.by_active(None);
@@ -246,6 +262,7 @@ impl<B: Backend> Routes<B> {
             arm: Arc::clone(arm),
             second: Some(Arc::clone(&self.active)),
             counted: Some(counted),
+            copied: None,
         }
     }
 }
@@ -258,6 +275,7 @@ impl<B> Assigned<B> {
             arm,
             second: None,
             counted: None,
+            copied: None,
         }
     }
 

@@ -16,6 +16,7 @@ use super::experiment::Experiment;
 use super::experiment::command::Command as ExperimentCommand;
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
+use super::shadow;
 use super::state::{Command, Endpoint, Query, Routing, Steered};
 use crate::ask;
 
@@ -130,6 +131,17 @@ pub async fn experiment(
 /// The rollouts of an endpoint that are kept, oldest first.
 pub async fn rollouts(cluster: &Cluster, endpoint: &str) -> mobula::Result<Vec<Rollout>> {
     let query = Query::Rollouts {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up rollouts", &query).await
+}
+
+/// How the candidates of an endpoint's rollouts are shadowed, by the rollout's number.
+pub async fn shadows(
+    cluster: &Cluster,
+    endpoint: &str,
+) -> mobula::Result<Vec<(u64, shadow::Plan)>> {
+    let query = Query::Shadows {
         endpoint: endpoint.to_owned(),
     };
     ask::query(cluster, ModuleId::SERVING, "look up rollouts", &query).await

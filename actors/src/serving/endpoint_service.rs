@@ -21,10 +21,11 @@ use super::fleet::{BATCH_ROWS_MAX, Backend, Prediction};
 use super::http::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
     Datatype, DecodeError, Explanation, InferRequest, InferResponse, ModelMetadata, ModelState,
-    OipError, Parameter, Parameters, RepositoryEntry, ServerMetadata, Tensor, TensorData,
-    TensorMetadata,
+    OipError, Parameters, RepositoryEntry, ServerMetadata, Tensor, TensorData, TensorMetadata,
 };
 use super::rollout::trial::Outcome;
+use super::rows::{rows_of, time_limit};
+use super::shadow::mirror::{COPY_TIMEOUT, Mirror};
 use super::statistics::{ModelStatistics, RequestTimes};
 
 /// The input: pixels scaled to 0..=1, row by row.
@@ -74,6 +75,7 @@ pub struct EndpointService<B> {
     routes: watch::Receiver<Arc<Routes<B>>>,
     /// Counts requests without a key.
     keyless: AtomicU64,
+    mirror: Mirror<B>,
 }
 
 /// What a request wants beside its answer.
@@ -86,9 +88,14 @@ struct Asked {
 }
 
 impl<B: Backend> EndpointService<B> {
-    /// The service of the endpoint `name`.
+    /// The service of the endpoint `name`. What goes to a shadowed candidate is offered to `mirror`.
     #[must_use]
-    pub fn new(name: &str, signature: Signature, routes: watch::Receiver<Arc<Routes<B>>>) -> Self {
+    pub fn new(
+        name: &str,
+        signature: Signature,
+        routes: watch::Receiver<Arc<Routes<B>>>,
+        mirror: Mirror<B>,
+    ) -> Self {
         let Signature {
             row_values,
             classes,
@@ -120,6 +127,7 @@ impl<B: Backend> EndpointService<B> {
             metadata,
             routes,
             keyless: AtomicU64::new(0),
+            mirror,
         }
     }
 
@@ -196,7 +204,12 @@ impl<B: Backend> EndpointService<B> {
             .await
         {
             Ok(response) => {
-                assigned.count(Outcome::Answered(started.elapsed()));
+                let waited = started.elapsed();
+                assigned.count(Outcome::Answered(waited));
+                if let Some(shadowed) = &assigned.copied {
+                    self.mirror
+                        .offer(shadowed, waited, || (rows, response.outputs.clone()));
+                }
                 return Ok(response);
             }
             Err(error) => error,
@@ -218,6 +231,20 @@ impl<B: Backend> EndpointService<B> {
             "the active version answers for the candidate"
         );
         self.infer_rows(second, rows, input, asked).await
+    }
+
+    /// A shadowed candidate's answer to a copy of a request, which nobody waits for.
+    pub(super) async fn answer_copy(
+        &self,
+        arm: &Arm<B>,
+        rows: Vec<Vec<f32>>,
+    ) -> Result<Vec<Tensor>, OipError> {
+        let asked = Asked {
+            explain: false,
+            limit: Some(COPY_TIMEOUT),
+        };
+        let answered = self.infer_rows(arm, rows, Duration::ZERO, asked).await;
+        answered.map(|response| response.outputs)
     }
 
     async fn infer_rows(
@@ -331,44 +358,6 @@ fn record<B: Backend>(arm: &Arm<B>, answer: &BatchAnswer<Prediction>, times: Req
     if answer.is_first_in_batch {
         statistics.record_execution(answer.batch_rows as u64, times);
     }
-}
-
-/// How long the caller waits: the parameter `timeout`, in microseconds as Triton has it; 0 is for ever.
-fn time_limit(request: &InferRequest) -> Result<Option<Duration>, OipError> {
-    match request.parameters.get(TIMEOUT) {
-        None | Some(Parameter::Int(0)) => Ok(None),
-        Some(Parameter::Int(micros)) if *micros > 0 => {
-            Ok(Some(Duration::from_micros(micros.unsigned_abs())))
-        }
-        Some(other) => Err(OipError::Decode(DecodeError::Parameter {
-            name: TIMEOUT.to_owned(),
-            got: other.to_json().to_string(),
-            expected: "a number of microseconds".to_owned(),
-        })),
-    }
-}
-
-/// The rows of a request that fits the metadata.
-fn rows_of(request: InferRequest, row_values: usize) -> Result<Vec<Vec<f32>>, OipError> {
-    let input = request.inputs.into_iter().next().map(Tensor::into_data);
-    let Some(TensorData::Fp32(values)) = input else {
-        return Err(OipError::Failed {
-            reason: format!("the input {INPUT:?} is not FP32"),
-        });
-    };
-    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-        // Only binary data can hold such values; the answer would be no number either.
-        return Err(OipError::Decode(DecodeError::Element {
-            tensor: INPUT.to_owned(),
-            index: index as u64,
-            got: values[index].to_string(),
-            datatype: Datatype::Fp32,
-        }));
-    }
-    Ok(values
-        .chunks_exact(row_values)
-        .map(<[f32]>::to_vec)
-        .collect())
 }
 
 impl<B: Backend> InferenceService for EndpointService<B> {

@@ -8,6 +8,7 @@ use super::super::fleet::{BackendFailure, Fleet};
 use super::super::replica::Inference;
 use super::super::rollout::Guardrails;
 use super::super::rollout::trial::{Judgement, Trial};
+use super::super::shadow::mirror::mirror;
 use super::*;
 
 const FEATURES: usize = 64;
@@ -53,7 +54,7 @@ fn service_of<B: Backend>(routes: Routes<B>) -> EndpointService<B> {
         classes: CLASSES,
         labels: (0..CLASSES).map(|class| format!("digit {class}")).collect(),
     };
-    EndpointService::new("digits", signature, receiver)
+    EndpointService::new("digits", signature, receiver, mirror().0)
 }
 
 fn service() -> (EndpointService<Three>, FeedReader, Arc<Arm<Three>>) {
@@ -62,6 +63,7 @@ fn service() -> (EndpointService<Three>, FeedReader, Arc<Arm<Three>>) {
         active: Arc::clone(&active),
         tried: None,
         compared: None,
+        shadowed: None,
     };
     (service_of(routes), reader, active)
 }
@@ -161,6 +163,7 @@ fn tried(candidate: f32) -> (EndpointService<Always>, Arc<Mutex<Trial>>, Arc<Arm
             trial: Arc::clone(&trial),
         }),
         compared: None,
+        shadowed: None,
     };
     (service_of(routes), trial, arm)
 }

@@ -25,6 +25,7 @@ use super::endpoint_service::{EndpointService, body_limits};
 use super::experiment::outcomes::outcome_routes;
 use super::grpc::oip_routes;
 use super::server;
+use super::shadow::mirror::{compare_copies, mirror};
 use super::state::{Command, Endpoint, Routing};
 use super::steering::Steering;
 use super::versions::{SignatureError, Versions};
@@ -154,7 +155,10 @@ impl Running {
         let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
             .expect("one token is at least one and not too many");
         let outcomes = outcome_routes(&endpoint.name, routes.clone(), auth.clone());
-        let service = Arc::new(EndpointService::new(&endpoint.name, signature, routes));
+        let (mirror, copies) = mirror();
+        let service = EndpointService::new(&endpoint.name, signature, routes, mirror);
+        let service = Arc::new(service);
+        tasks.spawn(compare_copies(Arc::clone(&service), copies));
         let routes = oip_routes(service, auth, body).merge(outcomes);
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {

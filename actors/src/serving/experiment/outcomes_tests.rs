@@ -16,6 +16,7 @@ use crate::serving::grpc::oip_routes;
 use crate::serving::replica::Inference;
 use crate::serving::rollout::plan::Served;
 use crate::serving::server;
+use crate::serving::shadow::mirror::mirror;
 
 const FEATURES: usize = 4;
 const CLASSES: usize = 2;
@@ -89,6 +90,7 @@ async fn start(probability: f32) -> Endpoint {
             plan: Arc::new(plan()),
             tally: Arc::clone(&tally),
         }),
+        shadowed: None,
     }));
     let signature = Signature {
         row_values: FEATURES,
@@ -97,7 +99,12 @@ async fn start(probability: f32) -> Endpoint {
     };
     let auth = BearerAuth::with_token("secret");
     let outcomes = outcome_routes("digits", receiver.clone(), auth.clone());
-    let service = Arc::new(EndpointService::new("digits", signature, receiver));
+    let service = Arc::new(EndpointService::new(
+        "digits",
+        signature,
+        receiver,
+        mirror().0,
+    ));
     let app = oip_routes(service, auth, body_limits(FEATURES)).merge(outcomes);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -245,6 +252,7 @@ async fn what_is_no_outcome_is_refused_in_words() {
         active: Arc::clone(&routes.active),
         tried: None,
         compared: None,
+        shadowed: None,
     }));
     let (status, reason) = endpoint.report("a", 1.0).await.unwrap_err();
     assert_eq!(status, 404);
