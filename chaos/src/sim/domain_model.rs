@@ -298,7 +298,7 @@ impl DomainModel {
             // Nobody in this world rolls out: `actors/src/serving/rollout/state_tests.rs` has what holds.
             serving::Command::Rollout(_) => result.is_ok(),
             // Nor is anything scaled: `actors/src/serving/autoscaler/state_tests.rs` has what holds.
-            serving::Command::Scaling(_) => result.is_ok(),
+            serving::Command::Scaling(_) | serving::Command::Experiment(_) => result.is_ok(),
         };
         if result.is_ok() == is_done {
             return Ok(());

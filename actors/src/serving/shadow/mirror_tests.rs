@@ -184,7 +184,7 @@ async fn equal_answers_pass_and_callers_see_only_the_active_version() {
 #[tokio::test]
 async fn other_answers_and_numbers_that_are_none_are_found() {
     for (probability, expected) in [
-        (0.7, "\"probabilities\" at index 0 is 0.7"),
+        (0.5, "\"probabilities\" at index 0 is 0.5 instead of 0.75"),
         (f32::NAN, "too many failures"),
     ] {
         let shadowing = shadowing(Replica::Answers(probability));
