@@ -24,6 +24,7 @@ use super::oip::{InferRequest, OipError};
 use super::rollout::split::{self, Side};
 use super::rollout::trial::{Outcome, Trial};
 use super::rows::Row;
+use super::shadow::mirror::Shadowed;
 use super::statistics::{FailureReason, ModelStatistics, RequestTimes};
 
 /// Requests that may wait for each replica while one of low priority is taken: a sixteenth of its queue, so that it costs
@@ -216,6 +217,8 @@ pub struct Routes<B> {
     pub tried: Option<Tried<B>>,
     /// The version that it is compared with, if an experiment is under way; never beside one that is tried.
     pub compared: Option<Compared<B>>,
+    /// The candidate that copies of requests go to, if there is one; never beside one that is tried.
+    pub shadowed: Option<Shadowed<B>>,
 }
 
 /// Who sends a request.
@@ -243,6 +246,8 @@ pub struct Assigned<B> {
     pub second: Option<Arc<Arm<B>>>,
     /// Where to count what came of it.
     pub counted: Option<Counted>,
+    /// Who gets a copy of it, once it is answered.
+    pub copied: Option<Shadowed<B>>,
 }
 
 impl<B: Backend> Routes<B> {
@@ -286,6 +291,7 @@ impl<B: Backend> Routes<B> {
             second: (!is_active).then(|| Arc::clone(&self.active)),
             // Whom a rule picks is no sample of all.
             counted: None,
+            copied: None,
         };
         Some((assigned, rule.to_string()))
     }
@@ -308,6 +314,17 @@ impl<B: Backend> Routes<B> {
             return match side {
                 Side::Baseline | Side::Stable => self.by_active(Some(counted)),
                 Side::Candidate | Side::CandidateUncompared => self.by(&tried.arm, counted),
+            };
+        }
+        if let Some(shadowed) = self
+            .shadowed
+            .as_ref()
+            .filter(|shadowed| open(&shadowed.arm))
+        {
+            let is_copied = split::bucket(&shadowed.seed, key) < shadowed.share();
+            return Assigned {
+                copied: is_copied.then(|| shadowed.clone()),
+                ..self.by_active(None)
             };
         }
         let compared = self.compared.as_ref();
@@ -341,6 +358,7 @@ impl<B: Backend> Routes<B> {
             arm: Arc::clone(arm),
             second: Some(Arc::clone(&self.active)),
             counted: Some(counted),
+            copied: None,
         }
     }
 }
@@ -353,6 +371,7 @@ impl<B> Assigned<B> {
             arm,
             second: None,
             counted: None,
+            copied: None,
         }
     }
 

@@ -19,6 +19,7 @@ use super::graph::spec::GraphSpec;
 use super::graph::state::{Command as GraphCommand, Graph};
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
+use super::shadow;
 use super::state::{Command, Endpoint, Query, Routing, Steered};
 use crate::ask;
 
@@ -213,6 +214,17 @@ pub async fn experiment(
 /// The rollouts of an endpoint that are kept, oldest first.
 pub async fn rollouts(cluster: &Cluster, endpoint: &str) -> mobula::Result<Vec<Rollout>> {
     let query = Query::Rollouts {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up rollouts", &query).await
+}
+
+/// How the candidates of an endpoint's rollouts are shadowed, by the rollout's number.
+pub async fn shadows(
+    cluster: &Cluster,
+    endpoint: &str,
+) -> mobula::Result<Vec<(u64, shadow::Plan)>> {
+    let query = Query::Shadows {
         endpoint: endpoint.to_owned(),
     };
     ask::query(cluster, ModuleId::SERVING, "look up rollouts", &query).await

@@ -25,10 +25,11 @@ use super::fleet::Backend;
 use super::http::{InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
     Explanation, InferRequest, InferResponse, ModelMetadata, ModelState, OipError, Parameters,
-    RepositoryEntry, ServerMetadata,
+    RepositoryEntry, ServerMetadata, Tensor,
 };
 use super::rollout::trial::Outcome;
 use super::rows::Row;
+use super::shadow::mirror::{COPY_TIMEOUT, Mirror};
 use super::signature::Signature;
 use super::statistics::{FailureReason, ModelStatistics, RequestTimes};
 
@@ -45,6 +46,7 @@ pub struct EndpointService<B> {
     results: Results,
     /// Itself, once it is shared: requests whose callers do not wait keep it until they are answered.
     shared: Weak<Self>,
+    mirror: Mirror<B>,
 }
 
 /// What a request wants beside its answer.
@@ -57,9 +59,14 @@ struct Asked {
 }
 
 impl<B: Backend> EndpointService<B> {
-    /// The service of the endpoint `name`.
+    /// The service of the endpoint `name`. What goes to a shadowed candidate is offered to `mirror`.
     #[must_use]
-    pub fn new(name: &str, signature: Signature, routes: watch::Receiver<Arc<Routes<B>>>) -> Self {
+    pub fn new(
+        name: &str,
+        signature: Signature,
+        routes: watch::Receiver<Arc<Routes<B>>>,
+        mirror: Mirror<B>,
+    ) -> Self {
         EndpointService {
             metadata: signature.metadata(name),
             signature,
@@ -69,6 +76,7 @@ impl<B: Backend> EndpointService<B> {
             rates: TokenRates::default(),
             results: Results::default(),
             shared: Weak::new(),
+            mirror,
         }
     }
 
@@ -165,7 +173,12 @@ impl<B: Backend> EndpointService<B> {
             .await
         {
             Ok(response) => {
-                assigned.count(Outcome::Answered(started.elapsed()));
+                let waited = started.elapsed();
+                assigned.count(Outcome::Answered(waited));
+                if let Some(shadowed) = &assigned.copied {
+                    self.mirror
+                        .offer(shadowed, waited, || (rows, response.outputs.clone()));
+                }
                 return Ok(response);
             }
             Err(error) => error,
@@ -187,6 +200,20 @@ impl<B: Backend> EndpointService<B> {
             "the active version answers for the candidate"
         );
         self.infer_rows(second, rows, input, asked).await
+    }
+
+    /// A shadowed candidate's answer to a copy of a request, which nobody waits for.
+    pub(super) async fn answer_copy(
+        &self,
+        arm: &Arm<B>,
+        rows: Vec<Row>,
+    ) -> Result<Vec<Tensor>, OipError> {
+        let asked = Asked {
+            explain: false,
+            limit: Some(COPY_TIMEOUT),
+        };
+        let answered = self.infer_rows(arm, rows, Duration::ZERO, asked).await;
+        answered.map(|response| response.outputs)
     }
 
     async fn infer_rows(

@@ -12,6 +12,7 @@ use super::super::replica::{Inference, classified};
 use super::super::rollout::Guardrails;
 use super::super::rollout::trial::{Judgement, Trial};
 use super::super::rows::{Batch, Cell};
+use super::super::shadow::mirror::mirror;
 use super::super::signature::INPUT;
 use super::*;
 
@@ -54,7 +55,7 @@ fn service_of<B: Backend>(routes: Routes<B>) -> EndpointService<B> {
     let (_, receiver) = watch::channel(Arc::new(routes));
     let labels = (0..CLASSES).map(|class| format!("digit {class}")).collect();
     let signature = Signature::classifier(FEATURES, CLASSES, labels);
-    EndpointService::new("digits", signature, receiver)
+    EndpointService::new("digits", signature, receiver, mirror().0)
 }
 
 fn service() -> (EndpointService<Three>, FeedReader, Arc<Arm<Three>>) {
@@ -63,6 +64,7 @@ fn service() -> (EndpointService<Three>, FeedReader, Arc<Arm<Three>>) {
         active: Arc::clone(&active),
         tried: None,
         compared: None,
+        shadowed: None,
     };
     (service_of(routes), reader, active)
 }
@@ -161,6 +163,7 @@ fn tried(candidate: f32) -> (EndpointService<Always>, Arc<Mutex<Trial>>, Arc<Arm
             trial: Arc::clone(&trial),
         }),
         compared: None,
+        shadowed: None,
     };
     (service_of(routes), trial, arm)
 }
@@ -312,6 +315,7 @@ async fn tensors_of_any_kind_and_number_go_there_and_back() {
             active: Arc::clone(&active),
             tried: None,
             compared: None,
+            shadowed: None,
         };
         let (_, receiver) = watch::channel(Arc::new(routes));
         let (text, number) = (
@@ -325,7 +329,7 @@ async fn tensors_of_any_kind_and_number_go_there_and_back() {
             outputs: vec![number, text],
             is_classifier: false,
         };
-        let service = EndpointService::new("swap", signature, receiver);
+        let service = EndpointService::new("swap", signature, receiver, mirror().0);
         open(&active, Swapping);
         let number = TensorData::Fp16(vec![1, 2, 3, 0x7e00]);
         let text = TensorData::Bytes(vec![b"one".to_vec(), b"two".to_vec()]);
@@ -368,6 +372,7 @@ fn service_with(access: Access) -> (EndpointService<Three>, [FeedReader; 2]) {
         active,
         tried: Some(tried),
         compared: None,
+        shadowed: None,
     };
     let (_, access) = watch::channel(Arc::new(access));
     (service_of(routes).with_access(access), [reader, other])
@@ -458,6 +463,7 @@ async fn an_answer_that_does_not_fit_is_an_error() {
         active: Arc::clone(&active),
         tried: None,
         compared: None,
+        shadowed: None,
     };
     let service = service_of(routes);
     open(&active, Short);
@@ -485,6 +491,7 @@ async fn a_caller_that_goes_away_is_counted_as_such() {
         active: Arc::clone(&active),
         tried: None,
         compared: None,
+        shadowed: None,
     };
     let service = service_of(routes);
     let asking = service.infer("digits", None, request(1, 0.5));

@@ -23,12 +23,20 @@ pub(super) fn pass(
             version,
             ..
         } => (endpoint, model, version, false),
-        Command::Rollout(RolloutCommand::Start {
-            endpoint,
-            model,
-            version,
-            ..
-        }) => (endpoint, model, version, true),
+        Command::Rollout(
+            RolloutCommand::Start {
+                endpoint,
+                model,
+                version,
+                ..
+            }
+            | RolloutCommand::StartShadowed {
+                endpoint,
+                model,
+                version,
+                ..
+            },
+        ) => (endpoint, model, version, true),
         Command::Experiment(ExperimentCommand::Start(proposed)) => {
             (&proposed.endpoint, &proposed.model, &proposed.version, true)
         }

@@ -4,8 +4,8 @@
 //! * [`state`]: endpoints as a replicated table (pure); [`controller`] starts and stops what they
 //!   need; [`client`] is what the command line asks.
 //! * `gate`: what the policies say before a version is served.
-//! * [`rollout`]: how an endpoint goes from one version to another; [`experiment`]: which of two is better;
-//!   [`autoscaler`]: with how many replicas.
+//! * [`rollout`]: how an endpoint goes from one version to another; [`shadow`]: copies of requests that go to it
+//!   first; [`experiment`]: which of two is better; [`autoscaler`]: with how many replicas.
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, `versions` reaches
 //!   them, [`arm`] is one of them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
 //!   the protocol, [`feed`] tells the monitor.
@@ -64,6 +64,7 @@ pub mod rollout;
 pub mod router;
 pub mod rows;
 pub mod server;
+pub mod shadow;
 pub mod signature;
 pub mod state;
 pub mod statistics;

@@ -36,6 +36,7 @@ use super::oip::{
 };
 use super::replica::Replica;
 use super::server;
+use super::shadow::mirror::{compare_copies, mirror};
 use super::state::{Command, Endpoint};
 use super::statistics::ModelStatistics;
 use super::steering::Steering;
@@ -261,8 +262,10 @@ impl Running {
         tasks.spawn(follow::follow(cluster, endpoint.name.clone(), sender));
         let gate = EndpointGate::new(&endpoint.name, access.clone());
         let outcomes = outcome_routes(&endpoint.name, routes.clone(), gate.clone());
-        let service = EndpointService::new(&endpoint.name, signature, routes);
+        let (mirror, copies) = mirror();
+        let service = EndpointService::new(&endpoint.name, signature, routes, mirror);
         let service = service.with_access(access).shared();
+        tasks.spawn(compare_copies(Arc::clone(&service), copies));
         let routes = oip_routes(Arc::clone(&service) as _, gate, body).merge(outcomes);
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {

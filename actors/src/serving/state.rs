@@ -23,6 +23,7 @@ use super::graph::state as graph;
 use super::ingress::plan::address_of;
 use super::rollout::plan::Cleanup;
 use super::rollout::{Rollout, command, state as rollout};
+use super::shadow;
 use crate::registry;
 
 /// Endpoint name → [`Endpoint`].
@@ -162,6 +163,12 @@ pub enum Query {
         /// The worker's name.
         node: String,
     },
+    /// How the candidates of an endpoint's rollouts are shadowed, by the rollout's number. Answer:
+    /// `Vec<(u64, shadow::Plan)>`.
+    Shadows {
+        /// Its name.
+        endpoint: String,
+    },
 }
 
 /// An endpoint with its newest rollout, and how it is scaled.
@@ -182,6 +189,8 @@ pub struct Steered {
     pub routing: Routing,
     /// Its newest experiment, if it had one.
     pub experiment: Option<Experiment>,
+    /// How the candidate of the rollout is shadowed at its first step, if it is.
+    pub shadow: Option<shadow::Plan>,
 }
 
 impl Steered {
@@ -402,10 +411,19 @@ impl StateModule for Serving {
                 find(reader, &endpoint)?;
                 codec::encode_plain(&rollout::history(reader, &endpoint))
             }
-            Query::Steered { endpoint } => codec::encode_plain(&Steered {
-                routing: routing(reader, &endpoint)?,
-                experiment: experiment::newest(reader, &endpoint),
-            }),
+            Query::Steered { endpoint } => {
+                let routing = routing(reader, &endpoint)?;
+                let rollout = routing.rollout.as_ref();
+                codec::encode_plain(&Steered {
+                    shadow: rollout.and_then(|rollout| rollout::shadow_of(reader, rollout)),
+                    experiment: experiment::newest(reader, &endpoint),
+                    routing,
+                })
+            }
+            Query::Shadows { endpoint } => {
+                find(reader, &endpoint)?;
+                codec::encode_plain(&rollout::shadows(reader, &endpoint))
+            }
             Query::Experiments { endpoint } => {
                 find(reader, &endpoint)?;
                 codec::encode_plain(&experiment::history(reader, &endpoint))

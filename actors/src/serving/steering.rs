@@ -28,6 +28,9 @@ use super::meters::{Meters, VersionSeen};
 use super::rollout::command::{Command, Verdict};
 use super::rollout::plan::{Cleanup, Phase, Rollout, Served};
 use super::rollout::trial::{Evidence, Judgement, Trial, shortened};
+use super::shadow;
+use super::shadow::mirror::Shadowed;
+use super::shadow::trial::ShadowTrial;
 use super::signature::Signature;
 use super::state::{Endpoint, Routing, Steered};
 use super::versions::{Fit, Replicas, Versions};
@@ -53,6 +56,8 @@ pub(super) struct Steering {
     /// The experiment that is under way here.
     compared: Option<u64>,
     comparing: Comparing,
+    /// The rollout whose candidate is shadowed, with its replicas and what tells of their end.
+    shadowing: Option<(u64, Shadowed<Replicas>, WhenGone)>,
     pilot: Pilot,
     /// None where the process has no room for them.
     meters: Option<Meters>,
@@ -73,6 +78,7 @@ impl Steering {
             active: Arc::clone(&arm),
             tried: None,
             compared: None,
+            shadowed: None,
         };
         let (sender, receiver) = watch::channel(Arc::new(routes));
         let traffic = Arc::clone(&versions.traffic);
@@ -92,7 +98,9 @@ impl Steering {
             fitting: None,
             tried: None,
             compared: None,
+            shadowed: None,
             comparing,
+            shadowing: None,
             pilot,
             meters,
         };
@@ -129,6 +137,9 @@ impl Steering {
         for arm in arms() {
             self.versions.resize(&routing.endpoint, arm);
         }
+        if let Some((_, shadowed, _)) = &self.shadowing {
+            self.versions.resize(&routing.endpoint, &shadowed.arm);
+        }
         let seen = SeenReplicas {
             ready: self.routes.borrow().active.fleet().open_count(),
             are_drained: arms().all(|arm| arm.fleet().is_drained()),
@@ -163,6 +174,7 @@ impl Steering {
         let Steered {
             routing,
             experiment,
+            shadow,
         } = steered;
         let endpoint = &routing.endpoint;
         let open = routing
@@ -183,6 +195,7 @@ impl Steering {
                 None
             }
         };
+        self.shadow(endpoint, open, shadow.as_ref());
         self.route(endpoint, open, compared);
         self.drop_unwanted(endpoint, open, under_way);
         match (&routing.rollout, open) {
@@ -257,6 +270,29 @@ impl Steering {
         Arc::clone(arm)
     }
 
+    /// Has the shadow that a rollout wants at its first step, and no other.
+    fn shadow(&mut self, endpoint: &Endpoint, open: Option<&Rollout>, plan: Option<&shadow::Plan>) {
+        let wanted = open.filter(|rollout| rollout.step == 0).zip(plan);
+        let known = self.shadowing.as_ref().map(|(number, ..)| *number);
+        if known == wanted.map(|(rollout, _)| rollout.number) {
+            return;
+        }
+        if let Some((_, shadowed, when_gone)) = self.shadowing.take() {
+            self.leaving.push((shadowed.arm.version(), when_gone));
+        }
+        self.shadowing = wanted.map(|(rollout, plan)| {
+            let version = rollout.candidate.version;
+            let (arm, when_gone) = self.versions.shadow(endpoint, version);
+            let shadowed = Shadowed {
+                arm: Arc::new(arm),
+                seed: rollout.seed(),
+                plan: Arc::new(plan.clone()),
+                trial: Arc::new(Mutex::new(ShadowTrial::new(plan.clone(), rollout))),
+            };
+            (rollout.number, shadowed, when_gone)
+        });
+    }
+
     /// Sends requests where they belong now.
     fn route(
         &mut self,
@@ -278,7 +314,9 @@ impl Steering {
             return;
         }
         let compared = compared.map(|(_, compared)| compared);
-        let tried = open.map(|rollout| Tried {
+        let shadowed = self.shadowing.as_ref();
+        let shadowed = shadowed.map(|(_, shadowed, _)| shadowed.clone());
+        let tried = open.filter(|_| shadowed.is_none()).map(|rollout| Tried {
             arm: self.arm(endpoint, rollout.candidate.version),
             seed: rollout.seed(),
             weight_percent: rollout.weight_percent(),
@@ -294,6 +332,7 @@ impl Steering {
             candidate = tried.as_ref().map(|tried| tried.arm.version()),
             weight_percent = tried.as_ref().map(|tried| tried.weight_percent),
             treatment = compared.as_ref().map(|compared| compared.arm.version()),
+            shadow = shadowed.as_ref().map(|shadowed| shadowed.arm.version()),
             "requests are sent by new rules"
         );
         (self.tried, self.compared) = (at, number);
@@ -301,6 +340,7 @@ impl Steering {
             active,
             tried,
             compared,
+            shadowed,
         }));
     }
 
@@ -311,7 +351,8 @@ impl Steering {
         under_way: Option<&Experiment>,
     ) {
         let mut wanted = vec![endpoint.version, self.routes.borrow().active.version()];
-        wanted.extend(open.map(|rollout| rollout.candidate.version));
+        let tried = open.filter(|_| self.shadowing.is_none());
+        wanted.extend(tried.map(|rollout| rollout.candidate.version));
         wanted.extend(under_way.map(|experiment| experiment.plan.treatment.version));
         let unwanted: Vec<u64> = self
             .arms
@@ -331,13 +372,18 @@ impl Steering {
 
     async fn judge(&self, rollout: &Rollout) {
         let routes = Arc::clone(&self.routes.borrow());
-        let Some(tried) = &routes.tried else {
-            return;
-        };
-        let judgement = if tried.weight_percent == 0 {
-            all_answer(&tried.arm, rollout)
-        } else {
-            lock(&tried.trial).judge()
+        let judgement = match (&routes.shadowed, &routes.tried) {
+            (Some(shadowed), _) => {
+                let judgement = lock(&shadowed.trial).judge();
+                // What follows may be all requests.
+                match (judgement, all_answer(&shadowed.arm, rollout)) {
+                    (Judgement::Pass(_), Judgement::Hold(few)) => Judgement::Hold(few),
+                    (judgement, _) => judgement,
+                }
+            }
+            (None, Some(tried)) if tried.weight_percent == 0 => all_answer(&tried.arm, rollout),
+            (None, Some(tried)) => lock(&tried.trial).judge(),
+            (None, None) => return,
         };
         match judgement {
             Judgement::RollBack(evidence) => self.say(rollout, Verdict::RollBack, evidence).await,

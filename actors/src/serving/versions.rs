@@ -104,8 +104,22 @@ impl Versions {
 
     /// An arm that looks for its replicas from now on.
     pub(super) fn arm(&self, endpoint: &Endpoint, version: u64) -> (Arm<Replicas>, WhenGone) {
+        self.arm_with(endpoint, version, Arc::clone(&self.traffic))
+    }
+
+    /// The same for a shadow, whose requests are no load of the endpoint's.
+    pub(super) fn shadow(&self, endpoint: &Endpoint, version: u64) -> (Arm<Replicas>, WhenGone) {
+        self.arm_with(endpoint, version, Arc::default())
+    }
+
+    fn arm_with(
+        &self,
+        endpoint: &Endpoint,
+        version: u64,
+        traffic: Arc<Traffic>,
+    ) -> (Arm<Replicas>, WhenGone) {
         let mut tasks = JoinSet::new();
-        let fleet = Fleet::sharing(endpoint.replicas, Arc::clone(&self.traffic));
+        let fleet = Fleet::sharing(endpoint.replicas, traffic);
         for (number, berth) in fleet.berths() {
             let name = replica_name(&endpoint.name, version, number);
             tasks.spawn(keep_open(self.cluster.clone(), name, berth));

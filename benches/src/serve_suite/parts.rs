@@ -13,6 +13,7 @@ use mobula_actors::serving::http::InferenceService;
 use mobula_actors::serving::oip::{InferRequest, Tensor, TensorData};
 use mobula_actors::serving::replica::{Inference, classified};
 use mobula_actors::serving::rows::Batch;
+use mobula_actors::serving::shadow::mirror::mirror;
 use mobula_actors::serving::signature::{INPUT, Signature};
 use mobula_benches::results::Results;
 use tokio::sync::watch;
@@ -62,10 +63,12 @@ pub(crate) async fn in_process(length: Duration, results: &mut Results) -> Outco
         active: Arc::new(arm),
         tried: None,
         compared: None,
+        shadowed: None,
     };
     let (_routes, receiver) = watch::channel(Arc::new(routes));
     let signature = Signature::classifier(WIDTH, WIDTH, Vec::new());
-    let service = EndpointService::new("nothing", signature, receiver);
+    let (mirror, _copies) = mirror();
+    let service = EndpointService::new("nothing", signature, receiver, mirror);
     let input = Tensor::new(
         INPUT,
         vec![1, WIDTH as u64],

@@ -298,7 +298,7 @@ impl DomainModel {
             // Nobody in this world rolls out: `actors/src/serving/rollout/state_tests.rs` has what holds.
             serving::Command::Rollout(_) => result.is_ok(),
             // Nor is anything scaled: `actors/src/serving/autoscaler/state_tests.rs` has what holds.
-            serving::Command::Scaling(_) => result.is_ok(),
+            serving::Command::Scaling(_) | serving::Command::Experiment(_) => result.is_ok(),
             // Nor has anything tokens, rules or graphs: the tests beside `actors/src/serving/access/state.rs` and
             // `actors/src/serving/graph/state.rs` have what holds.
             serving::Command::Access(_) | serving::Command::Graph(_) => result.is_ok(),

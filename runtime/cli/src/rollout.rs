@@ -7,6 +7,7 @@ use mobula_actors::serving::rollout::command::Command;
 use mobula_actors::serving::rollout::plan::{Action, Decision, Phase};
 use mobula_actors::serving::rollout::trial::SideEvidence;
 use mobula_actors::serving::rollout::{Rollout, Strategy};
+use mobula_actors::serving::shadow;
 use mobula_core::clock::Clock;
 use serde::Serialize;
 
@@ -21,6 +22,8 @@ struct RolloutJson<'a> {
     #[serde(flatten)]
     rollout: &'a Rollout,
     weight_percent: u32,
+    /// How the candidate is shadowed at the first step, if it is.
+    shadow: Option<shadow::Plan>,
 }
 
 /// An endpoint's rollouts as `--json` prints them.
@@ -35,12 +38,23 @@ struct StatusJson<'a> {
 }
 
 impl<'a> RolloutJson<'a> {
-    fn of(rollout: &'a Rollout) -> Self {
+    fn of(rollout: &'a Rollout, shadows: &[(u64, shadow::Plan)]) -> Self {
         RolloutJson {
             rollout,
             weight_percent: rollout.weight_percent(),
+            shadow: shadow_of(rollout, shadows).cloned(),
         }
     }
+}
+
+fn shadow_of<'s>(
+    rollout: &Rollout,
+    shadows: &'s [(u64, shadow::Plan)],
+) -> Option<&'s shadow::Plan> {
+    let mut shadows = shadows.iter();
+    shadows
+        .find(|(number, _)| *number == rollout.number)
+        .map(|(_, plan)| plan)
 }
 
 pub(crate) async fn run(target: &Target, command: RolloutCommand) -> anyhow::Result<()> {
@@ -69,17 +83,32 @@ pub(crate) async fn run(target: &Target, command: RolloutCommand) -> anyhow::Res
 async fn start(cluster: &Cluster, arguments: RolloutStartArguments) -> anyhow::Result<()> {
     let (model, version) = model_and_version(&arguments.model)?;
     let plan = arguments.plan;
-    let command = Command::Start {
-        endpoint: arguments.endpoint,
-        model: model.to_owned(),
-        version,
-        guardrails: plan.guardrails(),
-        strategy: plan.strategy.into(),
-        steps: plan.steps,
-        min_samples: plan.min_samples,
+    let (endpoint, model) = (arguments.endpoint, model.to_owned());
+    let (guardrails, strategy) = (plan.guardrails(), plan.strategy.into());
+    let (steps, min_samples) = (plan.steps, plan.min_samples);
+    let command = match arguments.shadow.plan() {
+        None => Command::Start {
+            endpoint,
+            model,
+            version,
+            strategy,
+            steps,
+            guardrails,
+            min_samples,
+        },
+        Some(shadow) => Command::StartShadowed {
+            endpoint,
+            model,
+            version,
+            strategy,
+            steps,
+            guardrails,
+            min_samples,
+            shadow,
+        },
     };
     let rollout = client::roll_out(cluster, command).await?;
-    print_rollout(&rollout, arguments.format.json)
+    print_rollout(cluster, &rollout, arguments.format.json).await
 }
 
 async fn change(
@@ -88,14 +117,15 @@ async fn change(
     command: fn(String) -> Command,
 ) -> anyhow::Result<()> {
     let rollout = client::roll_out(cluster, command(of.endpoint)).await?;
-    print_rollout(&rollout, of.format.json)
+    print_rollout(cluster, &rollout, of.format.json).await
 }
 
-fn print_rollout(rollout: &Rollout, json: bool) -> anyhow::Result<()> {
+async fn print_rollout(cluster: &Cluster, rollout: &Rollout, json: bool) -> anyhow::Result<()> {
+    let shadows = client::shadows(cluster, &rollout.endpoint).await?;
     if json {
-        return print_json(&RolloutJson::of(rollout));
+        return print_json(&RolloutJson::of(rollout, &shadows));
     }
-    println!("{}", described(rollout));
+    println!("{}", described(rollout, &shadows));
     Ok(())
 }
 
@@ -113,12 +143,16 @@ pub(crate) fn model_and_version(text: &str) -> anyhow::Result<(&str, Option<u64>
 async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
     let endpoint = client::find(cluster, &of.endpoint).await?;
     let rollouts = client::rollouts(cluster, &of.endpoint).await?;
+    let shadows = client::shadows(cluster, &of.endpoint).await?;
     if of.format.json {
         return print_json(&StatusJson {
             endpoint: &endpoint.name,
             model: &endpoint.model,
             version: endpoint.version,
-            rollouts: rollouts.iter().map(RolloutJson::of).collect(),
+            rollouts: rollouts
+                .iter()
+                .map(|rollout| RolloutJson::of(rollout, &shadows))
+                .collect(),
         });
     }
     println!(
@@ -126,7 +160,7 @@ async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
         endpoint.name, endpoint.model, endpoint.version
     );
     for rollout in &rollouts {
-        println!("\n{}", described(rollout));
+        println!("\n{}", described(rollout, &shadows));
     }
     let Some(last) = rollouts.last() else {
         println!("\nno rollout so far: begin one with `mobula rollout start`");
@@ -153,19 +187,20 @@ async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
 }
 
 /// A rollout in a line.
-fn described(rollout: &Rollout) -> String {
+fn described(rollout: &Rollout, shadows: &[(u64, shadow::Plan)]) -> String {
     let strategy = match rollout.strategy {
         Strategy::Canary => "canary",
         Strategy::BlueGreen => "blue-green",
         Strategy::Rolling => "rolling",
     };
+    let shadow = shadow_of(rollout, shadows).filter(|_| rollout.step == 0);
     let at = || {
-        format!(
-            "at step {} of {}, {} % of the requests",
-            rollout.step + 1,
-            rollout.steps.len(),
-            rollout.weight_percent()
-        )
+        let share = match shadow {
+            Some(plan) => format!("copies of {} % of the requests", plan.percent),
+            None => format!("{} % of the requests", rollout.weight_percent()),
+        };
+        let (step, steps) = (rollout.step + 1, rollout.steps.len());
+        format!("at step {step} of {steps}, {share}")
     };
     let phase = match rollout.phase {
         Phase::Running => format!("running {}", at()),

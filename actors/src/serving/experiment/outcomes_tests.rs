@@ -17,6 +17,7 @@ use crate::serving::replica::{Inference, classified};
 use crate::serving::rollout::plan::Served;
 use crate::serving::rows::Batch;
 use crate::serving::server;
+use crate::serving::shadow::mirror::mirror;
 use crate::serving::signature::{INPUT, Signature};
 
 const FEATURES: usize = 4;
@@ -90,13 +91,15 @@ async fn start(probability: f32) -> Endpoint {
             plan: Arc::new(plan()),
             tally: Arc::clone(&tally),
         }),
+        shadowed: None,
     }));
     let labels = vec!["no".into(), "yes".into()];
     let signature = Signature::classifier(FEATURES, CLASSES, labels);
     let limits = signature.body_limits();
     let auth = BearerAuth::with_token("secret");
     let outcomes = outcome_routes("digits", receiver.clone(), auth.clone());
-    let service = Arc::new(EndpointService::new("digits", signature, receiver));
+    let (mirror, _copies) = mirror();
+    let service = Arc::new(EndpointService::new("digits", signature, receiver, mirror));
     let app = oip_routes(service, auth, limits).merge(outcomes);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -244,6 +247,7 @@ async fn what_is_no_outcome_is_refused_in_words() {
         active: Arc::clone(&routes.active),
         tried: None,
         compared: None,
+        shadowed: None,
     }));
     let (status, reason) = endpoint.report("a", 1.0).await.unwrap_err();
     assert_eq!(status, 404);

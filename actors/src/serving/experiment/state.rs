@@ -19,9 +19,8 @@ use super::findings::{Decision, Findings};
 use super::plan::{Ending, Experiment, Plan};
 use crate::serving::autoscaler::state as scaling;
 use crate::serving::rollout::plan::Cleanup;
-use crate::serving::rollout::state::{
-    HISTORY_MAX, another_version, heard, newest as newest_rollout, served, standing,
-};
+use crate::serving::rollout::start::{another_version, served};
+use crate::serving::rollout::state::{HISTORY_MAX, heard, newest as newest_rollout, standing};
 use crate::serving::state::Endpoint;
 
 /// Endpoint name, 0, number → [`Experiment`].

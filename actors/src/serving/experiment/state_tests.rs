@@ -229,7 +229,7 @@ fn only_another_version_of_the_endpoints_model_is_compared() {
     for (change, reason) in [
         (faces, "serves digits, not faces"),
         (proposed(1), "serves digits:1 already"),
-        (proposed(9), "digits:9"),
+        (proposed(9), "has no version 9"),
         (
             Proposed {
                 alpha_bp: 0,

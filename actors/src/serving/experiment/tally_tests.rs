@@ -204,7 +204,7 @@ fn groups_of_the_wrong_sizes_conclude_nothing_but_guardrails_hold() {
         tally.record(Unit::of(&key), Variant::Treatment, Outcome::Failed("no"));
         tally.judge().0.is_some()
     });
-    assert!((10..30).contains(&count.unwrap()), "{count:?}");
+    assert!((5..30).contains(&count.unwrap()), "{count:?}");
     let (ending, findings) = tally.judge();
     assert_eq!(
         (ending, findings.decision),

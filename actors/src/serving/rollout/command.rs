@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::{Guardrails, Strategy};
 use super::trial::Evidence;
+use crate::serving::shadow;
 
 /// What a router found of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +97,26 @@ pub enum Command {
         rollout: u64,
         /// The revision that the controller saw.
         revision: u64,
+    },
+    /// Begins a rollout whose candidate is shadowed before it answers anybody.
+    StartShadowed {
+        /// The endpoint.
+        endpoint: String,
+        /// Its model.
+        model: String,
+        /// The version to try; the newest if absent.
+        version: Option<u64>,
+        /// How.
+        strategy: Strategy,
+        /// The weights, in percent; those of the strategy if empty. A first one of 0, at which the candidate is
+        /// shadowed, is put before them.
+        steps: Vec<u32>,
+        /// What the candidate may not do.
+        guardrails: Guardrails,
+        /// How many requests of each side a step needs.
+        min_samples: u64,
+        /// How it is shadowed.
+        shadow: shadow::Plan,
     },
 }
 

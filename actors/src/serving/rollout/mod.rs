@@ -3,7 +3,7 @@
 //!
 //! * [`plan`]: what a rollout is: strategy, steps, guardrails, decisions with their evidence.
 //! * [`command`]: what can be said about one.
-//! * [`state`]: rollouts as a replicated table (pure).
+//! * [`state`]: rollouts as a replicated table (pure); `start`: how one begins.
 //! * [`split`]: which version a request goes to: sticky, by a hash of its key.
 //! * [`sequential`]: tests whose error bound holds at every look (pure).
 //! * [`trial`]: what both versions answered in a step, and what follows from it (pure).
@@ -12,6 +12,7 @@ pub mod command;
 pub mod plan;
 pub mod sequential;
 pub mod split;
+pub(in crate::serving) mod start;
 pub mod state;
 pub mod trial;
 

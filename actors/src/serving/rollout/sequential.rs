@@ -12,12 +12,17 @@
 //!   sequences*, Annals of Statistics 2024, proposition B.1), for the difference of two means of a
 //!   randomized experiment.
 
+use statrs::function::beta::ln_beta;
+
 /// Shares of the candidate's half that the mixture looks for, equally weighted: from a tenth more
 /// events than the baseline's to nearly all of them.
 const SHARES: [f64; 10] = [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99];
 
 /// The share under the null hypothesis where both halves are equally large.
 const FAIR: f64 = 0.5;
+
+/// Halvings of an interval of at most 1: what is left is below any share that is shown.
+const BISECTIONS: u32 = 50;
 
 /// How many observations of both halves the bound on means is tightest for.
 const TUNED_FOR: f64 = 1_000.0;
@@ -43,6 +48,42 @@ pub fn log_e_value_of_split(candidate_events: u64, baseline_events: u64, fair: f
     let largest = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = terms.iter().map(|term| (term - largest).exp()).sum();
     largest + sum.ln() - (SHARES.len() as f64).ln()
+}
+
+/// What the chance of an event is between, after `events` of `count`: both bounds together are beyond the truth
+/// ever, with a probability of `alpha` at the most.
+///
+/// Exact: the mixture likelihood ratio of Robbins (1970) with the prior Beta(½, ½). A chance is outside as soon as
+/// the ratio against it is `1 / alpha`.
+#[must_use]
+pub fn rate_bounds(events: u64, count: u64, alpha: f64) -> (f64, f64) {
+    if count == 0 {
+        return (0.0, 1.0);
+    }
+    let (hits, misses) = (events as f64, count.saturating_sub(events) as f64);
+    let mixed = ln_beta(0.5 + hits, 0.5 + misses) - ln_beta(0.5, 0.5);
+    let is_outside =
+        |chance: f64| mixed - hits * chance.ln() - misses * (-chance).ln_1p() >= (1.0 / alpha).ln();
+    let share = hits / (hits + misses);
+    // Between what is inside and what is outside the ratio grows all the way.
+    let bound = |mut inside: f64, mut outside: f64| {
+        for _ in 0..BISECTIONS {
+            let middle = f64::midpoint(inside, outside);
+            if is_outside(middle) {
+                outside = middle;
+            } else {
+                inside = middle;
+            }
+        }
+        outside
+    };
+    let lower = if hits == 0.0 { 0.0 } else { bound(share, 0.0) };
+    let upper = if misses == 0.0 {
+        1.0
+    } else {
+        bound(share, 1.0)
+    };
+    (lower, upper)
 }
 
 /// Count, mean, variance and skewness of what was observed, kept by Welford's method as Pébay extended it
@@ -190,6 +231,35 @@ mod tests {
             alarms += u64::from(is_alarm);
         }
         println!("fair coins called unfair: {alarms} of {RUNS} (seeds 0..{RUNS}), bound {alpha}");
+        assert!(alarms as f64 <= most_alarms(alpha), "{alarms}");
+    }
+
+    #[test]
+    fn bounds_on_a_chance_hold_at_every_look() {
+        assert_eq!(rate_bounds(0, 0, 0.05), (0.0, 1.0));
+        let (lower, upper) = rate_bounds(0, 100, 0.05);
+        assert!(lower == 0.0 && (0.03..0.08).contains(&upper), "{upper}");
+        let (lower, upper) = rate_bounds(100, 100, 0.05);
+        assert!(upper == 1.0 && (0.92..0.97).contains(&lower), "{lower}");
+        let (lower, upper) = rate_bounds(50, 1_000, 0.05);
+        assert!((0.02..0.05).contains(&lower) && (0.05..0.09).contains(&upper));
+        // One event is enough to know that the chance is not nothing.
+        assert!(rate_bounds(1, 1_000_000, 0.01).0 > 0.0);
+
+        let (alpha, chance) = (0.05, 0.02);
+        let alarms = (0..RUNS).filter(|seed| {
+            let mut rng = StdRng::seed_from_u64(*seed);
+            let mut events = 0;
+            (1..=1_000).any(|count| {
+                events += u64::from(rng.random_bool(chance));
+                let (lower, upper) = rate_bounds(events, count, alpha);
+                lower > chance || upper < chance
+            })
+        });
+        let alarms = alarms.count();
+        println!(
+            "chances that were not between their bounds: {alarms} of {RUNS} (seeds 0..{RUNS}), bound {alpha}"
+        );
         assert!(alarms as f64 <= most_alarms(alpha), "{alarms}");
     }
 

@@ -17,11 +17,10 @@ use mobula_core::id::Incarnation;
 use mobula_core::row;
 
 use super::command::{Command, Verdict};
-use super::plan::{Action, Cleanup, Phase, Rollout, Served, check};
+use super::plan::{Action, Cleanup, Phase, Rollout};
+use super::start::{Started, check_experiment, start};
 use super::trial::Evidence;
-use crate::registry;
-use crate::serving::autoscaler::state as scaling;
-use crate::serving::experiment::state as experiment;
+use crate::serving::shadow;
 use crate::serving::state::{Endpoint, find as find_endpoint, put_endpoint};
 
 /// Endpoint name, 0, number → [`Rollout`].
@@ -31,9 +30,15 @@ const ROLLOUTS: Table = Table {
 };
 
 /// Endpoint name → the number of its newest rollout, which is asked for all the time.
-const NEWEST: Table = Table {
+pub(super) const NEWEST: Table = Table {
     module: ModuleId::SERVING,
     tag: 3,
+};
+
+/// Endpoint name, 0, number of the rollout → how its candidate is shadowed at the first step, if it is.
+pub(super) const SHADOWS: Table = Table {
+    module: ModuleId::SERVING,
+    tag: 7,
 };
 
 /// Rollouts that are kept of an endpoint, the newest: of some KiB each.
@@ -43,7 +48,7 @@ fn prefix(endpoint: &str) -> Vec<u8> {
     [endpoint.as_bytes(), &[0]].concat()
 }
 
-fn key(endpoint: &str, number: u64) -> Vec<u8> {
+pub(super) fn key(endpoint: &str, number: u64) -> Vec<u8> {
     [endpoint.as_bytes(), &[0], &number.to_be_bytes()].concat()
 }
 
@@ -61,15 +66,37 @@ pub fn newest(reader: &dyn Reader, endpoint: &str) -> Option<Rollout> {
     row::get(reader, ROLLOUTS, &key(endpoint, number))
 }
 
+/// How a rollout's candidate is shadowed at the first step, if it is.
+pub fn shadow_of(reader: &dyn Reader, rollout: &Rollout) -> Option<shadow::Plan> {
+    row::get(reader, SHADOWS, &key(&rollout.endpoint, rollout.number))
+}
+
+/// The same for all rollouts of an endpoint that are kept, by their numbers.
+pub fn shadows(reader: &dyn Reader, endpoint: &str) -> Vec<(u64, shadow::Plan)> {
+    let known = history(reader, endpoint);
+    let shadows = known
+        .iter()
+        .map(|rollout| (rollout.number, shadow_of(reader, rollout)));
+    shadows
+        .filter_map(|(number, shadow)| Some((number, shadow?)))
+        .collect()
+}
+
+pub(super) fn remove(txn: &mut dyn Txn, rollout: &Rollout) {
+    let key = key(&rollout.endpoint, rollout.number);
+    txn.delete(ROLLOUTS, &key);
+    txn.delete(SHADOWS, &key);
+}
+
 /// Forgets the rollouts of an endpoint that is gone.
 pub(in crate::serving) fn forget(txn: &mut dyn Txn, endpoint: &str) {
     for rollout in history(txn, endpoint) {
-        txn.delete(ROLLOUTS, &key(endpoint, rollout.number));
+        remove(txn, &rollout);
     }
     txn.delete(NEWEST, endpoint.as_bytes());
 }
 
-fn put(txn: &mut dyn Txn, rollout: &Rollout) {
+pub(super) fn put(txn: &mut dyn Txn, rollout: &Rollout) {
     row::put(
         txn,
         ROLLOUTS,
@@ -94,38 +121,33 @@ pub(crate) fn apply(
             guardrails,
             min_samples,
         } => {
-            let endpoint = standing(txn, &endpoint)?;
-            let steps = if steps.is_empty() {
-                strategy.default_steps()
-            } else {
-                steps
-            };
-            check(&steps, &guardrails, min_samples)?;
-            let candidate = another_version(txn, &endpoint, &model, version)?;
-            check_experiment(txn, &endpoint.name)?;
-            let number = next_number(txn, &endpoint.name)?;
-            // A candidate is compared with a version that answers.
-            let endpoint = scaling::wake(txn, endpoint);
-            let mut rollout = Rollout {
-                number,
+            let plan = Started {
                 strategy,
-                stable: served(&endpoint),
-                candidate,
                 steps,
-                step: 0,
-                phase: Phase::Running,
                 guardrails,
                 min_samples,
-                started_ms: context.now_ms,
-                revision: context.index,
-                cleanup: Cleanup::Waiting,
-                decisions: Vec::new(),
-                endpoint: endpoint.name,
+                shadow: None,
             };
-            rollout.decided(context.now_ms, Action::Start, None);
-            row::put(txn, NEWEST, rollout.endpoint.as_bytes(), &number);
-            put(txn, &rollout);
-            Ok(rollout)
+            start(context, txn, (&endpoint, &model, version), plan)
+        }
+        Command::StartShadowed {
+            endpoint,
+            model,
+            version,
+            strategy,
+            steps,
+            guardrails,
+            min_samples,
+            shadow,
+        } => {
+            let plan = Started {
+                strategy,
+                steps,
+                guardrails,
+                min_samples,
+                shadow: Some(shadow),
+            };
+            start(context, txn, (&endpoint, &model, version), plan)
         }
         Command::Pause { endpoint } => turn(context, txn, &endpoint, Action::Pause),
         Command::Resume { endpoint } => turn(context, txn, &endpoint, Action::Resume),
@@ -180,87 +202,6 @@ pub(in crate::serving) fn standing(reader: &dyn Reader, name: &str) -> Result<En
         ));
     }
     Ok(endpoint)
-}
-
-/// The version that an endpoint serves.
-pub(in crate::serving) fn served(endpoint: &Endpoint) -> Served {
-    Served {
-        version: endpoint.version,
-        digest: endpoint.digest.clone(),
-        size_bytes: endpoint.size_bytes,
-    }
-}
-
-/// A version of an endpoint's model that is not the one it serves.
-pub(in crate::serving) fn another_version(
-    reader: &dyn Reader,
-    endpoint: &Endpoint,
-    model: &str,
-    version: Option<u64>,
-) -> Result<Served, Rejection> {
-    if model != endpoint.model {
-        return Err(Rejection::invalid(format!(
-            "endpoint `{}` serves {}, not {model}: roll out a version of {}, or deploy {model} as an \
-             endpoint of its own",
-            endpoint.name, endpoint.model, endpoint.model
-        )));
-    }
-    let found = registry::state::find(reader, model, version)?;
-    if found.version == endpoint.version {
-        return Err(Rejection::new(
-            ErrorCode::AlreadyExists,
-            format!(
-                "endpoint `{}` serves {model}:{} already: see `mobula models show {model}` for others",
-                endpoint.name, found.version
-            ),
-        ));
-    }
-    Ok(Served {
-        version: found.version,
-        digest: found.description.digest,
-        size_bytes: found.description.size_bytes,
-    })
-}
-
-/// Refuses to change an endpoint's version while an experiment goes by it.
-fn check_experiment(reader: &dyn Reader, endpoint: &str) -> Result<(), Rejection> {
-    match experiment::in_the_way(reader, endpoint) {
-        Some(reason) => Err(Rejection::new(ErrorCode::FailedPrecondition, reason)),
-        None => Ok(()),
-    }
-}
-
-/// The number of a new rollout; makes room for its row.
-fn next_number(txn: &mut dyn Txn, endpoint: &str) -> Result<u64, Rejection> {
-    let known = history(txn, endpoint);
-    let Some(last) = known.last() else {
-        return Ok(1);
-    };
-    if last.phase.is_open() {
-        return Err(Rejection::new(
-            ErrorCode::AlreadyExists,
-            format!(
-                "rollout {} of endpoint `{endpoint}` to version {} is under way: wait for its end, or \
-                 end it with `mobula rollout abort {endpoint}`",
-                last.number, last.candidate.version
-            ),
-        ));
-    }
-    if last.cleanup != Cleanup::Done {
-        return Err(Rejection::new(
-            ErrorCode::FailedPrecondition,
-            format!(
-                "what is left of rollout {} of endpoint `{endpoint}` is being taken down: try again in \
-                 a moment, and see `mobula rollout status {endpoint}`",
-                last.number
-            ),
-        ));
-    }
-    let excess = (known.len() + 1).saturating_sub(HISTORY_MAX);
-    for old in &known[..excess] {
-        txn.delete(ROLLOUTS, &key(endpoint, old.number));
-    }
-    Ok(last.number + 1)
 }
 
 /// What a client wants of the newest rollout.

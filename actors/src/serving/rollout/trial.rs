@@ -61,9 +61,9 @@ pub struct SideEvidence {
 /// What a guardrail says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GuardrailEvidence {
-    /// `errors`, `refusals`, `latency_mean` or `latency_p95`.
+    /// `errors`, `refusals`, `latency_mean` or `latency_p95`; of a shadow `mismatches` or `failures`.
     pub guardrail: String,
-    /// What `value` is: `log_e_value`, or `increase_percent_at_least`.
+    /// What `value` is: `log_e_value`, `increase_percent_at_least` or `rate_at_least`.
     pub statistic: String,
     /// What was found.
     pub value: f64,
@@ -124,7 +124,7 @@ pub enum Judgement {
 
 /// What one side did.
 #[derive(Debug, Clone)]
-struct Sample {
+pub(in crate::serving) struct Sample {
     requests: u64,
     errors: u64,
     /// Beside `requests`: they say nothing about what the version would have answered.
@@ -138,7 +138,8 @@ struct Sample {
 }
 
 impl Sample {
-    fn new() -> Self {
+    /// Nothing.
+    pub(in crate::serving) fn new() -> Self {
         Sample {
             requests: 0,
             errors: 0,
@@ -148,6 +149,39 @@ impl Sample {
             histogram: vec![0; LATENCY_BUCKETS],
             slow: 0,
         }
+    }
+
+    /// Counts a request; how long an answer took, in microseconds.
+    pub(in crate::serving) fn record(&mut self, outcome: Outcome<'_>) -> Option<f64> {
+        let latency_us = match outcome {
+            Outcome::Refused => {
+                self.refused += 1;
+                return None;
+            }
+            Outcome::Failed(reason) => {
+                self.requests += 1;
+                self.errors += 1;
+                self.last_error = shortened(reason);
+                return None;
+            }
+            // Below a microsecond the clock says little.
+            Outcome::Answered(latency) => (latency.as_secs_f64() * 1e6).max(1.0),
+        };
+        self.requests += 1;
+        self.log_latency.add(latency_us.ln());
+        let bucket = (latency_us.ln() / LATENCY_BUCKET_GROWTH.ln()) as usize;
+        self.histogram[bucket.min(LATENCY_BUCKETS - 1)] += 1;
+        Some(latency_us)
+    }
+
+    /// Requests, without those that were refused.
+    pub(in crate::serving) fn requests(&self) -> u64 {
+        self.requests
+    }
+
+    /// Those that failed.
+    pub(in crate::serving) fn errors(&self) -> u64 {
+        self.errors
     }
 
     fn error_rate(&self) -> f64 {
@@ -171,7 +205,8 @@ impl Sample {
         })
     }
 
-    fn evidence(&self) -> SideEvidence {
+    /// In numbers.
+    pub(in crate::serving) fn evidence(&self) -> SideEvidence {
         let is_answered = self.log_latency.count() > 0;
         SideEvidence {
             requests: self.requests,
@@ -230,24 +265,9 @@ impl Trial {
             Side::Baseline => (&mut self.baseline, 1.0),
             Side::CandidateUncompared | Side::Stable => return,
         };
-        let latency_us = match outcome {
-            Outcome::Refused => {
-                sample.refused += 1;
-                return;
-            }
-            Outcome::Failed(reason) => {
-                sample.requests += 1;
-                sample.errors += 1;
-                sample.last_error = shortened(reason);
-                return;
-            }
-            // Below a microsecond the clock says little.
-            Outcome::Answered(latency) => (latency.as_secs_f64() * 1e6).max(1.0),
+        let Some(latency_us) = sample.record(outcome) else {
+            return;
         };
-        sample.requests += 1;
-        sample.log_latency.add(latency_us.ln());
-        let bucket = (latency_us.ln() / LATENCY_BUCKET_GROWTH.ln()) as usize;
-        sample.histogram[bucket.min(LATENCY_BUCKETS - 1)] += 1;
         match slow_from_us {
             Some(threshold) => sample.slow += u64::from(latency_us / allowance > threshold),
             None if side == Side::Baseline => self.warm_up(latency_us),

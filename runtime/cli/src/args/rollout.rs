@@ -2,6 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 use mobula_actors::serving::rollout::{Guardrails, Strategy};
+use mobula_actors::serving::shadow::{self, Rule};
 
 use super::Format;
 
@@ -40,7 +41,87 @@ pub(crate) struct RolloutStartArguments {
     #[command(flatten)]
     pub(crate) plan: RolloutPlanArguments,
     #[command(flatten)]
+    pub(crate) shadow: ShadowArguments,
+    #[command(flatten)]
     pub(crate) format: Format,
+}
+
+/// How a candidate is shadowed before it answers anybody.
+#[derive(Args)]
+pub(crate) struct ShadowArguments {
+    /// First send copies of requests to the candidate, and compare its answers with those that the callers got.
+    #[arg(long)]
+    pub(crate) shadow: bool,
+    /// Of how many of a hundred keys the requests are copied.
+    #[arg(
+        long,
+        requires = "shadow",
+        default_value_t = 100,
+        value_name = "PERCENT"
+    )]
+    pub(crate) shadow_percent: u32,
+    /// How many answers are compared before the candidate answers anybody.
+    #[arg(long, requires = "shadow", default_value_t = 200, value_name = "COUNT")]
+    pub(crate) shadow_samples: u64,
+    /// How many of ten thousand answers may differ.
+    #[arg(
+        long,
+        requires = "shadow",
+        default_value_t = 100,
+        value_name = "BASIS_POINTS"
+    )]
+    pub(crate) max_mismatch_bp: u32,
+    /// Numbers with fractions are the same if they differ by no more than this, and what --rtol adds.
+    #[arg(
+        long,
+        requires = "shadow",
+        default_value_t = 1e-6,
+        value_name = "DIFFERENCE"
+    )]
+    pub(crate) atol: f64,
+    /// And by no more than this part of what the caller got.
+    #[arg(long, requires = "shadow", default_value_t = 1e-3, value_name = "PART")]
+    pub(crate) rtol: f64,
+    /// Instead: if no more than so many other numbers of their type lie between them.
+    #[arg(long, requires = "shadow", conflicts_with_all = ["atol", "rtol"], value_name = "COUNT")]
+    pub(crate) max_ulps: Option<u32>,
+    /// Of this output, only the positions of the K largest values of each row are compared.
+    #[arg(long, requires = "shadow", value_name = "OUTPUT=K", value_parser = top_k)]
+    pub(crate) top_k: Vec<(String, u32)>,
+    /// This output is not compared.
+    #[arg(long, requires = "shadow", value_name = "OUTPUT")]
+    pub(crate) ignore_output: Vec<String>,
+}
+
+/// `probabilities=1`.
+fn top_k(text: &str) -> Result<(String, u32), String> {
+    text.split_once('=')
+        .and_then(|(output, count)| Some((output.to_owned(), count.parse().ok()?)))
+        .ok_or_else(|| format!("`{text}` is no output with a number: write probabilities=1"))
+}
+
+impl ShadowArguments {
+    /// How a candidate is shadowed, if it is.
+    pub(crate) fn plan(&self) -> Option<shadow::Plan> {
+        let rule = match self.max_ulps {
+            Some(most) => Rule::Ulps(most),
+            None => Rule::Close {
+                absolute: self.atol,
+                relative: self.rtol,
+            },
+        };
+        let top = self.top_k.iter();
+        let top = top.map(|(output, count)| (output.clone(), Rule::Top(*count)));
+        let ignored = self.ignore_output.iter();
+        let ignored = ignored.map(|output| (output.clone(), Rule::Ignore));
+        self.shadow.then(|| shadow::Plan {
+            percent: self.shadow_percent,
+            samples: self.shadow_samples,
+            mismatch_max_bp: self.max_mismatch_bp,
+            rule,
+            outputs: top.chain(ignored).collect(),
+        })
+    }
 }
 
 /// How a version is tried.

@@ -303,3 +303,96 @@ fn a_version_that_answers_no_numbers_is_rolled_back_though_the_router_dies() {
     let text = served.cluster.refused(&["rollout", "promote", "digits"]);
     assert!(text.contains("nothing to promote"), "{text}");
 }
+
+/// A rollout whose candidate is shadowed first.
+const SHADOW: [&str; 5] = ["--steps", "50,100", "--shadow", "--shadow-samples", "60"];
+
+#[test]
+fn a_shadow_answers_nobody_and_goes_on_to_the_canary_though_its_replicas_die() {
+    let served = Served::up(2);
+    let url = served.deployment["url"].as_str().unwrap().to_owned();
+    register_changed(&served, |parameters| parameters[0] += 1e-6);
+    let begun = start(&served, &SHADOW);
+    assert_eq!(
+        (&begun["steps"], &begun["shadow"]["percent"]),
+        (&json!([0, 50, 100]), &json!(100))
+    );
+    let text = served.cluster.ok(&["rollout", "status", "digits"]);
+    assert!(text.contains("copies of 100 % of the requests"), "{text}");
+    let replicas = wait_for("the replicas of the shadow", || {
+        let replicas = pids(&served, "serving/digits/v2/replica-");
+        (replicas.len() == 2).then_some(replicas)
+    });
+    for pid in replicas {
+        kill_9(u32::try_from(pid).unwrap());
+    }
+    let answered = send_until(&served, &url, "the end of the shadow", |rollout| {
+        rollout["step"] == 1
+    });
+    // Some of the last may be those of the canary, which has begun.
+    let by_candidate = answered.get("2").copied().unwrap_or(0);
+    assert!(by_candidate <= REQUESTS as u64 * 2, "{answered:?}");
+    send_until(&served, &url, "the promotion", |rollout| {
+        rollout["phase"] == "promoted"
+    });
+    let shown = rollout(&served).unwrap();
+    assert_eq!(actions(&shown), ["start", "pass", "promote"], "{shown}");
+    let evidence = &shown["decisions"][1]["evidence"];
+    let reason = evidence["reason"].as_str().unwrap();
+    assert!(
+        reason.starts_with("as a shadow, within the guardrails"),
+        "{reason}"
+    );
+    assert!(
+        evidence["candidate"]["requests"].as_u64().unwrap() >= 60,
+        "{evidence}"
+    );
+}
+
+#[test]
+fn a_shadow_that_answers_otherwise_is_rolled_back_and_nobody_saw_it() {
+    let served = Served::up(2);
+    let url = served.deployment["url"].as_str().unwrap().to_owned();
+    register_changed(&served, |parameters| {
+        parameters
+            .iter_mut()
+            .for_each(|parameter| *parameter *= 0.5);
+    });
+    start(&served, &SHADOW);
+    let answered = send_until(&served, &url, "the rollback", |rollout| {
+        rollout["phase"] == "rolled_back"
+    });
+    assert_eq!(answered.keys().collect::<Vec<_>>(), ["1"], "{answered:?}");
+    send_until(&served, &url, "the end of the candidate", |rollout| {
+        rollout["cleanup"] == "done"
+    });
+    assert_eq!(served.actors("serving/digits/v2/"), Vec::<Value>::new());
+    let shown = rollout(&served).unwrap();
+    assert_eq!(actions(&shown), ["start", "roll_back"], "{shown}");
+    let evidence = &shown["decisions"][1]["evidence"];
+    let reason = evidence["reason"].as_str().unwrap();
+    assert!(
+        reason.starts_with("as a shadow, too many mismatches")
+            && reason.contains("\"probabilities\" at index"),
+        "{reason}"
+    );
+
+    // The same version, by what counts for its callers: which class is the most probable.
+    start(
+        &served,
+        &[
+            "--steps",
+            "100",
+            "--shadow",
+            "--shadow-samples",
+            "60",
+            "--top-k",
+            "probabilities=1",
+            "--max-mismatch-bp",
+            "2000",
+        ],
+    );
+    send_until(&served, &url, "the promotion", |rollout| {
+        rollout["number"] == 2 && rollout["phase"] == "promoted"
+    });
+}

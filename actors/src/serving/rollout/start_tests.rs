@@ -1,0 +1,148 @@
+//! Rollouts that begin with a shadow.
+
+use mobula_core::codec;
+use mobula_core::control::StateModule;
+use mobula_core::id::Incarnation;
+
+use super::super::command::{Command, Verdict};
+use super::super::state::{newest, shadows};
+use super::super::trial::Evidence;
+use super::*;
+use crate::serving::shadow::Rule;
+use crate::serving::state::{Command as ServingCommand, Query, Serving, Steered};
+use crate::serving::test_tables::TestTables;
+
+const ROUTER: Incarnation = Incarnation(900);
+
+fn shadow() -> shadow::Plan {
+    shadow::Plan {
+        percent: 10,
+        samples: 50,
+        mismatch_max_bp: 100,
+        rule: Rule::Ulps(4),
+        outputs: vec![("class".into(), Rule::Ignore)],
+    }
+}
+
+fn start_with(steps: Vec<u32>, shadow: shadow::Plan) -> Command {
+    Command::StartShadowed {
+        endpoint: "digits".into(),
+        model: "digits".into(),
+        version: Some(2),
+        strategy: Strategy::Canary,
+        steps,
+        guardrails: Guardrails::STANDARD,
+        min_samples: 10,
+        shadow,
+    }
+}
+
+fn head() -> TestTables {
+    let mut head = TestTables::with_versions(2);
+    let deploy = ServingCommand::Deploy {
+        endpoint: "digits".into(),
+        model: "digits".into(),
+        version: Some(1),
+        replicas: 2,
+        token_hash: [7; 32],
+    };
+    head.serving(&deploy).unwrap();
+    let ready = ServingCommand::RouterReady {
+        endpoint: "digits".into(),
+        incarnation: ROUTER,
+        http_address: "127.0.0.1:1".into(),
+    };
+    head.serving(&ready).unwrap();
+    head
+}
+
+fn say(head: &mut TestTables, command: Command) -> Result<Rollout, Rejection> {
+    let answer = head.serving(&ServingCommand::Rollout(command))?;
+    Ok(codec::decode(&answer, 1 << 20).unwrap())
+}
+
+fn steered(head: &TestTables) -> Steered {
+    let query = Query::Steered {
+        endpoint: "digits".into(),
+    };
+    let payload = codec::encode_plain(&query);
+    let answer = Serving.query(&head.tables, 0, &payload).unwrap();
+    codec::decode(&answer, 1 << 20).unwrap()
+}
+
+#[test]
+fn a_shadow_comes_before_every_answer_of_the_candidate() {
+    for (steps, expected) in [
+        (vec![], vec![0, 1, 5, 25, 50, 100]),
+        (vec![50, 100], vec![0, 50, 100]),
+        (vec![0, 100], vec![0, 100]),
+    ] {
+        let mut head = head();
+        let rollout = say(&mut head, start_with(steps, shadow())).unwrap();
+        assert_eq!((rollout.weight_percent(), &rollout.steps), (0, &expected));
+        assert_eq!(steered(&head).shadow, Some(shadow()));
+        assert_eq!(shadows(&head.tables, "digits"), [(1, shadow())]);
+    }
+}
+
+#[test]
+fn a_shadow_is_judged_as_a_step_and_forgotten_with_its_rollout() {
+    let mut head = head();
+    say(&mut head, start_with(vec![50, 100], shadow())).unwrap();
+    let pass = Command::Judge {
+        endpoint: "digits".into(),
+        rollout: 1,
+        step: 0,
+        router: ROUTER,
+        verdict: Verdict::Pass,
+        evidence: Evidence::default(),
+    };
+    let next = say(&mut head, pass.clone()).unwrap();
+    assert_eq!((next.step, next.weight_percent()), (1, 50));
+    assert_eq!(say(&mut head, pass).unwrap_err().code, ErrorCode::Fenced);
+    let endpoint = "digits".to_owned();
+    say(&mut head, Command::Abort { endpoint }).unwrap();
+    for command in [
+        ServingCommand::Delete {
+            endpoint: "digits".into(),
+        },
+        ServingCommand::Gone {
+            endpoint: "digits".into(),
+        },
+    ] {
+        head.serving(&command).unwrap();
+    }
+    assert_eq!(row::all::<shadow::Plan>(&head.tables, SHADOWS, &[]), []);
+}
+
+#[test]
+fn shadows_that_cannot_be_are_refused() {
+    let mut head = head();
+    type Change = fn(&mut shadow::Plan);
+    let changes: [(Change, &str); 6] = [
+        (|plan| plan.percent = 0, "give 1 to 100 percent"),
+        (|plan| plan.percent = 101, "give 1 to 100 percent"),
+        (|plan| plan.samples = 0, "1 to 1000000 samples"),
+        (|plan| plan.mismatch_max_bp = 10_000, "are all: give fewer"),
+        (
+            |plan| {
+                plan.rule = Rule::Close {
+                    absolute: -1.0,
+                    relative: 0.0,
+                }
+            },
+            "is no rule",
+        ),
+        (
+            |plan| plan.outputs = vec![("scores".into(), Rule::Top(0))],
+            "is no rule",
+        ),
+    ];
+    for (change, reason) in changes {
+        let mut plan = shadow();
+        change(&mut plan);
+        let refused = say(&mut head, start_with(Vec::new(), plan)).unwrap_err();
+        assert!(refused.message.contains(reason), "{refused}");
+    }
+    assert_eq!(newest(&head.tables, "digits"), None);
+}
