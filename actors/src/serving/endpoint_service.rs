@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::arm::{Arm, Assigned, Routes};
 use super::batcher::BatchAnswer;
-use super::feed::Observation;
+use super::feed::{Observation, ObservedRequest};
 use super::fleet::{BATCH_ROWS_MAX, Backend, Prediction};
 use super::http::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
@@ -77,12 +77,14 @@ pub struct EndpointService<B> {
 }
 
 /// What a request wants beside its answer.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Asked {
     /// What the answer says about itself.
     explain: bool,
     /// The answer within this time, or none.
     limit: Option<Duration>,
+    /// What the monitor shall know about it.
+    observed: ObservedRequest,
 }
 
 impl<B: Backend> EndpointService<B> {
@@ -183,6 +185,7 @@ impl<B: Backend> EndpointService<B> {
         let asked = Asked {
             explain: request.explain,
             limit: time_limit(&request)?,
+            observed: ObservedRequest::of(&request),
         };
         // A request that no version could answer says nothing about one.
         let rows = match rows_of(request, self.row_values) {
@@ -194,7 +197,7 @@ impl<B: Backend> EndpointService<B> {
         };
         let input = started.elapsed();
         let error = match self
-            .infer_rows(&assigned.arm, rows.clone(), input, asked)
+            .infer_rows(&assigned.arm, rows.clone(), input, asked.clone())
             .await
         {
             Ok(response) => {
@@ -264,14 +267,8 @@ impl<B: Backend> EndpointService<B> {
         });
         // A monitor compares with what its own version was trained on, and only the active one has one.
         if self.routes.borrow().active.version() == arm.version() {
-            arm.feed().offer(Observation {
-                rows: rows.concat(),
-                classes: answer
-                    .outputs
-                    .iter()
-                    .map(|prediction| prediction.class)
-                    .collect(),
-            });
+            let observed = Observation::of(asked.observed, &rows, &answer.outputs);
+            arm.feed().offer(observed);
         }
         Ok(response)
     }

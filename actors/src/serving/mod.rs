@@ -7,7 +7,7 @@
 //! * [`rollout`]: how an endpoint goes from one version to another; [`autoscaler`]: with how many replicas.
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, [`arm`] is one of
 //!   them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
-//!   the protocol, [`feed`] tells the monitor.
+//!   the protocol, [`feed`] tells the monitor, and `labels` brings it the truth later.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model.
 //!
@@ -35,6 +35,7 @@ mod gate;
 pub mod grpc;
 pub mod guard;
 pub mod http;
+mod labels;
 mod lane;
 mod meters;
 pub mod oip;

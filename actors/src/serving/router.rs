@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use super::auth::BearerAuth;
 use super::endpoint_service::{EndpointService, body_limits};
 use super::grpc::oip_routes;
+use super::labels::{LabelDesk, label_routes};
 use super::server;
 use super::state::{Command, Endpoint, Routing};
 use super::steering::{SignatureError, Steering, Versions};
@@ -149,10 +150,16 @@ impl Running {
             address,
         ));
 
-        let service = Arc::new(EndpointService::new(&endpoint.name, signature, routes));
         let auth = BearerAuth::with_token_hashes(vec![endpoint.token_hash])
             .expect("one token is at least one and not too many");
-        let routes = oip_routes(service, auth, body);
+        let labels = label_routes(LabelDesk {
+            cluster,
+            endpoint: endpoint.name.clone(),
+            routes: routes.clone(),
+            auth: auth.clone(),
+        });
+        let service = Arc::new(EndpointService::new(&endpoint.name, signature, routes));
+        let routes = oip_routes(service, auth, body).merge(labels);
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {
             // A router that is gone stops as one that was asked to.
