@@ -43,6 +43,11 @@ pub const DOMAIN_DECODERS: &[Decoder] = &[
         seeds: oip_binary_seeds,
     },
     Decoder {
+        name: "drift_labels",
+        run: drift_labels,
+        seeds: drift_labels_seeds,
+    },
+    Decoder {
         name: "registry_files",
         run: registry_files,
         seeds: registry_files_seeds,
@@ -188,4 +193,16 @@ fn oip_binary_seeds() -> Vec<Vec<u8>> {
         .expect("it is short")
         .to_le_bytes();
     vec![[&length, json.as_bytes(), &[1, 0, 0, 0, 2, 0, 0, 0]].concat()]
+}
+
+/// The truth about earlier requests, as clients report it.
+fn drift_labels(bytes: &[u8]) {
+    if let Ok(labels) = mobula_actors::drift::labels::parse(bytes) {
+        assert!(!labels.is_empty());
+    }
+}
+
+fn drift_labels_seeds() -> Vec<Vec<u8>> {
+    let text = "{\"id\": \"a\", \"class\": 3}\n{\"id\": \"b\", \"row\": 2, \"label\": \"seven\"}\n";
+    vec![text.into()]
 }

@@ -1,9 +1,11 @@
-//! `cargo xtask bench core`, `head`, `train` and `serve`: build a suite, run it, and keep its figures; the core suite
-//! is put beside Ray, the training suite beside PyTorch and the serving suite beside a tritonserver where that is asked for.
+//! `cargo xtask bench core`, `head`, `train`, `serve` and `drift`: build a suite, run it, and keep its figures; the core
+//! suite is put beside Ray, the training suite beside PyTorch, the serving suite beside a tritonserver and the drift suite
+//! beside river where that is asked for.
 //!
 //! Ray comes from PyPI into a virtual environment under the target folder and is asked with its own
 //! `ray microbenchmark`, one pattern of its `TESTS_TO_RUN` after the other, in the same run as ours.
 
+mod drift;
 mod serve;
 mod train;
 
@@ -28,6 +30,7 @@ const PATTERNS: [&str; 8] = [
     "single client wait 1k refs",
 ];
 
+pub(crate) use drift::drift;
 pub(crate) use serve::serve;
 pub(crate) use train::train;
 
@@ -65,7 +68,7 @@ pub(crate) fn core(arguments: &[String]) -> ExitCode {
     }
     match ray(&measured.workspace) {
         Ok((version, theirs)) => {
-            let table = compared(&measured.rates, &theirs, &version);
+            let table = compared(&measured.rates, &theirs, &format!("{version} names"), "ray");
             println!("\n{table}");
             let path = measured
                 .results
@@ -247,9 +250,9 @@ fn run(command: &mut Command) -> Result<(), String> {
     }
 }
 
-/// Rows that both have, in our order.
-fn compared(ours: &[Rate], theirs: &[Rate], version: &str) -> String {
-    let mut table = format!("| {version} names | mobula, per second | ray, per second | ratio |\n");
+/// Rows that both have, in our order, under `title`.
+fn compared(ours: &[Rate], theirs: &[Rate], title: &str, peer: &str) -> String {
+    let mut table = format!("| {title} | mobula, per second | {peer}, per second | ratio |\n");
     table.push_str("|---|---|---|---|\n");
     for Rate { name, per_second } in ours {
         let Some(peer) = theirs.iter().find(|peer| peer.name == *name) else {
@@ -293,7 +296,7 @@ mod tests {
     #[test]
     fn only_what_both_measured_is_compared() {
         let ours = [rate("a", 300.0), rate("b", 5.0)];
-        let table = compared(&ours, &[rate("a", 2.0), rate("c", 1.0)], "ray 2");
+        let table = compared(&ours, &[rate("a", 2.0), rate("c", 1.0)], "ray 2", "ray");
         assert!(table.ends_with("| a | 300 | 2 | 150× |\n"), "{table}");
         assert!(!table.contains("| b |"));
     }

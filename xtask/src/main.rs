@@ -54,6 +54,9 @@ commands:
                   requests to an endpoint: callers that wait, requests that come when they come, where
                   the time goes, overload; --peers asks a tritonserver from PyPI (400 MB under the
                   target folder) the same; `--quick` goes to the suite
+  bench drift [--peers] [args]
+                  detectors number by number, and windows of rows against a reference; --peers gives
+                  the same streams to river from PyPI; `--quick` goes to the suite
   mutants [NAME...] [--minutes T]
                   plant one known defect after the other in the head, and let the simulator look
                   for it (see chaos/README.md)
@@ -83,6 +86,9 @@ fn main() -> ExitCode {
         ("test", [flag]) if flag == "--quick" => commands::test(commands::TestScope::Quick),
         ("bench", [suite, bench_arguments @ ..]) if suite == "core" => bench::core(bench_arguments),
         ("bench", [suite, bench_arguments @ ..]) if suite == "head" => bench::head(bench_arguments),
+        ("bench", [suite, bench_arguments @ ..]) if suite == "drift" => {
+            bench::drift(bench_arguments)
+        }
         ("bench", [suite, bench_arguments @ ..]) if suite == "serve" => {
             bench::serve(bench_arguments)
         }
@@ -100,9 +106,9 @@ fn main() -> ExitCode {
             println!("{HELP}");
             ExitCode::SUCCESS
         }
-        ("bench", _) => {
-            usage_error("`bench` takes the name of a suite: `core`, `head`, `train` or `serve`")
-        }
+        ("bench", _) => usage_error(
+            "`bench` takes the name of a suite: `core`, `head`, `train`, `serve` or `drift`",
+        ),
         ("test" | "gpu-check" | "doctor", unexpected) => usage_error(&format!(
             "`{command}` does not take `{}`",
             unexpected.join(" ")

@@ -3,8 +3,11 @@
 use mobula::Cluster;
 use mobula_core::control::ModuleId;
 
+use super::log::LogPolicy;
 use super::retraining::{self, History, RetrainPolicy, Retraining};
-use super::state::{Command, DriftEvent, MonitorStatus, Query, Report};
+use super::state::{
+    Command, DriftEvent, EndpointVitals, MonitorStatus, Query, Report, SignalEvent, VitalsReport,
+};
 use crate::ask;
 
 /// Where all monitors stand, or that of one endpoint.
@@ -35,6 +38,32 @@ pub async fn events(cluster: &Cluster, endpoint: &str) -> mobula::Result<Vec<Dri
         endpoint: endpoint.to_owned(),
     };
     ask::query(cluster, ModuleId::DRIFT, operation, &query).await
+}
+
+/// How well the version of an endpoint does, if its monitor has said so.
+pub async fn vitals(cluster: &Cluster, endpoint: &str) -> mobula::Result<Option<EndpointVitals>> {
+    let query = Query::Vitals {
+        endpoint: endpoint.to_owned(),
+    };
+    let operation = "look up how an endpoint does";
+    ask::query(cluster, ModuleId::DRIFT, operation, &query).await
+}
+
+/// The signals of an endpoint, oldest first.
+pub async fn signals(cluster: &Cluster, endpoint: &str) -> mobula::Result<Vec<SignalEvent>> {
+    let query = Query::Signals {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::DRIFT, "list signals", &query).await
+}
+
+/// Reports how well a version does; only the platform's monitors may.
+pub async fn report_vitals(cluster: &Cluster, report: VitalsReport) -> mobula::Result<()> {
+    let command = Command::Vitals(Box::new(report));
+    let operation = "report how an endpoint does";
+    ask::apply(cluster, ModuleId::DRIFT, operation, &command)
+        .await
+        .map(drop)
 }
 
 /// Reports a compared window; only the platform's monitors may.
@@ -110,4 +139,27 @@ async fn change(
 ) -> mobula::Result<Vec<u8>> {
     let command = Command::Retraining(Box::new(command));
     ask::apply(cluster, ModuleId::DRIFT, operation, &command).await
+}
+
+/// What is logged of an endpoint's predictions, if anything is.
+pub async fn log_policy(cluster: &Cluster, endpoint: &str) -> mobula::Result<Option<LogPolicy>> {
+    let query = Query::Log {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::DRIFT, "look up a prediction log", &query).await
+}
+
+/// Logs the predictions of an endpoint, or no more.
+pub async fn set_log(
+    cluster: &Cluster,
+    endpoint: &str,
+    policy: Option<LogPolicy>,
+) -> mobula::Result<()> {
+    let command = Command::SetLog {
+        endpoint: endpoint.to_owned(),
+        policy: policy.map(Box::new),
+    };
+    ask::apply(cluster, ModuleId::DRIFT, "set a prediction log", &command)
+        .await
+        .map(drop)
 }

@@ -5,11 +5,14 @@
 //!    goes on, whoever reports that, and not again when a report is repeated.
 //! 2. A suggestion is about the version that is watched: another version's monitor ends it.
 //! 3. Monitors and events are bounded; the oldest goes first.
+//! 4. Events of windows, and of wrong answers (`signals`), have numbers of one sequence.
 
 use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
 use mobula_core::error::Rejection;
 use mobula_core::row;
 use serde::{Deserialize, Serialize};
+
+use super::signals;
 
 /// Endpoint → [`MonitorStatus`].
 pub(super) const MONITORS: Table = Table {
@@ -95,6 +98,28 @@ pub struct Report {
 }
 
 impl Report {
+    /// What is known of an endpoint before its first window is full: every window is younger.
+    fn of_no_window(about: About<'_>) -> Self {
+        Report {
+            endpoint: about.endpoint.to_owned(),
+            model: about.model.to_owned(),
+            version: about.version,
+            incarnation: 0,
+            window: 0,
+            samples: 0,
+            windows: 0,
+            rows: 0,
+            refused: 0,
+            dropped: 0,
+            features_compared: 0,
+            features_drifted: 0,
+            dataset_drift: false,
+            prediction_drift: false,
+            prediction_distance: 0.0,
+            drifted: Vec::new(),
+        }
+    }
+
     /// Whether the inputs or the predictions drifted.
     #[must_use]
     pub fn drifts(&self) -> bool {
@@ -117,7 +142,7 @@ pub struct MonitorStatus {
     pub dropped: u64,
     /// Events so far.
     pub events: u64,
-    /// The last window.
+    /// The last window; one of no rows, of incarnation 0, if the first is not full yet.
     pub last: Report,
     /// When it was reported, in milliseconds since the Unix epoch.
     pub last_ms: u64,
@@ -151,6 +176,14 @@ pub struct RetrainSuggestion {
     pub at_ms: u64,
 }
 
+/// An endpoint, and the version that is watched there.
+#[derive(Clone, Copy)]
+pub(super) struct About<'a> {
+    pub(super) endpoint: &'a str,
+    pub(super) model: &'a str,
+    pub(super) version: u64,
+}
+
 /// Where the monitor of an endpoint stands, if one has reported.
 pub(super) fn monitor(reader: &dyn Reader, endpoint: &str) -> Option<MonitorStatus> {
     row::get(reader, MONITORS, endpoint.as_bytes())
@@ -181,7 +214,7 @@ pub(super) fn events(reader: &dyn Reader, endpoint: &str) -> Vec<DriftEvent> {
         .collect()
 }
 
-fn event_key(endpoint: &str, number: u64) -> Vec<u8> {
+pub(super) fn event_key(endpoint: &str, number: u64) -> Vec<u8> {
     [endpoint.as_bytes(), &[0], &number.to_be_bytes()].concat()
 }
 
@@ -230,17 +263,13 @@ pub(super) fn report(
             .filter(|known| is_same_version(&known.model, known.version)),
     };
     if report.drifts() && !goes_on {
-        status.events += 1;
-        let number = status.events;
+        let number = count_event(txn, &mut status);
         let event = DriftEvent {
             number,
             at_ms: context.now_ms,
             report: report.clone(),
         };
         row::put(txn, EVENTS, &event_key(&report.endpoint, number), &event);
-        if number > EVENTS_MAX {
-            txn.delete(EVENTS, &event_key(&report.endpoint, number - EVENTS_MAX));
-        }
         status.retrain_suggestion = Some(RetrainSuggestion {
             model: report.model.clone(),
             version: report.version,
@@ -251,6 +280,59 @@ pub(super) fn report(
     }
     row::put(txn, MONITORS, report.endpoint.as_bytes(), &status);
     Ok(())
+}
+
+/// Counts an event, and makes room for it.
+fn count_event(txn: &mut dyn Txn, status: &mut MonitorStatus) -> u64 {
+    status.events += 1;
+    if status.events > EVENTS_MAX {
+        txn.delete(
+            EVENTS,
+            &event_key(&status.endpoint, status.events - EVENTS_MAX),
+        );
+    }
+    status.events
+}
+
+/// The row of an endpoint, which is made if there is none.
+pub(super) fn ensure(context: &ApplyContext, txn: &mut dyn Txn, about: About<'_>) -> MonitorStatus {
+    if let Some(status) = monitor(txn, about.endpoint) {
+        return status;
+    }
+    make_room(txn);
+    let status = MonitorStatus {
+        endpoint: about.endpoint.to_owned(),
+        windows: 0,
+        samples: 0,
+        refused: 0,
+        dropped: 0,
+        events: 0,
+        last: Report::of_no_window(about),
+        last_ms: context.now_ms,
+        retrain_suggestion: None,
+    };
+    row::put(txn, MONITORS, about.endpoint.as_bytes(), &status);
+    status
+}
+
+/// Begins an event that is no window's, which suggests to train the version again; its number.
+pub(super) fn begin_event(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    about: About<'_>,
+    reason: String,
+) -> u64 {
+    let mut status = ensure(context, txn, about);
+    let number = count_event(txn, &mut status);
+    status.retrain_suggestion = Some(RetrainSuggestion {
+        model: about.model.to_owned(),
+        version: about.version,
+        event: number,
+        reason,
+        at_ms: context.now_ms,
+    });
+    row::put(txn, MONITORS, about.endpoint.as_bytes(), &status);
+    number
 }
 
 fn reason(report: &Report) -> String {
@@ -277,6 +359,7 @@ fn make_room(txn: &mut dyn Txn) {
         .min_by_key(|(_, status)| status.last_ms);
     if let Some((key, status)) = oldest {
         txn.delete(MONITORS, &key);
+        signals::forget(txn, &status.endpoint);
         let kept = status.events.saturating_sub(EVENTS_MAX) + 1..=status.events;
         for number in kept {
             txn.delete(EVENTS, &event_key(&status.endpoint, number));

@@ -1,8 +1,9 @@
 //! Drift: does what an endpoint sees today still look like what its model was trained on?
 //!
-//! * [`window`] compares windows of traffic with a [`mod@reference`], by [`statistics`].
+//! * [`window`] compares windows of traffic with a [`mod@reference`], by [`statistics`]. [`streams`] finds changes number by
+//!   number, and [`vitals`] says how well a version does: how sure it is, how often it is right, in which slices.
 //! * [`monitor`]: the actor that is fed by an endpoint's router. [`state`]: the replicated table of what monitors found.
-//!   [`retraining`]: what is done about it, up to another version in service. [`client`]: what the command line asks.
+//!   [`mod@log`]: its answers as files. [`signals`]: those that are about no window. [`retraining`]: what is done about it, up to another version in service. [`client`]: what the command line asks.
 //!
 //! 1. `window`, `reference`, `statistics`, `findings` and `state` are pure functions of their arguments: no clock, no randomness, no
 //!    I/O.
@@ -14,11 +15,16 @@
 
 pub mod client;
 mod findings;
+pub mod labels;
+pub mod log;
 pub mod monitor;
 pub mod reference;
 pub mod retraining;
+pub mod signals;
 pub mod state;
 pub mod statistics;
+pub mod streams;
+pub mod vitals;
 pub mod window;
 
 pub use reference::{MAX_REFERENCE_ROWS, Reference, ReferenceColumn, ReferenceError};

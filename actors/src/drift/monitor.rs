@@ -14,11 +14,16 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::log::tap::Tap;
 use super::state::{DRIFTED_MAX, Drifted, Report};
+use super::vitals::keeper::{Identity, Keeper};
+use super::vitals::{LABELS_PER_CALL_MAX, Label, LabelReply};
 use super::window::{MonitorConfig, MonitorConfigError, Statistic, WindowMonitor, WindowReport};
 use crate::drift::client;
 use crate::registry::version_file::{VersionFile, VersionFileError};
+use crate::serving::feed::Observation;
 use crate::storage::open_blobs;
+use crate::training::reference::feature_names;
 
 /// Rows in a window: enough to find a shift of half a standard deviation, and soon full.
 const WINDOW_SIZE: usize = 200;
@@ -57,8 +62,10 @@ pub struct Seen {
 pub struct Monitor {
     watch: Watch,
     waiting: watch::Sender<Option<Report>>,
-    /// Sends the reports; aborted when dropped.
-    _reporter: JoinSet<()>,
+    vitals: Keeper,
+    log: Tap,
+    /// Send the reports and ask the sentinels; aborted when dropped.
+    _tasks: JoinSet<()>,
 }
 
 #[mobula::actor(name = "mobula.monitor")]
@@ -75,32 +82,50 @@ impl Monitor {
         let blobs = open_blobs(ctx.storage()).map_err(VersionFileError::from)?;
         let file = VersionFile::load(&blobs, &digest, size_bytes).await?;
         let config = MonitorConfig::with_window_size(WINDOW_SIZE);
+        let window = WindowMonitor::new(file.build_reference()?, config)?;
+        let identity = Identity {
+            endpoint: endpoint.clone(),
+            model: model.clone(),
+            version,
+            incarnation: ctx.incarnation().0,
+        };
+        // This runs the version over its reference rows.
+        let vitals = tokio::task::block_in_place(|| Keeper::new(identity.clone(), &file, &window));
         let watch = Watch {
             endpoint,
             model,
             version,
             incarnation: ctx.incarnation().0,
             row_values: file.samples.feature_count(),
-            window: WindowMonitor::new(file.build_reference()?, config)?,
+            window,
             seen: Seen::default(),
             reported: Seen::default(),
         };
         let waiting = watch::Sender::new(None);
-        let mut reporter = JoinSet::new();
-        reporter.spawn(send_reports(ctx.cluster(), waiting.clone()));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(send_reports(ctx.cluster(), waiting.clone()));
+        let cluster = ctx.cluster();
+        let names = feature_names(&file.samples);
+        let log = Tap::spawn(identity, names, blobs, &mut tasks, &cluster);
+        vitals.spawn(&log, &mut tasks, &cluster);
         Ok(Monitor {
             watch,
             waiting,
-            _reporter: reporter,
+            vitals,
+            log,
+            _tasks: tasks,
         })
     }
 
-    /// Takes answered rows, one after the other, with the class predicted for each; and how many
-    /// were dropped before them.
-    pub fn observe(&mut self, rows: Vec<f32>, classes: Vec<u32>, dropped: u64) -> Seen {
+    /// Takes answered requests, and how many rows were dropped before them.
+    pub fn observe(&mut self, observation: Observation, dropped: u64) -> Seen {
         self.watch.seen.dropped += dropped;
         // Closing a window sorts and tests every feature.
-        let found = tokio::task::block_in_place(|| self.watch.observe(&rows, &classes));
+        let found = tokio::task::block_in_place(|| {
+            self.vitals.observe(&observation);
+            self.log.observe(&observation);
+            self.watch.observe(&observation.rows, &observation.classes)
+        });
         for report in found {
             self.waiting.send_modify(|waiting| {
                 *waiting = Some(match waiting.take() {
@@ -112,14 +137,37 @@ impl Monitor {
         self.watch.seen
     }
 
+    /// Takes the truth about rows of earlier requests; of more than [`LABELS_PER_CALL_MAX`] the rest is refused.
+    pub fn label(&mut self, labels: Vec<Label>) -> LabelReply {
+        let (taken, rest) = labels.split_at(labels.len().min(LABELS_PER_CALL_MAX));
+        let mut reply = self.vitals.label(taken);
+        if !rest.is_empty() {
+            reply.add(LabelReply {
+                refused: rest.len() as u64,
+                refusal: Some(format!(
+                    "a call takes {LABELS_PER_CALL_MAX} labels at the most"
+                )),
+                ..LabelReply::default()
+            });
+        }
+        reply
+    }
+
     /// What it has seen.
     pub fn seen(&self) -> Seen {
         self.watch.seen
     }
 
+    /// Writes what of the prediction log waits.
+    #[mobula(stop)]
+    async fn flush(&mut self) {
+        self.log.flush().await;
+    }
+
     /// Leaves a node that will be taken away; the open window is given up.
     #[mobula(notice)]
     async fn leave(&mut self, ctx: &ActorContext, deadline_ms: u64) {
+        self.log.flush().await;
         if let Err(error) = ctx.yield_now().await {
             tracing::warn!(%error, deadline_ms, "a monitor could not leave its node early");
         }

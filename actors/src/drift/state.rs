@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 pub use super::findings::{
     DRIFTED_MAX, DriftEvent, Drifted, MonitorStatus, Report, RetrainSuggestion,
 };
-use super::{findings, retraining};
+use super::log::LogPolicy;
+pub use super::signals::{EndpointVitals, Signal, SignalEvent, Stream, VitalsReport};
+use super::{findings, log, retraining, signals};
 
 /// The largest command: a report of 64 features with their numbers, or a policy with its job; with room.
 const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
@@ -24,6 +26,15 @@ pub enum Command {
     Report(Report),
     /// A change of a policy or of a retraining. Answer: see there.
     Retraining(Box<retraining::Command>),
+    /// A monitor says how well its version does, and what began. Answer: nothing.
+    Vitals(Box<VitalsReport>),
+    /// Logs the predictions of an endpoint, or no more. Answer: nothing.
+    SetLog {
+        /// The endpoint.
+        endpoint: String,
+        /// What is logged of it; nothing if absent.
+        policy: Option<Box<LogPolicy>>,
+    },
 }
 
 /// A question. Append-only: positions are tags.
@@ -49,6 +60,21 @@ pub enum Query {
     },
     /// The retrainings of an endpoint that are kept, oldest first. Answer: [`retraining::History`].
     Retrainings {
+        /// The endpoint.
+        endpoint: String,
+    },
+    /// How well the version of an endpoint does. Answer: `Option<EndpointVitals>`.
+    Vitals {
+        /// The endpoint.
+        endpoint: String,
+    },
+    /// Signals of an endpoint that are kept, oldest first. Answer: `Vec<SignalEvent>`.
+    Signals {
+        /// The endpoint.
+        endpoint: String,
+    },
+    /// What is logged of an endpoint's predictions. Answer: `Option<LogPolicy>`.
+    Log {
         /// The endpoint.
         endpoint: String,
     },
@@ -79,6 +105,14 @@ impl StateModule for Drift {
                 Ok(Applied::changed(self.id(), Vec::new()))
             }
             Command::Retraining(command) => retraining::apply(context, txn, *command),
+            Command::Vitals(report) => {
+                signals::report(context, txn, *report)?;
+                Ok(Applied::changed(self.id(), Vec::new()))
+            }
+            Command::SetLog { endpoint, policy } => {
+                log::policy::set(txn, &endpoint, policy.map(|policy| *policy))?;
+                Ok(Applied::changed(self.id(), Vec::new()))
+            }
         }
     }
 
@@ -86,17 +120,37 @@ impl StateModule for Drift {
         match crate::payload::decode(payload, PAYLOAD_BYTES_MAX) {
             Ok(Command::Report(report)) => format!("a window of endpoint {}", report.endpoint),
             Ok(Command::Retraining(command)) => command.subject(),
+            Ok(Command::SetLog { endpoint, .. }) => format!("the prediction log of {endpoint}"),
+            Ok(Command::Vitals(report)) => format!("how endpoint {} does", report.endpoint),
             Err(_) => self.name().to_owned(),
         }
     }
 
     fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
-        vec![TableGauge {
-            name: "mobula_drift_endpoints_drifting",
-            help: "Endpoints whose last window of requests differs from what their version was trained on",
+        let (unsure, wrong) = signals::troubled(reader);
+        let gauge = |name, help, value| TableGauge {
+            name,
+            help,
             label: None,
-            value: findings::drifting_count(reader),
-        }]
+            value,
+        };
+        vec![
+            gauge(
+                "mobula_drift_endpoints_drifting",
+                "Endpoints whose last window of requests differs from what their version was trained on",
+                findings::drifting_count(reader),
+            ),
+            gauge(
+                "mobula_drift_endpoints_out_of_distribution",
+                "Endpoints whose version was much less sure of its last window of rows than of its reference",
+                unsure,
+            ),
+            gauge(
+                "mobula_drift_sentinel_replicas_wrong",
+                "Replicas that answered known rows otherwise than their version does",
+                wrong,
+            ),
+        ]
     }
 
     fn query(
@@ -124,6 +178,11 @@ impl StateModule for Drift {
             Query::Retrainings { endpoint } => {
                 codec::encode_plain(&retraining::shown(reader, now_ms, &endpoint)?)
             }
+            Query::Vitals { endpoint } => codec::encode_plain(&signals::vitals(reader, &endpoint)),
+            Query::Signals { endpoint } => {
+                codec::encode_plain(&signals::signals(reader, &endpoint))
+            }
+            Query::Log { endpoint } => codec::encode_plain(&log::policy::find(reader, &endpoint)?),
         })
     }
 
@@ -131,10 +190,16 @@ impl StateModule for Drift {
         let command: Command = crate::payload::decode(payload, PAYLOAD_BYTES_MAX)?;
         let why = match (caller, &command) {
             (Caller::Head, _) => return Ok(()),
-            (Caller::Host { job, .. }, Command::Report(_)) if *job == JobId::SYSTEM => {
+            (Caller::Host { job, .. }, Command::Report(_) | Command::Vitals(_))
+                if *job == JobId::SYSTEM =>
+            {
                 return Ok(());
             }
-            (_, Command::Report(_)) => "drift is reported by the platform's monitors",
+            (_, Command::Report(_) | Command::Vitals(_)) => {
+                "drift is reported by the platform's monitors"
+            }
+            (Caller::Client, Command::SetLog { .. }) => return Ok(()),
+            (_, Command::SetLog { .. }) => "what is logged is decided with a client token",
             (Caller::Client, Command::Retraining(command)) if command.is_for_clients() => {
                 return Ok(());
             }

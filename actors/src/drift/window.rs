@@ -9,6 +9,7 @@
 //! 4. A refused observation leaves the window as it was.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -25,6 +26,10 @@ pub const MAX_WINDOW_SIZE: usize = 10_000;
 /// Observations a window must hold: below, no statistic here can tell a shift from chance.
 pub const MIN_WINDOW_SIZE: usize = 20;
 
+/// Looks at a stream for which single tests are corrected (Bonferroni): a window a minute, for thirty days. Uncorrected, a
+/// test at `.05` is an alarm every twenty windows of a stream that never changes.
+pub const LOOKS: f64 = 30.0 * 24.0 * 60.0;
+
 /// What a monitor decides by.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MonitorConfig {
@@ -38,13 +43,12 @@ pub struct MonitorConfig {
     pub drifted_share_threshold: f64,
     /// Jensen-Shannon distance from which a shift of the predicted classes counts as large.
     pub prediction_distance_threshold: f64,
-    /// χ² p-value up to which a shift of the predicted classes counts as significant. One test a window is made for as
-    /// long as the endpoint lives, so this is far below the usual `.05`.
+    /// χ² p-value up to which a shift of the predicted classes counts as significant, corrected for [`LOOKS`].
     pub prediction_p_threshold: f64,
 }
 
 impl MonitorConfig {
-    /// The thresholds of the field (PSI .25, KS .05, half of the columns, Jensen-Shannon .1) for a window size.
+    /// The thresholds of the field (PSI .25, KS .05, half of the columns, Jensen-Shannon .1, χ² .05 over all looks) for a window size.
     #[must_use]
     pub fn with_window_size(window_size: usize) -> Self {
         Self {
@@ -53,7 +57,7 @@ impl MonitorConfig {
             ks_p_threshold: 0.05,
             drifted_share_threshold: 0.5,
             prediction_distance_threshold: 0.1,
-            prediction_p_threshold: 0.001,
+            prediction_p_threshold: 0.05 / LOOKS,
         }
     }
 
@@ -213,9 +217,9 @@ impl WindowReport {
 /// Compares tumbling windows of observations with a reference.
 #[derive(Debug)]
 pub struct WindowMonitor {
-    reference: Reference,
+    reference: Arc<Reference>,
     /// The reference columns as the statistics want them, widened once.
-    reference_columns: Vec<Vec<f64>>,
+    reference_columns: Arc<Vec<Vec<f64>>>,
     config: MonitorConfig,
     window_index: u64,
     samples: usize,
@@ -238,14 +242,34 @@ impl WindowMonitor {
             .collect();
         let columns = vec![Vec::with_capacity(config.window_size); reference_columns.len()];
         Ok(Self {
-            reference,
-            reference_columns,
+            reference: Arc::new(reference),
+            reference_columns: Arc::new(reference_columns),
             config,
             window_index: 0,
             samples: 0,
             columns,
             prediction_counts: BTreeMap::new(),
         })
+    }
+
+    /// Another monitor of the same reference, which they share, with an empty window.
+    #[must_use]
+    pub fn begin_another(&self) -> Self {
+        Self {
+            reference: Arc::clone(&self.reference),
+            reference_columns: Arc::clone(&self.reference_columns),
+            config: self.config.clone(),
+            window_index: 0,
+            samples: 0,
+            columns: vec![Vec::new(); self.columns.len()],
+            prediction_counts: BTreeMap::new(),
+        }
+    }
+
+    /// What an open window takes at the most.
+    #[must_use]
+    pub fn window_bytes(&self) -> usize {
+        self.config.window_size * self.columns.len() * size_of::<f64>()
     }
 
     /// Observations in the open window.
@@ -423,6 +447,9 @@ fn is_one_value(reference: &[f64], current: &[f64]) -> bool {
     ends.iter().all(|end| *end == ends[0])
 }
 
+#[cfg(test)]
+#[path = "window_alarms_tests.rs"]
+mod alarms_tests;
 #[cfg(test)]
 #[path = "window_tests.rs"]
 mod tests;

@@ -21,6 +21,7 @@ use super::access::state::Access;
 use super::arm::{Arm, Asker, Assigned, Attempt, Routes};
 use super::asynchronous::results::Results;
 use super::auth::Caller;
+use super::feed::ObservedRequest;
 use super::fleet::Backend;
 use super::http::{InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
@@ -50,12 +51,14 @@ pub struct EndpointService<B> {
 }
 
 /// What a request wants beside its answer.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Asked {
     /// What the answer says about itself.
     explain: bool,
     /// The answer within this time, or none.
     limit: Option<Duration>,
+    /// What the monitor shall know about it.
+    observed: ObservedRequest,
 }
 
 impl<B: Backend> EndpointService<B> {
@@ -156,6 +159,7 @@ impl<B: Backend> EndpointService<B> {
         let asked = Asked {
             explain: request.explain,
             limit: time_limit(&request)?,
+            observed: ObservedRequest::of(&request),
         };
         // A request that no version could answer says nothing about one.
         let rows = match self.signature.rows_of(request) {
@@ -169,7 +173,7 @@ impl<B: Backend> EndpointService<B> {
         };
         let input = started.elapsed();
         let error = match self
-            .infer_rows(&assigned.arm, rows.clone(), input, asked)
+            .infer_rows(&assigned.arm, rows.clone(), input, asked.clone())
             .await
         {
             Ok(response) => {
@@ -211,6 +215,7 @@ impl<B: Backend> EndpointService<B> {
         let asked = Asked {
             explain: false,
             limit: Some(COPY_TIMEOUT),
+            observed: ObservedRequest::default(),
         };
         let answered = self.infer_rows(arm, rows, Duration::ZERO, asked).await;
         answered.map(|response| response.outputs)
@@ -263,7 +268,7 @@ impl<B: Backend> EndpointService<B> {
         });
         // A monitor compares with what its own version was trained on, and only the active one has one.
         if self.routes.borrow().active.version() == arm.version()
-            && let Some(observation) = self.signature.observation(rows, &answer)
+            && let Some(observation) = self.signature.observation(asked.observed, rows, &answer)
         {
             arm.feed().offer(observation);
         }

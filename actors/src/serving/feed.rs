@@ -7,7 +7,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
+
+use super::oip::{InferRequest, Parameter};
+use crate::drift::vitals::slices::SLICE_NAME_BYTES_MAX;
 
 /// Requests that wait for the monitor: with full batches of 128 rows of 64 values, 8 MiB.
 const WAITING_MAX: usize = 256;
@@ -15,13 +19,73 @@ const WAITING_MAX: usize = 256;
 /// Rows that are sent to the monitor in one call: 256 KiB, far below the limit of a call.
 const ROWS_PER_CALL_MAX: usize = 1024;
 
-/// The rows of one answered request.
-#[derive(Debug, Clone, PartialEq)]
+/// The parameter of a request that names the slice of the traffic to which it belongs.
+pub const SLICE: &str = "slice";
+
+/// Bytes of a request's id, so that labels can name it.
+pub const ROW_ID_BYTES_MAX: usize = 128;
+
+/// What a request says about itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ObservedRequest {
+    /// Its id, if it has one that is not too long.
+    pub id: Option<String>,
+    /// Its slice, if it names one.
+    pub slice: Option<String>,
+    /// How many of the rows are its.
+    pub rows: u32,
+}
+
+impl ObservedRequest {
+    /// What a request says before it is answered.
+    #[must_use]
+    pub fn of(request: &InferRequest) -> Self {
+        let slice = match request.parameters.get(SLICE) {
+            Some(Parameter::String(name)) => Some(name.clone()),
+            Some(Parameter::Int(number)) => Some(number.to_string()),
+            Some(Parameter::Bool(is)) => Some(is.to_string()),
+            Some(Parameter::Float(_)) | None => None,
+        };
+        ObservedRequest {
+            id: request
+                .id
+                .clone()
+                .filter(|id| (1..=ROW_ID_BYTES_MAX).contains(&id.len())),
+            slice: slice.filter(|name| (1..=SLICE_NAME_BYTES_MAX).contains(&name.len())),
+            rows: 0,
+        }
+    }
+}
+
+/// The rows of answered requests.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Observation {
     /// The inputs, row by row.
     pub rows: Vec<f32>,
     /// The predicted class of each row.
     pub classes: Vec<u32>,
+    /// The probability of that class.
+    pub confidences: Vec<f32>,
+    /// The requests, in the order of their rows.
+    pub requests: Vec<ObservedRequest>,
+}
+
+impl Observation {
+    /// Of one request: its inputs, and for each row the predicted class with its probability.
+    #[must_use]
+    pub fn of(request: ObservedRequest, rows: Vec<f32>, predictions: Vec<(u32, f32)>) -> Self {
+        let count = predictions.len() as u32;
+        let (classes, confidences) = predictions.into_iter().unzip();
+        Observation {
+            rows,
+            classes,
+            confidences,
+            requests: vec![ObservedRequest {
+                rows: count,
+                ..request
+            }],
+        }
+    }
 }
 
 /// Where answered requests are offered.
@@ -76,6 +140,8 @@ impl FeedReader {
             };
             joined.rows.extend(more.rows);
             joined.classes.extend(more.classes);
+            joined.confidences.extend(more.confidences);
+            joined.requests.extend(more.requests);
         }
         Some(joined)
     }
@@ -96,10 +162,47 @@ mod tests {
     use super::*;
 
     fn observation(class: u32) -> Observation {
-        Observation {
-            rows: vec![class as f32],
-            classes: vec![class],
-        }
+        let request = ObservedRequest {
+            id: Some(format!("request-{class}")),
+            ..ObservedRequest::default()
+        };
+        let probabilities = [0.25, 0.75];
+        let prediction = (class, probabilities[class as usize]);
+        Observation::of(request, vec![class as f32], vec![prediction])
+    }
+
+    #[tokio::test]
+    async fn what_waits_is_joined_and_says_whose_it_is() {
+        let (feed, mut reader) = feed();
+        feed.offer(observation(1));
+        feed.offer(observation(0));
+        let joined = reader.next().await.unwrap();
+        assert_eq!(joined.rows, [1.0, 0.0]);
+        assert_eq!(joined.classes, [1, 0]);
+        assert_eq!(joined.confidences, [0.75, 0.25]);
+        let ids: Vec<_> = joined
+            .requests
+            .iter()
+            .map(|request| (request.id.as_deref().unwrap(), request.rows))
+            .collect();
+        assert_eq!(ids, [("request-1", 1), ("request-0", 1)]);
+    }
+
+    #[test]
+    fn a_request_names_itself_and_its_slice_in_few_bytes() {
+        let request = |id: &str, slice: Parameter| InferRequest {
+            id: Some(id.to_owned()),
+            parameters: [(SLICE.to_owned(), slice)].into(),
+            ..InferRequest::default()
+        };
+        let observed = ObservedRequest::of(&request("a", Parameter::String("north".into())));
+        assert_eq!(observed.id.as_deref(), Some("a"));
+        assert_eq!(observed.slice.as_deref(), Some("north"));
+        let long = "x".repeat(ROW_ID_BYTES_MAX + 1);
+        let observed = ObservedRequest::of(&request(&long, Parameter::String(long.clone())));
+        assert_eq!(observed, ObservedRequest::default());
+        let observed = ObservedRequest::of(&request("", Parameter::Int(7)));
+        assert_eq!((observed.id, observed.slice.as_deref()), (None, Some("7")));
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@
 //!   first; [`experiment`]: which of two is better; [`autoscaler`]: with how many replicas.
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, `versions` reaches
 //!   them, [`arm`] is one of them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
-//!   the protocol, [`feed`] tells the monitor.
+//!   the protocol, [`feed`] tells the monitor, and `labels` brings it the truth later.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`; [`onnx`]: models that other
 //!   tools wrote.
@@ -52,6 +52,7 @@ pub mod guard;
 pub mod http;
 mod inference_service;
 pub mod ingress;
+mod labels;
 mod lane;
 mod meters;
 pub mod oip;

@@ -171,7 +171,7 @@ pub(super) async fn feed_monitor(cluster: Cluster, name: String, mut reader: Fee
                 None => cluster.get_actor::<Monitor>(&name).await?,
             };
             monitor
-                .observe(observation.rows, observation.classes, dropped)
+                .observe(observation, dropped)
                 .timeout(MONITOR_TIMEOUT)
                 .await?;
             Ok::<_, mobula::Error>(monitor)

@@ -35,6 +35,7 @@ use super::oip::{
     InferRequest, InferResponse, ModelMetadata, OipError, RepositoryEntry, validate_request,
 };
 use super::replica::Replica;
+use super::labels::{LabelDesk, label_routes};
 use super::server;
 use super::shadow::mirror::{compare_copies, mirror};
 use super::state::{Command, Endpoint};
@@ -259,14 +260,21 @@ impl Running {
         ));
 
         let (sender, access): (_, watch::Receiver<Arc<Access>>) = watch::channel(Arc::new(access));
-        tasks.spawn(follow::follow(cluster, endpoint.name.clone(), sender));
+        tasks.spawn(follow::follow(cluster.clone(), endpoint.name.clone(), sender));
         let gate = EndpointGate::new(&endpoint.name, access.clone());
         let outcomes = outcome_routes(&endpoint.name, routes.clone(), gate.clone());
+        let labels = label_routes(LabelDesk {
+            cluster,
+            endpoint: endpoint.name.clone(),
+            routes: routes.clone(),
+            gate: Box::new(gate.clone()),
+        });
         let (mirror, copies) = mirror();
         let service = EndpointService::new(&endpoint.name, signature, routes, mirror);
         let service = service.with_access(access).shared();
         tasks.spawn(compare_copies(Arc::clone(&service), copies));
-        let routes = oip_routes(Arc::clone(&service) as _, gate, body).merge(outcomes);
+        let routes = oip_routes(Arc::clone(&service) as _, gate, body);
+        let routes = routes.merge(outcomes).merge(labels);
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {
             // A router that is gone stops as one that was asked to.

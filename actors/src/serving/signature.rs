@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::batcher::BatchAnswer;
-use super::feed::Observation;
+use super::feed::{Observation, ObservedRequest};
 use super::fleet::BATCH_ROWS_MAX;
 use super::http::BodyLimits;
 use super::oip::{
@@ -261,6 +261,7 @@ impl Signature {
     /// What a monitor is told of answered rows, if it can make something of them.
     pub(super) fn observation(
         &self,
+        request: ObservedRequest,
         rows: Vec<Row>,
         answer: &BatchAnswer<Row>,
     ) -> Option<Observation> {
@@ -270,12 +271,15 @@ impl Signature {
         let TensorData::Fp32(rows) = Batch::join(rows).cells.into_iter().next()?.data else {
             return None;
         };
-        let class = |row: &Row| match &row.cells.get(1)?.data {
-            TensorData::Int64(class) => u32::try_from(*class.first()?).ok(),
+        let prediction = |row: &Row| match (&row.cells.first()?.data, &row.cells.get(1)?.data) {
+            (TensorData::Fp32(probabilities), TensorData::Int64(class)) => {
+                let class = u32::try_from(*class.first()?).ok()?;
+                Some((class, *probabilities.get(class as usize)?))
+            }
             _ => None,
         };
-        let classes: Option<Vec<u32>> = answer.outputs.iter().map(class).collect();
-        classes.map(|classes| Observation { rows, classes })
+        let predictions: Option<Vec<(u32, f32)>> = answer.outputs.iter().map(prediction).collect();
+        Some(Observation::of(request, rows, predictions?))
     }
 }
 

@@ -95,8 +95,10 @@ impl DomainModel {
             ModuleId::SERVING => self.served(index, decode(index, payload)?, result),
             ModuleId::DRIFT => match decode(index, payload)? {
                 drift::Command::Report(report) => self.watched(index, &report, result, tables),
-                // The simulated people set no policy.
-                drift::Command::Retraining(_) => Ok(()),
+                // The simulated people set no policy, and the simulated monitors send windows only.
+                drift::Command::Retraining(_)
+                | drift::Command::Vitals(_)
+                | drift::Command::SetLog { .. } => Ok(()),
             },
             _ => Ok(()),
         }

@@ -1,11 +1,15 @@
 //! `mobula drift`.
 
+mod log;
 mod policy;
 mod retraining;
+mod vitals;
 
 use anyhow::bail;
 use mobula_actors::drift::client;
-use mobula_actors::drift::state::{DriftEvent, Drifted, MonitorStatus};
+use mobula_actors::drift::state::{
+    DriftEvent, Drifted, EndpointVitals, MonitorStatus, SignalEvent,
+};
 use mobula_core::clock::Clock;
 use serde::Serialize;
 
@@ -20,17 +24,29 @@ const FEATURES_SHOWN: usize = 5;
 /// Events of an endpoint, for a person.
 const EVENTS_SHOWN: usize = 5;
 
-/// A monitor as `--json` prints it: its state, and its events, oldest first.
+/// A monitor as `--json` prints it: its state, its events, how its version does, and its signals; the oldest first.
 #[derive(Serialize)]
 struct MonitorJson<'a> {
     #[serde(flatten)]
     status: &'a MonitorStatus,
     drift_events: &'a [DriftEvent],
+    vitals: Option<&'a EndpointVitals>,
+    signals: &'a [SignalEvent],
+}
+
+/// What is known of an endpoint.
+struct Known {
+    status: MonitorStatus,
+    events: Vec<DriftEvent>,
+    vitals: Option<EndpointVitals>,
+    signals: Vec<SignalEvent>,
 }
 
 pub(crate) async fn run(target: &Target, command: DriftCommand) -> anyhow::Result<()> {
     match command {
         DriftCommand::Status { endpoint, format } => status(target, endpoint, format).await,
+        DriftCommand::Label(arguments) => vitals::label(target, arguments).await,
+        DriftCommand::Log(command) => log::run(target, command).await,
         DriftCommand::Policy(command) => policy::run(target, command).await,
         DriftCommand::Loop(of) => retraining::newest(target, of).await,
         DriftCommand::History(of) => retraining::history(target, of).await,
@@ -44,25 +60,33 @@ async fn status(target: &Target, endpoint: Option<String>, format: Format) -> an
     let monitors = client::monitors(&cluster, endpoint.as_deref()).await?;
     if let (Some(endpoint), true) = (&endpoint, monitors.is_empty()) {
         bail!(
-            "no monitor has reported on endpoint `{endpoint}` yet: a window is compared when it is \
-             full, and `mobula serve list` shows the endpoints that exist"
+            "no monitor has reported on endpoint `{endpoint}` yet: it does once the endpoint has answered, and \
+             `mobula serve list` shows the endpoints that exist"
         );
     }
-    let mut events = Vec::with_capacity(monitors.len());
-    for monitor in &monitors {
-        events.push(client::events(&cluster, &monitor.endpoint).await?);
+    let mut all = Vec::with_capacity(monitors.len());
+    for status in monitors {
+        let endpoint = &status.endpoint;
+        all.push(Known {
+            events: client::events(&cluster, endpoint).await?,
+            vitals: client::vitals(&cluster, endpoint).await?,
+            signals: client::signals(&cluster, endpoint).await?,
+            status,
+        });
     }
-    let with_events = || monitors.iter().zip(&events);
     if format.json {
-        let json: Vec<MonitorJson<'_>> = with_events()
-            .map(|(status, drift_events)| MonitorJson {
-                status,
-                drift_events,
+        let json: Vec<MonitorJson<'_>> = all
+            .iter()
+            .map(|known| MonitorJson {
+                status: &known.status,
+                drift_events: &known.events,
+                vitals: known.vitals.as_ref(),
+                signals: &known.signals,
             })
             .collect();
         return print_json(&json);
     }
-    let rows: Vec<Vec<String>> = monitors.iter().map(row).collect();
+    let rows: Vec<Vec<String>> = all.iter().map(|known| row(&known.status)).collect();
     print_table(
         &[
             "ENDPOINT",
@@ -76,9 +100,12 @@ async fn status(target: &Target, endpoint: Option<String>, format: Format) -> an
         ],
         &rows,
     );
-    for (monitor, events) in with_events() {
-        for event in events.iter().rev().take(EVENTS_SHOWN) {
-            print_event(monitor, event);
+    for known in &all {
+        if let Some(vitals) = &known.vitals {
+            vitals::print(vitals, &known.signals);
+        }
+        for event in known.events.iter().rev().take(EVENTS_SHOWN) {
+            print_event(&known.status, event);
         }
     }
     Ok(())

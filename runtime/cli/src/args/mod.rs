@@ -27,7 +27,8 @@ pub(crate) use cluster::{
     LocalUpArguments, WorkerArguments,
 };
 pub(crate) use drift::{
-    DriftCommand, DriftTarget, RetrainPolicyCommand, RetrainPolicySetArguments,
+    DriftCommand, DriftLabelArguments, DriftLogCommand, DriftLogExportArguments,
+    DriftLogSetArguments, DriftTarget, RetrainPolicyCommand, RetrainPolicySetArguments,
 };
 pub(crate) use experiment::{
     ExperimentCommand, ExperimentRecordArguments, ExperimentStartArguments, MetricArgument,

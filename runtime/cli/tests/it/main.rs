@@ -15,6 +15,8 @@ mod checkpoints;
 mod configs;
 mod detached;
 mod drift;
+mod drift_labels;
+mod drift_log;
 mod exactly_once;
 mod examples;
 mod experiments;

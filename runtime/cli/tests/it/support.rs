@@ -21,6 +21,7 @@ pub(crate) fn mobula() -> Command {
     command
         .env_remove("MOBULA_CLUSTER")
         .env_remove("MOBULA_TOKEN")
+        .env_remove("MOBULA_ENDPOINT_TOKEN")
         .stdin(Stdio::null());
     command
 }

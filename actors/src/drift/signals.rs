@@ -1,0 +1,368 @@
+//! What monitors say beside the comparison of windows: how well a version does, and signals. Rows, and what a report
+//! makes of them.
+//!
+//! Invariants:
+//! 1. Signals are numbered and bounded for each endpoint; the oldest goes first.
+//! 2. A report counts once however often it is sent, and one of an older start of a monitor not at all.
+//! 3. That a version is wrong more often than before is a drift event as drifting windows are, and suggests to train
+//!    again. The other signals need a person.
+
+use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
+use mobula_core::error::Rejection;
+use mobula_core::row;
+use serde::{Deserialize, Serialize};
+
+use super::findings::{self, About};
+use super::streams::{Change, Detector};
+use super::vitals::confidence::ScoreComparison;
+use super::vitals::sentinels::Mismatch;
+use super::vitals::slices::{SLICE_NAME_BYTES_MAX, SLICES_MAX};
+use super::vitals::{SIGNALS_MAX, Vitals};
+
+/// Endpoint → [`EndpointVitals`].
+pub(super) const VITALS: Table = Table {
+    module: ModuleId::DRIFT,
+    tag: 6,
+};
+/// Endpoint, 0, signal number → [`SignalEvent`].
+pub(super) const SIGNALS: Table = Table {
+    module: ModuleId::DRIFT,
+    tag: 7,
+};
+
+/// Signals kept for each endpoint.
+const SIGNALS_KEPT: u64 = 100;
+
+/// The longest text in a report.
+const TEXT_BYTES_MAX: usize = 1024;
+
+/// A stream that detectors watch. Append-only: positions are tags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stream {
+    /// The probability of the predicted class, row by row.
+    Confidence,
+    /// One for each label that was not what had been predicted, zero for each that was.
+    Errors,
+}
+
+/// Something that began. Append-only: positions are tags.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Signal {
+    /// A detector found a change in a stream.
+    Stream {
+        /// Which stream.
+        stream: Stream,
+        /// Which detector.
+        detector: Detector,
+        /// What it found.
+        change: Change,
+    },
+    /// The version is less sure of a window's rows than of its reference.
+    OutOfDistribution(ScoreComparison),
+    /// A slice drifts.
+    Slice {
+        /// Its name.
+        slice: String,
+        /// Features that were compared.
+        features_compared: u64,
+        /// How many of them drifted.
+        features_drifted: u64,
+        /// Whether the predictions drifted.
+        prediction_drift: bool,
+    },
+    /// A replica answers a known row wrongly.
+    Sentinel(Mismatch),
+}
+
+impl Signal {
+    /// Whether it says that the version is wrong more often than it was.
+    #[must_use]
+    pub fn is_concept_drift(&self) -> bool {
+        matches!(
+            self,
+            Signal::Stream {
+                stream: Stream::Errors,
+                change,
+                ..
+            } if change.after > change.before
+        )
+    }
+
+    /// In a sentence.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        match self {
+            Signal::Stream {
+                stream,
+                detector,
+                change,
+            } => {
+                let what = match stream {
+                    Stream::Confidence => "the mean confidence went",
+                    Stream::Errors => "the share of wrong answers went",
+                };
+                format!(
+                    "{what} from {:.3} to {:.3} ({} {:.3} over {:.3}, after {} rows)",
+                    change.before,
+                    change.after,
+                    detector.as_str(),
+                    change.statistic,
+                    change.threshold,
+                    change.observations
+                )
+            }
+            Signal::OutOfDistribution(found) => format!(
+                "{:.0} % of {} rows are less sure than 95 % of the reference is (mean confidence {:.3} \
+                 against {:.3}, p {:.1e})",
+                found.tail_share * 100.0,
+                found.window_rows,
+                found.window_mean,
+                found.reference_mean,
+                found.p_value
+            ),
+            Signal::Slice {
+                slice,
+                features_compared,
+                features_drifted,
+                prediction_drift,
+            } => {
+                let predictions = if *prediction_drift {
+                    ", and its predictions did"
+                } else {
+                    ""
+                };
+                format!(
+                    "in slice {slice:?} {features_drifted} of {features_compared} features \
+                     drifted{predictions}"
+                )
+            }
+            Signal::Sentinel(wrong) => {
+                let answered = wrong
+                    .answered
+                    .map_or("nothing".to_owned(), |class| format!("class {class}"));
+                format!(
+                    "replica {} answered sentinel {} with {answered} instead of class {}",
+                    wrong.replica, wrong.sentinel, wrong.expected
+                )
+            }
+        }
+    }
+
+    fn is_bounded(&self) -> bool {
+        match self {
+            Signal::Slice { slice, .. } => slice.len() <= SLICE_NAME_BYTES_MAX,
+            _ => true,
+        }
+    }
+}
+
+/// What a monitor says about its version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VitalsReport {
+    /// The endpoint.
+    pub endpoint: String,
+    /// The model that it serves.
+    pub model: String,
+    /// Which version of it.
+    pub version: u64,
+    /// Tells this monitor's reports from those of its earlier starts.
+    pub incarnation: u64,
+    /// Counted from 1 within an incarnation.
+    pub sequence: u64,
+    /// How well the version does.
+    pub vitals: Vitals,
+    /// What began since the report before this one.
+    pub signals: Vec<Signal>,
+    /// Signals that had no room in this list.
+    pub signals_lost: u64,
+}
+
+/// How well the version of an endpoint does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EndpointVitals {
+    /// The endpoint.
+    pub endpoint: String,
+    /// The model that it serves.
+    pub model: String,
+    /// Which version of it.
+    pub version: u64,
+    /// The monitor's start that said so.
+    pub incarnation: u64,
+    /// And its report.
+    pub sequence: u64,
+    /// When, in milliseconds since the Unix epoch.
+    pub reported_ms: u64,
+    /// Signals so far.
+    pub signals: u64,
+    /// Signals beside those, that were not kept because too many came at once.
+    pub signals_lost: u64,
+    /// What it said.
+    pub vitals: Vitals,
+}
+
+/// A signal that is kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SignalEvent {
+    /// Counted from 1 for each endpoint.
+    pub number: u64,
+    /// When, in milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// The model.
+    pub model: String,
+    /// The version that was watched.
+    pub version: u64,
+    /// What began.
+    pub signal: Signal,
+    /// The number that it has among the endpoint's drift events, if it is one.
+    pub drift_event: Option<u64>,
+}
+
+/// How well the version of an endpoint does, if its monitor has said so.
+pub(super) fn vitals(reader: &dyn Reader, endpoint: &str) -> Option<EndpointVitals> {
+    row::get(reader, VITALS, endpoint.as_bytes())
+}
+
+/// Endpoints whose last window of rows their version is unsure of, and replicas that answer sentinels wrongly.
+pub(super) fn troubled(reader: &dyn Reader) -> (u64, u64) {
+    let all = row::all::<EndpointVitals>(reader, VITALS, &[]);
+    let is_out = |known: &EndpointVitals| {
+        let last = known.vitals.out_of_distribution.last;
+        last.is_some_and(|last| last.is_out)
+    };
+    let out = all.iter().filter(|(_, known)| is_out(known)).count();
+    let wrong = all
+        .iter()
+        .map(|(_, known)| known.vitals.sentinels.replicas_wrong)
+        .fold(0, u64::saturating_add);
+    (out as u64, wrong)
+}
+
+/// The signals of an endpoint that are kept, oldest first.
+pub(super) fn signals(reader: &dyn Reader, endpoint: &str) -> Vec<SignalEvent> {
+    let prefix = [endpoint.as_bytes(), &[0]].concat();
+    row::all(reader, SIGNALS, &prefix)
+        .into_iter()
+        .map(|(_, event)| event)
+        .collect()
+}
+
+fn check(report: &VitalsReport) -> Result<(), Rejection> {
+    let (signals, slices) = (report.signals.len(), report.vitals.slices.len());
+    if signals > SIGNALS_MAX || slices > SLICES_MAX + 1 {
+        return Err(Rejection::invalid(format!(
+            "a report of {signals} signals and {slices} slices: send at most {SIGNALS_MAX} and {}",
+            SLICES_MAX + 1
+        )));
+    }
+    let truth = &report.vitals.truth;
+    let bins = [&truth.window, &truth.total]
+        .into_iter()
+        .flatten()
+        .map(|known| known.bins.len())
+        .max()
+        .unwrap_or(0);
+    let score = &report.vitals.out_of_distribution;
+    let reason = score.no_reference.as_ref().map_or(0, String::len);
+    let log = report.vitals.log.as_ref();
+    let failure = log.and_then(|log| log.last_error.as_ref());
+    let is_bounded = failure.is_none_or(|text| text.len() <= TEXT_BYTES_MAX)
+        && bins <= super::vitals::calibration::BINS
+        && score.score.len() + reason <= TEXT_BYTES_MAX
+        && report.endpoint.len() + report.model.len() <= TEXT_BYTES_MAX
+        && report.signals.iter().all(Signal::is_bounded)
+        && report
+            .vitals
+            .slices
+            .iter()
+            .all(|slice| slice.name.len() <= SLICE_NAME_BYTES_MAX);
+    if is_bounded {
+        return Ok(());
+    }
+    Err(Rejection::invalid(format!(
+        "a report with names longer than {SLICE_NAME_BYTES_MAX} bytes, texts longer than {TEXT_BYTES_MAX}, or too \
+         many bins"
+    )))
+}
+
+pub(super) fn report(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    report: VitalsReport,
+) -> Result<(), Rejection> {
+    check(&report)?;
+    let before = vitals(txn, &report.endpoint);
+    if let Some(before) = &before {
+        let known = (before.incarnation, before.sequence);
+        if (report.incarnation, report.sequence) == known {
+            return Ok(());
+        }
+        if (report.incarnation, report.sequence) < known {
+            return Err(Rejection::fenced(format!(
+                "report {} of monitor {} is older than what is known of endpoint `{}`",
+                report.sequence, report.incarnation, report.endpoint
+            )));
+        }
+    }
+    let about = About {
+        endpoint: &report.endpoint,
+        model: &report.model,
+        version: report.version,
+    };
+    let (mut number, lost) = before.map_or((0, 0), |before| (before.signals, before.signals_lost));
+    for signal in report.signals {
+        number += 1;
+        let drift_event = signal
+            .is_concept_drift()
+            .then(|| findings::begin_event(context, txn, about, signal.sentence()));
+        let event = SignalEvent {
+            number,
+            at_ms: context.now_ms,
+            model: report.model.clone(),
+            version: report.version,
+            signal,
+            drift_event,
+        };
+        row::put(
+            txn,
+            SIGNALS,
+            &findings::event_key(about.endpoint, number),
+            &event,
+        );
+        if number > SIGNALS_KEPT {
+            let oldest = findings::event_key(about.endpoint, number - SIGNALS_KEPT);
+            txn.delete(SIGNALS, &oldest);
+        }
+    }
+    // The row that bounds how many there are of this one.
+    findings::ensure(context, txn, about);
+    let row = EndpointVitals {
+        endpoint: report.endpoint.clone(),
+        model: report.model.clone(),
+        version: report.version,
+        incarnation: report.incarnation,
+        sequence: report.sequence,
+        reported_ms: context.now_ms,
+        signals: number,
+        signals_lost: report.signals_lost.saturating_add(lost),
+        vitals: report.vitals,
+    };
+    row::put(txn, VITALS, row.endpoint.as_bytes(), &row);
+    Ok(())
+}
+
+/// Forgets an endpoint.
+pub(super) fn forget(txn: &mut dyn Txn, endpoint: &str) {
+    let Some(known) = vitals(txn, endpoint) else {
+        return;
+    };
+    txn.delete(VITALS, endpoint.as_bytes());
+    for number in known.signals.saturating_sub(SIGNALS_KEPT) + 1..=known.signals {
+        txn.delete(SIGNALS, &findings::event_key(endpoint, number));
+    }
+}
+
+#[cfg(test)]
+#[path = "signals_tests.rs"]
+mod tests;

@@ -1,0 +1,260 @@
+use mobula_core::codec;
+use mobula_core::control::{Caller, StateModule as _};
+use mobula_core::error::ErrorCode;
+use mobula_core::id::JobId;
+use mobula_scheduler::memory_txn::MemoryTables;
+
+use super::*;
+use crate::drift::state::{Command, Drift, MonitorStatus, Query};
+use crate::drift::vitals::TruthStatus;
+use crate::drift::vitals::confidence::OutOfDistribution;
+use crate::drift::vitals::join::JoinCounts;
+use crate::drift::vitals::sentinels::SentinelStatus;
+
+fn vitals_of(rows: u64) -> Vitals {
+    Vitals {
+        rows,
+        confidence_mean: Some(0.9),
+        out_of_distribution: OutOfDistribution {
+            score: "max_softmax_probability".into(),
+            no_reference: None,
+            windows: 0,
+            last: None,
+        },
+        truth: TruthStatus {
+            counts: JoinCounts::default(),
+            predictions_waiting: 0,
+            labels_waiting: 0,
+            labels_refused: 0,
+            rows_without_id: 0,
+            trained_accuracy: None,
+            windows: 0,
+            window: None,
+            total: None,
+        },
+        slices: Vec::new(),
+        sentinels: SentinelStatus::default(),
+        log: None,
+    }
+}
+
+fn stream(stream: Stream, before: f64, after: f64) -> Signal {
+    Signal::Stream {
+        stream,
+        detector: Detector::Adwin,
+        change: Change {
+            statistic: (after - before).abs(),
+            threshold: 0.1,
+            before,
+            after,
+            observations: 512,
+        },
+    }
+}
+
+fn report_of(incarnation: u64, sequence: u64, signals: Vec<Signal>) -> VitalsReport {
+    VitalsReport {
+        endpoint: "digits".into(),
+        model: "digits".into(),
+        version: 1,
+        incarnation,
+        sequence,
+        vitals: vitals_of(sequence),
+        signals,
+        signals_lost: 1,
+    }
+}
+
+fn apply(tables: &mut MemoryTables, report: VitalsReport) -> Result<(), Rejection> {
+    let context = ApplyContext {
+        index: 1,
+        term: 1,
+        now_ms: 9,
+    };
+    let command = Command::Vitals(Box::new(report));
+    tables
+        .apply(&Drift, &context, &codec::encode_plain(&command))
+        .map(drop)
+}
+
+fn ask<T: serde::de::DeserializeOwned>(tables: &MemoryTables, query: &Query) -> T {
+    let answer = Drift.query(tables, 9, &codec::encode_plain(query)).unwrap();
+    codec::decode(&answer, 1 << 20).unwrap()
+}
+
+fn status(tables: &MemoryTables) -> MonitorStatus {
+    findings::monitor(tables, "digits").unwrap()
+}
+
+#[test]
+fn wrong_answers_are_a_drift_event_and_other_signals_are_not() {
+    let mut tables = MemoryTables::default();
+    let signals = vec![
+        stream(Stream::Confidence, 0.9, 0.5),
+        stream(Stream::Errors, 0.5, 0.1),
+        stream(Stream::Errors, 0.1, 0.5),
+    ];
+    apply(&mut tables, report_of(7, 1, signals)).unwrap();
+    let events: Vec<SignalEvent> = ask(
+        &tables,
+        &Query::Signals {
+            endpoint: "digits".into(),
+        },
+    );
+    let numbers: Vec<_> = events
+        .iter()
+        .map(|event| (event.number, event.drift_event))
+        .collect();
+    assert_eq!(numbers, [(1, None), (2, None), (3, Some(1))]);
+    let status = status(&tables);
+    assert_eq!((status.events, status.windows), (1, 0));
+    let suggestion = status.retrain_suggestion.unwrap();
+    assert_eq!(
+        (
+            suggestion.event,
+            suggestion.version,
+            suggestion.reason.as_str()
+        ),
+        (
+            1,
+            1,
+            "the share of wrong answers went from 0.100 to 0.500 (ADWIN 0.400 over 0.100, after 512 rows)"
+        )
+    );
+}
+
+#[test]
+fn a_report_counts_once_and_an_older_one_is_fenced() {
+    let mut tables = MemoryTables::default();
+    let signals = || vec![stream(Stream::Confidence, 0.9, 0.5)];
+    apply(&mut tables, report_of(7, 1, signals())).unwrap();
+    apply(&mut tables, report_of(7, 1, signals())).unwrap();
+    apply(&mut tables, report_of(7, 2, signals())).unwrap();
+    let error = apply(&mut tables, report_of(6, 9, signals())).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Fenced);
+    let known: Option<EndpointVitals> = ask(
+        &tables,
+        &Query::Vitals {
+            endpoint: "digits".into(),
+        },
+    );
+    let known = known.unwrap();
+    assert_eq!((known.signals, known.signals_lost), (2, 2));
+    assert_eq!((known.vitals.rows, known.reported_ms), (2, 9));
+}
+
+#[test]
+fn the_first_window_counts_after_signals_have_made_the_row() {
+    let mut tables = MemoryTables::default();
+    apply(&mut tables, report_of(7, 1, Vec::new())).unwrap();
+    assert_eq!(status(&tables).last.incarnation, 0);
+    let context = ApplyContext {
+        index: 2,
+        term: 1,
+        now_ms: 10,
+    };
+    let window = findings::Report {
+        incarnation: 7,
+        window: 0,
+        windows: 1,
+        rows: 200,
+        samples: 200,
+        dataset_drift: true,
+        ..status(&tables).last
+    };
+    tables
+        .apply(
+            &Drift,
+            &context,
+            &codec::encode_plain(&Command::Report(window)),
+        )
+        .unwrap();
+    let status = status(&tables);
+    assert_eq!((status.windows, status.samples, status.events), (1, 200, 1));
+}
+
+#[test]
+fn old_signals_go_and_a_forgotten_endpoint_has_none() {
+    let mut tables = MemoryTables::default();
+    let rounds = SIGNALS_KEPT + 5;
+    for sequence in 1..=rounds {
+        let signals = vec![stream(Stream::Confidence, 0.9, 0.5)];
+        apply(&mut tables, report_of(7, sequence, signals)).unwrap();
+    }
+    let kept = signals(&tables, "digits");
+    assert_eq!(kept.len() as u64, SIGNALS_KEPT);
+    assert_eq!(kept[0].number, 6);
+
+    for number in 0..findings::MONITORS_MAX {
+        let report = VitalsReport {
+            endpoint: format!("e{number}"),
+            ..report_of(8, 1, Vec::new())
+        };
+        let context = ApplyContext {
+            index: 3,
+            term: 1,
+            now_ms: 20 + number as u64,
+        };
+        let command = Command::Vitals(Box::new(report));
+        tables
+            .apply(&Drift, &context, &codec::encode_plain(&command))
+            .unwrap();
+    }
+    assert_eq!(vitals(&tables, "digits"), None);
+    assert_eq!(signals(&tables, "digits"), []);
+    assert!(vitals(&tables, "e0").is_some());
+}
+
+#[test]
+fn a_report_that_is_too_large_is_refused() {
+    let mut tables = MemoryTables::default();
+    let many = vec![stream(Stream::Confidence, 0.9, 0.5); SIGNALS_MAX + 1];
+    let error = apply(&mut tables, report_of(7, 1, many)).unwrap_err();
+    assert!(error.message.contains("33 signals"), "{error:?}");
+    let long = Signal::Slice {
+        slice: "x".repeat(SLICE_NAME_BYTES_MAX + 1),
+        features_compared: 1,
+        features_drifted: 1,
+        prediction_drift: false,
+    };
+    let error = apply(&mut tables, report_of(7, 1, vec![long])).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidArgument);
+    assert_eq!(vitals(&tables, "digits"), None);
+}
+
+#[test]
+fn only_the_platform_reports() {
+    let payload = codec::encode_plain(&Command::Vitals(Box::new(report_of(7, 1, Vec::new()))));
+    let error = Drift.authorize(&Caller::Client, &payload).unwrap_err();
+    assert_eq!(error.code, ErrorCode::PermissionDenied);
+    let host = |job| Caller::Host {
+        job,
+        node: mobula_core::id::NodeId(1),
+    };
+    assert!(Drift.authorize(&host(JobId::SYSTEM), &payload).is_ok());
+    assert!(Drift.authorize(&host(JobId(4)), &payload).is_err());
+}
+
+#[test]
+fn signals_are_said_in_sentences() {
+    let sentinel = Signal::Sentinel(Mismatch {
+        replica: 2,
+        sentinel: 3,
+        expected: 7,
+        answered: Some(1),
+    });
+    assert_eq!(
+        sentinel.sentence(),
+        "replica 2 answered sentinel 3 with class 1 instead of class 7"
+    );
+    let slice = Signal::Slice {
+        slice: "north".into(),
+        features_compared: 40,
+        features_drifted: 30,
+        prediction_drift: true,
+    };
+    assert_eq!(
+        slice.sentence(),
+        "in slice \"north\" 30 of 40 features drifted, and its predictions did"
+    );
+}
