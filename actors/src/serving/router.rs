@@ -31,11 +31,11 @@ use super::endpoint_service::EndpointService;
 use super::experiment::outcomes::outcome_routes;
 use super::grpc::oip_routes;
 use super::http::InferenceService;
+use super::labels::{LabelDesk, label_routes};
 use super::oip::{
     InferRequest, InferResponse, ModelMetadata, OipError, RepositoryEntry, validate_request,
 };
 use super::replica::Replica;
-use super::labels::{LabelDesk, label_routes};
 use super::server;
 use super::shadow::mirror::{compare_copies, mirror};
 use super::state::{Command, Endpoint};
@@ -260,7 +260,11 @@ impl Running {
         ));
 
         let (sender, access): (_, watch::Receiver<Arc<Access>>) = watch::channel(Arc::new(access));
-        tasks.spawn(follow::follow(cluster.clone(), endpoint.name.clone(), sender));
+        tasks.spawn(follow::follow(
+            cluster.clone(),
+            endpoint.name.clone(),
+            sender,
+        ));
         let gate = EndpointGate::new(&endpoint.name, access.clone());
         let outcomes = outcome_routes(&endpoint.name, routes.clone(), gate.clone());
         let labels = label_routes(LabelDesk {
