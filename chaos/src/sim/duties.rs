@@ -14,9 +14,7 @@ use mobula_core::id::{Incarnation, NodeId, SessionId};
 use mobula_core::order::Order;
 use mobula_head::raft::Leadership;
 use mobula_head::simulation::{CoreFault, View};
-use mobula_scheduler::{
-    Command, Query, QueryResponse, Response, answer, next_wakeup_ms, placement_pass,
-};
+use mobula_scheduler::{Command, Query, QueryResponse, answer, next_wakeup_ms, placement_pass};
 
 use super::asked::{For, Polled};
 use super::network::Place;

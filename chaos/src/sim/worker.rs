@@ -17,7 +17,7 @@ use rand::Rng;
 
 use super::domain::Role;
 use super::network::Place;
-use super::options::{MILLISECOND, Micros, SECOND};
+use super::options::{MILLISECOND, Micros};
 use super::packet::{Ask, HeadSays, Packet, Request};
 use super::world::{Event, World};
 

@@ -2,9 +2,7 @@
 
 use mobula_core::order::Order;
 use mobula_head::simulation::{CoreFault, View};
-use mobula_scheduler::{
-    Command, EventOutcome, Query, QueryResponse, Response, answer, orders_for_node,
-};
+use mobula_scheduler::{Command, EventOutcome, Response, orders_for_node};
 
 use super::Served;
 use crate::sim::asked::{For, Polled};

@@ -6,8 +6,8 @@ use mobula_core::error::CallError;
 use mobula_core::id::{ActorId, Incarnation};
 
 use super::{
-    CALLS_IN_FLIGHT_MAX, CallKey, CallMessageError, CallRequest, CalleeMessage, CallerId,
-    CallerMessage, METHOD_BYTES_MAX, MethodName, STREAM_WINDOW_MAX,
+    CallKey, CallMessageError, CallRequest, CalleeMessage, CallerId, CallerMessage,
+    METHOD_BYTES_MAX, MethodName,
 };
 
 const REQUEST: u8 = 1;
