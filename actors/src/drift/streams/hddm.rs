@@ -161,7 +161,7 @@ impl HddmW {
         let (before, after) = (self.best.mean?, self.since.mean?);
         let threshold = mcdiarmid(self.best.squares + self.since.squares);
         self.found = after - before > threshold;
-        self.found.then(|| Change {
+        self.found.then_some(Change {
             statistic: after - before,
             threshold,
             before,
