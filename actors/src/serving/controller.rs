@@ -136,7 +136,8 @@ fn bring_up(
         Some(rollout) => {
             let (stable, candidate) = rollout.replica_counts(endpoint.replicas);
             let mut replicas = replicas_of(endpoint, &rollout.stable, stable);
-            replicas.extend(replicas_of(endpoint, &rollout.candidate, candidate));
+            let candidates = replicas_of(endpoint, &rollout.candidate, candidate);
+            replicas.extend(candidates.into_iter().map(apart));
             replicas
         }
         None => {
@@ -150,7 +151,8 @@ fn bring_up(
     };
     if let Some(experiment) = experiment.filter(|experiment| experiment.is_open()) {
         let treatment = &experiment.plan.treatment;
-        wanted.extend(replicas_of(endpoint, treatment, endpoint.replicas));
+        let treated = replicas_of(endpoint, treatment, endpoint.replicas);
+        wanted.extend(treated.into_iter().map(apart));
     }
     wanted.extend(companions_of(reader, endpoint));
     create(reader, wanted)
@@ -352,6 +354,15 @@ fn replicas_of(endpoint: &Endpoint, served: &Served, count: u32) -> Vec<ActorSpe
         spec
     });
     replicas.collect()
+}
+
+/// The same in a process of its own: a version that is only tried must not take the stable one's replicas with
+/// it when it ends its process.
+fn apart(spec: ActorSpec) -> ActorSpec {
+    ActorSpec {
+        isolated: true,
+        ..spec
+    }
 }
 
 pub(super) fn spec_of<A: mobula::Actor>(
