@@ -17,7 +17,7 @@ use crate::serving::graph::state as graph;
 use crate::serving::rollout::state::standing;
 use crate::serving::state::{Endpoint, endpoints, find as find_endpoint};
 
-/// Endpoint name → [`Access`].
+/// Name of an endpoint or graph → what is kept of it.
 const ACCESS: Table = Table {
     module: ModuleId::SERVING,
     tag: 20,

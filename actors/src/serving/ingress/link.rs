@@ -6,7 +6,7 @@
 //! 2. At most [`IN_FLIGHT_MAX`] requests of an endpoint are under way here; one more is refused at once.
 //! 3. A request that was lost with the router is sent once more, within a budget: inference changes nothing, so twice
 //!    is harmless.
-//! 4. Where the router is not found a request waits for it, no longer than [`ROUTER_WAIT`].
+//! 4. Where the router is not found a request waits for it, five seconds at the most.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -130,7 +130,7 @@ impl RouterLink {
 
     /// Its versions.
     pub async fn index(&self) -> Result<Vec<RepositoryEntry>, OipError> {
-        self.ask(|router| RouterCalls::index(router)).await
+        self.ask(|router| router.index()).await
     }
 
     /// Has the router answer a request whose caller comes back for the answer.
