@@ -124,6 +124,16 @@ pub fn classified(probabilities: Vec<f32>, classes: Vec<u32>) -> Batch {
     }
 }
 
+/// The most probable class of each row, as [`classified`] put them down; `None` if this is no such answer.
+#[must_use]
+pub fn classes_of(outputs: &Batch) -> Option<Vec<u32>> {
+    let TensorData::Int64(classes) = &outputs.cells.get(1)?.data else {
+        return None;
+    };
+    let class = |class: &i64| u32::try_from(*class).ok();
+    classes.iter().map(class).collect()
+}
+
 /// The lowest class among the most probable ones, as [`Model::predictions`] has it.
 fn most_probable(row: &[f32]) -> u32 {
     let best = (1..row.len()).fold(

@@ -19,7 +19,7 @@ use crate::registry::artifact::Artifact;
 use crate::registry::version_file::VersionFileError;
 use crate::storage::open_blobs;
 
-pub use super::predictor::{PredictorError, classified};
+pub use super::predictor::{PredictorError, classes_of, classified};
 
 /// What a model says about rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

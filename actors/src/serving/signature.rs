@@ -33,6 +33,12 @@ const BODY_BYTES_MAX: usize = BATCH_BYTES_MAX / size_of::<f32>() * VALUE_TEXT_BY
 /// Values of a row of a version that was trained here, at most: a full batch of them then takes half of what a call may hold.
 pub const ROW_VALUES_MAX: usize = 8192;
 
+/// The bodies that a server reads before it knows whose they are: the largest that any endpoint takes.
+pub const BODY_LIMITS_MAX: BodyLimits = BodyLimits {
+    max_bytes: BODY_BYTES_MAX,
+    timeout: Duration::from_secs(20),
+};
+
 /// What all versions of an endpoint take and give.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signature {
@@ -168,7 +174,7 @@ impl Signature {
         let max_bytes = full.and_then(|bytes| bytes.checked_add(64 * 1024));
         BodyLimits {
             max_bytes: max_bytes.map_or(BODY_BYTES_MAX, |bytes| bytes.min(BODY_BYTES_MAX)),
-            timeout: Duration::from_secs(20),
+            ..BODY_LIMITS_MAX
         }
     }
 

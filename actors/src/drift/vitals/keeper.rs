@@ -20,7 +20,7 @@ use crate::registry::version_file::VersionFile;
 use crate::serving;
 use crate::serving::controller::replica_name;
 use crate::serving::feed::Observation;
-use crate::serving::replica::{Replica, ReplicaCalls};
+use crate::serving::replica::{Replica, ReplicaCalls, classes_of};
 
 /// How often the head is told while nothing begins: each report is a log entry.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
@@ -172,12 +172,13 @@ impl Keeper {
     async fn ask(&self, cluster: &Cluster, name: &str) -> Option<Vec<u32>> {
         let asked = async {
             let replica = cluster.get_actor::<Replica>(name).await?;
-            let rows = self.sentinels.rows().to_vec();
-            let answer = replica.infer(rows).timeout(SENTINEL_TIMEOUT).await;
+            let asked = self.sentinels.batch();
+            let answer = replica.infer(asked).timeout(SENTINEL_TIMEOUT).await;
             Ok::<_, mobula::Error>(answer?)
         };
         match asked.await {
-            Ok(answer) => Some(answer.classes),
+            // Another answer than a classifier's is none to a sentinel.
+            Ok(answer) => Some(classes_of(&answer.outputs).unwrap_or_default()),
             Err(error) => {
                 tracing::debug!(name, %error, "a replica did not answer the sentinels");
                 None

@@ -8,6 +8,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::registry::version_file::VersionFile;
+use crate::serving::oip::TensorData;
+use crate::serving::rows::{Batch, Cell};
 
 /// Sentinels of a version: one small batch a replica.
 pub const SENTINELS_MAX: usize = 8;
@@ -79,6 +81,20 @@ impl Sentinels {
     #[must_use]
     pub fn rows(&self) -> &[f32] {
         &self.rows
+    }
+
+    /// Their rows, as a replica takes them.
+    #[must_use]
+    pub fn batch(&self) -> Batch {
+        let rows = self.classes.len() as u64;
+        let width = self.rows.len() as u64 / rows.max(1);
+        Batch {
+            rows: Some(rows),
+            cells: vec![Cell {
+                shape: vec![rows, width],
+                data: TensorData::Fp32(self.rows.clone()),
+            }],
+        }
     }
 
     /// The first answer of a replica that is not the expected one.

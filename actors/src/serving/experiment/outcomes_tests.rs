@@ -6,6 +6,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::*;
 use crate::serving::arm::{Arm, Asker, Compared, Origin};
+use crate::serving::auth::BearerAuth;
 use crate::serving::endpoint_service::EndpointService;
 use crate::serving::experiment::findings::Decision;
 use crate::serving::experiment::tally::{Tally, variant};

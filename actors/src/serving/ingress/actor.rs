@@ -20,9 +20,9 @@ use super::doors::{self, DoorTable, IngressGate};
 use super::service::IngressService;
 use crate::serving::access::keyring::now_ms;
 use crate::serving::client;
-use crate::serving::endpoint_service::{ROW_VALUES_MAX, body_limits};
 use crate::serving::grpc::oip_routes;
 use crate::serving::server::{self, DRAIN_TIMEOUT};
+use crate::serving::signature::BODY_LIMITS_MAX;
 
 /// How long an ingress that leaves says so and goes on answering: a load balancer's usual health check comes every
 /// few seconds.
@@ -148,8 +148,8 @@ impl Running {
         follower.spawn(doors::follow(cluster, sender));
         let service = Arc::new(IngressService::new(table.clone()));
         // Of a model that is known, its own limit holds as well.
-        let body = body_limits(ROW_VALUES_MAX);
-        let routes = oip_routes(Arc::clone(&service) as _, IngressGate::new(table), body);
+        let gate = IngressGate::new(table);
+        let routes = oip_routes(Arc::clone(&service) as _, gate, BODY_LIMITS_MAX);
         let (stop, mut stopping) = watch::channel(false);
         let shutdown = async move {
             // An ingress that is gone stops as one that was asked to.
