@@ -12,6 +12,7 @@ use mobula_actors::serving::fleet::{Backend, BackendFailure, Fleet};
 use mobula_actors::serving::http::InferenceService;
 use mobula_actors::serving::oip::{InferRequest, Tensor, TensorData};
 use mobula_actors::serving::replica::Inference;
+use mobula_actors::serving::shadow::mirror::mirror;
 use mobula_benches::results::Results;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -51,6 +52,8 @@ pub(crate) async fn in_process(length: Duration, results: &mut Results) -> Outco
     let routes = Routes {
         active: Arc::new(arm),
         tried: None,
+        compared: None,
+        shadowed: None,
     };
     let (_routes, receiver) = watch::channel(Arc::new(routes));
     let signature = Signature {
@@ -58,7 +61,7 @@ pub(crate) async fn in_process(length: Duration, results: &mut Results) -> Outco
         classes: WIDTH,
         labels: Vec::new(),
     };
-    let service = EndpointService::new("nothing", signature, receiver);
+    let service = EndpointService::new("nothing", signature, receiver, mirror().0);
     let input = Tensor::new(
         INPUT,
         vec![1, WIDTH as u64],
