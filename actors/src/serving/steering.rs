@@ -98,7 +98,6 @@ impl Steering {
             fitting: None,
             tried: None,
             compared: None,
-            shadowed: None,
             comparing,
             shadowing: None,
             pilot,
