@@ -42,6 +42,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How often a row is tried on which the model fails.
 const FAILURES_MAX: u32 = 3;
 
+/// How long a token that is refused may be one that the endpoint has not heard of yet.
+const NEW_TOKEN_WAIT: Duration = Duration::from_secs(5);
+
 /// What a batch is.
 #[derive(Debug, Clone)]
 pub struct Batch {
@@ -247,6 +250,7 @@ struct Sender<'a, L> {
     locate: &'a L,
     http: reqwest::Client,
     pace: Pace,
+    began: Instant,
     state: Mutex<SenderState>,
 }
 
@@ -265,6 +269,7 @@ impl<'a, L: Locate> Sender<'a, L> {
             locate,
             http,
             pace: Pace::new(batch.in_flight.clamp(1, IN_FLIGHT_MAX)),
+            began: Instant::now(),
             state: Mutex::new(SenderState {
                 url: None,
                 last_answer: Instant::now(),
@@ -335,6 +340,9 @@ impl<'a, L: Locate> Sender<'a, L> {
                 Tried::Wrong(status, reason) => {
                     self.state(|state| state.last_answer = Instant::now());
                     return Ok(Answer::error(status, &reason));
+                }
+                Tried::Hopeless(401, reason) if self.began.elapsed() < NEW_TOKEN_WAIT => {
+                    (reason, None)
                 }
                 Tried::Hopeless(status, reason) => {
                     return Err(BatchError::Refused {
