@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::cache::responses::Responses;
 use super::feed::Feed;
 use super::fleet::{Backend, Fleet};
 use super::rollout::split::{self, Side};
@@ -34,6 +35,7 @@ pub struct Arm<B> {
     fleet: Fleet<B>,
     feed: Feed,
     statistics: Mutex<ModelStatistics>,
+    responses: Responses,
     /// Find the replicas and feed the monitor; aborted when dropped.
     tasks: Mutex<JoinSet<()>>,
     /// Dropped with the arm.
@@ -60,6 +62,7 @@ impl<B: Backend> Arm<B> {
             fleet,
             feed,
             statistics: Mutex::default(),
+            responses: Responses::default(),
             tasks: Mutex::new(tasks),
             _gone: gone,
         };
@@ -104,6 +107,12 @@ impl<B: Backend> Arm<B> {
         self.statistics
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The answers of this version that are given again.
+    #[must_use]
+    pub fn responses(&self) -> &Responses {
+        &self.responses
     }
 
     /// Whether any of its replicas takes requests.

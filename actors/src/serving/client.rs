@@ -12,6 +12,8 @@ use tokio::time::Instant;
 
 use super::autoscaler::state::Command as ScalingCommand;
 use super::autoscaler::{Policy, Scaling};
+use super::cache::CacheSetting;
+use super::cache::setting::Command as CacheCommand;
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
 use super::state::{Command, Endpoint, Query, Routing};
@@ -213,4 +215,19 @@ async fn is_ready(
     }
     let body = response.text().await.unwrap_or_default();
     Err(format!("its router says {status}: {body}"))
+}
+
+/// Has an endpoint keep answers, or none.
+pub async fn set_cache(
+    cluster: &Cluster,
+    endpoint: &str,
+    setting: Option<CacheSetting>,
+) -> mobula::Result<()> {
+    let command = Command::Cache(CacheCommand::Set {
+        endpoint: endpoint.to_owned(),
+        setting,
+    });
+    let operation = "set a cache";
+    ask::apply(cluster, ModuleId::SERVING, operation, &command).await?;
+    Ok(())
 }

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use super::arm::{Arm, Assigned, Routes};
 use super::batcher::BatchAnswer;
+use super::cache;
 use super::fleet::Backend;
 use super::http::{InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
@@ -25,7 +26,7 @@ use super::oip::{
 use super::rollout::trial::Outcome;
 use super::rows::Row;
 use super::signature::Signature;
-use super::statistics::{ModelStatistics, RequestTimes};
+use super::statistics::{Cached, ModelStatistics, RequestTimes};
 
 /// The parameter that says how long a request waits, in microseconds.
 pub const TIMEOUT: &str = "timeout";
@@ -176,19 +177,19 @@ impl<B: Backend> EndpointService<B> {
         compute_input: Duration,
         asked: Asked,
     ) -> Result<InferResponse, OipError> {
-        let answered = arm
-            .fleet()
-            .infer_within(&self.metadata.name, rows.clone(), asked.limit);
-        let answer = answered.await?;
+        let found = cache::ask(arm, &self.metadata.name, rows.clone(), asked.limit).await?;
         let splitting = Instant::now();
-        let mut response = self.response(arm.version(), answer.outputs.clone())?;
+        let mut response = self.response(arm.version(), found.answer.outputs.clone())?;
+        let compute_output = splitting.elapsed();
+        // Only what is an answer is given again.
+        let (answer, cached) = found.keep();
         let times = RequestTimes {
             queue: answer.queued,
             compute_input,
             compute_infer: answer.computed,
-            compute_output: splitting.elapsed(),
+            compute_output,
         };
-        record(arm, &answer, times);
+        record(arm, &answer, times, cached);
         response.explanation = asked.explain.then(|| {
             let origin = arm.origin();
             Explanation {
@@ -198,6 +199,7 @@ impl<B: Backend> EndpointService<B> {
                 queue: times.queue,
                 compute: times.compute_infer,
                 split: times.compute_output,
+                cached: cached.map(|cached| matches!(cached, Cached::Hit(_))),
             }
         });
         // A monitor compares with what its own version was trained on, and only the active one has one.
@@ -221,12 +223,22 @@ impl<B: Backend> EndpointService<B> {
     }
 }
 
-fn record<B: Backend>(arm: &Arm<B>, answer: &BatchAnswer<Row>, times: RequestTimes) {
+fn record<B: Backend>(
+    arm: &Arm<B>,
+    answer: &BatchAnswer<Row>,
+    times: RequestTimes,
+    cached: Option<Cached>,
+) {
     let since_epoch = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or(Duration::ZERO);
     let now_ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
     let mut statistics = arm.statistics();
+    match cached {
+        Some(Cached::Hit(looked)) => return statistics.record_cache_hit(times, looked),
+        Some(Cached::Miss(looked)) => statistics.record_cache_miss(looked),
+        None => {}
+    }
     statistics.record_success(answer.outputs.len() as u64, times, now_ms);
     if answer.is_first_in_batch {
         statistics.record_execution(answer.batch_rows as u64, times);

@@ -8,8 +8,10 @@
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, [`arm`] is one of
 //!   them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
 //!   the protocol, [`feed`] tells the monitor.
+//! * [`cache`]: answers that are given again, for endpoints that ask for it.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
-//! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`; [`onnx`]: models that other
+//! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`, kept by
+//!   `model_cache`; [`onnx`]: models that other
 //!   tools wrote.
 //! * [`signature`]: what versions take and give; [`rows`]: what is joined into batches and taken apart again.
 //!
@@ -27,6 +29,7 @@ pub mod arm;
 pub mod auth;
 pub mod autoscaler;
 pub mod batcher;
+pub mod cache;
 pub mod client;
 mod compression;
 pub mod controller;
@@ -40,6 +43,7 @@ pub mod guard;
 pub mod http;
 mod lane;
 mod meters;
+mod model_cache;
 pub mod oip;
 pub mod onnx;
 pub mod patience;

@@ -17,6 +17,7 @@ use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 use super::autoscaler::{Scaling, state as scaling};
+use super::cache::{CacheSetting, setting as cache};
 use super::rollout::{Rollout, command, state as rollout};
 use crate::registry;
 
@@ -102,6 +103,8 @@ pub enum Command {
     Rollout(command::Command),
     /// A change of how an endpoint is scaled. Answer: [`Scaling`].
     Scaling(scaling::Command),
+    /// A change of how an endpoint keeps answers. Answer: nothing.
+    Cache(cache::Command),
 }
 
 /// A question. Append-only: positions are tags.
@@ -126,7 +129,7 @@ pub enum Query {
     },
 }
 
-/// An endpoint with its newest rollout, and how it is scaled.
+/// An endpoint with its newest rollout, how it is scaled, and how it keeps answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Routing {
     /// The endpoint.
@@ -135,6 +138,8 @@ pub struct Routing {
     pub rollout: Option<Rollout>,
     /// How it is scaled.
     pub scaling: Scaling,
+    /// How it keeps answers; none if it keeps none.
+    pub cache: Option<CacheSetting>,
 }
 
 /// The replicated part of serving.
@@ -285,6 +290,7 @@ impl StateModule for Serving {
                 if find(txn, &endpoint)?.deleting {
                     rollout::forget(txn, &endpoint);
                     scaling::forget(txn, &endpoint);
+                    cache::forget(txn, &endpoint);
                     txn.delete(ENDPOINTS, endpoint.as_bytes());
                 }
                 Vec::new()
@@ -294,6 +300,10 @@ impl StateModule for Serving {
             }
             Command::Scaling(command) => {
                 codec::encode_plain(&scaling::apply(context, txn, command)?)
+            }
+            Command::Cache(command) => {
+                cache::apply(txn, command)?;
+                Vec::new()
             }
         };
         Ok(Applied::changed(self.id(), response))
@@ -325,6 +335,7 @@ impl StateModule for Serving {
                 codec::encode_plain(&Routing {
                     rollout: rollout::newest(reader, &endpoint.name),
                     scaling: scaling::find(reader, &endpoint),
+                    cache: cache::find(reader, &endpoint.name),
                     endpoint,
                 })
             }
@@ -354,6 +365,7 @@ impl StateModule for Serving {
             (Caller::Head, _) => true,
             (caller, Command::Rollout(command)) => command::is_allowed(caller, &command),
             (caller, Command::Scaling(command)) => scaling::is_allowed(caller, &command),
+            (caller, Command::Cache(_)) => cache::is_allowed(caller),
             (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
             // Routers are the platform's own actors.
             (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,

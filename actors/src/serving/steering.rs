@@ -249,6 +249,7 @@ impl Steering {
                 version: arm.version(),
                 statistics: arm.statistics().clone(),
                 pending: arm.fleet().pending_count() as u64,
+                kept: arm.responses().size(),
             })
             .collect();
         if let Err(error) = meters.show_versions(&seen) {
@@ -268,6 +269,9 @@ impl Steering {
         };
         self.route(endpoint, open);
         self.drop_unwanted(endpoint, open);
+        for (arm, _) in self.arms.values() {
+            arm.responses().set(routing.cache);
+        }
         match (&routing.rollout, open) {
             (_, Some(rollout)) => self.judge(rollout).await,
             (Some(rollout), None) if !rollout.phase.is_open() => {

@@ -52,6 +52,7 @@ impl Pilot {
             endpoint,
             rollout,
             scaling,
+            ..
         } = routing;
         self.traffic.limit_rate(scaling.policy.rate_limit);
         if scaling.surplus > endpoint.replicas && !scaling.is_drained && replicas.are_drained {

@@ -16,6 +16,9 @@ const SIGNERS: &str = "x-mobula-signers";
 /// Microseconds by part.
 const TIMES: &str = "x-mobula-times-us";
 
+/// Whether the answer was kept from an earlier request: `hit` or `miss`; left out where nothing is kept.
+const CACHE: &str = "x-mobula-cache";
+
 /// Where an answer comes from and where its time went.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Explanation {
@@ -31,6 +34,8 @@ pub struct Explanation {
     pub compute: Duration,
     /// Taking this request's outputs out of the batch's.
     pub split: Duration,
+    /// Whether it was known from an earlier request; `None` where answers are not kept.
+    pub cached: Option<bool>,
 }
 
 impl Explanation {
@@ -47,6 +52,10 @@ impl Explanation {
         let times = parts.map(|(part, time)| format!("{part}={}", time.as_micros()));
         let mut headers = vec![(VERSION, version.to_owned()), (TIMES, times.join(", "))];
         headers.extend(self.digest.clone().map(|digest| (DIGEST, digest)));
+        headers.extend(self.cached.map(|known| {
+            let said = if known { "hit" } else { "miss" };
+            (CACHE, said.to_owned())
+        }));
         if !self.signers.is_empty() {
             headers.push((SIGNERS, self.signers.join(", ")));
         }
@@ -83,10 +92,12 @@ mod tests {
             ]
         );
         explanation.digest = Some("ab".to_owned());
+        explanation.cached = Some(true);
         explanation.signers = vec!["alice".to_owned(), "bob".to_owned()];
         let headers = explanation.headers("3", Duration::ZERO);
         assert!(headers.contains(&(DIGEST, "ab".to_owned())), "{headers:?}");
         assert!(headers.contains(&(SIGNERS, "alice, bob".to_owned())));
+        assert!(headers.contains(&(CACHE, "hit".to_owned())));
         assert!(is_asked(Some(b"True")) && !is_asked(Some(b"no")) && !is_asked(None));
     }
 }

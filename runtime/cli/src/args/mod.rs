@@ -42,7 +42,7 @@ pub(crate) use rollout::{
     RolloutCommand, RolloutPlanArguments, RolloutStartArguments, RolloutTarget,
 };
 pub(crate) use scaling::{ExplainScalingArguments, ScaleArguments};
-pub(crate) use serving::ServeCommand;
+pub(crate) use serving::{CacheArguments, ServeCommand};
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 
 /// An actor-based distributed runtime: a head, workers, and jobs made of actors, in one binary.
