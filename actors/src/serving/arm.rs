@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use super::access::keyring::now_ms;
 use super::access::rules::{Rule, first_met};
 use super::batcher::BatchAnswer;
+use super::cache::responses::Responses;
 use super::experiment::Plan;
 use super::experiment::tally::{Tally, Unit, Variant, variant};
 use super::feed::Feed;
@@ -25,7 +26,7 @@ use super::rollout::split::{self, Side};
 use super::rollout::trial::{Outcome, Trial};
 use super::rows::Row;
 use super::shadow::mirror::Shadowed;
-use super::statistics::{FailureReason, ModelStatistics, RequestTimes};
+use super::statistics::{Cached, FailureReason, ModelStatistics, RequestTimes};
 
 /// Requests that may wait for each replica while one of low priority is taken: a sixteenth of its queue, so that it costs
 /// others a fraction of a batch.
@@ -47,6 +48,7 @@ pub struct Arm<B> {
     fleet: Fleet<B>,
     feed: Feed,
     statistics: Mutex<ModelStatistics>,
+    responses: Responses,
     /// Find the replicas and feed the monitor; aborted when dropped.
     tasks: Mutex<JoinSet<()>>,
     /// Dropped with the arm.
@@ -73,6 +75,7 @@ impl<B: Backend> Arm<B> {
             fleet,
             feed,
             statistics: Mutex::default(),
+            responses: Responses::default(),
             tasks: Mutex::new(tasks),
             _gone: gone,
         };
@@ -119,9 +122,14 @@ impl<B: Backend> Arm<B> {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts an answered request.
-    pub fn record(&self, answer: &BatchAnswer<Row>, times: RequestTimes) {
+    /// Counts an answered request, and whether its answer was known.
+    pub fn record(&self, answer: &BatchAnswer<Row>, times: RequestTimes, cached: Option<Cached>) {
         let mut statistics = self.statistics();
+        match cached {
+            Some(Cached::Hit(looked)) => return statistics.record_cache_hit(times, looked),
+            Some(Cached::Miss(looked)) => statistics.record_cache_miss(looked),
+            None => {}
+        }
         statistics.record_success(answer.outputs.len() as u64, times, now_ms());
         if answer.is_first_in_batch {
             statistics.record_execution(answer.batch_rows as u64, times);
@@ -142,6 +150,12 @@ impl<B: Backend> Arm<B> {
             queued: queued as u64,
             limit: limit as u64,
         })
+    }
+
+    /// The answers of this version that are given again.
+    #[must_use]
+    pub fn responses(&self) -> &Responses {
+        &self.responses
     }
 
     /// Whether any of its replicas takes requests.

@@ -13,6 +13,8 @@ use tokio::time::Instant;
 use super::access::state::{Access, Command as AccessCommand, Doors};
 use super::autoscaler::state::Command as ScalingCommand;
 use super::autoscaler::{Policy, Scaling};
+use super::cache::CacheSetting;
+use super::cache::setting::Command as CacheCommand;
 use super::experiment::Experiment;
 use super::experiment::command::Command as ExperimentCommand;
 use super::graph::spec::GraphSpec;
@@ -336,4 +338,19 @@ async fn is_ready(
     }
     let body = response.text().await.unwrap_or_default();
     Err(format!("its router says {status}: {body}"))
+}
+
+/// Has an endpoint keep answers, or none.
+pub async fn set_cache(
+    cluster: &Cluster,
+    endpoint: &str,
+    setting: Option<CacheSetting>,
+) -> mobula::Result<()> {
+    let command = Command::Cache(CacheCommand::Set {
+        endpoint: endpoint.to_owned(),
+        setting,
+    });
+    let operation = "set a cache";
+    ask::apply(cluster, ModuleId::SERVING, operation, &command).await?;
+    Ok(())
 }

@@ -21,6 +21,7 @@ use super::access::state::Access;
 use super::arm::{Arm, Asker, Assigned, Attempt, Routes};
 use super::asynchronous::results::Results;
 use super::auth::Caller;
+use super::cache;
 use super::feed::ObservedRequest;
 use super::fleet::Backend;
 use super::http::{InferenceService, RepositoryChange, ServiceFuture};
@@ -32,7 +33,7 @@ use super::rollout::trial::Outcome;
 use super::rows::Row;
 use super::shadow::mirror::{COPY_TIMEOUT, Mirror};
 use super::signature::Signature;
-use super::statistics::{FailureReason, ModelStatistics, RequestTimes};
+use super::statistics::{Cached, FailureReason, ModelStatistics, RequestTimes};
 
 /// Answers the protocol for one endpoint.
 pub struct EndpointService<B> {
@@ -241,19 +242,19 @@ impl<B: Backend> EndpointService<B> {
         compute_input: Duration,
         asked: Asked,
     ) -> Result<InferResponse, OipError> {
-        let answered = arm
-            .fleet()
-            .infer_within(&self.metadata.name, rows.clone(), asked.limit);
-        let answer = answered.await?;
+        let found = cache::ask(arm, &self.metadata.name, rows.clone(), asked.limit).await?;
         let splitting = Instant::now();
-        let mut response = self.response(arm.version(), answer.outputs.clone())?;
+        let mut response = self.response(arm.version(), found.answer.outputs.clone())?;
+        let compute_output = splitting.elapsed();
+        // Only what is an answer is given again.
+        let (answer, cached) = found.keep();
         let times = RequestTimes {
             queue: answer.queued,
             compute_input,
             compute_infer: answer.computed,
-            compute_output: splitting.elapsed(),
+            compute_output,
         };
-        arm.record(&answer, times);
+        arm.record(&answer, times, cached);
         response.explanation = asked.explain.then(|| {
             let origin = arm.origin();
             Explanation {
@@ -263,6 +264,7 @@ impl<B: Backend> EndpointService<B> {
                 queue: times.queue,
                 compute: times.compute_infer,
                 split: times.compute_output,
+                cached: cached.map(|cached| matches!(cached, Cached::Hit(_))),
                 ..Explanation::default()
             }
         });

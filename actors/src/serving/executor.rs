@@ -31,28 +31,11 @@ pub(super) struct Executor<S> {
     orders: mpsc::Sender<Order<S>>,
 }
 
-impl<S: 'static> Executor<S> {
-    /// Starts the thread, and makes there what it holds.
-    pub(super) async fn start<E: Send + 'static>(
-        make: impl FnOnce() -> Result<S, E> + Send + 'static,
-    ) -> Result<Result<Self, E>, ExecutorError> {
+impl<S: Send + 'static> Executor<S> {
+    /// Starts the thread.
+    pub(super) fn start(state: S) -> Result<Self, ExecutorError> {
         let (orders, mut ordered) = mpsc::channel::<Order<S>>(ORDERS_MAX);
-        let (made, is_made) = oneshot::channel();
         let work = move || {
-            let state = match caught(make) {
-                Ok(Ok(state)) => {
-                    let _ = made.send(Ok(Ok(())));
-                    state
-                }
-                Ok(Err(error)) => {
-                    let _ = made.send(Ok(Err(error)));
-                    return;
-                }
-                Err(panic) => {
-                    let _ = made.send(Err(panic));
-                    return;
-                }
-            };
             while let Some(order) = ordered.blocking_recv() {
                 order(&state);
             }
@@ -61,8 +44,7 @@ impl<S: 'static> Executor<S> {
             .name("model".to_owned())
             .spawn(work)
             .map_err(|error| ExecutorError::Start(error.to_string()))?;
-        let made = is_made.await.unwrap_or(Err(ExecutorError::Ended))?;
-        Ok(made.map(|()| Executor { orders }))
+        Ok(Executor { orders })
     }
 
     /// Has something computed.
@@ -100,10 +82,7 @@ mod tests {
 
     #[tokio::test]
     async fn it_computes_elsewhere_and_outlives_a_panic() {
-        let executor = Executor::start(|| Ok::<_, String>(7u32))
-            .await
-            .unwrap()
-            .unwrap();
+        let executor = Executor::start(7u32).unwrap();
         let here = std::thread::current().id();
         let there = executor.run(|_| std::thread::current().id()).await.unwrap();
         assert_ne!(here, there);
@@ -117,21 +96,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_made_says_why() {
-        let refused = Executor::<u32>::start(|| Err("no".to_owned()))
-            .await
-            .unwrap();
-        assert_eq!(refused.err().as_deref(), Some("no"));
-        let panicked = Executor::<u32>::start(|| -> Result<u32, String> { panic!("oh") }).await;
-        assert!(matches!(panicked, Err(ExecutorError::Panicked(text)) if text == "oh"));
-    }
-
-    #[tokio::test]
     async fn what_nobody_waits_for_is_not_begun() {
-        let executor = Executor::start(|| Ok::<_, String>(()))
-            .await
-            .unwrap()
-            .unwrap();
+        let executor = Executor::start(()).unwrap();
         let (release, is_released) = std::sync::mpsc::channel::<()>();
         let begun = Arc::new(AtomicUsize::new(0));
         let count = |begun: &Arc<AtomicUsize>| {

@@ -13,7 +13,7 @@ use super::guard::traffic::Counts;
 use super::statistics::{FailureReason, ModelStatistics};
 
 /// What a version has, in the order of [`version_values`].
-const VERSION_NAMES: [&str; 9] = [
+const VERSION_NAMES: [&str; 15] = [
     "nv_inference_request_success",
     "nv_inference_count",
     "nv_inference_exec_count",
@@ -23,6 +23,12 @@ const VERSION_NAMES: [&str; 9] = [
     "nv_inference_compute_infer_duration_us",
     "nv_inference_compute_output_duration_us",
     "nv_inference_pending_request_count",
+    "nv_cache_num_hits_per_model",
+    "nv_cache_num_misses_per_model",
+    "nv_cache_hit_duration_per_model",
+    "nv_cache_miss_duration_per_model",
+    "mobula_serving_cache_answers",
+    "mobula_serving_cache_bytes",
 ];
 
 /// The one that has a reason beside its version.
@@ -72,6 +78,8 @@ pub(super) struct VersionSeen {
     pub(super) version: u64,
     pub(super) statistics: ModelStatistics,
     pub(super) pending: u64,
+    /// Answers that are kept, and what they take.
+    pub(super) kept: (usize, u64),
 }
 
 /// The metrics of an endpoint.
@@ -189,6 +197,12 @@ fn version_values(seen: &VersionSeen) -> [f64; VERSION_NAMES.len()] {
         micros(statistics.compute_infer.ns),
         micros(statistics.compute_output.ns),
         seen.pending as f64,
+        statistics.cache_hit.count as f64,
+        statistics.cache_miss.count as f64,
+        micros(statistics.cache_hit.ns),
+        micros(statistics.cache_miss.ns),
+        seen.kept.0 as f64,
+        seen.kept.1 as f64,
     ]
 }
 
@@ -205,6 +219,7 @@ mod tests {
                 version,
                 statistics: ModelStatistics::default(),
                 pending: 0,
+                kept: (0, 0),
             };
             meters.show_versions(&[seen]).unwrap();
         }

@@ -9,8 +9,10 @@
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, `versions` reaches
 //!   them, [`arm`] is one of them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
 //!   the protocol, [`feed`] tells the monitor, and `labels` brings it the truth later.
+//! * [`cache`]: answers that are given again, for endpoints that ask for it.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
-//! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`; [`onnx`]: models that other
+//! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`, kept by
+//!   `model_cache`; [`onnx`]: models that other
 //!   tools wrote.
 //! * [`signature`]: what versions take and give; [`rows`]: what is joined into batches and taken apart again.
 //! * [`graph`]: endpoints that answer one request together, as one model.
@@ -37,6 +39,7 @@ pub mod auth;
 pub mod autoscaler;
 pub mod batch_inference;
 pub mod batcher;
+pub mod cache;
 pub mod client;
 mod compression;
 pub mod controller;
@@ -55,6 +58,7 @@ pub mod ingress;
 mod labels;
 mod lane;
 mod meters;
+mod model_cache;
 pub mod oip;
 pub mod onnx;
 pub mod patience;

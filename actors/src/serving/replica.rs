@@ -4,15 +4,17 @@
 //! 1. It answers with the version that it was created for: the file is verified before the first
 //!    answer, and a replica that cannot load it does not start.
 //! 2. It has no state of its own, so it may be started again anywhere at any time.
-//! 3. The model computes on a thread of its own, and has answered once before the replica is ready.
+//! 3. The model computes on a thread of its own, and has answered once before the replica is ready. Replicas of one version
+//!    in one process share it.
 
 use std::time::Instant;
 
-use mobula::{ActorContext, ContextExt};
+use mobula::{ActorContext, ContextExt, StorageLocation};
 use mobula_core::id::Incarnation;
 use serde::{Deserialize, Serialize};
 
 use super::executor::{Executor, ExecutorError};
+use super::model_cache::{MODELS, Used};
 use super::predictor::Predictor;
 use super::rows::{Batch, ROWS_MAX};
 use crate::registry::artifact::Artifact;
@@ -72,9 +74,22 @@ impl From<ExecutorError> for ReplicaError {
     }
 }
 
+/// Builds a version's model apart from the threads that read and write.
+async fn load(
+    storage: &StorageLocation,
+    digest: &str,
+    size_bytes: u64,
+) -> Result<Predictor, ReplicaError> {
+    let blobs = open_blobs(storage).map_err(VersionFileError::from)?;
+    let artifact = Artifact::load(&blobs, digest, size_bytes).await?;
+    let building = tokio::task::spawn_blocking(move || Predictor::new(&artifact));
+    let built = building.await;
+    Ok(built.map_err(|error| ReplicaError::Thread(error.to_string()))??)
+}
+
 /// Answers for one model version.
 pub struct Replica {
-    model: Executor<Predictor>,
+    model: Executor<Used<'static, Predictor>>,
 }
 
 #[mobula::actor(name = "mobula.replica")]
@@ -88,10 +103,11 @@ impl Replica {
         digest: String,
         size_bytes: u64,
     ) -> Result<Self, ReplicaError> {
-        let blobs = open_blobs(ctx.storage()).map_err(VersionFileError::from)?;
-        let artifact = Artifact::load(&blobs, &digest, size_bytes).await?;
+        let storage = ctx.storage();
+        let loading = load(storage, &digest, size_bytes);
+        let loaded = MODELS.get(&digest, size_bytes, loading).await?;
         let replica = Replica {
-            model: Executor::start(move || Predictor::new(&artifact)).await??,
+            model: Executor::start(loaded)?,
         };
         tracing::info!(model, version, digest, "a replica is ready");
         Ok(replica)

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::access::state as access;
 use super::autoscaler::{Scaling, state as scaling};
+use super::cache::{CacheSetting, setting as cache};
 use super::experiment::{Experiment, command as experiments, state as experiment};
 use super::graph::state as graph;
 use super::ingress::plan::address_of;
@@ -114,6 +115,8 @@ pub enum Command {
     Access(access::Command),
     /// A change of a graph. Answer: [`graph::Graph`].
     Graph(graph::Command),
+    /// A change of how an endpoint keeps answers. Answer: nothing.
+    Cache(cache::Command),
 }
 
 /// A question. Append-only: positions are tags.
@@ -171,7 +174,7 @@ pub enum Query {
     },
 }
 
-/// An endpoint with its newest rollout, and how it is scaled.
+/// An endpoint with its newest rollout, how it is scaled, and how it keeps answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Routing {
     /// The endpoint.
@@ -180,6 +183,8 @@ pub struct Routing {
     pub rollout: Option<Rollout>,
     /// How it is scaled.
     pub scaling: Scaling,
+    /// How it keeps answers; none if it keeps none.
+    pub cache: Option<CacheSetting>,
 }
 
 /// All that a router goes by.
@@ -209,6 +214,7 @@ fn routing(reader: &dyn Reader, name: &str) -> Result<Routing, Rejection> {
     Ok(Routing {
         rollout: rollout::newest(reader, &endpoint.name),
         scaling: scaling::find(reader, &endpoint),
+        cache: cache::find(reader, &endpoint.name),
         endpoint,
     })
 }
@@ -366,6 +372,7 @@ impl StateModule for Serving {
                     experiment::forget(txn, &endpoint);
                     scaling::forget(txn, &endpoint);
                     access::forget(txn, &endpoint);
+                    cache::forget(txn, &endpoint);
                     txn.delete(ENDPOINTS, endpoint.as_bytes());
                 }
                 Vec::new()
@@ -381,6 +388,10 @@ impl StateModule for Serving {
             }
             Command::Access(command) => codec::encode_plain(&access::apply(context, txn, command)?),
             Command::Graph(command) => codec::encode_plain(&graph::apply(context, txn, command)?),
+            Command::Cache(command) => {
+                cache::apply(txn, command)?;
+                Vec::new()
+            }
         };
         Ok(Applied::changed(self.id(), response))
     }
@@ -457,6 +468,7 @@ impl StateModule for Serving {
             (caller, Command::Experiment(command)) => experiments::is_allowed(caller, &command),
             (caller, Command::Access(_)) => access::is_allowed(caller),
             (caller, Command::Graph(_)) => graph::is_allowed(caller),
+            (caller, Command::Cache(_)) => cache::is_allowed(caller),
             (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
             // Routers are the platform's own actors.
             (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,

@@ -105,6 +105,15 @@ impl RequestTimes {
     }
 }
 
+/// Whether the answer of a request was known, and how long it was looked for and kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cached {
+    /// It was.
+    Hit(Duration),
+    /// It was not.
+    Miss(Duration),
+}
+
 /// The executions of one batch size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(super) struct BatchTimes {
@@ -127,6 +136,8 @@ pub struct ModelStatistics {
     pub(super) compute_input: DurationCount,
     pub(super) compute_infer: DurationCount,
     pub(super) compute_output: DurationCount,
+    pub(super) cache_hit: DurationCount,
+    pub(super) cache_miss: DurationCount,
     pub(super) batches: BTreeMap<u64, BatchTimes>,
 }
 
@@ -140,6 +151,18 @@ impl ModelStatistics {
         self.compute_input.add(times.compute_input);
         self.compute_infer.add(times.compute_infer);
         self.compute_output.add(times.compute_output);
+    }
+
+    /// Counts a request whose answer was known, and which no model computed.
+    pub fn record_cache_hit(&mut self, times: RequestTimes, looked: Duration) {
+        self.success.add(times.total() + looked);
+        self.queue.add(times.queue);
+        self.cache_hit.add(looked);
+    }
+
+    /// Counts that an answer was looked for and not there; what became of the request is counted besides.
+    pub fn record_cache_miss(&mut self, looked: Duration) {
+        self.cache_miss.add(looked);
     }
 
     /// Counts a request that failed after some time.
@@ -173,6 +196,8 @@ impl ModelStatistics {
         self.compute_input.merge(other.compute_input);
         self.compute_infer.merge(other.compute_infer);
         self.compute_output.merge(other.compute_output);
+        self.cache_hit.merge(other.cache_hit);
+        self.cache_miss.merge(other.cache_miss);
         for (rows, times) in &other.batches {
             let batch = self.batches.entry(*rows).or_default();
             batch.compute_input.merge(times.compute_input);
@@ -208,7 +233,6 @@ impl ModelStatistics {
     /// The answer to a statistics request.
     #[must_use]
     pub fn to_json(&self, model: &str, version: &str) -> Value {
-        let nothing = DurationCount::default().to_json();
         let batches = self.batches.iter().map(|(rows, times)| {
             json!({
                 "batch_size": rows,
@@ -230,9 +254,8 @@ impl ModelStatistics {
                 "compute_input": self.compute_input.to_json(),
                 "compute_infer": self.compute_infer.to_json(),
                 "compute_output": self.compute_output.to_json(),
-                // There is no response cache, so these stay at zero, but clients read them.
-                "cache_hit": nothing,
-                "cache_miss": nothing,
+                "cache_hit": self.cache_hit.to_json(),
+                "cache_miss": self.cache_miss.to_json(),
             },
             "batch_stats": batches.collect::<Vec<_>>(),
         }]})
@@ -265,6 +288,30 @@ mod tests {
         for (at, reason) in FailureReason::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, at);
         }
+    }
+
+    #[test]
+    fn known_answers_are_requests_and_no_inferences() {
+        let mut statistics = ModelStatistics::default();
+        let times = RequestTimes {
+            queue: Duration::ZERO,
+            compute_input: Duration::from_nanos(3),
+            compute_infer: Duration::ZERO,
+            compute_output: Duration::from_nanos(4),
+        };
+        statistics.record_cache_miss(Duration::from_nanos(9));
+        statistics.record_success(2, times, 5);
+        statistics.record_cache_hit(times, Duration::from_nanos(20));
+        statistics.record_cache_hit(times, Duration::from_nanos(30));
+        let json = statistics.to_json("m", "1");
+        let stats = &json["model_stats"][0];
+        assert_eq!(stats["inference_count"], 2);
+        let of = &stats["inference_stats"];
+        assert_eq!(of["success"], json!({"count": 3, "ns": 7 * 3 + 50}));
+        assert_eq!(of["queue"]["count"], 3);
+        assert_eq!(of["compute_infer"]["count"], 1);
+        assert_eq!(of["cache_hit"], json!({"count": 2, "ns": 50}));
+        assert_eq!(of["cache_miss"], json!({"count": 1, "ns": 9}));
     }
 
     #[test]

@@ -162,6 +162,7 @@ impl Steering {
                 version: arm.version(),
                 statistics: arm.statistics().clone(),
                 pending: arm.fleet().pending_count() as u64,
+                kept: arm.responses().size(),
             })
             .collect();
         if let Err(error) = meters.show_versions(&seen) {
@@ -197,6 +198,9 @@ impl Steering {
         self.shadow(endpoint, open, shadow.as_ref());
         self.route(endpoint, open, compared);
         self.drop_unwanted(endpoint, open, under_way);
+        for (arm, _) in self.arms.values() {
+            arm.responses().set(routing.cache);
+        }
         match (&routing.rollout, open) {
             (_, Some(rollout)) => self.judge(rollout).await,
             (Some(rollout), None) if !rollout.phase.is_open() => {

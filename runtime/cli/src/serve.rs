@@ -13,6 +13,7 @@ use mobula::Cluster;
 use mobula_actors::registry;
 use mobula_actors::registry::search::Selector;
 use mobula_actors::serving::autoscaler::Policy;
+use mobula_actors::serving::cache::CacheSetting;
 use mobula_actors::serving::client;
 use mobula_actors::serving::controller::replica_name;
 use mobula_actors::serving::state::Endpoint;
@@ -21,7 +22,7 @@ use mobula_core::id::JobId;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::args::{ServeCommand, Target};
+use crate::args::{CacheArguments, ServeCommand, Target};
 use crate::clock::SystemClock;
 use crate::connect::connect;
 use crate::models::name::VersionName;
@@ -136,6 +137,7 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
         ServeCommand::Graph(command) => graph::run(&cluster, command).await,
         ServeCommand::Batch(arguments) => batch::run(&cluster, arguments).await,
         ServeCommand::Ingress(format) => ingress::run(&cluster, format).await,
+        ServeCommand::Cache(arguments) => cache(&cluster, arguments).await,
         ServeCommand::List(format) => list(&cluster, format.json).await,
         ServeCommand::Delete { endpoint } => {
             client::delete(&cluster, &endpoint).await?;
@@ -147,6 +149,30 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
             Ok(())
         }
     }
+}
+
+async fn cache(cluster: &Cluster, arguments: CacheArguments) -> anyhow::Result<()> {
+    let endpoint = &arguments.endpoint;
+    let setting = (!arguments.off).then(|| CacheSetting {
+        bytes: arguments.mib.saturating_mul(1 << 20),
+        ttl_ms: arguments.ttl,
+    });
+    client::set_cache(cluster, endpoint, setting).await?;
+    if arguments.format.json {
+        return print_json(&json!({
+            "endpoint": endpoint,
+            "cache_bytes": setting.map(|setting| setting.bytes),
+            "ttl_ms": setting.map(|setting| setting.ttl_ms),
+        }));
+    }
+    match setting {
+        Some(setting) => println!(
+            "{endpoint} keeps answers of up to {} bytes a version, each for {} ms",
+            setting.bytes, setting.ttl_ms
+        ),
+        None => println!("{endpoint} keeps no answers"),
+    }
+    Ok(())
 }
 
 async fn print_deployment(endpoint: &Endpoint, token: &str, json: bool) -> anyhow::Result<()> {

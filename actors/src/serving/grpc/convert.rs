@@ -328,9 +328,8 @@ impl ModelStatistics {
                 compute_input: duration(self.compute_input),
                 compute_infer: duration(self.compute_infer),
                 compute_output: duration(self.compute_output),
-                // There is no response cache, so these stay at zero, but clients read them.
-                cache_hit: duration(DurationCount::default()),
-                cache_miss: duration(DurationCount::default()),
+                cache_hit: duration(self.cache_hit),
+                cache_miss: duration(self.cache_miss),
             }),
             batch_stats: self.batches.iter().map(batch).collect(),
         }

@@ -20,6 +20,9 @@ const NODES: &str = "x-mobula-nodes-us";
 /// Microseconds by part.
 const TIMES: &str = "x-mobula-times-us";
 
+/// Whether the answer was kept from an earlier request: `hit` or `miss`; left out where nothing is kept.
+const CACHE: &str = "x-mobula-cache";
+
 /// Where an answer comes from and where its time went.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Explanation {
@@ -39,6 +42,8 @@ pub struct Explanation {
     pub rule: Option<String>,
     /// Of a graph, what became of each node.
     pub nodes: Vec<String>,
+    /// Whether it was known from an earlier request; `None` where answers are not kept.
+    pub cached: Option<bool>,
 }
 
 impl Explanation {
@@ -59,6 +64,10 @@ impl Explanation {
             headers.push((NODES, self.nodes.join(", ")));
         }
         headers.extend(self.rule.clone().map(|rule| (RULE, rule)));
+        headers.extend(self.cached.map(|known| {
+            let said = if known { "hit" } else { "miss" };
+            (CACHE, said.to_owned())
+        }));
         if !self.signers.is_empty() {
             headers.push((SIGNERS, self.signers.join(", ")));
         }
@@ -95,12 +104,14 @@ mod tests {
             ]
         );
         explanation.digest = Some("ab".to_owned());
+        explanation.cached = Some(true);
         explanation.signers = vec!["alice".to_owned(), "bob".to_owned()];
         explanation.rule = Some("header x-tier=beta to version 3".to_owned());
         let headers = explanation.headers("3", Duration::ZERO);
         assert!(headers.contains(&(DIGEST, "ab".to_owned())), "{headers:?}");
         assert!(headers.contains(&(SIGNERS, "alice, bob".to_owned())));
         assert!(headers.contains(&(RULE, "header x-tier=beta to version 3".to_owned())));
+        assert!(headers.contains(&(CACHE, "hit".to_owned())));
         assert!(is_asked(Some(b"True")) && !is_asked(Some(b"no")) && !is_asked(None));
     }
 }

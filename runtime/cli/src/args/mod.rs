@@ -48,7 +48,8 @@ pub(crate) use rollout::{
 };
 pub(crate) use scaling::{ExplainScalingArguments, ScaleArguments};
 pub(crate) use serving::{
-    ServeBatchArguments, ServeCommand, ServeGraphCommand, ServeRouteCommand, ServeTokensCommand,
+    CacheArguments, ServeBatchArguments, ServeCommand, ServeGraphCommand, ServeRouteCommand,
+    ServeTokensCommand,
 };
 pub(crate) use training::{CheckpointsCommand, StoreArguments, TrainArguments, TrainCommand};
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::Arguments;
 
 /// What the names of our metrics begin with.
-const PREFIXES: [&str; 3] = ["mobula_", "nv_inference_", "ml_"];
+const PREFIXES: [&str; 4] = ["mobula_", "nv_inference_", "nv_cache_", "ml_"];
 
 /// What the text format appends to a name.
 const SUFFIXES: [&str; 4] = ["_total", "_bucket", "_sum", "_count"];

@@ -47,6 +47,9 @@ pub(crate) enum ServeCommand {
     Batch(ServeBatchArguments),
     /// The addresses at which workers answer for all endpoints (`mobula worker --ingress`).
     Ingress(Format),
+    /// Have an endpoint give the answers of equal requests again without computing them, for as long as they are kept. Only for
+    /// models that answer the same to the same.
+    Cache(CacheArguments),
     /// Stop serving.
     Delete {
         /// The endpoint's name.
@@ -209,4 +212,21 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=');
     pair.map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
         .ok_or_else(|| format!("`{text}` is not NAME=VALUE, such as x-tier=beta"))
+}
+
+#[derive(Args)]
+pub(crate) struct CacheArguments {
+    /// The endpoint's name.
+    pub(crate) endpoint: String,
+    /// Memory for the answers of each version, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64, conflicts_with = "off")]
+    pub(crate) mib: u64,
+    /// How long an answer is given again, such as `10m`.
+    #[arg(long, default_value = "60s", value_parser = parse_duration_ms, conflicts_with = "off")]
+    pub(crate) ttl: u64,
+    /// Keep no answers.
+    #[arg(long)]
+    pub(crate) off: bool,
+    #[command(flatten)]
+    pub(crate) format: Format,
 }

@@ -44,7 +44,8 @@ fn is_of_training(name: &str) -> bool {
 
 /// Whether there is one for each endpoint.
 fn is_of_serving(name: &str) -> bool {
-    name.starts_with("mobula_serving_") || name.starts_with("nv_inference_")
+    let prefixes = ["mobula_serving_", "nv_inference_", "nv_cache_"];
+    prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// What an endpoint's worker exports of it is what is documented.

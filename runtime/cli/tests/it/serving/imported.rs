@@ -257,3 +257,44 @@ fn an_endpoint_and_onnxruntime_answer_the_same() {
         assert!(said["values"].as_u64().unwrap() >= 16, "{name}: {said}");
     }
 }
+
+#[test]
+fn an_endpoint_with_a_cache_says_what_it_knew_already() {
+    let imported = Imported::up();
+    imported.register("mlp", &[]);
+    let deployment = imported.deploy("mlp");
+    let set = imported
+        .cluster
+        .json(&["serve", "cache", "mlp", "--mib", "1", "--ttl", "1h"]);
+    assert_eq!(
+        (&set["cache_bytes"], &set["ttl_ms"]),
+        (&json!(1 << 20), &json!(3_600_000))
+    );
+    let case = &cases("mlp")[0];
+    let request = json!({"inputs": case["inputs"]});
+    let path = "/v2/models/mlp/stats";
+    let counted = |what: &str| {
+        let (_, stats) = imported.call(&deployment, Method::GET, path, &json!(null));
+        stats["model_stats"][0]["inference_stats"][what]["count"]
+            .as_u64()
+            .unwrap()
+    };
+    // The router looks at its row twice a second.
+    wait_for("an answer that was kept", || {
+        let (status, answer) = imported.infer(&deployment, &request);
+        assert_eq!(status, 200, "{answer}");
+        assert_near(
+            &output(&answer, "probabilities")["data"],
+            &case["outputs"][0]["data"],
+        );
+        (counted("cache_hit") > 0).then_some(())
+    });
+    assert_eq!(counted("cache_miss"), 1);
+    imported.cluster.ok(&["serve", "cache", "mlp", "--off"]);
+    let said = imported
+        .cluster
+        .refused(&["serve", "cache", "mlp", "--mib", "0"]);
+    assert!(said.contains("a cache of 0 bytes"), "{said}");
+    let said = imported.cluster.refused(&["serve", "cache", "nobody"]);
+    assert!(said.contains("no endpoint is called"), "{said}");
+}
