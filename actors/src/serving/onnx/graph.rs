@@ -13,6 +13,7 @@ use tract_onnx::prelude::DatumType;
 use super::OnnxError;
 use super::values::datatype_of;
 use crate::serving::oip::TensorMetadata;
+use crate::serving::rows::BATCH_BYTES_MAX;
 
 /// Nodes of a graph, with those of the graphs inside it: the largest public models have some thousands.
 const NODES_MAX: usize = 50_000;
@@ -289,6 +290,27 @@ pub(super) fn check_output(
             sizes.unwrap_or_default(),
             computed.datatype,
             computed.shape
+        ),
+    })
+}
+
+/// Refuses an input of which not even the smallest request could be sent.
+pub(super) fn check_size(input: &TensorMetadata) -> Result<(), OnnxError> {
+    // Open dimensions may be 1.
+    let sizes = input
+        .shape
+        .iter()
+        .map(|size| u64::try_from(*size).unwrap_or(1));
+    let element_bytes = input.datatype.size_bytes().unwrap_or(1) as u64;
+    let size_bytes = sizes.fold(element_bytes, u64::saturating_mul);
+    if size_bytes <= BATCH_BYTES_MAX as u64 {
+        return Ok(());
+    }
+    Err(OnnxError::Tensor {
+        kind: "input",
+        name: input.name.clone(),
+        reason: format!(
+            "takes {size_bytes} bytes at least, the limit of a request is {BATCH_BYTES_MAX}: use a smaller one"
         ),
     })
 }

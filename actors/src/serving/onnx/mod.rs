@@ -114,6 +114,9 @@ impl OnnxModel {
     pub fn warm_up(&self) -> Result<u64, OnnxError> {
         let mut failure = OnnxError::Run("it was not tried".to_owned());
         for size in TRIED_SIZES {
+            if self.row_bytes(size) > BATCH_BYTES_MAX as u64 {
+                break;
+            }
             match self.run(self.sample(1, size)) {
                 Ok(_) => return Ok(size),
                 Err(error) => failure = error,
@@ -181,6 +184,20 @@ impl OnnxModel {
             rows: self.is_batched.then_some(rows),
             cells: self.inputs.iter().map(cell).collect(),
         }
+    }
+
+    /// What the inputs of one row take with open dimensions of this size.
+    fn row_bytes(&self, open_size: u64) -> u64 {
+        let of_one = |input: &TensorMetadata| {
+            let sizes = input.shape.iter().enumerate();
+            let sizes = sizes.map(|(axis, size)| match (self.is_batched, axis) {
+                (true, 0) => 1,
+                _ => u64::try_from(*size).unwrap_or(open_size),
+            });
+            let element_bytes = input.datatype.size_bytes().unwrap_or(1) as u64;
+            sizes.fold(element_bytes, u64::saturating_mul)
+        };
+        self.inputs.iter().map(of_one).fold(0, u64::saturating_add)
     }
 
     fn has_open_dimensions(&self) -> bool {
@@ -279,7 +296,9 @@ fn build(engine: &tract_onnx::Onnx, proto: &ModelProto) -> Result<OnnxModel, Onn
     let mut inputs = Vec::with_capacity(input_names.len());
     for (index, name) in input_names.into_iter().enumerate() {
         let fact = typed.input_fact(index).map_err(refused)?;
-        inputs.push(described("input", name, fact)?);
+        let input = described("input", name, fact)?;
+        graph::check_size(&input)?;
+        inputs.push(input);
     }
     let declared = &proto
         .graph
