@@ -161,8 +161,8 @@ impl ImportedFile {
         let description: Description = codec::decode(description, DESCRIPTION_BYTES_MAX)
             .map_err(|error| malformed(error.to_string()))?;
         let content = bytes.slice(content..);
-        let sizes = description.files.values();
-        let claimed = sizes.fold(Some(0u64), |sum, size| sum?.checked_add(*size));
+        let mut sizes = description.files.values();
+        let claimed = sizes.try_fold(0u64, |sum, size| sum.checked_add(*size));
         if claimed != Some(content.len() as u64) {
             return Err(malformed(format!(
                 "its files claim {claimed:?} bytes, {} follow",

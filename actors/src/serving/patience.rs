@@ -133,7 +133,7 @@ impl Default for Arrivals {
 /// Where a range ends, in seconds.
 fn end_of(range: usize) -> f64 {
     let doubled = (1u64 << (range / 2)) as f64;
-    let factor = if range % 2 == 0 { 1.0 } else { SQRT_2 };
+    let factor = if range.is_multiple_of(2) { 1.0 } else { SQRT_2 };
     1e-6 * doubled * factor
 }
 

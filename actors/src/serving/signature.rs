@@ -159,16 +159,16 @@ impl Signature {
     #[must_use]
     pub fn body_limits(&self) -> BodyLimits {
         let elements = |shape: &[i64]| {
-            let known = shape.iter().skip(usize::from(self.max_batch_size > 0));
-            known.fold(Some(1usize), |count, dimension| {
-                count?.checked_mul(usize::try_from(*dimension).ok()?)
+            let mut known = shape.iter().skip(usize::from(self.max_batch_size > 0));
+            known.try_fold(1usize, |count, dimension| {
+                count.checked_mul(usize::try_from(*dimension).ok()?)
             })
         };
         let row = self
             .inputs
             .iter()
             .map(|input| elements(&input.shape))
-            .fold(Some(0usize), |sum, count| sum?.checked_add(count?));
+            .try_fold(0usize, |sum, count| sum.checked_add(count?));
         let rows = self.max_batch_size.max(1) as usize;
         let full = row.and_then(|row| row.checked_mul(rows * VALUE_TEXT_BYTES));
         let max_bytes = full.and_then(|bytes| bytes.checked_add(64 * 1024));

@@ -301,9 +301,11 @@ impl DomainModel {
             serving::Command::Rollout(_) => result.is_ok(),
             // Nor is anything scaled: `actors/src/serving/autoscaler/state_tests.rs` has what holds.
             serving::Command::Scaling(_) | serving::Command::Experiment(_) => result.is_ok(),
-            // Nor has anything tokens, rules or graphs: the tests beside `actors/src/serving/access/state.rs` and
+            // Nor has anything tokens, rules, graphs or kept answers: the tests beside `actors/src/serving/access/state.rs` and
             // `actors/src/serving/graph/state.rs` have what holds.
-            serving::Command::Access(_) | serving::Command::Graph(_) => result.is_ok(),
+            serving::Command::Access(_)
+            | serving::Command::Graph(_)
+            | serving::Command::Cache(_) => result.is_ok(),
         };
         if result.is_ok() == is_done {
             return Ok(());

@@ -345,6 +345,7 @@ impl Worker {
 mod tests {
     use super::super::EVENTS_MAX;
     use super::*;
+    use crate::sim::options::SECOND;
 
     /// What had arrived at a stopped worker was put off to the end of its stop. When it went on earlier, it
     /// heard an old list of what should run after the orders that came behind that list, and ended what it

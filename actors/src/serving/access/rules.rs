@@ -95,7 +95,10 @@ impl Matcher {
                     .get(name)
                     .is_some_and(|given| match given {
                         Parameter::String(text) => text == value,
-                        other => other.to_json().to_string() == *value,
+                        // As they are written in JSON.
+                        Parameter::Bool(given) => value.parse() == Ok(*given),
+                        Parameter::Int(given) => value.parse() == Ok(*given),
+                        Parameter::Float(given) => value.parse() == Ok(*given),
                     })
             }
         }

@@ -155,8 +155,8 @@ impl<R: BufRead> Rows<R> {
                 ))));
             }
             let line = line.trim_ascii();
-            let is_row = !line.is_empty() && !(is_first && self.format.is_header(line));
-            if is_row {
+            let is_header = is_first && self.format.is_header(line);
+            if !line.is_empty() && !is_header {
                 return Ok(Some(Ok(line.to_vec())));
             }
         }

@@ -40,8 +40,8 @@ pub(crate) use policy::{
     ActionArgument, AdminSigning, ApprovalsCommand, DataCommand, PolicyCommand, SubjectArguments,
 };
 pub(crate) use registry::{
-    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RiskArgument,
-    SearchArguments, SigningArguments,
+    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RegisterArguments,
+    RiskArgument, SearchArguments, SigningArguments,
 };
 pub(crate) use rollout::{
     RolloutCommand, RolloutPlanArguments, RolloutStartArguments, RolloutTarget,
