@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use mobula::metrics::{Counter, counter};
 use tokio::time::Instant;
 
 use super::condition::Operand;
@@ -44,6 +45,33 @@ pub struct GraphModel {
     name: String,
     spec: GraphSpec,
     statistics: Mutex<ModelStatistics>,
+    meters: Option<Meters>,
+}
+
+/// How long executions took, as a sum in seconds and their number: the mean of any time is a quotient of two differences.
+struct Meters {
+    seconds: Counter,
+    count: Counter,
+}
+
+impl Meters {
+    /// Those of a graph; none where the process has no room for them.
+    fn of(graph: &str) -> Option<Self> {
+        let made = |name| {
+            counter(name, &[("graph", graph)])
+                .inspect_err(|error| tracing::warn!(%error, "a figure of a graph is not shown"))
+                .ok()
+        };
+        Some(Meters {
+            seconds: made("ml_pipeline_executions_duration_seconds")?,
+            count: made("ml_pipeline_executions")?,
+        })
+    }
+
+    fn add(&self, taken: Duration) {
+        self.seconds.add(taken.as_secs_f64());
+        self.count.increment();
+    }
 }
 
 /// What became of a node.
@@ -64,6 +92,7 @@ impl GraphModel {
             name: name.to_owned(),
             spec,
             statistics: Mutex::default(),
+            meters: Meters::of(name),
         }
     }
 
@@ -106,6 +135,9 @@ impl GraphModel {
             .first()
             .and_then(|input| input.shape().first().copied());
         let answered = self.run(endpoints, &request).await;
+        if let Some(meters) = &self.meters {
+            meters.add(began.elapsed());
+        }
         let mut statistics = self
             .statistics
             .lock()

@@ -42,6 +42,11 @@ fn is_of_training(name: &str) -> bool {
     name.starts_with("mobula_training_") || name.starts_with("ml_data_integration_")
 }
 
+/// Whether there is one for each graph.
+fn is_of_graphs(name: &str) -> bool {
+    name.starts_with("ml_pipeline_")
+}
+
 /// Whether there is one for each endpoint.
 fn is_of_serving(name: &str) -> bool {
     let prefixes = ["mobula_serving_", "nv_inference_", "nv_cache_"];
@@ -71,8 +76,9 @@ fn metrics_are_exported_under_the_names_that_are_documented() {
     found.extend(exported(&worker));
     // A series of each host, or of each reason: there is none where there are no hosts, or where
     // nothing is pending.
-    let is_of_some =
-        |name: &String| is_of_hosts(name) || is_of_training(name) || is_of_serving(name);
+    let is_of_some = |name: &String| {
+        is_of_hosts(name) || is_of_training(name) || is_of_serving(name) || is_of_graphs(name)
+    };
     found.extend(documented().into_iter().filter(is_of_some));
     found.insert("mobula_actors_pending_by_reason".to_owned());
     assert_eq!(found, documented(), "left: exported, right: documented");

@@ -370,6 +370,19 @@ fn runs_a_graph(served: &Served, url: &str) {
         let (class, was_skipped) = look(served.image(index));
         assert_eq!(was_skipped, class != 9, "image {index}");
     }
+    // Which worker the address belongs to is not said: one of the two has answered all.
+    let executions = "ml_pipeline_executions_total{";
+    wait_for("the graph's executions to be exported", || {
+        let shown = ["worker-1", "worker-2"].map(|worker| cluster.ok(&["metrics", worker]));
+        let mut lines = shown.iter().flat_map(|text| text.lines());
+        lines
+            .any(|line| {
+                line.starts_with(executions)
+                    && line.contains("graph=\"twice\"")
+                    && line.ends_with(" 40.0")
+            })
+            .then_some(())
+    });
     let listed = cluster.json(&["serve", "graph", "list"]);
     assert_eq!(listed[0]["graph"], "twice", "{listed}");
     cluster.ok(&["serve", "graph", "delete", "twice"]);
