@@ -193,7 +193,7 @@ fn requests_of_different_lengths_and_models_without_a_batch_are_answered() {
         .ok(&["rollout", "start", "centred", "centred:2"]);
     let status = wait_for("the rollout to be rolled back", || {
         let status = imported.cluster.json(&["rollout", "status", "centred"]);
-        (status["phase"] == "rolled_back").then_some(status)
+        (status["rollouts"][0]["phase"] == "rolled_back").then_some(status)
     });
     assert!(status.to_string().contains("x FP32[-1, 4]"), "{status}");
 }
