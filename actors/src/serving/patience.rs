@@ -9,7 +9,7 @@
 //! Invariants:
 //! 1. Memory and time are constant: sums and counts that forget, no history.
 //! 2. Nothing is waited for while `a` and `b` are not told apart, which takes batches of different sizes.
-//! 3. A batch that took unusually long moves the fit by no more than [`OUTLIER`] usual deviations.
+//! 3. A batch that took unusually long moves the fit by no more than `OUTLIER` usual deviations.
 
 use std::f64::consts::SQRT_2;
 use std::time::Duration;

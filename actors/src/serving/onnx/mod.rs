@@ -1,7 +1,7 @@
 //! Models of the Open Neural Network Exchange, computed by `tract`.
 //!
 //! Invariants:
-//! 1. A file is looked through ([`graph`]) before anything is computed from it: what is too large, cut off, refers to other
+//! 1. A file is looked through (`graph`) before anything is computed from it: what is too large, cut off, refers to other
 //!    files or asks for operators that are not there is refused by name.
 //! 2. What a model takes and gives is what its graph computes, not what the file claims of its outputs; where the two
 //!    differ, the file is refused.

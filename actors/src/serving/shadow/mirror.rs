@@ -2,7 +2,7 @@
 //!
 //! Invariants:
 //! 1. Nothing that a caller waits for waits for a copy: one that finds no room is shed, and counted.
-//! 2. At most [`WAITING_MAX`] copies wait and [`AT_ONCE_MAX`] are with the candidate, each for a bounded time.
+//! 2. At most `WAITING_MAX` copies wait and `AT_ONCE_MAX` are with the candidate, each for a bounded time.
 //! 3. Copies are no load of the endpoint's: neither its replicas nor its second tries are reckoned by them.
 
 use std::sync::{Arc, Mutex};
