@@ -306,7 +306,12 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     /// the copy would need to follow.
     pub async fn witnesses(&self, limit: Duration) -> Vec<Witness> {
         let digest = short_digest(&self.digest);
-        self.crew.witnesses(self.state.step, digest, limit).await
+        let said = self.crew.witnesses(self.state.step, digest, limit).await;
+        let holds = said.into_iter().filter_map(|said| {
+            said.inspect_err(|why| self.log.line(format_args!("{why}")))
+                .ok()
+        });
+        holds.collect()
     }
 
     /// Has trainers on machines other than `node`, one on each, keep the state after `step`, so that they can help to

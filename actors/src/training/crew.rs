@@ -357,14 +357,14 @@ impl<L: TrainerLink> Crew<L> {
         });
     }
 
-    /// Who of those who take part holds the state with `digest` before `step`, within `limit`; and of whom the node
-    /// was given notice. Those behind are waited for.
+    /// Who of those who take part holds the state with `digest` before `step`, within `limit`, and of whom the node
+    /// was given notice; and why others do not. Those behind are waited for.
     pub(super) async fn witnesses(
         &self,
         step: u64,
         digest: StateDigest,
         limit: Duration,
-    ) -> Vec<Witness> {
+    ) -> Vec<Result<Witness, String>> {
         let ready = self
             .slots
             .iter()
@@ -377,24 +377,35 @@ impl<L: TrainerLink> Crew<L> {
                 .map_or(self.first_epoch, |plan| plan.epoch);
             let ask = async {
                 // Its own word comes before what its news will say some time.
-                let news = slot.link.news(epoch, 0).await.ok()?;
+                let news = slot.link.news(epoch, 0).await;
+                let news = news.map_err(|error| format!("its news: {error}"))?;
+                if Some(news.member) != slot.member {
+                    return Err("it has taken over a state from somebody else".to_owned());
+                }
                 loop {
-                    match slot.link.digest_before(step).await.ok()? {
-                        Some(found) if found == digest => return Some(news),
-                        Some(_) => return None,
+                    let found = slot.link.digest_before(step).await;
+                    match found.map_err(|error| format!("its state: {error}"))? {
+                        Some(found) if found == digest => return Ok(news),
+                        Some(found) => return Err(format!("it has {found:?} and not {digest:?}")),
                         None => tokio::time::sleep(VOTE_PAUSE).await,
                     }
                 }
             };
-            let news = tokio::time::timeout(limit, ask).await.ok()??;
-            (Some(news.member) == slot.member).then(|| Witness {
+            let asked = tokio::time::timeout(limit, ask).await;
+            let answer = asked.unwrap_or_else(|_| Err(format!("not known within {limit:?}")));
+            let news = answer.map_err(|why| {
+                format!(
+                    "trainer-{index} on {} does not count: whether it holds the state before step {step}: {why}",
+                    slot.node
+                )
+            })?;
+            Ok(Witness {
                 slot: index,
                 node: slot.node.clone(),
                 is_doomed: news.notice_ms.is_some(),
             })
         });
-        let witnesses = futures::future::join_all(asked).await;
-        witnesses.into_iter().flatten().collect()
+        futures::future::join_all(asked).await
     }
 
     /// Gives `handover` to the trainers of `slots` within `limit`. Answers how many have it.

@@ -113,6 +113,9 @@ pub struct Concurrency {
     /// How a method uses the actor. An unknown method is shared: it only answers that it is
     /// unknown.
     pub access: fn(&str) -> Access,
+    /// Whether the actor has a hook for notices. Without one a notice takes no turn, and holds up no method that
+    /// others which run already wait for.
+    pub heeds_notices: bool,
 }
 
 /// An actor that can run several methods at once.

@@ -44,6 +44,7 @@ pub(crate) struct ConcurrentRunner {
     /// Never waited for: admission lets nobody in who would have to.
     actor: RwLock<Box<dyn ConcurrentActor>>,
     access: fn(&str) -> Access,
+    heeds_notices: bool,
     context: ActorContext,
     calls: Mutex<Calls>,
     capacity: u32,
@@ -66,6 +67,7 @@ impl ConcurrentRunner {
         Arc::new(ConcurrentRunner {
             actor: RwLock::new(actor),
             access: concurrency.access,
+            heeds_notices: concurrency.heeds_notices,
             context,
             calls: Mutex::new(Calls {
                 admission,
@@ -102,8 +104,11 @@ impl ConcurrentRunner {
         self.begin_all(&mut calls);
     }
 
-    /// Runs the actor's hook for a notice in its turn.
+    /// Runs the actor's hook for a notice in its turn, if it has one.
     pub(crate) fn notify(self: &Arc<Self>, deadline_ms: u64) {
+        if !self.heeds_notices {
+            return;
+        }
         let mut calls = self.calls.lock();
         if calls.open {
             calls

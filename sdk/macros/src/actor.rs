@@ -51,7 +51,7 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
         )),
     };
     let dispatch = write_dispatch(&actor, &methods, &options)?;
-    let registration = write_registration(&actor, &constructor, &options, &calls)?;
+    let registration = write_registration(&actor, &constructor, &options, &methods)?;
     let trait_and_impl = write_calls(&type_ident, &actor, &calls);
     Ok(quote! {
         #block
@@ -117,9 +117,9 @@ fn write_registration(
     actor: &Type,
     constructor: &Method,
     options: &Options,
-    calls: &[&Method],
+    methods: &[Method],
 ) -> Result<TokenStream> {
-    let body = write_body(options, calls)?;
+    let body = write_body(options, methods)?;
     let durable = options.durable;
     let names: Vec<_> = constructor.arguments.iter().map(|(name, _)| name).collect();
     let types = constructor.arguments.iter().map(|(_, argument)| argument);
@@ -156,16 +156,19 @@ fn write_registration(
 }
 
 /// The actor as its host takes it: one method at a time, or several.
-fn write_body(options: &Options, calls: &[&Method]) -> Result<TokenStream> {
+fn write_body(options: &Options, methods: &[Method]) -> Result<TokenStream> {
+    let calls = methods.iter().filter(|m| m.purpose == Purpose::Call);
     if !options.is_concurrent() {
-        if let Some(method) = calls.iter().find(|method| method.group.is_some()) {
+        if let Some(method) = calls.clone().find(|method| method.group.is_some()) {
             options.group_of(method)?;
         }
         return Ok(quote!(::mobula::__private::ActorBody::serial(actor)));
     }
     let limits = options.limits();
-    let arms = calls
+    let heeds_notices = methods
         .iter()
+        .any(|method| method.purpose == Purpose::Notice);
+    let arms = calls
         .map(|method| {
             let text = method.name.to_string();
             let group = options.group_of(method)?;
@@ -184,6 +187,7 @@ fn write_body(options: &Options, calls: &[&Method]) -> Result<TokenStream> {
                     #(#arms)*
                     _ => ::mobula::__private::Access::Shared { group: 0 },
                 },
+                heeds_notices: #heeds_notices,
             },
         )
     })

@@ -25,7 +25,7 @@ use proc_macro::TokenStream;
 ///   `T`; it runs until the stream ends, and goes on only as the caller reads.
 /// * `#[mobula(local)]` keeps a function out of that; `#[mobula(started)]`, `#[mobula(notice)]`
 ///   (takes the deadline in milliseconds since the Unix epoch) and `#[mobula(stop)]` make it a
-///   hook.
+///   hook. A hook takes its turn as a method with `&mut self` does.
 /// * `#[mobula::actor(name = "shop.counter")]` names the type; otherwise its path is its name.
 /// * `#[mobula::actor(max_concurrency = 8)]`: up to eight methods with `&self` run at once, each in
 ///   a task of its own; one with `&mut self` waits for all that came before it, runs alone, and

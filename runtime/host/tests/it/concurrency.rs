@@ -67,7 +67,10 @@ impl ConcurrentActor for Crowd {
     }
 }
 
-fn construct(_: Vec<u8>, _: ActorContext) -> BoxFuture<'static, Result<ActorBody, ConstructError>> {
+fn construct(
+    initial: Vec<u8>,
+    _: ActorContext,
+) -> BoxFuture<'static, Result<ActorBody, ConstructError>> {
     let crowd = Crowd { log: Vec::new() };
     let concurrency = Concurrency {
         limits: &[2, 1],
@@ -76,6 +79,7 @@ fn construct(_: Vec<u8>, _: ActorContext) -> BoxFuture<'static, Result<ActorBody
             "io" => Access::Shared { group: 1 },
             _ => Access::Shared { group: 0 },
         },
+        heeds_notices: initial != b"heedless",
     };
     Box::pin(std::future::ready(Ok(ActorBody::concurrent(
         crowd,
@@ -85,6 +89,13 @@ fn construct(_: Vec<u8>, _: ActorContext) -> BoxFuture<'static, Result<ActorBody
 
 /// A table in which a crowd runs; three calls may wait.
 async fn crowd(actor: ActorId) -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) {
+    crowd_from(actor, b"").await
+}
+
+async fn crowd_from(
+    actor: ActorId,
+    initial: &[u8],
+) -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) {
     let registry = Registry::new([ActorType {
         name: "probe",
         constructor: construct,
@@ -93,7 +104,7 @@ async fn crowd(actor: ActorId) -> (Arc<ActorTable>, mpsc::Receiver<ActorEvent>) 
     let (table, mut events) = ActorTable::start(runtime(), registry.unwrap())
         .await
         .unwrap();
-    let mut order = order(actor, FIRST, b"");
+    let mut order = order(actor, FIRST, initial);
     order.spec.mailbox_capacity = 3;
     table.start_actor(order).await;
     assert!(matches!(
@@ -205,4 +216,23 @@ async fn a_notice_comes_in_its_turn() {
     let log = call(&table, actor, "write", "w").await.unwrap();
     let log: Vec<String> = codec::decode(&log, 1 << 10).unwrap();
     assert_eq!(log, ["started", "notice 7", "w"]);
+}
+
+#[tokio::test]
+async fn a_notice_without_a_hook_holds_nothing_up() {
+    let actor = ActorId(306);
+    let (table, _events) = crowd_from(actor, b"heedless").await;
+    let running = call(&table, actor, "read", "a");
+    open("actor-306 a began").await;
+    table.notify(Some(mobula_host::Notice { deadline_ms: 7 }));
+    // What runs may wait for this one.
+    let behind = call(&table, actor, "read", "b");
+    open("actor-306 b began").await;
+    gate("actor-306 b").add_permits(1);
+    behind.await.unwrap();
+    gate("actor-306 a").add_permits(1);
+    running.await.unwrap();
+    let log = call(&table, actor, "write", "w").await.unwrap();
+    let log: Vec<String> = codec::decode(&log, 1 << 10).unwrap();
+    assert_eq!(log, ["started", "w"]);
 }
