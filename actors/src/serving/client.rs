@@ -21,6 +21,7 @@ use super::graph::spec::GraphSpec;
 use super::graph::state::{Command as GraphCommand, Graph};
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
+use super::rollout::plan::Progress;
 use super::shadow;
 use super::state::{Command, Endpoint, Query, Routing, Steered};
 use crate::ask;
@@ -227,6 +228,14 @@ pub async fn shadows(
     endpoint: &str,
 ) -> mobula::Result<Vec<(u64, shadow::Plan)>> {
     let query = Query::Shadows {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up rollouts", &query).await
+}
+
+/// What was counted of the step that an endpoint's newest rollout is at.
+pub async fn progress(cluster: &Cluster, endpoint: &str) -> mobula::Result<Option<Progress>> {
+    let query = Query::Progress {
         endpoint: endpoint.to_owned(),
     };
     ask::query(cluster, ModuleId::SERVING, "look up rollouts", &query).await

@@ -172,6 +172,11 @@ pub enum Query {
         /// Its name.
         endpoint: String,
     },
+    /// What was counted of the step that an endpoint's newest rollout is at. Answer: `Option<Progress>`.
+    Progress {
+        /// Its name.
+        endpoint: String,
+    },
 }
 
 /// An endpoint with its newest rollout, how it is scaled, and how it keeps answers.
@@ -434,6 +439,12 @@ impl StateModule for Serving {
             Query::Shadows { endpoint } => {
                 find(reader, &endpoint)?;
                 codec::encode_plain(&rollout::shadows(reader, &endpoint))
+            }
+            Query::Progress { endpoint } => {
+                find(reader, &endpoint)?;
+                let newest = rollout::newest(reader, &endpoint);
+                let progress = newest.and_then(|newest| rollout::progress_of(reader, &newest));
+                codec::encode_plain(&progress)
             }
             Query::Experiments { endpoint } => {
                 find(reader, &endpoint)?;

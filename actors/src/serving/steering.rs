@@ -27,6 +27,7 @@ use super::experiment::plan::Experiment;
 use super::meters::{Meters, VersionSeen};
 use super::rollout::command::{Command, Verdict};
 use super::rollout::plan::{Cleanup, Phase, Rollout, Served};
+use super::rollout::reporting::Reporting;
 use super::rollout::trial::{Evidence, Judgement, Trial, shortened};
 use super::shadow;
 use super::shadow::mirror::Shadowed;
@@ -58,6 +59,7 @@ pub(super) struct Steering {
     comparing: Comparing,
     /// The rollout whose candidate is shadowed, with its replicas and what tells of their end.
     shadowing: Option<(u64, Shadowed<Replicas>, WhenGone)>,
+    reporting: Reporting,
     pilot: Pilot,
     /// None where the process has no room for them.
     meters: Option<Meters>,
@@ -100,6 +102,7 @@ impl Steering {
             compared: None,
             comparing,
             shadowing: None,
+            reporting: Reporting::default(),
             pilot,
             meters,
         };
@@ -373,7 +376,7 @@ impl Steering {
         self.leaving.retain_mut(|(_, gone)| is_there(gone));
     }
 
-    async fn judge(&self, rollout: &Rollout) {
+    async fn judge(&mut self, rollout: &Rollout) {
         let routes = Arc::clone(&self.routes.borrow());
         let judgement = match (&routes.shadowed, &routes.tried) {
             (Some(shadowed), _) => {
@@ -393,8 +396,25 @@ impl Steering {
             Judgement::Pass(evidence) if rollout.phase == Phase::Running => {
                 self.say(rollout, Verdict::Pass, evidence).await;
             }
-            Judgement::Pass(_) | Judgement::Hold(_) => {}
+            Judgement::Pass(evidence) | Judgement::Hold(evidence) => {
+                self.report(rollout, evidence).await;
+            }
         }
+    }
+
+    /// Tells the head the numbers of a step that is not decided, now and then.
+    async fn report(&mut self, rollout: &Rollout, evidence: Evidence) {
+        if !self.reporting.is_due(rollout, &evidence) {
+            return;
+        }
+        self.tell(Command::Report {
+            endpoint: self.name.clone(),
+            rollout: rollout.number,
+            step: rollout.step,
+            router: self.incarnation,
+            evidence,
+        })
+        .await;
     }
 
     async fn say(&self, rollout: &Rollout, verdict: Verdict, evidence: Evidence) {

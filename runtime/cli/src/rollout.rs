@@ -1,10 +1,12 @@
 //! `mobula rollout`.
 
+mod evidence;
+
 use anyhow::Context;
 use mobula::Cluster;
 use mobula_actors::serving::client;
 use mobula_actors::serving::rollout::command::Command;
-use mobula_actors::serving::rollout::plan::{Action, Decision, Phase};
+use mobula_actors::serving::rollout::plan::{Action, Decision, Phase, Progress};
 use mobula_actors::serving::rollout::trial::SideEvidence;
 use mobula_actors::serving::rollout::{Rollout, Strategy};
 use mobula_actors::serving::shadow;
@@ -35,6 +37,8 @@ struct StatusJson<'a> {
     version: u64,
     /// Oldest first.
     rollouts: Vec<RolloutJson<'a>>,
+    /// What was counted of the step under way.
+    current: Option<Progress>,
 }
 
 impl<'a> RolloutJson<'a> {
@@ -62,6 +66,7 @@ pub(crate) async fn run(target: &Target, command: RolloutCommand) -> anyhow::Res
     match command {
         RolloutCommand::Start(arguments) => start(&cluster, arguments).await,
         RolloutCommand::Status(of) => status(&cluster, of).await,
+        RolloutCommand::Evidence(arguments) => evidence::write(&cluster, arguments).await,
         RolloutCommand::Pause(of) => {
             change(&cluster, of, |endpoint| Command::Pause { endpoint }).await
         }
@@ -144,8 +149,10 @@ async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
     let endpoint = client::find(cluster, &of.endpoint).await?;
     let rollouts = client::rollouts(cluster, &of.endpoint).await?;
     let shadows = client::shadows(cluster, &of.endpoint).await?;
+    let progress = client::progress(cluster, &of.endpoint).await?;
     if of.format.json {
         return print_json(&StatusJson {
+            current: progress,
             endpoint: &endpoint.name,
             model: &endpoint.model,
             version: endpoint.version,
@@ -168,11 +175,12 @@ async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
     };
     println!();
     let now_ms = SystemClock.now_ms();
-    let rows: Vec<Vec<String>> = last
+    let mut rows: Vec<Vec<String>> = last
         .decisions
         .iter()
         .map(|decision| row(last, decision, now_ms))
         .collect();
+    rows.extend(progress.map(|progress| current_row(last, &progress, now_ms)));
     let header = [
         "STEP",
         "WEIGHT",
@@ -247,6 +255,20 @@ fn row(rollout: &Rollout, decision: &Decision, now_ms: u64) -> Vec<String> {
         baseline,
         why,
     ]
+}
+
+/// The numbers of the step under way.
+fn current_row(rollout: &Rollout, progress: &Progress, now_ms: u64) -> Vec<String> {
+    let evidence = Some(progress.evidence.clone());
+    let counted = Decision {
+        at_ms: progress.at_ms,
+        step: progress.step,
+        action: Action::Start,
+        evidence,
+    };
+    let mut row = row(rollout, &counted, now_ms);
+    row[2] = "counting".to_owned();
+    row
 }
 
 /// One side's numbers in a few words.

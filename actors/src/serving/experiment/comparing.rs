@@ -5,7 +5,6 @@
 //! 2. What was told and not taken is told again as long as it is so.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use mobula::Cluster;
 use mobula_core::id::Incarnation;
@@ -19,11 +18,8 @@ use super::tally::Tally;
 use crate::serving::arm::lock;
 use crate::serving::client;
 use crate::serving::rollout::plan::Cleanup;
+use crate::serving::rollout::reporting::REPORT_INTERVAL;
 use crate::serving::rollout::trial::shortened;
-
-/// How often the head hears the numbers while they change: each time is an entry of the log, and people who
-/// look at an experiment look for hours.
-const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The experiment that this router counts.
 struct Current {

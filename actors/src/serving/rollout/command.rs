@@ -118,6 +118,19 @@ pub enum Command {
         /// How it is shadowed.
         shadow: shadow::Plan,
     },
+    /// What a router has counted so far of a step that is not decided. Answer: nothing.
+    Report {
+        /// The endpoint.
+        endpoint: String,
+        /// The rollout.
+        rollout: u64,
+        /// The step.
+        step: u32,
+        /// The router's incarnation.
+        router: Incarnation,
+        /// In numbers.
+        evidence: Evidence,
+    },
 }
 
 /// Whether `caller` may give this command.
@@ -125,10 +138,17 @@ pub(in crate::serving) fn is_allowed(caller: &Caller, command: &Command) -> bool
     match (caller, command) {
         (Caller::Head, _) => true,
         // Routers are the platform's own actors.
-        (Caller::Host { job, .. }, Command::Judge { .. } | Command::Drained { .. }) => {
-            *job == JobId::SYSTEM
-        }
-        (_, Command::Judge { .. } | Command::Drained { .. } | Command::Retired { .. }) => false,
+        (
+            Caller::Host { job, .. },
+            Command::Judge { .. } | Command::Drained { .. } | Command::Report { .. },
+        ) => *job == JobId::SYSTEM,
+        (
+            _,
+            Command::Judge { .. }
+            | Command::Drained { .. }
+            | Command::Retired { .. }
+            | Command::Report { .. },
+        ) => false,
         (caller, _) => matches!(caller, Caller::Client),
     }
 }

@@ -6,6 +6,7 @@
 //! 2. Everything is bounded: steps, decisions, and the texts of evidence.
 
 use mobula_core::error::Rejection;
+use mobula_core::id::Incarnation;
 use serde::{Deserialize, Serialize};
 
 use super::trial::Evidence;
@@ -149,6 +150,19 @@ pub struct Decision {
     pub action: Action,
     /// The numbers that it rests on; absent if a client decided.
     pub evidence: Option<Evidence>,
+}
+
+/// What was counted of a step that is not decided.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// When it was reported, in milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// The step, counted from 0.
+    pub step: u32,
+    /// The router that counts.
+    pub router: Incarnation,
+    /// In numbers.
+    pub evidence: Evidence,
 }
 
 /// A rollout.

@@ -5,7 +5,7 @@ use mobula_core::control::StateModule;
 use mobula_core::id::Incarnation;
 
 use super::super::command::{Command, Verdict};
-use super::super::state::{newest, shadows};
+use super::super::state::{newest, progress_of, shadows};
 use super::super::trial::Evidence;
 use super::*;
 use crate::serving::shadow::Rule;
@@ -145,4 +145,49 @@ fn shadows_that_cannot_be_are_refused() {
         assert!(refused.message.contains(reason), "{refused}");
     }
     assert_eq!(newest(&head.tables, "digits"), None);
+}
+
+#[test]
+fn a_step_that_is_not_decided_has_the_numbers_of_the_newest_router() {
+    let mut head = head();
+    let rollout = say(&mut head, start_with(vec![50, 100], shadow())).unwrap();
+    let report = |step, router, requests| {
+        let mut evidence = Evidence::default();
+        evidence.candidate.requests = requests;
+        Command::Report {
+            endpoint: "digits".into(),
+            rollout: 1,
+            step,
+            router,
+            evidence,
+        }
+    };
+    let known = |head: &TestTables| progress_of(&head.tables, &rollout);
+    assert_eq!(known(&head), None);
+    say(&mut head, report(0, ROUTER, 7)).unwrap();
+    say(&mut head, report(0, ROUTER, 9)).unwrap();
+    let progress = known(&head).unwrap();
+    assert_eq!(
+        (progress.step, progress.evidence.candidate.requests),
+        (0, 9)
+    );
+    for late in [report(1, ROUTER, 9), report(0, Incarnation(899), 9)] {
+        assert_eq!(say(&mut head, late).unwrap_err().code, ErrorCode::Fenced);
+    }
+    let judge = |step, verdict| Command::Judge {
+        endpoint: "digits".into(),
+        rollout: 1,
+        step,
+        router: ROUTER,
+        verdict,
+        evidence: Evidence::default(),
+    };
+    // What is decided has its numbers with the decision.
+    say(&mut head, judge(0, Verdict::Pass)).unwrap();
+    assert_eq!(known(&head), None);
+    say(&mut head, report(1, ROUTER, 3)).unwrap();
+    say(&mut head, judge(1, Verdict::RollBack)).unwrap();
+    assert_eq!(known(&head), None);
+    let late = say(&mut head, report(1, ROUTER, 4)).unwrap_err();
+    assert_eq!(late.code, ErrorCode::Fenced);
 }

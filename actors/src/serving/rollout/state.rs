@@ -17,7 +17,7 @@ use mobula_core::id::Incarnation;
 use mobula_core::row;
 
 use super::command::{Command, Verdict};
-use super::plan::{Action, Cleanup, Phase, Rollout};
+use super::plan::{Action, Cleanup, Phase, Progress, Rollout};
 use super::start::{Started, check_experiment, start};
 use super::trial::Evidence;
 use crate::serving::shadow;
@@ -39,6 +39,12 @@ pub(super) const NEWEST: Table = Table {
 pub(super) const SHADOWS: Table = Table {
     module: ModuleId::SERVING,
     tag: 7,
+};
+
+/// Endpoint name, 0, number of the rollout → [`Progress`] at its step, while that is not decided.
+const PROGRESS: Table = Table {
+    module: ModuleId::SERVING,
+    tag: 9,
 };
 
 /// Rollouts that are kept of an endpoint, the newest: of some KiB each.
@@ -82,10 +88,16 @@ pub fn shadows(reader: &dyn Reader, endpoint: &str) -> Vec<(u64, shadow::Plan)> 
         .collect()
 }
 
+/// What was counted of the step that a rollout is at.
+pub fn progress_of(reader: &dyn Reader, rollout: &Rollout) -> Option<Progress> {
+    row::get(reader, PROGRESS, &key(&rollout.endpoint, rollout.number))
+}
+
 pub(super) fn remove(txn: &mut dyn Txn, rollout: &Rollout) {
     let key = key(&rollout.endpoint, rollout.number);
     txn.delete(ROLLOUTS, &key);
     txn.delete(SHADOWS, &key);
+    txn.delete(PROGRESS, &key);
 }
 
 /// Forgets the rollouts of an endpoint that is gone.
@@ -164,6 +176,25 @@ pub(crate) fn apply(
         } => {
             heard(txn, &endpoint, router)?;
             judge(context, txn, (&endpoint, rollout, step), verdict, evidence)
+        }
+        Command::Report {
+            endpoint,
+            rollout,
+            step,
+            router,
+            evidence,
+        } => {
+            heard(txn, &endpoint, router)?;
+            let rollout = at_step(txn, (&endpoint, rollout, step), &evidence)?;
+            let progress = Progress {
+                at_ms: context.now_ms,
+                step,
+                router,
+                evidence,
+            };
+            let key = key(&endpoint, rollout.number);
+            row::put(txn, PROGRESS, &key, &progress);
+            Ok(rollout)
         }
         Command::Drained {
             endpoint,
@@ -275,6 +306,9 @@ fn enter(
     rollout: &mut Rollout,
     phase: Phase,
 ) {
+    if !phase.is_open() {
+        txn.delete(PROGRESS, &key(&rollout.endpoint, rollout.number));
+    }
     rollout.phase = phase;
     rollout.revision = context.index;
     rollout.cleanup = if phase.is_open() {
@@ -313,6 +347,28 @@ pub(in crate::serving) fn heard(
     )))
 }
 
+/// The rollout that is at the step which a router has counted.
+fn at_step(
+    reader: &dyn Reader,
+    (name, number, step): (&str, u64, u32),
+    evidence: &Evidence,
+) -> Result<Rollout, Rejection> {
+    if !evidence.is_bounded() {
+        return Err(Rejection::invalid(
+            "the evidence has too long a text, or a number that is none: nothing was changed",
+        ));
+    }
+    newest(reader, name)
+        .filter(|rollout| {
+            rollout.number == number && rollout.phase.is_open() && rollout.step == step
+        })
+        .ok_or_else(|| {
+            Rejection::fenced(format!(
+                "rollout {number} of endpoint `{name}` is not at step {step} any more"
+            ))
+        })
+}
+
 fn judge(
     context: &ApplyContext,
     txn: &mut dyn Txn,
@@ -320,20 +376,8 @@ fn judge(
     verdict: Verdict,
     evidence: Evidence,
 ) -> Result<Rollout, Rejection> {
-    if !evidence.is_bounded() {
-        return Err(Rejection::invalid(
-            "the evidence has too long a text, or a number that is none: nothing was decided",
-        ));
-    }
     let endpoint = standing(txn, name)?;
-    let current = newest(txn, name).filter(|rollout| {
-        rollout.number == number && rollout.phase.is_open() && rollout.step == step
-    });
-    let Some(mut rollout) = current else {
-        return Err(Rejection::fenced(format!(
-            "rollout {number} of endpoint `{name}` is not at step {step} any more"
-        )));
-    };
+    let mut rollout = at_step(txn, (name, number, step), &evidence)?;
     if verdict == Verdict::RollBack {
         rollout.decided(context.now_ms, Action::RollBack, Some(evidence));
         enter(context, txn, endpoint, &mut rollout, Phase::RolledBack);
@@ -352,6 +396,7 @@ fn judge(
     } else {
         rollout.decided(context.now_ms, Action::Pass, Some(evidence));
         rollout.step = next;
+        txn.delete(PROGRESS, &key(name, number));
         enter(context, txn, endpoint, &mut rollout, Phase::Running);
     }
     Ok(rollout)

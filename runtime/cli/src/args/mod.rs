@@ -44,7 +44,8 @@ pub(crate) use registry::{
     RiskArgument, SearchArguments, SigningArguments,
 };
 pub(crate) use rollout::{
-    RolloutCommand, RolloutPlanArguments, RolloutStartArguments, RolloutTarget,
+    RolloutCommand, RolloutEvidenceArguments, RolloutPlanArguments, RolloutStartArguments,
+    RolloutTarget,
 };
 pub(crate) use scaling::{ExplainScalingArguments, ScaleArguments};
 pub(crate) use serving::{

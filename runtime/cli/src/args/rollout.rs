@@ -1,5 +1,7 @@
 //! Rollouts of versions to endpoints.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand, ValueEnum};
 use mobula_actors::serving::rollout::{Guardrails, Strategy};
 use mobula_actors::serving::shadow::{self, Rule};
@@ -12,6 +14,8 @@ pub(crate) enum RolloutCommand {
     Start(RolloutStartArguments),
     /// The rollouts of an endpoint, with the numbers of every decision.
     Status(RolloutTarget),
+    /// Write what a rollout's decisions rest on into a folder, with a list of hashes to check it by.
+    Evidence(RolloutEvidenceArguments),
     /// Stay at the step. Guardrails still roll back.
     Pause(RolloutTarget),
     /// Go on.
@@ -28,6 +32,20 @@ pub(crate) enum RolloutCommand {
 pub(crate) struct RolloutTarget {
     /// The endpoint's name.
     pub(crate) endpoint: String,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+#[derive(Args)]
+pub(crate) struct RolloutEvidenceArguments {
+    /// The endpoint's name.
+    pub(crate) endpoint: String,
+    /// Which rollout of the endpoint [default: the newest].
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) rollout: Option<u64>,
+    /// The folder, which must be absent.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
     #[command(flatten)]
     pub(crate) format: Format,
 }

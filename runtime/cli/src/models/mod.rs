@@ -144,7 +144,7 @@ fn name_of(version: &VersionView) -> String {
 
 /// A version as `--json` prints it.
 #[derive(Serialize)]
-struct VersionJson<'a> {
+pub(crate) struct VersionJson<'a> {
     model: &'a str,
     version: u64,
     /// BLAKE3 of the version's file.

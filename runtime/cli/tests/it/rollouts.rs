@@ -294,6 +294,7 @@ fn a_version_that_answers_no_numbers_is_rolled_back_though_the_router_dies() {
     );
     assert!(violated["value"].as_f64() >= violated["limit"].as_f64());
 
+    evidence_can_be_checked(&served, &rollout);
     let text = served.cluster.ok(&["rollout", "status", "digits"]);
     assert!(text.contains("digits serves digits:1"), "{text}");
     assert!(
@@ -302,6 +303,52 @@ fn a_version_that_answers_no_numbers_is_rolled_back_though_the_router_dies() {
     );
     let text = served.cluster.refused(&["rollout", "promote", "digits"]);
     assert!(text.contains("nothing to promote"), "{text}");
+}
+
+/// Writes the evidence of a rollout and checks it with what everybody has.
+fn evidence_can_be_checked(served: &Served, rollout: &Value) {
+    let folder = served.cluster.dir().join("evidence");
+    let path = folder.to_str().unwrap();
+    let arguments = ["rollout", "evidence", "digits", "--out", path];
+    let written = served.cluster.json(&arguments);
+    let check = || {
+        let mut command = std::process::Command::new("sha256sum");
+        command.args(["--check", "--strict", "SHA256SUMS"]);
+        command.current_dir(&folder).output().unwrap()
+    };
+    let checked = check();
+    assert!(checked.status.success(), "{checked:?}");
+    let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+    let of = |name: &str| -> Value { serde_json::from_slice(&read(name)).unwrap() };
+    assert_eq!(of("rollout.json")["decisions"], rollout["decisions"]);
+    let versions = of("versions.json");
+    assert_eq!(
+        versions[1]["digest"], rollout["candidate"]["digest"],
+        "{versions}"
+    );
+    let names: Vec<String> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(written["files"], json!(names.len() - 1));
+    let proofs = names.iter().filter(|name| name.starts_with("audit-"));
+    let proofs: Vec<&String> = proofs.collect();
+    // Both versions were registered at least.
+    assert!(proofs.len() >= 2, "{names:?}");
+    for proof in proofs {
+        let file = folder.join(proof);
+        served
+            .cluster
+            .ok(&["audit", "verify", file.to_str().unwrap()]);
+    }
+    // Another bundle does not go among these files.
+    let text = served.cluster.refused(&arguments);
+    assert!(
+        text.contains("name a folder that does not exist yet"),
+        "{text}"
+    );
+    std::fs::write(folder.join("rollout.json"), "{}").unwrap();
+    assert!(!check().status.success());
 }
 
 /// A rollout whose candidate is shadowed first.
