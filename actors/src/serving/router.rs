@@ -198,13 +198,7 @@ impl Router {
         {
             tracing::warn!("a router leaves its node with requests unanswered");
         }
-        if let Err(error) = ctx.yield_now().await {
-            tracing::warn!(%error, deadline_ms, "a router could not leave its node early");
-            // It does not listen any more, so it must not live on: its policy starts it again.
-            ctx.fail(format!(
-                "stopped listening for a notice and could not leave: {error}"
-            ));
-        }
+        server::leave_node(ctx, "a router", deadline_ms).await;
     }
 
     /// Finishes the requests that it has.

@@ -16,6 +16,7 @@ use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
+use mobula::{ActorContext, ContextExt};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -53,6 +54,17 @@ pub enum ServeError {
 pub struct ServeSummary {
     /// Connections whose requests were cut off because [`DRAIN_TIMEOUT`] had passed.
     pub aborted_connections: usize,
+}
+
+/// Leaves the node of an actor that has closed its listener for a notice. One that cannot leave fails, and its policy
+/// starts it again: nobody could reach it any more.
+pub(super) async fn leave_node(ctx: &ActorContext, what: &str, deadline_ms: u64) {
+    if let Err(error) = ctx.yield_now().await {
+        tracing::warn!(%error, deadline_ms, "{what} could not leave its node early");
+        ctx.fail(format!(
+            "stopped listening for a notice and could not leave: {error}"
+        ));
+    }
 }
 
 /// Serves a router until `shutdown` completes and the connections have drained.

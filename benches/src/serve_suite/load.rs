@@ -17,7 +17,7 @@ use crate::Outcome;
 use crate::endpoint::Target;
 
 /// Connections of the open loop: fewer than a router takes, more than an endpoint of two replicas lets wait.
-const CONNECTIONS: usize = 1000;
+pub(crate) const CONNECTIONS: usize = 1000;
 
 /// The longest latency that is told apart from longer ones.
 const LATENCY_MAX_NS: u64 = 60_000_000_000;

@@ -178,6 +178,12 @@ async fn open(options: &Options, results: &mut Results, target: &Target) -> Outc
     let most = outcomes.answered_per_second();
     let row = format!("digits, the most: {BUSY_CALLERS} callers");
     results.rate(&row, most, &outcomes.answered);
+    // What this machine, generator and all, can do over as many connections as the open loop has.
+    let outcomes = load::closed(target, load::CONNECTIONS, options.round).await?;
+    let row = format!("digits, the most: {} callers", load::CONNECTIONS);
+    let most_crowded = outcomes.answered_per_second();
+    results.rate(&row, most_crowded, &outcomes.answered);
+    tell_the_rest(results, &row, &outcomes);
     for (name, share) in [("usual load", USUAL_LOAD), ("overload", OVERLOAD)] {
         let arrivals = Arrivals {
             per_second: most * share,
@@ -187,8 +193,11 @@ async fn open(options: &Options, results: &mut Results, target: &Target) -> Outc
         let row = format!("digits, open loop, {name}: {share} of the most, seed 7");
         results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
         tell_the_rest(results, &row, &outcomes);
-        let goodput = outcomes.answered_per_second() / most.max(f64::MIN_POSITIVE) * 100.0;
-        results.figure(&format!("{row}: goodput of the most"), goodput, "%");
+        let goodput =
+            |most: f64| outcomes.answered_per_second() / most.max(f64::MIN_POSITIVE) * 100.0;
+        let of = |callers| format!("{row}: goodput of the most with {callers} callers");
+        results.figure(&of(BUSY_CALLERS), goodput(most), "%");
+        results.figure(&of(load::CONNECTIONS), goodput(most_crowded), "%");
     }
     Ok(())
 }

@@ -93,6 +93,22 @@ counters! {
     nodes_lost = "lost workers",
     /// Words of workers that came too late to count.
     fenced = "fenced events",
+    /// Steps that rollouts took by somebody's word.
+    rollouts_decided = "decisions of rollouts",
+    /// Leaders that ended as a rollout began.
+    killed_at_start = "leaders killed at a rollout's start",
+    /// Leaders that ended as a rollout passed a step.
+    killed_at_pass = "leaders killed at a passed step",
+    /// Leaders that ended as a rollout was paused.
+    killed_at_pause = "leaders killed at a pause",
+    /// Leaders that ended as a rollout went on.
+    killed_at_resume = "leaders killed at a resumption",
+    /// Leaders that ended as a candidate became the active version.
+    killed_at_promotion = "leaders killed at a promotion",
+    /// Leaders that ended as a rollout was given up.
+    killed_at_abort = "leaders killed at an abort",
+    /// Leaders that ended as the version of before became the active one again.
+    killed_at_rollback = "leaders killed at a rollback",
 }
 
 impl Counts {

@@ -88,7 +88,7 @@ impl World {
     pub(crate) fn domain_change(&mut self) -> Change {
         let model = model(self.rng.random_range(0..MODELS));
         let endpoint = format!("endpoint-{}", self.rng.random_range(0..ENDPOINTS));
-        match self.rng.random_range(0..6) {
+        match self.rng.random_range(0..8) {
             0 | 1 if self.swarm.endpoints => {
                 let command = serving::Command::Deploy {
                     endpoint,
@@ -103,6 +103,13 @@ impl World {
                 }
             }
             2 if self.swarm.endpoints => delete(endpoint),
+            3 | 4 if self.swarm.endpoints => {
+                let command = self.rollout_change(endpoint, model);
+                Change {
+                    module: ModuleId::SERVING,
+                    payload: codec::encode_plain(&serving::Command::Rollout(command)),
+                }
+            }
             _ => {
                 let digest = DIGESTS[self.rng.random_range(0..DIGESTS.len())];
                 let new = registry::NewVersion {
@@ -190,6 +197,12 @@ impl World {
                     http_address: format!("127.0.0.1:{}", worker + 1),
                 };
                 self.actor_says(worker, ModuleId::SERVING, codec::encode_plain(&command));
+            }
+            Role::Router(endpoint) if self.rng.random_bool(0.2) => {
+                if let Some(command) = self.router_says(&endpoint, incarnation) {
+                    let command = serving::Command::Rollout(command);
+                    self.actor_says(worker, ModuleId::SERVING, codec::encode_plain(&command));
+                }
             }
             Role::Monitor(endpoint) if self.rng.random_bool(0.1) => {
                 let report = self.report_of(endpoint, incarnation);

@@ -18,6 +18,7 @@ use mobula_core::control::{ModuleId, Reader, StateModule};
 use mobula_core::error::Rejection;
 use mobula_core::id::{Incarnation, JobId};
 
+use super::rollouts::RolloutModel;
 use super::violation::Violation;
 
 /// The largest command or answer of a domain module in a simulation.
@@ -60,6 +61,7 @@ pub(crate) struct DomainModel {
     models: BTreeMap<String, Vec<String>>,
     endpoints: BTreeMap<String, Endpoint>,
     monitors: BTreeMap<String, Monitor>,
+    pub(crate) rollouts: RolloutModel,
     /// Checkpoints that became visible.
     pub(crate) committed: u64,
     /// Commands of stale incarnations that were refused.
@@ -92,7 +94,13 @@ impl DomainModel {
                 self.checkpoint(index, &decode(index, payload)?, result, tables)
             }
             ModuleId::REGISTRY => self.registered(index, decode(index, payload)?, result),
-            ModuleId::SERVING => self.served(index, decode(index, payload)?, result),
+            ModuleId::SERVING => {
+                let command = decode(index, payload)?;
+                let versions = |model: &str| self.models.get(model).map_or(0, Vec::len) as u64;
+                self.rollouts
+                    .observe(index, &command, result.is_ok(), tables, versions)?;
+                self.served(index, command, result)
+            }
             ModuleId::DRIFT => match decode(index, payload)? {
                 drift::Command::Report(report) => self.watched(index, &report, result, tables),
                 // The simulated people set no policy, and the simulated monitors send windows only.
@@ -297,9 +305,9 @@ impl DomainModel {
                 }
                 None => false,
             },
-            // Nobody in this world rolls out: `actors/src/serving/rollout/state_tests.rs` has what holds.
+            // What comes of it was judged already; who may say what has `actors/src/serving/rollout/state_tests.rs`.
             serving::Command::Rollout(_) => result.is_ok(),
-            // Nor is anything scaled: `actors/src/serving/autoscaler/state_tests.rs` has what holds.
+            // Nothing is scaled: `actors/src/serving/autoscaler/state_tests.rs` has what holds.
             serving::Command::Scaling(_) | serving::Command::Experiment(_) => result.is_ok(),
             // Nor has anything tokens, rules, graphs or kept answers: the tests beside `actors/src/serving/access/state.rs` and
             // `actors/src/serving/graph/state.rs` have what holds.

@@ -96,7 +96,7 @@ impl World {
         self.say(|| format!("head {leader} is cut off until {} ms", until / MILLISECOND));
     }
 
-    fn crash_and_restart(&mut self, raft_id: u64, why: &str) {
+    pub(crate) fn crash_and_restart(&mut self, raft_id: u64, why: &str) {
         if !self.is_up(raft_id) {
             return;
         }

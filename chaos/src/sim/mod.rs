@@ -33,6 +33,7 @@ mod operator;
 mod options;
 mod packet;
 mod raft_check;
+mod rollouts;
 #[cfg(test)]
 mod tests;
 mod trace;

@@ -364,6 +364,7 @@ impl World {
 
     fn happen(&mut self, event: Event) -> Result<(), Violation> {
         self.trace.note(self.now);
+        let decided = self.checker.model.domain.rollouts.decided();
         match event {
             Event::Arrive(from, to, packet) => self.arrive(from, to, packet),
             Event::HeadWake(id, life) => self.head_wakes(id, life)?,
@@ -382,6 +383,7 @@ impl World {
                 self.head_loses_session(head, session);
             }
         }
+        self.endanger_decisions(decided);
         self.take_complaints()
     }
 

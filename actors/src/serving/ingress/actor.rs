@@ -111,13 +111,7 @@ impl Ingress {
         {
             tracing::warn!("an ingress leaves its worker with requests unanswered");
         }
-        if let Err(error) = ctx.yield_now().await {
-            tracing::warn!(%error, deadline_ms, "an ingress could not leave its worker early");
-            // It does not listen any more, so it must not live on: its policy starts it again.
-            ctx.fail(format!(
-                "stopped listening for a notice and could not leave: {error}"
-            ));
-        }
+        server::leave_node(ctx, "an ingress", deadline_ms).await;
     }
 
     /// Finishes the requests that it has.
