@@ -28,7 +28,7 @@ pub(super) const EVENTS: Table = Table {
 /// Events kept for each endpoint.
 pub(super) const EVENTS_MAX: u64 = 100;
 
-/// Features that a report names at most, the worst ones; each with its PSI and its KS.
+/// Features that a report names at most, the worst ones; each with its PSI and its test.
 pub const DRIFTED_MAX: usize = 64;
 
 /// Monitors whose findings are kept: as many as there can be endpoints. Past it the one that
@@ -44,11 +44,11 @@ const PAGE_ROWS: usize = 100;
 pub struct Drifted {
     /// The feature's name; `prediction` for the predicted classes.
     pub feature: String,
-    /// `psi` or `ks`; `jensen_shannon` for predictions.
+    /// `psi`, and `ks` or `wasserstein`; `jensen_shannon` for predictions.
     pub statistic: String,
     /// The statistic's value.
     pub value: f64,
-    /// The p-value, where the statistic has one.
+    /// The p-value, where the statistic has one; of `wasserstein` an upper bound of it.
     pub p_value: Option<f64>,
     /// What the value (`ks`: the p-value) was compared with.
     pub threshold: f64,

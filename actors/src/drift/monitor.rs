@@ -19,7 +19,7 @@ use super::log::tap::Tap;
 use super::state::{DRIFTED_MAX, Drifted, Report};
 use super::vitals::keeper::{Identity, Keeper};
 use super::vitals::{LABELS_PER_CALL_MAX, Label, LabelReply};
-use super::window::{MonitorConfig, MonitorConfigError, Statistic, WindowMonitor, WindowReport};
+use super::window::{MonitorConfig, MonitorConfigError, WindowMonitor, WindowReport};
 use crate::drift::client;
 use crate::registry::version_file::{VersionFile, VersionFileError};
 use crate::serving::feed::Observation;
@@ -299,20 +299,14 @@ impl Watch {
                 .features
                 .iter()
                 .filter(|row| row.feature == worst.feature);
-            drifted.extend(of_column.map(|row| {
-                Drifted {
-                    feature: row.feature.clone(),
-                    statistic: match row.statistic {
-                        Statistic::Psi => "psi",
-                        Statistic::Ks => "ks",
-                    }
-                    .to_owned(),
-                    value: row.value,
-                    p_value: row.p_value,
-                    threshold: row.threshold,
-                    reference_count: row.reference_count,
-                    current_count: row.current_count,
-                }
+            drifted.extend(of_column.map(|row| Drifted {
+                feature: row.feature.clone(),
+                statistic: row.statistic.as_str().to_owned(),
+                value: row.value,
+                p_value: row.p_value,
+                threshold: row.threshold,
+                reference_count: row.reference_count,
+                current_count: row.current_count,
             }));
         }
         Report {

@@ -4,11 +4,14 @@
 //!    reference is read from storage.
 //! 2. At most [`MAX_REFERENCE_ROWS`] rows are kept. A longer training set is thinned evenly over its order, which needs
 //!    no randomness; rows sorted by class still thin to the same class shares.
+//! 3. A reference may know more rows than it keeps, by a [`Population`], which has the same features.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use super::sketches::Population;
 
 /// Rows kept of each column. At 4 bytes each this is 40 kB a feature; the tests gain nothing visible from more.
 pub const MAX_REFERENCE_ROWS: usize = 10_000;
@@ -69,6 +72,14 @@ pub enum ReferenceError {
         /// The column.
         feature: String,
     },
+    /// The distribution of all rows is not one of these columns.
+    #[error(
+        "the stored distribution of all training rows does not fit {feature:?}: the reference is damaged"
+    )]
+    DamagedPopulation {
+        /// The first column at fault.
+        feature: String,
+    },
     /// There is no prediction to compare with.
     #[error("a drift reference needs the model's predictions on its reference data, got none")]
     NoPredictions,
@@ -101,6 +112,7 @@ impl ReferenceColumn {
 pub struct Reference {
     columns: Vec<ReferenceColumn>,
     prediction_counts: BTreeMap<u32, u64>,
+    population: Option<Population>,
 }
 
 /// The persisted form, checked on the way in.
@@ -108,6 +120,7 @@ pub struct Reference {
 struct StoredReference {
     columns: Vec<ReferenceColumn>,
     prediction_counts: BTreeMap<u32, u64>,
+    population: Option<Population>,
 }
 
 impl Reference {
@@ -154,6 +167,18 @@ impl Reference {
         Self::checked(StoredReference {
             columns,
             prediction_counts,
+            population: None,
+        })
+    }
+
+    /// With the distribution of all rows, of which the columns are a sample.
+    ///
+    /// # Errors
+    /// [`ReferenceError::DamagedPopulation`] if it is not one of these columns, or of fewer rows.
+    pub fn with_population(self, population: Population) -> Result<Self, ReferenceError> {
+        Self::checked(StoredReference {
+            population: Some(population),
+            ..self.into()
         })
     }
 
@@ -161,6 +186,7 @@ impl Reference {
         let StoredReference {
             columns,
             prediction_counts,
+            population,
         } = stored;
         let rows = columns
             .first()
@@ -207,9 +233,19 @@ impl Reference {
                 });
             }
         }
+        if let Some(population) = &population {
+            let features = population.features().len();
+            let fits = features == columns.len() && population.rows() >= rows as u64;
+            let at_fault = (!fits).then(|| features.min(columns.len() - 1));
+            if let Some(at) = at_fault.or_else(|| population.damaged_feature()) {
+                let feature = columns[at].feature.clone();
+                return Err(ReferenceError::DamagedPopulation { feature });
+            }
+        }
         Ok(Self {
             columns,
             prediction_counts,
+            population,
         })
     }
 
@@ -225,6 +261,12 @@ impl Reference {
         self.columns
             .first()
             .map_or(0, |column| column.sorted_values.len())
+    }
+
+    /// The distribution of all rows, if there are more than are kept.
+    #[must_use]
+    pub fn population(&self) -> Option<&Population> {
+        self.population.as_ref()
     }
 
     /// How often the model predicted each class on its reference data.
@@ -247,10 +289,12 @@ impl From<Reference> for StoredReference {
         let Reference {
             columns,
             prediction_counts,
+            population,
         } = reference;
         Self {
             columns,
             prediction_counts,
+            population,
         }
     }
 }
@@ -294,6 +338,26 @@ mod tests {
         let reference = Reference::new(names(1), &values, &[0]).unwrap();
         assert_eq!(reference.rows(), MAX_REFERENCE_ROWS);
         assert_eq!(reference.columns()[0].sorted_values()[1..3], [3.0, 6.0]);
+    }
+
+    #[test]
+    fn a_population_has_to_be_of_the_same_columns() {
+        let reference = Reference::new(names(2), &[3.0, 0.0, 1.0, 5.0], &[0]).unwrap();
+        let refused = |population: Population| {
+            let error = reference.clone().with_population(population).unwrap_err();
+            error.to_string()
+        };
+        let mut narrow = Population::new(&[0.0], 1, 0);
+        narrow.add_rows(&[1.0, 2.0]);
+        assert!(refused(narrow).contains("does not fit \"f1\""));
+        let mut short = Population::new(&[0.0; 2], 1, 0);
+        short.add_rows(&[1.0, 2.0]);
+        assert!(refused(short.clone()).contains("does not fit \"f1\""));
+        short.add_rows(&[1.0, f32::NAN]);
+        let known = reference.clone().with_population(short).unwrap();
+        assert_eq!((known.rows(), known.population().unwrap().rows()), (2, 2));
+        let stored = serde_json::to_string(&known).unwrap();
+        assert_eq!(serde_json::from_str::<Reference>(&stored).unwrap(), known);
     }
 
     #[test]

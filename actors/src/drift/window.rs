@@ -3,9 +3,10 @@
 //! 1. A window closes after exactly `window_size` observations, whatever time that takes; then it starts empty.
 //! 2. A column that has one and the same value in the reference and in the window is not informative: it neither drifts
 //!    nor counts among the columns of which a share must drift.
-//! 3. A column drifts when its PSI reaches the threshold *and* its Kolmogorov-Smirnov p-value, corrected by Benjamini and
-//!    Hochberg over the informative columns, is at most the threshold. The data set drifts when at least the configured
-//!    share of informative columns does. Predictions drift by χ² and Jensen-Shannon in the same way.
+//! 3. A column drifts when its PSI reaches the threshold *and* its test (`baseline` says which) is past its own: the p-value,
+//!    corrected by Benjamini and Hochberg over the informative columns, is at most the threshold, and a Wasserstein distance is also
+//!    large. The data set drifts when at least the configured share of informative columns does. Predictions drift by χ² and
+//!    Jensen-Shannon in the same way.
 //! 4. A refused observation leaves the window as it was.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,99 +15,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::reference::Reference;
-use super::statistics::{
-    benjamini_hochberg, chi_square_homogeneity, jensen_shannon_distance, kolmogorov_smirnov,
-    population_stability_index,
+pub use super::window_config::{
+    LOOKS, MAX_WINDOW_SIZE, MIN_WINDOW_SIZE, MonitorConfig, MonitorConfigError,
 };
 
-/// Observations a window may hold: with the column bound of a reference this limits a monitor's memory.
-pub const MAX_WINDOW_SIZE: usize = 10_000;
-
-/// Observations a window must hold: below, no statistic here can tell a shift from chance.
-pub const MIN_WINDOW_SIZE: usize = 20;
-
-/// Looks at a stream for which single tests are corrected (Bonferroni): a window a minute, for thirty days. Uncorrected, a
-/// test at `.05` is an alarm every twenty windows of a stream that never changes.
-pub const LOOKS: f64 = 30.0 * 24.0 * 60.0;
-
-/// What a monitor decides by.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct MonitorConfig {
-    /// Observations a window.
-    pub window_size: usize,
-    /// PSI from which a column's shift counts as large; `.1` is moderate, `.25` large by convention.
-    pub psi_threshold: f64,
-    /// Corrected Kolmogorov-Smirnov p-value up to which a column's shift counts as significant.
-    pub ks_p_threshold: f64,
-    /// Share of the informative columns that must drift for the data set to drift.
-    pub drifted_share_threshold: f64,
-    /// Jensen-Shannon distance from which a shift of the predicted classes counts as large.
-    pub prediction_distance_threshold: f64,
-    /// χ² p-value up to which a shift of the predicted classes counts as significant, corrected for [`LOOKS`].
-    pub prediction_p_threshold: f64,
-}
-
-impl MonitorConfig {
-    /// The thresholds of the field (PSI .25, KS .05, half of the columns, Jensen-Shannon .1, χ² .05 over all looks) for a window size.
-    #[must_use]
-    pub fn with_window_size(window_size: usize) -> Self {
-        Self {
-            window_size,
-            psi_threshold: 0.25,
-            ks_p_threshold: 0.05,
-            drifted_share_threshold: 0.5,
-            prediction_distance_threshold: 0.1,
-            prediction_p_threshold: 0.05 / LOOKS,
-        }
-    }
-
-    fn validate(&self) -> Result<(), MonitorConfigError> {
-        if !(MIN_WINDOW_SIZE..=MAX_WINDOW_SIZE).contains(&self.window_size) {
-            return Err(MonitorConfigError::WindowSize {
-                got: self.window_size,
-            });
-        }
-        let check = |key: &'static str, got: f64, max: f64| {
-            let valid = got > 0.0 && got <= max;
-            if valid {
-                Ok(())
-            } else {
-                Err(MonitorConfigError::Threshold { key, got, max })
-            }
-        };
-        check("psi_threshold", self.psi_threshold, f64::MAX)?;
-        check("ks_p_threshold", self.ks_p_threshold, 1.0)?;
-        check("drifted_share_threshold", self.drifted_share_threshold, 1.0)?;
-        check(
-            "prediction_distance_threshold",
-            self.prediction_distance_threshold,
-            1.0,
-        )?;
-        check("prediction_p_threshold", self.prediction_p_threshold, 1.0)
-    }
-}
-
-/// Why a monitor configuration is refused.
-#[derive(Clone, Debug, Error, PartialEq)]
-pub enum MonitorConfigError {
-    /// The window is too small to decide or too large to keep.
-    #[error("window_size {got} is outside {MIN_WINDOW_SIZE}..={MAX_WINDOW_SIZE}")]
-    WindowSize {
-        /// The size given.
-        got: usize,
-    },
-    /// A threshold is out of its range.
-    #[error("{key} {got} must be above 0 and at most {max}")]
-    Threshold {
-        /// The configuration key.
-        key: &'static str,
-        /// The value given.
-        got: f64,
-        /// The largest value allowed.
-        max: f64,
-    },
-}
+use super::baseline::{Baseline, Comparison};
+use super::reference::Reference;
+use super::statistics::{benjamini_hochberg, chi_square_homogeneity, jensen_shannon_distance};
 
 /// Why an observation was not taken.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -137,6 +52,20 @@ pub enum Statistic {
     Psi,
     /// Kolmogorov-Smirnov; past its threshold when the corrected p-value is at most as large.
     Ks,
+    /// The Wasserstein distance in standard deviations of the reference; past its threshold when at least as large, and not by chance.
+    Wasserstein,
+}
+
+impl Statistic {
+    /// As reports name it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Statistic::Psi => "psi",
+            Statistic::Ks => "ks",
+            Statistic::Wasserstein => "wasserstein",
+        }
+    }
 }
 
 /// One statistic of one column in one window.
@@ -150,9 +79,11 @@ pub struct FeatureDrift {
     pub value: f64,
     /// The p-value corrected for the number of columns, if the statistic has one.
     pub p_value: Option<f64>,
-    /// What the value (PSI) or the p-value (KS) is compared with.
+    /// What the value (PSI, Wasserstein) or the p-value (KS) is compared with.
     pub threshold: f64,
-    /// Rows of the reference sample.
+    /// By how much the value may be off because the reference is known by a sketch; `None` where it is exact, and for PSI.
+    pub error_max: Option<f64>,
+    /// Rows of the reference.
     pub reference_count: u64,
     /// Rows of the window.
     pub current_count: u64,
@@ -188,7 +119,7 @@ pub struct WindowReport {
     pub window_index: u64,
     /// Observations in the window.
     pub samples: u64,
-    /// PSI, then KS, of every column in the order of the reference.
+    /// PSI, then its test, of every column in the order of the reference.
     pub features: Vec<FeatureDrift>,
     /// The predicted classes.
     pub prediction: PredictionDrift,
@@ -218,8 +149,8 @@ impl WindowReport {
 #[derive(Debug)]
 pub struct WindowMonitor {
     reference: Arc<Reference>,
-    /// The reference columns as the statistics want them, widened once.
-    reference_columns: Arc<Vec<Vec<f64>>>,
+    /// The reference columns as the statistics want them, made once.
+    baselines: Arc<Vec<Baseline>>,
     config: MonitorConfig,
     window_index: u64,
     samples: usize,
@@ -234,16 +165,11 @@ impl WindowMonitor {
     /// [`MonitorConfigError`] names the key that is out of range.
     pub fn new(reference: Reference, config: MonitorConfig) -> Result<Self, MonitorConfigError> {
         config.validate()?;
-        let widen = |values: &[f32]| values.iter().copied().map(f64::from).collect();
-        let reference_columns: Vec<Vec<f64>> = reference
-            .columns()
-            .iter()
-            .map(|column| widen(column.sorted_values()))
-            .collect();
-        let columns = vec![Vec::with_capacity(config.window_size); reference_columns.len()];
+        let baselines = Baseline::all(&reference);
+        let columns = vec![Vec::with_capacity(config.window_size); baselines.len()];
         Ok(Self {
             reference: Arc::new(reference),
-            reference_columns: Arc::new(reference_columns),
+            baselines: Arc::new(baselines),
             config,
             window_index: 0,
             samples: 0,
@@ -257,7 +183,7 @@ impl WindowMonitor {
     pub fn begin_another(&self) -> Self {
         Self {
             reference: Arc::clone(&self.reference),
-            reference_columns: Arc::clone(&self.reference_columns),
+            baselines: Arc::clone(&self.baselines),
             config: self.config.clone(),
             window_index: 0,
             samples: 0,
@@ -343,64 +269,70 @@ impl WindowMonitor {
     }
 
     fn feature_drifts(&self) -> (Vec<FeatureDrift>, u64, u64) {
-        let pairs = || self.reference_columns.iter().zip(&self.columns);
-        let informative: Vec<usize> = pairs()
-            .enumerate()
-            .filter(|(_, (reference, current))| !is_one_value(reference, current))
-            .map(|(index, _)| index)
-            .collect();
-        // A column of one value has D = 0 and p = 1; leaving it out of the correction keeps the others' power.
-        let tests: Vec<_> = pairs()
-            .map(|(reference, current)| {
-                kolmogorov_smirnov(reference, current)
-                    .expect("a reference column and a closed window are never empty")
-            })
-            .collect();
-        let raw: Vec<f64> = informative
+        let found: Vec<Comparison> = self
+            .baselines
             .iter()
-            .map(|index| tests[*index].p_value)
+            .zip(&self.columns)
+            .map(|(baseline, current)| baseline.compare(current))
             .collect();
-        let mut p_values = vec![1.0; tests.len()];
-        for (index, p_value) in informative.iter().zip(benjamini_hochberg(&raw)) {
-            p_values[*index] = p_value;
-        }
-        let (mut rows, mut drifted_columns) = (Vec::with_capacity(2 * tests.len()), 0);
-        for (index, (reference, current)) in pairs().enumerate() {
-            let psi = population_stability_index(reference, current)
-                .expect("a reference column and a closed window are never empty");
-            let is_large = psi >= self.config.psi_threshold;
-            let is_significant = p_values[index] <= self.config.ks_p_threshold;
-            let drifted = is_large && is_significant;
-            drifted_columns += u64::from(drifted);
-            let row = |statistic, value, p_value, threshold, exceeded| FeatureDrift {
-                feature: self.reference.columns()[index].feature().to_owned(),
-                statistic,
-                value,
-                p_value,
-                threshold,
-                reference_count: reference.len() as u64,
-                current_count: current.len() as u64,
-                exceeded,
-                drifted,
+        // A column of one value has p = 1; leaving it out of the correction keeps the others' power.
+        let informative = |comparison: &&Comparison| !comparison.is_one_value;
+        let raw: Vec<f64> = found
+            .iter()
+            .filter(informative)
+            .map(|one| one.p_value)
+            .collect();
+        let mut corrected = benjamini_hochberg(&raw).into_iter();
+        let (mut rows, mut drifted_columns) = (Vec::with_capacity(2 * found.len()), 0);
+        for (index, comparison) in found.iter().enumerate() {
+            let p_value = if comparison.is_one_value {
+                1.0
+            } else {
+                corrected
+                    .next()
+                    .expect("each informative column has a p-value")
             };
-            rows.push(row(
-                Statistic::Psi,
-                psi,
-                None,
-                self.config.psi_threshold,
-                is_large,
-            ));
-            let (value, p_value) = (tests[index].statistic, Some(p_values[index]));
-            let threshold = self.config.ks_p_threshold;
-            rows.push(row(
-                Statistic::Ks,
-                value,
-                p_value,
-                threshold,
-                is_significant,
-            ));
+            let pair = self.rows_of(index, comparison, p_value);
+            drifted_columns += u64::from(pair[0].drifted);
+            rows.extend(pair);
         }
-        (rows, informative.len() as u64, drifted_columns)
+        (rows, raw.len() as u64, drifted_columns)
+    }
+
+    /// PSI and the test of a column.
+    fn rows_of(&self, index: usize, found: &Comparison, p_value: f64) -> [FeatureDrift; 2] {
+        let config = &self.config;
+        let is_significant = p_value <= config.p_threshold;
+        let (threshold, is_past) = match found.test {
+            Statistic::Wasserstein => {
+                let threshold = config.wasserstein_threshold;
+                (threshold, is_significant && found.value >= threshold)
+            }
+            Statistic::Ks | Statistic::Psi => (config.p_threshold, is_significant),
+        };
+        let is_large = found.psi >= config.psi_threshold;
+        let psi = FeatureDrift {
+            feature: self.reference.columns()[index].feature().to_owned(),
+            statistic: Statistic::Psi,
+            value: found.psi,
+            p_value: None,
+            threshold: config.psi_threshold,
+            error_max: None,
+            reference_count: found.reference_rows,
+            current_count: self.samples as u64,
+            exceeded: is_large,
+            drifted: is_large && is_past,
+        };
+        let test = FeatureDrift {
+            statistic: found.test,
+            value: found.value,
+            p_value: Some(p_value),
+            threshold,
+            error_max: found.error_max,
+            exceeded: is_past,
+            ..psi.clone()
+        };
+        [psi, test]
     }
 
     fn prediction_drift(&self) -> PredictionDrift {
@@ -434,17 +366,6 @@ impl WindowMonitor {
             drifted: jensen_shannon >= distance_threshold && p_value <= p_threshold,
         }
     }
-}
-
-/// Whether two ascending, non-empty samples hold a single value between them.
-fn is_one_value(reference: &[f64], current: &[f64]) -> bool {
-    let ends = [
-        reference.first(),
-        reference.last(),
-        current.first(),
-        current.last(),
-    ];
-    ends.iter().all(|end| *end == ends[0])
 }
 
 #[cfg(test)]

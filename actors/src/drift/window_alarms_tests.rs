@@ -1,6 +1,7 @@
 //! How soon a shift is found, and how often nothing is: simulations with seeds, which are printed.
 
 use super::*;
+use crate::drift::sketches::Population;
 use crate::drift::statistics::testing::Lcg;
 
 const FEATURES: usize = 100;
@@ -16,20 +17,29 @@ fn row(random: &mut Lcg, shift: f32) -> Vec<f32> {
     (0..FEATURES).map(|_| normal(random) + shift).collect()
 }
 
-fn monitor(random: &mut Lcg) -> WindowMonitor {
-    let values: Vec<f32> = (0..1000).flat_map(|_| row(random, 0.0)).collect();
+/// Of so many training rows; of more than a thousand the reference is a sample and sketches, and the test another.
+fn monitor(random: &mut Lcg, rows: usize) -> WindowMonitor {
+    let values: Vec<f32> = (0..rows).flat_map(|_| row(random, 0.0)).collect();
     let classes: Vec<u32> = (0..1000).map(|row| row % 10).collect();
     let names = (0..FEATURES).map(|index| format!("f{index}")).collect();
-    let reference = Reference::new(names, &values, &classes).unwrap();
+    let mut reference = Reference::new(names, &values[..1000 * FEATURES], &classes).unwrap();
+    if rows > 1000 {
+        let mut population = Population::new(&[0.0; FEATURES], 7, 0);
+        population.add_rows(&values);
+        reference = reference.with_population(population).unwrap();
+    }
     WindowMonitor::new(reference, MonitorConfig::with_window_size(WINDOW)).unwrap()
 }
 
 #[test]
 fn half_a_deviation_is_found_within_five_hundred_rows() {
-    for seed in [11, 12, 13] {
-        println!("seed {seed}");
+    for (seed, rows) in [11, 12, 13]
+        .into_iter()
+        .flat_map(|seed| [(seed, 1000), (seed, 5000)])
+    {
+        println!("seed {seed}, {rows} training rows");
         let mut random = Lcg::new(seed);
-        let mut monitor = monitor(&mut random);
+        let mut monitor = monitor(&mut random, rows);
         // Somewhere within a window.
         for _ in 0..37 * seed {
             let row = row(&mut random, 0.0);
@@ -40,22 +50,23 @@ fn half_a_deviation_is_found_within_five_hundred_rows() {
             let closed = monitor.observe(&row, 0).unwrap();
             closed.is_some_and(|closed| closed.dataset_drift)
         });
-        assert!(found.is_some(), "seed {seed}");
+        assert!(found.is_some(), "seed {seed}, {rows} training rows");
     }
 }
 
 #[test]
 fn a_hundred_features_that_stay_as_they_were_raise_nothing() {
-    let seed = 21;
-    println!("seed {seed}");
-    let mut random = Lcg::new(seed);
-    let mut monitor = monitor(&mut random);
-    for _ in 0..40 * WINDOW {
-        let row = row(&mut random, 0.0);
-        let class = (random.next_unit() * 10.0) as u32;
-        if let Some(closed) = monitor.observe(&row, class).unwrap() {
-            assert!(!closed.dataset_drift && !closed.prediction.drifted);
-            assert!(closed.drifted_columns <= 1, "{}", closed.drifted_columns);
+    for (seed, rows) in [(21, 1000), (22, 5000)] {
+        println!("seed {seed}, {rows} training rows");
+        let mut random = Lcg::new(seed);
+        let mut monitor = monitor(&mut random, rows);
+        for _ in 0..40 * WINDOW {
+            let row = row(&mut random, 0.0);
+            let class = (random.next_unit() * 10.0) as u32;
+            if let Some(closed) = monitor.observe(&row, class).unwrap() {
+                assert!(!closed.dataset_drift && !closed.prediction.drifted);
+                assert!(closed.drifted_columns <= 1, "{}", closed.drifted_columns);
+            }
         }
     }
 }

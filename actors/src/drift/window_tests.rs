@@ -1,6 +1,7 @@
 //! The monitor on data shaped like small images: columns that never change, that are mostly zero, and that vary.
 
 use super::*;
+use crate::drift::sketches::Population;
 use crate::drift::statistics::testing::Lcg;
 
 const COLUMNS: usize = 64;
@@ -190,7 +191,7 @@ fn configuration_is_checked_by_key() {
     assert!(refused(|config| config.window_size = 5).contains("window_size 5"));
     assert!(refused(|config| config.window_size = 1 << 30).contains("outside 20..=10000"));
     assert!(refused(|config| config.psi_threshold = f64::NAN).contains("psi_threshold NaN"));
-    assert!(refused(|config| config.ks_p_threshold = 1.5).contains("ks_p_threshold 1.5"));
+    assert!(refused(|config| config.p_threshold = 1.5).contains("p_threshold 1.5"));
     assert!(refused(|config| config.drifted_share_threshold = 0.0).contains("above 0"));
 }
 
@@ -246,8 +247,14 @@ fn held_out_digits_raise_no_alarm_and_shifted_ones_do() {
         }
     }
     let names = (0..COLUMNS).map(|pixel| format!("pixel_{pixel}")).collect();
-    let reference = Reference::new(names, &reference_values, &reference_classes).unwrap();
-    for window_size in [50, 100, 200] {
+    let exact = Reference::new(names, &reference_values, &reference_classes).unwrap();
+    let mut population = Population::new(&[5.0; COLUMNS], 7, 0);
+    population.add_rows(&reference_values);
+    let sketched = exact.clone().with_population(population).unwrap();
+    for (window_size, reference) in [50, 100, 200]
+        .into_iter()
+        .flat_map(|size| [(size, &exact), (size, &sketched)])
+    {
         let config = MonitorConfig::with_window_size(window_size);
         let mut monitor = WindowMonitor::new(reference.clone(), config).unwrap();
         let mut reports = |change: fn(f32) -> f32| -> Vec<WindowReport> {

@@ -1,11 +1,13 @@
 //! The file of a model version: all that a replica and a monitor need, named by its BLAKE3.
 //!
 //! Layout: eight bytes of magic, the format's version (u32, little-endian), then the encoded
-//! [`VersionFile`]. It is stored as `models/<blake3>` and never changes.
+//! [`VersionFile`]. In format 3 the length of that (u64, little-endian) stands before it, and its [`Population`] behind it. It is
+//! stored as `models/<blake3>` and never changes.
 //!
 //! Invariants:
 //! 1. The same content is the same bytes, hence the same name.
 //! 2. Nothing of a file is believed before the hash of all of its bytes is verified.
+//! 3. A file without a population is written in format 2, which releases before format 3 read too.
 
 use std::collections::BTreeMap;
 
@@ -15,6 +17,7 @@ use mobula_storage::blob::{BlobError, BlobStore};
 use serde::{Deserialize, Serialize};
 
 use super::{hex, imported_file, merkle};
+use crate::drift::sketches::Population;
 use crate::drift::{Reference, ReferenceError};
 use crate::training::data::SampleShape;
 use crate::training::model::{Model, ModelError};
@@ -24,8 +27,11 @@ use crate::training::reference::ReferenceData;
 /// Tells our files from others.
 const MAGIC: &[u8; 8] = b"MOBULAMV";
 
-/// The format that this code writes.
+/// The format of a file without a population.
 const FORMAT: u32 = 2;
+
+/// The format of a file with one, the newest.
+const FORMAT_WITH_POPULATION: u32 = 3;
 
 const HEADER_BYTES: usize = MAGIC.len() + size_of::<u32>();
 
@@ -66,6 +72,9 @@ pub struct VersionFile {
     pub reference: ReferenceData,
     /// Where it came from.
     pub provenance: Provenance,
+    /// All rows of what it was trained on, where the reference is a sample of them; encoded behind the rest.
+    #[serde(skip)]
+    pub population: Option<Population>,
 }
 
 /// A version's file in the object store.
@@ -113,7 +122,9 @@ pub enum VersionFileError {
         found_bytes: u64,
     },
     /// Not a version file, or one of a newer format.
-    #[error("not a version file of format {FORMAT}: {0}; use the release that wrote it")]
+    #[error(
+        "not a version file of format {FORMAT} or {FORMAT_WITH_POPULATION}: {0}; use the release that wrote it"
+    )]
     Malformed(String),
     /// A version that was made elsewhere, where one is wanted that was trained here.
     #[error(
@@ -136,8 +147,19 @@ impl VersionFile {
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
-        bytes.extend(FORMAT.to_le_bytes());
-        bytes.extend(codec::encode_plain(self));
+        let file = codec::encode_plain(self);
+        match &self.population {
+            None => {
+                bytes.extend(FORMAT.to_le_bytes());
+                bytes.extend(file);
+            }
+            Some(population) => {
+                bytes.extend(FORMAT_WITH_POPULATION.to_le_bytes());
+                bytes.extend((file.len() as u64).to_le_bytes());
+                bytes.extend(file);
+                bytes.extend(population.to_bytes());
+            }
+        }
         bytes
     }
 
@@ -155,12 +177,26 @@ impl VersionFile {
             return Err(malformed("it begins with other bytes".to_owned()));
         }
         let format = u32::from_le_bytes(format.try_into().expect("the header has four bytes left"));
-        if format != FORMAT {
-            return Err(malformed(format!("it is of format {format}")));
-        }
         let limit = usize::try_from(VERSION_FILE_BYTES_MAX).unwrap_or(usize::MAX);
+        let (body, population) = match format {
+            FORMAT => (body, None),
+            FORMAT_WITH_POPULATION => {
+                let parts = body.split_first_chunk().and_then(|(length, parts)| {
+                    let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+                    parts.split_at_checked(length)
+                });
+                let (body, population) =
+                    parts.ok_or_else(|| malformed("it is cut off".to_owned()))?;
+                (
+                    body,
+                    Some(Population::from_bytes(population).map_err(malformed)?),
+                )
+            }
+            _ => return Err(malformed(format!("it is of format {format}"))),
+        };
         let file: Self =
             codec::decode(body, limit).map_err(|error| malformed(error.to_string()))?;
+        let file = VersionFile { population, ..file };
         // Before anything is computed from the widths of its layers.
         file.model
             .check()
@@ -190,11 +226,11 @@ impl VersionFile {
             .flat_map(|row| data.columns.iter().map(move |column| column[row]))
             .collect();
 
-        Ok(Reference::new(
-            data.feature_names.clone(),
-            &row_major,
-            &data.predictions,
-        )?)
+        let sample = Reference::new(data.feature_names.clone(), &row_major, &data.predictions)?;
+        Ok(match &self.population {
+            Some(population) => sample.with_population(population.clone())?,
+            None => sample,
+        })
     }
 
     /// Stores the file under its name.
@@ -272,7 +308,7 @@ fn path(digest: &str) -> String {
 pub(crate) mod tests {
     use super::*;
     use crate::training::data::Dataset;
-    use crate::training::reference::reference_sample;
+    use crate::training::reference::{population, reference_sample};
     use crate::training::spec::TrainSpec;
     use mobula_storage::blob::S3Options;
 
@@ -298,6 +334,21 @@ pub(crate) mod tests {
                 metrics: BTreeMap::from([("accuracy".to_owned(), 0.97)]),
             },
             model: spec.model,
+            population: None,
+        }
+    }
+
+    /// The same, of which not only a sample is known.
+    pub(crate) fn digits_with_population(rows: usize) -> VersionFile {
+        let spec = TrainSpec::digits_mlp("digits");
+        let digits_file = digits(rows);
+        let train = Dataset::digits()
+            .unwrap()
+            .split(spec.seed, spec.held_out_fraction)
+            .train;
+        VersionFile {
+            population: population(&train, &digits_file.reference, spec.seed).unwrap(),
+            ..digits_file
         }
     }
 
@@ -320,6 +371,40 @@ pub(crate) mod tests {
         let mut column = version.reference.columns[20].clone();
         column.sort_by(f32::total_cmp);
         assert_eq!(reference.columns()[20].sorted_values(), column);
+    }
+
+    #[test]
+    fn a_population_is_a_newer_format_and_files_without_one_stay_as_they_were() {
+        let format = |bytes: &[u8]| u32::from_le_bytes(bytes[8..12].try_into().unwrap());
+        let (without, with) = (digits(1000), digits_with_population(1000));
+        assert_eq!(
+            (format(&without.to_bytes()), format(&with.to_bytes())),
+            (2, 3)
+        );
+        let read = VersionFile::from_bytes(&with.to_bytes()).unwrap();
+        assert_eq!(read, with);
+        let reference = read.build_reference().unwrap();
+        assert_eq!(
+            (reference.rows(), reference.population().unwrap().rows()),
+            (1000, 1438)
+        );
+        // A file of the one is none of the other.
+        for (file, other) in [(&with, 2u32), (&without, 3)] {
+            let mut bytes = file.to_bytes();
+            bytes[8..12].copy_from_slice(&other.to_le_bytes());
+            let error = VersionFile::from_bytes(&bytes).unwrap_err();
+            assert!(matches!(error, VersionFileError::Malformed(_)), "{error}");
+        }
+        let cut = &with.to_bytes()[..with.to_bytes().len() - 1];
+        let error = VersionFile::from_bytes(cut).unwrap_err();
+        assert!(
+            error.to_string().contains("training rows is cut off"),
+            "{error}"
+        );
+        let mut damaged = with;
+        damaged.population = Some(Population::new(&[0.0; 64], 7, 0));
+        let error = damaged.build_reference().unwrap_err();
+        assert!(error.to_string().contains("does not fit"), "{error}");
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use mobula_storage::blob::BlobError;
 use super::data::SampleShape;
 use super::model::Model;
 use super::record::RunRecord;
-use super::reference::reference_sample;
+use super::reference::{population, reference_sample};
 use super::spec::TrainSpec;
 use super::state::TrainState;
 use super::trainable::Evaluation;
@@ -19,8 +19,8 @@ use crate::registry::version_file::Provenance;
 use crate::registry::{VersionFile, VersionFileError, provenance};
 use crate::storage::open_blobs;
 
-/// Rows of the training data that a version keeps for drift detection: enough for stable
-/// quantiles, about 260 KB.
+/// Rows of the training data that a version keeps for drift detection: what sentinels and confidences take, about 260 KB
+/// for the digits. Of more rows it keeps sketches as well.
 const REFERENCE_ROWS_MAX: usize = 1000;
 
 /// A version that is stored.
@@ -89,13 +89,15 @@ pub fn describe(
         SampleShape::Classified { classes, .. } => *classes,
         _ => 0,
     };
+    let reference = reference_sample(&model, train, REFERENCE_ROWS_MAX, spec.seed)?;
     let file = VersionFile {
         model_name: spec.register.clone().unwrap_or_else(|| spec.name.clone()),
         model: spec.model.clone(),
         samples: train.shape().clone(),
         parameters: state.params.to_vec(),
         labels: (0..labels).map(|class| class.to_string()).collect(),
-        reference: reference_sample(&model, train, REFERENCE_ROWS_MAX, spec.seed)?,
+        population: population(train, &reference, spec.seed)?,
+        reference,
         provenance: Provenance {
             job: job.0,
             steps: state.step,
@@ -202,7 +204,10 @@ mod tests {
             read.provenance.metrics["accuracy"],
             evaluation.metrics["accuracy"]
         );
-        assert_eq!(read.build_reference().unwrap().rows(), REFERENCE_ROWS_MAX);
+        let reference = read.build_reference().unwrap();
+        assert_eq!(reference.rows(), REFERENCE_ROWS_MAX);
+        let trained = workload.split().train.len() as u64;
+        assert_eq!(reference.population().unwrap().rows(), trained);
         assert_eq!(read.build_model().unwrap().flat(), state.params.to_vec());
     }
 }

@@ -9,6 +9,8 @@
 //! The generator is Philox 4×32 with ten rounds (Salmon et al., "Parallel random numbers: as easy as
 //! 1, 2, 3", SC'11), checked against the known-answer vectors of the Random123 library.
 
+use serde::{Deserialize, Serialize};
+
 use super::math;
 
 /// What a stream of random numbers is for. The numbers are hashed into keys and never change.
@@ -24,10 +26,12 @@ pub enum Purpose {
     Reference = 4,
     /// What is dropped out; the stream's name is the layer's.
     Dropout = 5,
+    /// Which half of its values a quantile sketch gives up; the stream's name is the feature's number, its step the first row.
+    Compaction = 6,
 }
 
 /// The random numbers of one purpose, name and step.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stream {
     key: [u32; 2],
 }

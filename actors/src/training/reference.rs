@@ -1,5 +1,7 @@
 //! What a trained version remembers of its data, for drift detection to compare with.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use super::data::{Dataset, SampleShape};
@@ -7,6 +9,7 @@ use super::model::{Model, ModelError};
 use super::permutation::Permutation;
 use super::random::Purpose;
 use super::workload::WorkloadError;
+use crate::drift::sketches::Population;
 
 /// A sample of the training part, column by column, with what the model predicts for it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -19,6 +22,9 @@ pub struct ReferenceData {
     /// The predicted class of each row.
     pub predictions: Vec<u32>,
 }
+
+/// Rows that are sketched together: what is gathered of a file at once.
+const PART_ROWS: usize = 4096;
 
 /// The names of the features of samples that look like this, in the order of the model's input.
 #[must_use]
@@ -79,6 +85,54 @@ pub fn reference_sample(
     })
 }
 
+/// All rows of `train`, feature by feature, around the means of the sample; nothing if there is no sample, or if it has all of them.
+pub fn population(
+    train: &Dataset,
+    sample: &ReferenceData,
+    seed: u64,
+) -> Result<Option<Population>, WorkloadError> {
+    let columns = sample.columns.iter();
+    if columns
+        .clone()
+        .all(|column| column.is_empty() || column.len() >= train.len())
+    {
+        return Ok(None);
+    }
+    let mean = |column: &Vec<f32>| {
+        let sum: f64 = column.iter().copied().map(f64::from).sum();
+        sum / column.len() as f64
+    };
+    let centers: Vec<f64> = columns.map(mean).collect();
+    if centers.iter().any(|center| !center.is_finite()) {
+        // Such a sample is no reference either, and the monitor says which feature is at fault.
+        return Ok(None);
+    }
+    population_of(train, 0..train.len(), &centers, seed).map(Some)
+}
+
+/// That of some rows. Parts are merged in a tree that only their number decides, so the bits do not depend on the threads.
+fn population_of(
+    train: &Dataset,
+    rows: Range<usize>,
+    centers: &[f64],
+    seed: u64,
+) -> Result<Population, WorkloadError> {
+    if rows.len() <= PART_ROWS {
+        let mut population = Population::new(centers, seed, rows.start as u64);
+        let batch = train.gather(&rows.collect::<Vec<_>>())?;
+        population.add_rows(batch.features());
+        return Ok(population);
+    }
+    let middle = rows.start + rows.len() / 2;
+    let (low, high) = rayon::join(
+        || population_of(train, rows.start..middle, centers, seed),
+        || population_of(train, middle..rows.end, centers, seed),
+    );
+    let mut whole = low?;
+    whole.merge(&high?);
+    Ok(whole)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,5 +165,42 @@ mod tests {
                 .predictions
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn a_population_has_all_rows_and_is_left_out_where_the_sample_has_them() {
+        let train = Dataset::digits().unwrap().split(7, 0.2).train;
+        let spec = TrainSpec::digits_mlp("a");
+        let model = Model::new(&spec.model, train.shape(), 7).unwrap();
+        let sample = reference_sample(&model, &train, 100, 7).unwrap();
+        let all = population(&train, &sample, 7).unwrap().unwrap();
+        assert_eq!((all.rows(), all.features().len()), (train.len() as u64, 64));
+        assert_eq!(all.damaged_feature(), None);
+        let pixels = train.all().unwrap();
+        let brightest = pixels.features().iter().skip(20).step_by(64).copied();
+        let (_, largest) = all.features()[20].ranks().ends().unwrap();
+        assert_eq!(largest, brightest.reduce(f32::max).unwrap());
+
+        let whole = reference_sample(&model, &train, usize::MAX, 7).unwrap();
+        assert_eq!(population(&train, &whole, 7).unwrap(), None);
+        assert_eq!(
+            population(&train, &ReferenceData::default(), 7).unwrap(),
+            None
+        );
+    }
+
+    #[test]
+    fn a_population_of_many_parts_has_the_same_bits_each_time() {
+        let digits = Dataset::digits().unwrap();
+        let rows: Vec<usize> = (0..3 * PART_ROWS + 5)
+            .map(|row| row % digits.len())
+            .collect();
+        let train = digits.part(&rows);
+        let spec = TrainSpec::digits_mlp("a");
+        let model = Model::new(&spec.model, train.shape(), 7).unwrap();
+        let sample = reference_sample(&model, &train, 1000, 7).unwrap();
+        let once = population(&train, &sample, 7).unwrap();
+        assert_eq!(once, population(&train, &sample, 7).unwrap());
+        assert_eq!(once.unwrap().rows(), rows.len() as u64);
     }
 }

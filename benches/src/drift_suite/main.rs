@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use mobula_actors::drift::streams::{Adwin, Change, HddmA, HddmW, PageHinkley};
+use mobula_actors::drift::sketches::Population;
 use mobula_actors::drift::{MonitorConfig, Reference, WindowMonitor};
 use mobula_benches::results::Results;
 
@@ -21,6 +22,9 @@ const FEATURES: usize = 50;
 
 /// Rows of the reference, as many as a version's file has.
 const REFERENCE_ROWS: usize = 1_000;
+
+/// Rows of the larger data set, of which the reference is a sample and sketches.
+const SKETCHED_ROWS: usize = 100_000;
 
 /// Rows that are made once and given again and again.
 const ROWS_MADE: usize = 20_000;
@@ -132,28 +136,48 @@ fn windows(options: &Options, results: &mut Results) -> Outcome {
         .map(|index| format!("feature_{index}"))
         .collect();
     let classes: Vec<u32> = (0..REFERENCE_ROWS as u32).map(|row| row % 10).collect();
-    let reference = Reference::new(names, &reference, &classes)?;
-    for window in [200, 1_000, 10_000] {
-        let config = MonitorConfig::with_window_size(window);
-        let mut monitor = WindowMonitor::new(reference.clone(), config)?;
-        let began = Instant::now();
-        let given = made.chunks_exact(FEATURES).cycle().take(options.rows);
-        for (number, row) in (0u32..).zip(given) {
-            if let Some(report) = monitor.observe(row, number % 10)?
-                && report.dataset_drift
-            {
-                return Err(format!("window {} drifts", report.window_index).into());
-            }
+    let sample = Reference::new(names, &reference, &classes)?;
+    let began = Instant::now();
+    let mut population = Population::new(&[0.5; FEATURES], 7, 0);
+    let all = made.chunks_exact(FEATURES).cycle().take(SKETCHED_ROWS);
+    all.for_each(|row| population.add_rows(row));
+    let seconds = began.elapsed().as_secs_f64();
+    let name = format!("sketches of {SKETCHED_ROWS} rows of {FEATURES} features");
+    results.figure(&name, seconds, "s");
+    let sketched = sample.clone().with_population(population)?;
+    for (kind, reference) in [("", &sample), (", sketched reference", &sketched)] {
+        for window in [200, 1_000, 10_000] {
+            let config = MonitorConfig::with_window_size(window);
+            let monitor = WindowMonitor::new(reference.clone(), config)?;
+            let name = format!("windows of {window}{kind}");
+            watch(monitor, &made, &name, options, results)?;
         }
-        let seconds = began.elapsed().as_secs_f64();
-        let name = format!(
-            "{} rows of {FEATURES} features, windows of {window}",
-            options.rows
-        );
-        results.figure(&name, seconds, "s");
-        let name = format!("rows of {FEATURES} features, windows of {window}");
-        results.figure(&name, options.rows as f64 / seconds, "/s");
     }
+    Ok(())
+}
+
+/// Gives a monitor rows that never drift.
+fn watch(
+    mut monitor: WindowMonitor,
+    made: &[f32],
+    name: &str,
+    options: &Options,
+    results: &mut Results,
+) -> Outcome {
+    let began = Instant::now();
+    let given = made.chunks_exact(FEATURES).cycle().take(options.rows);
+    for (number, row) in (0u32..).zip(given) {
+        if let Some(report) = monitor.observe(row, number % 10)?
+            && report.dataset_drift
+        {
+            return Err(format!("window {} drifts", report.window_index).into());
+        }
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    let total = format!("{} rows of {FEATURES} features, {name}", options.rows);
+    results.figure(&total, seconds, "s");
+    let rate = format!("rows of {FEATURES} features, {name}");
+    results.figure(&rate, options.rows as f64 / seconds, "/s");
     Ok(())
 }
 

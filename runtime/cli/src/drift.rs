@@ -141,29 +141,40 @@ fn print_event(monitor: &MonitorStatus, event: &DriftEvent) {
         report.features_compared,
         report.samples
     );
-    for drifted in report
-        .drifted
-        .iter()
-        .filter(|row| row.statistic != "ks")
-        .take(FEATURES_SHOWN)
-    {
-        println!("  {}", described(drifted));
+    let features = report.drifted.chunk_by(|a, b| a.feature == b.feature);
+    for statistics in features.take(FEATURES_SHOWN) {
+        println!("  {}", described(statistics));
     }
 }
 
-fn described(drifted: &Drifted) -> String {
-    let p_value = drifted
-        .p_value
-        .map_or_else(String::new, |p| format!(", p {p:.2e}"));
-    format!(
-        "{} {} {:.3}{p_value} (threshold {}), {} rows against {}",
-        drifted.feature,
-        drifted.statistic,
-        drifted.value,
-        drifted.threshold,
-        drifted.current_count,
-        drifted.reference_count
-    )
+/// All statistics of a feature, or of the predictions, and how many rows they compare.
+fn described(statistics: &[Drifted]) -> String {
+    let values: Vec<String> = statistics.iter().map(value).collect();
+    let rows = statistics.first().map_or_else(String::new, |first| {
+        format!(
+            ", {} rows against {}",
+            first.current_count, first.reference_count
+        )
+    });
+    let feature = statistics.first().map_or("", |first| &first.feature);
+    format!("{feature} {}{rows}", values.join(", "))
+}
+
+fn value(drifted: &Drifted) -> String {
+    let Drifted {
+        statistic,
+        value,
+        threshold,
+        ..
+    } = drifted;
+    match drifted.p_value {
+        // What its threshold is for.
+        Some(p) if statistic == "ks" => {
+            format!("{statistic} {value:.3} (p {p:.2e}, threshold {threshold})")
+        }
+        Some(p) => format!("{statistic} {value:.3} (threshold {threshold}; p {p:.2e})"),
+        None => format!("{statistic} {value:.3} (threshold {threshold})"),
+    }
 }
 
 #[cfg(test)]
@@ -172,18 +183,29 @@ mod tests {
 
     #[test]
     fn what_drifted_is_said_with_its_numbers() {
-        let drifted = Drifted {
+        let psi = Drifted {
             feature: "pixel_1_2".into(),
             statistic: "psi".into(),
             value: 0.6812,
             p_value: None,
             threshold: 0.25,
-            reference_count: 1000,
+            reference_count: 1438,
             current_count: 200,
         };
+        let test = |statistic: &str, threshold| Drifted {
+            statistic: statistic.into(),
+            value: 0.3462,
+            p_value: Some(1.25e-8),
+            threshold,
+            ..psi.clone()
+        };
         assert_eq!(
-            described(&drifted),
-            "pixel_1_2 psi 0.681 (threshold 0.25), 200 rows against 1000"
+            described(&[psi.clone(), test("wasserstein", 0.1)]),
+            "pixel_1_2 psi 0.681 (threshold 0.25), wasserstein 0.346 (threshold 0.1; p 1.25e-8), 200 rows against 1438"
+        );
+        assert_eq!(
+            described(&[psi.clone(), test("ks", 0.05)]),
+            "pixel_1_2 psi 0.681 (threshold 0.25), ks 0.346 (p 1.25e-8, threshold 0.05), 200 rows against 1438"
         );
     }
 }

@@ -15,13 +15,16 @@ pub fn sturges_edges(reference: &[f64], current: &[f64]) -> Option<Vec<f64>> {
     ];
     let low = ends.iter().flatten().copied().copied().reduce(f64::min)?;
     let high = ends.iter().flatten().copied().copied().reduce(f64::max)?;
+    edges_between(low, high, (reference.len() + current.len()) as u64)
+}
+
+fn edges_between(low: f64, high: f64, total: u64) -> Option<Vec<f64>> {
     // A subtraction that underflows to nothing, or overflows, cannot be cut into bins.
     let range = high - low;
     if range <= 0.0 || !range.is_finite() {
         return None;
     }
-    let total = (reference.len() + current.len()) as f64;
-    let bins = (total.log2() + 1.0).ceil() as usize;
+    let bins = ((total as f64).log2() + 1.0).ceil() as usize;
     let step = range / bins as f64;
     let mut edges: Vec<f64> = (0..bins).map(|bin| low + bin as f64 * step).collect();
     edges.push(high);
@@ -54,6 +57,42 @@ pub fn population_stability_index(reference: &[f64], current: &[f64]) -> Option<
         return Some(0.0);
     };
     psi_of_counts(&counts(reference, &edges), &counts(current, &edges))
+}
+
+/// Counts ascending points, each for as many as it stands for; values outside the edges belong to none.
+fn counts_of_points(points: &[(f64, u64)], edges: &[f64]) -> Vec<u64> {
+    let mut counts = vec![0; edges.len() - 1];
+    let last = counts.len() - 1;
+    let mut bin = 0;
+    for (value, count) in points.iter().filter(|(value, _)| *value >= edges[0]) {
+        while bin < last && *value >= edges[bin + 1] {
+            bin += 1;
+        }
+        if *value <= edges[last + 1] {
+            counts[bin] += count;
+        }
+    }
+    counts
+}
+
+/// The same of a reference that is known by ascending points, each of which stands for as many values as its second number says, and by its
+/// smallest and largest value.
+#[must_use]
+pub fn population_stability_index_of_points(
+    reference: &[(f64, u64)],
+    (smallest, largest): (f64, f64),
+    current: &[f64],
+) -> Option<f64> {
+    let total: u64 = reference.iter().map(|(_, count)| count).sum();
+    let (first, last) = (current.first()?, current.last()?);
+    let total = total + current.len() as u64;
+    let Some(edges) = edges_between(smallest.min(*first), largest.max(*last), total) else {
+        return Some(0.0);
+    };
+    psi_of_counts(
+        &counts_of_points(reference, &edges),
+        &counts(current, &edges),
+    )
 }
 
 /// The population stability index of two aligned histograms, `Σ (r − c)·ln(r / c)` over shares; `None` when one of them
@@ -115,6 +154,26 @@ mod tests {
     fn the_last_bin_is_closed_and_the_others_are_not() {
         assert_eq!(counts(&[0.0, 1.0, 1.0, 2.0], &[0.0, 1.0, 2.0]), [1, 3]);
         assert_eq!(counts(&[-1.0, 3.0], &[0.0, 1.0, 2.0]), [0, 0]);
+    }
+
+    #[test]
+    fn points_count_as_the_values_they_stand_for() {
+        let (reference, current) = golden_pair();
+        let points: Vec<(f64, u64)> = reference.iter().map(|value| (*value, 1)).collect();
+        let ends = (reference[0], reference[999]);
+        let psi = population_stability_index_of_points(&points, ends, &current).unwrap();
+        assert_close(psi, 0.680_975_736_089_847_1);
+        let edges = [0.0, 1.0, 2.0];
+        let points = [(-1.0, 5), (0.0, 2), (1.0, 3), (2.0, 4), (2.5, 7)];
+        assert_eq!(counts_of_points(&points, &edges), [2, 7]);
+        assert_eq!(
+            population_stability_index_of_points(&[(1.0, 9)], (1.0, 1.0), &[1.0]),
+            Some(0.0)
+        );
+        assert_eq!(
+            population_stability_index_of_points(&[], ends, &current),
+            None
+        );
     }
 
     #[test]

@@ -13,8 +13,13 @@ pub use categorical::{
     ChiSquare, benjamini_hochberg, chi_square_against_expected, chi_square_homogeneity,
     jensen_shannon_distance,
 };
-pub use distance::{normed_wasserstein_distance, wasserstein_distance};
-pub use histogram::{population_stability_index, psi_of_counts, sturges_edges};
+pub use distance::{
+    Chance, norm, normed_wasserstein_distance, standard_deviation, wasserstein_distance,
+    wasserstein_distance_of_points,
+};
+pub use histogram::{
+    population_stability_index, population_stability_index_of_points, psi_of_counts, sturges_edges,
+};
 pub use kolmogorov_smirnov::{KolmogorovSmirnov, kolmogorov_smirnov};
 
 #[cfg(test)]

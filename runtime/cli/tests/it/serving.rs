@@ -453,17 +453,23 @@ fn images_unlike_the_training_data_raise_a_drift_event_and_others_do_not() {
     );
     assert_eq!(report["samples"], WINDOW_ROWS);
     let rows = report["drifted"].as_array().unwrap();
-    for statistic in ["psi", "ks"] {
+    // The digits have more than a thousand rows to train on.
+    for statistic in ["psi", "wasserstein"] {
         let is_feature = |row: &&Value| {
             row["statistic"] == statistic && row["feature"].as_str().unwrap().starts_with("pixel_")
         };
         let row = rows.iter().find(is_feature).unwrap();
         assert_eq!(row["current_count"], WINDOW_ROWS, "{row}");
-        assert!(row["reference_count"].as_u64().unwrap() >= 1000, "{row}");
-        assert!(row["threshold"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(row["reference_count"].as_u64().unwrap() > 1000, "{row}");
+        assert!(row["value"].as_f64() >= row["threshold"].as_f64(), "{row}");
     }
-    let psi = rows.iter().find(|row| row["statistic"] == "psi").unwrap();
-    assert!(psi["value"].as_f64() >= psi["threshold"].as_f64(), "{psi}");
+    let test = rows
+        .iter()
+        .find(|row| row["statistic"] == "wasserstein")
+        .unwrap();
+    assert_eq!(test["threshold"], 0.1, "{test}");
+    assert!(test["p_value"].as_f64().unwrap() <= 0.05, "{test}");
+    assert!(rows.iter().all(|row| row["statistic"] != "ks"), "{report}");
     let suggestion = &loud["retrain_suggestion"];
     assert_eq!(
         (&suggestion["model"], &suggestion["version"]),
@@ -475,7 +481,9 @@ fn images_unlike_the_training_data_raise_a_drift_event_and_others_do_not() {
         .cluster
         .ok(&["drift", "status", "--endpoint", "digits"]);
     assert!(
-        text.contains("retrain digits:1") && text.contains("pixel_"),
+        text.contains("retrain digits:1")
+            && text.contains("pixel_")
+            && text.contains(", wasserstein "),
         "{text}"
     );
 }
