@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::data::{Dataset, SampleShape};
+use super::data::{Batch, DataError, Dataset, SampleShape};
 use super::model::{Model, ModelError};
 use super::permutation::Permutation;
 use super::random::Purpose;
@@ -25,6 +25,10 @@ pub struct ReferenceData {
 
 /// Rows that are sketched together: what is gathered of a file at once.
 const PART_ROWS: usize = 4096;
+
+/// Values that are sketched at most: so many are enough for anything that is asked of them, and a job of many wide rows ends soon after its
+/// last step.
+const VALUES_MAX: usize = 1 << 26;
 
 /// The names of the features of samples that look like this, in the order of the model's input.
 #[must_use]
@@ -85,7 +89,8 @@ pub fn reference_sample(
     })
 }
 
-/// All rows of `train`, feature by feature, around the means of the sample; nothing if there is no sample, or if it has all of them.
+/// All rows of `train`, feature by feature, around the means of the sample; of more than 64 Mi values rows at equal distances. Nothing if
+/// there is no sample, or if it has all rows.
 pub fn population(
     train: &Dataset,
     sample: &ReferenceData,
@@ -107,19 +112,41 @@ pub fn population(
         // Such a sample is no reference either, and the monitor says which feature is at fault.
         return Ok(None);
     }
-    population_of(train, 0..train.len(), &centers, seed).map(Some)
+    let chosen = Chosen {
+        train,
+        count: sketched_rows(train.len(), centers.len()),
+    };
+    population_of(&chosen, 0..chosen.count, &centers, seed).map(Some)
+}
+
+/// How many of so many rows are sketched: more than are sampled, however wide they are.
+fn sketched_rows(rows: usize, width: usize) -> usize {
+    rows.min((VALUES_MAX / width).max(PART_ROWS))
+}
+
+/// So many rows of a data set, at equal distances.
+struct Chosen<'a> {
+    train: &'a Dataset,
+    count: usize,
+}
+
+impl Chosen<'_> {
+    fn gather(&self, places: Range<usize>) -> Result<Batch, DataError> {
+        let row = |place| (place as u128 * self.train.len() as u128 / self.count as u128) as usize;
+        self.train.gather(&places.map(row).collect::<Vec<_>>())
+    }
 }
 
 /// That of some rows. Parts are merged in a tree that only their number decides, so the bits do not depend on the threads.
 fn population_of(
-    train: &Dataset,
+    train: &Chosen<'_>,
     rows: Range<usize>,
     centers: &[f64],
     seed: u64,
 ) -> Result<Population, WorkloadError> {
     if rows.len() <= PART_ROWS {
         let mut population = Population::new(centers, seed, rows.start as u64);
-        let batch = train.gather(&rows.collect::<Vec<_>>())?;
+        let batch = train.gather(rows)?;
         population.add_rows(batch.features());
         return Ok(population);
     }
@@ -187,6 +214,21 @@ mod tests {
             population(&train, &ReferenceData::default(), 7).unwrap(),
             None
         );
+    }
+
+    #[test]
+    fn wide_rows_are_thinned_evenly() {
+        assert_eq!(sketched_rows(60_000, 784), 60_000);
+        assert_eq!(sketched_rows(1 << 30, 64), 1 << 20);
+        assert_eq!(sketched_rows(1 << 30, 1 << 20), PART_ROWS);
+        let train = Dataset::digits().unwrap();
+        let chosen = Chosen {
+            train: &train,
+            count: 100,
+        };
+        let batch = chosen.gather(99..100).unwrap();
+        let last = train.gather(&[train.len() * 99 / 100]).unwrap();
+        assert_eq!(batch.features(), last.features());
     }
 
     #[test]
