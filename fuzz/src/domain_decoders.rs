@@ -33,6 +33,11 @@ pub const DOMAIN_DECODERS: &[Decoder] = &[
         seeds: version_file_seeds,
     },
     Decoder {
+        name: "encoder",
+        run: encoder,
+        seeds: encoder_seeds,
+    },
+    Decoder {
         name: "oip_json",
         run: oip_json,
         seeds: oip_json_seeds,
@@ -121,6 +126,41 @@ fn job_toml_seeds() -> Vec<Vec<u8>> {
     let text = "name = \"a\"\nseed = 7\nsteps = 80\ncheckpoint_every_steps = 40\n\
                 workers = { min = 1, max = 2 }\n[model.mlp]\nhidden = [64]\n";
     vec![text.into()]
+}
+
+/// The files of a small encoder, in the order of their names.
+const ENCODER_FILES: [&[u8]; 3] = [
+    include_bytes!("../../actors/src/serving/encoder/golden/classifier/config.json"),
+    include_bytes!("../../actors/src/serving/encoder/golden/classifier/model.safetensors"),
+    include_bytes!("../../actors/src/serving/encoder/golden/classifier/tokenizer.json"),
+];
+
+/// Each of the files, after the number of it.
+fn encoder_seeds() -> Vec<Vec<u8>> {
+    let files = (0u8..).zip(ENCODER_FILES);
+    files
+        .map(|(number, file)| [&[number], file].concat())
+        .collect()
+}
+
+/// One file of an encoder, among good ones: what is taken answers, or says why not.
+fn encoder(bytes: &[u8]) {
+    use mobula_actors::serving::encoder::{EncoderFiles, EncoderModel};
+    let Some((number, bytes)) = bytes.split_first() else {
+        return;
+    };
+    let mut files = ENCODER_FILES.map(bytes::Bytes::from_static);
+    files[usize::from(*number) % files.len()] = bytes::Bytes::copy_from_slice(bytes);
+    let [config, weights, tokenizer] = files;
+    let model = EncoderModel::load(&EncoderFiles {
+        config,
+        weights,
+        tokenizer,
+    });
+    let Ok(described) = model.and_then(|model| model.describe()) else {
+        return;
+    };
+    assert_eq!(described.inputs.len(), 1);
 }
 
 fn version_file_seeds() -> Vec<Vec<u8>> {

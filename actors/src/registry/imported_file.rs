@@ -16,6 +16,7 @@ use mobula_storage::blob::BlobStore;
 use serde::{Deserialize, Serialize};
 
 use super::version_file::{StoredVersion, VersionFileError, store_bytes};
+use crate::serving::encoder::WEIGHTS_FILE;
 use crate::serving::oip::TensorMetadata;
 
 /// Tells these files from others.
@@ -34,6 +35,8 @@ const DESCRIPTION_BYTES_MAX: usize = 1 << 20;
 pub enum ModelFormat {
     /// One file of the Open Neural Network Exchange.
     Onnx,
+    /// An encoder of texts: the weights, the description of the network and the tokenizer, as Hugging Face has them.
+    Encoder,
 }
 
 impl ModelFormat {
@@ -42,14 +45,16 @@ impl ModelFormat {
     pub fn platform(self) -> &'static str {
         match self {
             ModelFormat::Onnx => "mobula_onnx",
+            ModelFormat::Encoder => "mobula_encoder",
         }
     }
 
-    /// What its file is called.
+    /// What the file with its weights is called.
     #[must_use]
     pub fn file_name(self) -> &'static str {
         match self {
             ModelFormat::Onnx => "model.onnx",
+            ModelFormat::Encoder => WEIGHTS_FILE,
         }
     }
 }

@@ -191,9 +191,10 @@ impl<B: Backend> EndpointService<B> {
         let reason = error.to_string();
         assigned.count(match error {
             // Not executed, which says nothing about an answer.
-            OipError::Overloaded { .. } | OipError::WouldBeLate { .. } | OipError::ShuttingDown => {
-                Outcome::Refused
-            }
+            OipError::Overloaded { .. }
+            | OipError::WouldBeLate { .. }
+            | OipError::RowRefused { .. }
+            | OipError::ShuttingDown => Outcome::Refused,
             _ => Outcome::Failed(&reason),
         });
         let Some(second) = &assigned.second else {

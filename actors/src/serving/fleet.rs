@@ -195,8 +195,17 @@ impl<B: Backend> Fleet<B> {
             batch_rows,
             is_first_in_batch,
         } = answer;
-        let outputs: Result<Vec<Row>, Refusal> = outputs.into_iter().collect();
-        let outputs = outputs.map_err(|reason| OipError::Failed { reason })?;
+        let rows = outputs.into_iter().enumerate();
+        let row = |(row, answer): (usize, Result<Row, Refusal>)| {
+            answer.map_err(|refusal| match refusal {
+                Refusal::Failed(reason) => OipError::Failed { reason },
+                Refusal::Row(reason) => OipError::RowRefused {
+                    row: row as u64,
+                    reason,
+                },
+            })
+        };
+        let outputs: Vec<Row> = rows.map(row).collect::<Result<_, _>>()?;
         entered.answered();
         Ok(BatchAnswer {
             outputs,
@@ -260,7 +269,7 @@ impl<B: Backend> Fleet<B> {
             return Err(TryError::Late);
         };
         match &tried {
-            Ok(answer) if answer.outputs.iter().any(Result::is_err) => self.failed(lane),
+            Ok(answer) if answer.outputs.iter().any(is_failure) => self.failed(lane),
             Ok(_) => lock(&self.outliers).succeeded(lane.number),
             Err(BatchError::Failed { .. } | BatchError::Lost | BatchError::OutputCount { .. }) => {
                 self.failed(lane);
@@ -452,6 +461,11 @@ fn mixed(ticket: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
+}
+
+/// Whether an answer speaks against the replica, and not against what it was asked.
+fn is_failure(answer: &Result<Row, Refusal>) -> bool {
+    matches!(answer, Err(Refusal::Failed(_)))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! One replica of a fleet: its place, its queue, and how fast it is.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -11,7 +12,8 @@ use tokio::time::Instant;
 use super::batcher::{
     BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle, Delay,
 };
-use super::replica::Inference;
+use super::oip::TensorData;
+use super::replica::{Inference, RefusedRow};
 use super::rows::{Batch, Row};
 
 /// Rows in a batch: large enough that the model, not the call around it, takes the time.
@@ -49,12 +51,20 @@ pub trait Backend: Clone + Send + Sync + 'static {
 pub enum BackendFailure {
     /// It answered that it cannot.
     Refused(String),
+    /// Some rows are no input for the model; it would answer the others.
+    RowsRefused(Vec<RefusedRow>),
     /// It did not answer.
     Lost(String),
 }
 
 /// A replica's own words; another one would say the same.
-pub(super) type Refusal = String;
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// It failed on the batch.
+    Failed(String),
+    /// The row is no input for the model.
+    Row(String),
+}
 
 /// What a replica's batcher answers.
 pub(super) type Answer = Result<BatchAnswer<Result<Row, Refusal>>, BatchError>;
@@ -285,10 +295,10 @@ impl<B: Backend> BatchRunner for Runner<B> {
         // Nobody waits for an answer after the last deadline, here or at the replica.
         let limit = until.saturating_duration_since(began).min(BATCH_TIMEOUT);
         let failure = tokio::select! {
-            answer = backend.infer_within(Batch::join(rows), limit) => match answer {
-                Ok(inference) => {
+            answer = infer_the_good(&backend, rows, limit) => match answer {
+                Ok(answers) => {
                     self.pace.record(began.elapsed());
-                    return Ok(answered(inference, count));
+                    return Ok(answers);
                 }
                 Err(failure) => failure,
             },
@@ -301,7 +311,12 @@ impl<B: Backend> BatchRunner for Runner<B> {
             }
         };
         match failure {
-            BackendFailure::Refused(reason) => Ok(vec![Err(reason); count]),
+            BackendFailure::Refused(reason) => Ok(vec![Err(Refusal::Failed(reason)); count]),
+            // Only a replica that refuses other rows than before gets here.
+            BackendFailure::RowsRefused(_) => {
+                let reason = "it refused rows that it had not refused before".to_owned();
+                Ok(vec![Err(Refusal::Failed(reason)); count])
+            }
             // Its callers were in a hurry: that says little about the replica, and they are gone.
             BackendFailure::Lost(reason) if began.elapsed() >= limit && limit < BATCH_TIMEOUT => {
                 Err(format!("replica {}: {reason}", self.number))
@@ -315,10 +330,58 @@ impl<B: Backend> BatchRunner for Runner<B> {
     }
 }
 
+/// Has rows computed; without those that the replica refuses, so that nobody's bad row costs others their answer.
+async fn infer_the_good<B: Backend>(
+    backend: &B,
+    rows: Vec<Row>,
+    limit: Duration,
+) -> Result<Vec<Result<Row, Refusal>>, BackendFailure> {
+    let (count, began) = (rows.len(), Instant::now());
+    // Only texts are refused one by one, and one alone is not asked for twice.
+    let is_text = |row: &Row| {
+        let mut cells = row.cells.iter();
+        cells.any(|cell| matches!(cell.data, TensorData::Bytes(_)))
+    };
+    let kept = match count > 1 && rows.first().is_some_and(is_text) {
+        true => rows.clone(),
+        false => Vec::new(),
+    };
+    let refused = match backend.infer_within(Batch::join(rows), limit).await {
+        Ok(inference) => return Ok(answered(inference, count)),
+        Err(BackendFailure::RowsRefused(refused)) => refused,
+        Err(failure) => return Err(failure),
+    };
+    let mut reasons: BTreeMap<u64, String> = refused
+        .into_iter()
+        .map(|refused| (refused.row, refused.reason))
+        .collect();
+    let mut reason_of = |row: usize| reasons.remove(&(row as u64)).map(Refusal::Row);
+    let reasons: Vec<Option<Refusal>> = (0..count).map(&mut reason_of).collect();
+    let good = kept.into_iter().zip(&reasons);
+    let good = good.filter(|(_, reason)| reason.is_none());
+    let good: Vec<Row> = good.map(|(row, _)| row).collect();
+    let limit = limit.saturating_sub(began.elapsed());
+    let answers = match good.len() {
+        0 => Vec::new(),
+        left => answered(backend.infer_within(Batch::join(good), limit).await?, left),
+    };
+    let mut answers = answers.into_iter();
+    let unnamed = || Refusal::Failed("it refused rows and did not say which".to_owned());
+    let answer = |reason: Option<Refusal>| match reason {
+        Some(reason) => Err(reason),
+        None => answers.next().unwrap_or_else(|| Err(unnamed())),
+    };
+    Ok(reasons.into_iter().map(answer).collect())
+}
+
 /// The rows of an answer to `count` rows. One that does not fit them is a refusal: another replica would say the same.
 fn answered(inference: Inference, count: usize) -> Vec<Result<Row, Refusal>> {
     match inference.outputs.split() {
         Ok(rows) => rows.into_iter().map(Ok).collect(),
-        Err(misfit) => vec![Err(misfit.to_string()); count],
+        Err(misfit) => vec![Err(Refusal::Failed(misfit.to_string())); count],
     }
 }
+
+#[cfg(test)]
+#[path = "lane_tests.rs"]
+mod tests;

@@ -12,7 +12,7 @@
 //! * [`cache`]: answers that are given again, for endpoints that ask for it.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`, kept by
-//!   `model_cache`; [`onnx`]: models that other
+//!   `model_cache`; [`onnx`] and [`encoder`]: models that other
 //!   tools wrote.
 //! * [`signature`]: what versions take and give; [`rows`]: what is joined into batches and taken apart again.
 //! * [`graph`]: endpoints that answer one request together, as one model.
@@ -43,6 +43,7 @@ pub mod cache;
 pub mod client;
 mod compression;
 pub mod controller;
+pub mod encoder;
 pub mod endpoint_service;
 mod executor;
 pub mod experiment;

@@ -1,5 +1,8 @@
 //! The model of a replica, without the actor around it.
 
+use super::encoder::{
+    CONFIG_FILE, EncoderError, EncoderFiles, EncoderModel, TOKENIZER_FILE, WEIGHTS_FILE,
+};
 use super::oip::TensorData;
 use super::onnx::{OnnxError, OnnxModel};
 use super::replica::InferError;
@@ -18,6 +21,9 @@ pub enum PredictorError {
     /// It is not what its format wants.
     #[error(transparent)]
     Onnx(#[from] OnnxError),
+    /// The same for an encoder.
+    #[error(transparent)]
+    Encoder(#[from] EncoderError),
     /// A file is missing.
     #[error("the version has no {0}: register it again")]
     Missing(&'static str),
@@ -29,6 +35,8 @@ pub(super) enum Predictor {
     Trained(Box<Model>),
     /// A graph that other tools wrote.
     Onnx(Box<OnnxModel>),
+    /// An encoder of texts.
+    Encoder(Box<EncoderModel>),
 }
 
 impl Predictor {
@@ -47,15 +55,23 @@ impl Predictor {
 
     fn imported(file: &ImportedFile) -> Result<Self, PredictorError> {
         let described = &file.description;
+        let bytes = |name| file.file(name).ok_or(PredictorError::Missing(name));
+        let (inputs, outputs) = (&described.inputs, &described.outputs);
         match described.format {
             ModelFormat::Onnx => {
-                let name = described.format.file_name();
-                let bytes = file.file(name).ok_or(PredictorError::Missing(name))?;
-                let model = OnnxModel::load(&bytes)?;
-                let (inputs, outputs) = (&described.inputs, &described.outputs);
+                let model = OnnxModel::load(&bytes(described.format.file_name())?)?;
                 model.check_described(inputs, outputs, described.max_batch_size)?;
                 model.warm_up()?;
                 Ok(Predictor::Onnx(Box::new(model)))
+            }
+            ModelFormat::Encoder => {
+                let model = EncoderModel::load(&EncoderFiles {
+                    config: bytes(CONFIG_FILE)?,
+                    weights: bytes(WEIGHTS_FILE)?,
+                    tokenizer: bytes(TOKENIZER_FILE)?,
+                })?;
+                model.check_described(inputs, outputs, described.max_batch_size)?;
+                Ok(Predictor::Encoder(Box::new(model)))
             }
         }
     }
@@ -72,6 +88,10 @@ impl Predictor {
             Predictor::Onnx(model) => model
                 .run(batch)
                 .map_err(|error| InferError::Model(error.to_string())),
+            Predictor::Encoder(model) => model.run(batch).map_err(|error| match error {
+                EncoderError::Rows(rows) => InferError::RowsRefused(rows),
+                error => InferError::Model(error.to_string()),
+            }),
         }
     }
 }

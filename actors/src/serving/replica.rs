@@ -32,6 +32,15 @@ pub struct Inference {
     pub computed_ns: u64,
 }
 
+/// A row that is no input for the model, whatever it is batched with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedRow {
+    /// Its place in the batch, from 0.
+    pub row: u64,
+    /// What is wrong with it, and what to do.
+    pub reason: String,
+}
+
 /// Why a replica gave no answer. The same call fails again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum InferError {
@@ -52,6 +61,9 @@ pub enum InferError {
     /// The model refused.
     #[error("the model failed: {0}")]
     Model(String),
+    /// Some rows are no input for the model. Nothing was computed; the others would be answered.
+    #[error("{} rows are refused", .0.len())]
+    RowsRefused(Vec<RefusedRow>),
 }
 
 /// Why a replica does not start.

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::arm::Origin;
 use super::feed::FeedReader;
 use super::fleet::{BATCH_TIMEOUT, Backend, BackendFailure, Berth};
-use super::replica::{Inference, Replica, ReplicaCalls};
+use super::replica::{InferError, Inference, Replica, ReplicaCalls};
 use super::rows::Batch;
 use crate::drift::monitor::{Monitor, MonitorCalls};
 use crate::registry::client as registry;
@@ -118,6 +118,7 @@ impl Backend for ActorRef<Replica> {
         // The call carries its deadline: a replica does not begin what nobody waits for any more.
         let call = ReplicaCalls::infer(self, rows).timeout(limit);
         call.await.map_err(|failure| match failure {
+            CallFailure::User(InferError::RowsRefused(rows)) => BackendFailure::RowsRefused(rows),
             CallFailure::User(error) => BackendFailure::Refused(error.to_string()),
             CallFailure::System(error) => BackendFailure::Lost(error.to_string()),
         })

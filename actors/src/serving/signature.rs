@@ -39,6 +39,24 @@ pub const BODY_LIMITS_MAX: BodyLimits = BodyLimits {
     timeout: Duration::from_secs(20),
 };
 
+/// Bytes of a text in an input of BYTES, at most. A full batch of the longest then takes half of what a batch may, so that
+/// texts of any lengths can be joined.
+pub const TEXT_BYTES_MAX: usize = BATCH_BYTES_MAX / (2 * BATCH_ROWS_MAX);
+
+/// What a byte of a text takes in a JSON body, at most: as `\u0000`.
+const BYTE_TEXT_BYTES: usize = 6;
+
+/// What a version that was made elsewhere takes and gives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Described {
+    /// The inputs, with the batch dimension if it has one.
+    pub inputs: Vec<TensorMetadata>,
+    /// The outputs.
+    pub outputs: Vec<TensorMetadata>,
+    /// Rows of a request, at most; 0 if the first dimension is no batch.
+    pub max_batch_size: u32,
+}
+
 /// What all versions of an endpoint take and give.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signature {
@@ -112,10 +130,6 @@ impl Signature {
     /// How `version`, which has this signature, differs from an endpoint with the `other`.
     #[must_use]
     pub fn difference(&self, version: u64, other: &Signature) -> String {
-        let listed = |tensors: &[TensorMetadata]| -> String {
-            let one = |t: &TensorMetadata| format!("{} {}{:?}", t.name, t.datatype, t.shape);
-            tensors.iter().map(one).collect::<Vec<_>>().join(", ")
-        };
         let labels = |signature: &Signature| -> Vec<String> {
             let outputs = signature.outputs.iter();
             outputs.flat_map(|output| output.labels.clone()).collect()
@@ -158,19 +172,24 @@ impl Signature {
     /// connections can so be made to hold a gigabyte.
     #[must_use]
     pub fn body_limits(&self) -> BodyLimits {
-        let elements = |shape: &[i64]| {
-            let mut known = shape.iter().skip(usize::from(self.max_batch_size > 0));
-            known.try_fold(1usize, |count, dimension| {
-                count.checked_mul(usize::try_from(*dimension).ok()?)
+        let text_bytes = |input: &TensorMetadata| {
+            let value = match input.datatype {
+                Datatype::Bytes => VALUE_TEXT_BYTES + TEXT_BYTES_MAX * BYTE_TEXT_BYTES,
+                _ => VALUE_TEXT_BYTES,
+            };
+            let skipped = usize::from(self.max_batch_size > 0);
+            let mut known = input.shape.iter().skip(skipped);
+            known.try_fold(value, |bytes, dimension| {
+                bytes.checked_mul(usize::try_from(*dimension).ok()?)
             })
         };
         let row = self
             .inputs
             .iter()
-            .map(|input| elements(&input.shape))
-            .try_fold(0usize, |sum, count| sum.checked_add(count?));
+            .map(text_bytes)
+            .try_fold(0usize, |sum, bytes| sum.checked_add(bytes?));
         let rows = self.max_batch_size.max(1) as usize;
-        let full = row.and_then(|row| row.checked_mul(rows * VALUE_TEXT_BYTES));
+        let full = row.and_then(|row| row.checked_mul(rows));
         let max_bytes = full.and_then(|bytes| bytes.checked_add(64 * 1024));
         BodyLimits {
             max_bytes: max_bytes.map_or(BODY_BYTES_MAX, |bytes| bytes.min(BODY_BYTES_MAX)),
@@ -213,6 +232,7 @@ impl Signature {
             reason: error.to_string(),
         };
         let mut rows = batch.split().map_err(misfit)?;
+        check_texts(&rows)?;
         if self.max_batch_size > 0 {
             let row_bytes = size_bytes.div_ceil(rows.len().max(1)).max(1);
             let fitting = (BATCH_BYTES_MAX / row_bytes).min(self.max_batch_size as usize);
@@ -310,6 +330,32 @@ fn check_finite(input: &str, data: &TensorData) -> Result<(), OipError> {
     }))
 }
 
+/// Refuses texts with which a batch could not be joined.
+fn check_texts(rows: &[Row]) -> Result<(), OipError> {
+    for (row, cells) in rows.iter().enumerate() {
+        let texts = cells.cells.iter().filter_map(|cell| match &cell.data {
+            TensorData::Bytes(texts) => Some(texts),
+            _ => None,
+        });
+        let longest = texts.flatten().map(Vec::len).max().unwrap_or(0);
+        if longest > TEXT_BYTES_MAX {
+            return Err(OipError::RowRefused {
+                row: row as u64,
+                reason: format!(
+                    "a text has {longest} bytes, the limit is {TEXT_BYTES_MAX}: send a shorter one"
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Tensors without their labels.
+pub(super) fn listed(tensors: &[TensorMetadata]) -> String {
+    let one = |t: &TensorMetadata| format!("{} {}{:?}", t.name, t.datatype, t.shape);
+    tensors.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -370,6 +416,44 @@ mod tests {
         let digits = Signature::classifier(64, 10, Vec::new());
         assert_eq!(digits.body_limits().max_bytes, 128 * 64 * 64 + 64 * 1024);
         assert_eq!(open(8).body_limits().max_bytes, BODY_BYTES_MAX);
+    }
+
+    #[test]
+    fn texts_of_any_lengths_fit_into_a_batch_and_longer_ones_are_refused() {
+        let reader = Signature {
+            inputs: vec![TensorMetadata {
+                name: "text".into(),
+                datatype: Datatype::Bytes,
+                shape: vec![-1],
+                labels: Vec::new(),
+            }],
+            ..open(128)
+        };
+        let ask = |texts: Vec<Vec<u8>>| {
+            let shape = vec![texts.len() as u64];
+            let tensor = Tensor::new("text", shape, TensorData::Bytes(texts)).unwrap();
+            reader.rows_of(InferRequest {
+                inputs: vec![tensor],
+                ..InferRequest::default()
+            })
+        };
+        let rows = ask(vec![vec![b'a'; TEXT_BYTES_MAX]; 128]).unwrap();
+        assert_eq!((rows.len(), rows[0].batch_rows_max), (128, Some(128)));
+        assert!(Batch::join(rows).size_bytes() <= BATCH_BYTES_MAX);
+        let error = ask(vec![Vec::new(), vec![b'a'; TEXT_BYTES_MAX + 1]]).unwrap_err();
+        assert!(
+            matches!(error, OipError::RowRefused { row: 1, .. }),
+            "{error}"
+        );
+        assert!(
+            error
+                .to_string()
+                .contains("16385 bytes, the limit is 16384"),
+            "{error}"
+        );
+        // A full batch of control characters, which JSON spells the longest.
+        let body = 128 * (TEXT_BYTES_MAX * 6 + 64) + 64 * 1024;
+        assert_eq!(reader.body_limits().max_bytes, body);
     }
 
     #[test]

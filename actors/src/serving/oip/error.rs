@@ -357,6 +357,14 @@ pub enum OipError {
         /// The limit.
         limit_bytes: u64,
     },
+    /// A row of the request is no input for the model: not executed.
+    #[error("row {row} of the request is refused: {reason}")]
+    RowRefused {
+        /// Which one, from 0.
+        row: u64,
+        /// What is wrong with it, and what to do.
+        reason: String,
+    },
 }
 
 impl OipError {
@@ -374,6 +382,7 @@ impl OipError {
             | Self::Validate(_)
             | Self::Encode(_)
             | Self::BodyUnreadable { .. }
+            | Self::RowRefused { .. }
             | Self::RepositoryFixed { .. } => 400,
             Self::Unauthorized => 401,
             Self::UnknownModel { .. }

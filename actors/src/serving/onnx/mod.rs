@@ -27,6 +27,7 @@ use self::values::{datatype_of, from_tensor, to_tensor};
 use super::fleet::BATCH_ROWS_MAX;
 use super::oip::{TensorData, TensorMetadata};
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
+use super::signature::{Described, listed};
 
 /// The largest file: with its description it has to fit into a version's file.
 pub const ONNX_BYTES_MAX: u64 = 300 << 20;
@@ -45,17 +46,6 @@ pub struct OnnxModel {
     outputs: Vec<TensorMetadata>,
     /// Whether the first dimension of all tensors is the batch.
     is_batched: bool,
-}
-
-/// What a model takes and gives.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Described {
-    /// The inputs, with the batch dimension if it has one.
-    pub inputs: Vec<TensorMetadata>,
-    /// The outputs.
-    pub outputs: Vec<TensorMetadata>,
-    /// Rows of a request, at most; 0 if the first dimension is no batch.
-    pub max_batch_size: u32,
 }
 
 impl OnnxModel {
@@ -417,12 +407,6 @@ fn described(
         shape: shape.collect(),
         labels: Vec::new(),
     })
-}
-
-/// Tensors without their labels, which the graph does not know.
-fn listed(tensors: &[TensorMetadata]) -> String {
-    let one = |t: &TensorMetadata| format!("{} {}{:?}", t.name, t.datatype, t.shape);
-    tensors.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 fn are_near(one: &TensorData, other: &TensorData) -> bool {

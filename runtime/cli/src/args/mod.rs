@@ -40,8 +40,8 @@ pub(crate) use policy::{
     ActionArgument, AdminSigning, ApprovalsCommand, DataCommand, PolicyCommand, SubjectArguments,
 };
 pub(crate) use registry::{
-    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelsCommand, RegisterArguments,
-    RiskArgument, SearchArguments, SigningArguments,
+    AlgorithmArgument, KeysCommand, KnownKeyArguments, ModelSource, ModelsCommand,
+    RegisterArguments, RiskArgument, SearchArguments, SigningArguments,
 };
 pub(crate) use rollout::{
     RolloutCommand, RolloutEvidenceArguments, RolloutPlanArguments, RolloutStartArguments,

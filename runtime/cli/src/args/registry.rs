@@ -155,21 +155,33 @@ pub(crate) enum ModelsCommand {
 pub(crate) struct RegisterArguments {
     /// The model.
     pub(crate) model: String,
-    /// The model's file, with its weights inside.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) onnx: PathBuf,
+    #[command(flatten)]
+    pub(crate) source: ModelSource,
     /// Where it comes from and what it is worth, in JSON; any of: `dataset_blake3`, `code`, `code_blake3`, `environment`,
     /// `seed`, `run_record`, `metrics`, `training`, and `labels`, the names of an output's classes.
     #[arg(long, value_name = "FILE")]
     pub(crate) metadata: Option<PathBuf>,
     /// Rows of a batch, at most [default: as many as a call holds, up to 128, where rows are answered independently of each
-    /// other].
+    /// other; of an encoder, as many of the longest texts as should be answered in time].
     #[arg(long, value_name = "ROWS")]
     pub(crate) max_batch: Option<u32>,
     #[command(flatten)]
     pub(crate) store: StoreArguments,
     #[command(flatten)]
     pub(crate) format: Format,
+}
+
+/// The model's files.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct ModelSource {
+    /// An ONNX file, with its weights inside.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) onnx: Option<PathBuf>,
+    /// A folder with a text encoder of the BERT family, as Hugging Face has them: `config.json`, `model.safetensors` and
+    /// `tokenizer.json`. Other files in it are left alone.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) encoder: Option<PathBuf>,
 }
 
 #[derive(Args)]

@@ -4,18 +4,21 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use bytes::Bytes;
 use mobula::Cluster;
 use mobula_actors::registry::imported_file::{Description, ImportedFile, ModelFormat};
 use mobula_actors::registry::provenance::{Code, Parent, Provenance};
 use mobula_actors::registry::search::Selector;
 use mobula_actors::registry::versions::IMPORTED;
 use mobula_actors::registry::{NewVersion, client};
-use mobula_actors::serving::onnx::{Described, ONNX_BYTES_MAX, OnnxModel};
+use mobula_actors::serving::encoder::{self, EncoderFiles, EncoderModel};
+use mobula_actors::serving::onnx::{ONNX_BYTES_MAX, OnnxModel};
+use mobula_actors::serving::signature::Described;
 use mobula_actors::storage::open_blobs;
 use serde::Deserialize;
 
 use super::{VersionJson, name_of};
-use crate::args::RegisterArguments;
+use crate::args::{ModelSource, RegisterArguments};
 use crate::output::print_json;
 
 /// The largest metadata: what of it is registered has 8 KiB at the most, and names of classes may be many.
@@ -96,13 +99,75 @@ fn read(path: &Path, limit_bytes: u64) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(unreadable)
 }
 
+/// A model's files, and what was found in them.
+struct Source {
+    format: ModelFormat,
+    files: BTreeMap<String, Bytes>,
+    described: Described,
+    /// Rows of a batch, at most, if nobody says otherwise.
+    rows: u32,
+}
+
+impl Source {
+    /// Reads the model that is named, looks it through and tries it.
+    fn open(source: &ModelSource) -> anyhow::Result<Self> {
+        match (&source.onnx, &source.encoder) {
+            (Some(file), None) => Self::onnx(file),
+            (None, Some(folder)) => Self::encoder(folder),
+            _ => bail!("name the model's files by one of --onnx and --encoder"),
+        }
+    }
+
+    fn onnx(path: &Path) -> anyhow::Result<Self> {
+        let bytes: Bytes = read(path, ONNX_BYTES_MAX)?.into();
+        let described = OnnxModel::load(&bytes).and_then(|model| model.describe());
+        let described = described.with_context(|| path.display().to_string())?;
+        Ok(Source {
+            format: ModelFormat::Onnx,
+            files: [(ModelFormat::Onnx.file_name().to_owned(), bytes)].into(),
+            rows: described.max_batch_size,
+            described,
+        })
+    }
+
+    fn encoder(folder: &Path) -> anyhow::Result<Self> {
+        if !folder.is_dir() {
+            bail!(
+                "{} is no folder: name the one with {}, {} and {}",
+                folder.display(),
+                encoder::CONFIG_FILE,
+                encoder::WEIGHTS_FILE,
+                encoder::TOKENIZER_FILE
+            );
+        }
+        let mut files = BTreeMap::new();
+        for (name, limit_bytes) in encoder::FILES {
+            let bytes = read(&folder.join(name), limit_bytes)?;
+            files.insert(name.to_owned(), Bytes::from(bytes));
+        }
+        let model = EncoderModel::load(&EncoderFiles {
+            config: files[encoder::CONFIG_FILE].clone(),
+            weights: files[encoder::WEIGHTS_FILE].clone(),
+            tokenizer: files[encoder::TOKENIZER_FILE].clone(),
+        });
+        let described = model.and_then(|model| Ok((model.describe()?, model.timely_rows())));
+        let (described, timely) = described.with_context(|| folder.display().to_string())?;
+        Ok(Source {
+            format: ModelFormat::Encoder,
+            files,
+            rows: described.max_batch_size.min(timely),
+            described,
+        })
+    }
+}
+
 pub(super) async fn register(
     cluster: &Cluster,
     arguments: RegisterArguments,
 ) -> anyhow::Result<()> {
     let RegisterArguments {
         model,
-        onnx,
+        source,
         metadata,
         max_batch,
         store,
@@ -110,24 +175,23 @@ pub(super) async fn register(
     } = arguments;
     let metadata = metadata.as_deref().map(Metadata::read).transpose()?;
     let metadata = metadata.unwrap_or_default();
-    let bytes = read(&onnx, ONNX_BYTES_MAX)?;
-    let described = tokio::task::block_in_place(|| OnnxModel::load(&bytes)?.describe());
-    let mut described = described.with_context(|| onnx.display().to_string())?;
+    let source = tokio::task::block_in_place(|| Source::open(&source))?;
+    let mut described = source.described;
     metadata.label(&mut described)?;
-    if let Some(asked) = max_batch {
-        described.max_batch_size = limited(asked, described.max_batch_size)?;
-    }
-    let weights_blake3 = blake3::hash(&bytes).to_string();
+    let max_batch_size = match max_batch {
+        Some(asked) => limited(asked, described.max_batch_size)?,
+        None => source.rows,
+    };
+    let weights_blake3 = blake3::hash(&source.files[source.format.file_name()]).to_string();
     let description = Description {
         model_name: model.clone(),
-        format: ModelFormat::Onnx,
+        format: source.format,
         files: BTreeMap::new(),
         inputs: described.inputs,
         outputs: described.outputs,
-        max_batch_size: described.max_batch_size,
+        max_batch_size,
     };
-    let files = [(ModelFormat::Onnx.file_name().to_owned(), bytes.into())];
-    let file = ImportedFile::new(description, &files.into());
+    let file = ImportedFile::new(description, &source.files);
     let location = crate::checkpoints::location(cluster, &store).await?;
     let stored = file.store(&open_blobs(&location)?).await?;
     let new = NewVersion {

@@ -2,6 +2,7 @@
 
 mod autoscaling;
 mod conformance;
+mod encoders;
 mod imported;
 mod ingress;
 pub(crate) mod served;

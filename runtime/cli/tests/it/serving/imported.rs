@@ -12,10 +12,10 @@ use crate::python::python_with;
 use crate::support::{TestCluster, mobula, repository, text_of, wait_for};
 
 /// A cluster with models that were registered from files.
-struct Imported {
-    cluster: TestCluster,
-    http: reqwest::Client,
-    runtime: Runtime,
+pub(super) struct Imported {
+    pub(super) cluster: TestCluster,
+    pub(super) http: reqwest::Client,
+    pub(super) runtime: Runtime,
 }
 
 fn golden(file: &str) -> PathBuf {
@@ -29,7 +29,7 @@ fn cases(name: &str) -> Vec<Value> {
 }
 
 impl Imported {
-    fn up() -> Self {
+    pub(super) fn up() -> Self {
         Imported {
             cluster: TestCluster::up(1),
             http: reqwest::Client::new(),
@@ -47,12 +47,18 @@ impl Imported {
         self.cluster.json(&arguments)
     }
 
-    fn deploy(&self, name: &str) -> Value {
+    pub(super) fn deploy(&self, name: &str) -> Value {
         self.cluster
             .json(&["serve", "deploy", name, "--replicas", "1"])
     }
 
-    fn call(&self, deployment: &Value, method: Method, path: &str, body: &Value) -> (u16, Value) {
+    pub(super) fn call(
+        &self,
+        deployment: &Value,
+        method: Method,
+        path: &str,
+        body: &Value,
+    ) -> (u16, Value) {
         let url = format!("{}{path}", deployment["url"].as_str().unwrap());
         let request = self.http.request(method, url);
         let request = request.bearer_auth(deployment["token"].as_str().unwrap());
@@ -63,14 +69,14 @@ impl Imported {
         })
     }
 
-    fn infer(&self, deployment: &Value, body: &Value) -> (u16, Value) {
+    pub(super) fn infer(&self, deployment: &Value, body: &Value) -> (u16, Value) {
         let name = deployment["endpoint"].as_str().unwrap();
         let path = format!("/v2/models/{name}/infer");
         self.call(deployment, Method::POST, &path, body)
     }
 }
 
-fn assert_near(found: &Value, expected: &Value) {
+pub(super) fn assert_near(found: &Value, expected: &Value) {
     let numbers = |values: &Value| -> Vec<f64> {
         let values = values.as_array().unwrap().iter();
         values.map(|value| value.as_f64().unwrap()).collect()

@@ -1,0 +1,324 @@
+//! Text encoders of the BERT family, from the files that Hugging Face's transformers write.
+//!
+//! Invariants:
+//! 1. Files are checked before anything is computed from them: a file that is cut off, a tensor that is missing, has another
+//!    shape or belongs to nothing, and a tokenizer with tokens that the model does not know are refused by name.
+//! 2. A row is answered as it is alone, but for the rounding of sums, whatever it is batched with: its padding follows from
+//!    its own length, and is masked.
+//! 3. A text that is no input is named by its row, before anything is computed, so that the other rows can be answered.
+//! 4. A panic of a library while it reads the files is an error of the model.
+
+mod bert;
+mod buckets;
+mod config;
+mod error;
+mod text;
+mod weights;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use bytes::Bytes;
+
+use self::bert::{Bert, Padded};
+use self::buckets::{Bucket, Sizes, buckets};
+use self::config::{BertConfig, CONFIG_BYTES_MAX};
+pub use self::error::EncoderError;
+use self::text::{TOKENIZER_BYTES_MAX, TextReader, Tokens};
+use self::weights::Weights;
+use super::fleet::BATCH_ROWS_MAX;
+use super::oip::{Datatype, TensorData, TensorMetadata};
+use super::replica::RefusedRow;
+use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
+use super::signature::{Described, listed};
+
+/// The file with the description of the network.
+pub const CONFIG_FILE: &str = "config.json";
+/// The file with the weights.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// The file with the tokenizer.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+
+/// The largest weights: with the other files they have to fit into a version's file.
+const WEIGHTS_BYTES_MAX: u64 = 300 << 20;
+
+/// The files of an encoder, and how large each may be.
+pub const FILES: [(&str, u64); 3] = [
+    (CONFIG_FILE, CONFIG_BYTES_MAX),
+    (WEIGHTS_FILE, WEIGHTS_BYTES_MAX),
+    (TOKENIZER_FILE, TOKENIZER_BYTES_MAX),
+];
+
+/// The input.
+const TEXT: &str = "text";
+
+/// What a batch of the longest texts may cost if nobody says how many rows it may have, in floating-point operations: a
+/// replica has two seconds for one, so processors that do 20 billion a second are fast enough.
+const BATCH_OPERATIONS: u64 = 40_000_000_000;
+
+/// The files of an encoder.
+#[derive(Debug, Clone)]
+pub struct EncoderFiles {
+    /// `config.json`.
+    pub config: Bytes,
+    /// `model.safetensors`.
+    pub weights: Bytes,
+    /// `tokenizer.json`.
+    pub tokenizer: Bytes,
+}
+
+/// An encoder that is ready to answer.
+pub struct EncoderModel {
+    bert: Bert,
+    text: TextReader,
+    hidden: usize,
+    sizes: Sizes,
+    labels: Vec<String>,
+    /// Floating-point operations for the longest text.
+    row_operations: u64,
+}
+
+impl EncoderModel {
+    /// Reads an encoder, and checks that its files fit each other.
+    pub fn load(files: &EncoderFiles) -> Result<Self, EncoderError> {
+        check_sizes(files)?;
+        guarded(|| {
+            let config = BertConfig::read(&files.config)?;
+            let text = TextReader::read(&files.tokenizer, &config)?;
+            let weights = Weights::open(&files.weights)?;
+            let bert = Bert::load(&weights, &config)?;
+            weights.finish()?;
+            let labels = bert.classes().map(|classes| config.labels(classes));
+            Ok(EncoderModel {
+                hidden: config.hidden_size,
+                sizes: Sizes {
+                    positions: config.max_position_embeddings,
+                    width: config.hidden_size.max(config.intermediate_size),
+                    heads: config.num_attention_heads,
+                },
+                labels: labels.transpose()?.unwrap_or_default(),
+                row_operations: operations(&config, text.length_max()),
+                bert,
+                text,
+            })
+        })
+    }
+
+    /// What it takes and gives, after it has answered once. The rows of a batch are as many as a call holds.
+    pub fn describe(&self) -> Result<Described, EncoderError> {
+        self.warm_up()?;
+        let tensor = |name: &str, datatype, shape: &[usize], labels| TensorMetadata {
+            name: name.to_owned(),
+            datatype,
+            shape: [-1]
+                .into_iter()
+                .chain(shape.iter().map(|size| *size as i64))
+                .collect(),
+            labels,
+        };
+        let classes = self.bert.classes();
+        let embedding = tensor("embedding", Datatype::Fp32, &[self.hidden], Vec::new());
+        let logits = classes
+            .map(|classes| tensor("logits", Datatype::Fp32, &[classes], self.labels.clone()));
+        let row_bytes = (self.hidden + classes.unwrap_or(0)) * size_of::<f32>();
+        let max_batch_size = (BATCH_BYTES_MAX / row_bytes).clamp(1, BATCH_ROWS_MAX);
+        Ok(Described {
+            inputs: vec![tensor(TEXT, Datatype::Bytes, &[], Vec::new())],
+            outputs: [embedding].into_iter().chain(logits).collect(),
+            max_batch_size: max_batch_size as u32,
+        })
+    }
+
+    /// How many rows of the longest texts a replica answers in time, by a rule of thumb; at least one.
+    #[must_use]
+    pub fn timely_rows(&self) -> u32 {
+        let rows = BATCH_OPERATIONS / self.row_operations.max(1);
+        u32::try_from(rows.clamp(1, BATCH_ROWS_MAX as u64)).unwrap_or(1)
+    }
+
+    /// Refuses a description that is not of this encoder.
+    pub fn check_described(
+        &self,
+        inputs: &[TensorMetadata],
+        outputs: &[TensorMetadata],
+        max_batch_size: u32,
+    ) -> Result<(), EncoderError> {
+        let found = self.describe()?;
+        let is_so = listed(inputs) == listed(&found.inputs)
+            && listed(outputs) == listed(&found.outputs)
+            && (1..=found.max_batch_size).contains(&max_batch_size);
+        if is_so {
+            return Ok(());
+        }
+        let said = |inputs, outputs, rows| {
+            let (inputs, outputs) = (listed(inputs), listed(outputs));
+            format!("{inputs} to {outputs} in up to {rows} rows")
+        };
+        Err(EncoderError::Described {
+            said: said(inputs, outputs, max_batch_size),
+            found: said(&found.inputs, &found.outputs, found.max_batch_size),
+        })
+    }
+
+    /// Encodes a short text, so that the first request finds an encoder that has run, and one whose answers are numbers.
+    fn warm_up(&self) -> Result<(), EncoderError> {
+        let text = Cell {
+            shape: vec![1],
+            data: TensorData::Bytes(vec![b"a".to_vec()]),
+        };
+        let answer = self.run(Batch {
+            rows: Some(1),
+            cells: vec![text],
+        })?;
+        let is_number = |cell: &Cell| match &cell.data {
+            TensorData::Fp32(values) => values.iter().all(|value| value.is_finite()),
+            _ => false,
+        };
+        if answer.cells.iter().all(is_number) {
+            return Ok(());
+        }
+        Err(EncoderError::Run(
+            "it answers a short text with what is no number: the weights are damaged".to_owned(),
+        ))
+    }
+
+    /// The outputs of a batch.
+    pub fn run(&self, batch: Batch) -> Result<Batch, EncoderError> {
+        let texts = match batch.cells.as_slice() {
+            [
+                Cell {
+                    data: TensorData::Bytes(texts),
+                    ..
+                },
+            ] if batch.rows == Some(texts.len() as u64) => texts,
+            cells => {
+                let types = cells.iter().map(|cell| cell.data.datatype().to_string());
+                return Err(EncoderError::Run(format!(
+                    "{:?} of {:?} rows were given, it takes one BYTES a row",
+                    types.collect::<Vec<_>>(),
+                    batch.rows
+                )));
+            }
+        };
+        let tokens = self.tokens(texts)?;
+        let counts: Vec<usize> = tokens.iter().map(|tokens| tokens.ids.len()).collect();
+        let mut embeddings = vec![0.0; texts.len() * self.hidden];
+        let classes = self.bert.classes();
+        let mut logits = vec![0.0; texts.len() * classes.unwrap_or(0)];
+        for bucket in buckets(&counts, self.sizes) {
+            let encoded = self.bert.encode(&padded(&bucket, &tokens))?;
+            put_back(&bucket, &encoded.embeddings, &mut embeddings, self.hidden);
+            if let Some((values, classes)) = encoded.logits.as_ref().zip(classes) {
+                put_back(&bucket, values, &mut logits, classes);
+            }
+        }
+        let rows = texts.len() as u64;
+        let cell = |values, width: usize| Cell {
+            shape: vec![rows, width as u64],
+            data: TensorData::Fp32(values),
+        };
+        let logits = classes.map(|classes| cell(logits, classes));
+        Ok(Batch {
+            rows: Some(rows),
+            cells: [cell(embeddings, self.hidden)]
+                .into_iter()
+                .chain(logits)
+                .collect(),
+        })
+    }
+
+    /// The tokens of each text; or all the texts that have none.
+    fn tokens(&self, texts: &[Vec<u8>]) -> Result<Vec<Tokens>, EncoderError> {
+        let mut tokens = Vec::with_capacity(texts.len());
+        let mut refused = Vec::new();
+        for (row, text) in texts.iter().enumerate() {
+            match self.text.tokens(text) {
+                Ok(of_text) => tokens.push(of_text),
+                Err(reason) => refused.push(RefusedRow {
+                    row: row as u64,
+                    reason,
+                }),
+            }
+        }
+        match refused.is_empty() {
+            true => Ok(tokens),
+            false => Err(EncoderError::Rows(refused)),
+        }
+    }
+}
+
+fn check_sizes(files: &EncoderFiles) -> Result<(), EncoderError> {
+    let given = [&files.config, &files.weights, &files.tokenizer];
+    for ((file, limit_bytes), bytes) in FILES.into_iter().zip(given) {
+        let size_bytes = bytes.len() as u64;
+        if size_bytes > limit_bytes {
+            return Err(EncoderError::TooLarge {
+                file,
+                size_bytes,
+                limit_bytes,
+                remedy: match file {
+                    WEIGHTS_FILE => "save the weights as F16 or BF16, or use a smaller model",
+                    _ => "this is no file of an encoder",
+                },
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The floating-point operations for a text of so many tokens: two for each weight and token, and those of the attention.
+fn operations(config: &BertConfig, tokens: usize) -> u64 {
+    let (hidden, tokens) = (config.hidden_size as u64, tokens as u64);
+    let weights = 4 * hidden * hidden + 2 * hidden * config.intermediate_size as u64;
+    let attention = (2 * tokens).saturating_mul(hidden);
+    let of_token = 2 * weights.saturating_add(attention).min(u64::MAX / 2);
+    of_token
+        .saturating_mul(tokens)
+        .saturating_mul(config.num_hidden_layers as u64)
+}
+
+/// The rows of a bucket, each padded to its length.
+fn padded(bucket: &Bucket, tokens: &[Tokens]) -> Padded {
+    let fill = |of_row: fn(&Tokens) -> &[u32]| {
+        let mut filled = vec![0; bucket.rows.len() * bucket.length];
+        for (row, slots) in bucket
+            .rows
+            .iter()
+            .zip(filled.chunks_exact_mut(bucket.length))
+        {
+            let values = of_row(&tokens[*row]);
+            slots[..values.len()].copy_from_slice(values);
+        }
+        filled
+    };
+    Padded {
+        ids: fill(|tokens| &tokens.ids),
+        type_ids: fill(|tokens| &tokens.type_ids),
+        counts: bucket
+            .rows
+            .iter()
+            .map(|row| tokens[*row].ids.len())
+            .collect(),
+        length: bucket.length,
+    }
+}
+
+/// Puts the values of a bucket's rows where the rows are in the batch.
+fn put_back(bucket: &Bucket, values: &[f32], batch: &mut [f32], width: usize) {
+    for (row, values) in bucket.rows.iter().zip(values.chunks_exact(width)) {
+        batch[row * width..][..width].copy_from_slice(values);
+    }
+}
+
+/// Runs what reads files, which may panic on bytes that it did not expect.
+fn guarded<T>(work: impl FnOnce() -> Result<T, EncoderError>) -> Result<T, EncoderError> {
+    // Nothing that the closure touches is used again after a panic.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        let text = text.unwrap_or("it said nothing");
+        Err(EncoderError::Panicked(text.to_owned()))
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,84 @@
+//! From a text to its tokens.
+
+use tokenizers::Tokenizer;
+
+use super::EncoderError;
+use super::config::BertConfig;
+
+/// The largest tokenizer: a vocabulary of some hundred thousand pieces.
+pub(super) const TOKENIZER_BYTES_MAX: u64 = 16 << 20;
+
+/// The tokens of one text.
+pub(super) struct Tokens {
+    pub(super) ids: Vec<u32>,
+    pub(super) type_ids: Vec<u32>,
+}
+
+/// The tokenizer of a model.
+pub(super) struct TextReader {
+    tokenizer: Tokenizer,
+    positions: usize,
+    truncates_to: Option<usize>,
+}
+
+impl TextReader {
+    /// Reads a tokenizer, and refuses one whose tokens the model does not know.
+    pub(super) fn read(bytes: &[u8], config: &BertConfig) -> Result<Self, EncoderError> {
+        let mut tokenizer = Tokenizer::from_bytes(bytes)
+            .map_err(|error| EncoderError::Tokenizer(format!("is no tokenizer: {error}")))?;
+        let vocabulary = tokenizer.get_vocab(true);
+        let Some((token, largest)) = vocabulary.iter().max_by_key(|(_, id)| **id) else {
+            return Err(EncoderError::Tokenizer("has no token".to_owned()));
+        };
+        let known = config.vocab_size;
+        if *largest as usize >= known {
+            return Err(EncoderError::Tokenizer(format!(
+                "numbers {token:?} {largest}, the model knows {known} tokens, numbered from 0: take the two from one model"
+            )));
+        }
+        let positions = config.max_position_embeddings;
+        let truncates_to = tokenizer.get_truncation().map(|params| params.max_length);
+        if let Some(length) = truncates_to.filter(|length| *length > positions) {
+            return Err(EncoderError::Tokenizer(format!(
+                "cuts texts off at {length} tokens, the model takes {positions}: lower max_length of its truncation"
+            )));
+        }
+        // Rows are padded to the length of their bucket, and what is padding is masked here.
+        tokenizer.with_padding(None);
+        Ok(TextReader {
+            tokenizer,
+            positions,
+            truncates_to,
+        })
+    }
+
+    /// Tokens of a text, at most.
+    pub(super) fn length_max(&self) -> usize {
+        self.truncates_to.unwrap_or(self.positions)
+    }
+
+    /// The tokens of a text, or why it has none that the model takes.
+    pub(super) fn tokens(&self, text: &[u8]) -> Result<Tokens, String> {
+        let text = std::str::from_utf8(text).map_err(|error| {
+            let place = error.valid_up_to();
+            format!("the text is not UTF-8 from byte {place} on: send it as UTF-8")
+        })?;
+        let encoded = self.tokenizer.encode_fast(text, true);
+        let encoded =
+            encoded.map_err(|error| format!("the tokenizer does not take the text: {error}"))?;
+        let (count, limit) = (encoded.len(), self.positions);
+        if count > limit {
+            return Err(format!(
+                "the text has {count} tokens, the limit is {limit}: send a shorter one, or register the model with a \
+                 tokenizer.json that truncates"
+            ));
+        }
+        if count == 0 {
+            return Err("the text has no tokens: send one that is not empty".to_owned());
+        }
+        Ok(Tokens {
+            ids: encoded.get_ids().to_vec(),
+            type_ids: encoded.get_type_ids().to_vec(),
+        })
+    }
+}

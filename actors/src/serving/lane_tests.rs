@@ -1,0 +1,126 @@
+use std::sync::Mutex;
+
+use super::super::fleet::Fleet;
+use super::super::oip::OipError;
+use super::super::rows::Cell;
+use super::*;
+
+/// Answers each text with its length, and refuses those that begin with `bad`.
+#[derive(Clone, Default)]
+struct Reader {
+    /// The rows of each batch that it was asked.
+    asked: Arc<Mutex<Vec<usize>>>,
+    /// Names rows that are not there.
+    lies: bool,
+}
+
+impl Backend for Reader {
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+        let TensorData::Bytes(texts) = &rows.cells[0].data else {
+            unreachable!("the rows are texts")
+        };
+        self.asked.lock().unwrap().push(texts.len());
+        let bad = texts.iter().enumerate();
+        let bad = bad.filter(|(_, text)| text.starts_with(b"bad"));
+        let refused: Vec<RefusedRow> = bad
+            .map(|(row, _)| RefusedRow {
+                row: row as u64 + if self.lies { 100 } else { 0 },
+                reason: "it is bad".to_owned(),
+            })
+            .collect();
+        if !refused.is_empty() {
+            return Err(BackendFailure::RowsRefused(refused));
+        }
+        let lengths = texts.iter().map(|text| text.len() as i64).collect();
+        Ok(Inference {
+            outputs: Batch {
+                rows: rows.rows,
+                cells: vec![Cell {
+                    shape: vec![texts.len() as u64],
+                    data: TensorData::Int64(lengths),
+                }],
+            },
+            computed_ns: 1,
+        })
+    }
+}
+
+fn fleet(count: u32, reader: &Reader) -> Fleet<Reader> {
+    let fleet = Fleet::new(count);
+    for (_, berth) in fleet.berths() {
+        berth.open(reader.clone());
+    }
+    fleet
+}
+
+async fn lengths(fleet: &Fleet<Reader>, texts: &[&str]) -> Result<Vec<i64>, OipError> {
+    let row = |text: &&str| Row {
+        cells: vec![Cell {
+            shape: Vec::new(),
+            data: TensorData::Bytes(vec![text.as_bytes().to_vec()]),
+        }],
+        batch_rows_max: Some(8),
+    };
+    let answer = fleet
+        .infer("reader", texts.iter().map(row).collect())
+        .await?;
+    let length = |row: &Row| match &row.cells[0].data {
+        TensorData::Int64(length) => length[0],
+        other => unreachable!("lengths are whole numbers, not {other:?}"),
+    };
+    Ok(answer.outputs.iter().map(length).collect())
+}
+
+#[tokio::test]
+async fn a_row_that_is_refused_costs_nobody_else_an_answer() {
+    let reader = Reader::default();
+    let fleet = fleet(1, &reader);
+    // The three requests are one batch, which is asked again without what was refused.
+    let (first, bad, last) = tokio::join!(
+        lengths(&fleet, &["a", "ab"]),
+        lengths(&fleet, &["abc", "bad"]),
+        lengths(&fleet, &["abcd"]),
+    );
+    assert_eq!(*reader.asked.lock().unwrap(), [5, 4]);
+    assert_eq!(first.unwrap(), [1, 2]);
+    assert_eq!(last.unwrap(), [4]);
+    let error = bad.unwrap_err();
+    let expected = OipError::RowRefused {
+        row: 1,
+        reason: "it is bad".to_owned(),
+    };
+    assert_eq!(error, expected);
+    assert_eq!(error.status(), 400);
+    // Where nothing is left, nothing is asked again.
+    lengths(&fleet, &["bad", "bad too"]).await.unwrap_err();
+    assert_eq!(*reader.asked.lock().unwrap(), [5, 4, 2]);
+}
+
+#[tokio::test]
+async fn a_row_that_is_refused_does_not_speak_against_the_replica() {
+    let reader = Reader::default();
+    let fleet = fleet(2, &reader);
+    for _ in 0..40 {
+        let error = lengths(&fleet, &["bad"]).await.unwrap_err();
+        assert!(
+            matches!(error, OipError::RowRefused { row: 0, .. }),
+            "{error}"
+        );
+    }
+    assert_eq!(fleet.traffic().counts().ejections, 0);
+    // No other replica was asked for a second time.
+    assert_eq!(reader.asked.lock().unwrap().len(), 40);
+}
+
+#[tokio::test]
+async fn a_replica_that_refuses_rows_which_are_not_there_has_failed() {
+    let reader = Reader {
+        lies: true,
+        ..Reader::default()
+    };
+    let fleet = fleet(1, &reader);
+    for texts in [&["bad"][..], &["bad", "a"]] {
+        let error = lengths(&fleet, texts).await.unwrap_err();
+        assert_eq!(error.status(), 500, "{error}");
+    }
+}
