@@ -1,5 +1,6 @@
 //! From a text to its tokens.
 
+use serde::de::IgnoredAny;
 use tokenizers::Tokenizer;
 
 use super::EncoderError;
@@ -24,8 +25,13 @@ pub(super) struct TextReader {
 impl TextReader {
     /// Reads a tokenizer, and refuses one whose tokens the model does not know.
     pub(super) fn read(bytes: &[u8], config: &BertConfig) -> Result<Self, EncoderError> {
-        let mut tokenizer = Tokenizer::from_bytes(bytes)
-            .map_err(|error| EncoderError::Tokenizer(format!("is no tokenizer: {error}")))?;
+        let unreadable =
+            |reason: String| EncoderError::Tokenizer(format!("is no tokenizer: {reason}"));
+        // The library panics on some files that end too early.
+        serde_json::from_slice::<IgnoredAny>(bytes)
+            .map_err(|error| unreadable(error.to_string()))?;
+        let tokenizer = Tokenizer::from_bytes(bytes);
+        let mut tokenizer = tokenizer.map_err(|error| unreadable(error.to_string()))?;
         let vocabulary = tokenizer.get_vocab(true);
         let Some((token, largest)) = vocabulary.iter().max_by_key(|(_, id)| **id) else {
             return Err(EncoderError::Tokenizer("has no token".to_owned()));
