@@ -6,8 +6,8 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use mobula_actors::drift::streams::{Adwin, Change, HddmA, HddmW, PageHinkley};
 use mobula_actors::drift::sketches::Population;
+use mobula_actors::drift::streams::{Adwin, Change, HddmA, HddmW, PageHinkley};
 use mobula_actors::drift::{MonitorConfig, Reference, WindowMonitor};
 use mobula_benches::results::Results;
 
