@@ -120,6 +120,11 @@ impl Client {
     }
 }
 
+/// The first of the choices that change something in a domain module.
+const DOMAIN_CHOICE: usize = 62;
+/// How many of a client's choices are such, beside those by chance, where endpoints are deployed.
+const DOMAIN_SHARE: f64 = 0.4;
+
 impl World {
     pub(crate) fn client_ticks(&mut self, index: usize) {
         self.after(TICK, Event::ClientTick(index));
@@ -235,7 +240,11 @@ impl World {
     }
 
     fn begin_something(&mut self, index: usize) {
-        let choice = self.rng.random_range(0..100);
+        // Where there are endpoints much is asked of them: a rollout takes several commands that fit.
+        let choice = match self.swarm.endpoints && self.rng.random_bool(DOMAIN_SHARE) {
+            true => DOMAIN_CHOICE,
+            false => self.rng.random_range(0..100),
+        };
         let client = &self.clients[index];
         let job = pick(&client.jobs, choice);
         let actor = pick(&client.actors, choice);
@@ -280,7 +289,7 @@ impl World {
                 self.clients[index].closing = Some(number);
                 return;
             }
-            (62..72, ..) => {
+            (DOMAIN_CHOICE..72, ..) => {
                 let change = self.domain_change();
                 self.change_in(index, true, change.module, change.payload)
             }

@@ -88,7 +88,18 @@ impl World {
     pub(crate) fn domain_change(&mut self) -> Change {
         let model = model(self.rng.random_range(0..MODELS));
         let endpoint = format!("endpoint-{}", self.rng.random_range(0..ENDPOINTS));
-        match self.rng.random_range(0..8) {
+        let what = self.rng.random_range(0..10);
+        let rollout = match what {
+            3..7 if self.swarm.endpoints => self.rollout_change(),
+            _ => None,
+        };
+        if let Some(command) = rollout {
+            return Change {
+                module: ModuleId::SERVING,
+                payload: codec::encode_plain(&serving::Command::Rollout(command)),
+            };
+        }
+        match what {
             0 | 1 if self.swarm.endpoints => {
                 let command = serving::Command::Deploy {
                     endpoint,
@@ -102,14 +113,7 @@ impl World {
                     payload: codec::encode_plain(&command),
                 }
             }
-            2 if self.swarm.endpoints => delete(endpoint),
-            3 | 4 if self.swarm.endpoints => {
-                let command = self.rollout_change(endpoint, model);
-                Change {
-                    module: ModuleId::SERVING,
-                    payload: codec::encode_plain(&serving::Command::Rollout(command)),
-                }
-            }
+            2 if self.swarm.endpoints && self.rng.random_bool(0.3) => delete(endpoint),
             _ => {
                 let digest = DIGESTS[self.rng.random_range(0..DIGESTS.len())];
                 let new = registry::NewVersion {
@@ -190,7 +194,7 @@ impl World {
     /// An actor of an endpoint goes on.
     pub(crate) fn role_goes_on(&mut self, worker: usize, role: Role, incarnation: Incarnation) {
         match role {
-            Role::Router(endpoint) if self.rng.random_bool(0.05) => {
+            Role::Router(endpoint) if self.rng.random_bool(0.3) => {
                 let command = serving::Command::RouterReady {
                     endpoint,
                     incarnation,
@@ -198,7 +202,7 @@ impl World {
                 };
                 self.actor_says(worker, ModuleId::SERVING, codec::encode_plain(&command));
             }
-            Role::Router(endpoint) if self.rng.random_bool(0.2) => {
+            Role::Router(endpoint) if self.rng.random_bool(0.5) => {
                 if let Some(command) = self.router_says(&endpoint, incarnation) {
                     let command = serving::Command::Rollout(command);
                     self.actor_says(worker, ModuleId::SERVING, codec::encode_plain(&command));

@@ -112,6 +112,11 @@ impl DomainModel {
         }
     }
 
+    /// How many versions a model has.
+    pub(crate) fn versions(&self, model: &str) -> u64 {
+        self.models.get(model).map_or(0, Vec::len) as u64
+    }
+
     /// Endpoints that exist.
     pub(crate) fn endpoints(&self) -> impl Iterator<Item = &String> {
         self.endpoints.keys()

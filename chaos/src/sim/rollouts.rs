@@ -25,11 +25,12 @@ const ACTIVE: &str = "an endpoint has one active version, and another one by a r
 const HISTORY: &str = "a rollout goes on by entries of its own, and what is over stays";
 
 /// How often the leader ends at the very moment at which a rollout's decision is committed.
-const KILLED_AT_DECISION: f64 = 0.3;
+const KILLED_AT_DECISION: f64 = 0.7;
 
 /// What was last seen of an endpoint.
 #[derive(Debug)]
 struct Seen {
+    model: String,
     active: u64,
     rollouts: Vec<Rollout>,
 }
@@ -78,6 +79,7 @@ impl RolloutModel {
                 return Err(broken(ACTIVE, index, detail));
             }
             let seen = Seen {
+                model: row.model,
                 active: row.version,
                 rollouts: history(tables, &row.name),
             };
@@ -171,27 +173,35 @@ impl Seen {
 }
 
 impl World {
-    /// Something that a client may want of an endpoint's rollouts.
-    pub(crate) fn rollout_change(&mut self, endpoint: String, model: String) -> Command {
-        match self.rng.random_range(0..10) {
-            0 => Command::Pause { endpoint },
-            1 => Command::Resume { endpoint },
-            2 => Command::Promote { endpoint },
-            3 => Command::Abort { endpoint },
-            4 => Command::RollBack { endpoint },
-            _ => Command::Start {
-                endpoint,
-                model,
-                version: self
-                    .rng
-                    .random_bool(0.7)
-                    .then(|| self.rng.random_range(1..=3)),
-                strategy: Strategy::Canary,
-                steps: vec![10, 100],
-                guardrails: Guardrails::STANDARD,
-                min_samples: 10,
-            },
-        }
+    /// Something that a client may want of the rollouts of an endpoint that it has seen; nothing where there is none.
+    pub(crate) fn rollout_change(&mut self) -> Option<Command> {
+        let domain = &self.checker.model.domain;
+        let known = &domain.rollouts.endpoints;
+        let pick = self.rng.random_range(0..known.len().max(1));
+        let (endpoint, seen) = known.iter().nth(pick)?;
+        let (endpoint, model) = (endpoint.clone(), seen.model.clone());
+        let versions = domain.versions(&model);
+        let phase = seen.rollouts.last().map(|newest| newest.phase);
+        // Now and then one that does not exist.
+        let version = self.rng.random_range(1..=versions + 1);
+        let begin = Command::Start {
+            endpoint: endpoint.clone(),
+            model,
+            version: self.rng.random_bool(0.8).then_some(version),
+            strategy: Strategy::Canary,
+            steps: vec![1, 2, 5, 10, 20, 50, 100],
+            guardrails: Guardrails::STANDARD,
+            min_samples: 10,
+        };
+        let what = self.rng.random_range(0..10);
+        Some(match (phase, what) {
+            (Some(Phase::Paused), 0..6) => Command::Resume { endpoint },
+            (Some(Phase::Running), 0..4) => Command::Pause { endpoint },
+            (Some(Phase::Running | Phase::Paused), 6) => Command::Promote { endpoint },
+            (Some(Phase::Running | Phase::Paused), 7 | 9) => Command::Abort { endpoint },
+            (Some(Phase::Promoted), 0..3) | (_, 8) => Command::RollBack { endpoint },
+            _ => begin,
+        })
     }
 
     /// What a router says of its endpoint's rollout, if there is one: it may have heard of it late.
@@ -210,7 +220,7 @@ impl World {
                 verdict: Verdict::RollBack,
                 evidence,
             },
-            1..4 => Command::Judge {
+            1..6 => Command::Judge {
                 endpoint,
                 rollout,
                 step,
@@ -218,7 +228,7 @@ impl World {
                 verdict: Verdict::Pass,
                 evidence,
             },
-            4 | 5 => Command::Drained {
+            6 => Command::Drained {
                 endpoint,
                 rollout,
                 revision,

@@ -29,7 +29,8 @@ fn a_run_is_replayed_to_the_same_bits_and_two_runs_are_told_apart() {
     assert_eq!(report["steps"], 1200);
     assert_eq!(report["weights_blake3"], result["weights_blake3"]);
     let compared = report["compared"].as_u64().unwrap();
-    assert!((1000..=1200).contains(&compared), "{report}");
+    // Steps between the newest checkpoint and the driver's end are not recorded: how many is a matter of speed.
+    assert!((400..=1200).contains(&compared), "{report}");
     let said = cluster.ok(&["train", "replay", &job, "--steps", "20"]);
     assert!(
         said.contains("equal: 20 steps, 20 recorded states"),
