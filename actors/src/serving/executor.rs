@@ -5,10 +5,10 @@
 //! 2. A panic is the failure of the batch that caused it; the thread goes on.
 //! 3. The thread ends when its handle is dropped, after what it is at.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
+
+use super::panics::caught;
 
 /// Orders that wait: a replica is sent one batch at a time, and one more when its caller has given one up.
 const ORDERS_MAX: usize = 2;
@@ -55,22 +55,14 @@ impl<S: Send + 'static> Executor<S> {
         let (done, is_done) = oneshot::channel();
         let order: Order<S> = Box::new(move |state| {
             if !done.is_closed() {
-                let _ = done.send(caught(|| work(state)));
+                // A model holds no state that a batch changes, so none is left half changed.
+                let _ = done.send(caught(|| work(state)).map_err(ExecutorError::Panicked));
             }
         });
         let sent = self.orders.send(order).await;
         sent.map_err(|_| ExecutorError::Ended)?;
         is_done.await.unwrap_or(Err(ExecutorError::Ended))
     }
-}
-
-fn caught<T>(work: impl FnOnce() -> T) -> Result<T, ExecutorError> {
-    // A model holds no state that a batch changes, so none is left half changed.
-    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-        ExecutorError::Panicked(text.unwrap_or("it said nothing").to_owned())
-    })
 }
 
 #[cfg(test)]

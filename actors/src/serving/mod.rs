@@ -62,6 +62,7 @@ mod meters;
 mod model_cache;
 pub mod oip;
 pub mod onnx;
+mod panics;
 pub mod patience;
 mod predictor;
 pub mod replica;

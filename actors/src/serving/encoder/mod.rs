@@ -15,8 +15,6 @@ mod error;
 mod text;
 mod weights;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use bytes::Bytes;
 
 use self::bert::{Bert, Padded};
@@ -27,6 +25,7 @@ use self::text::{TOKENIZER_BYTES_MAX, TextReader, Tokens};
 use self::weights::Weights;
 use super::fleet::BATCH_ROWS_MAX;
 use super::oip::{Datatype, TensorData, TensorMetadata};
+use super::panics::caught;
 use super::replica::RefusedRow;
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
 use super::signature::{Described, listed};
@@ -311,13 +310,7 @@ fn put_back(bucket: &Bucket, values: &[f32], batch: &mut [f32], width: usize) {
 
 /// Runs what reads files, which may panic on bytes that it did not expect.
 fn guarded<T>(work: impl FnOnce() -> Result<T, EncoderError>) -> Result<T, EncoderError> {
-    // Nothing that the closure touches is used again after a panic.
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-        let text = text.unwrap_or("it said nothing");
-        Err(EncoderError::Panicked(text.to_owned()))
-    })
+    caught(work).unwrap_or_else(|text| Err(EncoderError::Panicked(text)))
 }
 
 #[cfg(test)]

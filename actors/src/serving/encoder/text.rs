@@ -5,6 +5,7 @@ use tokenizers::Tokenizer;
 
 use super::EncoderError;
 use super::config::BertConfig;
+use crate::serving::panics::caught;
 
 /// The largest tokenizer: a vocabulary of some hundred thousand pieces.
 pub(super) const TOKENIZER_BYTES_MAX: u64 = 16 << 20;
@@ -51,11 +52,16 @@ impl TextReader {
         }
         // Rows are padded to the length of their bucket, and what is padding is masked here.
         tokenizer.with_padding(None);
-        Ok(TextReader {
+        let reader = TextReader {
             tokenizer,
             positions,
             truncates_to,
-        })
+        };
+        // What is damaged further in shows only when it is used.
+        reader.tokens(b"a").map_err(|reason| {
+            EncoderError::Tokenizer(format!("fails on the text \"a\": {reason}; save it again"))
+        })?;
+        Ok(reader)
     }
 
     /// Tokens of a text, at most.
@@ -69,9 +75,10 @@ impl TextReader {
             let place = error.valid_up_to();
             format!("the text is not UTF-8 from byte {place} on: send it as UTF-8")
         })?;
-        let encoded = self.tokenizer.encode_fast(text, true);
-        let encoded =
-            encoded.map_err(|error| format!("the tokenizer does not take the text: {error}"))?;
+        let not_taken = |error: String| format!("the tokenizer does not take the text: {error}");
+        // The library panics on a template with a token that the file does not describe.
+        let encoded = caught(|| self.tokenizer.encode_fast(text, true)).map_err(not_taken)?;
+        let encoded = encoded.map_err(|error| not_taken(error.to_string()))?;
         let (count, limit) = (encoded.len(), self.positions);
         if count > limit {
             return Err(format!(

@@ -13,7 +13,6 @@ mod error;
 mod graph;
 mod values;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use prost::Message;
@@ -26,6 +25,7 @@ pub use self::error::OnnxError;
 use self::values::{datatype_of, from_tensor, to_tensor};
 use super::fleet::BATCH_ROWS_MAX;
 use super::oip::{TensorData, TensorMetadata};
+use super::panics::caught;
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
 use super::signature::{Described, listed};
 
@@ -240,16 +240,7 @@ impl OnnxModel {
 
 /// Runs a part of the engine, which may panic on a graph that it did not expect.
 fn guarded<T>(work: impl FnOnce() -> Result<T, OnnxError>) -> Result<T, OnnxError> {
-    // Nothing that the closure touches is used again after a panic.
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        let text = panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-        Err(OnnxError::Panicked(
-            text.unwrap_or_else(|| "it said nothing".to_owned()),
-        ))
-    })
+    caught(work).unwrap_or_else(|text| Err(OnnxError::Panicked(text)))
 }
 
 /// An error of the engine with its causes, on one line.

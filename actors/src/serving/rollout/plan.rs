@@ -299,27 +299,37 @@ pub(super) fn check(
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::serving) mod tests {
     use super::*;
 
-    #[test]
-    fn a_rolling_update_replaces_replicas_and_never_has_many_more_than_before() {
-        let mut rollout = Rollout {
+    /// A rollout of version 2 of the digits beside version 1, as it begins.
+    pub(in crate::serving) fn begun(strategy: Strategy, steps: &[u32]) -> Rollout {
+        let served = |version| Served {
+            version,
+            digest: "d".repeat(64),
+            size_bytes: 1,
+        };
+        Rollout {
             endpoint: "digits".into(),
             number: 1,
-            strategy: Strategy::Rolling,
+            strategy,
             stable: served(1),
             candidate: served(2),
-            steps: Strategy::Rolling.default_steps(),
+            steps: steps.to_vec(),
             step: 0,
             phase: Phase::Running,
             guardrails: Guardrails::STANDARD,
-            min_samples: 1,
+            min_samples: 10,
             started_ms: 0,
             revision: 1,
             cleanup: Cleanup::Waiting,
             decisions: Vec::new(),
-        };
+        }
+    }
+
+    #[test]
+    fn a_rolling_update_replaces_replicas_and_never_has_many_more_than_before() {
+        let mut rollout = begun(Strategy::Rolling, &Strategy::Rolling.default_steps());
         let mut counts = |replicas| {
             [0, 1, 2].map(|step| {
                 rollout.step = step;
@@ -337,13 +347,5 @@ mod tests {
         }
         rollout.strategy = Strategy::Canary;
         assert_eq!(rollout.replica_counts(8), (8, 8));
-    }
-
-    fn served(version: u64) -> Served {
-        Served {
-            version,
-            digest: "a".repeat(64),
-            size_bytes: 1,
-        }
     }
 }

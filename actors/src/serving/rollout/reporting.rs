@@ -48,31 +48,12 @@ impl Reporting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::serving::rollout::plan::{Cleanup, Guardrails, Phase, Served, Strategy};
+    use crate::serving::rollout::plan::Strategy;
+    use crate::serving::rollout::plan::tests::begun;
 
     #[tokio::test(start_paused = true)]
     async fn numbers_are_reported_when_they_change_and_not_too_often() {
-        let served = |version| Served {
-            version,
-            digest: "d".repeat(64),
-            size_bytes: 1,
-        };
-        let mut rollout = Rollout {
-            endpoint: "digits".into(),
-            number: 1,
-            strategy: Strategy::Canary,
-            stable: served(1),
-            candidate: served(2),
-            steps: vec![5, 50, 100],
-            step: 0,
-            phase: Phase::Running,
-            guardrails: Guardrails::STANDARD,
-            min_samples: 10,
-            started_ms: 0,
-            revision: 1,
-            cleanup: Cleanup::Waiting,
-            decisions: Vec::new(),
-        };
+        let mut rollout = begun(Strategy::Canary, &[5, 50, 100]);
         let of = |requests| {
             let mut evidence = Evidence::default();
             evidence.candidate.requests = requests;

@@ -9,7 +9,8 @@ use crate::serving::fleet::{BackendFailure, Fleet};
 use crate::serving::http::InferenceService;
 use crate::serving::oip::{InferRequest, TensorData};
 use crate::serving::replica::{Inference, classified};
-use crate::serving::rollout::plan::{Cleanup, Guardrails, Phase, Rollout, Served, Strategy};
+use crate::serving::rollout::plan::Strategy;
+use crate::serving::rollout::plan::tests::begun;
 use crate::serving::rollout::trial::{Evidence, Judgement};
 use crate::serving::rows::Batch;
 use crate::serving::signature::{INPUT, Signature};
@@ -72,27 +73,7 @@ fn shadowing(candidate: Replica) -> Shadowing {
         },
         outputs: Vec::new(),
     };
-    let served = |version| Served {
-        version,
-        digest: "d".repeat(64),
-        size_bytes: 1,
-    };
-    let rollout = Rollout {
-        endpoint: "digits".into(),
-        number: 1,
-        strategy: Strategy::Canary,
-        stable: served(1),
-        candidate: served(2),
-        steps: vec![0, 100],
-        step: 0,
-        phase: Phase::Running,
-        guardrails: Guardrails::STANDARD,
-        min_samples: 10,
-        started_ms: 0,
-        revision: 1,
-        cleanup: Cleanup::Waiting,
-        decisions: Vec::new(),
-    };
+    let rollout = begun(Strategy::Canary, &[0, 100]);
     let trial = Arc::new(Mutex::new(ShadowTrial::new(plan.clone(), &rollout)));
     let candidate = arm(2, candidate);
     let routes = Routes {

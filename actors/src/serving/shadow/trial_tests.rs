@@ -1,6 +1,7 @@
 use super::super::Rule;
 use super::*;
-use crate::serving::rollout::plan::{Cleanup, Guardrails, Phase, Served, Strategy};
+use crate::serving::rollout::plan::Strategy;
+use crate::serving::rollout::plan::tests::begun;
 
 fn plan() -> Plan {
     Plan {
@@ -13,27 +14,7 @@ fn plan() -> Plan {
 }
 
 fn trial() -> ShadowTrial {
-    let served = |version| Served {
-        version,
-        digest: "d".repeat(64),
-        size_bytes: 1,
-    };
-    let rollout = Rollout {
-        endpoint: "digits".into(),
-        number: 1,
-        strategy: Strategy::Canary,
-        stable: served(1),
-        candidate: served(2),
-        steps: vec![0, 50, 100],
-        step: 0,
-        phase: Phase::Running,
-        guardrails: Guardrails::STANDARD,
-        min_samples: 10,
-        started_ms: 0,
-        revision: 1,
-        cleanup: Cleanup::Waiting,
-        decisions: Vec::new(),
-    };
+    let rollout = begun(Strategy::Canary, &[0, 50, 100]);
     ShadowTrial::new(plan(), &rollout)
 }
 

@@ -188,6 +188,14 @@ fn what_is_wrong_with_the_tokenizer_is_named() {
         tokenizer["truncation"]["max_length"] = json!(41);
     });
     assert!(refusal(&files).contains("at 41 tokens, the model takes 40"));
+    files.tokenizer = changed(&whole, |tokenizer| {
+        tokenizer["post_processor"]["single"][0]["SpecialToken"]["id"] = json!("[CLR]");
+    });
+    let error = refusal(&files);
+    assert!(
+        error.contains("tokenizer.json fails on the text \"a\": the tokenizer does not take"),
+        "{error}"
+    );
     files.tokenizer = vec![b' '; TOKENIZER_BYTES_MAX as usize + 1].into();
     let error = refusal(&files);
     assert!(
