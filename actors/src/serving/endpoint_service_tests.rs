@@ -32,6 +32,7 @@ impl Backend for Three {
         Ok(Inference {
             outputs: classified(row.repeat(count), vec![3; count]),
             computed_ns: 1,
+            memory_percent: None,
         })
     }
 }
@@ -144,6 +145,7 @@ impl Backend for Always {
         Ok(Inference {
             outputs: classified(vec![self.0; count * CLASSES], vec![0; count]),
             computed_ns: 1,
+            memory_percent: None,
         })
     }
 }
@@ -297,6 +299,7 @@ impl Backend for Swapping {
         Ok(Inference {
             outputs: batch,
             computed_ns: 1,
+            memory_percent: None,
         })
     }
 }
@@ -455,6 +458,7 @@ async fn an_answer_that_does_not_fit_is_an_error() {
             Ok(Inference {
                 outputs,
                 computed_ns: 1,
+                memory_percent: None,
             })
         }
     }

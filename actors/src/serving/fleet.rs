@@ -102,7 +102,10 @@ impl<B: Backend> Fleet<B> {
             lock(&self.outliers).keep(replicas);
         }
         let new: Vec<Arc<Lane<B>>> = (known + 1..=replicas)
-            .map(|number| Arc::new(Lane::new(number, Arc::clone(&self.openings))))
+            .map(|number| {
+                let (openings, traffic) = (&self.openings, &self.traffic);
+                Arc::new(Lane::new(number, Arc::clone(openings), Arc::clone(traffic)))
+            })
             .collect();
         lanes.extend(new.iter().cloned());
         new.iter()
@@ -139,6 +142,14 @@ impl<B: Backend> Fleet<B> {
     pub fn pending_count(&self) -> usize {
         let queued: usize = self.lanes().iter().map(|lane| lane.queued()).sum();
         queued + self.held.load(Ordering::Relaxed)
+    }
+
+    /// The memory that the processes of its replicas have in use, in percent: the most that any of them said.
+    #[must_use]
+    pub fn memory_percent(&self) -> u8 {
+        let lanes = self.lanes();
+        let open = lanes.iter().filter(|lane| lane.is_open());
+        open.map(|lane| lane.memory_percent()).max().unwrap_or(0)
     }
 
     /// Whether it has no replica and gets one with the first request.

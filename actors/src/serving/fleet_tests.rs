@@ -34,6 +34,7 @@ impl Backend for Fake {
         Ok(Inference {
             outputs: classified(vec![0.1; classes.len() * 10], classes),
             computed_ns: 1,
+            memory_percent: None,
         })
     }
 }

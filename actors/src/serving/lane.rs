@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::batcher::{
     BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle, Delay,
 };
-use super::oip::TensorData;
+use super::guard::traffic::Traffic;
 use super::replica::{Inference, RefusedRow};
 use super::rows::{Batch, Row};
 
@@ -53,6 +53,8 @@ pub enum BackendFailure {
     Refused(String),
     /// Some rows are no input for the model; it would answer the others.
     RowsRefused(Vec<RefusedRow>),
+    /// It failed on some rows; it would answer the others.
+    RowsFailed(Vec<RefusedRow>),
     /// It did not answer.
     Lost(String),
 }
@@ -125,6 +127,8 @@ struct Pace {
     batch_us: AtomicU64,
     /// Batches that it answered.
     answered: AtomicU64,
+    /// The memory that its process had in use at its last answer, in percent; 0 if it did not say.
+    memory_percent: AtomicU8,
 }
 
 impl Pace {
@@ -143,8 +147,12 @@ impl Pace {
 }
 
 impl<B: Backend> Lane<B> {
-    /// The place of the replica with this number; `openings` is told when it is opened.
-    pub(super) fn new(number: u32, openings: Arc<watch::Sender<u64>>) -> Self {
+    /// The place of the replica with this number; `openings` is told when it is opened, and `traffic` what it computes.
+    pub(super) fn new(
+        number: u32,
+        openings: Arc<watch::Sender<u64>>,
+        traffic: Arc<Traffic>,
+    ) -> Self {
         let berth = Arc::new(Berth {
             backend: watch::Sender::new(None),
             openings,
@@ -162,6 +170,7 @@ impl<B: Backend> Lane<B> {
             number,
             berth: Arc::clone(&berth),
             pace: Arc::clone(&pace),
+            traffic,
         };
         let (batcher, queue) = Batcher::start(config, runner);
         Lane {
@@ -209,6 +218,11 @@ impl<B> Lane<B> {
     /// Requests in its queue.
     pub(super) fn queued(&self) -> usize {
         self.queue.queued_requests()
+    }
+
+    /// The memory that its process had in use at its last answer, in percent; 0 if that is not known.
+    pub(super) fn memory_percent(&self) -> u8 {
+        self.pace.memory_percent.load(Ordering::Relaxed)
     }
 
     /// Batches that it has answered.
@@ -264,6 +278,7 @@ struct Runner<B> {
     number: u32,
     berth: Arc<Berth<B>>,
     pace: Arc<Pace>,
+    traffic: Arc<Traffic>,
 }
 
 impl<B: Backend> BatchRunner for Runner<B> {
@@ -295,7 +310,7 @@ impl<B: Backend> BatchRunner for Runner<B> {
         // Nobody waits for an answer after the last deadline, here or at the replica.
         let limit = until.saturating_duration_since(began).min(BATCH_TIMEOUT);
         let failure = tokio::select! {
-            answer = infer_the_good(&backend, rows, limit) => match answer {
+            answer = self.infer_the_good(&backend, rows, limit) => match answer {
                 Ok(answers) => {
                     self.pace.record(began.elapsed());
                     return Ok(answers);
@@ -312,8 +327,8 @@ impl<B: Backend> BatchRunner for Runner<B> {
         };
         match failure {
             BackendFailure::Refused(reason) => Ok(vec![Err(Refusal::Failed(reason)); count]),
-            // Only a replica that refuses other rows than before gets here.
-            BackendFailure::RowsRefused(_) => {
+            // Only a replica that names other rows than before gets here.
+            BackendFailure::RowsRefused(_) | BackendFailure::RowsFailed(_) => {
                 let reason = "it refused rows that it had not refused before".to_owned();
                 Ok(vec![Err(Refusal::Failed(reason)); count])
             }
@@ -330,56 +345,62 @@ impl<B: Backend> BatchRunner for Runner<B> {
     }
 }
 
-/// Has rows computed; without those that the replica refuses, so that nobody's bad row costs others their answer.
-async fn infer_the_good<B: Backend>(
-    backend: &B,
-    rows: Vec<Row>,
-    limit: Duration,
-) -> Result<Vec<Result<Row, Refusal>>, BackendFailure> {
-    let (count, began) = (rows.len(), Instant::now());
-    // Only texts are refused one by one, and one alone is not asked for twice.
-    let is_text = |row: &Row| {
-        let mut cells = row.cells.iter();
-        cells.any(|cell| matches!(cell.data, TensorData::Bytes(_)))
-    };
-    let kept = match count > 1 && rows.first().is_some_and(is_text) {
-        true => rows.clone(),
-        false => Vec::new(),
-    };
-    let refused = match backend.infer_within(Batch::join(rows), limit).await {
-        Ok(inference) => return Ok(answered(inference, count)),
-        Err(BackendFailure::RowsRefused(refused)) => refused,
-        Err(failure) => return Err(failure),
-    };
-    let mut reasons: BTreeMap<u64, String> = refused
-        .into_iter()
-        .map(|refused| (refused.row, refused.reason))
-        .collect();
-    let mut reason_of = |row: usize| reasons.remove(&(row as u64)).map(Refusal::Row);
-    let reasons: Vec<Option<Refusal>> = (0..count).map(&mut reason_of).collect();
-    let good = kept.into_iter().zip(&reasons);
-    let good = good.filter(|(_, reason)| reason.is_none());
-    let good: Vec<Row> = good.map(|(row, _)| row).collect();
-    let limit = limit.saturating_sub(began.elapsed());
-    let answers = match good.len() {
-        0 => Vec::new(),
-        left => answered(backend.infer_within(Batch::join(good), limit).await?, left),
-    };
-    let mut answers = answers.into_iter();
-    let unnamed = || Refusal::Failed("it refused rows and did not say which".to_owned());
-    let answer = |reason: Option<Refusal>| match reason {
-        Some(reason) => Err(reason),
-        None => answers.next().unwrap_or_else(|| Err(unnamed())),
-    };
-    Ok(reasons.into_iter().map(answer).collect())
+impl<B: Backend> Runner<B> {
+    /// Has rows computed; without those that the replica names, so that nobody's bad row costs others their answer.
+    async fn infer_the_good(
+        &self,
+        backend: &B,
+        rows: Vec<Row>,
+        limit: Duration,
+    ) -> Result<Vec<Result<Row, Refusal>>, BackendFailure> {
+        let (count, began) = (rows.len(), Instant::now());
+        let batch = Batch::join(rows);
+        // One row alone is not asked for twice.
+        let kept = (count > 1).then(|| batch.clone());
+        let named = match backend.infer_within(batch, limit).await {
+            Ok(inference) => return Ok(self.answered(inference, count)),
+            Err(BackendFailure::RowsRefused(rows)) => reasons(rows, Refusal::Row),
+            Err(BackendFailure::RowsFailed(rows)) => reasons(rows, Refusal::Failed),
+            Err(failure) => return Err(failure),
+        };
+        let rows = kept.map_or(Ok(Vec::new()), Batch::split);
+        let rows = rows.map_err(|misfit| BackendFailure::Refused(misfit.to_string()))?;
+        let good = (0..).zip(rows).filter(|(row, _)| !named.contains_key(row));
+        let good: Vec<Row> = good.map(|(_, row)| row).collect();
+        let limit = limit.saturating_sub(began.elapsed());
+        let answers = match good.len() {
+            0 => Vec::new(),
+            left => {
+                let inference = backend.infer_within(Batch::join(good), limit).await?;
+                self.answered(inference, left)
+            }
+        };
+        let mut answers = answers.into_iter();
+        let unnamed = || Refusal::Failed("it refused rows and did not say which".to_owned());
+        let answer = |row: u64| match named.get(&row) {
+            Some(reason) => Err(reason.clone()),
+            None => answers.next().unwrap_or_else(|| Err(unnamed())),
+        };
+        Ok((0..count as u64).map(answer).collect())
+    }
+
+    /// The rows of an answer to `count` rows. One that does not fit them is a refusal: another replica would say the same.
+    fn answered(&self, inference: Inference, count: usize) -> Vec<Result<Row, Refusal>> {
+        self.traffic.load.computed(inference.computed_ns);
+        let memory_percent = inference.memory_percent.unwrap_or(0);
+        let known = &self.pace.memory_percent;
+        known.store(memory_percent, Ordering::Relaxed);
+        match inference.outputs.split() {
+            Ok(rows) => rows.into_iter().map(Ok).collect(),
+            Err(misfit) => vec![Err(Refusal::Failed(misfit.to_string())); count],
+        }
+    }
 }
 
-/// The rows of an answer to `count` rows. One that does not fit them is a refusal: another replica would say the same.
-fn answered(inference: Inference, count: usize) -> Vec<Result<Row, Refusal>> {
-    match inference.outputs.split() {
-        Ok(rows) => rows.into_iter().map(Ok).collect(),
-        Err(misfit) => vec![Err(Refusal::Failed(misfit.to_string())); count],
-    }
+/// Rows by their places.
+fn reasons(rows: Vec<RefusedRow>, kind: fn(String) -> Refusal) -> BTreeMap<u64, Refusal> {
+    let rows = rows.into_iter();
+    rows.map(|row| (row.row, kind(row.reason))).collect()
 }
 
 #[cfg(test)]

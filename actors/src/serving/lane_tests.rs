@@ -1,11 +1,11 @@
 use std::sync::Mutex;
 
 use super::super::fleet::Fleet;
-use super::super::oip::OipError;
+use super::super::oip::{OipError, TensorData};
 use super::super::rows::Cell;
 use super::*;
 
-/// Answers each text with its length, and refuses those that begin with `bad`.
+/// Answers each text with its length, refuses those that begin with `bad` and fails on those that begin with `hard`.
 #[derive(Clone, Default)]
 struct Reader {
     /// The rows of each batch that it was asked.
@@ -31,6 +31,13 @@ impl Backend for Reader {
         if !refused.is_empty() {
             return Err(BackendFailure::RowsRefused(refused));
         }
+        let hard = texts.iter().position(|text| text.starts_with(b"hard"));
+        if let Some(row) = hard {
+            return Err(BackendFailure::RowsFailed(vec![RefusedRow {
+                row: row as u64,
+                reason: "it is hard".to_owned(),
+            }]));
+        }
         let lengths = texts.iter().map(|text| text.len() as i64).collect();
         Ok(Inference {
             outputs: Batch {
@@ -41,6 +48,7 @@ impl Backend for Reader {
                 }],
             },
             computed_ns: 1,
+            memory_percent: None,
         })
     }
 }
@@ -94,6 +102,24 @@ async fn a_row_that_is_refused_costs_nobody_else_an_answer() {
     // Where nothing is left, nothing is asked again.
     lengths(&fleet, &["bad", "bad too"]).await.unwrap_err();
     assert_eq!(*reader.asked.lock().unwrap(), [5, 4, 2]);
+}
+
+#[tokio::test]
+async fn a_row_that_breaks_the_model_costs_its_own_request_the_answer() {
+    let reader = Reader::default();
+    let fleet = fleet(1, &reader);
+    let (first, hard, last) = tokio::join!(
+        lengths(&fleet, &["a", "ab"]),
+        lengths(&fleet, &["abc", "hard"]),
+        lengths(&fleet, &["abcd"]),
+    );
+    assert_eq!(*reader.asked.lock().unwrap(), [5, 4]);
+    assert_eq!(first.unwrap(), [1, 2]);
+    assert_eq!(last.unwrap(), [4]);
+    // Whether the row or the model is to blame, nobody knows: it counts as a failure of the version.
+    let error = hard.unwrap_err();
+    assert_eq!(error.status(), 500, "{error}");
+    assert!(error.to_string().contains("it is hard"), "{error}");
 }
 
 #[tokio::test]

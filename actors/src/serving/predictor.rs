@@ -3,6 +3,7 @@
 use super::encoder::{
     CONFIG_FILE, EncoderError, EncoderFiles, EncoderModel, TOKENIZER_FILE, WEIGHTS_FILE,
 };
+use super::failing_rows;
 use super::oip::TensorData;
 use super::onnx::{OnnxError, OnnxModel};
 use super::replica::InferError;
@@ -85,9 +86,7 @@ impl Predictor {
         }
         match self {
             Predictor::Trained(model) => classify(model, &batch),
-            Predictor::Onnx(model) => model
-                .run(batch)
-                .map_err(|error| InferError::Model(error.to_string())),
+            Predictor::Onnx(model) => failing_rows::run(batch, |batch| model.run(batch)),
             Predictor::Encoder(model) => model.run(batch).map_err(|error| match error {
                 EncoderError::Rows(rows) => InferError::RowsRefused(rows),
                 error => InferError::Model(error.to_string()),

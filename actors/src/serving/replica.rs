@@ -14,6 +14,7 @@ use mobula_core::id::Incarnation;
 use serde::{Deserialize, Serialize};
 
 use super::executor::{Executor, ExecutorError};
+use super::memory_use::memory_percent;
 use super::model_cache::{MODELS, Used};
 use super::predictor::Predictor;
 use super::rows::{Batch, ROWS_MAX};
@@ -30,9 +31,11 @@ pub struct Inference {
     pub outputs: Batch,
     /// How long the model took.
     pub computed_ns: u64,
+    /// How much of the memory that the replica's process may have is in use, in percent, if it knows.
+    pub memory_percent: Option<u8>,
 }
 
-/// A row that is no input for the model, whatever it is batched with.
+/// A row that gets no answer of the model, whatever it is batched with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusedRow {
     /// Its place in the batch, from 0.
@@ -64,6 +67,9 @@ pub enum InferError {
     /// Some rows are no input for the model. Nothing was computed; the others would be answered.
     #[error("{} rows are refused", .0.len())]
     RowsRefused(Vec<RefusedRow>),
+    /// The model failed on some rows, each of them alone as well; the others would be answered.
+    #[error("the model failed on {} rows", .0.len())]
+    RowsFailed(Vec<RefusedRow>),
 }
 
 /// Why a replica does not start.
@@ -134,6 +140,7 @@ impl Replica {
             Ok(Inference {
                 outputs,
                 computed_ns,
+                memory_percent: memory_percent(),
             })
         });
         match computing.await {

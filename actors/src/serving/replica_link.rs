@@ -119,6 +119,7 @@ impl Backend for ActorRef<Replica> {
         let call = ReplicaCalls::infer(self, rows).timeout(limit);
         call.await.map_err(|failure| match failure {
             CallFailure::User(InferError::RowsRefused(rows)) => BackendFailure::RowsRefused(rows),
+            CallFailure::User(InferError::RowsFailed(rows)) => BackendFailure::RowsFailed(rows),
             CallFailure::User(error) => BackendFailure::Refused(error.to_string()),
             CallFailure::System(error) => BackendFailure::Lost(error.to_string()),
         })

@@ -144,6 +144,10 @@ impl Steering {
         }
         let seen = SeenReplicas {
             ready: self.routes.borrow().active.fleet().open_count(),
+            memory_percent: arms()
+                .map(|arm| arm.fleet().memory_percent())
+                .max()
+                .unwrap_or(0),
             are_drained: arms().all(|arm| arm.fleet().is_drained()),
         };
         let is_scaled = self.pilot.look(steered, seen).await;

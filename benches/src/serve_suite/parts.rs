@@ -47,6 +47,7 @@ impl Backend for Nothing {
         Ok(Inference {
             outputs: classified(probabilities, classes),
             computed_ns: 0,
+            memory_percent: None,
         })
     }
 }

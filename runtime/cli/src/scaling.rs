@@ -44,6 +44,8 @@ struct PolicyJson {
     up_window_ms: u64,
     down_window_ms: u64,
     schedules: Vec<String>,
+    target_busy_percent: Option<u32>,
+    target_memory_percent: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -70,6 +72,8 @@ fn json_of(policy: &Policy) -> PolicyJson {
         up_window_ms: policy.up_window_ms,
         down_window_ms: policy.down_window_ms,
         schedules: policy.schedules.iter().map(ToString::to_string).collect(),
+        target_busy_percent: policy.target_busy_percent,
+        target_memory_percent: policy.target_memory_percent,
     }
 }
 
@@ -190,6 +194,12 @@ fn described(policy: &Policy) -> String {
         policy
             .slo_p99_ms
             .map(|millis| format!("p99 within {millis} ms")),
+        policy
+            .target_busy_percent
+            .map(|percent| format!("computing for {percent} % of the time")),
+        policy
+            .target_memory_percent
+            .map(|percent| format!("{percent} % of the memory")),
         policy
             .rate_limit
             .map(|rate| format!("at most {rate} a second")),

@@ -50,6 +50,10 @@ pub enum Cause {
     Floor,
     /// There were more than the policy allows now.
     Ceiling,
+    /// Models computed for more of the time than the target.
+    Busy,
+    /// Processes used more of their memory than the target.
+    Memory,
 }
 
 /// The numbers that a decision rests on.
@@ -79,6 +83,10 @@ pub struct Figures {
     pub allowed_min: u32,
     /// The most that were allowed: by the policy's bounds and by how fast replicas may be added.
     pub allowed_max: u32,
+    /// Replicas whose model computed, on average over the window, in thousandths.
+    pub busy_milli: u64,
+    /// The memory in use where it is scarcest, in percent; 0 if no replica said.
+    pub memory_percent: u8,
 }
 
 /// A change of the number of replicas.
@@ -142,7 +150,12 @@ impl Standing<'_> {
         let was_too_few = |change: &&Change| {
             let by_load = matches!(
                 change.cause,
-                Cause::InFlight | Cause::Rate | Cause::Latency | Cause::Burst
+                Cause::InFlight
+                    | Cause::Rate
+                    | Cause::Latency
+                    | Cause::Burst
+                    | Cause::Busy
+                    | Cause::Memory
             );
             by_load
                 && change.version == self.version
@@ -152,6 +165,15 @@ impl Standing<'_> {
         let too_few = self.changes.iter().filter(was_too_few);
         too_few.map(|change| change.from + 1).max().unwrap_or(0)
     }
+}
+
+/// The replicas that answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Answering {
+    /// How many.
+    pub ready: u32,
+    /// The memory in use where it is scarcest, in percent; 0 if none of them said.
+    pub memory_percent: u8,
 }
 
 /// A number of replicas to go over to.
@@ -181,7 +203,10 @@ impl Autoscaler {
         &mut self,
         policy: &Policy,
         standing: Standing<'_>,
-        ready: u32,
+        Answering {
+            ready,
+            memory_percent,
+        }: Answering,
         load: Load,
         now_ms: u64,
     ) -> Option<Choice> {
@@ -204,6 +229,8 @@ impl Autoscaler {
             ceiling,
             allowed_min,
             allowed_max,
+            busy_milli: stable.map_or(0, |average| average.busy_milli),
+            memory_percent,
         };
         let is_bursting = self.sees_burst(policy, standing.replicas, &figures, burst, now_ms);
         // Who has just begun to look has seen nothing that could be called an average.
@@ -273,7 +300,10 @@ impl Autoscaler {
         let is_slow = slo_us
             .zip(figures.p99_us)
             .is_some_and(|(slo_us, p99_us)| p99_us * 100 >= slo_us * CALM_PERCENT);
-        if is_slow {
+        let memory = policy.target_memory_percent;
+        let is_tight =
+            memory.is_some_and(|target| memory_above(figures.memory_percent, target, CALM_PERCENT));
+        if is_slow || is_tight {
             return None;
         }
         let wanted = enough(
@@ -282,6 +312,7 @@ impl Autoscaler {
             FEWER_PERCENT,
         )
         .max(by_rate(policy, rate_milli, FEWER_PERCENT))
+        .max(by_busy(policy, figures.busy_milli, FEWER_PERCENT))
         .max(standing.proven(rate_milli))
         // The last one stays until the endpoint is idle.
         .max(1);
@@ -317,6 +348,8 @@ fn more(
         ),
         (by_rate(policy, figures.rate_milli, 100), Cause::Rate),
         (too_slow, Cause::Latency),
+        (by_busy(policy, figures.busy_milli, 100), Cause::Busy),
+        (by_memory(policy, replicas, figures), Cause::Memory),
         (enough(burst_milli, target, 100), Cause::Burst),
     ];
     // Of equals the first, which is the plainest.
@@ -337,6 +370,26 @@ fn by_rate(policy: &Policy, rate_milli: u64, percent: u64) -> u32 {
     policy
         .target_rate
         .map_or(0, |target| enough(rate_milli, target, percent))
+}
+
+fn by_busy(policy: &Policy, busy_milli: u64, percent: u64) -> u32 {
+    policy
+        .target_busy_percent
+        .map_or(0, |target| enough(busy_milli * 100, target, percent))
+}
+
+/// One more, where memory is scarcer than the target: how much of it requests take, and how much each replica takes
+/// without them, nobody knows.
+fn by_memory(policy: &Policy, replicas: u32, figures: &Figures) -> u32 {
+    let is_scarce = policy
+        .target_memory_percent
+        .is_some_and(|target| memory_above(figures.memory_percent, target, 100));
+    if is_scarce { replicas + 1 } else { 0 }
+}
+
+/// Whether memory in use is above so many percent of the target.
+fn memory_above(used_percent: u8, target_percent: u32, percent: u64) -> bool {
+    u64::from(used_percent) * 100 > u64::from(target_percent) * percent
 }
 
 /// One more at least, and in proportion to how much too slow answers are, where they are too slow.
@@ -363,6 +416,8 @@ impl Cause {
             Cause::Idle => "nothing was asked",
             Cause::Floor => "fewer replicas than the policy allows now",
             Cause::Ceiling => "more replicas than the policy allows now",
+            Cause::Busy => "models computed for more of the time than the target",
+            Cause::Memory => "more memory in use than the target",
         }
     }
 }
@@ -378,13 +433,15 @@ impl Figures {
         );
         format!(
             "{} in flight (average {:.1}, lately {:.1}; target {} a replica), {:.1} a second, {p99}, {} \
-             answering: wanted {}, allowed {} to {}",
+             answering, {:.2} computing, {} % of the memory in use: wanted {}, allowed {} to {}",
             self.in_flight,
             milli(self.stable_in_flight_milli),
             milli(self.burst_in_flight_milli),
             self.target_in_flight,
             milli(self.rate_milli),
             self.ready,
+            milli(self.busy_milli),
+            self.memory_percent,
             self.wanted,
             self.allowed_min,
             self.allowed_max

@@ -18,6 +18,9 @@ struct World {
     replicas: u32,
     changes: Vec<Change>,
     is_rolling_out: bool,
+    /// Replicas whose models compute all the time, in thousandths.
+    busy_milli: u64,
+    memory_percent: u8,
 }
 
 impl World {
@@ -31,6 +34,8 @@ impl World {
             replicas,
             changes: Vec::new(),
             is_rolling_out: false,
+            busy_milli: 0,
+            memory_percent: 0,
         }
     }
 
@@ -38,6 +43,7 @@ impl World {
     fn look(&mut self, in_flight: u64, arrived: u64, taken_ms: u64) {
         self.now_ms += LOOK_MS;
         self.load.spent_us += in_flight * LOOK_MS * 1_000;
+        self.load.computed_ns += self.busy_milli * LOOK_MS * 1_000;
         self.load.in_flight = in_flight;
         self.load.arrived += arrived;
         for _ in 0..arrived.min(20) {
@@ -53,7 +59,10 @@ impl World {
         let decided = self.autoscaler.decide(
             &self.policy,
             standing,
-            self.replicas,
+            Answering {
+                ready: self.replicas,
+                memory_percent: self.memory_percent,
+            },
             self.load,
             self.now_ms,
         );
@@ -89,6 +98,50 @@ impl World {
         let of = |change: &Change| ((change.at_ms - since_ms) / 1_000, change.to, change.cause);
         self.changes.iter().map(of).collect()
     }
+}
+
+#[test]
+fn models_that_compute_too_much_of_the_time_get_company_that_stays() {
+    let mut world = World::new(Policy::golden(), 1);
+    // Just what one replica may.
+    (world.busy_milli, world.memory_percent) = (700, 60);
+    world.hold(5.0, 1, 50, 1);
+    assert_eq!(world.changes, []);
+    world.busy_milli = 1_300;
+    world.hold(20.0, 1, 50, 1);
+    let [change] = world.changes.as_slice() else {
+        panic!("{:?}", world.changes)
+    };
+    assert_eq!((change.to, change.cause), (2, Cause::Busy));
+    assert!(change.figures.busy_milli > 700, "{:?}", change.figures);
+    assert!(
+        change
+            .figures
+            .said()
+            .contains("computing, 60 % of the memory")
+    );
+    // Nearly nothing is asked any more.
+    world.busy_milli = 100;
+    world.hold(20.0, 1, 5, 1);
+    let last = world.changes.last().map(|change| (change.to, change.cause));
+    assert_eq!(last, Some((1, Cause::Fewer)));
+}
+
+#[test]
+fn where_memory_is_scarce_replicas_are_added_one_by_one_and_none_is_taken_away() {
+    let mut world = World::new(Policy::golden(), 1);
+    world.memory_percent = 81;
+    let began_ms = world.now_ms;
+    world.hold(1.0, 1, 1, 1);
+    let decided = world.decided(began_ms);
+    assert!(
+        matches!(decided[..], [(_, 2, Cause::Memory), (_, 3, Cause::Memory)]),
+        "{decided:?}"
+    );
+    // Two thirds of the memory are within the target and too much for fewer.
+    world.memory_percent = 66;
+    world.hold(30.0, 1, 1, 1);
+    assert_eq!(world.replicas, 3);
 }
 
 #[test]

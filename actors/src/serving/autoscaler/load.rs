@@ -79,6 +79,8 @@ pub struct Load {
     pub arrived: u64,
     /// How long answers took.
     pub latencies: Latencies,
+    /// The time that models computed so far, in nanoseconds, all replicas together.
+    pub computed_ns: u64,
 }
 
 impl Load {
@@ -146,6 +148,13 @@ impl LoadMeter {
             meter: self,
             since: counted.at,
         }
+    }
+
+    /// Counts what a model computed.
+    pub fn computed(&self, taken_ns: u64) {
+        let mut counted = self.now();
+        let so_far = counted.load.computed_ns;
+        counted.load.computed_ns = so_far.saturating_add(taken_ns);
     }
 
     /// What is so now.

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use mobula::Cluster;
 use mobula_core::id::Incarnation;
 
-use super::decision::{Autoscaler, Choice, Figures, Standing};
+use super::decision::{Answering, Autoscaler, Choice, Figures, Standing};
 use super::policy::Policy;
 use super::state::{Command, Scaling};
 use crate::serving::client;
@@ -19,6 +19,8 @@ use crate::serving::state::{Routing, Steered};
 pub(in crate::serving) struct Replicas {
     /// Those that answer.
     pub(in crate::serving) ready: usize,
+    /// The memory in use where it is scarcest, in percent; 0 if none of them said.
+    pub(in crate::serving) memory_percent: u8,
     /// Whether no request is left with those that are wanted no more.
     pub(in crate::serving) are_drained: bool,
 }
@@ -65,12 +67,15 @@ impl Pilot {
             changes: &scaling.changes,
             is_rolling_out: steered.is_changing(),
         };
-        let ready = u32::try_from(replicas.ready).unwrap_or(u32::MAX);
+        let answering = Answering {
+            ready: u32::try_from(replicas.ready).unwrap_or(u32::MAX),
+            memory_percent: replicas.memory_percent,
+        };
         let load = self.traffic.load.read();
         let policy = &scaling.policy;
         let decided = self
             .autoscaler
-            .decide(policy, standing, ready, load, now_ms());
+            .decide(policy, standing, answering, load, now_ms());
         let Some(Choice { to, cause, figures }) = decided else {
             self.traffic
                 .load

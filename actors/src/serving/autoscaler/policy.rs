@@ -47,6 +47,10 @@ pub struct Policy {
     pub down_window_ms: u64,
     /// When other bounds hold.
     pub schedules: Vec<Schedule>,
+    /// For how much of the time a replica's model shall compute, in percent.
+    pub target_busy_percent: Option<u32>,
+    /// How much of the memory that it may have a replica's process shall use, in percent.
+    pub target_memory_percent: Option<u32>,
 }
 
 impl Policy {
@@ -65,15 +69,20 @@ impl Policy {
             up_window_ms: 30_000,
             down_window_ms: 300_000,
             schedules: Vec::new(),
+            target_busy_percent: None,
+            target_memory_percent: None,
         }
     }
 
-    /// 1 to 3 replicas, 100 requests a second each, answers within 200 ms.
+    /// 1 to 3 replicas, 100 requests a second each, answers within 200 ms, models that compute for at most 70 % of the
+    /// time, and at most 80 % of the memory.
     #[must_use]
     pub fn golden() -> Self {
         Policy {
             target_rate: Some(100),
             slo_p99_ms: Some(200),
+            target_busy_percent: Some(70),
+            target_memory_percent: Some(80),
             ..Policy::between(1, 3)
         }
     }
@@ -123,6 +132,17 @@ impl Policy {
                 return Err(Rejection::invalid(format!(
                     "{} is not possible as {what}: give 1 to {NUMBER_MAX}",
                     number.unwrap_or_default()
+                )));
+            }
+        }
+        for (what, percent) in [
+            ("time that models compute", self.target_busy_percent),
+            ("memory in use", self.target_memory_percent),
+        ] {
+            if percent.is_some_and(|percent| !(1..=100).contains(&percent)) {
+                return Err(Rejection::invalid(format!(
+                    "{} is not possible as percents of {what}: give 1 to 100",
+                    percent.unwrap_or_default()
                 )));
             }
         }
@@ -202,6 +222,14 @@ mod tests {
                 "limit of requests",
             ),
             (change(|policy| policy.idle_ms = 1), "1 ms is not possible"),
+            (
+                change(|policy| policy.target_busy_percent = Some(101)),
+                "101 is not possible as percents of time",
+            ),
+            (
+                change(|policy| policy.target_memory_percent = Some(0)),
+                "0 is not possible as percents of memory",
+            ),
             (
                 change(|policy| policy.schedules = vec!["daily 00:00-24:00 ..99".parse().unwrap()]),
                 "..99` is not possible",

@@ -34,6 +34,8 @@ pub struct Average {
     pub rate_milli: u64,
     /// The 99th percentile of answers, in microseconds, if there were any.
     pub p99_us: Option<u64>,
+    /// Replicas whose model computed, in thousandths.
+    pub busy_milli: u64,
     /// Whether the whole window was seen.
     pub is_whole: bool,
 }
@@ -78,11 +80,13 @@ impl Windows {
         }
         let spent_us = newest.load.spent_us - oldest.load.spent_us;
         let arrived = newest.load.arrived - oldest.load.arrived;
+        let computed_us = (newest.load.computed_ns - oldest.load.computed_ns) / 1_000;
         Some(Average {
             // Microseconds spent in a millisecond are thousandths of a request.
             in_flight_milli: spent_us / elapsed_ms,
             rate_milli: arrived.saturating_mul(1_000_000) / elapsed_ms,
             p99_us: newest.load.latencies.since(&oldest.load.latencies).p99_us(),
+            busy_milli: computed_us / elapsed_ms,
             is_whole: before.is_some(),
         })
     }

@@ -34,6 +34,7 @@ impl Backend for Always {
         Ok(Inference {
             outputs: classified(vec![self.0; count * CLASSES], vec![0; count]),
             computed_ns: 1,
+            memory_percent: None,
         })
     }
 }

@@ -42,6 +42,7 @@ impl Backend for Replica {
         Ok(Inference {
             outputs: classified(probabilities, classes),
             computed_ns: 1,
+            memory_percent: None,
         })
     }
 }

@@ -83,6 +83,12 @@ pub(crate) struct ScalingArguments {
     /// What 99 of 100 answers shall take at the most, such as `200ms`, or `none` [default: none].
     #[arg(long, value_name = "DURATION", value_parser = millis_or_none)]
     slo_p99: Option<OrNone<u32>>,
+    /// For how much of the time a replica's model shall compute, in percent, or `none` [default: none].
+    #[arg(long, value_name = "PERCENT", value_parser = count_or_none)]
+    target_busy: Option<OrNone<u32>>,
+    /// How much of the memory that its process may have a replica shall use, in percent, or `none` [default: none].
+    #[arg(long, value_name = "PERCENT", value_parser = count_or_none)]
+    target_memory: Option<OrNone<u32>>,
     /// Requests a second that the endpoint takes, or `none` [default: none]; more are refused.
     #[arg(long, value_name = "COUNT", value_parser = count_or_none)]
     rate_limit: Option<OrNone<u32>>,
@@ -101,8 +107,8 @@ pub(crate) struct ScalingArguments {
     /// Within this time at most half of the replicas end [default: 5m].
     #[arg(long, value_name = "DURATION", value_parser = parse_duration_ms)]
     down_window: Option<u64>,
-    /// 1 to 3 replicas, 100 requests a second for each, 99 of 100 answers within 200 ms; other options
-    /// change that.
+    /// 1 to 3 replicas, 100 requests a second for each, 99 of 100 answers within 200 ms, models that compute for at
+    /// most 70 % of the time, and at most 80 % of the memory; other options change that.
     #[arg(long)]
     golden: bool,
 }
@@ -121,6 +127,8 @@ impl ScalingArguments {
         };
         set(&mut policy.target_rate, &self.target_rate);
         set(&mut policy.slo_p99_ms, &self.slo_p99);
+        set(&mut policy.target_busy_percent, &self.target_busy);
+        set(&mut policy.target_memory_percent, &self.target_memory);
         set(&mut policy.rate_limit, &self.rate_limit);
         policy.target_in_flight = self.target_in_flight.unwrap_or(policy.target_in_flight);
         for (field, said) in [
@@ -197,7 +205,12 @@ mod tests {
         assert_eq!((changed.replicas_min, changed.replicas_max), (3, 3));
         assert_eq!((changed.target_rate, changed.slo_p99_ms), (Some(50), None));
         assert!(changed.schedules.is_empty());
-        assert_eq!(policy(&["--golden"], known), Policy::golden());
+        assert_eq!(policy(&["--golden"], known.clone()), Policy::golden());
+        let idler = policy(&["--golden", "--target-memory=none"], known);
+        assert_eq!(
+            (idler.target_busy_percent, idler.target_memory_percent),
+            (Some(70), None)
+        );
     }
 
     #[test]
