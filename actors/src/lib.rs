@@ -17,6 +17,7 @@ pub mod training;
 
 mod ask;
 mod name;
+mod panics;
 mod payload;
 mod plug;
 pub mod storage;

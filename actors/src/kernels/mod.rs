@@ -19,7 +19,8 @@
 //! * [`elementwise`], [`mod@softmax`], [`mod@layer_norm`]: differentiable, for candle's graph.
 //! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
 //! * [`gradients`]: a backward pass into one flat vector.
-//! * [`update`]: SGD and AdamW in place; the norm of a gradient. [`memory`]: none of it given back between steps.
+//! * [`update`]: SGD and AdamW in place; the norm of a gradient. [`memory`]: none of it given back between steps;
+//!   `streaming`: copies that leave the caches alone.
 //! * `cuda` (with the feature of that name): the same on a GPU.
 
 pub mod affine;
@@ -42,6 +43,7 @@ pub mod update;
 mod division;
 mod lanes;
 mod seed;
+pub(crate) mod streaming;
 
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod test_values;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::http::RepositoryChange;
-use super::oip::{DecodeError, InferRequest, OipError, Parameter, ServerMetadata};
+use super::oip::{InferRequest, OipError, Parameter, ServerMetadata, wrong_parameter};
 
 /// The parameter that says how long a request waits, in microseconds.
 pub(super) const TIMEOUT: &str = "timeout";
@@ -52,10 +52,32 @@ pub(super) fn time_limit(request: &InferRequest) -> Result<Option<Duration>, Oip
         Some(Parameter::Int(micros)) if *micros > 0 => {
             Ok(Some(Duration::from_micros(micros.unsigned_abs())))
         }
-        Some(other) => Err(OipError::Decode(DecodeError::Parameter {
-            name: TIMEOUT.to_owned(),
-            got: other.to_json().to_string(),
-            expected: "a number of microseconds".to_owned(),
-        })),
+        Some(other) => {
+            let expected = "a number of microseconds";
+            Err(wrong_parameter(TIMEOUT, expected, &other.to_json()).into())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_a_number_of_microseconds() {
+        let limit = |value: Parameter| {
+            let mut request = InferRequest::default();
+            request.parameters.insert(TIMEOUT.to_owned(), value);
+            time_limit(&request).map_err(|error| error.to_string())
+        };
+        assert_eq!(time_limit(&InferRequest::default()), Ok(None));
+        assert_eq!(limit(Parameter::Int(0)), Ok(None));
+        let micros = Duration::from_micros(7);
+        assert_eq!(limit(Parameter::Int(7)), Ok(Some(micros)));
+        assert!(limit(Parameter::Int(-1)).unwrap_err().contains("got -1"));
+        let long = limit(Parameter::String("x".repeat(1 << 20))).unwrap_err();
+        assert!(long.contains("a number of microseconds"), "{long}");
+        // Errors are kept for callers who come back for them.
+        assert!(long.len() < 200, "{} bytes", long.len());
     }
 }

@@ -9,6 +9,8 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -146,6 +148,8 @@ struct Pending<R, O> {
 /// Sends requests to a batcher; clones share its queue.
 pub struct BatcherHandle<R, O> {
     queue: mpsc::Sender<Pending<R, O>>,
+    /// Requests that have left the queue for a batch that is not full.
+    gathered: Arc<AtomicUsize>,
     config: BatcherConfig,
 }
 
@@ -153,6 +157,7 @@ impl<R, O> Clone for BatcherHandle<R, O> {
     fn clone(&self) -> Self {
         Self {
             queue: self.queue.clone(),
+            gathered: Arc::clone(&self.gathered),
             config: self.config.clone(),
         }
     }
@@ -207,10 +212,11 @@ impl<R: Send, O: Send> BatcherHandle<R, O> {
         answer.await.unwrap_or(Err(BatchError::Lost))
     }
 
-    /// Requests in the queue now.
+    /// Requests that wait now, in the queue or for their batch.
     #[must_use]
     pub fn queued_requests(&self) -> usize {
-        self.queue.max_capacity() - self.queue.capacity()
+        let queued = self.queue.max_capacity() - self.queue.capacity();
+        queued + self.gathered.load(Ordering::Relaxed)
     }
 }
 
@@ -235,18 +241,25 @@ impl Batcher {
         };
         let (queue, incoming) = mpsc::channel(config.max_queued_requests);
         let (stop, stopping) = watch::channel(false);
+        let gathered = Arc::new(AtomicUsize::new(0));
         let worker = Worker {
             config: config.clone(),
             runner,
             incoming,
             waiting: VecDeque::new(),
+            gathered: Arc::clone(&gathered),
             stopping,
             cost: BatchCost::default(),
             arrivals: Arrivals::default(),
             last_arrival: None,
         };
         let task = tokio::spawn(worker.work());
-        (Self { stop, task }, BatcherHandle { queue, config })
+        let handle = BatcherHandle {
+            queue,
+            gathered,
+            config,
+        };
+        (Self { stop, task }, handle)
     }
 
     /// Finishes the batch that runs, refuses what waits with [`BatchError::ShuttingDown`], and ends the task.
@@ -269,6 +282,8 @@ struct Worker<B: BatchRunner> {
     incoming: mpsc::Receiver<Pending<B::Row, B::Output>>,
     /// The batch that grows, at most one batch of rows and one request that did not fit.
     waiting: VecDeque<Pending<B::Row, B::Output>>,
+    /// How many these are.
+    gathered: Arc<AtomicUsize>,
     stopping: watch::Receiver<bool>,
     /// What batches take.
     cost: BatchCost,
@@ -340,6 +355,7 @@ impl<B: BatchRunner> Worker<B> {
             self.arrivals.record(gap, pending.rows.len());
         }
         self.waiting.push_back(pending);
+        self.gathered.store(self.waiting.len(), Ordering::Relaxed);
     }
 
     /// When the waiting requests should leave.
@@ -395,7 +411,9 @@ impl<B: BatchRunner> Worker<B> {
     fn take_batch(&mut self) -> Vec<Pending<B::Row, B::Output>> {
         self.waiting.retain(|pending| !pending.reply.is_closed());
         let (requests, _) = self.fitting();
-        self.waiting.drain(..requests).collect()
+        let batch = self.waiting.drain(..requests).collect();
+        self.gathered.store(self.waiting.len(), Ordering::Relaxed);
+        batch
     }
 
     async fn run_batch(&mut self, batch: Vec<Pending<B::Row, B::Output>>) {

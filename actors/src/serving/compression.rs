@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 
 use axum::body::Bytes;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderValue, header};
 use flate2::Compression;
 use flate2::read::{GzDecoder, ZlibDecoder};
 use flate2::write::{GzEncoder, ZlibEncoder};
@@ -49,6 +49,19 @@ pub(super) fn accepted(headers: &HeaderMap) -> ContentEncoding {
     ContentEncoding::Identity
 }
 
+/// Whether a request's content is encoded, in a way that is known or not.
+pub(super) fn is_encoded(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_ENCODING)
+        .is_some_and(|encoding| !matches!(name_of(encoding).as_str(), "" | "identity"))
+}
+
+fn name_of(encoding: &HeaderValue) -> String {
+    String::from_utf8_lossy(encoding.as_bytes())
+        .trim()
+        .to_ascii_lowercase()
+}
+
 /// Undoes a request's content encoding.
 ///
 /// # Errors
@@ -61,9 +74,7 @@ pub(super) fn inflate(
     let Some(encoding) = headers.get(header::CONTENT_ENCODING) else {
         return Ok(body);
     };
-    let name = String::from_utf8_lossy(encoding.as_bytes())
-        .trim()
-        .to_ascii_lowercase();
+    let name = name_of(encoding);
     match name.as_str() {
         "" | "identity" => Ok(body),
         "gzip" => read_bounded(GzDecoder::new(&body[..]), max_bytes),
@@ -131,6 +142,22 @@ mod tests {
             );
         }
         assert_eq!(accepted(&HeaderMap::new()), ContentEncoding::Identity);
+    }
+
+    #[test]
+    fn a_body_is_encoded_unless_it_says_that_it_is_not() {
+        for (value, expected) in [
+            ("gzip", true),
+            ("Deflate", true),
+            ("br", true),
+            ("identity", false),
+            (" IDENTITY ", false),
+            ("", false),
+        ] {
+            let headers = headers(header::CONTENT_ENCODING, value);
+            assert_eq!(is_encoded(&headers), expected, "{value:?}");
+        }
+        assert!(!is_encoded(&HeaderMap::new()));
     }
 
     #[test]

@@ -4,15 +4,18 @@
 //! Invariants:
 //! 1. The endpoint's name is the model's name in every answer; the version is the one that answered.
 //! 2. A request's rows reach the monitor's feed after they were answered, and never delay anybody.
-//! 3. What a candidate does not answer, the active version does: a trial costs no caller an answer. The
-//!    candidate's failure is counted all the same.
+//! 3. What a candidate does not answer, the active version does: a trial costs no caller an answer, nor more
+//!    time than the request allows. The candidate's failure is counted all the same.
 //! 4. A number that is none is no answer of a version that was trained here.
+//! 5. Versions that are compared are held to the same time, and a caller who goes away speaks against the one
+//!    that it waited for, whichever it is.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::about::{repository_fixed, server_metadata, time_limit};
 use super::access::rates::TokenRates;
@@ -23,7 +26,7 @@ use super::asynchronous::results::Results;
 use super::auth::Caller;
 use super::cache;
 use super::feed::ObservedRequest;
-use super::fleet::Backend;
+use super::fleet::{Backend, DEADLINE_MAX, REQUEST_TIMEOUT};
 use super::http::{InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
     Explanation, InferRequest, InferResponse, ModelMetadata, ModelState, OipError, Parameters,
@@ -34,6 +37,9 @@ use super::rows::Row;
 use super::shadow::mirror::{COPY_TIMEOUT, Mirror};
 use super::signature::Signature;
 use super::statistics::{Cached, FailureReason, ModelStatistics, RequestTimes};
+
+/// A caller who goes away earlier says more about itself than about the version that it waited for.
+const PATIENCE_MIN: Duration = Duration::from_millis(100);
 
 /// Answers the protocol for one endpoint.
 pub struct EndpointService<B> {
@@ -60,6 +66,41 @@ struct Asked {
     limit: Option<Duration>,
     /// What the monitor shall know about it.
     observed: ObservedRequest,
+}
+
+/// A request that a version is to answer. Dropped before its end, its caller has gone away: without such requests
+/// a version that hangs would have failed none, and a slow one would lose just its slow answers.
+struct Waiting<'a, B> {
+    assigned: &'a Assigned<B>,
+    began: Instant,
+    is_over: bool,
+}
+
+impl<'a, B> Waiting<'a, B> {
+    fn begin(assigned: &'a Assigned<B>) -> Self {
+        Waiting {
+            assigned,
+            began: Instant::now(),
+            is_over: false,
+        }
+    }
+
+    /// It is over, and this came of it.
+    fn end(mut self, outcome: Outcome<'_>) {
+        self.is_over = true;
+        self.assigned.count(outcome);
+    }
+}
+
+impl<B> Drop for Waiting<'_, B> {
+    fn drop(&mut self) {
+        let waited = self.began.elapsed();
+        if self.is_over || waited < PATIENCE_MIN {
+            return;
+        }
+        let reason = format!("the caller went away after {} ms", waited.as_millis());
+        self.assigned.count(Outcome::Failed(&reason));
+    }
 }
 
 impl<B: Backend> EndpointService<B> {
@@ -173,13 +214,34 @@ impl<B: Backend> EndpointService<B> {
             }
         };
         let input = started.elapsed();
-        let error = match self
-            .infer_rows(&assigned.arm, rows.clone(), input, asked.clone())
-            .await
-        {
+        let given = asked.limit;
+        let limit = given.unwrap_or(REQUEST_TIMEOUT).min(DEADLINE_MAX);
+        // So much a version gets that another one would answer for.
+        let share = limit.saturating_sub(input) / 2;
+        let first = Asked {
+            limit: match assigned.second {
+                Some(_) => Some(share),
+                None => given,
+            },
+            ..asked.clone()
+        };
+        let waiting = Waiting::begin(&assigned);
+        let answered = self
+            .infer_rows(&assigned.arm, rows.clone(), input, first)
+            .await;
+        let error = match answered {
             Ok(response) => {
                 let waited = started.elapsed();
-                assigned.count(Outcome::Answered(waited));
+                if waited <= input + share {
+                    waiting.end(Outcome::Answered(waited));
+                } else {
+                    // The version that this one is compared with would not have had the time.
+                    let (waited_ms, limit_ms) = (waited.as_millis(), limit.as_millis());
+                    let reason = format!(
+                        "answered after {waited_ms} ms, more than half of the request's {limit_ms} ms"
+                    );
+                    waiting.end(Outcome::Failed(&reason));
+                }
                 if let Some(shadowed) = &assigned.copied {
                     self.mirror
                         .offer(shadowed, waited, || (rows, response.outputs.clone()));
@@ -189,7 +251,7 @@ impl<B: Backend> EndpointService<B> {
             Err(error) => error,
         };
         let reason = error.to_string();
-        assigned.count(match error {
+        waiting.end(match error {
             // Not executed, which says nothing about an answer.
             OipError::Overloaded { .. }
             | OipError::WouldBeLate { .. }
@@ -205,7 +267,21 @@ impl<B: Backend> EndpointService<B> {
             %error,
             "the active version answers for the candidate"
         );
-        self.infer_rows(second, rows, input, asked).await
+        let left = limit.saturating_sub(started.elapsed());
+        if left.is_zero() {
+            return Err(out_of_time(limit, given.is_some()));
+        }
+        let asked = Asked {
+            // Waiting for a first replica does not count against who gave no limit.
+            limit: (given.is_some() || second.is_open()).then_some(left),
+            ..asked
+        };
+        let answered = self.infer_rows(second, rows, input, asked).await;
+        answered.map_err(|error| match error {
+            // What it got is not what the request allows.
+            OipError::DeadlineExceeded { .. } => out_of_time(limit, given.is_some()),
+            other => other,
+        })
     }
 
     /// A shadowed candidate's answer to a copy of a request, which nobody waits for.
@@ -287,6 +363,17 @@ impl<B: Backend> EndpointService<B> {
             outputs: self.signature.outputs_of(version, rows)?,
             explanation: None,
         })
+    }
+}
+
+/// Why a request has no answer after its time, which it gave itself or not.
+fn out_of_time(limit: Duration, is_given: bool) -> OipError {
+    let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+    if is_given {
+        return OipError::DeadlineExceeded { limit_ms };
+    }
+    OipError::ReplicaLost {
+        reason: format!("no answer within {limit_ms} ms"),
     }
 }
 

@@ -2,15 +2,16 @@ use std::sync::Mutex;
 
 use tokio::task::JoinSet;
 
+use super::super::about::TIMEOUT;
 use super::super::access::rules::{Matcher, Rule};
 use super::super::access::state::Token;
 use super::super::arm::{Origin, Tried, lock};
 use super::super::feed::{FeedReader, feed};
 use super::super::fleet::{BackendFailure, Fleet};
-use super::super::oip::{Datatype, Tensor, TensorData, TensorMetadata};
+use super::super::oip::{Datatype, Parameter, Tensor, TensorData, TensorMetadata};
 use super::super::replica::{Inference, classified};
 use super::super::rollout::Guardrails;
-use super::super::rollout::trial::{Judgement, Trial};
+use super::super::rollout::trial::{Evidence, Judgement, Trial};
 use super::super::rows::{Batch, Cell};
 use super::super::shadow::mirror::mirror;
 use super::super::signature::INPUT;
@@ -152,9 +153,16 @@ impl Backend for Always {
 
 /// Version 1 active, and version 2 tried with half of the requests.
 fn tried(candidate: f32) -> (EndpointService<Always>, Arc<Mutex<Trial>>, Arc<Arm<Always>>) {
+    tried_with(Always(0.1), Always(candidate))
+}
+
+fn tried_with<B: Backend>(
+    active_backend: B,
+    candidate: B,
+) -> (EndpointService<B>, Arc<Mutex<Trial>>, Arc<Arm<B>>) {
     let ((active, _), (arm, _)) = (self::arm(1), self::arm(2));
-    open(&active, Always(0.1));
-    open(&arm, Always(candidate));
+    open(&active, active_backend);
+    open(&arm, candidate);
     let trial = Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1)));
     let routes = Routes {
         active,
@@ -504,6 +512,120 @@ async fn a_caller_that_goes_away_is_counted_as_such() {
     let statistics = active.statistics();
     assert_eq!(statistics.failures_for(FailureReason::Canceled), 1);
     assert_eq!(statistics.failure_count(), 1);
+}
+
+/// Answers after so long, or never.
+#[derive(Clone)]
+struct After(Option<Duration>);
+
+impl Backend for After {
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+        match self.0 {
+            Some(wait) => tokio::time::sleep(wait).await,
+            None => std::future::pending().await,
+        }
+        Three.infer(rows).await
+    }
+}
+
+/// A request of this user that allows 400 ms.
+fn limited(user: u32) -> InferRequest {
+    let mut limited = InferRequest {
+        routing_key: Some(format!("user-{user}")),
+        ..request(1, 0.5)
+    };
+    let limit = Parameter::Int(400_000);
+    limited.parameters.insert(TIMEOUT.to_owned(), limit);
+    limited
+}
+
+fn evidence_of(trial: &Mutex<Trial>) -> Evidence {
+    let (Judgement::Pass(evidence) | Judgement::Hold(evidence) | Judgement::RollBack(evidence)) =
+        lock(trial).judge();
+    evidence
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_active_version_answers_within_what_a_candidate_leaves_of_the_time() {
+    let (service, trial, _) = tried_with(After(Some(Duration::ZERO)), After(None));
+    for user in 0..40 {
+        let began = Instant::now();
+        let answer = service.infer("digits", None, limited(user)).await.unwrap();
+        assert_eq!(answer.model_version, "1");
+        assert!(began.elapsed() < Duration::from_millis(400));
+    }
+    let evidence = evidence_of(&trial);
+    assert!(evidence.candidate.requests > 0);
+    assert_eq!(evidence.candidate.errors, evidence.candidate.requests);
+    assert_eq!(evidence.baseline.errors, 0);
+
+    let (service, _, _) = tried_with(After(None), After(None));
+    for user in 0..40 {
+        let began = Instant::now();
+        let error = service
+            .infer("digits", None, limited(user))
+            .await
+            .unwrap_err();
+        // The time of the whole request, whichever of the two was asked first.
+        assert_eq!(error, OipError::DeadlineExceeded { limit_ms: 400 });
+        let took = began.elapsed();
+        assert!(took < Duration::from_millis(450), "{took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn versions_that_are_compared_are_held_to_the_same_time() {
+    let slow = || After(Some(Duration::from_millis(300)));
+    let (service, trial, _) = tried_with(slow(), slow());
+    let mut answered = 0;
+    for user in 0..40 {
+        let answer = service.infer("digits", None, limited(user)).await;
+        answered += u64::from(answer.is_ok());
+    }
+    let evidence = evidence_of(&trial);
+    for side in [&evidence.candidate, &evidence.baseline] {
+        assert!(side.requests > 0);
+        assert_eq!(side.errors, side.requests, "{side:?}");
+    }
+    // The callers of the active version have their answers all the same.
+    assert!(answered >= evidence.baseline.requests);
+    let said = &evidence.baseline.last_error;
+    assert!(
+        said.contains("more than half of the request's 400 ms"),
+        "{said}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_who_go_away_speak_against_the_version_that_they_waited_for() {
+    let (service, trial, _) = tried_with(After(None), After(None));
+    let go_away_after = async |wait: u64, user: u32| {
+        let asked = InferRequest {
+            routing_key: Some(format!("user-{user}")),
+            ..request(1, 0.5)
+        };
+        let asking = service.infer("digits", None, asked);
+        let gone = tokio::time::timeout(Duration::from_millis(wait), asking).await;
+        assert!(gone.is_err());
+    };
+    for user in 0..40 {
+        go_away_after(50, user).await;
+    }
+    let evidence = evidence_of(&trial);
+    assert_eq!(
+        (evidence.candidate.requests, evidence.baseline.requests),
+        (0, 0)
+    );
+    for user in 0..40 {
+        go_away_after(150, user).await;
+    }
+    let evidence = evidence_of(&trial);
+    for side in [&evidence.candidate, &evidence.baseline] {
+        assert!(side.requests > 0);
+        assert_eq!(side.errors, side.requests, "{side:?}");
+        let said = &side.last_error;
+        assert!(said.starts_with("the caller went away after 15"), "{said}");
+    }
 }
 
 #[path = "endpoint_service_tests/known_answers.rs"]

@@ -8,7 +8,7 @@
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
-use super::panics::caught;
+use crate::panics::caught;
 
 /// Orders that wait: a replica is sent one batch at a time, and one more when its caller has given one up.
 const ORDERS_MAX: usize = 2;

@@ -2,12 +2,18 @@
 
 use std::fmt::Display;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use super::replica::{InferError, RefusedRow};
 use super::rows::{Batch, Row};
 
 /// After so many rows that fail, and none that is answered, the model fails on everything: rows are looked at no further.
 const FAILING_MAX: usize = 8;
+
+/// How often the model is asked at the most, and for how long: the callers wait for the replica no longer than for one
+/// batch. Rows that are not looked at by then fail with the others.
+const RUNS_MAX: u32 = 48;
+const SEARCH_MAX: Duration = Duration::from_millis(500);
 
 /// The model's answer to a batch; or which of its rows it fails on alone as well, if those are not all.
 pub(super) fn run<E: Display>(
@@ -28,6 +34,8 @@ pub(super) fn run<E: Display>(
         model,
         failing: Vec::new(),
         has_answered: false,
+        runs: 0,
+        began: Instant::now(),
     };
     search.look_into_halves(0..rows.len());
     match search.has_answered && !search.failing.is_empty() {
@@ -41,6 +49,8 @@ struct Search<'a, M> {
     model: M,
     failing: Vec<RefusedRow>,
     has_answered: bool,
+    runs: u32,
+    began: Instant,
 }
 
 impl<E: Display, M: Fn(Batch) -> Result<Batch, E>> Search<'_, M> {
@@ -54,6 +64,16 @@ impl<E: Display, M: Fn(Batch) -> Result<Batch, E>> Search<'_, M> {
         if self.failing.len() >= FAILING_MAX && !self.has_answered {
             return;
         }
+        if self.runs >= RUNS_MAX || self.began.elapsed() >= SEARCH_MAX {
+            let unseen = range.map(|row| RefusedRow {
+                row: row as u64,
+                reason: "it was in a batch with too many rows that fail to be tried alone"
+                    .to_owned(),
+            });
+            self.failing.extend(unseen);
+            return;
+        }
+        self.runs += 1;
         match (self.model)(Batch::join(self.rows[range.clone()].to_vec())) {
             Ok(_) => self.has_answered = true,
             Err(error) if range.len() == 1 => self.failing.push(RefusedRow {
@@ -118,6 +138,27 @@ mod tests {
         let (answer, runs) = asked(&[-1.0]);
         assert!(matches!(answer, Err(InferError::Model(_))));
         assert_eq!(runs, [1]);
+    }
+
+    #[test]
+    fn a_batch_of_many_rows_that_fail_is_not_searched_for_ever() {
+        let mut numbers = [1.0; 128];
+        numbers
+            .iter_mut()
+            .step_by(2)
+            .for_each(|number| *number = -1.0);
+        let (answer, runs) = asked(&numbers);
+        let Err(InferError::RowsFailed(rows)) = answer else {
+            panic!("{answer:?}")
+        };
+        assert!(runs.len() <= 1 + RUNS_MAX as usize, "{}", runs.len());
+        // All that fail are named, and of the others those that were not looked at.
+        assert!((64..128).contains(&rows.len()), "{}", rows.len());
+        assert!(
+            (0..128)
+                .step_by(2)
+                .all(|row| rows.iter().any(|named| named.row == row))
+        );
     }
 
     #[test]

@@ -214,6 +214,7 @@ impl<B: Backend> Fleet<B> {
                     row: row as u64,
                     reason,
                 },
+                Refusal::Late => self.outcome(TryError::Late, &deadline, is_given),
             })
         };
         let outputs: Vec<Row> = rows.map(row).collect::<Result<_, _>>()?;
@@ -234,7 +235,7 @@ impl<B: Backend> Fleet<B> {
         rows: Vec<Row>,
         deadline: &Deadline,
     ) -> Result<BatchAnswer<Result<Row, Refusal>>, TryError> {
-        if let Some(wait) = first.wait_beyond(deadline) {
+        if let Some(wait) = first.wait_beyond(deadline, &rows) {
             return Err(TryError::WouldBeLate { wait });
         }
         let another = self.choose(Some(first.number));
@@ -270,15 +271,16 @@ impl<B: Backend> Fleet<B> {
         rows: Vec<Row>,
         until: Instant,
     ) -> Result<BatchAnswer<Result<Row, Refusal>>, TryError> {
-        let began = Instant::now();
-        let answered = lane.answered();
+        // What is given up here, or by a caller who goes away, is counted when this is dropped.
+        let waiting = Waiting::begin(self, lane);
         let Ok(tried) = tokio::time::timeout_at(until, lane.submit(rows, until)).await else {
-            let has_answered = lane.answered() != answered;
-            if !has_answered && began.elapsed() >= LATE_MIN {
-                self.failed(lane);
-            }
             return Err(TryError::Late);
         };
+        let is_late = |answer: &Result<Row, Refusal>| matches!(answer, Err(Refusal::Late));
+        if matches!(&tried, Ok(answer) if answer.outputs.iter().any(is_late)) {
+            return Err(TryError::Late);
+        }
+        waiting.end();
         match &tried {
             Ok(answer) if answer.outputs.iter().any(is_failure) => self.failed(lane),
             Ok(_) => lock(&self.outliers).succeeded(lane.number),
@@ -423,6 +425,41 @@ enum TryError {
     WouldBeLate { wait: Duration },
     #[error(transparent)]
     Batch(BatchError),
+}
+
+/// A request that is with a replica. Dropped before its end, it speaks against a replica that has had the time and has
+/// not answered anybody meanwhile.
+struct Waiting<'a, B: Backend> {
+    fleet: &'a Fleet<B>,
+    lane: &'a Lane<B>,
+    began: Instant,
+    /// Batches that the replica had answered then.
+    answered: u64,
+}
+
+impl<'a, B: Backend> Waiting<'a, B> {
+    fn begin(fleet: &'a Fleet<B>, lane: &'a Lane<B>) -> Self {
+        Waiting {
+            fleet,
+            lane,
+            began: Instant::now(),
+            answered: lane.answered(),
+        }
+    }
+
+    /// The replica has had its say.
+    fn end(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl<B: Backend> Drop for Waiting<'_, B> {
+    fn drop(&mut self) {
+        let has_answered = self.lane.answered() != self.answered;
+        if !has_answered && self.began.elapsed() >= LATE_MIN {
+            self.fleet.failed(self.lane);
+        }
+    }
 }
 
 /// Counts a request that waits for a replica.

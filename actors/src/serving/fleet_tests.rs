@@ -107,6 +107,20 @@ async fn a_replica_that_hangs_is_given_up_and_the_request_sent_elsewhere() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn callers_who_hang_up_on_a_replica_that_hangs_speak_against_it() {
+    let (fleet, fakes) = fleet(2);
+    fakes[0].hangs.store(true, Ordering::Relaxed);
+    for _ in 0..40 {
+        // Shorter than what a batch may take, so that nobody finds out before the caller is gone.
+        let impatient = tokio::time::timeout(Duration::from_secs(1), classes(&fleet, &[4.0]));
+        let _ = impatient.await;
+    }
+    assert_eq!(fleet.traffic().counts().ejections, 1);
+    let asked = fakes[0].calls.load(Ordering::Relaxed);
+    assert!(asked <= 6, "{asked}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn without_any_replica_the_refusal_says_so() {
     let fleet: Fleet<Fake> = Fleet::new(3);
     let error = classes(&fleet, &[1.0]).await.unwrap_err();

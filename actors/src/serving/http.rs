@@ -93,7 +93,6 @@ async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Result<Response, OipError> {
-    // A gRPC call is about what its message names; its service asks the gate again then.
     let subject = Subject::of_path(request.uri().path());
     let authorization = request.headers().get(header::AUTHORIZATION);
     let authorization = authorization.map(HeaderValue::as_bytes);
@@ -202,8 +201,12 @@ async fn repository_index(
     request: Request,
 ) -> Result<Response, OipError> {
     let (body, headers) = read_body(request, front.body).await?;
-    let body = compression::inflate(&headers, body, front.body.max_bytes)?;
-    let asked = IndexRequest::decode(&body)?;
+    let max_bytes = front.body.max_bytes;
+    let asked = off_async_threads(work_bytes(&headers, body.len(), max_bytes), move || {
+        let body = compression::inflate(&headers, body, max_bytes)?;
+        Ok(IndexRequest::decode(&body)?)
+    })
+    .await?;
     let entries = front.service.repository_index(&caller).await?;
     let wanted = entries.iter().filter(|entry| asked.wants(entry));
     Ok(json_response(
@@ -257,7 +260,8 @@ async fn infer(
         .get(PRIORITY)
         .is_some_and(|value| value == LOW_PRIORITY);
     let started = Instant::now();
-    let mut request = off_async_threads(body.len(), move || {
+    let work = work_bytes(&headers, body.len(), max_body_bytes);
+    let mut request = off_async_threads(work, move || {
         let body = compression::inflate(&headers, body, max_body_bytes)?;
         let request = match json_length(&headers, body.len())? {
             Some(0) => decode_raw_request(&body, &model)?,
@@ -385,6 +389,15 @@ fn json_length(headers: &HeaderMap, body_bytes: usize) -> Result<Option<usize>, 
         body_bytes: body_bytes as u64,
     };
     Ok(Some(length.ok_or_else(refuse)?))
+}
+
+/// How much there is to decode: of an encoded body nobody knows before, so it may be all that is allowed.
+fn work_bytes(headers: &HeaderMap, body_bytes: usize, max_bytes: usize) -> usize {
+    if compression::is_encoded(headers) {
+        max_bytes
+    } else {
+        body_bytes
+    }
 }
 
 /// Runs work in place if it is small, else where it delays nobody.

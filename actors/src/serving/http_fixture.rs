@@ -214,6 +214,15 @@ pub(in crate::serving) struct Server {
 
 pub(in crate::serving) const BODY_LIMIT: usize = 100_000;
 
+/// The routes with a gate, without a server.
+pub(in crate::serving) fn routes(gate: impl Gate, body_timeout: Duration) -> Router {
+    let limits = BodyLimits {
+        max_bytes: BODY_LIMIT,
+        timeout: body_timeout,
+    };
+    oip_routes(Arc::new(Doubler::default()), gate, limits)
+}
+
 pub(in crate::serving) async fn start() -> Server {
     start_with_body_timeout(Duration::from_secs(60)).await
 }

@@ -170,6 +170,30 @@ async fn compressed_bodies_both_ways() {
     );
 }
 
+#[test]
+fn an_encoded_body_is_as_much_work_as_it_may_inflate_to() {
+    let encoded = |name: &'static str| {
+        let value = HeaderValue::from_static(name);
+        HeaderMap::from_iter([(header::CONTENT_ENCODING, value)])
+    };
+    // What a kilobyte of gzip holds is known only when it was read.
+    let limit = 64 << 20;
+    assert_eq!(work_bytes(&encoded("gzip"), 1_000, limit), limit);
+    assert_eq!(work_bytes(&encoded("deflate"), 1_000, limit), limit);
+    assert_eq!(work_bytes(&encoded("identity"), 1_000, limit), 1_000);
+    assert_eq!(work_bytes(&HeaderMap::new(), 1_000, limit), 1_000);
+}
+
+#[tokio::test]
+async fn an_id_is_bounded() {
+    let server = start().await;
+    let mut long = request(1);
+    long.id = Some("i".repeat(2_000));
+    let body = encode_request(&long, false).unwrap().bytes;
+    let error = server.error_of(server.infer("double", body), 400).await;
+    assert!(error.contains("2000 bytes, the limit is 1024"), "{error}");
+}
+
 #[tokio::test]
 async fn every_failure_is_json_with_its_status() {
     let server = start().await;

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::arm::lock;
 use super::batcher::{
     BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle, Delay,
 };
@@ -25,6 +26,9 @@ pub(super) const QUEUED_REQUESTS_MAX: usize = 256;
 
 /// How long a request may be kept waiting for others: callers that are asked to wait at all wait for models that take as long.
 const DELAY_MAX: Duration = Duration::from_millis(50);
+
+/// How long it is believed how much memory a replica had in use: it says so only with answers.
+const MEMORY_AGE_MAX: Duration = Duration::from_secs(10);
 
 /// How long a batch may take before its requests are sent elsewhere. A batch takes milliseconds;
 /// this is how long it takes to find that a process has vanished.
@@ -55,6 +59,8 @@ pub enum BackendFailure {
     RowsRefused(Vec<RefusedRow>),
     /// It failed on some rows; it would answer the others.
     RowsFailed(Vec<RefusedRow>),
+    /// The deadline passed, which says more about that than about the replica.
+    Late,
     /// It did not answer.
     Lost(String),
 }
@@ -66,6 +72,8 @@ pub(super) enum Refusal {
     Failed(String),
     /// The row is no input for the model.
     Row(String),
+    /// There was not the time for it.
+    Late,
 }
 
 /// What a replica's batcher answers.
@@ -127,8 +135,8 @@ struct Pace {
     batch_us: AtomicU64,
     /// Batches that it answered.
     answered: AtomicU64,
-    /// The memory that its process had in use at its last answer, in percent; 0 if it did not say.
-    memory_percent: AtomicU8,
+    /// The memory that its process had in use at its last answer, in percent, and when that was.
+    memory: Mutex<Option<(u8, Instant)>>,
 }
 
 impl Pace {
@@ -196,13 +204,16 @@ impl<B> Lane<B> {
 
     /// How long an answer would take, if that is beyond the deadline. An idle replica is always asked: it
     /// may have become faster.
-    pub(super) fn wait_beyond(&self, deadline: &Deadline) -> Option<Duration> {
+    pub(super) fn wait_beyond(&self, deadline: &Deadline, asked: &[Row]) -> Option<Duration> {
         let rows = self.rows_in_flight.load(Ordering::Relaxed);
         if rows == 0 {
             return None;
         }
+        // What a model does not join is computed one after the other.
+        let joined = asked.first().and_then(|row| row.batch_rows_max);
+        let batch_rows = joined.map_or(1, |rows| rows.clamp(1, BATCH_ROWS_MAX));
         // The batch that runs, those that wait, and one's own.
-        let batches = (rows / BATCH_ROWS_MAX + 2) as u64;
+        let batches = (rows / batch_rows + 2) as u64;
         let batch_us = self.pace.batch_us.load(Ordering::Relaxed);
         let wait = Duration::from_micros(batch_us.saturating_mul(batches));
         (wait > deadline.left()).then_some(wait)
@@ -220,9 +231,11 @@ impl<B> Lane<B> {
         self.queue.queued_requests()
     }
 
-    /// The memory that its process had in use at its last answer, in percent; 0 if that is not known.
+    /// The memory that its process had in use at its last answer, in percent; 0 if that is not known, or was long ago.
     pub(super) fn memory_percent(&self) -> u8 {
-        self.pace.memory_percent.load(Ordering::Relaxed)
+        let known = *lock(&self.pace.memory);
+        let fresh = known.filter(|(_, at)| at.elapsed() < MEMORY_AGE_MAX);
+        fresh.map_or(0, |(percent, _)| percent)
     }
 
     /// Batches that it has answered.
@@ -321,9 +334,7 @@ impl<B: Backend> BatchRunner for Runner<B> {
             _ = berth.changed() => {
                 return Err(format!("replica {} ended while it held the batch", self.number));
             }
-            () = tokio::time::sleep(limit) => {
-                BackendFailure::Lost(format!("no answer within {} ms", limit.as_millis()))
-            }
+            () = tokio::time::sleep(limit) => BackendFailure::Late,
         };
         match failure {
             BackendFailure::Refused(reason) => Ok(vec![Err(Refusal::Failed(reason)); count]),
@@ -333,10 +344,12 @@ impl<B: Backend> BatchRunner for Runner<B> {
                 Ok(vec![Err(Refusal::Failed(reason)); count])
             }
             // Its callers were in a hurry: that says little about the replica, and they are gone.
-            BackendFailure::Lost(reason) if began.elapsed() >= limit && limit < BATCH_TIMEOUT => {
-                Err(format!("replica {}: {reason}", self.number))
-            }
-            BackendFailure::Lost(reason) => {
+            BackendFailure::Late if limit < BATCH_TIMEOUT => Ok(vec![Err(Refusal::Late); count]),
+            failure => {
+                let reason = match failure {
+                    BackendFailure::Lost(reason) => reason,
+                    _ => format!("no answer within {} ms", limit.as_millis()),
+                };
                 tracing::warn!(replica = self.number, reason, "a replica does not answer");
                 self.berth.close();
                 Err(format!("replica {}: {reason}", self.number))
@@ -387,9 +400,8 @@ impl<B: Backend> Runner<B> {
     /// The rows of an answer to `count` rows. One that does not fit them is a refusal: another replica would say the same.
     fn answered(&self, inference: Inference, count: usize) -> Vec<Result<Row, Refusal>> {
         self.traffic.load.computed(inference.computed_ns);
-        let memory_percent = inference.memory_percent.unwrap_or(0);
-        let known = &self.pace.memory_percent;
-        known.store(memory_percent, Ordering::Relaxed);
+        let now = Instant::now();
+        *lock(&self.pace.memory) = inference.memory_percent.map(|percent| (percent, now));
         match inference.outputs.split() {
             Ok(rows) => rows.into_iter().map(Ok).collect(),
             Err(misfit) => vec![Err(Refusal::Failed(misfit.to_string())); count],

@@ -20,6 +20,9 @@ impl Backend for Reader {
             unreachable!("the rows are texts")
         };
         self.asked.lock().unwrap().push(texts.len());
+        if texts.iter().any(|text| text.starts_with(b"late")) {
+            return Err(BackendFailure::Late);
+        }
         let bad = texts.iter().enumerate();
         let bad = bad.filter(|(_, text)| text.starts_with(b"bad"));
         let refused: Vec<RefusedRow> = bad
@@ -48,7 +51,7 @@ impl Backend for Reader {
                 }],
             },
             computed_ns: 1,
-            memory_percent: None,
+            memory_percent: Some(60),
         })
     }
 }
@@ -120,6 +123,37 @@ async fn a_row_that_breaks_the_model_costs_its_own_request_the_answer() {
     let error = hard.unwrap_err();
     assert_eq!(error.status(), 500, "{error}");
     assert!(error.to_string().contains("it is hard"), "{error}");
+}
+
+#[tokio::test]
+async fn a_deadline_that_has_passed_at_the_replica_does_not_close_it() {
+    let reader = Reader::default();
+    let fleet = fleet(1, &reader);
+    let row = Row {
+        cells: vec![Cell {
+            shape: Vec::new(),
+            data: TensorData::Bytes(vec![b"late".to_vec()]),
+        }],
+        batch_rows_max: Some(8),
+    };
+    for _ in 0..10 {
+        let limit = Duration::from_millis(50);
+        let asked = fleet.infer_within("reader", vec![row.clone()], Some(limit));
+        assert_eq!(asked.await.unwrap_err().status(), 504);
+        assert_eq!(fleet.open_count(), 1);
+    }
+    assert_eq!(lengths(&fleet, &["abc"]).await.unwrap(), [3]);
+    assert_eq!(fleet.traffic().counts().ejections, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_replica_said_of_its_memory_is_forgotten_when_it_is_old() {
+    let reader = Reader::default();
+    let fleet = fleet(1, &reader);
+    lengths(&fleet, &["abc"]).await.unwrap();
+    assert_eq!(fleet.memory_percent(), 60);
+    tokio::time::advance(Duration::from_secs(11)).await;
+    assert_eq!(fleet.memory_percent(), 0);
 }
 
 #[tokio::test]

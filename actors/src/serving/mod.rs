@@ -13,7 +13,7 @@
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`, kept by
 //!   `model_cache`; [`onnx`] and [`encoder`]: models that other
-//!   tools wrote.
+//!   tools wrote; `failing_rows`: which rows of a batch a model fails on; `memory_use`: what is in use where it runs.
 //! * [`signature`]: what versions take and give; [`rows`]: what is joined into batches and taken apart again.
 //! * [`graph`]: endpoints that answer one request together, as one model.
 //! * [`asynchronous`]: requests whose callers come back for the answer.
@@ -64,7 +64,6 @@ mod meters;
 mod model_cache;
 pub mod oip;
 pub mod onnx;
-mod panics;
 pub mod patience;
 mod predictor;
 pub mod replica;

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mobula::{ActorRef, CallFailure, Cluster};
+use mobula::{ActorRef, CallFailure, Cluster, RunningFallibleCall};
+use mobula_core::error::CallError;
 use mobula_core::id::{ActorId, Incarnation};
 use tokio::sync::watch;
 
@@ -117,12 +118,46 @@ impl Backend for ActorRef<Replica> {
     ) -> Result<Inference, BackendFailure> {
         // The call carries its deadline: a replica does not begin what nobody waits for any more.
         let call = ReplicaCalls::infer(self, rows).timeout(limit);
-        call.await.map_err(|failure| match failure {
+        let started = call.start().await.map_err(CallFailure::System)?;
+        let mut asking = Asking {
+            call: Some(started),
+        };
+        let call = asking.call.as_mut().expect("it was put there just now");
+        let answered = call.await;
+        asking.call = None;
+        Ok(answered?)
+    }
+}
+
+impl From<CallFailure<InferError>> for BackendFailure {
+    fn from(failure: CallFailure<InferError>) -> Self {
+        match failure {
             CallFailure::User(InferError::RowsRefused(rows)) => BackendFailure::RowsRefused(rows),
             CallFailure::User(InferError::RowsFailed(rows)) => BackendFailure::RowsFailed(rows),
             CallFailure::User(error) => BackendFailure::Refused(error.to_string()),
+            CallFailure::System(mobula::Error::Call(
+                CallError::DeadlineExceeded { .. } | CallError::Cancelled { .. },
+            )) => BackendFailure::Late,
             CallFailure::System(error) => BackendFailure::Lost(error.to_string()),
-        })
+        }
+    }
+}
+
+/// Calls a batch back when all of its callers have gone before the answer.
+struct Asking {
+    call: Option<RunningFallibleCall<Inference, InferError>>,
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        let Some(call) = self.call.take() else {
+            return;
+        };
+        call.cancel();
+        // The replica hears of it as long as the call lives, which is no longer than its own time.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { drop(call.await) });
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! 1. Nagle's algorithm is off: with it, a response in two writes waits 40 ms for a delayed acknowledgement.
 //! 2. Connections are bounded; past the bound new ones wait in the kernel's backlog.
-//! 3. An HTTP/1.1 connection that sends no request head for [`IDLE_TIMEOUT`] is closed, and an HTTP/2 one whose peer does not
-//!    answer a ping after it.
+//! 3. A connection that does not say its protocol within [`IDLE_TIMEOUT`] is closed, an HTTP/1.1 one that sends no request
+//!    head for as long, and an HTTP/2 one whose peer does not answer a ping after it.
 //! 4. On shutdown the listener closes at once, requests in flight get [`DRAIN_TIMEOUT`] to finish, and no task is left.
 
 use std::future::Future;
@@ -17,6 +17,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use mobula::{ActorContext, ContextExt};
+use rustix::net::sockopt;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -25,7 +26,7 @@ use tokio::task::JoinSet;
 /// Connections served at once. A connection costs some 20 kB idle and at most a request body each while busy.
 pub const MAX_CONNECTIONS: usize = 1024;
 
-/// How long a connection may be idle, or take over a request's head.
+/// How long a connection may be idle, or take over its first bytes or a request's head.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// Calls that one HTTP/2 connection has open at once: as many as a router answers in a moment, and a bound on what it
@@ -34,6 +35,12 @@ pub const MAX_STREAMS: u32 = 256;
 
 /// How long a silent HTTP/2 peer may take to answer a ping.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What an HTTP/2 connection begins with.
+const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Between two looks at a preface that has come in part. Peers send it in one piece.
+const PREFACE_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long requests in flight may take after the shutdown began.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -76,6 +83,15 @@ pub async fn serve(
     router: Router,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<ServeSummary, ServeError> {
+    serve_with(listener, router, shutdown, IDLE_TIMEOUT).await
+}
+
+async fn serve_with(
+    listener: TcpListener,
+    router: Router,
+    shutdown: impl Future<Output = ()> + Send,
+    idle_timeout: Duration,
+) -> Result<ServeSummary, ServeError> {
     let address = listener.local_addr().map_err(ServeError::Listener)?;
     tracing::info!(%address, "serving HTTP");
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -94,7 +110,8 @@ pub async fn serve(
             Some(_) = connections.join_next() => {}
             (accepted, permit) = accept => match accepted {
                 Ok((stream, _peer)) => {
-                    let connection = serve_connection(stream, router.clone(), stop.subscribe());
+                    let stop = stop.subscribe();
+                    let connection = serve_connection(stream, router.clone(), stop, idle_timeout);
                     connections.spawn(async move {
                         connection.await;
                         drop(permit);
@@ -119,21 +136,68 @@ pub async fn serve(
     })
 }
 
-async fn serve_connection(stream: TcpStream, router: Router, mut stop: watch::Receiver<bool>) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "cannot switch off Nagle's algorithm, the peer has gone");
+/// Has the kernel ask a silent peer whether it is there, so that one that vanished while it was answered is found out.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, IDLE_TIMEOUT)?;
+    sockopt::set_tcp_keepintvl(stream, KEEP_ALIVE_TIMEOUT)?;
+    Ok(())
+}
+
+/// Waits until a peer has said which protocol it speaks, or has closed its side. hyper waits for the same bytes, and
+/// without a limit.
+async fn protocol_said(stream: &TcpStream) -> io::Result<()> {
+    let mut first = [0; HTTP2_PREFACE.len()];
+    loop {
+        let count = stream.peek(&mut first).await?;
+        if count == 0 || count == first.len() || !HTTP2_PREFACE.starts_with(&first[..count]) {
+            return Ok(());
+        }
+        // What has come stays readable, so that nothing wakes us when there is more.
+        tokio::time::sleep(PREFACE_PAUSE).await;
+    }
+}
+
+async fn serve_connection(
+    stream: TcpStream,
+    router: Router,
+    mut stop: watch::Receiver<bool>,
+    idle_timeout: Duration,
+) {
+    if let Err(error) = stream.set_nodelay(true).and_then(|()| keep_alive(&stream)) {
+        tracing::debug!(%error, "cannot set a connection's options, the peer has gone");
         return;
+    }
+    let said = tokio::select! {
+        biased;
+        said = tokio::time::timeout(idle_timeout, protocol_said(&stream)) => said,
+        // No request of it is in flight.
+        _ = stop.changed() => return,
+    };
+    match said {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "connection ended before it said anything");
+            return;
+        }
+        Err(_) => {
+            tracing::debug!(
+                ?idle_timeout,
+                "closed a connection that did not say its protocol"
+            );
+            return;
+        }
     }
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(IDLE_TIMEOUT);
+        .header_read_timeout(idle_timeout);
     builder
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
-        .keep_alive_interval(IDLE_TIMEOUT)
+        .keep_alive_interval(idle_timeout)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
     let service = TowerToHyperService::new(router);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
@@ -152,5 +216,76 @@ async fn serve_connection(stream: TcpStream, router: Router, mut stop: watch::Re
                 connection.as_mut().graceful_shutdown();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::task::JoinHandle;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    async fn start(idle_timeout: Duration) -> (TcpStream, JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = tokio::spawn(async move {
+            let shutdown = std::future::pending();
+            serve_with(listener, Router::new(), shutdown, idle_timeout)
+                .await
+                .unwrap();
+        });
+        (TcpStream::connect(address).await.unwrap(), serving)
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_says_nothing_whole_is_closed() {
+        for said in [&b""[..], b"P", &HTTP2_PREFACE[..23], b"GET / HT"] {
+            let (mut stream, serving) = start(Duration::from_millis(200)).await;
+            stream.write_all(said).await.unwrap();
+            let mut rest = Vec::new();
+            // Closed by a reset where the server has not read what was said.
+            let closed = timeout(Duration::from_secs(30), stream.read_to_end(&mut rest)).await;
+            assert!(closed.is_ok(), "still open after {said:?}");
+            serving.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_preface_in_two_parts_begins_a_connection() {
+        let (mut stream, serving) = start(Duration::from_secs(30)).await;
+        stream.write_all(&HTTP2_PREFACE[..7]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let mut rest = HTTP2_PREFACE[7..].to_vec();
+        // A SETTINGS frame without any setting.
+        rest.extend([0, 0, 0, 4, 0, 0, 0, 0, 0]);
+        stream.write_all(&rest).await.unwrap();
+        let mut head = [0; 9];
+        timeout(Duration::from_secs(30), stream.read_exact(&mut head))
+            .await
+            .expect("the server answers")
+            .unwrap();
+        assert_eq!(head[3], 4, "a SETTINGS frame: {head:?}");
+        serving.abort();
+    }
+
+    #[tokio::test]
+    async fn a_shutdown_does_not_wait_for_the_silent() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let shutdown = async {
+            let _ = stopped.await;
+        };
+        let serving = tokio::spawn(serve(listener, Router::new(), shutdown));
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        stop.send(()).unwrap();
+        let mut rest = Vec::new();
+        let closed = timeout(DRAIN_TIMEOUT / 2, stream.read_to_end(&mut rest)).await;
+        assert!(closed.is_ok(), "still open");
+        let summary = serving.await.unwrap().unwrap();
+        assert_eq!(summary.aborted_connections, 0);
     }
 }

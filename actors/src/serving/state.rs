@@ -25,6 +25,7 @@ use super::ingress::plan::address_of;
 use super::rollout::plan::Cleanup;
 use super::rollout::{Rollout, command, state as rollout};
 use super::shadow;
+use crate::drift::state::forget as forget_drift;
 use crate::registry;
 
 /// Endpoint name → [`Endpoint`].
@@ -378,6 +379,7 @@ impl StateModule for Serving {
                     scaling::forget(txn, &endpoint);
                     access::forget(txn, &endpoint);
                     cache::forget(txn, &endpoint);
+                    forget_drift(txn, &endpoint);
                     txn.delete(ENDPOINTS, endpoint.as_bytes());
                 }
                 Vec::new()

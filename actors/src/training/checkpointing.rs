@@ -9,6 +9,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use mobula_storage::checkpoint::SAVE_TIME_MAX;
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::time::Instant;
@@ -170,6 +171,24 @@ impl CheckpointSpec {
             reason: invalid.rule,
             next: "give a number in that range",
         })
+    }
+
+    /// Whether a state of so many bytes can be saved with this limit: a save that takes too long is none, and would be
+    /// begun again for ever. Half of the time is for what else may happen to it.
+    pub(super) fn check_limit(&self, state_bytes: u64) -> Result<(), InvalidField> {
+        let least = state_bytes.div_ceil(SAVE_TIME_MAX.as_secs() / 2);
+        match self.upload_bytes_per_second {
+            Some(limit) if limit < least => Err(InvalidField {
+                key: "upload_bytes_per_second",
+                found: limit.to_string(),
+                reason: format!(
+                    "the state has {state_bytes} bytes, and a checkpoint must be stored within {} s: at least {least}",
+                    SAVE_TIME_MAX.as_secs()
+                ),
+                next: "give more, or leave it out for no limit",
+            }),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -386,6 +405,19 @@ mod tests {
             let error = spec(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_limit_that_no_save_can_keep_is_refused_with_the_least_that_would_do() {
+        let limited = spec("upload_bytes_per_second = 400000").unwrap();
+        limited.check_limit(300_000_000).unwrap();
+        let error = limited.check_limit(768 << 20).unwrap_err().to_string();
+        assert!(
+            error.contains("upload_bytes_per_second is 400000"),
+            "{error}"
+        );
+        assert!(error.contains("within 1800 s: at least 894785"), "{error}");
+        spec("").unwrap().check_limit(u64::MAX).unwrap();
     }
 
     #[test]

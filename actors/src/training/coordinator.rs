@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::collective::{Collective, Unreachable};
 use super::crew::{Crew, Event, Happened, Slot, TrainerLink, Witness};
 use super::job_log::JobLog;
-use super::messages::{Epoch, Handover, Held, short_digest};
+use super::messages::{Epoch, Handover, short_digest};
 use super::numerics::Probe;
 use super::optimizer::{Optimizer, StepError, StepReport};
 use super::progress::StepBreakdown;
@@ -288,12 +288,13 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     /// Counts the trainers that end with our very bits.
     pub async fn confirm(&mut self) -> usize {
         let end = Instant::now() + CONFIRM_MAX;
+        let digest = short_digest(&self.digest);
         loop {
             let ready = self.crew.which(Slot::is_ready).len();
-            let held = self.crew.held(CONFIRM_MAX).await;
-            let is_equal =
-                |held: &&Held| held.step == self.state.step && held.digest == self.digest;
-            let equal = held.iter().filter(is_equal).count();
+            // They may have gone on from there, as those of a job that stops early have.
+            let step = self.state.step;
+            let said = self.crew.witnesses(step, digest, CONFIRM_MAX).await;
+            let equal = said.iter().filter(|said| said.is_ok()).count();
             if equal == ready || Instant::now() >= end {
                 return equal;
             }

@@ -425,17 +425,6 @@ impl<L: TrainerLink> Crew<L> {
         given.into_iter().filter(|is_given| *is_given).count()
     }
 
-    /// What all who take part hold; those who do not answer within `limit` are not counted.
-    pub(super) async fn held(&self, limit: Duration) -> Vec<Held> {
-        let ready = self.slots.iter().filter(|slot| slot.is_ready());
-        let asked = ready.map(|slot| async {
-            let answer = tokio::time::timeout(limit, slot.link.greet()).await;
-            answer.ok()?.ok()?.held.map(|(_, held)| held)
-        });
-        let held = futures::future::join_all(asked).await;
-        held.into_iter().flatten().collect()
-    }
-
     pub(super) fn spawn(
         &mut self,
         index: usize,

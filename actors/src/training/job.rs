@@ -184,6 +184,9 @@ impl Driver {
             let location = self.cluster.storage().expect("a driver is in a cluster");
             from.load(&mut state, || open_blobs(location), log).await?;
         }
+        let checkpoints = &self.spec.checkpoints;
+        let limit = checkpoints.check_limit(state.size_bytes());
+        limit.map_err(WorkloadError::Invalid)?;
         let layout = self.workload.layout();
         let mut trace = trace.unwrap_or_else(|| StepTrace::new(self.spec.steps, &state, layout));
         trace.go_back_to(state.step);

@@ -180,6 +180,9 @@ pub enum TrainerError {
         /// What the driver's machine computes.
         expected: Probe,
     },
+    /// Something is out of its reach for now, such as the object store with its data. Another trainer may have it.
+    #[error("{0}; this trainer is asked again later")]
+    Hindered(String),
 }
 
 #[cfg(test)]

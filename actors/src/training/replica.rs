@@ -163,7 +163,11 @@ impl Replica {
             )));
         }
         let begun = Instant::now();
-        let batch = loaded.workload.samples(step, shard).map_err(unfit)?;
+        let samples = loaded.workload.samples(step, shard);
+        let batch = samples.map_err(|error| match error.may_pass() {
+            true => TrainerError::Hindered(error.to_string()),
+            false => unfit(error),
+        })?;
         let fetched = begun.elapsed();
         let output = loaded
             .workload
@@ -290,7 +294,10 @@ impl Loaded {
 
 /// Loads the job's data and builds its model.
 pub fn load(spec: &TrainSpec, files: &Files) -> Result<Workload, TrainerError> {
-    Workload::load(spec, files).map_err(unfit)
+    Workload::load(spec, files).map_err(|error| match error.may_pass() {
+        true => TrainerError::Hindered(error.to_string()),
+        false => unfit(error),
+    })
 }
 
 fn unfit(error: impl std::fmt::Display) -> TrainerError {

@@ -127,7 +127,11 @@ impl Trainer {
     pub async fn greet(&self, ctx: &ActorContext) -> Greeting {
         let (replica, running) = {
             let inner = self.inner.lock();
-            (Arc::clone(&inner.replica), inner.shown().ok())
+            // One whose work has ended in the middle is to be prepared anew, whatever it holds.
+            let works = |shown: &Shown| {
+                shown.board.has_changed().is_ok() && shown.board.borrow().failed.is_none()
+            };
+            (Arc::clone(&inner.replica), inner.shown().ok().filter(works))
         };
         let held = blocking(move || replica.lock().held()).await;
         let member = running.map(|shown| shown.member);
@@ -362,12 +366,17 @@ impl Trainer {
             let bytes = blocking(move || replica.lock().state()).await?;
             self.inner.lock().leaving = bytes;
         }
-        let inner = self.inner.lock();
+        let mut inner = self.inner.lock();
         let rest = usize::try_from(offset)
             .ok()
             .and_then(|offset| inner.leaving.get(offset..))
             .unwrap_or_default();
-        Ok(rest[..rest.len().min(length as usize)].to_vec())
+        let piece = rest[..rest.len().min(length as usize)].to_vec();
+        if piece.is_empty() {
+            // All of it has left.
+            inner.leaving = Vec::new();
+        }
+        Ok(piece)
     }
 
     /// Keeps what a driver that leaves knows, until another one leaves. One that was replaced is told so.

@@ -1,8 +1,9 @@
 //! Answers that nobody has come for yet.
 //!
 //! Invariants:
-//! 1. At most [`REQUESTS_MAX`] requests are kept, under way or answered, and [`BYTES_MAX`] of answers; past that a request
-//!    is refused, or its answer is dropped with a word.
+//! 1. At most [`REQUESTS_MAX`] requests are kept, under way or answered, and [`BYTES_MAX`] of answers, with all
+//!    in them that a caller chooses and with the words of errors; past that a request is refused, or its answer is
+//!    dropped with a word.
 //! 2. A request is forgotten [`TTL`] after it came, fetched or not.
 //! 3. They live as long as the process: a caller of a router that was started again sends the request again.
 
@@ -16,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Fetched;
-use crate::serving::oip::{OipError, TensorData};
+use crate::serving::oip::{OipError, Parameter, Parameters, TensorData};
 
 /// Requests that are kept.
 pub const REQUESTS_MAX: usize = 1024;
@@ -72,7 +73,10 @@ impl Kept {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        let size = answer.as_ref().map_or(0, size_of);
+        let size = match &answer {
+            Ok(fetched) => size_of(fetched),
+            Err(error) => error.to_string().len(),
+        };
         request.answer = Some(if self.bytes + size <= BYTES_MAX {
             self.bytes += size;
             (answer, size)
@@ -148,15 +152,30 @@ fn new_id() -> Result<String, OipError> {
 }
 
 fn size_of(fetched: &Fetched) -> usize {
-    let outputs = fetched
-        .response
-        .outputs
-        .iter()
-        .map(|output| match output.data() {
+    let Fetched { response, wanted } = fetched;
+    let outputs = response.outputs.iter().map(|output| {
+        let data = match output.data() {
             TensorData::Bytes(values) => values.iter().map(|value| value.len() + 4).sum(),
             other => other.len() * other.datatype().size_bytes().unwrap_or(8),
-        });
-    outputs.sum()
+        };
+        output.name().len() + data
+    });
+    let wishes = wanted.outputs.iter();
+    let wishes = wishes.map(|output| output.name.len() + size_of_parameters(&output.parameters));
+    let ids = [&response.id, &wanted.id].into_iter().flatten();
+    let ids: usize = ids.map(String::len).sum();
+    ids + size_of_parameters(&response.parameters) + outputs.sum::<usize>() + wishes.sum::<usize>()
+}
+
+fn size_of_parameters(parameters: &Parameters) -> usize {
+    let sizes = parameters.iter().map(|(name, value)| {
+        let value = match value {
+            Parameter::String(text) => text.len(),
+            Parameter::Bool(_) | Parameter::Int(_) | Parameter::Float(_) => 8,
+        };
+        name.len() + value
+    });
+    sizes.sum()
 }
 
 #[cfg(test)]
@@ -164,7 +183,7 @@ mod tests {
     use tokio::sync::oneshot;
 
     use super::*;
-    use crate::serving::oip::{InferRequest, InferResponse, Tensor};
+    use crate::serving::oip::{InferRequest, InferResponse, RequestedOutput, Tensor};
 
     fn response(bytes: usize) -> Fetched {
         let data = TensorData::Uint8(vec![7; bytes]);
@@ -225,5 +244,34 @@ mod tests {
         }
         let error = results.begin(std::future::pending()).unwrap_err();
         assert!(matches!(error, OipError::Overloaded { .. }));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_caller_wrote_and_what_an_error_says_count_too() {
+        let results = Results::default();
+        let mut fetched = response(3);
+        fetched.response.id = Some("i".repeat(10));
+        fetched.wanted.id = Some("i".repeat(10));
+        let text = Parameter::String("x".repeat(100));
+        fetched.wanted.outputs = vec![RequestedOutput {
+            name: "output".to_owned(),
+            binary_data: None,
+            classes: None,
+            parameters: Parameters::from([("key".to_owned(), text)]),
+        }];
+        // The ids, the wish, its parameter, the output's name and its data.
+        assert_eq!(size_of(&fetched), 20 + 6 + 103 + 1 + 3);
+
+        let reason = "r".repeat(BYTES_MAX);
+        let failed = results
+            .begin(async { Err(OipError::Failed { reason }) })
+            .unwrap();
+        let error = settled(&results, &failed).await.unwrap_err();
+        assert!(matches!(error, OipError::ResultsFull { .. }), "{error}");
+        let failed = results
+            .begin(async { Err(OipError::ShuttingDown) })
+            .unwrap();
+        let error = settled(&results, &failed).await.unwrap_err();
+        assert_eq!(lock(&results.kept).bytes, error.to_string().len());
     }
 }

@@ -233,15 +233,17 @@ impl Autoscaler {
             memory_percent,
         };
         let is_bursting = self.sees_burst(policy, standing.replicas, &figures, burst, now_ms);
+        let is_calm = stable.is_some_and(|average| average.is_whole) && !is_bursting;
         // Who has just begun to look has seen nothing that could be called an average.
         let sees_enough = burst.is_some_and(|average| average.is_whole);
         let (wanted, cause) = wakes(standing.replicas, &figures)
+            // Before anything that may ask for more: what is known of memory and times is old then.
+            .or_else(|| is_calm.then(|| self.idle(policy, &standing, &figures))?)
             .or_else(|| {
                 let more = || more(policy, standing.replicas, &figures, is_bursting);
                 sees_enough.then(more)?
             })
             .or_else(|| {
-                let is_calm = stable.is_some_and(|average| average.is_whole) && !is_bursting;
                 let rate_milli = rate_of(stable);
                 is_calm.then(|| self.fewer(policy, &standing, &figures, rate_milli))?
             })
@@ -285,6 +287,19 @@ impl Autoscaler {
         self.burst_ms.is_some()
     }
 
+    /// No replica, if nothing was asked for long.
+    fn idle(
+        &self,
+        policy: &Policy,
+        standing: &Standing<'_>,
+        figures: &Figures,
+    ) -> Option<(u32, Cause)> {
+        let is_idle = figures.in_flight == 0
+            && standing.replicas > 0
+            && self.windows.idle_ms() >= policy.idle_ms;
+        is_idle.then_some((0, Cause::Idle))
+    }
+
     /// Fewer replicas than there are, if they are enough.
     fn fewer(
         &self,
@@ -293,9 +308,6 @@ impl Autoscaler {
         figures: &Figures,
         rate_milli: u64,
     ) -> Option<(u32, Cause)> {
-        if figures.in_flight == 0 && self.windows.idle_ms() >= policy.idle_ms {
-            return (standing.replicas > 0).then_some((0, Cause::Idle));
-        }
         let slo_us = policy.slo_p99_ms.map(|slo_ms| u64::from(slo_ms) * 1_000);
         let is_slow = slo_us
             .zip(figures.p99_us)

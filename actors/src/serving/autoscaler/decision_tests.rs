@@ -142,6 +142,11 @@ fn where_memory_is_scarce_replicas_are_added_one_by_one_and_none_is_taken_away()
     world.memory_percent = 66;
     world.hold(30.0, 1, 1, 1);
     assert_eq!(world.replicas, 3);
+    // Where nothing is asked, no replica is needed, however scarce memory is.
+    world.policy.replicas_min = 0;
+    world.memory_percent = 99;
+    world.hold(30.0, 0, 0, 1);
+    assert_eq!(world.replicas, 0);
 }
 
 #[test]

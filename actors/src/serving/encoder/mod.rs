@@ -25,10 +25,10 @@ use self::text::{TOKENIZER_BYTES_MAX, TextReader, Tokens};
 use self::weights::Weights;
 use super::fleet::BATCH_ROWS_MAX;
 use super::oip::{Datatype, TensorData, TensorMetadata};
-use super::panics::caught;
 use super::replica::RefusedRow;
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
 use super::signature::{Described, listed};
+use crate::panics::caught;
 
 /// The file with the description of the network.
 pub const CONFIG_FILE: &str = "config.json";

@@ -5,7 +5,7 @@ use tokenizers::Tokenizer;
 
 use super::EncoderError;
 use super::config::BertConfig;
-use crate::serving::panics::caught;
+use crate::panics::caught;
 
 /// The largest tokenizer: a vocabulary of some hundred thousand pieces.
 pub(super) const TOKENIZER_BYTES_MAX: u64 = 16 << 20;

@@ -1,9 +1,11 @@
 //! The Open Inference Protocol over gRPC, for any [`InferenceService`].
 //!
-//! 1. The token is checked before anything else, the model before the tensors; on a stream for each request.
+//! 1. The token is checked before anything of a call is read, and again for the model that its message names, before the
+//!    tensors; on a stream for each request.
 //! 2. A service sees only requests that fit the metadata it gave: what HTTP refuses is refused here, in the same words.
 //! 3. Outputs are always raw: so clients read them, and no element is copied into a message of its own.
 //! 4. A stream stays open when one of its requests fails: the failure is that request's answer.
+//! 5. A message is bounded in size; that of a call which is no stream in time too, as a body of HTTP is.
 
 mod convert;
 
@@ -12,7 +14,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Router;
+use axum::body::{Body, BodyDataStream};
+use axum::extract::{Request as HttpRequest, State};
+use axum::http::{HeaderValue, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::Response as HttpResponse;
+use axum::{BoxError, Router};
 use futures::{Stream, StreamExt};
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::MetadataMap;
@@ -45,6 +52,12 @@ pub mod proto {
 /// Where the service's calls are.
 const ROUTE: &str = "/inference.GRPCInferenceService/{method}";
 
+/// The call that is a stream: open for as long as its caller likes.
+const STREAM: &str = "ModelStreamInfer";
+
+/// A message without content, as it travels: not compressed, and of no bytes.
+const EMPTY_MESSAGE: &[u8] = &[0; 5];
+
 /// Requests of one stream that are answered at once. Their answers keep the requests' order.
 const STREAM_AT_ONCE: usize = 16;
 
@@ -71,7 +84,71 @@ pub fn oip_routes(service: Arc<dyn InferenceService>, gate: impl Gate, body: Bod
         .accept_compressed(CompressionEncoding::Deflate)
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
-    oip_router(service, gate, body).route_service(ROUTE, grpc)
+    let entrance = Entrance {
+        gate: Arc::clone(&gate),
+        body_timeout: body.timeout,
+    };
+    let calls: Router = Router::new()
+        .route_service(ROUTE, grpc)
+        .route_layer(from_fn_with_state(entrance, enter));
+    oip_router(service, gate, body).merge(calls)
+}
+
+/// What a call passes before its message is read.
+#[derive(Clone)]
+struct Entrance {
+    gate: Arc<dyn Gate>,
+    body_timeout: Duration,
+}
+
+/// Lets a call in whose token is right for anything here. Which model it is about only its message says, so
+/// [`GrpcFront`] asks the gate again then.
+async fn enter(
+    State(entrance): State<Entrance>,
+    mut request: HttpRequest,
+    next: Next,
+) -> HttpResponse {
+    let method = request.uri().path().rsplit('/').next();
+    let is_stream = method == Some(STREAM);
+    let is_health = matches!(method, Some("ServerLive" | "ServerReady"));
+    let subject = if is_health {
+        Subject::Health
+    } else {
+        Subject::Server
+    };
+    let authorization = request.headers().get(header::AUTHORIZATION);
+    let authorization = authorization.map(HeaderValue::as_bytes);
+    if let Err(error) = entrance.gate.admit(authorization, subject) {
+        return status_of(error).into_http();
+    }
+    if is_health {
+        // Their messages have no fields, and a gate may let anybody ask: what was sent is not read.
+        *request.body_mut() = Body::from(EMPTY_MESSAGE);
+    } else if !is_stream {
+        let body = std::mem::take(request.body_mut());
+        *request.body_mut() = within(body, entrance.body_timeout);
+    }
+    next.run(request).await
+}
+
+/// The same body, for which nobody waits beyond the limit. Its trailers are dropped: no caller sends any.
+fn within(body: Body, limit: Duration) -> Body {
+    let until = tokio::time::Instant::now() + limit;
+    let next_frame = move |frames: Option<BodyDataStream>| async move {
+        let mut frames = frames?;
+        match tokio::time::timeout_at(until, frames.next()).await {
+            Ok(None) => None,
+            Ok(Some(frame)) => Some((frame.map_err(BoxError::from), Some(frames))),
+            Err(_) => {
+                let late = OipError::BodyTimeout {
+                    limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
+                };
+                Some((Err(BoxError::from(status_of(late))), None))
+            }
+        }
+    };
+    let frames = futures::stream::unfold(Some(body.into_data_stream()), next_frame);
+    Body::from_stream(frames.fuse())
 }
 
 type Answers = Pin<Box<dyn Stream<Item = Result<proto::ModelStreamInferResponse, Status>> + Send>>;

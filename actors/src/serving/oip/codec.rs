@@ -305,7 +305,8 @@ impl Params {
     }
 }
 
-fn wrong_parameter(name: &str, expected: &str, got: &Value) -> DecodeError {
+/// A parameter of another type, or with another value, than it may have.
+pub(in crate::serving) fn wrong_parameter(name: &str, expected: &str, got: &Value) -> DecodeError {
     let mut got = got.to_string();
     // An error repeats enough to find the place, not a whole body.
     if let Some((at, _)) = got.char_indices().nth(60) {

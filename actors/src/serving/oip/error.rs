@@ -153,6 +153,16 @@ pub enum ValidateError {
         /// This input's rows.
         got: u64,
     },
+    /// The client's name for the request is too long.
+    #[error(
+        "the request's id has {got_bytes} bytes, the limit is {limit_bytes}: send a shorter one"
+    )]
+    IdTooLong {
+        /// Bytes of the id.
+        got_bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
 }
 
 /// The failure of a call, with its HTTP status.

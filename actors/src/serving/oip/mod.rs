@@ -21,6 +21,7 @@ mod validate;
 
 pub use binary::{tensor_bytes, tensor_of_bytes};
 pub use classify::classify;
+pub(super) use codec::wrong_parameter;
 pub use codec::{
     CLASSIFICATION, EncodedBody, decode_raw_request, decode_request, decode_response,
     encode_request, encode_response,
@@ -33,7 +34,7 @@ pub use message::{
 };
 pub use repository::{IndexRequest, ModelState, RepositoryEntry};
 pub use tensor::{Datatype, Tensor, TensorData};
-pub use validate::validate_request;
+pub use validate::{ID_BYTES_MAX, validate_request};
 
 #[cfg(test)]
 #[path = "property_tests.rs"]

@@ -6,15 +6,25 @@ use super::error::ValidateError;
 use super::message::{InferRequest, ModelMetadata, TensorMetadata};
 use super::tensor::Tensor;
 
-/// Checks names, datatypes, shapes and the batch size; returns the number of rows, which is 1 for a model that does not
-/// batch.
+/// The longest id of a request, in bytes. It is kept with the answer, and travels with it.
+pub const ID_BYTES_MAX: usize = 1024;
+
+/// Checks the id's length, names, datatypes, shapes and the batch size; returns the number of rows, which is 1 for
+/// a model that does not batch.
 ///
 /// # Errors
-/// [`ValidateError`] names the model, the tensor, what was expected and what came.
+/// [`ValidateError`] names what does not fit, what was expected and what came.
 pub fn validate_request(
     request: &InferRequest,
     model: &ModelMetadata,
 ) -> Result<u64, ValidateError> {
+    let id_bytes = request.id.as_ref().map_or(0, String::len);
+    if id_bytes > ID_BYTES_MAX {
+        return Err(ValidateError::IdTooLong {
+            got_bytes: id_bytes as u64,
+            limit_bytes: ID_BYTES_MAX as u64,
+        });
+    }
     let model_name = || model.name.clone();
     let names = |tensors: &[TensorMetadata]| -> Vec<String> {
         tensors.iter().map(|tensor| tensor.name.clone()).collect()
@@ -181,6 +191,21 @@ mod tests {
             check(0, vec![tensor("a", &[5, 3]), tensor("b", &[2, 1])], &[]),
             Ok(1)
         );
+    }
+
+    #[test]
+    fn an_id_is_bounded() {
+        let checked = |bytes: usize| {
+            let request = InferRequest {
+                id: Some("i".repeat(bytes)),
+                inputs: vec![tensor("a", &[1, 3]), tensor("b", &[1, 1])],
+                ..InferRequest::default()
+            };
+            validate_request(&request, &model(8)).map_err(|error| error.to_string())
+        };
+        assert_eq!(checked(ID_BYTES_MAX), Ok(1));
+        let refused = "the request's id has 1025 bytes, the limit is 1024: send a shorter one";
+        assert_eq!(checked(ID_BYTES_MAX + 1).unwrap_err(), refused);
     }
 
     #[test]

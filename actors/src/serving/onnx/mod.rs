@@ -25,9 +25,9 @@ pub use self::error::OnnxError;
 use self::values::{datatype_of, from_tensor, to_tensor};
 use super::fleet::BATCH_ROWS_MAX;
 use super::oip::{TensorData, TensorMetadata};
-use super::panics::caught;
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
 use super::signature::{Described, listed};
+use crate::panics::caught;
 
 /// The largest file: with its description it has to fit into a version's file.
 pub const ONNX_BYTES_MAX: u64 = 300 << 20;

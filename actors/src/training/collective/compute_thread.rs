@@ -8,13 +8,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
+use crate::panics::caught;
 use crate::training::messages::{Held, TrainerError};
 use crate::training::reduction::Partial;
 use crate::training::replica::Replica;
@@ -44,7 +44,6 @@ pub(super) struct ComputeThread {
     outcomes: mpsc::Receiver<Outcome>,
     /// Steps below this one need no more shards.
     over: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl ComputeThread {
@@ -55,7 +54,7 @@ impl ComputeThread {
         let over = Arc::new(AtomicU64::new(0));
         let runtime = Handle::current();
         let is_over = Arc::clone(&over);
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("train".to_owned())
             .spawn(move || {
                 let _runtime = runtime.enter();
@@ -71,7 +70,6 @@ impl ComputeThread {
             orders,
             outcomes,
             over,
-            thread: Some(thread),
         }
     }
 
@@ -87,27 +85,22 @@ impl ComputeThread {
     }
 
     fn order(&self, order: Order) {
-        // It has panicked if nobody listens; the next outcome tells.
+        // The thread listens for as long as this handle lives.
         let _ = self.orders.send(order);
     }
 
     /// The next outcome, if something was ordered; waits for ever otherwise.
-    ///
-    /// # Panics
-    /// As the replica did.
     pub(super) async fn outcome(&mut self) -> Outcome {
-        if let Some(outcome) = self.outcomes.recv().await {
-            return outcome;
-        }
-        let thread = self
-            .thread
-            .take()
-            .expect("a thread that has ended is joined once");
-        match thread.join() {
-            Err(panic) => std::panic::resume_unwind(panic),
-            Ok(()) => unreachable!("the thread ends after its handle is dropped, or by a panic"),
-        }
+        let outcome = self.outcomes.recv().await;
+        outcome.expect(
+            "the thread ends after this handle, and passes a panic of the replica on as an error",
+        )
     }
+}
+
+/// A model of the user's own may panic on some samples: the job ends with its words, as it does with its errors.
+fn panicked(text: &str) -> TrainerError {
+    TrainerError::Unfit(format!("the model panicked: {text}"))
 }
 
 fn carry_out(replica: &Mutex<Replica>, over: &AtomicU64, order: Order) -> Outcome {
@@ -116,12 +109,16 @@ fn carry_out(replica: &Mutex<Replica>, over: &AtomicU64, order: Order) -> Outcom
             Outcome::Superseded(step, shard)
         }
         Order::Compute { step, shard } => {
-            Outcome::Computed(step, replica.lock().compute(step, shard))
+            let computed = caught(|| replica.lock().compute(step, shard));
+            Outcome::Computed(step, computed.unwrap_or_else(|text| Err(panicked(&text))))
         }
         Order::Apply { root } => {
-            let mut replica = replica.lock();
-            let outcome = replica.apply(&root);
-            Outcome::Applied(outcome.map(|(_, held)| (held, replica.take_spent())))
+            let applied = caught(|| {
+                let mut replica = replica.lock();
+                let outcome = replica.apply(&root);
+                outcome.map(|(_, held)| (held, replica.take_spent()))
+            });
+            Outcome::Applied(applied.unwrap_or_else(|text| Err(panicked(&text))))
         }
     }
 }
@@ -164,8 +161,7 @@ mod tests {
     }
 
     #[tokio::test]
-    #[should_panic(expected = "out of bounds")]
-    async fn a_panic_of_the_replica_is_passed_on() {
+    async fn a_panic_of_the_replica_is_an_error_with_its_words_and_the_thread_goes_on() {
         let replica = Arc::new(Mutex::new(Replica::new(TrainSpec::digits_mlp("a"))));
         replica.lock().prepare(None).unwrap();
         replica.lock().spoil_next_update(usize::MAX);
@@ -177,6 +173,12 @@ mod tests {
             grads: vec![0.0; 17_226],
         };
         thread.apply(0, Arc::new(sums));
-        thread.outcome().await;
+        let Outcome::Applied(Err(TrainerError::Unfit(reason))) = thread.outcome().await else {
+            panic!("the update fails");
+        };
+        assert!(reason.contains("the model panicked: "), "{reason}");
+        assert!(reason.contains("out of bounds"), "{reason}");
+        thread.compute(1, 0);
+        assert!(matches!(thread.outcome().await, Outcome::Computed(1, _)));
     }
 }

@@ -23,6 +23,8 @@ const STAY_SHARE: u32 = 8;
 const DOOMED_PAUSE: Duration = Duration::from_millis(100);
 /// How often is looked whether a trainer that was refused was started anew, as on a machine that was mended.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
+/// How long a trainer is left alone that cannot reach its data.
+const HINDERED_PAUSE: Duration = Duration::from_secs(5);
 /// How long no step may be done while members do not reach each other.
 const UNREACHED_MAX: Duration = Duration::from_secs(3);
 /// How long a member is left out then: if the way is still cut, it costs as much again.
@@ -206,6 +208,9 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             LinkError::Trainer(TrainerError::OtherBits { computes, .. }) => {
                 self.refused(index, *computes);
             }
+            LinkError::Trainer(TrainerError::Hindered(reason)) => {
+                self.lose_for(index, reason, HINDERED_PAUSE);
+            }
             LinkError::Trainer(other) => self.lose(index, &other.to_string()),
             LinkError::Lost(reason) => self.lose(index, reason),
         }
@@ -228,6 +233,14 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                  go to the others",
                 slot.node, self.state.step
             ));
+        }
+        // That nobody reached it says nothing of those who did not.
+        if let Some(member) = member {
+            let is_of_others = |pair: &(MemberId, MemberId)| pair.0 != member && pair.1 != member;
+            self.unreached.retain(is_of_others);
+            if self.unreached.is_empty() {
+                self.unreached_since = None;
+            }
         }
         self.crew.lose(index, pause);
         self.publish();
