@@ -357,12 +357,20 @@ fn make_room(txn: &mut dyn Txn) {
     let oldest = monitors
         .into_iter()
         .min_by_key(|(_, status)| status.last_ms);
-    if let Some((key, status)) = oldest {
-        txn.delete(MONITORS, &key);
-        signals::forget(txn, &status.endpoint);
-        let kept = status.events.saturating_sub(EVENTS_MAX) + 1..=status.events;
-        for number in kept {
-            txn.delete(EVENTS, &event_key(&status.endpoint, number));
-        }
+    if let Some((_, status)) = oldest {
+        forget(txn, &status.endpoint);
+    }
+}
+
+/// Forgets what was found about an endpoint: what is deployed later under its name has nothing to do with it.
+pub(super) fn forget(txn: &mut dyn Txn, endpoint: &str) {
+    signals::forget(txn, endpoint);
+    let Some(status) = row::get::<MonitorStatus>(txn, MONITORS, endpoint.as_bytes()) else {
+        return;
+    };
+    txn.delete(MONITORS, endpoint.as_bytes());
+    let kept = status.events.saturating_sub(EVENTS_MAX) + 1..=status.events;
+    for number in kept {
+        txn.delete(EVENTS, &event_key(endpoint, number));
     }
 }

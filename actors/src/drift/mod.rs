@@ -3,7 +3,7 @@
 //! * [`window`] compares windows of traffic with a [`mod@reference`], by [`statistics`]; of a large reference there are [`sketches`].
 //!   [`streams`] finds changes number by
 //!   number, and [`vitals`] says how well a version does: how sure it is, how often it is right, in which slices.
-//! * [`monitor`]: the actor that is fed by an endpoint's router. [`state`]: the replicated table of what monitors found.
+//! * [`monitor`]: the actor that is fed by an endpoint's router, around a `watch` of what it is given. [`state`]: the replicated table of what monitors found.
 //!   [`mod@log`]: its answers as files. [`signals`]: those that are about no window. [`retraining`]: what is done about it, up to another version in service. [`client`]: what the command line asks.
 //!
 //! 1. `window`, `baseline`, `reference`, `sketches`, `statistics`, `findings` and `state` are pure functions of their arguments: no clock, no randomness, no
@@ -28,6 +28,7 @@ pub mod state;
 pub mod statistics;
 pub mod streams;
 pub mod vitals;
+mod watch;
 pub mod window;
 mod window_config;
 

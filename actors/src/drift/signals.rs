@@ -6,6 +6,8 @@
 //! 2. A report counts once however often it is sent, and one of an older start of a monitor not at all.
 //! 3. That a version is wrong more often than before is a drift event as drifting windows are, and suggests to train
 //!    again. The other signals need a person.
+//! 4. Several detectors find one growth of errors, each in its own time: it is one event, which is open until one of them
+//!    finds that errors became fewer, or another version is watched.
 
 use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
 use mobula_core::error::Rejection;
@@ -87,6 +89,19 @@ impl Signal {
                 change,
                 ..
             } if change.after > change.before
+        )
+    }
+
+    /// Whether it says that the version is wrong less often than it was.
+    #[must_use]
+    pub fn ends_concept_drift(&self) -> bool {
+        matches!(
+            self,
+            Signal::Stream {
+                stream: Stream::Errors,
+                change,
+                ..
+            } if change.after < change.before
         )
     }
 
@@ -200,6 +215,8 @@ pub struct EndpointVitals {
     pub signals_lost: u64,
     /// What it said.
     pub vitals: Vitals,
+    /// The drift event of this version's wrong answers, from its beginning until they became fewer.
+    pub errors_event: Option<u64>,
 }
 
 /// A signal that is kept.
@@ -215,7 +232,7 @@ pub struct SignalEvent {
     pub version: u64,
     /// What began.
     pub signal: Signal,
-    /// The number that it has among the endpoint's drift events, if it is one.
+    /// The number among the endpoint's drift events of the one that it begins, or that goes on with it.
     pub drift_event: Option<u64>,
 }
 
@@ -267,7 +284,9 @@ fn check(report: &VitalsReport) -> Result<(), Rejection> {
     let reason = score.no_reference.as_ref().map_or(0, String::len);
     let log = report.vitals.log.as_ref();
     let failure = log.and_then(|log| log.last_error.as_ref());
+    let no_reference = report.vitals.no_reference.as_ref();
     let is_bounded = failure.is_none_or(|text| text.len() <= TEXT_BYTES_MAX)
+        && no_reference.is_none_or(|text| text.len() <= TEXT_BYTES_MAX)
         && bins <= super::vitals::calibration::BINS
         && score.score.len() + reason <= TEXT_BYTES_MAX
         && report.endpoint.len() + report.model.len() <= TEXT_BYTES_MAX
@@ -310,12 +329,21 @@ pub(super) fn report(
         model: &report.model,
         version: report.version,
     };
+    let mut errors_event = before
+        .as_ref()
+        .filter(|before| before.model == report.model && before.version == report.version)
+        .and_then(|before| before.errors_event);
     let (mut number, lost) = before.map_or((0, 0), |before| (before.signals, before.signals_lost));
     for signal in report.signals {
         number += 1;
-        let drift_event = signal
-            .is_concept_drift()
-            .then(|| findings::begin_event(context, txn, about, signal.sentence()));
+        if signal.ends_concept_drift() {
+            errors_event = None;
+        }
+        let drift_event = signal.is_concept_drift().then(|| {
+            errors_event
+                .unwrap_or_else(|| findings::begin_event(context, txn, about, signal.sentence()))
+        });
+        errors_event = drift_event.or(errors_event);
         let event = SignalEvent {
             number,
             at_ms: context.now_ms,
@@ -347,6 +375,7 @@ pub(super) fn report(
         signals: number,
         signals_lost: report.signals_lost.saturating_add(lost),
         vitals: report.vitals,
+        errors_event,
     };
     row::put(txn, VITALS, row.endpoint.as_bytes(), &row);
     Ok(())

@@ -35,13 +35,18 @@ fn vitals_of(rows: u64) -> Vitals {
         slices: Vec::new(),
         sentinels: SentinelStatus::default(),
         log: None,
+        no_reference: None,
     }
 }
 
 fn stream(stream: Stream, before: f64, after: f64) -> Signal {
+    found_by(Detector::Adwin, stream, before, after)
+}
+
+fn found_by(detector: Detector, stream: Stream, before: f64, after: f64) -> Signal {
     Signal::Stream {
         stream,
-        detector: Detector::Adwin,
+        detector,
         change: Change {
             statistic: (after - before).abs(),
             threshold: 0.1,
@@ -121,6 +126,69 @@ fn wrong_answers_are_a_drift_event_and_other_signals_are_not() {
             "the share of wrong answers went from 0.100 to 0.500 (ADWIN 0.400 over 0.100, after 512 rows)"
         )
     );
+}
+
+#[test]
+fn one_growth_of_errors_is_one_event_however_many_detectors_find_it() {
+    let mut tables = MemoryTables::default();
+    let grew = |detector| found_by(detector, Stream::Errors, 0.1, 0.5);
+    let shrank = || stream(Stream::Errors, 0.5, 0.1);
+    apply(&mut tables, report_of(7, 1, vec![grew(Detector::HddmW)])).unwrap();
+    let later = vec![grew(Detector::HddmA), grew(Detector::Adwin)];
+    apply(&mut tables, report_of(7, 2, later)).unwrap();
+    apply(
+        &mut tables,
+        report_of(7, 3, vec![stream(Stream::Confidence, 0.9, 0.5)]),
+    )
+    .unwrap();
+    // A monitor that is started again watches the same version.
+    apply(
+        &mut tables,
+        report_of(8, 1, vec![grew(Detector::PageHinkley)]),
+    )
+    .unwrap();
+    let suggestion = |tables: &MemoryTables| status(tables).retrain_suggestion.unwrap();
+    assert_eq!((status(&tables).events, suggestion(&tables).event), (1, 1));
+    assert!(suggestion(&tables).reason.contains("HDDM_W"));
+
+    // What has ended can begin again.
+    apply(&mut tables, report_of(8, 2, vec![shrank()])).unwrap();
+    assert_eq!(vitals(&tables, "digits").unwrap().errors_event, None);
+    let again = vec![grew(Detector::Adwin), grew(Detector::PageHinkley)];
+    apply(&mut tables, report_of(8, 3, again)).unwrap();
+    assert_eq!((status(&tables).events, suggestion(&tables).event), (2, 2));
+
+    // And another version's errors are another event, though the first version comes back.
+    for (version, sequence) in [(2, 4), (1, 5)] {
+        let report = VitalsReport {
+            version,
+            ..report_of(8, sequence, Vec::new())
+        };
+        apply(&mut tables, report).unwrap();
+        assert_eq!(vitals(&tables, "digits").unwrap().errors_event, None);
+    }
+    let both = vec![grew(Detector::HddmW), shrank(), grew(Detector::HddmW)];
+    apply(&mut tables, report_of(8, 6, both)).unwrap();
+    assert_eq!(status(&tables).events, 4);
+    assert_eq!(vitals(&tables, "digits").unwrap().errors_event, Some(4));
+    let numbers: Vec<_> = signals(&tables, "digits")
+        .iter()
+        .map(|event| event.drift_event)
+        .collect();
+    let expected = [
+        Some(1),
+        Some(1),
+        Some(1),
+        None,
+        Some(1),
+        None,
+        Some(2),
+        Some(2),
+        Some(3),
+        None,
+        Some(4),
+    ];
+    assert_eq!(numbers, expected);
 }
 
 #[test]
@@ -218,6 +286,10 @@ fn a_report_that_is_too_large_is_refused() {
         prediction_drift: false,
     };
     let error = apply(&mut tables, report_of(7, 1, vec![long])).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidArgument);
+    let mut wordy = report_of(7, 1, Vec::new());
+    wordy.vitals.no_reference = Some("x".repeat(TEXT_BYTES_MAX + 1));
+    let error = apply(&mut tables, wordy).unwrap_err();
     assert_eq!(error.code, ErrorCode::InvalidArgument);
     assert_eq!(vitals(&tables, "digits"), None);
 }

@@ -16,6 +16,12 @@ use super::log::LogPolicy;
 pub use super::signals::{EndpointVitals, Signal, SignalEvent, Stream, VitalsReport};
 use super::{findings, log, retraining, signals};
 
+/// The endpoint is gone: forgets what was found about it, and what was to follow from that.
+pub(crate) fn forget(txn: &mut dyn Txn, endpoint: &str) {
+    findings::forget(txn, endpoint);
+    retraining::state::retire(txn, endpoint);
+}
+
 /// The largest command: a report of 64 features with their numbers, or a policy with its job; with room.
 const PAYLOAD_BYTES_MAX: usize = 256 * 1024;
 

@@ -16,6 +16,7 @@ mod open;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -336,7 +337,7 @@ impl BlobStore {
     }
 
     /// All blobs under `prefix` (a whole number of path segments), sorted by name; more than
-    /// `limit` are an error, so that nobody acts on half a list.
+    /// `limit` are an error, so that nobody acts on half a list: see [`BlobStore::list_after`].
     pub async fn list(&self, prefix: &str, limit: usize) -> Result<Vec<BlobInfo>, BlobError> {
         let operation = BlobOperation::List;
         let location = self.location(operation, prefix)?;
@@ -359,6 +360,43 @@ impl BlobStore {
         }
         blobs.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(blobs)
+    }
+
+    /// The first `limit` blobs under `prefix` whose names come after `after`, sorted by name: a page, and
+    /// fewer than `limit` are the last one. No more than these are in memory, but the store names all
+    /// that follow for each page: pages should be large.
+    pub async fn list_after(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<BlobInfo>, BlobError> {
+        let operation = BlobOperation::List;
+        let location = self.location(operation, prefix)?;
+        let after = after
+            .map(|after| self.location(operation, after))
+            .transpose()?;
+        self.retrying(operation, prefix, || async {
+            let mut stream = match &after {
+                Some(after) => self.store.list_with_offset(Some(&location), after),
+                None => self.store.list(Some(&location)),
+            };
+            let mut first = BTreeMap::new();
+            while let Some(meta) = stream.try_next().await? {
+                // Not every S3 server knows where to begin; a page must not come again.
+                if after.as_ref().is_some_and(|after| meta.location <= *after) {
+                    continue;
+                }
+                // A directory lists in no order: what comes late may be among the first.
+                let blob = BlobInfo::of(&meta);
+                first.insert(blob.path.clone(), blob);
+                if first.len() > limit {
+                    first.pop_last();
+                }
+            }
+            Ok(first.into_values().collect())
+        })
+        .await
     }
 
     /// Removes a blob; one that is not there is fine.

@@ -73,6 +73,37 @@ async fn what_is_not_found_or_too_large_is_not_tried_again() {
     );
 }
 
+#[tokio::test]
+async fn more_blobs_than_one_list_holds_come_in_pages() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", directory.path().display());
+    let on_disk = BlobStore::open(&url, &S3Options::default()).unwrap();
+    let (faults, in_memory) = faulty();
+    for store in [on_disk, in_memory] {
+        for number in (0..25).rev() {
+            let path = format!("a/v{}/{number}", number % 3);
+            store.put_if_absent(&path, "1".into()).await.unwrap();
+        }
+        store.put_if_absent("ab/1", "1".into()).await.unwrap();
+        let (mut blobs, mut sizes) = (Vec::<BlobInfo>::new(), Vec::new());
+        while sizes.last().is_none_or(|size| *size == 10) {
+            // One broken connection for each page: a page is tried again as a whole.
+            faults.plan(faults.operations(), Fault::BeforeStore);
+            let after = blobs.last().map(|blob| blob.path.clone());
+            let page = store.list_after("a", after.as_deref(), 10).await.unwrap();
+            sizes.push(page.len());
+            blobs.extend(page);
+        }
+        assert_eq!(sizes, [10, 10, 5]);
+        assert_eq!(blobs, store.list("a", 25).await.unwrap());
+        assert_eq!(
+            store.list("a", 24).await.unwrap_err().kind(),
+            BlobErrorKind::TooLarge
+        );
+        assert_eq!(store.list_after("none", None, 10).await.unwrap(), []);
+    }
+}
+
 #[test]
 fn urls_that_cannot_work_say_why() {
     let cases = [

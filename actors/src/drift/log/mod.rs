@@ -4,21 +4,20 @@
 //! 2. What waits to be written is bounded by the policy; what does not fit is shed and counted. The log delays no answer.
 //! 3. Whether a request is logged depends on its id alone (without one, on its rows): whoever knows the share and the
 //!    id can tell, and a request that is sent again is logged again or not again.
-//! 4. A file is complete or absent, and is never changed.
+//! 4. A file is complete or absent, and is never changed. Any number of them can be listed and deleted.
 
+pub mod files;
 pub mod policy;
 pub(super) mod rows;
 pub(super) mod tap;
 
 use serde::{Deserialize, Serialize};
 
+pub use files::Pages;
 pub use policy::{LogPolicy, LoggedFeatures};
 
 /// Where the files of all endpoints are, in the object store.
 const PREFIX: &str = "predictions";
-
-/// Files of an endpoint that are listed at once: with those of ten minutes more than a year.
-pub const FILES_MAX: usize = 100_000;
 
 /// What became of the rows that a monitor saw. All numbers are since it started, or since the policy was set.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -12,9 +12,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::files::{self, Pages};
 use super::policy::LogPolicy;
 use super::rows::{Layout, LogRows};
-use super::{FILES_MAX, LogStatus, folder};
+use super::{LogStatus, folder};
 use crate::drift::client;
 use crate::drift::vitals::keeper::{Identity, now_ms};
 use crate::serving::feed::Observation;
@@ -209,6 +210,7 @@ impl Tap {
     async fn write(self, blobs: BlobStore, mut waiting: mpsc::Receiver<Full>) {
         let mut sequence = 0u64;
         let mut swept: Option<Instant> = None;
+        let mut sweeps = JoinSet::new();
         while let Some(full) = waiting.recv().await {
             sequence += 1;
             let count = full.rows.count() as u64;
@@ -234,9 +236,12 @@ impl Tap {
                 }
             }
             self.has_news.store(true, Ordering::Relaxed);
-            if swept.is_none_or(|at| at.elapsed() >= SWEEP_INTERVAL) {
+            // There may be very many files to delete, and rows do not wait for that.
+            while sweeps.try_join_next().is_some() {}
+            if sweeps.is_empty() && swept.is_none_or(|at| at.elapsed() >= SWEEP_INTERVAL) {
                 swept = Some(Instant::now());
-                self.sweep(&blobs, full.keep_ms).await;
+                let endpoint = self.identity.endpoint.clone();
+                sweeps.spawn(sweep(blobs.clone(), endpoint, full.keep_ms));
             }
         }
     }
@@ -269,28 +274,16 @@ impl Tap {
             .map_err(|error| cut(&error.to_string()))?;
         Ok(bytes)
     }
+}
 
-    /// Deletes files whose time is over, those of other versions as well.
-    async fn sweep(&self, blobs: &BlobStore, keep_ms: u64) {
-        let listed = blobs
-            .list(&folder(&self.identity.endpoint), FILES_MAX)
-            .await;
-        let files = match listed {
-            Ok(files) => files,
-            Err(error) => {
-                tracing::warn!(%error, "the prediction log cannot be listed, so nothing of it is deleted");
-                return;
-            }
-        };
-        let now_ms = now_ms();
-        for file in files {
-            if now_ms.saturating_sub(file.modified_ms) < keep_ms {
-                continue;
-            }
-            if let Err(error) = blobs.delete(&file.path).await {
-                tracing::warn!(path = file.path, %error, "an old file of the prediction log stays");
-            }
-        }
+/// Deletes files of an endpoint whose time is over.
+async fn sweep(blobs: BlobStore, endpoint: String, keep_ms: u64) {
+    if let Err(error) = files::sweep(Pages::of(&blobs, &endpoint), keep_ms, now_ms()).await {
+        tracing::warn!(
+            endpoint,
+            %error,
+            "the prediction log cannot be listed, so old files of it stay until the next time"
+        );
     }
 }
 

@@ -308,6 +308,10 @@ fn queued(reader: &dyn Reader, endpoint: &Endpoint, row: &Retraining) -> Option<
         let reason = format!("{}:{} was archived", row.model, candidate.version);
         return Some(Next::to(Phase::Cancelled, reason));
     }
+    // And the model's policy may have come to ask for more.
+    if waits_for_stage(reader, row, &candidate).is_some() {
+        return None;
+    }
     Some(Next::to(
         Phase::Canary,
         format!("{}:{} is tried on requests", row.model, candidate.version),
@@ -367,7 +371,10 @@ pub(super) fn waits_for(reader: &dyn Reader, row: &Retraining) -> Option<String>
         Phase::Gate => candidate_of(reader, row)
             .ok()
             .and_then(|candidate| waits_for_stage(reader, row, &candidate)),
-        Phase::Queued => occupied(reader, &row.endpoint),
+        Phase::Queued => occupied(reader, &row.endpoint).or_else(|| {
+            let candidate = candidate_of(reader, row).ok()?;
+            waits_for_stage(reader, row, &candidate)
+        }),
         Phase::Canary => Some(format!(
             "the verdict on rollout {} (`mobula rollout status {}`)",
             row.rollout.unwrap_or_default(),

@@ -482,6 +482,16 @@ fn begin_canary(
     Ok(rollout.number)
 }
 
+/// The endpoint is gone: its policy goes with it, and events of a later one of its name are counted from one again. What
+/// is under way is ended, and then forgotten, by the controller.
+pub(in crate::drift) fn retire(txn: &mut dyn Txn, name: &str) {
+    txn.delete(POLICIES, name.as_bytes());
+    if let Some(known) = row::get::<Ledger>(txn, LEDGERS, name.as_bytes()) {
+        let ledger = Ledger { event: 0, ..known };
+        row::put(txn, LEDGERS, name.as_bytes(), &ledger);
+    }
+}
+
 fn forget(txn: &mut dyn Txn, name: &str) -> Result<(), Rejection> {
     if find_endpoint(txn, name).is_ok() {
         return Err(Rejection::fenced(format!("endpoint `{name}` exists")));

@@ -334,6 +334,46 @@ fn an_endpoint_that_goes_takes_its_retrainings_and_their_job_with_it() {
 }
 
 #[test]
+fn what_an_endpoint_has_seen_is_nothing_to_a_later_one_of_its_name() {
+    let mut world = World::new(Mode::Auto);
+    world.drift();
+    world.settle();
+    world.delete_endpoint();
+    world.settle();
+    let jobs = world.job_count();
+    world.deploy();
+    let policy = world.policy(Mode::Auto, terms());
+    world.set_policy(policy).unwrap();
+    world.settle();
+    assert_eq!(world.job_count(), jobs);
+    // Its own drift is the first of its events.
+    world.drift();
+    world.settle();
+    assert_eq!(world.newest().event, 1);
+    assert_eq!(world.job_count(), jobs + 1);
+}
+
+#[test]
+fn a_version_whose_model_comes_to_need_signatures_while_it_waits_is_not_tried_without() {
+    let mut world = World::new(Mode::Auto);
+    world.drift();
+    world.settle();
+    // Something else is under way when the version is there.
+    world.register(new_version('7'));
+    world.start_by_hand(2);
+    world.end_job(world.newest().job.unwrap(), Some(0.95));
+    world.settle();
+    assert_eq!(world.newest().phase, Phase::Queued);
+    world.need_signatures(2);
+    world.judge(false);
+    world.clean();
+    world.settle();
+    assert_eq!(world.newest().phase, Phase::Queued);
+    let waits = super::super::next::waits_for(&world.tables, &world.newest()).unwrap();
+    assert!(waits.contains("waits for a signature"), "{waits}");
+}
+
+#[test]
 fn a_job_that_is_refused_for_too_long_fails_the_retraining() {
     let mut world = World::new(Mode::Auto);
     let mut policy = world.policy(Mode::Auto, terms());

@@ -27,7 +27,7 @@ use crate::registry::keys::{Algorithm, Role};
 use crate::registry::policy::data::LabelChange;
 use crate::registry::search::{ModelView, Selector, VersionView};
 use crate::registry::signer::{PrivateKey, Signer};
-use crate::registry::stages::Stage;
+use crate::registry::stages::{Policy, Stage, model_state};
 use crate::registry::state::{Command as RegistryCommand, Query as RegistryQuery, Registry};
 use crate::registry::{NewVersion, decide::Decision, events::EventPage};
 use crate::serving::rollout::command::{Command as RolloutCommand, Verdict};
@@ -89,12 +89,15 @@ impl World {
             Response::Registered { node, incarnation } => world.node = (node, incarnation),
             other => panic!("unexpected {other:?}"),
         }
-        let add = RegistryCommand::AddKey {
-            spki: world.key.public_key().spki().to_vec(),
-            roles: [Role::Stage, Role::Release].into(),
-            owner: "somebody".into(),
-        };
-        world.registry(&add).unwrap();
+        world.add_key(world.key.public_key().spki().to_vec());
+        world.deploy();
+        let policy = world.policy(mode, terms);
+        world.set_policy(policy).unwrap();
+        world
+    }
+
+    /// Deploys the first version.
+    pub(super) fn deploy(&mut self) {
         let deploy = ServingCommand::Deploy {
             endpoint: "digits".into(),
             model: "digits".into(),
@@ -102,16 +105,13 @@ impl World {
             replicas: 2,
             token_hash: [7; 32],
         };
-        world.serving(&deploy).unwrap();
+        self.serving(&deploy).unwrap();
         let ready = ServingCommand::RouterReady {
             endpoint: "digits".into(),
             incarnation: ROUTER,
             http_address: "127.0.0.1:1".into(),
         };
-        world.serving(&ready).unwrap();
-        let policy = world.policy(mode, terms);
-        world.set_policy(policy).unwrap();
-        world
+        self.serving(&ready).unwrap();
     }
 
     pub(super) fn policy(&self, mode: Mode, terms: Terms) -> RetrainPolicy {
@@ -181,6 +181,36 @@ impl World {
     }
 
     /// Gives the data that all versions were trained on a label.
+    fn add_key(&mut self, spki: Vec<u8>) {
+        let add = RegistryCommand::AddKey {
+            spki,
+            roles: [Role::Stage, Role::Release].into(),
+            owner: "somebody".into(),
+        };
+        self.registry(&add).unwrap();
+    }
+
+    /// Has every change of a version's stage signed by so many keys from now on.
+    pub(super) fn need_signatures(&mut self, signatures: u32) {
+        let dir = tempfile::tempdir().unwrap();
+        for number in 1..signatures {
+            let file = dir.path().join(number.to_string());
+            let key = PrivateKey::create(&file, Algorithm::Ed25519).unwrap();
+            self.add_key(key.public_key().spki().to_vec());
+        }
+        let revision = model_state(&self.tables, "digits").revision;
+        self.registry(&RegistryCommand::SetPolicy {
+            model: "digits".into(),
+            policy: Policy {
+                signatures,
+                ..Policy::default()
+            },
+            expected_revision: revision,
+            envelope: None,
+        })
+        .unwrap();
+    }
+
     pub(super) fn label_data(&mut self, label: &str) {
         let change = LabelChange {
             data: new_version('a').dataset_blake3,

@@ -56,11 +56,11 @@ pub(in crate::drift) struct Keeper {
 }
 
 impl Keeper {
-    /// For a version, with slices like `window`. Runs the version over its reference rows.
+    /// For a version, with slices like `window`, or the reason why there is none. Runs the version over its reference rows.
     pub(in crate::drift) fn new(
         identity: Identity,
         file: &VersionFile,
-        window: &WindowMonitor,
+        window: &Result<WindowMonitor, String>,
     ) -> Self {
         let sentinels = Sentinels::of(file);
         Keeper {
@@ -77,12 +77,18 @@ impl Keeper {
         tasks.spawn(self.clone().ask_sentinels(cluster.clone()));
     }
 
-    pub(in crate::drift) fn observe(&self, observation: &Observation) {
-        self.with(|monitor| monitor.observe(observation, now_ms()));
+    /// How many windows of slices it compared: none while windows rest.
+    pub(in crate::drift) fn observe(&self, observation: &Observation, windows_rest: bool) -> u64 {
+        self.with(|monitor| monitor.observe(observation, now_ms(), windows_rest))
     }
 
     pub(in crate::drift) fn label(&self, labels: &[Label]) -> LabelReply {
         self.with(|monitor| monitor.label(labels, now_ms()))
+    }
+
+    #[cfg(test)]
+    pub(in crate::drift) fn vitals(&self) -> super::Vitals {
+        self.monitor.lock().vitals()
     }
 
     fn with<T>(&self, change: impl FnOnce(&mut VitalsMonitor) -> T) -> T {

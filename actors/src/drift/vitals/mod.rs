@@ -5,6 +5,7 @@
 //! 2. Memory is bounded: by [`join`] for predictions and labels, by [`slices`] for windows, and at most
 //!    [`SIGNALS_MAX`] signals wait to be reported; further ones are counted.
 //! 3. A signal is raised when something begins, not for as long as it goes on.
+//! 4. All but the windows of slices goes on while windows rest, and without a reference of their rows.
 
 pub mod calibration;
 pub mod confidence;
@@ -124,6 +125,8 @@ pub struct Vitals {
     pub sentinels: SentinelStatus,
     /// The prediction log, if there is one.
     pub log: Option<LogStatus>,
+    /// Why windows of rows are compared with nothing, neither all rows nor slices, if they are not.
+    pub no_reference: Option<String>,
 }
 
 /// Keeps a version's [`Vitals`].
@@ -146,6 +149,7 @@ pub struct VitalsMonitor {
     windows: u64,
     window: Option<Reliability>,
     slices: Slices,
+    no_reference: Option<String>,
     sentinels: SentinelStatus,
     wrong_replicas: BTreeSet<u32>,
     signals: Vec<Signal>,
@@ -154,9 +158,13 @@ pub struct VitalsMonitor {
 }
 
 impl VitalsMonitor {
-    /// Starts for a version, with slices like `window`.
+    /// Starts for a version, with slices like `window`, or the reason why there is none.
     #[must_use]
-    pub fn new(file: &VersionFile, sentinels: &Sentinels, window: &WindowMonitor) -> Self {
+    pub fn new(
+        file: &VersionFile,
+        sentinels: &Sentinels,
+        window: &Result<WindowMonitor, String>,
+    ) -> Self {
         VitalsMonitor {
             row_values: file.samples.feature_count(),
             class_names: file.labels.clone(),
@@ -174,7 +182,8 @@ impl VitalsMonitor {
             open: OutcomeCounts::default(),
             windows: 0,
             window: None,
-            slices: Slices::new(window),
+            slices: Slices::new(window.as_ref().ok()),
+            no_reference: window.as_ref().err().cloned(),
             sentinels: SentinelStatus {
                 sentinels: sentinels.count() as u64,
                 ..SentinelStatus::default()
@@ -186,9 +195,10 @@ impl VitalsMonitor {
         }
     }
 
-    /// Takes answered requests.
-    pub fn observe(&mut self, observation: &Observation, now_ms: u64) {
+    /// Takes answered requests, while windows of rows rest without those of slices; how many of these it compared.
+    pub fn observe(&mut self, observation: &Observation, now_ms: u64, windows_rest: bool) -> u64 {
         self.has_news = true;
+        let windows_before = self.slices.windows();
         let mut rows = observation
             .rows
             .chunks(self.row_values)
@@ -204,7 +214,7 @@ impl VitalsMonitor {
                     confidence: *confidence,
                     slice,
                 };
-                self.observe_row(row, predicted);
+                self.observe_row(row, predicted, windows_rest);
                 let Some(id) = &request.id else {
                     self.rows_without_id += 1;
                     continue;
@@ -215,9 +225,10 @@ impl VitalsMonitor {
                 }
             }
         }
+        self.slices.windows() - windows_before
     }
 
-    fn observe_row(&mut self, row: &[f32], predicted: Predicted) {
+    fn observe_row(&mut self, row: &[f32], predicted: Predicted, windows_rest: bool) {
         let confidence = f64::from(predicted.confidence);
         self.rows += 1;
         self.confidence_sum += confidence;
@@ -234,15 +245,17 @@ impl VitalsMonitor {
             }
             self.is_out = comparison.is_out;
         }
-        let begun = predicted
-            .slice
-            .and_then(|place| self.slices.observe(place, row, predicted.class));
-        if let Some(SliceDrift {
+        let Some(place) = predicted.slice else {
+            return;
+        };
+        if windows_rest {
+            self.slices.leave_out(place);
+        } else if let Some(SliceDrift {
             name,
             features_compared,
             features_drifted,
             prediction_drift,
-        }) = begun
+        }) = self.slices.observe(place, row, predicted.class)
         {
             self.raise(Signal::Slice {
                 slice: name,
@@ -411,6 +424,7 @@ impl VitalsMonitor {
                 ..self.sentinels
             },
             log: None,
+            no_reference: self.no_reference.clone(),
         }
     }
 }

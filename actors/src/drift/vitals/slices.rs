@@ -4,6 +4,8 @@
 //! 1. There are at most [`SLICES_MAX`] slices and `other`, which takes the rows of all further names; fewer where rows
 //!    are so wide that their windows would take more than `WINDOWS_BYTES_MAX`.
 //! 2. A slice keeps its place as long as the monitor lives, so that labels find it.
+//! 3. A slice has no windows where its version has no reference, and leaves rows out of them while windows rest: its labels
+//!    count all the same.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +30,7 @@ const OTHER: &str = "other";
 pub struct SliceStatus {
     /// Its name; `other` for all that have no place of their own.
     pub name: String,
-    /// Rows taken.
+    /// Rows of its requests.
     pub rows: u64,
     /// Windows compared.
     pub windows: u64,
@@ -44,6 +46,8 @@ pub struct SliceStatus {
     pub accuracy: Option<f64>,
     /// Their expected calibration error.
     pub calibration_error: Option<f64>,
+    /// Rows that are in no window because they came while windows rested.
+    pub dropped: u64,
 }
 
 /// A slice whose drift began.
@@ -62,7 +66,7 @@ pub struct SliceDrift {
 #[derive(Debug)]
 struct Slice {
     name: String,
-    window: WindowMonitor,
+    window: Option<WindowMonitor>,
     outcomes: OutcomeCounts,
     status: SliceStatus,
 }
@@ -70,19 +74,21 @@ struct Slice {
 /// The slices of one version.
 #[derive(Debug)]
 pub struct Slices {
-    /// What new slices are made like.
-    empty: WindowMonitor,
+    /// What new slices are made like; nothing without a reference.
+    empty: Option<WindowMonitor>,
     slices_max: usize,
     slices: Vec<Slice>,
 }
 
 impl Slices {
-    /// No slices yet; theirs will be windows like `window`.
+    /// No slices yet; theirs will be windows like `window`, if there is one.
     #[must_use]
-    pub fn new(window: &WindowMonitor) -> Self {
-        let affordable = WINDOWS_BYTES_MAX / window.window_bytes().max(1);
+    pub fn new(window: Option<&WindowMonitor>) -> Self {
+        let affordable = window.map_or(usize::MAX, |window| {
+            WINDOWS_BYTES_MAX / window.window_bytes().max(1)
+        });
         Slices {
-            empty: window.begin_another(),
+            empty: window.map(WindowMonitor::begin_another),
             slices_max: affordable.clamp(1, SLICES_MAX + 1),
             slices: Vec::new(),
         }
@@ -104,7 +110,7 @@ impl Slices {
         }
         self.slices.push(Slice {
             name: name.to_owned(),
-            window: self.empty.begin_another(),
+            window: self.empty.as_ref().map(WindowMonitor::begin_another),
             outcomes: OutcomeCounts::default(),
             status: SliceStatus {
                 name: name.to_owned(),
@@ -116,18 +122,33 @@ impl Slices {
                 labelled: 0,
                 accuracy: None,
                 calibration_error: None,
+                dropped: 0,
             },
         });
         (self.slices.len() - 1) as u8
     }
 
-    /// Takes a row of the slice at `place`; what drifts since the window that it fills. A row that is none is left out,
-    /// as it is in the windows of all rows.
+    /// Takes a row of the slice at `place`; what drifts since the window that it fills. A row that is none is left out
+    /// of the window, as it is of those of all rows.
     pub fn observe(&mut self, place: u8, row: &[f32], class: u32) -> Option<SliceDrift> {
         let slice = self.slices.get_mut(usize::from(place))?;
-        let closed = slice.window.observe(row, class).ok()?;
         slice.status.rows += 1;
-        closed.and_then(|closed| slice.close(&closed))
+        let closed = slice.window.as_mut()?.observe(row, class).ok()??;
+        slice.close(&closed)
+    }
+
+    /// Counts a row of the slice at `place` that came while windows rested.
+    pub fn leave_out(&mut self, place: u8) {
+        if let Some(slice) = self.slices.get_mut(usize::from(place)) {
+            slice.status.rows += 1;
+            slice.status.dropped += 1;
+        }
+    }
+
+    /// Windows compared, of all slices.
+    #[must_use]
+    pub fn windows(&self) -> u64 {
+        self.slices.iter().map(|slice| slice.status.windows).sum()
     }
 
     /// Takes an outcome of the slice at `place`.
@@ -187,7 +208,7 @@ mod tests {
         let names = (0..columns).map(|column| format!("f{column}")).collect();
         let reference = Reference::new(names, &values, &classes).unwrap();
         let config = MonitorConfig::with_window_size(window_size);
-        Slices::new(&WindowMonitor::new(reference, config).unwrap())
+        Slices::new(Some(&WindowMonitor::new(reference, config).unwrap()))
     }
 
     #[test]
@@ -236,6 +257,49 @@ mod tests {
         }
         let names: Vec<String> = wide.status().into_iter().map(|slice| slice.name).collect();
         assert_eq!(names, ["0", "other"]);
+    }
+
+    #[test]
+    fn rows_that_come_while_windows_rest_are_counted_and_in_none() {
+        let mut slices = slices(2, 20);
+        let place = slices.place("north");
+        for _ in 0..30 {
+            slices.leave_out(place);
+        }
+        assert_eq!(slices.windows(), 0);
+        for _ in 0..20 {
+            slices.observe(place, &[0.5, 0.5], 1);
+        }
+        let status = slices.status().remove(0);
+        assert_eq!((status.rows, status.dropped, status.windows), (50, 30, 1));
+        assert_eq!(slices.windows(), 1);
+    }
+
+    #[test]
+    fn without_a_reference_there_are_places_and_labels_and_no_windows() {
+        let mut slices = Slices::new(None);
+        for number in 0..2 * SLICES_MAX {
+            slices.place(&number.to_string());
+        }
+        assert_eq!(slices.status().len(), SLICES_MAX + 1);
+        for _ in 0..1000 {
+            assert_eq!(slices.observe(0, &[0.5; 3], 1), None);
+        }
+        let predicted = Predicted {
+            class: 1,
+            confidence: 1.0,
+            slice: Some(0),
+        };
+        slices.label(
+            0,
+            &Outcome {
+                predicted,
+                truth: 1,
+            },
+        );
+        let status = slices.status().remove(0);
+        assert_eq!((status.rows, status.windows, status.labelled), (1000, 0, 1));
+        assert_eq!(status.accuracy, Some(1.0));
     }
 
     #[test]

@@ -15,7 +15,7 @@ fn monitor_of(file: &VersionFile) -> (VitalsMonitor, Sentinels) {
     )
     .unwrap();
     let sentinels = Sentinels::of(file);
-    (VitalsMonitor::new(file, &sentinels, &window), sentinels)
+    (VitalsMonitor::new(file, &sentinels, &Ok(window)), sentinels)
 }
 
 fn monitor() -> VitalsMonitor {
@@ -53,7 +53,7 @@ fn labels_give_accuracy_and_calibration_and_without_them_there_is_neither() {
     let mut monitor = monitor();
     for number in 0..10 {
         let request = request(Some(&number.to_string()), None, 1);
-        monitor.observe(&answered(request, 3, 0.9), 1);
+        monitor.observe(&answered(request, 3, 0.9), 1, false);
     }
     let truth = monitor.vitals().truth;
     assert_eq!((truth.total, truth.predictions_waiting), (None, 10));
@@ -79,7 +79,7 @@ fn labels_may_name_classes_and_rows_and_those_of_no_class_are_refused() {
         confidences: vec![0.9; 3],
         requests: vec![request(None, None, 1), request(Some("a"), None, 2)],
     };
-    monitor.observe(&three, 1);
+    monitor.observe(&three, 1, false);
     let of = |row, truth| Label {
         id: "a".to_owned(),
         row,
@@ -111,7 +111,11 @@ fn a_version_that_is_wrong_more_often_is_concept_drift() {
     for number in 0..3000 {
         let wrong = random.next_unit() < if number < 1500 { 0.05 } else { 0.5 };
         let id = number.to_string();
-        monitor.observe(&answered(request(Some(&id), None, 1), 3, 0.9), number);
+        monitor.observe(
+            &answered(request(Some(&id), None, 1), 3, 0.9),
+            number,
+            false,
+        );
         monitor.label(&[label(&id, if wrong { 4 } else { 3 })], number);
         let (_, signals, lost) = monitor.take_news(number).unwrap();
         assert_eq!(lost, 0);
@@ -154,7 +158,11 @@ fn confidence_that_falls_is_found_without_labels() {
     for number in 0..2000 {
         let sure = if number < 1000 { 0.9 } else { 0.5 };
         let confidence = sure + 0.1 * random.next_unit() as f32;
-        monitor.observe(&answered(request(None, None, 1), 3, confidence), number);
+        monitor.observe(
+            &answered(request(None, None, 1), 3, confidence),
+            number,
+            false,
+        );
     }
     let (vitals, signals, _) = monitor.take_news(2000).unwrap();
     let is_of_confidence = |signal: &Signal| {
@@ -174,11 +182,13 @@ fn a_version_without_a_reference_is_watched_as_far_as_that_goes() {
     let mut bare = digits(200);
     bare.reference.columns.clear();
     bare.reference.predictions.clear();
-    let (mut monitor, sentinels) = monitor_of(&bare);
+    let sentinels = Sentinels::of(&bare);
     assert_eq!(sentinels.count(), 0);
+    let mut monitor = VitalsMonitor::new(&bare, &sentinels, &Err("no rows".to_owned()));
     for number in 0..500 {
         let id = number.to_string();
-        monitor.observe(&answered(request(Some(&id), None, 1), 3, 0.2), 1);
+        let request = request(Some(&id), Some("north"), 1);
+        assert_eq!(monitor.observe(&answered(request, 3, 0.2), 1, false), 0);
         monitor.label(&[label(&id, 3)], 2);
     }
     let (vitals, signals, _) = monitor.take_news(3).unwrap();
@@ -193,13 +203,40 @@ fn a_version_without_a_reference_is_watched_as_far_as_that_goes() {
     assert_eq!((out.windows, out.last), (0, None));
     assert_eq!(vitals.sentinels.sentinels, 0);
     assert_eq!(vitals.truth.total.unwrap().accuracy, 1.0);
+    assert_eq!(vitals.no_reference.as_deref(), Some("no rows"));
+    let slice = &vitals.slices[0];
+    assert_eq!((slice.rows, slice.windows, slice.labelled), (500, 0, 500));
+}
+
+#[test]
+fn while_windows_rest_only_those_of_slices_stand_still() {
+    let mut monitor = monitor();
+    let mut compared = |ids: std::ops::Range<u32>, windows_rest| -> u64 {
+        ids.map(|number| {
+            let id = number.to_string();
+            let request = request(Some(&id), Some("north"), 1);
+            let compared = monitor.observe(&answered(request, 3, 0.9), 1, windows_rest);
+            monitor.label(&[label(&id, 3)], 2);
+            compared
+        })
+        .sum()
+    };
+    assert_eq!(compared(0..300, true), 0);
+    assert_eq!(compared(300..400, false), 1);
+    let vitals = monitor.vitals();
+    assert_eq!((vitals.rows, vitals.no_reference), (400, None));
+    assert_eq!(vitals.out_of_distribution.windows, 2);
+    assert_eq!(vitals.truth.total.unwrap().samples, 400);
+    let slice = &vitals.slices[0];
+    assert_eq!((slice.rows, slice.dropped, slice.windows), (400, 300, 1));
+    assert_eq!(slice.labelled, 400);
 }
 
 #[test]
 fn rows_that_the_version_does_not_know_are_out_of_distribution_once() {
     let (mut monitor, _) = monitor_of(&digits(1000));
     for _ in 0..600 {
-        monitor.observe(&answered(request(None, None, 1), 3, 0.01), 1);
+        monitor.observe(&answered(request(None, None, 1), 3, 0.01), 1, false);
     }
     let (vitals, signals, _) = monitor.take_news(2).unwrap();
     let found: Vec<&Signal> = signals
@@ -230,7 +267,7 @@ fn slices_are_told_apart_in_windows_and_in_labels() {
             confidences: vec![0.9],
             requests: vec![request(Some(&id), Some(slice), 1)],
         };
-        monitor.observe(&observation, 1);
+        monitor.observe(&observation, 1, false);
         let truth = if is_north {
             11
         } else {

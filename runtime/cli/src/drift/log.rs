@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use mobula_actors::drift::client;
-use mobula_actors::drift::log::{FILES_MAX, LogPolicy, LogStatus, LoggedFeatures, folder};
+use mobula_actors::drift::log::{LogPolicy, LogStatus, LoggedFeatures, Pages, files, folder};
 use mobula_actors::storage::open_blobs;
 use mobula_core::clock::Clock;
 use serde::Serialize;
@@ -201,40 +201,43 @@ async fn export(target: &Target, arguments: DriftLogExportArguments) -> anyhow::
     let blobs = open_blobs(&location)?;
     let prefix = folder(&endpoint);
     let oldest_ms = since.map_or(0, |age| SystemClock.now_ms().saturating_sub(age));
-    let listed = blobs.list(&prefix, FILES_MAX).await?;
-    let wanted: Vec<_> = listed
-        .into_iter()
-        .filter(|file| file.modified_ms >= oldest_ms)
-        .collect();
-    if wanted.is_empty() {
+    let (mut count, mut bytes) = (0, 0);
+    let mut pages = Pages::of(&blobs, &endpoint);
+    while let Some(page) = pages.next_page().await? {
+        for file in page.iter().filter(|file| file.modified_ms >= oldest_ms) {
+            // One whose time is over meanwhile is deleted by the monitor.
+            let Some(content) = files::read(&blobs, file, FILE_BYTES_MAX).await? else {
+                continue;
+            };
+            if count == 0 {
+                std::fs::create_dir_all(&to)
+                    .with_context(|| format!("the folder {} cannot be made", to.display()))?;
+            }
+            // `predictions/digits/v1/…` becomes `v1-…`.
+            let name = file.path[prefix.len()..]
+                .trim_matches('/')
+                .replace('/', "-");
+            let path = to.join(name);
+            std::fs::write(&path, &content)
+                .with_context(|| format!("{} cannot be written", path.display()))?;
+            count += 1;
+            bytes += content.len() as u64;
+        }
+    }
+    if count == 0 {
         bail!(
             "there is no file of predictions of endpoint `{endpoint}`: `mobula drift log show {endpoint}` says what \
              is logged, and when files are written"
         );
     }
-    std::fs::create_dir_all(&to)
-        .with_context(|| format!("the folder {} cannot be made", to.display()))?;
-    let mut bytes = 0;
-    for file in &wanted {
-        let content = blobs.get(&file.path, FILE_BYTES_MAX).await?;
-        // `predictions/digits/v1/…` becomes `v1-…`.
-        let name = file.path[prefix.len()..]
-            .trim_matches('/')
-            .replace('/', "-");
-        let path = to.join(name);
-        std::fs::write(&path, &content)
-            .with_context(|| format!("{} cannot be written", path.display()))?;
-        bytes += content.len() as u64;
-    }
-    let files = wanted.len() as u64;
     if format.json {
         return print_json(&ExportJson {
             endpoint: &endpoint,
             folder: &to,
-            files,
+            files: count,
             bytes,
         });
     }
-    println!("{files} files ({}) are in {}", size(bytes), to.display());
+    println!("{count} files ({}) are in {}", size(bytes), to.display());
     Ok(())
 }

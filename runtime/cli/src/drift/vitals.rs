@@ -79,6 +79,9 @@ pub(super) fn print(known: &EndpointVitals, signals: &[SignalEvent]) {
         vitals.rows,
         out_of_distribution(&vitals.out_of_distribution)
     );
+    if let Some(why) = &vitals.no_reference {
+        println!("  windows     no reference: {why}");
+    }
     println!("  labels      {}", truth(&vitals.truth));
     if let Some(total) = &vitals.truth.total {
         print_reliability(total);
@@ -188,6 +191,7 @@ fn print_slices(slices: &[SliceStatus]) {
             vec![
                 slice.name.clone(),
                 slice.rows.to_string(),
+                slice.dropped.to_string(),
                 slice.windows.to_string(),
                 format!("{} of {}", slice.features_drifted, slice.features_compared),
                 if slice.drifts { "yes" } else { "no" }.to_owned(),
@@ -201,6 +205,7 @@ fn print_slices(slices: &[SliceStatus]) {
         &[
             "SLICE",
             "ROWS",
+            "DROPPED",
             "WINDOWS",
             "FEATURES DRIFTED",
             "DRIFTS",
