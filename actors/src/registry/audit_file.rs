@@ -95,6 +95,14 @@ pub enum AuditFileError {
         /// As the file says.
         stated: String,
     },
+    /// An entry stands in another one's place.
+    #[error("entry {sequence} says that it is entry {said}: it was moved")]
+    Moved {
+        /// Where it stands.
+        sequence: u64,
+        /// Its number by its own text, which is hashed.
+        said: String,
+    },
     /// An entry does not follow the one before.
     #[error(
         "entry {sequence} does not follow the one before it: one of the two was changed, or one is missing"
@@ -219,14 +227,31 @@ fn hash_of(text: &str) -> Result<Hash, AuditFileError> {
 fn leaf_of(sequence: u64, entry: &str, stated: &str) -> Result<Hash, AuditFileError> {
     let leaf = merkle::leaf(entry.as_bytes());
     let found = hex::encode(&leaf);
-    if found == stated {
-        return Ok(leaf);
+    if found != stated {
+        return Err(AuditFileError::Changed {
+            sequence,
+            found,
+            stated: stated.to_owned(),
+        });
     }
-    Err(AuditFileError::Changed {
-        sequence,
-        found,
-        stated: stated.to_owned(),
-    })
+    Ok(leaf)
+}
+
+/// Whether an entry's own text, which is hashed, has this number. A root says nothing of how many entries it is over,
+/// and over another number of them a leaf can be in another place.
+fn check_number(sequence: u64, entry: &str) -> Result<(), AuditFileError> {
+    let text: serde_json::Value =
+        serde_json::from_str(entry).map_err(|error| AuditFileError::Unreadable {
+            sequence,
+            reason: error.to_string(),
+        })?;
+    match &text["sequence"] {
+        said if *said == sequence => Ok(()),
+        said => Err(AuditFileError::Moved {
+            sequence,
+            said: said.to_string(),
+        }),
+    }
 }
 
 fn verify_proof(proof: &Proof) -> Result<Intact, AuditFileError> {
@@ -244,6 +269,7 @@ fn verify_proof(proof: &Proof) -> Result<Intact, AuditFileError> {
             stated: proof.root.clone(),
         });
     }
+    check_number(proof.sequence, &proof.entry)?;
     Ok(Intact {
         first: proof.sequence,
         entries: 1,
@@ -276,6 +302,7 @@ fn verify_log(text: &str) -> Result<Intact, AuditFileError> {
         if hex::encode(&chain) != line.chain {
             return Err(AuditFileError::Chain { sequence });
         }
+        check_number(sequence, &line.entry)?;
         tree.push(leaf);
     }
     if tree.size() != header.size {
@@ -414,5 +441,24 @@ mod tests {
             );
             assert!(verify(&moved, None).is_err(), "{sequence}");
         }
+    }
+
+    #[test]
+    fn an_entry_is_not_proved_as_one_of_a_smaller_log_with_the_same_root() {
+        let mut world = World::with_versions(2);
+        world.promote(1, Stage::Staging).unwrap();
+        let page: EventPage = world.ask(&Query::Events { from: 0 }).unwrap();
+        let last = page.events.last().unwrap().sequence;
+        // The last leaf of an odd number of them is the right child of the root, as the second of two is.
+        assert_eq!(last % 2, 1, "the log has {last} entries");
+        let proof: EventProof = world.ask(&Query::Proof { sequence: last }).unwrap();
+        assert_eq!(proof.path.len(), 1);
+        let text = proof_to_text(&proof);
+        let smaller = text
+            .replace(&format!("\"sequence\": {last},"), "\"sequence\": 2,")
+            .replace(&format!("\"size\": {last}"), "\"size\": 2");
+        assert_ne!(smaller, text);
+        let error = verify(&smaller, None).unwrap_err();
+        assert!(matches!(error, AuditFileError::Moved { .. }), "{error}");
     }
 }

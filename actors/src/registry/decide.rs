@@ -8,7 +8,8 @@
 
 use serde_json::{Value, json};
 
-use super::envelope::{Envelope, EnvelopeError, Signature};
+use super::envelope::{Demand, Envelope, EnvelopeError, Signature};
+use super::keys::{Revocation, Role};
 use super::search::{ModelView, VersionView};
 use super::signer::{self, SignError, Signer};
 use super::stages::{SignedEdge, Stage, StageChange};
@@ -244,40 +245,42 @@ pub fn verify(
         };
         return vec![Finding::of("stage", outcome)];
     };
+    let mut revoked = Vec::new();
     // What was signed before a key was revoked stays signed; it is said, though.
-    let revoked = std::cell::RefCell::new(Vec::new());
-    let find = |id: &str| {
-        let mut record = find_key(id)?;
-        if let Some(revocation) = record.revoked.take() {
-            if revocation.revoked_ms < version.standing.since_ms {
-                record.revoked = Some(revocation);
-            } else {
-                revoked.borrow_mut().push(record.id.clone());
+    let mut check = |envelope: &Envelope, demand: Demand<'_>, signed_ms: u64| {
+        let revoked_later = std::cell::RefCell::new(Vec::new());
+        let find = |id: &str| {
+            let mut record = find_key(id)?;
+            let later = |revocation: &mut Revocation| revocation.revoked_ms >= signed_ms;
+            if record.revoked.take_if(later).is_some() {
+                revoked_later.borrow_mut().push(record.id.clone());
             }
-        }
-        Some(record)
-    };
-    let check = |what, envelope: &Envelope, statement: &[u8]| {
-        let demand = super::envelope::Demand {
-            what,
-            statement,
-            role: edge.role,
-            signatures: edge.signatures,
+            Some(record)
         };
-        let signers = envelope.check(demand, find)?;
-        Ok::<_, super::envelope::SignatureError>(format!("signed by {}", signers.join(", ")))
+        let signers = envelope.check(demand, find);
+        revoked.extend(revoked_later.into_inner());
+        signers.map(|signers| format!("signed by {}", signers.join(", ")))
+    };
+    // The row says how many keys were asked for, and may be what somebody made up: nothing is signed by nobody.
+    let demand = Demand {
+        what: "promotion",
+        statement: &edge.promotion.payload,
+        role: role_of(&edge.promotion.payload),
+        signatures: edge.signatures.max(1),
     };
     let mut findings = vec![
         Finding::of("stage", says(&edge.promotion.payload, version)),
-        Finding::of(
-            "promotion",
-            check("promotion", &edge.promotion, &edge.promotion.payload),
-        ),
+        Finding::of("promotion", check(&edge.promotion, demand, edge.signed_ms)),
     ];
     match (&edge.provenance, &version.provenance) {
-        (Some(envelope), Some(provenance)) => {
-            let statement = statement::provenance(&version.version, provenance);
-            let outcome = check("provenance", envelope, &statement);
+        (Some(signed), Some(provenance)) => {
+            let demand = Demand {
+                what: "provenance",
+                statement: &statement::provenance(&version.version, provenance),
+                role: Role::Release,
+                signatures: signed.signatures.max(1),
+            };
+            let outcome = check(&signed.envelope, demand, signed.signed_ms);
             findings.push(Finding::of("provenance", outcome));
         }
         _ if version.standing.stage == Stage::Production => {
@@ -286,7 +289,6 @@ pub fn verify(
         }
         _ => {}
     }
-    let mut revoked = revoked.into_inner();
     revoked.sort();
     revoked.dedup();
     for key in revoked {
@@ -294,6 +296,21 @@ pub fn verify(
         findings.push(Finding::of("keys", Ok::<_, String>(detail)));
     }
     findings
+}
+
+/// The role that signs the edge which a statement is about: of one that says no stages, the rarer one.
+fn role_of(payload: &[u8]) -> Role {
+    let statement: Value = serde_json::from_slice(payload).unwrap_or_default();
+    let stage = |field: &str| {
+        let said = statement["predicate"][field].as_str();
+        Stage::ALL
+            .into_iter()
+            .find(|stage| Some(stage.as_str()) == said)
+    };
+    match (stage("from"), stage("to")) {
+        (Some(from), Some(to)) => from.role_to(to),
+        _ => Role::Release,
+    }
 }
 
 /// Whether a signed statement is about this version and the stage that it has.
@@ -435,6 +452,14 @@ mod tests {
         let mut forged = edge.clone();
         forged.promotion.signatures[0].bytes[9] ^= 1;
         assert_eq!(bad(&good, &forged), ["promotion"]);
+        // Who made up the row would also have made up that nobody had to sign.
+        let mut unsigned = edge.clone();
+        unsigned.signatures = 0;
+        unsigned.promotion.signatures.clear();
+        let provenance = unsigned.provenance.as_mut().unwrap();
+        provenance.signatures = 0;
+        provenance.envelope.signatures.clear();
+        assert_eq!(bad(&good, &unsigned), ["promotion", "provenance"]);
         let found = verify(&good, None, find);
         assert!(!found[0].ok, "{found:?}");
     }
@@ -449,11 +474,26 @@ mod tests {
         assert!(found.iter().all(|finding| finding.ok), "{found:?}");
         let last = found.last().unwrap();
         assert!(last.detail.contains("was revoked after"), "{last:?}");
-        let (_, mut view) = seen(&world, 1);
-        view.standing.since_ms = u64::MAX;
-        let found = verify(&view, signed(&world, 1).as_ref(), |id| {
-            keys::find(&world.tables, id)
-        });
+        let (_, view) = seen(&world, 1);
+        let mut edge = signed(&world, 1).unwrap();
+        edge.signed_ms = u64::MAX;
+        let found = verify(&view, Some(&edge), |id| keys::find(&world.tables, id));
         assert!(found.iter().any(|finding| !finding.ok), "{found:?}");
+    }
+
+    #[test]
+    fn a_version_that_is_replaced_after_its_key_was_revoked_is_signed_still() {
+        let mut world = World::with_versions(2);
+        for version in [1, 2] {
+            world.promote(version, Stage::Staging).unwrap();
+        }
+        world.promote(1, Stage::Production).unwrap();
+        world.revoke(world.keys[0].public_key().id());
+        // The other key takes the first version's place: what was signed about that one is as old as it was.
+        let change = world.change(2, Stage::Production, &[&world.keys[1]]);
+        let _: VersionView = world.apply(&Command::Stage(change)).unwrap();
+        let found = findings(&world, 1);
+        assert!(found.iter().all(|finding| finding.ok), "{found:?}");
+        assert!(found.last().unwrap().detail.contains("was revoked after"));
     }
 }

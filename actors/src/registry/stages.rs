@@ -185,11 +185,22 @@ pub struct SignedEdge {
     /// The edge.
     pub promotion: Envelope,
     /// The version's provenance: since it was in production.
-    pub provenance: Option<Envelope>,
-    /// The role that the edge needed, and how many signatures.
-    pub role: Role,
+    pub provenance: Option<SignedProvenance>,
+    /// How many different keys the edge needed.
+    pub signatures: u32,
+    /// When it was taken, in milliseconds since the Unix epoch: a key that is revoked later had the right to sign.
+    pub signed_ms: u64,
+}
+
+/// A version's provenance, as it was signed when the version became production.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignedProvenance {
+    /// The statement.
+    pub envelope: Envelope,
     /// How many different keys were needed.
     pub signatures: u32,
+    /// When, in milliseconds since the Unix epoch.
+    pub signed_ms: u64,
 }
 
 /// Where a version stands.
@@ -335,7 +346,11 @@ pub(super) fn change(
                 ..demand
             };
             envelope.check(demand, find_key)?;
-            Some(envelope.clone())
+            Some(SignedProvenance {
+                envelope: envelope.clone(),
+                signatures,
+                signed_ms: context.now_ms,
+            })
         }
         // What was signed once stays with the version.
         _ => signed(txn, model, *version).and_then(|before| before.provenance),
@@ -382,8 +397,8 @@ pub(super) fn change(
     let edge = SignedEdge {
         promotion: change.promotion.clone(),
         provenance: signed_provenance,
-        role,
         signatures,
+        signed_ms: context.now_ms,
     };
     row::put(txn, SIGNED, &version_key(model, *version), &edge);
     state.production = match (from, to) {

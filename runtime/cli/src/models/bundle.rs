@@ -47,7 +47,7 @@ pub(super) async fn export(
         if let Some(provenance) = edge.provenance {
             files.push((
                 PROVENANCE_ENVELOPE_FILE,
-                provenance.to_json().to_string().into(),
+                provenance.envelope.to_json().to_string().into(),
             ));
         }
     }

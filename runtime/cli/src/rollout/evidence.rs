@@ -139,11 +139,16 @@ fn is_about(entry: &Value, model: &str, versions: &BTreeSet<u64>) -> bool {
             .is_some_and(|value| versions.contains(&value))
     };
     let names_it = entry["model"] == model
-        && ["version", "from", "to"]
+        && ["version", "replaces", "from", "to"]
             .iter()
             .any(|field| is_version(&entry[*field]));
-    let subject = entry["gate"]["subject"].as_str().unwrap_or_default();
-    let is_asked = subject.split(' ').any(|word| {
+    // What a policy was asked about, and what somebody approved.
+    let subjects = [&entry["gate"]["subject"], &entry["subject"]];
+    let mut words = subjects
+        .into_iter()
+        .filter_map(Value::as_str)
+        .flat_map(|subject| subject.split(' '));
+    let is_asked = words.any(|word| {
         word.split_once(':').is_some_and(|(name, version)| {
             name == model
                 && version
@@ -208,6 +213,14 @@ mod tests {
             (
                 json!({"event": "gate_decided", "gate": {"subject": "train digits"}}),
                 false,
+            ),
+            (
+                json!({"event": "approved", "subject": "deploy digits:2"}),
+                true,
+            ),
+            (
+                json!({"event": "staged", "model": "digits", "version": 5, "replaces": 1}),
+                true,
             ),
             (json!({"event": "key_added", "key": "k"}), false),
         ] {
