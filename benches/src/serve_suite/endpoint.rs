@@ -16,11 +16,44 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// The model, and its first endpoint.
 pub(crate) const MODEL: &str = "digits";
 
+/// A model of the same inputs whose answers cost far more than what is around them: 17 million parameters, so 34 million
+/// floating-point operations a row.
+const WIDE_MODEL: &str = "wide";
+
 const RAY_PROGRAM: &str = include_str!("ray_serve.py");
 
-/// A job that trains a version of it, once `SEED` is replaced.
-const JOB: &str = "name = \"digits\"\nregister = \"digits\"\nseed = SEED\nsteps = 60\n\
-                   workers = { min = 1, max = 1 }\n[model.mlp]\nhidden = [64]\n";
+/// A job that trains a version.
+#[derive(Debug, Clone, Copy)]
+struct Job {
+    model: &'static str,
+    seed: u64,
+    steps: u64,
+    hidden: &'static [usize],
+}
+
+impl Job {
+    fn digits(seed: u64) -> Self {
+        Job {
+            model: MODEL,
+            seed,
+            steps: 60,
+            hidden: &[64],
+        }
+    }
+
+    fn to_toml(self) -> String {
+        let Job {
+            model,
+            seed,
+            steps,
+            hidden,
+        } = self;
+        format!(
+            "name = \"{model}\"\nregister = \"{model}\"\nseed = {seed}\nsteps = {steps}\n\
+             workers = {{ min = 1, max = 1 }}\n[model.mlp]\nhidden = {hidden:?}\n"
+        )
+    }
+}
 
 /// Where requests go, and what is sent: the same bytes each time.
 #[derive(Debug, Clone)]
@@ -164,8 +197,8 @@ pub(crate) struct Digits {
 impl Digits {
     pub(crate) async fn deploy(programs: &Path) -> Outcome<Self> {
         let cluster = Cluster::up(programs.join("mobula"))?;
-        train(&cluster, 7).await?;
-        let target = deployed(&cluster, MODEL, &["--replicas", "2"])?;
+        train(&cluster, Job::digits(7)).await?;
+        let target = deployed(&cluster, MODEL, MODEL, &["--replicas", "2"])?;
         Ok(Digits { cluster, target })
     }
 
@@ -176,12 +209,26 @@ impl Digits {
 
     /// Trains another version, as good as the first.
     pub(crate) async fn train_another(&self) -> Outcome {
-        train(&self.cluster, 8).await
+        train(&self.cluster, Job::digits(8)).await
+    }
+
+    /// Trains a model whose answers cost more than what is around them, and puts it behind an endpoint of two replicas.
+    pub(crate) async fn wide(&self) -> Outcome<Target> {
+        let job = Job {
+            model: WIDE_MODEL,
+            seed: 7,
+            // What it answers does not matter.
+            steps: 2,
+            hidden: &[4096, 4096],
+        };
+        train(&self.cluster, job).await?;
+        let replicas = ["--replicas", "2"];
+        deployed(&self.cluster, WIDE_MODEL, WIDE_MODEL, &replicas)
     }
 
     /// Another endpoint of the first version.
     pub(crate) fn another(&self, endpoint: &str, scaling: &[&str]) -> Outcome<Target> {
-        deployed(&self.cluster, endpoint, scaling)
+        deployed(&self.cluster, MODEL, endpoint, scaling)
     }
 
     /// How many replicas an endpoint has now.
@@ -192,10 +239,10 @@ impl Digits {
     }
 }
 
-/// Trains a version of the model, and waits for it.
-async fn train(cluster: &Cluster, seed: u64) -> Outcome {
-    let file = cluster.dir.path().join("digits.toml");
-    std::fs::write(&file, JOB.replace("SEED", &seed.to_string()))?;
+/// Trains a version of a model, and waits for it.
+async fn train(cluster: &Cluster, job: Job) -> Outcome {
+    let file = cluster.dir.path().join("job.toml");
+    std::fs::write(&file, job.to_toml())?;
     let submitted = cluster.asked(&["submit", &file.display().to_string()])?;
     let job = format!("job-{}", submitted["job"]);
     let deadline = Instant::now() + LIMIT;
@@ -215,9 +262,9 @@ async fn train(cluster: &Cluster, seed: u64) -> Outcome {
     }
 }
 
-/// Puts the first version behind an endpoint, and waits until it answers.
-fn deployed(cluster: &Cluster, endpoint: &str, scaling: &[&str]) -> Outcome<Target> {
-    let first = format!("{MODEL}:1");
+/// Puts the first version of a model behind an endpoint, and waits until it answers.
+fn deployed(cluster: &Cluster, model: &str, endpoint: &str, scaling: &[&str]) -> Outcome<Target> {
+    let first = format!("{model}:1");
     let command = ["serve", "deploy", &first, "--endpoint", endpoint];
     let deployed = cluster.asked(&[&command[..], scaling].concat())?;
     let text = |name: &str| {

@@ -28,6 +28,9 @@ const CALLERS_QUICK: [usize; 3] = [1, 8, 512];
 /// Callers that keep an endpoint of two replicas as busy as it gets: more only wait longer.
 const BUSY_CALLERS: usize = 64;
 
+/// The same where the model takes the time: two full batches at each replica, one that is computed and one that waits.
+const BUSY_CALLERS_WIDE: usize = 512;
+
 /// The share of the most that was answered at which a service should be run, and at which its latencies count.
 const USUAL_LOAD: f64 = 0.7;
 
@@ -35,7 +38,7 @@ const USUAL_LOAD: f64 = 0.7;
 const OVERLOAD: f64 = 2.0;
 
 /// What can be measured alone.
-const PARTS: [&str; 5] = ["router", "identity", "endpoint", "open", "changes"];
+const PARTS: [&str; 6] = ["router", "identity", "endpoint", "open", "wide", "changes"];
 
 /// How much is measured, and where the figures go.
 #[derive(Debug, Clone)]
@@ -121,7 +124,7 @@ async fn measure(options: &Options, results: &mut Results) -> Outcome {
     if options.wants("identity") {
         identity(options, results).await?;
     }
-    if !["endpoint", "open", "changes"]
+    if !["endpoint", "open", "wide", "changes"]
         .iter()
         .any(|part| options.wants(part))
     {
@@ -133,7 +136,11 @@ async fn measure(options: &Options, results: &mut Results) -> Outcome {
         closed(options, results, "digits, 2 replicas", &digits.target).await?;
     }
     if options.wants("open") {
-        open(options, results, &digits.target).await?;
+        open(options, results, "digits", BUSY_CALLERS, &digits.target).await?;
+    }
+    if options.wants("wide") {
+        let wide = digits.wide().await?;
+        open(options, results, "wide", BUSY_CALLERS_WIDE, &wide).await?;
     }
     if options.wants("changes") {
         changes::measure(results, &digits).await?;
@@ -172,31 +179,37 @@ async fn closed(options: &Options, results: &mut Results, name: &str, target: &T
 }
 
 /// Requests that come when they come, as those of many independent people do.
-async fn open(options: &Options, results: &mut Results, target: &Target) -> Outcome {
-    load::closed(target, BUSY_CALLERS, options.round / 2).await?;
-    let outcomes = load::closed(target, BUSY_CALLERS, options.round).await?;
+async fn open(
+    options: &Options,
+    results: &mut Results,
+    model: &str,
+    busy_callers: usize,
+    target: &Target,
+) -> Outcome {
+    load::closed(target, busy_callers, options.round / 2).await?;
+    let outcomes = load::closed(target, busy_callers, options.round).await?;
     let most = outcomes.answered_per_second();
-    let row = format!("digits, the most: {BUSY_CALLERS} callers");
+    let row = format!("{model}, the most: {busy_callers} callers");
     results.rate(&row, most, &outcomes.answered);
     // What this machine, generator and all, can do over as many connections as the open loop has.
     let outcomes = load::closed(target, load::CONNECTIONS, options.round).await?;
-    let row = format!("digits, the most: {} callers", load::CONNECTIONS);
+    let row = format!("{model}, the most: {} callers", load::CONNECTIONS);
     let most_crowded = outcomes.answered_per_second();
     results.rate(&row, most_crowded, &outcomes.answered);
     tell_the_rest(results, &row, &outcomes);
     for (name, share) in [("usual load", USUAL_LOAD), ("overload", OVERLOAD)] {
         let arrivals = Arrivals {
-            per_second: most * share,
+            per_second: most_crowded * share,
             seed: 7,
         };
         let outcomes = load::open(target, arrivals, options.round).await?;
-        let row = format!("digits, open loop, {name}: {share} of the most, seed 7");
+        let row = format!("{model}, open loop, {name}: {share} of the most, seed 7");
         results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
         tell_the_rest(results, &row, &outcomes);
         let goodput =
             |most: f64| outcomes.answered_per_second() / most.max(f64::MIN_POSITIVE) * 100.0;
         let of = |callers| format!("{row}: goodput of the most with {callers} callers");
-        results.figure(&of(BUSY_CALLERS), goodput(most), "%");
+        results.figure(&of(busy_callers), goodput(most), "%");
         results.figure(&of(load::CONNECTIONS), goodput(most_crowded), "%");
     }
     Ok(())

@@ -22,6 +22,9 @@ CALLERS = [1, 8, 64]
 # Rounds of a measurement may differ by half before it counts as unstable: two of them share a machine with the server.
 STABILITY_PERCENT = "50"
 
+# perf_analyzer has been seen to keep all of its records, gigabytes of them, and to end in no time.
+LIMIT_S = 120
+
 
 def perf_analyzer(folder):
     """The program and the folder of its libraries."""
@@ -46,7 +49,7 @@ def perf_analyzer(folder):
 
 
 def measured(program, libraries, folder, protocol, address, token, callers, window_ms):
-    """Answers a second, and the median and 99th percentile of their latencies in microseconds."""
+    """Answers a second, and the median and 99th percentile of their latencies in microseconds; None if it takes too long."""
     figures = folder / "figures.csv"
     figures.unlink(missing_ok=True)
     # By gRPC the name must be in small letters, and a space after the colon is taken for a part of the value.
@@ -56,14 +59,26 @@ def measured(program, libraries, folder, protocol, address, token, callers, wind
         "--concurrency-range", str(callers), "--measurement-interval", str(window_ms),
         "--stability-percentage", STABILITY_PERCENT, "-H", authorization, "-f", figures,
     ]
-    ran = subprocess.run(
-        command, env=os.environ | {"LD_LIBRARY_PATH": libraries}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    environment = os.environ | {"LD_LIBRARY_PATH": libraries}
+    try:
+        ran = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        return None
     rows = list(csv.DictReader(figures.open())) if figures.exists() else []
     if not rows:
         raise SystemExit(f"perf_analyzer measured nothing at {address}:\n{ran.stdout}")
     (row,) = rows
     return tuple(float(row[name]) for name in ("Inferences/Second", "p50 latency", "p99 latency"))
+
+
+def cells_of(measured):
+    """Three cells of the table."""
+    if measured is None:
+        return f"not within {LIMIT_S} s | – | –"
+    rate, p50, p99 = measured
+    return f"{rate:.0f} | {p50:.0f} µs | {p99:.0f} µs"
 
 
 def main():
@@ -81,9 +96,9 @@ def main():
             for callers in CALLERS:
                 ask = lambda where: measured(program, libraries, folder, protocol, where, token, callers, window_ms)
                 triton, ours = ask(theirs), ask(address)
-                cells = [f"{rate:.0f} | {p50:.0f} µs | {p99:.0f} µs" for rate, p50, p99 in (triton, ours)]
-                ratio = ours[0] / triton[0]
-                print(f"| {protocol}, {callers} callers | {cells[0]} | {cells[1]} | {ratio:.1f}× |", flush=True)
+                cells = [cells_of(measured) for measured in (triton, ours)]
+                ratio = f"{ours[0] / triton[0]:.1f}×" if triton and ours else "–"
+                print(f"| {protocol}, {callers} callers | {cells[0]} | {cells[1]} | {ratio} |", flush=True)
     finally:
         mobula.kill()
         mobula.wait()
