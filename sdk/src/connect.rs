@@ -67,6 +67,33 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Like [`Cluster::connect_to_any`], also while no head leads: it waits until some head can be
+    /// connected to and asks it nothing, so that a token that is not good shows at the first operation.
+    /// Without a leader only that works which a head answers by itself: who the heads are, and a
+    /// backup of what one of them holds.
+    pub async fn connect_without_leader(addresses: Vec<String>, token: &str) -> Result<Self> {
+        let cluster = Cluster::outside(&addresses, token, None)?;
+        cluster.reach_a_head().await?;
+        Ok(cluster)
+    }
+
+    /// Like [`Cluster::from_data_dir`], also while no head leads: see
+    /// [`Cluster::connect_without_leader`].
+    pub async fn from_data_dir_without_leader(directory: &Path) -> Result<Self> {
+        let cluster = Cluster::of_data_dir(directory, None)?;
+        cluster.reach_a_head().await?;
+        Ok(cluster)
+    }
+
+    /// Waits for a connection to some head.
+    async fn reach_a_head(&self) -> Result<()> {
+        self.control()
+            .read("connect to a head", |_| {
+                std::future::ready(Ok(tonic::Response::new(())))
+            })
+            .await
+    }
+
     /// A local cluster of this program's own, which ends with the last clone of the value.
     pub async fn embedded() -> Result<Self> {
         let local = LocalCluster::start().await?;

@@ -15,7 +15,7 @@ use tonic::Streaming;
 
 use crate::args::{Format, Target};
 use crate::clock::SystemClock;
-use crate::connect::connect;
+use crate::connect::{connect, connect_without_leader};
 use crate::output::print_json;
 
 /// What stands for standard output.
@@ -36,7 +36,10 @@ pub(crate) async fn backup(
         let path = file.to_owned();
         return Err(BackupError::Exists { path }.into());
     }
-    let cluster = connect(target).await?;
+    let cluster = match local {
+        true => connect_without_leader(target).await?,
+        false => connect(target).await?,
+    };
     let reader = SecretReader::new();
     let request = BackupRequest {
         public_key: reader.public_key().to_vec(),

@@ -9,7 +9,7 @@ use mobula_wire::control::{
 use serde_json::json;
 
 use crate::args::{Format, GroupCommand, Target};
-use crate::connect::connect;
+use crate::connect::{connect, connect_without_leader, patiently};
 use crate::output::{or_dash, print_json, print_table};
 use crate::tokens;
 
@@ -17,7 +17,11 @@ use crate::tokens;
 const TOKEN_USES: u32 = 3;
 
 pub(crate) async fn run(target: &Target, command: GroupCommand) -> anyhow::Result<()> {
-    let cluster = connect(target).await?;
+    let cluster = match &command {
+        // The others change the group, which only a leader can.
+        GroupCommand::Members(_) => connect_without_leader(target).await?,
+        _ => connect(target).await?,
+    };
     match command {
         GroupCommand::Members(format) => members(&cluster, format).await,
         GroupCommand::Add { ttl, format } => add(&cluster, ttl, format).await,
@@ -104,7 +108,7 @@ async fn find(cluster: &Cluster, text: &str) -> anyhow::Result<u64> {
 }
 
 async fn members(cluster: &Cluster, format: Format) -> anyhow::Result<()> {
-    let reply = list(cluster).await?;
+    let reply = patiently(list(cluster)).await?;
     if format.json {
         return print_json(&reply);
     }

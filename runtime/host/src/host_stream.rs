@@ -247,7 +247,9 @@ impl HostStream {
                 (outgoing.deadline, &mut outgoing.message)
             {
                 let left = deadline.at.saturating_duration_since(Instant::now());
-                request.timeout_ms = Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
+                // Up: what is left of a millisecond is not nothing.
+                let left_ms = left.as_micros().div_ceil(1_000);
+                request.timeout_ms = Some(u64::try_from(left_ms).unwrap_or(u64::MAX));
             }
             batch_bytes += size_bytes;
             batch.push(outgoing.message);

@@ -9,7 +9,7 @@ use mobula_storage::engine::{RocksEngine, RocksOptions};
 use mobula_storage::tables::state_hash;
 use serde_json::Value;
 
-use crate::heads::start_head;
+use crate::heads::{another_head, leader, start_head, wait_for_voters};
 use crate::small_disk::SmallDisk;
 use crate::storage::wait_for_checkpoints;
 use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
@@ -151,6 +151,35 @@ fn a_cluster_of_which_every_process_is_dead_resumes_its_jobs_from_a_backup() {
     let result = cluster.result_of(&job);
     assert_eq!(result["steps"], 3_000, "{result}");
     assert!(result["restarts"].as_u64() >= Some(1), "{result}");
+}
+
+#[test]
+fn what_the_last_head_holds_is_saved_also_when_nobody_leads_any_more() {
+    let cluster = TestCluster::up_with(0, &["--heads", "3"], &[]);
+    wait_for_voters(&cluster, 3);
+    let leader = leader(&cluster);
+    let left = another_head(&leader);
+    for name in ["head-1", "head-2", "head-3"]
+        .into_iter()
+        .filter(|name| *name != left)
+    {
+        kill_9(cluster.pid(name));
+    }
+    let members = wait_for("the head that is left to say who the others are", || {
+        let shown = cluster.run(&["head", "members", "--json"]);
+        let shown: Value = serde_json::from_slice(&shown.stdout).ok()?;
+        (shown["heads"].as_array()?.len() == 3).then_some(shown)
+    });
+    let heads = members["heads"].as_array().unwrap();
+    let answers = heads.iter().find(|head| head["name"] == left).unwrap();
+    assert_eq!(members["answered_by"], answers["raft_id"], "{members}");
+    let file = cluster.dir().join("last");
+    // Without that word it is the leader's to give, and there is none.
+    let refused = cluster.refused(&["head", "backup", file.to_str().unwrap()]);
+    assert!(refused.contains("leader"), "{refused}");
+    let manifest = cluster.json(&["head", "backup", "--local", file.to_str().unwrap()]);
+    let restored = restored(&file, &cluster.dir().join("again"));
+    assert_eq!(restored["backup"]["state_hash"], manifest["state_hash"]);
 }
 
 #[test]

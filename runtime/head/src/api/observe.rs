@@ -197,15 +197,56 @@ pub(crate) async fn measure(
     };
     request.extensions_mut().insert(Called(method.clone()));
     let response = next.run(request).await;
-    // An answer without a status in its head went well as far as anyone knows then.
-    let code = response
-        .headers()
-        .get("grpc-status")
-        .and_then(|value| value.to_str().ok()?.parse::<i32>().ok())
-        .map_or(tonic::Code::Ok, tonic::Code::from);
+    let code = counted_code(&response);
     let known = code != tonic::Code::Unimplemented;
     let method = if known { method.as_str() } else { "unknown" };
     let code = format!("{code:?}");
     context.metrics.requested(method, &code, began.elapsed());
     response
+}
+
+/// The code as which an answer is counted: gRPC's own, or what stands for the status of plain HTTP.
+fn counted_code(response: &Response) -> tonic::Code {
+    let told = response.headers().get("grpc-status");
+    let told = told.and_then(|value| value.to_str().ok()?.parse::<i32>().ok());
+    match (told, response.status()) {
+        (Some(code), _) => tonic::Code::from(code),
+        // An answer without a status in its head went well as far as anyone knows then.
+        (None, status) if status.is_success() => tonic::Code::Ok,
+        (None, StatusCode::UNAUTHORIZED) => tonic::Code::Unauthenticated,
+        (None, StatusCode::FORBIDDEN) => tonic::Code::PermissionDenied,
+        (None, StatusCode::NOT_FOUND) => tonic::Code::NotFound,
+        (None, StatusCode::SERVICE_UNAVAILABLE) => tonic::Code::Unavailable,
+        (None, StatusCode::INTERNAL_SERVER_ERROR) => tonic::Code::Internal,
+        (None, _) => tonic::Code::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_of_plain_http_are_counted_as_what_they_say() {
+        let refused = |status: Status| (http_code(&status), "refused").into_response();
+        for status in [
+            Status::unauthenticated("no token"),
+            Status::permission_denied("a worker's token"),
+            Status::not_found("no such worker"),
+            Status::unavailable("the worker has no session"),
+            Status::internal("no text"),
+        ] {
+            let code = status.code();
+            assert_eq!(counted_code(&refused(status)), code);
+        }
+        assert_eq!(counted_code(&"text".into_response()), tonic::Code::Ok);
+        let teapot = StatusCode::IM_A_TEAPOT.into_response();
+        assert_eq!(counted_code(&teapot), tonic::Code::Unknown);
+    }
+
+    #[test]
+    fn an_answer_of_grpc_is_counted_by_its_own_status() {
+        let denied = ([("grpc-status", "7")], "").into_response();
+        assert_eq!(counted_code(&denied), tonic::Code::PermissionDenied);
+    }
 }
