@@ -224,6 +224,24 @@ impl UntypedRef {
         arguments: Bytes,
         options: CallOptions,
     ) -> Result<Bytes> {
+        let mut may_have_run = false;
+        let called = self.call_until_answered(method, arguments, options, &mut may_have_run);
+        match called.await {
+            // The last attempt did not take effect; an earlier one may have.
+            Err(error) if may_have_run => Err(error.after_unknown()),
+            answer => answer,
+        }
+    }
+
+    /// Makes a call, as often as it takes; `may_have_run` is set when an attempt is followed by another without anybody
+    /// knowing what became of it.
+    async fn call_until_answered(
+        &self,
+        method: &'static str,
+        arguments: Bytes,
+        options: CallOptions,
+        may_have_run: &mut bool,
+    ) -> Result<Bytes> {
         let CallOptions {
             timeout,
             mut max_retries,
@@ -293,6 +311,7 @@ impl UntypedRef {
             if !again || !patience.goes_on(start) {
                 return Err(error.into());
             }
+            *may_have_run |= error.executed() == Executed::Unknown;
         }
     }
 

@@ -143,6 +143,25 @@ impl Error {
         }
     }
 
+    /// The same as the end of something of which nobody knows whether an earlier attempt took effect.
+    pub(crate) fn after_unknown(self) -> Self {
+        match self {
+            Error::Call(error) => Error::Call(error.after_unknown()),
+            Error::Control {
+                operation,
+                code,
+                message,
+                executed: Executed::No,
+            } => Error::Control {
+                operation,
+                code,
+                message,
+                executed: Executed::Unknown,
+            },
+            other => other,
+        }
+    }
+
     pub(crate) fn setup(what: impl Into<String>, reason: impl fmt::Display) -> Self {
         Error::Setup {
             what: what.into(),

@@ -244,6 +244,34 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// The same as the end of a call of which nobody knows whether an earlier attempt took effect.
+    #[must_use]
+    pub fn after_unknown(mut self) -> CallError {
+        match &mut self {
+            CallError::ActorDied { executed, .. }
+            | CallError::ActorUnavailable { executed, .. }
+            | CallError::DeadlineExceeded { executed, .. }
+            | CallError::Cancelled { executed, .. }
+            | CallError::ObjectLost { executed, .. }
+            | CallError::OutOfMemory { executed, .. }
+            | CallError::NodeLost { executed, .. }
+                if *executed == Executed::No =>
+            {
+                *executed = Executed::Unknown;
+            }
+            CallError::Overloaded { actor, .. } => {
+                return CallError::ActorUnavailable {
+                    actor: std::mem::take(actor),
+                    reason: "it was lost with the call, and takes no more calls now".to_owned(),
+                    executed: Executed::Unknown,
+                };
+            }
+            // What a start of it answered, or what another attempt would be refused for too.
+            _ => {}
+        }
+        self
+    }
+
     /// Whether the call took effect.
     #[must_use]
     pub fn executed(&self) -> Executed {

@@ -77,6 +77,11 @@ const CONNECTIONS_MAX: usize = 10_000;
 /// How often it is checked whether the certificate is due for renewal.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(60);
 
+/// When a client of the control API that says nothing is asked whether it is there, and how long it may take to answer:
+/// longer than a process is paused as a rule.
+const API_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(60);
+const API_KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How a head is started.
 pub struct HeadOptions {
     /// Where its state is kept.
@@ -477,6 +482,9 @@ async fn serve_api(
     };
     let served = tonic::transport::Server::builder()
         .tcp_nodelay(true)
+        // Clients whose machines vanish say nothing any more, and each holds a file descriptor.
+        .http2_keepalive_interval(Some(API_KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(API_KEEP_ALIVE_TIMEOUT))
         .add_routes(tonic::service::Routes::from(routes))
         .serve_with_incoming_shutdown(listener, stop)
         .await;

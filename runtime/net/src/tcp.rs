@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::Stream;
 use hyper_util::rt::TokioIo;
@@ -19,11 +19,14 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Sleep;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Uri};
 
-use crate::identity::{CaKeyHash, Credentials, CurrentCredentials, Identity, Role, peer_identity};
+use crate::identity::{
+    CaKeyHash, Credentials, CurrentCredentials, Identity, Role, not_after, peer_identity,
+};
 use crate::tls::{self, ALPN_API, PeerRejection, RejectionSlot, SERVER_NAME, TlsError};
 
 /// An honest handshake takes two round trips; whoever needs longer holds a slot for nothing.
@@ -213,13 +216,22 @@ async fn handshake(
             "{identity} is not of cluster {cluster}"
         )));
     }
+    let leaf = stream.get_ref().1.peer_certificates();
+    let end = leaf.and_then(|chain| chain.first()).map(not_after);
+    let end = end.transpose().map_err(io::Error::other)?;
     Ok(ApiStream {
         stream,
         peer: PeerInfo {
             peer_address,
             identity,
         },
+        end: end.map(|end| Box::pin(tokio::time::sleep(left_until(end)))),
     })
+}
+
+/// How long it is until then; a clock that is set back makes it no longer than it is now.
+fn left_until(end: SystemTime) -> Duration {
+    end.duration_since(SystemTime::now()).unwrap_or_default()
 }
 
 /// A gRPC connection on the server's side.
@@ -227,6 +239,8 @@ async fn handshake(
 pub struct ApiStream {
     stream: server::TlsStream<TcpStream>,
     peer: PeerInfo,
+    /// The end of the peer's certificate, which the connection does not outlive.
+    end: Option<Pin<Box<Sleep>>>,
 }
 
 impl ApiStream {
@@ -251,6 +265,11 @@ impl AsyncRead for ApiStream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let end = self.end.as_mut();
+        if end.is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
+            let reason = "the peer's certificate has run out";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, reason)));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }

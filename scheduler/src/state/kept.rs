@@ -127,6 +127,7 @@ impl StateModule for KeptObjects {
                 Vec::new()
             }
             KeptCommand::Drop { job, name, .. } => {
+                check_name("the name of what is kept", &name)?;
                 codec::encode_plain(&drop_named(txn, job, &name))
             }
         };

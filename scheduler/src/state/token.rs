@@ -182,6 +182,7 @@ pub(crate) fn consume(
 }
 
 pub(crate) fn revoke(apply: &mut Apply<'_>, id: &str) -> Result<Response, Rejection> {
+    check_name("the token's name", id)?;
     let token = row::get::<TokenRow>(apply.txn, TOKENS, id.as_bytes()).ok_or_else(|| {
         Rejection::not_found(format!(
             "there is no token `{id}`: `mobula tokens list` shows those there are"

@@ -301,21 +301,29 @@ impl TaskRecord {
         self.result.fail(error);
     }
 
-    /// It was cancelled before it was pushed.
+    /// Whether it was executed, where it is not with a slot: one that was lost with its slot may have been.
+    fn executed(&self) -> Executed {
+        match self.tries.executions {
+            0 => Executed::No,
+            _ => Executed::Unknown,
+        }
+    }
+
+    /// It was cancelled before it was pushed, or pushed again.
     pub(crate) fn fail_cancelled(self) {
         let error = CallError::Cancelled {
             actor: String::new(),
-            executed: Executed::No,
+            executed: self.executed(),
         };
         self.fail(error, None);
     }
 
-    /// Its time ran out before it was pushed.
+    /// Its time ran out before it was pushed, or pushed again.
     pub(crate) fn fail_late(self, deadline: Deadline) {
         let error = CallError::DeadlineExceeded {
             actor: String::new(),
             limit_ms: deadline.limit_ms,
-            executed: Executed::No,
+            executed: self.executed(),
         };
         self.fail(error, None);
     }

@@ -6,7 +6,7 @@ use std::ops::{Bound, ControlFlow};
 use mobula_core::control::{Reader, Row, Table, Txn};
 
 use super::hash::WritesHasher;
-use super::{VALUE_LIMIT_BYTES, abort_on_fault, read_base, row_key, scan_start};
+use super::{KEY_LIMIT_BYTES, VALUE_LIMIT_BYTES, abort_on_fault, read_base, row_key, scan_start};
 use crate::engine::{Column, Read, WriteBatch};
 
 /// Writes that are not in the engine yet; `None` is a deletion.
@@ -122,6 +122,11 @@ impl<R: Read> Reader for CommandTxn<'_, R> {
 impl<R: Read> Txn for CommandTxn<'_, R> {
     fn put(&mut self, table: Table, key: &[u8], value: Vec<u8>) {
         assert!(
+            key.len() <= KEY_LIMIT_BYTES,
+            "a table key has {} bytes",
+            key.len()
+        );
+        assert!(
             value.len() <= VALUE_LIMIT_BYTES,
             "a table row has {} bytes",
             value.len()
@@ -130,6 +135,10 @@ impl<R: Read> Txn for CommandTxn<'_, R> {
     }
 
     fn delete(&mut self, table: Table, key: &[u8]) {
+        // There is no such row.
+        if key.len() > KEY_LIMIT_BYTES {
+            return;
+        }
         self.writes.insert(row_key(table, key), None);
     }
 }

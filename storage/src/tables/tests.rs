@@ -48,6 +48,22 @@ fn a_command_sees_its_own_writes_and_those_of_earlier_commands() {
 }
 
 #[test]
+fn what_is_asked_for_under_a_key_that_no_row_may_have_is_not_there() {
+    let mut batch = ApplyBatch::new(engine_with(&[b"a"]));
+    let long = vec![b'x'; KEY_LIMIT_BYTES + 1];
+    let mut command = batch.begin();
+    assert_eq!(command.get(T, &long), None);
+    assert_eq!(command.scan(T, &long, None, 9), []);
+    assert_eq!(
+        keys(&command.scan(T, b"", Some(&long), 9)),
+        Vec::<&[u8]>::new()
+    );
+    command.delete(T, &long);
+    command.commit();
+    assert!(batch.is_empty());
+}
+
+#[test]
 fn a_rejected_command_leaves_nothing_behind() {
     let engine = engine_with(&[b"a"]);
     let mut batch = ApplyBatch::new(engine.clone());

@@ -51,9 +51,15 @@ pub(crate) async fn stamp(
     let session = SessionId(stamp.session);
     if session != SessionId::INTERNAL {
         let reader = context.raft.read().await?;
-        // One that is not known is refused when the command is applied.
-        let owner = mobula_scheduler::session::owner(&reader, session);
-        if owner.is_some_and(|owner| !owner.starts_with(&principal(caller))) {
+        // The read is linearizable, so one that is not known here is over, or is yet to be opened: by the time that the
+        // command is applied it could be somebody else's.
+        let Some(owner) = mobula_scheduler::session::owner(&reader, session) else {
+            return Err(rejected(&Rejection::new(
+                ErrorCode::SessionExpired,
+                format!("{session} is not known any more: open another one"),
+            )));
+        };
+        if !owner.starts_with(&principal(caller)) {
             return Err(rejected(&Rejection::new(
                 ErrorCode::PermissionDenied,
                 format!("{session} was opened by someone else: open one of your own"),

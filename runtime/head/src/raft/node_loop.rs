@@ -285,7 +285,6 @@ impl<E: Engine> Loop<E> {
         }
         match node.propose(Vec::new(), data) {
             Ok(()) => {
-                self.bytes_since_compaction += size_bytes as u64;
                 let index = node.raft.raft_log.last_index();
                 let term = node.raft.term;
                 self.waiting.insert(index, Waiting { term, reply });
@@ -324,6 +323,8 @@ impl<E: Engine> Loop<E> {
         write
             .append(ready.entries())
             .map_err(|error| Fault::new("append to the log", &error))?;
+        let sizes = ready.entries().iter().map(|entry| entry.data.len() as u64);
+        self.bytes_since_compaction += sizes.sum::<u64>();
         let is_kept =
             |_: &&HardState| !is_planted(Mutant::VoteNotWritten) || !ready.entries().is_empty();
         if let Some(hard_state) = ready.hs().filter(is_kept) {
@@ -499,15 +500,19 @@ impl<E: Engine> Loop<E> {
         let applied = self.parts.log.applied().index;
         let first = self.parts.log.truncated().index;
         let entries = applied.saturating_sub(first);
-        let due = entries >= config.compact_entries + config.keep_entries
-            || self.bytes_since_compaction >= config.compact_bytes;
-        if !due {
+        let is_large = self.bytes_since_compaction >= config.compact_bytes;
+        if entries < config.compact_entries + config.keep_entries && !is_large {
             return Ok(());
         }
+        // Few large entries are as long a log as many small ones.
+        let keep_entries = match is_large {
+            true => config.keep_entries.min(entries / 2),
+            false => config.keep_entries,
+        };
         // A follower goes on behind the snapshot that is on its way to it, unless that takes so
         // long that it must begin anew.
         let entries_max = 4 * (config.compact_entries + config.keep_entries);
-        let mut target = applied.saturating_sub(config.keep_entries);
+        let mut target = applied.saturating_sub(keep_entries);
         if let Some(needed) = self.snapshots.needed_from()
             && entries < entries_max
         {

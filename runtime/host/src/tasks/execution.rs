@@ -50,6 +50,10 @@ impl Drive {
         }
         loop {
             let mut calls = self.shared.calls.lock();
+            // A thread that was left behind while it computed ends now; what waits is the other one's.
+            if calls.is_over(self.generation) {
+                return None;
+            }
             let call = calls.waiting.pop_front()?;
             match Prepared::new(&self.shared, &self.activity, call) {
                 Ok(Prepared { mut running, reply }) => {
@@ -96,6 +100,9 @@ impl Future for Drive {
             this.current = this.begin_next();
             if this.current.is_some() {
                 continue;
+            }
+            if this.shared.is_over(this.generation) {
+                return Poll::Ready(());
             }
             if this.aside.is_empty() && this.shared.is_closed() {
                 return Poll::Ready(());

@@ -310,7 +310,7 @@ impl Shared {
     /// Whether the thread of this generation is to end at once.
     pub(crate) fn is_over(&self, generation: u64) -> bool {
         let calls = self.calls.lock();
-        calls.killed || calls.generation != generation
+        calls.is_over(generation)
     }
 
     /// Whether no more calls come.
@@ -363,6 +363,11 @@ impl Shared {
 }
 
 impl Calls {
+    /// Whether the thread of this generation is to end at once.
+    pub(super) fn is_over(&self, generation: u64) -> bool {
+        self.killed || self.generation != generation
+    }
+
     /// A task begins; its answer is due.
     pub(crate) fn enter(&mut self, reply: Reply, task: TaskContext) -> u64 {
         let number = self.next_number;

@@ -106,38 +106,15 @@ impl Transfers {
                 return Err("it answers nothing".into());
             }
         }
-        let mut at = 0;
-        let mut writing: Option<JoinHandle<Result<(), AnyError>>> = None;
-        while at < block.size_bytes {
-            let digest = match stream.receiver.receive_message::<PeerReply>().await? {
-                Some(PeerReply::Piece { digest }) => digest,
-                _ => return Err("it ends early".into()),
-            };
-            let Some(frame) = stream.receiver.receive().await? else {
-                return Err("it ends early".into());
-            };
-            let piece = frame.payload;
-            let fits = frame.kind == FrameKind::Chunk
-                && !piece.is_empty()
-                && piece.len() as u64 <= block.size_bytes - at;
-            if !fits {
-                return Err("a piece of it is not of the size that is missing".into());
-            }
-            if let Some(before) = writing.take() {
-                before.await??;
-            }
-            let (memory, offset) = (block.memory.clone(), block.offset + at);
-            at += piece.len() as u64;
-            writing = Some(tokio::task::spawn_blocking(move || {
-                if blake3::hash(&piece) != digest {
-                    return Err("a piece of it is not what its digest says".into());
-                }
-                Ok(memory.write_at(&piece, offset)?)
-            }));
-        }
-        if let Some(last) = writing {
-            last.await??;
-        }
+        let mut writing = None;
+        let received = receive_pieces(&mut stream, block, &mut writing).await;
+        // Also where the rest does not come: the memory is given to another object when this is over.
+        let written = match writing {
+            Some(last) => last.await?,
+            None => Ok(()),
+        };
+        received?;
+        written?;
         Ok(Ok(()))
     }
 
@@ -166,6 +143,46 @@ impl Transfers {
     }
 }
 
+/// A piece that is being written.
+type Writing = JoinHandle<Result<(), AnyError>>;
+
+/// Receives an object piece by piece into its memory; the last piece is still being written then.
+async fn receive_pieces(
+    stream: &mut FramedStream,
+    block: &Block,
+    writing: &mut Option<Writing>,
+) -> Result<(), AnyError> {
+    let mut at = 0;
+    while at < block.size_bytes {
+        let digest = match stream.receiver.receive_message::<PeerReply>().await? {
+            Some(PeerReply::Piece { digest }) => digest,
+            _ => return Err("it ends early".into()),
+        };
+        let Some(frame) = stream.receiver.receive().await? else {
+            return Err("it ends early".into());
+        };
+        let piece = frame.payload;
+        let fits = frame.kind == FrameKind::Chunk
+            && !piece.is_empty()
+            && piece.len() as u64 <= block.size_bytes - at;
+        if !fits {
+            return Err("a piece of it is not of the size that is missing".into());
+        }
+        if let Some(before) = writing.take() {
+            before.await??;
+        }
+        let (memory, offset) = (block.memory.clone(), block.offset + at);
+        at += piece.len() as u64;
+        *writing = Some(tokio::task::spawn_blocking(move || {
+            if blake3::hash(&piece) != digest {
+                return Err("a piece of it is not what its digest says".into());
+            }
+            Ok(memory.write_at(&piece, offset)?)
+        }));
+    }
+    Ok(())
+}
+
 async fn serve_peer(connection: Connection, inputs: mpsc::Sender<Input>) {
     let mut streams = JoinSet::new();
     loop {
@@ -178,12 +195,14 @@ async fn serve_peer(connection: Connection, inputs: mpsc::Sender<Input>) {
                 Ok((lane, _stream)) => tracing::warn!(%lane, "refused a stream"),
                 Err(lost) => {
                     tracing::debug!(%lost, "another agent's connection ended");
-                    return;
+                    break;
                 }
             },
             Some(_) = streams.join_next() => {}
         }
     }
+    // They end by themselves, as their connection has; each says then that it does not need its object any more.
+    while streams.join_next().await.is_some() {}
 }
 
 async fn serve_stream(mut stream: FramedStream, inputs: mpsc::Sender<Input>) {
