@@ -305,6 +305,8 @@ impl DomainModel {
                 Some(known) => {
                     if known.deleting {
                         self.endpoints.remove(&endpoint);
+                        // What was seen of it goes with it.
+                        self.monitors.remove(&endpoint);
                     }
                     true
                 }

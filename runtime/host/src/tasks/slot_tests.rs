@@ -25,7 +25,8 @@ use crate::reply::{CallResult, CancelLevel, LocalCall, Reply};
 type Ran = futures::future::BoxFuture<'static, Result<Vec<u8>, MethodError>>;
 
 static GATE: AtomicBool = AtomicBool::new(false);
-static BEGUN: [Semaphore; 4] = [const { Semaphore::const_new(0) }; 4];
+static OTHER_GATE: AtomicBool = AtomicBool::new(false);
+static BEGUN: [Semaphore; 6] = [const { Semaphore::const_new(0) }; 6];
 static ORDER: AtomicU32 = AtomicU32::new(0);
 
 fn echo(call: TaskCall) -> Ran {
@@ -63,6 +64,18 @@ fn spins(call: TaskCall) -> Ran {
     })
 }
 
+/// The same with a gate of its own; says so again when it has ended.
+fn spins_apart(call: TaskCall) -> Ran {
+    Box::pin(async move {
+        say_begun(&call);
+        while !OTHER_GATE.load(Ordering::Acquire) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        say_begun(&call);
+        Ok(Vec::new())
+    })
+}
+
 fn say_begun(call: &TaskCall) {
     if let Some(place) = call.arguments.first() {
         BEGUN[usize::from(*place)].add_permits(1);
@@ -96,6 +109,7 @@ fn slot(capacity: u32) -> Arc<SlotRunner> {
         ("waits", waits),
         ("awaits", awaits),
         ("spins", spins),
+        ("spins_apart", spins_apart),
         ("counts", counts),
     ];
     let tasks = TaskRegistry::new(types.map(|(name, run)| TaskType { name, run })).unwrap();
@@ -259,6 +273,26 @@ async fn a_thread_that_does_not_let_go_is_left_behind() {
     assert!(cancelled, "{error}");
     assert!(answer(behind).await.is_ok(), "the slot goes on");
     GATE.store(true, Ordering::Release);
+}
+
+#[tokio::test]
+async fn a_thread_that_was_left_behind_takes_nothing_more_when_it_comes_back() {
+    let slot = slot(16);
+    let (stuck, cancellation) = push_with(&slot, "spins_apart", at(4), None);
+    begun(4).await;
+    cancellation.cancel(CancelLevel::Forced);
+    assert!(answer(stuck).await.is_err());
+    // The other thread is busy, and one more task waits for it.
+    let (running, cancellation) = push_with(&slot, "awaits", at(5), None);
+    begun(5).await;
+    let waiting = push(&slot, "echo");
+    OTHER_GATE.store(true, Ordering::Release);
+    begun(4).await;
+    // As long as it takes to look for another task.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    cancellation.cancel(CancelLevel::Requested);
+    assert!(answer(running).await.is_err());
+    assert!(answer(waiting).await.is_ok());
 }
 
 #[tokio::test]
