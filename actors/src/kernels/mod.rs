@@ -19,8 +19,7 @@
 //! * [`elementwise`], [`mod@softmax`], [`mod@layer_norm`]: differentiable, for candle's graph.
 //! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
 //! * [`gradients`]: a backward pass into one flat vector.
-//! * [`update`]: SGD and AdamW in place; the norm of a gradient. [`memory`]: none of it given back between steps;
-//!   `streaming`: copies that leave the caches alone.
+//! * [`update`]: SGD and AdamW in place; the norm of a gradient. [`memory`]: none of it given back between steps.
 //! * `cuda` (with the feature of that name): the same on a GPU.
 
 pub mod affine;
@@ -43,7 +42,6 @@ pub mod update;
 mod division;
 mod lanes;
 mod seed;
-pub(crate) mod streaming;
 
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod test_values;

@@ -1,9 +1,9 @@
 //! A vector of values that goes on changing while a snapshot holds what it was.
 //!
 //! Two halves of a double buffer. Taking a snapshot shares the present half and copies nothing. An update
-//! of a shared half goes into the other one ([`update_blocks`]): block by block, in a place that stays in the
-//! cache, from where what came of it is written past the caches, so that as much goes over the memory's bus as
-//! without a snapshot. When the snapshot is dropped its half is free for the next one.
+//! of a shared half goes into the other one, and what is not overwritten is copied on the way: block by
+//! block, just before a block is written, so that it is in the cache anyway
+//! ([`update_blocks`]). When the snapshot is dropped its half is free for the next one.
 //!
 //! Invariants:
 //! 1. A snapshot never changes.
@@ -15,10 +15,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::kernels::streaming::PastCaches;
-
 /// Values that are copied and updated together while a snapshot is open: 64 KiB, so that those of
-/// parameters and two moments stay in a core's second cache until they are written.
+/// parameters and two moments stay in a core's second cache between the copy and the update.
 const BLOCK_VALUES: usize = 16 * 1024;
 
 /// The vector; it is used as a slice.
@@ -65,16 +63,16 @@ impl FlatVector {
 /// A vector that is being updated.
 struct Update<'a> {
     held: Option<Arc<Vec<f32>>>,
-    /// What is not updated yet.
     values: &'a mut [f32],
 }
 
-impl<'a> Update<'a> {
-    /// The next values to write.
-    fn next(&mut self, count: usize) -> &'a mut [f32] {
-        let (next, rest) = std::mem::take(&mut self.values).split_at_mut(count);
-        self.values = rest;
-        next
+impl Update<'_> {
+    fn block(&mut self, range: Range<usize>) -> &mut [f32] {
+        let block = &mut self.values[range.clone()];
+        if let Some(held) = &self.held {
+            block.copy_from_slice(&held[range]);
+        }
+        block
     }
 }
 
@@ -86,41 +84,22 @@ pub fn update_blocks(
     mut update: impl FnMut(Range<usize>, &mut [&mut [f32]]),
 ) {
     let length = vectors.first().map_or(0, |vector| vector.len());
-    let is_shared = vectors.iter_mut().any(|vector| vector.is_shared());
-    let vectors = vectors.iter_mut();
-    let mut updates: Vec<Update<'_>> = vectors.map(|vector| vector.begin_update()).collect();
-    if !is_shared {
-        let all = updates.iter_mut().map(|update| update.next(length));
-        let mut all: Vec<&mut [f32]> = all.collect();
-        if length > 0 {
-            update(0..length, &mut all);
-        }
-        return;
-    }
-    let mut places = vec![0.0; updates.len() * BLOCK_VALUES];
-    let mut writing = PastCaches::default();
-    for start in (0..length).step_by(BLOCK_VALUES) {
-        let range = start..length.min(start + BLOCK_VALUES);
-        let mut blocks = Vec::with_capacity(updates.len());
-        let mut targets = Vec::with_capacity(updates.len());
-        for (vector, place) in updates.iter_mut().zip(places.chunks_mut(BLOCK_VALUES)) {
-            let target = vector.next(range.len());
-            let Some(held) = &vector.held else {
-                blocks.push(target);
-                targets.push(None);
-                continue;
-            };
-            let place = &mut place[..range.len()];
-            place.copy_from_slice(&held[range.clone()]);
-            blocks.push(place);
-            targets.push(Some(target));
-        }
+    let block_values = if vectors.iter_mut().any(|vector| vector.is_shared()) {
+        BLOCK_VALUES
+    } else {
+        length.max(1)
+    };
+    let mut updates: Vec<Update<'_>> = vectors
+        .iter_mut()
+        .map(|vector| vector.begin_update())
+        .collect();
+    for start in (0..length).step_by(block_values) {
+        let range = start..length.min(start + block_values);
+        let mut blocks: Vec<&mut [f32]> = updates
+            .iter_mut()
+            .map(|update| update.block(range.clone()))
+            .collect();
         update(range, &mut blocks);
-        for (block, target) in blocks.iter().zip(targets) {
-            if let Some(target) = target {
-                writing.copy(block, target);
-            }
-        }
     }
 }
 
