@@ -3,12 +3,17 @@
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use mobula_actors::checkpoint::sharing;
+use mobula_actors::checkpoint::spread::Spread;
+use mobula_actors::kernels::Execution;
+use mobula_actors::kernels::update::AdamwUpdate;
 use mobula_actors::training::data::Files;
-use mobula_actors::training::flat_vector::{FlatVector, update_blocks};
+use mobula_actors::training::flat_vector::FlatVector;
 use mobula_actors::training::local::LocalTrainer;
 use mobula_actors::training::models::ModelSpec;
 use mobula_actors::training::snapshot::StateSnapshot;
@@ -23,24 +28,21 @@ use mobula_storage::checkpoint::{CheckpointSource, CheckpointWriter, SaveRequest
 /// Values of the parameters and of each moment: 100 MB of all three.
 const VALUES: usize = 25_000_000 / 3;
 
-/// An update like AdamW's: reads and writes all three, and divides by a root.
 fn update(vectors: &mut [FlatVector; 3], grads: &[f32]) {
-    let [params, means, squares] = vectors;
-    update_blocks(&mut [params, means, squares], |range, blocks| {
-        let [params, means, squares] = blocks else {
-            unreachable!("three vectors are updated")
-        };
-        let values = params
-            .iter_mut()
-            .zip(means.iter_mut())
-            .zip(squares.iter_mut())
-            .zip(&grads[range]);
-        for (((param, mean), square), grad) in values {
-            *mean = 0.9 * *mean + 0.1 * grad;
-            *square = 0.999 * *square + 0.001 * (grad * grad);
-            *param = 0.9999 * *param - 0.001 * (*mean / (square.sqrt() + 1e-8));
-        }
-    });
+    let [params, means, squares] = vectors.each_mut().map(FlatVector::target);
+    let update = AdamwUpdate {
+        scale: 1.0,
+        beta1: 0.9,
+        one_minus_beta1: 0.1,
+        beta2: 0.999,
+        one_minus_beta2: 0.001,
+        epsilon: 1e-8,
+        inverse_square_correction: 1.0,
+        keep: 0.9999,
+        rate: 0.001,
+    };
+    let one_core = Execution::current().with_threads(NonZeroUsize::MIN);
+    update.apply(one_core, params, means, squares, grads);
 }
 
 fn main() {
@@ -80,8 +82,13 @@ fn snapshots(settings: Settings) {
     report.print();
 }
 
-/// Rounds with and without checkpoints, in turn: a machine whose clock changes changes both.
+/// Rounds of each kind, in turn: a machine whose clock changes changes all.
 const ROUNDS: u32 = 4;
+/// Over so many steps a job spreads a save.
+const SPREAD_STEPS: u32 = 8;
+
+/// A state to store, and over what time.
+type Offer = (StateSnapshot, Spread);
 
 /// Steps, with a checkpoint always on its way to a directory (each file fsynced) and without.
 fn saves(settings: Settings) {
@@ -97,30 +104,44 @@ fn saves(settings: Settings) {
     };
     let workload = Workload::load(&spec, &Files::local()).expect("the digits are in the program");
     let mut trainer = LocalTrainer::new(&workload).expect("the initial state fits");
-    let (offers, offered) = sync_channel::<StateSnapshot>(0);
+    let (offers, offered) = sync_channel::<Offer>(0);
     let uploader = std::thread::spawn(move || store_all(offered));
     let round = settings.round_of(ROUNDS);
-    let (mut without, mut with) = (Samples::new(), Samples::new());
+    let mut without = Samples::new();
+    let mut with = [Samples::new(), Samples::new()];
     for _ in 0..ROUNDS {
-        without.merge(&repeat(round, || step(&mut trainer)));
-        with.merge(&repeat(round, || {
-            step(&mut trainer);
-            offer(&offers, &trainer);
-        }));
-        // The last one of this round is stored before the next begins.
-        let last = StateSnapshot::of(trainer.state());
-        offers.send(last).expect("it listens until this is dropped");
+        let free = repeat(round, || step(&mut trainer));
+        let over = Duration::from_secs_f64(f64::from(SPREAD_STEPS) / free.per_second());
+        without.merge(&free);
+        for (with, over) in with.iter_mut().zip([over, Duration::ZERO]) {
+            with.merge(&repeat(round, || {
+                step(&mut trainer);
+                offer(&offers, &trainer, over);
+            }));
+            // The last one of this round is stored before the next begins.
+            let last = StateSnapshot::of(trainer.state());
+            offers
+                .send((last, Spread::default()))
+                .expect("it listens until this is dropped");
+        }
     }
     drop(offers);
-    let stored = uploader.join().expect("it does not panic");
-    let share = with.per_second() / without.per_second();
+    let [spread, fast] = uploader.join().expect("it does not panic");
     let mut report = Report::new("steps of an MLP 64-2048-2048-10, batch 256, one core");
+    let base = without.per_second();
     report.add("no checkpoint", without);
-    report.add_with(
-        "a checkpoint always in flight",
-        with,
-        format!("{:.1} % of the throughput; {stored}", share * 100.0),
-    );
+    let rows = [
+        ("always one in flight, spread over 8 steps", spread),
+        ("always one in flight, as fast as it can be stored", fast),
+    ];
+    for ((name, stored), with) in rows.into_iter().zip(with) {
+        let share = with.per_second() / base * 100.0;
+        report.add_with(
+            name,
+            with,
+            format!("{share:.1} % of the throughput; {stored}"),
+        );
+    }
     report.print();
 }
 
@@ -129,26 +150,27 @@ fn step(trainer: &mut LocalTrainer<'_>) {
 }
 
 /// Gives the state to the uploader if it waits for one.
-fn offer(offers: &SyncSender<StateSnapshot>, trainer: &LocalTrainer<'_>) {
+fn offer(offers: &SyncSender<Offer>, trainer: &LocalTrainer<'_>, over: Duration) {
     // Most of the time it is still at the last one.
-    let _ = offers.try_send(StateSnapshot::of(trainer.state()));
+    let _ = offers.try_send((StateSnapshot::of(trainer.state()), Spread::over(over)));
 }
 
-/// Stores each state as a checkpoint of its own, in a new directory; says how many and how fast.
-fn store_all(offered: Receiver<StateSnapshot>) -> String {
+/// Stores each state as a checkpoint of its own, in a new directory; says how many and how fast, of those that are
+/// spread over a time and of the others.
+fn store_all(offered: Receiver<Offer>) -> [String; 2] {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .expect("a thread has a runtime");
-    let (mut count, mut bytes, mut spent) = (0_u64, 0_u64, Duration::ZERO);
-    for state in offered {
+    let mut stored = [(0_u64, 0_u64, Duration::ZERO); 2];
+    for (state, spread) in offered {
         let directory = tempfile::tempdir().expect("there is room for a directory");
         let url = format!("file://{}", directory.path().display());
         let blobs =
             BlobStore::open(&url, &S3Options::default()).expect("a directory can be opened");
         let request = SaveRequest {
             job: JobId(1),
-            step: count,
+            step: 1,
             incarnation: Incarnation(1),
             parent: None,
             sections: Vec::new(),
@@ -158,10 +180,19 @@ fn store_all(offered: Receiver<StateSnapshot>) -> String {
         let length = state.length_bytes();
         let begun = Instant::now();
         let writer = CheckpointWriter::new(blobs);
-        let saving = writer.save_from(request, state);
+        let saving = async {
+            let prepared = writer.prepare(request, Arc::clone(&state)).await?;
+            sharing::upload(&writer, &state, 1, prepared.missing(), &[], &spread).await?;
+            writer.finish(prepared).await
+        };
         runtime.block_on(saving).expect("there is room for a state");
-        (count, bytes, spent) = (count + 1, bytes + length, spent + begun.elapsed());
+        let (count, bytes, spent) = &mut stored[usize::from(!spread.holds_back())];
+        *count += 1;
+        *bytes += length;
+        *spent += begun.elapsed();
     }
-    let rate = bytes as f64 / 1e6 / spent.as_secs_f64();
-    format!("{count} stored at {rate:.0} MB/s")
+    stored.map(|(count, bytes, spent)| {
+        let rate = bytes as f64 / 1e6 / spent.as_secs_f64();
+        format!("{count} stored at {rate:.0} MB/s")
+    })
 }

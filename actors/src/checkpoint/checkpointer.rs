@@ -24,7 +24,8 @@ use parking_lot::Mutex;
 
 use super::keep::Metric;
 use super::ledger::{CheckpointError, Ledger};
-use super::sharing::{self, Helper, Share};
+use super::sharing::{self, Helper, Uploaded};
+use super::spread::Spread;
 use super::state::{CheckpointCommand, CheckpointRef};
 
 /// The largest state that is restored: it must fit in memory, once as bytes and once as values.
@@ -52,6 +53,8 @@ pub struct SaveOrder {
     pub metadata: BTreeMap<String, String>,
     /// Others who hold these bytes, and upload a share of them.
     pub helpers: Vec<Arc<dyn Helper>>,
+    /// How long it is to take.
+    pub spread: Spread,
 }
 
 /// What a save brought.
@@ -59,8 +62,8 @@ pub struct SaveOrder {
 pub struct SaveReport {
     /// The checkpoint, which is visible now.
     pub checkpoint: CheckpointRef,
-    /// What helpers uploaded of it.
-    pub shares: Vec<Share>,
+    /// What helpers uploaded of it, and how long it took to send.
+    pub uploaded: Uploaded,
 }
 
 impl fmt::Debug for SaveOrder {
@@ -162,7 +165,8 @@ impl Checkpointer {
             .await
             .map_err(|error| save_error(&error))?;
         let missing = prepared.missing();
-        let shares = sharing::upload(writer, &state, order.step, missing, &order.helpers)
+        let (helpers, spread) = (&order.helpers, &order.spread);
+        let uploaded = sharing::upload(writer, &state, order.step, missing, helpers, spread)
             .await
             .map_err(|error| save_error(&error))?;
         let state_blake3 = prepared.state_blake3();
@@ -209,7 +213,10 @@ impl Checkpointer {
         };
         self.ledger.apply(&committed).await?;
         *self.newest.lock() = Some(handle);
-        Ok(SaveReport { checkpoint, shares })
+        Ok(SaveReport {
+            checkpoint,
+            uploaded,
+        })
     }
 
     /// The newest checkpoint that verifies. Those that do not are rejected for good, each with its

@@ -37,6 +37,7 @@ fn order(step: u64, incarnation: u64, state: &str) -> SaveOrder {
         metric: Some(1.5),
         metadata: BTreeMap::from([("seed".to_owned(), "7".to_owned())]),
         helpers: Vec::new(),
+        spread: Spread::default(),
     }
 }
 

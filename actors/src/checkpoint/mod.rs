@@ -28,6 +28,7 @@ pub mod retention;
 mod rows;
 pub mod safetensors;
 pub mod sharing;
+pub mod spread;
 pub mod state;
 
 pub use keep::KeepPolicy;

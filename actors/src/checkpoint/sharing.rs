@@ -6,6 +6,7 @@
 //! 2. Whoever leads the save uploads too, and in the end also what others have had for too long: so a save waits for
 //!    nobody, and ends if the store takes it.
 //! 3. Nothing becomes visible by it: the manifest is written after all of it.
+//! 4. Where the save is spread over a time, savers take turns; nobody is told of it but the leader, who deals.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -16,6 +17,8 @@ use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use mobula_storage::checkpoint::{CheckpointSource, CheckpointWriter, Piece, SaveError};
 use tokio::time::Instant;
+
+use super::spread::{Spread, Turns};
 
 /// Pieces that one saver gets at once, at most: as many as a writer sends at a time.
 const BATCH_PIECES_MAX: usize = 4;
@@ -78,15 +81,26 @@ enum Done {
     },
 }
 
-/// Uploads `pieces` of `state`, which is that after `step`. Answers what each helper did; nothing where there is
-/// none.
+/// What an upload was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uploaded {
+    /// What each helper did; nothing where there is none.
+    pub shares: Vec<Share>,
+    /// How long it took, with what was held back.
+    pub took: Duration,
+    /// How long each saver was at its batches, all of them added: of a save that is spread they take turns.
+    pub sending: Duration,
+}
+
+/// Uploads `pieces` of `state`, which is that after `step`, spread as it says.
 pub async fn upload(
     writer: &CheckpointWriter,
     state: &Arc<dyn CheckpointSource>,
     step: u64,
     pieces: &[Piece],
     helpers: &[Arc<dyn Helper>],
-) -> Result<Vec<Share>, SaveError> {
+    spread: &Spread,
+) -> Result<Uploaded, SaveError> {
     let send = |saver: Saver, batch: Vec<Piece>| async move {
         match saver {
             Saver::Leader => Done::Leader(writer.upload(Arc::clone(state), &batch).await),
@@ -97,12 +111,18 @@ pub async fn upload(
             },
         }
     };
-    let mut deal = Deal::new(pieces, helpers);
+    let begun = Instant::now();
+    let mut deal = Deal::new(pieces, helpers, spread);
     let outcome = deal.carry_out(send).await;
+    let took = begun.elapsed();
     let released = helpers.iter().map(|helper| helper.release(step));
     // Who is not told finds out when it is asked to hold the next state.
     let _ = tokio::time::timeout(RELEASE_MAX, futures::future::join_all(released)).await;
-    outcome.map(|()| deal.shares)
+    outcome.map(|()| Uploaded {
+        shares: deal.shares,
+        took,
+        sending: deal.sending,
+    })
 }
 
 /// Who has what of an upload.
@@ -110,6 +130,10 @@ struct Deal {
     batch_pieces: usize,
     /// What nobody is at.
     waiting: VecDeque<Piece>,
+    /// When each batch may begin.
+    turns: Turns,
+    /// How long savers were at what they have done.
+    sending: Duration,
     /// Who is at nothing; the last one is next.
     idle: Vec<Saver>,
     /// What helpers are at, and since when.
@@ -122,7 +146,7 @@ struct Deal {
 }
 
 impl Deal {
-    fn new(pieces: &[Piece], helpers: &[Arc<dyn Helper>]) -> Self {
+    fn new(pieces: &[Piece], helpers: &[Arc<dyn Helper>], spread: &Spread) -> Self {
         let savers = helpers.len() + 1;
         let share = |helper: &Arc<dyn Helper>| Share {
             name: helper.name(),
@@ -135,6 +159,8 @@ impl Deal {
         Deal {
             batch_pieces: (pieces.len() / (savers * BATCHES_EACH)).clamp(1, BATCH_PIECES_MAX),
             waiting: pieces.iter().copied().collect(),
+            turns: Turns::new(spread, bytes(pieces)),
+            sending: Duration::ZERO,
             idle,
             away: BTreeMap::new(),
             leader_since: None,
@@ -150,23 +176,27 @@ impl Deal {
     {
         let mut under_way = FuturesUnordered::new();
         loop {
-            while let Some((saver, batch)) = self.next_batch() {
+            // Asked once for each batch: between two looks at the clock a turn may come.
+            let turn = loop {
+                let turn = self.turns.next();
+                if turn.is_some() {
+                    break turn;
+                }
+                let Some((saver, batch)) = self.next_batch() else {
+                    break None;
+                };
                 under_way.push(send(saver, batch));
-            }
+            };
             if self.is_done() {
                 return Ok(());
             }
-            let done = match self.overdue() {
-                None => under_way.next().await,
-                Some(overdue) => match tokio::time::timeout_at(overdue, under_way.next()).await {
-                    Ok(done) => done,
-                    Err(_) => {
-                        self.take_back();
-                        continue;
-                    }
-                },
-            };
-            self.settle(done.expect("something is under way"))?;
+            // Where nobody is there to take it, that is waited for first.
+            let turn = turn.filter(|_| !self.waiting.is_empty() && !self.idle.is_empty());
+            tokio::select! {
+                Some(done) = under_way.next() => self.settle(done)?,
+                () = at(self.overdue()) => self.take_back(),
+                () = self.turns.wait(turn) => {}
+            }
         }
     }
 
@@ -178,6 +208,7 @@ impl Deal {
         let saver = self.idle.pop()?;
         let count = self.batch_pieces.min(self.waiting.len());
         let batch: Vec<Piece> = self.waiting.drain(..count).collect();
+        self.turns.begin(bytes(&batch));
         match saver {
             Saver::Leader => self.leader_since = Some(Instant::now()),
             Saver::Helper(index) => {
@@ -210,11 +241,12 @@ impl Deal {
     }
 
     fn settle(&mut self, done: Done) -> Result<(), SaveError> {
-        if let Done::Helper { index, .. } = &done
-            && self.away.remove(index).is_none()
-        {
-            // What was taken back is done by now or will be, by another.
-            return Ok(());
+        if let Done::Helper { index, .. } = &done {
+            let Some((since, _)) = self.away.remove(index) else {
+                // What was taken back is done by now or will be, by another.
+                return Ok(());
+            };
+            self.sending += since.elapsed();
         }
         match done {
             Done::Leader(outcome) => {
@@ -222,16 +254,21 @@ impl Deal {
                 let since = self.leader_since.take();
                 let took = since.map_or(PATIENCE_MIN, |since| since.elapsed());
                 self.patience = self.patience.max(took * PATIENCE_FACTOR);
-                self.idle.push(Saver::Leader);
+                self.sending += took;
+                // It is the quickest to ask. Where there is time, everybody sends the same.
+                let place = if self.turns.are_spread() {
+                    0
+                } else {
+                    self.idle.len()
+                };
+                self.idle.insert(place, Saver::Leader);
             }
             Done::Helper {
                 index,
                 batch,
                 outcome: Ok(()),
             } => {
-                let bytes = batch.iter().map(|piece| piece.chunk.length);
-                self.shares[index].bytes += bytes.sum::<u64>();
-                // The leader goes before all helpers.
+                self.shares[index].bytes += bytes(&batch);
                 self.idle.insert(0, Saver::Helper(index));
             }
             Done::Helper {
@@ -244,6 +281,18 @@ impl Deal {
             }
         }
         Ok(())
+    }
+}
+
+fn bytes(pieces: &[Piece]) -> u64 {
+    pieces.iter().map(|piece| piece.chunk.length).sum()
+}
+
+/// At that time, if there is one.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -94,8 +94,14 @@ impl World {
         })
     }
 
-    /// Saves with `helpers`, reads everything back, and says what they did.
+    /// Saves with `helpers` as fast as it goes, reads everything back, and says what they did.
     async fn save(&self, helpers: &[Arc<Fake>]) -> Vec<Share> {
+        let uploaded = self.save_spread(helpers, &Spread::default()).await;
+        uploaded.shares
+    }
+
+    /// The same over a time.
+    async fn save_spread(&self, helpers: &[Arc<Fake>], spread: &Spread) -> Uploaded {
         let writer = self.writer();
         let request = SaveRequest {
             job: JobId(1),
@@ -114,7 +120,8 @@ impl World {
             .iter()
             .map(|helper| Arc::clone(helper) as Arc<dyn Helper>)
             .collect();
-        let shares = upload(&writer, &self.state, STEP, prepared.missing(), &all)
+        let missing = prepared.missing();
+        let uploaded = upload(&writer, &self.state, STEP, missing, &all, spread)
             .await
             .unwrap();
         let saved = writer.finish(prepared).await.unwrap();
@@ -124,7 +131,7 @@ impl World {
         for helper in helpers {
             assert_eq!(*helper.released.lock(), Some(STEP), "{}", helper.name);
         }
-        shares
+        uploaded
     }
 }
 
@@ -183,4 +190,63 @@ async fn who_holds_other_bytes_stores_nothing() {
         "{reason}"
     );
     assert!(helper.stored.lock().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_save_that_has_time_takes_it_and_everybody_sends_the_same() {
+    let world = World::new();
+    let helpers = [
+        world.helper("a", Fate::Lives),
+        world.helper("b", Fate::Lives),
+    ];
+    let begun = Instant::now();
+    let spread = Spread::over(Duration::from_secs(12));
+    let uploaded = world.save_spread(&helpers, &spread).await;
+    // Twelve batches of two pieces: the last one begins when eleven have had their second.
+    let took = begun.elapsed();
+    assert!(
+        took >= Duration::from_secs(11) && took < Duration::from_secs(12),
+        "{took:?}"
+    );
+    // The eight batches of the others, over a link.
+    assert_eq!(uploaded.sending, Duration::from_millis(8 * 5));
+    assert_eq!(uploaded.took, took);
+    let each = (CHUNKS * CHUNK_BYTES / 3) as u64;
+    for share in uploaded.shares {
+        assert_eq!((share.bytes, share.failed), (each, None), "{}", share.name);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_helper_that_dies_does_not_make_a_spread_save_longer() {
+    let world = World::new();
+    let helpers = [world.helper("dies", Fate::Dies)];
+    let begun = Instant::now();
+    let spread = Spread::over(Duration::from_secs(12));
+    let uploaded = world.save_spread(&helpers, &spread).await;
+    assert!(uploaded.shares[0].failed.is_some());
+    assert!(begun.elapsed() <= Duration::from_secs(12));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_spread_save_ends_at_once_when_somebody_is_in_a_hurry() {
+    let world = World::new();
+    // Said before it begins, too.
+    let hurried = Spread::over(Duration::from_secs(3600));
+    hurried.hurry();
+    let begun = Instant::now();
+    world.save_spread(&[], &hurried).await;
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    let spread = Spread::over(Duration::from_secs(3600));
+    let said = async {
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        spread.hurry();
+    };
+    let (uploaded, ()) = tokio::join!(world.save_spread(&[], &spread), said);
+    assert_eq!(begun.elapsed(), Duration::from_secs(4));
+    assert_eq!(
+        uploaded.sending,
+        Duration::ZERO,
+        "a store in memory takes no time"
+    );
 }

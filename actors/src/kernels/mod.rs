@@ -19,7 +19,7 @@
 //! * [`elementwise`], [`mod@softmax`], [`mod@layer_norm`]: differentiable, for candle's graph.
 //! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
 //! * [`gradients`]: a backward pass into one flat vector.
-//! * [`update`]: SGD and AdamW in place; the norm of a gradient. [`memory`]: none of it given back between steps.
+//! * [`update`]: SGD and AdamW, in place or from one place to another ([`target`]); the norm of a gradient. [`memory`]: none of it given back between steps.
 //! * `cuda` (with the feature of that name): the same on a GPU.
 
 pub mod affine;
@@ -37,6 +37,7 @@ pub mod math;
 pub mod memory;
 pub mod product;
 pub mod softmax;
+pub mod target;
 pub mod update;
 
 mod division;

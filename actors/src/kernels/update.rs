@@ -1,4 +1,4 @@
-//! The update of a flat vector of parameters, in place and in one pass; and the norm of a gradient.
+//! The update of a flat vector of parameters in one pass, in place or into other memory; and the norm of a gradient.
 //!
 //! Invariants:
 //! 1. An update is elementwise, with one fixed order of operations, none of them fused.
@@ -6,8 +6,9 @@
 //!    sums in ascending order.
 
 use super::Execution;
-use super::division::{Shared, divide};
-use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut, tree_sum};
+use super::division::divide;
+use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, tree_sum};
+use super::target::Target;
 
 /// Values whose squares are one sum. Part of the order of additions: another number gives other bits.
 const SQUARES_CHUNK: usize = 1 << 16;
@@ -31,27 +32,26 @@ impl SgdUpdate {
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn apply(
+    pub fn apply<'a>(
         &self,
         execution: Execution,
-        params: &mut [f32],
-        moments: &mut [f32],
+        params: impl Into<Target<'a>>,
+        moments: impl Into<Target<'a>>,
         grads: &[f32],
     ) {
+        let (params, moments) = (params.into(), moments.into());
         let count = grads.len();
         assert!(
             params.len() == count && moments.len() == count,
             "vectors of different lengths"
         );
-        let (params, moments) = (Shared::new(params), Shared::new(moments));
         divide(execution, count, 3, LANES, |range| {
-            // SAFETY: the ranges do not overlap.
-            let (params, moments) =
-                unsafe { (params.part(range.clone()), moments.part(range.clone())) };
             let operation = Sgd {
                 update: self,
-                params,
-                moments,
+                // SAFETY: the ranges do not overlap.
+                params: unsafe { params.part(range.clone()) },
+                // SAFETY: as above.
+                moments: unsafe { moments.part(range.clone()) },
                 grads: &grads[range],
             };
             dispatch(execution.instructions(), operation);
@@ -69,8 +69,8 @@ impl SgdUpdate {
 
 struct Sgd<'a> {
     update: &'a SgdUpdate,
-    params: &'a mut [f32],
-    moments: &'a mut [f32],
+    params: Target<'a>,
+    moments: Target<'a>,
     grads: &'a [f32],
 }
 
@@ -78,21 +78,24 @@ impl LaneOperation for Sgd<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let (params, params_rest) = sixteens_mut(self.params);
-        let (moments, moments_rest) = sixteens_mut(self.moments);
+    fn run<L: Lanes>(mut self) {
         let (grads, grads_rest) = sixteens(self.grads);
-        for ((param, moment), grad) in params.iter_mut().zip(moments).zip(grads) {
-            let new = self
-                .update
-                .of(L::load(param), L::load(moment), L::load(grad));
-            new.0.store(param);
-            new.1.store(moment);
+        for (index, grad) in grads.iter().enumerate() {
+            self.change(index, L::load(grad));
         }
-        let old = (L::load_part(params_rest), L::load_part(moments_rest));
-        let new = self.update.of(old.0, old.1, L::load_part(grads_rest));
-        new.0.store_part(params_rest);
-        new.1.store_part(moments_rest);
+        if !grads_rest.is_empty() {
+            self.change(grads.len(), L::load_part(grads_rest));
+        }
+    }
+}
+
+impl Sgd<'_> {
+    #[inline(always)]
+    fn change<L: Lanes>(&mut self, index: usize, grad: L) {
+        let (param, moment) = (self.params.load(index), self.moments.load(index));
+        let (param, moment) = self.update.of(param, moment, grad);
+        self.params.store(index, param);
+        self.moments.store(index, moment);
     }
 }
 
@@ -127,38 +130,29 @@ impl AdamwUpdate {
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn apply(
+    pub fn apply<'a>(
         &self,
         execution: Execution,
-        params: &mut [f32],
-        means: &mut [f32],
-        squares: &mut [f32],
+        params: impl Into<Target<'a>>,
+        means: impl Into<Target<'a>>,
+        squares: impl Into<Target<'a>>,
         grads: &[f32],
     ) {
+        let (params, means, squares) = (params.into(), means.into(), squares.into());
         let count = grads.len();
         assert!(
             params.len() == count && means.len() == count && squares.len() == count,
             "vectors of different lengths"
         );
-        let (params, means, squares) = (
-            Shared::new(params),
-            Shared::new(means),
-            Shared::new(squares),
-        );
         divide(execution, count, 4, LANES, |range| {
-            // SAFETY: the ranges do not overlap.
-            let (params, means, squares) = unsafe {
-                (
-                    params.part(range.clone()),
-                    means.part(range.clone()),
-                    squares.part(range.clone()),
-                )
-            };
             let operation = Adamw {
                 update: self,
-                params,
-                means,
-                squares,
+                // SAFETY: the ranges do not overlap.
+                params: unsafe { params.part(range.clone()) },
+                // SAFETY: as above.
+                means: unsafe { means.part(range.clone()) },
+                // SAFETY: as above.
+                squares: unsafe { squares.part(range.clone()) },
                 grads: &grads[range],
             };
             dispatch(execution.instructions(), operation);
@@ -185,9 +179,9 @@ impl AdamwUpdate {
 
 struct Adamw<'a> {
     update: &'a AdamwUpdate,
-    params: &'a mut [f32],
-    means: &'a mut [f32],
-    squares: &'a mut [f32],
+    params: Target<'a>,
+    means: Target<'a>,
+    squares: Target<'a>,
     grads: &'a [f32],
 }
 
@@ -195,30 +189,29 @@ impl LaneOperation for Adamw<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let (params, params_rest) = sixteens_mut(self.params);
-        let (means, means_rest) = sixteens_mut(self.means);
-        let (squares, squares_rest) = sixteens_mut(self.squares);
+    fn run<L: Lanes>(mut self) {
         let (grads, grads_rest) = sixteens(self.grads);
-        let values = params.iter_mut().zip(means).zip(squares).zip(grads);
-        for (((param, mean), square), grad) in values {
-            let old = (L::load(param), L::load(mean), L::load(square));
-            let new = self.update.of(old.0, old.1, old.2, L::load(grad));
-            new.0.store(param);
-            new.1.store(mean);
-            new.2.store(square);
+        for (index, grad) in grads.iter().enumerate() {
+            self.change(index, L::load(grad));
         }
+        if !grads_rest.is_empty() {
+            self.change(grads.len(), L::load_part(grads_rest));
+        }
+    }
+}
+
+impl Adamw<'_> {
+    #[inline(always)]
+    fn change<L: Lanes>(&mut self, index: usize, grad: L) {
         let old = (
-            L::load_part(params_rest),
-            L::load_part(means_rest),
-            L::load_part(squares_rest),
+            self.params.load(index),
+            self.means.load(index),
+            self.squares.load(index),
         );
-        let new = self
-            .update
-            .of(old.0, old.1, old.2, L::load_part(grads_rest));
-        new.0.store_part(params_rest);
-        new.1.store_part(means_rest);
-        new.2.store_part(squares_rest);
+        let (param, mean, square) = self.update.of(old.0, old.1, old.2, grad);
+        self.params.store(index, param);
+        self.means.store(index, mean);
+        self.squares.store(index, square);
     }
 }
 
@@ -303,6 +296,15 @@ mod tests {
                 ];
                 let [p, m, s, p2, m2] = &mut found;
                 ADAMW.apply(execution, p, m, s, &grads);
+                sgd.apply(execution, p2, m2, &grads);
+                assert_eq!(found.map(|values| bits(&values)), expected, "{execution:?}");
+                // Into other memory it is the same.
+                let mut found = [(); 5].map(|()| vec![f32::NAN; count]);
+                let [p, m, s, p2, m2] = &mut found;
+                let to = |before, after| Target::between(before, after);
+                let (p, p2) = (to(&params, p), to(&params, p2));
+                let (m, m2) = (to(&means, m), to(&means, m2));
+                ADAMW.apply(execution, p, m, to(&squares, s), &grads);
                 sgd.apply(execution, p2, m2, &grads);
                 assert_eq!(found.map(|values| bits(&values)), expected, "{execution:?}");
             }

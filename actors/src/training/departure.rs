@@ -19,6 +19,7 @@ use super::messages::Handover;
 use super::preemption::{Budget, Facts, Phase, Preemption, Transition};
 use super::resume::History;
 use super::saving::Saver;
+use crate::checkpoint::spread::Spread;
 
 /// How much later than it was given a notice may be heard: a worker looks for its file twice a second.
 const NOTICE_LAG_MS: u64 = 500;
@@ -152,6 +153,9 @@ impl Driver {
         history: &History,
     ) -> Result<bool, JobError> {
         let step = coordinator.state().step;
+        if matches!(said, Said::Leaves(_) | Said::Advised(true)) {
+            saver.hurry();
+        }
         match said {
             Said::Leaves(notice) => {
                 departure.go(step, |machine| {
@@ -287,7 +291,7 @@ impl Driver {
             let begun = Instant::now();
             let budget = Budget::until(notice.deadline_ms, facts.now_ms, facts.lag_ms);
             if departure.machine.begins_new_save(&facts) {
-                saver.offer(self.order(coordinator, saver, history));
+                saver.offer(self.order(coordinator, saver, history, Spread::default()));
             }
             let deadline = begun + Duration::from_millis(budget.usable_ms);
             let is_saved = saver.flush(Some(deadline)).await?;

@@ -16,6 +16,7 @@ use super::resume::History;
 use super::saving::Saver;
 use super::trainer::Trainer;
 use crate::checkpoint::client;
+use crate::checkpoint::spread::Spread;
 use crate::registry::VersionFile;
 use crate::registry::provenance::Provenance;
 use crate::storage::open_blobs;
@@ -34,7 +35,7 @@ impl Driver {
         history: History,
     ) -> Result<TrainResult, JobError> {
         let speed = progress.samples_per_second();
-        saver.offer(self.order(&coordinator, &saver, &history));
+        saver.offer(self.order(&coordinator, &saver, &history, Spread::default()));
         let replicas_agreeing = coordinator.confirm().await as u64;
         let (mut file, evaluation) = tokio::task::block_in_place(|| {
             describe(&self.workload, self.job, coordinator.state())

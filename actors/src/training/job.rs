@@ -17,7 +17,6 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-use super::checkpointing::SaveSchedule;
 use super::chronicle::Chronicle;
 use super::collective::{ClusterCollective, SharedMemory};
 use super::coordinator::CoordinatorError;
@@ -32,6 +31,7 @@ use super::progress::Progress;
 use super::publish::PublishVersionError;
 use super::result::TrainResult;
 use super::resume::{HISTORY_KEY, History, ResumeError, Resumed, TRACE_KEY, resume};
+use super::save_schedule::SaveSchedule;
 use super::saving::Saver;
 use super::snapshot::StateSnapshot;
 use super::spec::{SpecError, TrainSpec};
@@ -43,6 +43,7 @@ use crate::checkpoint::KeepPolicy;
 use crate::checkpoint::checkpointer::SaveOrder;
 use crate::checkpoint::ledger::{CheckpointError, committed};
 use crate::checkpoint::safetensors::SHAPES_KEY;
+use crate::checkpoint::spread::Spread;
 use crate::storage::open_blobs;
 
 /// The coordinator of a job whose trainers are actors.
@@ -83,7 +84,8 @@ pub enum JobError {
     #[error("model version: {0}")]
     Publish(#[from] PublishVersionError),
     /// The cluster refused something.
-    #[error(transparent)]
+    // Not transparent: what a program's own `main` returns is looked through for it.
+    #[error("{0}")]
     Cluster(#[from] mobula::Error),
     /// The policies forbid to train on the data.
     #[error("{0}")]
@@ -288,7 +290,9 @@ impl Driver {
                     if let Some(trace) = &mut *self.trace.lock() {
                         trace.record(coordinator.state(), layout, coordinator.digest());
                     }
-                    taken = Some((report, begun.elapsed()));
+                    let took = begun.elapsed();
+                    schedule.step_taken(took);
+                    taken = Some((report, took));
                     None
                 }
             };
@@ -314,7 +318,13 @@ impl Driver {
             };
             if measured || is_due && !saver.is_busy() {
                 let now = Instant::now();
-                saver.offer(self.order(coordinator, saver, history));
+                let has_time = said.is_none() && !departure.is_gathering();
+                let spread = if has_time {
+                    Spread::over(schedule.spread())
+                } else {
+                    Spread::default()
+                };
+                saver.offer(self.order(coordinator, saver, history, spread));
                 saving = now.elapsed();
                 schedule.snapshot_taken(now, Instant::now());
                 let stall_us = schedule.stall_longest().as_micros();
@@ -383,12 +393,13 @@ impl Driver {
         Ok(true)
     }
 
-    /// What to save now. The history counts this checkpoint already.
+    /// What to save now, and how fast. The history counts this checkpoint already.
     pub(super) fn order(
         &self,
         coordinator: &Coordinator,
         saver: &Saver,
         history: &History,
+        spread: Spread,
     ) -> SaveOrder {
         let state = coordinator.state();
         let text = |value: &dyn std::fmt::Display| value.to_string();
@@ -416,6 +427,7 @@ impl Driver {
             weights_blake3: coordinator.digest().to_owned(),
             metadata,
             helpers: coordinator.helpers(state.step),
+            spread,
         }
     }
 

@@ -191,18 +191,17 @@ impl Optimizer {
                     keep: self.keep(learning_rate),
                     rate: learning_rate as f32,
                 };
-                state.update_blocks(|block, params, moments| {
-                    let [moments] = moments else {
-                        unreachable!("the number of moments was checked above")
-                    };
-                    for (part, decays) in self.parts(&block) {
-                        let here = within(&part, block.start);
-                        let keep = if decays { update.keep } else { 1.0 };
-                        let update = SgdUpdate { keep, ..update };
-                        let (params, moments) = (&mut params[here.clone()], &mut moments[here]);
-                        update.apply(execution, params, moments, &root.grads[part]);
-                    }
-                });
+                let (mut params, mut moments) = state.targets();
+                let [moments] = &mut moments[..] else {
+                    unreachable!("the number of moments was checked above")
+                };
+                for (part, decays) in &self.decayed {
+                    let keep = if *decays { update.keep } else { 1.0 };
+                    let update = SgdUpdate { keep, ..update };
+                    let (params, moments) =
+                        (params.range(part.clone()), moments.range(part.clone()));
+                    update.apply(execution, params, moments, &root.grads[part.clone()]);
+                }
             }
             OptimizerSpec::Adamw {
                 beta1,
@@ -223,19 +222,17 @@ impl Optimizer {
                     keep: self.keep(learning_rate),
                     rate: (learning_rate / mean_correction) as f32,
                 };
-                state.update_blocks(|block, params, moments| {
-                    let [means, squares] = moments else {
-                        unreachable!("the number of moments was checked above")
-                    };
-                    for (part, decays) in self.parts(&block) {
-                        let here = within(&part, block.start);
-                        let keep = if decays { update.keep } else { 1.0 };
-                        let update = AdamwUpdate { keep, ..update };
-                        let params = &mut params[here.clone()];
-                        let (means, squares) = (&mut means[here.clone()], &mut squares[here]);
-                        update.apply(execution, params, means, squares, &root.grads[part]);
-                    }
-                });
+                let (mut params, mut moments) = state.targets();
+                let [means, squares] = &mut moments[..] else {
+                    unreachable!("the number of moments was checked above")
+                };
+                for (part, decays) in &self.decayed {
+                    let keep = if *decays { update.keep } else { 1.0 };
+                    let update = AdamwUpdate { keep, ..update };
+                    let (means, squares) = (means.range(part.clone()), squares.range(part.clone()));
+                    let (params, grads) = (params.range(part.clone()), &root.grads[part.clone()]);
+                    update.apply(execution, params, means, squares, grads);
+                }
             }
         }
         let step = state.step;
@@ -264,15 +261,6 @@ impl Optimizer {
         Ok(total.sqrt())
     }
 
-    /// The parts of `block` that weight decay treats alike, and whether it shrinks them.
-    fn parts(&self, block: &Range<usize>) -> impl Iterator<Item = (Range<usize>, bool)> {
-        let block = block.clone();
-        self.decayed.iter().filter_map(move |(range, decays)| {
-            let part = range.start.max(block.start)..range.end.min(block.end);
-            (!part.is_empty()).then_some((part, *decays))
-        })
-    }
-
     /// The share of a parameter that weight decay leaves.
     fn keep(&self, learning_rate: f64) -> f32 {
         (1.0 - learning_rate * self.weight_decay) as f32
@@ -290,11 +278,6 @@ fn decayed_ranges(layout: &Layout, decayed: Decayed) -> Vec<(Range<usize>, bool)
         }
     }
     ranges
-}
-
-/// `range`, counted from `start`.
-fn within(range: &Range<usize>, start: usize) -> Range<usize> {
-    range.start - start..range.end - start
 }
 
 #[cfg(test)]
@@ -347,7 +330,7 @@ mod tests {
             let mut state = TrainState::initial(&workload(&spec));
             state.params = vec![1.0; state.params.len()].into();
             let sums = root(&spec, &state, 0.0);
-            // An open snapshot cuts the update into blocks, whose edges lie within matrices.
+            // With an open snapshot what is not written is not there.
             let _snapshot = state.params.snapshot();
             optimizer.step(&mut state, &sums).unwrap();
             for slot in &layout.slots {

@@ -22,6 +22,8 @@ use super::job_log::JobLog;
 use crate::checkpoint::KeepPolicy;
 use crate::checkpoint::checkpointer::{Checkpointer, RestoreReport, SaveOrder, SaveReport};
 use crate::checkpoint::ledger::CheckpointError;
+use crate::checkpoint::sharing::Uploaded;
+use crate::checkpoint::spread::Spread;
 use crate::storage::open_blobs;
 
 /// Pauses between attempts while the store is out of reach.
@@ -39,18 +41,49 @@ struct Attempt {
     outcome: Result<SaveReport, CheckpointError>,
 }
 
+/// A save that is on its way.
+struct UnderWay {
+    step: u64,
+    begins: Instant,
+    spread: Spread,
+}
+
+/// What the latest save was.
+#[derive(Debug, Clone, Copy)]
+struct Latest {
+    took: Duration,
+    /// What it would have taken if nothing had been held back so that training keeps the machine.
+    hurried: Duration,
+    /// How many uploaded it.
+    savers: u64,
+}
+
+impl Latest {
+    fn of(took: Duration, uploaded: &Uploaded) -> Self {
+        let helped = uploaded
+            .shares
+            .iter()
+            .filter(|share| share.failed.is_none());
+        let savers = 1 + u32::try_from(helped.count()).unwrap_or(u32::MAX - 1);
+        Latest {
+            took,
+            // All at once, and not in turns.
+            hurried: took.saturating_sub(uploaded.took) + uploaded.sending / savers,
+            savers: u64::from(savers),
+        }
+    }
+}
+
 /// Saves a job's states.
 pub struct Saver {
     checkpointer: Arc<Checkpointer>,
     attempts: JoinSet<Attempt>,
     waiting: Option<Arc<SaveOrder>>,
-    /// The step of the save that is under way, and when that was begun.
-    under_way: Option<(u64, Instant)>,
+    under_way: Option<UnderWay>,
     pause: Duration,
     committed_step: Option<u64>,
     committed_count: u64,
-    /// What the latest save took, and how many uploaded it.
-    latest: Option<(Duration, u64)>,
+    latest: Option<Latest>,
     log: JobLog,
 }
 
@@ -107,22 +140,42 @@ impl Saver {
     /// What a save takes, as the latest one did.
     #[must_use]
     pub fn expected_time(&self) -> Duration {
-        self.latest.map_or(USUAL_SAVE, |(took, _)| took)
+        self.latest.map_or(USUAL_SAVE, |latest| latest.took)
     }
 
-    /// What one of those who uploaded the latest save sent in a second, of a state of `size_bytes`; at least 1.
+    /// What one of those who uploaded the latest save can send in a second, of a state of `size_bytes`; at least 1.
     #[must_use]
     pub fn bytes_per_second(&self, size_bytes: u64) -> u64 {
-        let (took, savers) = self.latest.unwrap_or((USUAL_SAVE, 1));
+        let hurried = |latest: Latest| (latest.hurried, latest.savers);
+        let (took, savers) = self.latest.map_or((USUAL_SAVE, 1), hurried);
         let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1);
         (size_bytes.saturating_mul(1000) / took_ms / savers.max(1)).max(1)
+    }
+
+    /// Lets nothing be held back any more of what is saved now or waits.
+    pub fn hurry(&mut self) {
+        if let Some(waiting) = &self.waiting {
+            waiting.spread.hurry();
+        }
+        if let Some(under_way) = &mut self.under_way
+            && under_way.spread.hurry()
+        {
+            // Nobody knows what of it is sent: the rest may be all of it.
+            under_way.begins = under_way.begins.max(Instant::now());
+        }
     }
 
     /// How long the save that is on its way still takes, if there is one and it is like the latest.
     #[must_use]
     pub fn expected_left(&self) -> Option<Duration> {
-        let (_, begins) = self.under_way?;
-        let ends = begins + self.expected_time();
+        let under_way = self.under_way.as_ref()?;
+        let hurried = |latest: Latest| latest.hurried;
+        let takes = if under_way.spread.holds_back() {
+            self.expected_time()
+        } else {
+            self.latest.map_or(USUAL_SAVE, hurried)
+        };
+        let ends = under_way.begins + takes;
         Some(ends.saturating_duration_since(Instant::now()))
     }
 
@@ -163,9 +216,13 @@ impl Saver {
         }
     }
 
-    /// Saves a state as soon as the one before it is done; of those that wait the newest counts.
+    /// Saves a state as soon as the one before it is done; of those that wait the newest counts. One that is in a hurry
+    /// waits for none that has time.
     pub fn offer(&mut self, order: SaveOrder) {
-        let under_way = self.under_way.map(|(step, _)| step);
+        if !order.spread.holds_back() {
+            self.hurry();
+        }
+        let under_way = self.under_way.as_ref().map(|save| save.step);
         if under_way == Some(order.step) || self.committed_step == Some(order.step) {
             return;
         }
@@ -181,8 +238,9 @@ impl Saver {
         Ok(())
     }
 
-    /// Waits until everything is committed, or until `deadline`. Answers whether it is.
+    /// Waits until everything is committed, or until `deadline`, and lets nothing be held back. Answers whether it is.
     pub async fn flush(&mut self, deadline: Option<Instant>) -> Result<bool, CheckpointError> {
+        self.hurry();
         while !self.attempts.is_empty() {
             let next = self.attempts.join_next();
             let attempt = match deadline {
@@ -207,12 +265,14 @@ impl Saver {
         } = attempt;
         self.under_way = None;
         match outcome {
-            Ok(SaveReport { checkpoint, shares }) => {
+            Ok(SaveReport {
+                checkpoint,
+                uploaded,
+            }) => {
                 self.pause = PAUSE_FIRST;
                 self.committed_step = Some(checkpoint.step);
                 self.committed_count += 1;
-                let helped = shares.iter().filter(|share| share.failed.is_none());
-                self.latest = Some((took, 1 + helped.count() as u64));
+                self.latest = Some(Latest::of(took, &uploaded));
                 self.log.line(format_args!(
                     "checkpoint of step {} committed: {} bytes in {} ms, {}",
                     checkpoint.step,
@@ -220,7 +280,7 @@ impl Saver {
                     took.as_millis(),
                     checkpoint.manifest_path
                 ));
-                for share in shares {
+                for share in uploaded.shares {
                     let step = checkpoint.step;
                     self.log.line(format_args!(
                         "checkpoint of step {step} was shared: {share}"
@@ -251,7 +311,11 @@ impl Saver {
         let Some(order) = self.waiting.take() else {
             return;
         };
-        self.under_way = Some((order.step, Instant::now() + pause));
+        self.under_way = Some(UnderWay {
+            step: order.step,
+            begins: Instant::now() + pause,
+            spread: order.spread.clone(),
+        });
         let checkpointer = Arc::clone(&self.checkpointer);
         self.attempts.spawn(async move {
             tokio::time::sleep(pause).await;

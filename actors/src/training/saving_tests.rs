@@ -8,7 +8,7 @@ use bytes::Bytes;
 use mobula_core::JobId;
 use mobula_storage::blob::fault::{Fault, FaultStore};
 use mobula_storage::blob::{BlobStore, RetryPolicy, S3Options};
-use mobula_storage::checkpoint::CheckpointSource;
+use mobula_storage::checkpoint::{CHUNK_BYTES_DEFAULT, CheckpointSource};
 
 use super::*;
 use crate::checkpoint::ledger::Ledger;
@@ -67,8 +67,23 @@ impl World {
     }
 
     fn order(&self, step: u64) -> SaveOrder {
+        self.order_of(step, Bytes::from(format!("the state after step {step}")))
+    }
+
+    /// One of four chunks, for which there is much time.
+    fn spread_order(&self, step: u64) -> SaveOrder {
+        let mut bytes = vec![0; 4 * CHUNK_BYTES_DEFAULT];
+        for chunk in 0..4 {
+            bytes[chunk * CHUNK_BYTES_DEFAULT] = step as u8 * 4 + chunk as u8;
+        }
+        SaveOrder {
+            spread: Spread::over(Duration::from_secs(1000)),
+            ..self.order_of(step, Bytes::from(bytes))
+        }
+    }
+
+    fn order_of(&self, step: u64, bytes: Bytes) -> SaveOrder {
         self.open.fetch_add(1, Ordering::SeqCst);
-        let bytes = Bytes::from(format!("the state after step {step}"));
         SaveOrder {
             step,
             incarnation: Incarnation(1),
@@ -81,6 +96,7 @@ impl World {
             metric: None,
             metadata: BTreeMap::new(),
             helpers: Vec::new(),
+            spread: Spread::default(),
         }
     }
 
@@ -190,4 +206,27 @@ async fn a_driver_that_was_replaced_hears_of_it() {
     let error = old.flush(None).await.unwrap_err();
     assert!(matches!(error, CheckpointError::Fenced(_)), "{error}");
     assert!(world.committed_steps().await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_held_back_for_training_counts_for_no_estimate_and_ends_with_a_notice() {
+    let world = World::new();
+    let mut saver = world.saver();
+    saver.offer(world.spread_order(1));
+    while saver.is_busy() {
+        tokio::time::sleep(STEP).await;
+        saver.poll().unwrap();
+    }
+    assert!(saver.expected_time() >= Duration::from_secs(750));
+    // A store in memory takes no time.
+    assert!(saver.bytes_per_second(1_000_000) >= 1_000_000);
+    saver.offer(world.spread_order(2));
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(saver.expected_left() > Some(Duration::from_secs(700)));
+    saver.hurry();
+    assert!(saver.expected_left() < Some(Duration::from_secs(1)));
+    let hurried = Instant::now();
+    assert!(saver.flush(None).await.unwrap());
+    assert!(hurried.elapsed() < Duration::from_secs(1));
+    assert_eq!(world.committed_steps().await, [2, 1]);
 }

@@ -19,11 +19,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::flat_vector::{FlatVector, update_blocks};
+use super::flat_vector::FlatVector;
 use super::layout::{Layout, ParameterSlot};
 use super::validation::PARAMETERS_MAX;
 use super::value_bytes::{bytes_of, values_of};
 use super::workload::Workload;
+use crate::kernels::target::Target;
 
 const MAGIC: &[u8; 8] = b"MOBTRAIN";
 const VERSION: u32 = 1;
@@ -156,21 +157,11 @@ impl TrainState {
         bytes
     }
 
-    /// Lets an elementwise update change parameters and moments in place: it gets the range of a block,
-    /// the parameters in it, and the same block of each moment. Open snapshots keep what was there.
-    pub fn update_blocks(
-        &mut self,
-        mut update: impl FnMut(std::ops::Range<usize>, &mut [f32], &mut [&mut [f32]]),
-    ) {
-        let mut vectors: Vec<&mut FlatVector> = std::iter::once(&mut self.params)
-            .chain(&mut self.moments)
-            .collect();
-        update_blocks(&mut vectors, |range, blocks| {
-            let (params, moments) = blocks
-                .split_first_mut()
-                .expect("the parameters are always among them");
-            update(range, params, moments);
-        });
+    /// Parameters and moments for an elementwise update, which must write all of them. Open snapshots keep what was
+    /// there.
+    pub fn targets(&mut self) -> (Target<'_>, Vec<Target<'_>>) {
+        let moments = self.moments.iter_mut().map(FlatVector::target);
+        (self.params.target(), moments.collect())
     }
 
     /// Where each tensor lies in [`TrainState::to_bytes`]: name, offset and length in bytes.

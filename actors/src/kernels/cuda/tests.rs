@@ -191,7 +191,7 @@ fn adamw_has_the_bits_of_the_cpu_and_the_digest_of_what_it_wrote() {
         let squares: Vec<f32> = squares.iter().map(|x| x.abs()).collect();
         let mut expected = [params.clone(), means.clone(), squares.clone()];
         let [p, m, s] = &mut expected;
-        ADAMW.apply(Execution::current(), p, m, s, &grads);
+        ADAMW.apply(Execution::current(), &mut *p, &mut *m, &mut *s, &grads);
         let expected_digest = WrittenDigest::of(first, p, m, s);
         for descending in [false, true] {
             let [mut p, mut m, mut s, mut g] =
