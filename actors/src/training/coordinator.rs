@@ -30,18 +30,20 @@ use super::messages::{Epoch, Handover, short_digest};
 use super::numerics::Probe;
 use super::optimizer::{Optimizer, StepError, StepReport};
 use super::progress::StepBreakdown;
-use super::protocol::exchange::{Action, Content, Refusal, Report};
+use super::protocol::exchange::{Action, Content, Refusal};
 use super::protocol::leader::Leader;
 use super::protocol::member::Member;
-use super::protocol::plan::MemberId;
+use super::protocol::plan::{DRIVER_SLOT, MemberId};
 use super::reduction::Partial;
 use super::shape::{leader_shape, member_shape};
 use super::spec::TrainSpec;
 use super::state::TrainState;
 use super::workload::{Workload, WorkloadError};
 use crate::checkpoint::sharing::Helper;
+use unreached::Unreached;
 
 mod membership;
+mod unreached;
 
 /// How often what failed is sent again.
 const RETRY_EVERY: Duration = Duration::from_millis(50);
@@ -50,8 +52,6 @@ const WAITING_REPORT: Duration = Duration::from_secs(5);
 /// How long a last confirmation of the final bits is waited for.
 const CONFIRM_MAX: Duration = Duration::from_secs(5);
 const CONFIRM_PAUSE: Duration = Duration::from_millis(20);
-/// The slot under which the driver's copy asks.
-const DRIVER_SLOT: u32 = u32::MAX;
 
 /// Why training cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -153,9 +153,8 @@ pub struct Coordinator<L, C> {
     crew: Crew<L>,
     /// The state as bytes, for those who join at this step.
     packed: Option<Arc<Vec<u8>>>,
-    /// Who said of whom, since the copy's last step, that it does not reach it; and since when.
-    unreached: BTreeSet<(MemberId, MemberId)>,
-    unreached_since: Option<Instant>,
+    /// Who does not reach whom, since the copy's last step.
+    unreached: Unreached,
     /// Steps before which states were found to differ, and about which trainers are being asked.
     judging: BTreeSet<u64>,
     counters: Counters,
@@ -201,8 +200,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             state,
             crew: Crew::new(links, first_epoch),
             packed: None,
-            unreached: BTreeSet::new(),
-            unreached_since: None,
+            unreached: Unreached::default(),
             judging: BTreeSet::new(),
             counters,
             keeps_doomed: false,
@@ -406,7 +404,6 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         self.digest = self.state.weights_blake3();
         self.packed = None;
         self.unreached.clear();
-        self.unreached_since = None;
         self.member.applied(short_digest(&self.digest));
         if self.leader.follow(self.state.step) {
             self.publish();
@@ -455,30 +452,6 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             Happened::Judged { step, said } => self.judge(step, &said)?,
         }
         Ok(())
-    }
-
-    /// What the copy, or a trainer, has to say of others.
-    fn reported(&mut self, from: MemberId, report: Report) {
-        match report {
-            // The end of a process is seen by listening to it; this is for members that we reach and that
-            // do not reach each other.
-            Report::Unreachable { peer } => {
-                self.unreached.insert((from, peer));
-                self.unreached_since.get_or_insert_with(Instant::now);
-            }
-            Report::Dissent { step, .. } => {
-                if self.judging.insert(step) {
-                    self.crew.ask_digests(step);
-                }
-            }
-            Report::Slow { peer } => self.slow(peer),
-            Report::Behind { .. } if from == self.me => self.rewind(),
-            Report::Behind { .. } => {
-                self.leader.unseat(from);
-                self.publish();
-                self.prepare(from.slot as usize);
-            }
-        }
     }
 
     /// Tells everybody the plan that stands, the own copy first.

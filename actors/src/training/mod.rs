@@ -85,6 +85,7 @@ pub mod replay;
 pub mod replica;
 pub mod result;
 pub mod resume;
+pub mod save_schedule;
 pub mod saving;
 pub mod shape;
 pub mod start_from;

@@ -24,6 +24,9 @@ pub struct ReplayReport {
     pub recorded_weights_blake3: String,
     /// States that were compared.
     pub compared: usize,
+    /// Steps whose states could not be compared because they were not recorded: the first and the last of each row of
+    /// them.
+    pub not_recorded: Vec<(u64, u64)>,
     /// Where the two depart, if they do.
     pub difference: Option<Difference>,
 }
@@ -121,6 +124,7 @@ pub fn replay(
         weights_blake3,
         recorded_weights_blake3: record.weights_blake3.clone(),
         compared: recorded.shared_steps(&trace),
+        not_recorded: recorded.not_recorded(steps),
         difference,
     })
 }
@@ -169,8 +173,22 @@ mod tests {
         let report = replay(&record, &workload, None, u64::MAX, |_| heard += 1).unwrap();
         assert!(report.equal, "{report:?}");
         assert_eq!((report.steps, report.compared, heard), (8, 8, 8));
+        assert_eq!(report.not_recorded, []);
         let part = replay(&record, &workload, None, 3, |_| {}).unwrap();
         assert!(part.equal && part.compared == 3, "{part:?}");
+    }
+
+    #[test]
+    fn steps_that_were_not_recorded_are_named() {
+        let (mut record, workload) = recorded(8, |_| {});
+        let mut trace = record.trace().unwrap();
+        trace.go_back_to(5);
+        record.trace = trace.to_text();
+        let report = replay(&record, &workload, None, u64::MAX, |_| {}).unwrap();
+        assert!(report.equal, "its end is known: {report:?}");
+        assert_eq!((report.compared, report.not_recorded), (5, vec![(6, 8)]));
+        let part = replay(&record, &workload, None, 5, |_| {}).unwrap();
+        assert_eq!(part.not_recorded, []);
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! Invariants:
 //! 1. Its size is bounded: `STATES_MAX` digests of whole states, `TENSOR_DIGESTS_MAX` of single tensors.
 //!    A longer run is sampled, always at the same steps, whatever happened to its driver.
-//! 2. It is kept with each checkpoint, so a driver that begins again has that of its predecessors.
+//! 2. It is kept with each checkpoint, so a driver that begins again has that of its predecessors. What one that was
+//!    killed knew since its last checkpoint is gone where trainers go on from their own state: those steps are not
+//!    taken again, so nobody can record them, and [`StepTrace::not_recorded`] says which they are.
 
 use std::collections::BTreeMap;
 
@@ -101,6 +103,27 @@ impl StepTrace {
     #[must_use]
     pub fn known_steps(&self) -> usize {
         self.states.len()
+    }
+
+    /// The steps of a run of `steps` steps whose states should be known and are not: the first and the last of each
+    /// row of them, in order.
+    #[must_use]
+    pub fn not_recorded(&self, steps: u64) -> Vec<(u64, u64)> {
+        let every = self.states_every.max(1);
+        let last = steps - steps % every;
+        let mut missing = Vec::new();
+        let mut next = every;
+        let known = self.states.range(..=last).map(|(step, _)| *step);
+        for known in known.filter(|step| *step > 0 && step.is_multiple_of(every)) {
+            if known > next {
+                missing.push((next, known - every));
+            }
+            next = known.saturating_add(every);
+        }
+        if next <= last {
+            missing.push((next, last));
+        }
+        missing
     }
 
     /// How many states are known of both runs.
@@ -214,6 +237,36 @@ mod tests {
         let from_the_start = run(20, |state| state.params[1] = 9.0);
         let difference = trace.first_difference(&from_the_start).unwrap();
         assert_eq!((difference.step, difference.equal_until), (1, None));
+    }
+
+    #[test]
+    fn steps_that_a_driver_took_along_are_told() {
+        let trace = run(20, |_| {});
+        assert_eq!(trace.not_recorded(20), []);
+        // Checkpoints after steps 4 and 12; its successors went on from what trainers held after 7 and 17.
+        let mut with_gaps = trace.clone();
+        let is_gone = |step: &u64| (5..=7).contains(step) || (13..=17).contains(step);
+        with_gaps.states.retain(|step, _| !is_gone(step));
+        assert_eq!(with_gaps.not_recorded(20), [(5, 7), (13, 17)]);
+        assert_eq!(trace.first_difference(&with_gaps), None);
+        // As far as the run went, which is further than what is known of it.
+        with_gaps.go_back_to(12);
+        assert_eq!(with_gaps.not_recorded(14), [(5, 7), (13, 14)]);
+        assert_eq!(with_gaps.not_recorded(6), [(5, 6)]);
+        with_gaps.go_back_to(0);
+        assert_eq!(with_gaps.not_recorded(3), [(1, 3)]);
+        assert_eq!(with_gaps.not_recorded(0), []);
+        // Of a sampled run only the samples are missed.
+        let mut sampled = StepTrace {
+            states_every: 5,
+            ..trace
+        };
+        sampled.states.retain(|step, _| step.is_multiple_of(5));
+        assert_eq!(sampled.not_recorded(23), []);
+        sampled.states.remove(&10);
+        assert_eq!(sampled.not_recorded(23), [(10, 10)]);
+        sampled.go_back_to(0);
+        assert_eq!(sampled.not_recorded(23), [(5, 20)]);
     }
 
     #[test]

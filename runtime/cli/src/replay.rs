@@ -27,6 +27,9 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 /// A dependency list has hundreds of lines; a person is told how many differ beyond these.
 const DEPENDENCIES_SHOWN: usize = 10;
 
+/// Rows of steps that are named to a person, of those that were not recorded.
+const GAPS_SHOWN: usize = 5;
+
 /// Makes a job's run once more, here, and says whether it ends in the same bits.
 pub(crate) async fn run_replay(
     target: &Target,
@@ -88,12 +91,14 @@ fn say(report: &ReplayReport) {
             report.steps, report.compared
         );
         println!("weights {}", report.weights_blake3);
+        say_gaps("", &report.not_recorded);
         return;
     }
     match &report.difference {
         Some(difference) => say_difference(difference),
         None => println!("differs: after a step that no digest is known of"),
     }
+    say_gaps("", &report.not_recorded);
     println!("weights here     {}", report.weights_blake3);
     println!("weights recorded {}", report.recorded_weights_blake3);
 }
@@ -111,12 +116,39 @@ fn say_difference(difference: &Difference) {
     }
 }
 
+/// Says which steps `of_whom` has no states of, if there are any.
+fn say_gaps(of_whom: &str, gaps: &[(u64, u64)]) {
+    if let Some(steps) = gap_text(gaps) {
+        println!(
+            "not recorded{of_whom}: {steps}: a driver was lost there and trainers went on, so these states are not \
+             compared"
+        );
+    }
+}
+
+/// The rows of steps, as far as a person wants to read them; nothing where there are none.
+fn gap_text(gaps: &[(u64, u64)]) -> Option<String> {
+    let shown = gaps.iter().take(GAPS_SHOWN).map(|(first, last)| {
+        if first == last {
+            format!("step {first}")
+        } else {
+            format!("steps {first} to {last}")
+        }
+    });
+    let mut shown: Vec<String> = shown.collect();
+    if gaps.len() > GAPS_SHOWN {
+        shown.push(format!("and {} more such rows", gaps.len() - GAPS_SHOWN));
+    }
+    (!shown.is_empty()).then(|| shown.join(", "))
+}
+
 #[derive(Serialize)]
 struct DiffJson {
     a: u64,
     b: u64,
     equal_weights: bool,
     difference: Option<Difference>,
+    not_recorded: [Vec<(u64, u64)>; 2],
     fields: BTreeMap<String, [String; 2]>,
 }
 
@@ -138,7 +170,12 @@ pub(crate) async fn run_diff(
         .filter(|(key, ..)| key != "job")
         .map(|(key, ours, theirs)| (key, [ours, theirs]))
         .collect();
-    let difference = first.trace()?.first_difference(&second.trace()?);
+    let (first_trace, second_trace) = (first.trace()?, second.trace()?);
+    let difference = first_trace.first_difference(&second_trace);
+    let not_recorded = [
+        first_trace.not_recorded(first.steps),
+        second_trace.not_recorded(second.steps),
+    ];
     let equal_weights = first.weights_blake3 == second.weights_blake3;
     if json {
         return print_json(&DiffJson {
@@ -146,6 +183,7 @@ pub(crate) async fn run_diff(
             b: b.0,
             equal_weights,
             difference,
+            not_recorded,
             fields,
         });
     }
@@ -179,6 +217,9 @@ pub(crate) async fn run_diff(
         }
         Some(difference) => say_difference(&difference),
     }
+    for (job, gaps) in [a, b].iter().zip(&not_recorded) {
+        say_gaps(&format!(" of {job}"), gaps);
+    }
     Ok(())
 }
 
@@ -199,4 +240,22 @@ async fn record_of(cluster: &Cluster, archive: &Archive, job: JobId) -> anyhow::
         )
     })?;
     Ok(archive.record(digest).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_that_were_not_recorded_are_named_row_by_row() {
+        assert_eq!(gap_text(&[]), None);
+        let text = gap_text(&[(41, 57), (80, 80)]);
+        assert_eq!(text.as_deref(), Some("steps 41 to 57, step 80"));
+        let many: Vec<(u64, u64)> = (1..=7).map(|row| (row * 10, row * 10 + 1)).collect();
+        let text = gap_text(&many).unwrap();
+        assert!(
+            text.ends_with("steps 50 to 51, and 2 more such rows"),
+            "{text}"
+        );
+    }
 }

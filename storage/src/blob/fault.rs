@@ -225,7 +225,10 @@ impl ObjectStore for FaultStore {
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         match self.next_fault() {
-            None | Some(Fault::Truncated(_) | Fault::Stalled(_)) => self.inner.list(prefix),
+            // A full disk can be looked at.
+            None | Some(Fault::Truncated(_) | Fault::Stalled(_) | Fault::NoSpace) => {
+                self.inner.list(prefix)
+            }
             // A list has no name that could be taken: all that fails it is the connection.
             Some(_) => futures::stream::once(async { Err(broken_connection()) }).boxed(),
         }

@@ -9,25 +9,30 @@
 //!    is not there any more names nothing.
 //! 2. Chunks are listed before manifests, and both before the tables are read, so whatever was
 //!    committed in between still protects its chunks.
-//! 3. The plan is stored before anything is deleted, and removed last: a sweep that died can be
-//!    looked into.
+//! 3. The plan is stored before the first blob is looked at again and deleted, is marked as over only
+//!    when the store has acknowledged all of it, and stays for a while: savers read it
+//!    ([`confirming`](super::confirming) says why), and a sweep that died can be looked into.
 //! 4. Manifests go before chunks, so that no visible manifest ever misses a chunk.
 //! 5. Nothing younger than the plan's age is deleted, and what was renewed since the plan is
 //!    spared. The age must be at least twice [`SAVE_TIME_MAX`](super::SAVE_TIME_MAX), which the
 //!    writer keeps to.
-//! 6. A store is swept by one cluster, the first that claimed it: another one's tables do not know
+//! 6. A sweep asks for no deletion later than [`SWEEP_TIME_MAX`] after it stored its plan, and each plan
+//!    is swept once.
+//! 7. A store is swept by one cluster, the first that claimed it: another one's tables do not know
 //!    what is kept there.
 //!
 //! Only the leader may sweep, one sweep at a time; that is the caller's to ensure.
 
 use std::collections::BTreeSet;
 
-use serde::{Deserialize, Serialize};
+use bytes::Bytes;
+use tokio::time::Instant;
 
 use super::chunk::{CHUNK_FOLDER, digest_of_path};
 use super::manifest::{MANIFEST_FOLDER, MANIFEST_LIMIT_BYTES};
+use super::plans::{self, GcPlan, PLAN_BLOBS_MAX, PLANS_KEPT, SWEEP_TIME_MAX};
 use super::{CheckpointReader, LoadError, Manifest, ManifestName, ManifestRef};
-use crate::blob::{BlobError, BlobErrorKind, BlobInfo, BlobStore};
+use crate::blob::{BlobError, BlobErrorKind, BlobInfo, BlobStore, PutOutcome};
 use crate::digest::Digest;
 
 /// Blobs that one sweep takes in: some 300 MB of names. A store with more is swept by its owner's
@@ -39,29 +44,6 @@ const OWNER_PATH: &str = "gc/owner";
 
 /// The longest id of a cluster, and room to show what else might be there.
 const OWNER_BYTES_MAX: u64 = 256;
-
-/// What a sweep would delete.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GcPlan {
-    /// When it was made. Milliseconds since the Unix epoch.
-    pub created_ms: u64,
-    /// Nothing written after this is touched.
-    pub older_than_ms: u64,
-    /// Manifests that nobody keeps.
-    pub manifests: Vec<String>,
-    /// Chunks that no remaining manifest names.
-    pub chunks: Vec<String>,
-    /// How much that is.
-    pub size_bytes: u64,
-}
-
-impl GcPlan {
-    /// Whether there is nothing to do.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.manifests.is_empty() && self.chunks.is_empty()
-    }
-}
 
 /// What a sweep did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -120,9 +102,32 @@ pub enum GcError {
     /// A kept checkpoint's manifest cannot be read, so its chunks are not known.
     #[error("nothing is swept, because a kept checkpoint cannot be read: {0}")]
     KeptUnreadable(#[source] LoadError),
+    /// The plan is that of another sweep, or of an earlier try of this one.
+    #[error("`{path}` is there already, and a plan is swept once; the next sweep makes another")]
+    NotOurs {
+        /// Its name.
+        path: String,
+    },
+    /// The store kept a request until the sweep's time was over. What is left goes with the next sweep.
+    #[error(
+        "the store did not answer within the {} s that a sweep may take: `{path}` may be deleted or \
+         not; the next sweep goes on",
+        SWEEP_TIME_MAX.as_secs()
+    )]
+    OutOfTime {
+        /// What was to be deleted.
+        path: String,
+    },
     /// The store failed. What is left goes with the next sweep.
     #[error(transparent)]
     Blob(#[from] BlobError),
+}
+
+/// What became of a blob that was to be deleted.
+enum Removal {
+    Deleted { size_bytes: u64 },
+    Spared,
+    WasGone,
 }
 
 /// Sweeps one store.
@@ -164,8 +169,8 @@ impl Sweeper {
         })
     }
 
-    /// Finds what of `stored` may be deleted, at most `blobs_max` of it; `kept` must have been read
-    /// from the tables after `stored` was listed.
+    /// Finds what of `stored` may be deleted, at most `blobs_max` of it and no more than fits in a plan;
+    /// `kept` must have been read from the tables after `stored` was listed.
     pub async fn plan(
         &self,
         stored: &Stored,
@@ -174,6 +179,7 @@ impl Sweeper {
         age_min_ms: u64,
         blobs_max: usize,
     ) -> Result<GcPlan, GcError> {
+        let blobs_max = blobs_max.min(PLAN_BLOBS_MAX);
         let older_than_ms = now_ms.saturating_sub(age_min_ms);
         let is_old = |blob: &BlobInfo| blob.modified_ms < older_than_ms;
         let kept_paths: BTreeSet<&str> = kept
@@ -235,35 +241,82 @@ impl Sweeper {
         })
     }
 
-    /// Deletes what `plan` lists, unless it was written again since. May be called again after an
-    /// error.
+    /// Deletes what `plan` lists, unless it was written again since, as far as the time goes; what is
+    /// left goes with the next sweep. After an error make another plan.
     pub async fn sweep(&self, plan: &GcPlan) -> Result<GcReport, GcError> {
+        self.forget_plans(plan.created_ms).await?;
         if plan.is_empty() {
             return Ok(GcReport::default());
         }
-        let plan_bytes =
-            serde_json::to_vec_pretty(plan).expect("a plan holds only strings and numbers");
-        let plan_path = format!(
-            "gc/{:016}-{}.json",
-            plan.created_ms,
-            Digest::of(&plan_bytes)
-        );
-        self.blobs
-            .put_if_absent(&plan_path, plan_bytes.into())
-            .await?;
+        let (plan_path, plan_bytes) = plan.stored_as();
+        // Before the plan is stored: savers count from then.
+        let end = Instant::now() + SWEEP_TIME_MAX;
+        let outcome = self.blobs.put_if_absent(&plan_path, plan_bytes).await?;
+        if outcome == PutOutcome::AlreadyExists {
+            // As old as it is there, savers may take it for over.
+            return Err(GcError::NotOurs { path: plan_path });
+        }
         let mut report = GcReport::default();
         for path in plan.manifests.iter().chain(&plan.chunks) {
-            match self.blobs.head(path).await? {
-                Some(blob) if blob.modified_ms >= plan.older_than_ms => report.spared += 1,
-                Some(blob) => {
-                    self.blobs.delete(path).await?;
-                    report.deleted += 1;
-                    report.deleted_bytes += blob.size_bytes;
+            if Instant::now() >= end {
+                break;
+            }
+            let removal = tokio::time::timeout_at(end, self.remove(path, plan)).await;
+            // The store may still carry out what was asked: the plan must not be marked as over.
+            let removal = removal.map_err(|_| GcError::OutOfTime { path: path.clone() })?;
+            let removal = match removal {
+                Ok(removal) => removal,
+                Err(error) => {
+                    // A store that has answered does nothing any more: no save need wait for that.
+                    if error.kind() != BlobErrorKind::Unreachable {
+                        self.mark(&plan_path).await?;
+                    }
+                    return Err(error.into());
                 }
-                None => {}
+            };
+            match removal {
+                Removal::Deleted { size_bytes } => {
+                    report.deleted += 1;
+                    report.deleted_bytes += size_bytes;
+                }
+                Removal::Spared => report.spared += 1,
+                Removal::WasGone => {}
             }
         }
-        self.blobs.delete(&plan_path).await?;
+        self.mark(&plan_path).await?;
         Ok(report)
+    }
+
+    /// Says that the sweep of the plan at `plan_path` is over.
+    async fn mark(&self, plan_path: &str) -> Result<(), BlobError> {
+        let mark = plans::mark_of(plan_path);
+        self.blobs.put_if_absent(&mark, Bytes::new()).await?;
+        Ok(())
+    }
+
+    async fn remove(&self, path: &str, plan: &GcPlan) -> Result<Removal, BlobError> {
+        Ok(match self.blobs.head(path).await? {
+            Some(blob) if blob.modified_ms >= plan.older_than_ms => Removal::Spared,
+            Some(BlobInfo { size_bytes, .. }) => {
+                self.blobs.delete(path).await?;
+                Removal::Deleted { size_bytes }
+            }
+            None => Removal::WasGone,
+        })
+    }
+
+    /// Removes the plans of sweeps that no save can meet any more. Where that fails no other plan is
+    /// stored, so there are never many.
+    async fn forget_plans(&self, now_ms: u64) -> Result<(), GcError> {
+        let kept_ms = u64::try_from(PLANS_KEPT.as_millis()).unwrap_or(u64::MAX);
+        let kept_since_ms = now_ms.saturating_sub(kept_ms);
+        for plan in plans::announced(&self.blobs).await? {
+            if plan.stored_ms < kept_since_ms {
+                // The mark goes last: a plan without one is taken for that of a sweep under way.
+                self.blobs.delete(&plan.path).await?;
+                self.blobs.delete(&plans::mark_of(&plan.path)).await?;
+            }
+        }
+        Ok(())
     }
 }

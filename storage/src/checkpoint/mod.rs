@@ -3,7 +3,8 @@
 //! ```text
 //! chunks/<blake3>                                  immutable, shared between checkpoints
 //! manifest/<job>/<step, 12 digits>-<incarnation>.json   created last, once
-//! gc/<time>-<digest>.json                          a sweep that is under way
+//! gc/<time>-<digest>.json                          what a sweep deletes; stays for a while
+//! gc/<time>-<digest>.done                          that sweep is over
 //! gc/owner                                         the cluster that sweeps
 //! ```
 //!
@@ -21,11 +22,14 @@
 //! 4. What is damaged or missing makes a restore go to the next older checkpoint and say why; what
 //!    is out of reach for now does not: an outage must not turn back time.
 //! 5. A sweep deletes only what neither a kept manifest nor the tables name, and what is older than the longest upload.
+//!    What it deletes of a save that runs at the same time, that save finds out and writes again before it names it.
 
 mod chunk;
+mod confirming;
 mod gc;
 mod manifest;
 mod pace;
+mod plans;
 mod reader;
 mod source;
 mod writer;
@@ -36,8 +40,9 @@ mod tests;
 use std::sync::Arc;
 
 pub use chunk::{CHUNK_BYTES_DEFAULT, ChunkRef, Piece, split_pieces};
-pub use gc::{GcError, GcPlan, GcReport, Kept, Stored, Sweeper};
+pub use gc::{GcError, GcReport, Kept, Stored, Sweeper};
 pub use manifest::{InvalidManifest, Manifest, ManifestName, ManifestRef, Section, manifest_path};
+pub use plans::GcPlan;
 pub use reader::{
     Checkpoint, CheckpointReader, LoadError, Rejected, RestoreError, Restored, StoredManifest,
 };

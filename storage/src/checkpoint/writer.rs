@@ -3,13 +3,15 @@
 //! `AlreadyExists` for a chunk counts as a hit only when the parent's manifest names that chunk:
 //! retention keeps the newest committed checkpoint, so nobody sweeps it meanwhile. Any other chunk
 //! that is there already may be old enough to be swept before our manifest names it, or damaged: it
-//! is written again, which its name allows, and so is young and whole.
+//! is written again, which its name allows, and so is young and whole. A sweep that looked at it just
+//! before may delete it all the same: [`confirming`](super::confirming) sees to that.
 //!
 //! A save has three parts, so that several who hold equal bytes can share its middle: who leads it
 //! calls [`CheckpointWriter::prepare`], everybody uploads a share of the missing pieces, and who leads
 //! it calls [`CheckpointWriter::finish`]. [`CheckpointWriter::save`] does all of it alone.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -99,7 +101,8 @@ pub enum SaveError {
     /// Its first chunks may be swept before its manifest names them.
     #[error(
         "the upload took {took_s} s, the limit is {} s: the store is too slow for a state of this \
-         size, or this process was suspended; try again",
+         size, a sweep of the store was waited for that did not end, or this process was suspended; \
+         try again",
         SAVE_TIME_MAX.as_secs()
     )]
     TooSlow {
@@ -135,12 +138,25 @@ pub enum SaveError {
 }
 
 /// A save that has begun: nothing of it is visible.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Prepared {
     manifest: Manifest,
     manifest_bytes: Bytes,
     missing: Vec<Piece>,
+    /// Whatever a sweep takes away meanwhile is read once more.
+    source: Arc<dyn CheckpointSource>,
     begun: Instant,
+}
+
+impl fmt::Debug for Prepared {
+    // Without the bytes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Prepared")
+            .field("manifest", &self.manifest)
+            .field("missing", &self.missing)
+            .field("begun", &self.begun)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Prepared {
@@ -193,6 +209,10 @@ impl CheckpointWriter {
             pace: Some(Arc::new(Pace::new(bytes_per_second))),
             ..self
         }
+    }
+
+    pub(super) fn blobs(&self) -> &BlobStore {
+        &self.blobs
     }
 
     /// Saves `bytes`. May be called again with the same request and bytes after any error or
@@ -260,6 +280,7 @@ impl CheckpointWriter {
             manifest,
             manifest_bytes,
             missing,
+            source,
             begun,
         })
     }
@@ -303,8 +324,8 @@ impl CheckpointWriter {
             .filter(|piece| known.insert(piece.chunk.blake3))
             .copied()
             .collect();
-        self.upload(source, &each_once).await?;
-        check_time(begun)?;
+        self.upload(Arc::clone(&source), &each_once).await?;
+        self.confirm(&source, &each_once, begun).await?;
         Ok(pieces.into_iter().map(|piece| piece.chunk).collect())
     }
 
@@ -322,9 +343,10 @@ impl CheckpointWriter {
             manifest,
             manifest_bytes,
             missing,
+            source,
             begun,
         } = prepared;
-        check_time(begun)?;
+        self.confirm(&source, &missing, begun).await?;
         let reference = ManifestRef {
             path: manifest.path(),
             digest: Digest::of(&manifest_bytes),
@@ -368,7 +390,7 @@ impl CheckpointWriter {
 }
 
 /// Refuses to name what may be swept meanwhile.
-fn check_time(begun: Instant) -> Result<(), SaveError> {
+pub(super) fn check_time(begun: Instant) -> Result<(), SaveError> {
     let took = begun.elapsed();
     if took > SAVE_TIME_MAX {
         let took_s = took.as_secs();

@@ -14,7 +14,7 @@ use crate::s3::S3Server;
 
 const CHUNK_BYTES: usize = 64;
 
-/// The most chunks that a checkpoint has here: with one to so many there are 510 points.
+/// The most chunks that a checkpoint has here: with one to so many there are 561 points.
 const CHUNKS_MAX: usize = 17;
 
 /// How many points are tried at a time.
@@ -58,8 +58,8 @@ fn points() -> Vec<Point> {
     let mut points = Vec::new();
     for death in DEATHS {
         for chunks in 1..=CHUNKS_MAX {
-            // Each chunk is one operation, and the manifest is the last.
-            for at in 0..=chunks {
+            // Each chunk is one operation, then it is asked which sweeps there are, and the manifest is the last.
+            for at in 0..=chunks + 1 {
                 points.push(Point {
                     number: points.len() + 1,
                     chunks,
@@ -99,7 +99,7 @@ async fn die_and_recover(direct: &BlobStore, point: Point) {
         "{case}: it was never reached"
     );
     // A last reply that is lost may be asked for again, by an operation that fails as well.
-    let is_manifest = at == chunks;
+    let is_manifest = at == chunks + 1;
     let is_torn = matches!(death, Fault::Truncated(_));
     assert_eq!(outcome.is_ok(), is_manifest && is_torn, "{case}");
 

@@ -32,6 +32,8 @@ const TICK: Duration = Duration::from_millis(20);
 /// A member is called slow after this, and after [`SLOW_FACTOR`] usual steps.
 const SLOW_AFTER_MIN: Duration = Duration::from_millis(250);
 const SLOW_FACTOR: u32 = 8;
+/// After how long the same report is made once more.
+const REPEATED_AFTER: Duration = Duration::from_secs(1);
 /// Reports that are kept for a coordinator that does not listen now.
 const REPORTS_MAX: usize = 64;
 
@@ -87,16 +89,21 @@ pub struct Board {
     pub spent: (Duration, Duration),
     /// The latest reports with their numbers.
     pub reports: VecDeque<(u64, Report)>,
+    /// When the last of them was made.
+    reported_at: Option<Instant>,
     /// Why it has stopped.
     pub failed: Option<TrainerError>,
 }
 
 impl Board {
     fn report(&mut self, report: Report) {
-        // The same again says nothing new while nobody has acted on it.
-        if self.reports.back().is_some_and(|(_, last)| *last == report) {
+        // The same again says nothing new, but with each step the coordinator forgets who was not reached.
+        let is_old = |at: Instant| at.elapsed() >= REPEATED_AFTER;
+        let last = self.reports.back().map(|(_, last)| *last);
+        if last == Some(report) && !self.reported_at.is_some_and(is_old) {
             return;
         }
+        self.reported_at = Some(Instant::now());
         self.number += 1;
         if self.reports.len() >= REPORTS_MAX {
             self.reports.pop_front();
@@ -328,4 +335,28 @@ impl<C: Collective> Runner<C> {
 
 fn told(error: &super::Unreachable) {
     tracing::debug!(%error, "a message is sent again");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_same_report_is_made_again_after_a_while() {
+        let report = Report::Unreachable {
+            peer: MemberId::default(),
+        };
+        let mut board = Board::default();
+        board.report(report);
+        board.report(report);
+        assert_eq!(board.number, 1);
+        tokio::time::advance(REPEATED_AFTER).await;
+        board.report(report);
+        board.report(report);
+        assert_eq!(board.number, 2);
+        let peer = MemberId::default();
+        board.report(Report::Reached { peer });
+        board.report(report);
+        assert_eq!(board.number, 4);
+    }
 }

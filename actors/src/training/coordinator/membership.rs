@@ -12,6 +12,7 @@ use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Preparation, Slot, Tra
 use crate::training::job::now_ms;
 use crate::training::messages::{Admission, Greeting, Held, News, TrainerError};
 use crate::training::numerics::{Numerics, Probe};
+use crate::training::protocol::exchange::Report;
 use crate::training::protocol::leader::{StateDigest, judge};
 use crate::training::protocol::plan::MemberId;
 
@@ -25,9 +26,7 @@ const DOOMED_PAUSE: Duration = Duration::from_millis(100);
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
 /// How long a trainer is left alone that cannot reach its data.
 const HINDERED_PAUSE: Duration = Duration::from_secs(5);
-/// How long no step may be done while members do not reach each other.
-const UNREACHED_MAX: Duration = Duration::from_secs(3);
-/// How long a member is left out then: if the way is still cut, it costs as much again.
+/// How long a member is left out that others do not reach: if the way is still cut, it costs as much again.
 const UNREACHED_PAUSE: Duration = Duration::from_secs(30);
 
 impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
@@ -155,6 +154,28 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         }
     }
 
+    /// What the copy, or a trainer, has to say of others.
+    pub(super) fn reported(&mut self, from: MemberId, report: Report) {
+        match report {
+            // The end of a process is seen by listening to it; this is for members that we reach and that
+            // do not reach each other.
+            Report::Unreachable { peer } => self.unreached.failed(from, peer, Instant::now()),
+            Report::Reached { peer } => self.unreached.reached(from, peer),
+            Report::Dissent { step, .. } => {
+                if self.judging.insert(step) {
+                    self.crew.ask_digests(step);
+                }
+            }
+            Report::Slow { peer } => self.slow(peer),
+            Report::Behind { .. } if from == self.me => self.rewind(),
+            Report::Behind { .. } => {
+                self.leader.unseat(from);
+                self.publish();
+                self.prepare(from.slot as usize);
+            }
+        }
+    }
+
     /// Whether a trainer whose machine goes stays for now: the driver saves with its help, or has hardly had the time
     /// to hear that its own machine goes as well. Nothing waits for such a trainer; it goes on as long as it can.
     pub(super) fn stays(&mut self, index: usize, deadline_ms: u64) -> bool {
@@ -236,11 +257,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         }
         // That nobody reached it says nothing of those who did not.
         if let Some(member) = member {
-            let is_of_others = |pair: &(MemberId, MemberId)| pair.0 != member && pair.1 != member;
-            self.unreached.retain(is_of_others);
-            if self.unreached.is_empty() {
-                self.unreached_since = None;
-            }
+            self.unreached.forget(member);
         }
         self.crew.lose(index, pause);
         self.publish();
@@ -249,22 +266,8 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     /// Where members that we all reach do not reach each other, and no step gets done for that: the one
     /// that most speak of, or that speaks of most, is left out for a while.
     pub(super) fn separate(&mut self) {
-        let since = self.unreached_since;
-        if since.is_none_or(|since| since.elapsed() < UNREACHED_MAX) {
-            return;
-        }
-        let pairs = std::mem::take(&mut self.unreached);
-        self.unreached_since = None;
-        let count = |member: &MemberId| {
-            let with = |pair: &&(MemberId, MemberId)| pair.0 == *member || pair.1 == *member;
-            (pairs.iter().filter(with).count(), member.slot)
-        };
-        let worst = self
-            .leader
-            .seated()
-            .iter()
-            .max_by_key(|member| count(member));
-        if let Some(worst) = worst.copied().filter(|member| count(member).0 > 0) {
+        let now = Instant::now();
+        if let Some(worst) = self.unreached.worst(self.leader.seated(), self.me, now) {
             self.lose_for(
                 worst.slot as usize,
                 "others do not reach it",

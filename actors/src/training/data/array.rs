@@ -1,11 +1,12 @@
 //! Arrays of numbers as files hold them: little-endian, the last dimension nearest.
 //!
 //! Invariant: an array is looked through once when it is opened, so what is read later is finite and
-//! there, unless somebody changed the file meanwhile; then reading says so.
+//! there. A file that was changed since then is not read: what it holds is not what the digest of the data
+//! set says. A file that was replaced by another of its name still is the old one here.
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
 use super::error::DataError;
@@ -95,7 +96,58 @@ impl Kind {
 #[derive(Debug)]
 pub(super) enum Bytes {
     Memory(Arc<Vec<u8>>),
-    File(File),
+    File(OpenFile),
+}
+
+/// A file of this machine that is read as it was when it was opened, or not at all.
+#[derive(Debug)]
+pub(super) struct OpenFile {
+    file: File,
+    as_opened: Version,
+}
+
+/// What tells a file from itself after somebody wrote to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Version {
+    size_bytes: u64,
+    /// Seconds and nanoseconds. The time of the last change of its metadata would say more, and also differ for
+    /// a file that was only renamed or replaced.
+    modified: (i64, i64),
+}
+
+impl Version {
+    fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Version {
+            size_bytes: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        })
+    }
+}
+
+impl OpenFile {
+    /// Opens the file called `name`.
+    pub(super) fn open(name: &str) -> io::Result<Self> {
+        let file = File::open(name)?;
+        let as_opened = Version::of(&file)?;
+        Ok(OpenFile { file, as_opened })
+    }
+
+    /// The file, to be read from its beginning.
+    pub(super) fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    fn try_clone(&self) -> io::Result<Self> {
+        Ok(OpenFile {
+            file: self.file.try_clone()?,
+            as_opened: self.as_opened,
+        })
+    }
+
+    fn is_changed(&self) -> io::Result<bool> {
+        Ok(Version::of(&self.file)? != self.as_opened)
+    }
 }
 
 impl Bytes {
@@ -104,27 +156,50 @@ impl Bytes {
         match self {
             Bytes::Memory(bytes) => Ok(Bytes::Memory(Arc::clone(bytes))),
             Bytes::File(open) => {
-                let again = open.try_clone().map_err(|source| DataError::Unreadable {
-                    file: file.to_owned(),
-                    source,
-                })?;
+                let again = open
+                    .try_clone()
+                    .map_err(|source| unreadable(file, source))?;
                 Ok(Bytes::File(again))
             }
         }
     }
 
-    /// Fills `buffer` from `offset` on.
-    pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    /// Fills `buffer` from `offset` on. `file` is how errors name them.
+    pub(super) fn read_at(
+        &self,
+        file: &str,
+        buffer: &mut [u8],
+        offset: u64,
+    ) -> Result<(), DataError> {
         match self {
-            Bytes::File(file) => file.read_exact_at(buffer, offset),
+            Bytes::File(open) => {
+                let read = open.file.read_exact_at(buffer, offset);
+                // Behind the reading: what was written before it shows. A file that was cut is not just unreadable.
+                match open.is_changed() {
+                    Ok(true) => Err(DataError::Changed {
+                        file: file.to_owned(),
+                    }),
+                    Ok(false) => read.map_err(|source| unreadable(file, source)),
+                    Err(source) => Err(unreadable(file, source)),
+                }
+            }
             Bytes::Memory(bytes) => {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX);
                 let end = start.saturating_add(buffer.len());
-                let part = bytes.get(start..end).ok_or(io::ErrorKind::UnexpectedEof)?;
+                let part = bytes
+                    .get(start..end)
+                    .ok_or_else(|| unreadable(file, io::ErrorKind::UnexpectedEof.into()))?;
                 buffer.copy_from_slice(part);
                 Ok(())
             }
         }
+    }
+}
+
+fn unreadable(file: &str, source: io::Error) -> DataError {
+    DataError::Unreadable {
+        file: file.to_owned(),
+        source,
     }
 }
 
@@ -238,10 +313,59 @@ impl Array {
 
     fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), DataError> {
         self.bytes
-            .read_at(buffer, self.place.offset + offset)
-            .map_err(|source| DataError::Unreadable {
-                file: self.file.clone(),
-                source,
-            })
+            .read_at(&self.file, buffer, self.place.offset + offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(values: [f32; 2]) -> Vec<u8> {
+        values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect()
+    }
+
+    fn open(path: &str) -> Array {
+        Array {
+            file: path.to_owned(),
+            bytes: Bytes::File(OpenFile::open(path).unwrap()),
+            place: Place {
+                kind: Kind::F32,
+                shape: vec![2, 1],
+                offset: 0,
+            },
+        }
+    }
+
+    #[test]
+    fn an_array_whose_file_is_written_to_is_not_read_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let (x, other) = (path("x"), path("other"));
+        std::fs::write(&x, bytes([1.0, 2.0])).unwrap();
+        let array = open(&x);
+        // Another file of the name is another file.
+        std::fs::write(&other, bytes([3.0, 4.0])).unwrap();
+        std::fs::rename(&other, &x).unwrap();
+        assert_eq!(array.numbers().unwrap(), [1.0, 2.0]);
+
+        let array = open(&x);
+        let again = array.bytes.try_clone(&x).unwrap();
+        assert_eq!(array.numbers().unwrap(), [3.0, 4.0]);
+        // In place: as many bytes, and later, however coarse the file system's clock is.
+        let file = File::options().write(true).open(&x).unwrap();
+        let later =
+            file.metadata().unwrap().modified().unwrap() + std::time::Duration::from_secs(1);
+        file.write_all_at(&bytes([5.0, 6.0]), 0).unwrap();
+        file.set_modified(later).unwrap();
+        let error = array.read_row(1, 1.0, &mut Vec::new()).unwrap_err();
+        assert!(matches!(error, DataError::Changed { .. }), "{error}");
+        assert!(!error.may_pass());
+        let error = again.read_at(&x, &mut [0; 4], 0).unwrap_err();
+        assert!(matches!(error, DataError::Changed { .. }), "{error}");
+        assert_eq!(open(&x).numbers().unwrap(), [5.0, 6.0]);
     }
 }

@@ -3,9 +3,10 @@
 //! Invariants:
 //! 1. Numbers are read row by row as they are needed, where they lie on this machine's disk; what comes
 //!    from the object store is held in memory.
-//! 2. The files' bytes are hashed and looked through once, when the data set is loaded.
+//! 2. The files' bytes are hashed and looked through once, when the data set is loaded; a file that is written to
+//!    after that is not read any more.
 
-use super::array::{Array, Bytes};
+use super::array::Array;
 use super::error::DataError;
 use super::files::Files;
 use super::npy::{self, NpySpec};
@@ -55,10 +56,10 @@ pub(super) fn load_safetensors(
     for file in &spec.files {
         let (bytes, size_bytes) = files.open(file, digests)?;
         let mut start = vec![0; size_bytes.min(8) as usize];
-        read(&bytes, file, &mut start)?;
+        bytes.read_at(file, &mut start, 0)?;
         let header_bytes = safetensors::header_bytes(file, &start)?.min(size_bytes);
         let mut header = vec![0; header_bytes as usize];
-        read(&bytes, file, &mut header)?;
+        bytes.read_at(file, &mut header, 0)?;
         let array = |name: &str| -> Result<Array, DataError> {
             Ok(Array {
                 file: format!("{file} ({name})"),
@@ -84,21 +85,12 @@ pub(super) fn load_safetensors(
 fn open_npy(name: &str, files: &Files, digests: &mut Digests) -> Result<Array, DataError> {
     let (bytes, size_bytes) = files.open(name, digests)?;
     let mut start = vec![0; size_bytes.min(NPY_HEADER_BYTES_MAX as u64 + 12) as usize];
-    read(&bytes, name, &mut start)?;
+    bytes.read_at(name, &mut start, 0)?;
     Ok(Array {
         file: name.to_owned(),
         place: npy::place(name, &start, size_bytes)?,
         bytes,
     })
-}
-
-fn read(bytes: &Bytes, file: &str, buffer: &mut [u8]) -> Result<(), DataError> {
-    bytes
-        .read_at(buffer, 0)
-        .map_err(|source| DataError::Unreadable {
-            file: file.to_owned(),
-            source,
-        })
 }
 
 fn misfit(file: &str, reason: String) -> DataError {

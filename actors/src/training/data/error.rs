@@ -19,6 +19,15 @@ pub enum DataError {
         /// What the operating system said.
         source: io::Error,
     },
+    /// The file was written to while it was in use.
+    #[error(
+        "data file {file} was changed after it had been loaded: what it holds is not what the job began with; put \
+         the old bytes back and start the job again, or train another job on a file of another name"
+    )]
+    Changed {
+        /// The file.
+        file: String,
+    },
     /// A file of the object store cannot be read.
     #[error("cannot read data file store:{file}: {source}")]
     Store {

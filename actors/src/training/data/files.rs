@@ -10,7 +10,7 @@ use mobula_storage::blob::{BlobErrorKind, BlobStore};
 use tokio::runtime::Handle;
 
 use super::Digests;
-use super::array::Bytes;
+use super::array::{Bytes, OpenFile};
 use super::error::DataError;
 
 /// Bytes of one data file, compressed or not. It becomes about twice this in memory, which every
@@ -75,8 +75,8 @@ impl Files {
             file: name.to_owned(),
             source,
         };
-        let mut file = File::open(name).map_err(unreadable)?;
-        let size_bytes = digests.add_file(&mut file).map_err(unreadable)?;
+        let mut file = OpenFile::open(name).map_err(unreadable)?;
+        let size_bytes = digests.add_file(file.file()).map_err(unreadable)?;
         Ok((Bytes::File(file), size_bytes))
     }
 

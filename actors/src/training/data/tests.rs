@@ -313,10 +313,7 @@ fn arrays_over_several_files_are_read_row_by_row() {
     );
     // The file is cut while it is in use.
     std::fs::write(&features[1], b"").unwrap();
-    assert!(matches!(
-        data.gather(&[2]),
-        Err(DataError::Unreadable { .. })
-    ));
+    assert!(matches!(data.gather(&[2]), Err(DataError::Changed { .. })));
 
     let targets = saved(&folder, "t.npy", &npy::written("<f8", "(2,)", &[0u8; 16]));
     let spec = npy(features[..1].to_vec(), vec![], vec![targets]);

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 
+use super::exchange::Report;
 use super::plan::{MemberId, Plan};
 use crate::training::reduction::Subtree;
 
@@ -45,6 +46,8 @@ pub(super) struct Calls {
     resting: BTreeSet<Call>,
     /// Contributions that were taken.
     delivered: BTreeSet<Call>,
+    /// Members to which the last call that ended has failed.
+    silent: BTreeSet<MemberId>,
 }
 
 impl Calls {
@@ -71,8 +74,11 @@ impl Calls {
         self.under_way.insert(call);
     }
 
-    pub(super) fn end(&mut self, call: &Call) {
+    /// The call is over. What there is to tell of its member, if that was silent before and has answered.
+    pub(super) fn end(&mut self, call: &Call, is_answered: bool) -> Option<Report> {
         self.under_way.remove(call);
+        let peer = call.to();
+        (is_answered && self.silent.remove(&peer)).then_some(Report::Reached { peer })
     }
 
     pub(super) fn deliver(&mut self, call: Call) {
@@ -81,6 +87,14 @@ impl Calls {
 
     pub(super) fn rest(&mut self, call: Call) {
         self.resting.insert(call);
+    }
+
+    /// The call failed. What there is to tell of its member.
+    pub(super) fn fail(&mut self, call: Call) -> Report {
+        let peer = call.to();
+        self.silent.insert(peer);
+        self.rest(call);
+        Report::Unreachable { peer }
     }
 
     pub(super) fn is_resting(&self) -> bool {
@@ -99,6 +113,7 @@ impl Calls {
             Call::Ask { to, bucket, .. } => plan.owner(*bucket) == Some(*to),
             Call::Contribute { to, .. } => plan.seat(*to).is_some(),
         });
+        self.silent.retain(|member| plan.seat(*member).is_some());
         self.resting.clear();
     }
 
@@ -112,5 +127,35 @@ impl Calls {
     /// How many are under way, and how many rest.
     pub(super) fn counts(&self) -> (usize, usize) {
         (self.under_way.len(), self.resting.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_that_was_silent_and_answers_is_told_of_once() {
+        let peer = MemberId::default();
+        let call = Call::Ask {
+            to: peer,
+            step: 3,
+            bucket: 0,
+        };
+        let mut calls = Calls::default();
+        calls.begin(call);
+        assert_eq!(calls.end(&call, true), None, "nobody missed it");
+        calls.begin(call);
+        assert_eq!(calls.end(&call, false), None);
+        assert_eq!(calls.fail(call), Report::Unreachable { peer });
+        assert!(calls.is_resting());
+        calls.retry();
+        calls.begin(call);
+        assert_eq!(calls.end(&call, true), Some(Report::Reached { peer }));
+        assert_eq!(calls.end(&call, true), None);
+        // Nobody calls a member without a seat: it is never told that it is back.
+        calls.fail(call);
+        calls.follow(&Plan::default());
+        assert!(calls.silent.is_empty());
     }
 }

@@ -110,6 +110,11 @@ pub enum Report {
         /// Where another member stands.
         at: u64,
     },
+    /// A call to it was answered, after one that had failed.
+    Reached {
+        /// Which member.
+        peer: MemberId,
+    },
 }
 
 /// What a member's shell has to do.

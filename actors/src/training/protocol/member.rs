@@ -301,7 +301,8 @@ impl Member {
                 bucket: content.bucket,
                 subtree,
             };
-            self.calls.end(&call);
+            let news = self.calls.end(&call, outcome.is_some());
+            self.actions.extend(news.map(Action::Report));
             match outcome {
                 // Whoever is past the step has its sums.
                 Some(Ok(()) | Err(Refusal::Late { .. })) => {
@@ -323,7 +324,8 @@ impl Member {
         outcome: Option<Result<Partial, Refusal>>,
     ) {
         let call = Call::Ask { to, step, bucket };
-        self.calls.end(&call);
+        let news = self.calls.end(&call, outcome.is_some());
+        self.actions.extend(news.map(Action::Report));
         match outcome {
             Some(Ok(sum)) => self.learn(to, step, bucket, sum),
             Some(Err(Refusal::Late { at })) if step == self.step => {
@@ -391,7 +393,10 @@ impl Member {
             return Err(Refusal::Misfit);
         }
         if step > self.step {
-            self.ahead = Some((from, step));
+            // That the driver's copy is further says that the step was begun, and does not help to finish it.
+            if self.ahead.is_none() || !from.is_driver() {
+                self.ahead = Some((from, step));
+            }
             if step > self.step + AHEAD_MAX {
                 self.pump();
                 return Err(Refusal::Early { at: self.step });
@@ -459,9 +464,8 @@ impl Member {
     fn failed(&mut self, call: Call) {
         let peer = call.to();
         self.ahead = self.ahead.filter(|(member, _)| *member != peer);
-        self.actions
-            .push_back(Action::Report(Report::Unreachable { peer }));
-        self.calls.rest(call);
+        let news = self.calls.fail(call);
+        self.actions.push_back(Action::Report(news));
     }
 
     fn learn(&mut self, from: MemberId, step: u64, bucket: u32, sum: Partial) {

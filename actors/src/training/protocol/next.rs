@@ -241,6 +241,7 @@ impl Member {
             let owner = self.plan.owner(bucket);
             // Who is ahead has every bucket of this step, also those that this member should add.
             let ahead = self.ahead.map(|(member, _)| member);
+            let ahead = ahead.filter(|member| !member.is_driver());
             for to in [owner, ahead].into_iter().flatten() {
                 let call = Call::Ask {
                     to,
@@ -280,5 +281,76 @@ impl Member {
             grads,
         });
         self.actions.push_back(Action::Apply { root });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::training::messages::Epoch;
+    use crate::training::protocol::buckets::Buckets;
+    use crate::training::protocol::gather::TreeShape;
+    use crate::training::protocol::leader::{Leader, LeaderShape};
+    use crate::training::protocol::member::MemberShape;
+    use crate::training::protocol::plan::DRIVER_SLOT;
+
+    fn member(slot: u32) -> MemberId {
+        MemberId {
+            slot,
+            incarnation: 1,
+            entry: 1,
+        }
+    }
+
+    /// Whom it asks now.
+    fn asked(member: &mut Member) -> Vec<MemberId> {
+        let actions = std::iter::from_fn(|| member.poll_action());
+        let asked = actions.filter_map(|action| match action {
+            Action::Ask { to, .. } => Some(to),
+            _ => None,
+        });
+        asked.collect()
+    }
+
+    #[test]
+    fn the_drivers_copy_is_not_asked_though_it_is_further() {
+        let shape = MemberShape {
+            tree: TreeShape {
+                shard_count: 8,
+                samples_per_shard: 2,
+            },
+            buckets: Buckets::new(2, 1),
+            steps: 10,
+            history: 1,
+        };
+        let bucket_count = shape.buckets.count();
+        assert_eq!(bucket_count, 2);
+        let leader_shape = LeaderShape {
+            shard_count: 8,
+            bucket_count,
+            members_min: 1,
+            lead_max: 5,
+            steps: 10,
+        };
+        let (me, other, driver) = (member(0), member(1), member(DRIVER_SLOT));
+        let mut leader = Leader::new(leader_shape, Epoch::first_of(1), 0);
+        leader.seat([me, other]);
+        let mut copy = Member::new(me, shape, 0, [7; 16]);
+        copy.adopt(leader.plan().clone()).unwrap();
+        assert_eq!(asked(&mut copy), [other], "for the bucket that it owns");
+        // Both have taken the step, and ask for sums of the next one.
+        let further = |from, bucket| Ask {
+            from,
+            step: 1,
+            digest: [8; 16],
+            bucket,
+        };
+        assert_eq!(copy.ask(1, further(driver, 0)), None);
+        assert_eq!(asked(&mut copy), []);
+        assert!(copy.ahead.is_some(), "the step was begun");
+        assert_eq!(copy.ask(2, further(other, 0)), None);
+        assert_eq!(asked(&mut copy), [other], "for the other bucket");
+        assert_eq!(copy.ask(3, further(driver, 1)), None);
+        assert_eq!(copy.ahead, Some((other, 1)), "who can be asked counts");
     }
 }

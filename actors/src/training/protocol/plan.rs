@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::training::messages::Epoch;
 use crate::training::reduction::shard_map;
 
+/// The slot of the driver's copy: it asks others for sums, and nobody can ask it.
+pub const DRIVER_SLOT: u32 = u32::MAX;
+
 /// A trainer, from when it took a state over until it loses it or takes another one over: as long as it
 /// keeps what others gave it.
 #[derive(
@@ -25,6 +28,14 @@ pub struct MemberId {
     pub incarnation: u64,
     /// How many states it had taken over in that start, with this one.
     pub entry: u64,
+}
+
+impl MemberId {
+    /// Whether this is the driver's copy, which has no seat and cannot be asked.
+    #[must_use]
+    pub fn is_driver(self) -> bool {
+        self.slot == DRIVER_SLOT
+    }
 }
 
 impl fmt::Display for MemberId {

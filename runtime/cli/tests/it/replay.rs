@@ -31,6 +31,9 @@ fn a_run_is_replayed_to_the_same_bits_and_two_runs_are_told_apart() {
     let compared = report["compared"].as_u64().unwrap();
     // Steps between the newest checkpoint and the driver's end are not recorded: how many is a matter of speed.
     assert!((400..=1200).contains(&compared), "{report}");
+    let rows = report["not_recorded"].as_array().unwrap().iter();
+    let missing = rows.map(|row| row[1].as_u64().unwrap() - row[0].as_u64().unwrap() + 1);
+    assert_eq!(compared + missing.sum::<u64>(), 1200, "{report}");
     let said = cluster.ok(&["train", "replay", &job, "--steps", "20"]);
     assert!(
         said.contains("equal: 20 steps, 20 recorded states"),

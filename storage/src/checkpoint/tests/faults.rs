@@ -171,7 +171,8 @@ async fn a_truncated_read_is_noticed() {
 /// A store that acknowledges half a write must be noticed by the reader.
 #[tokio::test]
 async fn a_truncated_write_is_noticed_and_the_older_checkpoint_is_used() {
-    for at in 0.. {
+    // Between the last chunk and the manifest is asked which sweeps there are, which writes nothing.
+    for at in (0..).filter(|at| *at != 6) {
         for kept in [0, 1, CHUNK - 1] {
             let (faults, through, direct) = faulty();
             let old = saved(&direct, 1).await.reference;

@@ -2,6 +2,7 @@
 
 mod damage;
 mod faults;
+mod overlap;
 mod save;
 mod sweep;
 

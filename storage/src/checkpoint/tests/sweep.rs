@@ -7,20 +7,20 @@ use super::*;
 use crate::blob::BlobStore;
 
 /// A moment behind everything that was written so far, by the store's clock.
-async fn later_ms(blobs: &BlobStore) -> u64 {
+pub(super) async fn later_ms(blobs: &BlobStore) -> u64 {
     let all = blobs.list("", 1000).await.unwrap();
     all.iter().map(|blob| blob.modified_ms).max().unwrap() + 1
 }
 
 /// Waits until the store's clock has reached `now_ms`, a millisecond or two away.
-async fn pass(blobs: &BlobStore, now_ms: u64) {
+pub(super) async fn pass(blobs: &BlobStore, now_ms: u64) {
     while later_ms(blobs).await <= now_ms {
         blobs.renew("clock", Bytes::new()).await.unwrap();
     }
 }
 
 /// More than there is.
-const MANY: usize = 1000;
+pub(super) const MANY: usize = 1000;
 
 fn committed(checkpoints: &[&CheckpointHandle]) -> Kept {
     Kept {
@@ -74,14 +74,19 @@ async fn a_sweep_removes_what_nobody_keeps_and_nothing_else() {
     let left = blobs.list("", 100).await.unwrap();
     assert_eq!(
         left.len(),
-        8,
-        "seven chunks and a manifest; the plan is gone: {left:?}"
+        10,
+        "seven chunks and a manifest, the plan and that it is over: {left:?}"
     );
-    assert_eq!(
-        sweeper.sweep(&plan).await.unwrap(),
-        GcReport::default(),
-        "again"
-    );
+    // Savers count from when a plan was stored.
+    let again = sweeper.sweep(&plan).await;
+    assert!(matches!(again, Err(GcError::NotOurs { .. })), "{again:?}");
+    let much_later = GcPlan {
+        created_ms: now_ms + 24 * 3_600_000,
+        ..GcPlan::default()
+    };
+    sweeper.sweep(&much_later).await.unwrap();
+    let left = blobs.list("", 100).await.unwrap();
+    assert_eq!(left.len(), 8, "old plans are forgotten: {left:?}");
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ use mobula_storage::checkpoint::{
 use self::fake_trainer::{FakeTrainer, Fault, trainers};
 use super::*;
 use crate::checkpoint::sharing;
+use crate::checkpoint::spread::Spread;
 use crate::training::collective::InProcess;
 use crate::training::data::Files;
 use crate::training::job::now_ms;
@@ -364,8 +365,9 @@ async fn trainers_keep_the_state_of_a_save_and_store_their_share_of_it() {
     };
     let prepared = writer.prepare(request, Arc::clone(&state)).await.unwrap();
     let missing = prepared.missing();
-    let shares = sharing::upload(&writer, &state, step, missing, &helpers).await;
-    for share in shares.unwrap() {
+    let spread = Spread::default();
+    let uploaded = sharing::upload(&writer, &state, step, missing, &helpers, &spread).await;
+    for share in uploaded.unwrap().shares {
         assert!(share.bytes > 0 && share.failed.is_none(), "{share}");
     }
     let saved = writer.finish(prepared).await.unwrap();

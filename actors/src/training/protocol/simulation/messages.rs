@@ -20,6 +20,7 @@ impl World {
         let token = self.next;
         self.next += 1;
         let made = Made::Ask(ask.step, ask.bucket);
+        assert!(!to.is_driver(), "{} asks the driver's copy", ask.from);
         let Some(copy) = self.copy(to) else {
             self.reply(ask.from, to, made, None);
             return;
@@ -131,7 +132,7 @@ impl World {
         let incarnation = driver.incarnation;
         match report {
             // The driver hears of a loss from the process's end.
-            Report::Unreachable { .. } | Report::Slow { .. } => {}
+            Report::Unreachable { .. } | Report::Reached { .. } | Report::Slow { .. } => {}
             Report::Dissent { step, .. } => self.at(3, Event::Judge(incarnation, step)),
             Report::Behind { .. } if who.slot == DRIVER => {
                 self.count("driver behind");

@@ -22,14 +22,14 @@ use super::exchange::{Ask, Content, Contribution, Refusal};
 use super::gather::TreeShape;
 use super::leader::Leader;
 use super::member::{Member, MemberShape};
-use super::plan::{MemberId, Plan};
+use super::plan::{DRIVER_SLOT, MemberId, Plan};
 use crate::training::reduction::Partial;
 
 const SHARDS: u32 = 8;
 const SAMPLES: u64 = 2;
 const VALUES: usize = 7;
 const STEPS: u64 = 24;
-const DRIVER: u32 = u32::MAX;
+const DRIVER: u32 = DRIVER_SLOT;
 /// Events after which a schedule counts as stuck.
 const EVENTS_MAX: u64 = 400_000;
 
