@@ -53,6 +53,10 @@ counters! {
     repeats = "repeated commands",
     /// Jobs.
     jobs = "jobs",
+    /// Values that jobs began to keep.
+    kept = "kept objects",
+    /// Those of them that were dropped.
+    kept_dropped = "dropped objects",
     /// Checkpoints that became visible.
     checkpoints = "checkpoints",
     /// Changes of modules that somebody who watches was told of.
@@ -109,6 +113,20 @@ counters! {
     killed_at_abort = "leaders killed at an abort",
     /// Leaders that ended as the version of before became the active one again.
     killed_at_rollback = "leaders killed at a rollback",
+    /// Experiments that began.
+    experiments = "experiments",
+    /// Experiments that ended by what the primary metric said.
+    experiments_decided = "decided experiments",
+    /// Experiments that a guardrail ended.
+    experiments_guarded = "experiments ended by a guardrail",
+    /// Experiments that a client ended.
+    experiments_stopped = "stopped experiments",
+    /// Plans that came while another one was followed.
+    plans_refused = "refused plans",
+    /// Leaders that ended as an experiment began.
+    killed_at_experiment_start = "leaders killed at an experiment's start",
+    /// Leaders that ended as an experiment was over.
+    killed_at_experiment_end = "leaders killed at an experiment's end",
 }
 
 impl Counts {

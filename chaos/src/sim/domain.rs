@@ -1,5 +1,5 @@
-//! What clients and running actors want of the domain modules: checkpoints of drivers, versions of
-//! models, endpoints with their routers, and windows of monitors.
+//! What clients and running actors want of the domain modules: checkpoints of drivers and what they keep,
+//! versions of models, endpoints with their routers, and windows of monitors.
 //!
 //! Running actors speak as a real host does without a session, so anything may arrive twice, late, or
 //! from an incarnation that is long over.
@@ -11,6 +11,7 @@ use mobula_actors::serving::state as serving;
 use mobula_core::codec;
 use mobula_core::control::ModuleId;
 use mobula_core::id::{Incarnation, JobId, SessionId};
+use mobula_core::kept::Holder;
 use rand::Rng;
 
 use super::head::leader_of;
@@ -20,11 +21,12 @@ use super::packet::{Ask, Packet, Question, Request};
 use super::world::World;
 
 /// The modules that clients watch and ask.
-pub(crate) const WATCHED: [ModuleId; 4] = [
+pub(crate) const WATCHED: [ModuleId; 5] = [
     ModuleId::CHECKPOINT,
     ModuleId::REGISTRY,
     ModuleId::SERVING,
     ModuleId::DRIFT,
+    ModuleId::KEPT,
 ];
 
 /// Models and endpoints: few, so that clients get into each other's way.
@@ -89,15 +91,24 @@ impl World {
         let model = model(self.rng.random_range(0..MODELS));
         let endpoint = format!("endpoint-{}", self.rng.random_range(0..ENDPOINTS));
         let what = self.rng.random_range(0..10);
-        let rollout = match what {
-            3..7 if self.swarm.endpoints => self.rollout_change(),
+        let compared = match what {
+            3..7 if self.swarm.experiments && self.rng.random_bool(0.5) => {
+                let command = self.experiment_change();
+                command.map(serving::Command::Experiment)
+            }
+            3..7 if self.swarm.endpoints => self.rollout_change().map(serving::Command::Rollout),
             _ => None,
         };
-        if let Some(command) = rollout {
+        if let Some(command) = compared {
             return Change {
                 module: ModuleId::SERVING,
-                payload: codec::encode_plain(&serving::Command::Rollout(command)),
+                payload: codec::encode_plain(&command),
             };
+        }
+        if what == 9
+            && let Some(dropped) = self.kept_change()
+        {
+            return dropped;
         }
         match what {
             0 | 1 if self.swarm.endpoints => {
@@ -158,8 +169,12 @@ impl World {
         self.actor_says(worker, ModuleId::CHECKPOINT, command.encode());
     }
 
-    /// A driver goes on; now and then it saves, and finds damage in what was saved.
-    pub(crate) fn driver_goes_on(&mut self, worker: usize, job: JobId, incarnation: Incarnation) {
+    /// A driver goes on; now and then it keeps a value, saves, and finds damage in what was saved.
+    pub(crate) fn driver_goes_on(&mut self, worker: usize, job: JobId, driver: Holder) {
+        if self.rng.random_bool(0.1) {
+            self.driver_keeps(worker, job, driver);
+        }
+        let (_, incarnation) = driver;
         if !self.rng.random_bool(0.1) {
             return;
         }
@@ -203,8 +218,15 @@ impl World {
                 self.actor_says(worker, ModuleId::SERVING, codec::encode_plain(&command));
             }
             Role::Router(endpoint) if self.rng.random_bool(0.5) => {
-                if let Some(command) = self.router_says(&endpoint, incarnation) {
-                    let command = serving::Command::Rollout(command);
+                let counted = self.router_counts(&endpoint, incarnation);
+                let said = match counted {
+                    Some(command) => Some(serving::Command::Experiment(command)),
+                    None => {
+                        let said = self.router_says(&endpoint, incarnation);
+                        said.map(serving::Command::Rollout)
+                    }
+                };
+                if let Some(command) = said {
                     self.actor_says(worker, ModuleId::SERVING, codec::encode_plain(&command));
                 }
             }
@@ -239,7 +261,7 @@ impl World {
     }
 
     /// An actor tells the leader something, if it knows who leads, or any head.
-    fn actor_says(&mut self, worker: usize, module: ModuleId, payload: Vec<u8>) {
+    pub(crate) fn actor_says(&mut self, worker: usize, module: ModuleId, payload: Vec<u8>) {
         let leader = leader_of(&self.heads).filter(|_| self.rng.random_bool(0.8));
         let Some(head) = leader.or_else(|| self.any_head()) else {
             return;

@@ -12,12 +12,14 @@ use mobula_actors::checkpoint::state::{
 };
 use mobula_actors::drift::state as drift;
 use mobula_actors::registry::state as registry;
+use mobula_actors::serving::rollout::plan::Cleanup;
 use mobula_actors::serving::state as serving;
 use mobula_core::codec;
 use mobula_core::control::{ModuleId, Reader, StateModule};
 use mobula_core::error::Rejection;
 use mobula_core::id::{Incarnation, JobId};
 
+use super::experiment_model::{ExperimentModel, Standing, endpoint_of};
 use super::rollouts::RolloutModel;
 use super::violation::Violation;
 
@@ -62,6 +64,7 @@ pub(crate) struct DomainModel {
     endpoints: BTreeMap<String, Endpoint>,
     monitors: BTreeMap<String, Monitor>,
     pub(crate) rollouts: RolloutModel,
+    pub(crate) experiments: ExperimentModel,
     /// Checkpoints that became visible.
     pub(crate) committed: u64,
     /// Commands of stale incarnations that were refused.
@@ -74,7 +77,11 @@ fn broken<T>(rule: &'static str, index: u64, detail: String) -> Result<T, Violat
     Err(Violation::new(rule, format!("entry {index}: {detail}")))
 }
 
-fn decode<T: serde::de::DeserializeOwned>(index: u64, bytes: &[u8]) -> Result<T, Violation> {
+/// Reads a command or an answer.
+pub(super) fn decode<T: serde::de::DeserializeOwned>(
+    index: u64,
+    bytes: &[u8],
+) -> Result<T, Violation> {
     codec::decode(bytes, PAYLOAD_BYTES_MAX)
         .map_err(|error| Violation::new("answers can be read", format!("entry {index}: {error}")))
 }
@@ -95,10 +102,16 @@ impl DomainModel {
             }
             ModuleId::REGISTRY => self.registered(index, decode(index, payload)?, result),
             ModuleId::SERVING => {
-                let command = decode(index, payload)?;
+                let command: serving::Command = decode(index, payload)?;
                 let versions = |model: &str| self.models.get(model).map_or(0, Vec::len) as u64;
                 self.rollouts
                     .observe(index, &command, result.is_ok(), tables, versions)?;
+                let standing = match &command {
+                    serving::Command::Experiment(said) => self.standing(endpoint_of(said)),
+                    _ => None,
+                };
+                self.experiments
+                    .observe(index, &command, result, standing.as_ref(), tables)?;
                 self.served(index, command, result)
             }
             ModuleId::DRIFT => match decode(index, payload)? {
@@ -115,6 +128,21 @@ impl DomainModel {
     /// How many versions a model has.
     pub(crate) fn versions(&self, model: &str) -> u64 {
         self.models.get(model).map_or(0, Vec::len) as u64
+    }
+
+    /// What experiments go by of an endpoint. Their commands change nothing of it.
+    fn standing(&self, name: &str) -> Option<Standing> {
+        let endpoint = self.endpoints.get(name)?;
+        let (model, active) = self.rollouts.serves(name)?;
+        let rollout = self.rollouts.of(name).last();
+        Some(Standing {
+            router: endpoint.router,
+            is_deleting: endpoint.deleting,
+            model: model.to_owned(),
+            versions: self.versions(model),
+            active,
+            is_rolling: rollout.is_some_and(|newest| newest.cleanup != Cleanup::Done),
+        })
     }
 
     /// Endpoints that exist.
@@ -312,10 +340,11 @@ impl DomainModel {
                 }
                 None => false,
             },
-            // What comes of it was judged already; who may say what has `actors/src/serving/rollout/state_tests.rs`.
-            serving::Command::Rollout(_) => result.is_ok(),
+            // What comes of both was judged already; who may say what of a rollout has
+            // `actors/src/serving/rollout/state_tests.rs`.
+            serving::Command::Rollout(_) | serving::Command::Experiment(_) => result.is_ok(),
             // Nothing is scaled: `actors/src/serving/autoscaler/state_tests.rs` has what holds.
-            serving::Command::Scaling(_) | serving::Command::Experiment(_) => result.is_ok(),
+            serving::Command::Scaling(_) => result.is_ok(),
             // Nor has anything tokens, rules, graphs or kept answers: the tests beside `actors/src/serving/access/state.rs` and
             // `actors/src/serving/graph/state.rs` have what holds.
             serving::Command::Access(_)

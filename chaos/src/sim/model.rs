@@ -5,6 +5,7 @@
 //! incarnation of a node or an actor is the living one, which job has which key, what was decided
 //! for good. That is what I3 to I6 and I10 speak of.
 
+mod kept;
 mod placed;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +14,7 @@ use mobula_core::codec;
 use mobula_core::control::{Command as LogCommand, ModuleId, Reader};
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::{ActorId, Incarnation, JobId, NodeId, SessionId};
+use mobula_core::kept::KeptValue;
 use mobula_core::resource::Resources;
 use mobula_scheduler::limits::{SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW};
 use mobula_scheduler::{Command, Query, QueryResponse, Response, answer};
@@ -63,6 +65,8 @@ pub(crate) struct Model {
     outcomes: BTreeMap<JobId, (String, Option<String>)>,
     /// Actors that somebody asked to be ended for good.
     ended: BTreeSet<ActorId>,
+    /// What jobs keep, by name.
+    kept: BTreeMap<JobId, BTreeMap<String, KeptValue>>,
     /// What the domain modules hold.
     pub(crate) domain: DomainModel,
     /// Commands that were answered from their session's memory.
@@ -73,6 +77,10 @@ pub(crate) struct Model {
     pub(crate) fenced: u64,
     /// Answers to creations of actors that outlive their job.
     pub(crate) detached: u64,
+    /// Values that jobs began to keep.
+    pub(crate) kept_count: u64,
+    /// Those of them that were dropped.
+    pub(crate) dropped_count: u64,
 }
 
 fn broken<T>(rule: &'static str, index: u64, detail: String) -> Result<T, Violation> {
@@ -95,7 +103,9 @@ impl Model {
         if command.session != SessionId::INTERNAL && !self.admit(index, command, result)? {
             return Ok(());
         }
-        if command.module != ModuleId::SCHEDULER {
+        if command.module == ModuleId::KEPT {
+            self.keeps(index, &command.payload, result, tables)?;
+        } else if command.module != ModuleId::SCHEDULER {
             let (module, payload) = (command.module, &command.payload);
             self.domain
                 .observe(index, module, payload, result, tables)?;
@@ -384,6 +394,7 @@ impl Model {
                 violation.to_string(),
             )
         })?;
+        self.check_kept(tables)?;
         let listed = Query::ListJobs {
             after: None,
             limit: 0,

@@ -57,6 +57,8 @@ pub struct Swarm {
     pub worker_faults: bool,
     /// Whether endpoints are deployed, which are actors that never end by themselves.
     pub endpoints: bool,
+    /// Whether their versions are compared, and not only rolled out: an endpoint has one of both at a time.
+    pub experiments: bool,
     /// Entries after which a log is compacted; small ones lead to snapshots.
     pub compact_entries: u64,
     /// Snapshots of a thousand that are damaged on their way.
@@ -68,7 +70,7 @@ impl Swarm {
     pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Swarm {
         let heads = [1, 3, 3, 3, 3, 5][rng.random_range(0..6)];
         // Half of the faults are off in a common run.
-        Swarm {
+        let mut swarm = Swarm {
             heads,
             workers: rng.random_range(1..=3),
             clients: rng.random_range(1..=3),
@@ -88,10 +90,13 @@ impl Swarm {
             churn: heads > 1 && rng.random_bool(0.35),
             transfers: heads > 1 && rng.random_bool(0.3),
             worker_faults: rng.random_bool(0.5),
-            endpoints: rng.random_bool(0.3),
+            endpoints: rng.random_bool(0.45),
+            experiments: false,
             compact_entries: [15, 40, 10_000][rng.random_range(0..3)],
             damaged_snapshots: [0, 0, 300, 900][rng.random_range(0..4)],
-        }
+        };
+        swarm.experiments = swarm.endpoints && rng.random_bool(0.5);
+        swarm
     }
 }
 
@@ -125,6 +130,7 @@ impl fmt::Display for Swarm {
             ("transfers", self.transfers),
             ("worker faults", self.worker_faults),
             ("endpoints", self.endpoints),
+            ("experiments", self.experiments),
         ];
         for (name, _) in faults.iter().filter(|(_, is_on)| *is_on) {
             write!(f, ", {name}")?;

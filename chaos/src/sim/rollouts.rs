@@ -24,7 +24,7 @@ use super::world::{Phase as RunPhase, World};
 const ACTIVE: &str = "an endpoint has one active version, and another one by a rollout alone";
 const HISTORY: &str = "a rollout goes on by entries of its own, and what is over stays";
 
-/// How often the leader ends at the very moment at which a rollout's decision is committed.
+/// How often the leader ends at the very moment at which a decision about a rollout or an experiment is committed.
 const KILLED_AT_DECISION: f64 = 0.7;
 
 /// What was last seen of an endpoint.
@@ -53,8 +53,14 @@ impl RolloutModel {
         self.decided.len()
     }
 
+    /// The model that an endpoint serves, and its active version.
+    pub(crate) fn serves(&self, endpoint: &str) -> Option<(&str, u64)> {
+        let seen = self.endpoints.get(endpoint)?;
+        Some((&seen.model, seen.active))
+    }
+
     /// The rollouts of an endpoint, oldest first.
-    fn of(&self, endpoint: &str) -> &[Rollout] {
+    pub(crate) fn of(&self, endpoint: &str) -> &[Rollout] {
         self.endpoints
             .get(endpoint)
             .map_or(&[], |seen| seen.rollouts.as_slice())
@@ -252,16 +258,24 @@ impl World {
             return;
         };
         self.counts.rollouts_decided += (decided.len() - known) as u64;
+        if self.endanger_leader("it is killed as a rollout is decided") {
+            *self.counts.killed_at(action) += 1;
+        }
+    }
+
+    /// Ends the leader now and then, at this very moment; whether it did.
+    pub(crate) fn endanger_leader(&mut self, why: &str) -> bool {
         if self.phase != RunPhase::Safety
             || !self.swarm.crashes
             || !self.rng.random_bool(KILLED_AT_DECISION)
         {
-            return;
+            return false;
         }
-        if let Some(leader) = leader_of(&self.heads) {
-            self.crash_and_restart(leader, "it is killed as a rollout is decided");
-            *self.counts.killed_at(action) += 1;
+        let leader = leader_of(&self.heads);
+        if let Some(leader) = leader {
+            self.crash_and_restart(leader, why);
         }
+        leader.is_some()
     }
 }
 

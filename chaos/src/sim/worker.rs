@@ -227,11 +227,13 @@ impl World {
 
     /// What running actors do beside running.
     fn actors_go_on(&mut self, index: usize) {
-        let running = self.workers[index].actors.values();
-        let running: Vec<(JobId, Incarnation, bool, Option<Role>)> = running
-            .filter(|runs| runs.stage == Stage::Runs && (runs.is_driver || runs.role.is_some()))
-            .map(|runs| {
+        let running = self.workers[index].actors.iter();
+        let running: Vec<(ActorId, JobId, Incarnation, bool, Option<Role>)> = running
+            .filter(|(_, runs)| runs.stage == Stage::Runs)
+            .filter(|(_, runs)| runs.is_driver || runs.role.is_some())
+            .map(|(actor, runs)| {
                 (
+                    *actor,
                     runs.job,
                     runs.incarnation,
                     runs.is_driver,
@@ -239,9 +241,9 @@ impl World {
                 )
             })
             .collect();
-        for (job, incarnation, is_driver, role) in running {
+        for (actor, job, incarnation, is_driver, role) in running {
             if is_driver {
-                self.driver_goes_on(index, job, incarnation);
+                self.driver_goes_on(index, job, (actor, incarnation));
             }
             if let Some(role) = role {
                 self.role_goes_on(index, role, incarnation);

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mobula_core::control::StateModule;
-use mobula_scheduler::Scheduler;
+use mobula_scheduler::{KeptObjects, Scheduler};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -145,7 +145,8 @@ impl World {
     pub(crate) fn new(seed: u64, events_max: u64, is_verbose: bool) -> World {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let swarm = Swarm::draw(&mut rng);
-        let mut modules: Vec<Arc<dyn StateModule>> = vec![Arc::new(Scheduler)];
+        let mut modules: Vec<Arc<dyn StateModule>> =
+            vec![Arc::new(Scheduler), Arc::new(KeptObjects)];
         modules.extend(mobula_actors::modules());
         let checker = RaftChecker::new(1, &modules);
         World {
@@ -305,6 +306,9 @@ impl World {
         counts.fenced = checker.model.fenced + checker.model.domain.fenced;
         counts.detached = checker.model.detached;
         counts.checkpoints = checker.model.domain.committed;
+        counts.kept = checker.model.kept_count;
+        counts.kept_dropped = checker.model.dropped_count;
+        counts.take_experiments(&checker.model.domain.experiments);
     }
 
     fn set_out(&mut self) {
@@ -364,7 +368,9 @@ impl World {
 
     fn happen(&mut self, event: Event) -> Result<(), Violation> {
         self.trace.note(self.now);
-        let decided = self.checker.model.domain.rollouts.decided();
+        let domain = &self.checker.model.domain;
+        let decided = domain.rollouts.decided();
+        let turned = domain.experiments.turns().len();
         match event {
             Event::Arrive(from, to, packet) => self.arrive(from, to, packet),
             Event::HeadWake(id, life) => self.head_wakes(id, life)?,
@@ -384,6 +390,7 @@ impl World {
             }
         }
         self.endanger_decisions(decided);
+        self.endanger_experiments(turned);
         self.take_complaints()
     }
 

@@ -123,6 +123,24 @@ mutants! {
     CheckpointUnfenced = "checkpoint-unfenced",
     /// The address of a router that was replaced becomes the endpoint's.
     StaleRouterHeard = "stale-router-heard",
+    /// An experiment that is over goes on hearing its router, and is decided again.
+    ExperimentDecidedTwice = "experiment-decided-twice",
+    /// A second start gives the experiment that is under way another plan.
+    ExperimentPlanChanged = "experiment-plan-changed",
+    /// What is left of an experiment counts as gone before its replicas have ended.
+    TreatmentLeftRunning = "treatment-left-running",
+    /// A router that was replaced counts for an experiment.
+    StaleRouterCounts = "stale-router-counts",
+    /// Numbers of an experiment that arrive late take the place of newer ones.
+    LateReportHeard = "late-report-heard",
+    /// Experiments stay when their endpoint goes.
+    ExperimentOutlivesEndpoint = "experiment-outlives-endpoint",
+    /// What a job keeps stays when the job is over.
+    KeptOutlivesJob = "kept-outlives-job",
+    /// Another value takes the place of the one that is kept under a name.
+    KeptReplaced = "kept-replaced",
+    /// An actor whose incarnation is over keeps and drops.
+    StaleHolderKeeps = "stale-holder-keeps",
     /// A head that starts again does not know what was changed before.
     RevisionForgotten = "revision-forgotten",
     /// Whoever watches a module is not woken when a snapshot has changed it.

@@ -18,6 +18,7 @@ use mobula_core::control::{
 use mobula_core::kept::{
     Holder, KEPT_PAGE_ROWS, KeptCommand, KeptNames, KeptObject, KeptQuery, KeptValue,
 };
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::{ErrorCode, JobId, Rejection};
 use serde::{Deserialize, Serialize};
 
@@ -201,6 +202,9 @@ fn check_holder(reader: &dyn Reader, job: JobId, holder: Option<Holder>) -> Resu
     };
     let actor = actor::require(reader, id)?;
     stopping::check_job(&actor, job)?;
+    if is_planted(Mutant::StaleHolderKeeps) {
+        return Ok(());
+    }
     stopping::check_incarnation(&actor, incarnation)
 }
 
@@ -216,7 +220,9 @@ fn keep(txn: &mut dyn Txn, job: JobId, object: KeptObject) -> Result<(), Rejecti
         )));
     }
     let key = key(job, name);
-    if let Some(known) = row::get::<KeptObject>(txn, KEPT, &key) {
+    if let Some(known) = row::get::<KeptObject>(txn, KEPT, &key)
+        && !is_planted(Mutant::KeptReplaced)
+    {
         if known.value == object.value {
             return Ok(());
         }
@@ -260,7 +266,7 @@ fn drop_named(txn: &mut dyn Txn, job: JobId, name: &str) -> bool {
 /// A job is over: it keeps nothing any more. Answers whether it did.
 pub(super) fn forget(txn: &mut dyn Txn, job: JobId) -> bool {
     let gone = totals(txn, &job.to_key());
-    if gone == Totals::default() {
+    if gone == Totals::default() || is_planted(Mutant::KeptOutlivesJob) {
         return false;
     }
     let keys: Vec<Vec<u8>> = row::scan(txn, KEPT, &job.to_key())

@@ -111,6 +111,22 @@ impl Findings {
         }
     }
 
+    /// Keys and values that it is about, all together: of two reports of one count, the later one has no fewer.
+    #[must_use]
+    pub fn counted(&self) -> u64 {
+        let groups = self.ratios.iter().map(|row| (row.control, row.treatment));
+        let values = self
+            .measured
+            .iter()
+            .map(|row| (row.control.count, row.treatment.count));
+        // They are what a host says, whatever it says.
+        groups
+            .chain(values)
+            .fold(self.uncounted, |sum, (control, treatment)| {
+                sum.saturating_add(control).saturating_add(treatment)
+            })
+    }
+
     /// Whether it is of a size and with numbers that a row may have.
     #[must_use]
     pub fn is_bounded(&self) -> bool {
@@ -158,5 +174,38 @@ impl Findings {
             && texts
                 .into_iter()
                 .all(|text| text.len() <= EVIDENCE_TEXT_BYTES_MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_counted_makes_one_number_whatever_a_host_says() {
+        let values = |count| Values {
+            count,
+            ..Values::default()
+        };
+        let mut findings = Findings {
+            uncounted: 1,
+            ratios: vec![Ratio {
+                of: "keys".into(),
+                control: 10,
+                treatment: 20,
+                p_value: 1.0,
+                is_mismatch: false,
+            }],
+            measured: vec![Measured {
+                measure: Measure::Latency,
+                control: values(100),
+                treatment: values(200),
+                effect: None,
+            }],
+            ..Findings::default()
+        };
+        assert_eq!(findings.counted(), 331);
+        findings.measured[0].control.count = u64::MAX;
+        assert_eq!(findings.counted(), u64::MAX);
     }
 }

@@ -6,12 +6,14 @@
 //! 2. A plan is written once. No command changes it.
 //! 3. An experiment changes no endpoint's version, however it ends: that is a rollout's to do.
 //! 4. Numbers come from the endpoint's newest router, which has said before that it counts: what an older one
-//!    says, or one says about an experiment that is over, changes nothing.
+//!    says, or one says about an experiment that is over, changes nothing. Nor do numbers that arrive behind
+//!    newer ones: what was counted never becomes less while a router counts.
 //! 5. The treatment's replicas are ended after the router has said that it has no request with them.
 
 use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::Incarnation;
+use mobula_core::mutant::{Mutant, is_planted};
 use mobula_core::row;
 
 use super::command::{Command, Proposed};
@@ -82,6 +84,9 @@ pub(crate) fn in_the_way(reader: &dyn Reader, endpoint: &str) -> Option<String> 
 
 /// Forgets the experiments of an endpoint that is gone.
 pub(in crate::serving) fn forget(txn: &mut dyn Txn, endpoint: &str) {
+    if is_planted(Mutant::ExperimentOutlivesEndpoint) {
+        return;
+    }
     for experiment in history(txn, endpoint) {
         txn.delete(EXPERIMENTS, &key(endpoint, experiment.number));
     }
@@ -124,6 +129,7 @@ pub(in crate::serving) fn apply(
             findings,
         } => {
             let mut row = counted_by(txn, (&endpoint, experiment, router), &findings)?;
+            check_newer(&row, &findings)?;
             (row.reported_ms, row.findings) = (Some(context.now_ms), Some(findings));
             put(txn, &row);
             Ok(row)
@@ -153,11 +159,16 @@ pub(in crate::serving) fn apply(
             router,
         } => {
             heard(txn, &endpoint, router)?;
+            let next = if is_planted(Mutant::TreatmentLeftRunning) {
+                Cleanup::Done
+            } else {
+                Cleanup::Ending
+            };
             clean(
                 txn,
                 (&endpoint, experiment, revision),
                 Cleanup::Draining,
-                Cleanup::Ending,
+                next,
             )
         }
         Command::Retired {
@@ -200,6 +211,16 @@ fn start(
         endpoint: proposed.endpoint,
     };
     plan.check()?;
+    if let Some(open) = last.as_ref().filter(|last| last.is_open())
+        && is_planted(Mutant::ExperimentPlanChanged)
+    {
+        let changed = Experiment {
+            plan,
+            ..open.clone()
+        };
+        put(txn, &changed);
+        return Ok(changed);
+    }
     check_way(txn, &endpoint, &plan, last.as_ref())?;
     // Both versions are to answer.
     let endpoint = scaling::wake(txn, endpoint);
@@ -324,9 +345,14 @@ fn heard_about(
     reader: &dyn Reader,
     (name, number, router): (&str, u64, Incarnation),
 ) -> Result<Experiment, Rejection> {
-    heard(reader, name, router)?;
+    if !is_planted(Mutant::StaleRouterCounts) {
+        heard(reader, name, router)?;
+    }
+    let is_open = |experiment: &Experiment| {
+        experiment.is_open() || is_planted(Mutant::ExperimentDecidedTwice)
+    };
     newest(reader, name)
-        .filter(|experiment| experiment.number == number && experiment.is_open())
+        .filter(|experiment| experiment.number == number && is_open(experiment))
         .ok_or_else(|| {
             Rejection::fenced(format!(
                 "experiment {number} of endpoint `{name}` is not under way any more"
@@ -353,6 +379,21 @@ fn counted_by(
         )));
     }
     Ok(experiment)
+}
+
+/// Refuses numbers that are older than what is known of the same count: a host sends again what was not answered, so
+/// one report may arrive behind the next.
+fn check_newer(experiment: &Experiment, findings: &Findings) -> Result<(), Rejection> {
+    let known = experiment.findings.as_ref().map_or(0, Findings::counted);
+    let counted = findings.counted();
+    if counted >= known || is_planted(Mutant::LateReportHeard) {
+        return Ok(());
+    }
+    Err(Rejection::fenced(format!(
+        "a report of {counted} keys and values of experiment {} of endpoint `{}` comes late, {known} are known \
+         already: nothing was changed, and the next report says more",
+        experiment.number, experiment.plan.endpoint
+    )))
 }
 
 fn clean(

@@ -327,6 +327,37 @@ fn a_router_decides_nothing_that_it_has_not_found() {
 }
 
 #[test]
+fn numbers_that_arrive_late_take_no_newer_ones_place() {
+    let mut head = Head::new();
+    head.say(start(2)).unwrap();
+    head.say(count(1, ROUTER)).unwrap();
+    let report_of = |router, uncounted| Command::Report {
+        endpoint: "digits".into(),
+        experiment: 1,
+        router,
+        findings: Findings {
+            uncounted,
+            ..findings(Decision::Undecided)
+        },
+    };
+    for known in [10, 20, 20] {
+        head.say(report_of(ROUTER, known)).unwrap();
+    }
+    let late = head.say(report_of(ROUTER, 10)).unwrap_err();
+    assert_eq!(late.code, ErrorCode::Fenced);
+    assert!(late.message.contains("a report of 10 keys"), "{late}");
+    assert_eq!(head.now().findings.unwrap().counted(), 20);
+
+    // Whoever begins anew begins with nothing, and may end it with less.
+    let next = Incarnation(901);
+    head.router(next);
+    head.say(count(1, next)).unwrap();
+    head.say(report_of(next, 5)).unwrap();
+    let unfit = conclude(1, next, Ending::Unfit, Decision::Control);
+    assert_eq!(head.say(unfit).unwrap().ending, Some(Ending::Unfit));
+}
+
+#[test]
 fn an_endpoint_has_one_of_experiment_and_rollout() {
     let mut head = Head::new();
     head.say(start(2)).unwrap();
