@@ -2,10 +2,11 @@
 //!
 //! Names in parentheses are those of the project's list of invariants.
 
+mod sums;
+
 use std::collections::BTreeMap;
 
 use mobula_core::control::{Reader, Table};
-use mobula_core::kept::KeptObject;
 use mobula_core::namespace::Namespace;
 use mobula_core::spec::JobSpec;
 use mobula_core::{ActorId, JobId, NodeId, SessionId};
@@ -23,8 +24,7 @@ use crate::row::{
 };
 use crate::state::actor::{self, ActorRow, ActorState};
 use crate::state::group::GroupRow;
-use crate::state::job::{self, JobRow, JobState};
-use crate::state::kept::{ALL_JOBS, KEPT, KEPT_TOTALS, Totals};
+use crate::state::job::{JobRow, JobState};
 use crate::state::lease;
 use crate::state::namespace::NamespaceRow;
 use crate::state::node::{self, NodeRow};
@@ -67,10 +67,12 @@ pub fn check(reader: &dyn Reader) -> Result<(), Violation> {
     gangs_are_whole(reader, &actors)?;
     jobs_match_actors(reader, &actors)?;
     namespaces_match_jobs(reader, &actors)?;
-    kept_objects_match_jobs(reader)?;
+    sums::kept_objects_match_jobs(reader)?;
     living_are_counted(reader, &actors)?;
     counters_match_rows(reader)?;
-    indexes_match_rows(reader)
+    indexes_match_rows(reader)?;
+    sums::bytes_match_rows(reader, &actors)?;
+    sums::sessions_match_holders(reader)
 }
 
 /// On every node, free and leased add up to the capacity, device by device too (I10).
@@ -401,30 +403,6 @@ fn counters_match_rows(reader: &dyn Reader) -> Result<(), Violation> {
         })?;
     }
     Ok(())
-}
-
-/// What is kept is kept for a job that is not over, and counted.
-fn kept_objects_match_jobs(reader: &dyn Reader) -> Result<(), Violation> {
-    const RULE: &str = "kept objects match jobs";
-    let mut expected: BTreeMap<Vec<u8>, Totals> = BTreeMap::new();
-    for (key, object) in row::all::<KeptObject>(reader, KEPT, &[]) {
-        let job = JobId(row::number_at(&key, 0));
-        let state = job::load(reader, job).map(|row| row.state);
-        let is_over = state.is_none_or(|state| matches!(state, JobState::Over(_)));
-        ensure(!is_over, RULE, || {
-            format!("`{}` is kept for {job}, which is {state:?}", object.name)
-        })?;
-        for whose in [&job.to_key()[..], ALL_JOBS] {
-            expected
-                .entry(whose.to_vec())
-                .or_default()
-                .add(&object.value);
-        }
-    }
-    let counted: BTreeMap<_, Totals> = row::all(reader, KEPT_TOTALS, &[]).into_iter().collect();
-    ensure(counted == expected, RULE, || {
-        format!("{counted:?} are counted, there are {expected:?}")
-    })
 }
 
 /// What is found by an index is there, and what is there is found (I13: no row is left behind).

@@ -81,7 +81,7 @@ impl StateModule for Scheduler {
         payload: &[u8],
     ) -> Result<Applied, Rejection> {
         let command = Command::decode(payload)?;
-        let mut apply = state::Apply::new(*context, txn);
+        let mut apply = state::Apply::new(*context, origin, txn);
         let response = state::apply(&mut apply, command)?;
         let effects = apply.into_effects();
         if let Some(origin) = origin {
@@ -95,14 +95,20 @@ impl StateModule for Scheduler {
 
     fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
         let states = view::training_jobs(reader).into_iter();
-        states
-            .map(|(state, value)| TableGauge {
-                name: "ml_training_jobs_total",
-                help: "Training jobs that the head knows, by state",
-                label: Some(("state", state)),
-                value,
-            })
-            .collect()
+        let training = states.map(|(state, value)| TableGauge {
+            name: "ml_training_jobs_total",
+            help: "Training jobs that the head knows, by state",
+            label: Some(("state", state)),
+            value,
+        });
+        let bytes = view::held_bytes(reader).into_iter();
+        let bytes = bytes.map(|(of, value)| TableGauge {
+            name: "mobula_tables_held_bytes",
+            help: "What jobs and actors hold in the tables, in bytes",
+            label: Some(("of", of)),
+            value,
+        });
+        training.chain(bytes).collect()
     }
 
     fn subject(&self, payload: &[u8], response: Option<&[u8]>) -> String {

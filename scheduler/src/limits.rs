@@ -34,6 +34,21 @@ pub const GANG_MEMBERS_MAX: usize = 256;
 /// Constructor arguments of all actors in one command together: the size of a control frame.
 pub const COMMAND_INIT_BYTES_MAX: usize = 1024 * 1024;
 
+/// What jobs and actors that have not ended hold in the tables together, constructors' arguments included: a quarter
+/// of what one head can receive as a snapshot (1 GiB). With those below, the answers that sessions keep, and what is
+/// bounded in number and small, these tables stay below that: a head that fell behind could never be brought up to
+/// date otherwise. What other modules hold is bounded by them, in number.
+pub const LIVING_BYTES_MAX: u64 = 256 << 20;
+
+/// Results may go so far beyond, so that jobs still end with one where actors have taken all there is.
+pub const RESULTS_HEADROOM_BYTES: u64 = 32 << 20;
+
+/// What ended jobs hold; the oldest goes first. All that are kept may have 6 KiB each.
+pub const ENDED_JOBS_BYTES_MAX: u64 = 64 << 20;
+
+/// What ended actors hold; the oldest goes first. All that are kept may have 1 KiB each.
+pub const ENDED_ACTORS_BYTES_MAX: u64 = 64 << 20;
+
 /// Arguments and environment of a job together: they are replicated and sent with each start.
 pub const JOB_SPEC_BYTES_MAX: usize = 64 * 1024;
 
@@ -68,11 +83,16 @@ pub const MAILBOX_CAPACITY_MAX: u32 = 1 << 20;
 /// Labels, values and custom resources that one request names: 32 KiB of names at the most.
 pub const REQUEST_NAMES_MAX: usize = 256;
 
-/// The text inside an exit reason; a longer one is cut, its host's log has all of it.
-pub const EXIT_TEXT_BYTES_MAX: usize = 4096;
+/// The text inside an exit reason; a longer one is cut, its host's log has all of it. A thousand actors that
+/// fail alike leave it twice in each of their rows.
+pub const EXIT_TEXT_BYTES_MAX: usize = 1024;
 
 /// Sessions open at once: each may hold [`SESSION_WINDOW`] small responses.
 pub const SESSIONS_MAX: u64 = 10_000;
+
+/// Those of them that one principal's clients, or the processes of one job, may have: whoever opens one for each
+/// command leaves others as many.
+pub const SESSIONS_OF_HOLDER_MAX: u64 = SESSIONS_MAX / 2;
 
 /// Responses kept in a session, so that this many calls may overlap.
 pub const SESSION_WINDOW: u64 = 64;

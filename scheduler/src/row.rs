@@ -66,6 +66,8 @@ pub(crate) const NAMESPACES: Table = table(23);
 pub(crate) const ACTORS_BY_NAMESPACE: Table = table(24);
 /// Job id → the principal in whose name it was submitted, as long as the job is kept.
 pub(crate) const JOB_SUBMITTERS: Table = table(25);
+/// In whose name sessions are open → how many; no row where there is none.
+pub(crate) const SESSION_HOLDERS: Table = table(26);
 
 /// Counts and number sources, each one row in [`COUNTERS`]. Numbers are persisted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +94,12 @@ pub(crate) enum Counter {
     /// The same of ended actors.
     ForgottenActors = 17,
     Namespaces = 18,
+    /// What jobs that are not over and actors that have not ended hold, in bytes ([`crate::state::held`]).
+    LivingBytes = 19,
+    /// The same of jobs that are over.
+    EndedJobBytes = 20,
+    /// The same of ended actors.
+    EndedActorBytes = 21,
 }
 
 impl Counter {
@@ -105,16 +113,26 @@ impl Counter {
 
     /// One more; returns the new value.
     pub(crate) fn increment(self, txn: &mut dyn Txn) -> u64 {
-        let value = self.value(txn) + 1;
-        self.set(txn, value);
-        value
+        self.add(txn, 1)
     }
 
     /// One less; returns the new value.
     pub(crate) fn decrement(self, txn: &mut dyn Txn) -> u64 {
+        self.subtract(txn, 1)
+    }
+
+    /// So many more; returns the new value.
+    pub(crate) fn add(self, txn: &mut dyn Txn, count: u64) -> u64 {
+        let value = self.value(txn) + count;
+        self.set(txn, value);
+        value
+    }
+
+    /// So many less; returns the new value.
+    pub(crate) fn subtract(self, txn: &mut dyn Txn, count: u64) -> u64 {
         let value = self
             .value(txn)
-            .checked_sub(1)
+            .checked_sub(count)
             .expect("what is removed was counted before");
         self.set(txn, value);
         value

@@ -370,6 +370,16 @@ pub(crate) fn training_jobs(reader: &dyn Reader) -> Vec<(&'static str, u64)> {
     counts.to_vec()
 }
 
+/// What jobs and actors hold in the tables, in bytes.
+pub(crate) fn held_bytes(reader: &dyn Reader) -> [(&'static str, u64); 3] {
+    [
+        ("living", Counter::LivingBytes),
+        ("ended_jobs", Counter::EndedJobBytes),
+        ("ended_actors", Counter::EndedActorBytes),
+    ]
+    .map(|(of, counter)| (of, counter.value(reader)))
+}
+
 /// All jobs that are kept, from `after` on; the system job only when it has been used.
 pub(crate) fn jobs(reader: &dyn Reader, after: Option<JobId>, rows: usize) -> Vec<JobView> {
     job::page(reader, after, rows)

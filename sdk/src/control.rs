@@ -10,6 +10,7 @@
 //! 4. Only what the transport or a missing leader is to blame for is tried again, and only for
 //!    [`Access::retry_window`].
 //! 5. A change is stamped anew, in another session, only if it surely had no effect before.
+//! 6. The last clone closes the sessions (`farewell.rs`), when no change is under way any more.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use crate::error::{Error, Result};
+pub use crate::farewell::sessions_closed;
 use crate::heads::Heads;
 use crate::stamps::{Session, Sessions};
 
@@ -98,6 +100,17 @@ struct ControlInner {
 struct Connected {
     heads: Heads,
     client: Option<ApiClient>,
+}
+
+impl Drop for ControlInner {
+    /// Closes the sessions, as far as that goes without a new connection.
+    fn drop(&mut self) {
+        let sessions = self.sessions.take_opened();
+        let client = self.connected.get_mut().client.take();
+        if let Some(client) = client.filter(|_| !sessions.is_empty()) {
+            crate::farewell::close(client, sessions);
+        }
+    }
 }
 
 enum Failure {

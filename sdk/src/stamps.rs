@@ -49,6 +49,14 @@ impl Sessions {
             _permit: permit.expect("nobody closes the semaphore"),
         }
     }
+
+    /// The ids of those that were opened. None of them is used any more.
+    pub(crate) fn take_opened(&mut self) -> Vec<u64> {
+        let idle = std::mem::take(self.idle.get_mut()).into_iter();
+        idle.map(|session| session.id)
+            .filter(|id| *id != 0)
+            .collect()
+    }
 }
 
 /// One change's session. It goes back when this is dropped, also when the change was given up.

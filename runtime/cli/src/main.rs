@@ -62,7 +62,13 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(run(arguments)) {
+    // A command that changed something leaves no session behind, for the next thousand to trip over.
+    let ended = runtime.block_on(async {
+        let ended = Box::pin(run(arguments)).await;
+        mobula::control::sessions_closed().await;
+        ended
+    });
+    match ended {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {}", output::causes(&error));

@@ -12,6 +12,7 @@ use mobula_core::error::{ErrorCode, Executed, Rejection};
 use mobula_core::id::{NodeId, SessionId};
 use mobula_core::order::Order;
 use mobula_net::identity::{AtRest, ClusterCa};
+use mobula_net::tcp::ApiConnections;
 use mobula_scheduler::{Command, Query, QueryResponse, Response, Scheduler};
 use mobula_storage::artifact::ArtifactStore;
 use mobula_storage::blob::BlobStore;
@@ -49,6 +50,8 @@ pub(crate) struct HeadContext {
     pub(crate) storage_location: StorageLocation,
     pub(crate) limits: LimitsConfig,
     pub(crate) api_address: SocketAddr,
+    /// Who is connected to the control API, in numbers.
+    pub(crate) api_connections: ApiConnections,
     pub(crate) cluster_address: SocketAddr,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) started_ms: u64,

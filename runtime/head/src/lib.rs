@@ -243,6 +243,7 @@ impl Head {
             storage_location: options.storage,
             limits: options.limits,
             api_address,
+            api_connections: api_listener.connections(),
             cluster_address,
             started_ms: options.clock.now_ms(),
             clock: options.clock,

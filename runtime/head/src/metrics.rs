@@ -21,6 +21,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use mobula_core::control::{StateModule, TableGauge};
+use mobula_net::tcp::ConnectionCounts;
 use mobula_scheduler::{ClusterStatus, Query, QueryResponse};
 
 use crate::api::LOG_STREAMS_MAX;
@@ -351,6 +352,7 @@ pub(crate) async fn text(context: &Arc<HeadContext>) -> Result<String, tonic::St
         "Logs that are being read",
         followers as u64,
     );
+    register_connections(r, context.api_connections.counts());
     let (sessions, queued) = context.sessions.count();
     gauge(
         r,
@@ -379,6 +381,23 @@ pub(crate) async fn text(context: &Arc<HeadContext>) -> Result<String, tonic::St
     let mut text = String::new();
     encode(&mut text, &registry).map_err(|error| tonic::Status::internal(error.to_string()))?;
     Ok(text)
+}
+
+/// Who is connected to the control API.
+fn register_connections(registry: &mut Registry, counts: ConnectionCounts) {
+    let family = Family::<Kind, Count>::default();
+    for (kind, value) in [
+        ("certified", counts.certified),
+        ("anonymous", counts.anonymous),
+    ] {
+        family.get_or_create(&Kind { kind }).set(value as u64);
+    }
+    let help = "Connections to the control API, by whether they show a certificate";
+    registry.register("api_connections", help, family);
+    let refused: Counter = Counter::default();
+    refused.inc_by(counts.refused);
+    let help = "Connections to the control API that found no place";
+    registry.register("api_connections_refused", help, refused);
 }
 
 /// What the modules say of their tables.

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use mobula_net::tcp::ApiConnectError;
+use mobula_net::tcp::{ApiConnectError, ConnectionLimits};
 use mobula_net::tls::PeerRejection;
 use mobula_net::{
     ApiListener, ClientTls, ClusterCa, Credentials, Identity, PeerInfo, Role, Validity,
@@ -83,6 +83,10 @@ fn credentials(ca: &ClusterCa, role: Role) -> Credentials {
 
 async fn serve(credentials: &Credentials) -> (SocketAddr, tokio::task::JoinHandle<()>) {
     let listener = ApiListener::bind(loopback(), credentials).await.unwrap();
+    serve_at(listener)
+}
+
+fn serve_at(listener: ApiListener) -> (SocketAddr, tokio::task::JoinHandle<()>) {
     let address = listener.local_address();
     let server = Server::builder()
         .add_service(WhoAmI)
@@ -104,6 +108,53 @@ async fn the_service_sees_who_calls() {
         who_am_i(mutual).await.unwrap(),
         "spiffe://demo/node/node-1/1"
     );
+    server.abort();
+}
+
+/// What a stranger on a new connection hears.
+async fn stranger(address: SocketAddr, ca: &ClusterCa) -> Option<(Channel, String)> {
+    let channel = connect_channel(address, ClientTls::Pinned(ca.key_hash()))
+        .await
+        .ok()?;
+    let name = who_am_i(channel.clone()).await.ok()?;
+    Some((channel, name))
+}
+
+#[tokio::test]
+async fn a_flood_of_strangers_leaves_the_places_of_members_free() {
+    const BOUND: Duration = Duration::from_secs(20);
+    let ca = ClusterCa::create("demo").unwrap();
+    let limits = ConnectionLimits {
+        certified: 1,
+        anonymous: 2,
+        anonymous_of_address: 2,
+        handshakes_of_address: 8,
+    };
+    let own = credentials(&ca, Role::Head);
+    let listener = ApiListener::bind_within(loopback(), &own, limits);
+    let listener = listener.await.unwrap();
+    let connections = listener.connections();
+    let (address, server) = serve_at(listener);
+    let mut flood = Vec::new();
+    for _ in 0..2 {
+        flood.push(stranger(address, &ca).await.unwrap());
+    }
+    let third = tokio::time::timeout(BOUND, stranger(address, &ca)).await;
+    assert!(third.unwrap().is_none());
+    assert!(connections.counts().refused > 0);
+    let node = ClientTls::Mutual(credentials(&ca, Role::Node));
+    let member = connect_channel(address, node).await.unwrap();
+    assert!(who_am_i(member).await.is_ok());
+
+    // Connections that have ended give their places back.
+    drop(flood);
+    let given_back = async {
+        while connections.counts().anonymous > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(BOUND, given_back).await.unwrap();
+    assert!(stranger(address, &ca).await.is_some());
     server.abort();
 }
 

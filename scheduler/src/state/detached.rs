@@ -15,8 +15,8 @@ use mobula_core::control::Reader;
 use mobula_core::spec::{ActorSpec, JobSpec, PlacementPolicy, RestartPolicy};
 use mobula_core::{ErrorCode, JobId, Rejection, Resources};
 
-use super::{Apply, job, namespace, overloaded, precondition};
-use crate::limits::{DETACHED_JOBS_MAX, LIVE_JOBS_MAX};
+use super::{Apply, held, job, namespace, overloaded, precondition};
+use crate::limits::{DETACHED_JOBS_MAX, LIVE_JOBS_MAX, LIVING_BYTES_MAX};
 use crate::row;
 use crate::row::{Counter, JOB_SPECS};
 
@@ -52,9 +52,13 @@ pub(crate) fn check(
     Ok(true)
 }
 
-/// The open job that keeps the detached actors of `creator`, made now if there is none. Refuses before
-/// anything is written.
-pub(crate) fn home(apply: &mut Apply<'_>, creator: JobId) -> Result<JobId, Rejection> {
+/// The open job that keeps the detached actors of `creator`, made now if there is none; the new ones hold
+/// `actors_bytes`. Refuses before anything is written.
+pub(crate) fn home(
+    apply: &mut Apply<'_>,
+    creator: JobId,
+    actors_bytes: u64,
+) -> Result<JobId, Rejection> {
     let spec = keeping_spec(apply.txn, creator);
     let entry = spec
         .namespace
@@ -86,8 +90,17 @@ pub(crate) fn home(apply: &mut Apply<'_>, creator: JobId) -> Result<JobId, Rejec
             "create the actor when some have ended",
         ));
     }
+    let job_bytes = held::job_bytes(&spec, None);
+    let added_bytes = job_bytes + actors_bytes;
+    held::check_living(
+        apply.txn,
+        "detached actors with a job of their own",
+        added_bytes,
+        LIVING_BYTES_MAX,
+    )?;
     let id = JobId(Counter::LastJob.increment(apply.txn));
     Counter::LiveJobs.increment(apply.txn);
+    Counter::LivingBytes.add(apply.txn, job_bytes);
     row::put(apply.txn, JOB_SPECS, &id.to_key(), &spec);
     let namespace = namespace::enter(apply, entry, id, true);
     job::store_keeping(apply, id, spec.name.clone(), namespace);

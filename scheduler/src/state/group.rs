@@ -15,11 +15,14 @@ use serde::{Deserialize, Serialize};
 
 use super::actor::{self, ActorRow, ActorState};
 use super::lifecycle::{self, Grant};
-use super::{Apply, check_name, detached, job, namespace, overloaded, precondition, stopping};
+use super::{
+    Apply, check_name, detached, held, job, job_checks, namespace, overloaded, precondition,
+    stopping,
+};
 use crate::command::{ActorIncarnation, Assignment, Response, SkippedAssignment};
 use crate::limits::{
     ACTORS_PER_COMMAND_MAX, COMMAND_INIT_BYTES_MAX, GANG_MEMBERS_MAX, LIVE_ACTORS_MAX,
-    MAILBOX_CAPACITY_MAX, REQUEST_NAMES_MAX,
+    LIVING_BYTES_MAX, MAILBOX_CAPACITY_MAX, REQUEST_NAMES_MAX,
 };
 use crate::placement::{Nodes, Request, gpu::GpuShare};
 use crate::row::{self, Counter, GROUPS};
@@ -97,9 +100,13 @@ pub(crate) fn create_actors(
             "create these when some have ended",
         ));
     }
+    let new = specs.iter().zip(&existing).filter(|(_, id)| id.is_none());
+    let added_bytes: u64 = new.map(|(spec, _)| held::actor_bytes(spec)).sum();
+    let what = format!("{missing} new actors of {asked_in}");
+    held::check_living(apply.txn, &what, added_bytes, LIVING_BYTES_MAX)?;
     // Nothing is refused from here on but by this.
     let job = match is_detached && missing > 0 {
-        true => detached::home(apply, asked_in)?,
+        true => detached::home(apply, asked_in, added_bytes)?,
         false => asked_in,
     };
     let group = (gang && missing > 0).then(|| GroupId(Counter::LastGroup.increment(apply.txn)));
@@ -204,7 +211,7 @@ fn check_actor(spec: &ActorSpec) -> Result<(), Rejection> {
         )));
     }
     let what = format!("`{type_name}`");
-    job::check_restart(&what, &spec.restart)?;
+    job_checks::check_restart(&what, &spec.restart)?;
     check_placement(&what, &spec.resources, &spec.placement)
 }
 

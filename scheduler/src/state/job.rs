@@ -16,12 +16,12 @@ use mobula_core::{ActorId, ErrorCode, ExitReason, Incarnation, JobId, Rejection,
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Apply, actor, check_name, group, kept, lifecycle, namespace, overloaded, precondition, stopping,
+    Apply, actor, held, job_checks, kept, lifecycle, namespace, overloaded, precondition, stopping,
 };
 use crate::command::Response;
 use crate::limits::{
-    FINISHED_JOBS_KEPT, GRACE_MS_MAX, JOB_SPEC_BYTES_MAX, JOB_SPEC_ENTRIES_MAX, JOB_STOP_GRACE_MS,
-    LIVE_ACTORS_MAX, LIVE_JOBS_MAX, RESULT_BYTES_MAX,
+    ENDED_JOBS_BYTES_MAX, FINISHED_JOBS_KEPT, JOB_STOP_GRACE_MS, LIVE_ACTORS_MAX, LIVE_JOBS_MAX,
+    LIVING_BYTES_MAX, RESULT_BYTES_MAX, RESULTS_HEADROOM_BYTES,
 };
 use crate::row::{self, Counter, JOB_SPECS, JOB_SUBMITTERS, JOBS, JOBS_BY_KEY, JOBS_FINISHED};
 
@@ -133,8 +133,8 @@ pub(crate) fn load_spec(reader: &dyn Reader, id: JobId) -> JobSpec {
 pub(crate) fn require(reader: &dyn Reader, id: JobId) -> Result<JobRow, Rejection> {
     load(reader, id).ok_or_else(|| {
         Rejection::not_found(format!(
-            "{id} is not known (the latest {FINISHED_JOBS_KEPT} ended jobs are kept): see `mobula \
-             jobs list`"
+            "{id} is not known (the latest ended jobs are kept, at most {FINISHED_JOBS_KEPT}): see \
+             `mobula jobs list`"
         ))
     })
 }
@@ -150,7 +150,7 @@ pub(crate) fn store(apply: &mut Apply<'_>, job: &JobRow) {
 }
 
 pub(crate) fn submit(apply: &mut Apply<'_>, spec: JobSpec) -> Result<Response, Rejection> {
-    check_spec(&spec)?;
+    job_checks::check_spec(&spec)?;
     if let Some(response) = submitted_before(apply.txn, &spec)? {
         return Ok(response);
     }
@@ -171,8 +171,11 @@ pub(crate) fn submit(apply: &mut Apply<'_>, spec: JobSpec) -> Result<Response, R
             "submit again when some have ended",
         ));
     }
+    let added_bytes = held::job_bytes(&spec, None);
+    held::check_living(apply.txn, "this job", added_bytes, LIVING_BYTES_MAX)?;
     let id = JobId(Counter::LastJob.increment(apply.txn));
     Counter::LiveJobs.increment(apply.txn);
+    Counter::LivingBytes.add(apply.txn, added_bytes);
     if let Some(key) = &spec.idempotency_key {
         row::put(apply.txn, JOBS_BY_KEY, key.as_bytes(), &id);
     }
@@ -253,104 +256,8 @@ fn submitted_before(reader: &dyn Reader, spec: &JobSpec) -> Result<Option<Respon
     }))
 }
 
-fn check_spec(spec: &JobSpec) -> Result<(), Rejection> {
-    check_name("the job's name", &spec.name)?;
-    if let Some(key) = &spec.idempotency_key {
-        check_name("the idempotency key", key)?;
-    }
-    let env_bytes: usize = spec
-        .env
-        .iter()
-        .map(|(key, value)| key.len() + value.len())
-        .sum();
-    let secret_bytes: usize = spec
-        .secrets
-        .iter()
-        .map(|(name, secret)| name.len() + secret.size_bytes())
-        .sum();
-    let size = spec.args.iter().map(String::len).sum::<usize>() + env_bytes + secret_bytes;
-    if size > JOB_SPEC_BYTES_MAX {
-        return Err(Rejection::invalid(format!(
-            "arguments, environment and secrets of job `{}` have {size} bytes, the limit is \
-             {JOB_SPEC_BYTES_MAX}: pass a file or an object instead",
-            spec.name
-        )));
-    }
-    let entries = spec.args.len().max(spec.env.len() + spec.secrets.len());
-    if entries > JOB_SPEC_ENTRIES_MAX {
-        return Err(Rejection::invalid(format!(
-            "job `{}` has {entries} arguments or environment variables and secrets, the limit is \
-             {JOB_SPEC_ENTRIES_MAX}: pass a file or an object instead",
-            spec.name
-        )));
-    }
-    mobula_core::spec::check_files(&spec.files)
-        .map_err(|why| Rejection::invalid(format!("files of job `{}`: {why}", spec.name)))?;
-    for file in &spec.files {
-        check_blake3(&format!("the hash of file `{}`", file.name), &file.blake3)?;
-    }
-    if let Program::Artifact { blake3, .. } = &spec.program {
-        check_blake3("the program's hash", blake3)?;
-    }
-    check_process_text(spec)?;
-    check_restart("the driver", &spec.restart)?;
-    group::check_placement("the driver", &spec.resources, &spec.placement)
-}
-
-fn check_blake3(what: &str, hash: &str) -> Result<(), Rejection> {
-    let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-    if hash.len() == 64 && hash.bytes().all(is_hex) {
-        return Ok(());
-    }
-    let shown: String = hash.chars().take(80).collect();
-    Err(Rejection::invalid(format!(
-        "{what} is `{shown}`, not BLAKE3: expected 64 lower-case hexadecimal digits"
-    )))
-}
-
-/// Refuses what no process can be started with; each worker would find that out in turn.
-fn check_process_text(spec: &JobSpec) -> Result<(), Rejection> {
-    let variable = |name: &&String| name.is_empty() || name.contains(['=', '\0']);
-    if let Some(name) = spec.env.keys().chain(spec.secrets.keys()).find(variable) {
-        return Err(Rejection::invalid(format!(
-            "`{}` cannot name an environment variable: give it a name without `=` and NUL",
-            name.escape_debug()
-        )));
-    }
-    if let Some(name) = spec
-        .secrets
-        .keys()
-        .find(|name| spec.env.contains_key(*name))
-    {
-        return Err(Rejection::invalid(format!(
-            "`{name}` is both a secret and a variable of the environment: name one of them \
-             differently"
-        )));
-    }
-    let texts = spec.args.iter().chain(spec.env.values());
-    if let Some(text) = texts.into_iter().find(|text| text.contains('\0')) {
-        return Err(Rejection::invalid(format!(
-            "the argument or environment value `{}` contains NUL, which ends a text for the \
-             operating system: leave it out",
-            text.escape_debug()
-        )));
-    }
-    Ok(())
-}
-
-/// Refuses a back-off that nobody lives to see the end of.
-pub(crate) fn check_restart(what: &str, restart: &RestartPolicy) -> Result<(), Rejection> {
-    let longest = restart.backoff_max_ms;
-    if longest > GRACE_MS_MAX {
-        return Err(Rejection::invalid(format!(
-            "{what} waits up to {longest} ms before a restart, the limit is {GRACE_MS_MAX} ms (one \
-             day): lower backoff_max_ms"
-        )));
-    }
-    Ok(())
-}
-
-fn driver_spec(spec: &JobSpec) -> ActorSpec {
+/// What a job's driver is asked to be.
+pub(super) fn driver_spec(spec: &JobSpec) -> ActorSpec {
     ActorSpec {
         resources: spec.resources.clone(),
         placement: spec.placement.clone(),
@@ -398,6 +305,14 @@ pub(crate) fn set_result(
     if !is_planted(Mutant::StaleResultAccepted) {
         stopping::check_incarnation(&actor::require(apply.txn, driver)?, incarnation)?;
     }
+    // It counts with its job: what an earlier result had comes free.
+    let before = job.result_json.as_ref().map_or(0, String::len) as u64;
+    let after = result_json.len() as u64;
+    let limit_bytes = LIVING_BYTES_MAX + RESULTS_HEADROOM_BYTES;
+    let added_bytes = after.saturating_sub(before);
+    held::check_living(apply.txn, "this result", added_bytes, limit_bytes)?;
+    Counter::LivingBytes.add(apply.txn, after);
+    Counter::LivingBytes.subtract(apply.txn, before);
     job.result_json = Some(result_json);
     store(apply, &job);
     Ok(Response::Done)
@@ -469,7 +384,7 @@ fn decide(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome, reason: Exit
 }
 
 fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
-    forget_secrets(apply, job.id);
+    forget_secrets(apply, &job);
     if kept::forget(apply.txn, job.id) {
         apply.changed(Subject::Module(ModuleId::KEPT));
     }
@@ -486,23 +401,28 @@ fn finish(apply: &mut Apply<'_>, mut job: JobRow, outcome: Outcome) {
         &row::pair(finished, job.id.0),
         &(),
     );
-    if Counter::FinishedJobs.increment(apply.txn) > FINISHED_JOBS_KEPT {
+    Counter::FinishedJobs.increment(apply.txn);
+    while are_too_many(apply.txn) {
         forget_oldest(apply);
     }
 }
 
-/// Nothing of an ended job is started again.
-fn forget_secrets(apply: &mut Apply<'_>, id: JobId) {
-    let spec = load_spec(apply.txn, id);
+/// Nothing of an ended job is started again. What is left counts as ended from here on.
+fn forget_secrets(apply: &mut Apply<'_>, job: &JobRow) {
+    let mut spec = load_spec(apply.txn, job.id);
+    let result = job.result_json.as_deref();
+    Counter::LivingBytes.subtract(apply.txn, held::job_bytes(&spec, result));
     if !spec.secrets.is_empty() {
-        let secrets = Default::default();
-        row::put(
-            apply.txn,
-            JOB_SPECS,
-            &id.to_key(),
-            &JobSpec { secrets, ..spec },
-        );
+        spec.secrets.clear();
+        row::put(apply.txn, JOB_SPECS, &job.id.to_key(), &spec);
     }
+    Counter::EndedJobBytes.add(apply.txn, held::job_bytes(&spec, result));
+}
+
+/// Whether more ended jobs are kept than may be, in number or in bytes.
+fn are_too_many(reader: &dyn Reader) -> bool {
+    Counter::FinishedJobs.value(reader) > FINISHED_JOBS_KEPT
+        || Counter::EndedJobBytes.value(reader) > ENDED_JOBS_BYTES_MAX
 }
 
 /// Removes the job that ended first, with its actors and its idempotency key.
@@ -517,7 +437,11 @@ fn forget_oldest(apply: &mut Apply<'_>) {
             let actor = actor::load(apply.txn, actor).expect("the index names rows that exist");
             lifecycle::forget(apply, &actor);
         }
-        if let Some(key) = load_spec(apply.txn, id).idempotency_key {
+        let spec = load_spec(apply.txn, id);
+        let job = load(apply.txn, id).expect("the list of ended jobs names rows that exist");
+        let ended_bytes = held::job_bytes(&spec, job.result_json.as_deref());
+        Counter::EndedJobBytes.subtract(apply.txn, ended_bytes);
+        if let Some(key) = spec.idempotency_key {
             apply.txn.delete(JOBS_BY_KEY, key.as_bytes());
         }
         apply.txn.delete(JOB_SPECS, &id.to_key());

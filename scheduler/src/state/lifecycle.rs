@@ -14,9 +14,11 @@ use mobula_core::{ActorId, ExitReason, GroupId, Incarnation, JobId, NodeId};
 
 use super::actor::{self, ActorRow, ActorState, HostPlace, Start, Then};
 use super::lease::{self, Lease};
-use super::{Apply, group, job};
+use super::{Apply, group, held, job};
 use crate::command::EventOutcome;
-use crate::limits::{EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT, STARTS_KEPT_MAX, SWEEP_ROWS};
+use crate::limits::{
+    ENDED_ACTORS_BYTES_MAX, EXIT_TEXT_BYTES_MAX, FINISHED_ACTORS_KEPT, STARTS_KEPT_MAX, SWEEP_ROWS,
+};
 use crate::placement::gpu::GpuShare;
 use crate::row::{self, ACTOR_SPECS, ACTORS, ACTORS_BY_JOB, ACTORS_FINISHED, Counter, PENDING};
 
@@ -29,6 +31,10 @@ pub(crate) fn create(
 ) -> ActorId {
     let id = ActorId(Counter::LastActor.increment(apply.txn));
     Counter::LiveActors.increment(apply.txn);
+    let driver = spec.kind == ActorKind::Driver;
+    if !driver {
+        Counter::LivingBytes.add(apply.txn, held::actor_bytes(spec));
+    }
     let now_ms = apply.now_ms();
     row::put(apply.txn, ACTOR_SPECS, &id.to_key(), spec);
     row::put(apply.txn, ACTORS_BY_JOB, &row::pair(job.0, id.0), &());
@@ -40,7 +46,7 @@ pub(crate) fn create(
         job,
         group,
         name: spec.name.clone(),
-        driver: spec.kind == ActorKind::Driver,
+        driver,
         resources: spec.resources.clone(),
         placement: spec.placement.clone(),
         restart: spec.restart.clone(),
@@ -361,7 +367,7 @@ pub(crate) fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason
         finished,
     };
     actor::store(apply, &actor);
-    forget_init(apply, actor.id);
+    forget_init(apply, &actor);
     Counter::LiveActors.decrement(apply.txn);
     if !actor.driver {
         row::put(
@@ -370,7 +376,8 @@ pub(crate) fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason
             &row::pair(finished, actor.id.0),
             &(),
         );
-        if Counter::FinishedActors.increment(apply.txn) > FINISHED_ACTORS_KEPT {
+        Counter::FinishedActors.increment(apply.txn);
+        while are_too_many(apply.txn) {
             forget_oldest(apply);
         }
     }
@@ -380,18 +387,25 @@ pub(crate) fn end(apply: &mut Apply<'_>, mut actor: ActorRow, reason: ExitReason
     job::actor_ended(apply, &actor, &reason);
 }
 
-/// An ended actor is never constructed again, and its argument may be a quarter of a megabyte.
-fn forget_init(apply: &mut Apply<'_>, id: ActorId) {
-    let spec = actor::load_spec(apply.txn, id);
+/// An ended actor is never constructed again, and its argument may be a quarter of a megabyte. What is left
+/// counts as ended from here on.
+fn forget_init(apply: &mut Apply<'_>, actor: &ActorRow) {
+    let mut spec = actor::load_spec(apply.txn, actor.id);
+    let living_bytes = held::actor_bytes(&spec);
     if !spec.init.is_empty() {
-        let init = Vec::new();
-        row::put(
-            apply.txn,
-            ACTOR_SPECS,
-            &id.to_key(),
-            &ActorSpec { init, ..spec },
-        );
+        spec.init = Vec::new();
+        row::put(apply.txn, ACTOR_SPECS, &actor.id.to_key(), &spec);
     }
+    if !actor.driver {
+        Counter::LivingBytes.subtract(apply.txn, living_bytes);
+        Counter::EndedActorBytes.add(apply.txn, held::actor_bytes(&spec));
+    }
+}
+
+/// Whether more ended actors are kept than may be, in number or in bytes.
+fn are_too_many(reader: &dyn Reader) -> bool {
+    Counter::FinishedActors.value(reader) > FINISHED_ACTORS_KEPT
+        || Counter::EndedActorBytes.value(reader) > ENDED_ACTORS_BYTES_MAX
 }
 
 fn forget_oldest(apply: &mut Apply<'_>) {
@@ -417,6 +431,8 @@ pub(crate) fn forget(apply: &mut Apply<'_>, actor: &ActorRow) {
             .txn
             .delete(ACTORS_FINISHED, &row::pair(finished, actor.id.0));
         Counter::FinishedActors.decrement(apply.txn);
+        let spec = actor::load_spec(apply.txn, actor.id);
+        Counter::EndedActorBytes.subtract(apply.txn, held::actor_bytes(&spec));
     }
     apply.txn.delete(ACTORS, &actor.id.to_key());
     apply.txn.delete(ACTOR_SPECS, &actor.id.to_key());

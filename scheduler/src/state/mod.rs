@@ -8,7 +8,9 @@
 pub(crate) mod actor;
 pub(crate) mod detached;
 pub(crate) mod group;
+pub(crate) mod held;
 pub(crate) mod job;
+mod job_checks;
 pub(crate) mod kept;
 pub(crate) mod lease;
 pub(crate) mod lifecycle;
@@ -21,7 +23,7 @@ pub(crate) mod token;
 
 use std::collections::BTreeSet;
 
-use mobula_core::control::{ApplyContext, Effect, Subject, Txn};
+use mobula_core::control::{ApplyContext, Effect, Origin, Subject, Txn};
 use mobula_core::order::Order;
 use mobula_core::{ErrorCode, JobId, NodeId, Rejection};
 
@@ -32,6 +34,8 @@ use crate::row::Counter;
 /// One command under way: where it writes, and what it wants done afterwards.
 pub(crate) struct Apply<'a> {
     pub(crate) context: ApplyContext,
+    /// Whose call it comes of; `None` for what the heads decide themselves.
+    pub(crate) origin: Option<&'a Origin>,
     pub(crate) txn: &'a mut dyn Txn,
     orders: Vec<Effect>,
     ended: Vec<JobId>,
@@ -40,9 +44,14 @@ pub(crate) struct Apply<'a> {
 }
 
 impl<'a> Apply<'a> {
-    pub(crate) fn new(context: ApplyContext, txn: &'a mut dyn Txn) -> Self {
+    pub(crate) fn new(
+        context: ApplyContext,
+        origin: Option<&'a Origin>,
+        txn: &'a mut dyn Txn,
+    ) -> Self {
         Apply {
             context,
+            origin,
             txn,
             orders: Vec::new(),
             ended: Vec::new(),

@@ -18,14 +18,33 @@ const OF_JOB: &str = "/job/";
 /// whoever submitted the job, and else the name itself.
 #[must_use]
 pub fn principal_of(reader: &dyn Reader, name: &str) -> String {
-    if let Some(token) = row::get::<TokenRow>(reader, TOKENS, name.as_bytes()) {
-        return token.principal.unwrap_or(token.id);
+    if let Some(principal) = of_token(reader, name) {
+        return principal;
     }
-    let job = name
-        .rsplit_once(OF_JOB)
-        .and_then(|(_, job)| job.parse().ok());
-    job.and_then(|job| job_submitter(reader, JobId(job)))
+    job_of(name)
+        .and_then(|job| job_submitter(reader, job))
         .unwrap_or_else(|| name.to_owned())
+}
+
+/// With whose sessions those of this caller are counted: a job's processes with each other, so that one that opens too
+/// many keeps nobody from stopping it, and all others with those of their principal.
+pub(crate) fn session_holder(reader: &dyn Reader, name: &str) -> String {
+    if let Some(principal) = of_token(reader, name) {
+        return principal;
+    }
+    job_of(name).map_or_else(|| name.to_owned(), |job| job.to_string())
+}
+
+/// Whose the token of this name is, if it is one's.
+fn of_token(reader: &dyn Reader, name: &str) -> Option<String> {
+    let token = row::get::<TokenRow>(reader, TOKENS, name.as_bytes())?;
+    Some(token.principal.unwrap_or(token.id))
+}
+
+/// The job in the name of a host's certificate.
+fn job_of(name: &str) -> Option<JobId> {
+    let (_, job) = name.rsplit_once(OF_JOB)?;
+    job.parse().ok().map(JobId)
 }
 
 /// The principal in whose name a job was submitted; `None` for jobs that are not known any more, and for
@@ -89,6 +108,14 @@ mod tests {
             ("spiffe://c/host/7-3/2/job/8", "spiffe://c/host/7-3/2/job/8"),
         ] {
             assert_eq!(principal_of(&tables, name), expected);
+        }
+        for (name, expected) in [
+            ("client-1", "ann"),
+            ("client-2", "client-2"),
+            ("spiffe://c/host/7-3/2/job/7", "job-7"),
+            ("spiffe://c/head/1/1", "spiffe://c/head/1/1"),
+        ] {
+            assert_eq!(session_holder(&tables, name), expected);
         }
     }
 }

@@ -9,22 +9,32 @@
 //!    in the window is refused, never executed.
 //! 2. Sessions expire by log time, so every replica expires the same ones at the same entry.
 //! 3. There are at most [`SESSIONS_MAX`] sessions with [`SESSION_WINDOW`] responses each.
+//! 4. At most [`SESSIONS_OF_HOLDER_MAX`] of them are open in one name (a table counts them), so that nobody
+//!    takes all.
 
 use mobula_core::control::{Reader, Txn};
 use mobula_core::mutant::{Mutant, is_planted};
-use mobula_core::{Rejection, SessionId};
+use mobula_core::{ErrorCode, Rejection, SessionId};
 use serde::{Deserialize, Serialize};
 
-use super::{Apply, check_name, overloaded};
+use super::{Apply, check_name, overloaded, principal};
 use crate::command::Response;
-use crate::limits::{SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW, SESSIONS_MAX, SWEEP_ROWS};
-use crate::row::{self, Counter, SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE};
+use crate::limits::{
+    SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW, SESSIONS_MAX, SESSIONS_OF_HOLDER_MAX,
+    SWEEP_ROWS,
+};
+use crate::row::{self, Counter, SESSION_HOLDERS, SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE};
+
+/// How often a command that opens a session removes some that have expired. Others' are removed by what they open.
+const SWEEP_ROUNDS_MAX: usize = 4;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct SessionRow {
+pub(crate) struct SessionRow {
     client: String,
     used_ms: u64,
     highest_seq: u64,
+    /// In whose name it counts.
+    pub(crate) holder: String,
 }
 
 /// The text that a session was opened with; `None` where there is no such session.
@@ -113,7 +123,27 @@ fn is_expired(row: &SessionRow, now_ms: u64) -> bool {
 pub(crate) fn open(apply: &mut Apply<'_>, client: String) -> Result<Response, Rejection> {
     check_name("the client's name", &client)?;
     let used_ms = apply.now_ms();
+    let holder = match apply.origin {
+        Some(origin) => principal::session_holder(apply.txn, &origin.principal),
+        None => client.clone(),
+    };
     sweep(apply.txn, used_ms);
+    // A refusal undoes what was swept, so the holder's own must be reached now, behind whosever are older.
+    let mut rounds = 1;
+    while held_by(apply.txn, &holder) >= SESSIONS_OF_HOLDER_MAX {
+        rounds += 1;
+        if rounds > SWEEP_ROUNDS_MAX || sweep(apply.txn, used_ms) == 0 {
+            return Err(Rejection::new(
+                ErrorCode::Overloaded,
+                format!(
+                    "`{holder}` has {SESSIONS_OF_HOLDER_MAX} sessions open already, which is the limit \
+                     for one principal or job: use a session for many commands, close it when it is \
+                     over, or wait until idle ones expire (after {} minutes)",
+                    SESSION_IDLE_MS / 60_000
+                ),
+            ));
+        }
+    }
     if Counter::Sessions.value(apply.txn) >= SESSIONS_MAX {
         return Err(overloaded(
             "sessions",
@@ -123,10 +153,13 @@ pub(crate) fn open(apply: &mut Apply<'_>, client: String) -> Result<Response, Re
     }
     let session = SessionId(Counter::LastSession.increment(apply.txn));
     Counter::Sessions.increment(apply.txn);
+    let held = held_by(apply.txn, &holder) + 1;
+    row::put(apply.txn, SESSION_HOLDERS, holder.as_bytes(), &held);
     let row = SessionRow {
         client,
         used_ms,
         highest_seq: 0,
+        holder,
     };
     row::put(apply.txn, SESSIONS, &session.to_key(), &row);
     row::put(
@@ -138,6 +171,11 @@ pub(crate) fn open(apply: &mut Apply<'_>, client: String) -> Result<Response, Re
     Ok(Response::SessionOpened { session })
 }
 
+/// How many sessions are open in this name.
+fn held_by(reader: &dyn Reader, holder: &str) -> u64 {
+    row::get(reader, SESSION_HOLDERS, holder.as_bytes()).unwrap_or(0)
+}
+
 pub(crate) fn close(
     apply: &mut Apply<'_>,
     session: SessionId,
@@ -146,7 +184,7 @@ pub(crate) fn close(
     if let Some(row) = row::get::<SessionRow>(apply.txn, SESSIONS, &session.to_key()) {
         if row.client != client {
             return Err(Rejection::new(
-                mobula_core::ErrorCode::PermissionDenied,
+                ErrorCode::PermissionDenied,
                 format!("{session} was opened by another client: only that one may close it"),
             ));
         }
@@ -155,8 +193,9 @@ pub(crate) fn close(
     Ok(Response::Done)
 }
 
-/// Removes sessions that have expired, oldest first, a bounded number at a time.
-fn sweep(txn: &mut dyn Txn, now_ms: u64) {
+/// Removes sessions that have expired, oldest first, a bounded number at a time; says how many.
+fn sweep(txn: &mut dyn Txn, now_ms: u64) -> usize {
+    let mut removed = 0;
     for (key, _) in txn.scan(SESSIONS_BY_AGE, &[], None, SWEEP_ROWS) {
         let used_ms = row::number_at(&key, 0);
         if now_ms.saturating_sub(used_ms) <= SESSION_IDLE_MS {
@@ -169,7 +208,9 @@ fn sweep(txn: &mut dyn Txn, now_ms: u64) {
             session,
             &row.expect("the list by age names sessions that exist"),
         );
+        removed += 1;
     }
+    removed
 }
 
 fn remove(txn: &mut dyn Txn, session: SessionId, row: &SessionRow) {
@@ -177,6 +218,12 @@ fn remove(txn: &mut dyn Txn, session: SessionId, row: &SessionRow) {
     txn.delete(SESSIONS, &session.to_key());
     txn.delete(SESSIONS_BY_AGE, &row::pair(row.used_ms, session.0));
     Counter::Sessions.decrement(txn);
+    let holder = row.holder.as_bytes();
+    let left = held_by(txn, &row.holder).checked_sub(1);
+    match left.expect("what is removed was counted before") {
+        0 => txn.delete(SESSION_HOLDERS, holder),
+        left => row::put(txn, SESSION_HOLDERS, holder, &left),
+    }
 }
 
 /// How many sessions are open.
@@ -187,8 +234,9 @@ pub(crate) fn count(reader: &dyn Reader) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::command::Command;
     use crate::memory_txn::MemoryTables;
-    use mobula_core::control::ApplyContext;
+    use mobula_core::control::{Applied, ApplyContext, Origin};
 
     const START_MS: u64 = 1_000;
 
@@ -198,7 +246,7 @@ mod tests {
             term: 1,
             now_ms,
         };
-        let mut apply = Apply::new(context, tables);
+        let mut apply = Apply::new(context, None, tables);
         match open(&mut apply, "test".into()).unwrap() {
             Response::SessionOpened { session } => session,
             other => panic!("unexpected {other:?}"),
@@ -240,7 +288,7 @@ mod tests {
             term: 1,
             now_ms: START_MS,
         };
-        close(&mut Apply::new(context, &mut tables), session, "test").unwrap();
+        close(&mut Apply::new(context, None, &mut tables), session, "test").unwrap();
         // The two counters stay.
         assert_eq!(tables.row_count(), empty + 2);
     }
@@ -305,9 +353,83 @@ mod tests {
             term: 1,
             now_ms: START_MS,
         };
-        let mut apply = Apply::new(context, &mut tables);
+        let mut apply = Apply::new(context, None, &mut tables);
         assert!(close(&mut apply, session, "other").is_err());
         assert_eq!(close(&mut apply, session, "test").unwrap(), Response::Done);
         assert_eq!(count(&tables), 0);
+    }
+
+    /// Opens a session by a call in this name.
+    fn open_as(
+        tables: &mut MemoryTables,
+        principal: &str,
+        now_ms: u64,
+    ) -> Result<Applied, Rejection> {
+        let context = ApplyContext {
+            index: 1,
+            term: 1,
+            now_ms,
+        };
+        let origin = Origin {
+            principal: principal.to_owned(),
+            call: "OpenSession".to_owned(),
+        };
+        let client = "test".to_owned();
+        let payload = Command::OpenSession { client }.encode();
+        tables.apply_from(&crate::Scheduler, &context, Some(&origin), &payload)
+    }
+
+    /// Has `principal` hold as many sessions as one may.
+    fn fill(tables: &mut MemoryTables, principal: &str, now_ms: u64) {
+        let origin = Origin {
+            principal: principal.to_owned(),
+            call: "OpenSession".to_owned(),
+        };
+        let context = ApplyContext {
+            index: 1,
+            term: 1,
+            now_ms,
+        };
+        for _ in 0..SESSIONS_OF_HOLDER_MAX {
+            let mut apply = Apply::new(context, Some(&origin), tables);
+            open(&mut apply, "test".into()).unwrap();
+        }
+    }
+
+    #[test]
+    fn one_principal_does_not_take_all_sessions() {
+        let mut tables = MemoryTables::default();
+        fill(&mut tables, "greedy", START_MS);
+        let refused = open_as(&mut tables, "greedy", START_MS).unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Overloaded);
+        assert!(
+            refused.message.starts_with("`greedy` has 5000"),
+            "{refused}"
+        );
+        open_as(&mut tables, "modest", START_MS).unwrap();
+        // One that is closed makes room for one.
+        let context = ApplyContext {
+            index: 2,
+            term: 1,
+            now_ms: START_MS,
+        };
+        let first = SessionId(1);
+        close(&mut Apply::new(context, None, &mut tables), first, "test").unwrap();
+        open_as(&mut tables, "greedy", START_MS).unwrap();
+        open_as(&mut tables, "greedy", START_MS).unwrap_err();
+    }
+
+    #[test]
+    fn ones_own_expired_sessions_make_room_also_behind_those_of_others() {
+        let mut tables = MemoryTables::default();
+        let others = SWEEP_ROWS + 1;
+        for _ in 0..others {
+            open_as(&mut tables, "early", START_MS).unwrap();
+        }
+        fill(&mut tables, "greedy", START_MS + 1);
+        let later_ms = START_MS + 1 + SESSION_IDLE_MS;
+        // Not yet: only those of the others have expired, and they are no help.
+        open_as(&mut tables, "greedy", later_ms).unwrap_err();
+        open_as(&mut tables, "greedy", later_ms + 1).unwrap();
     }
 }

@@ -3,7 +3,9 @@
 use mobula_core::control::{ApplyContext, StateModule};
 use mobula_core::label::Requirement;
 use mobula_core::{ActorId, JobId};
-use mobula_scheduler::limits::{FINISHED_ACTORS_KEPT, FINISHED_JOBS_KEPT};
+use mobula_scheduler::limits::{
+    ENDED_ACTORS_BYTES_MAX, ENDED_JOBS_BYTES_MAX, FINISHED_ACTORS_KEPT, FINISHED_JOBS_KEPT,
+};
 use mobula_scheduler::memory_txn::MemoryTables;
 use mobula_scheduler::{Command, Query, QueryResponse, Response, Scheduler, invariants};
 
@@ -103,6 +105,55 @@ fn the_oldest_ended_actors_go_even_in_a_job_that_never_ends() {
     assert!(log.finds(&Query::Actor {
         actor: ActorId(forgotten + 1)
     }));
+    invariants::check(&log.tables).unwrap();
+}
+
+/// Few large ones go as many small ones do.
+#[test]
+fn the_oldest_that_ended_go_also_by_their_bytes() {
+    let mut log = Log::default();
+    let mut spec = job_spec("job", 0);
+    spec.args = vec!["x".repeat(60 << 10)];
+    let jobs = ENDED_JOBS_BYTES_MAX / (60 << 10) + 1;
+    for _ in 0..jobs {
+        let response = log.apply(&Command::SubmitJob { spec: spec.clone() });
+        let Response::JobSubmitted { job, .. } = response else {
+            panic!("{response:?}")
+        };
+        log.apply(&Command::StopJob { job });
+    }
+    assert!(log.jobs_finished() < jobs);
+    assert!(!log.finds(&Query::Job { job: JobId(1) }));
+    assert!(log.finds(&Query::Job { job: JobId(jobs) }));
+
+    let mut spec = actor_spec(None, 1);
+    let values = (0..200).map(|number| format!("{number:0>100}")).collect();
+    spec.placement.selector = vec![Requirement::In("zone".into(), values)];
+    // Each row has the names: 20 KB in each of three.
+    let actors = ENDED_ACTORS_BYTES_MAX / 60_000 + 1;
+    let mut made = Vec::new();
+    for _ in 0..actors {
+        let command = Command::CreateActors {
+            job: JobId::SYSTEM,
+            actors: vec![spec.clone()],
+            gang: false,
+            get_or_create: false,
+            creator: None,
+        };
+        let Response::ActorsCreated { actors } = log.apply(&command) else {
+            panic!()
+        };
+        let actor = actors[0];
+        log.apply(&Command::StopActor {
+            job: None,
+            actor,
+            grace_ms: 0,
+        });
+        made.push(actor);
+    }
+    assert!(!log.finds(&Query::Actor { actor: made[0] }));
+    let newest = made[made.len() - 1];
+    assert!(log.finds(&Query::Actor { actor: newest }));
     invariants::check(&log.tables).unwrap();
 }
 

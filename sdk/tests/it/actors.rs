@@ -272,6 +272,19 @@ async fn a_lost_reply_creates_one_actor() {
 }
 
 #[tokio::test]
+async fn a_client_that_goes_closes_its_sessions() {
+    let stage = stage().await;
+    stage.outside.actor(Counter::new(5)).spawn().await.unwrap();
+    drop(stage.outside);
+    let mut closed = stage.head.closed.subscribe();
+    let told = closed.wait_for(|closed| *closed == [9]);
+    tokio::time::timeout(Duration::from_secs(20), told)
+        .await
+        .expect("it is closed in time")
+        .unwrap();
+}
+
+#[tokio::test]
 async fn actors_that_are_created_at_the_same_time_share_requests() {
     let stage = stage().await;
     let spawning = (0..40).map(|n| stage.outside.actor(Counter::new(n)).spawn());

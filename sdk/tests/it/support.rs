@@ -58,6 +58,8 @@ pub(crate) struct Head {
     pub(crate) forgets_with_reply: AtomicBool,
     /// The stamps of all mutations that arrived.
     pub(crate) stamps: Mutex<Vec<(u64, u64)>>,
+    /// The sessions that were closed.
+    pub(crate) closed: watch::Sender<Vec<u64>>,
     applied: Mutex<BTreeMap<(u64, u64), Vec<u64>>>,
 }
 
@@ -147,6 +149,24 @@ impl Head {
                 secrets: Default::default(),
             })
             .await;
+    }
+
+    /// Ends everything that runs as a slot for tasks, in the midst of what it does.
+    pub(crate) async fn kill_slots(&self) {
+        let table = self.table.lock().unwrap().clone().unwrap();
+        let slots: Vec<_> = {
+            let specs = self.specs.lock().unwrap();
+            let running = self.actors.borrow();
+            let slots = running
+                .values()
+                .filter(|actor| specs[&actor.id].kind == slot_kind());
+            slots
+                .filter_map(|slot| Some((ActorId(slot.id), Incarnation(slot.incarnation?))))
+                .collect()
+        };
+        for (actor, incarnation) in slots {
+            table.stop_actor(actor, incarnation, Duration::ZERO).await;
+        }
     }
 
     async fn heard(&self, event: ActorEvent) {
@@ -276,6 +296,14 @@ head_api! {
             _: Request<api::OpenSessionRequest>,
         ) -> Result<Response<api::OpenSessionReply>, Status> {
             Ok(Response::new(api::OpenSessionReply { session: self.0.sessions.fetch_add(1, Ordering::SeqCst) }))
+        }
+        async fn close_session(
+            &self,
+            request: Request<api::CloseSessionRequest>,
+        ) -> Result<Response<api::Empty>, Status> {
+            let session = request.into_inner().session;
+            self.0.closed.send_modify(|closed| closed.push(session));
+            Ok(Response::new(api::Empty {}))
         }
         async fn create_actors(
             &self,
@@ -410,6 +438,7 @@ pub(crate) async fn stage() -> Stage {
         first_known_session: AtomicU64::new(0),
         forgets_with_reply: AtomicBool::new(false),
         stamps: Mutex::default(),
+        closed: watch::Sender::new(Vec::new()),
         applied: Mutex::default(),
     });
     let listening = Arc::clone(&head);

@@ -40,6 +40,25 @@ pub(super) fn principal(caller: &Caller) -> String {
     }
 }
 
+/// The text that a session was opened with, which must be the caller's own; `None` where there is no such
+/// session.
+pub(super) async fn own_session(
+    context: &HeadContext,
+    caller: &Caller,
+    session: SessionId,
+) -> Result<Option<String>, Status> {
+    let reader = context.raft.read().await?;
+    let opened_with = mobula_scheduler::session::owner(&reader, session);
+    let is_own = |text: &String| text.starts_with(&principal(caller));
+    if opened_with.as_ref().is_some_and(|text| !is_own(text)) {
+        return Err(rejected(&Rejection::new(
+            ErrorCode::PermissionDenied,
+            format!("{session} was opened by someone else: open one of your own"),
+        )));
+    }
+    Ok(opened_with)
+}
+
 /// The exactly-once context of a request, which must be the caller's own: in another's, a command
 /// would be taken for one that was answered, or push that one's answers out.
 pub(crate) async fn stamp(
@@ -49,22 +68,13 @@ pub(crate) async fn stamp(
 ) -> Result<(SessionId, u64), Status> {
     let stamp = stamp.unwrap_or_default();
     let session = SessionId(stamp.session);
-    if session != SessionId::INTERNAL {
-        let reader = context.raft.read().await?;
-        // The read is linearizable, so one that is not known here is over, or is yet to be opened: by the time that the
-        // command is applied it could be somebody else's.
-        let Some(owner) = mobula_scheduler::session::owner(&reader, session) else {
-            return Err(rejected(&Rejection::new(
-                ErrorCode::SessionExpired,
-                format!("{session} is not known any more: open another one"),
-            )));
-        };
-        if !owner.starts_with(&principal(caller)) {
-            return Err(rejected(&Rejection::new(
-                ErrorCode::PermissionDenied,
-                format!("{session} was opened by someone else: open one of your own"),
-            )));
-        }
+    // The read is linearizable, so one that is not known here is over, or is yet to be opened: by the time that the
+    // command is applied it could be somebody else's.
+    if session != SessionId::INTERNAL && own_session(context, caller, session).await?.is_none() {
+        return Err(rejected(&Rejection::new(
+            ErrorCode::SessionExpired,
+            format!("{session} is not known any more: open another one"),
+        )));
     }
     Ok((session, stamp.sequence))
 }

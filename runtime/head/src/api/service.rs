@@ -105,6 +105,13 @@ impl Control for ControlService {
         answer!(self, r, status::open_session)
     }
 
+    async fn close_session(
+        &self,
+        r: Request<api::CloseSessionRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        answer!(self, r, status::close_session)
+    }
+
     async fn submit_job(
         &self,
         r: Request<api::SubmitJobRequest>,

@@ -12,7 +12,7 @@ use tonic::Status;
 
 use super::heads;
 use super::jobs::unexpected;
-use super::modules::principal;
+use super::modules::{own_session, principal};
 use super::rejected;
 use crate::context::HeadContext;
 
@@ -183,6 +183,24 @@ pub(super) async fn open_session(
         Response::SessionOpened { session } => Ok(api::OpenSessionReply { session: session.0 }),
         other => Err(unexpected(&other)),
     }
+}
+
+pub(super) async fn close_session(
+    context: &HeadContext,
+    caller: &Caller,
+    request: api::CloseSessionRequest,
+) -> Result<api::Empty, Status> {
+    let session = SessionId(request.session);
+    // Closed already, or expired: it is as was asked for.
+    let Some(client) = own_session(context, caller, session).await? else {
+        return Ok(api::Empty {});
+    };
+    let command = Command::CloseSession { session, client };
+    context.authorize_scheduler(caller, &command)?;
+    context
+        .propose_scheduler(SessionId::INTERNAL, 0, &command)
+        .await?;
+    Ok(api::Empty {})
 }
 
 /// What is to be said of heads whose state differs from this one's.

@@ -42,6 +42,10 @@ const COMMAND_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// The largest stored answer.
 const RESPONSE_BYTES_MAX: usize = 8 * 1024 * 1024;
 
+/// The longest text of a refusal: sessions keep them as answers (640 000 of them at the most, 312 MiB), and some repeat
+/// what was asked for.
+const REFUSAL_BYTES_MAX: usize = 512;
+
 /// What one entry did.
 pub(crate) struct AppliedEntry {
     pub(crate) index: u64,
@@ -202,7 +206,9 @@ impl<E: Engine> Applier<E> {
             now_ms,
         };
         let origin = command.origin.as_ref();
-        let outcome = module.apply_from(&context, origin, &mut txn, &command.payload);
+        let outcome = module
+            .apply_from(&context, origin, &mut txn, &command.payload)
+            .map_err(shortened);
         // A refusal is an answer too: a retry must get the same one, without its writes.
         let mut txn = match &outcome {
             Ok(_) => txn,
@@ -279,6 +285,16 @@ fn apply_change<R: Read>(
     result
 }
 
+/// The refusal with the beginning of its text, where that is too long to be kept.
+fn shortened(mut refusal: Rejection) -> Rejection {
+    let text = &mut refusal.message;
+    if text.len() > REFUSAL_BYTES_MAX {
+        text.truncate(text.floor_char_boundary(REFUSAL_BYTES_MAX));
+        text.push('…');
+    }
+    refusal
+}
+
 fn replay(stored: &[u8]) -> Result<Vec<u8>, Rejection> {
     codec::decode::<Result<Vec<u8>, Rejection>>(stored, RESPONSE_BYTES_MAX)
         .map_err(|error| Rejection::new(ErrorCode::Internal, error.to_string()))?
@@ -346,4 +362,19 @@ fn advance_log_time<R: Read>(batch: &mut ApplyBatch<R>, stamped_ms: u64) -> u64 
         return stamped_ms;
     }
     stamped_ms.max(newest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_that_repeats_a_large_command_is_kept_short() {
+        let refused = |text: String| shortened(Rejection::invalid(text)).message;
+        assert_eq!(refused("too many".to_owned()), "too many");
+        // Two bytes a character, behind one: the limit is inside of one.
+        let cut = refused(format!("x{}", "ä".repeat(REFUSAL_BYTES_MAX)));
+        assert_eq!(cut.len(), REFUSAL_BYTES_MAX - 1 + '…'.len_utf8());
+        assert!(cut.ends_with("ä…"));
+    }
 }

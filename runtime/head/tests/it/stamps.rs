@@ -1,5 +1,7 @@
 //! Exactly-once sessions belong to whoever opened them.
 
+use mobula_wire::control as api;
+
 use crate::one_head::{OneHead, code, job, open_session, result_of, submit};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -37,5 +39,14 @@ async fn a_session_of_another_principal_is_refused() {
         .await
         .unwrap();
     assert_eq!(again, submitted, "the first answer is still the session's");
+
+    // Nobody closes another's. One's own is gone at once, and was so when that is asked for again.
+    let close = |session| api::CloseSessionRequest { session };
+    let refused = client.close_session(close(hosts_session)).await;
+    assert_eq!(code(&refused.unwrap_err()), "permission_denied");
+    client.close_session(close(clients_session)).await.unwrap();
+    client.close_session(close(clients_session)).await.unwrap();
+    let gone = submit(&mut client, clients_session, 2, job("another", 100)).await;
+    assert_eq!(code(&gone.unwrap_err()), "session_expired");
     head.stop().await;
 }
