@@ -26,9 +26,9 @@ impl Report {
     #[must_use]
     pub fn new(title: &str) -> Self {
         let built = if cfg!(debug_assertions) {
-            "dev profile: this repository's code at opt-level 1, its dependencies at 2"
+            "with debug assertions: slower than a release"
         } else {
-            "release profile"
+            "without debug assertions"
         };
         Report {
             title: format!("{title} ({built})"),

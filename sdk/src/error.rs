@@ -81,8 +81,9 @@ fn tail(executed: Executed) -> String {
 }
 
 impl Error {
-    /// Whether the same may succeed later, with nothing changed but the cluster's condition: a
-    /// driver that ends with such an error is started again as its restart policy says.
+    /// Whether the same may succeed later, with nothing changed but the cluster's condition. A driver
+    /// that ends with such an error is started again as its restart policy says, and also with one that
+    /// says what was lost with a node or process: its next start makes that anew.
     #[must_use]
     pub fn may_pass(&self) -> bool {
         match self.code() {
@@ -92,7 +93,7 @@ impl Error {
             ),
             None => matches!(
                 self,
-                Error::Call(CallError::ActorUnavailable { .. })
+                Error::Call(CallError::ActorUnavailable { .. } | CallError::Overloaded { .. })
                     | Error::Kept(KeptError::NotStored { .. } | KeptError::OutOfReach { .. })
             ),
         }
@@ -261,7 +262,14 @@ impl<E: fmt::Display> fmt::Display for CallFailure<E> {
     }
 }
 
-impl<E: fmt::Debug + fmt::Display> std::error::Error for CallFailure<E> {}
+impl<E: fmt::Debug + fmt::Display> std::error::Error for CallFailure<E> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            CallFailure::User(_) => None,
+            CallFailure::System(error) => Some(error),
+        }
+    }
+}
 
 impl<E: fmt::Display> From<CallFailure<E>> for Error {
     fn from(failure: CallFailure<E>) -> Self {

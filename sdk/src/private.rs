@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 use crate::actor::{Actor, ActorRef, Init};
 use crate::call::{Call, FallibleCall, Prepared};
 use crate::error::Error;
+pub use crate::main_end::{EndOfError, EndOfOther, EndOfReport, Returned};
 use crate::plain;
 use crate::stream::StreamCall;
 use crate::task::Task;

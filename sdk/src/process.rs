@@ -15,11 +15,13 @@ use mobula_core::exit::ExitReason;
 use mobula_host::Registry;
 use mobula_host::agent::{HostEnd, HostProcess, take_bootstrap};
 use mobula_wire::host::{HostBootstrap, HostRole};
-use serde::Serialize;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
+use crate::farewell::sessions_closed;
 use crate::job::JobHandle;
+use crate::main_end::may_pass_with_another_start;
+pub use crate::main_end::{MainEnd, MainOutcome};
 
 /// The environment variable that names the cluster to run on: a data directory, or `ip:port` with
 /// the token in [`TOKEN_ENV`].
@@ -47,58 +49,6 @@ const LOG_ATTEMPTS_MAX: u32 = 60;
 
 const LOG_PAUSE: Duration = Duration::from_millis(500);
 
-/// What a user's main may return.
-pub trait MainOutcome {
-    /// How the job's `main` ended.
-    fn into_outcome(self) -> MainEnd;
-}
-
-/// How a job's `main` ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum MainEnd {
-    /// All went well; what it returned is the job's result.
-    Completed {
-        /// As JSON; `None` if it returned `()`.
-        result_json: Option<String>,
-    },
-    /// It returned an error of its own: the job has failed, unless it asked for another try.
-    Failed(String),
-    /// The cluster did not do its part: the driver is started again, as its restart policy says.
-    Unavailable(String),
-}
-
-impl MainOutcome for () {
-    fn into_outcome(self) -> MainEnd {
-        MainEnd::Completed { result_json: None }
-    }
-}
-
-impl<T: Serialize, E: Display + 'static> MainOutcome for std::result::Result<T, E> {
-    fn into_outcome(self) -> MainEnd {
-        let value = match self {
-            Ok(value) => value,
-            Err(error) => return failure(&error),
-        };
-        match serde_json::to_value(&value) {
-            // `()` is `null`, and nothing to store.
-            Ok(serde_json::Value::Null) => MainEnd::Completed { result_json: None },
-            Ok(value) => MainEnd::Completed {
-                result_json: Some(value.to_string()),
-            },
-            Err(error) => MainEnd::Failed(format!("the result cannot be written as JSON: {error}")),
-        }
-    }
-}
-
-fn failure<E: Display + 'static>(error: &E) -> MainEnd {
-    let of_the_cluster = (error as &dyn std::any::Any).downcast_ref::<Error>();
-    if of_the_cluster.is_some_and(Error::may_pass) {
-        MainEnd::Unavailable(error.to_string())
-    } else {
-        MainEnd::Failed(error.to_string())
-    }
-}
-
 /// Stores what `main` returned, then says how the driver ends.
 async fn conclude(cluster: &Cluster, end: MainEnd) -> ExitReason {
     match end {
@@ -107,7 +57,9 @@ async fn conclude(cluster: &Cluster, end: MainEnd) -> ExitReason {
             result_json: Some(json),
         } => match cluster.set_result_json(json).await {
             Ok(()) => ExitReason::Completed,
-            Err(error) if error.may_pass() => ExitReason::Unavailable(error.to_string()),
+            Err(error) if may_pass_with_another_start(&error) => {
+                ExitReason::Unavailable(error.to_string())
+            }
             Err(error) => ExitReason::Failed(error.to_string()),
         },
         MainEnd::Unavailable(text) => ExitReason::Unavailable(text),
@@ -124,7 +76,11 @@ where
 {
     match run_in_cluster(main) {
         Some(code) => code,
-        None => with_runtime(submit_myself()),
+        None => with_runtime(async {
+            let ended = submit_myself().await;
+            sessions_closed().await;
+            ended
+        }),
     }
 }
 

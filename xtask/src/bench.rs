@@ -46,7 +46,36 @@ const CLUSTER: [&str; 2] = ["--bin", "mobula"];
 
 /// This repository's own code is measured as a release would have it; dependencies stay as they
 /// are, so that RocksDB is not compiled once more.
-const OPTIMIZED: [&str; 2] = ["--config", "profile.dev.opt-level=3"];
+const OPTIMIZED: &str = "profile.dev.opt-level=3";
+
+/// The packages whose code is measured. With debug assertions each unaligned load of a vector checks its pointers
+/// and goes through the stack.
+const MEASURED: [&str; 12] = [
+    "mobula",
+    "mobula-actors",
+    "mobula-benches",
+    "mobula-cli",
+    "mobula-core",
+    "mobula-head",
+    "mobula-host",
+    "mobula-net",
+    "mobula-scheduler",
+    "mobula-storage",
+    "mobula-wire",
+    "mobula-worker",
+];
+
+/// How cargo is told that.
+fn as_released() -> Vec<String> {
+    let unchecked = MEASURED.iter().flat_map(|package| {
+        ["debug-assertions", "overflow-checks"]
+            .map(|check| format!("profile.dev.package.{package}.{check}=false"))
+    });
+    std::iter::once(OPTIMIZED.to_owned())
+        .chain(unchecked)
+        .flat_map(|config| ["--config".to_owned(), config])
+        .collect()
+}
 
 /// A rate by its name.
 #[derive(Debug, Clone, PartialEq)]
@@ -112,7 +141,9 @@ fn run_suite<T>(
     }
     let workspace = Workspace::find();
     let program = format!("mobula-bench-{suite}");
-    let arguments = [&BUILD[..], &[program.as_str()], starts, &OPTIMIZED[..]].concat();
+    let as_released = as_released();
+    let as_released: Vec<&str> = as_released.iter().map(String::as_str).collect();
+    let arguments = [&BUILD[..], &[program.as_str()], starts, &as_released[..]].concat();
     workspace.build(&arguments)?;
     let results = workspace.root().join("benches/results");
     if let Err(error) = std::fs::create_dir_all(&results) {

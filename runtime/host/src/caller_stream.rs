@@ -112,9 +112,12 @@ impl CallerStream {
             .and_then(Clone::clone)
     }
 
-    /// Ends a call with its answer.
-    pub(crate) fn answer(&self, call: u32, result: CallResult) {
-        self.queue(call, CalleeMessage::Answer { call, result });
+    /// Ends a call with its answer; gives that back if the call or the stream is over.
+    pub(crate) fn answer(&self, call: u32, result: CallResult) -> Option<CallResult> {
+        match self.queue(call, CalleeMessage::Answer { call, result }) {
+            Err(CalleeMessage::Answer { result, .. }) => Some(result),
+            _ => None,
+        }
     }
 
     /// Sends an item of a call; false if the call or the stream is over.
@@ -124,17 +127,18 @@ impl CallerStream {
             sequence,
             value,
         };
-        self.queue(call, message)
+        self.queue(call, message).is_ok()
     }
 
-    fn queue(&self, call: u32, message: CalleeMessage) -> bool {
+    /// Queues a message of a call, or gives it back if the call or the stream is over.
+    fn queue(&self, call: u32, message: CalleeMessage) -> Result<(), CalleeMessage> {
         let ends_call = matches!(message, CalleeMessage::Answer { .. });
         // Dropped after the lock is given back.
         let (waker, _control) = {
             let mut state = self.state.lock();
             let state = &mut *state;
             let Some(slot @ Some(_)) = state.calls.get_mut(call as usize) else {
-                return false;
+                return Err(message);
             };
             let control = if ends_call { slot.take() } else { None };
             state.in_flight -= usize::from(ends_call);
@@ -145,7 +149,7 @@ impl CallerStream {
         if let Some(waker) = waker {
             waker.wake();
         }
-        true
+        Ok(())
     }
 
     /// Moves messages that are ready to `batch`, about as many as are written at once; false when

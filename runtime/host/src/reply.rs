@@ -137,13 +137,15 @@ impl CallControl {
             .is_ok()
     }
 
-    fn answer(&self, result: CallResult) {
-        if self.phase.swap(ANSWERED, Ordering::AcqRel) != ANSWERED {
-            self.deliver(deliverable(result));
+    /// Answers, or gives the result back if nobody will get it.
+    fn answer(&self, result: CallResult) -> Option<CallResult> {
+        if self.phase.swap(ANSWERED, Ordering::AcqRel) == ANSWERED {
+            return Some(result);
         }
+        self.deliver(deliverable(result))
     }
 
-    fn deliver(&self, result: CallResult) {
+    fn deliver(&self, result: CallResult) -> Option<CallResult> {
         self.timer.end(result.as_ref().map(|_| ()));
         match &self.destination {
             Destination::Stream { stream, call } => stream.answer(*call, result),
@@ -157,6 +159,7 @@ impl CallControl {
                 if let Some(waker) = waker {
                     waker.wake();
                 }
+                None
             }
         }
     }
@@ -231,6 +234,13 @@ impl Reply {
     /// Answers; does nothing if the call is answered already.
     pub fn send(self, result: CallResult) {
         self.0.answer(result);
+    }
+
+    /// As [`send`](Reply::send); gives the result back where it is certain that nobody will ever get
+    /// it: the call is answered already, or its caller is gone.
+    #[must_use = "what it holds on to is nobody's any more"]
+    pub(crate) fn try_send(self, result: CallResult) -> Option<CallResult> {
+        self.0.answer(result)
     }
 
     /// What the caller says about ending the call early.
@@ -346,6 +356,24 @@ mod tests {
             drop(reply);
             assert_eq!(call.await.unwrap_err().executed(), executed);
         }
+    }
+
+    #[tokio::test]
+    async fn a_result_that_nobody_will_get_is_given_back() {
+        let value = || Ok(Bytes::from_static(b"large"));
+        let stream = Arc::new(CallerStream::default());
+        let [first, second] = [0, 1].map(|call| {
+            let (reply, control) = Reply::on_stream(ACTOR, None, Arc::clone(&stream), call);
+            stream.enter(call, control).unwrap();
+            assert!(reply.begin());
+            reply
+        });
+        assert_eq!(first.try_send(value()), None);
+        stream.end();
+        assert_eq!(second.try_send(value()), Some(value()));
+        let (reply, call) = Reply::same_process(ACTOR, None);
+        call.cancel(CancelLevel::Requested);
+        assert_eq!(reply.try_send(value()), Some(value()));
     }
 
     #[tokio::test]

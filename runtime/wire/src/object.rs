@@ -115,6 +115,9 @@ pub enum Change {
     Missing {
         /// The object's number with its owner.
         sequence: u64,
+        /// Under which id it looked for them ([`Stored::object`]): a value that was produced again
+        /// has another one, and is not missing.
+        stored: ObjectId,
     },
 }
 
@@ -208,7 +211,10 @@ mod tests {
                         sequence: 1,
                         transit: 2,
                     },
-                    Change::Missing { sequence: 3 },
+                    Change::Missing {
+                        sequence: 3,
+                        stored: object,
+                    },
                 ],
             };
             let inline = WireValue::Inline {

@@ -55,7 +55,13 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> Result<TokenS
             #function
 
             #[allow(unused_variables)]
-            ::mobula::process::run_main(|cluster, arguments| #inner(#pass))
+            ::mobula::process::run_main(|cluster, arguments| async move {
+                // Which of them is asked depends on what it returns.
+                #[allow(unused_imports)]
+                use ::mobula::__private::{EndOfError as _, EndOfOther as _, EndOfReport as _};
+                let returned = ::mobula::__private::Returned::new(#inner(#pass).await);
+                (&&&returned).end()
+            })
         }
     })
 }

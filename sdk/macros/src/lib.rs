@@ -66,8 +66,8 @@ pub fn task(arguments: TokenStream, item: TokenStream) -> TokenStream {
 }
 
 /// Makes an `async fn main(cluster: Cluster)` the main function of a program that is driver and
-/// host in one: it may also take `args: Vec<String>`, and returns `()` or a `Result<(), E>` with
-/// `E: Display`.
+/// host in one: it may also take `args: Vec<String>`, and returns `()` or a `Result<T, E>` whose `T`
+/// is serialized and whose `E` is an error, a box or report with one, or prints.
 ///
 /// Started by hand, the program runs as a job on an embedded cluster of its own, or on the one
 /// that `MOBULA_CLUSTER` names; started by a worker, it is the job's driver or a host of its

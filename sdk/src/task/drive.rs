@@ -3,7 +3,8 @@
 //! Invariants:
 //! 1. As many tasks are under way as [`Pace`] says, and one more for each time that the slot says
 //!    that all it has only wait.
-//! 2. When the slot is gone, each task that was under way is pushed again or failed.
+//! 2. When the slot is gone, each task that was under way is pushed again or failed; never again if
+//!    it was cancelled, however late its slot's answer or end comes.
 //! 3. A slot of the pool's own is given back, a lent one only left.
 //! 4. A slot that does not answer is given no more, and what has not begun in it goes back in line,
 //!    for a slot that is idle or a new one.
@@ -32,10 +33,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::items::{ItemSink, pump};
 use super::lease::no_slot;
-use super::lineage::TaskLineage;
+use super::lineage;
 use super::pace::{IN_FLIGHT_MAX, Pace};
-use super::pool::Pool;
-use super::record::{TaskRecord, Verdict, ends_slot};
+use super::pool::{Cancellation, Pool, next_cancellation};
+use super::record::TaskRecord;
+use super::tries::{Verdict, ends_slot};
 use crate::cluster::Cluster;
 
 /// How long a slot is kept without tasks: long enough for a program that submits one at a time,
@@ -189,7 +191,7 @@ struct Slot<'a> {
     /// For a lent slot: when no more may begin in it.
     back: Option<CancellationToken>,
     flying: FuturesUnordered<Flying>,
-    cancellations: broadcast::Receiver<(ObjectId, bool)>,
+    cancellations: broadcast::Receiver<Cancellation>,
     pace: Pace,
     /// When it answered last, or was given something while it had nothing.
     heard: Instant,
@@ -322,7 +324,7 @@ impl Slot<'_> {
                     }
                 }
             }
-            Ok((task, forced)) = self.cancellations.recv() => self.cancel(task, forced),
+            (task, forced) = next_cancellation(&mut self.cancellations) => self.cancel(task, forced),
             watched = until_answered(&mut self.watch) => {
                 self.watch = None;
                 if watched.is_ok() {
@@ -366,15 +368,17 @@ impl Slot<'_> {
         Box::pin(self.calls.start_on(&self.route, question).await.answer())
     }
 
-    fn cancel(&self, task: ObjectId, forced: bool) {
-        let is_it = |flying: &&Flying| {
-            flying
-                .record
-                .as_ref()
-                .is_some_and(|record| record.object() == task)
-        };
-        if let Some(flying) = self.flying.iter().find(is_it) {
-            flying.call.cancel(forced);
+    fn cancel(&mut self, task: ObjectId, forced: bool) {
+        let is_it = |record: &TaskRecord| record.object() == task;
+        for flying in &mut self.flying {
+            if let Some(record) = flying.record.as_mut().filter(|record| is_it(record)) {
+                // Its slot may end before it has said anything about it.
+                record.is_cancelled = true;
+                return flying.call.cancel(forced);
+            }
+        }
+        if let Some(place) = self.again.iter().position(is_it) {
+            self.again.remove(place).fail_cancelled();
         }
     }
 
@@ -390,7 +394,8 @@ impl Slot<'_> {
                 self.heard = Instant::now();
                 self.pace.answered(record.name(), pushed, self.heard);
                 let (pool, cluster) = (self.pool, self.cluster);
-                return record.complete(value, |task| TaskLineage::of(task, pool, cluster));
+                return record
+                    .complete(value, |task, tries| lineage::of(task, tries, pool, cluster));
             }
             Err(error) => error,
         };
@@ -399,7 +404,13 @@ impl Slot<'_> {
         }
         let is_gone = ends_slot(&error);
         self.is_gone |= is_gone;
-        match record.tries.judge(&error) {
+        let verdict = record.tries.judge(&error);
+        let now = Instant::now();
+        match verdict {
+            // The error is not what the task itself came to, and whoever gave it up knows why.
+            _ if (is_gone || verdict == Verdict::Again) && !record.is_wanted(now) => {
+                record.fail_unwanted(now);
+            }
             Verdict::Again => {
                 tracing::debug!(task = record.name(), %error, "a task is pushed again");
                 self.again.push(record);
@@ -407,17 +418,28 @@ impl Slot<'_> {
             Verdict::Final if is_gone => self.lost.push((record, error)),
             Verdict::Final => record.fail(error, None),
         }
-        if !self.is_gone && !self.again.is_empty() {
-            let again = std::mem::take(&mut self.again);
-            self.pool.put_back(self.cluster, again);
+        if !self.is_gone {
+            self.put_back();
+        }
+    }
+
+    /// What is to be pushed again goes back in line.
+    fn put_back(&mut self) {
+        if self.again.is_empty() {
+            return;
+        }
+        let again = std::mem::take(&mut self.again);
+        let heard = self
+            .pool
+            .put_back(self.cluster, again, &mut self.cancellations);
+        for (task, forced) in heard {
+            self.cancel(task, forced);
         }
     }
 
     /// After the slot: what it left goes elsewhere, or fails with the reason of its end.
-    async fn settle(self) {
-        if !self.again.is_empty() {
-            self.pool.put_back(self.cluster, self.again);
-        }
+    async fn settle(mut self) {
+        self.put_back();
         if self.lost.is_empty() {
             return;
         }

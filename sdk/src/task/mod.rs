@@ -13,15 +13,16 @@
 //! # }
 //! ```
 //!
-//! * `pool`: the tasks that wait; `lease`: slots from the head; `drive`: tasks into slots; `pace`:
-//!   how many at once; `record`: one task, and when it is executed again; `scope`: tasks that
-//!   submit tasks; `lineage`: lost values; `items`: tasks that bring several values.
+//! * `pool`: the tasks that wait, in a `queue`; `lease`: slots from the head; `drive`: tasks into
+//!   slots; `pace`: how many at once; `record`: one task; `tries`: when it is executed again;
+//!   `scope`: tasks that submit tasks; `lineage`: lost values; `items`: tasks that bring several
+//!   values.
 //!
 //! Invariants:
 //! 1. A submitted task completes its object exactly once, with its value or with why there is none.
-//! 2. A task is executed at most `1 + max_retries` times, and again only after an execution that
-//!    was lost, or one that failed if that was asked for. With `max_retries(0)` it is executed at
-//!    most once.
+//! 2. A task is executed at most `1 + max_retries` times over the life of its value, and again only
+//!    after an execution that was lost, or whose value was, or one that failed if that was asked
+//!    for; never once it was cancelled. With `max_retries(0)` it is executed at most once.
 //! 3. The head grants slots and hears of no task.
 
 mod drive;
@@ -30,8 +31,10 @@ mod lease;
 mod lineage;
 mod pace;
 pub(crate) mod pool;
+mod queue;
 mod record;
 pub(crate) mod scope;
+mod tries;
 
 pub use items::Items;
 
@@ -56,7 +59,8 @@ use crate::object::ObjectRef;
 use crate::stream::{ItemStream, WINDOW_DEFAULT};
 use crate::task::items::ItemSink;
 use crate::task::pool::SlotKind;
-use crate::task::record::{RetryPolicy, TaskDescription, TaskRecord, title};
+use crate::task::record::{TaskDescription, TaskRecord, title};
+use crate::task::tries::RetryPolicy;
 
 /// How often a task is executed again after a loss, unless it says otherwise.
 pub const DEFAULT_MAX_RETRIES: u32 = 3;
@@ -204,8 +208,9 @@ impl<T> TaskBuilder<T> {
         self
     }
 
-    /// How often it is executed again when an execution was lost with its process or node. With 0
-    /// it is executed at most once, otherwise at least once where it succeeds.
+    /// How often it is executed again when an execution, or the value that it brought, was lost with
+    /// its process or node. With 0 it is executed at most once, otherwise at least once where it
+    /// succeeds.
     pub fn max_retries(mut self, times: u32) -> Self {
         self.retries.max_retries = times;
         self

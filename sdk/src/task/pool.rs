@@ -2,12 +2,16 @@
 //! it holds for them.
 //!
 //! Invariants:
-//! 1. Tasks begin in the order in which they were submitted, except those that are pushed again.
+//! 1. Tasks begin in the order in which they were submitted; one that is pushed again, or waited for
+//!    what it needs, stands in front of those that came after it.
 //! 2. At most [`TASKS_WAITING_MAX`] tasks wait; beyond that submitting fails.
 //! 3. A pool without tasks gives its slots back and then has nothing that runs.
+//! 4. Whoever cancels a task finds it in line, or its slot's driver hears of it: there is no moment
+//!    in which it is neither.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mobula_core::error::CallError;
 use mobula_core::id::JobId;
@@ -17,10 +21,12 @@ use mobula_core::spec::PlacementPolicy;
 use mobula_host::mailbox::Deadline;
 use mobula_host::objects::Object;
 use parking_lot::Mutex;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{Notify, broadcast};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
+use super::queue::WaitingQueue;
 use super::record::TaskRecord;
 use crate::cluster::Cluster;
 
@@ -34,6 +40,13 @@ const POOLS_MAX: usize = 256;
 /// Cancellations that a slot's driver may not have seen yet. One that falls behind by more looks
 /// at none of them: cancelling is asking, and may come too late in any case.
 const CANCELLATIONS_MAX: usize = 4096;
+
+/// How long whoever ends late tasks sleeps at most: so long after the last task with a limit it is
+/// gone, however far off that limit was.
+const LOOK_MAX: Duration = Duration::from_secs(1);
+
+/// A task that is not wanted any more, and whether it is to end by force.
+pub(super) type Cancellation = (ObjectId, bool);
 
 fn refuse(record: TaskRecord) {
     let capacity = TASKS_WAITING_MAX as u32;
@@ -99,17 +112,21 @@ pub(crate) struct Pool {
     pub(super) state: Mutex<PoolState>,
     /// Told when a task waits: one slot's driver takes it.
     pub(super) work: Notify,
-    /// Tasks under way that are not wanted any more, and whether that is forced.
-    pub(super) cancellations: broadcast::Sender<(ObjectId, bool)>,
+    /// A limit was set that is reached before the next look for late tasks.
+    sooner: Notify,
+    /// Of tasks that are under way, for their slots' drivers. Sent under the lock of `state`.
+    pub(super) cancellations: broadcast::Sender<Cancellation>,
     /// Owns what runs for the pool.
     pub(super) running: TaskTracker,
 }
 
 #[derive(Default)]
 pub(super) struct PoolState {
-    waiting: VecDeque<TaskRecord>,
+    waiting: WaitingQueue<TaskRecord>,
     /// Tasks that wait for what they need.
     dependent: HashMap<ObjectId, TaskRecord>,
+    /// When late tasks are looked for next, if somebody does that.
+    look: Option<Instant>,
     /// Slots that take tasks.
     pub(super) slots: usize,
     /// Those of them that have none.
@@ -126,6 +143,11 @@ impl PoolState {
     pub(super) fn waiting_count(&self) -> usize {
         self.waiting.len()
     }
+
+    /// Whether as many tasks wait, for whatever, as may.
+    fn is_full(&self) -> bool {
+        self.waiting.len() + self.dependent.len() >= TASKS_WAITING_MAX
+    }
 }
 
 impl Pool {
@@ -134,6 +156,7 @@ impl Pool {
             kind,
             state: Mutex::default(),
             work: Notify::new(),
+            sooner: Notify::new(),
             cancellations: broadcast::Sender::new(CANCELLATIONS_MAX),
             running: TaskTracker::new(),
         }
@@ -163,7 +186,7 @@ impl Pool {
         }
         {
             let mut state = self.state.lock();
-            if state.waiting.len() + state.dependent.len() >= TASKS_WAITING_MAX {
+            if state.is_full() {
                 drop(state);
                 return refuse(record);
             }
@@ -178,24 +201,56 @@ impl Pool {
 
     /// Takes a task, which begins when a slot is free.
     fn submit(self: &Arc<Self>, cluster: &Cluster, record: TaskRecord) {
-        let deadline = record.deadline;
         {
             let mut state = self.state.lock();
-            if state.waiting.len() >= TASKS_WAITING_MAX {
+            if state.is_full() {
                 drop(state);
                 return refuse(record);
             }
-            state.waiting.push_back(record);
+            self.line_up(&mut state, record);
             self.lease_if_short(&mut state, cluster);
         }
         self.work.notify_one();
-        if let Some(deadline) = deadline {
-            // Ends at the deadline; a task that found a slot by then is not here any more.
-            let pool = Arc::clone(self);
-            self.running.spawn(async move {
-                tokio::time::sleep_until(deadline.at).await;
-                pool.expire();
-            });
+    }
+
+    /// Puts a task in line, and sees to it that it ends when its time runs out there.
+    fn line_up(self: &Arc<Self>, state: &mut PoolState, record: TaskRecord) {
+        let limit = record.deadline.map(|deadline| deadline.at);
+        state.waiting.insert(record.object(), limit, record);
+        let Some(limit) = limit else { return };
+        match state.look {
+            Some(look) if look <= limit => {}
+            Some(_) => self.sooner.notify_one(),
+            None => {
+                state.look = Some(limit);
+                let pool = Arc::clone(self);
+                self.running.spawn(async move { pool.end_late().await });
+            }
+        }
+    }
+
+    /// Ends tasks whose time runs out while they are in line: one for all of them, as long as there
+    /// are any.
+    async fn end_late(&self) {
+        loop {
+            let (late, look) = {
+                let mut state = self.state.lock();
+                let now = Instant::now();
+                let late = state.waiting.take_late(now);
+                let next = state.waiting.next_limit();
+                state.look = next.map(|next| next.min(now + LOOK_MAX));
+                (late, state.look)
+            };
+            for record in late {
+                if let Some(deadline) = record.deadline {
+                    record.fail_late(deadline);
+                }
+            }
+            let Some(look) = look else { return };
+            tokio::select! {
+                () = tokio::time::sleep_until(look) => {}
+                () = self.sooner.notified() => {}
+            }
         }
     }
 
@@ -216,17 +271,30 @@ impl Pool {
             Some(deadline) => tokio::time::timeout_at(deadline.at, all).await.ok(),
             None => Some(all.await),
         };
-        // One that was cancelled meanwhile is not here any more.
-        let Some(mut record) = self.state.lock().dependent.remove(&id) else {
-            return;
+        let now = Instant::now();
+        let record = {
+            let mut state = self.state.lock();
+            // One that was cancelled meanwhile is not here any more.
+            let Some(mut record) = state.dependent.remove(&id) else {
+                return;
+            };
+            record.waited_for("what it needs", now);
+            match outcome {
+                Some(Ok(())) => {
+                    record.wait();
+                    self.line_up(&mut state, record);
+                    self.lease_if_short(&mut state, cluster);
+                    None
+                }
+                _ => Some(record),
+            }
         };
-        record.waited_for("what it needs", Instant::now());
-        record.wait();
-        match (outcome, deadline) {
-            (Some(Ok(())), _) => self.submit(cluster, record),
-            (Some(Err(error)), _) => record.fail_with(error),
-            (None, Some(deadline)) => record.fail_late(deadline),
-            (None, None) => {}
+        match (record, outcome, deadline) {
+            (None, ..) => self.work.notify_one(),
+            (Some(record), Some(Err(error)), _) => record.fail_with(error),
+            (Some(record), None, Some(deadline)) => record.fail_late(deadline),
+            // Nothing is late without a limit.
+            (Some(_), ..) => {}
         }
     }
 
@@ -234,68 +302,77 @@ impl Pool {
     pub(super) fn cancel(&self, id: ObjectId, forced: bool) {
         let found = {
             let mut state = self.state.lock();
-            let place = state.waiting.iter().position(|task| task.object() == id);
-            match place {
-                Some(place) => state.waiting.remove(place),
-                None => state.dependent.remove(&id),
+            let waiting = state.waiting.remove(id);
+            let found = waiting.or_else(|| state.dependent.remove(&id));
+            if found.is_none() {
+                // Under the lock, so that it is not put back in line meanwhile. Fails only while there
+                // is no slot that could have it.
+                drop(self.cancellations.send((id, forced)));
             }
+            found
         };
-        match found {
-            Some(record) => record.fail_cancelled(),
-            // Fails only while there is no slot that could have it.
-            None => drop(self.cancellations.send((id, forced))),
+        if let Some(record) = found {
+            record.fail_cancelled();
         }
     }
 
-    /// Puts tasks back that are to be pushed again, in front and in their order.
-    pub(super) fn put_back(self: &Arc<Self>, cluster: &Cluster, records: Vec<TaskRecord>) {
-        let count = records.len();
-        {
+    /// Puts tasks back in line that are to be pushed again, but for those that were cancelled by
+    /// then: `cancellations` is where their slot hears of it. Answers what was heard.
+    pub(super) fn put_back(
+        self: &Arc<Self>,
+        cluster: &Cluster,
+        records: Vec<TaskRecord>,
+        cancellations: &mut broadcast::Receiver<Cancellation>,
+    ) -> Vec<Cancellation> {
+        let (cancelled, heard, count) = {
             let mut state = self.state.lock();
-            for mut record in records.into_iter().rev() {
+            // Under the lock: who cancels from now on finds them in line.
+            let heard = heard_by(cancellations);
+            let is_cancelled =
+                |record: &TaskRecord| heard.iter().any(|(task, _)| *task == record.object());
+            let (cancelled, again): (Vec<_>, Vec<_>) = records.into_iter().partition(is_cancelled);
+            let count = again.len();
+            for mut record in again {
                 record.wait();
-                state.waiting.push_front(record);
+                self.line_up(&mut state, record);
             }
             self.lease_if_short(&mut state, cluster);
+            (cancelled, heard, count)
+        };
+        for record in cancelled {
+            record.fail_cancelled();
         }
         for _ in 0..count {
             self.work.notify_one();
         }
+        heard
     }
 
     /// The name of the task that is next.
     pub(super) fn next_name(&self) -> Option<&'static str> {
-        self.state
-            .lock()
-            .waiting
-            .front()
-            .map(|record| record.name())
+        let state = self.state.lock();
+        state.waiting.first().map(TaskRecord::name)
     }
 
     /// Takes the next tasks out, up to `count` of them that are still wanted.
     pub(super) fn take(&self, count: usize) -> Vec<TaskRecord> {
         let records: Vec<_> = {
             let mut state = self.state.lock();
-            let count = count.min(state.waiting.len());
-            state.waiting.drain(..count).collect()
+            let next = || state.waiting.pop_first();
+            std::iter::from_fn(next).take(count).collect()
         };
         let now = Instant::now();
         for record in &records {
             record.waited_for("a slot", now);
         }
-        let is_wanted = |record: &TaskRecord| {
-            let is_late = record.deadline.is_some_and(|deadline| deadline.at <= now);
-            !is_late && !record.is_unread()
-        };
-        if records.iter().all(is_wanted) {
+        if records.iter().all(|record| record.is_wanted(now)) {
             return records;
         }
-        let (wanted, unwanted): (Vec<_>, Vec<_>) = records.into_iter().partition(is_wanted);
+        let (wanted, unwanted): (Vec<_>, Vec<_>) = records
+            .into_iter()
+            .partition(|record| record.is_wanted(now));
         for record in unwanted {
-            match record.deadline {
-                Some(deadline) if deadline.at <= now => record.fail_late(deadline),
-                _ => record.fail_cancelled(),
-            }
+            record.fail_unwanted(now);
         }
         wanted
     }
@@ -305,32 +382,38 @@ impl Pool {
         self.state.lock().waiting.len()
     }
 
-    fn expire(&self) {
-        let now = Instant::now();
-        let late = |record: &TaskRecord| record.deadline.is_some_and(|limit| limit.at <= now);
-        let late: Vec<_> = {
-            let mut state = self.state.lock();
-            if !state.waiting.iter().any(late) {
-                return;
-            }
-            let (late, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut state.waiting)
-                .into_iter()
-                .partition(late);
-            state.waiting = rest.into();
-            late
-        };
-        for record in late {
-            if let Some(deadline) = record.deadline {
-                record.fail_late(deadline);
-            }
-        }
-    }
-
     /// Nothing will ever run the tasks that wait: says why.
     pub(super) fn fail_waiting(&self, error: &CallError) {
         let waiting = std::mem::take(&mut self.state.lock().waiting);
-        for record in waiting {
+        for record in waiting.into_values() {
             record.fail(error.clone(), None);
+        }
+    }
+}
+
+/// What a slot's driver is told next.
+pub(super) async fn next_cancellation(
+    cancellations: &mut broadcast::Receiver<Cancellation>,
+) -> Cancellation {
+    loop {
+        match cancellations.recv().await {
+            Ok(cancellation) => return cancellation,
+            // More than it may fall behind by: what is left comes next.
+            Err(RecvError::Lagged(_)) => {}
+            // The pool is gone, and nobody can cancel anything.
+            Err(RecvError::Closed) => return std::future::pending().await,
+        }
+    }
+}
+
+/// What a slot's driver was told and has not looked at.
+fn heard_by(cancellations: &mut broadcast::Receiver<Cancellation>) -> Vec<Cancellation> {
+    let mut heard = Vec::new();
+    loop {
+        match cancellations.try_recv() {
+            Ok(cancellation) => heard.push(cancellation),
+            Err(TryRecvError::Lagged(_)) => {}
+            Err(TryRecvError::Empty | TryRecvError::Closed) => return heard,
         }
     }
 }

@@ -1,15 +1,14 @@
-//! One submitted task, and what follows from the answer to an execution of it.
+//! One submitted task: what is pushed for it, and what its value's object comes to.
 //!
 //! Invariants:
 //! 1. A record completes its object exactly once, also when it is dropped.
-//! 2. What surely did not run is pushed again without counting; what may have run only as often as
-//!    its policy allows.
+//! 2. What was cancelled, is late, or is read by nobody is not executed again.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use mobula_core::error::{CallError, Executed};
+use mobula_core::error::CallError;
 use mobula_core::object::{ObjectError, ObjectId};
 use mobula_host::mailbox::Deadline;
 use mobula_host::objects::{Completer, Lineage, Object, bring};
@@ -21,11 +20,8 @@ use mobula_wire::task::TaskHead;
 use tokio::time::Instant;
 
 use super::items::ItemSink;
+use super::tries::{RetryPolicy, Tries};
 use crate::reference::error_of_end;
-
-/// How often a task may be refused by a slot that ends just then, or is full, before something must
-/// be wrong. Each refusal costs a slot, so this is reached by defects only.
-const REFUSALS_MAX: u32 = 1000;
 
 /// Values that travel with one task: a few of the largest that are kept in processes at all. More
 /// would be in the way of the tasks behind it.
@@ -36,98 +32,6 @@ const WAIT_SHOWN_MIN: Duration = Duration::from_millis(1);
 
 /// What the wire says about a value beside its bytes, at most: where a stored one is.
 const ABOUT_VALUE_BYTES: usize = 256;
-
-/// When a task is executed again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct RetryPolicy {
-    /// How often at most.
-    pub(crate) max_retries: u32,
-    /// Whether its own errors and panics are a reason too.
-    pub(crate) retry_errors: bool,
-}
-
-/// What follows from an answer that is an error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// It is pushed again.
-    Again,
-    /// The error is the task's result.
-    Final,
-}
-
-/// Where a task stands with its retries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Tries {
-    pub(crate) policy: RetryPolicy,
-    /// Executions that have begun or may have.
-    executions: u32,
-    refusals: u32,
-}
-
-impl Tries {
-    pub(crate) fn new(policy: RetryPolicy) -> Self {
-        Tries {
-            policy,
-            executions: 0,
-            refusals: 0,
-        }
-    }
-
-    /// The number of the execution that is due, from 1.
-    pub(crate) fn attempt(&self) -> u32 {
-        self.executions + 1
-    }
-
-    /// Judges what an execution brought, and counts it.
-    pub(crate) fn judge(&mut self, error: &CallError) -> Verdict {
-        let may_run_again = match error {
-            CallError::ActorUnavailable { executed, .. }
-            | CallError::ActorDied { executed, .. }
-            | CallError::OutOfMemory { executed, .. }
-            | CallError::NodeLost { executed, .. } => match executed {
-                Executed::No => return self.refused(),
-                Executed::Yes | Executed::Unknown => true,
-            },
-            CallError::Overloaded { .. } => return self.refused(),
-            CallError::User { .. } | CallError::Panicked(_) => self.policy.retry_errors,
-            // Nobody wants it any more, or another execution would end in the same way.
-            CallError::Cancelled { .. }
-            | CallError::DeadlineExceeded { .. }
-            | CallError::BadCall(_)
-            | CallError::ResultLost(_)
-            | CallError::ObjectLost { .. }
-            | CallError::Forgotten { .. }
-            | CallError::NotPermitted(_) => false,
-        };
-        self.executions += 1;
-        if may_run_again && self.executions <= self.policy.max_retries {
-            Verdict::Again
-        } else {
-            Verdict::Final
-        }
-    }
-
-    fn refused(&mut self) -> Verdict {
-        self.refusals += 1;
-        if self.refusals <= REFUSALS_MAX {
-            Verdict::Again
-        } else {
-            Verdict::Final
-        }
-    }
-}
-
-/// Whether an error says that the slot itself is of no more use. Where only a value found no memory
-/// the slot goes on; a process that has ended for want of it says so at the next push.
-pub(crate) fn ends_slot(error: &CallError) -> bool {
-    match error {
-        CallError::ActorUnavailable { .. }
-        | CallError::ActorDied { .. }
-        | CallError::NodeLost { .. } => true,
-        CallError::OutOfMemory { executed, .. } => *executed == Executed::No,
-        _ => false,
-    }
-}
 
 /// What a task's error calls it.
 pub(crate) fn title(name: &str) -> String {
@@ -223,6 +127,8 @@ pub(crate) struct TaskRecord {
     pub(crate) tries: Tries,
     /// Where its values go, if it brings several; away while it is under way.
     pub(super) items: Option<ItemSink>,
+    /// It was cancelled while it was under way.
+    pub(super) is_cancelled: bool,
     result: Completer,
     /// Since when it waits, for what it needs or for a slot.
     waits_since: Instant,
@@ -238,10 +144,23 @@ impl TaskRecord {
         TaskRecord {
             deadline,
             items,
+            is_cancelled: false,
             tries: Tries::new(task.policy),
             result,
             task,
             waits_since: Instant::now(),
+        }
+    }
+
+    /// The same task once more, for its value that is lost. Its time limit was for the first value.
+    pub(crate) fn for_lost_value(
+        task: Arc<TaskDescription>,
+        tries: Tries,
+        result: Completer,
+    ) -> Self {
+        TaskRecord {
+            tries,
+            ..TaskRecord::new(task, None, result, None)
         }
     }
 
@@ -266,8 +185,17 @@ impl TaskRecord {
         self.task.name
     }
 
+    /// Whether it is to be executed, or executed again.
+    pub(crate) fn is_wanted(&self, now: Instant) -> bool {
+        !self.is_cancelled && !self.is_late(now) && !self.is_unread()
+    }
+
+    fn is_late(&self, now: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| deadline.at <= now)
+    }
+
     /// Whether it brings several values, and nobody reads them any more.
-    pub(crate) fn is_unread(&self) -> bool {
+    fn is_unread(&self) -> bool {
         self.items.as_ref().is_some_and(ItemSink::is_closed)
     }
 
@@ -285,11 +213,11 @@ impl TaskRecord {
     pub(crate) fn complete(
         self,
         outcome: Bytes,
-        lineage: impl FnOnce(Arc<TaskDescription>) -> Option<Arc<dyn Lineage>>,
+        lineage: impl FnOnce(Arc<TaskDescription>, Tries) -> Arc<dyn Lineage>,
     ) {
-        let task = self.task;
+        let (task, tries) = (self.task, self.tries);
         let again = Arc::clone(&task);
-        let completed = complete_with_outcome(self.result, outcome, || lineage(again));
+        let completed = complete_with_outcome(self.result, outcome, || lineage(again, tries));
         if let Err((result, reason)) = completed {
             let error = format!("value of {}: {reason}", title(task.name));
             result.fail(ObjectError::Failed(CallError::ResultLost(error)));
@@ -301,11 +229,11 @@ impl TaskRecord {
         self.result.fail(error);
     }
 
-    /// Whether it was executed, where it is not with a slot: one that was lost with its slot may have been.
-    fn executed(&self) -> Executed {
-        match self.tries.executions {
-            0 => Executed::No,
-            _ => Executed::Unknown,
+    /// It is not wanted any more, and so it is not executed again.
+    pub(crate) fn fail_unwanted(self, now: Instant) {
+        match self.deadline {
+            Some(deadline) if !self.is_cancelled && deadline.at <= now => self.fail_late(deadline),
+            _ => self.fail_cancelled(),
         }
     }
 
@@ -313,7 +241,7 @@ impl TaskRecord {
     pub(crate) fn fail_cancelled(self) {
         let error = CallError::Cancelled {
             actor: String::new(),
-            executed: self.executed(),
+            executed: self.tries.executed(),
         };
         self.fail(error, None);
     }
@@ -323,7 +251,7 @@ impl TaskRecord {
         let error = CallError::DeadlineExceeded {
             actor: String::new(),
             limit_ms: deadline.limit_ms,
-            executed: self.executed(),
+            executed: self.tries.executed(),
         };
         self.fail(error, None);
     }
@@ -338,109 +266,5 @@ impl TaskRecord {
             *limit_ms = deadline.limit_ms;
         }
         self.result.fail(ObjectError::Failed(error));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn unavailable(executed: Executed) -> CallError {
-        CallError::ActorUnavailable {
-            actor: "actor-1".into(),
-            reason: "gone".into(),
-            executed,
-        }
-    }
-
-    fn user() -> CallError {
-        CallError::User {
-            payload: Vec::new(),
-            message: "no".into(),
-        }
-    }
-
-    fn verdicts(max_retries: u32, retry_errors: bool, errors: &[CallError]) -> Vec<Verdict> {
-        let mut tries = Tries::new(RetryPolicy {
-            max_retries,
-            retry_errors,
-        });
-        errors.iter().map(|error| tries.judge(error)).collect()
-    }
-
-    #[test]
-    fn what_the_cluster_is_to_blame_for_is_a_reason_and_what_the_caller_wants_is_none() {
-        use Verdict::{Again, Final};
-        let executed = Executed::Unknown;
-        let no_memory = |executed| CallError::OutOfMemory {
-            what: "host-1".into(),
-            reason: "1 GiB is its limit".into(),
-            executed,
-        };
-        let no_node = CallError::NodeLost {
-            actor: "actor-1".into(),
-            node: "node-1".into(),
-            executed,
-        };
-        assert_eq!(
-            verdicts(
-                2,
-                false,
-                &[no_memory(executed), no_node, no_memory(executed)]
-            ),
-            [Again, Again, Final]
-        );
-        assert_eq!(verdicts(0, false, &[no_memory(Executed::No)]), [Again]);
-        let cancelled = CallError::Cancelled {
-            actor: "actor-1".into(),
-            executed,
-        };
-        let late = CallError::DeadlineExceeded {
-            actor: "actor-1".into(),
-            limit_ms: 1,
-            executed,
-        };
-        for wanted in [cancelled, late] {
-            assert_eq!(verdicts(3, true, &[wanted]), [Final]);
-        }
-    }
-
-    #[test]
-    fn what_may_have_run_is_counted() {
-        use Verdict::{Again, Final};
-        let lost = || unavailable(Executed::Unknown);
-        assert_eq!(verdicts(0, false, &[lost()]), [Final]);
-        assert_eq!(
-            verdicts(2, false, &[lost(), lost(), lost()]),
-            [Again, Again, Final]
-        );
-    }
-
-    #[test]
-    fn what_surely_did_not_run_is_not() {
-        let refused = unavailable(Executed::No);
-        let mut tries = Tries::new(RetryPolicy {
-            max_retries: 0,
-            retry_errors: false,
-        });
-        for _ in 0..REFUSALS_MAX {
-            assert_eq!(tries.judge(&refused), Verdict::Again);
-        }
-        assert_eq!(tries.attempt(), 1);
-        assert_eq!(tries.judge(&refused), Verdict::Final, "but not for ever");
-    }
-
-    #[test]
-    fn own_errors_are_final_unless_said_otherwise() {
-        use Verdict::{Again, Final};
-        let panicked = || CallError::Panicked("oh".into());
-        assert_eq!(verdicts(3, false, &[user()]), [Final]);
-        assert_eq!(verdicts(3, false, &[panicked()]), [Final]);
-        assert_eq!(
-            verdicts(2, true, &[user(), panicked(), user()]),
-            [Again, Again, Final]
-        );
-        let bad = CallError::BadCall("no such task".into());
-        assert_eq!(verdicts(3, true, &[bad]), [Final]);
     }
 }

@@ -1,7 +1,7 @@
 //! Tasks written with the macro, in slots of one host process that also submits them.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::support::stage;
@@ -73,6 +73,25 @@ async fn fibonacci(ctx: &TaskContext, n: u64) -> Result<u64, Error> {
 #[mobula::task]
 async fn with_child(ctx: &TaskContext) -> Result<u64, Error> {
     ctx.cluster().task(never()).submit().get().await
+}
+
+static LINGERING: AtomicU32 = AtomicU32::new(0);
+static HAS_HEARD: AtomicBool = AtomicBool::new(false);
+static MAY_END: AtomicBool = AtomicBool::new(false);
+
+/// Hears that it is cancelled and computes on, until it may end; says which attempt it was.
+#[mobula::task]
+async fn lingers(ctx: &TaskContext) -> u32 {
+    LINGERING.fetch_add(1, Ordering::SeqCst);
+    let moment = Duration::from_millis(1);
+    while ctx.attempt() == 1 && !ctx.is_cancelled() {
+        std::thread::sleep(moment);
+    }
+    HAS_HEARD.store(true, Ordering::SeqCst);
+    while ctx.attempt() == 1 && !MAY_END.load(Ordering::SeqCst) {
+        std::thread::sleep(moment);
+    }
+    ctx.attempt()
 }
 
 static GATE: Semaphore = Semaphore::const_new(0);
@@ -233,6 +252,70 @@ async fn cancelling_a_task_cancels_what_it_submitted() {
     );
     // The one slot is free again only if the child has ended too.
     assert_eq!(cluster.task(half(2)).submit().get().await.unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_task_is_not_executed_again_though_its_slot_is_lost() {
+    let stage = stage().await;
+    let cluster = stage.inside.clone();
+    let value = cluster.task(lingers()).submit();
+    until("it begins", || LINGERING.load(Ordering::SeqCst) == 1).await;
+    cluster.cancel_task(&value, false);
+    until("it hears of it", || HAS_HEARD.load(Ordering::SeqCst)).await;
+    // Its answer never comes.
+    stage.head.kill_slots().await;
+    let ended = tokio::time::timeout(Duration::from_secs(60), value.get());
+    let error = ended.await.expect("it ends with its slot").unwrap_err();
+    let is_cancelled = matches!(
+        error,
+        Error::Call(CallError::Cancelled {
+            executed: Executed::Unknown,
+            ..
+        })
+    );
+    assert!(is_cancelled, "{error}");
+    MAY_END.store(true, Ordering::SeqCst);
+    // By now another attempt would have run in front of this one.
+    assert_eq!(cluster.task(half(2)).submit().get().await.unwrap(), 1);
+    assert_eq!(LINGERING.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn timeouts_of_many_tasks_that_wait_are_kept_by_one() {
+    let stage = stage().await;
+    stage.head.slots_max.store(1, Ordering::SeqCst);
+    let cluster = stage.inside.clone();
+    let held = cluster.task(passes(true)).submit();
+    until("the slot is taken", || BEGUN.load(Ordering::SeqCst) == 1).await;
+    let metrics = tokio::runtime::Handle::current().metrics();
+    let before = metrics.num_alive_tasks();
+    let patient: Vec<_> = (0..10_000)
+        .map(|x| cluster.task(square(x)).timeout(Duration::from_secs(3600)))
+        .map(|task| task.submit())
+        .collect();
+    let more = metrics.num_alive_tasks().saturating_sub(before);
+    assert!(more < 100, "{more} sleep for {} timeouts", patient.len());
+    // Those that came last have the least time.
+    let hasty: Vec<_> = (0..100)
+        .map(|x| cluster.task(square(x)).timeout(Duration::from_millis(50)))
+        .map(|task| task.submit())
+        .collect();
+    for value in hasty {
+        let ended = tokio::time::timeout(Duration::from_secs(60), value.get());
+        let error = ended.await.expect("it waits for the others").unwrap_err();
+        let is_late = matches!(
+            error,
+            Error::Call(CallError::DeadlineExceeded {
+                limit_ms: 50,
+                executed: Executed::No,
+                ..
+            })
+        );
+        assert!(is_late, "{error}");
+    }
+    assert!(patient.iter().all(|value| !value.is_ready()));
+    GATE.add_permits(1);
+    assert_eq!(held.get().await.unwrap(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

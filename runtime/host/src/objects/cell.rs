@@ -110,12 +110,14 @@ impl Cell {
         is_same
     }
 
-    /// Puts another value in place of a settled one: the same bytes, elsewhere.
-    pub(crate) fn replace(&self, outcome: Outcome) {
+    /// Puts another outcome in the place of `seen`, if it is still that; answers whether it was.
+    pub(crate) fn replace(&self, seen: &Outcome, outcome: Outcome) -> bool {
         let mut state = self.0.lock();
-        if state.outcome.is_some() {
+        let is_same = state.outcome.as_ref() == Some(seen);
+        if is_same {
             state.outcome = Some(outcome);
         }
+        is_same
     }
 
     /// Waits until the object is settled. Cancel safe.
@@ -244,7 +246,9 @@ mod tests {
         let cell = Cell::default();
         cell.settle(value(1));
         assert!(!cell.reset(&value(2)));
-        assert!(cell.reset(&value(1)));
+        assert!(!cell.replace(&value(2), value(3)));
+        assert!(cell.replace(&value(1), value(4)));
+        assert!(cell.reset(&value(4)));
         assert!(!cell.is_settled());
     }
 }

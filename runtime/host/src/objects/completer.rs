@@ -17,8 +17,11 @@ use super::table::ObjectTable;
 
 /// Creates the value of an object anew when its bytes are lost.
 pub trait Lineage: Send + Sync {
-    /// Starts to produce the value again, for `completer`, because of `reason`. Dropping the
-    /// completer says that it cannot be done.
+    /// Starts to produce the value again, for `completer`, because of `reason`: once for each loss,
+    /// however many readers notice it. Dropping the completer says that it cannot be done.
+    ///
+    /// How often a value may be lost is bounded here or nowhere: what completes the completer gives
+    /// the value a lineage again, which has to know of the losses before.
     fn recreate(&self, completer: Completer, reason: &str);
 }
 
@@ -54,6 +57,18 @@ impl ObjectValue {
     #[must_use]
     pub fn is_stored(&self) -> bool {
         matches!(self.value, WireValue::Stored(_))
+    }
+
+    /// It will have no owner after all: what it takes in the node's memory is free again, and what it
+    /// refers to is let go.
+    pub(crate) fn discard(self, table: &Arc<ObjectTable>) {
+        for reference in &self.contains {
+            // Taken in and dropped it is held no more, as if its receiver had done so.
+            drop(table.import(reference));
+        }
+        if let (Some(store), WireValue::Stored(stored)) = (table.store.get(), &self.value) {
+            store.free(stored);
+        }
     }
 }
 

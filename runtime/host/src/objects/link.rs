@@ -182,12 +182,16 @@ impl Link {
             // Nobody is left who could know of another place.
             let lost = self.lost(sequence, ending);
             drop(state);
-            return cell.replace(Err(lost));
+            cell.replace(seen, Err(lost));
+            return;
         }
-        if let Some(borrowed) = state.borrowed.get(&sequence)
+        // What is in no node's memory is never missing.
+        if let Ok(Value::Stored(stored)) = seen
+            && let Some(borrowed) = state.borrowed.get(&sequence)
             && borrowed.cell.reset(seen)
         {
-            self.push(&mut state, Change::Missing { sequence });
+            let stored = stored.object;
+            self.push(&mut state, Change::Missing { sequence, stored });
         }
     }
 

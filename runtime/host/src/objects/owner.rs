@@ -7,6 +7,8 @@
 //!    reference on its way.
 //! 2. A holder is told of every borrowed object that settles, until it says that it has seen it.
 //! 3. One question of a holder waits for an answer at a time; a newer one replaces it.
+//! 4. A value is missing only for who looked for it where it is now: whoever comes later with an
+//!    older place is told the newer one, or waits with the others.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -82,8 +84,8 @@ struct Tables {
 pub(crate) struct Aftermath {
     /// Freed: dropping them drops values and what those contain.
     pub(crate) freed: Vec<Arc<Entry>>,
-    /// Holders did not find the bytes of these.
-    pub(crate) missing: Vec<Arc<Entry>>,
+    /// Holders did not find the bytes of these, where they are said to be.
+    pub(crate) missing: Vec<(Arc<Entry>, Outcome)>,
     answers: Vec<(Reply, Vec<u8>)>,
 }
 
@@ -268,10 +270,11 @@ impl Tables {
                     sent.transits.insert(transit, Instant::now());
                 }
             }
-            Change::Missing { sequence } => match self.sent.get(&sequence) {
+            Change::Missing { sequence, stored } => match self.sent.get(&sequence) {
                 Some(sent) => match sent.entry.cell.outcome() {
-                    Some(Ok(Value::Stored(_))) => {
-                        aftermath.missing.push(Arc::clone(&sent.entry));
+                    Some(Ok(Value::Stored(seen))) if seen.object == stored => {
+                        let seen = Ok(Value::Stored(seen));
+                        aftermath.missing.push((Arc::clone(&sent.entry), seen));
                     }
                     // It has been created anew meanwhile, or is lost for good.
                     Some(_) => self.tell(holder, sequence),
@@ -389,4 +392,73 @@ fn size_bytes_of(value: &Result<WireValue, ObjectError>) -> usize {
             Err(ObjectError::Failed(error)) => error.to_string().len(),
             Ok(WireValue::Stored(_)) | Err(_) => 0,
         }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mobula_core::id::NodeId;
+    use mobula_wire::object::{Format, Stored};
+
+    const OWN: ProcessId = ProcessId(1);
+
+    /// A value in shared memory, as execution `n` has made it.
+    fn made_by(n: u64) -> Outcome {
+        Ok(Value::Stored(Stored {
+            object: place(n),
+            format: Format::Encoded,
+            size_bytes: 1 << 20,
+            node: NodeId(n),
+            agent: format!("10.0.0.{n}:7"),
+        }))
+    }
+
+    fn place(n: u64) -> ObjectId {
+        ObjectId {
+            owner: ProcessId(100 + n),
+            sequence: n,
+        }
+    }
+
+    /// What a holder says about object 7, and how often that makes it missing.
+    fn said(table: &OwnerTable, holder: u64, change: Change) -> usize {
+        let aftermath = table.change(OWN, ProcessId(holder), &[change]);
+        for (entry, seen) in &aftermath.missing {
+            assert!(entry.cell.reset(seen), "it is missing where it is");
+        }
+        aftermath.missing.len()
+    }
+
+    #[test]
+    fn all_who_miss_one_value_share_its_next_one() {
+        let table = OwnerTable::default();
+        let entry = Arc::new(Entry {
+            sequence: 7,
+            cell: Cell::settled(made_by(1)),
+            handles: 1.into(),
+            ..Entry::default()
+        });
+        table.send(&entry, 0);
+        let borrow = Change::Borrow {
+            sequence: 7,
+            transit: 0,
+        };
+        let missing_at = |n| Change::Missing {
+            sequence: 7,
+            stored: place(n),
+        };
+        for holder in [2, 3, 4] {
+            said(&table, holder, borrow);
+        }
+        assert_eq!(said(&table, 2, missing_at(1)), 1);
+        assert_eq!(said(&table, 3, missing_at(1)), 0, "it is being made anew");
+        assert!(entry.cell.settle(made_by(2)));
+        let told = |table: &OwnerTable| table.0.lock().holders[&ProcessId(4)].number;
+        let before = told(&table);
+        // It looked where the value was at first, and its word took long.
+        assert_eq!(said(&table, 4, missing_at(1)), 0);
+        assert_eq!(told(&table), before + 1, "it hears where the value is now");
+        assert_eq!(entry.cell.outcome(), Some(made_by(2)), "which stays");
+        assert_eq!(said(&table, 4, missing_at(2)), 1, "lost once more");
+    }
 }

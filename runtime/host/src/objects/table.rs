@@ -304,22 +304,21 @@ impl ObjectTable {
                     object: id,
                     reason: reason.to_owned(),
                 };
-                entry.cell.replace(Err(lost));
-                self.finish(self.owned.settled(id));
+                if entry.cell.replace(seen, Err(lost)) {
+                    self.finish(self.owned.settled(id));
+                }
             }
         }
     }
 
     fn finish(self: &Arc<Self>, mut aftermath: Aftermath) {
         aftermath.send_answers();
-        for entry in aftermath.missing.drain(..) {
-            if let Some(seen) = entry.cell.outcome() {
-                self.recreate(
-                    &entry,
-                    &seen,
-                    "its bytes are gone from the node that held them",
-                );
-            }
+        for (entry, seen) in aftermath.missing.drain(..) {
+            self.recreate(
+                &entry,
+                &seen,
+                "its bytes are gone from the node that held them",
+            );
         }
         for entry in &aftermath.freed {
             self.free_bytes(entry);

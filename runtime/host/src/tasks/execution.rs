@@ -6,7 +6,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use mobula_core::error::{CallError, Executed};
@@ -19,6 +18,7 @@ use crate::reply::{CallResult, CancelLevel, Reply};
 use crate::shell::{panic_text, shortened};
 use crate::spans::{self, SpanGuard};
 use crate::tasks::context::TaskContext;
+use crate::tasks::outcome;
 use crate::tasks::registry::TaskCall;
 use crate::tasks::slot::{Activity, Shared};
 
@@ -229,6 +229,18 @@ fn cancelled(slot: String, executed: Executed) -> CallError {
 }
 
 impl Running {
+    /// What it brought, unless its time was over by then: its caller has given it up, and would drop
+    /// a large value without freeing it.
+    fn in_time(&self, value: Vec<u8>) -> CallResult {
+        let late = self.limit.as_ref().map(|(limit, _)| limit);
+        let Some(late) = late.filter(|limit| limit.at <= Instant::now()) else {
+            return Ok(value.into());
+        };
+        let slot = self.context.slot();
+        outcome::discard(slot.runtime().objects(), &value);
+        Err(late.error(slot.actor(), Executed::Yes))
+    }
+
     /// Why the task is dropped where it awaits, once there is a reason.
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<CallError> {
         let slot = self.context.slot().actor();
@@ -258,7 +270,8 @@ impl Future for Running {
             .context
             .enter(|| catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(cx))));
         let result = match polled {
-            Ok(Poll::Ready(result)) => result.map(Bytes::from).map_err(CallError::from),
+            Ok(Poll::Ready(Ok(value))) => this.in_time(value),
+            Ok(Poll::Ready(Err(error))) => Err(CallError::from(error)),
             Err(panic) => Err(CallError::Panicked(shortened(panic_text(panic.as_ref())))),
             Ok(Poll::Pending) => Err(ready!(this.poll_limits(cx))),
         };

@@ -2,7 +2,8 @@
 //!
 //! Most values are small and contain no references; those travel as they are encoded, with one
 //! byte behind them. It stands at the end because nothing must be moved for it there. Large ones
-//! stay in the shared memory of the node where they were made, and outlive the slot's process there.
+//! stay in the shared memory of the node where they were made, and outlive the slot's process there:
+//! until their owner frees them, or the slot that learns that there will be none.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use serde::Serialize;
 
 use crate::actor::MethodError;
 use crate::objects::handle::capture_contained;
-use crate::objects::{Completer, Lineage, Object, ObjectValue};
+use crate::objects::{Completer, Lineage, Object, ObjectTable, ObjectValue};
 use crate::tasks::context::{TaskContext, while_blocked};
 
 /// The encoded value itself.
@@ -96,7 +97,7 @@ fn lost(context: &TaskContext, reason: &dyn std::fmt::Display) -> MethodError {
 pub fn complete_with_outcome(
     completer: Completer,
     mut outcome: Bytes,
-    lineage: impl FnOnce() -> Option<Arc<dyn Lineage>>,
+    lineage: impl FnOnce() -> Arc<dyn Lineage>,
 ) -> Result<(), (Completer, String)> {
     let kind = match outcome.last() {
         Some(kind) => *kind,
@@ -106,15 +107,21 @@ pub fn complete_with_outcome(
     match kind {
         PLAIN => completer.complete_encoded(outcome),
         OBJECT => match codec::decode::<ObjectValue>(&outcome, outcome.len()) {
-            Ok(value) => match lineage() {
-                Some(lineage) if value.is_stored() => {
-                    completer.complete_recreatable(value, lineage);
-                }
-                _ => completer.complete(value),
-            },
+            Ok(value) if value.is_stored() => completer.complete_recreatable(value, lineage()),
+            Ok(value) => completer.complete(value),
             Err(error) => return Err((completer, error.to_string())),
         },
         kind => return Err((completer, format!("its kind {kind} is unknown here"))),
     }
     Ok(())
+}
+
+/// Lets go of what a task brought when it is certain that nobody will ask for it.
+pub(crate) fn discard(objects: Option<&Arc<ObjectTable>>, outcome: &[u8]) {
+    if let Some((&OBJECT, value)) = outcome.split_last()
+        && let Some(objects) = objects
+        && let Ok(value) = codec::decode::<ObjectValue>(value, value.len())
+    {
+        value.discard(objects);
+    }
 }

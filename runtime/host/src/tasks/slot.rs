@@ -12,6 +12,7 @@
 //!    slot ends first, with what is known.
 //! 4. A thread that does not let go of a task whose end is forced is left behind, and the slot
 //!    gets another one.
+//! 5. What a task brings after it was given up, or when its caller is gone, is let go at once.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,6 +35,7 @@ use crate::reply::{CallResult, CancelLevel, Reply, unavailable};
 use crate::shell::{panic_text, shortened};
 use crate::tasks::context::TaskContext;
 use crate::tasks::execution::Drive;
+use crate::tasks::outcome;
 use crate::tasks::registry::TaskRegistry;
 
 /// The actor type of slots.
@@ -332,8 +334,13 @@ impl Shared {
             let place = calls.running.iter().position(|(held, ..)| *held == number);
             place.map(|place| calls.running.swap_remove(place).1)
         };
-        if let Some(reply) = reply {
-            reply.send(result);
+        let unheard = match reply {
+            Some(reply) => reply.try_send(result),
+            // It was answered when its thread was left behind, or the slot killed.
+            None => Some(result),
+        };
+        if let Some(Ok(value)) = unheard {
+            outcome::discard(self.context.runtime().objects(), &value);
         }
     }
 

@@ -8,25 +8,33 @@ use bytes::Bytes;
 use mobula_core::error::{CallError, Executed};
 use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::resource::Resources;
+use mobula_net::endpoint::Endpoint;
+use mobula_net::identity::{ClusterCa, Identity, Role, Validity};
 use mobula_wire::host::HostRole;
 use mobula_wire::session::StorageLocation;
 use mobula_wire::task::TaskHead;
+use serde::{Serialize, Serializer};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::context::while_blocked;
+use super::outcome::EncodedValue;
 use super::registry::{TaskCall, TaskRegistry, TaskType};
 use super::slot::{END_METHOD, RETURN_METHOD, SlotRunner, WATCH_METHOD};
 use crate::actor::MethodError;
+use crate::client::CallClient;
 use crate::context::{ActorContext, HostInfo, HostRuntime};
 use crate::mailbox::{Deadline, IncomingCall};
+use crate::objects::{Object, ObjectTable};
 use crate::reply::{CallResult, CancelLevel, LocalCall, Reply};
 
 type Ran = futures::future::BoxFuture<'static, Result<Vec<u8>, MethodError>>;
 
 static GATE: AtomicBool = AtomicBool::new(false);
 static OTHER_GATE: AtomicBool = AtomicBool::new(false);
-static BEGUN: [Semaphore; 6] = [const { Semaphore::const_new(0) }; 6];
+static BEGUN: [Semaphore; 8] = [const { Semaphore::const_new(0) }; 8];
+/// For [`refers`], by place.
+static REFERS_GATES: [AtomicBool; 8] = [const { AtomicBool::new(false) }; 8];
 static ORDER: AtomicU32 = AtomicU32::new(0);
 
 fn echo(call: TaskCall) -> Ran {
@@ -76,6 +84,31 @@ fn spins_apart(call: TaskCall) -> Ran {
     })
 }
 
+/// Keeps its thread until the gate of its place opens, and then brings a value with a reference in it;
+/// says so before it ends.
+fn refers(call: TaskCall) -> Ran {
+    struct Refers(Object);
+    impl Serialize for Refers {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            self.0.export().serialize(serializer)
+        }
+    }
+    Box::pin(async move {
+        say_begun(&call);
+        while !REFERS_GATES[usize::from(call.arguments[0])].load(Ordering::Acquire) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let context = &call.context;
+        let objects = context.slot().runtime().objects().unwrap();
+        let value = Refers(objects.put(&1_u8).unwrap());
+        let outcome = EncodedValue::of(context, &value)?
+            .into_outcome(context)
+            .await;
+        say_begun(&call);
+        outcome
+    })
+}
+
 fn say_begun(call: &TaskCall) {
     if let Some(place) = call.arguments.first() {
         BEGUN[usize::from(*place)].add_permits(1);
@@ -102,6 +135,10 @@ fn counts(_: TaskCall) -> Ran {
 }
 
 fn slot(capacity: u32) -> Arc<SlotRunner> {
+    slot_and_runtime(capacity).0
+}
+
+fn slot_and_runtime(capacity: u32) -> (Arc<SlotRunner>, Arc<HostRuntime>) {
     let types = [
         ("echo", echo as super::registry::TaskFunction),
         ("attempt", attempt),
@@ -111,6 +148,7 @@ fn slot(capacity: u32) -> Arc<SlotRunner> {
         ("spins", spins),
         ("spins_apart", spins_apart),
         ("counts", counts),
+        ("refers", refers),
     ];
     let tasks = TaskRegistry::new(types.map(|(name, run)| TaskType { name, run })).unwrap();
     let runtime = HostRuntime::new(HostInfo {
@@ -130,8 +168,34 @@ fn slot(capacity: u32) -> Arc<SlotRunner> {
             secret_key_env: String::new(),
         },
     });
-    let context = ActorContext::new(ActorId(7), Incarnation(1), None, runtime);
-    SlotRunner::start(context, Resources::cpu_milli(1000), tasks, capacity).unwrap()
+    let context = ActorContext::new(ActorId(7), Incarnation(1), None, Arc::clone(&runtime));
+    let slot = SlotRunner::start(context, Resources::cpu_milli(1000), tasks, capacity);
+    (slot.unwrap(), runtime)
+}
+
+/// The same in a process that has objects.
+fn slot_with_objects() -> (Arc<SlotRunner>, Arc<ObjectTable>) {
+    let (slot, runtime) = slot_and_runtime(16);
+    let ca = ClusterCa::create("test").unwrap();
+    let identity = Identity::new("test", Role::Host, "host-1", 1).with_job(1);
+    let validity = Validity::for_ttl(Duration::from_secs(3600));
+    let credentials = ca.issue_with_new_key(&identity, validity).unwrap();
+    let endpoint = Endpoint::bind("127.0.0.1:0".parse().unwrap(), &credentials).unwrap();
+    let address = endpoint.local_address().to_string();
+    let objects = ObjectTable::start(address, CallClient::new(endpoint, None));
+    runtime.set_objects(Arc::clone(&objects));
+    (slot, objects)
+}
+
+/// Waits until nothing refers to any object, which a value on its way does for ten minutes.
+async fn all_let_go(objects: &ObjectTable) {
+    let let_go = async {
+        while objects.sent_counts() != (0, 0) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_secs(60), let_go).await;
+    waited.expect("a value that nobody will ask for is kept");
 }
 
 fn push_with(
@@ -293,6 +357,42 @@ async fn a_thread_that_was_left_behind_takes_nothing_more_when_it_comes_back() {
     cancellation.cancel(CancelLevel::Requested);
     assert!(answer(running).await.is_err());
     assert!(answer(waiting).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_a_thread_brings_that_was_left_behind_is_let_go() {
+    let (slot, objects) = slot_with_objects();
+    let (stuck, cancellation) = push_with(&slot, "refers", at(6), None);
+    begun(6).await;
+    cancellation.cancel(CancelLevel::Forced);
+    assert!(answer(stuck).await.is_err());
+    REFERS_GATES[6].store(true, Ordering::Release);
+    begun(6).await;
+    all_let_go(&objects).await;
+}
+
+#[tokio::test]
+async fn what_a_task_brings_after_its_time_is_let_go() {
+    let (slot, objects) = slot_with_objects();
+    let deadline = Deadline {
+        at: Instant::now() + Duration::from_secs(2),
+        limit_ms: 2000,
+    };
+    let (late, _) = push_with(&slot, "refers", at(7), Some(deadline));
+    begun(7).await;
+    tokio::time::sleep_until(deadline.at).await;
+    REFERS_GATES[7].store(true, Ordering::Release);
+    begun(7).await;
+    let error = answer(late).await.unwrap_err();
+    let is_late = matches!(
+        error,
+        CallError::DeadlineExceeded {
+            executed: Executed::Yes,
+            ..
+        }
+    );
+    assert!(is_late, "{error}");
+    all_let_go(&objects).await;
 }
 
 #[tokio::test]
