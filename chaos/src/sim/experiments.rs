@@ -34,7 +34,7 @@ impl World {
         let last = domain.experiments.of(&endpoint).last();
         let is_open = last.is_some_and(Experiment::is_open);
         let what = self.rng.random_range(0..10);
-        if what == 0 || (is_open && what < 3) {
+        if what == 0 || (is_open && what < 2) {
             return Some(Command::Stop { endpoint });
         }
         // Now and then of a version that does not exist. While an experiment is under way this is a plan for it that
@@ -91,9 +91,9 @@ impl World {
         }
     }
 
-    /// A look at what was counted so far: mostly nothing follows.
+    /// A look at what was counted so far. A run is short, so something follows in every second one.
     fn router_looks(&mut self, endpoint: String, experiment: u64, router: Incarnation) -> Command {
-        let (ending, decision) = match self.rng.random_range(0..50) {
+        let (ending, decision) = match self.rng.random_range(0..18) {
             0 | 1 => (Some(Ending::Decided), Decision::Treatment),
             2 => (Some(Ending::Decided), Decision::Control),
             3 => (Some(Ending::Exhausted), Decision::Undecided),

@@ -90,12 +90,12 @@ impl Swarm {
             churn: heads > 1 && rng.random_bool(0.35),
             transfers: heads > 1 && rng.random_bool(0.3),
             worker_faults: rng.random_bool(0.5),
-            endpoints: rng.random_bool(0.45),
+            endpoints: rng.random_bool(0.6),
             experiments: false,
             compact_entries: [15, 40, 10_000][rng.random_range(0..3)],
             damaged_snapshots: [0, 0, 300, 900][rng.random_range(0..4)],
         };
-        swarm.experiments = swarm.endpoints && rng.random_bool(0.5);
+        swarm.experiments = swarm.endpoints && rng.random_bool(0.6);
         swarm
     }
 }
