@@ -72,7 +72,8 @@ pub fn check(reader: &dyn Reader) -> Result<(), Violation> {
     counters_match_rows(reader)?;
     indexes_match_rows(reader)?;
     sums::bytes_match_rows(reader, &actors)?;
-    sums::sessions_match_holders(reader)
+    sums::sessions_match_holders(reader)?;
+    sums::responses_match_sessions(reader)
 }
 
 /// On every node, free and leased add up to the capacity, device by device too (I10).

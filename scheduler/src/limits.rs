@@ -87,7 +87,7 @@ pub const REQUEST_NAMES_MAX: usize = 256;
 /// fail alike leave it twice in each of their rows.
 pub const EXIT_TEXT_BYTES_MAX: usize = 1024;
 
-/// Sessions open at once: each may hold [`SESSION_WINDOW`] small responses.
+/// Sessions open at once: each may hold [`SESSION_WINDOW`] responses, of [`SESSION_ANSWERS_BYTES_MAX`] together.
 pub const SESSIONS_MAX: u64 = 10_000;
 
 /// Those of them that one principal's clients, or the processes of one job, may have: whoever opens one for each
@@ -96,6 +96,12 @@ pub const SESSIONS_OF_HOLDER_MAX: u64 = SESSIONS_MAX / 2;
 
 /// Responses kept in a session, so that this many calls may overlap.
 pub const SESSION_WINDOW: u64 = 64;
+
+/// What the responses of one session have together; the oldest go first, and the newest stays, also where it alone has
+/// more. A window of the longest refusals (half a KiB each) fits, and so does the text of the policies (32 KiB): all
+/// sessions together have 391 MiB at the most, but for those whose newest answer is larger (all that is known of a
+/// version can be 47 KiB).
+pub const SESSION_ANSWERS_BYTES_MAX: u64 = 40 * 1024;
 
 /// A session unused for this long, in log time, is forgotten.
 pub const SESSION_IDLE_MS: u64 = 60 * 60 * 1000;

@@ -76,6 +76,8 @@ pub enum Signal {
     },
     /// A replica answers a known row wrongly.
     Sentinel(Mismatch),
+    /// The version's logits for a window's rows have higher energies than for its reference.
+    OutOfDistributionByEnergy(ScoreComparison),
 }
 
 impl Signal {
@@ -162,6 +164,15 @@ impl Signal {
                     wrong.replica, wrong.sentinel, wrong.expected
                 )
             }
+            Signal::OutOfDistributionByEnergy(found) => format!(
+                "{:.0} % of {} rows have a higher energy than 95 % of the reference has (mean energy {:.3} against \
+                 {:.3}, p {:.1e})",
+                found.tail_share * 100.0,
+                found.window_rows,
+                found.window_mean,
+                found.reference_mean,
+                found.p_value
+            ),
         }
     }
 
@@ -241,19 +252,28 @@ pub(super) fn vitals(reader: &dyn Reader, endpoint: &str) -> Option<EndpointVita
     row::get(reader, VITALS, endpoint.as_bytes())
 }
 
-/// Endpoints whose last window of rows their version is unsure of, and replicas that answer sentinels wrongly.
-pub(super) fn troubled(reader: &dyn Reader) -> (u64, u64) {
-    let all = row::all::<EndpointVitals>(reader, VITALS, &[]);
-    let is_out = |known: &EndpointVitals| {
-        let last = known.vitals.out_of_distribution.last;
-        last.is_some_and(|last| last.is_out)
-    };
-    let out = all.iter().filter(|(_, known)| is_out(known)).count();
-    let wrong = all
-        .iter()
-        .map(|(_, known)| known.vitals.sentinels.replicas_wrong)
-        .fold(0, u64::saturating_add);
-    (out as u64, wrong)
+/// What vitals say of all endpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Troubled {
+    /// Endpoints whose version is unsure of its last window of rows.
+    pub(super) unsure: u64,
+    /// Endpoints whose last window of rows has high energies.
+    pub(super) high_energy: u64,
+    /// Replicas that answer sentinels wrongly.
+    pub(super) replicas_wrong: u64,
+}
+
+/// Counts them.
+pub(super) fn troubled(reader: &dyn Reader) -> Troubled {
+    let mut troubled = Troubled::default();
+    for (_, known) in row::all::<EndpointVitals>(reader, VITALS, &[]) {
+        let vitals = &known.vitals;
+        troubled.unsure += u64::from(vitals.out_of_distribution.is_out());
+        troubled.high_energy += u64::from(vitals.out_of_distribution_by_energy.is_out());
+        let wrong = vitals.sentinels.replicas_wrong;
+        troubled.replicas_wrong = troubled.replicas_wrong.saturating_add(wrong);
+    }
+    troubled
 }
 
 /// The signals of an endpoint that are kept, oldest first.
@@ -280,15 +300,22 @@ fn check(report: &VitalsReport) -> Result<(), Rejection> {
         .map(|known| known.bins.len())
         .max()
         .unwrap_or(0);
-    let score = &report.vitals.out_of_distribution;
-    let reason = score.no_reference.as_ref().map_or(0, String::len);
+    let scores_are_bounded = [
+        &report.vitals.out_of_distribution,
+        &report.vitals.out_of_distribution_by_energy,
+    ]
+    .into_iter()
+    .all(|known| {
+        let reason = known.no_reference.as_ref().map_or(0, String::len);
+        known.score.len() + reason <= TEXT_BYTES_MAX
+    });
     let log = report.vitals.log.as_ref();
     let failure = log.and_then(|log| log.last_error.as_ref());
     let no_reference = report.vitals.no_reference.as_ref();
     let is_bounded = failure.is_none_or(|text| text.len() <= TEXT_BYTES_MAX)
         && no_reference.is_none_or(|text| text.len() <= TEXT_BYTES_MAX)
         && bins <= super::vitals::calibration::BINS
-        && score.score.len() + reason <= TEXT_BYTES_MAX
+        && scores_are_bounded
         && report.endpoint.len() + report.model.len() <= TEXT_BYTES_MAX
         && report.signals.iter().all(Signal::is_bounded)
         && report

@@ -11,16 +11,20 @@ use crate::drift::vitals::confidence::OutOfDistribution;
 use crate::drift::vitals::join::JoinCounts;
 use crate::drift::vitals::sentinels::SentinelStatus;
 
+fn scores(score: &str) -> OutOfDistribution {
+    OutOfDistribution {
+        score: score.into(),
+        no_reference: None,
+        windows: 0,
+        last: None,
+    }
+}
+
 fn vitals_of(rows: u64) -> Vitals {
     Vitals {
         rows,
         confidence_mean: Some(0.9),
-        out_of_distribution: OutOfDistribution {
-            score: "max_softmax_probability".into(),
-            no_reference: None,
-            windows: 0,
-            last: None,
-        },
+        out_of_distribution: scores("max_softmax_probability"),
         truth: TruthStatus {
             counts: JoinCounts::default(),
             predictions_waiting: 0,
@@ -36,6 +40,23 @@ fn vitals_of(rows: u64) -> Vitals {
         sentinels: SentinelStatus::default(),
         log: None,
         no_reference: None,
+        out_of_distribution_by_energy: scores("energy"),
+        rows_without_energy: 0,
+    }
+}
+
+fn far() -> ScoreComparison {
+    ScoreComparison {
+        reference_rows: 1000,
+        reference_mean: -9.0,
+        window_rows: 200,
+        window_mean: -1.5,
+        kolmogorov_smirnov: 0.8,
+        p_value: 2e-80,
+        p_threshold: 1e-6,
+        tail_share: 0.9,
+        tail_share_threshold: 0.25,
+        is_out: true,
     }
 }
 
@@ -291,7 +312,35 @@ fn a_report_that_is_too_large_is_refused() {
     wordy.vitals.no_reference = Some("x".repeat(TEXT_BYTES_MAX + 1));
     let error = apply(&mut tables, wordy).unwrap_err();
     assert_eq!(error.code, ErrorCode::InvalidArgument);
+    let mut wordy = report_of(7, 1, Vec::new());
+    let by_energy = &mut wordy.vitals.out_of_distribution_by_energy;
+    by_energy.no_reference = Some("x".repeat(TEXT_BYTES_MAX));
+    let error = apply(&mut tables, wordy).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidArgument);
     assert_eq!(vitals(&tables, "digits"), None);
+}
+
+#[test]
+fn endpoints_are_counted_by_the_score_that_their_rows_are_out_by() {
+    let mut tables = MemoryTables::default();
+    let mut unsure = report_of(7, 1, Vec::new());
+    unsure.vitals.out_of_distribution.last = Some(far());
+    apply(&mut tables, unsure).unwrap();
+    for endpoint in ["faces", "words"] {
+        let mut report = report_of(7, 1, vec![Signal::OutOfDistributionByEnergy(far())]);
+        report.endpoint = endpoint.into();
+        report.vitals.out_of_distribution_by_energy.last = Some(far());
+        apply(&mut tables, report).unwrap();
+    }
+    let expected = Troubled {
+        unsure: 1,
+        high_energy: 2,
+        replicas_wrong: 0,
+    };
+    assert_eq!(troubled(&tables), expected);
+    // It needs a person, as the other score does.
+    let kept = signals(&tables, "faces");
+    assert_eq!((kept.len(), kept[0].drift_event), (1, None));
 }
 
 #[test]
@@ -328,5 +377,10 @@ fn signals_are_said_in_sentences() {
     assert_eq!(
         slice.sentence(),
         "in slice \"north\" 30 of 40 features drifted, and its predictions did"
+    );
+    assert_eq!(
+        Signal::OutOfDistributionByEnergy(far()).sentence(),
+        "90 % of 200 rows have a higher energy than 95 % of the reference has (mean energy -1.500 against -9.000, \
+         p 2.0e-80)"
     );
 }

@@ -133,7 +133,7 @@ impl StateModule for Drift {
     }
 
     fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
-        let (unsure, wrong) = signals::troubled(reader);
+        let troubled = signals::troubled(reader);
         let gauge = |name, help, value| TableGauge {
             name,
             help,
@@ -149,12 +149,18 @@ impl StateModule for Drift {
             gauge(
                 "mobula_drift_endpoints_out_of_distribution",
                 "Endpoints whose version was much less sure of its last window of rows than of its reference",
-                unsure,
+                troubled.unsure,
             ),
             gauge(
                 "mobula_drift_sentinel_replicas_wrong",
                 "Replicas that answered known rows otherwise than their version does",
-                wrong,
+                troubled.replicas_wrong,
+            ),
+            gauge(
+                "mobula_drift_endpoints_out_of_distribution_by_energy",
+                "Endpoints whose version's logits for its last window of rows had much higher energies than for its \
+                 reference",
+                troubled.high_energy,
             ),
         ]
     }

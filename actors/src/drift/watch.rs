@@ -248,6 +248,7 @@ mod tests {
                     rows: 1,
                 })
                 .collect(),
+            energies: vec![None; count],
         }
     }
 

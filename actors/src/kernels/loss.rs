@@ -14,6 +14,7 @@ use super::cuda::device;
 use super::division::{Shared, divide};
 use super::elementary::{log_of_sum, shifted_exponentials};
 use super::lanes::{LaneOperation, Lanes, dispatch};
+use super::math;
 use super::softmax::{divide_by, softmax_rows};
 use super::{Execution, contiguous_values};
 
@@ -199,6 +200,17 @@ pub fn softmax(logits: &[f32], classes: usize) -> Vec<f32> {
     probabilities
 }
 
+/// The energy of a row of logits, −ln Σ exp (Liu et al., "Energy-based Out-of-distribution Detection", 2020), of its most
+/// probable class: the logit `z`, and the probability `p` that [`softmax`] gave it.
+///
+/// As `p = exp(z) / Σ exp`, it is `ln p − z`: softmax has formed the sum already, without overflowing, and one logarithm
+/// has it back. It would be the same of any class, but of the most probable one `p` is at least one part of all classes, so
+/// that nothing of it is lost.
+#[must_use]
+pub fn energy(logit: f32, probability: f32) -> f32 {
+    (math::ln(f64::from(probability)) - f64::from(logit)) as f32
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,6 +280,39 @@ mod tests {
     }
 
     #[test]
+    fn energies_are_those_of_the_formula_also_where_its_powers_overflow() {
+        let far = (1.0 + (-1.0f64).exp()).ln();
+        // The powers of ±1e4 are infinite or zero, in `f64` as well. A tolerance is a few units in the last place.
+        for (logits, expected, tolerance) in [
+            (vec![1.0f32, 2.0, 3.0], -3.407_605_964, 1e-6),
+            (vec![0.0; 10], -(10f64.ln()), 1e-6),
+            (vec![-40.0, 25.0, 3.0], -25.0, 6e-6),
+            (vec![9_999.0, 1e4, -1e4], -1e4 - far, 3e-3),
+            (vec![-1e4; 4], 1e4 - 4f64.ln(), 3e-3),
+            (vec![-1e4, -9_999.0], 9_999.0 - far, 3e-3),
+        ] {
+            let probabilities = softmax(&logits, logits.len());
+            let largest = (0..logits.len())
+                .max_by(|one, other| logits[*one].total_cmp(&logits[*other]))
+                .unwrap();
+            let found = f64::from(energy(logits[largest], probabilities[largest]));
+            assert!((found - expected).abs() < tolerance, "{logits:?}: {found}");
+        }
+        // A shift of all logits is seen by the energy alone.
+        let logits = normal("logits", 10, 4.0);
+        let shifted: Vec<f32> = logits.iter().map(|logit| logit - 8.0).collect();
+        let (before, after) = (softmax(&logits, 10), softmax(&shifted, 10));
+        let rows = logits.iter().zip(&before).zip(shifted.iter().zip(&after));
+        for ((logit, before), (shifted, after)) in rows {
+            assert!((before - after).abs() < 1e-5);
+            if *before > 1e-3 {
+                let grew = energy(*shifted, *after) - energy(*logit, *before);
+                assert!((grew - 8.0).abs() < 1e-3, "{grew}");
+            }
+        }
+    }
+
+    #[test]
     fn probabilities_sum_to_one_and_nan_shows() {
         let probabilities = softmax(&[1.0, 2.0, 3.0, -1e30, 0.0, 1e30], 3);
         for row in probabilities.chunks(3) {
@@ -279,6 +324,7 @@ mod tests {
                 .iter()
                 .all(|value| value.is_nan())
         );
+        assert!(energy(f32::NAN, f32::NAN).is_nan());
         let loss = cross_entropy(&[f32::NAN, 0.0], &[1u8], 2);
         assert!(loss.loss_sum.is_nan() && loss.logit_gradients.iter().all(|value| value.is_nan()));
     }

@@ -1,20 +1,21 @@
 use std::sync::Mutex;
+use std::time::Duration;
 
 use tokio::task::JoinSet;
 
-use super::super::about::TIMEOUT;
 use super::super::access::rules::{Matcher, Rule};
 use super::super::access::state::Token;
-use super::super::arm::{Origin, Tried, lock};
+use super::super::arm::{Origin, Tried};
 use super::super::feed::{FeedReader, feed};
 use super::super::fleet::{BackendFailure, Fleet};
-use super::super::oip::{Datatype, Parameter, Tensor, TensorData, TensorMetadata};
+use super::super::oip::{Datatype, Tensor, TensorData, TensorMetadata};
 use super::super::replica::{Inference, classified};
 use super::super::rollout::Guardrails;
-use super::super::rollout::trial::{Evidence, Judgement, Trial};
+use super::super::rollout::trial::Trial;
 use super::super::rows::{Batch, Cell};
 use super::super::shadow::mirror::mirror;
 use super::super::signature::INPUT;
+use super::super::statistics::FailureReason;
 use super::*;
 
 const FEATURES: usize = 64;
@@ -34,6 +35,7 @@ impl Backend for Three {
             outputs: classified(row.repeat(count), vec![3; count]),
             computed_ns: 1,
             memory_percent: None,
+            energies: (1..=count).map(|row| -(row as f32)).collect(),
         })
     }
 }
@@ -109,6 +111,9 @@ async fn answers_carry_name_and_version_and_reach_the_monitor() {
     assert_eq!(response.outputs[1].data(), &TensorData::Int64(vec![3, 3]));
     let seen = reader.next().await.unwrap();
     assert_eq!((seen.rows, seen.classes), (vec![0.5; 128], vec![3, 3]));
+    // The energies are for the monitor, and no output.
+    assert_eq!(seen.energies, [Some(-1.0), Some(-2.0)]);
+    assert_eq!(response.outputs.len(), 2);
     let (version, statistics) = service.model_statistics("digits", None).await.unwrap();
     assert_eq!((version.as_str(), statistics.inference_count()), ("4", 2));
     assert_eq!(statistics.execution_count(), 1);
@@ -147,106 +152,29 @@ impl Backend for Always {
             outputs: classified(vec![self.0; count * CLASSES], vec![0; count]),
             computed_ns: 1,
             memory_percent: None,
+            energies: Vec::new(),
         })
     }
 }
 
-/// Version 1 active, and version 2 tried with half of the requests.
-fn tried(candidate: f32) -> (EndpointService<Always>, Arc<Mutex<Trial>>, Arc<Arm<Always>>) {
-    tried_with(Always(0.1), Always(candidate))
-}
-
-fn tried_with<B: Backend>(
-    active_backend: B,
-    candidate: B,
-) -> (EndpointService<B>, Arc<Mutex<Trial>>, Arc<Arm<B>>) {
-    let ((active, _), (arm, _)) = (self::arm(1), self::arm(2));
-    open(&active, active_backend);
-    open(&arm, candidate);
-    let trial = Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1)));
-    let routes = Routes {
+#[tokio::test]
+async fn the_monitor_is_told_of_rows_whose_logits_nobody_saw_as_well() {
+    let (active, mut reader) = arm(1);
+    open(&active, Always(0.1));
+    let service = service_of(Routes {
         active,
-        tried: Some(Tried {
-            arm: Arc::clone(&arm),
-            seed: "digits/1/".into(),
-            weight_percent: 50,
-            trial: Arc::clone(&trial),
-        }),
+        tried: None,
         compared: None,
         shadowed: None,
-    };
-    (service_of(routes), trial, arm)
-}
-
-async fn version_of(service: &EndpointService<Always>, key: &str) -> String {
-    let request = InferRequest {
-        routing_key: Some(key.to_owned()),
-        ..request(1, 0.5)
-    };
-    let response = service.infer("digits", None, request).await;
-    response.unwrap().model_version
-}
-
-#[tokio::test]
-async fn a_key_always_meets_the_same_version_and_both_sides_are_counted() {
-    let (service, trial, _) = tried(0.1);
-    let mut versions = std::collections::BTreeMap::new();
-    for user in 0..60 {
-        let key = format!("user-{user}");
-        let version = version_of(&service, &key).await;
-        assert_eq!(version_of(&service, &key).await, version);
-        *versions.entry(version).or_insert(0u64) += 2;
-    }
-    assert_eq!(versions.len(), 2, "{versions:?}");
-    let (Judgement::Pass(evidence) | Judgement::Hold(evidence) | Judgement::RollBack(evidence)) =
-        lock(&trial).judge();
-    assert_eq!(evidence.candidate.requests, versions["2"]);
-    assert_eq!(evidence.baseline.requests, versions["1"]);
-    // Who asks for a version gets it, and is no sample.
-    for version in ["1", "2"] {
-        let asked = service
-            .infer("digits", Some(version), request(1, 0.5))
-            .await;
-        assert_eq!(asked.unwrap().model_version, version);
-    }
-    let metadata = service.model_metadata("digits", None).await.unwrap();
-    assert_eq!(metadata.versions, ["1", "2"]);
-}
-
-#[tokio::test]
-async fn what_a_candidate_answers_with_no_number_counts_and_reaches_nobody() {
-    let (service, trial, arm) = tried(f32::NAN);
-    for user in 0..60 {
-        assert_eq!(version_of(&service, &format!("user-{user}")).await, "1");
-    }
-    let Judgement::RollBack(evidence) = lock(&trial).judge() else {
-        panic!("half of sixty requests failed")
-    };
-    assert_eq!(evidence.candidate.errors, evidence.candidate.requests);
-    assert_eq!(evidence.baseline.errors, 0);
-    let last = &evidence.candidate.last_error;
-    assert!(last.contains("version 2 answered NaN at index 0"), "{last}");
-    assert_eq!(arm.statistics().failure_count(), evidence.candidate.errors);
-    let error = service
-        .infer("digits", Some("2"), request(1, 0.5))
+    });
+    service
+        .infer("digits", None, request(2, 0.5))
         .await
-        .unwrap_err();
-    assert_eq!(error.status(), 500);
-}
-
-#[tokio::test]
-async fn a_candidate_without_replicas_gets_nothing_and_nothing_is_counted() {
-    let (service, trial, arm) = tried(0.1);
-    arm.fleet().berths().next().unwrap().1.close();
-    for user in 0..20 {
-        assert_eq!(version_of(&service, &format!("user-{user}")).await, "1");
-    }
-    let Judgement::Hold(evidence) = lock(&trial).judge() else {
-        panic!("nothing was tried")
-    };
+        .unwrap();
+    let seen = reader.next().await.unwrap();
     assert_eq!(
-        (evidence.candidate.requests, evidence.baseline.requests),
-        (0, 0)
+        (seen.confidences, seen.energies),
+        (vec![0.1; 2], vec![None; 2])
     );
 }
 
@@ -308,6 +236,7 @@ impl Backend for Swapping {
             outputs: batch,
             computed_ns: 1,
             memory_percent: None,
+            energies: Vec::new(),
         })
     }
 }
@@ -467,6 +396,7 @@ async fn an_answer_that_does_not_fit_is_an_error() {
                 outputs,
                 computed_ns: 1,
                 memory_percent: None,
+                energies: Vec::new(),
             })
         }
     }
@@ -514,119 +444,8 @@ async fn a_caller_that_goes_away_is_counted_as_such() {
     assert_eq!(statistics.failure_count(), 1);
 }
 
-/// Answers after so long, or never.
-#[derive(Clone)]
-struct After(Option<Duration>);
-
-impl Backend for After {
-    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
-        match self.0 {
-            Some(wait) => tokio::time::sleep(wait).await,
-            None => std::future::pending().await,
-        }
-        Three.infer(rows).await
-    }
-}
-
-/// A request of this user that allows 400 ms.
-fn limited(user: u32) -> InferRequest {
-    let mut limited = InferRequest {
-        routing_key: Some(format!("user-{user}")),
-        ..request(1, 0.5)
-    };
-    let limit = Parameter::Int(400_000);
-    limited.parameters.insert(TIMEOUT.to_owned(), limit);
-    limited
-}
-
-fn evidence_of(trial: &Mutex<Trial>) -> Evidence {
-    let (Judgement::Pass(evidence) | Judgement::Hold(evidence) | Judgement::RollBack(evidence)) =
-        lock(trial).judge();
-    evidence
-}
-
-#[tokio::test(start_paused = true)]
-async fn the_active_version_answers_within_what_a_candidate_leaves_of_the_time() {
-    let (service, trial, _) = tried_with(After(Some(Duration::ZERO)), After(None));
-    for user in 0..40 {
-        let began = Instant::now();
-        let answer = service.infer("digits", None, limited(user)).await.unwrap();
-        assert_eq!(answer.model_version, "1");
-        assert!(began.elapsed() < Duration::from_millis(400));
-    }
-    let evidence = evidence_of(&trial);
-    assert!(evidence.candidate.requests > 0);
-    assert_eq!(evidence.candidate.errors, evidence.candidate.requests);
-    assert_eq!(evidence.baseline.errors, 0);
-
-    let (service, _, _) = tried_with(After(None), After(None));
-    for user in 0..40 {
-        let began = Instant::now();
-        let error = service
-            .infer("digits", None, limited(user))
-            .await
-            .unwrap_err();
-        // The time of the whole request, whichever of the two was asked first.
-        assert_eq!(error, OipError::DeadlineExceeded { limit_ms: 400 });
-        let took = began.elapsed();
-        assert!(took < Duration::from_millis(450), "{took:?}");
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn versions_that_are_compared_are_held_to_the_same_time() {
-    let slow = || After(Some(Duration::from_millis(300)));
-    let (service, trial, _) = tried_with(slow(), slow());
-    let mut answered = 0;
-    for user in 0..40 {
-        let answer = service.infer("digits", None, limited(user)).await;
-        answered += u64::from(answer.is_ok());
-    }
-    let evidence = evidence_of(&trial);
-    for side in [&evidence.candidate, &evidence.baseline] {
-        assert!(side.requests > 0);
-        assert_eq!(side.errors, side.requests, "{side:?}");
-    }
-    // The callers of the active version have their answers all the same.
-    assert!(answered >= evidence.baseline.requests);
-    let said = &evidence.baseline.last_error;
-    assert!(
-        said.contains("more than half of the request's 400 ms"),
-        "{said}"
-    );
-}
-
-#[tokio::test(start_paused = true)]
-async fn callers_who_go_away_speak_against_the_version_that_they_waited_for() {
-    let (service, trial, _) = tried_with(After(None), After(None));
-    let go_away_after = async |wait: u64, user: u32| {
-        let asked = InferRequest {
-            routing_key: Some(format!("user-{user}")),
-            ..request(1, 0.5)
-        };
-        let asking = service.infer("digits", None, asked);
-        let gone = tokio::time::timeout(Duration::from_millis(wait), asking).await;
-        assert!(gone.is_err());
-    };
-    for user in 0..40 {
-        go_away_after(50, user).await;
-    }
-    let evidence = evidence_of(&trial);
-    assert_eq!(
-        (evidence.candidate.requests, evidence.baseline.requests),
-        (0, 0)
-    );
-    for user in 0..40 {
-        go_away_after(150, user).await;
-    }
-    let evidence = evidence_of(&trial);
-    for side in [&evidence.candidate, &evidence.baseline] {
-        assert!(side.requests > 0);
-        assert_eq!(side.errors, side.requests, "{side:?}");
-        let said = &side.last_error;
-        assert!(said.starts_with("the caller went away after 15"), "{said}");
-    }
-}
-
 #[path = "endpoint_service_tests/known_answers.rs"]
 mod known_answers;
+
+#[path = "endpoint_service_tests/trials.rs"]
+mod trials;

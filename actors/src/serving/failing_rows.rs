@@ -177,6 +177,7 @@ mod tests {
                 },
             ],
             batch_rows_max: Some(8),
+            energy: None,
         };
         let batch = Batch::join(vec![row(3), row(4), row(1 << 40), row(5)]);
         let answer = run(batch, |batch| model.run(batch));

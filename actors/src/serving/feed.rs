@@ -57,6 +57,17 @@ impl ObservedRequest {
     }
 }
 
+/// What was answered to a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Prediction {
+    /// The predicted class.
+    pub class: u32,
+    /// Its probability.
+    pub confidence: f32,
+    /// The energy of the logits, where they were seen.
+    pub energy: Option<f32>,
+}
+
 /// The rows of answered requests.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Observation {
@@ -68,22 +79,24 @@ pub struct Observation {
     pub confidences: Vec<f32>,
     /// The requests, in the order of their rows.
     pub requests: Vec<ObservedRequest>,
+    /// The energy of each row's logits, where they were seen.
+    pub energies: Vec<Option<f32>>,
 }
 
 impl Observation {
-    /// Of one request: its inputs, and for each row the predicted class with its probability.
+    /// Of one request: its inputs, and what was answered to each row.
     #[must_use]
-    pub fn of(request: ObservedRequest, rows: Vec<f32>, predictions: Vec<(u32, f32)>) -> Self {
-        let count = predictions.len() as u32;
-        let (classes, confidences) = predictions.into_iter().unzip();
+    pub fn of(request: ObservedRequest, rows: Vec<f32>, predictions: &[Prediction]) -> Self {
+        let answers = || predictions.iter();
         Observation {
             rows,
-            classes,
-            confidences,
+            classes: answers().map(|answer| answer.class).collect(),
+            confidences: answers().map(|answer| answer.confidence).collect(),
             requests: vec![ObservedRequest {
-                rows: count,
+                rows: predictions.len() as u32,
                 ..request
             }],
+            energies: answers().map(|answer| answer.energy).collect(),
         }
     }
 }
@@ -142,6 +155,7 @@ impl FeedReader {
             joined.classes.extend(more.classes);
             joined.confidences.extend(more.confidences);
             joined.requests.extend(more.requests);
+            joined.energies.extend(more.energies);
         }
         Some(joined)
     }
@@ -167,8 +181,12 @@ mod tests {
             ..ObservedRequest::default()
         };
         let probabilities = [0.25, 0.75];
-        let prediction = (class, probabilities[class as usize]);
-        Observation::of(request, vec![class as f32], vec![prediction])
+        let prediction = Prediction {
+            class,
+            confidence: probabilities[class as usize],
+            energy: (class == 1).then_some(-4.5),
+        };
+        Observation::of(request, vec![class as f32], &[prediction])
     }
 
     #[tokio::test]
@@ -180,6 +198,7 @@ mod tests {
         assert_eq!(joined.rows, [1.0, 0.0]);
         assert_eq!(joined.classes, [1, 0]);
         assert_eq!(joined.confidences, [0.75, 0.25]);
+        assert_eq!(joined.energies, [Some(-4.5), None]);
         let ids: Vec<_> = joined
             .requests
             .iter()

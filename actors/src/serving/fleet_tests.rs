@@ -1,8 +1,9 @@
 use std::sync::atomic::AtomicBool;
 
-use super::super::oip::TensorData;
+use super::super::oip::{OipError, TensorData};
 use super::super::replica::{Inference, classified};
-use super::super::rows::Batch;
+use super::super::rows::{Batch, Row};
+use super::answering::{HELD_REQUESTS_MAX, OPEN_TIMEOUT};
 
 use super::*;
 
@@ -35,6 +36,7 @@ impl Backend for Fake {
             outputs: classified(vec![0.1; classes.len() * 10], classes),
             computed_ns: 1,
             memory_percent: None,
+            energies: Vec::new(),
         })
     }
 }
@@ -352,6 +354,38 @@ async fn a_queue_that_would_outlast_the_deadline_is_not_joined() {
             .await
             .is_ok()
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_is_known_to_take_more_than_half_of_the_time_gets_all_of_it() {
+    const TAKES: Duration = Duration::from_millis(100);
+    #[derive(Clone)]
+    struct Slow(Fake);
+    impl Backend for Slow {
+        async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+            tokio::time::sleep(TAKES).await;
+            self.0.infer(rows).await
+        }
+    }
+    let fleet: Fleet<Slow> = Fleet::new(2);
+    let fake = Fake::default();
+    for (_, berth) in fleet.berths() {
+        berth.open(Slow(fake.clone()));
+    }
+    // Idle ones that take so long by themselves, and ones that do with their queue.
+    for (number, (batch, queued)) in [(TAKES, 0), (TAKES / 3, BATCH_ROWS_MAX)]
+        .into_iter()
+        .enumerate()
+    {
+        for lane in fleet.lanes() {
+            lane.set_batch_time(batch);
+            lane.rows_in_flight.store(queued, Ordering::Relaxed);
+        }
+        let limit = Some(Duration::from_millis(140));
+        let answer = fleet.infer_within("digits", rows(&[4.0]), limit).await;
+        assert_eq!(class(&answer.unwrap().outputs[0]), 4, "{queued} rows queue");
+        assert_eq!(fake.calls.load(Ordering::Relaxed), number + 1);
+    }
 }
 
 #[tokio::test]

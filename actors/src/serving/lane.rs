@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::iter;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -202,21 +203,44 @@ impl<B> Lane<B> {
         self.queue.submit_until(rows, until).await
     }
 
-    /// How long an answer would take, if that is beyond the deadline. An idle replica is always asked: it
-    /// may have become faster.
-    pub(super) fn wait_beyond(&self, deadline: &Deadline, asked: &[Row]) -> Option<Duration> {
+    /// Until when a first try may wait for this replica, or how long an answer would take if that is beyond the
+    /// deadline. With `has_another` a second try is to be had elsewhere, and half of the time is left for it.
+    ///
+    /// Not so where this replica is known to take more than half: given up then, the request would come to the end of
+    /// another queue with the smaller half of its time, and be answered by neither. It gets all of it, so that what is
+    /// refused here and what is waited for are measured by one deadline.
+    pub(super) fn first_try(
+        &self,
+        deadline: &Deadline,
+        asked: &[Row],
+        has_another: bool,
+    ) -> Result<Instant, Duration> {
+        let left = deadline.left();
         let rows = self.rows_in_flight.load(Ordering::Relaxed);
-        if rows == 0 {
-            return None;
+        let wait = self.expected_wait(rows, asked);
+        // An idle replica is always asked: it may have become faster.
+        if rows > 0 && wait > left {
+            return Err(wait);
         }
+        let half = left / 2;
+        if has_another && wait <= half {
+            return Ok(deadline.at - half);
+        }
+        Ok(deadline.at)
+    }
+
+    /// How long an answer takes behind so many rows, at the pace of the last batches; nothing before the first.
+    fn expected_wait(&self, rows: usize, asked: &[Row]) -> Duration {
         // What a model does not join is computed one after the other.
         let joined = asked.first().and_then(|row| row.batch_rows_max);
         let batch_rows = joined.map_or(1, |rows| rows.clamp(1, BATCH_ROWS_MAX));
-        // The batch that runs, those that wait, and one's own.
-        let batches = (rows / batch_rows + 2) as u64;
+        let batches = match rows {
+            0 => 1,
+            // The batch that runs, those that wait, and one's own.
+            rows => (rows / batch_rows + 2) as u64,
+        };
         let batch_us = self.pace.batch_us.load(Ordering::Relaxed);
-        let wait = Duration::from_micros(batch_us.saturating_mul(batches));
-        (wait > deadline.left()).then_some(wait)
+        Duration::from_micros(batch_us.saturating_mul(batches))
     }
 
     /// What a batch takes, as a test has it.
@@ -259,11 +283,6 @@ impl Deadline {
 
     pub(super) fn left(&self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
-    }
-
-    /// When half of what is left has passed.
-    pub(super) fn half(&self) -> Instant {
-        Instant::now() + self.left() / 2
     }
 }
 
@@ -403,7 +422,13 @@ impl<B: Backend> Runner<B> {
         let now = Instant::now();
         *lock(&self.pace.memory) = inference.memory_percent.map(|percent| (percent, now));
         match inference.outputs.split() {
-            Ok(rows) => rows.into_iter().map(Ok).collect(),
+            Ok(rows) => {
+                let energies = inference.energies.into_iter().map(Some);
+                rows.into_iter()
+                    .zip(energies.chain(iter::repeat(None)))
+                    .map(|(row, energy)| Ok(Row { energy, ..row }))
+                    .collect()
+            }
             Err(misfit) => vec![Err(Refusal::Failed(misfit.to_string())); count],
         }
     }

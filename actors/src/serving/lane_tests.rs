@@ -52,6 +52,7 @@ impl Backend for Reader {
             },
             computed_ns: 1,
             memory_percent: Some(60),
+            energies: Vec::new(),
         })
     }
 }
@@ -71,6 +72,7 @@ async fn lengths(fleet: &Fleet<Reader>, texts: &[&str]) -> Result<Vec<i64>, OipE
             data: TensorData::Bytes(vec![text.as_bytes().to_vec()]),
         }],
         batch_rows_max: Some(8),
+        energy: None,
     };
     let answer = fleet
         .infer("reader", texts.iter().map(row).collect())
@@ -135,6 +137,7 @@ async fn a_deadline_that_has_passed_at_the_replica_does_not_close_it() {
             data: TensorData::Bytes(vec![b"late".to_vec()]),
         }],
         batch_rows_max: Some(8),
+        energy: None,
     };
     for _ in 0..10 {
         let limit = Duration::from_millis(50);

@@ -13,7 +13,8 @@
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`, kept by
 //!   `model_cache`; [`onnx`] and [`encoder`]: models that other
-//!   tools wrote; `failing_rows`: which rows of a batch a model fails on; `memory_use`: what is in use where it runs.
+//!   tools wrote, and [`limited`]: how long one may take until it is ready; `failing_rows`: which rows of a batch a model
+//!   fails on; `memory_use`: what is in use where it runs.
 //! * [`signature`]: what versions take and give; [`rows`]: what is joined into batches and taken apart again.
 //! * [`graph`]: endpoints that answer one request together, as one model.
 //! * [`asynchronous`]: requests whose callers come back for the answer.
@@ -59,6 +60,7 @@ mod inference_service;
 pub mod ingress;
 mod labels;
 mod lane;
+pub mod limited;
 mod memory_use;
 mod meters;
 mod model_cache;

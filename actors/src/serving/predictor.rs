@@ -30,6 +30,15 @@ pub enum PredictorError {
     Missing(&'static str),
 }
 
+/// What a model answers to a batch.
+#[derive(Debug, PartialEq)]
+pub(super) struct Answered {
+    /// The outputs.
+    pub(super) outputs: Batch,
+    /// The energy of each row's logits; none of a model whose logits nobody here sees.
+    pub(super) energies: Vec<f32>,
+}
+
 /// A model that answers batches.
 pub(super) enum Predictor {
     /// Trained here, with numbers in and classes out.
@@ -57,45 +66,56 @@ impl Predictor {
     fn imported(file: &ImportedFile) -> Result<Self, PredictorError> {
         let described = &file.description;
         let bytes = |name| file.file(name).ok_or(PredictorError::Missing(name));
-        let (inputs, outputs) = (&described.inputs, &described.outputs);
+        let (inputs, outputs) = (described.inputs.clone(), described.outputs.clone());
+        let max_batch_size = described.max_batch_size;
         match described.format {
             ModelFormat::Onnx => {
-                let model = OnnxModel::load(&bytes(described.format.file_name())?)?;
-                model.check_described(inputs, outputs, described.max_batch_size)?;
-                model.warm_up()?;
+                let file = bytes(described.format.file_name())?;
+                let model = OnnxModel::prepared(file, move |model| {
+                    model.check_described(&inputs, &outputs, max_batch_size)?;
+                    model.warm_up()?;
+                    Ok(model)
+                })?;
                 Ok(Predictor::Onnx(Box::new(model)))
             }
             ModelFormat::Encoder => {
-                let model = EncoderModel::load(&EncoderFiles {
+                let files = EncoderFiles {
                     config: bytes(CONFIG_FILE)?,
                     weights: bytes(WEIGHTS_FILE)?,
                     tokenizer: bytes(TOKENIZER_FILE)?,
+                };
+                let model = EncoderModel::prepared(&files, move |model| {
+                    model.check_described(&inputs, &outputs, max_batch_size)?;
+                    Ok(model)
                 })?;
-                model.check_described(inputs, outputs, described.max_batch_size)?;
                 Ok(Predictor::Encoder(Box::new(model)))
             }
         }
     }
 
-    /// The outputs of a batch.
-    pub(super) fn infer(&self, batch: Batch) -> Result<Batch, InferError> {
+    /// Answers a batch.
+    pub(super) fn infer(&self, batch: Batch) -> Result<Answered, InferError> {
         if batch.rows.is_some_and(|rows| rows == 0 || rows > ROWS_MAX) {
             return Err(InferError::Rows {
                 rows: batch.rows.unwrap_or_default(),
             });
         }
-        match self {
-            Predictor::Trained(model) => classify(model, &batch),
-            Predictor::Onnx(model) => failing_rows::run(batch, |batch| model.run(batch)),
+        let outputs = match self {
+            Predictor::Trained(model) => return classify(model, &batch),
+            Predictor::Onnx(model) => failing_rows::run(batch, |batch| model.run(batch))?,
             Predictor::Encoder(model) => model.run(batch).map_err(|error| match error {
                 EncoderError::Rows(rows) => InferError::RowsRefused(rows),
                 error => InferError::Model(error.to_string()),
-            }),
-        }
+            })?,
+        };
+        Ok(Answered {
+            outputs,
+            energies: Vec::new(),
+        })
     }
 }
 
-fn classify(model: &Model, batch: &Batch) -> Result<Batch, InferError> {
+fn classify(model: &Model, batch: &Batch) -> Result<Answered, InferError> {
     let width = model.shape().feature_count();
     let count = batch.rows.unwrap_or_default();
     let values = match batch.cells.as_slice() {
@@ -112,14 +132,13 @@ fn classify(model: &Model, batch: &Batch) -> Result<Batch, InferError> {
             });
         }
     };
-    let probabilities = model
-        .probabilities(values)
+    let said = model
+        .classify(values)
         .map_err(|error| InferError::Model(error.to_string()))?;
-    let classes = probabilities
-        .chunks_exact(model.shape().output_count())
-        .map(most_probable)
-        .collect();
-    Ok(classified(probabilities, classes))
+    Ok(Answered {
+        outputs: classified(said.probabilities, said.classes),
+        energies: said.energies,
+    })
 }
 
 /// What a classifier answers: the probability of each class, row by row, and the most probable class of each row.
@@ -153,15 +172,6 @@ pub fn classes_of(outputs: &Batch) -> Option<Vec<u32>> {
     classes.iter().map(class).collect()
 }
 
-/// The lowest class among the most probable ones, as [`Model::predictions`] has it.
-fn most_probable(row: &[f32]) -> u32 {
-    let best = (1..row.len()).fold(
-        0,
-        |best, class| if row[class] > row[best] { class } else { best },
-    );
-    best as u32
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::rows::Row;
@@ -185,7 +195,8 @@ mod tests {
             model.probabilities(&images).unwrap(),
             model.predictions(&images).unwrap(),
         );
-        assert_eq!(answer, expected);
+        assert_eq!(answer.outputs, expected);
+        assert_eq!(answer.energies, model.classify(&images).unwrap().energies);
         for rows in [join(&[], 64), join(&images[1..64], 63), join(&images, 32)] {
             let error = predictor.infer(rows).unwrap_err();
             assert!(error.to_string().contains("rows"), "{error}");

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::executor::{Executor, ExecutorError};
 use super::memory_use::memory_percent;
 use super::model_cache::{MODELS, Used};
-use super::predictor::Predictor;
+use super::predictor::{Answered, Predictor};
 use super::rows::{Batch, ROWS_MAX};
 use crate::registry::artifact::Artifact;
 use crate::registry::version_file::VersionFileError;
@@ -33,6 +33,8 @@ pub struct Inference {
     pub computed_ns: u64,
     /// How much of the memory that the replica's process may have is in use, in percent, if it knows.
     pub memory_percent: Option<u8>,
+    /// The energy of each row's logits, for a monitor; none where the model's logits are not seen.
+    pub energies: Vec<f32>,
 }
 
 /// A row that gets no answer of the model, whatever it is batched with.
@@ -135,12 +137,13 @@ impl Replica {
     pub async fn infer(&self, rows: Batch) -> Result<Inference, InferError> {
         let computing = self.model.run(move |model| {
             let started = Instant::now();
-            let outputs = model.infer(rows)?;
+            let Answered { outputs, energies } = model.infer(rows)?;
             let computed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
             Ok(Inference {
                 outputs,
                 computed_ns,
                 memory_percent: memory_percent(),
+                energies,
             })
         });
         match computing.await {

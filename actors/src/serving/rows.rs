@@ -32,6 +32,9 @@ pub struct Row {
     /// Rows that a batch may have which this one is part of; none for a model that does not batch, whose
     /// cells have no other dimension than their own.
     pub batch_rows_max: Option<usize>,
+    /// Of an answer, the energy of the logits behind it, where they were seen. It is for the monitor: neither joined nor split, and
+    /// nothing that a client is answered with.
+    pub energy: Option<f32>,
 }
 
 /// Rows that are computed at once.
@@ -70,6 +73,7 @@ impl Row {
         Row {
             cells: vec![cell],
             batch_rows_max: Some(batch_rows_max),
+            energy: None,
         }
     }
 
@@ -124,6 +128,7 @@ impl Batch {
             let whole = Row {
                 cells: self.cells,
                 batch_rows_max: None,
+                energy: None,
             };
             return Ok(vec![whole]);
         };
@@ -144,6 +149,7 @@ impl Batch {
         let row = || Row {
             cells: Vec::with_capacity(self.cells.len()),
             batch_rows_max: Some(1),
+            energy: None,
         };
         let mut rows: Vec<Row> = (0..parts).map(|_| row()).collect();
         for cell in self.cells {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::batcher::BatchAnswer;
-use super::feed::{Observation, ObservedRequest};
+use super::feed::{Observation, ObservedRequest, Prediction};
 use super::fleet::BATCH_ROWS_MAX;
 use super::http::BodyLimits;
 use super::oip::{
@@ -300,12 +300,16 @@ impl Signature {
         let prediction = |row: &Row| match (&row.cells.first()?.data, &row.cells.get(1)?.data) {
             (TensorData::Fp32(probabilities), TensorData::Int64(class)) => {
                 let class = u32::try_from(*class.first()?).ok()?;
-                Some((class, *probabilities.get(class as usize)?))
+                Some(Prediction {
+                    class,
+                    confidence: *probabilities.get(class as usize)?,
+                    energy: row.energy,
+                })
             }
             _ => None,
         };
-        let predictions: Option<Vec<(u32, f32)>> = answer.outputs.iter().map(prediction).collect();
-        Some(Observation::of(request, rows, predictions?))
+        let predictions: Option<Vec<Prediction>> = answer.outputs.iter().map(prediction).collect();
+        Some(Observation::of(request, rows, &predictions?))
     }
 }
 

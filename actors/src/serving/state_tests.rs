@@ -1,7 +1,7 @@
 use super::super::controller::{ServingController, monitor_name, replica_name, router_name};
 use super::super::rollout::plan::Cleanup;
 use super::super::rollout::trial::Evidence;
-use super::super::rollout::{Guardrails, Strategy};
+use super::super::rollout::{Guardrails, Rollout, Strategy};
 use super::*;
 use crate::serving::test_tables::TestTables;
 use mobula_core::control::{Controller, Proposal};

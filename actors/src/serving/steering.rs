@@ -85,7 +85,11 @@ impl Steering {
         let (sender, receiver) = watch::channel(Arc::new(routes));
         let traffic = Arc::clone(&versions.traffic);
         let pilot = Pilot::new(versions.cluster.clone(), incarnation, traffic);
-        let comparing = Comparing::new(versions.cluster.clone(), incarnation);
+        let comparing = Comparing::new(
+            versions.cluster.clone(),
+            versions.storage.clone(),
+            incarnation,
+        );
         let meters = Meters::new(&routing.endpoint.name)
             .inspect_err(|error| tracing::warn!(%error, "an endpoint is not measured"))
             .ok();

@@ -57,7 +57,7 @@ pub(super) enum Fit {
 /// How the versions of an endpoint are reached.
 pub(super) struct Versions {
     pub(super) cluster: Cluster,
-    storage: StorageLocation,
+    pub(super) storage: StorageLocation,
     pub(super) traffic: Arc<Traffic>,
 }
 

@@ -29,7 +29,7 @@ use super::job_log::JobLog;
 use super::messages::{Epoch, Handover, short_digest};
 use super::numerics::Probe;
 use super::optimizer::{Optimizer, StepError, StepReport};
-use super::progress::StepBreakdown;
+use super::progress::{StepBreakdown, TrainerUsage};
 use super::protocol::exchange::{Action, Content, Refusal};
 use super::protocol::leader::Leader;
 use super::protocol::member::Member;
@@ -276,11 +276,17 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         StepBreakdown::of(took, data, compute, self.waited)
     }
 
-    /// CPU time that the trainers which take part have used together, as far as they have said.
+    /// What the trainers that take part use, as far as they have said.
     #[must_use]
-    pub fn cpu(&self) -> Duration {
-        let ready = self.crew.slots().iter().filter(|slot| slot.is_ready());
-        ready.map(|slot| slot.cpu).sum()
+    pub fn usage(&self) -> TrainerUsage {
+        let ready = || self.crew.slots().iter().filter(|slot| slot.is_ready());
+        let gpus: Vec<f64> = ready().filter_map(|slot| slot.gpu).collect();
+        TrainerUsage {
+            trainers: self.ready_count(),
+            cpu: ready().map(|slot| slot.cpu).sum(),
+            gpu_utilization: (!gpus.is_empty())
+                .then(|| gpus.iter().sum::<f64>() / gpus.len() as f64),
+        }
     }
 
     /// Counts the trainers that end with our very bits.

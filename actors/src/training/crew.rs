@@ -131,6 +131,8 @@ pub(super) struct Slot<L> {
     pub(super) spent: (Duration, Duration),
     /// CPU time of its process, as it said last.
     pub(super) cpu: Duration,
+    /// How busy its GPU is, as it said last.
+    pub(super) gpu: Option<f64>,
 }
 
 /// A trainer that holds the very bits that were asked for.
@@ -204,6 +206,7 @@ impl<L: TrainerLink> Crew<L> {
             news_number: 0,
             spent: Default::default(),
             cpu: Duration::ZERO,
+            gpu: None,
         });
         let mut crew = Crew {
             slots: slots.collect(),

@@ -6,10 +6,12 @@
 //!    (`actors/src/kernels/cuda/mod.rs`).
 //! 2. Only trainers open a device; drivers, and whoever replays or serves, compute on the CPU.
 //! 3. A program that cannot use the device says so when the job is submitted, not when it is placed.
+//! 4. How busy a GPU is, is there to be looked at: nothing waits for who measures it, or fails where nobody can.
 
 use std::fmt;
 
 use candle_core::Device;
+use mobula_gpu::Monitor;
 use serde::{Deserialize, Serialize};
 
 use super::validation::{InvalidField, check};
@@ -84,9 +86,48 @@ impl ComputeDevice {
     }
 }
 
+/// The GPU that a trainer computes on, watched as long as this lives.
+pub(super) struct WatchedGpu(Monitor);
+
+impl WatchedGpu {
+    /// What [`ComputeDevice::open`] opens; nothing where that is the CPU.
+    pub(super) fn of(device: ComputeDevice) -> Self {
+        let visible = match device {
+            ComputeDevice::Cpu => None,
+            ComputeDevice::Cuda => std::env::var("CUDA_VISIBLE_DEVICES").ok(),
+        };
+        WatchedGpu(Monitor::start(visible.as_deref().and_then(first_visible)))
+    }
+
+    /// The share of the last moments in which it computed, from 0 to 1, if the driver says so.
+    pub(super) fn utilization(&self) -> Option<f64> {
+        let latest = self.0.latest();
+        latest.into_values().find_map(|gpu| gpu.utilization)
+    }
+}
+
+/// The first device of a list as agents make it for their hosts. They name GPUs by UUID, as NVML does, which heeds no such
+/// list itself.
+fn first_visible(devices: &str) -> Option<String> {
+    let first = devices.split(',').next()?.trim();
+    (!first.is_empty()).then(|| first.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_gpu_that_is_watched_is_the_one_that_is_opened() {
+        for (devices, first) in [
+            ("GPU-aa", Some("GPU-aa")),
+            ("GPU-bb,GPU-aa", Some("GPU-bb")),
+            ("", None),
+        ] {
+            assert_eq!(first_visible(devices).as_deref(), first, "{devices}");
+        }
+        assert_eq!(WatchedGpu::of(ComputeDevice::Cpu).utilization(), None);
+    }
 
     #[test]
     fn a_device_that_the_program_was_not_built_for_is_refused_with_what_to_do() {

@@ -336,8 +336,7 @@ impl Driver {
                 let mut took = coordinator.breakdown(took);
                 took.checkpoint = saving;
                 let last = step == self.spec.steps || history.watch.stop;
-                let trainers = (coordinator.ready_count(), coordinator.cpu());
-                progress.stepped(report, trainers, &took, last);
+                progress.stepped(report, coordinator.usage(), &took, last);
             }
         }
         Ok(())

@@ -123,6 +123,9 @@ pub struct News {
     pub cpu: Duration,
     /// The notice that its node was given: when, in milliseconds since the Unix epoch.
     pub notice_ms: Option<u64>,
+    /// The share of the last moments, a second at most, in which its GPU computed, from 0 to 1; absent on CPUs, and where
+    /// the driver does not say.
+    pub gpu_utilization: Option<f64>,
 }
 
 /// Why a trainer did not do as it was told.

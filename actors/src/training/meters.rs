@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mobula::metrics::{Gauge, MetricError, gauge};
+use mobula::metrics::{Gauge, MetricError, gauge, remove};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::progress::{ProgressLine, StepBreakdown};
@@ -27,6 +27,9 @@ const NAMES: [&str; 10] = [
     "mobula_training_goodput_ratio",
     "ml_data_integration_records_processed",
 ];
+
+/// Shown only where trainers compute on GPUs that say so.
+const GPU_UTILIZATION: &str = "mobula_training_gpu_utilization_ratio";
 
 impl Meters {
     pub(super) fn new() -> Self {
@@ -59,6 +62,15 @@ impl Meters {
             if let Some(gauge) = gauge {
                 gauge.set(value);
             }
+        }
+        match line.gpu_utilization {
+            Some(ratio) => {
+                if let Some(gauge) = made(gauge(GPU_UTILIZATION, &[])) {
+                    gauge.set(ratio);
+                }
+            }
+            // What was so a while ago is not shown as what is.
+            None => remove(GPU_UTILIZATION, &[]),
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::data::SampleShape;
 use super::layout::Layout;
-use super::loss::softmax;
+use super::loss::{energy, softmax};
 use super::models::{ModelSpec, most_probable};
 use super::parameters::{Parameters, initial_values};
 use super::trainable::Trainable;
@@ -122,6 +122,17 @@ impl ModelError {
     }
 }
 
+/// What a classifier says about samples.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Classification {
+    /// The probability of each class, sample by sample.
+    pub probabilities: Vec<f32>,
+    /// The most probable class of each sample; the lowest where several are equal.
+    pub classes: Vec<u32>,
+    /// The [`energy`] of each sample's scores: what of them the probabilities do not tell.
+    pub energies: Vec<f32>,
+}
+
 /// A network with its parameters.
 #[derive(Debug)]
 pub struct Model {
@@ -196,6 +207,28 @@ impl Model {
     /// The probability of each class, sample by sample.
     pub fn probabilities(&self, features: &[f32]) -> Result<Vec<f32>, ModelError> {
         Ok(softmax(&self.outputs(features)?, self.classes()?))
+    }
+
+    /// All that it says about samples, computed once.
+    pub fn classify(&self, features: &[f32]) -> Result<Classification, ModelError> {
+        let count = self.classes()?;
+        let scores = self.outputs(features)?;
+        let probabilities = softmax(&scores, count);
+        let rows = || probabilities.chunks_exact(count);
+        let classes: Vec<u32> = rows().map(most_probable).collect();
+        let energies = rows()
+            .zip(scores.chunks_exact(count))
+            .zip(&classes)
+            .map(|((probabilities, scores), class)| {
+                let class = *class as usize;
+                energy(scores[class], probabilities[class])
+            })
+            .collect();
+        Ok(Classification {
+            probabilities,
+            classes,
+            energies,
+        })
     }
 
     /// The most probable class of each sample; the lowest where several are equal.

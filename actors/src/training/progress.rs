@@ -113,6 +113,20 @@ pub struct ProgressLine {
     pub cpu_cores: f64,
     /// Mean milliseconds of a step since the line before, part by part as in [`StepBreakdown::parts`].
     pub parts_ms: [f64; 5],
+    /// The share of the last moments, a second at most, in which a trainer's GPU computed, from 0 to 1: the mean of those
+    /// that say so. Absent where none does, as on CPUs.
+    pub gpu_utilization: Option<f64>,
+}
+
+/// What the trainers that take part use, as far as they have said.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainerUsage {
+    /// How many they are.
+    pub trainers: usize,
+    /// CPU time that they have used together.
+    pub cpu: Duration,
+    /// As in [`ProgressLine::gpu_utilization`].
+    pub gpu_utilization: Option<f64>,
 }
 
 impl fmt::Display for ProgressLine {
@@ -133,6 +147,9 @@ impl fmt::Display for ProgressLine {
         let names = StepBreakdown::default().parts();
         for ((name, _), part) in names.iter().zip(self.parts_ms) {
             write!(f, " {name} {part:.3}")?;
+        }
+        if let Some(gpu) = self.gpu_utilization {
+            write!(f, " gpu {gpu:.3}")?;
         }
         Ok(())
     }
@@ -159,6 +176,10 @@ impl FromStr for ProgressLine {
             return Err(NotProgress);
         }
         let (step, steps) = after("step")?.split_once('/').ok_or(NotProgress)?;
+        let gpu_utilization = match after("gpu") {
+            Ok(_) => Some(number("gpu")?),
+            Err(NotProgress) => None,
+        };
         let mut parts_ms = [0.0; 5];
         for (part, (name, _)) in parts_ms.iter_mut().zip(StepBreakdown::default().parts()) {
             *part = number(name)?;
@@ -174,6 +195,7 @@ impl FromStr for ProgressLine {
             goodput: number("goodput")?,
             cpu_cores: number("cores")?,
             parts_ms,
+            gpu_utilization,
         })
     }
 }
@@ -234,12 +256,12 @@ impl Progress {
         self.last
     }
 
-    /// Takes note of a step that took so long, part by part, of so many trainers which have used so much CPU time by
-    /// now. `last` says that no step follows.
+    /// Takes note of a step that took so long, part by part, and of what the trainers use by now. `last` says that no
+    /// step follows.
     pub fn stepped(
         &mut self,
         report: StepReport,
-        (trainers, cpu): (usize, Duration),
+        usage: TrainerUsage,
         took: &StepBreakdown,
         last: bool,
     ) {
@@ -261,7 +283,7 @@ impl Progress {
             .mean(u32::try_from(steps).unwrap_or(u32::MAX));
         let seconds = since.as_secs_f64().max(1e-9);
         // Less than before where a trainer is gone: then the next line knows again.
-        let busy = cpu.saturating_sub(self.cpu_at_line);
+        let busy = usage.cpu.saturating_sub(self.cpu_at_line);
         let line = ProgressLine {
             step: report.step + 1,
             steps: self.steps,
@@ -269,14 +291,15 @@ impl Progress {
             learning_rate: report.learning_rate,
             gradient_norm: report.gradient_norm,
             samples_per_second: (steps * self.global_batch) as f64 / seconds,
-            workers: trainers as u64,
+            workers: usage.trainers as u64,
             goodput: self.goodput(),
             cpu_cores: busy.as_secs_f64() / seconds,
             parts_ms: mean.parts().map(|(_, part)| part.as_secs_f64() * 1e3),
+            gpu_utilization: usage.gpu_utilization,
         };
         self.log.line(format_args!("{line}"));
         self.meters.show(&line, self.done * self.global_batch);
-        self.cpu_at_line = cpu;
+        self.cpu_at_line = usage.cpu;
         self.line_at = Instant::now();
         self.done_at_line = self.done;
         self.since_line = StepBreakdown::default();
@@ -322,6 +345,7 @@ mod tests {
             goodput: 0.875,
             cpu_cores: 1.75,
             parts_ms: [0.125, 5.5, 1.25, 0.5, 0.0],
+            gpu_utilization: None,
         };
         let text = line.to_string();
         assert_eq!(text.parse::<ProgressLine>().unwrap(), line);
@@ -332,6 +356,15 @@ mod tests {
         for other in ["", "step", "step 3 waits: 1 trainers take part", &text[5..]] {
             assert_eq!(other.parse::<ProgressLine>(), Err(NotProgress), "{other}");
         }
+        assert!(!text.contains("gpu"), "{text}");
+        let on_gpus = ProgressLine {
+            gpu_utilization: Some(0.875),
+            ..line
+        };
+        let text = on_gpus.to_string();
+        assert_eq!(text.parse::<ProgressLine>().unwrap(), on_gpus);
+        let damaged = text.replace("gpu 0.875", "gpu x");
+        assert_eq!(damaged.parse::<ProgressLine>(), Err(NotProgress));
         let diverged = ProgressLine {
             loss: f64::NAN,
             ..line

@@ -23,6 +23,7 @@ use super::collective::runner::{Board, Runner, RunnerHandle};
 use super::collective::segment::SegmentName;
 use super::collective::{ClusterCollective, SharedMemory};
 use super::data::Files;
+use super::device::WatchedGpu;
 use super::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
 use super::meters::process_cpu_time;
 use super::numerics::Probe;
@@ -51,6 +52,7 @@ pub struct Trainer {
     spec: TrainSpec,
     /// Uploads its share of checkpoints.
     writer: CheckpointWriter,
+    gpu: WatchedGpu,
     /// One state is taken over at a time.
     turn: tokio::sync::Mutex<()>,
     inner: Mutex<Inner>,
@@ -108,6 +110,7 @@ impl Trainer {
         Ok(Trainer {
             slot,
             writer,
+            gpu: WatchedGpu::of(spec.device),
             turn: tokio::sync::Mutex::default(),
             inner: Mutex::new(Inner {
                 epoch: Epoch::default(),
@@ -301,6 +304,7 @@ impl Trainer {
             cpu: process_cpu_time(),
             reports: new.map(|(_, report)| *report).collect(),
             notice_ms: ctx.notice().map(|notice| notice.deadline_ms),
+            gpu_utilization: self.gpu.utilization(),
         })
     }
 
@@ -339,7 +343,8 @@ impl Trainer {
         answer.ok_or_else(|| shown.ended())
     }
 
-    /// Another member asks for a sum; answered once it is there, `placed` in this process's memory if it can read that.
+    /// Another member asks for a sum; answered once it is there, `placed` in this process's memory if it can read that,
+    /// or with [`Refusal::NotYet`].
     pub async fn ask(
         &self,
         to: MemberId,

@@ -48,6 +48,7 @@ impl Backend for Nothing {
             outputs: classified(probabilities, classes),
             computed_ns: 0,
             memory_percent: None,
+            energies: Vec::new(),
         })
     }
 }

@@ -1,8 +1,10 @@
-//! The training suite: steps of whole networks and kernels by themselves, on one thread and on two.
+//! The training suite: steps of whole networks and kernels by themselves, on one thread and on two, and what checkpoints
+//! cost.
 //!
 //! `cargo xtask bench train` builds and starts it; with `--peers`, `peers.py` does the same with PyTorch, from the
 //! same weights and data, which this program leaves for it. See `benches/README.md`.
 
+mod checkpoints;
 mod exchange;
 mod kernels;
 mod language;
@@ -90,6 +92,7 @@ fn main() -> Outcome {
     steps::measure(&options, &mut results)?;
     language::measure(&options, &mut results)?;
     kernels::measure(&options, &mut results)?;
+    checkpoints::measure(&options, &mut results)?;
     if let Some(path) = &options.output {
         results.save(path)?;
         println!("written to {}", path.display());

@@ -15,7 +15,7 @@
 //!   process on one; [`machines`], [`cluster`]: all of them.
 //! * [`injector`]: does and heals faults; `blackout`: all heads away at once. [`traffic`]: what clients do and were told. [`job`]: the
 //!   programs that they submit; `training`: jobs that must end in the same bits. [`gaps`]: how long a fault was felt. `leaks`: what is left behind.
-//! * [`runner`]: one run. [`outcome`]: its table.
+//! * [`runner`]: one run; `play`: what happens in it. [`outcome`]: its table.
 //!
 //! Invariants:
 //! 1. The faults of a run are a function of scenario, seed and length. Whom "the leader" means, and how
@@ -37,6 +37,7 @@ pub mod machine;
 pub mod machines;
 pub mod node;
 pub mod outcome;
+mod play;
 pub mod router;
 pub mod runner;
 pub mod scenario;

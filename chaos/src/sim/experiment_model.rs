@@ -1,7 +1,7 @@
 //! What experiments may come to, written apart from their table, and judged in the order of the log.
 //!
-//! Worst first: an experiment is decided once · what was counted of it grows, and each router that counts is one count
-//! more · nothing of a treatment runs when its clean-up is over, and the control is the endpoint's version all the while ·
+//! Worst first: an experiment is decided once · what was counted of it grows, from router to router, and one count more
+//! begins with nothing where that is lost · nothing of a treatment runs when its clean-up is over, and the control is the endpoint's version all the while ·
 //! a plan is written once · there is one experiment at a time, and none beside a rollout · an experiment goes with its
 //! endpoint. And of each command about one: whether it had to be heard, and whether it did what it says.
 
@@ -25,7 +25,8 @@ use super::domain_model::decode;
 use super::violation::Violation;
 
 const DECIDED: &str = "an experiment is decided once, and what is over stays";
-const COUNTED: &str = "what an experiment counted grows, and each router is one count more";
+const COUNTED: &str =
+    "what an experiment counted grows from router to router, and what is lost is one count more";
 const ARMS: &str =
     "nothing of a treatment runs after its end, and the control serves all the while";
 const PLAN: &str = "the plan of an experiment is written once";
@@ -80,6 +81,7 @@ pub(crate) fn endpoint_of(command: &Command) -> &str {
         | Command::Count { endpoint, .. }
         | Command::Report { endpoint, .. }
         | Command::Conclude { endpoint, .. }
+        | Command::CountAnew { endpoint, .. }
         | Command::Drained { endpoint, .. }
         | Command::Retired { endpoint, .. } => endpoint,
     }
@@ -185,6 +187,12 @@ impl ExperimentModel {
             Command::Count {
                 experiment, router, ..
             } => is_newest(*router) && open(*experiment).is_some(),
+            Command::CountAnew {
+                experiment,
+                count,
+                router,
+                ..
+            } => counted(*experiment, *router).is_some_and(|last| last.counts == *count),
             Command::Report {
                 experiment,
                 router,
@@ -241,7 +249,10 @@ fn is_done(said: &Command, given: &Experiment, index: u64, standing: Option<&Sta
         }
         Command::Stop { .. } => (given.ending, given.revision) == (Some(Ending::Stopped), index),
         Command::Count { router, .. } => given.counting == Some(*router),
-        Command::Report { findings, .. } => given.findings.as_ref() == Some(findings),
+        Command::CountAnew { count, .. } => given.counts == count + 1,
+        Command::Report {
+            findings, stored, ..
+        } => (given.findings.as_ref(), given.stored) == (Some(findings), Some(*stored)),
         Command::Conclude {
             ending, findings, ..
         } => {
@@ -279,7 +290,7 @@ enum Wrong {
         after: u32,
         counting: Option<Incarnation>,
     },
-    #[error("the router that counts for experiment {0} has counted fewer keys than before")]
+    #[error("experiment {0} has counted fewer keys than before, or does not know where they are")]
     Fewer(u64),
     #[error("the clean-up of experiment {0} went from {1:?} to {2:?}")]
     Skipped(u64, Cleanup, Cleanup),
@@ -355,8 +366,13 @@ fn check_step(known: &Experiment, row: &Experiment) -> Result<(), Wrong> {
     if !known.is_open() && (end(known), &known.findings) != (end(row), &row.findings) {
         return Err(Wrong::DecidedAgain(number));
     }
-    let is_new_count = row.counting != known.counting;
-    if row.counts != known.counts + u32::from(is_new_count) {
+    let is_new_count = row.counts == known.counts + 1;
+    // One of the router that counts first, or of one that counted already when it lost what was stored.
+    let may_begin = (known.counts == 0) != (known.counting == row.counting);
+    let is_empty = row.findings.is_none() && row.stored.is_none();
+    let is_counted = (row.counts == 0) == row.counting.is_none();
+    let is_same = row.counts == known.counts;
+    if !is_counted || !(is_same || (is_new_count && may_begin && is_empty)) {
         return Err(Wrong::Counts {
             number,
             before: known.counts,
@@ -365,8 +381,10 @@ fn check_step(known: &Experiment, row: &Experiment) -> Result<(), Wrong> {
         });
     }
     // The last numbers may be a reason alone.
-    let goes_on = row.is_open() && !is_new_count;
-    if goes_on && keys(row.findings.as_ref()) < keys(known.findings.as_ref()) {
+    let goes_on = row.is_open() && is_same;
+    let is_kept = keys(row.findings.as_ref()) >= keys(known.findings.as_ref())
+        && (row.stored.is_some() || known.stored.is_none());
+    if goes_on && !is_kept {
         return Err(Wrong::Fewer(number));
     }
     let is_step = match (known.cleanup, row.cleanup) {

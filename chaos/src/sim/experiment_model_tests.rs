@@ -52,6 +52,7 @@ fn open(number: u64) -> Experiment {
         counting: Some(Incarnation(5)),
         reported_ms: Some(2),
         findings: of_keys(10),
+        stored: Some([1; 32]),
     }
 }
 
@@ -75,12 +76,25 @@ fn each_way_to_go_on_wrongly_is_told_by_its_rule() {
     type Change = fn(&mut Experiment);
     type Judged = Result<Option<Turn>, &'static str>;
     let draining = || over(1, Cleanup::Draining);
-    let cases: [(Experiment, Change, Judged); 15] = [
+    let begun = || Experiment {
+        counts: 0,
+        counting: None,
+        findings: None,
+        stored: None,
+        ..open(1)
+    };
+    let cases: [(Experiment, Change, Judged); 21] = [
         (open(1), |_| {}, Ok(None)),
         (open(1), |row| row.findings = of_keys(11), Ok(None)),
         (
+            begun(),
+            |row| (row.counts, row.counting) = (1, Some(Incarnation(5))),
+            Ok(None),
+        ),
+        (open(1), |row| row.counting = Some(Incarnation(6)), Ok(None)),
+        (
             open(1),
-            |row| (row.counts, row.counting, row.findings) = (2, Some(Incarnation(6)), None),
+            |row| (row.counts, row.findings, row.stored) = (2, None, None),
             Ok(None),
         ),
         (
@@ -98,7 +112,22 @@ fn each_way_to_go_on_wrongly_is_told_by_its_rule() {
         (open(1), |row| row.counts = 0, Err(COUNTED)),
         (
             open(1),
-            |row| row.counting = Some(Incarnation(6)),
+            |row| (row.counting, row.findings) = (Some(Incarnation(6)), None),
+            Err(COUNTED),
+        ),
+        (open(1), |row| row.stored = None, Err(COUNTED)),
+        (open(1), |row| row.counts = 2, Err(COUNTED)),
+        (
+            open(1),
+            |row| {
+                row.counting = Some(Incarnation(6));
+                (row.counts, row.findings, row.stored) = (2, None, None);
+            },
+            Err(COUNTED),
+        ),
+        (
+            begun(),
+            |row| row.counting = Some(Incarnation(5)),
             Err(COUNTED),
         ),
         (open(1), |row| row.findings = of_keys(9), Err(COUNTED)),
@@ -121,6 +150,7 @@ fn one_goes_on_at_a_time_and_by_entries_about_it() {
         counts: 0,
         counting: None,
         findings: None,
+        stored: None,
         ..open(number)
     };
     let done = |number| over(number, Cleanup::Done);
@@ -165,8 +195,16 @@ fn an_experiment_hears_its_newest_router_once_it_counts() {
         experiment: 1,
         router: Incarnation(router),
         findings: of_keys(keys).unwrap(),
+        stored: [2; 32],
     };
     assert!(hears(&report(5, 10)) && !hears(&report(5, 9)) && !hears(&report(6, 11)));
+    let anew = |router, count| Command::CountAnew {
+        endpoint: "e".into(),
+        experiment: 1,
+        count,
+        router: Incarnation(router),
+    };
+    assert!(hears(&anew(5, 1)) && !hears(&anew(5, 2)) && !hears(&anew(6, 1)));
     let conclude = |ending| Command::Conclude {
         endpoint: "e".into(),
         experiment: 1,

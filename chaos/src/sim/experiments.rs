@@ -22,6 +22,9 @@ const KEY_EVERY: Micros = 10 * MILLISECOND;
 /// How often a router speaks that has not said that it counts, as one would that went on with the counts of another.
 const COUNTS_UNASKED: f64 = 0.1;
 
+/// The hash of what routers store: no store is played, and every count that is not lost is found.
+const STORED: [u8; 32] = [1; 32];
+
 impl World {
     /// Something that a client may want of the experiments of an endpoint; nothing where there is none.
     pub(crate) fn experiment_change(&mut self) -> Option<Command> {
@@ -69,12 +72,12 @@ impl World {
     pub(crate) fn router_counts(&mut self, endpoint: &str, router: Incarnation) -> Option<Command> {
         let last = self.checker.model.domain.experiments.of(endpoint).last()?;
         let (experiment, revision) = (last.number, last.revision);
-        let (cleanup, counting) = (last.cleanup, last.counting);
+        let (cleanup, counting, count) = (last.cleanup, last.counting, last.counts);
         match cleanup {
             Cleanup::Waiting
                 if counting == Some(router) || self.rng.random_bool(COUNTS_UNASKED) =>
             {
-                Some(self.router_looks(endpoint.to_owned(), experiment, router))
+                Some(self.router_looks(endpoint.to_owned(), (experiment, count), router))
             }
             Cleanup::Waiting => Some(Command::Count {
                 endpoint: endpoint.to_owned(),
@@ -91,8 +94,14 @@ impl World {
         }
     }
 
-    /// A look at what was counted so far. A run is short, so something follows in every second one.
-    fn router_looks(&mut self, endpoint: String, experiment: u64, router: Incarnation) -> Command {
+    /// A look at what was counted so far, or word that it is lost. A run is short, so something follows in every second
+    /// look.
+    fn router_looks(
+        &mut self,
+        endpoint: String,
+        (experiment, count): (u64, u32),
+        router: Incarnation,
+    ) -> Command {
         let (ending, decision) = match self.rng.random_range(0..18) {
             0 | 1 => (Some(Ending::Decided), Decision::Treatment),
             2 => (Some(Ending::Decided), Decision::Control),
@@ -102,6 +111,14 @@ impl World {
             // No router finds these, and they must be refused.
             7 => (Some(Ending::Decided), Decision::Undecided),
             8 => (Some(Ending::Stopped), Decision::Control),
+            9 => {
+                return Command::CountAnew {
+                    endpoint,
+                    experiment,
+                    count,
+                    router,
+                };
+            }
             _ => (None, Decision::Undecided),
         };
         let findings = self.findings(decision, ending == Some(Ending::Guardrail));
@@ -118,6 +135,7 @@ impl World {
                 experiment,
                 router,
                 findings,
+                stored: STORED,
             },
         }
     }

@@ -3,6 +3,8 @@
 //!
 //! The tasks that run in a leader's process are in `duties`; they ask the core as the real ones do.
 
+mod outbox;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,19 +12,18 @@ use std::sync::{Arc, Mutex};
 
 use mobula_core::clock::Clock;
 use mobula_core::config::RaftConfig;
-use mobula_head::simulation::{CoreFault, CoreOptions, HeadCore, Wire};
+use mobula_head::simulation::{CoreFault, CoreOptions, HeadCore};
 use mobula_storage::engine::{DiskFault, MemoryEngine};
-use mobula_wire::raft::StateClaim;
 use raft::prelude::Message;
 use rand::Rng;
 
+use self::outbox::{Outbox, Sent};
 use super::asked::Asked;
 use super::duties::Duties;
 use super::network::Place;
 use super::operator::OperatorTask;
 use super::options::{MILLISECOND, Micros, SECOND};
 use super::packet::Packet;
-use super::raft_check::check_promise;
 use super::violation::Violation;
 use super::world::{Event, Phase, World};
 
@@ -51,41 +52,6 @@ pub(crate) struct SimClock(AtomicU64);
 impl Clock for SimClock {
     fn now_ms(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// What left a core since it was last looked at, and what was wrong with it.
-#[derive(Default)]
-pub(crate) struct Sent {
-    messages: Vec<Message>,
-    claims: Vec<StateClaim>,
-    snapshots: Vec<(Message, Vec<Vec<u8>>)>,
-    broken: Option<Violation>,
-}
-
-struct Outbox {
-    sent: Arc<Mutex<Sent>>,
-    engine: MemoryEngine,
-}
-
-impl Wire for Outbox {
-    fn send(&mut self, message: Message) {
-        let promise = check_promise(&message, &self.engine);
-        let mut sent = self.sent.lock().expect("nobody panics with it");
-        if let Err(violation) = promise {
-            sent.broken.get_or_insert(violation);
-        }
-        sent.messages.push(message);
-    }
-
-    fn send_claim(&mut self, claim: &StateClaim) {
-        let mut sent = self.sent.lock().expect("nobody panics with it");
-        sent.claims.push(claim.clone());
-    }
-
-    fn send_snapshot(&mut self, message: Message, frames: Vec<Vec<u8>>) {
-        let mut sent = self.sent.lock().expect("nobody panics with it");
-        sent.snapshots.push((message, frames));
     }
 }
 
@@ -420,44 +386,6 @@ impl World {
         self.counts.snapshots_lost += u64::from(!arrived);
         let end = Packet::SnapshotEnd { to, arrived, life };
         self.at(at, Event::Arrive(Place::Head(to), Place::Head(from), end));
-    }
-
-    /// What left the core goes into the network.
-    fn flush_outbox(&mut self, raft_id: u64) {
-        let Some(head) = self.heads.get_mut(&raft_id) else {
-            return;
-        };
-        let sent = std::mem::take(&mut *head.sent.lock().expect("nobody panics with it"));
-        let life = head.life;
-        let group = head.core.as_ref().map(|core| core.group());
-        if let Some(violation) = sent.broken {
-            self.complain(violation);
-        }
-        let from = Place::Head(raft_id);
-        for claim in sent.claims {
-            let members = group
-                .iter()
-                .flat_map(|group| group.voters.iter().chain(&group.learners));
-            let others = members.copied().filter(|id| *id != raft_id);
-            for to in others.collect::<Vec<_>>() {
-                let packet = Packet::Claim(claim.clone());
-                self.send_at(self.now, from, Place::Head(to), packet);
-            }
-        }
-        for message in sent.messages {
-            let to = Place::Head(message.to);
-            self.send_at(self.now, from, to, Packet::Raft(Box::new(message)));
-        }
-        for (message, frames) in sent.snapshots {
-            self.say(|| format!("head {raft_id} sends a snapshot to {}", message.to));
-            let to = Place::Head(message.to);
-            let packet = Packet::Snapshot {
-                message: Box::new(message),
-                frames: Rc::new(frames),
-                life,
-            };
-            self.send_at(self.now, from, to, packet);
-        }
     }
 
     /// Looks at a head that has made a step, and hands out what it answered.

@@ -16,7 +16,9 @@ use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::{ActorId, Incarnation, JobId, NodeId, SessionId};
 use mobula_core::kept::KeptValue;
 use mobula_core::resource::Resources;
-use mobula_scheduler::limits::{SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW};
+use mobula_scheduler::limits::{
+    SESSION_ANSWERS_BYTES_MAX, SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW,
+};
 use mobula_scheduler::{Command, Query, QueryResponse, Response, answer};
 
 use super::domain_model::DomainModel;
@@ -31,7 +33,34 @@ type Answer = Result<Vec<u8>, Rejection>;
 struct Session {
     answers: BTreeMap<u64, Answer>,
     highest: u64,
+    /// Below this number nothing is remembered.
+    kept_from: u64,
+    /// What is remembered has so many bytes.
+    kept_bytes: u64,
     used_ms: u64,
+}
+
+impl Session {
+    /// Takes in an answer. What then is too much, in number or in bytes, is forgotten, the oldest first; the newest
+    /// stays.
+    fn remember(&mut self, seq: u64, answer: Answer) {
+        self.kept_bytes += size_bytes(&answer);
+        self.answers.insert(seq, answer);
+        self.highest = self.highest.max(seq);
+        let full_from = (self.highest + 1).saturating_sub(SESSION_WINDOW);
+        while self.kept_from < full_from
+            || (self.kept_bytes > SESSION_ANSWERS_BYTES_MAX && self.kept_from < self.highest)
+        {
+            let oldest = self.answers.remove(&self.kept_from);
+            self.kept_bytes -= oldest.map_or(0, |answer| size_bytes(&answer));
+            self.kept_from += 1;
+        }
+    }
+}
+
+/// As the tables hold it.
+fn size_bytes(answer: &Answer) -> u64 {
+    codec::encode_plain(answer).len() as u64
 }
 
 #[derive(Debug)]
@@ -155,7 +184,7 @@ impl Model {
         if now_ms.saturating_sub(session.used_ms) > SESSION_IDLE_MS {
             return expect_expired("which is idle for too long");
         }
-        if command.seq + SESSION_WINDOW <= session.highest {
+        if command.seq < session.kept_from {
             return expect_expired("which has moved on");
         }
         if let Some(known) = session.answers.get(&command.seq) {
@@ -180,8 +209,7 @@ impl Model {
                 format!("command {seq} of {session} is new, and was called too old"),
             );
         }
-        session.answers.insert(command.seq, result.clone());
-        session.highest = session.highest.max(command.seq);
+        session.remember(command.seq, result.clone());
         if now_ms.saturating_sub(session.used_ms) >= SESSION_TOUCH_MS {
             session.used_ms = now_ms;
         }

@@ -304,7 +304,7 @@ fn print_status(experiment: &Experiment) {
     };
     if experiment.counts > 1 {
         println!(
-            "counted anew since the router was started again; of alpha, {:.4} is left for this count",
+            "counted anew, as what was counted before is lost; of alpha, {:.4} is left for this count",
             experiment.alpha()
         );
     }

@@ -231,13 +231,7 @@ fn show(status: &Status) {
     if let Some(evaluation) = &status.evaluation {
         println!("evaluation  {evaluation}");
     }
-    println!(
-        "speed       {:.0} samples/s with {} workers on {:.2} cores, goodput {:.1} %",
-        line.samples_per_second,
-        line.workers,
-        line.cpu_cores,
-        100.0 * line.goodput
-    );
+    println!("speed       {}", speed(line));
     let total: f64 = line.parts_ms.iter().sum();
     let names = StepBreakdown::default().parts();
     let parts: Vec<String> = names
@@ -257,9 +251,38 @@ fn show(status: &Status) {
     }
 }
 
+/// How fast it goes, and what that keeps busy.
+fn speed(line: &ProgressLine) -> String {
+    let gpus = line.gpu_utilization.map_or_else(String::new, |ratio| {
+        format!(", GPUs busy {:.1} %", 100.0 * ratio)
+    });
+    format!(
+        "{:.0} samples/s with {} workers on {:.2} cores{gpus}, goodput {:.1} %",
+        line.samples_per_second,
+        line.workers,
+        line.cpu_cores,
+        100.0 * line.goodput
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gpus_are_shown_beside_the_cores_where_there_are_some() {
+        let on_cpus = "step 12/20 loss 1.5 rate 1e-3 gradient 1.0 samples/s 10 workers 2 goodput 0.5 cores 0.9 ms \
+            data 0.0 compute 2.0 exchange 0.5 wait 0.0 checkpoint 0.0";
+        let shown = |text: &str| speed(&text.parse().unwrap());
+        assert_eq!(
+            shown(on_cpus),
+            "10 samples/s with 2 workers on 0.90 cores, goodput 50.0 %"
+        );
+        assert_eq!(
+            shown(&format!("{on_cpus} gpu 0.875")),
+            "10 samples/s with 2 workers on 0.90 cores, GPUs busy 87.5 %, goodput 50.0 %"
+        );
+    }
 
     #[test]
     fn the_last_line_of_progress_counts_however_the_log_is_cut() {

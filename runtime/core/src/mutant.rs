@@ -133,6 +133,8 @@ mutants! {
     StaleRouterCounts = "stale-router-counts",
     /// Numbers of an experiment that arrive late take the place of newer ones.
     LateReportHeard = "late-report-heard",
+    /// What an experiment has counted is forgotten with the router that counted it.
+    CountsForgotten = "counts-forgotten",
     /// Experiments stay when their endpoint goes.
     ExperimentOutlivesEndpoint = "experiment-outlives-endpoint",
     /// What a job keeps stays when the job is over.

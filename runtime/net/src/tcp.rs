@@ -2,10 +2,11 @@
 //!
 //! The listener is a stream of finished connections for tonic's `serve_with_incoming`. A handshake
 //! that dawdles delays nobody: handshakes run beside each other, bounded in number and time. So are
-//! connections in number, by who is at their other end.
+//! connections in number, by who is at their other end, and those of strangers in how long they are idle.
 
 mod listener;
 mod places;
+mod requests;
 
 use std::error::Error as _;
 use std::io;
@@ -21,6 +22,7 @@ use tonic::transport::{Channel, Uri};
 
 pub use self::listener::{ApiCredentials, ApiListener, ApiStream, ListenError, PeerInfo};
 pub use self::places::{ApiConnections, ConnectionCounts, ConnectionLimits};
+pub use self::requests::{CountRequests, Counting};
 use crate::identity::{CaKeyHash, Credentials, CurrentCredentials, Role};
 use crate::tls::{self, ALPN_API, PeerRejection, RejectionSlot, SERVER_NAME, TlsError};
 

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use mobula_net::tcp::{ApiConnectError, ConnectionLimits};
+use mobula_net::tcp::{ApiConnectError, ConnectionLimits, CountRequests};
 use mobula_net::tls::PeerRejection;
 use mobula_net::{
     ApiListener, ClientTls, ClusterCa, Credentials, Identity, PeerInfo, Role, Validity,
@@ -89,6 +89,7 @@ async fn serve(credentials: &Credentials) -> (SocketAddr, tokio::task::JoinHandl
 fn serve_at(listener: ApiListener) -> (SocketAddr, tokio::task::JoinHandle<()>) {
     let address = listener.local_address();
     let server = Server::builder()
+        .layer(CountRequests)
         .add_service(WhoAmI)
         .serve_with_incoming(listener);
     (address, tokio::spawn(async move { server.await.unwrap() }))
@@ -129,6 +130,7 @@ async fn a_flood_of_strangers_leaves_the_places_of_members_free() {
         anonymous: 2,
         anonymous_of_address: 2,
         handshakes_of_address: 8,
+        anonymous_idle: BOUND * 2,
     };
     let own = credentials(&ca, Role::Head);
     let listener = ApiListener::bind_within(loopback(), &own, limits);
@@ -155,6 +157,49 @@ async fn a_flood_of_strangers_leaves_the_places_of_members_free() {
     };
     tokio::time::timeout(BOUND, given_back).await.unwrap();
     assert!(stranger(address, &ca).await.is_some());
+    server.abort();
+}
+
+#[tokio::test]
+async fn strangers_who_ask_for_nothing_are_disconnected_whatever_they_ping() {
+    const BOUND: Duration = Duration::from_secs(20);
+    let ca = ClusterCa::create("demo").unwrap();
+    let limits = ConnectionLimits {
+        certified: 1,
+        anonymous: 2,
+        anonymous_of_address: 2,
+        handshakes_of_address: 8,
+        // Longer than until a client's next ping, and than it takes to see both at the same time.
+        anonymous_idle: Duration::from_secs(5),
+    };
+    let own = credentials(&ca, Role::Head);
+    let listener = ApiListener::bind_within(loopback(), &own, limits);
+    let listener = listener.await.unwrap();
+    let connections = listener.connections();
+    let (address, server) = serve_at(listener);
+    let node = ClientTls::Mutual(credentials(&ca, Role::Node));
+    let member = connect_channel(address, node).await.unwrap();
+    // One that has asked something, and one that never does.
+    let (asked, _) = stranger(address, &ca).await.unwrap();
+    let silent = connect_channel(address, ClientTls::Pinned(ca.key_hash()));
+    let _silent = silent.await.unwrap();
+    for count in [2, 0] {
+        let counted = async {
+            while connections.counts().anonymous != count {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(BOUND, counted).await.unwrap();
+    }
+    assert_eq!(connections.counts().certified, 1);
+    assert!(who_am_i(member).await.is_ok());
+    // Whoever has something to ask later is connected again.
+    let asking = async {
+        while who_am_i(asked.clone()).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(BOUND, asking).await.unwrap();
     server.abort();
 }
 

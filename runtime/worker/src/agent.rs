@@ -16,6 +16,7 @@ use std::time::Duration;
 use mobula_core::exit::ExitReason;
 use mobula_core::id::{HostId, JobId};
 use mobula_core::order::{Order, WorkerEvent};
+use mobula_gpu::Monitor;
 use mobula_wire::host::{AgentMessage, HostMessage};
 use mobula_wire::session::Welcome;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -98,6 +99,7 @@ pub(crate) struct Agent {
     pub(crate) tasks: JoinSet<()>,
     pub(crate) gathers: Gathers,
     pub(crate) metrics: WorkerMetrics,
+    pub(crate) gpus: Monitor,
     /// What the agent itself took time for.
     pub(crate) spans: Spans,
     /// Launches that are under way: for which job, and since when.
@@ -112,7 +114,7 @@ impl Agent {
         session: SessionHandle,
         status: watch::Sender<WorkerStatus>,
         devices: Devices,
-        (logs, spans): (Logs, Spans),
+        (logs, spans, gpus): (Logs, Spans, Monitor),
     ) -> Agent {
         let (to_self, inputs) = inputs;
         Agent {
@@ -136,6 +138,7 @@ impl Agent {
             tasks: JoinSet::new(),
             gathers: Gathers::default(),
             metrics: WorkerMetrics::default(),
+            gpus,
             spans,
             launching: BTreeMap::new(),
         }

@@ -3,25 +3,14 @@
 //! Invariants:
 //! 1. The smallest limit counts: affinity mask, cgroup quota, cgroup memory, of this group and of
 //!    every one above it.
-//! 2. NVML is loaded at run time; a machine without it has no GPUs, which is not an error.
+//! 2. A machine without NVML has no GPUs, which is not an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use mobula_core::label::Labels;
 use mobula_core::resource::Resources;
-
-/// One GPU.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GpuInfo {
-    /// What `CUDA_VISIBLE_DEVICES` takes: its UUID, which unlike an index means the same device in
-    /// every process.
-    pub id: String,
-    /// Its product name.
-    pub name: String,
-    /// Its memory, in bytes.
-    pub memory_bytes: u64,
-}
+use mobula_gpu::Gpu;
 
 /// What a machine offers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +20,7 @@ pub struct Machine {
     /// Memory, in bytes.
     pub memory_bytes: u64,
     /// GPUs, in the order of NVML.
-    pub gpus: Vec<GpuInfo>,
+    pub gpus: Vec<Gpu>,
 }
 
 impl Machine {
@@ -42,10 +31,7 @@ impl Machine {
         Machine {
             cpu_milli: cpu_milli(root, allowed_cpus()),
             memory_bytes: memory_bytes(root),
-            gpus: visible_gpus(
-                crate::discover::nvml::gpus(),
-                cuda_visible_devices().as_deref(),
-            ),
+            gpus: visible_gpus(mobula_gpu::gpus(), cuda_visible_devices().as_deref()),
         }
     }
 
@@ -80,7 +66,7 @@ fn cuda_visible_devices() -> Option<String> {
 
 /// Only the devices that the agent itself may see; as for CUDA, the list ends at the first entry
 /// that names no device.
-fn visible_gpus(gpus: Vec<GpuInfo>, visible: Option<&str>) -> Vec<GpuInfo> {
+fn visible_gpus(gpus: Vec<Gpu>, visible: Option<&str>) -> Vec<Gpu> {
     let Some(visible) = visible else { return gpus };
     visible
         .split(',')
@@ -160,120 +146,6 @@ fn cgroup_v2_files(root: &Path, name: &str) -> Vec<String> {
         .collect()
 }
 
-/// The few functions of NVML that say which GPUs there are.
-mod nvml {
-    use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-
-    use libloading::{Library, Symbol};
-
-    use super::GpuInfo;
-
-    /// `NVML_SUCCESS`.
-    const SUCCESS: c_int = 0;
-    /// `NVML_DEVICE_UUID_V2_BUFFER_SIZE` and `NVML_DEVICE_NAME_V2_BUFFER_SIZE` are both 96.
-    const TEXT_SIZE: usize = 96;
-    /// Far above any machine; a driver that says more is not believed.
-    const DEVICES_MAX: c_uint = 256;
-
-    type Device = *mut c_void;
-    type Plain = unsafe extern "C" fn() -> c_int;
-    type Count = unsafe extern "C" fn(*mut c_uint) -> c_int;
-    type ByIndex = unsafe extern "C" fn(c_uint, *mut Device) -> c_int;
-    type Text = unsafe extern "C" fn(Device, *mut c_char, c_uint) -> c_int;
-    type Memory = unsafe extern "C" fn(Device, *mut MemoryInfo) -> c_int;
-
-    /// `nvmlMemory_t`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct MemoryInfo {
-        total: u64,
-        free: u64,
-        used: u64,
-    }
-
-    /// All GPUs of the machine; none where there is no NVML.
-    pub(super) fn gpus() -> Vec<GpuInfo> {
-        match load() {
-            Ok(gpus) => gpus,
-            Err(error) => {
-                tracing::debug!(%error, "no GPUs: NVML cannot be used");
-                Vec::new()
-            }
-        }
-    }
-
-    fn load() -> Result<Vec<GpuInfo>, libloading::Error> {
-        // SAFETY: NVML is the driver's own library; loading it runs its initialisers, which have
-        // no requirements on us.
-        let library = unsafe { Library::new("libnvidia-ml.so.1") }?;
-        // SAFETY: the types are those of nvml.h for these symbols, unchanged since they exist.
-        let (init, shutdown, count): (Symbol<'_, Plain>, Symbol<'_, Plain>, Symbol<'_, Count>) = unsafe {
-            (
-                library.get(b"nvmlInit_v2\0")?,
-                library.get(b"nvmlShutdown\0")?,
-                library.get(b"nvmlDeviceGetCount_v2\0")?,
-            )
-        };
-        // SAFETY: as above.
-        let (by_index, name, uuid, memory): (
-            Symbol<'_, ByIndex>,
-            Symbol<'_, Text>,
-            Symbol<'_, Text>,
-            Symbol<'_, Memory>,
-        ) = unsafe {
-            (
-                library.get(b"nvmlDeviceGetHandleByIndex_v2\0")?,
-                library.get(b"nvmlDeviceGetName\0")?,
-                library.get(b"nvmlDeviceGetUUID\0")?,
-                library.get(b"nvmlDeviceGetMemoryInfo\0")?,
-            )
-        };
-        // SAFETY: no arguments; every other call comes between these two.
-        if unsafe { init() } != SUCCESS {
-            return Ok(Vec::new());
-        }
-        let mut found: c_uint = 0;
-        // SAFETY: the pointer is to a live integer of the declared type.
-        if unsafe { count(&raw mut found) } != SUCCESS {
-            found = 0;
-        }
-        let gpus = (0..found.min(DEVICES_MAX))
-            .filter_map(|index| {
-                let mut device: Device = std::ptr::null_mut();
-                // SAFETY: the pointer is to a live handle variable.
-                if unsafe { by_index(index, &raw mut device) } != SUCCESS {
-                    return None;
-                }
-                let mut info = MemoryInfo::default();
-                // SAFETY: `device` is a handle from NVML, `info` has the layout of nvmlMemory_t.
-                if unsafe { memory(device, &raw mut info) } != SUCCESS {
-                    return None;
-                }
-                Some(GpuInfo {
-                    id: text(*uuid, device)?,
-                    name: text(*name, device)?,
-                    memory_bytes: info.total,
-                })
-            })
-            .collect();
-        // SAFETY: nothing of NVML is used after this.
-        unsafe { shutdown() };
-        Ok(gpus)
-    }
-
-    fn text(function: Text, device: Device) -> Option<String> {
-        let mut buffer = [0 as c_char; TEXT_SIZE];
-        // SAFETY: the buffer is as long as the length that is passed.
-        if unsafe { function(device, buffer.as_mut_ptr(), TEXT_SIZE as c_uint) } != SUCCESS {
-            return None;
-        }
-        buffer[TEXT_SIZE - 1] = 0;
-        // SAFETY: the last byte is zero, so the text ends within the buffer.
-        let text = unsafe { CStr::from_ptr(buffer.as_ptr()) };
-        Some(text.to_string_lossy().into_owned())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -335,10 +207,10 @@ mod tests {
 
     #[test]
     fn only_devices_that_the_agent_may_see_are_offered() {
-        let gpu = |id: &str| GpuInfo {
+        let gpu = |id: &str| Gpu {
             id: id.into(),
             name: "x".into(),
-            memory_bytes: 1,
+            memory_bytes: Some(1),
         };
         let gpus = vec![gpu("GPU-aa"), gpu("GPU-bb")];
         let ids = |visible| {

@@ -139,6 +139,7 @@ impl Agent {
             waiting_actors: self.pool.waiting_count(),
             outbox: self.session.outbox.read(crate::outbox::Outbox::len),
             hosts,
+            gpus: self.gpus.latest(),
         };
         let text = self.metrics.text(now).map_err(|error| error.to_string())?;
         if text.len() > ANSWER_BYTES_MAX {

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
 use mobula_core::id::{Incarnation, NodeId};
+use mobula_gpu::Monitor;
 use mobula_net::endpoint::Endpoint;
 use mobula_net::local::LocalListener;
 use mobula_wire::session::WorkerHello;
@@ -224,6 +225,7 @@ fn assemble(
     })
     .map_err(|error| setup("open the object store", &error))?;
     let devices = Devices::new(device_ids(&machine, capacity.gpu_milli));
+    let gpus = Monitor::start(machine.gpus.iter().map(|gpu| gpu.id.clone()));
     let mut labels = machine.labels();
     let limits = Limits::discover(&options.name);
     labels.insert(MEMORY_LIMITS_LABEL.to_owned(), limits.label().to_owned());
@@ -283,7 +285,7 @@ fn assemble(
         handle,
         status,
         devices,
-        (logs, spans),
+        (logs, spans, gpus),
     );
     Ok(Parts {
         agent,

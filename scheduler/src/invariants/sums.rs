@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use mobula_core::control::Reader;
 use mobula_core::kept::KeptObject;
-use mobula_core::{ActorId, JobId};
+use mobula_core::{ActorId, JobId, SessionId};
 
 use super::{Violation, ensure};
 use crate::limits::{
     ENDED_ACTORS_BYTES_MAX, ENDED_JOBS_BYTES_MAX, LIVING_BYTES_MAX, RESULTS_HEADROOM_BYTES,
     SESSIONS_OF_HOLDER_MAX,
 };
-use crate::row::{self, Counter, JOBS, SESSION_HOLDERS, SESSIONS};
+use crate::row::{self, Counter, JOBS, SESSION_HOLDERS, SESSION_RESPONSES, SESSIONS};
 use crate::state::actor::{self, ActorRow};
 use crate::state::held;
 use crate::state::job::{self, JobRow, JobState};
@@ -107,4 +107,25 @@ pub(super) fn sessions_match_holders(reader: &dyn Reader) -> Result<(), Violatio
     ensure(most <= SESSIONS_OF_HOLDER_MAX, RULE, || {
         format!("{most} sessions in one name, the limit is {SESSIONS_OF_HOLDER_MAX}")
     })
+}
+
+/// What the responses of each session have together is counted (I13).
+pub(super) fn responses_match_sessions(reader: &dyn Reader) -> Result<(), Violation> {
+    const RULE: &str = "responses match sessions";
+    let mut expected: BTreeMap<SessionId, u64> = BTreeMap::new();
+    for (key, response) in row::scan(reader, SESSION_RESPONSES, &[]) {
+        let session = SessionId(row::number_at(&key, 0));
+        *expected.entry(session).or_default() += response.len() as u64;
+    }
+    for (key, row) in row::all::<SessionRow>(reader, SESSIONS, &[]) {
+        let session = SessionId(row::number_at(&key, 0));
+        let bytes = expected.get(&session).copied().unwrap_or(0);
+        ensure(row.kept_bytes == bytes, RULE, || {
+            format!(
+                "{} bytes of responses of {session} counted, there are {bytes}",
+                row.kept_bytes
+            )
+        })?;
+    }
+    Ok(())
 }

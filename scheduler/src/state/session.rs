@@ -8,7 +8,9 @@
 //! 1. Each (session, sequence number) takes effect at most once (I3): a number that is no longer
 //!    in the window is refused, never executed.
 //! 2. Sessions expire by log time, so every replica expires the same ones at the same entry.
-//! 3. There are at most [`SESSIONS_MAX`] sessions with [`SESSION_WINDOW`] responses each.
+//! 3. There are at most [`SESSIONS_MAX`] sessions with [`SESSION_WINDOW`] responses each, and what these have
+//!    together is bounded ([`SESSION_ANSWERS_BYTES_MAX`]): where it would be more, the oldest leave the window.
+//!    The newest never does, so a client with one command under way at a time notices nothing of it.
 //! 4. At most [`SESSIONS_OF_HOLDER_MAX`] of them are open in one name (a table counts them), so that nobody
 //!    takes all.
 
@@ -20,8 +22,8 @@ use serde::{Deserialize, Serialize};
 use super::{Apply, check_name, overloaded, principal};
 use crate::command::Response;
 use crate::limits::{
-    SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW, SESSIONS_MAX, SESSIONS_OF_HOLDER_MAX,
-    SWEEP_ROWS,
+    SESSION_ANSWERS_BYTES_MAX, SESSION_IDLE_MS, SESSION_TOUCH_MS, SESSION_WINDOW, SESSIONS_MAX,
+    SESSIONS_OF_HOLDER_MAX, SWEEP_ROWS,
 };
 use crate::row::{self, Counter, SESSION_HOLDERS, SESSION_RESPONSES, SESSIONS, SESSIONS_BY_AGE};
 
@@ -35,6 +37,10 @@ pub(crate) struct SessionRow {
     highest_seq: u64,
     /// In whose name it counts.
     pub(crate) holder: String,
+    /// Where the window begins: commands below this number are refused.
+    kept_from: u64,
+    /// What the responses in it have together.
+    pub(crate) kept_bytes: u64,
 }
 
 /// The text that a session was opened with; `None` where there is no such session.
@@ -63,7 +69,7 @@ pub fn check(txn: &dyn Txn, session: SessionId, seq: u64, now_ms: u64) -> Seen {
     let Some(row) = row::get::<SessionRow>(txn, SESSIONS, &session.to_key()) else {
         return Seen::Expired;
     };
-    if is_expired(&row, now_ms) || seq.saturating_add(SESSION_WINDOW) <= row.highest_seq {
+    if is_expired(&row, now_ms) || seq < row.kept_from {
         return Seen::Expired;
     }
     match txn.get(SESSION_RESPONSES, &row::pair(session.0, seq)) {
@@ -81,38 +87,52 @@ pub fn record(txn: &mut dyn Txn, session: SessionId, seq: u64, now_ms: u64, resp
     let Some(mut row) = row::get::<SessionRow>(txn, SESSIONS, &session.to_key()) else {
         return;
     };
+    row.kept_bytes += response.len() as u64;
     txn.put(SESSION_RESPONSES, &row::pair(session.0, seq), response);
-    let touched = now_ms.saturating_sub(row.used_ms) >= SESSION_TOUCH_MS;
-    if touched {
+    if now_ms.saturating_sub(row.used_ms) >= SESSION_TOUCH_MS {
         txn.delete(SESSIONS_BY_AGE, &row::pair(row.used_ms, session.0));
         row::put(txn, SESSIONS_BY_AGE, &row::pair(now_ms, session.0), &());
         row.used_ms = now_ms;
     }
-    let moved = seq > row.highest_seq;
-    if moved {
-        let kept_from = if is_planted(Mutant::SessionWindowOfOne) {
+    if seq > row.highest_seq {
+        let kept_from = row.kept_from.max(first_kept(seq));
+        let end = if is_planted(Mutant::SessionWindowOfOne) {
             seq
         } else {
-            first_kept(seq)
+            kept_from
         };
-        forget_below(txn, session, row.highest_seq, kept_from);
+        let left = row.kept_from..end.min(row.highest_seq.saturating_add(1));
+        forget(txn, session, &mut row, left);
+        row.kept_from = kept_from;
         row.highest_seq = seq;
     }
-    if touched || moved {
-        row::put(txn, SESSIONS, &session.to_key(), &row);
+    while row.kept_bytes > SESSION_ANSWERS_BYTES_MAX && row.kept_from < row.highest_seq {
+        let oldest = row.kept_from..row.kept_from + 1;
+        forget(txn, session, &mut row, oldest);
+        row.kept_from += 1;
     }
+    row::put(txn, SESSIONS, &session.to_key(), &row);
 }
 
-/// The first number of the window that ends with `highest_seq`.
+/// The first number of a full window that ends with `highest_seq`.
 fn first_kept(highest_seq: u64) -> u64 {
-    highest_seq.saturating_add(1).saturating_sub(SESSION_WINDOW)
+    highest_seq.saturating_sub(SESSION_WINDOW - 1)
 }
 
-/// Removes the responses below `end` from the window that ended with `highest_seq`. By their
-/// numbers: a scan would walk over all that this session's commands ever left there.
-fn forget_below(txn: &mut dyn Txn, session: SessionId, highest_seq: u64, end: u64) {
-    for seq in first_kept(highest_seq)..end.min(highest_seq.saturating_add(1)) {
-        txn.delete(SESSION_RESPONSES, &row::pair(session.0, seq));
+/// Removes the responses to these numbers. By their numbers: a scan would walk over all that this
+/// session's commands ever left there.
+fn forget(
+    txn: &mut dyn Txn,
+    session: SessionId,
+    row: &mut SessionRow,
+    numbers: impl Iterator<Item = u64>,
+) {
+    for seq in numbers {
+        let key = row::pair(session.0, seq);
+        if let Some(response) = txn.get(SESSION_RESPONSES, &key) {
+            row.kept_bytes -= response.len() as u64;
+            txn.delete(SESSION_RESPONSES, &key);
+        }
     }
 }
 
@@ -160,6 +180,8 @@ pub(crate) fn open(apply: &mut Apply<'_>, client: String) -> Result<Response, Re
         used_ms,
         highest_seq: 0,
         holder,
+        kept_from: 0,
+        kept_bytes: 0,
     };
     row::put(apply.txn, SESSIONS, &session.to_key(), &row);
     row::put(
@@ -188,7 +210,7 @@ pub(crate) fn close(
                 format!("{session} was opened by another client: only that one may close it"),
             ));
         }
-        remove(apply.txn, session, &row);
+        remove(apply.txn, session, row);
     }
     Ok(Response::Done)
 }
@@ -206,15 +228,17 @@ fn sweep(txn: &mut dyn Txn, now_ms: u64) -> usize {
         remove(
             txn,
             session,
-            &row.expect("the list by age names sessions that exist"),
+            row.expect("the list by age names sessions that exist"),
         );
         removed += 1;
     }
     removed
 }
 
-fn remove(txn: &mut dyn Txn, session: SessionId, row: &SessionRow) {
-    forget_below(txn, session, row.highest_seq, u64::MAX);
+fn remove(txn: &mut dyn Txn, session: SessionId, mut row: SessionRow) {
+    // With the last: a client may use the largest number that there is.
+    let all = row.kept_from..=row.highest_seq;
+    forget(txn, session, &mut row, all);
     txn.delete(SESSIONS, &session.to_key());
     txn.delete(SESSIONS_BY_AGE, &row::pair(row.used_ms, session.0));
     Counter::Sessions.decrement(txn);
@@ -240,17 +264,29 @@ mod tests {
 
     const START_MS: u64 = 1_000;
 
-    fn opened(tables: &mut MemoryTables, now_ms: u64) -> SessionId {
-        let context = ApplyContext {
+    fn at(now_ms: u64) -> ApplyContext {
+        ApplyContext {
             index: 1,
             term: 1,
             now_ms,
-        };
+        }
+    }
+
+    fn opened(tables: &mut MemoryTables, now_ms: u64) -> SessionId {
+        let context = at(now_ms);
         let mut apply = Apply::new(context, None, tables);
         match open(&mut apply, "test".into()).unwrap() {
             Response::SessionOpened { session } => session,
             other => panic!("unexpected {other:?}"),
         }
+    }
+
+    /// Closes the only session of tables that had `empty` rows before it.
+    fn close_last(tables: &mut MemoryTables, session: SessionId, empty: usize) {
+        let context = at(START_MS);
+        close(&mut Apply::new(context, None, tables), session, "test").unwrap();
+        // The two counters stay.
+        assert_eq!(tables.row_count(), empty + 2);
     }
 
     #[test]
@@ -274,23 +310,20 @@ mod tests {
         let rows = tables.row_count();
         let mut highest = 0;
         let mut seen: Vec<u64> = Vec::new();
-        for seq in [1, 3, 2, 60, 66, 65, 130, 300, 290, 301, 364, 1000] {
+        let ends = [u64::MAX - SESSION_WINDOW, u64::MAX - 1, u64::MAX];
+        for seq in [1, 3, 2, 60, 66, 65, 130, 300, 290, 301, 364, 1000]
+            .into_iter()
+            .chain(ends)
+        {
             if check(&tables, session, seq, START_MS) == Seen::Fresh {
                 record(&mut tables, session, seq, START_MS, vec![1]);
                 seen.push(seq);
             }
             highest = highest.max(seq);
-            let kept = seen.iter().filter(|seen| **seen + SESSION_WINDOW > highest);
+            let kept = seen.iter().filter(|seen| highest - **seen < SESSION_WINDOW);
             assert_eq!(tables.row_count() - rows, kept.count(), "after {seq}");
         }
-        let context = ApplyContext {
-            index: 2,
-            term: 1,
-            now_ms: START_MS,
-        };
-        close(&mut Apply::new(context, None, &mut tables), session, "test").unwrap();
-        // The two counters stay.
-        assert_eq!(tables.row_count(), empty + 2);
+        close_last(&mut tables, session, empty);
     }
 
     #[test]
@@ -312,6 +345,39 @@ mod tests {
             Seen::Duplicate(vec![1])
         );
         assert_eq!(tables.row_count() - rows, SESSION_WINDOW as usize);
+    }
+
+    #[test]
+    fn large_responses_leave_the_window_earlier_but_for_the_newest() {
+        let mut tables = MemoryTables::default();
+        let empty = tables.row_count();
+        let session = opened(&mut tables, START_MS);
+        let rows = tables.row_count();
+        let apply = |tables: &mut MemoryTables, seq: u64, response: &[u8]| {
+            assert_eq!(check(tables, session, seq, START_MS), Seen::Fresh, "{seq}");
+            record(tables, session, seq, START_MS, response.to_vec());
+            tables.row_count() - rows
+        };
+        let third = vec![3; (SESSION_ANSWERS_BYTES_MAX / 3) as usize];
+        for seq in 1..=9 {
+            assert_eq!(apply(&mut tables, seq, &third), seq.min(3) as usize);
+        }
+        // Never executed again, whether its number was used before or not.
+        assert_eq!(check(&tables, session, 6, START_MS), Seen::Expired);
+        assert_eq!(check(&tables, session, 7, START_MS), Seen::Duplicate(third));
+        let whole = vec![1; SESSION_ANSWERS_BYTES_MAX as usize + 1];
+        assert_eq!(apply(&mut tables, 11, &whole), 1);
+        assert_eq!(check(&tables, session, 10, START_MS), Seen::Expired);
+        assert_eq!(
+            check(&tables, session, 11, START_MS),
+            Seen::Duplicate(whole)
+        );
+        // What is small has the whole window again.
+        for seq in 12..12 + SESSION_WINDOW {
+            let kept = usize::try_from(seq - 11).unwrap();
+            assert_eq!(apply(&mut tables, seq, &[1]), kept);
+        }
+        close_last(&mut tables, session, empty);
     }
 
     #[test]
@@ -348,11 +414,7 @@ mod tests {
     fn only_its_client_closes_a_session() {
         let mut tables = MemoryTables::default();
         let session = opened(&mut tables, START_MS);
-        let context = ApplyContext {
-            index: 2,
-            term: 1,
-            now_ms: START_MS,
-        };
+        let context = at(START_MS);
         let mut apply = Apply::new(context, None, &mut tables);
         assert!(close(&mut apply, session, "other").is_err());
         assert_eq!(close(&mut apply, session, "test").unwrap(), Response::Done);
@@ -365,11 +427,7 @@ mod tests {
         principal: &str,
         now_ms: u64,
     ) -> Result<Applied, Rejection> {
-        let context = ApplyContext {
-            index: 1,
-            term: 1,
-            now_ms,
-        };
+        let context = at(now_ms);
         let origin = Origin {
             principal: principal.to_owned(),
             call: "OpenSession".to_owned(),
@@ -385,11 +443,7 @@ mod tests {
             principal: principal.to_owned(),
             call: "OpenSession".to_owned(),
         };
-        let context = ApplyContext {
-            index: 1,
-            term: 1,
-            now_ms,
-        };
+        let context = at(now_ms);
         for _ in 0..SESSIONS_OF_HOLDER_MAX {
             let mut apply = Apply::new(context, Some(&origin), tables);
             open(&mut apply, "test".into()).unwrap();
@@ -408,11 +462,7 @@ mod tests {
         );
         open_as(&mut tables, "modest", START_MS).unwrap();
         // One that is closed makes room for one.
-        let context = ApplyContext {
-            index: 2,
-            term: 1,
-            now_ms: START_MS,
-        };
+        let context = at(START_MS);
         let first = SessionId(1);
         close(&mut Apply::new(context, None, &mut tables), first, "test").unwrap();
         open_as(&mut tables, "greedy", START_MS).unwrap();

@@ -1,10 +1,15 @@
 //! `#[mobula::actor]`: from an `impl` block to an actor, its constructor and its calls.
 
+mod calls;
+mod dispatch;
+
 use proc_macro2::{Ident, TokenStream};
 use quote::{format_ident, quote};
 use syn::spanned::Spanned;
 use syn::{Error, ImplItem, ImplItemFn, ItemImpl, PathArguments, Result, Type, parse2};
 
+use self::calls::write_calls;
+use self::dispatch::write_dispatch;
 use crate::method::{Method, Output, Purpose};
 use crate::options::Options;
 
@@ -191,165 +196,6 @@ fn write_body(options: &Options, methods: &[Method]) -> Result<TokenStream> {
             },
         )
     })
-}
-
-fn write_dispatch(actor: &Type, methods: &[Method], options: &Options) -> Result<TokenStream> {
-    let calls = methods.iter().filter(|m| m.purpose == Purpose::Call);
-    let hooks = methods.iter().filter_map(write_hook);
-    let (shared, exclusive): (Vec<&Method>, Vec<&Method>) =
-        calls.partition(|method| options.is_concurrent() && !method.is_exclusive);
-    let exclusive = write_match(actor, &exclusive);
-    let concurrent = options.is_concurrent().then(|| {
-        let shared = write_match(actor, &shared);
-        quote! {
-            impl ::mobula::__private::ConcurrentActor for #actor {
-                #[allow(unused_variables, clippy::let_unit_value)]
-                fn dispatch_shared<'a>(
-                    &'a self,
-                    call: ::mobula::__private::MethodCall<'a>,
-                ) -> ::mobula::__private::Dispatching<'a> {
-                    #shared
-                }
-            }
-        }
-    });
-    Ok(quote! {
-        impl ::mobula::__private::DynActor for #actor {
-            #[allow(unused_variables, clippy::let_unit_value)]
-            fn dispatch<'a>(
-                &'a mut self,
-                call: ::mobula::__private::MethodCall<'a>,
-            ) -> ::mobula::__private::Dispatching<'a> {
-                #exclusive
-            }
-
-            #(#hooks)*
-        }
-
-        #concurrent
-    })
-}
-
-/// Finds the method by its name, and runs it.
-fn write_match(actor: &Type, methods: &[&Method]) -> TokenStream {
-    let arms = methods.iter().map(|method| write_arm(method));
-    quote! {
-        let ::mobula::__private::MethodCall { method, arguments, context, items, .. } = call;
-        ::std::boxed::Box::pin(async move {
-            match method {
-                #(#arms)*
-                unknown => ::core::result::Result::Err(
-                    ::mobula::__private::unknown_method::<#actor>(unknown),
-                ),
-            }
-        })
-    }
-}
-
-fn write_arm(method: &Method) -> TokenStream {
-    let Method {
-        name, arguments, ..
-    } = method;
-    let text = name.to_string();
-    let names: Vec<_> = arguments.iter().map(|(name, _)| name).collect();
-    let types = arguments.iter().map(|(_, argument)| argument);
-    let context = method.takes_context.then(|| quote!(context,));
-    let wait = method.is_async.then(|| quote!(.await));
-    let call = quote!(self.#name(#context #(#names),*) #wait);
-    let call = match method.blocks {
-        true => quote!(::mobula::run_blocking(|| #call)),
-        false => call,
-    };
-    let encode = match method.output {
-        Output::Value(_) => quote!(::mobula::__private::value(#text, &returned)),
-        Output::Fallible(..) => quote!(::mobula::__private::outcome(#text, &returned)),
-        Output::Items(_) => quote!(::mobula::__private::send_items(#text, returned, items).await),
-    };
-    quote! {
-        #text => {
-            let (#(#names,)*): (#(#types,)*) =
-                ::mobula::__private::arguments(#text, arguments)?;
-            let returned = #call;
-            #encode
-        }
-    }
-}
-
-fn write_hook(method: &Method) -> Option<TokenStream> {
-    let name = &method.name;
-    let context = method.takes_context.then(|| quote!(context,));
-    let wait = method.is_async.then(|| quote!(.await));
-    let (hook, parameter, argument) = match method.purpose {
-        Purpose::Started => (quote!(started), None, None),
-        Purpose::Stop => (quote!(on_stop), None, None),
-        Purpose::Notice => (
-            quote!(on_notice),
-            Some(quote!(deadline_ms: u64,)),
-            Some(quote!(deadline_ms)),
-        ),
-        _ => return None,
-    };
-    Some(quote! {
-        #[allow(unused_variables)]
-        fn #hook<'a>(
-            &'a mut self,
-            #parameter
-            context: &'a ::mobula::ActorContext,
-        ) -> ::mobula::__private::Hook<'a> {
-            ::std::boxed::Box::pin(async move { self.#name(#context #argument) #wait })
-        }
-    })
-}
-
-fn write_calls(type_ident: &Ident, actor: &Type, calls: &[&Method]) -> TokenStream {
-    let trait_ident = format_ident!("{type_ident}Calls", span = type_ident.span());
-    let trait_docs = format!("The calls of [`{type_ident}`], on an `ActorRef` to it.");
-    let signatures: Vec<TokenStream> = calls.iter().map(|method| write_signature(method)).collect();
-    let declarations = calls.iter().zip(&signatures).map(|(method, signature)| {
-        let docs = &method.docs;
-        let fallback = docs.is_empty().then(|| {
-            let text = format!("Calls `{type_ident}::{}`.", method.name);
-            quote!(#[doc = #text])
-        });
-        quote!(#(#docs)* #fallback #signature;)
-    });
-    let definitions = calls.iter().zip(&signatures).map(|(method, signature)| {
-        let text = method.name.to_string();
-        let names = method.arguments.iter().map(|(name, _)| name);
-        let make = match method.output {
-            Output::Value(_) => quote!(call),
-            Output::Fallible(..) => quote!(fallible_call),
-            Output::Items(_) => quote!(stream_call),
-        };
-        quote!(#signature { ::mobula::__private::#make(self, #text, &(#(#names,)*)) })
-    });
-    quote! {
-        #[doc = #trait_docs]
-        #[allow(
-            dead_code, unreachable_pub, private_interfaces, private_bounds,
-            clippy::too_many_arguments, clippy::wrong_self_convention
-        )]
-        pub trait #trait_ident {
-            #(#declarations)*
-        }
-
-        #[allow(clippy::too_many_arguments)]
-        impl #trait_ident for ::mobula::ActorRef<#actor> {
-            #(#definitions)*
-        }
-    }
-}
-
-fn write_signature(method: &Method) -> TokenStream {
-    let name = &method.name;
-    let names = method.arguments.iter().map(|(name, _)| name);
-    let types = method.arguments.iter().map(|(_, argument)| argument);
-    let returned = match &method.output {
-        Output::Value(value) => quote!(::mobula::Call<#value>),
-        Output::Fallible(value, error) => quote!(::mobula::FallibleCall<#value, #error>),
-        Output::Items(item) => quote!(::mobula::StreamCall<#item>),
-    };
-    quote!(fn #name(&self, #(#names: #types),*) -> #returned)
 }
 
 #[cfg(test)]

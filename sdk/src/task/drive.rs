@@ -27,7 +27,7 @@ use mobula_host::client::{CallClient, CallRoute, OutgoingCall};
 use mobula_host::pending::PendingCall;
 use mobula_host::reply::CallResult;
 use mobula_host::tasks::{END_METHOD, RETURN_METHOD, WATCH_METHOD};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
@@ -35,9 +35,10 @@ use super::items::{ItemSink, pump};
 use super::lease::no_slot;
 use super::lineage;
 use super::pace::{IN_FLIGHT_MAX, Pace};
-use super::pool::{Cancellation, Pool, next_cancellation};
+use super::pool::Pool;
 use super::record::TaskRecord;
 use super::tries::{Verdict, ends_slot};
+use super::under_way::UnderWay;
 use crate::cluster::Cluster;
 
 /// How long a slot is kept without tasks: long enough for a program that submits one at a time,
@@ -165,7 +166,7 @@ async fn drive_slot<'a>(
         address,
         back,
         flying: FuturesUnordered::new(),
-        cancellations: pool.cancellations.subscribe(),
+        under_way: pool.enlist(),
         pace: Pace::new(),
         heard: Instant::now(),
         look: look_in(STALLED),
@@ -191,7 +192,8 @@ struct Slot<'a> {
     /// For a lent slot: when no more may begin in it.
     back: Option<CancellationToken>,
     flying: FuturesUnordered<Flying>,
-    cancellations: broadcast::Receiver<Cancellation>,
+    /// What it has, and what of that was cancelled.
+    under_way: Arc<UnderWay>,
     pace: Pace,
     /// When it answered last, or was given something while it had nothing.
     heard: Instant,
@@ -252,7 +254,7 @@ impl Slot<'_> {
         if room == 0 {
             return;
         }
-        let records = self.pool.take(room);
+        let records = self.pool.take(room, &self.under_way);
         let pushed = Instant::now();
         if self.flying.is_empty() {
             self.heard = pushed;
@@ -324,7 +326,7 @@ impl Slot<'_> {
                     }
                 }
             }
-            (task, forced) = next_cancellation(&mut self.cancellations) => self.cancel(task, forced),
+            (task, forced) = self.under_way.cancelled() => self.cancel(task, forced),
             watched = until_answered(&mut self.watch) => {
                 self.watch = None;
                 if watched.is_ok() {
@@ -378,6 +380,7 @@ impl Slot<'_> {
             }
         }
         if let Some(place) = self.again.iter().position(is_it) {
+            self.under_way.end(task);
             self.again.remove(place).fail_cancelled();
         }
     }
@@ -393,6 +396,8 @@ impl Slot<'_> {
             Ok(value) => {
                 self.heard = Instant::now();
                 self.pace.answered(record.name(), pushed, self.heard);
+                // Before its object has the value, which may be lost and be computed anew.
+                self.under_way.end(record.object());
                 let (pool, cluster) = (self.pool, self.cluster);
                 return record
                     .complete(value, |task, tries| lineage::of(task, tries, pool, cluster));
@@ -406,11 +411,14 @@ impl Slot<'_> {
         self.is_gone |= is_gone;
         let verdict = record.tries.judge(&error);
         let now = Instant::now();
+        let may_go_on = is_gone || verdict == Verdict::Again;
+        let is_given_up = may_go_on && !record.is_wanted(now);
+        if verdict != Verdict::Again || is_given_up {
+            self.under_way.end(record.object());
+        }
         match verdict {
             // The error is not what the task itself came to, and whoever gave it up knows why.
-            _ if (is_gone || verdict == Verdict::Again) && !record.is_wanted(now) => {
-                record.fail_unwanted(now);
-            }
+            _ if is_given_up => record.fail_unwanted(now),
             Verdict::Again => {
                 tracing::debug!(task = record.name(), %error, "a task is pushed again");
                 self.again.push(record);
@@ -429,12 +437,7 @@ impl Slot<'_> {
             return;
         }
         let again = std::mem::take(&mut self.again);
-        let heard = self
-            .pool
-            .put_back(self.cluster, again, &mut self.cancellations);
-        for (task, forced) in heard {
-            self.cancel(task, forced);
-        }
+        self.pool.put_back(self.cluster, again, &self.under_way);
     }
 
     /// After the slot: what it left goes elsewhere, or fails with the reason of its end.

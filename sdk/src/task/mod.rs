@@ -16,7 +16,7 @@
 //! * `pool`: the tasks that wait, in a `queue`; `lease`: slots from the head; `drive`: tasks into
 //!   slots; `pace`: how many at once; `record`: one task; `tries`: when it is executed again;
 //!   `scope`: tasks that submit tasks; `lineage`: lost values; `items`: tasks that bring several
-//!   values.
+//!   values; `under_way`: what a slot has, and what of that was cancelled.
 //!
 //! Invariants:
 //! 1. A submitted task completes its object exactly once, with its value or with why there is none.
@@ -35,6 +35,7 @@ mod queue;
 mod record;
 pub(crate) mod scope;
 mod tries;
+mod under_way;
 
 pub use items::Items;
 

@@ -7,10 +7,10 @@
 //! 2. At most [`TASKS_WAITING_MAX`] tasks wait; beyond that submitting fails.
 //! 3. A pool without tasks gives its slots back and then has nothing that runs.
 //! 4. Whoever cancels a task finds it in line, or its slot's driver hears of it: there is no moment
-//!    in which it is neither.
+//!    in which it is neither, and nothing of which a driver does not hear because it is slow.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use mobula_core::error::CallError;
@@ -21,13 +21,13 @@ use mobula_core::spec::PlacementPolicy;
 use mobula_host::mailbox::Deadline;
 use mobula_host::objects::Object;
 use parking_lot::Mutex;
-use tokio::sync::broadcast::error::{RecvError, TryRecvError};
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::queue::WaitingQueue;
 use super::record::TaskRecord;
+use super::under_way::UnderWay;
 use crate::cluster::Cluster;
 
 /// Tasks that wait in one pool: at some hundred bytes each, and their arguments.
@@ -37,16 +37,9 @@ pub(crate) const TASKS_WAITING_MAX: usize = 1 << 20;
 /// task would hold a slot for every task.
 const POOLS_MAX: usize = 256;
 
-/// Cancellations that a slot's driver may not have seen yet. One that falls behind by more looks
-/// at none of them: cancelling is asking, and may come too late in any case.
-const CANCELLATIONS_MAX: usize = 4096;
-
 /// How long whoever ends late tasks sleeps at most: so long after the last task with a limit it is
 /// gone, however far off that limit was.
 const LOOK_MAX: Duration = Duration::from_secs(1);
-
-/// A task that is not wanted any more, and whether it is to end by force.
-pub(super) type Cancellation = (ObjectId, bool);
 
 fn refuse(record: TaskRecord) {
     let capacity = TASKS_WAITING_MAX as u32;
@@ -114,8 +107,6 @@ pub(crate) struct Pool {
     pub(super) work: Notify,
     /// A limit was set that is reached before the next look for late tasks.
     sooner: Notify,
-    /// Of tasks that are under way, for their slots' drivers. Sent under the lock of `state`.
-    pub(super) cancellations: broadcast::Sender<Cancellation>,
     /// Owns what runs for the pool.
     pub(super) running: TaskTracker,
 }
@@ -125,6 +116,8 @@ pub(super) struct PoolState {
     waiting: WaitingQueue<TaskRecord>,
     /// Tasks that wait for what they need.
     dependent: HashMap<ObjectId, TaskRecord>,
+    /// What slots have, as long as they are driven.
+    under_way: Vec<Weak<UnderWay>>,
     /// When late tasks are looked for next, if somebody does that.
     look: Option<Instant>,
     /// Slots that take tasks.
@@ -157,7 +150,6 @@ impl Pool {
             state: Mutex::default(),
             work: Notify::new(),
             sooner: Notify::new(),
-            cancellations: broadcast::Sender::new(CANCELLATIONS_MAX),
             running: TaskTracker::new(),
         }
     }
@@ -305,9 +297,10 @@ impl Pool {
             let waiting = state.waiting.remove(id);
             let found = waiting.or_else(|| state.dependent.remove(&id));
             if found.is_none() {
-                // Under the lock, so that it is not put back in line meanwhile. Fails only while there
-                // is no slot that could have it.
-                drop(self.cancellations.send((id, forced)));
+                // Under the lock, so that it is not put back in line meanwhile. What no slot has is over,
+                // or another pool's.
+                let mut slots = state.under_way.iter().filter_map(Weak::upgrade);
+                let _ = slots.any(|slot| slot.cancel(id, forced));
             }
             found
         };
@@ -316,20 +309,28 @@ impl Pool {
         }
     }
 
-    /// Puts tasks back in line that are to be pushed again, but for those that were cancelled by
-    /// then: `cancellations` is where their slot hears of it. Answers what was heard.
+    /// A slot is driven from now on: answers where the tasks that it has are noted, for whoever
+    /// cancels one.
+    pub(super) fn enlist(&self) -> Arc<UnderWay> {
+        let slot: Arc<UnderWay> = Arc::default();
+        let mut state = self.state.lock();
+        state.under_way.retain(|slot| slot.strong_count() > 0);
+        state.under_way.push(Arc::downgrade(&slot));
+        slot
+    }
+
+    /// Puts tasks of `slot` back in line that are to be pushed again, but for those that were
+    /// cancelled by then.
     pub(super) fn put_back(
         self: &Arc<Self>,
         cluster: &Cluster,
         records: Vec<TaskRecord>,
-        cancellations: &mut broadcast::Receiver<Cancellation>,
-    ) -> Vec<Cancellation> {
-        let (cancelled, heard, count) = {
+        slot: &UnderWay,
+    ) {
+        let (cancelled, count) = {
             let mut state = self.state.lock();
             // Under the lock: who cancels from now on finds them in line.
-            let heard = heard_by(cancellations);
-            let is_cancelled =
-                |record: &TaskRecord| heard.iter().any(|(task, _)| *task == record.object());
+            let is_cancelled = |record: &TaskRecord| slot.end(record.object());
             let (cancelled, again): (Vec<_>, Vec<_>) = records.into_iter().partition(is_cancelled);
             let count = again.len();
             for mut record in again {
@@ -337,7 +338,7 @@ impl Pool {
                 self.line_up(&mut state, record);
             }
             self.lease_if_short(&mut state, cluster);
-            (cancelled, heard, count)
+            (cancelled, count)
         };
         for record in cancelled {
             record.fail_cancelled();
@@ -345,7 +346,6 @@ impl Pool {
         for _ in 0..count {
             self.work.notify_one();
         }
-        heard
     }
 
     /// The name of the task that is next.
@@ -354,12 +354,15 @@ impl Pool {
         state.waiting.first().map(TaskRecord::name)
     }
 
-    /// Takes the next tasks out, up to `count` of them that are still wanted.
-    pub(super) fn take(&self, count: usize) -> Vec<TaskRecord> {
+    /// Takes the next tasks out for `slot`, up to `count` of them that are still wanted.
+    pub(super) fn take(&self, count: usize, slot: &UnderWay) -> Vec<TaskRecord> {
         let records: Vec<_> = {
             let mut state = self.state.lock();
             let next = || state.waiting.pop_first();
-            std::iter::from_fn(next).take(count).collect()
+            let records: Vec<_> = std::iter::from_fn(next).take(count).collect();
+            // Under the lock: who cancels from now on finds them there.
+            slot.begin(records.iter().map(TaskRecord::object));
+            records
         };
         let now = Instant::now();
         for record in &records {
@@ -372,6 +375,7 @@ impl Pool {
             .into_iter()
             .partition(|record| record.is_wanted(now));
         for record in unwanted {
+            slot.end(record.object());
             record.fail_unwanted(now);
         }
         wanted
@@ -391,29 +395,39 @@ impl Pool {
     }
 }
 
-/// What a slot's driver is told next.
-pub(super) async fn next_cancellation(
-    cancellations: &mut broadcast::Receiver<Cancellation>,
-) -> Cancellation {
-    loop {
-        match cancellations.recv().await {
-            Ok(cancellation) => return cancellation,
-            // More than it may fall behind by: what is left comes next.
-            Err(RecvError::Lagged(_)) => {}
-            // The pool is gone, and nobody can cancel anything.
-            Err(RecvError::Closed) => return std::future::pending().await,
-        }
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt;
+    use mobula_core::object::ProcessId;
 
-/// What a slot's driver was told and has not looked at.
-fn heard_by(cancellations: &mut broadcast::Receiver<Cancellation>) -> Vec<Cancellation> {
-    let mut heard = Vec::new();
-    loop {
-        match cancellations.try_recv() {
-            Ok(cancellation) => heard.push(cancellation),
-            Err(TryRecvError::Lagged(_)) => {}
-            Err(TryRecvError::Empty | TryRecvError::Closed) => return heard,
+    #[test]
+    fn a_driver_that_falls_far_behind_loses_no_cancellation() {
+        let pool = Pool::new(SlotKind {
+            resources: Resources::cpu_milli(1000),
+            placement: PlacementPolicy::default(),
+        });
+        let task = |sequence| ObjectId {
+            owner: ProcessId(1),
+            sequence,
+        };
+        let (busy, other) = (pool.enlist(), pool.enlist());
+        busy.begin((0..2).map(task));
+        other.begin((2..100_000).map(task));
+        for sequence in 0..100_000 {
+            pool.cancel(task(sequence), false);
         }
+        for sequence in 0..2 {
+            let heard = busy.cancelled().now_or_never();
+            assert_eq!(heard, Some((task(sequence), false)));
+        }
+        assert_eq!(busy.cancelled().now_or_never(), None);
+        drop((busy, other));
+        let _last = pool.enlist();
+        assert_eq!(
+            pool.state.lock().under_way.len(),
+            1,
+            "drivers do not pile up"
+        );
     }
 }

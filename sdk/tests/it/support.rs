@@ -19,7 +19,7 @@ use mobula_host::supervision::{ActorEvent, ActorTable};
 use mobula_host::{HostInfo, HostRuntime, Registry};
 use mobula_net::endpoint::Endpoint;
 use mobula_net::identity::{ClusterCa, Identity, Role, Token, Validity};
-use mobula_net::tcp::ApiListener;
+use mobula_net::tcp::{ApiListener, CountRequests};
 use mobula_wire::control as api;
 use mobula_wire::control::control_server::{Control, ControlServer};
 use mobula_wire::host::HostRole;
@@ -448,7 +448,9 @@ pub(crate) async fn stage() -> Stage {
         }
     });
     let service = ControlServer::new(Api(Arc::clone(&head)));
-    let server = tonic::transport::Server::builder().add_service(service);
+    let server = tonic::transport::Server::builder()
+        .layer(CountRequests)
+        .add_service(service);
     tokio::spawn(server.serve_with_incoming(listener));
 
     let context = ActorContext::new(ActorId(1), Incarnation(1), None, runtime);

@@ -16,23 +16,25 @@
 //! 5. Nothing younger than the plan's age is deleted, and what was renewed since the plan is
 //!    spared. The age must be at least twice [`SAVE_TIME_MAX`](super::SAVE_TIME_MAX), which the
 //!    writer keeps to.
-//! 6. A sweep asks for no deletion later than [`SWEEP_TIME_MAX`] after it stored its plan, and each plan
-//!    is swept once.
+//! 6. A sweep asks for no deletion later than [`SWEEP_TIME_MAX`] after it stored its plan, and what it
+//!    stored is no other sweep's: savers count from then.
 //! 7. A store is swept by one cluster, the first that claimed it: another one's tables do not know
 //!    what is kept there.
 //!
 //! Only the leader may sweep, one sweep at a time; that is the caller's to ensure.
 
 use std::collections::BTreeSet;
+use std::hash::{BuildHasher, RandomState};
 
 use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::chunk::{CHUNK_FOLDER, digest_of_path};
 use super::manifest::{MANIFEST_FOLDER, MANIFEST_LIMIT_BYTES};
-use super::plans::{self, GcPlan, PLAN_BLOBS_MAX, PLANS_KEPT, SWEEP_TIME_MAX};
+use super::once::{self, Creation};
+use super::plans::{self, GcPlan, PLAN_BLOBS_MAX, PLAN_BYTES_MAX, PLANS_KEPT, SWEEP_TIME_MAX};
 use super::{CheckpointReader, LoadError, Manifest, ManifestName, ManifestRef};
-use crate::blob::{BlobError, BlobErrorKind, BlobInfo, BlobStore, PutOutcome};
+use crate::blob::{BlobError, BlobErrorKind, BlobInfo, BlobStore};
 use crate::digest::Digest;
 
 /// Blobs that one sweep takes in: some 300 MB of names. A store with more is swept by its owner's
@@ -102,11 +104,25 @@ pub enum GcError {
     /// A kept checkpoint's manifest cannot be read, so its chunks are not known.
     #[error("nothing is swept, because a kept checkpoint cannot be read: {0}")]
     KeptUnreadable(#[source] LoadError),
-    /// The plan is that of another sweep, or of an earlier try of this one.
-    #[error("`{path}` is there already, and a plan is swept once; the next sweep makes another")]
+    /// Something else is in the store where the plan was to be.
+    #[error(
+        "nothing is swept: what is stored as `{path}` is not the plan that was to be there; the next \
+         sweep makes another"
+    )]
     NotOurs {
         /// Its name.
         path: String,
+    },
+    /// The store says that the plan exists, and that it does not.
+    #[error(
+        "nothing is swept: `{path}` could be neither created nor read in {tries} tries; the next \
+         sweep makes another"
+    )]
+    Undecided {
+        /// Its name.
+        path: String,
+        /// How often it was tried.
+        tries: u32,
     },
     /// The store kept a request until the sweep's time was over. What is left goes with the next sweep.
     #[error(
@@ -248,14 +264,9 @@ impl Sweeper {
         if plan.is_empty() {
             return Ok(GcReport::default());
         }
-        let (plan_path, plan_bytes) = plan.stored_as();
         // Before the plan is stored: savers count from then.
         let end = Instant::now() + SWEEP_TIME_MAX;
-        let outcome = self.blobs.put_if_absent(&plan_path, plan_bytes).await?;
-        if outcome == PutOutcome::AlreadyExists {
-            // As old as it is there, savers may take it for over.
-            return Err(GcError::NotOurs { path: plan_path });
-        }
+        let plan_path = self.announce(plan).await?;
         let mut report = GcReport::default();
         for path in plan.manifests.iter().chain(&plan.chunks) {
             if Instant::now() >= end {
@@ -287,6 +298,22 @@ impl Sweeper {
         Ok(report)
     }
 
+    /// Stores `plan` for savers to read; answers its name.
+    async fn announce(&self, plan: &GcPlan) -> Result<String, GcError> {
+        // Savers count from when a plan was stored: what an earlier sweep stored will not do for this one. With a number
+        // of its own it has another name, and what is there by that name this call has stored, though the reply was lost.
+        let nonce = RandomState::new().hash_one(plan.created_ms);
+        let (path, bytes) = plan.stored_as(nonce);
+        match once::create(&self.blobs, &path, &bytes, PLAN_BYTES_MAX).await? {
+            Creation::Ours => Ok(path),
+            Creation::Other(_) => Err(GcError::NotOurs { path }),
+            Creation::Undecided => Err(GcError::Undecided {
+                path,
+                tries: once::TRIES,
+            }),
+        }
+    }
+
     /// Says that the sweep of the plan at `plan_path` is over.
     async fn mark(&self, plan_path: &str) -> Result<(), BlobError> {
         let mark = plans::mark_of(plan_path);
@@ -305,17 +332,13 @@ impl Sweeper {
         })
     }
 
-    /// Removes the plans of sweeps that no save can meet any more. Where that fails no other plan is
+    /// Removes the plans of sweeps that no save can meet any more, and their marks. Where that fails no other plan is
     /// stored, so there are never many.
     async fn forget_plans(&self, now_ms: u64) -> Result<(), GcError> {
         let kept_ms = u64::try_from(PLANS_KEPT.as_millis()).unwrap_or(u64::MAX);
         let kept_since_ms = now_ms.saturating_sub(kept_ms);
-        for plan in plans::announced(&self.blobs).await? {
-            if plan.stored_ms < kept_since_ms {
-                // The mark goes last: a plan without one is taken for that of a sweep under way.
-                self.blobs.delete(&plan.path).await?;
-                self.blobs.delete(&plans::mark_of(&plan.path)).await?;
-            }
+        for path in plans::stored_before(&self.blobs, kept_since_ms).await? {
+            self.blobs.delete(&path).await?;
         }
         Ok(())
     }

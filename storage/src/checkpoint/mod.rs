@@ -28,6 +28,7 @@ mod chunk;
 mod confirming;
 mod gc;
 mod manifest;
+mod once;
 mod pace;
 mod plans;
 mod reader;

@@ -1,9 +1,10 @@
 //! The plans of sweeps, as they lie in the store for savers to read: what a sweep may be about to delete, and
 //! whether it is over.
 //!
-//! A plan is `gc/<time>-<digest>.json`; the empty blob beside it that ends in `.done` says that the sweep is over.
+//! A plan is `gc/<time>-<digest>.json`; the empty blob beside it that ends in `.done`, its mark, says that the sweep is
+//! over.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,7 +35,7 @@ const _: () = assert!(
 pub(super) const PLAN_BLOBS_MAX: usize = 100_000;
 
 /// The largest plan.
-const PLAN_BYTES_MAX: u64 = 16 * 1024 * 1024;
+pub(super) const PLAN_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// The folder of plans.
 const PLAN_FOLDER: &str = "gc";
@@ -68,9 +69,12 @@ impl GcPlan {
         self.manifests.is_empty() && self.chunks.is_empty()
     }
 
-    /// Its name in the store, and its bytes there.
-    pub(super) fn stored_as(&self) -> (String, Bytes) {
-        let bytes = serde_json::to_vec_pretty(self).expect("a plan holds only strings and numbers");
+    /// Its name in the store, and its bytes there. With a `nonce` of its own each sweep finds out whether it was that
+    /// one which stored them.
+    pub(super) fn stored_as(&self, nonce: u64) -> (String, Bytes) {
+        let stored = StoredPlan { plan: self, nonce };
+        let bytes =
+            serde_json::to_vec_pretty(&stored).expect("a plan holds only strings and numbers");
         let digest = Digest::of(&bytes);
         let path = format!(
             "{PLAN_FOLDER}/{:016}-{digest}{PLAN_SUFFIX}",
@@ -78,6 +82,14 @@ impl GcPlan {
         );
         (path, bytes.into())
     }
+}
+
+/// What is in the store of a plan; savers need no more than the plan.
+#[derive(Serialize)]
+struct StoredPlan<'a> {
+    #[serde(flatten)]
+    plan: &'a GcPlan,
+    nonce: u64,
 }
 
 /// A plan that is in the store, not yet read.
@@ -110,6 +122,30 @@ pub(super) async fn announced(blobs: &BlobStore) -> Result<Vec<Announced>, BlobE
         is_over: names.contains(mark_of(&blob.path).as_str()),
     });
     Ok(plans.collect())
+}
+
+/// The names of the plans that were stored before `before_ms`, by the store's clock, and of their marks, in the order in
+/// which they are to be removed. A mark goes behind its plan, for a plan without one is taken for that of a sweep
+/// under way; one whose plan is gone was left by a removal that broke off.
+pub(super) async fn stored_before(
+    blobs: &BlobStore,
+    before_ms: u64,
+) -> Result<Vec<String>, BlobError> {
+    let stored = blobs.list(PLAN_FOLDER, PLANS_MAX).await?;
+    let with_suffix = |suffix: &'static str| {
+        let blobs = stored.iter();
+        blobs.filter_map(move |blob| Some((blob.path.strip_suffix(suffix)?, blob.modified_ms)))
+    };
+    let plans: BTreeMap<&str, u64> = with_suffix(PLAN_SUFFIX).collect();
+    let old_plans = plans
+        .iter()
+        .filter(|(_, stored_ms)| **stored_ms < before_ms)
+        .map(|(stem, _)| format!("{stem}{PLAN_SUFFIX}"));
+    let old_marks = with_suffix(MARK_SUFFIX)
+        // A mark is younger than its plan.
+        .filter(|(stem, marked_ms)| *plans.get(stem).unwrap_or(marked_ms) < before_ms)
+        .map(|(stem, _)| format!("{stem}{MARK_SUFFIX}"));
+    Ok(old_plans.chain(old_marks).collect())
 }
 
 /// The chunks that `plan` names; `None` for a plan that cannot be understood, which may name any.
@@ -145,7 +181,8 @@ mod tests {
             chunks: vec!["chunks/a".to_owned()],
             size_bytes: 1,
         };
-        let (path, bytes) = plan.stored_as();
+        let (path, bytes) = plan.stored_as(7);
+        assert_ne!(plan.stored_as(8).0, path);
         blobs.put_if_absent(&path, bytes).await.unwrap();
         let found = announced(&blobs).await.unwrap();
         assert_eq!((found.len(), found[0].is_over), (1, false));

@@ -22,9 +22,10 @@ use tokio::time::Instant;
 
 use super::chunk::{self, CHUNK_BYTES_DEFAULT, ChunkRef, Piece, Survey};
 use super::manifest::MANIFEST_LIMIT_BYTES;
+use super::once::{self, Creation};
 use super::pace::Pace;
 use super::{CheckpointHandle, CheckpointSource, InvalidManifest, Manifest, ManifestRef, Section};
-use crate::blob::{BlobError, BlobErrorKind, BlobStore, PutOutcome};
+use crate::blob::{BlobError, BlobStore, PutOutcome};
 use crate::digest::Digest;
 
 /// Chunks on their way at once: at the usual size, 32 MiB beyond what the caller holds anyway.
@@ -33,10 +34,6 @@ const UPLOADS_MAX: usize = 4;
 /// The longest that a save may take from its first chunk to its manifest. A sweep deletes chunks
 /// that nothing names when they are twice as old.
 pub const SAVE_TIME_MAX: Duration = Duration::from_secs(30 * 60);
-
-/// How often the manifest is created when it is said to exist and then is not found: an S3 conflict
-/// between two of our own tries looks like that.
-const MANIFEST_TRIES: u32 = 3;
 
 /// What to save, and as what.
 #[derive(Debug, Clone)]
@@ -351,7 +348,7 @@ impl CheckpointWriter {
             path: manifest.path(),
             digest: Digest::of(&manifest_bytes),
         };
-        self.commit_manifest(&reference, manifest_bytes).await?;
+        self.commit_manifest(&reference, &manifest_bytes).await?;
         let uploaded_bytes = missing.iter().map(|piece| piece.chunk.length).sum();
         Ok(Saved {
             uploaded_bytes,
@@ -363,29 +360,20 @@ impl CheckpointWriter {
         })
     }
 
-    async fn commit_manifest(&self, ours: &ManifestRef, bytes: Bytes) -> Result<(), SaveError> {
-        for _ in 0..MANIFEST_TRIES {
-            if self.blobs.put_if_absent(&ours.path, bytes.clone()).await? == PutOutcome::Created {
-                return Ok(());
-            }
-            // Someone's, or our own with a lost reply: only its content tells.
-            match self.blobs.get(&ours.path, MANIFEST_LIMIT_BYTES).await {
-                Ok(found) if found == bytes => return Ok(()),
-                Ok(found) => {
-                    return Err(SaveError::Fenced {
-                        path: ours.path.clone(),
-                        found: Digest::of(&found),
-                        ours: ours.digest,
-                    });
-                }
-                Err(error) if error.kind() == BlobErrorKind::NotFound => {}
-                Err(error) => return Err(error.into()),
-            }
+    async fn commit_manifest(&self, ours: &ManifestRef, bytes: &Bytes) -> Result<(), SaveError> {
+        let path = ours.path.clone();
+        match once::create(&self.blobs, &path, bytes, MANIFEST_LIMIT_BYTES).await? {
+            Creation::Ours => Ok(()),
+            Creation::Other(found) => Err(SaveError::Fenced {
+                path,
+                found: Digest::of(&found),
+                ours: ours.digest,
+            }),
+            Creation::Undecided => Err(SaveError::Undecided {
+                path,
+                tries: once::TRIES,
+            }),
         }
-        Err(SaveError::Undecided {
-            path: ours.path.clone(),
-            tries: MANIFEST_TRIES,
-        })
     }
 }
 

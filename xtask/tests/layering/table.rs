@@ -14,6 +14,7 @@ pub(crate) const MAY_IMPORT: &[(&str, Allowed)] = &[
     ("mobula-scheduler", Allowed::Only(&["mobula-core"])),
     ("mobula-storage", Allowed::Only(&["mobula-core"])),
     ("mobula-net", Allowed::Only(&["mobula-core", "mobula-wire"])),
+    ("mobula-gpu", Allowed::Only(&[])),
     (
         "mobula-host",
         Allowed::Only(&["mobula-core", "mobula-wire", "mobula-net", "mobula-storage"]),
@@ -41,7 +42,13 @@ pub(crate) const MAY_IMPORT: &[(&str, Allowed)] = &[
     ),
     (
         "mobula-worker",
-        Allowed::Only(&["mobula-core", "mobula-wire", "mobula-net", "mobula-storage"]),
+        Allowed::Only(&[
+            "mobula-core",
+            "mobula-wire",
+            "mobula-net",
+            "mobula-storage",
+            "mobula-gpu",
+        ]),
     ),
     (
         "mobula-actors",
@@ -50,6 +57,7 @@ pub(crate) const MAY_IMPORT: &[(&str, Allowed)] = &[
             "mobula-core",
             "mobula-scheduler",
             "mobula-storage",
+            "mobula-gpu",
         ]),
     ),
     ("mobula-chaos", Allowed::Anything),

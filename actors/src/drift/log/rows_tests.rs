@@ -40,6 +40,7 @@ fn observation(ids: &[Option<&str>]) -> Observation {
                 rows: 1,
             })
             .collect(),
+        energies: vec![Some(-3.0); count],
     }
 }
 

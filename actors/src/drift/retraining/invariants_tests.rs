@@ -9,8 +9,8 @@ use proptest::test_runner::TestCaseError;
 
 use super::command::Command;
 use super::plan::{Mode, Phase, Retraining, Terms};
-use super::state::history;
 use super::state::tests::terms;
+use super::tables::history;
 use super::world::{BUDGET, World};
 use crate::registry::stages::Stage;
 use crate::registry::state::find as find_version;

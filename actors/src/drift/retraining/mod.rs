@@ -9,7 +9,8 @@
 //!
 //! * [`plan`]: rows: the policy of an endpoint, a retraining, its steps.
 //! * [`command`]: what can be said about them.
-//! * [`state`]: the tables, and what each command does to them (pure).
+//! * [`tables`]: the tables, and how their rows are read and shown.
+//! * [`state`]: what each command does to the tables (pure).
 //! * `next`: which step may be taken now, as a function of all tables (pure).
 //! * [`evaluation`]: whether a new version is better than the active one (pure).
 //! * [`controller`]: the leader's loop, which proposes steps, jobs, and the end of jobs that nobody waits for.
@@ -30,11 +31,13 @@ pub mod evaluation;
 mod next;
 pub mod plan;
 pub mod state;
+pub mod tables;
 
 pub use command::Command;
 pub use plan::{Mode, Phase, RetrainPolicy, Retraining};
-pub use state::{History, Shown};
-pub(super) use state::{apply, find_policy, shown};
+pub(super) use state::apply;
+pub use tables::{History, Shown};
+pub(super) use tables::{find_policy, shown};
 
 #[cfg(test)]
 mod invariants_tests;

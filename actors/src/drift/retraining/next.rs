@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::evaluation::{Comparison, compare};
 use super::plan::{Phase, Retraining, cut};
-use super::state::find_policy_row;
+use super::tables::find_policy_row;
 use crate::registry::stages::{Policy, Risk, Stage, model_state, standing};
 use crate::registry::state::{ModelVersion, find as find_version};
 use crate::serving::experiment::state as experiments;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::drift::retraining::plan::{BUDGET_JOBS_MAX, Budget, CanaryPlan, Terms};
+use crate::drift::retraining::tables::{ledgers, shown};
 use crate::drift::retraining::world::World;
 use crate::registry::NewVersion;
 use crate::registry::stages::Stage;

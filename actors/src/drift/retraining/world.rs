@@ -1,27 +1,27 @@
 //! The tables of a head with an endpoint, its versions, jobs, rollouts and retrainings, and the leader's loop
 //! over them: for tests.
 
+mod jobs;
+
 use std::collections::BTreeMap;
 
 use mobula_core::codec;
 use mobula_core::control::{ApplyContext, Controller, ModuleId, Proposal, StateModule};
 use mobula_core::error::Rejection;
 use mobula_core::label::Labels;
-use mobula_core::order::WorkerEvent;
 use mobula_core::spec::{JobSpec, PlacementPolicy, Program, RestartPolicy};
-use mobula_core::{ExitReason, HostId, Incarnation, JobId, NodeId, Resources};
+use mobula_core::{Incarnation, JobId, NodeId, Resources};
 use mobula_scheduler::memory_txn::MemoryTables;
 use mobula_scheduler::{
-    ActorView, Command as SchedulerCommand, Query as SchedulerQuery, QueryResponse, Response,
-    Scheduler, placement_pass,
+    Command as SchedulerCommand, Query as SchedulerQuery, QueryResponse, Response, Scheduler,
 };
 
 use super::command::Command;
 use super::controller::RetrainingController;
 use super::next::job_view;
 use super::plan::{Budget, Mode, RetrainPolicy, Retraining, Terms};
-use super::state::history;
 use super::state::tests::{new_version, terms};
+use super::tables::history;
 use crate::drift::state::{Command as DriftCommand, Drift, Report};
 use crate::registry::keys::{Algorithm, Role};
 use crate::registry::policy::data::LabelChange;
@@ -318,104 +318,6 @@ impl World {
 
     pub(super) fn runs(&self, job: u64) -> bool {
         job_view(&self.tables, JobId(job)).is_some_and(|view| !view.finished)
-    }
-
-    fn driver(&self, job: u64) -> Option<ActorView> {
-        let actor = job_view(&self.tables, JobId(job))?.driver?;
-        let query = SchedulerQuery::Actor { actor };
-        match mobula_scheduler::answer(&self.tables, 0, query) {
-            Ok(QueryResponse::Actor(view)) => Some(view),
-            _ => None,
-        }
-    }
-
-    fn event(&mut self, event: WorkerEvent) {
-        let (node, incarnation) = self.node;
-        let command = SchedulerCommand::NodeEvent {
-            node,
-            incarnation,
-            event,
-        };
-        self.scheduler(&command).unwrap();
-    }
-
-    /// Places the job's driver, and has it run.
-    fn start_job(&mut self, job: u64) -> Option<ActorView> {
-        if let Some(command) = placement_pass(&self.tables, self.now_ms) {
-            self.scheduler(&command).unwrap();
-        }
-        let view = self.driver(job).filter(|view| view.state == "assigned")?;
-        self.event(WorkerEvent::ActorStarted {
-            actor: view.actor,
-            incarnation: view.incarnation,
-            host: HostId(1),
-            call_address: "127.0.0.1:7000".into(),
-            pid: 7,
-        });
-        self.driver(job)
-    }
-
-    fn exit(&mut self, driver: &ActorView, reason: ExitReason) {
-        self.event(WorkerEvent::ActorExited {
-            actor: driver.actor,
-            incarnation: driver.incarnation,
-            reason,
-        });
-    }
-
-    fn stop_what_is_stopping(&mut self) {
-        for row in history(&self.tables, "digits") {
-            let Some(job) = mobula_scheduler::job_of_key(&self.tables, &row.job_key()) else {
-                continue;
-            };
-            if let Some(driver) = self.driver(job.0).filter(|view| view.state == "stopping") {
-                self.exit(&driver, ExitReason::Stopped);
-            }
-        }
-    }
-
-    /// The job registers a version of this accuracy, or none, and ends well. Of a job that is over, nothing.
-    pub(super) fn end_job(&mut self, job: u64, accuracy: Option<f64>) {
-        self.digests += 1;
-        let digest = char::from_digit(self.digests % 10, 10).unwrap();
-        match accuracy {
-            Some(accuracy) => self.end_job_with(job, digest, accuracy),
-            None => self.complete(job, "{}"),
-        }
-    }
-
-    /// The same with weights of this digest.
-    pub(super) fn end_job_with(&mut self, job: u64, weights: char, accuracy: f64) {
-        self.digests += 1;
-        let version = NewVersion {
-            digest: format!("{:064x}", self.digests),
-            job,
-            metrics: BTreeMap::from([("accuracy".to_owned(), accuracy)]),
-            ..new_version(weights)
-        };
-        let version = self.register(version);
-        let result = format!(r#"{{"model":"digits","model_version":{version}}}"#);
-        self.complete(job, &result);
-    }
-
-    fn complete(&mut self, job: u64, result: &str) {
-        let Some(driver) = self.start_job(job) else {
-            return;
-        };
-        let command = SchedulerCommand::SetJobResult {
-            job: JobId(job),
-            actor: driver.actor,
-            incarnation: driver.incarnation,
-            result_json: result.into(),
-        };
-        self.scheduler(&command).unwrap();
-        self.exit(&driver, ExitReason::Completed);
-    }
-
-    pub(super) fn fail_job(&mut self, job: u64, why: &str) {
-        if let Some(driver) = self.start_job(job) {
-            self.exit(&driver, ExitReason::Failed(why.into()));
-        }
     }
 
     fn rollout_row(&self) -> Option<Rollout> {

@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use self::calibration::{OutcomeCounts, Reliability};
-use self::confidence::{ConfidenceReference, OutOfDistribution, ScoreMonitor};
+use self::confidence::{OutOfDistribution, ScoreMonitors};
 use self::join::{JoinCounts, JoinTable, Outcome, Predicted};
 use self::sentinels::{SentinelStatus, Sentinels};
 use self::slices::{SliceDrift, SliceStatus, Slices};
@@ -115,7 +115,7 @@ pub struct Vitals {
     pub rows: u64,
     /// How sure the version was of them, on average.
     pub confidence_mean: Option<f64>,
-    /// Whether that is unlike the reference.
+    /// Whether that is unlike the reference, row by row.
     pub out_of_distribution: OutOfDistribution,
     /// What labels say.
     pub truth: TruthStatus,
@@ -127,6 +127,10 @@ pub struct Vitals {
     pub log: Option<LogStatus>,
     /// Why windows of rows are compared with nothing, neither all rows nor slices, if they are not.
     pub no_reference: Option<String>,
+    /// Whether the energies of rows are unlike the reference's.
+    pub out_of_distribution_by_energy: OutOfDistribution,
+    /// Rows that came without their energy, and are in no window of it.
+    pub rows_without_energy: u64,
 }
 
 /// Keeps a version's [`Vitals`].
@@ -138,8 +142,8 @@ pub struct VitalsMonitor {
     rows: u64,
     confidence_sum: f64,
     confidence: Bank,
-    scores: ScoreMonitor,
-    is_out: bool,
+    scores: ScoreMonitors,
+    rows_without_energy: u64,
     table: JoinTable,
     errors: Bank,
     labels_refused: u64,
@@ -172,8 +176,8 @@ impl VitalsMonitor {
             rows: 0,
             confidence_sum: 0.0,
             confidence: Bank::of_values(),
-            scores: ScoreMonitor::new(ConfidenceReference::of(file)),
-            is_out: false,
+            scores: ScoreMonitors::of(file),
+            rows_without_energy: 0,
             table: JoinTable::default(),
             errors: Bank::of_errors(),
             labels_refused: 0,
@@ -203,10 +207,11 @@ impl VitalsMonitor {
             .rows
             .chunks(self.row_values)
             .zip(&observation.classes)
-            .zip(&observation.confidences);
+            .zip(&observation.confidences)
+            .zip(&observation.energies);
         for request in &observation.requests {
             let slice = request.slice.as_deref().map(|name| self.slices.place(name));
-            for (number, ((row, class), confidence)) in
+            for (number, (((row, class), confidence), energy)) in
                 (0..request.rows).zip(rows.by_ref().take(request.rows as usize))
             {
                 let predicted = Predicted {
@@ -214,7 +219,8 @@ impl VitalsMonitor {
                     confidence: *confidence,
                     slice,
                 };
-                self.observe_row(row, predicted, windows_rest);
+                self.observe_scores(*confidence, *energy);
+                self.observe_slice(row, predicted, windows_rest);
                 let Some(id) = &request.id else {
                     self.rows_without_id += 1;
                     continue;
@@ -228,8 +234,8 @@ impl VitalsMonitor {
         self.slices.windows() - windows_before
     }
 
-    fn observe_row(&mut self, row: &[f32], predicted: Predicted, windows_rest: bool) {
-        let confidence = f64::from(predicted.confidence);
+    fn observe_scores(&mut self, confidence: f32, energy: Option<f32>) {
+        let confidence = f64::from(confidence);
         self.rows += 1;
         self.confidence_sum += confidence;
         for (detector, change) in self.confidence.update(confidence) {
@@ -239,12 +245,19 @@ impl VitalsMonitor {
                 change,
             });
         }
-        if let Some(comparison) = self.scores.add(confidence) {
-            if comparison.is_out && !self.is_out {
-                self.raise(Signal::OutOfDistribution(comparison));
-            }
-            self.is_out = comparison.is_out;
+        if let Some(found) = self.scores.probability.take(confidence) {
+            self.raise(Signal::OutOfDistribution(found));
         }
+        let Some(energy) = energy else {
+            self.rows_without_energy += 1;
+            return;
+        };
+        if let Some(found) = self.scores.energy.take(f64::from(energy)) {
+            self.raise(Signal::OutOfDistributionByEnergy(found));
+        }
+    }
+
+    fn observe_slice(&mut self, row: &[f32], predicted: Predicted, windows_rest: bool) {
         let Some(place) = predicted.slice else {
             return;
         };
@@ -406,7 +419,7 @@ impl VitalsMonitor {
         Vitals {
             rows: self.rows,
             confidence_mean: (self.rows > 0).then(|| self.confidence_sum / self.rows as f64),
-            out_of_distribution: self.scores.status(),
+            out_of_distribution: self.scores.probability.status(),
             truth: TruthStatus {
                 counts: self.table.counts(),
                 predictions_waiting: self.table.predictions_waiting() as u64,
@@ -425,6 +438,8 @@ impl VitalsMonitor {
             },
             log: None,
             no_reference: self.no_reference.clone(),
+            out_of_distribution_by_energy: self.scores.energy.status(),
+            rows_without_energy: self.rows_without_energy,
         }
     }
 }

@@ -5,6 +5,8 @@ use crate::drift::streams::Detector;
 use crate::registry::version_file::tests::digits;
 use crate::serving::feed::ObservedRequest;
 use crate::training::data::Dataset;
+use crate::training::model::Model;
+use crate::training::models::ModelSpec;
 
 const FEATURES: usize = 64;
 
@@ -37,6 +39,7 @@ fn answered(request: ObservedRequest, class: u32, confidence: f32) -> Observatio
         classes: vec![class],
         confidences: vec![confidence],
         requests: vec![request],
+        energies: vec![None],
     }
 }
 
@@ -78,6 +81,7 @@ fn labels_may_name_classes_and_rows_and_those_of_no_class_are_refused() {
         classes: vec![1, 2, 3],
         confidences: vec![0.9; 3],
         requests: vec![request(None, None, 1), request(Some("a"), None, 2)],
+        energies: vec![None; 3],
     };
     monitor.observe(&three, 1, false);
     let of = |row, truth| Label {
@@ -201,6 +205,8 @@ fn a_version_without_a_reference_is_watched_as_far_as_that_goes() {
             .contains("no reference rows")
     );
     assert_eq!((out.windows, out.last), (0, None));
+    let by_energy = &vitals.out_of_distribution_by_energy;
+    assert_eq!(by_energy.no_reference, out.no_reference);
     assert_eq!(vitals.sentinels.sentinels, 0);
     assert_eq!(vitals.truth.total.unwrap().accuracy, 1.0);
     assert_eq!(vitals.no_reference.as_deref(), Some("no rows"));
@@ -246,7 +252,75 @@ fn rows_that_the_version_does_not_know_are_out_of_distribution_once() {
     assert_eq!(found.len(), 1, "{signals:?}");
     let out = vitals.out_of_distribution;
     assert_eq!(out.windows, 3);
-    assert!(out.last.unwrap().is_out);
+    assert!(out.is_out());
+    // Of logits that nobody saw there is no energy.
+    let by_energy = vitals.out_of_distribution_by_energy;
+    assert_eq!((by_energy.windows, by_energy.no_reference), (0, None));
+    assert_eq!(vitals.rows_without_energy, 600);
+}
+
+/// A version of one layer, all of whose logits fall by 8 where the corner pixel is lit, which is dark in each image.
+fn version_without_a_corner() -> VersionFile {
+    let mut file = digits(1000);
+    file.model = ModelSpec::Mlp { hidden: Vec::new() };
+    let model = Model::new(&file.model, &file.samples, 7).unwrap();
+    let weights = model.layout().slot("dense.0.weight").unwrap();
+    assert_eq!(weights.shape, [FEATURES, 10]);
+    file.parameters = model.flat().to_vec();
+    // The corner is the first row of the weights, which has a weight for each class.
+    file.parameters[weights.range()][..10].fill(-8.0);
+    file
+}
+
+#[test]
+fn rows_far_out_are_found_by_energy_though_the_version_is_as_sure_as_ever() {
+    let file = version_without_a_corner();
+    let model = file.build_model().unwrap();
+    let reference = confidence::reference_rows(&file);
+    let (mut monitor, _) = monitor_of(&file);
+    // A window of 200 of the 1000 reference rows, with this much light in the corner.
+    let mut window = |corner: f32| {
+        for image in reference.chunks(FEATURES).step_by(5) {
+            assert_eq!(image[0], 0.0);
+            let mut row = image.to_vec();
+            row[0] = corner;
+            let said = model.classify(&row).unwrap();
+            let class = said.classes[0];
+            let sure = said.probabilities[class as usize];
+            let observation = Observation {
+                rows: row,
+                energies: vec![Some(said.energies[0])],
+                ..answered(request(None, None, 1), class, sure)
+            };
+            monitor.observe(&observation, 1, false);
+        }
+        let (vitals, mut signals, _) = monitor.take_news(1).unwrap();
+        signals.retain(|signal| !matches!(signal, Signal::Stream { .. }));
+        (vitals, signals)
+    };
+
+    let (vitals, signals) = window(0.0);
+    assert_eq!((signals, vitals.rows_without_energy), (Vec::new(), 0));
+    let dark = vitals.out_of_distribution.last.unwrap();
+    let by_energy = vitals.out_of_distribution_by_energy;
+    assert!(
+        by_energy.windows == 1 && !by_energy.is_out(),
+        "{by_energy:?}"
+    );
+
+    // Softmax takes away what all logits lose, so that each probability stays as it is.
+    let (vitals, signals) = window(1.0);
+    let lit = vitals.out_of_distribution.last.unwrap();
+    assert!(!lit.is_out, "{lit:?}");
+    assert!((lit.window_mean - dark.window_mean).abs() < 1e-5, "{lit:?}");
+    let found = vitals.out_of_distribution_by_energy.last.unwrap();
+    assert!(found.is_out && found.tail_share == 1.0, "{found:?}");
+    let grew = found.window_mean - found.reference_mean;
+    assert!((grew - 8.0).abs() < 0.2, "{found:?}");
+    assert_eq!(signals, [Signal::OutOfDistributionByEnergy(found)]);
+
+    // It goes on, and is no news.
+    assert_eq!(window(1.0).1, []);
 }
 
 #[test]
@@ -266,6 +340,7 @@ fn slices_are_told_apart_in_windows_and_in_labels() {
             classes: vec![(number / 2 % 10) as u32],
             confidences: vec![0.9],
             requests: vec![request(Some(&id), Some(slice), 1)],
+            energies: vec![None],
         };
         monitor.observe(&observation, 1, false);
         let truth = if is_north {

@@ -297,6 +297,7 @@ mod tests {
         let row = |cells: Vec<Cell>| Row {
             cells,
             batch_rows_max: None,
+            energy: None,
         };
         let text = |text: &str| TensorData::Bytes(vec![text.into()]);
         let requests = [

@@ -1,5 +1,6 @@
 //! What can be wrong with an encoder, and with a text.
 
+use crate::serving::limited::Unready;
 use crate::serving::replica::RefusedRow;
 
 /// Why files are no encoder that can be served, or why one gives no answer.
@@ -43,6 +44,9 @@ pub enum EncoderError {
     /// A library panicked on the files.
     #[error("reading the files failed unexpectedly: {0}")]
     Panicked(String),
+    /// It was not ready in time.
+    #[error(transparent)]
+    Unready(Unready),
     /// It failed on values.
     #[error("the encoder failed: {0}")]
     Run(String),
@@ -64,6 +68,15 @@ pub enum EncoderError {
 fn listed(rows: &[RefusedRow]) -> String {
     let one = |row: &RefusedRow| format!("row {}: {}", row.row, row.reason);
     rows.iter().map(one).collect::<Vec<_>>().join("; ")
+}
+
+impl From<Unready> for EncoderError {
+    fn from(unready: Unready) -> Self {
+        match unready {
+            Unready::Panicked(text) => EncoderError::Panicked(text),
+            unready => EncoderError::Unready(unready),
+        }
+    }
 }
 
 impl From<candle_core::Error> for EncoderError {

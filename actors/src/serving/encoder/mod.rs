@@ -6,7 +6,9 @@
 //! 2. A row is answered as it is alone, but for the rounding of sums, whatever it is batched with: its padding follows from
 //!    its own length, and is masked.
 //! 3. A text that is no input is named by its row, before anything is computed, so that the other rows can be answered.
-//! 4. A panic of a library while it reads the files is an error of the model.
+//! 4. A panic of a library while it reads the files is an error of the model, and so is an encoder that is not ready in
+//!    time (`limited`): a tokenizer's own patterns may have no end.
+//! 5. What a text costs before its tokens are counted is bounded (`text`).
 
 mod bert;
 mod buckets;
@@ -24,6 +26,7 @@ pub use self::error::EncoderError;
 use self::text::{TOKENIZER_BYTES_MAX, TextReader, Tokens};
 use self::weights::Weights;
 use super::fleet::BATCH_ROWS_MAX;
+use super::limited::{self, Preparation};
 use super::oip::{Datatype, TensorData, TensorMetadata};
 use super::replica::RefusedRow;
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
@@ -54,6 +57,12 @@ const TEXT: &str = "text";
 /// replica has two seconds for one, so processors that do 20 billion a second are fast enough.
 const BATCH_OPERATIONS: u64 = 40_000_000_000;
 
+/// What is done with an encoder before it is ready.
+const PREPARATION: Preparation = Preparation {
+    doing: "being read and tried",
+    remedy: "a file may be damaged, or the network too large; copy the files again, or use a smaller model",
+};
+
 /// The files of an encoder.
 #[derive(Debug, Clone)]
 pub struct EncoderFiles {
@@ -77,7 +86,20 @@ pub struct EncoderModel {
 }
 
 impl EncoderModel {
-    /// Reads an encoder, and checks that its files fit each other.
+    /// Reads an encoder and has `prepare` do with it what is to be done before it is used, within a time.
+    pub fn prepared<T: Send + 'static>(
+        files: &EncoderFiles,
+        prepare: impl FnOnce(Self) -> Result<T, EncoderError> + Send + 'static,
+    ) -> Result<T, EncoderError> {
+        let read = files.clone();
+        limited::prepared(
+            &[&files.config, &files.weights, &files.tokenizer],
+            PREPARATION,
+            move || prepare(Self::load(&read)?),
+        )?
+    }
+
+    /// Reads an encoder, and checks that its files fit each other, in whatever time that takes.
     pub fn load(files: &EncoderFiles) -> Result<Self, EncoderError> {
         check_sizes(files)?;
         guarded(|| {

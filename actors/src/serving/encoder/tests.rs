@@ -6,6 +6,7 @@ mod files;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::serving::signature::TEXT_BYTES_MAX;
 
 /// How far an answer may be from the golden one, relative to the larger of that and 1.
 const TOLERANCE: f64 = 1e-5;
@@ -138,6 +139,23 @@ fn a_description_is_read_off_the_files() {
 }
 
 #[test]
+fn an_encoder_is_prepared_on_a_thread_of_its_own() {
+    let here = std::thread::current().id();
+    let (there, described) = EncoderModel::prepared(&embedder(), |model| {
+        Ok((std::thread::current().id(), model.describe()?))
+    })
+    .unwrap();
+    assert_ne!(there, here);
+    assert_eq!(described.max_batch_size, 128);
+    let mut cut = embedder();
+    cut.weights = cut.weights.slice(..9);
+    let refused = EncoderModel::prepared(&cut, |_| Ok(()));
+    assert!(matches!(refused, Err(EncoderError::Malformed(_))));
+    let panicked = EncoderModel::prepared::<()>(&embedder(), |_| panic!("not this"));
+    assert_eq!(panicked, Err(EncoderError::Panicked("not this".to_owned())));
+}
+
+#[test]
 fn a_large_encoder_takes_few_long_texts_at_once() {
     let mut config = BertConfig::read(&embedder().config).unwrap();
     config.hidden_size = 768;
@@ -224,9 +242,17 @@ fn texts_that_are_no_input_are_named_by_their_rows() {
         assert!(refused.reason.contains(expected), "{refused:?}");
     }
     model.run(texts(&[&long[..38 * 4]])).unwrap();
-    // The other tokenizer truncates, which is what its maker wants.
+    // The other tokenizer truncates, which is what its maker wants; but it has to look at all that it drops.
     let truncating = EncoderModel::load(&classifier()).unwrap();
     truncating.run(texts(&[&long])).unwrap();
+    let mut longest = "cat ".repeat(TEXT_BYTES_MAX / 4);
+    truncating.run(texts(&[&longest])).unwrap();
+    longest.push('s');
+    let Err(EncoderError::Rows(refused)) = truncating.run(texts(&["a", &longest])) else {
+        panic!("it was answered")
+    };
+    let reason = "the text has 16385 bytes, the limit is 16384: send a shorter one".to_owned();
+    assert_eq!(refused, [RefusedRow { row: 1, reason }]);
     let numbers = Batch {
         rows: Some(1),
         cells: vec![Cell {

@@ -1,14 +1,27 @@
 //! From a text to its tokens.
+//!
+//! Invariant: what a text costs is bounded before it is looked at, by the bytes that it may have and the characters of a
+//! word that is cut into pieces. How many tokens it has, which is bounded too, shows only afterwards.
+//!
+//! Patterns of a tokenizer's own (`Replace`, `Split`) are not looked at, because tokenizers that are in use have some.
+//! Those that look around or refer back can be slow; the library gives one up, for the rest of the text, after a million steps
+//! back in the search for one place. Who registers a version answers for the rest: they may run programs anyway.
 
 use serde::de::IgnoredAny;
-use tokenizers::Tokenizer;
+use tokenizers::{ModelWrapper, Tokenizer};
 
 use super::EncoderError;
 use super::config::BertConfig;
 use crate::panics::caught;
+use crate::serving::signature::TEXT_BYTES_MAX;
 
 /// The largest tokenizer: a vocabulary of some hundred thousand pieces.
 pub(super) const TOKENIZER_BYTES_MAX: u64 = 16 << 20;
+
+/// Characters of a word that WordPiece may cut into pieces; a longer word is one unknown token. It looks at every part of
+/// what is left of a word for each of its pieces, and copies it: a text of 16 KiB that is one word takes minutes, of
+/// words of 200 characters a fifth of a second. Files say 100 as a rule, and 200 where they follow Google's own.
+const WORD_CHARACTERS_MAX: usize = 256;
 
 /// The tokens of one text.
 pub(super) struct Tokens {
@@ -33,6 +46,15 @@ impl TextReader {
             .map_err(|error| unreadable(error.to_string()))?;
         let tokenizer = Tokenizer::from_bytes(bytes);
         let mut tokenizer = tokenizer.map_err(|error| unreadable(error.to_string()))?;
+        if let ModelWrapper::WordPiece(pieces) = tokenizer.get_model()
+            && pieces.max_input_chars_per_word > WORD_CHARACTERS_MAX
+        {
+            return Err(EncoderError::Tokenizer(format!(
+                "cuts words of up to {} characters into pieces, the limit is {WORD_CHARACTERS_MAX}: lower \
+                 max_input_chars_per_word of its model",
+                pieces.max_input_chars_per_word
+            )));
+        }
         let vocabulary = tokenizer.get_vocab(true);
         let Some((token, largest)) = vocabulary.iter().max_by_key(|(_, id)| **id) else {
             return Err(EncoderError::Tokenizer("has no token".to_owned()));
@@ -71,6 +93,13 @@ impl TextReader {
 
     /// The tokens of a text, or why it has none that the model takes.
     pub(super) fn tokens(&self, text: &[u8]) -> Result<Tokens, String> {
+        // An endpoint takes no longer ones, but whoever asks the replica past it has to be refused here.
+        if text.len() > TEXT_BYTES_MAX {
+            return Err(format!(
+                "the text has {} bytes, the limit is {TEXT_BYTES_MAX}: send a shorter one",
+                text.len()
+            ));
+        }
         let text = std::str::from_utf8(text).map_err(|error| {
             let place = error.valid_up_to();
             format!("the text is not UTF-8 from byte {place} on: send it as UTF-8")

@@ -1,6 +1,8 @@
 //! Answers that are given again.
 
+use super::trials::tried;
 use super::*;
+use crate::serving::cache;
 
 /// Counts its calls, and answers as many as it has permits for.
 #[derive(Clone)]

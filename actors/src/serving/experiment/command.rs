@@ -45,7 +45,7 @@ pub enum Command {
         /// The endpoint.
         endpoint: String,
     },
-    /// A router is about to count, from zero.
+    /// A router is about to count: to go on with what the one before it stored, if there was one.
     Count {
         /// The endpoint.
         endpoint: String,
@@ -64,6 +64,8 @@ pub enum Command {
         router: Incarnation,
         /// In numbers.
         findings: Findings,
+        /// The BLAKE3 hash of all that was counted, which is in the object store.
+        stored: [u8; 32],
     },
     /// A router has found that the experiment is over.
     Conclude {
@@ -98,6 +100,17 @@ pub enum Command {
         /// The revision that the controller saw.
         revision: u64,
     },
+    /// A router cannot go on with what was stored, ever, and is about to count from zero.
+    CountAnew {
+        /// The endpoint.
+        endpoint: String,
+        /// The experiment.
+        experiment: u64,
+        /// Which of its counts is given up.
+        count: u32,
+        /// The router's incarnation.
+        router: Incarnation,
+    },
 }
 
 /// Whether `caller` may give this command.
@@ -111,7 +124,8 @@ pub(in crate::serving) fn is_allowed(caller: &Caller, command: &Command) -> bool
             Command::Count { .. }
             | Command::Report { .. }
             | Command::Conclude { .. }
-            | Command::Drained { .. },
+            | Command::Drained { .. }
+            | Command::CountAnew { .. },
         ) => *job == JobId::SYSTEM,
         _ => false,
     }

@@ -1,53 +1,96 @@
-//! The router's end of an experiment: it counts, looks what follows, and tells the head.
+//! The router's end of an experiment: it counts, stores what it counted, looks what follows, and tells the head.
 //!
 //! Invariants:
-//! 1. No request is assigned before the head knows that this router counts, and which count it is.
-//! 2. What was told and not taken is told again as long as it is so.
+//! 1. No request is assigned before the head knows that this router counts, and before the router knows what was
+//!    counted already: each key of it, and not only the sums.
+//! 2. What was told and not taken is told again as long as it is so. Until then nothing else is told, but that a
+//!    guardrail is violated.
+//! 3. A look is at a copy that is in the store already, and copies are taken by the clock: what dies with a router was
+//!    not looked at, so the router that counts it again takes no chance twice. A guardrail alone is looked at all the
+//!    time and does not wait for the store.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use mobula::Cluster;
+use bytes::Bytes;
+use mobula::{Cluster, StorageLocation};
 use mobula_core::id::Incarnation;
+use mobula_storage::blob::{BlobError, BlobStore};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Plan;
 use super::command::Command;
 use super::findings::{Decision, Findings};
 use super::plan::{Ending, Experiment};
+use super::shelf;
 use super::tally::Tally;
 use crate::serving::arm::lock;
 use crate::serving::client;
 use crate::serving::rollout::plan::Cleanup;
 use crate::serving::rollout::reporting::REPORT_INTERVAL;
 use crate::serving::rollout::trial::shortened;
+use crate::storage::open_blobs;
 
-/// The experiment that this router counts.
+/// How fast counts are stored on average: one of a million keys has nine megabytes, which take no less than nine
+/// seconds.
+const STORED_BYTES_PER_SECOND: u32 = 1 << 20;
+
+/// The count that this router goes on with.
 struct Current {
     number: u64,
+    /// Which one it is within the experiment.
+    count: u32,
     plan: Arc<Plan>,
     tally: Arc<Mutex<Tally>>,
-    reported: Option<Instant>,
-    /// How many keys and values the last report was about.
-    reported_values: u64,
+    /// When the last copy was taken.
+    copied: Option<Instant>,
+    /// How long after it the next one may be.
+    pause: Duration,
+    /// The copy that is being stored, if there is one.
+    storing: JoinSet<Result<Look, BlobError>>,
+    /// What the head is told until it knows it.
+    told: Option<Look>,
+    /// How many keys and values the last copy in the store is about.
+    stored_values: u64,
+    /// What the head knows to be in the store, and what was that before and may not be removed yet.
+    stored: Option<[u8; 32]>,
+    replaced: Option<[u8; 32]>,
+}
+
+/// What follows from a copy that is in the store.
+struct Look {
+    stored: [u8; 32],
+    size_bytes: usize,
+    values: u64,
+    ending: Option<Ending>,
+    findings: Findings,
 }
 
 /// Follows an endpoint's experiments.
 pub(in crate::serving) struct Comparing {
     cluster: Cluster,
+    storage: StorageLocation,
     router: Incarnation,
     current: Option<Current>,
 }
 
 impl Comparing {
-    pub(in crate::serving) fn new(cluster: Cluster, router: Incarnation) -> Self {
+    pub(in crate::serving) fn new(
+        cluster: Cluster,
+        storage: StorageLocation,
+        router: Incarnation,
+    ) -> Self {
         Comparing {
             cluster,
+            storage,
             router,
             current: None,
         }
     }
 
-    /// What this router counts in an experiment; `None` while the head does not know that it does.
+    /// What this router counts in an experiment; `None` while the head does not know that it does, or the store does
+    /// not say what was counted before.
     pub(in crate::serving) async fn count(
         &mut self,
         experiment: &Experiment,
@@ -62,18 +105,57 @@ impl Comparing {
             .await;
             return None;
         }
-        if self.current.as_ref().map(|current| current.number) != Some(experiment.number) {
-            let tally = Tally::new(experiment.plan.clone(), experiment.alpha());
-            self.current = Some(Current {
-                number: experiment.number,
-                plan: Arc::new(experiment.plan.clone()),
-                tally: Arc::new(Mutex::new(tally)),
-                reported: None,
-                reported_values: 0,
-            });
+        let known = self.current.as_ref();
+        let known = known.map(|current| (current.number, current.count));
+        if known != Some((experiment.number, experiment.counts)) {
+            let tally = self.go_on(experiment).await?;
+            self.current = Some(Current::new(experiment, tally));
         }
         let current = self.current.as_ref()?;
         Some((Arc::clone(&current.plan), Arc::clone(&current.tally)))
+    }
+
+    /// What was counted before this router. If that can never be read again, the head is told to begin another count.
+    async fn go_on(&self, experiment: &Experiment) -> Option<Tally> {
+        let (plan, alpha) = (&experiment.plan, experiment.alpha());
+        let Some(stored) = experiment.stored else {
+            return Some(Tally::new(plan.clone(), alpha));
+        };
+        let blobs = self.blobs()?;
+        match shelf::read(&blobs, plan, alpha, stored).await {
+            Ok(tally) => Some(tally),
+            Err(error) if error.is_final() => {
+                tracing::error!(
+                    endpoint = plan.endpoint,
+                    experiment = experiment.number,
+                    %error,
+                    "what an experiment has counted is lost, so its count begins anew"
+                );
+                self.tell(Command::CountAnew {
+                    endpoint: plan.endpoint.clone(),
+                    experiment: experiment.number,
+                    count: experiment.counts,
+                    router: self.router,
+                })
+                .await;
+                None
+            }
+            Err(error) => {
+                tracing::warn!(
+                    endpoint = plan.endpoint,
+                    experiment = experiment.number,
+                    %error,
+                    "an experiment rests until the store says what was counted; it is asked again"
+                );
+                None
+            }
+        }
+    }
+
+    fn blobs(&self) -> Option<BlobStore> {
+        open_blobs(&self.storage)
+            .inspect_err(|error| tracing::warn!(%error, "counts cannot be stored or read"))
+            .ok()
     }
 
     /// Forgets what was counted of an experiment that is over.
@@ -86,33 +168,31 @@ impl Comparing {
         let Some(current) = &mut self.current else {
             return;
         };
-        let ((ending, findings), keys) = {
-            let tally = lock(&current.tally);
-            (tally.judge(), tally.exposed())
-        };
-        if let Some(ending) = ending {
+        let (ending, findings) = lock(&current.tally).judge();
+        if let Some(ending @ Ending::Guardrail) = ending {
             return self.conclude(experiment, ending, findings).await;
         }
-        let is_due = current
-            .reported
-            .is_none_or(|reported| reported.elapsed() >= REPORT_INTERVAL);
-        let values: u64 = findings
-            .measured
-            .iter()
-            .map(|row| row.control.count + row.treatment.count)
-            .sum();
-        let known = keys + values;
-        if !is_due || known == current.reported_values {
-            return;
+        current.hear(experiment);
+        if let Some(look) = &current.told {
+            let findings = look.findings.clone();
+            if let Some(ending) = look.ending {
+                return self.conclude(experiment, ending, findings).await;
+            }
+            let report = Command::Report {
+                endpoint: experiment.plan.endpoint.clone(),
+                experiment: experiment.number,
+                router: self.router,
+                findings,
+                stored: look.stored,
+            };
+            return self.tell(report).await;
         }
-        (current.reported, current.reported_values) = (Some(Instant::now()), known);
-        self.tell(Command::Report {
-            endpoint: experiment.plan.endpoint.clone(),
-            experiment: experiment.number,
-            router: self.router,
-            findings,
-        })
-        .await;
+        if current.is_due()
+            && let Some(blobs) = self.blobs()
+            && let Some(current) = &mut self.current
+        {
+            current.store(blobs);
+        }
     }
 
     /// Says that the treatment cannot be compared.
@@ -124,13 +204,20 @@ impl Comparing {
         self.conclude(experiment, Ending::Unfit, findings).await;
     }
 
-    /// Says that nothing is left of the treatment.
+    /// Says that nothing is left of the treatment, nor of what was counted.
     pub(in crate::serving) async fn say_drained(&self, experiment: &Experiment) {
         if experiment.cleanup != Cleanup::Draining {
             return;
         }
+        let endpoint = &experiment.plan.endpoint;
+        // The treatment's replicas do not wait long for the store: what stays goes with the endpoint's next experiment.
+        if let Some(blobs) = self.blobs()
+            && let Err(error) = shelf::clear(&blobs, endpoint).await
+        {
+            tracing::warn!(endpoint, %error, "the counts of an experiment stay in the store for now");
+        }
         self.tell(Command::Drained {
-            endpoint: experiment.plan.endpoint.clone(),
+            endpoint: endpoint.clone(),
             experiment: experiment.number,
             revision: experiment.revision,
             router: self.router,
@@ -164,3 +251,95 @@ impl Comparing {
         }
     }
 }
+
+impl Current {
+    fn new(experiment: &Experiment, tally: Tally) -> Self {
+        Current {
+            number: experiment.number,
+            count: experiment.counts,
+            plan: Arc::new(experiment.plan.clone()),
+            copied: None,
+            pause: REPORT_INTERVAL,
+            storing: JoinSet::new(),
+            told: None,
+            stored_values: tally.counted(),
+            stored: experiment.stored,
+            replaced: None,
+            tally: Arc::new(Mutex::new(tally)),
+        }
+    }
+
+    /// Sees whether a copy is in the store by now, and whether the head knows it.
+    fn hear(&mut self, experiment: &Experiment) {
+        match self.storing.try_join_next() {
+            Some(Ok(Ok(look))) => {
+                // It was removed before this one was written.
+                self.replaced = None;
+                self.pause = pause_after(look.size_bytes);
+                self.stored_values = look.values;
+                self.told = Some(look);
+            }
+            Some(Ok(Err(error))) => tracing::warn!(
+                endpoint = self.plan.endpoint,
+                %error,
+                "a count is not in the store, and nothing follows from it until it is; it is tried again"
+            ),
+            Some(Err(error)) => {
+                tracing::error!(endpoint = self.plan.endpoint, %error, "a count was not stored");
+            }
+            None => {}
+        }
+        let is_known = |look: &mut Look| experiment.stored == Some(look.stored);
+        if let Some(known) = self.told.take_if(is_known) {
+            self.replaced = self.stored.replace(known.stored);
+        }
+    }
+
+    /// Whether it is time for a copy.
+    fn is_due(&self) -> bool {
+        let is_time = self
+            .copied
+            .is_none_or(|copied| copied.elapsed() >= self.pause);
+        is_time && self.storing.is_empty() && lock(&self.tally).counted() != self.stored_values
+    }
+
+    /// Has the copy removed that was replaced before, and another one stored.
+    fn store(&mut self, blobs: BlobStore) {
+        // Requests wait for as long as the memory takes to be copied, some milliseconds for a million keys.
+        let tally = lock(&self.tally).clone();
+        self.copied = Some(Instant::now());
+        let (endpoint, replaced) = (self.plan.endpoint.clone(), self.replaced);
+        self.storing.spawn(async move {
+            if let Some(replaced) = replaced {
+                // None is written without it: where nothing can be removed, copies of megabytes would add up.
+                shelf::remove(&blobs, &endpoint, replaced).await?;
+            }
+            store(&blobs, &endpoint, &tally).await
+        });
+    }
+}
+
+/// Stores a copy, and looks what follows from it.
+async fn store(blobs: &BlobStore, endpoint: &str, tally: &Tally) -> Result<Look, BlobError> {
+    let bytes = Bytes::from(tally.to_bytes());
+    let size_bytes = bytes.len();
+    let stored = shelf::write(blobs, endpoint, bytes).await?;
+    let (ending, findings) = tally.judge();
+    Ok(Look {
+        stored,
+        size_bytes,
+        values: tally.counted(),
+        ending,
+        findings,
+    })
+}
+
+/// How long after a copy of so many bytes the next one may be taken.
+fn pause_after(size_bytes: usize) -> Duration {
+    let seconds = size_bytes as f64 / f64::from(STORED_BYTES_PER_SECOND);
+    REPORT_INTERVAL.max(Duration::from_secs_f64(seconds))
+}
+
+#[cfg(test)]
+#[path = "comparing_tests.rs"]
+mod tests;

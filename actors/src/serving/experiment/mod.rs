@@ -5,6 +5,7 @@
 //! * [`state`]: experiments as a replicated table (pure).
 //! * [`findings`]: what the numbers say, in a form that a row can hold.
 //! * [`tally`]: which keys met which version, and what came of them (pure).
+//! * `shelf`: where what a router counted is stored, for the next one to go on with.
 //! * [`analysis`]: from sums to intervals, and whether the groups have the sizes that they should (pure).
 //! * [`outcomes`]: what callers report of a key later on, over HTTP.
 //! * `comparing`: the router's end.
@@ -15,6 +16,7 @@ pub(in crate::serving) mod comparing;
 pub mod findings;
 pub mod outcomes;
 pub mod plan;
+mod shelf;
 pub mod state;
 pub mod tally;
 

@@ -35,6 +35,7 @@ impl Backend for Always {
             outputs: classified(vec![self.0; count * CLASSES], vec![0; count]),
             computed_ns: 1,
             memory_percent: None,
+            energies: Vec::new(),
         })
     }
 }

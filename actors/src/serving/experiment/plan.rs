@@ -341,7 +341,8 @@ pub struct Experiment {
     pub revision: u64,
     /// What has become of the treatment's replicas.
     pub cleanup: Cleanup,
-    /// How many routers have counted, one after the other. Each begins anew.
+    /// How many counts there were, one after the other. A router goes on with that of the one before it; another
+    /// one begins where that is lost.
     pub counts: u32,
     /// The router that counts now.
     pub counting: Option<Incarnation>,
@@ -349,6 +350,8 @@ pub struct Experiment {
     pub reported_ms: Option<u64>,
     /// The numbers, those of the end once it is over.
     pub findings: Option<Findings>,
+    /// The BLAKE3 hash of what they follow from, which the next router goes on with; absent once it is over.
+    pub stored: Option<[u8; 32]>,
 }
 
 impl Experiment {
@@ -359,8 +362,8 @@ impl Experiment {
     }
 
     /// The chance of a false conclusion that the count which is under way may have: half of it for the first,
-    /// half of the rest for each that has to begin anew. So the plan's chance holds for all of them together,
-    /// however often a router dies, and though the same keys come again.
+    /// half of the rest for each that has to begin anew. So the plan's chance holds for all of them together
+    /// (Boole's inequality, which asks for no independence), though the same keys come again.
     #[must_use]
     pub fn alpha(&self) -> f64 {
         let halvings = i32::try_from(self.counts.max(1)).unwrap_or(i32::MAX);

@@ -7,7 +7,7 @@
 //! 3. An experiment changes no endpoint's version, however it ends: that is a rollout's to do.
 //! 4. Numbers come from the endpoint's newest router, which has said before that it counts: what an older one
 //!    says, or one says about an experiment that is over, changes nothing. Nor do numbers that arrive behind
-//!    newer ones: what was counted never becomes less while a router counts.
+//!    newer ones: what was counted never becomes less, from router to router, but where it is said to be lost.
 //! 5. The treatment's replicas are ended after the router has said that it has no request with them.
 
 use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
@@ -115,11 +115,27 @@ pub(in crate::serving) fn apply(
             let mut row = heard_about(txn, (&endpoint, experiment, router))?;
             if row.counting != Some(router) {
                 row.counting = Some(router);
-                row.counts = row.counts.saturating_add(1);
-                // Those of a router that is gone: nobody adds to them, and nothing follows from them.
-                (row.reported_ms, row.findings) = (None, None);
+                // From here on nobody else replaces what is stored, so this router may go on with it.
+                row.counts = row.counts.max(1);
+                if is_planted(Mutant::CountsForgotten) {
+                    (row.reported_ms, row.findings, row.stored) = (None, None, None);
+                }
                 put(txn, &row);
             }
+            Ok(row)
+        }
+        Command::CountAnew {
+            endpoint,
+            experiment,
+            count,
+            router,
+        } => {
+            let mut row = counting(txn, (&endpoint, experiment, router))?;
+            check_count(&row, count)?;
+            row.counts = row.counts.saturating_add(1);
+            // Nobody can add to them, and nothing follows from them.
+            (row.reported_ms, row.findings, row.stored) = (None, None, None);
+            put(txn, &row);
             Ok(row)
         }
         Command::Report {
@@ -127,10 +143,12 @@ pub(in crate::serving) fn apply(
             experiment,
             router,
             findings,
+            stored,
         } => {
             let mut row = counted_by(txn, (&endpoint, experiment, router), &findings)?;
             check_newer(&row, &findings)?;
             (row.reported_ms, row.findings) = (Some(context.now_ms), Some(findings));
+            row.stored = Some(stored);
             put(txn, &row);
             Ok(row)
         }
@@ -236,6 +254,7 @@ fn start(
         counting: None,
         reported_ms: None,
         findings: None,
+        stored: None,
     };
     let known = history(txn, &endpoint.name);
     let excess = (known.len() + 1).saturating_sub(HISTORY_MAX);
@@ -337,6 +356,8 @@ fn end(context: &ApplyContext, txn: &mut dyn Txn, experiment: &mut Experiment, e
     experiment.ended_ms = Some(context.now_ms);
     experiment.revision = context.index;
     experiment.cleanup = Cleanup::Draining;
+    // The router removes it before it says that the treatment is drained.
+    experiment.stored = None;
     put(txn, experiment);
 }
 
@@ -360,7 +381,7 @@ fn heard_about(
         })
 }
 
-/// The same, if that router counts.
+/// The same for a router that says what it found.
 fn counted_by(
     reader: &dyn Reader,
     said: (&str, u64, Incarnation),
@@ -371,6 +392,11 @@ fn counted_by(
             "the findings have too long a text, or a number that is none: nothing was changed",
         ));
     }
+    counting(reader, said)
+}
+
+/// The experiment that the endpoint's newest router speaks of, if it has said that it counts.
+fn counting(reader: &dyn Reader, said: (&str, u64, Incarnation)) -> Result<Experiment, Rejection> {
     let experiment = heard_about(reader, said)?;
     if experiment.counting != Some(said.2) {
         return Err(Rejection::fenced(format!(
@@ -379,6 +405,18 @@ fn counted_by(
         )));
     }
     Ok(experiment)
+}
+
+/// Refuses to give a count up that is given up already: a host says again what was not answered.
+fn check_count(experiment: &Experiment, count: u32) -> Result<(), Rejection> {
+    if experiment.counts == count {
+        return Ok(());
+    }
+    Err(Rejection::fenced(format!(
+        "count {count} of experiment {} of endpoint `{}` is given up already, and count {} is under way: nothing \
+         was changed",
+        experiment.number, experiment.plan.endpoint, experiment.counts
+    )))
 }
 
 /// Refuses numbers that are older than what is known of the same count: a host sends again what was not answered, so

@@ -11,7 +11,12 @@ use crate::serving::rollout::{Guardrails, Strategy};
 use crate::serving::state::{Command as ServingCommand, find as find_endpoint};
 use crate::serving::test_tables::TestTables;
 
+#[path = "state_counting_tests.rs"]
+mod counting;
+
 const ROUTER: Incarnation = Incarnation(900);
+
+const STORED: [u8; 32] = [1; 32];
 
 /// Tables with an endpoint `digits` of the first of three versions, heard of by router 900.
 struct Head {
@@ -124,6 +129,16 @@ fn report(experiment: u64, router: Incarnation) -> Command {
         experiment,
         router,
         findings: findings(Decision::Undecided),
+        stored: STORED,
+    }
+}
+
+fn count_anew(experiment: u64, count: u32, router: Incarnation) -> Command {
+    Command::CountAnew {
+        endpoint: "digits".into(),
+        experiment,
+        count,
+        router,
     }
 }
 
@@ -242,119 +257,6 @@ fn only_another_version_of_the_endpoints_model_is_compared() {
         assert!(refused.message.contains(reason), "{refused}");
     }
     assert_eq!(newest(&head.applied.tables, "digits"), None);
-}
-
-#[test]
-fn only_the_newest_router_counts_and_each_begins_anew_with_half_of_what_is_left() {
-    let mut head = Head::new();
-    head.say(start(2)).unwrap();
-    // Who has not said that it counts has nothing to say.
-    let early = head.say(report(1, ROUTER)).unwrap_err();
-    assert_eq!(early.code, ErrorCode::Fenced);
-    head.say(count(1, ROUTER)).unwrap();
-    head.say(count(1, ROUTER)).unwrap();
-    head.say(report(1, ROUTER)).unwrap();
-    let first = head.now();
-    assert_eq!((first.counts, first.counting), (1, Some(ROUTER)));
-    assert!(first.findings.is_some() && (first.alpha() - 0.025).abs() < 1e-12);
-
-    let next = Incarnation(901);
-    head.router(next);
-    for late in [
-        count(1, ROUTER),
-        report(1, ROUTER),
-        conclude(1, ROUTER, Ending::Decided, Decision::Treatment),
-    ] {
-        assert_eq!(head.say(late).unwrap_err().code, ErrorCode::Fenced);
-    }
-    let second = head.say(count(1, next)).unwrap();
-    assert_eq!((second.counts, &second.findings), (2, &None));
-    assert!((second.alpha() - 0.0125).abs() < 1e-12);
-    // And what all of them may have together is what the plan says.
-    let all: f64 = (1..60)
-        .map(|counts| {
-            Experiment {
-                counts,
-                ..second.clone()
-            }
-            .alpha()
-        })
-        .sum();
-    assert!(all <= 0.05 && all > 0.0499, "{all}");
-    let many = Experiment {
-        counts: u32::MAX,
-        ..second
-    };
-    assert!(many.alpha() > 0.0);
-
-    let other = head.say(conclude(2, next, Ending::Decided, Decision::Treatment));
-    assert_eq!(other.unwrap_err().code, ErrorCode::Fenced);
-    let over = head
-        .say(conclude(1, next, Ending::Decided, Decision::Treatment))
-        .unwrap();
-    assert_eq!(over.ending, Some(Ending::Decided));
-    // The version is whose it was: an experiment promotes nothing.
-    assert_eq!(
-        find_endpoint(&head.applied.tables, "digits")
-            .unwrap()
-            .version,
-        1
-    );
-    let late = head.say(report(1, next)).unwrap_err();
-    assert_eq!(late.code, ErrorCode::Fenced);
-}
-
-#[test]
-fn a_router_decides_nothing_that_it_has_not_found() {
-    let mut head = Head::new();
-    head.say(start(2)).unwrap();
-    head.say(count(1, ROUTER)).unwrap();
-    for (ending, decision) in [
-        (Ending::Decided, Decision::Undecided),
-        (Ending::Stopped, Decision::Control),
-    ] {
-        let refused = head.say(conclude(1, ROUTER, ending, decision)).unwrap_err();
-        assert_eq!(refused.code, ErrorCode::InvalidArgument);
-    }
-    let long = Command::Report {
-        endpoint: "digits".into(),
-        experiment: 1,
-        router: ROUTER,
-        findings: Findings::because("x".repeat(1_000)),
-    };
-    assert!(head.say(long).unwrap_err().message.contains("too long"));
-    assert!(head.now().is_open());
-}
-
-#[test]
-fn numbers_that_arrive_late_take_no_newer_ones_place() {
-    let mut head = Head::new();
-    head.say(start(2)).unwrap();
-    head.say(count(1, ROUTER)).unwrap();
-    let report_of = |router, uncounted| Command::Report {
-        endpoint: "digits".into(),
-        experiment: 1,
-        router,
-        findings: Findings {
-            uncounted,
-            ..findings(Decision::Undecided)
-        },
-    };
-    for known in [10, 20, 20] {
-        head.say(report_of(ROUTER, known)).unwrap();
-    }
-    let late = head.say(report_of(ROUTER, 10)).unwrap_err();
-    assert_eq!(late.code, ErrorCode::Fenced);
-    assert!(late.message.contains("a report of 10 keys"), "{late}");
-    assert_eq!(head.now().findings.unwrap().counted(), 20);
-
-    // Whoever begins anew begins with nothing, and may end it with less.
-    let next = Incarnation(901);
-    head.router(next);
-    head.say(count(1, next)).unwrap();
-    head.say(report_of(next, 5)).unwrap();
-    let unfit = conclude(1, next, Ending::Unfit, Decision::Control);
-    assert_eq!(head.say(unfit).unwrap().ending, Some(Ending::Unfit));
 }
 
 #[test]
@@ -479,6 +381,7 @@ fn clients_start_and_stop_and_routers_say_what_they_found() {
         (stop, true, false),
         (count(1, ROUTER), false, true),
         (report(1, ROUTER), false, true),
+        (count_anew(1, 1, ROUTER), false, true),
         (
             conclude(1, ROUTER, Ending::Decided, Decision::Control),
             false,

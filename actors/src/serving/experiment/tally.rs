@@ -6,8 +6,12 @@
 //! 2. At most [`SAMPLES_MAX`] keys are held; later ones are not counted, and how many that were is said.
 //! 3. Nothing is concluded while the groups do not have the sizes that they should. Guardrails hold all the same.
 
+pub(in crate::serving::experiment) mod stored;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+
+use serde::{Deserialize, Serialize};
 
 use super::analysis::{VALUES_MIN, are_enough, difference, ratio, shown};
 use super::findings::{Decision, Findings, GuardrailFinding, Measured, Ratio, Values};
@@ -73,8 +77,8 @@ pub enum NotCounted {
     },
     /// The key has met neither version.
     #[error(
-        "no request with this key is counted: send it in the header x-mobula-key of a request first (the \
-         counts of a router that was started again begin anew, and some keys take no part)"
+        "no request with this key is counted: send it in the header x-mobula-key of a request first (the last \
+         seconds of a router that was started again are lost, and some keys take no part)"
     )]
     NotExposed,
     /// There is one of this key already.
@@ -101,8 +105,8 @@ struct Seen {
     reported: u8,
 }
 
-/// What both versions have of a measure.
-#[derive(Debug, Clone, Default)]
+/// What both versions have of a measure. Stored: fields are appended, never changed.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Sums {
     control: Moments,
     treatment: Moments,
@@ -159,6 +163,14 @@ impl Tally {
     #[must_use]
     pub fn exposed(&self) -> u64 {
         self.exposed.0 + self.exposed.1
+    }
+
+    /// Keys, requests without one, and values: more of them with all that changes what follows.
+    #[must_use]
+    pub fn counted(&self) -> u64 {
+        let values = self.sums.iter().map(Sums::counts);
+        let values = values.map(|(control, treatment)| control + treatment);
+        self.exposed() + values.sum::<u64>()
     }
 
     /// Counts a request and what came of it.

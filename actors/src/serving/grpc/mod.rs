@@ -7,35 +7,31 @@
 //! 4. A stream stays open when one of its requests fails: the failure is that request's answer.
 //! 5. A message is bounded in size; that of a call which is no stream in time too, as a body of HTTP is.
 
+mod asker;
 mod convert;
+mod entrance;
 
-use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use axum::body::{Body, BodyDataStream};
-use axum::extract::{Request as HttpRequest, State};
-use axum::http::{HeaderValue, header};
-use axum::middleware::{Next, from_fn_with_state};
-use axum::response::Response as HttpResponse;
-use axum::{BoxError, Router};
+use axum::Router;
+use axum::middleware::from_fn_with_state;
 use futures::{Stream, StreamExt};
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use self::asker::Asker;
+use self::entrance::{Entrance, enter};
 use self::proto::grpc_inference_service_server::{
     GrpcInferenceService, GrpcInferenceServiceServer,
 };
 use super::about::TIMEOUT;
 use super::auth::{Caller, Gate, Subject};
-use super::http::{
-    BodyLimits, InferenceService, LOW_PRIORITY, PRIORITY, ROUTING_KEY, RepositoryChange, oip_router,
-};
+use super::http::{BodyLimits, InferenceService, RepositoryChange, oip_router};
 use super::oip::{
-    EXPLAIN, IndexRequest, InferRequest, ModelMetadata, OipError, Parameter, classify, is_asked,
-    validate_request,
+    IndexRequest, InferRequest, ModelMetadata, OipError, Parameter, classify, validate_request,
 };
 
 /// The messages, as `proto/inference.proto` has them.
@@ -51,12 +47,6 @@ pub mod proto {
 
 /// Where the service's calls are.
 const ROUTE: &str = "/inference.GRPCInferenceService/{method}";
-
-/// The call that is a stream: open for as long as its caller likes.
-const STREAM: &str = "ModelStreamInfer";
-
-/// A message without content, as it travels: not compressed, and of no bytes.
-const EMPTY_MESSAGE: &[u8] = &[0; 5];
 
 /// Requests of one stream that are answered at once. Their answers keep the requests' order.
 const STREAM_AT_ONCE: usize = 16;
@@ -84,71 +74,11 @@ pub fn oip_routes(service: Arc<dyn InferenceService>, gate: impl Gate, body: Bod
         .accept_compressed(CompressionEncoding::Deflate)
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
-    let entrance = Entrance {
-        gate: Arc::clone(&gate),
-        body_timeout: body.timeout,
-    };
+    let entrance = Entrance::new(Arc::clone(&gate), body.timeout);
     let calls: Router = Router::new()
         .route_service(ROUTE, grpc)
         .route_layer(from_fn_with_state(entrance, enter));
     oip_router(service, gate, body).merge(calls)
-}
-
-/// What a call passes before its message is read.
-#[derive(Clone)]
-struct Entrance {
-    gate: Arc<dyn Gate>,
-    body_timeout: Duration,
-}
-
-/// Lets a call in whose token is right for anything here. Which model it is about only its message says, so
-/// [`GrpcFront`] asks the gate again then.
-async fn enter(
-    State(entrance): State<Entrance>,
-    mut request: HttpRequest,
-    next: Next,
-) -> HttpResponse {
-    let method = request.uri().path().rsplit('/').next();
-    let is_stream = method == Some(STREAM);
-    let is_health = matches!(method, Some("ServerLive" | "ServerReady"));
-    let subject = if is_health {
-        Subject::Health
-    } else {
-        Subject::Server
-    };
-    let authorization = request.headers().get(header::AUTHORIZATION);
-    let authorization = authorization.map(HeaderValue::as_bytes);
-    if let Err(error) = entrance.gate.admit(authorization, subject) {
-        return status_of(error).into_http();
-    }
-    if is_health {
-        // Their messages have no fields, and a gate may let anybody ask: what was sent is not read.
-        *request.body_mut() = Body::from(EMPTY_MESSAGE);
-    } else if !is_stream {
-        let body = std::mem::take(request.body_mut());
-        *request.body_mut() = within(body, entrance.body_timeout);
-    }
-    next.run(request).await
-}
-
-/// The same body, for which nobody waits beyond the limit. Its trailers are dropped: no caller sends any.
-fn within(body: Body, limit: Duration) -> Body {
-    let until = tokio::time::Instant::now() + limit;
-    let next_frame = move |frames: Option<BodyDataStream>| async move {
-        let mut frames = frames?;
-        match tokio::time::timeout_at(until, frames.next()).await {
-            Ok(None) => None,
-            Ok(Some(frame)) => Some((frame.map_err(BoxError::from), Some(frames))),
-            Err(_) => {
-                let late = OipError::BodyTimeout {
-                    limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
-                };
-                Some((Err(BoxError::from(status_of(late))), None))
-            }
-        }
-    };
-    let frames = futures::stream::unfold(Some(body.into_data_stream()), next_frame);
-    Body::from_stream(frames.fuse())
 }
 
 type Answers = Pin<Box<dyn Stream<Item = Result<proto::ModelStreamInferResponse, Status>> + Send>>;
@@ -224,81 +154,6 @@ impl GrpcFront {
 
 /// What an answer says about itself, as names and values.
 type Explained = Vec<(&'static str, String)>;
-
-/// What a call's metadata say: the same headers as HTTP's. One for all requests of a stream.
-struct Asker {
-    metadata: MetadataMap,
-    routing_key: Option<String>,
-    explain: bool,
-    low_priority: bool,
-    /// What gRPC's own deadline allows, and until when: that of a stream holds for all of its requests.
-    limit: Option<(Duration, Instant)>,
-}
-
-impl Asker {
-    fn of<T>(request: &Request<T>) -> Self {
-        let metadata = request.metadata();
-        let value = |name: &str| metadata.get(name).map(|value| value.as_bytes());
-        let key = value(ROUTING_KEY.as_str());
-        let limit = metadata.get("grpc-timeout").and_then(|value| {
-            let limit = time_limit(value.to_str().ok()?)?;
-            Some((limit, Instant::now() + limit))
-        });
-        Asker {
-            routing_key: key.map(|key| String::from_utf8_lossy(key).into_owned()),
-            explain: is_asked(value(EXPLAIN)),
-            low_priority: value(PRIORITY) == Some(LOW_PRIORITY.as_bytes()),
-            limit,
-            metadata: metadata.clone(),
-        }
-    }
-
-    /// What is left of gRPC's own deadline, as the protocol's parameter.
-    fn time_left(&self) -> Result<Option<proto::InferParameter>, OipError> {
-        let Some((limit, until)) = self.limit else {
-            return Ok(None);
-        };
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(OipError::DeadlineExceeded {
-                limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
-            });
-        }
-        // Zero would be no limit at all.
-        let micros = i64::try_from(left.as_micros()).unwrap_or(i64::MAX).max(1);
-        let choice = proto::infer_parameter::ParameterChoice::Int64Param(micros);
-        Ok(Some(proto::InferParameter {
-            parameter_choice: Some(choice),
-        }))
-    }
-
-    /// The headers that decide where a request goes, as far as the call has them.
-    fn headers(&self, wanted: Vec<String>) -> BTreeMap<String, String> {
-        let read = |name: String| {
-            let value = self.metadata.get(&name)?.to_str().ok()?.to_owned();
-            Some((name, value))
-        };
-        wanted.into_iter().filter_map(read).collect()
-    }
-}
-
-/// A value of `grpc-timeout`: at most eight digits and a unit.
-fn time_limit(value: &str) -> Option<Duration> {
-    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
-    let count: u64 = digits.parse().ok()?;
-    if digits.len() > 8 || count == 0 {
-        return None;
-    }
-    Some(match unit {
-        "H" => Duration::from_secs(count * 3_600),
-        "M" => Duration::from_secs(count * 60),
-        "S" => Duration::from_secs(count),
-        "m" => Duration::from_millis(count),
-        "u" => Duration::from_micros(count),
-        "n" => Duration::from_nanos(count),
-        _ => return None,
-    })
-}
 
 /// A version that was asked for; the protocol's empty string is none.
 fn named(version: &str) -> Option<&str> {

@@ -1,6 +1,7 @@
 //! What can be wrong with a model.
 
 use super::ONNX_BYTES_MAX;
+use crate::serving::limited::Unready;
 
 /// Why a file is no model that can be served.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,6 +67,9 @@ pub enum OnnxError {
     /// The engine panicked.
     #[error("the engine gave up on the model: {0}")]
     Panicked(String),
+    /// It was not ready in time.
+    #[error(transparent)]
+    Unready(Unready),
     /// What the file's description says is not what the graph computes.
     #[error(
         "the version says that it takes and gives {said}, the graph has {found}: register the model again"
@@ -76,4 +80,13 @@ pub enum OnnxError {
         /// What was found.
         found: String,
     },
+}
+
+impl From<Unready> for OnnxError {
+    fn from(unready: Unready) -> Self {
+        match unready {
+            Unready::Panicked(text) => OnnxError::Panicked(text),
+            unready => OnnxError::Unready(unready),
+        }
+    }
 }

@@ -2,16 +2,18 @@
 //!
 //! Invariant: nothing here takes more time or memory than the file has bytes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
 use tract_onnx::pb::tensor_shape_proto::dimension::Value as Size;
 use tract_onnx::pb::type_proto::Value as Type;
-use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
+use tract_onnx::pb::{
+    GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, ValueInfoProto,
+};
 use tract_onnx::prelude::DatumType;
 
-use super::OnnxError;
 use super::values::datatype_of;
+use super::{ONNX_BYTES_MAX, OnnxError};
 use crate::serving::oip::TensorMetadata;
 use crate::serving::rows::BATCH_BYTES_MAX;
 
@@ -26,6 +28,10 @@ const TENSORS_MAX: usize = 256;
 
 /// Dimensions of a tensor.
 const RANK_MAX: usize = 16;
+
+/// Elements of what a node makes of a shape alone: as many as the largest file has bytes. The engine makes it while it
+/// looks at the graph.
+const MADE_ELEMENTS_MAX: u64 = ONNX_BYTES_MAX;
 
 /// Refuses a model that the engine cannot be trusted with.
 pub(super) fn check(model: &ModelProto, is_known: impl Fn(&str) -> bool) -> Result<(), OnnxError> {
@@ -61,7 +67,7 @@ pub(super) fn check(model: &ModelProto, is_known: impl Fn(&str) -> bool) -> Resu
         if !constants.contains(input.name.as_str()) {
             inputs += 1;
             names.insert(&input.name);
-            check_tensor("input", input)?;
+            check_input(input)?;
         }
     }
     if inputs == 0 || inputs > TENSORS_MAX || graph.output.len() > TENSORS_MAX {
@@ -123,7 +129,9 @@ impl Seen {
                 reason: "is sparse, which is not supported".to_owned(),
             });
         }
+        let constants = constants_of(graph);
         for node in &graph.node {
+            check_made(node, &constants)?;
             self.node(node, is_known)?;
         }
         Ok(())
@@ -153,6 +161,50 @@ impl Seen {
         }
         Ok(())
     }
+}
+
+/// The constants of a graph, by name.
+fn constants_of(graph: &GraphProto) -> BTreeMap<&str, &TensorProto> {
+    let given = graph.initializer.iter();
+    let given = given.map(|constant| (constant.name.as_str(), constant));
+    let nodes = graph.node.iter().filter(|node| node.op_type == "Constant");
+    let named = nodes.filter_map(|node| {
+        let constant = node.attribute.iter().find_map(|of| of.t.as_ref());
+        Some((node.output.first()?.as_str(), constant?))
+    });
+    given.chain(named).collect()
+}
+
+/// Refuses a node that makes something huge of a shape that the file has: a few bytes would fill the memory.
+fn check_made(node: &NodeProto, constants: &BTreeMap<&str, &TensorProto>) -> Result<(), OnnxError> {
+    let shape = match node.op_type.as_str() {
+        "ConstantOfShape" => node.input.first(),
+        "Expand" => node.input.get(1),
+        _ => None,
+    };
+    let Some(shape) = shape.and_then(|name| constants.get(name.as_str())) else {
+        return Ok(());
+    };
+    let sizes = integers(shape);
+    // An expansion takes 1 for what its input has there.
+    let sizes = sizes.map(|size| u64::try_from(size).unwrap_or(1));
+    let elements = sizes.fold(1, u64::saturating_mul);
+    if elements <= MADE_ELEMENTS_MAX {
+        return Ok(());
+    }
+    Err(OnnxError::Constant {
+        name: node.output.first().cloned().unwrap_or_default(),
+        reason: format!("is to have {elements} elements, the limit is {MADE_ELEMENTS_MAX}"),
+    })
+}
+
+/// The numbers of a shape; of one that is too long to be one, as many as a shape may have.
+fn integers(constant: &TensorProto) -> impl Iterator<Item = i64> {
+    let is_shape = constant.data_type == DataType::Int64 as i32;
+    let raw = constant.raw_data.chunks_exact(size_of::<i64>());
+    let raw = raw.map(|bytes| i64::from_le_bytes(bytes.try_into().expect("chunks of eight bytes")));
+    let numbers = raw.chain(constant.int64_data.iter().copied());
+    numbers.take(if is_shape { RANK_MAX } else { 0 })
 }
 
 /// Refuses a constant that has not as many elements as its dimensions say.
@@ -222,10 +274,11 @@ fn check_constant(constant: &TensorProto) -> Result<(), OnnxError> {
     Ok(())
 }
 
-fn check_tensor(kind: &'static str, tensor: &ValueInfoProto) -> Result<(), OnnxError> {
+/// Refuses an input that cannot be served.
+fn check_input(tensor: &ValueInfoProto) -> Result<(), OnnxError> {
     let refused = |reason: String| {
         Err(OnnxError::Tensor {
-            kind,
+            kind: "input",
             name: tensor.name.clone(),
             reason,
         })
@@ -237,17 +290,31 @@ fn check_tensor(kind: &'static str, tensor: &ValueInfoProto) -> Result<(), OnnxE
     let datum_type = DataType::try_from(declared.elem_type)
         .ok()
         .and_then(|kind| DatumType::try_from(kind).ok());
-    if datum_type.and_then(datatype_of).is_none() {
+    let Some(datatype) = datum_type.and_then(datatype_of) else {
         return refused(format!(
             "is of the type {}, which is not served: take numbers or truth values",
             declared.elem_type
         ));
-    }
+    };
     let rank = declared.shape.as_ref().map_or(0, |shape| shape.dim.len());
     if rank > RANK_MAX {
         return refused(format!("has {rank} dimensions, the limit is {RANK_MAX}"));
     }
-    Ok(())
+    check_size(&TensorMetadata {
+        name: tensor.name.clone(),
+        datatype,
+        shape: declared.shape.as_ref().map(sizes_of).unwrap_or_default(),
+        labels: Vec::new(),
+    })
+}
+
+/// The sizes that a shape says; -1 where it leaves one open.
+fn sizes_of(shape: &TensorShapeProto) -> Vec<i64> {
+    let size = |value: &Option<Size>| match value {
+        Some(Size::DimValue(size)) => *size,
+        _ => -1,
+    };
+    shape.dim.iter().map(|dim| size(&dim.value)).collect()
 }
 
 /// Refuses an output that is not what the file says of it.
@@ -263,13 +330,7 @@ pub(super) fn check_output(
         .ok()
         .and_then(|kind| DatumType::try_from(kind).ok())
         .and_then(datatype_of);
-    let sizes: Option<Vec<i64>> = of.shape.as_ref().map(|shape| {
-        let size = |value: &Option<Size>| match value {
-            Some(Size::DimValue(size)) => *size,
-            _ => -1,
-        };
-        shape.dim.iter().map(|dim| size(&dim.value)).collect()
-    });
+    let sizes = of.shape.as_ref().map(sizes_of);
     let fits = |sizes: &Vec<i64>| {
         let mut pairs = sizes.iter().zip(&computed.shape);
         sizes.len() == computed.shape.len()

@@ -7,7 +7,7 @@
 //!    differ, the file is refused.
 //! 3. Requests are joined only where the graph carries the batch dimension from each input to each output, and where a
 //!    trial has shown that a row's answer does not depend on the others.
-//! 4. A panic of the engine is an error of the model.
+//! 4. A panic of the engine is an error of the model, and so is a model that is not ready in time (`limited`).
 
 mod error;
 mod graph;
@@ -15,6 +15,7 @@ mod values;
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use prost::Message;
 use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::*;
@@ -24,6 +25,7 @@ use tract_onnx::tract_hir::internal::{InferenceFact, Symbol, TDim};
 pub use self::error::OnnxError;
 use self::values::{datatype_of, from_tensor, to_tensor};
 use super::fleet::BATCH_ROWS_MAX;
+use super::limited::{self, Preparation};
 use super::oip::{TensorData, TensorMetadata};
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
 use super::signature::{Described, listed};
@@ -39,6 +41,12 @@ const TRIED_SIZES: [u64; 4] = [4, 1, 64, 224];
 /// rounded in another order.
 const ROW_TOLERANCE: f64 = 1e-4;
 
+/// What is done with a model before it is ready.
+const PREPARATION: Preparation = Preparation {
+    doing: "being analysed, optimised and tried",
+    remedy: "the file may be damaged, or the graph too large; export it again, or simplify the graph",
+};
+
 /// A model that is ready to answer.
 pub struct OnnxModel {
     plan: Arc<TypedRunnableModel>,
@@ -49,8 +57,18 @@ pub struct OnnxModel {
 }
 
 impl OnnxModel {
-    /// Reads a model, checks it, and prepares it for answering.
-    pub fn load(bytes: &[u8]) -> Result<Self, OnnxError> {
+    /// Reads a model and has `prepare` do with it what is to be done before it is used, within a time: the engine may
+    /// be at work on a damaged file for ever.
+    pub fn prepared<T: Send + 'static>(
+        bytes: Bytes,
+        prepare: impl FnOnce(Self) -> Result<T, OnnxError> + Send + 'static,
+    ) -> Result<T, OnnxError> {
+        let file = bytes.clone();
+        limited::prepared(&[&file], PREPARATION, move || prepare(Self::load(&bytes)?))?
+    }
+
+    /// Reads a model, checks it, and prepares it for answering, in whatever time that takes.
+    pub(super) fn load(bytes: &[u8]) -> Result<Self, OnnxError> {
         let size_bytes = bytes.len() as u64;
         if size_bytes > ONNX_BYTES_MAX {
             return Err(OnnxError::TooLarge { size_bytes });

@@ -408,26 +408,53 @@ fn what_is_wrong_with_a_file_is_named() {
 }
 
 #[test]
-fn a_constant_made_of_nothing_does_not_fill_the_memory() {
-    let error = damaged("mlp", |proto| {
-        let graph = graph(proto);
-        graph.initializer.push(TensorProto {
-            name: "sizes".into(),
-            dims: vec![2],
-            data_type: DataType::Int64 as i32,
-            int64_data: vec![1 << 30, 1 << 30],
-            ..TensorProto::default()
+fn what_is_made_of_a_shape_alone_does_not_fill_the_memory() {
+    let shape = TensorProto {
+        name: "sizes".into(),
+        dims: vec![2],
+        data_type: DataType::Int64 as i32,
+        int64_data: vec![1 << 30, 1 << 30],
+        ..TensorProto::default()
+    };
+    let raw = TensorProto {
+        int64_data: Vec::new(),
+        raw_data: [1i64 << 30; 2].map(i64::to_le_bytes).concat(),
+        ..shape.clone()
+    };
+    let made = |op_type: &str, input: &[&str]| NodeProto {
+        op_type: op_type.to_owned(),
+        input: input.iter().map(|name| (*name).to_owned()).collect(),
+        output: vec!["huge".to_owned()],
+        ..NodeProto::default()
+    };
+    for (shape, node) in [
+        (&shape, made("ConstantOfShape", &["sizes"])),
+        (&raw, made("ConstantOfShape", &["sizes"])),
+        (&raw, made("Expand", &["x", "sizes"])),
+    ] {
+        let error = damaged("mlp", |proto| {
+            let graph = graph(proto);
+            graph.initializer.push(shape.clone());
+            graph.node.push(node);
+            graph.output[0].name = "huge".into();
         });
-        graph.node.push(NodeProto {
-            op_type: "ConstantOfShape".into(),
-            input: vec!["sizes".into()],
-            output: vec!["huge".into()],
-            ..NodeProto::default()
-        });
-        graph.output[0].name = "huge".into();
-    });
-    assert!(
-        error.contains("huge") || error.contains("the graph"),
-        "{error}"
-    );
+        let expected = "\"huge\" is to have 1152921504606846976 elements, the limit is 314572800";
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_model_is_prepared_on_a_thread_of_its_own() {
+    let here = std::thread::current().id();
+    let bytes = Bytes::from_static(bytes_of("mlp"));
+    let (there, described) = OnnxModel::prepared(bytes.clone(), |model| {
+        Ok((std::thread::current().id(), model.describe()?))
+    })
+    .unwrap();
+    assert_ne!(there, here);
+    assert_eq!(described.max_batch_size, 128);
+    let refused = OnnxModel::prepared(Bytes::from_static(b"no model"), |_| Ok(()));
+    assert!(matches!(refused, Err(OnnxError::Malformed(_))));
+    let panicked = OnnxModel::prepared::<()>(bytes, |_| panic!("not this"));
+    assert_eq!(panicked, Err(OnnxError::Panicked("not this".to_owned())));
 }

@@ -12,6 +12,7 @@
 //!   sequences*, Annals of Statistics 2024, proposition B.1), for the difference of two means of a
 //!   randomized experiment.
 
+use serde::{Deserialize, Serialize};
 use statrs::function::beta::ln_beta;
 
 /// Shares of the candidate's half that the mixture looks for, equally weighted: from a tenth more
@@ -88,8 +89,8 @@ pub fn rate_bounds(events: u64, count: u64, alpha: f64) -> (f64, f64) {
 
 /// Count, mean, variance and skewness of what was observed, kept by Welford's method as Pébay extended it
 /// (*Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical
-/// Moments*, 2008).
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+/// Moments*, 2008). Stored with an experiment's count: fields are appended, never changed.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Moments {
     count: u64,
     mean: f64,

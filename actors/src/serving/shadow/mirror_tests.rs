@@ -43,6 +43,7 @@ impl Backend for Replica {
             outputs: classified(probabilities, classes),
             computed_ns: 1,
             memory_percent: None,
+            energies: Vec::new(),
         })
     }
 }

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 
+use super::runner::NOT_YET_AFTER;
 use super::segment::SegmentName;
 use super::shared_memory::SharedMemory;
 use super::{Collective, Unreachable};
@@ -26,8 +27,9 @@ use crate::training::trainer::{Trainer, TrainerCalls, trainer_name};
 
 /// How long sums may take to arrive; then they are sent again.
 const CONTRIBUTE_MAX: Duration = Duration::from_secs(20);
-/// How long a question may wait for its sum: longer than a step of most jobs, and asked again after.
-const ASK_MAX: Duration = Duration::from_secs(60);
+/// How long a question may go without an answer: its owner says in time if the sum is not there yet, and a sum takes as
+/// long to arrive here as there.
+const ASK_MAX: Duration = NOT_YET_AFTER.saturating_add(CONTRIBUTE_MAX);
 /// How long a trainer may take to say whether it reads our memory.
 const MEET_MAX: Duration = Duration::from_secs(5);
 
@@ -162,6 +164,7 @@ impl Collective for ClusterCollective {
             step,
             digest,
             bucket,
+            at_once: false,
         };
         let sums = partials
             .into_iter()

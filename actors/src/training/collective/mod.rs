@@ -51,7 +51,7 @@ pub trait Collective: Clone + Send + Sync + 'static {
         contribution: Contribution,
     ) -> impl Future<Output = Result<Result<(), Refusal>, Unreachable>> + Send;
 
-    /// Asks for the sum of a bucket over all shards; answered once it is there.
+    /// Asks for the sum of a bucket over all shards; answered once it is there, or with [`Refusal::NotYet`].
     fn ask(
         &self,
         to: MemberId,

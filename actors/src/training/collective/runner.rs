@@ -29,6 +29,9 @@ use crate::training::replica::Replica;
 const INBOX_MAX: usize = 1024;
 /// How often what failed is sent again, and how often it looks who is slow.
 const TICK: Duration = Duration::from_millis(20);
+/// A question for a sum is answered after this, whether the sum is there or not: however long a step takes, who asks
+/// knows that this member lives.
+pub(super) const NOT_YET_AFTER: Duration = Duration::from_secs(10);
 /// A member is called slow after this, and after [`SLOW_FACTOR`] usual steps.
 const SLOW_AFTER_MIN: Duration = Duration::from_millis(250);
 const SLOW_FACTOR: u32 = 8;
@@ -61,7 +64,7 @@ impl RunnerHandle {
             .await
     }
 
-    /// A question for a sum; answered once it is there.
+    /// A question for a sum; answered once it is there, or with [`Refusal::NotYet`] after a while.
     pub async fn ask(&self, ask: Ask) -> Option<Result<Arc<Partial>, Refusal>> {
         self.request(|answer| Input::Ask(ask, answer)).await
     }
@@ -122,6 +125,12 @@ enum Done {
     },
 }
 
+/// Somebody who waits for a sum.
+struct Asking {
+    since: Instant,
+    answer: oneshot::Sender<Result<Arc<Partial>, Refusal>>,
+}
+
 /// A member and its replica.
 pub struct Runner<C> {
     member: Member,
@@ -130,7 +139,8 @@ pub struct Runner<C> {
     inbox: mpsc::Receiver<Input>,
     board: watch::Sender<Board>,
     under_way: JoinSet<Done>,
-    asking: BTreeMap<u64, oneshot::Sender<Result<Arc<Partial>, Refusal>>>,
+    /// In the order in which they asked.
+    asking: BTreeMap<u64, Asking>,
     next_token: u64,
     step_begun: Instant,
     usual_step: Option<Duration>,
@@ -220,7 +230,8 @@ impl<C: Collective> Runner<C> {
                         let _ = answer.send(outcome);
                     }
                     None => {
-                        self.asking.insert(token, answer);
+                        let since = Instant::now();
+                        self.asking.insert(token, Asking { since, answer });
                     }
                 }
             }
@@ -300,7 +311,7 @@ impl<C: Collective> Runner<C> {
                 Action::Answer { token, answer } => {
                     if let Some(asking) = self.asking.remove(&token) {
                         // The asking member may be gone.
-                        let _ = asking.send(answer);
+                        let _ = asking.answer.send(answer);
                     }
                 }
                 Action::Report(report) => {
@@ -310,7 +321,18 @@ impl<C: Collective> Runner<C> {
         }
     }
 
+    /// Lets those know that this member lives who have waited for a sum for long: they ask once more.
+    fn say_not_yet(&mut self) {
+        while let Some(first) = self.asking.first_entry()
+            && first.get().since.elapsed() >= NOT_YET_AFTER
+        {
+            // The asking member may be gone.
+            let _ = first.remove().answer.send(Err(Refusal::NotYet));
+        }
+    }
+
     fn look_around(&mut self) {
+        self.say_not_yet();
         if self.member.is_resting() {
             self.member.retry();
         }
@@ -340,6 +362,51 @@ fn told(error: &super::Unreachable) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::training::collective::InProcess;
+    use crate::training::protocol::leader::Leader;
+    use crate::training::shape::{leader_shape, member_shape};
+    use crate::training::spec::TrainSpec;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_while_a_step_takes_long_hears_that_the_sum_is_not_there_yet() {
+        let spec = TrainSpec::digits_mlp("a");
+        let mut replica = Replica::new(spec.clone());
+        let held = replica.prepare(None).unwrap();
+        let value_count = replica.value_count();
+        let [me, other] = [0, 1].map(|slot| MemberId {
+            slot,
+            incarnation: 1,
+            entry: 1,
+        });
+        let shape = leader_shape(&spec, value_count);
+        let mut leader = Leader::new(shape, Epoch::first_of(1), held.step);
+        leader.seat([me, other]);
+        let shape = member_shape(&spec, value_count);
+        let mut member = Member::new(me, shape, held.step, held.short());
+        member.adopt(leader.plan().clone()).unwrap();
+        let replica = Arc::new(Mutex::new(replica));
+        let (runner, handle, _board) = Runner::new(member, replica, InProcess::default());
+        let mut task = JoinSet::new();
+        task.spawn(runner.run());
+        // Without the shards of the other one there is no sum.
+        let question = Ask {
+            from: other,
+            step: held.step,
+            digest: held.short(),
+            bucket: 0,
+            at_once: false,
+        };
+        let begun = Instant::now();
+        for times in 1..=10 {
+            let answer = tokio::time::timeout(2 * NOT_YET_AFTER, handle.ask(question));
+            let answer = answer.await.expect("it says that it lives");
+            assert_eq!(answer, Some(Err(Refusal::NotYet)));
+            assert!(
+                begun.elapsed() >= times * NOT_YET_AFTER,
+                "as seldom as can be"
+            );
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn the_same_report_is_made_again_after_a_while() {

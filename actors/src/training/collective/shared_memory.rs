@@ -177,6 +177,7 @@ mod tests {
             step,
             digest: [3; 16],
             bucket: 0,
+            at_once: false,
         }
     }
 

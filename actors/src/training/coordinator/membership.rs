@@ -131,6 +131,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         let slot = self.crew.slot(index);
         slot.news_number = news.number;
         (slot.spent, slot.cpu) = (news.spent, news.cpu);
+        slot.gpu = news.gpu_utilization;
         let member = news.member;
         if slot.member != Some(member) {
             self.lose(index, "it has taken over a state from somebody else");

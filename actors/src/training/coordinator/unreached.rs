@@ -1,10 +1,11 @@
 //! Who does not reach whom, and for how long: from that follows who is left out.
 //!
 //! Invariants:
-//! 1. A pair counts from the first call that failed until one is answered. A call is repeated at once. One that
-//!    brings sums is answered at once as well; one that asks for them is answered when they are there, so after a way
-//!    has failed for a moment somebody may still be left out whose sums take longer than [`UNREACHED_MAX`] then.
-//! 2. Nobody is left out for a pair of which one has no seat any more.
+//! 1. A pair counts from the first call that failed until one is answered. A call is repeated at once, and the first
+//!    that is repeated is answered at once as well, whether it brings sums or asks for some that are not there yet: how
+//!    long a step takes says nothing of who is reached.
+//! 2. One call that failed leaves nobody out: another one must have failed a while later.
+//! 3. Nobody is left out for a pair of which one has no seat any more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -15,34 +16,60 @@ use crate::training::protocol::plan::MemberId;
 
 /// How long a member may not reach another one.
 const UNREACHED_MAX: Duration = Duration::from_secs(3);
-/// How long it must be to count when somebody is to be left out: what has just failed may be there again soon.
+/// How long it must be to count when somebody is to be left out, and how far the first and the last call that failed
+/// must be apart for somebody to be left out at all: what has just failed may be there again soon.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
+
+/// Calls of one member to another that failed, none of which was answered since.
+#[derive(Debug, Clone, Copy)]
+struct Failures {
+    first: Instant,
+    last: Instant,
+}
+
+impl Failures {
+    fn at(now: Instant) -> Self {
+        Failures {
+            first: now,
+            last: now,
+        }
+    }
+
+    fn lasted(&self, least: Duration, now: Instant) -> bool {
+        now.saturating_duration_since(self.first) >= least
+    }
+
+    fn are_enough(&self, now: Instant) -> bool {
+        self.lasted(UNREACHED_MAX, now) && self.lasted(SETTLED_AFTER, self.last)
+    }
+}
 
 /// Pairs of which the first does not reach the second, and since when.
 #[derive(Debug, Default)]
 pub(super) struct Unreached {
-    since: BTreeMap<(MemberId, MemberId), Instant>,
+    pairs: BTreeMap<(MemberId, MemberId), Failures>,
 }
 
 impl Unreached {
     /// A call of `from` to `peer` failed.
     pub(super) fn failed(&mut self, from: MemberId, peer: MemberId, now: Instant) {
-        self.since.entry((from, peer)).or_insert(now);
+        let failures = self.pairs.entry((from, peer));
+        failures.or_insert_with(|| Failures::at(now)).last = now;
     }
 
     /// A call of `from` to `peer` was answered.
     pub(super) fn reached(&mut self, from: MemberId, peer: MemberId) {
-        self.since.remove(&(from, peer));
+        self.pairs.remove(&(from, peer));
     }
 
     /// Forgets all pairs: a step was done.
     pub(super) fn clear(&mut self) {
-        self.since.clear();
+        self.pairs.clear();
     }
 
     /// Forgets the pairs of `member`.
     pub(super) fn forget(&mut self, member: MemberId) {
-        self.since
+        self.pairs
             .retain(|(from, peer), _| *from != member && *peer != member);
     }
 
@@ -56,25 +83,25 @@ impl Unreached {
         now: Instant,
     ) -> Option<MemberId> {
         let takes_part = |member: &MemberId| *member == me || seated.contains(member);
-        self.since
+        self.pairs
             .retain(|(from, peer), _| takes_part(from) && takes_part(peer));
-        let lasts = |since: &Instant, least| now.saturating_duration_since(*since) >= least;
-        if !self.since.values().any(|since| lasts(since, UNREACHED_MAX)) {
+        if !self.pairs.values().any(|pair| pair.are_enough(now)) {
             return None;
         }
         let settled = self
-            .since
+            .pairs
             .iter()
-            .filter(|(_, since)| lasts(since, SETTLED_AFTER));
-        let mut pairs: BTreeMap<MemberId, usize> = BTreeMap::new();
+            .filter(|(_, pair)| pair.lasted(SETTLED_AFTER, now));
+        let mut counts: BTreeMap<MemberId, usize> = BTreeMap::new();
         for ((from, peer), _) in settled {
             for member in [from, peer] {
-                *pairs.entry(*member).or_default() += 1;
+                *counts.entry(*member).or_default() += 1;
             }
         }
-        pairs.remove(&me);
-        self.since.values_mut().for_each(|since| *since = now);
-        let worst = pairs
+        counts.remove(&me);
+        let again = Failures::at(now);
+        self.pairs.values_mut().for_each(|pair| *pair = again);
+        let worst = counts
             .into_iter()
             .max_by_key(|(member, count)| (*count, member.slot));
         worst.map(|(member, _)| member)
@@ -115,8 +142,25 @@ mod tests {
         // The other direction says nothing of this one.
         let mut unreached = Unreached::default();
         unreached.failed(member(0), member(1), at(0));
+        unreached.failed(member(0), member(1), at(1000));
         unreached.reached(member(1), member(0));
         assert!(unreached.worst(&seated, me, at(3000)).is_some());
+    }
+
+    #[test]
+    fn one_call_that_failed_leaves_nobody_out_nor_do_several_of_one_moment() {
+        let (seated, me, begun) = world();
+        let at = |ms| begun + Duration::from_millis(ms);
+        let mut unreached = Unreached::default();
+        unreached.failed(member(0), member(1), at(0));
+        assert_eq!(unreached.worst(&seated, me, at(60_000)), None);
+        unreached.reached(member(0), member(1));
+        for ms in 0..999 {
+            unreached.failed(member(0), member(1), at(ms));
+        }
+        assert_eq!(unreached.worst(&seated, me, at(60_000)), None);
+        unreached.failed(member(0), member(1), at(60_000));
+        assert!(unreached.worst(&seated, me, at(60_000)).is_some());
     }
 
     #[test]
@@ -127,12 +171,15 @@ mod tests {
         unreached.failed(member(0), member(2), at(0));
         unreached.failed(member(0), member(1), at(500));
         unreached.failed(me, member(0), at(900));
+        unreached.failed(member(0), member(2), at(2000));
         // These may be there again in a moment.
         for peer in [0, 1] {
             unreached.failed(member(2), member(peer), at(2990));
         }
         assert_eq!(unreached.worst(&seated, me, at(3000)), Some(member(0)));
         unreached.forget(member(0));
+        // And again since then.
+        unreached.failed(member(2), member(1), at(5000));
         assert_eq!(unreached.worst(&seated, me, at(5900)), None);
         assert_eq!(unreached.worst(&seated, me, at(6000)), Some(member(2)));
         unreached.clear();
@@ -147,6 +194,6 @@ mod tests {
         unreached.failed(member(7), member(1), begun);
         let late = begun + Duration::from_secs(60);
         assert_eq!(unreached.worst(&seated, me, late), None);
-        assert!(unreached.since.is_empty(), "it does not pile up");
+        assert!(unreached.pairs.is_empty(), "it does not pile up");
     }
 }

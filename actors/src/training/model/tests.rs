@@ -85,6 +85,14 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
         }
         let probabilities = model.probabilities(&images[..64]).unwrap();
         assert!((probabilities.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+
+        let said = model.classify(images).unwrap();
+        assert_eq!(said.probabilities, model.probabilities(images).unwrap());
+        assert_eq!(said.classes, model.predictions(images).unwrap());
+        for (scores, energy) in together.chunks_exact(10).zip(&said.energies) {
+            let sum: f64 = scores.iter().map(|score| f64::from(*score).exp()).sum();
+            assert!((f64::from(*energy) + sum.ln()).abs() < 1e-5);
+        }
     }
 }
 

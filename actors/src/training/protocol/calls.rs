@@ -97,6 +97,11 @@ impl Calls {
         Report::Unreachable { peer }
     }
 
+    /// Whether the last call of `member` that ended has failed.
+    pub(super) fn is_silent(&self, member: MemberId) -> bool {
+        self.silent.contains(&member)
+    }
+
     pub(super) fn is_resting(&self) -> bool {
         !self.resting.is_empty()
     }

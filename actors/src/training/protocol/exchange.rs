@@ -57,6 +57,8 @@ pub struct Ask {
     pub digest: StateDigest,
     /// The bucket.
     pub bucket: u32,
+    /// Whether the answer may not wait for the sum: who was not answered before wants a sign of life first.
+    pub at_once: bool,
 }
 
 /// Why a member does not take a sum, or does not give one.
@@ -83,6 +85,9 @@ pub enum Refusal {
     /// Not a sum of this job's shards, or too many questions.
     #[error("it does not fit this job, or too many wait")]
     Misfit,
+    /// The sum is not there yet. Says no more than that the member lives: it is to be asked again.
+    #[error("the sum is not there yet")]
+    NotYet,
 }
 
 /// What a member should know of another, from its answers or its silence.

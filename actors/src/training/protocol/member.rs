@@ -271,6 +271,9 @@ impl Member {
         if let Some(known) = self.known_at(ask.step, ask.bucket) {
             return Some(Ok(Arc::clone(&known.sum)));
         }
+        if ask.at_once {
+            return Some(Err(Refusal::NotYet));
+        }
         // The same question again: nobody waits for an answer to the one before.
         let same = |other: &Ask| {
             (other.from, other.step, other.bucket) == (ask.from, ask.step, ask.bucket)
@@ -328,6 +331,8 @@ impl Member {
         self.actions.extend(news.map(Action::Report));
         match outcome {
             Some(Ok(sum)) => self.learn(to, step, bucket, sum),
+            // It is asked again at once, if it is the owner still.
+            Some(Err(Refusal::NotYet)) => {}
             Some(Err(Refusal::Late { at })) if step == self.step => {
                 self.actions
                     .push_back(Action::Report(Report::Behind { at }));

@@ -257,6 +257,7 @@ impl Member {
                     step: self.step,
                     digest: self.digest,
                     bucket,
+                    at_once: self.calls.is_silent(to),
                 };
                 self.actions.push_back(Action::Ask { to, ask });
             }
@@ -289,6 +290,7 @@ mod tests {
     use super::*;
     use crate::training::messages::Epoch;
     use crate::training::protocol::buckets::Buckets;
+    use crate::training::protocol::exchange::{Refusal, Report};
     use crate::training::protocol::gather::TreeShape;
     use crate::training::protocol::leader::{Leader, LeaderShape};
     use crate::training::protocol::member::MemberShape;
@@ -302,18 +304,8 @@ mod tests {
         }
     }
 
-    /// Whom it asks now.
-    fn asked(member: &mut Member) -> Vec<MemberId> {
-        let actions = std::iter::from_fn(|| member.poll_action());
-        let asked = actions.filter_map(|action| match action {
-            Action::Ask { to, .. } => Some(to),
-            _ => None,
-        });
-        asked.collect()
-    }
-
-    #[test]
-    fn the_drivers_copy_is_not_asked_though_it_is_further() {
+    /// A member of two at the first step, and the other one. Each owns a bucket.
+    fn one_of_two() -> (Member, MemberId) {
         let shape = MemberShape {
             tree: TreeShape {
                 shard_count: 8,
@@ -332,11 +324,37 @@ mod tests {
             lead_max: 5,
             steps: 10,
         };
-        let (me, other, driver) = (member(0), member(1), member(DRIVER_SLOT));
+        let (me, other) = (member(0), member(1));
         let mut leader = Leader::new(leader_shape, Epoch::first_of(1), 0);
         leader.seat([me, other]);
         let mut copy = Member::new(me, shape, 0, [7; 16]);
         copy.adopt(leader.plan().clone()).unwrap();
+        (copy, other)
+    }
+
+    /// What it reports and asks now.
+    fn said(member: &mut Member) -> (Vec<Report>, Vec<(MemberId, Ask)>) {
+        let (mut reports, mut asks) = (Vec::new(), Vec::new());
+        while let Some(action) = member.poll_action() {
+            match action {
+                Action::Report(report) => reports.push(report),
+                Action::Ask { to, ask } => asks.push((to, ask)),
+                _ => {}
+            }
+        }
+        (reports, asks)
+    }
+
+    /// Whom it asks now.
+    fn asked(member: &mut Member) -> Vec<MemberId> {
+        let (_, asks) = said(member);
+        asks.into_iter().map(|(to, _)| to).collect()
+    }
+
+    #[test]
+    fn the_drivers_copy_is_not_asked_though_it_is_further() {
+        let (mut copy, other) = one_of_two();
+        let driver = member(DRIVER_SLOT);
         assert_eq!(asked(&mut copy), [other], "for the bucket that it owns");
         // Both have taken the step, and ask for sums of the next one.
         let further = |from, bucket| Ask {
@@ -344,6 +362,7 @@ mod tests {
             step: 1,
             digest: [8; 16],
             bucket,
+            at_once: false,
         };
         assert_eq!(copy.ask(1, further(driver, 0)), None);
         assert_eq!(asked(&mut copy), []);
@@ -352,5 +371,48 @@ mod tests {
         assert_eq!(asked(&mut copy), [other], "for the other bucket");
         assert_eq!(copy.ask(3, further(driver, 1)), None);
         assert_eq!(copy.ahead, Some((other, 1)), "who can be asked counts");
+    }
+
+    #[test]
+    fn an_owner_that_has_no_sum_yet_is_asked_again_and_is_not_out_of_reach() {
+        let (mut copy, peer) = one_of_two();
+        let (_, asks) = said(&mut copy);
+        let [(_, question)] = asks[..] else {
+            panic!("{asks:?}");
+        };
+        assert!(!question.at_once, "nothing has failed");
+        let (step, bucket) = (question.step, question.bucket);
+        for _ in 0..100 {
+            copy.answered(peer, step, bucket, Some(Err(Refusal::NotYet)));
+            assert_eq!(said(&mut copy), (vec![], vec![(peer, question)]));
+        }
+    }
+
+    #[test]
+    fn after_a_call_that_failed_the_first_question_is_for_a_sign_of_life() {
+        let (mut copy, peer) = one_of_two();
+        let (_, asks) = said(&mut copy);
+        let (_, question) = asks[0];
+        let (step, bucket) = (question.step, question.bucket);
+        copy.answered(peer, step, bucket, None);
+        let report = Report::Unreachable { peer };
+        assert_eq!(said(&mut copy), (vec![report], vec![]));
+        copy.retry();
+        let first = Ask {
+            at_once: true,
+            ..question
+        };
+        assert_eq!(said(&mut copy), (vec![], vec![(peer, first)]));
+        copy.answered(peer, step, bucket, Some(Err(Refusal::NotYet)));
+        let report = Report::Reached { peer };
+        assert_eq!(said(&mut copy), (vec![report], vec![(peer, question)]));
+        // Asked that itself, it says so without waiting for the sum.
+        let asked_itself = |at_once| Ask {
+            from: peer,
+            at_once,
+            ..question
+        };
+        assert_eq!(copy.ask(1, asked_itself(false)), None);
+        assert_eq!(copy.ask(2, asked_itself(true)), Some(Err(Refusal::NotYet)));
     }
 }

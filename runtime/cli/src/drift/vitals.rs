@@ -3,11 +3,11 @@
 use anyhow::{Context, bail};
 use mobula_actors::drift::labels;
 use mobula_actors::drift::state::{EndpointVitals, SignalEvent};
-use mobula_actors::drift::vitals::TruthStatus;
 use mobula_actors::drift::vitals::calibration::{Reliability, ReliabilityBin};
 use mobula_actors::drift::vitals::confidence::OutOfDistribution;
 use mobula_actors::drift::vitals::sentinels::SentinelStatus;
 use mobula_actors::drift::vitals::slices::SliceStatus;
+use mobula_actors::drift::vitals::{TruthStatus, Vitals};
 use mobula_actors::serving;
 use mobula_core::clock::Clock;
 
@@ -79,6 +79,7 @@ pub(super) fn print(known: &EndpointVitals, signals: &[SignalEvent]) {
         vitals.rows,
         out_of_distribution(&vitals.out_of_distribution)
     );
+    println!("  energy      {}", by_energy(vitals));
     if let Some(why) = &vitals.no_reference {
         println!("  windows     no reference: {why}");
     }
@@ -125,6 +126,19 @@ fn out_of_distribution(found: &OutOfDistribution) -> String {
         last.tail_share_threshold * 100.0,
         last.p_value
     )
+}
+
+fn by_energy(vitals: &Vitals) -> String {
+    let unseen = vitals.rows_without_energy;
+    if unseen > 0 && unseen == vitals.rows {
+        return "not seen: the replicas answer without saying the energy of their logits"
+            .to_owned();
+    }
+    let found = out_of_distribution(&vitals.out_of_distribution_by_energy);
+    if unseen == 0 {
+        return found;
+    }
+    format!("{found}; not seen of {unseen} rows")
 }
 
 fn truth(truth: &TruthStatus) -> String {

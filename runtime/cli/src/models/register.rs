@@ -120,7 +120,7 @@ impl Source {
 
     fn onnx(path: &Path) -> anyhow::Result<Self> {
         let bytes: Bytes = read(path, ONNX_BYTES_MAX)?.into();
-        let described = OnnxModel::load(&bytes).and_then(|model| model.describe());
+        let described = OnnxModel::prepared(bytes.clone(), |model| model.describe());
         let described = described.with_context(|| path.display().to_string())?;
         Ok(Source {
             format: ModelFormat::Onnx,
@@ -145,12 +145,13 @@ impl Source {
             let bytes = read(&folder.join(name), limit_bytes)?;
             files.insert(name.to_owned(), Bytes::from(bytes));
         }
-        let model = EncoderModel::load(&EncoderFiles {
+        let given = EncoderFiles {
             config: files[encoder::CONFIG_FILE].clone(),
             weights: files[encoder::WEIGHTS_FILE].clone(),
             tokenizer: files[encoder::TOKENIZER_FILE].clone(),
-        });
-        let described = model.and_then(|model| Ok((model.describe()?, model.timely_rows())));
+        };
+        let described =
+            EncoderModel::prepared(&given, |model| Ok((model.describe()?, model.timely_rows())));
         let (described, timely) = described.with_context(|| folder.display().to_string())?;
         Ok(Source {
             format: ModelFormat::Encoder,

@@ -121,6 +121,11 @@ fn labels_tell_accuracy_and_slices_and_make_wrong_answers_a_drift_event() {
     let out = &vitals["out_of_distribution"];
     assert_eq!(out["no_reference"], Value::Null, "{out}");
     assert_eq!(out["last"]["is_out"], false, "{out}");
+    // The replicas say the energies of their logits, by which they look like it too.
+    let out = &vitals["out_of_distribution_by_energy"];
+    assert_eq!(out["score"], "energy", "{out}");
+    assert_eq!(out["last"]["is_out"], false, "{out}");
+    assert_eq!(vitals["rows_without_energy"], 0, "{vitals}");
     assert_eq!(monitor["events"], 0, "{monitor}");
 
     // The world has changed: the same images are other classes now.
@@ -155,6 +160,7 @@ fn labels_tell_accuracy_and_slices_and_make_wrong_answers_a_drift_event() {
         "share of wrong answers",
         "calibration error",
         "odd",
+        "  energy      within the reference's distribution",
         "sentinels",
     ] {
         assert!(text.contains(said), "no {said:?} in {text}");

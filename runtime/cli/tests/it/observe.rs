@@ -1,11 +1,13 @@
 //! What is there to see of a running cluster: metrics and timelines.
 
 use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
 
 use serde_json::Value;
 
 use crate::examples::example;
-use crate::support::{TestCluster, repository, wait_for};
+use crate::support::{TestCluster, repository, text_of, wait_for};
 
 /// The names of metrics in a text of Prometheus' format.
 fn exported(text: &str) -> BTreeSet<String> {
@@ -35,6 +37,11 @@ fn value(text: &str, series: &str) -> Option<f64> {
 /// Whether there is one for each host process.
 fn is_of_hosts(name: &str) -> bool {
     name.starts_with("mobula_worker_host_")
+}
+
+/// Whether there is one for each GPU.
+fn is_of_gpus(name: &str) -> bool {
+    name.starts_with("mobula_worker_gpu_")
 }
 
 /// Whether there is one for each training job.
@@ -77,7 +84,11 @@ fn metrics_are_exported_under_the_names_that_are_documented() {
     // A series of each host, or of each reason: there is none where there are no hosts, or where
     // nothing is pending.
     let is_of_some = |name: &String| {
-        is_of_hosts(name) || is_of_training(name) || is_of_serving(name) || is_of_graphs(name)
+        is_of_hosts(name)
+            || is_of_gpus(name)
+            || is_of_training(name)
+            || is_of_serving(name)
+            || is_of_graphs(name)
     };
     found.extend(documented().into_iter().filter(is_of_some));
     found.insert("mobula_actors_pending_by_reason".to_owned());
@@ -131,6 +142,65 @@ fn hosts_report_their_calls_through_their_agent() {
     let bytes: f64 = memory.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
     assert!(bytes > 1e6, "{memory:?}");
     cluster.ok(&["jobs", "stop", "job-1"]);
+}
+
+/// Puts a library in NVML's place that says what the lines of `gpus` say, as `runtime/gpu` tests with it.
+fn stand_in_for_nvml(folder: &Path, gpus: &str) {
+    let machine = folder.join("machine");
+    std::fs::write(&machine, gpus).unwrap();
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    let output = Command::new(&compiler)
+        .args(["-std=c++17", "-shared", "-fPIC"])
+        .arg(format!("-DMACHINE={machine:?}"))
+        .arg("-o")
+        .arg(folder.join("libnvidia-ml.so.1"))
+        .arg(repository("runtime/gpu/src/stand_in.cpp"))
+        .output()
+        .unwrap_or_else(|error| panic!("`{compiler}` compiles the stand-in: {error}"));
+    assert!(output.status.success(), "{}", text_of(&output));
+}
+
+#[test]
+fn a_worker_finds_its_gpus_and_shows_how_they_are_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let gpus = "GPU-aa 25 0 1000 4000 0\nGPU-bb 75 0 3000 4000 0\n";
+    stand_in_for_nvml(folder.path(), gpus);
+    let mut libraries = folder.path().display().to_string();
+    if let Ok(others) = std::env::var("LD_LIBRARY_PATH") {
+        libraries = format!("{libraries}:{others}");
+    }
+    let env = [
+        ("LD_LIBRARY_PATH", libraries.as_str()),
+        // NVML shows them all; this worker is to have one.
+        ("CUDA_VISIBLE_DEVICES", "GPU-bb"),
+    ];
+    let cluster = TestCluster::up_with(1, &[], &env);
+    let nodes = cluster.json(&["nodes", "list"]);
+    assert_eq!(nodes[0]["capacity"]["gpu_milli"], 1000, "{nodes}");
+    assert_eq!(nodes[0]["labels"]["gpu"], "Stand-in", "{nodes}");
+    let text = wait_for("a GPU that says how it is used", || {
+        let text = cluster.ok(&["metrics", "worker-1"]);
+        exported(&text)
+            .iter()
+            .any(|name| is_of_gpus(name))
+            .then_some(text)
+    });
+    let of_gpus = |names: BTreeSet<String>| -> BTreeSet<String> {
+        names.into_iter().filter(|name| is_of_gpus(name)).collect()
+    };
+    let (found, documented) = (of_gpus(exported(&text)), of_gpus(documented()));
+    assert_eq!(found, documented, "left: exported, right: documented");
+    for (series, expected) in [
+        ("mobula_worker_gpu_utilization_ratio{gpu=\"GPU-bb\"}", 0.75),
+        (
+            "mobula_worker_gpu_memory_used_bytes{gpu=\"GPU-bb\"}",
+            3000.0,
+        ),
+        ("mobula_worker_gpu_memory_bytes{gpu=\"GPU-bb\"}", 4000.0),
+    ] {
+        assert_eq!(value(&text, series), Some(expected), "{series} in:\n{text}");
+    }
+    assert!(!text.contains("GPU-aa"), "{text}");
 }
 
 #[test]

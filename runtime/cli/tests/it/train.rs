@@ -108,6 +108,8 @@ fn processes_of_one_machine_exchange_sums_in_memory() {
     assert!(value("mobula_training_step{") > 0.0);
     assert_eq!(value("mobula_training_workers{"), 2.0);
     assert!(value("mobula_training_cpu_cores{") > 0.0, "{shown}");
+    // On CPUs nothing is said of GPUs.
+    assert!(!shown.contains("mobula_training_gpu_"), "{shown}");
     assert!(value("mobula_training_step_seconds{") >= 0.0);
     cluster.ok(&["jobs", "stop", &job]);
     wait_for("the end of that memory", || sums().is_empty().then_some(()));

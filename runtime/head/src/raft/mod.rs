@@ -37,6 +37,8 @@ mod stepped_tests;
 #[cfg(test)]
 mod test_group;
 #[cfg(test)]
+mod test_network;
+#[cfg(test)]
 mod tests;
 
 pub use agreement::PeerState;

@@ -1,4 +1,5 @@
-//! A group of drivers in one process, over real RocksDBs and a network that loses messages.
+//! A group of drivers in one process, over real RocksDBs and a network that loses messages
+//! (`test_network`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -16,20 +17,18 @@ use mobula_core::error::Rejection;
 use mobula_core::id::SessionId;
 use mobula_scheduler::{Command, Response, Scheduler};
 use mobula_storage::engine::{RocksEngine, RocksOptions};
-use mobula_storage::snapshot::SnapshotInstall;
 use mobula_storage::tables::state_hash;
 use mobula_wire::raft::StateClaim;
-use parking_lot::Mutex;
 use raft::prelude::Message;
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
-use tokio::sync::oneshot;
 
 use super::chance::Chance;
-use super::inputs::{Input, InputSender, input_queue};
+use super::inputs::{InputSender, input_queue};
 use super::membership::{GroupChange, HeadCommand, Member, allocated_id};
 use super::proposals::ChangeError;
 use super::snapshots::PinnedTables;
+use super::test_network::{Network, Wire};
 use super::transport::Peers;
 use super::{Driver, DriverOptions, EmptyLog, GroupView, ProposeError, RaftHandle};
 use crate::dispatcher::effect_queue;
@@ -180,117 +179,6 @@ pub(super) async fn open_session(handle: &RaftHandle) -> SessionId {
         Response::SessionOpened { session } => session,
         other => panic!("{other:?}"),
     }
-}
-
-/// What the network does to those who use it.
-#[derive(Default)]
-pub(super) struct Weather {
-    inboxes: BTreeMap<u64, InputSender>,
-    /// Heads that nobody hears and that hear nobody.
-    cut: BTreeSet<u64>,
-    /// Messages of a thousand that are lost.
-    loss: u32,
-    /// Snapshots that will still be lost on their way.
-    lost_snapshots: u32,
-    /// Snapshots whose bytes will still be damaged on their way.
-    damaged_snapshots: u32,
-    /// How much later than its receiver's own answer the end of a snapshot is reported.
-    report_delay: Duration,
-    /// Snapshots that arrived.
-    pub(super) snapshots: u32,
-    rng: Option<StdRng>,
-}
-
-pub(super) type Network = Arc<Mutex<Weather>>;
-
-struct Wire {
-    from: u64,
-    network: Network,
-    inbox: InputSender,
-}
-
-impl Wire {
-    fn way_to(&self, to: u64) -> Option<InputSender> {
-        let mut weather = self.network.lock();
-        if weather.cut.contains(&self.from) || weather.cut.contains(&to) {
-            return None;
-        }
-        let loss = weather.loss;
-        if let Some(rng) = &mut weather.rng
-            && rng.random_range(0..1000) < loss
-        {
-            return None;
-        }
-        weather.inboxes.get(&to).cloned()
-    }
-}
-
-impl Peers for Wire {
-    fn send(&mut self, message: Message) {
-        if let Some(inbox) = self.way_to(message.to) {
-            let _ = inbox.send(Input::Step(Box::new(message)));
-        }
-    }
-
-    fn send_snapshot(&mut self, message: Message, tables: PinnedTables) {
-        let to = message.to;
-        let target = self.way_to(to);
-        let (network, inbox) = (self.network.clone(), self.inbox.clone());
-        std::thread::spawn(move || {
-            let arrived = target.is_some_and(|target| carry(&network, &target, message, tables));
-            let delay = network.lock().report_delay;
-            std::thread::sleep(delay);
-            let _ = inbox.send(Input::SnapshotSent { to, arrived });
-        });
-    }
-
-    fn send_claim(&mut self, claim: &StateClaim) {
-        let all: Vec<u64> = self.network.lock().inboxes.keys().copied().collect();
-        for to in all.into_iter().filter(|to| *to != self.from) {
-            if let Some(inbox) = self.way_to(to) {
-                let (from, claim) = (self.from, claim.clone());
-                let _ = inbox.send(Input::Claim { from, claim });
-            }
-        }
-    }
-
-    fn set_group(&mut self, _: &GroupView) {}
-}
-
-fn carry(network: &Network, target: &InputSender, message: Message, tables: PinnedTables) -> bool {
-    let mut is_damaged = false;
-    {
-        let mut weather = network.lock();
-        if weather.lost_snapshots > 0 {
-            weather.lost_snapshots -= 1;
-            return false;
-        }
-        if weather.damaged_snapshots > 0 {
-            weather.damaged_snapshots -= 1;
-            is_damaged = true;
-        }
-    }
-    let mut install = SnapshotInstall::new(1 << 30);
-    let mut export = tables.export();
-    while let Some(mut frame) = export.next_frame().unwrap() {
-        if is_damaged {
-            let middle = frame.len() / 2;
-            frame[middle] ^= 1;
-        }
-        if install.push_frame(&frame).is_err() {
-            assert!(is_damaged, "an undamaged frame was refused");
-            return false;
-        }
-    }
-    let (reply, installed) = oneshot::channel();
-    let arrived = Input::SnapshotArrived {
-        message: Box::new(message),
-        install: Box::new(install),
-        reply,
-    };
-    let taken = target.send(arrived).is_ok() && matches!(installed.blocking_recv(), Ok(Ok(())));
-    network.lock().snapshots += u32::from(taken);
-    taken
 }
 
 /// One head of a group.

@@ -5,6 +5,7 @@
     reason = "in a test a panic is the failure, and says where"
 )]
 
+mod agent;
 mod calls;
 mod concurrency;
 mod objects;

@@ -10,6 +10,8 @@ use mobula_core::id::{ActorId, HostId, Incarnation, JobId, NodeId};
 use mobula_core::namespace::Namespace;
 use mobula_core::order::{ActorAddress, StartActor};
 use mobula_core::spec::{ActorSpec, Program};
+use mobula_host::calls::serve_calls;
+use mobula_host::client::CallClient;
 use mobula_host::mailbox::IncomingCall;
 use mobula_host::registry::ConstructError;
 use mobula_host::reply::{CallResult, LocalCall, Reply};
@@ -23,6 +25,7 @@ use mobula_net::identity::{ClusterCa, Credentials, Identity, Role, Validity};
 use mobula_wire::host::HostRole;
 use mobula_wire::session::StorageLocation;
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
 
 pub(crate) const JOB: JobId = JobId(3);
 pub(crate) const FIRST: Incarnation = Incarnation(11);
@@ -302,4 +305,28 @@ pub(crate) fn address(endpoint: &Endpoint, actor: ActorId) -> ActorAddress {
         node: NodeId(1),
         call_address: endpoint.local_address().to_string(),
     }
+}
+
+/// A host that answers calls of one actor.
+pub(crate) struct Host {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) server: JoinHandle<()>,
+}
+
+/// A host of the job in which the probe `actor` runs.
+pub(crate) async fn serve(certificates: &Certificates, actor: ActorId) -> Host {
+    let (table, _events) = table_with(actor).await;
+    let endpoint = listen(&certificates.host(JOB.0));
+    let server = tokio::spawn(serve_calls(endpoint.clone(), table));
+    Host { endpoint, server }
+}
+
+/// A caller of its own, by whichever path.
+pub(crate) fn client(credentials: &Credentials) -> CallClient {
+    CallClient::new(listen(credentials), None)
+}
+
+/// What a probe's methods take.
+pub(crate) fn text(value: &str) -> Vec<u8> {
+    codec::encode_plain(value)
 }

@@ -18,6 +18,7 @@ use tokio_rustls::{TlsAcceptor, server};
 use tonic::transport::server::Connected;
 
 use super::places::{ApiConnections, ConnectionLimits, HANDSHAKES_MAX, Place};
+use super::requests::{Idleness, Requests};
 use crate::identity::{Credentials, Identity, not_after, peer_identity};
 use crate::tls::{self, TlsError};
 
@@ -51,9 +52,12 @@ pub struct PeerInfo {
     pub peer_address: SocketAddr,
     /// The name in its certificate, if it showed one. Without, only a token can say who it is.
     pub identity: Option<Identity>,
+    /// What it asks, of one that showed none.
+    pub(super) requests: Option<Requests>,
 }
 
-/// The gRPC port: a stream of connections whose handshake is done.
+/// The gRPC port: a stream of connections whose handshake is done. A server on it has the layer
+/// [`CountRequests`](super::CountRequests), as strangers who ask for nothing are disconnected.
 #[derive(Debug)]
 pub struct ApiListener {
     local_address: SocketAddr,
@@ -230,13 +234,16 @@ async fn handshake(
     let leaf = stream.get_ref().1.peer_certificates();
     let end = leaf.and_then(|chain| chain.first()).map(not_after);
     let end = end.transpose().map_err(io::Error::other)?;
+    let requests = place.idle_max().map(Requests::new);
     Ok(ApiStream {
         stream,
+        end: end.map(|end| Box::pin(tokio::time::sleep(left_until(end)))),
+        idleness: requests.as_ref().map(Idleness::of),
         peer: PeerInfo {
             peer_address,
             identity,
+            requests,
         },
-        end: end.map(|end| Box::pin(tokio::time::sleep(left_until(end)))),
         _place: place,
     })
 }
@@ -253,6 +260,8 @@ pub struct ApiStream {
     peer: PeerInfo,
     /// The end of the peer's certificate, which the connection does not outlive.
     end: Option<Pin<Box<Sleep>>>,
+    /// Whether a stranger has asked for anything lately.
+    idleness: Option<Idleness>,
     /// Given back with the connection.
     _place: Place,
 }
@@ -262,6 +271,21 @@ impl ApiStream {
     #[must_use]
     pub fn peer(&self) -> &PeerInfo {
         &self.peer
+    }
+
+    /// Fails when the time of the connection is over. Asked by who reads and by who writes: a peer that takes nothing
+    /// keeps its server from reading.
+    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let end = self.end.as_mut();
+        let idleness = self.idleness.as_mut();
+        let reason = if end.is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
+            "the peer's certificate has run out"
+        } else if idleness.is_some_and(|idleness| idleness.poll_exceeded(cx).is_ready()) {
+            "the peer has no certificate, and has asked for nothing for too long"
+        } else {
+            return Ok(());
+        };
+        Err(io::Error::new(io::ErrorKind::TimedOut, reason))
     }
 }
 
@@ -279,11 +303,7 @@ impl AsyncRead for ApiStream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let end = self.end.as_mut();
-        if end.is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
-            let reason = "the peer's certificate has run out";
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, reason)));
-        }
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
@@ -294,10 +314,12 @@ impl AsyncWrite for ApiStream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
@@ -310,6 +332,7 @@ impl AsyncWrite for ApiStream {
         cx: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
     }
 

@@ -7,11 +7,12 @@
 //! 1. Who shows a certificate of the cluster has places of its own. Strangers, who may be anybody and bring
 //!    a token at best, take none of them.
 //! 2. Of the places for strangers, and of the handshakes, one address has half at the most.
-//! 3. A place is given back with its connection.
+//! 3. A place is given back with its connection, which a stranger does not keep without using it (`requests.rs`).
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -21,6 +22,10 @@ const CERTIFIED_MAX: usize = 4096;
 
 /// Connections without: 200 MiB.
 const ANONYMOUS_MAX: usize = 2048;
+
+/// How long a connection without a certificate stays open while nobody asks for anything. Whoever comes back later connects
+/// again, which takes two round trips.
+const ANONYMOUS_IDLE_MAX: Duration = Duration::from_secs(120);
 
 /// Handshakes at one time: each costs some 100 KiB and a signature, so 256 is 25 MiB and well above
 /// what a fleet that reconnects at once needs.
@@ -37,6 +42,8 @@ pub struct ConnectionLimits {
     pub anonymous_of_address: usize,
     /// Handshakes with one address, which have not shown anything yet.
     pub handshakes_of_address: usize,
+    /// How long those without a certificate stay open while nobody asks for anything.
+    pub anonymous_idle: Duration,
 }
 
 impl ConnectionLimits {
@@ -51,6 +58,7 @@ impl ConnectionLimits {
             anonymous,
             anonymous_of_address: anonymous / 2,
             handshakes_of_address: HANDSHAKES_MAX / 2,
+            anonymous_idle: ANONYMOUS_IDLE_MAX,
         }
     }
 }
@@ -181,6 +189,14 @@ impl Place {
         };
         self.connections.take(kind, self.network)
     }
+
+    /// How long the connection may stay open while nobody asks for anything; none if for ever.
+    pub(super) fn idle_max(&self) -> Option<Duration> {
+        match self.kind {
+            Kind::Handshake | Kind::Certified => None,
+            Kind::Anonymous => Some(self.connections.0.limits.anonymous_idle),
+        }
+    }
 }
 
 impl Drop for Place {
@@ -227,6 +243,7 @@ mod tests {
         anonymous: 3,
         anonymous_of_address: 2,
         handshakes_of_address: 2,
+        anonymous_idle: ANONYMOUS_IDLE_MAX,
     };
 
     fn address(text: &str) -> IpAddr {

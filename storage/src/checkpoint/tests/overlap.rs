@@ -119,6 +119,25 @@ async fn a_sweep_that_gives_no_sign_is_waited_for_and_holds_up_nobody_else() {
     );
 }
 
+/// What S3 answers to two of our own tries at the same time looks like a plan of somebody else, as does what a try left
+/// whose reply was lost.
+#[tokio::test(start_paused = true)]
+async fn a_sweep_knows_its_own_plan_again_and_no_save_waits_for_it() {
+    for fault in [Fault::ReplyLost, Fault::Conflict] {
+        let (faults, through, direct) = faulty();
+        let plan = plan_of_orphans(&direct).await;
+        // Behind the list of old plans.
+        faults.plan(1, fault);
+        let report = Sweeper::new(through).sweep(&plan).await.unwrap();
+        assert_eq!(report.deleted, 7, "{fault:?}");
+        let plans = announced(&direct).await.unwrap();
+        assert_eq!((plans.len(), plans[0].is_over), (1, true), "{fault:?}");
+        let begun = tokio::time::Instant::now();
+        save_again(&direct).await.unwrap();
+        assert_eq!(begun.elapsed(), Duration::ZERO, "{fault:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_sweep_whose_time_is_over_asks_for_nothing_more_and_does_not_say_that_it_is_over() {
     let (faults, through, direct) = faulty();

@@ -196,6 +196,19 @@ fn what_is_wrong_with_the_tokenizer_is_named() {
         error.contains("tokenizer.json fails on the text \"a\": the tokenizer does not take"),
         "{error}"
     );
+    let words = |limit: u64| {
+        changed(&whole, |tokenizer| {
+            tokenizer["model"]["max_input_chars_per_word"] = json!(limit);
+        })
+    };
+    files.tokenizer = words(257);
+    let error = refusal(&files);
+    assert!(
+        error.contains("words of up to 257 characters into pieces, the limit is 256"),
+        "{error}"
+    );
+    files.tokenizer = words(256);
+    EncoderModel::load(&files).unwrap();
     files.tokenizer = vec![b' '; TOKENIZER_BYTES_MAX as usize + 1].into();
     let error = refusal(&files);
     assert!(

@@ -257,6 +257,7 @@ impl TrainerLink for FakeTrainer {
             step: shown.step,
             reports: new.map(|(_, report)| *report).collect(),
             notice_ms: inner.notice_ms,
+            gpu_utilization: None,
         })
     }
 

@@ -1,7 +1,7 @@
 //! How members' messages travel, and what becomes of their actions.
 
 use super::{DRIVER, Event, Made, Reply, World};
-use crate::training::protocol::exchange::{Action, Ask, Contribution, Report};
+use crate::training::protocol::exchange::{Action, Ask, Contribution, Refusal, Report};
 use crate::training::protocol::plan::MemberId;
 use crate::training::reduction::Partial;
 
@@ -32,8 +32,11 @@ impl World {
             }
             None => {
                 copy.tokens.insert(token, ask);
-                // A call has a deadline.
-                self.at(200, Event::Returned(ask.from, to, made, None));
+                // Before a call's deadline the owner says that it lives, if that arrives.
+                let reply = token
+                    .is_multiple_of(2)
+                    .then_some(Reply::Asked(Err(Refusal::NotYet)));
+                self.at(200, Event::Returned(ask.from, to, made, reply));
             }
         }
         self.act(to);

@@ -19,14 +19,21 @@ use mobula_actors::training::models::ModelSpec;
 use mobula_actors::training::snapshot::StateSnapshot;
 use mobula_actors::training::spec::{TrainSpec, WorkerRange};
 use mobula_actors::training::workload::Workload;
-use mobula_benches::measure::{Samples, Settings, repeat};
-use mobula_benches::report::Report;
+use mobula_benches::measure::{Samples, repeat};
+use mobula_benches::results::Results;
 use mobula_core::{Incarnation, JobId};
 use mobula_storage::blob::{BlobStore, S3Options};
 use mobula_storage::checkpoint::{CheckpointSource, CheckpointWriter, SaveRequest};
+use serde_json::json;
+
+use crate::{Options, Outcome};
 
 /// Values of the parameters and of each moment: 100 MB of all three.
 const VALUES: usize = 25_000_000 / 3;
+/// How the rows of snapshots begin.
+const SNAPSHOT: &str = "snapshot of 100 MB";
+/// How the rows of saves begin.
+const SAVES: &str = "checkpoints, mlp 64-2048-2048-10, batch 256, 1 thread";
 
 fn update(vectors: &mut [FlatVector; 3], grads: &[f32]) {
     let [params, means, squares] = vectors.each_mut().map(FlatVector::target);
@@ -45,16 +52,29 @@ fn update(vectors: &mut [FlatVector; 3], grads: &[f32]) {
     update.apply(one_core, params, means, squares, grads);
 }
 
-fn main() {
-    let Some(settings) = Settings::from_args() else {
-        return;
-    };
-    snapshots(settings);
-    saves(settings);
+pub(crate) fn measure(options: &Options, results: &mut Results) -> Outcome {
+    if options.wants(SNAPSHOT) {
+        snapshots(options, results);
+    }
+    if options.wants(SAVES) {
+        saves(options, results);
+    }
+    Ok(())
+}
+
+/// A row of something that takes this long.
+fn report(results: &mut Results, name: &str, samples: &Samples, more: &str) {
+    let ms = |share| samples.quantile(share).as_secs_f64() * 1e3;
+    let (p50, p99) = (ms(0.5), ms(0.99));
+    results.row(
+        &format!("{name:<64} {p50:>10.4} ms  p99 {p99:.4} ms{more}"),
+        json!({ "name": name, "unit": "ms", "p50": p50, "p99": p99, "count": samples.count() }),
+    );
 }
 
 /// A snapshot of many values, and an update with and without one.
-fn snapshots(settings: Settings) {
+fn snapshots(options: &Options, results: &mut Results) {
+    let settings = options.settings();
     let values = |from: f32| -> FlatVector {
         let values: Vec<f32> = (0..VALUES).map(|at| from + at as f32 * 1e-9).collect();
         values.into()
@@ -62,24 +82,30 @@ fn snapshots(settings: Settings) {
     let mut vectors = [values(0.5), values(0.25), values(0.125)];
     let grads = values(0.01);
     let snapshot = |vectors: &[FlatVector; 3]| vectors.each_ref().map(FlatVector::snapshot);
-    let mut report = Report::new("a snapshot of 100 MB, one core");
+    let mut row = |name: &str, samples: &Samples| {
+        report(
+            results,
+            &format!("{SNAPSHOT}, {name}, 1 thread"),
+            samples,
+            "",
+        );
+    };
     let samples = repeat(settings, || {
         black_box(snapshot(&vectors));
     });
-    report.add("snapshot", samples);
+    row("opening it", &samples);
     let samples = repeat(settings, || update(&mut vectors, &grads));
-    report.add("update, no snapshot open", samples);
+    row("update, none open", &samples);
     let samples = repeat(settings, || {
         let open = snapshot(&vectors);
         update(&mut vectors, &grads);
         drop(open);
     });
-    report.add("update, a snapshot open each time", samples);
+    row("update, one open each time", &samples);
     let samples = repeat(settings, || {
         black_box(vectors.each_ref().map(|vector| vector.to_vec()));
     });
-    report.add("limit: a copy of all of it", samples);
-    report.print();
+    row("limit: a copy of all of it", &samples);
 }
 
 /// Rounds of each kind, in turn: a machine whose clock changes changes all.
@@ -91,7 +117,7 @@ const SPREAD_STEPS: u32 = 8;
 type Offer = (StateSnapshot, Spread);
 
 /// Steps, with a checkpoint always on its way to a directory (each file fsynced) and without.
-fn saves(settings: Settings) {
+fn saves(options: &Options, results: &mut Results) {
     let spec = TrainSpec {
         steps: 1_000_000,
         workers: WorkerRange { min: 1, max: 1 },
@@ -106,7 +132,7 @@ fn saves(settings: Settings) {
     let mut trainer = LocalTrainer::new(&workload).expect("the initial state fits");
     let (offers, offered) = sync_channel::<Offer>(0);
     let uploader = std::thread::spawn(move || store_all(offered));
-    let round = settings.round_of(ROUNDS);
+    let round = options.settings().round_of(ROUNDS);
     let mut without = Samples::new();
     let mut with = [Samples::new(), Samples::new()];
     for _ in 0..ROUNDS {
@@ -127,22 +153,22 @@ fn saves(settings: Settings) {
     }
     drop(offers);
     let [spread, fast] = uploader.join().expect("it does not panic");
-    let mut report = Report::new("steps of an MLP 64-2048-2048-10, batch 256, one core");
     let base = without.per_second();
-    report.add("no checkpoint", without);
+    report(results, &format!("{SAVES}, none"), &without, "");
     let rows = [
-        ("always one in flight, spread over 8 steps", spread),
-        ("always one in flight, as fast as it can be stored", fast),
+        ("always one in flight over 8 steps", spread),
+        ("always one in flight at full speed", fast),
     ];
     for ((name, stored), with) in rows.into_iter().zip(with) {
+        let name = format!("{SAVES}, {name}");
         let share = with.per_second() / base * 100.0;
-        report.add_with(
-            name,
-            with,
-            format!("{share:.1} % of the throughput; {stored}"),
+        report(results, &name, &with, &format!(", {stored}"));
+        let name = format!("{name}: throughput");
+        results.row(
+            &format!("{name:<100} {share:>6.1} %"),
+            json!({ "name": name, "unit": "%", "share": share }),
         );
     }
-    report.print();
 }
 
 fn step(trainer: &mut LocalTrainer<'_>) {
