@@ -88,6 +88,7 @@ async fn broken_candidate(results: &mut Results, digits: &Digits, cluster: &Clus
     let arrivals = Arrivals {
         per_second,
         seed: 7,
+        connections: load::CONNECTIONS,
     };
     let (is_over, goes_on) = flag();
     let load = load::open_while(&digits.target, arrivals, goes_on);

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use crate::Outcome;
 use crate::endpoint::Target;
 
-/// Connections of the open loop: fewer than a router takes, more than an endpoint of two replicas lets wait.
+/// Connections of a crowd: fewer than a router takes, more than an endpoint of two replicas lets wait.
 pub(crate) const CONNECTIONS: usize = 1000;
 
 /// The longest latency that is told apart from longer ones.
@@ -34,6 +34,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) struct Arrivals {
     pub(crate) per_second: f64,
     pub(crate) seed: u64,
+    /// Over which they come. What comes while all are busy waits for one.
+    pub(crate) connections: usize,
 }
 
 /// What came of the requests of a row, in nanoseconds.
@@ -233,8 +235,8 @@ pub(crate) async fn open_while(
     let (due, waiting) = mpsc::unbounded_channel::<Instant>();
     let waiting = Arc::new(Mutex::new(waiting));
     let mut tasks = JoinSet::new();
-    let mut connections = Vec::with_capacity(CONNECTIONS);
-    for _ in 0..CONNECTIONS {
+    let mut connections = Vec::with_capacity(arrivals.connections);
+    for _ in 0..arrivals.connections {
         connections.push(Connection::open(target).await?);
     }
     let start = Instant::now();

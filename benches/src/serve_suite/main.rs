@@ -187,30 +187,53 @@ async fn open(
     target: &Target,
 ) -> Outcome {
     load::closed(target, busy_callers, options.round / 2).await?;
-    let outcomes = load::closed(target, busy_callers, options.round).await?;
-    let most = outcomes.answered_per_second();
-    let row = format!("{model}, the most: {busy_callers} callers");
-    results.rate(&row, most, &outcomes.answered);
-    // What this machine, generator and all, can do over as many connections as the open loop has.
-    let outcomes = load::closed(target, load::CONNECTIONS, options.round).await?;
-    let row = format!("{model}, the most: {} callers", load::CONNECTIONS);
-    let most_crowded = outcomes.answered_per_second();
-    results.rate(&row, most_crowded, &outcomes.answered);
-    tell_the_rest(results, &row, &outcomes);
-    for (name, share) in [("usual load", USUAL_LOAD), ("overload", OVERLOAD)] {
-        let arrivals = Arrivals {
-            per_second: most_crowded * share,
-            seed: 7,
-        };
-        let outcomes = load::open(target, arrivals, options.round).await?;
-        let row = format!("{model}, open loop, {name}: {share} of the most, seed 7");
+    let alone = load::closed(target, 1, options.round).await?;
+    let row = format!("{model}, 1 callers");
+    results.rate(&row, alone.answered_per_second(), &alone.answered);
+    let p99_alone = alone.answered.value_at_quantile(0.99).max(1) as f64;
+    // What an endpoint can do; and what this machine, generator and all, can do over as many connections as a crowd has.
+    let mut most = Vec::new();
+    for callers in [busy_callers, load::CONNECTIONS] {
+        let outcomes = load::closed(target, callers, options.round).await?;
+        let row = format!("{model}, the most: {callers} callers");
+        most.push((callers, outcomes.answered_per_second()));
         results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
         tell_the_rest(results, &row, &outcomes);
-        let goodput =
-            |most: f64| outcomes.answered_per_second() / most.max(f64::MIN_POSITIVE) * 100.0;
-        let of = |callers| format!("{row}: goodput of the most with {callers} callers");
-        results.figure(&of(busy_callers), goodput(most), "%");
-        results.figure(&of(load::CONNECTIONS), goodput(most_crowded), "%");
+        let times = outcomes.answered.value_at_quantile(0.99) as f64 / p99_alone;
+        results.figure(
+            &format!("{row}: p99 in those of one caller"),
+            times,
+            "times",
+        );
+    }
+    let [few, crowd] = [most[0], most[1]];
+    for (name, share, (connections, of)) in [
+        ("usual load", USUAL_LOAD, few),
+        ("usual load", USUAL_LOAD, crowd),
+        ("overload", OVERLOAD, crowd),
+    ] {
+        let arrivals = Arrivals {
+            per_second: of * share,
+            seed: 7,
+            connections,
+        };
+        let outcomes = load::open(target, arrivals, options.round).await?;
+        let row = format!(
+            "{model}, open loop, {name}: {share} of the most with {connections} callers, seed 7"
+        );
+        results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
+        tell_the_rest(results, &row, &outcomes);
+        let times = outcomes.answered.value_at_quantile(0.99) as f64 / p99_alone;
+        results.figure(
+            &format!("{row}: p99 in those of one caller"),
+            times,
+            "times",
+        );
+        for (callers, most) in &most {
+            let goodput = outcomes.answered_per_second() / most.max(f64::MIN_POSITIVE) * 100.0;
+            let row = format!("{row}: goodput of the most with {callers} callers");
+            results.figure(&row, goodput, "%");
+        }
     }
     Ok(())
 }
