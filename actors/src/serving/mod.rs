@@ -7,7 +7,7 @@
 //! * [`rollout`]: how an endpoint goes from one version to another; [`shadow`]: copies of requests that go to it
 //!   first; [`experiment`]: which of two is better; [`autoscaler`]: with how many replicas.
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, `versions` reaches
-//!   them, [`arm`] is one of them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
+//!   them, `loading` keeps both from waiting for the store, [`arm`] is one of them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
 //!   the protocol, [`feed`] tells the monitor, and `labels` brings it the truth later.
 //! * [`cache`]: answers that are given again, for endpoints that ask for it.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
@@ -61,6 +61,7 @@ pub mod ingress;
 mod labels;
 mod lane;
 pub mod limited;
+mod loading;
 mod memory_use;
 mod meters;
 mod model_cache;

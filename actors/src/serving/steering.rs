@@ -10,6 +10,8 @@
 //!    (`autoscaler`): at each look, and at once when far more requests come than before.
 //! 5. A step is judged by what came of it here. A router that is started again counts anew.
 //! 6. An experiment changes no version: what it is about is the active one, and one beside it.
+//! 7. It never waits for the object store: what is wanted of it is loaded beside the loop (`loading`), one version and
+//!    one count at the most, and until it is there requests are sent as if nothing had been asked.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -192,13 +194,16 @@ impl Steering {
             .rollout
             .as_ref()
             .filter(|rollout| rollout.phase.is_open());
+        let under_way = experiment
+            .as_ref()
+            .filter(|experiment| experiment.is_open());
+        if open.is_none() && under_way.is_none() {
+            self.versions.forget();
+        }
         let open = match open {
             Some(rollout) if self.fits(endpoint, rollout).await => Some(rollout),
             _ => None,
         };
-        let under_way = experiment
-            .as_ref()
-            .filter(|experiment| experiment.is_open());
         let compared = match under_way {
             Some(experiment) => self.compare(endpoint, experiment).await,
             None => {
@@ -230,7 +235,7 @@ impl Steering {
 
     /// Whether a candidate takes and gives what the endpoint does. One that never will is rolled back.
     async fn fits(&mut self, endpoint: &Endpoint, rollout: &Rollout) -> bool {
-        match self.fit(endpoint, &rollout.candidate).await {
+        match self.fit(endpoint, &rollout.candidate) {
             Fit::Yes => true,
             Fit::Unknown => false,
             Fit::No(reason) => {
@@ -244,12 +249,11 @@ impl Steering {
         }
     }
 
-    async fn fit(&mut self, endpoint: &Endpoint, served: &Served) -> Fit {
+    fn fit(&mut self, endpoint: &Endpoint, served: &Served) -> Fit {
         if self.fitting == Some(served.version) {
             return Fit::Yes;
         }
-        let found = self.versions.fit(&self.signature, &endpoint.model, served);
-        let found = found.await;
+        let found = self.versions.fit(&self.signature, endpoint, served);
         if let Fit::Yes = found {
             self.fitting = Some(served.version);
         }
@@ -263,7 +267,7 @@ impl Steering {
         experiment: &Experiment,
     ) -> Option<(u64, Compared<Replicas>)> {
         let (plan, tally) = self.comparing.count(experiment).await?;
-        match self.fit(endpoint, &plan.treatment).await {
+        match self.fit(endpoint, &plan.treatment) {
             Fit::Yes => {}
             Fit::Unknown => return None,
             Fit::No(reason) => {

@@ -1,8 +1,12 @@
 //! How a router reaches the versions of its endpoint: what each takes and gives, and its replicas.
+//!
+//! Invariant: a router that answers does not wait for the store. What another version takes and gives is looked at
+//! beside its loop; only one that starts waits, as it cannot answer without.
 
 use std::sync::Arc;
 
 use mobula::{ActorRef, Cluster, StorageLocation};
+use mobula_storage::blob::{BlobError, BlobStore};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -11,6 +15,7 @@ use super::controller::{monitor_name, replica_name};
 use super::feed::feed;
 use super::fleet::Fleet;
 use super::guard::traffic::Traffic;
+use super::loading::Loading;
 use super::replica::Replica;
 use super::replica_link::{feed_monitor, follow_origin, keep_open};
 use super::rollout::plan::Served;
@@ -50,15 +55,19 @@ pub(super) enum Fit {
     Yes,
     /// It never will, for this reason.
     No(String),
-    /// It cannot be looked at now.
+    /// It is being looked at, or cannot be now.
     Unknown,
 }
+
+/// Looks what the version of this number takes and gives.
+type Looking = Loading<u64, Result<Signature, SignatureError>>;
 
 /// How the versions of an endpoint are reached.
 pub(super) struct Versions {
     pub(super) cluster: Cluster,
     pub(super) storage: StorageLocation,
     pub(super) traffic: Arc<Traffic>,
+    looking: Looking,
 }
 
 impl Versions {
@@ -67,39 +76,39 @@ impl Versions {
             cluster,
             storage,
             traffic: Arc::default(),
+            looking: Loading::new(),
         }
     }
 
     /// What the endpoint's active version takes and gives.
     pub(super) async fn signature(&self, endpoint: &Endpoint) -> Result<Signature, SignatureError> {
-        self.signature_of(&endpoint.model, &active(endpoint)).await
+        let opened = open_blobs(&self.storage);
+        signature_of(opened, &endpoint.model, &active(endpoint)).await
     }
 
-    async fn signature_of(
-        &self,
-        model: &str,
-        served: &Served,
-    ) -> Result<Signature, SignatureError> {
-        let blobs = open_blobs(&self.storage).map_err(VersionFileError::from)?;
-        let artifact = Artifact::load(&blobs, &served.digest, served.size_bytes).await?;
-        Signature::of(&artifact).map_err(|samples| SignatureError::Samples {
-            model: model.to_owned(),
-            version: served.version,
-            samples,
-        })
-    }
-
-    /// Whether a version takes and gives what `wanted` says.
-    pub(super) async fn fit(&self, wanted: &Signature, model: &str, served: &Served) -> Fit {
-        match self.signature_of(model, served).await {
+    /// Whether a version takes and gives what `wanted` says, if that is known by now: its file is loaded beside the
+    /// caller, who asks again.
+    pub(super) fn fit(&mut self, wanted: &Signature, endpoint: &Endpoint, served: &Served) -> Fit {
+        let names = (&*endpoint.name, &*endpoint.model);
+        let open = || open_blobs(&self.storage);
+        let Some(found) = looked_at(&mut self.looking, names, served, open) else {
+            return Fit::Unknown;
+        };
+        match found {
             Ok(signature) if signature == *wanted => Fit::Yes,
             Ok(other) => Fit::No(other.difference(served.version, wanted)),
             Err(error) if error.is_final() => Fit::No(error.to_string()),
             Err(error) => {
-                tracing::warn!(model, %error, "a version cannot be looked at yet");
+                let (endpoint, model) = names;
+                tracing::warn!(endpoint, model, %error, "a version cannot be looked at yet");
                 Fit::Unknown
             }
         }
+    }
+
+    /// Drops what is being looked at: no other version is wanted.
+    pub(super) fn forget(&mut self) {
+        self.looking.forget();
     }
 
     /// An arm that looks for its replicas from now on.
@@ -146,10 +155,80 @@ impl Versions {
     }
 }
 
+/// What a version takes and gives, if its file was loaded by now.
+fn looked_at(
+    looking: &mut Looking,
+    (endpoint, model): (&str, &str),
+    served: &Served,
+    open: impl FnOnce() -> Result<BlobStore, BlobError>,
+) -> Option<Result<Signature, SignatureError>> {
+    looking.hear(endpoint, served.version, || {
+        let (opened, model, served) = (open(), model.to_owned(), served.clone());
+        async move { signature_of(opened, &model, &served).await }
+    })
+}
+
+async fn signature_of(
+    opened: Result<BlobStore, BlobError>,
+    model: &str,
+    served: &Served,
+) -> Result<Signature, SignatureError> {
+    let blobs = opened.map_err(VersionFileError::from)?;
+    let artifact = Artifact::load(&blobs, &served.digest, served.size_bytes).await?;
+    Signature::of(&artifact).map_err(|samples| SignatureError::Samples {
+        model: model.to_owned(),
+        version: served.version,
+        samples,
+    })
+}
+
 fn active(endpoint: &Endpoint) -> Served {
     Served {
         version: endpoint.version,
         digest: endpoint.digest.clone(),
         size_bytes: endpoint.size_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use mobula_storage::blob::fault::Fault;
+    use mobula_storage::blob::{RetryPolicy, S3Options};
+
+    use super::*;
+    use crate::registry::version_file::tests::digits;
+    use crate::serving::loading::tests::loaded;
+
+    /// Looks at a version while its file does not come.
+    const LOOKS: u32 = 100;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_version_whose_file_does_not_come_does_not_hold_who_looks_at_it() {
+        let hangs = Duration::from_secs(3_600);
+        let blobs = BlobStore::open("memory://", &S3Options::default()).unwrap();
+        let (faults, blobs) = blobs.with_faults(RetryPolicy::IMMEDIATE);
+        let file = digits(50);
+        let stored = file.store(&blobs).await.unwrap();
+        let served = Served {
+            version: 2,
+            digest: stored.digest,
+            size_bytes: stored.size_bytes,
+        };
+        faults.reset();
+        faults.stand(Some(Fault::Stalled(hangs)));
+        let open = || Ok(blobs.clone());
+        let mut looking = Loading::new();
+        let mut look = || looked_at(&mut looking, ("digits", "digits"), &served, open);
+        for _ in 0..LOOKS {
+            assert!(look().is_none());
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(faults.operations(), 1, "it is asked once at a time");
+        tokio::time::advance(2 * hangs).await;
+        let found = loaded(look).await.unwrap();
+        let wanted = Signature::of(&Artifact::Trained(Box::new(file))).unwrap();
+        assert_eq!(found, wanted);
     }
 }

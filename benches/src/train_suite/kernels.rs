@@ -79,6 +79,7 @@ fn products(execution: Execution, row: &mut Row<'_>) {
         [256, 1024, 2048],
         [128, 784, 512],
         [8, 784, 512],
+        [1, 4096, 4096],
         [128, 512, 10],
     ] {
         let (a, b) = (values("a", m * k), values("b", k * n));

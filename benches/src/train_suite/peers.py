@@ -217,7 +217,7 @@ def losses_agree(description, values, batches):
 def kernels(threads, seconds):
     torch.set_num_threads(threads)
     suffix = f"{threads} thread(s)"
-    for m, k, n in ((512, 512, 512), (256, 1024, 2048), (128, 784, 512), (8, 784, 512), (128, 512, 10)):
+    for m, k, n in ((512, 512, 512), (256, 1024, 2048), (128, 784, 512), (8, 784, 512), (1, 4096, 4096), (128, 512, 10)):
         for way, a, b in (
             ("NN", torch.randn(m, k), torch.randn(k, n)),
             ("NT", torch.randn(m, k), torch.randn(n, k).t()),

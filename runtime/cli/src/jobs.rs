@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::args::{JobsCommand, Target};
 use crate::clock::SystemClock;
 use crate::connect::connect;
-use crate::output::{age, or_dash, print_json, print_table};
+use crate::output::{age, or_dash, print_json, print_table, result_lines};
 use crate::preemptions;
 
 pub(crate) async fn run(target: &Target, command: JobsCommand) -> anyhow::Result<ExitCode> {
@@ -197,6 +197,7 @@ fn show(job: &Job) {
         println!("           what the job loads or saves there waits until it answers");
     }
     if let Some(result) = &job.result_json {
-        println!("result     {result}");
+        let lines = result_lines(JobId(job.id), result);
+        println!("result     {}", lines.join("\n           "));
     }
 }

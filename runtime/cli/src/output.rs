@@ -1,6 +1,8 @@
 //! What is printed: tables for people, JSON for programs.
 
+use mobula_core::JobId;
 use serde::Serialize;
+use serde_json::Value;
 
 /// Prints `value` as indented JSON.
 pub(crate) fn print_json<T: Serialize>(value: &T) -> anyhow::Result<()> {
@@ -41,6 +43,48 @@ pub(crate) fn print_table(header: &[&str], rows: &[Vec<String>]) {
     for row in rows {
         line(row.iter().map(String::as_str).collect());
     }
+}
+
+/// A job's result of at most so many characters is shown as it is.
+const RESULT_SHOWN_MAX: usize = 160;
+/// A part of a longer one, if it is at most so long.
+const PART_SHOWN_MAX: usize = 80;
+
+/// A job's result for people, one line for each: as it is if it is short; else its members, of which the long ones are
+/// counted, and where all of it is.
+pub(crate) fn result_lines(job: JobId, result: &str) -> Vec<String> {
+    if result.chars().count() <= RESULT_SHOWN_MAX {
+        return vec![result.to_owned()];
+    }
+    let mut lines = match serde_json::from_str(result) {
+        Ok(Value::Object(members)) => {
+            let widest = members.keys().map(|key| key.chars().count()).max();
+            let width = widest.unwrap_or(0);
+            members
+                .iter()
+                .map(|(key, value)| format!("{key:<width$}  {}", part(value)))
+                .collect()
+        }
+        Ok(value) => vec![part(&value)],
+        Err(_) => vec![cut(result)],
+    };
+    lines.push(format!("(all of it: `mobula jobs show {job} --json`)"));
+    lines
+}
+
+fn part(value: &Value) -> String {
+    let text = value.to_string();
+    match value {
+        _ if text.chars().count() <= PART_SHOWN_MAX => text,
+        Value::Array(items) => format!("[{} items]", items.len()),
+        Value::Object(members) => format!("{{{} members}}", members.len()),
+        _ => cut(&text),
+    }
+}
+
+fn cut(text: &str) -> String {
+    let begin: String = text.chars().take(PART_SHOWN_MAX).collect();
+    format!("{begin}…")
 }
 
 /// A duration since `from_ms` until `to_ms` (or now), for people.
@@ -85,6 +129,27 @@ mod tests {
         assert_eq!(causes(&twice), "no job: a.toml: no such file");
         let once = cause().context("a.toml cannot be read");
         assert_eq!(causes(&once), "a.toml cannot be read: no such file");
+    }
+
+    #[test]
+    fn long_results_are_told_by_their_members() {
+        let job = JobId(7);
+        assert_eq!(result_lines(job, "{\"pi\":3.14}"), ["{\"pi\":3.14}"]);
+        let long = serde_json::json!({
+            "loss": 0.5,
+            "pauses_ms": vec![1; 64],
+            "text": "ä".repeat(200),
+        });
+        let text = format!("\"{}…", "ä".repeat(79));
+        let expected = [
+            "loss       0.5".to_owned(),
+            "pauses_ms  [64 items]".to_owned(),
+            format!("text       {text}"),
+            "(all of it: `mobula jobs show job-7 --json`)".to_owned(),
+        ];
+        assert_eq!(result_lines(job, &long.to_string()), expected);
+        let list = serde_json::json!(vec![1; 100]).to_string();
+        assert_eq!(result_lines(job, &list)[0], "[100 items]");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use mobula_core::id::JobId;
 use crate::args::{SubmitArguments, Target};
 use crate::connect::connect;
 use crate::jobs::{as_json, print_logs};
-use crate::output::print_json;
+use crate::output::{print_json, result_lines};
 use crate::{secrets, train_file};
 
 pub(crate) async fn run(target: &Target, arguments: SubmitArguments) -> anyhow::Result<ExitCode> {
@@ -106,7 +106,10 @@ pub(crate) async fn follow(cluster: &Cluster, id: JobId, json: bool) -> anyhow::
     if json {
         print_json(&as_json(&job)?)?;
     } else if let Some(result) = &job.result_json {
-        println!("result: {result}");
+        match &result_lines(id, result)[..] {
+            [line] => println!("result: {line}"),
+            lines => println!("result:\n  {}", lines.join("\n  ")),
+        }
     }
     if job.state == "succeeded" {
         eprintln!("{id} succeeded");

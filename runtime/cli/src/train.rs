@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::args::{Target, TrainArguments, TrainCommand};
 use crate::connect::connect;
 use crate::jobs::as_json;
-use crate::output::print_json;
+use crate::output::{or_dash, print_json};
 use crate::preemptions::{self, PreemptionJson, newest_lines};
 use crate::replay;
 use crate::submit::{follow, require_executable};
@@ -243,11 +243,9 @@ fn show(status: &Status) {
     if !status.result.is_null() {
         let text = |key: &str| status.result[key].to_string();
         println!("weights     {}", text("weights_blake3").trim_matches('"'));
-        println!(
-            "held out    loss {}, metrics {}",
-            text("held_out_loss"),
-            text("metrics")
-        );
+        let loss = status.result["held_out_loss"].as_f64();
+        let loss = or_dash(loss.map(|loss| format!("{loss:.4}")));
+        println!("held out    loss {loss}, metrics {}", text("metrics"));
     }
 }
 

@@ -6,12 +6,15 @@
 //!
 //! Where `b` is as narrow as a tile, every value of `a` is used once, and a copy costs as much as the product.
 //! Then an operand that lies as a panel would is read where it is: this is the gradient of a convolution's weights.
+//! Where `a` has few rows, every value of `b` is used few times, and nothing is copied (`streamed`).
 
 use super::PARALLEL_WORK_MIN;
 use super::matrix::{MatrixView, Span, spans};
 use super::panels::{PANELS, copy_a, copy_b, room};
+use super::streamed::{ROWS_MAX, Streamed};
 use super::tiles::{Kernels, TILE_COLUMNS_MAX, TILE_ROWS_MAX, Tile, TileKernel};
-use crate::kernels::Execution;
+use crate::kernels::lanes::dispatch;
+use crate::kernels::{Execution, InstructionSet};
 
 /// Inner dimension of a block, at most: a panel of 32 columns is then 32 KiB, and stays in a first-level
 /// cache of 48 KiB with the rows that meet it.
@@ -81,7 +84,11 @@ fn multiply_from(
     if a.columns == 0 || c.is_empty() {
         return;
     }
-    let kernels = Kernels::of(execution.instructions());
+    let instructions = execution.instructions();
+    let kernels = Kernels::of(instructions);
+    // What fits one tile lies in the result's registers, which no stream beats.
+    let is_streamed =
+        a.rows <= ROWS_MAX && b.column_stride == 1 && b.columns > kernels.tile_columns();
     let target = Target {
         values: c.as_mut_ptr(),
         stride: b.columns,
@@ -108,17 +115,16 @@ fn multiply_from(
         };
         let a = a.part(rows, whole(a.columns));
         let b = b.part(whole(b.rows), columns);
+        let target = target.at(rows.start, columns.start);
         // SAFETY: the spans are disjoint, so no two threads get the same elements of `c`, which is borrowed
         // until all of them have ended.
         unsafe {
-            multiply_part(
-                kernels,
-                &a,
-                &b,
-                target.at(rows.start, columns.start),
-                goes_on,
-            )
-        };
+            if is_streamed {
+                multiply_streamed(instructions, a, b, target, goes_on);
+            } else {
+                multiply_part(kernels, &a, &b, target, goes_on);
+            }
+        }
     };
     if length >= total {
         return one(whole(total));
@@ -129,6 +135,22 @@ fn multiply_from(
             scope.spawn(move |_| one(span));
         }
     });
+}
+
+/// Safety: nobody else uses the `a.rows` by `b.columns` elements of the target meanwhile, and they exist.
+unsafe fn multiply_streamed(
+    instructions: InstructionSet,
+    a: MatrixView<'_>,
+    b: MatrixView<'_>,
+    target: Target,
+    goes_on: bool,
+) {
+    let sums = |row: usize| {
+        // SAFETY: by the caller, these are there and nobody else's; rows do not overlap.
+        unsafe { std::slice::from_raw_parts_mut(target.at(row, 0).values, b.columns) }
+    };
+    let c = (0..a.rows).map(sums).collect();
+    dispatch(instructions, Streamed { a, b, c, goes_on });
 }
 
 /// Safety: nobody else uses the `a.rows` by `b.columns` elements of the target meanwhile, and they exist.

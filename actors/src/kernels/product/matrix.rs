@@ -96,6 +96,12 @@ impl<'a> MatrixView<'a> {
         )
     }
 
+    /// The value there.
+    #[inline(always)]
+    pub(super) fn value(&self, row: usize, column: usize) -> f32 {
+        self.values[row * self.row_stride + column * self.column_stride]
+    }
+
     pub(super) fn part(&self, rows: Span, columns: Span) -> Self {
         let start = rows.start * self.row_stride + columns.start * self.column_stride;
         Self::new(

@@ -8,12 +8,14 @@
 //! depends on the CPU's caches.
 //!
 //! * `blocked` cuts a product into blocks and tiles; `panels` copies operands, whatever their strides, for it;
-//! * `tiles` says what a tile is; `avx512`, `avx2` and `scalar` compute one.
+//! * `tiles` says what a tile is; `avx512`, `avx2` and `scalar` compute one;
+//! * `streamed` is for few rows, and copies nothing.
 
 mod blocked;
 mod matrix;
 mod panels;
 mod scalar;
+mod streamed;
 mod tiles;
 
 #[cfg(target_arch = "x86_64")]

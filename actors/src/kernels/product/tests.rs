@@ -83,6 +83,11 @@ fn every_path_has_the_bits_of_the_chain() {
         [3, 0, 9],
         [0, 3, 9],
         [3, 9, 0],
+        // Few rows of a matrix that is read as it lies, with every number of streams at the end.
+        [1, 301, 2100],
+        [2, 38, 1030],
+        [3, 259, 65],
+        [4, 600, 100],
         // More than a block each way.
         [485, 40, 37],
         [3, 11, 2100],
@@ -99,6 +104,32 @@ proptest! {
     #[test]
     fn so_do_shapes_that_nobody_thought_of(m in 1usize..40, k in 1usize..600, n in 1usize..80) {
         check([m, k, n]);
+    }
+}
+
+#[test]
+fn chains_go_on_from_what_is_there() {
+    for [m, k, n] in [[1, 37, 100], [4, 37, 1100], [5, 37, 100], [9, 37, 20]] {
+        let (a, b) = (values("a", m * k), values("b", k * n));
+        let expected = bits(&chain(&a, &b, [m, k, n]));
+        for execution in all_executions() {
+            let mut c = vec![f32::NAN; m * n];
+            let (a, b) = (
+                MatrixView::row_major(&a, m, k).transposed(),
+                MatrixView::row_major(&b, k, n),
+            );
+            for (start, count) in [(0, 10), (10, 5), (15, 22)] {
+                let (a, b) = (
+                    a.rows_from(start, count).transposed(),
+                    b.rows_from(start, count),
+                );
+                match start {
+                    0 => multiply(execution, &a, &b, &mut c),
+                    _ => multiply_add(execution, &a, &b, &mut c),
+                }
+            }
+            assert_eq!(bits(&c), expected, "{m}x{k}x{n}, {execution:?}");
+        }
     }
 }
 

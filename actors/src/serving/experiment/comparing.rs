@@ -8,6 +8,8 @@
 //! 3. A look is at a copy that is in the store already, and copies are taken by the clock: what dies with a router was
 //!    not looked at, so the router that counts it again takes no chance twice. A guardrail alone is looked at all the
 //!    time and does not wait for the store.
+//! 4. Nothing here waits for the store: counts are read, stored and removed beside the router's loop, which sees at each
+//!    look how far that is. What comes of it for another experiment or count is dropped.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,10 +25,11 @@ use super::Plan;
 use super::command::Command;
 use super::findings::{Decision, Findings};
 use super::plan::{Ending, Experiment};
-use super::shelf;
+use super::shelf::{self, NotCleared, NotRead};
 use super::tally::Tally;
 use crate::serving::arm::lock;
 use crate::serving::client;
+use crate::serving::loading::Loading;
 use crate::serving::rollout::plan::Cleanup;
 use crate::serving::rollout::reporting::REPORT_INTERVAL;
 use crate::serving::rollout::trial::shortened;
@@ -67,12 +70,18 @@ struct Look {
     findings: Findings,
 }
 
+/// Reads a stored count: by its experiment, which one it is within that, and its hash.
+type Reading = Loading<(u64, u32, [u8; 32]), Result<Tally, NotRead>>;
+
 /// Follows an endpoint's experiments.
 pub(in crate::serving) struct Comparing {
     cluster: Cluster,
     storage: StorageLocation,
     router: Incarnation,
     current: Option<Current>,
+    reading: Reading,
+    /// Removes the counts of the experiment of this number.
+    clearing: Loading<u64, Result<(), NotCleared>>,
 }
 
 impl Comparing {
@@ -86,17 +95,21 @@ impl Comparing {
             storage,
             router,
             current: None,
+            reading: Loading::new(),
+            clearing: Loading::new(),
         }
     }
 
-    /// What this router counts in an experiment; `None` while the head does not know that it does, or the store does
-    /// not say what was counted before.
+    /// What this router counts in an experiment; `None` while the head does not know that it does, or the store has not
+    /// said what was counted before.
     pub(in crate::serving) async fn count(
         &mut self,
         experiment: &Experiment,
     ) -> Option<(Arc<Plan>, Arc<Mutex<Tally>>)> {
+        // What is in the endpoint's folder from now on is this experiment's.
+        self.clearing.forget();
         if experiment.counting != Some(self.router) {
-            self.current = None;
+            self.forget();
             self.tell(Command::Count {
                 endpoint: experiment.plan.endpoint.clone(),
                 experiment: experiment.number,
@@ -108,6 +121,8 @@ impl Comparing {
         let known = self.current.as_ref();
         let known = known.map(|current| (current.number, current.count));
         if known != Some((experiment.number, experiment.counts)) {
+            // Nothing follows from another count meanwhile.
+            self.current = None;
             let tally = self.go_on(experiment).await?;
             self.current = Some(Current::new(experiment, tally));
         }
@@ -115,14 +130,12 @@ impl Comparing {
         Some((Arc::clone(&current.plan), Arc::clone(&current.tally)))
     }
 
-    /// What was counted before this router. If that can never be read again, the head is told to begin another count.
-    async fn go_on(&self, experiment: &Experiment) -> Option<Tally> {
-        let (plan, alpha) = (&experiment.plan, experiment.alpha());
-        let Some(stored) = experiment.stored else {
-            return Some(Tally::new(plan.clone(), alpha));
-        };
-        let blobs = self.blobs()?;
-        match shelf::read(&blobs, plan, alpha, stored).await {
+    /// What was counted before this router, once it is read. If that can never be read again, the head is told to begin
+    /// another count.
+    async fn go_on(&mut self, experiment: &Experiment) -> Option<Tally> {
+        let plan = &experiment.plan;
+        let open = || open_blobs(&self.storage);
+        match counted_before(&mut self.reading, experiment, open)? {
             Ok(tally) => Some(tally),
             Err(error) if error.is_final() => {
                 tracing::error!(
@@ -152,15 +165,10 @@ impl Comparing {
         }
     }
 
-    fn blobs(&self) -> Option<BlobStore> {
-        open_blobs(&self.storage)
-            .inspect_err(|error| tracing::warn!(%error, "counts cannot be stored or read"))
-            .ok()
-    }
-
     /// Forgets what was counted of an experiment that is over.
     pub(in crate::serving) fn forget(&mut self) {
         self.current = None;
+        self.reading.forget();
     }
 
     /// Looks what follows from what was counted, and tells the head.
@@ -187,11 +195,15 @@ impl Comparing {
             };
             return self.tell(report).await;
         }
-        if current.is_due()
-            && let Some(blobs) = self.blobs()
-            && let Some(current) = &mut self.current
-        {
-            current.store(blobs);
+        if current.is_due() {
+            match open_blobs(&self.storage) {
+                Ok(blobs) => current.store(blobs),
+                Err(error) => tracing::warn!(
+                    endpoint = current.plan.endpoint,
+                    %error,
+                    "a count cannot be stored; it is tried again"
+                ),
+            }
         }
     }
 
@@ -204,17 +216,27 @@ impl Comparing {
         self.conclude(experiment, Ending::Unfit, findings).await;
     }
 
-    /// Says that nothing is left of the treatment, nor of what was counted.
-    pub(in crate::serving) async fn say_drained(&self, experiment: &Experiment) {
+    /// Says that nothing is left of the treatment, nor of what was counted, once that is removed.
+    pub(in crate::serving) async fn say_drained(&mut self, experiment: &Experiment) {
         if experiment.cleanup != Cleanup::Draining {
             return;
         }
         let endpoint = &experiment.plan.endpoint;
-        // The treatment's replicas do not wait long for the store: what stays goes with the endpoint's next experiment.
-        if let Some(blobs) = self.blobs()
-            && let Err(error) = shelf::clear(&blobs, endpoint).await
-        {
-            tracing::warn!(endpoint, %error, "the counts of an experiment stay in the store for now");
+        let cleared = self.clearing.hear(endpoint, experiment.number, || {
+            let (opened, endpoint) = (open_blobs(&self.storage), endpoint.clone());
+            async move {
+                let blobs = opened?;
+                shelf::clear(&blobs, &endpoint).await
+            }
+        });
+        match cleared {
+            None => return,
+            Some(Ok(())) => {}
+            // The treatment's replicas do not wait long for the store: what stays goes with the endpoint's next
+            // experiment.
+            Some(Err(error)) => {
+                tracing::warn!(endpoint, %error, "the counts of an experiment stay in the store for now");
+            }
         }
         self.tell(Command::Drained {
             endpoint: endpoint.clone(),
@@ -317,6 +339,27 @@ impl Current {
             store(&blobs, &endpoint, &tally).await
         });
     }
+}
+
+/// What was counted before, if the store has said it by now or does not need to be asked.
+fn counted_before(
+    reading: &mut Reading,
+    experiment: &Experiment,
+    open: impl FnOnce() -> Result<BlobStore, BlobError>,
+) -> Option<Result<Tally, NotRead>> {
+    let (plan, alpha) = (&experiment.plan, experiment.alpha());
+    let Some(stored) = experiment.stored else {
+        reading.forget();
+        return Some(Ok(Tally::new(plan.clone(), alpha)));
+    };
+    let key = (experiment.number, experiment.counts, stored);
+    reading.hear(&plan.endpoint, key, || {
+        let (opened, plan) = (open(), plan.clone());
+        async move {
+            let blobs = opened?;
+            shelf::read(&blobs, &plan, alpha, stored).await
+        }
+    })
 }
 
 /// Stores a copy, and looks what follows from it.

@@ -6,6 +6,7 @@ use crate::serving::experiment::plan::SAMPLES_MAX;
 use crate::serving::experiment::tally::stored::TALLY_BYTES_MAX;
 use crate::serving::experiment::tally::stored::tests::plan;
 use crate::serving::experiment::tally::{Unit, Variant};
+use crate::serving::loading::tests::loaded;
 use crate::serving::rollout::trial::Outcome;
 
 /// How often a task of this thread is let run, which needs a few times.
@@ -99,6 +100,53 @@ async fn a_router_goes_on_with_the_copy_that_the_head_knows() {
     assert!(!current.is_due() && lock(&current.tally).exposed() == 60);
     meet(&current, 60..61);
     assert!(current.is_due() && lock(&current.tally).exposed() == 61);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_hangs_does_not_hold_who_goes_on_with_a_count() {
+    let hangs = Duration::from_secs(3_600);
+    let (faults, blobs) = store_with_faults();
+    let mut experiment = begun();
+    let mut current = from_zero(&experiment);
+    meet(&current, 0..60);
+    current.store(blobs.clone());
+    heard(&mut current, &experiment).await;
+    experiment.stored = current.told.as_ref().map(|look| look.stored);
+
+    faults.reset();
+    faults.stand(Some(Fault::Stalled(hangs)));
+    let open = || Ok(blobs.clone());
+    let mut reading = Loading::new();
+    for _ in 0..TURNS {
+        assert!(counted_before(&mut reading, &experiment, open).is_none());
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(faults.operations(), 1, "it is asked once at a time");
+    tokio::time::advance(2 * hangs).await;
+    let tally = loaded(|| counted_before(&mut reading, &experiment, open)).await;
+    assert_eq!(tally.unwrap().exposed(), 60);
+
+    // A count from zero asks nobody, and what was asked for another one is dropped.
+    assert!(counted_before(&mut reading, &experiment, open).is_none());
+    (experiment.counts, experiment.stored) = (2, None);
+    let anew = counted_before(&mut reading, &experiment, open);
+    assert!(anew.is_some_and(|tally| tally.unwrap().exposed() == 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_count_that_is_out_of_reach_is_asked_for_again() {
+    let (faults, blobs) = store_with_faults();
+    let mut experiment = begun();
+    experiment.stored = Some([7; 32]);
+    faults.plan(0, Fault::BeforeStore);
+    let open = || Ok(blobs.clone());
+    let mut reading = Loading::new();
+    let away = loaded(|| counted_before(&mut reading, &experiment, open)).await;
+    assert!(!away.unwrap_err().is_final());
+    // It answers, and has no such count.
+    let gone = loaded(|| counted_before(&mut reading, &experiment, open)).await;
+    assert!(gone.unwrap_err().is_final());
+    assert_eq!(faults.operations(), 2);
 }
 
 #[tokio::test(start_paused = true)]

@@ -21,7 +21,7 @@ const ROOT: &str = "experiments";
 /// Counts that are removed at once. What more there should ever be goes with the next experiment.
 const REMOVED_MAX: usize = 1_000;
 
-/// How long removing them may take: the router that waits for it does nothing else for its endpoint meanwhile.
+/// How long removing them may take: the treatment's replicas stay until then.
 const CLEARING_MAX: Duration = Duration::from_secs(10);
 
 /// Why a count cannot be gone on with.
