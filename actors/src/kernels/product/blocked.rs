@@ -11,7 +11,7 @@
 use super::PARALLEL_WORK_MIN;
 use super::matrix::{MatrixView, Span, spans};
 use super::panels::{PANELS, copy_a, copy_b, room};
-use super::streamed::{ROWS_MAX, Streamed};
+use super::streamed::{self, Streamed};
 use super::tiles::{Kernels, TILE_COLUMNS_MAX, TILE_ROWS_MAX, Tile, TileKernel};
 use crate::kernels::lanes::dispatch;
 use crate::kernels::{Execution, InstructionSet};
@@ -87,8 +87,7 @@ fn multiply_from(
     let instructions = execution.instructions();
     let kernels = Kernels::of(instructions);
     // What fits one tile lies in the result's registers, which no stream beats.
-    let is_streamed =
-        a.rows <= ROWS_MAX && b.column_stride == 1 && b.columns > kernels.tile_columns();
+    let is_streamed = b.columns > kernels.tile_columns() && streamed::is_better(a.rows, b);
     let target = Target {
         values: c.as_mut_ptr(),
         stride: b.columns,

@@ -8,13 +8,30 @@ use super::matrix::{MatrixView, spans};
 use crate::kernels::lanes::{LANES, LaneOperation, Lanes, sixteens, sixteens_mut};
 
 /// Rows of `a`, at most: with more of them, what a tile does with a panel pays for the copy.
-pub(super) const ROWS_MAX: usize = 4;
+const ROWS_MAX: usize = 4;
 
-/// Columns of a block: with four rows of each, sums and `b` are 32 KiB.
-const BLOCK_COLUMNS: usize = 1024;
+/// The same where `b` comes from memory, and a panel of it would go there and back.
+const ROWS_MAX_OF_LARGE: usize = 8;
+
+/// Values from which on `b` is large: 16 MiB, half of a usual third-level cache.
+const LARGE: usize = 4 << 20;
+
+/// Columns of a block: with eight rows, sums and what is read of `b` at a time are 24 KiB.
+const BLOCK_COLUMNS: usize = 512;
 
 /// Rows of `b` at a time: as many streams from memory, for one load and store of the sums.
 const STREAMS: usize = 4;
+
+/// Whether so many rows times such a matrix is better done here than by tiles.
+pub(super) fn is_better(rows: usize, b: &MatrixView<'_>) -> bool {
+    let is_large = b.rows * b.columns >= LARGE;
+    let rows_max = if is_large {
+        ROWS_MAX_OF_LARGE
+    } else {
+        ROWS_MAX
+    };
+    rows <= rows_max && b.column_stride == 1
+}
 
 /// Few rows times a matrix whose rows lie together.
 pub(super) struct Streamed<'a> {

@@ -108,6 +108,23 @@ proptest! {
 }
 
 #[test]
+fn few_rows_of_a_large_matrix_have_these_bits_too() {
+    let [m, k, n] = [8, 1030, 4100];
+    let (a, b) = (values("a", m * k), values("b", k * n));
+    let view = (
+        MatrixView::row_major(&a, m, k),
+        MatrixView::row_major(&b, k, n),
+    );
+    assert!(streamed::is_better(m, &view.1));
+    let expected = bits(&chain(&a, &b, [m, k, n]));
+    for execution in all_executions() {
+        let mut c = vec![f32::NAN; m * n];
+        multiply(execution, &view.0, &view.1, &mut c);
+        assert!(bits(&c) == expected, "{execution:?}");
+    }
+}
+
+#[test]
 fn chains_go_on_from_what_is_there() {
     for [m, k, n] in [[1, 37, 100], [4, 37, 1100], [5, 37, 100], [9, 37, 20]] {
         let (a, b) = (values("a", m * k), values("b", k * n));
