@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use crate::install::{self, StillMissing};
-use crate::workspace::Workspace;
+use crate::workspace::{BUILD_OF_ONE, Workspace};
 use crate::{EXIT_USAGE_OR_MISSING, failed, steps};
 
 /// What of `ray microbenchmark` has a row of ours, as parts of its rows' names.
@@ -36,10 +36,6 @@ pub(crate) use train::train;
 
 /// How Ray names the rows that go through its client's server, which ours have no part in.
 const THROUGH_CLIENT: &str = "client: ";
-
-/// How a suite is built. One example stands for all of them: with it dependencies have the features
-/// that they have in every other build (see [`crate::workspace::SHARED_BUILD`]).
-const BUILD: [&str; 5] = ["build", "--workspace", "--example", "counter", "--bin"];
 
 /// What is built besides, for suites that start clusters.
 const CLUSTER: [&str; 2] = ["--bin", "mobula"];
@@ -143,7 +139,13 @@ fn run_suite<T>(
     let program = format!("mobula-bench-{suite}");
     let as_released = as_released();
     let as_released: Vec<&str> = as_released.iter().map(String::as_str).collect();
-    let arguments = [&BUILD[..], &[program.as_str()], starts, &as_released[..]].concat();
+    let arguments = [
+        &BUILD_OF_ONE[..],
+        &[program.as_str()],
+        starts,
+        &as_released[..],
+    ]
+    .concat();
     workspace.build(&arguments)?;
     let results = workspace.root().join("benches/results");
     if let Err(error) = std::fs::create_dir_all(&results) {
@@ -293,11 +295,20 @@ fn compared(ours: &[Rate], theirs: &[Rate], title: &str, peer: &str) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(
             table,
-            "| {name} | {per_second:.0} | {:.0} | {ratio:.0}× |",
-            peer.per_second
+            "| {name} | {per_second:.0} | {:.0} | {} |",
+            peer.per_second,
+            times(ratio)
         );
     }
     table
+}
+
+/// `150×`, and `2.4×` where a digit more says something.
+fn times(ratio: f64) -> String {
+    match ratio < 10.0 {
+        true => format!("{ratio:.1}×"),
+        false => format!("{ratio:.0}×"),
+    }
 }
 
 #[cfg(test)]
@@ -329,6 +340,7 @@ mod tests {
         let ours = [rate("a", 300.0), rate("b", 5.0)];
         let table = compared(&ours, &[rate("a", 2.0), rate("c", 1.0)], "ray 2", "ray");
         assert!(table.ends_with("| a | 300 | 2 | 150× |\n"), "{table}");
+        assert_eq!((times(2.44), times(0.5)), ("2.4×".into(), "0.5×".into()));
         assert!(!table.contains("| b |"));
     }
 }

@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use crate::install::{self, StillMissing};
 use crate::requirements::Requirement;
 use crate::steps::{self, Step};
-use crate::workspace::{SHARED_BUILD, Workspace};
+use crate::workspace::{BUILD_OF_ONE, SHARED_BUILD, Workspace};
 use crate::{EXIT_USAGE_OR_MISSING, progress};
 
 /// Space a full build and its tests take, with room to spare.
@@ -29,7 +29,7 @@ pub(crate) fn demo(arguments: &[String]) -> ExitCode {
     }
     let workspace = Workspace::find();
     announce_build(&workspace);
-    if let Err(code) = workspace.build(&SHARED_BUILD) {
+    if let Err(code) = workspace.build(&[&BUILD_OF_ONE[..], &["mobula"]].concat()) {
         return code;
     }
     let mut mobula = Command::new(workspace.binary("mobula"));

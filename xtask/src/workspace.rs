@@ -14,6 +14,10 @@ use crate::{failed, progress, steps};
 /// examples gives the same features as `cargo test --workspace` and `cargo clippy --all-targets`.
 pub(crate) const SHARED_BUILD: [&str; 4] = ["build", "--workspace", "--bins", "--examples"];
 
+/// The same features for one program: a single example stands for all of them, and nothing else is linked.
+pub(crate) const BUILD_OF_ONE: [&str; 5] =
+    ["build", "--workspace", "--example", "counter", "--bin"];
+
 /// The checkout that this binary was built from, and where its build output goes.
 #[derive(Debug, Clone)]
 pub(crate) struct Workspace {

@@ -3,6 +3,8 @@
 //! Order: the product's chains, then one addition of the bias. Backward, the bias' gradient goes through the
 //! rows in ascending order.
 
+mod prepared;
+
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{
@@ -16,6 +18,8 @@ use super::elementwise::{Add, Pairwise, pairwise};
 use super::lanes::{LANES, LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
 use super::product::{MatrixView, multiply, product_without_gradient};
 use super::{Execution, contiguous_values, gradients, last_dimension};
+
+pub use prepared::PreparedAffine;
 
 /// What follows the sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,6 +5,12 @@
 //! go in blocks of `BLOCK`, whose products end with the block's last token: what lies behind a query within its
 //! block counts as zero, what lies behind the block is not computed. The backward pass computes the shares again
 //! instead of keeping them: they take a context squared for each head.
+//!
+//! `full` is the attention of encoders, in which each token looks at all tokens of its text; `head` is what both do with
+//! one head.
+
+mod full;
+mod head;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -13,15 +19,13 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 #[cfg(feature = "cuda")]
 use super::cuda::device;
 use super::division::{Shared, divide};
-use super::elementary::shifted_exponentials;
 use super::lanes::{LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
 use super::product::{MatrixView, multiply, multiply_add};
-use super::softmax::divide_by;
 use super::{Execution, contiguous_values};
+use head::{Block, Head, Looks, Shares, one_thread};
 
-/// Queries that are multiplied together. Larger blocks make larger products, and compute more that counts as zero.
-/// `cuda/source/attention.cu` has the same number.
-pub(crate) const BLOCK: usize = 32;
+pub(crate) use full::FullAttention;
+pub(crate) use head::BLOCK;
 
 /// Causal attention in candle's graph: the shape of the windows and heads.
 #[derive(Debug, Clone, Copy)]
@@ -64,7 +68,7 @@ impl CausalAttention {
             context: self.context,
             heads: self.heads,
             size,
-            scale: (1.0 / (size as f64).sqrt()) as f32,
+            scale: head::scale(size),
         })
     }
 }
@@ -164,25 +168,9 @@ impl Attention {
         assert_eq!(projected.len(), self.rows * 3 * self.width());
         assert_eq!(result.len(), self.rows * self.width());
         let result = Shared::new(result);
-        self.each_head(execution, |part| {
-            let alone = one_thread(execution);
-            let [keys, values] = [1, 2].map(|which| part.projected(projected, which));
-            let mut shares = Shares::new(self);
-            let mut sums = vec![0.0; BLOCK * self.size];
-            for block in part.blocks() {
-                let query = part
-                    .projected(projected, 0)
-                    .rows_from(block.start, block.queries);
-                shares.compute(alone, self, &block, query, keys);
-                let sums = &mut sums[..block.queries * self.size];
-                let known = shares.of(&block);
-                multiply(alone, &known, &values.rows_from(0, block.known), sums);
-                for (token, sums) in (block.start..).zip(sums.chunks_exact(self.size)) {
-                    let at = part.row(token) * self.width() + part.column;
-                    // SAFETY: each token of each head has its own values.
-                    unsafe { result.part(at..at + self.size) }.copy_from_slice(sums);
-                }
-            }
+        self.each_head(execution, |head| {
+            // SAFETY: each head of each window is there once.
+            unsafe { head.attend(execution, projected, &result) };
         });
     }
 
@@ -198,34 +186,34 @@ impl Attention {
         assert_eq!(gradient.len(), self.rows * self.width());
         assert_eq!(result.len(), projected.len());
         let result = Shared::new(result);
-        self.each_head(execution, |part| {
+        self.each_head(execution, |head| {
             let alone = one_thread(execution);
-            let [keys, values] = [1, 2].map(|which| part.projected(projected, which));
-            let mut shares = Shares::new(self);
+            let [keys, values] = [1, 2].map(|which| head.projected(projected, which));
+            let mut shares = Shares::new(&head);
             let mut slopes = vec![0.0; BLOCK * self.context];
             let mut of_queries = vec![0.0; BLOCK * self.size];
             let [mut of_keys, mut of_values] =
                 [(); 2].map(|()| vec![0.0; self.context * self.size]);
             let put = |which: usize, first: usize, sums: &[f32]| {
                 for (token, sums) in (first..).zip(sums.chunks_exact(self.size)) {
-                    let at = (part.row(token) * 3 + which) * self.width() + part.column;
+                    let at = (head.row(token) * 3 + which) * self.width() + head.column;
                     // SAFETY: each of the three of each token of each head has its own values.
                     unsafe { result.part(at..at + self.size) }.copy_from_slice(sums);
                 }
             };
-            for block in part.blocks() {
-                let query = part
+            for block in head.blocks() {
+                let query = head
                     .projected(projected, 0)
                     .rows_from(block.start, block.queries);
-                let above = part
+                let above = head
                     .of(gradient, self.width(), 0)
                     .rows_from(block.start, block.queries);
-                shares.compute(alone, self, &block, query, keys);
+                shares.compute(alone, &head, &block, query, keys);
                 let slopes = &mut slopes[..block.queries * block.known];
                 let value = values.rows_from(0, block.known);
                 multiply(alone, &above, &value.transposed(), slopes);
                 let operation = ScoreSlopes {
-                    shares: &shares.values[..slopes.len()],
+                    shares: shares.values(&block),
                     slopes,
                     block: &block,
                     scale: self.scale,
@@ -246,149 +234,23 @@ impl Attention {
     }
 
     /// Calls `work` for each head of each window, on as many threads as that is worth.
-    fn each_head(&self, execution: Execution, work: impl Fn(Part) + Sync) {
+    fn each_head(&self, execution: Execution, work: impl Fn(Head) + Sync) {
         let windows = self.rows / self.context;
-        // In values read or written, of which a thread handles some five a nanosecond: multiply-adds are faster.
-        let worth = self.context * self.context * self.size / 8;
+        let worth = head::worth(self.context, self.size);
         divide(execution, windows * self.heads, worth, 1, |items| {
             for item in items {
-                work(Part {
+                work(Head {
+                    looks: Looks::Back,
                     context: self.context,
                     width: self.width(),
                     size: self.size,
+                    scale: self.scale,
                     first: item / self.heads * self.context,
                     column: item % self.heads * self.size,
                 });
             }
         });
     }
-}
-
-fn one_thread(execution: Execution) -> Execution {
-    execution.with_threads(std::num::NonZeroUsize::MIN)
-}
-
-/// One head of one window.
-#[derive(Clone, Copy)]
-struct Part {
-    context: usize,
-    width: usize,
-    size: usize,
-    /// The window's first row.
-    first: usize,
-    /// Where the head begins in a width.
-    column: usize,
-}
-
-impl Part {
-    fn row(&self, token: usize) -> usize {
-        self.first + token
-    }
-
-    /// The head's values in rows of `stride`, from `column` of the row on.
-    fn of<'a>(&self, values: &'a [f32], stride: usize, column: usize) -> MatrixView<'a> {
-        let start = self.first * stride + column + self.column;
-        MatrixView::new(&values[start..], [self.context, self.size], [stride, 1])
-    }
-
-    /// Queries (0), keys (1) or values (2).
-    fn projected<'a>(&self, projected: &'a [f32], which: usize) -> MatrixView<'a> {
-        self.of(projected, 3 * self.width, which * self.width)
-    }
-
-    fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
-        let context = self.context;
-        (0..context).step_by(BLOCK).map(move |start| {
-            let queries = BLOCK.min(context - start);
-            Block {
-                start,
-                queries,
-                known: start + queries,
-            }
-        })
-    }
-}
-
-/// Some neighbouring queries.
-struct Block {
-    start: usize,
-    queries: usize,
-    /// Tokens up to the last of them.
-    known: usize,
-}
-
-/// How much the queries of a block look at each token up to the block's end.
-struct Shares {
-    scores: Vec<f32>,
-    values: Vec<f32>,
-}
-
-impl Shares {
-    fn new(attention: &Attention) -> Self {
-        let [scores, values] = [(); 2].map(|()| vec![0.0; BLOCK * attention.context]);
-        Self { scores, values }
-    }
-
-    fn compute(
-        &mut self,
-        execution: Execution,
-        attention: &Attention,
-        block: &Block,
-        queries: MatrixView<'_>,
-        keys: MatrixView<'_>,
-    ) {
-        let count = block.queries * block.known;
-        let scores = &mut self.scores[..count];
-        let keys = keys.rows_from(0, block.known);
-        multiply(execution, &queries, &keys.transposed(), scores);
-        let operation = CausalSoftmax {
-            scores,
-            shares: &mut self.values[..count],
-            block,
-            scale: attention.scale,
-        };
-        dispatch(execution.instructions(), operation);
-    }
-
-    fn of(&self, block: &Block) -> MatrixView<'_> {
-        MatrixView::row_major(&self.values, block.queries, block.known)
-    }
-}
-
-struct CausalSoftmax<'a> {
-    scores: &'a mut [f32],
-    shares: &'a mut [f32],
-    block: &'a Block,
-    scale: f32,
-}
-
-impl LaneOperation for CausalSoftmax<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let length = self.block.known;
-        let rows = self.scores.chunks_exact_mut(length);
-        let rows = rows.zip(self.shares.chunks_exact_mut(length));
-        for (token, (scores, shares)) in (self.block.start..).zip(rows) {
-            let scores = &mut scores[..=token];
-            let (known, behind) = shares.split_at_mut(token + 1);
-            scale_by::<L>(scores, self.scale);
-            let (_, sum) = shifted_exponentials::<L>(scores, known);
-            divide_by::<L>(known, sum);
-            behind.fill(0.0);
-        }
-    }
-}
-
-#[inline(always)]
-fn scale_by<L: Lanes>(values: &mut [f32], factor: f32) {
-    let factor = L::splat(factor);
-    let (whole, rest) = sixteens_mut(values);
-    for sixteen in whole {
-        L::load(sixteen).multiply(factor).store(sixteen);
-    }
-    L::load_part(rest).multiply(factor).store_part(rest);
 }
 
 /// Slopes of shares become slopes of scores, in place: share · (slope − mean) · scale, where the mean is the sum of

@@ -35,6 +35,29 @@ pub fn layer_norm(values: &Tensor, scale: &Tensor, shift: &Tensor, epsilon: f32)
     )
 }
 
+/// [`layer_norm`] of rows that lie one after the other; nothing is differentiated.
+pub(crate) fn layer_norm_rows(
+    execution: Execution,
+    values: &[f32],
+    scale: &[f32],
+    shift: &[f32],
+    epsilon: f32,
+) -> Vec<f32> {
+    assert_eq!(scale.len(), shift.len(), "parameters of one length");
+    let mut result = vec![0.0; values.len()];
+    divide_rows(execution, &mut result, scale.len(), |rows, result| {
+        let operation = Forward {
+            values: &values[rows.start * scale.len()..rows.end * scale.len()],
+            scale,
+            shift,
+            result,
+            epsilon,
+        };
+        dispatch(execution.instructions(), operation);
+    });
+    result
+}
+
 #[derive(Debug, Clone, Copy)]
 struct LayerNorm {
     epsilon: f32,

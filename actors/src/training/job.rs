@@ -212,7 +212,7 @@ impl Driver {
         let mut coordinator = tokio::task::block_in_place(|| {
             Coordinator::new(workload, state, epoch, links, collective, counters, log)
         })?;
-        let mut progress = Progress::new(self.spec.steps, self.spec.global_batch, log);
+        let mut progress = Progress::new(&self.spec, log);
         self.take_steps(
             &mut coordinator,
             &mut saver,

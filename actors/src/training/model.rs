@@ -146,8 +146,8 @@ impl Model {
     pub fn new(spec: &ModelSpec, shape: &SampleShape, seed: u64) -> Result<Self, ModelError> {
         let network = spec.build(shape)?;
         let list = network.parameters();
-        let parameters =
-            Parameters::new(Arc::new(Layout::of(&list)), &initial_values(&list, seed))?;
+        let layout = Arc::new(Layout::of(&list));
+        let parameters = Parameters::to_be_asked(layout, &initial_values(&list, seed))?;
         Ok(Self {
             shape: shape.clone(),
             network,
@@ -165,7 +165,7 @@ impl Model {
         let layout = Arc::new(Layout::of(&network.parameters()));
         Ok(Self {
             shape: shape.clone(),
-            parameters: Parameters::new(layout, flat)?,
+            parameters: Parameters::to_be_asked(layout, flat)?,
             network,
         })
     }

@@ -5,7 +5,7 @@
 //! 2. Gradients are complete: a parameter that the loss did not reach is an error, never a silent zero.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
@@ -14,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use super::layout::{Layout, ParameterSlot};
 use super::model::{ModelError, check_length};
 use super::random::{Purpose, Stream};
+use crate::kernels::Execution;
+use crate::kernels::affine::PreparedAffine;
 use crate::kernels::gradients::backward_from;
+use crate::kernels::product::MatrixView;
 
 /// The first values of a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -97,6 +100,16 @@ pub struct Parameters {
     device: Device,
     /// Made when they are asked for first, and again after new values came.
     tensors: OnceLock<BTreeMap<String, Var>>,
+    layers: Layers,
+}
+
+/// How a dense layer is computed.
+#[derive(Debug)]
+enum Layers {
+    /// From its tensors, which candle differentiates by.
+    Differentiable,
+    /// In panels, made when a layer is asked for first: nothing is copied for a product, and nothing has a gradient.
+    Prepared(Mutex<BTreeMap<String, Arc<PreparedAffine>>>),
 }
 
 impl Parameters {
@@ -113,6 +126,16 @@ impl Parameters {
             flat: flat.to_vec(),
             device,
             tensors: OnceLock::new(),
+            layers: Layers::Differentiable,
+        })
+    }
+
+    /// Parameters with these values, on the CPU, of a model that is only asked: its dense layers answer with the same bits, in
+    /// less time, and have no gradients.
+    pub fn to_be_asked(layout: Arc<Layout>, flat: &[f32]) -> Result<Self, ModelError> {
+        Ok(Parameters {
+            layers: Layers::Prepared(Mutex::default()),
+            ..Self::new(layout, flat)?
         })
     }
 
@@ -121,6 +144,9 @@ impl Parameters {
         check_length("the parameter vector", self.flat.len(), flat.len())?;
         self.flat.copy_from_slice(flat);
         self.tensors = OnceLock::new();
+        if let Layers::Prepared(layers) = &mut self.layers {
+            *layers = Mutex::default();
+        }
         Ok(())
     }
 
@@ -160,6 +186,33 @@ impl Parameters {
             Some(var) => Ok(var.as_tensor()),
             None => Err(self.unknown(name)),
         }
+    }
+
+    /// The dense layer of the parameters `{layer}.weight`, inputs × outputs, and `{layer}.bias`, if the model is only asked.
+    pub(super) fn prepared_layer(
+        &self,
+        layer: &str,
+    ) -> Result<Option<Arc<PreparedAffine>>, ModelError> {
+        let Layers::Prepared(layers) = &self.layers else {
+            return Ok(None);
+        };
+        let mut layers = layers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(prepared) = layers.get(layer) {
+            return Ok(Some(Arc::clone(prepared)));
+        }
+        let name = format!("{layer}.weight");
+        let &[inputs, outputs] = &self.slot(&name)?.shape[..] else {
+            return Err(ModelError::Parameter {
+                name,
+                reason: "a dense layer's weight has two dimensions".to_owned(),
+            });
+        };
+        let weight = MatrixView::row_major(self.values(&name)?, inputs, outputs);
+        let bias = self.values(&format!("{layer}.bias"))?;
+        let made = PreparedAffine::new(Execution::current(), &weight, bias);
+        let made = Arc::new(made);
+        layers.insert(layer.to_owned(), Arc::clone(&made));
+        Ok(Some(made))
     }
 
     fn make_tensors(&self) -> Result<BTreeMap<String, Var>, ModelError> {

@@ -1,4 +1,4 @@
-//! How a job tells its progress: a line a second at most, which people and `mobula train status` read.
+//! How a job tells its progress: a line a second, or as often as it is asked for, which people and `mobula train status` read.
 //!
 //! Invariant: what [`ProgressLine`] writes, it reads back; so a job's log is all that its status needs, and
 //! no step's numbers pass through the head's tables.
@@ -15,6 +15,7 @@ use super::job_log::JobLog;
 use super::meters::Meters;
 use super::optimizer::StepReport;
 use super::pauses::{Pause, Pauses};
+use super::spec::TrainSpec;
 use super::trainable::Evaluation;
 
 const LINE_EVERY: Duration = Duration::from_secs(1);
@@ -205,6 +206,8 @@ pub struct Progress {
     log: JobLog,
     steps: u64,
     global_batch: u64,
+    /// As in [`TrainSpec::log_every_steps`].
+    line_every_steps: Option<u64>,
     begun: Instant,
     done: u64,
     /// Time in which steps were taken.
@@ -222,14 +225,15 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// A job of `steps` steps, from now on.
+    /// A job, from now on.
     #[must_use]
-    pub fn new(steps: u64, global_batch: u64, log: JobLog) -> Self {
+    pub fn new(spec: &TrainSpec, log: JobLog) -> Self {
         let begun = Instant::now();
         Progress {
             log,
-            steps,
-            global_batch,
+            steps: spec.steps,
+            global_batch: spec.global_batch,
+            line_every_steps: spec.log_every_steps,
             begun,
             done: 0,
             busy: Duration::ZERO,
@@ -274,7 +278,7 @@ impl Progress {
         self.busy += took.total().saturating_sub(took.wait + took.checkpoint);
         self.since_line.add(took);
         let since = self.line_at.elapsed();
-        if since < LINE_EVERY && !last {
+        if !last && !self.is_line_due(report.step, since) {
             return;
         }
         let steps = self.done - self.done_at_line;
@@ -303,6 +307,12 @@ impl Progress {
         self.line_at = Instant::now();
         self.done_at_line = self.done;
         self.since_line = StepBreakdown::default();
+    }
+
+    /// Whether a step, counted from 0, that ended so long after the last line is told of.
+    fn is_line_due(&self, step: u64, since: Duration) -> bool {
+        let every = self.line_every_steps;
+        since >= LINE_EVERY || every.is_some_and(|every| (step + 1).is_multiple_of(every))
     }
 
     /// Says what was measured after `step` steps.
@@ -371,6 +381,22 @@ mod tests {
         };
         let read: ProgressLine = diverged.to_string().parse().unwrap();
         assert!(read.loss.is_nan());
+    }
+
+    #[test]
+    fn a_line_comes_each_second_and_after_as_many_steps_as_the_job_says() {
+        let mut spec = TrainSpec::digits_mlp("a");
+        let told = |spec: &TrainSpec, since: Duration| -> Vec<u64> {
+            let progress = Progress::new(spec, JobLog::Silent);
+            (0..9)
+                .filter(|step| progress.is_line_due(*step, since))
+                .collect()
+        };
+        let soon = LINE_EVERY / 2;
+        assert!(told(&spec, soon).is_empty());
+        assert_eq!(told(&spec, LINE_EVERY).len(), 9);
+        spec.log_every_steps = Some(4);
+        assert_eq!(told(&spec, soon), [3, 7]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Invariants:
 //! 1. A spec that [`TrainSpec::validate`] accepts can be trained; the other modules rely on its bounds.
 //! 2. [`TrainSpec::fingerprint`] covers everything that decides the weights' bits and nothing else: not the
-//!    name, the number of workers, the device or the checkpoint interval.
+//!    name, the number of workers, the device or how often something is saved or said.
 //! 3. Unknown and mistyped keys are refused with file and line.
 
 use serde::{Deserialize, Serialize};
@@ -75,6 +75,9 @@ pub struct TrainSpec {
     /// A checkpoint after each so many steps, and one at the end.
     #[serde(default = "defaults::checkpoint_every_steps")]
     pub checkpoint_every_steps: u64,
+    /// A line of progress in the job's log after each so many steps too; absent: once a second and at the end.
+    #[serde(default)]
+    pub log_every_steps: Option<u64>,
     /// How often to save otherwise, and what is kept.
     #[serde(default)]
     pub checkpoints: CheckpointSpec,
@@ -180,6 +183,7 @@ impl TrainSpec {
             weight_decay_on: Decayed::All,
             clip_norm: Some(1.0),
             checkpoint_every_steps: defaults::checkpoint_every_steps(),
+            log_every_steps: None,
             checkpoints: CheckpointSpec::default(),
             start_from: None,
             workers: defaults::workers(),

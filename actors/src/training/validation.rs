@@ -82,6 +82,13 @@ impl TrainSpec {
             "at least one step lies between checkpoints".to_owned(),
             "give 1 or more",
         )?;
+        check(
+            "log_every_steps",
+            self.log_every_steps.unwrap_or(1),
+            self.log_every_steps != Some(0),
+            "at least one step lies between lines".to_owned(),
+            "give 1 or more, or leave it out for a line a second",
+        )?;
         self.checkpoints.validate()?;
         check(
             "keep_best_by",
@@ -294,6 +301,7 @@ mod tests {
                 1,
                 "checkpoint_every_steps is 0",
             ),
+            (with("log_every_steps = 0"), 1, "log_every_steps is 0"),
             (
                 with("dataset = { csv = { files = [] } }"),
                 1,

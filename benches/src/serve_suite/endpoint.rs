@@ -20,6 +20,9 @@ pub(crate) const MODEL: &str = "digits";
 /// floating-point operations a row.
 const WIDE_MODEL: &str = "wide";
 
+/// The name of a text encoder.
+const TEXT_MODEL: &str = "texts";
+
 const RAY_PROGRAM: &str = include_str!("ray_serve.py");
 
 /// A job that trains a version.
@@ -65,14 +68,26 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// A request of one row as binary data, answered in kind.
-    fn new(address: &str, token: &str, model: &str, input: &str, values: usize) -> Self {
+    /// A request of one row of numbers.
+    fn numbers(at: &Address, model: &str, input: &str, values: usize) -> Self {
         let row: Vec<u8> = (0..values)
             .flat_map(|value| (value as f32 / 64.0).to_le_bytes())
             .collect();
+        Target::new(at, model, [input, &format!("[1,{values}]"), "FP32"], &row)
+    }
+
+    /// A request of one text.
+    fn text(at: &Address, model: &str, text: &str) -> Self {
+        let element = [&(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
+        Target::new(at, model, ["text", "[1]", "BYTES"], &element)
+    }
+
+    /// A request of one row as binary data, answered in kind; of the input its name, shape and type.
+    fn new(at: &Address, model: &str, [input, shape, datatype]: [&str; 3], row: &[u8]) -> Self {
+        let Address { address, token } = at;
         let json = format!(
-            "{{\"parameters\":{{\"binary_data_output\":true}},\"inputs\":[{{\"name\":\"{input}\",\"shape\":[1,{values}],\
-             \"datatype\":\"FP32\",\"parameters\":{{\"binary_data_size\":{}}}}}]}}",
+            "{{\"parameters\":{{\"binary_data_output\":true}},\"inputs\":[{{\"name\":\"{input}\",\"shape\":{shape},\
+             \"datatype\":\"{datatype}\",\"parameters\":{{\"binary_data_size\":{}}}}}]}}",
             row.len()
         );
         let request = |more: &str| -> Arc<[u8]> {
@@ -82,10 +97,10 @@ impl Target {
                 json.len(),
                 json.len() + row.len()
             );
-            [head.as_bytes(), json.as_bytes(), &row].concat().into()
+            [head.as_bytes(), json.as_bytes(), row].concat().into()
         };
         Target {
-            address: address.to_owned(),
+            address: address.clone(),
             request: request(""),
             explained: request("X-Mobula-Explain: true\r\n"),
         }
@@ -108,8 +123,18 @@ impl Target {
 
     /// The model `identity` of the conformance test: FP32 of 16.
     pub(crate) fn identity(address: &str, token: &str) -> Self {
-        Target::new(address, token, "identity", "INPUT0", 16)
+        let at = Address {
+            address: address.to_owned(),
+            token: token.to_owned(),
+        };
+        Target::numbers(&at, "identity", "INPUT0", 16)
     }
+}
+
+/// Where an endpoint is, and what lets in.
+struct Address {
+    address: String,
+    token: String,
 }
 
 /// The example `identity_server`; it ends with this.
@@ -199,7 +224,18 @@ impl Digits {
         let cluster = Cluster::up(programs.join("mobula"))?;
         train(&cluster, Job::digits(7)).await?;
         let target = deployed(&cluster, MODEL, MODEL, &["--replicas", "2"])?;
+        let target = of_images(&target, MODEL);
         Ok(Digits { cluster, target })
+    }
+
+    /// Puts the text encoder of a folder behind an endpoint of two replicas, to be asked for a text.
+    pub(crate) fn encoder(&self, folder: &Path, text: &str) -> Outcome<Target> {
+        let folder = folder.display().to_string();
+        let register = ["models", "register", TEXT_MODEL, "--encoder", &folder];
+        self.cluster.asked(&register)?;
+        let replicas = ["--replicas", "2"];
+        let at = deployed(&self.cluster, TEXT_MODEL, TEXT_MODEL, &replicas)?;
+        Ok(Target::text(&at, TEXT_MODEL, text))
     }
 
     /// The cluster, as a client of it.
@@ -223,12 +259,14 @@ impl Digits {
         };
         train(&self.cluster, job).await?;
         let replicas = ["--replicas", "2"];
-        deployed(&self.cluster, WIDE_MODEL, WIDE_MODEL, &replicas)
+        let at = deployed(&self.cluster, WIDE_MODEL, WIDE_MODEL, &replicas)?;
+        Ok(of_images(&at, WIDE_MODEL))
     }
 
     /// Another endpoint of the first version.
     pub(crate) fn another(&self, endpoint: &str, scaling: &[&str]) -> Outcome<Target> {
-        deployed(&self.cluster, MODEL, endpoint, scaling)
+        let at = deployed(&self.cluster, MODEL, endpoint, scaling)?;
+        Ok(of_images(&at, endpoint))
     }
 
     /// How many replicas an endpoint has now.
@@ -263,7 +301,7 @@ async fn train(cluster: &Cluster, job: Job) -> Outcome {
 }
 
 /// Puts the first version of a model behind an endpoint, and waits until it answers.
-fn deployed(cluster: &Cluster, model: &str, endpoint: &str, scaling: &[&str]) -> Outcome<Target> {
+fn deployed(cluster: &Cluster, model: &str, endpoint: &str, scaling: &[&str]) -> Outcome<Address> {
     let first = format!("{model}:1");
     let command = ["serve", "deploy", &first, "--endpoint", endpoint];
     let deployed = cluster.asked(&[&command[..], scaling].concat())?;
@@ -272,8 +310,15 @@ fn deployed(cluster: &Cluster, model: &str, endpoint: &str, scaling: &[&str]) ->
             .as_str()
             .ok_or(format!("no {name}: {deployed}"))
     };
-    let address = text("url")?.trim_start_matches("http://");
-    Ok(Target::new(address, text("token")?, endpoint, "image", 64))
+    Ok(Address {
+        address: text("url")?.trim_start_matches("http://").to_owned(),
+        token: text("token")?.to_owned(),
+    })
+}
+
+/// An endpoint that is asked for the class of an image.
+fn of_images(at: &Address, endpoint: &str) -> Target {
+    Target::numbers(at, endpoint, "image", 64)
 }
 
 /// What `mobula local up` starts.

@@ -7,6 +7,7 @@ mod changes;
 mod endpoint;
 mod load;
 mod parts;
+mod texts;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -38,7 +39,9 @@ const USUAL_LOAD: f64 = 0.7;
 const OVERLOAD: f64 = 2.0;
 
 /// What can be measured alone.
-const PARTS: [&str; 6] = ["router", "identity", "endpoint", "open", "wide", "changes"];
+const PARTS: [&str; 7] = [
+    "router", "identity", "texts", "endpoint", "open", "wide", "changes",
+];
 
 /// How much is measured, and where the figures go.
 #[derive(Debug, Clone)]
@@ -54,6 +57,8 @@ struct Options {
     triton: Option<String>,
     /// A Python that has Ray Serve.
     ray_python: Option<PathBuf>,
+    /// The folder of a text encoder.
+    encoder: Option<PathBuf>,
     output: Option<PathBuf>,
 }
 
@@ -68,6 +73,7 @@ impl Options {
             programs: programs.to_owned(),
             triton: None,
             ray_python: None,
+            encoder: None,
             output: None,
         };
         let mut args = args;
@@ -87,13 +93,18 @@ impl Options {
                 }
                 "--triton" => options.triton = Some(value()?),
                 "--ray-python" => options.ray_python = Some(value()?.into()),
+                "--encoder" => options.encoder = Some(value()?.into()),
                 "--output" => options.output = Some(value()?.into()),
                 unknown => {
                     return Err(format!(
-                        "unknown argument `{unknown}`: there are --quick, --only PART, --triton IP:PORT, --ray-python FILE and --output FILE"
+                        "unknown argument `{unknown}`: there are --quick, --only PART, --triton IP:PORT, --ray-python FILE, \
+                         --encoder FOLDER and --output FILE"
                     ));
                 }
             }
+        }
+        if options.encoder.is_none() && options.only == ["texts"] {
+            return Err("`texts` needs --encoder FOLDER, or --peers, which fetches one".to_owned());
         }
         Ok(options)
     }
@@ -124,13 +135,19 @@ async fn measure(options: &Options, results: &mut Results) -> Outcome {
     if options.wants("identity") {
         identity(options, results).await?;
     }
-    if !["endpoint", "open", "wide", "changes"]
-        .iter()
-        .any(|part| options.wants(part))
-    {
+    let encoder = options.encoder.as_ref().filter(|_| options.wants("texts"));
+    if let Some(folder) = encoder {
+        texts::by_themselves(folder, options.round, results)?;
+    }
+    let of_a_cluster = ["endpoint", "open", "wide", "changes"];
+    if encoder.is_none() && !of_a_cluster.iter().any(|part| options.wants(part)) {
         return Ok(());
     }
     let digits = Digits::deploy(&options.programs).await?;
+    if let Some(folder) = encoder {
+        let target = digits.encoder(folder, &texts::question())?;
+        closed(options, results, "a text, 2 replicas", &target).await?;
+    }
     if options.wants("endpoint") {
         parts::of_an_endpoint(options.round, results, &digits.target).await?;
         closed(options, results, "digits, 2 replicas", &digits.target).await?;

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use mobula_net::tcp::{ApiConnectError, ConnectionLimits, CountRequests};
+use mobula_net::tcp::{ApiConnectError, ApiConnections, ConnectionLimits, CountRequests};
 use mobula_net::tls::PeerRejection;
 use mobula_net::{
     ApiListener, ClientTls, ClusterCa, Credentials, Identity, PeerInfo, Role, Validity,
@@ -121,20 +121,37 @@ async fn stranger(address: SocketAddr, ca: &ClusterCa) -> Option<(Channel, Strin
     Some((channel, name))
 }
 
-#[tokio::test]
-async fn a_flood_of_strangers_leaves_the_places_of_members_free() {
-    const BOUND: Duration = Duration::from_secs(20);
-    let ca = ClusterCa::create("demo").unwrap();
+/// How long a test waits for what it brought about.
+const BOUND: Duration = Duration::from_secs(20);
+
+/// A head's listener that has a place for one member and for two strangers.
+async fn with_few_places(ca: &ClusterCa, anonymous_idle: Duration) -> ApiListener {
     let limits = ConnectionLimits {
         certified: 1,
         anonymous: 2,
         anonymous_of_address: 2,
         handshakes_of_address: 8,
-        anonymous_idle: BOUND * 2,
+        anonymous_idle,
     };
-    let own = credentials(&ca, Role::Head);
+    let own = credentials(ca, Role::Head);
     let listener = ApiListener::bind_within(loopback(), &own, limits);
-    let listener = listener.await.unwrap();
+    listener.await.unwrap()
+}
+
+/// Waits until so many strangers are connected.
+async fn strangers_come_to(connections: &ApiConnections, count: usize) {
+    let counted = async {
+        while connections.counts().anonymous != count {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(BOUND, counted).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_flood_of_strangers_leaves_the_places_of_members_free() {
+    let ca = ClusterCa::create("demo").unwrap();
+    let listener = with_few_places(&ca, BOUND * 2).await;
     let connections = listener.connections();
     let (address, server) = serve_at(listener);
     let mut flood = Vec::new();
@@ -150,31 +167,16 @@ async fn a_flood_of_strangers_leaves_the_places_of_members_free() {
 
     // Connections that have ended give their places back.
     drop(flood);
-    let given_back = async {
-        while connections.counts().anonymous > 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(BOUND, given_back).await.unwrap();
+    strangers_come_to(&connections, 0).await;
     assert!(stranger(address, &ca).await.is_some());
     server.abort();
 }
 
 #[tokio::test]
 async fn strangers_who_ask_for_nothing_are_disconnected_whatever_they_ping() {
-    const BOUND: Duration = Duration::from_secs(20);
     let ca = ClusterCa::create("demo").unwrap();
-    let limits = ConnectionLimits {
-        certified: 1,
-        anonymous: 2,
-        anonymous_of_address: 2,
-        handshakes_of_address: 8,
-        // Longer than until a client's next ping, and than it takes to see both at the same time.
-        anonymous_idle: Duration::from_secs(5),
-    };
-    let own = credentials(&ca, Role::Head);
-    let listener = ApiListener::bind_within(loopback(), &own, limits);
-    let listener = listener.await.unwrap();
+    // Longer than until a client's next ping, and than it takes to see both at the same time.
+    let listener = with_few_places(&ca, Duration::from_secs(5)).await;
     let connections = listener.connections();
     let (address, server) = serve_at(listener);
     let node = ClientTls::Mutual(credentials(&ca, Role::Node));
@@ -183,14 +185,8 @@ async fn strangers_who_ask_for_nothing_are_disconnected_whatever_they_ping() {
     let (asked, _) = stranger(address, &ca).await.unwrap();
     let silent = connect_channel(address, ClientTls::Pinned(ca.key_hash()));
     let _silent = silent.await.unwrap();
-    for count in [2, 0] {
-        let counted = async {
-            while connections.counts().anonymous != count {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        tokio::time::timeout(BOUND, counted).await.unwrap();
-    }
+    strangers_come_to(&connections, 2).await;
+    strangers_come_to(&connections, 0).await;
     assert_eq!(connections.counts().certified, 1);
     assert!(who_am_i(member).await.is_ok());
     // Whoever has something to ask later is connected again.

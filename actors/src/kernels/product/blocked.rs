@@ -6,11 +6,13 @@
 //!
 //! Where `b` is as narrow as a tile, every value of `a` is used once, and a copy costs as much as the product.
 //! Then an operand that lies as a panel would is read where it is: this is the gradient of a convolution's weights.
-//! Where `a` has few rows, every value of `b` is used few times, and nothing is copied (`streamed`).
+//! Where `a` has few rows, every value of `b` is used few times, and nothing is copied (`streamed`). What is multiplied
+//! again and again may be copied once (`prepared`).
 
 use super::PARALLEL_WORK_MIN;
 use super::matrix::{MatrixView, Span, spans};
 use super::panels::{PANELS, copy_a, copy_b, room};
+use super::prepared::{PreparedMatrix, PreparedPart};
 use super::streamed::{self, Streamed};
 use super::tiles::{Kernels, TILE_COLUMNS_MAX, TILE_ROWS_MAX, Tile, TileKernel};
 use crate::kernels::lanes::dispatch;
@@ -24,6 +26,11 @@ const BLOCK_INNER_MAX: usize = 256;
 const BLOCK_ROWS_MAX: usize = 480;
 /// Columns of a block, at most: 2 MiB of panels, which stay in the third-level cache.
 const BLOCK_COLUMNS_MAX: usize = 2048;
+
+/// The inner dimension of a product's blocks.
+pub(super) fn inner_of_blocks(inner: usize) -> usize {
+    balanced(inner, BLOCK_INNER_MAX)
+}
 
 /// `total` divided into equal blocks of at most `max`.
 fn balanced(total: usize, max: usize) -> usize {
@@ -58,10 +65,20 @@ impl Target {
 /// # Panics
 /// If the sizes do not fit each other.
 pub fn multiply(execution: Execution, a: &MatrixView<'_>, b: &MatrixView<'_>, c: &mut [f32]) {
-    if a.columns == 0 {
-        c.fill(0.0);
-    }
-    multiply_from(execution, a, b, c, false);
+    multiply_from(execution, a, Right::View(*b), c, false);
+}
+
+/// As [`multiply`], of the same bits, by a matrix that was prepared for it.
+///
+/// # Panics
+/// If the sizes do not fit each other.
+pub fn multiply_prepared(
+    execution: Execution,
+    a: &MatrixView<'_>,
+    b: &PreparedMatrix,
+    c: &mut [f32],
+) {
+    multiply_from(execution, a, Right::Prepared(b.whole()), c, false);
 }
 
 /// `c += a · b`: the chains go on from what is in `c`. So a product may come in parts of its inner dimension.
@@ -69,35 +86,74 @@ pub fn multiply(execution: Execution, a: &MatrixView<'_>, b: &MatrixView<'_>, c:
 /// # Panics
 /// If the sizes do not fit each other.
 pub fn multiply_add(execution: Execution, a: &MatrixView<'_>, b: &MatrixView<'_>, c: &mut [f32]) {
-    multiply_from(execution, a, b, c, true);
+    multiply_from(execution, a, Right::View(*b), c, true);
+}
+
+/// The right operand of a product.
+#[derive(Clone, Copy)]
+enum Right<'a> {
+    /// As it lies in memory.
+    View(MatrixView<'a>),
+    /// In panels.
+    Prepared(PreparedPart<'a>),
+}
+
+impl Right<'_> {
+    /// Rows and columns.
+    fn sizes(&self) -> (usize, usize) {
+        match self {
+            Right::View(b) => (b.rows, b.columns),
+            Right::Prepared(b) => (b.rows(), b.columns),
+        }
+    }
+
+    fn columns(self, columns: Span) -> Self {
+        match self {
+            Right::View(b) => {
+                let rows = Span {
+                    start: 0,
+                    length: b.rows,
+                };
+                Right::View(b.part(rows, columns))
+            }
+            Right::Prepared(b) => Right::Prepared(b.part(columns)),
+        }
+    }
 }
 
 fn multiply_from(
     execution: Execution,
     a: &MatrixView<'_>,
-    b: &MatrixView<'_>,
+    b: Right<'_>,
     c: &mut [f32],
     goes_on: bool,
 ) {
-    assert_eq!(a.columns, b.rows, "the inner dimensions differ");
-    assert_eq!(c.len(), a.rows * b.columns, "the result has another size");
+    let (b_rows, b_columns) = b.sizes();
+    assert_eq!(a.columns, b_rows, "the inner dimensions differ");
+    assert_eq!(c.len(), a.rows * b_columns, "the result has another size");
+    if a.columns == 0 && !goes_on {
+        c.fill(0.0);
+    }
     if a.columns == 0 || c.is_empty() {
         return;
     }
-    let instructions = execution.instructions();
-    let kernels = Kernels::of(instructions);
+    let kernels = match b {
+        Right::View(_) => Kernels::of(execution.instructions()),
+        Right::Prepared(b) => b.kernels(),
+    };
     // What fits one tile lies in the result's registers, which no stream beats.
-    let is_streamed = b.columns > kernels.tile_columns() && streamed::is_better(a.rows, b);
+    let is_streamed = matches!(b, Right::View(b)
+        if b.columns > kernels.tile_columns() && streamed::is_better(a.rows, &b));
     let target = Target {
         values: c.as_mut_ptr(),
-        stride: b.columns,
+        stride: b_columns,
     };
-    let work = a.rows * a.columns * b.columns;
+    let work = a.rows * a.columns * b_columns;
     let parts = execution.threads().min(work / PARALLEL_WORK_MIN).max(1);
     // Each thread copies all of the operand that is not divided: so the smaller one.
-    let by_columns = b.columns >= a.rows;
+    let by_columns = b_columns >= a.rows;
     let (total, tile) = if by_columns {
-        (b.columns, kernels.tile_columns())
+        (b_columns, kernels.tile_columns())
     } else {
         (a.rows, kernels.tile_rows())
     };
@@ -110,18 +166,19 @@ fn multiply_from(
         let (rows, columns) = if by_columns {
             (whole(a.rows), span)
         } else {
-            (span, whole(b.columns))
+            (span, whole(b_columns))
         };
         let a = a.part(rows, whole(a.columns));
-        let b = b.part(whole(b.rows), columns);
+        let b = b.columns(columns);
         let target = target.at(rows.start, columns.start);
         // SAFETY: the spans are disjoint, so no two threads get the same elements of `c`, which is borrowed
         // until all of them have ended.
         unsafe {
-            if is_streamed {
-                multiply_streamed(instructions, a, b, target, goes_on);
-            } else {
-                multiply_part(kernels, &a, &b, target, goes_on);
+            match b {
+                Right::View(b) if is_streamed => {
+                    multiply_streamed(execution.instructions(), a, b, target, goes_on);
+                }
+                b => multiply_part(kernels, &a, b, target, goes_on),
             }
         }
     };
@@ -156,26 +213,30 @@ unsafe fn multiply_streamed(
 unsafe fn multiply_part(
     kernels: &'static Kernels,
     a: &MatrixView<'_>,
-    b: &MatrixView<'_>,
+    b: Right<'_>,
     target: Target,
     goes_on: bool,
 ) {
     PANELS.with_borrow_mut(|panels| {
-        let block_inner = balanced(a.columns, BLOCK_INNER_MAX);
-        let is_narrow = b.columns <= kernels.tile_columns();
+        let (_, b_columns) = b.sizes();
+        let is_narrow = b_columns <= kernels.tile_columns();
         let a_lies_right = is_narrow && a.row_stride == 1;
-        let b_lies_right =
-            is_narrow && b.column_stride == 1 && b.columns == kernels.panel_columns(b.columns);
-        for columns in spans(b.columns, BLOCK_COLUMNS_MAX) {
-            for inner in spans(a.columns, block_inner) {
-                let b = b.part(inner, columns);
-                let b = if b_lies_right {
-                    Operand::InPlace(b)
-                } else {
-                    let values = columns.length.next_multiple_of(TILE_COLUMNS_MAX) * inner.length;
-                    let copied = room(&mut panels.b, values);
-                    copy_b(kernels, &b, copied);
-                    Operand::Panels(copied)
+        let b_lies_right = |b: &MatrixView<'_>| {
+            is_narrow && b.column_stride == 1 && b.columns == kernels.panel_columns(b.columns)
+        };
+        for columns in spans(b_columns, BLOCK_COLUMNS_MAX) {
+            for inner in spans(a.columns, inner_of_blocks(a.columns)) {
+                let b = match b {
+                    Right::Prepared(b) => Operand::Panels(b.panels(inner, columns)),
+                    Right::View(b) if b_lies_right(&b) => Operand::InPlace(b.part(inner, columns)),
+                    Right::View(b) => {
+                        let b = b.part(inner, columns);
+                        let values =
+                            columns.length.next_multiple_of(TILE_COLUMNS_MAX) * inner.length;
+                        let copied = room(&mut panels.b, values);
+                        copy_b(kernels, &b, copied);
+                        Operand::Panels(copied)
+                    }
                 };
                 for rows in spans(a.rows, BLOCK_ROWS_MAX) {
                     let a = a.part(rows, inner);

@@ -9,11 +9,12 @@
 //!
 //! * `blocked` cuts a product into blocks and tiles; `panels` copies operands, whatever their strides, for it;
 //! * `tiles` says what a tile is; `avx512`, `avx2` and `scalar` compute one;
-//! * `streamed` is for few rows, and copies nothing.
+//! * `streamed` is for few rows, and copies nothing; [`PreparedMatrix`] was copied before.
 
 mod blocked;
 mod matrix;
 mod panels;
+mod prepared;
 mod scalar;
 mod streamed;
 mod tiles;
@@ -23,8 +24,9 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-pub use blocked::{multiply, multiply_add};
+pub use blocked::{multiply, multiply_add, multiply_prepared};
 pub use matrix::MatrixView;
+pub use prepared::PreparedMatrix;
 
 pub(super) use panels::copy_row;
 

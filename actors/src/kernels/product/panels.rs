@@ -31,6 +31,12 @@ pub(super) fn room(lines: &mut Vec<CacheLine>, values: usize) -> &mut [f32] {
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), values) }
 }
 
+/// The values of cache lines.
+pub(super) fn lines(lines: &[CacheLine]) -> &[f32] {
+    // SAFETY: a cache line is sixteen floats without padding.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 16) }
+}
+
 pub(super) fn copy_a(kernels: &'static Kernels, a: &MatrixView<'_>, panels: &mut [f32]) {
     let mut rest = panels;
     for span in spans(a.rows, kernels.tile_rows()) {

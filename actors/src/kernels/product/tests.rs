@@ -62,6 +62,14 @@ fn check(shape: [usize; 3]) {
             let mut c = vec![f32::NAN; m * n];
             multiply(execution, a, b, &mut c);
             assert_eq!(bits(&c), expected, "{shape:?}, way {way}, {execution:?}");
+            let prepared = PreparedMatrix::new(execution, b);
+            c.fill(f32::NAN);
+            multiply_prepared(execution, a, &prepared, &mut c);
+            assert_eq!(
+                bits(&c),
+                expected,
+                "prepared {shape:?}, way {way}, {execution:?}"
+            );
         }
     }
 }

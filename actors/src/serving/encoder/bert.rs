@@ -1,43 +1,48 @@
-//! The network: BERT (Devlin et al., 2018), by the names of Hugging Face's transformers.
-
-use candle_core::{D, Tensor};
+//! The network: BERT (Devlin et al., 2018), by the names of Hugging Face's transformers, computed by the kernels of training.
+//!
+//! The tokens of texts lie one after the other, so nothing is padded, and only attention knows where a text ends.
 
 use super::EncoderError;
 use super::config::{Activation, BertConfig};
 use super::weights::Weights;
+use crate::kernels::affine::PreparedAffine;
+use crate::kernels::attention::FullAttention;
+use crate::kernels::elementary::Elementary;
+use crate::kernels::elementwise::add_to;
+use crate::kernels::layer_norm::layer_norm_rows;
+use crate::kernels::product::MatrixView;
+use crate::kernels::{self, Execution};
 
-type Computed = candle_core::Result<Tensor>;
-
-/// `x · weightᵀ + bias`
-struct Linear {
-    /// As it lies in the file: outputs × inputs.
-    weight: Tensor,
-    bias: Tensor,
+/// A dense layer of weights as they lie in the file: outputs × inputs. Several are one layer, whose outputs are beside each other.
+fn dense(
+    weights: &Weights<'_>,
+    names: &[String],
+    inputs: usize,
+    outputs: usize,
+) -> Result<PreparedAffine, EncoderError> {
+    let (mut weight, mut bias) = (Vec::new(), Vec::new());
+    for name in names {
+        weight.extend(weights.get(&format!("{name}.weight"), &[outputs, inputs])?);
+        bias.extend(weights.get(&format!("{name}.bias"), &[outputs])?);
+    }
+    Ok(prepared(&weight, inputs, &bias))
 }
 
-impl Linear {
-    fn load(
-        weights: &Weights<'_>,
-        name: &str,
-        inputs: usize,
-        outputs: usize,
-    ) -> Result<Self, EncoderError> {
-        Ok(Linear {
-            weight: weights.get(&format!("{name}.weight"), &[outputs, inputs])?,
-            bias: weights.get(&format!("{name}.bias"), &[outputs])?,
-        })
-    }
+/// A dense layer of outputs × inputs.
+fn prepared(weight: &[f32], inputs: usize, bias: &[f32]) -> PreparedAffine {
+    let weight = MatrixView::row_major(weight, bias.len(), inputs).transposed();
+    PreparedAffine::new(Execution::current(), &weight, bias)
+}
 
-    /// Of rows: tokens × inputs.
-    fn forward(&self, rows: &Tensor) -> Computed {
-        rows.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)
-    }
+/// `x · weightᵀ + bias` of rows.
+fn forward(layer: &PreparedAffine, rows: &[f32]) -> Vec<f32> {
+    layer.rows(Execution::current(), rows, kernels::Activation::Identity)
 }
 
 struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    eps: f32,
 }
 
 impl LayerNorm {
@@ -49,36 +54,34 @@ impl LayerNorm {
         Ok(LayerNorm {
             weight: either("weight", "gamma")?,
             bias: either("bias", "beta")?,
-            eps: config.layer_norm_eps,
+            eps: config.layer_norm_eps as f32,
         })
     }
 
-    fn forward(&self, rows: &Tensor) -> Computed {
-        let centred = rows.broadcast_sub(&rows.mean_keepdim(D::Minus1)?)?;
-        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-        let scaled = centred.broadcast_div(&(variance + self.eps)?.sqrt()?)?;
-        scaled
-            .broadcast_mul(&self.weight)?
-            .broadcast_add(&self.bias)
+    fn forward(&self, rows: &[f32]) -> Vec<f32> {
+        layer_norm_rows(
+            Execution::current(),
+            rows,
+            &self.weight,
+            &self.bias,
+            self.eps,
+        )
+    }
+
+    /// Of the sum of both.
+    fn of_sum(&self, mut rows: Vec<f32>, others: &[f32]) -> Vec<f32> {
+        add_to(Execution::current(), &mut rows, others);
+        self.forward(&rows)
     }
 }
 
-/// Rows of equal length, one after the other.
-#[derive(Clone, Copy)]
-struct Layout {
-    rows: usize,
-    length: usize,
-    heads: usize,
-}
-
 struct Block {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    attended: Linear,
+    /// Queries beside keys beside values.
+    projected: PreparedAffine,
+    attended: PreparedAffine,
     attended_norm: LayerNorm,
-    wide: Linear,
-    narrow: Linear,
+    wide: PreparedAffine,
+    narrow: PreparedAffine,
     norm: LayerNorm,
     activation: Activation,
 }
@@ -90,18 +93,14 @@ impl Block {
         config: &BertConfig,
     ) -> Result<Self, EncoderError> {
         let (hidden, wide) = (config.hidden_size, config.intermediate_size);
-        let linear = |name: &str, inputs, outputs| {
-            let name = format!("encoder.layer.{layer}.{name}");
-            Linear::load(weights, &name, inputs, outputs)
-        };
-        let norm = |name: &str| {
-            let name = format!("encoder.layer.{layer}.{name}.LayerNorm");
-            LayerNorm::load(weights, &name, config)
-        };
+        let named = |part: &str| format!("encoder.layer.{layer}.{part}");
+        let linear = |part: &str, inputs, outputs| dense(weights, &[named(part)], inputs, outputs);
+        let norm =
+            |part: &str| LayerNorm::load(weights, &named(&format!("{part}.LayerNorm")), config);
+        let projected =
+            ["query", "key", "value"].map(|part| named(&format!("attention.self.{part}")));
         Ok(Block {
-            query: linear("attention.self.query", hidden, hidden)?,
-            key: linear("attention.self.key", hidden, hidden)?,
-            value: linear("attention.self.value", hidden, hidden)?,
+            projected: dense(weights, &projected, hidden, hidden)?,
             attended: linear("attention.output.dense", hidden, hidden)?,
             attended_norm: norm("attention.output")?,
             wide: linear("intermediate.dense", hidden, wide)?,
@@ -111,55 +110,33 @@ impl Block {
         })
     }
 
-    /// Of tokens × hidden; `penalty` is added to the scores of each row: 0 for a token, minus infinity for none.
-    fn forward(&self, tokens: &Tensor, penalty: &Tensor, layout: Layout) -> Computed {
-        let attended = self.attention(tokens, penalty, layout)?;
-        let attended = (self.attended.forward(&attended)? + tokens)?;
-        let attended = self.attended_norm.forward(&attended)?;
-        let wide = self.wide.forward(&attended)?;
+    /// Of tokens × hidden.
+    fn forward(&self, tokens: &[f32], attention: FullAttention<'_>) -> Vec<f32> {
+        let execution = Execution::current();
+        let seen = attention.compute(execution, &forward(&self.projected, tokens));
+        let attended = forward(&self.attended, &seen);
+        let attended = self.attended_norm.of_sum(attended, tokens);
         let wide = match self.activation {
-            Activation::Gelu => wide.gelu_erf()?,
-            Activation::GeluNew => wide.gelu()?,
-            Activation::Relu => wide.relu()?,
+            Activation::Relu => self
+                .wide
+                .rows(execution, &attended, kernels::Activation::Relu),
+            Activation::Gelu => self.wide_by(Elementary::GeluErf, &attended),
+            Activation::GeluNew => self.wide_by(Elementary::Gelu, &attended),
         };
-        self.norm
-            .forward(&(self.narrow.forward(&wide)? + attended)?)
+        self.norm.of_sum(forward(&self.narrow, &wide), &attended)
     }
 
-    fn attention(&self, tokens: &Tensor, penalty: &Tensor, layout: Layout) -> Computed {
-        let Layout {
-            rows,
-            length,
-            heads,
-        } = layout;
-        let size = tokens.dim(1)? / heads;
-        let by_head = |tensor: Tensor| {
-            let tensor = tensor.reshape((rows, length, heads, size))?;
-            tensor.transpose(1, 2)?.contiguous()
-        };
-        let query = by_head(self.query.forward(tokens)?)?;
-        let key = by_head(self.key.forward(tokens)?)?;
-        let value = by_head(self.value.forward(tokens)?)?;
-        let scores = (query.matmul(&key.t()?)? * (1.0 / (size as f64).sqrt()))?;
-        let mixed = softmax(&scores.broadcast_add(penalty)?)?.matmul(&value)?;
-        mixed
-            .transpose(1, 2)?
-            .reshape((rows * length, heads * size))
+    fn wide_by(&self, function: Elementary, rows: &[f32]) -> Vec<f32> {
+        let mut wide = forward(&self.wide, rows);
+        function.apply(Execution::current(), &mut wide);
+        wide
     }
-}
-
-/// Over the last dimension, of which one value at least is finite.
-fn softmax(scores: &Tensor) -> Computed {
-    let largest = scores.max_keepdim(D::Minus1)?;
-    let powers = scores.broadcast_sub(&largest)?.exp()?;
-    powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)
 }
 
 /// What turns the first token into a class.
 struct Head {
-    pooler: Linear,
-    classifier: Linear,
-    classes: usize,
+    pooler: PreparedAffine,
+    classifier: PreparedAffine,
 }
 
 impl Head {
@@ -176,50 +153,81 @@ impl Head {
                 reason: format!("has the shape {shape:?}, which is of no class"),
             });
         }
-        let classifier = Linear {
-            weight: weights.exact("classifier.weight", &[classes, hidden])?,
-            bias: weights.exact("classifier.bias", &[classes])?,
-        };
-        let pooler = Linear::load(weights, "pooler.dense", hidden, hidden)?;
+        let weight = weights.exact("classifier.weight", &[classes, hidden])?;
+        let bias = weights.exact("classifier.bias", &[classes])?;
         Ok(Some(Head {
-            pooler,
-            classifier,
-            classes,
+            pooler: dense(weights, &["pooler.dense".to_owned()], hidden, hidden)?,
+            classifier: prepared(&weight, hidden, &bias),
         }))
     }
 
     /// Of rows × hidden.
-    fn forward(&self, first: &Tensor) -> Computed {
-        let pooled = self.pooler.forward(first)?.tanh()?;
-        self.classifier.forward(&pooled)
+    fn forward(&self, first: &[f32]) -> Vec<f32> {
+        let mut pooled = forward(&self.pooler, first);
+        Elementary::Tanh.apply(Execution::current(), &mut pooled);
+        forward(&self.classifier, &pooled)
     }
 }
 
-/// The tokens of rows that are computed at once, each padded to the same length.
-pub(super) struct Padded {
-    /// Numbers of tokens, row by row; 0 where there is none.
-    pub(super) ids: Vec<u32>,
-    /// Which of the parts of a text each belongs to.
-    pub(super) type_ids: Vec<u32>,
-    /// How many tokens each row has; at least one.
-    pub(super) counts: Vec<usize>,
-    /// The length.
-    pub(super) length: usize,
+/// A table of embeddings: a row for each number.
+struct Table {
+    name: &'static str,
+    values: Vec<f32>,
+    width: usize,
 }
 
-/// What the network gives for rows.
+impl Table {
+    fn load(
+        weights: &Weights<'_>,
+        name: &'static str,
+        rows: usize,
+        width: usize,
+    ) -> Result<Self, EncoderError> {
+        let tensor = format!("embeddings.{name}_embeddings.weight");
+        Ok(Table {
+            name,
+            values: weights.get(&tensor, &[rows, width])?,
+            width,
+        })
+    }
+
+    fn row(&self, number: usize) -> Result<&[f32], EncoderError> {
+        let row = self.values.chunks_exact(self.width).nth(number);
+        row.ok_or_else(|| {
+            let rows = self.values.len() / self.width;
+            EncoderError::Run(format!(
+                "a text asks for row {number} of the {} embeddings, which have {rows}: take tokenizer and model from one \
+                 source",
+                self.name
+            ))
+        })
+    }
+}
+
+/// The tokens of texts, one text after the other.
+#[derive(Default)]
+pub(super) struct Texts {
+    /// The number of each token.
+    pub(super) ids: Vec<u32>,
+    /// Which of the parts of its text each belongs to.
+    pub(super) type_ids: Vec<u32>,
+    /// How many tokens each text has; at least one.
+    pub(super) lengths: Vec<usize>,
+}
+
+/// What the network gives for texts.
 pub(super) struct Encoded {
-    /// Rows × hidden.
+    /// Texts × hidden.
     pub(super) embeddings: Vec<f32>,
-    /// Rows × classes, if there is a head.
+    /// Texts × classes, if there is a head.
     pub(super) logits: Option<Vec<f32>>,
 }
 
 /// The network with its weights.
 pub(super) struct Bert {
-    words: Tensor,
-    positions: Tensor,
-    types: Tensor,
+    words: Table,
+    positions: Table,
+    types: Table,
     norm: LayerNorm,
     blocks: Vec<Block>,
     head: Option<Head>,
@@ -228,10 +236,7 @@ pub(super) struct Bert {
 
 impl Bert {
     pub(super) fn load(weights: &Weights<'_>, config: &BertConfig) -> Result<Self, EncoderError> {
-        let table = |name: &str, rows: usize| {
-            let name = format!("embeddings.{name}_embeddings.weight");
-            weights.get(&name, &[rows, config.hidden_size])
-        };
+        let table = |name, rows| Table::load(weights, name, rows, config.hidden_size);
         let layers = 0..config.num_hidden_layers;
         let blocks: Result<_, _> = layers
             .map(|layer| Block::load(weights, layer, config))
@@ -249,51 +254,58 @@ impl Bert {
 
     /// The classes of its head, if it has one.
     pub(super) fn classes(&self) -> Option<usize> {
-        self.head.as_ref().map(|head| head.classes)
+        self.head.as_ref().map(|head| head.classifier.outputs())
     }
 
-    /// Computes rows. What a row is padded with and which rows are beside it changes its answer only by the rounding of sums.
-    pub(super) fn encode(&self, padded: &Padded) -> candle_core::Result<Encoded> {
-        let device = self.words.device();
-        let (rows, length) = (padded.counts.len(), padded.length);
-        let tokens = |ids: &[u32]| Tensor::from_slice(ids, rows * length, device);
-        let masked = |token: f32, none: f32| {
-            let mut mask = vec![none; rows * length];
-            for (row, count) in mask.chunks_exact_mut(length).zip(&padded.counts) {
-                row[..*count].fill(token);
-            }
-            mask
-        };
-        let penalty = masked(0.0, f32::NEG_INFINITY);
-        let penalty = Tensor::from_vec(penalty, (rows, 1, 1, length), device)?;
-        let is_token = Tensor::from_vec(masked(1.0, 0.0), (rows, length, 1), device)?;
-        let counts: Vec<f32> = padded.counts.iter().map(|count| *count as f32).collect();
-        let counts = Tensor::from_vec(counts, (rows, 1), device)?;
-
-        let words = self.words.index_select(&tokens(&padded.ids)?, 0)?;
-        let types = self.types.index_select(&tokens(&padded.type_ids)?, 0)?;
-        let hidden = words.dim(1)?;
-        let embedded = (words + types)?.reshape((rows, length, hidden))?;
-        let embedded = embedded.broadcast_add(&self.positions.narrow(0, 0, length)?)?;
-        let mut computed = self
-            .norm
-            .forward(&embedded.reshape((rows * length, hidden))?)?;
-        let layout = Layout {
-            rows,
-            length,
+    /// Computes texts. The bits of one do not depend on the others.
+    pub(super) fn encode(&self, texts: &Texts) -> Result<Encoded, EncoderError> {
+        let hidden = self.words.width;
+        let attention = FullAttention {
+            lengths: &texts.lengths,
             heads: self.heads,
+            size: hidden / self.heads,
         };
+        let mut computed = self.norm.forward(&self.embedded(texts)?);
         for block in &self.blocks {
-            computed = block.forward(&computed, &penalty, layout)?;
+            computed = block.forward(&computed, attention);
         }
-        let computed = computed.reshape((rows, length, hidden))?;
-        let first = computed.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?;
-        let sums = computed.broadcast_mul(&is_token)?.sum(1)?;
-        let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-        let logits = self.head.as_ref().map(|head| head.forward(&first));
+        let mut embeddings = Vec::with_capacity(texts.lengths.len() * hidden);
+        let mut first = Vec::with_capacity(embeddings.capacity());
+        let mut rest = computed.as_slice();
+        for length in &texts.lengths {
+            let (text, behind) = rest.split_at(length * hidden);
+            first.extend_from_slice(&text[..hidden]);
+            embeddings.extend(mean(text, hidden));
+            rest = behind;
+        }
         Ok(Encoded {
-            embeddings: values(&sums.broadcast_div(&counts)?)?,
-            logits: logits.transpose()?.as_ref().map(values).transpose()?,
+            embeddings,
+            logits: self.head.as_ref().map(|head| head.forward(&first)),
         })
     }
+
+    /// The sum of the embeddings of each token, tokens × hidden.
+    fn embedded(&self, texts: &Texts) -> Result<Vec<f32>, EncoderError> {
+        let mut embedded = Vec::with_capacity(texts.ids.len() * self.words.width);
+        let positions = texts.lengths.iter().flat_map(|length| 0..*length);
+        for ((id, type_id), position) in texts.ids.iter().zip(&texts.type_ids).zip(positions) {
+            let word = self.words.row(*id as usize)?;
+            let kind = self.types.row(*type_id as usize)?;
+            let place = self.positions.row(position)?;
+            let sums = word.iter().zip(kind).zip(place);
+            embedded.extend(sums.map(|((word, kind), place)| word + kind + place));
+        }
+        Ok(embedded)
+    }
+}
+
+/// The mean of rows.
+fn mean(rows: &[f32], width: usize) -> Vec<f32> {
+    let mut sums = vec![0.0; width];
+    for row in rows.chunks_exact(width) {
+        add_to(Execution::current(), &mut sums, row);
+    }
+    let count = (rows.len() / width) as f32;
+    sums.iter_mut().for_each(|sum| *sum /= count);
+    sums
 }

@@ -12,9 +12,6 @@ pub(super) const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// Sizes beyond this belong to no encoder that fits into a version's file; with it all products of two fit into 64 bits.
 const SIZE_MAX: usize = 1 << 24;
 
-/// What the attention of one row of the longest text may take: 16 heads over 2048 tokens.
-const ATTENTION_BYTES_MAX: usize = 256 << 20;
-
 /// What is between the two layers of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -108,16 +105,6 @@ impl BertConfig {
             return refused(format!(
                 "says layer_norm_eps = {}, expected more than 0 and less than 1",
                 config.layer_norm_eps
-            ));
-        }
-        let positions = config.max_position_embeddings;
-        let attention = (positions * size_of::<f32>())
-            .checked_mul(positions)
-            .and_then(|bytes| bytes.checked_mul(heads));
-        if attention.is_none_or(|bytes| bytes > ATTENTION_BYTES_MAX) {
-            return refused(format!(
-                "says max_position_embeddings = {positions} with {heads} heads: the attention of one text may take \
-                 {ATTENTION_BYTES_MAX} bytes, use a model for shorter texts"
             ));
         }
         Ok(config)

@@ -78,9 +78,3 @@ impl From<Unready> for EncoderError {
         }
     }
 }
-
-impl From<candle_core::Error> for EncoderError {
-    fn from(error: candle_core::Error) -> Self {
-        EncoderError::Run(error.to_string())
-    }
-}

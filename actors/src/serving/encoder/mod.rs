@@ -3,26 +3,25 @@
 //! Invariants:
 //! 1. Files are checked before anything is computed from them: a file that is cut off, a tensor that is missing, has another
 //!    shape or belongs to nothing, and a tokenizer with tokens that the model does not know are refused by name.
-//! 2. A row is answered as it is alone, but for the rounding of sums, whatever it is batched with: its padding follows from
-//!    its own length, and is masked.
+//! 2. A row is answered as it is alone, bit for bit, whatever it is batched with.
 //! 3. A text that is no input is named by its row, before anything is computed, so that the other rows can be answered.
 //! 4. A panic of a library while it reads the files is an error of the model, and so is an encoder that is not ready in
 //!    time (`limited`): a tokenizer's own patterns may have no end.
 //! 5. What a text costs before its tokens are counted is bounded (`text`).
 
 mod bert;
-mod buckets;
 mod config;
 mod error;
+mod portions;
 mod text;
 mod weights;
 
 use bytes::Bytes;
 
-use self::bert::{Bert, Padded};
-use self::buckets::{Bucket, Sizes, buckets};
+use self::bert::{Bert, Texts};
 use self::config::{BertConfig, CONFIG_BYTES_MAX};
 pub use self::error::EncoderError;
+use self::portions::{portions, tokens_at_once};
 use self::text::{TOKENIZER_BYTES_MAX, TextReader, Tokens};
 use self::weights::Weights;
 use super::fleet::BATCH_ROWS_MAX;
@@ -79,7 +78,7 @@ pub struct EncoderModel {
     bert: Bert,
     text: TextReader,
     hidden: usize,
-    sizes: Sizes,
+    tokens_at_once: usize,
     labels: Vec<String>,
     /// Floating-point operations for the longest text.
     row_operations: u64,
@@ -111,11 +110,9 @@ impl EncoderModel {
             let labels = bert.classes().map(|classes| config.labels(classes));
             Ok(EncoderModel {
                 hidden: config.hidden_size,
-                sizes: Sizes {
-                    positions: config.max_position_embeddings,
-                    width: config.hidden_size.max(config.intermediate_size),
-                    heads: config.num_attention_heads,
-                },
+                tokens_at_once: tokens_at_once(
+                    (3 * config.hidden_size).max(config.intermediate_size),
+                ),
                 labels: labels.transpose()?.unwrap_or_default(),
                 row_operations: operations(&config, text.length_max()),
                 bert,
@@ -221,16 +218,13 @@ impl EncoderModel {
             }
         };
         let tokens = self.tokens(texts)?;
-        let counts: Vec<usize> = tokens.iter().map(|tokens| tokens.ids.len()).collect();
-        let mut embeddings = vec![0.0; texts.len() * self.hidden];
+        let lengths: Vec<usize> = tokens.iter().map(|tokens| tokens.ids.len()).collect();
         let classes = self.bert.classes();
-        let mut logits = vec![0.0; texts.len() * classes.unwrap_or(0)];
-        for bucket in buckets(&counts, self.sizes) {
-            let encoded = self.bert.encode(&padded(&bucket, &tokens))?;
-            put_back(&bucket, &encoded.embeddings, &mut embeddings, self.hidden);
-            if let Some((values, classes)) = encoded.logits.as_ref().zip(classes) {
-                put_back(&bucket, values, &mut logits, classes);
-            }
+        let (mut embeddings, mut logits) = (Vec::new(), Vec::new());
+        for portion in portions(&lengths, self.tokens_at_once) {
+            let encoded = self.bert.encode(&joined(&tokens[portion]))?;
+            embeddings.extend(encoded.embeddings);
+            logits.extend(encoded.logits.into_iter().flatten());
         }
         let rows = texts.len() as u64;
         let cell = |values, width: usize| Cell {
@@ -297,37 +291,15 @@ fn operations(config: &BertConfig, tokens: usize) -> u64 {
         .saturating_mul(config.num_hidden_layers as u64)
 }
 
-/// The rows of a bucket, each padded to its length.
-fn padded(bucket: &Bucket, tokens: &[Tokens]) -> Padded {
-    let fill = |of_row: fn(&Tokens) -> &[u32]| {
-        let mut filled = vec![0; bucket.rows.len() * bucket.length];
-        for (row, slots) in bucket
-            .rows
-            .iter()
-            .zip(filled.chunks_exact_mut(bucket.length))
-        {
-            let values = of_row(&tokens[*row]);
-            slots[..values.len()].copy_from_slice(values);
-        }
-        filled
-    };
-    Padded {
-        ids: fill(|tokens| &tokens.ids),
-        type_ids: fill(|tokens| &tokens.type_ids),
-        counts: bucket
-            .rows
-            .iter()
-            .map(|row| tokens[*row].ids.len())
-            .collect(),
-        length: bucket.length,
+/// The tokens of texts, one text after the other.
+fn joined(tokens: &[Tokens]) -> Texts {
+    let mut texts = Texts::default();
+    for text in tokens {
+        texts.ids.extend(&text.ids);
+        texts.type_ids.extend(&text.type_ids);
+        texts.lengths.push(text.ids.len());
     }
-}
-
-/// Puts the values of a bucket's rows where the rows are in the batch.
-fn put_back(bucket: &Bucket, values: &[f32], batch: &mut [f32], width: usize) {
-    for (row, values) in bucket.rows.iter().zip(values.chunks_exact(width)) {
-        batch[row * width..][..width].copy_from_slice(values);
-    }
+    texts
 }
 
 /// Runs what reads files, which may panic on bytes that it did not expect.

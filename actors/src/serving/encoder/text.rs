@@ -72,7 +72,7 @@ impl TextReader {
                 "cuts texts off at {length} tokens, the model takes {positions}: lower max_length of its truncation"
             )));
         }
-        // Rows are padded to the length of their bucket, and what is padding is masked here.
+        // Nothing is padded here.
         tokenizer.with_padding(None);
         let reader = TextReader {
             tokenizer,

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 
 use candle_core::safetensors::SliceSafetensors;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
 use super::EncoderError;
 
@@ -41,8 +41,8 @@ impl<'a> Weights<'a> {
         })
     }
 
-    /// A tensor of the encoder, as 32-bit floats.
-    pub(super) fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor, EncoderError> {
+    /// The values of a tensor of the encoder, row-major.
+    pub(super) fn get(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EncoderError> {
         self.exact(&format!("{}{name}", self.prefix), shape)
     }
 
@@ -52,13 +52,13 @@ impl<'a> Weights<'a> {
         name: &str,
         older: &str,
         shape: &[usize],
-    ) -> Result<Tensor, EncoderError> {
+    ) -> Result<Vec<f32>, EncoderError> {
         let is_older = self.names.contains(&format!("{}{older}", self.prefix));
         self.get(if is_older { older } else { name }, shape)
     }
 
-    /// A tensor by the name in the file.
-    pub(super) fn exact(&self, name: &str, shape: &[usize]) -> Result<Tensor, EncoderError> {
+    /// The same by the name in the file.
+    pub(super) fn exact(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EncoderError> {
         let found = self.shape_of(name).ok_or_else(|| EncoderError::Missing {
             name: name.to_owned(),
         })?;
@@ -80,7 +80,8 @@ impl<'a> Weights<'a> {
             )));
         }
         self.used.borrow_mut().insert(name.to_owned());
-        tensor.to_dtype(DType::F32).map_err(unreadable)
+        let values = || tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1();
+        values().map_err(unreadable)
     }
 
     /// The shape of a tensor, by the name in the file.

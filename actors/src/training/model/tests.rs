@@ -96,6 +96,25 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
     }
 }
 
+/// What is prepared for being asked changes no bit of what training measures.
+#[test]
+fn a_model_that_is_asked_has_the_bits_of_the_one_that_is_trained() {
+    let batch = samples(70);
+    for spec in [mlp(), cnn()] {
+        let model = Model::new(&spec, &digits(), 3).unwrap();
+        let network = spec.build(&digits()).unwrap();
+        let layout = Arc::new(Layout::of(&network.parameters()));
+        let trained = Parameters::new(layout, model.flat()).unwrap();
+        for rows in [1, 5, 70] {
+            let images = &batch.features()[..rows * 64];
+            let expected = network.outputs(&trained, images).unwrap();
+            let found = model.outputs(images).unwrap();
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&found), bits(&expected));
+        }
+    }
+}
+
 #[test]
 fn parameters_survive_flattening_and_wrong_sizes_are_refused() {
     let model = Model::new(&cnn(), &digits(), 3).unwrap();

@@ -32,6 +32,9 @@ pub(super) fn affine(
     layer: &str,
     activation: Activation,
 ) -> Result<Tensor, ModelError> {
+    if let Some(prepared) = parameters.prepared_layer(layer)? {
+        return Ok(prepared.apply(values, activation)?);
+    }
     let weight = parameters.tensor(&format!("{layer}.weight"))?;
     let bias = parameters.tensor(&format!("{layer}.bias"))?;
     Ok(kernels::affine(values, weight, bias, activation)?)

@@ -111,8 +111,7 @@ impl Calls {
         self.resting.clear();
     }
 
-    /// Forgets what the new plan makes useless; what rested may be tried again. A question to somebody who
-    /// owns nothing any more may wait for ever, and a late answer still counts.
+    /// Forgets what the new plan makes useless; what rested may be tried again. A late answer still counts.
     pub(super) fn follow(&mut self, plan: &Plan) {
         self.under_way.retain(|call| match call {
             Call::Ask { to, bucket, .. } => plan.owner(*bucket) == Some(*to),

@@ -20,6 +20,9 @@ use crate::local::ClusterRecord;
 /// What is trained; the same file that `mobula submit` takes.
 const JOB: &str = include_str!("../../../../cluster-configs/jobs/digits-mlp.toml");
 
+/// Steps between two lines of progress of the job that is hurt: what happens to it happens at such a line.
+const STEPS_BETWEEN_LINES: u64 = 24;
+
 /// The least accuracy on held-out images that counts as trained.
 pub(super) const ACCURACY_MIN: f64 = 0.95;
 
@@ -119,7 +122,8 @@ async fn disturbed(
         faults.len()
     ));
     let started = Instant::now();
-    let job = submit(cluster, "disturbed", JOB).await?;
+    let disturbed = format!("log_every_steps = {STEPS_BETWEEN_LINES}\n{JOB}");
+    let job = submit(cluster, "disturbed", &disturbed).await?;
     let (result, done) = follow(cluster, job, spec.steps, faults, progress).await?;
     report.note(
         "survive",

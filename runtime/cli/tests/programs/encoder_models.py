@@ -1,6 +1,7 @@
-"""Small BERT encoders with random weights, and what Hugging Face's transformers answers for them.
+"""BERT encoders, and what Hugging Face's transformers answers for them.
 
-    encoder_models.py write FOLDER    writes the models and their cases, from fixed seeds
+    encoder_models.py write FOLDER          writes small models with random weights and their cases, from fixed seeds
+    encoder_models.py answer MODEL FILE     writes the cases of a model that is there: the folder of all-MiniLM-L6-v2
 
 It needs PyPI's transformers 5.23.0, tokenizers 0.23.3, safetensors 0.8.0 and torch 2.15.0. The answers are computed in
 double precision, from the weights as the files have them.
@@ -14,7 +15,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
 
 WORDS = "the cat dog sat on mat a river runs fast slow good bad very not is it was and cafe strasse sing ##ing ##s ##er"
 OTHERS = list("中文字ßøπ€") + list(".,!?-'\"()") + list(string.digits) + ["##" + digit for digit in string.digits]
@@ -29,6 +30,19 @@ TEXTS = [
     "unknown words: xylophone-7 € 42 \u0000\u200b\ttab",
     "the river runs fast " * 4,
     "sings singing singer sing s",
+]
+
+
+SENTENCES = [
+    "How do I reset my password?",
+    "I forgot the word that lets me sign in.",
+    "The cat sits on the mat.",
+    "A train leaves Zürich at 7:42 and arrives in Genève at 10:15, if the Wi-Fi on board is to be believed.",
+    "Die Sonne scheint über den Bergen.",
+    "東京の天気は晴れです。",
+    "",
+    "fn main() { println!(\"{:?}\", std::env::args().collect::<Vec<_>>()); }",
+    "Actors are placed, watched and started again by a control plane that keeps its state in Raft. " * 12,
 ]
 
 
@@ -77,9 +91,9 @@ def config(vocab, **more):
     )
 
 
-def cases(model, tokens_of, core):
+def cases(model, tokens_of, core, texts=TEXTS):
     found = []
-    for text in TEXTS:
+    for text in texts:
         encoded = tokens_of(text)
         ids = [token for token, real in zip(encoded.ids, encoded.attention_mask) if real]
         with torch.no_grad():
@@ -108,7 +122,19 @@ def write(folder, name, model, core, vocab, truncation, rename, dtype):
     (folder / "cases.json").write_text(json.dumps(answers, indent=1, ensure_ascii=True) + "\n")
 
 
+def answer(folder, file):
+    core = AutoModel.from_pretrained(folder).double().eval()
+    tokens_of = Tokenizer.from_file(str(folder / "tokenizer.json")).encode
+    found = cases(core, tokens_of, core, SENTENCES)
+    for case in found:
+        case["embedding"] = [round(value, 8) for value in case["embedding"]]
+    lines = (json.dumps(case, ensure_ascii=True) for case in found)
+    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
 def main():
+    if len(sys.argv) == 4 and sys.argv[1] == "answer":
+        return answer(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]))
     if len(sys.argv) != 3 or sys.argv[1] != "write":
         sys.exit(__doc__)
     folder = pathlib.Path(sys.argv[2])

