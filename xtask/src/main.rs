@@ -52,8 +52,9 @@ commands:
                   and `--only <part of a name>` go to the suite
   bench serve [--peers] [args]
                   requests to an endpoint: callers that wait, requests that come when they come, where
-                  the time goes, overload; --peers asks a tritonserver from PyPI (400 MB under the
-                  target folder) the same; `--quick` goes to the suite
+                  the time goes, texts, overload; --peers asks a tritonserver, Ray Serve and PyTorch
+                  from PyPI (7 GB under the target folder) the same; `--quick` and `--only <part>`
+                  go to the suite
   bench drift [--peers] [args]
                   detectors number by number, and windows of rows against a reference; --peers gives
                   the same streams to river from PyPI; `--quick` goes to the suite

@@ -22,7 +22,7 @@ use super::division::{Shared, divide};
 use super::lanes::{LaneOperation, Lanes, dispatch, sixteens, sixteens_mut};
 use super::product::{MatrixView, multiply, multiply_add};
 use super::{Execution, contiguous_values};
-use head::{Block, Head, Looks, Shares, one_thread};
+use head::{Block, Head, Mask, Shares, one_thread};
 
 pub(crate) use full::FullAttention;
 pub(crate) use head::BLOCK;
@@ -240,7 +240,7 @@ impl Attention {
         divide(execution, windows * self.heads, worth, 1, |items| {
             for item in items {
                 work(Head {
-                    looks: Looks::Back,
+                    mask: Mask::Causal,
                     context: self.context,
                     width: self.width(),
                     size: self.size,

@@ -35,7 +35,10 @@ pub fn layer_norm(values: &Tensor, scale: &Tensor, shift: &Tensor, epsilon: f32)
     )
 }
 
-/// [`layer_norm`] of rows that lie one after the other; nothing is differentiated.
+/// [`layer_norm`] of rows that lie one after the other, with its bits; nothing is differentiated.
+///
+/// # Panics
+/// If the last row is not whole, or the parameters differ in length.
 pub(crate) fn layer_norm_rows(
     execution: Execution,
     values: &[f32],
@@ -43,11 +46,16 @@ pub(crate) fn layer_norm_rows(
     shift: &[f32],
     epsilon: f32,
 ) -> Vec<f32> {
-    assert_eq!(scale.len(), shift.len(), "parameters of one length");
+    let columns = scale.len();
+    assert_eq!(columns, shift.len(), "parameters of one length");
+    assert!(
+        values.len().is_multiple_of(columns),
+        "rows of {columns} values"
+    );
     let mut result = vec![0.0; values.len()];
-    divide_rows(execution, &mut result, scale.len(), |rows, result| {
+    divide_rows(execution, &mut result, columns, |rows, result| {
         let operation = Forward {
-            values: &values[rows.start * scale.len()..rows.end * scale.len()],
+            values: &values[rows.start * columns..rows.end * columns],
             scale,
             shift,
             result,

@@ -1,4 +1,4 @@
-//! The arithmetic of training: fast, and with the same bits on every machine.
+//! The arithmetic of training, and of answers: fast, and with the same bits on every machine.
 //!
 //! Invariants:
 //! 1. **One order.** Each kernel says in which order it adds, and every path through it (AVX-512, AVX2, plain
@@ -13,9 +13,9 @@
 //! * [`execution`]: which instructions, how many threads; `lanes`: sixteen values at a time, alike everywhere;
 //!   `division`: work for several threads.
 //! * [`mod@product`]: the matrix product, one chain of fused multiply-adds for each element.
-//! * [`mod@affine`]: a dense layer with its gradients; [`mod@convolution`]: the same of patches of images;
-//!   [`attention`]: of the tokens of a window.
-//! * [`elementary`]: `exp`, `ln`, `tanh`, GELU of many `f32`; [`math`]: functions of single `f64`.
+//! * [`mod@affine`]: a dense layer with its gradients, and one that is prepared for being asked; [`mod@convolution`]: a layer over
+//!   patches of images; [`attention`]: over the tokens before each in its window, or over all tokens of a text.
+//! * [`elementary`]: `exp`, `ln`, `tanh`, `erf`, GELU of many `f32`; [`math`]: functions of single `f64`.
 //! * [`elementwise`], [`mod@softmax`], [`mod@layer_norm`]: differentiable, for candle's graph.
 //! * [`loss`]: cross-entropy with its gradient; `seed` enters that into the graph.
 //! * [`gradients`]: a backward pass into one flat vector.

@@ -268,6 +268,7 @@ async fn tensors_of_any_kind_and_number_go_there_and_back() {
             inputs: vec![text.clone(), number.clone()],
             outputs: vec![number, text],
             is_classifier: false,
+            is_finite: false,
         };
         let service = EndpointService::new("swap", signature, receiver, mirror().0);
         open(&active, Swapping);

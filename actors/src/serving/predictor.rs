@@ -6,12 +6,13 @@ use super::encoder::{
 use super::failing_rows;
 use super::oip::TensorData;
 use super::onnx::{OnnxError, OnnxModel};
-use super::replica::InferError;
+use super::replica::{InferError, RefusedRow};
 use super::rows::{Batch, Cell, ROWS_MAX};
 use crate::registry::artifact::Artifact;
 use crate::registry::imported_file::{ImportedFile, ModelFormat};
 use crate::registry::version_file::VersionFileError;
-use crate::training::model::Model;
+use crate::training::data::SampleShape;
+use crate::training::model::{Model, ModelError};
 
 /// Why a version's file is no model.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +42,7 @@ pub(super) struct Answered {
 
 /// A model that answers batches.
 pub(super) enum Predictor {
-    /// Trained here, with numbers in and classes out.
+    /// Trained here: classes or numbers for numbers, or what comes after a text.
     Trained(Box<Model>),
     /// A graph that other tools wrote.
     Onnx(Box<OnnxModel>),
@@ -55,8 +56,11 @@ impl Predictor {
         match artifact {
             Artifact::Trained(file) => {
                 let model = file.build_model()?;
-                let row = vec![0.0; model.shape().feature_count()];
-                model.probabilities(&row).map_err(VersionFileError::from)?;
+                let tried = match model.shape() {
+                    SampleShape::Tokens { .. } => model.next_tokens(&[vec![0]]),
+                    shape => model.outputs(&vec![0.0; shape.feature_count()]),
+                };
+                tried.map_err(VersionFileError::from)?;
                 Ok(Predictor::Trained(Box::new(model)))
             }
             Artifact::Imported(file) => Self::imported(file),
@@ -101,7 +105,7 @@ impl Predictor {
             });
         }
         let outputs = match self {
-            Predictor::Trained(model) => return classify(model, &batch),
+            Predictor::Trained(model) => return trained(model, &batch),
             Predictor::Onnx(model) => failing_rows::run(batch, |batch| model.run(batch))?,
             Predictor::Encoder(model) => model.run(batch).map_err(|error| match error {
                 EncoderError::Rows(rows) => InferError::RowsRefused(rows),
@@ -115,26 +119,82 @@ impl Predictor {
     }
 }
 
-fn classify(model: &Model, batch: &Batch) -> Result<Answered, InferError> {
+/// What a version that was trained here answers, as its [`Signature`](super::signature::Signature) says.
+fn trained(model: &Model, batch: &Batch) -> Result<Answered, InferError> {
+    let (width, values) = match model.shape() {
+        SampleShape::Classified { .. } => return classify(model, batch),
+        SampleShape::Measured { targets, .. } => {
+            let predicted = model.outputs(numbers(model, batch)?);
+            (*targets, predicted.map_err(failed)?)
+        }
+        SampleShape::Tokens { vocabulary, .. } => {
+            let next = model.next_tokens(&tokens(batch)?);
+            (*vocabulary, next.map_err(failed)?)
+        }
+    };
+    let rows = batch.rows.unwrap_or_default();
+    let cell = Cell {
+        shape: vec![rows, width as u64],
+        data: TensorData::Fp32(values),
+    };
+    Ok(Answered {
+        outputs: Batch {
+            rows: Some(rows),
+            cells: vec![cell],
+        },
+        energies: Vec::new(),
+    })
+}
+
+fn failed(error: ModelError) -> InferError {
+    InferError::Model(error.to_string())
+}
+
+/// The bytes of each text; or all the texts that have none.
+fn tokens(batch: &Batch) -> Result<Vec<Vec<u32>>, InferError> {
+    let [
+        Cell {
+            data: TensorData::Bytes(texts),
+            ..
+        },
+    ] = batch.cells.as_slice()
+    else {
+        return Err(InferError::Model("it takes one text a row".to_owned()));
+    };
+    let empty = texts.iter().enumerate().filter(|(_, text)| text.is_empty());
+    let refused: Vec<RefusedRow> = empty
+        .map(|(row, _)| RefusedRow {
+            row: row as u64,
+            reason: "the text is empty: send one byte at least".to_owned(),
+        })
+        .collect();
+    if !refused.is_empty() {
+        return Err(InferError::RowsRefused(refused));
+    }
+    let tokens = |text: &Vec<u8>| text.iter().copied().map(u32::from).collect();
+    Ok(texts.iter().map(tokens).collect())
+}
+
+/// The numbers of whole rows.
+fn numbers<'a>(model: &Model, batch: &'a Batch) -> Result<&'a [f32], InferError> {
     let width = model.shape().feature_count();
     let count = batch.rows.unwrap_or_default();
-    let values = match batch.cells.as_slice() {
+    match batch.cells.as_slice() {
         [
             Cell {
                 data: TensorData::Fp32(values),
                 ..
             },
-        ] if values.len() as u64 == count * width as u64 && count > 0 => values,
-        _ => {
-            return Err(InferError::RowCount {
-                values: batch.cells.iter().map(|cell| cell.data.len() as u64).sum(),
-                row_values: width as u64,
-            });
-        }
-    };
-    let said = model
-        .classify(values)
-        .map_err(|error| InferError::Model(error.to_string()))?;
+        ] if values.len() as u64 == count * width as u64 && count > 0 => Ok(values),
+        _ => Err(InferError::RowCount {
+            values: batch.cells.iter().map(|cell| cell.data.len() as u64).sum(),
+            row_values: width as u64,
+        }),
+    }
+}
+
+fn classify(model: &Model, batch: &Batch) -> Result<Answered, InferError> {
+    let said = model.classify(numbers(model, batch)?).map_err(failed)?;
     Ok(Answered {
         outputs: classified(said.probabilities, said.classes),
         energies: said.energies,
@@ -178,6 +238,78 @@ mod tests {
     use super::*;
     use crate::registry::version_file::tests::digits;
     use crate::training::data::Dataset;
+    use crate::training::models::{ModelSpec, TransformerSpec};
+
+    fn predictor(model: ModelSpec, samples: SampleShape) -> (Predictor, Model) {
+        let mut file = digits(1);
+        let made = Model::new(&model, &samples, 7).unwrap();
+        file.parameters = made.flat().to_vec();
+        (file.model, file.samples) = (model, samples);
+        let predictor = Predictor::new(&Artifact::Trained(Box::new(file))).unwrap();
+        (predictor, made)
+    }
+
+    #[test]
+    fn a_version_that_predicts_numbers_answers_with_them() {
+        let samples = SampleShape::Measured {
+            features: vec![3],
+            targets: 2,
+        };
+        let (predictor, model) = predictor(ModelSpec::Mlp { hidden: vec![5] }, samples);
+        let values = [0.5, -1.0, 2.0, 0.25, 0.0, -0.5];
+        let rows = values.chunks(3).map(|row| Row::numbers(row.to_vec(), 5));
+        let answer = predictor.infer(Batch::join(rows.collect())).unwrap();
+        let expected = Cell {
+            shape: vec![2, 2],
+            data: TensorData::Fp32(model.outputs(&values).unwrap()),
+        };
+        assert_eq!(answer.outputs.cells, [expected]);
+        let short = Batch::join(vec![Row::numbers(vec![1.0, 2.0], 5)]);
+        assert!(predictor.infer(short).is_err());
+    }
+
+    #[test]
+    fn a_version_of_text_says_what_comes_next() {
+        let samples = SampleShape::Tokens {
+            context: 4,
+            vocabulary: 256,
+        };
+        let spec = TransformerSpec {
+            layers: 1,
+            width: 8,
+            heads: 2,
+            dropout: 0.1,
+            tied: true,
+        };
+        let (predictor, model) = predictor(ModelSpec::Transformer(spec), samples);
+        let ask = |texts: &[&str]| {
+            let data = texts.iter().map(|text| text.as_bytes().to_vec()).collect();
+            let rows = texts.len() as u64;
+            predictor.infer(Batch {
+                rows: Some(rows),
+                cells: vec![Cell {
+                    shape: vec![rows],
+                    data: TensorData::Bytes(data),
+                }],
+            })
+        };
+        let answer = ask(&["a", "no more than four", "four"]).unwrap().outputs;
+        let TensorData::Fp32(next) = &answer.cells[0].data else {
+            panic!("probabilities are FP32")
+        };
+        assert_eq!(answer.cells[0].shape, [3, 256]);
+        let alone = model.next_tokens(&[vec![u32::from(b'a')]]).unwrap();
+        assert_eq!(next[..256], alone);
+        // It sees the last four bytes.
+        assert_eq!(next[256..512], next[512..]);
+        for row in next.chunks_exact(256) {
+            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+        }
+        let Err(InferError::RowsRefused(refused)) = ask(&["a", "", "b"]) else {
+            panic!("there is nothing to go on from")
+        };
+        assert_eq!((refused.len(), refused[0].row), (1, 1));
+    }
 
     #[test]
     fn it_answers_as_the_model_does_and_refuses_what_is_no_row() {

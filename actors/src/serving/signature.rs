@@ -1,4 +1,6 @@
-//! What the versions of an endpoint take and give, and what follows from that for requests.
+//! What the versions of an endpoint take and give, and what follows from that for requests; `of_version` reads it off a version.
+
+mod of_version;
 
 use std::time::Duration;
 
@@ -11,13 +13,19 @@ use super::oip::{
     TensorMetadata,
 };
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell, Row};
-use crate::registry::artifact::Artifact;
-use crate::registry::imported_file::ImportedFile;
-use crate::registry::version_file::VersionFile;
-use crate::training::data::SampleShape;
+
+#[cfg(test)]
+pub(super) use of_version::BATCH_OPERATIONS;
+pub(super) use of_version::timely_rows;
 
 /// The input of a version that was trained here: numbers, row by row.
 pub const INPUT: &str = "image";
+/// The input of a version that was trained on text.
+pub const TEXT: &str = "text";
+/// Its output: the probability of each byte to come next.
+pub const NEXT: &str = "next";
+/// The output of a version that was trained to predict numbers.
+pub const PREDICTION: &str = "prediction";
 /// Its output with the probability of each class.
 pub const PROBABILITIES: &str = "probabilities";
 /// Its output with the most probable class.
@@ -68,65 +76,13 @@ pub struct Signature {
     pub inputs: Vec<TensorMetadata>,
     /// The outputs.
     pub outputs: Vec<TensorMetadata>,
-    /// Whether it gives [`PROBABILITIES`] and [`CLASS`] of rows of finite numbers, which a monitor can watch.
+    /// Whether it gives [`PROBABILITIES`] and [`CLASS`] of rows of numbers, which a monitor can watch.
     pub is_classifier: bool,
+    /// Whether only finite numbers are taken, and given.
+    pub is_finite: bool,
 }
 
 impl Signature {
-    /// That of a version that was trained here: rows of numbers, and classes with these names.
-    #[must_use]
-    pub fn classifier(row_values: usize, classes: usize, labels: Vec<String>) -> Self {
-        let tensor = |name: &str, datatype, shape: &[i64], labels| TensorMetadata {
-            name: name.to_owned(),
-            datatype,
-            shape: shape.to_vec(),
-            labels,
-        };
-        let (values, classes) = (row_values as i64, classes as i64);
-        Signature {
-            platform: "mobula_candle".to_owned(),
-            max_batch_size: BATCH_ROWS_MAX as u32,
-            inputs: vec![tensor(INPUT, Datatype::Fp32, &[-1, values], Vec::new())],
-            outputs: vec![
-                tensor(PROBABILITIES, Datatype::Fp32, &[-1, classes], labels),
-                tensor(CLASS, Datatype::Int64, &[-1], Vec::new()),
-            ],
-            is_classifier: true,
-        }
-    }
-
-    /// That of a version; or what it is trained on, if no endpoint answers for that.
-    pub fn of(artifact: &Artifact) -> Result<Self, String> {
-        match artifact {
-            Artifact::Trained(file) => Self::of_trained(file),
-            Artifact::Imported(file) => Ok(Self::of_imported(file)),
-        }
-    }
-
-    fn of_trained(file: &VersionFile) -> Result<Self, String> {
-        let samples = &file.samples;
-        match samples {
-            SampleShape::Classified { classes, .. }
-                if samples.feature_count() <= ROW_VALUES_MAX =>
-            {
-                let (values, labels) = (samples.feature_count(), file.labels.clone());
-                Ok(Self::classifier(values, *classes, labels))
-            }
-            _ => Err(samples.to_string()),
-        }
-    }
-
-    fn of_imported(file: &ImportedFile) -> Self {
-        let described = &file.description;
-        Signature {
-            platform: described.format.platform().to_owned(),
-            max_batch_size: described.max_batch_size,
-            inputs: described.inputs.clone(),
-            outputs: described.outputs.clone(),
-            is_classifier: false,
-        }
-    }
-
     /// How `version`, which has this signature, differs from an endpoint with the `other`.
     #[must_use]
     pub fn difference(&self, version: u64, other: &Signature) -> String {
@@ -211,7 +167,7 @@ impl Signature {
             let tensor = given.swap_remove(at);
             let shape = tensor.shape().to_vec();
             let data = tensor.into_data();
-            if self.is_classifier {
+            if self.is_finite {
                 check_finite(&input.name, &data)?;
             }
             cells.push(Cell { shape, data });
@@ -268,7 +224,7 @@ impl Signature {
         if let Some((name, index, value)) =
             tensors
                 .iter()
-                .filter(|_| self.is_classifier)
+                .filter(|_| self.is_finite)
                 .find_map(|tensor| {
                     first_not_finite(tensor.data())
                         .map(|(index, value)| (tensor.name(), index, value))
@@ -377,6 +333,7 @@ mod tests {
             inputs: vec![tensor("a", &[-1, 2]), tensor("b", &[-1, -1])],
             outputs: vec![tensor("y", &[-1, 1])],
             is_classifier: false,
+            is_finite: false,
         }
     }
 

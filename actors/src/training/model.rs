@@ -15,6 +15,9 @@ use crate::kernels::gradients::GradientError;
 /// Samples evaluated at once: bounds the memory of inference. Each row's bits do not depend on it.
 const EVALUATION_BATCH: usize = 256;
 
+/// The same for models of tokens, in tokens.
+const EVALUATION_TOKENS: usize = 2048;
+
 /// Why a model could not be built, loaded, trained or evaluated.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -147,7 +150,7 @@ impl Model {
         let network = spec.build(shape)?;
         let list = network.parameters();
         let layout = Arc::new(Layout::of(&list));
-        let parameters = Parameters::to_be_asked(layout, &initial_values(&list, seed))?;
+        let parameters = Parameters::for_inference(layout, &initial_values(&list, seed))?;
         Ok(Self {
             shape: shape.clone(),
             network,
@@ -165,7 +168,7 @@ impl Model {
         let layout = Arc::new(Layout::of(&network.parameters()));
         Ok(Self {
             shape: shape.clone(),
-            parameters: Parameters::to_be_asked(layout, flat)?,
+            parameters: Parameters::for_inference(layout, flat)?,
             network,
         })
     }
@@ -229,6 +232,31 @@ impl Model {
             classes,
             energies,
         })
+    }
+
+    /// The probability of each token to come after each of some texts, text by text, of a model of tokens. A text has one
+    /// token at least; of a longer one than the model sees the last tokens count. A text's bits do not depend on the others.
+    pub fn next_tokens(&self, texts: &[Vec<u32>]) -> Result<Vec<f32>, ModelError> {
+        let SampleShape::Tokens {
+            context,
+            vocabulary,
+        } = self.shape
+        else {
+            return Err(ModelError::Shape {
+                model: "a prediction of tokens",
+                wanted: "samples of tokens",
+                found: self.shape.to_string(),
+            });
+        };
+        let seen = |text: &Vec<u32>| text[text.len().saturating_sub(context)..].to_vec();
+        let seen: Vec<Vec<u32>> = texts.iter().map(seen).collect();
+        let mut probabilities = Vec::with_capacity(texts.len() * vocabulary);
+        // As many tokens at a time as other samples have numbers.
+        for texts in seen.chunks((EVALUATION_TOKENS / context).max(1)) {
+            let scores = self.network.next_scores(&self.parameters, texts)?;
+            probabilities.extend(softmax(&scores, vocabulary));
+        }
+        Ok(probabilities)
     }
 
     /// The most probable class of each sample; the lowest where several are equal.

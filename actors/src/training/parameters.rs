@@ -91,6 +91,8 @@ pub fn initial_values(parameters: &[Parameter], seed: u64) -> Vec<f32> {
 
 /// The values of all parameters: as slices, or as tensors of candle on the device that the job asks for.
 ///
+/// Those of a model that is only asked ([`Parameters::for_inference`]) also come as prepared dense layers.
+///
 /// Slices are in the CPU's memory, whatever the device. A model that uses tensors only, and makes its own with
 /// [`Parameters::device`], computes there without more ado; one that uses slices computes on the CPU.
 #[derive(Debug)]
@@ -100,15 +102,16 @@ pub struct Parameters {
     device: Device,
     /// Made when they are asked for first, and again after new values came.
     tensors: OnceLock<BTreeMap<String, Var>>,
-    layers: Layers,
+    dense: DenseLayers,
 }
 
 /// How a dense layer is computed.
 #[derive(Debug)]
-enum Layers {
+enum DenseLayers {
     /// From its tensors, which candle differentiates by.
     Differentiable,
-    /// In panels, made when a layer is asked for first: nothing is copied for a product, and nothing has a gradient.
+    /// In panels, by the name of the weight, made when a layer is asked for first: nothing is copied for a product, and nothing
+    /// has a gradient.
     Prepared(Mutex<BTreeMap<String, Arc<PreparedAffine>>>),
 }
 
@@ -126,15 +129,15 @@ impl Parameters {
             flat: flat.to_vec(),
             device,
             tensors: OnceLock::new(),
-            layers: Layers::Differentiable,
+            dense: DenseLayers::Differentiable,
         })
     }
 
     /// Parameters with these values, on the CPU, of a model that is only asked: its dense layers answer with the same bits, in
     /// less time, and have no gradients.
-    pub fn to_be_asked(layout: Arc<Layout>, flat: &[f32]) -> Result<Self, ModelError> {
+    pub fn for_inference(layout: Arc<Layout>, flat: &[f32]) -> Result<Self, ModelError> {
         Ok(Parameters {
-            layers: Layers::Prepared(Mutex::default()),
+            dense: DenseLayers::Prepared(Mutex::default()),
             ..Self::new(layout, flat)?
         })
     }
@@ -144,7 +147,7 @@ impl Parameters {
         check_length("the parameter vector", self.flat.len(), flat.len())?;
         self.flat.copy_from_slice(flat);
         self.tensors = OnceLock::new();
-        if let Layers::Prepared(layers) = &mut self.layers {
+        if let DenseLayers::Prepared(layers) = &mut self.dense {
             *layers = Mutex::default();
         }
         Ok(())
@@ -188,30 +191,31 @@ impl Parameters {
         }
     }
 
-    /// The dense layer of the parameters `{layer}.weight`, inputs × outputs, and `{layer}.bias`, if the model is only asked.
+    /// The dense layer of a weight, inputs × outputs, and a bias, prepared, if the model is only asked.
     pub(super) fn prepared_layer(
         &self,
-        layer: &str,
+        weight: &str,
+        bias: &str,
     ) -> Result<Option<Arc<PreparedAffine>>, ModelError> {
-        let Layers::Prepared(layers) = &self.layers else {
+        let DenseLayers::Prepared(layers) = &self.dense else {
             return Ok(None);
         };
         let mut layers = layers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(prepared) = layers.get(layer) {
+        if let Some(prepared) = layers.get(weight) {
             return Ok(Some(Arc::clone(prepared)));
         }
-        let name = format!("{layer}.weight");
-        let &[inputs, outputs] = &self.slot(&name)?.shape[..] else {
+        let &[inputs, outputs] = &self.slot(weight)?.shape[..] else {
             return Err(ModelError::Parameter {
-                name,
+                name: weight.to_owned(),
                 reason: "a dense layer's weight has two dimensions".to_owned(),
             });
         };
-        let weight = MatrixView::row_major(self.values(&name)?, inputs, outputs);
-        let bias = self.values(&format!("{layer}.bias"))?;
-        let made = PreparedAffine::new(Execution::current(), &weight, bias);
+        let matrix = MatrixView::row_major(self.values(weight)?, inputs, outputs);
+        let bias = self.values(bias)?;
+        check_length("the bias of a dense layer", outputs, bias.len())?;
+        let made = PreparedAffine::new(Execution::current(), &matrix, bias);
         let made = Arc::new(made);
-        layers.insert(layer.to_owned(), Arc::clone(&made));
+        layers.insert(weight.to_owned(), Arc::clone(&made));
         Ok(Some(made))
     }
 
@@ -404,6 +408,40 @@ mod tests {
         assert!(error.contains("values where"), "{error}");
         let error = parameters.tensor("c").unwrap_err().to_string();
         assert!(error.contains("no parameter is called c"), "{error}");
+    }
+
+    #[test]
+    fn new_values_reach_prepared_layers() {
+        let list = [
+            Parameter::new("x.bias", &[2], Initial::Zeros),
+            Parameter::new("x.weight", &[3, 2], Initial::Zeros),
+        ];
+        let layout = Arc::new(Layout::of(&list));
+        let [before, after] = [1.0f32, 2.0].map(|first| (0..8).map(|i| first + i as f32).collect());
+        let [before, after]: [Vec<f32>; 2] = [before, after];
+        let of = |parameters: &Parameters| {
+            let layer = parameters.prepared_layer("x.weight", "x.bias").unwrap();
+            layer.unwrap().forward_rows(
+                Execution::current(),
+                &[1.0, 0.0, -1.0],
+                crate::kernels::Activation::Identity,
+            )
+        };
+        let mut parameters = Parameters::for_inference(Arc::clone(&layout), &before).unwrap();
+        assert_eq!(of(&parameters), [1.0 + 3.0 - 7.0, 2.0 + 4.0 - 8.0]);
+        parameters.load(&after).unwrap();
+        assert_eq!(of(&parameters), [2.0 + 4.0 - 8.0, 3.0 + 5.0 - 9.0]);
+        let error = parameters.prepared_layer("x.bias", "x.bias").unwrap_err();
+        assert!(error.to_string().contains("two dimensions"), "{error}");
+        let error = Parameters::for_inference(layout, &after)
+            .and_then(|parameters| parameters.prepared_layer("x.weight", "x.weight"));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("the bias of a dense layer has 6 values"),
+            "{error}"
+        );
+        let trained = self::parameters().prepared_layer("a", "b").unwrap();
+        assert!(trained.is_none());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How a job tells its progress: a line a second, or as often as it is asked for, which people and `mobula train status` read.
+//! How a job tells its progress: a line a second, and after as many steps as the job says, which people and `mobula train status` read.
 //!
 //! Invariant: what [`ProgressLine`] writes, it reads back; so a job's log is all that its status needs, and
 //! no step's numbers pass through the head's tables.

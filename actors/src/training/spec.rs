@@ -387,6 +387,7 @@ mod tests {
         let mut same = TrainSpec {
             name: "b".into(),
             checkpoint_every_steps: 1,
+            log_every_steps: Some(3),
             ..spec.clone()
         };
         same.workers = WorkerRange { min: 3, max: 9 };

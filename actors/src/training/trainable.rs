@@ -114,6 +114,17 @@ pub trait Trainable: Debug + Send + Sync {
     fn outputs(&self, _parameters: &Parameters, _features: &[f32]) -> Result<Vec<f32>, ModelError> {
         Err(ModelError::NoOutputs)
     }
+
+    /// The scores of each token to come after each of some texts, text by text: what serving asks for a model of
+    /// tokens. A text has one token at least, and no more than the model sees. Its scores must not depend on the
+    /// texts beside it. Models that cannot be served leave it out.
+    fn next_scores(
+        &self,
+        _parameters: &Parameters,
+        _texts: &[Vec<u32>],
+    ) -> Result<Vec<f32>, ModelError> {
+        Err(ModelError::NoOutputs)
+    }
 }
 
 /// Where in a job a virtual shard stands.

@@ -103,7 +103,7 @@ impl Options {
                 }
             }
         }
-        if options.encoder.is_none() && options.only == ["texts"] {
+        if options.encoder.is_none() && options.only.iter().any(|part| part == "texts") {
             return Err("`texts` needs --encoder FOLDER, or --peers, which fetches one".to_owned());
         }
         Ok(options)

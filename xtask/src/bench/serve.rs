@@ -46,14 +46,16 @@ pub(crate) fn serve(arguments: &[String]) -> ExitCode {
         let workspace = Workspace::find();
         let ray = python_with(&workspace.target().join("peers/ray-serve"), &[RAY_SERVE]);
         let started = ray.and_then(|ray| {
-            let encoder = Encoder::fetch(&workspace)?;
-            Ok((ray, encoder, Triton::start(&workspace)?))
+            let encoder = wants_texts(&own).then(|| Encoder::fetch(&workspace));
+            Ok((ray, encoder.transpose()?, Triton::start(&workspace)?))
         });
         match started {
             Ok((ray, encoder, triton)) => {
                 own.extend(["--triton".to_owned(), triton.address.clone()]);
                 own.extend(["--ray-python".to_owned(), ray.display().to_string()]);
-                own.extend(["--encoder".to_owned(), encoder.folder.clone()]);
+                if let Some(encoder) = &encoder {
+                    own.extend(["--encoder".to_owned(), encoder.folder.clone()]);
+                }
                 peer = Some((triton, encoder));
             }
             Err(reason) => return failed(&reason),
@@ -72,19 +74,36 @@ pub(crate) fn serve(arguments: &[String]) -> ExitCode {
     let path = measured
         .results
         .join(format!("serve-peers-{}.md", measured.date));
-    let tables = encoder
-        .compared(&measured.workspace, &measured.rates, is_quick)
-        .and_then(|texts| {
-            println!("\n{texts}");
-            Ok(texts + "\n" + &triton.compared(&measured.workspace, is_quick)?)
-        });
-    match tables {
-        Ok(tables) => match std::fs::write(&path, tables) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => failed(&format!("{}: {error}", path.display())),
-        },
-        Err(reason) => failed(&reason),
+    let mut tables = String::new();
+    let mut reasons = Vec::new();
+    // What one of them has measured is kept, whatever becomes of the other.
+    for table in [
+        encoder.map(|encoder| encoder.compared(&measured.workspace, &measured.rates, is_quick)),
+        Some(triton.compared(&measured.workspace, is_quick)),
+    ] {
+        match table {
+            Some(Ok(table)) => tables = tables + &table + "\n",
+            Some(Err(reason)) => reasons.push(reason),
+            None => {}
+        }
     }
+    if let Err(error) = std::fs::write(&path, tables) {
+        reasons.push(format!("{}: {error}", path.display()));
+    }
+    match reasons.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => failed(&reasons.join("; ")),
+    }
+}
+
+/// Whether the arguments leave the part in that asks a text encoder.
+fn wants_texts(arguments: &[String]) -> bool {
+    let mut parts = arguments
+        .windows(2)
+        .filter(|pair| pair[0] == "--only")
+        .map(|pair| pair[1].as_str())
+        .peekable();
+    parts.peek().is_none() || parts.any(|part| part == "texts")
 }
 
 /// A text encoder that people use, from PyPI.
@@ -124,7 +143,9 @@ impl Encoder {
             command.arg("--quick");
         }
         let (theirs, end) = rates_of(&mut command, our_rate);
-        end.map(|()| compared(ours, &theirs, "all-MiniLM-L6-v2, one thread", "PyTorch"))
+        let table = compared(ours, &theirs, "all-MiniLM-L6-v2, one thread", "PyTorch");
+        println!("\n{table}");
+        end.map(|()| table)
     }
 }
 
@@ -209,4 +230,19 @@ impl Drop for Triton {
 fn free_address() -> std::io::Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     Ok(listener.local_addr()?.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_encoder_is_fetched_where_texts_are_measured() {
+        let wanted = |line: &str| -> bool {
+            let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            wants_texts(&words)
+        };
+        assert!(wanted("") && wanted("--quick") && wanted("--only router --only texts"));
+        assert!(!wanted("--only router --quick"));
+    }
 }

@@ -39,10 +39,23 @@ impl PreparedAffine {
         self.weight.columns()
     }
 
-    /// Of rows of [`inputs`](Self::inputs), rows of [`outputs`](Self::outputs), one after the other.
+    /// Of rows of [`inputs`](Self::inputs) values, one after the other, as many rows of [`outputs`](Self::outputs) values.
+    ///
+    /// # Panics
+    /// If the last row is not whole.
     #[must_use]
-    pub fn rows(&self, execution: Execution, values: &[f32], activation: Activation) -> Vec<f32> {
-        let rows = values.len().checked_div(self.inputs()).unwrap_or_default();
+    pub fn forward_rows(
+        &self,
+        execution: Execution,
+        values: &[f32],
+        activation: Activation,
+    ) -> Vec<f32> {
+        let inputs = self.inputs().max(1);
+        assert!(
+            values.len().is_multiple_of(inputs),
+            "rows of {inputs} values"
+        );
+        let rows = values.len() / inputs;
         let mut result = vec![0.0; rows * self.outputs()];
         let values = MatrixView::row_major(values, rows, self.inputs());
         multiply_prepared(execution, &values, &self.weight, &mut result);
@@ -81,7 +94,7 @@ impl CustomOp1 for PreparedLayer<'_> {
         let values = contiguous_values(values, layout, self.name())?;
         let result = self
             .affine
-            .rows(Execution::current(), values, self.activation);
+            .forward_rows(Execution::current(), values, self.activation);
         let mut dims = layout.dims().to_vec();
         *dims.last_mut().expect("rows have a dimension") = self.affine.outputs();
         Ok((CpuStorage::F32(result), Shape::from(dims)))

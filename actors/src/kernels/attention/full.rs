@@ -6,7 +6,7 @@
 
 use super::super::Execution;
 use super::super::division::{Shared, divide};
-use super::head::{self, Head, Looks};
+use super::head::{self, Head, Mask};
 
 /// The shape of such an attention; there is no backward pass.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +40,7 @@ impl FullAttention<'_> {
             for index in heads {
                 for (first, length) in &windows {
                     let head = Head {
-                        looks: Looks::Everywhere,
+                        mask: Mask::Full,
                         context: *length,
                         width,
                         size: self.size,
@@ -107,7 +107,8 @@ mod tests {
     #[test]
     fn each_text_is_seen_as_it_is_alone_on_every_path() {
         let (heads, size) = (3, 10);
-        let lengths = [1, 40, 0, 7, 33, 129];
+        // Enough work for two threads.
+        let lengths = [1, 40, 0, 7, 33, 300];
         let row = 3 * heads * size;
         let tokens: usize = lengths.iter().sum();
         let projected = normal("projected", tokens * row, 1.0);

@@ -13,17 +13,17 @@ pub(crate) const BLOCK: usize = 32;
 
 /// What a token looks at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Looks {
+pub(super) enum Mask {
     /// Itself, and what is before it in its window.
-    Back,
+    Causal,
     /// All of its window.
-    Everywhere,
+    Full,
 }
 
 /// One head of one window, in rows that hold queries beside keys beside values of all heads.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Head {
-    pub(super) looks: Looks,
+    pub(super) mask: Mask,
     /// Tokens of the window.
     pub(super) context: usize,
     /// Values of a token, in all heads.
@@ -70,12 +70,12 @@ impl Head {
     }
 
     pub(super) fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
-        let Head { context, looks, .. } = *self;
+        let Head { context, mask, .. } = *self;
         (0..context).step_by(BLOCK).map(move |start| {
             let queries = BLOCK.min(context - start);
-            let known = match looks {
-                Looks::Back => start + queries,
-                Looks::Everywhere => context,
+            let known = match mask {
+                Mask::Causal => start + queries,
+                Mask::Full => context,
             };
             Block {
                 start,
@@ -184,9 +184,9 @@ impl LaneOperation for ScaledSoftmax<'_> {
         let rows = self.scores.chunks_exact_mut(length);
         let rows = rows.zip(self.shares.chunks_exact_mut(length));
         for (token, (scores, shares)) in (self.block.start..).zip(rows) {
-            let seen = match self.head.looks {
-                Looks::Back => token + 1,
-                Looks::Everywhere => length,
+            let seen = match self.head.mask {
+                Mask::Causal => token + 1,
+                Mask::Full => length,
             };
             let scores = &mut scores[..seen];
             let (known, behind) = shares.split_at_mut(seen);

@@ -113,7 +113,7 @@ fn agrees_with_f64_forward_and_backward_on_every_path() {
             seen = Some(found);
             for item in 0..windows * heads {
                 let head = Head {
-                    looks: Looks::Back,
+                    mask: Mask::Causal,
                     context,
                     width,
                     size,

@@ -89,3 +89,21 @@ fn parameters_of_another_size_are_refused() {
         .to_string();
     assert!(error.contains("rows of 3 values"), "{error}");
 }
+
+#[test]
+fn rows_without_a_graph_have_the_same_bits() {
+    for (rows, columns) in [(1, 2), (5, 77), (1400, 192)] {
+        let values = normal("values", rows * columns, 2.0);
+        let [scale, shift] = ["scale", "shift"].map(|name| normal(name, columns, 1.0));
+        for execution in all_executions() {
+            let found = layer_norm_rows(execution, &values, &scale, &shift, EPSILON);
+            let device = Device::Cpu;
+            let input = Tensor::from_slice(&values, (rows, columns), &device).unwrap();
+            let [scale, shift] =
+                [&scale, &shift].map(|x| Tensor::from_slice(x, columns, &device).unwrap());
+            let expected = execution.run(|| layer_norm(&input, &scale, &shift, EPSILON).unwrap());
+            let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+            assert_eq!(bits(&found), bits(&expected), "{execution:?}");
+        }
+    }
+}

@@ -68,7 +68,8 @@ pub fn multiply(execution: Execution, a: &MatrixView<'_>, b: &MatrixView<'_>, c:
     multiply_from(execution, a, Right::View(*b), c, false);
 }
 
-/// As [`multiply`], of the same bits, by a matrix that was prepared for it.
+/// As [`multiply`], of the same bits, by a matrix that was prepared for it. Of the execution only the threads count: the
+/// instructions are those that the matrix was prepared for.
 ///
 /// # Panics
 /// If the sizes do not fit each other.
@@ -150,8 +151,11 @@ fn multiply_from(
     };
     let work = a.rows * a.columns * b_columns;
     let parts = execution.threads().min(work / PARALLEL_WORK_MIN).max(1);
-    // Each thread copies all of the operand that is not divided: so the smaller one.
-    let by_columns = b_columns >= a.rows;
+    // Each thread copies all of the operand that is not divided: so the smaller one; nothing is copied of one that is prepared.
+    let by_columns = match b {
+        Right::View(_) => b_columns >= a.rows,
+        Right::Prepared(_) => a.rows < parts * kernels.tile_rows(),
+    };
     let (total, tile) = if by_columns {
         (b_columns, kernels.tile_columns())
     } else {
@@ -326,7 +330,8 @@ unsafe fn multiply_block(
                 goes_on,
             };
             let is_whole = kernel.rows == length && width == column_span.length;
-            // SAFETY: the CPU has the instructions, for an execution is made only of such. Panels have the
+            // SAFETY: the CPU has the instructions, for an execution, of which a prepared matrix was made too, is made only of
+            // such. Panels have the
             // lengths that the kernel reads; in place it reads rows of `a` and columns of `b` that there are,
             // and a view holds its last value. A whole tile lies in the target.
             unsafe {

@@ -31,8 +31,8 @@ pub(super) fn room(lines: &mut Vec<CacheLine>, values: usize) -> &mut [f32] {
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), values) }
 }
 
-/// The values of cache lines.
-pub(super) fn lines(lines: &[CacheLine]) -> &[f32] {
+/// What is in cache lines, one after the other.
+pub(super) fn values_of(lines: &[CacheLine]) -> &[f32] {
     // SAFETY: a cache line is sixteen floats without padding.
     unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 16) }
 }

@@ -6,7 +6,7 @@
 
 use super::blocked::inner_of_blocks;
 use super::matrix::{MatrixView, Span, spans};
-use super::panels::{CacheLine, copy_b, lines, room};
+use super::panels::{CacheLine, copy_b, room, values_of};
 use super::tiles::Kernels;
 use crate::kernels::Execution;
 
@@ -29,7 +29,7 @@ impl std::fmt::Debug for PreparedMatrix {
 
 impl PreparedMatrix {
     /// Copies a matrix for the instructions of `execution`, which every product with it is computed by. It takes four bytes a
-    /// value, and up to 31 columns more than there are.
+    /// value, of up to 15 columns more than there are.
     #[must_use]
     pub fn new(execution: Execution, matrix: &MatrixView<'_>) -> Self {
         let kernels = Kernels::of(execution.instructions());
@@ -113,9 +113,10 @@ impl<'a> PreparedPart<'a> {
     /// The panels of these columns in one of the blocks that `blocked` cuts, and what lies behind them.
     pub(super) fn panels(&self, inner: Span, columns: Span) -> &'a [f32] {
         let first = self.first + columns.start;
-        debug_assert!(first.is_multiple_of(self.matrix.kernels.tile_columns()));
+        // Others would be panels of some columns, without a word.
+        assert!(first.is_multiple_of(self.matrix.kernels.tile_columns()));
         let width = width_of_panels(self.matrix.kernels, self.matrix.columns);
         let start = width * inner.start + first * inner.length;
-        &lines(&self.matrix.panels)[start..]
+        &values_of(&self.matrix.panels)[start..]
     }
 }

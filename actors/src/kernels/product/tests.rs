@@ -99,6 +99,8 @@ fn every_path_has_the_bits_of_the_chain() {
         // More than a block each way.
         [485, 40, 37],
         [3, 11, 2100],
+        // Two threads, each with more than a block of columns, and two blocks of the inner dimension.
+        [3, 330, 4400],
         // Enough work for two threads, which divide columns, then rows.
         [128, 300, 130],
         [130, 300, 128],
@@ -129,6 +131,22 @@ fn few_rows_of_a_large_matrix_have_these_bits_too() {
         let mut c = vec![f32::NAN; m * n];
         multiply(execution, &view.0, &view.1, &mut c);
         assert!(bits(&c) == expected, "{execution:?}");
+    }
+}
+
+#[test]
+fn a_prepared_matrix_has_these_bits_whoever_multiplies() {
+    let [m, k, n] = [14, 300, 70];
+    let (a, b) = (values("a", m * k), values("b", k * n));
+    let expected = bits(&chain(&a, &b, [m, k, n]));
+    for execution in all_executions() {
+        let prepared = PreparedMatrix::new(execution, &MatrixView::row_major(&b, k, n));
+        assert_eq!((prepared.rows(), prepared.columns()), (k, n));
+        for other in all_executions() {
+            let mut c = vec![f32::NAN; m * n];
+            multiply_prepared(other, &MatrixView::row_major(&a, m, k), &prepared, &mut c);
+            assert_eq!(bits(&c), expected, "{execution:?}, {other:?}");
+        }
     }
 }
 

@@ -36,7 +36,7 @@ fn prepared(weight: &[f32], inputs: usize, bias: &[f32]) -> PreparedAffine {
 
 /// `x · weightᵀ + bias` of rows.
 fn forward(layer: &PreparedAffine, rows: &[f32]) -> Vec<f32> {
-    layer.rows(Execution::current(), rows, kernels::Activation::Identity)
+    layer.forward_rows(Execution::current(), rows, kernels::Activation::Identity)
 }
 
 struct LayerNorm {
@@ -78,8 +78,8 @@ impl LayerNorm {
 struct Block {
     /// Queries beside keys beside values.
     projected: PreparedAffine,
-    attended: PreparedAffine,
-    attended_norm: LayerNorm,
+    attention_output: PreparedAffine,
+    attention_norm: LayerNorm,
     wide: PreparedAffine,
     narrow: PreparedAffine,
     norm: LayerNorm,
@@ -101,8 +101,8 @@ impl Block {
             ["query", "key", "value"].map(|part| named(&format!("attention.self.{part}")));
         Ok(Block {
             projected: dense(weights, &projected, hidden, hidden)?,
-            attended: linear("attention.output.dense", hidden, hidden)?,
-            attended_norm: norm("attention.output")?,
+            attention_output: linear("attention.output.dense", hidden, hidden)?,
+            attention_norm: norm("attention.output")?,
             wide: linear("intermediate.dense", hidden, wide)?,
             narrow: linear("output.dense", wide, hidden)?,
             norm: norm("output")?,
@@ -114,19 +114,20 @@ impl Block {
     fn forward(&self, tokens: &[f32], attention: FullAttention<'_>) -> Vec<f32> {
         let execution = Execution::current();
         let seen = attention.compute(execution, &forward(&self.projected, tokens));
-        let attended = forward(&self.attended, &seen);
-        let attended = self.attended_norm.of_sum(attended, tokens);
+        let attended = forward(&self.attention_output, &seen);
+        let attended = self.attention_norm.of_sum(attended, tokens);
         let wide = match self.activation {
-            Activation::Relu => self
-                .wide
-                .rows(execution, &attended, kernels::Activation::Relu),
-            Activation::Gelu => self.wide_by(Elementary::GeluErf, &attended),
-            Activation::GeluNew => self.wide_by(Elementary::Gelu, &attended),
+            Activation::Relu => {
+                self.wide
+                    .forward_rows(execution, &attended, kernels::Activation::Relu)
+            }
+            Activation::Gelu => self.wide_activated(Elementary::GeluErf, &attended),
+            Activation::GeluNew => self.wide_activated(Elementary::Gelu, &attended),
         };
         self.norm.of_sum(forward(&self.narrow, &wide), &attended)
     }
 
-    fn wide_by(&self, function: Elementary, rows: &[f32]) -> Vec<f32> {
+    fn wide_activated(&self, function: Elementary, rows: &[f32]) -> Vec<f32> {
         let mut wide = forward(&self.wide, rows);
         function.apply(Execution::current(), &mut wide);
         wide
@@ -170,37 +171,29 @@ impl Head {
 }
 
 /// A table of embeddings: a row for each number.
-struct Table {
-    name: &'static str,
+struct EmbeddingTable {
     values: Vec<f32>,
     width: usize,
 }
 
-impl Table {
+impl EmbeddingTable {
     fn load(
         weights: &Weights<'_>,
-        name: &'static str,
+        name: &str,
         rows: usize,
         width: usize,
     ) -> Result<Self, EncoderError> {
         let tensor = format!("embeddings.{name}_embeddings.weight");
-        Ok(Table {
-            name,
+        Ok(EmbeddingTable {
             values: weights.get(&tensor, &[rows, width])?,
             width,
         })
     }
 
-    fn row(&self, number: usize) -> Result<&[f32], EncoderError> {
-        let row = self.values.chunks_exact(self.width).nth(number);
-        row.ok_or_else(|| {
-            let rows = self.values.len() / self.width;
-            EncoderError::Run(format!(
-                "a text asks for row {number} of the {} embeddings, which have {rows}: take tokenizer and model from one \
-                 source",
-                self.name
-            ))
-        })
+    /// # Panics
+    /// If there is no such row: tokenizers were checked against the tables, and lengths against the positions.
+    fn row(&self, number: usize) -> &[f32] {
+        &self.values[number * self.width..][..self.width]
     }
 }
 
@@ -225,9 +218,9 @@ pub(super) struct Encoded {
 
 /// The network with its weights.
 pub(super) struct Bert {
-    words: Table,
-    positions: Table,
-    types: Table,
+    words: EmbeddingTable,
+    positions: EmbeddingTable,
+    types: EmbeddingTable,
     norm: LayerNorm,
     blocks: Vec<Block>,
     head: Option<Head>,
@@ -236,7 +229,7 @@ pub(super) struct Bert {
 
 impl Bert {
     pub(super) fn load(weights: &Weights<'_>, config: &BertConfig) -> Result<Self, EncoderError> {
-        let table = |name, rows| Table::load(weights, name, rows, config.hidden_size);
+        let table = |name, rows| EmbeddingTable::load(weights, name, rows, config.hidden_size);
         let layers = 0..config.num_hidden_layers;
         let blocks: Result<_, _> = layers
             .map(|layer| Block::load(weights, layer, config))
@@ -258,14 +251,26 @@ impl Bert {
     }
 
     /// Computes texts. The bits of one do not depend on the others.
-    pub(super) fn encode(&self, texts: &Texts) -> Result<Encoded, EncoderError> {
+    ///
+    /// # Panics
+    /// If a text has no token, or the parts of the texts do not fit each other or the network.
+    pub(super) fn encode(&self, texts: &Texts) -> Encoded {
+        assert!(
+            texts.lengths.iter().all(|length| *length > 0),
+            "texts have tokens"
+        );
+        assert_eq!(
+            texts.ids.len(),
+            texts.type_ids.len(),
+            "a type for each token"
+        );
         let hidden = self.words.width;
         let attention = FullAttention {
             lengths: &texts.lengths,
             heads: self.heads,
             size: hidden / self.heads,
         };
-        let mut computed = self.norm.forward(&self.embedded(texts)?);
+        let mut computed = self.norm.forward(&self.embedded(texts));
         for block in &self.blocks {
             computed = block.forward(&computed, attention);
         }
@@ -278,24 +283,24 @@ impl Bert {
             embeddings.extend(mean(text, hidden));
             rest = behind;
         }
-        Ok(Encoded {
+        Encoded {
             embeddings,
             logits: self.head.as_ref().map(|head| head.forward(&first)),
-        })
+        }
     }
 
     /// The sum of the embeddings of each token, tokens × hidden.
-    fn embedded(&self, texts: &Texts) -> Result<Vec<f32>, EncoderError> {
+    fn embedded(&self, texts: &Texts) -> Vec<f32> {
         let mut embedded = Vec::with_capacity(texts.ids.len() * self.words.width);
         let positions = texts.lengths.iter().flat_map(|length| 0..*length);
         for ((id, type_id), position) in texts.ids.iter().zip(&texts.type_ids).zip(positions) {
-            let word = self.words.row(*id as usize)?;
-            let kind = self.types.row(*type_id as usize)?;
-            let place = self.positions.row(position)?;
+            let word = self.words.row(*id as usize);
+            let kind = self.types.row(*type_id as usize);
+            let place = self.positions.row(position);
             let sums = word.iter().zip(kind).zip(place);
             embedded.extend(sums.map(|((word, kind), place)| word + kind + place));
         }
-        Ok(embedded)
+        embedded
     }
 }
 

@@ -101,9 +101,11 @@ impl BertConfig {
                 "says hidden_size = {hidden}, which {heads} attention heads do not divide"
             ));
         }
-        if !(config.layer_norm_eps > 0.0 && config.layer_norm_eps < 1.0) {
+        // As a 32-bit float, which it is computed with.
+        let eps = config.layer_norm_eps as f32;
+        if !(eps > 0.0 && eps < 1.0) {
             return refused(format!(
-                "says layer_norm_eps = {}, expected more than 0 and less than 1",
+                "says layer_norm_eps = {}, expected more than 1e-45 and less than 1",
                 config.layer_norm_eps
             ));
         }

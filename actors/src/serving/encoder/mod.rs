@@ -29,7 +29,7 @@ use super::limited::{self, Preparation};
 use super::oip::{Datatype, TensorData, TensorMetadata};
 use super::replica::RefusedRow;
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
-use super::signature::{Described, listed};
+use super::signature::{Described, listed, timely_rows};
 use crate::panics::caught;
 
 /// The file with the description of the network.
@@ -51,10 +51,6 @@ pub const FILES: [(&str, u64); 3] = [
 
 /// The input.
 const TEXT: &str = "text";
-
-/// What a batch of the longest texts may cost if nobody says how many rows it may have, in floating-point operations: a
-/// replica has two seconds for one, so processors that do 20 billion a second are fast enough.
-const BATCH_OPERATIONS: u64 = 40_000_000_000;
 
 /// What is done with an encoder before it is ready.
 const PREPARATION: Preparation = Preparation {
@@ -78,7 +74,8 @@ pub struct EncoderModel {
     bert: Bert,
     text: TextReader,
     hidden: usize,
-    tokens_at_once: usize,
+    /// Tokens that are computed at once, unless one text has more.
+    tokens_max: usize,
     labels: Vec<String>,
     /// Floating-point operations for the longest text.
     row_operations: u64,
@@ -110,9 +107,7 @@ impl EncoderModel {
             let labels = bert.classes().map(|classes| config.labels(classes));
             Ok(EncoderModel {
                 hidden: config.hidden_size,
-                tokens_at_once: tokens_at_once(
-                    (3 * config.hidden_size).max(config.intermediate_size),
-                ),
+                tokens_max: tokens_at_once((3 * config.hidden_size).max(config.intermediate_size)),
                 labels: labels.transpose()?.unwrap_or_default(),
                 row_operations: operations(&config, text.length_max()),
                 bert,
@@ -149,8 +144,7 @@ impl EncoderModel {
     /// How many rows of the longest texts a replica answers in time, by a rule of thumb; at least one.
     #[must_use]
     pub fn timely_rows(&self) -> u32 {
-        let rows = BATCH_OPERATIONS / self.row_operations.max(1);
-        u32::try_from(rows.clamp(1, BATCH_ROWS_MAX as u64)).unwrap_or(1)
+        timely_rows(self.row_operations)
     }
 
     /// Refuses a description that is not of this encoder.
@@ -221,8 +215,8 @@ impl EncoderModel {
         let lengths: Vec<usize> = tokens.iter().map(|tokens| tokens.ids.len()).collect();
         let classes = self.bert.classes();
         let (mut embeddings, mut logits) = (Vec::new(), Vec::new());
-        for portion in portions(&lengths, self.tokens_at_once) {
-            let encoded = self.bert.encode(&joined(&tokens[portion]))?;
+        for portion in portions(&lengths, self.tokens_max) {
+            let encoded = self.bert.encode(&joined(&tokens[portion]));
             embeddings.extend(encoded.embeddings);
             logits.extend(encoded.logits.into_iter().flatten());
         }

@@ -1,12 +1,12 @@
 //! The models in `golden` and what transformers answers for them, in double precision, are made by
-//! `runtime/cli/tests/programs/encoder_models.py`.
+//! `runtime/cli/tests/programs/encoder_models.py`. The model of `minilm` comes from PyPI, for the tests of the command line.
 
 mod files;
 
 use serde_json::{Value, json};
 
 use super::*;
-use crate::serving::signature::TEXT_BYTES_MAX;
+use crate::serving::signature::{BATCH_OPERATIONS, TEXT_BYTES_MAX};
 
 /// How far an answer may be from the golden one, relative to the larger of that and 1.
 const TOLERANCE: f64 = 1e-5;
@@ -33,11 +33,21 @@ fn classifier() -> EncoderFiles {
     }
 }
 
-fn golden() -> [(EncoderFiles, Vec<Value>); 2] {
+/// An encoder with rectifiers.
+fn rectified() -> EncoderFiles {
+    EncoderFiles {
+        config: Bytes::from_static(golden!("rectified", "config.json")),
+        weights: Bytes::from_static(golden!("rectified", "model.safetensors")),
+        tokenizer: Bytes::from_static(golden!("rectified", "tokenizer.json")),
+    }
+}
+
+fn golden() -> [(EncoderFiles, Vec<Value>); 3] {
     let cases = |bytes| serde_json::from_slice(bytes).unwrap();
     [
         (embedder(), cases(golden!("embedder", "cases.json"))),
         (classifier(), cases(golden!("classifier", "cases.json"))),
+        (rectified(), cases(golden!("rectified", "cases.json"))),
     ]
 }
 
@@ -194,12 +204,14 @@ fn a_row_is_answered_as_it_is_alone_whatever_it_is_batched_with() {
 fn a_batch_that_is_computed_in_portions_has_the_same_bits() {
     let given = mixed(90);
     let given: Vec<&str> = given.iter().map(String::as_str).collect();
-    let mut model = EncoderModel::load(&embedder()).unwrap();
-    let whole = model.run(texts(&given)).unwrap();
-    for tokens_at_once in [1, 50, 300] {
-        model.tokens_at_once = tokens_at_once;
-        let found = model.run(texts(&given)).unwrap();
-        assert_eq!(bits(&found.cells), bits(&whole.cells));
+    for (files, _) in golden() {
+        let mut model = EncoderModel::load(&files).unwrap();
+        let whole = model.run(texts(&given)).unwrap();
+        for tokens_max in [1, 50, 300] {
+            model.tokens_max = tokens_max;
+            let found = model.run(texts(&given)).unwrap();
+            assert_eq!(bits(&found.cells), bits(&whole.cells));
+        }
     }
 }
 

@@ -79,10 +79,21 @@ impl TextReader {
             positions,
             truncates_to,
         };
-        // What is damaged further in shows only when it is used.
-        reader.tokens(b"a").map_err(|reason| {
+        // What is damaged further in shows only when it is used, and so does what a template adds to each text.
+        let tokens = reader.tokens(b"a").map_err(|reason| {
             EncoderError::Tokenizer(format!("fails on the text \"a\": {reason}; save it again"))
         })?;
+        for (what, numbers, known) in [
+            ("tokens", &tokens.ids, config.vocab_size),
+            ("types of tokens", &tokens.type_ids, config.type_vocab_size),
+        ] {
+            if let Some(number) = numbers.iter().find(|number| **number as usize >= known) {
+                return Err(EncoderError::Tokenizer(format!(
+                    "gives the text \"a\" the number {number}, the model knows {known} {what}, numbered from 0: take the two \
+                     from one model"
+                )));
+            }
+        }
         Ok(reader)
     }
 

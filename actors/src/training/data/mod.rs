@@ -46,6 +46,7 @@ use npy::NpySpec;
 use rows::Rows;
 use safetensors::SafetensorsSpec;
 use table::Table;
+pub use text::BYTE_VOCABULARY;
 use text::TextSpec;
 
 /// The handwritten digits that come with this crate; provenance in `data/README.md`.

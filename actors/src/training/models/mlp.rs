@@ -32,11 +32,11 @@ pub(super) fn affine(
     layer: &str,
     activation: Activation,
 ) -> Result<Tensor, ModelError> {
-    if let Some(prepared) = parameters.prepared_layer(layer)? {
+    let (weight, bias) = (format!("{layer}.weight"), format!("{layer}.bias"));
+    if let Some(prepared) = parameters.prepared_layer(&weight, &bias)? {
         return Ok(prepared.apply(values, activation)?);
     }
-    let weight = parameters.tensor(&format!("{layer}.weight"))?;
-    let bias = parameters.tensor(&format!("{layer}.bias"))?;
+    let (weight, bias) = (parameters.tensor(&weight)?, parameters.tensor(&bias)?);
     Ok(kernels::affine(values, weight, bias, activation)?)
 }
 

@@ -141,15 +141,16 @@ impl Transformer {
         Ok((pick(0), pick(1)))
     }
 
-    /// The scores of all tokens after each token: `[windows * context, vocabulary]`.
+    /// The scores of all tokens after each token of windows of `length`: `[windows * length, vocabulary]`.
     fn forward(
         &self,
         parameters: &Parameters,
         tokens: Vec<u32>,
+        length: usize,
         context: &ShardContext,
     ) -> Result<Tensor, ModelError> {
-        let windows = tokens.len() / self.context;
-        let positions = (0..windows).flat_map(|_| 0..self.context as u32).collect();
+        let windows = tokens.len() / length;
+        let positions = (0..windows).flat_map(|_| 0..length as u32).collect();
         let table = parameters.tensor("token.weight")?;
         let mut values =
             (embed(table, tokens)? + embed(parameters.tensor("position.weight")?, positions)?)?;
@@ -158,7 +159,7 @@ impl Transformer {
         };
         values = drop(&values, "embedding")?;
         let attention = CausalAttention {
-            context: self.context,
+            context: length,
             heads: self.spec.heads,
         };
         for block in 0..self.spec.layers {
@@ -250,7 +251,7 @@ impl Trainable for Transformer {
         context: &ShardContext,
     ) -> Result<ShardOutput, ModelError> {
         let (tokens, targets) = self.tokens(batch)?;
-        let scores = self.forward(parameters, tokens, context)?;
+        let scores = self.forward(parameters, tokens, self.context, context)?;
         let share = 1.0 / self.context as f64;
         let loss = cross_entropy_of(&scores, &targets, share as f32)?;
         ShardOutput::from_output_gradients(
@@ -267,7 +268,12 @@ impl Trainable for Transformer {
         batch: &Batch,
     ) -> Result<EvaluationSums, ModelError> {
         let (tokens, targets) = self.tokens(batch)?;
-        let scores = self.forward(parameters, tokens, &ShardContext::evaluation())?;
+        let scores = self.forward(
+            parameters,
+            tokens,
+            self.context,
+            &ShardContext::evaluation(),
+        )?;
         let scores = values_of(&scores)?;
         let share = 1.0 / self.context as f64;
         let mut sums = EvaluationSums::new(batch.count);
@@ -279,6 +285,50 @@ impl Trainable for Transformer {
         sums.add("accuracy", right as f64 * share);
         sums.add("bits_per_token", sums.loss_sum * std::f64::consts::LOG2_E);
         Ok(sums)
+    }
+
+    fn next_scores(
+        &self,
+        parameters: &Parameters,
+        texts: &[Vec<u32>],
+    ) -> Result<Vec<f32>, ModelError> {
+        let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+        for (index, text) in texts.iter().enumerate() {
+            if text.is_empty() || text.len() > self.context {
+                return Err(ModelError::Length {
+                    what: "a text, in tokens,",
+                    expected: self.context,
+                    found: text.len(),
+                });
+            }
+            if let Some(token) = text
+                .iter()
+                .find(|token| **token as usize >= self.vocabulary)
+            {
+                return Err(ModelError::Label {
+                    label: *token,
+                    index,
+                    high: self.vocabulary - 1,
+                });
+            }
+        }
+        if texts.is_empty() {
+            return Ok(Vec::new());
+        }
+        // No token sees what comes after it, so what fills a window up behind its text changes nothing.
+        let filled = |text: &Vec<u32>| {
+            let fill = std::iter::repeat_n(0, longest - text.len());
+            text.iter().copied().chain(fill).collect::<Vec<u32>>()
+        };
+        let windows = texts.iter().flat_map(filled).collect();
+        let scores = self.forward(parameters, windows, longest, &ShardContext::evaluation())?;
+        let last = texts
+            .iter()
+            .enumerate()
+            .map(|(window, text)| (window * longest + text.len() - 1) as u32)
+            .collect::<Vec<u32>>();
+        let last = Tensor::from_vec(last, texts.len(), scores.device())?;
+        values_of(&scores.index_select(&last, 0)?)
     }
 }
 
@@ -348,12 +398,45 @@ mod tests {
         let parameters = parameters(&model);
         let scores = |tokens: [u32; 5]| {
             let context = ShardContext::evaluation();
-            let scores = model.forward(&parameters, tokens.to_vec(), &context);
+            let scores = model.forward(&parameters, tokens.to_vec(), 5, &context);
             values_of(&scores.unwrap()).unwrap()
         };
         let (first, second) = (scores([1, 2, 3, 4, 5]), scores([1, 2, 3, 9, 10]));
         assert_eq!(first[..33], second[..33]);
         assert_ne!(first[33..], second[33..]);
+    }
+
+    #[test]
+    fn what_comes_after_a_text_does_not_depend_on_the_texts_beside_it() {
+        let model = model(SPEC);
+        let parameters = parameters(&model);
+        let texts: Vec<Vec<u32>> = vec![vec![3], vec![1, 2, 3, 4, 5], vec![7, 7], vec![10, 0, 4]];
+        let bits = |values: Vec<f32>| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let together = bits(model.next_scores(&parameters, &texts).unwrap());
+        for (text, found) in texts.iter().zip(together.chunks_exact(11)) {
+            let alone = model.next_scores(&parameters, std::slice::from_ref(text));
+            assert_eq!(bits(alone.unwrap()), found, "{text:?}");
+            // The last row of all that training computes for that text.
+            let context = ShardContext::evaluation();
+            let scores = model.forward(&parameters, text.clone(), text.len(), &context);
+            let scores = values_of(&scores.unwrap()).unwrap();
+            assert_eq!(
+                bits(scores[scores.len() - 11..].to_vec()),
+                found,
+                "{text:?}"
+            );
+        }
+        assert!(model.next_scores(&parameters, &[]).unwrap().is_empty());
+        for (text, words) in [
+            (vec![], "has 0 values"),
+            (vec![0; 6], "has 6 values where 5"),
+            (vec![11], "label 11"),
+        ] {
+            let error = model
+                .next_scores(&parameters, &[vec![1], text])
+                .unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
+        }
     }
 
     #[test]

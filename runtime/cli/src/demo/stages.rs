@@ -122,8 +122,11 @@ async fn disturbed(
         faults.len()
     ));
     let started = Instant::now();
-    let disturbed = format!("log_every_steps = {STEPS_BETWEEN_LINES}\n{JOB}");
-    let job = submit(cluster, "disturbed", &disturbed).await?;
+    let disturbed = TrainSpec {
+        log_every_steps: Some(STEPS_BETWEEN_LINES),
+        ..spec.clone()
+    };
+    let job = submit(cluster, "disturbed", &toml::to_string(&disturbed)?).await?;
     let (result, done) = follow(cluster, job, spec.steps, faults, progress).await?;
     report.note(
         "survive",

@@ -1,5 +1,6 @@
 //! A training job that is watched through its own output, and disturbed on the way.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -94,6 +95,7 @@ pub(super) async fn follow(
     let handle = cluster.job_handle(job);
     let mut logs = handle.logs(true).await?;
     let mut pending = faults.into_iter().peekable();
+    let mut killed = Killed::default();
     let mut done = Vec::new();
     let mut text = String::new();
     while let Some(chunk) = logs.next_chunk().await? {
@@ -104,7 +106,7 @@ pub(super) async fn follow(
             progress.at(step, steps);
             while let Some((_, fault)) = pending.next_if(|(at, _)| step as f64 >= at * steps as f64)
             {
-                let what = carry_out(cluster, job, fault).await?;
+                let what = carry_out(cluster, job, fault, &mut killed).await?;
                 progress.say(&format!("step {step}: {what}"));
                 done.push(what);
             }
@@ -132,10 +134,41 @@ fn step_of(line: &str) -> Option<u64> {
     step.trim().parse().ok()
 }
 
-async fn carry_out(cluster: &Cluster, job: JobId, fault: Fault) -> anyhow::Result<String> {
+/// Processes that were killed. The head's tables say that they run until somebody has seen that they do not.
+#[derive(Debug, Default)]
+struct Killed(BTreeSet<u32>);
+
+impl Killed {
+    /// Whether it is said to run, and was not killed here.
+    fn may_run(&self, actor: &Actor) -> bool {
+        actor.state == "running" && actor.pid.is_some_and(|pid| !self.0.contains(&pid))
+    }
+
+    /// Kills the process of an actor; false if it has ended by itself.
+    fn kill(&mut self, actor: &Actor) -> anyhow::Result<bool> {
+        let pid = actor.pid.context("a running actor has a process")?;
+        self.0.insert(pid);
+        // SAFETY: kill takes two numbers and touches no memory of ours.
+        if unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) } == 0 {
+            return Ok(true);
+        }
+        let error = std::io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::ESRCH) => Ok(false),
+            _ => bail!("pid {pid} cannot be killed: {error}"),
+        }
+    }
+}
+
+async fn carry_out(
+    cluster: &Cluster,
+    job: JobId,
+    fault: Fault,
+    killed: &mut Killed,
+) -> anyhow::Result<String> {
     match fault {
         Fault::PreemptTrainerNode { grace } => {
-            let (_, node) = running_trainer(cluster, job).await?;
+            let (_, node) = running_trainer(cluster, job, killed).await?;
             cluster
                 .control()
                 .mutate("preempt a node", |mut client, stamp| {
@@ -154,39 +187,31 @@ async fn carry_out(cluster: &Cluster, job: JobId, fault: Fault) -> anyhow::Resul
                 grace.as_secs()
             ))
         }
-        Fault::KillTrainerHost => {
-            let (trainer, node) = running_trainer(cluster, job).await?;
-            let pid = kill(&trainer)?;
-            Ok(format!(
-                "killed trainer {pid} on {} with SIGKILL",
-                node.name
-            ))
-        }
-        Fault::KillDriver => {
-            let pid = kill(&running_driver(cluster, job).await?)?;
-            Ok(format!("killed the driver {pid} with SIGKILL"))
-        }
+        Fault::KillTrainerHost => loop {
+            let (trainer, node) = running_trainer(cluster, job, killed).await?;
+            if killed.kill(&trainer)? {
+                let pid = trainer.pid.unwrap_or_default();
+                return Ok(format!(
+                    "killed trainer {pid} on {} with SIGKILL",
+                    node.name
+                ));
+            }
+        },
+        Fault::KillDriver => loop {
+            let driver = running_driver(cluster, job, killed).await?;
+            if killed.kill(&driver)? {
+                let pid = driver.pid.unwrap_or_default();
+                return Ok(format!("killed the driver {pid} with SIGKILL"));
+            }
+        },
     }
 }
 
-fn kill(actor: &Actor) -> anyhow::Result<u32> {
-    let pid = actor.pid.context("a running actor has a process")?;
-    // SAFETY: kill takes two numbers and touches no memory of ours.
-    let result = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
-    if result != 0 {
-        bail!(
-            "pid {pid} cannot be killed: {}",
-            std::io::Error::last_os_error()
-        );
-    }
-    Ok(pid)
-}
-
-async fn running_driver(cluster: &Cluster, job: JobId) -> anyhow::Result<Actor> {
+async fn running_driver(cluster: &Cluster, job: JobId, killed: &Killed) -> anyhow::Result<Actor> {
     let deadline = Instant::now() + SEEN_LIMIT;
     loop {
         let mut actors = cluster.list_actors(Some(job)).await?.into_iter();
-        let driver = actors.find(|a| a.type_name == "driver" && a.state == "running");
+        let driver = actors.find(|a| a.type_name == "driver" && killed.may_run(a));
         match driver {
             Some(driver) => return Ok(driver),
             None if Instant::now() >= deadline => bail!("the driver of {job} does not run"),
@@ -197,7 +222,11 @@ async fn running_driver(cluster: &Cluster, job: JobId) -> anyhow::Result<Actor> 
 
 /// A trainer of the job that runs on a healthy node; one that does not also run the driver, if
 /// there is one.
-async fn running_trainer(cluster: &Cluster, job: JobId) -> anyhow::Result<(Actor, Node)> {
+async fn running_trainer(
+    cluster: &Cluster,
+    job: JobId,
+    killed: &Killed,
+) -> anyhow::Result<(Actor, Node)> {
     let deadline = Instant::now() + SEEN_LIMIT;
     loop {
         let actors = cluster.list_actors(Some(job)).await?;
@@ -208,7 +237,7 @@ async fn running_trainer(cluster: &Cluster, job: JobId) -> anyhow::Result<(Actor
             .and_then(|a| a.node);
         let mut candidates: Vec<(Actor, Node)> = actors
             .into_iter()
-            .filter(|actor| actor.type_name == TRAINER_TYPE && actor.state == "running")
+            .filter(|actor| actor.type_name == TRAINER_TYPE && killed.may_run(actor))
             .filter_map(|actor| {
                 let node = nodes.iter().find(|n| Some(n.id) == actor.node)?;
                 (node.state == "alive").then(|| (actor, node.clone()))
@@ -237,6 +266,11 @@ mod tests {
             assert_eq!(faults, drawn_faults(seed, Duration::from_secs(1)));
             assert!((2..=4).contains(&faults.len()), "{faults:?}");
             assert!(faults.is_sorted_by_key(|(at, _)| *at), "{faults:?}");
+            let (from, to) = FAULTS_WITHIN;
+            assert!(
+                faults.iter().all(|(at, _)| (from..to).contains(at)),
+                "{faults:?}"
+            );
             let count = |wanted: &dyn Fn(&Fault) -> bool| {
                 faults.iter().filter(|(_, fault)| wanted(fault)).count()
             };

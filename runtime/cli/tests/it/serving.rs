@@ -5,6 +5,7 @@ mod conformance;
 mod encoders;
 mod imported;
 mod ingress;
+mod predicted;
 pub(crate) mod served;
 mod triton_clients;
 

@@ -143,6 +143,10 @@ def main():
     randomize(embedder, 7)
     write(folder, "embedder", embedder, embedder, vocab, None, lambda key: key, torch.float32)
 
+    rectified = BertModel(config(vocab, hidden_act="relu"), add_pooling_layer=False)
+    randomize(rectified, 13)
+    write(folder, "rectified", rectified, rectified, vocab, None, lambda key: key, torch.bfloat16)
+
     labels = {0: "bad", 1: "good", 2: "neither"}
     classifier = BertForSequenceClassification(
         config(vocab, hidden_act="gelu_new", id2label=labels, label2id={v: k for k, v in labels.items()})

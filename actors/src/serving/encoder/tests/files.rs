@@ -155,6 +155,7 @@ fn what_is_wrong_with_the_description_is_named() {
             "makes it [4097, 32]",
         ),
         ("layer_norm_eps", json!(0.0), "layer_norm_eps = 0"),
+        ("layer_norm_eps", json!(1e-50), "more than 1e-45"),
         // Sizes that lie about the weights, and layers that are left out.
         ("num_hidden_layers", json!(3), "encoder.layer.2."),
         ("num_hidden_layers", json!(1), "belongs to no part"),
@@ -198,6 +199,22 @@ fn what_is_wrong_with_the_tokenizer_is_named() {
     let error = refusal(&files);
     assert!(
         error.contains("tokenizer.json fails on the text \"a\": the tokenizer does not take"),
+        "{error}"
+    );
+    files.tokenizer = changed(&whole, |tokenizer| {
+        tokenizer["post_processor"]["single"][1]["Sequence"]["type_id"] = json!(2);
+    });
+    let error = refusal(&files);
+    assert!(
+        error.contains("the number 2, the model knows 2 types of tokens"),
+        "{error}"
+    );
+    files.tokenizer = changed(&whole, |tokenizer| {
+        tokenizer["post_processor"]["special_tokens"]["[CLS]"]["ids"] = json!([116]);
+    });
+    let error = refusal(&files);
+    assert!(
+        error.contains("the number 116, the model knows 116 tokens"),
         "{error}"
     );
     let words = |limit: u64| {
