@@ -60,8 +60,8 @@ async fn status(target: &Target, endpoint: Option<String>, format: Format) -> an
     let monitors = client::monitors(&cluster, endpoint.as_deref()).await?;
     if let (Some(endpoint), true) = (&endpoint, monitors.is_empty()) {
         bail!(
-            "no monitor has reported on endpoint `{endpoint}` yet: it does once the endpoint has answered, and \
-             `mobula serve list` shows the endpoints that exist"
+            "no monitor has reported on endpoint `{endpoint}` yet: it does once the endpoint has answered with classes of a \
+             version that was trained here, and `mobula serve list` shows the endpoints that exist"
         );
     }
     let mut all = Vec::with_capacity(monitors.len());

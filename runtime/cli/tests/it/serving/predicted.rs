@@ -51,11 +51,17 @@ fn a_transformer_says_which_byte_comes_next() {
         words.contains("row 1") && words.contains("the text is empty"),
         "{words}"
     );
-    // It has no reference to compare requests with, and says nothing of drift.
-    let drift = imported
-        .cluster
-        .json(&["drift", "status", "--endpoint", "words"]);
-    assert!(drift.to_string().contains("words"), "{drift}");
+    // There is nothing to compare requests with: its monitor lives, and says nothing.
+    let status = ["drift", "status", "--endpoint", "words"];
+    let said = imported.cluster.refused(&status);
+    assert!(said.contains("answered with classes"), "{said}");
+    let actors = imported.cluster.json(&["actors", "list"]);
+    let is_monitor = |actor: &&Value| actor["name"] == "drift/words/v1/monitor";
+    let monitor = actors.as_array().unwrap().iter().find(is_monitor).unwrap();
+    assert_eq!(
+        (&monitor["state"], &monitor["restarts"]),
+        (&json!("running"), &json!(0))
+    );
 }
 
 #[test]
