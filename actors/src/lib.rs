@@ -5,10 +5,12 @@
 //!   [`serving`] answers requests with it; [`drift`] watches what is asked.
 //! * Each domain keeps its replicated table (`state.rs`, pure) beside its actors; [`modules`] and
 //!   [`controllers`] plug them into a head.
+//! * [`device`] says where a model is computed.
 //! * [`builtin`] is the `main` of jobs that are a TOML file.
 
 pub mod builtin;
 pub mod checkpoint;
+pub mod device;
 pub mod drift;
 pub mod kernels;
 pub mod registry;

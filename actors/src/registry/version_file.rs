@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use candle_core::Device;
 use mobula_core::codec;
 use mobula_storage::blob::{BlobError, BlobStore};
 use serde::{Deserialize, Serialize};
@@ -208,7 +209,12 @@ impl VersionFile {
     /// The network with its parameters. A user's own network can be built only by a program that it is
     /// linked into.
     pub fn build_model(&self) -> Result<Model, VersionFileError> {
-        let model = Model::from_flat(&self.model, &self.samples, &self.parameters);
+        self.build_model_on(Device::Cpu)
+    }
+
+    /// The same, where it is to answer on `device`.
+    pub fn build_model_on(&self, device: Device) -> Result<Model, VersionFileError> {
+        let model = Model::on(device, &self.model, &self.samples, &self.parameters);
         Ok(model?)
     }
 

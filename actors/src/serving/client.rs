@@ -6,6 +6,7 @@ use std::time::Duration;
 use mobula::Cluster;
 use mobula_core::control::ModuleId;
 use mobula_core::error::ErrorCode;
+use mobula_core::id::{ActorId, JobId};
 use rand::TryRngCore;
 use rand::rngs::OsRng;
 use tokio::time::Instant;
@@ -15,6 +16,7 @@ use super::autoscaler::state::Command as ScalingCommand;
 use super::autoscaler::{Policy, Scaling};
 use super::cache::CacheSetting;
 use super::cache::setting::Command as CacheCommand;
+use super::controller::replica_name;
 use super::experiment::Experiment;
 use super::experiment::command::Command as ExperimentCommand;
 use super::graph::spec::GraphSpec;
@@ -25,6 +27,7 @@ use super::rollout::plan::Progress;
 use super::shadow;
 use super::state::{Command, Endpoint, Query, Routing, Steered};
 use crate::ask;
+use crate::device::ComputeDevice;
 
 /// How long one question to a router may take: it only looks at its own memory.
 const READY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -56,13 +59,15 @@ pub struct NotReady {
     pub reason: String,
 }
 
-/// Serves a version of a model (the newest if `version` is absent) under the name `endpoint`.
+/// Serves a version of a model (the newest if `version` is absent) under the name `endpoint`, by replicas that each compute on a
+/// `device` of their own.
 pub async fn deploy(
     cluster: &Cluster,
     endpoint: &str,
     model: &str,
     version: Option<u64>,
     replicas: u32,
+    device: ComputeDevice,
 ) -> mobula::Result<Deployment> {
     let token = new_token()?;
     let command = Command::Deploy {
@@ -70,6 +75,7 @@ pub async fn deploy(
         model: model.to_owned(),
         version,
         replicas,
+        device,
         token_hash: *blake3::hash(token.as_bytes()).as_bytes(),
     };
     let answer = ask::apply(cluster, ModuleId::SERVING, "deploy a model", &command).await?;
@@ -320,6 +326,10 @@ pub async fn wait_ready(
         };
         if Instant::now() >= deadline {
             let waited_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+            let reason = match what_replicas_lack(cluster, &endpoint).await? {
+                Some(lack) => lack,
+                None => reason,
+            };
             return Ok(Err(NotReady {
                 endpoint: name.clone(),
                 waited_ms,
@@ -328,6 +338,30 @@ pub async fn wait_ready(
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// Why the first replica that does not run does not; nothing if all do.
+async fn what_replicas_lack(
+    cluster: &Cluster,
+    endpoint: &Endpoint,
+) -> mobula::Result<Option<String>> {
+    let actors = cluster.list_actors(Some(JobId::SYSTEM)).await?;
+    let replicas = (1..=endpoint.replicas)
+        .map(|number| replica_name(&endpoint.name, endpoint.version, number))
+        .filter_map(|name| actors.iter().rfind(|actor| actor.name == name));
+    Ok(replicas
+        .filter(|replica| replica.state != "running")
+        .map(|replica| {
+            let id = ActorId(replica.id);
+            match &replica.exit_reason {
+                Some(reason) => format!("its replica {id} ended: {reason}"),
+                None => format!(
+                    "its replica {id} is {}: `mobula explain {id}` says what it waits for",
+                    replica.state
+                ),
+            }
+        })
+        .next())
 }
 
 async fn is_ready(

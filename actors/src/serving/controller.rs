@@ -336,16 +336,18 @@ fn companions_of(reader: &dyn Reader, endpoint: &Endpoint) -> Vec<ActorSpec> {
 }
 
 /// The replicas of one version.
-fn replicas_of(endpoint: &Endpoint, served: &Served, count: u32) -> Vec<ActorSpec> {
+pub(super) fn replicas_of(endpoint: &Endpoint, served: &Served, count: u32) -> Vec<ActorSpec> {
     let replicas = (1..=count).map(|number| {
         let init = Replica::new(
             endpoint.model.clone(),
             served.version,
             served.digest.clone(),
             served.size_bytes,
+            endpoint.device,
         );
         let name = replica_name(&endpoint.name, served.version, number);
         let mut spec = spec_of(init, name, REPLICA_CPU_MILLI);
+        spec.resources.gpu_milli = 1000 * u64::from(endpoint.device.gpus());
         // Apart where there are enough nodes: one lost machine leaves the others.
         spec.placement.spread_key = Some(SpreadKey {
             key: format!("serving/{}/v{}", endpoint.name, served.version),

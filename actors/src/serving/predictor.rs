@@ -8,6 +8,7 @@ use super::oip::TensorData;
 use super::onnx::{OnnxError, OnnxModel};
 use super::replica::{InferError, RefusedRow};
 use super::rows::{Batch, Cell, ROWS_MAX};
+use crate::device::{ComputeDevice, DeviceError};
 use crate::registry::artifact::Artifact;
 use crate::registry::imported_file::{ImportedFile, ModelFormat};
 use crate::registry::version_file::VersionFileError;
@@ -26,6 +27,12 @@ pub enum PredictorError {
     /// The same for an encoder.
     #[error(transparent)]
     Encoder(#[from] EncoderError),
+    /// The device that it is to answer on.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Nothing here computes imported models elsewhere.
+    #[error("imported models answer on CPUs only, not on {0}: deploy the version without a device")]
+    CpuOnly(ComputeDevice),
     /// A file is missing.
     #[error("the version has no {0}: register it again")]
     Missing(&'static str),
@@ -51,17 +58,20 @@ pub(super) enum Predictor {
 }
 
 impl Predictor {
-    /// Builds the model, and has it answer once, so that the first request finds it warm.
-    pub(super) fn new(artifact: &Artifact) -> Result<Self, PredictorError> {
+    /// Builds the model on `device`, and has it answer once, so that the first request finds it warm.
+    pub(super) fn new(artifact: &Artifact, device: ComputeDevice) -> Result<Self, PredictorError> {
         match artifact {
             Artifact::Trained(file) => {
-                let model = file.build_model()?;
+                let model = file.build_model_on(device.open()?)?;
                 let tried = match model.shape() {
                     SampleShape::Tokens { .. } => model.next_tokens(&[vec![0]]),
                     shape => model.outputs(&vec![0.0; shape.feature_count()]),
                 };
                 tried.map_err(VersionFileError::from)?;
                 Ok(Predictor::Trained(Box::new(model)))
+            }
+            Artifact::Imported(_) if device != ComputeDevice::Cpu => {
+                Err(PredictorError::CpuOnly(device))
             }
             Artifact::Imported(file) => Self::imported(file),
         }
@@ -245,7 +255,8 @@ mod tests {
         let made = Model::new(&model, &samples, 7).unwrap();
         file.parameters = made.flat().to_vec();
         (file.model, file.samples) = (model, samples);
-        let predictor = Predictor::new(&Artifact::Trained(Box::new(file))).unwrap();
+        let predictor =
+            Predictor::new(&Artifact::Trained(Box::new(file)), ComputeDevice::Cpu).unwrap();
         (predictor, made)
     }
 
@@ -314,7 +325,11 @@ mod tests {
     #[test]
     fn it_answers_as_the_model_does_and_refuses_what_is_no_row() {
         let file = digits(20);
-        let predictor = Predictor::new(&Artifact::Trained(Box::new(file.clone()))).unwrap();
+        let predictor = Predictor::new(
+            &Artifact::Trained(Box::new(file.clone())),
+            ComputeDevice::Cpu,
+        )
+        .unwrap();
         let batch = Dataset::digits().unwrap().gather(&[0, 1, 2, 3, 4]).unwrap();
         let images = batch.features().to_vec();
         let join = |images: &[f32], width: usize| {

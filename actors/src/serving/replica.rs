@@ -6,6 +6,8 @@
 //! 2. It has no state of its own, so it may be started again anywhere at any time.
 //! 3. The model computes on a thread of its own, and has answered once before the replica is ready. Replicas of one version
 //!    in one process share it.
+//! 4. On the device of its endpoint it answers with the bits that a CPU answers with; where that device is not to be had it does
+//!    not start.
 
 use std::time::Instant;
 
@@ -18,6 +20,7 @@ use super::memory_use::memory_percent;
 use super::model_cache::{MODELS, Used};
 use super::predictor::{Answered, Predictor};
 use super::rows::{Batch, ROWS_MAX};
+use crate::device::ComputeDevice;
 use crate::registry::artifact::Artifact;
 use crate::registry::version_file::VersionFileError;
 use crate::storage::open_blobs;
@@ -99,10 +102,11 @@ async fn load(
     storage: &StorageLocation,
     digest: &str,
     size_bytes: u64,
+    device: ComputeDevice,
 ) -> Result<Predictor, ReplicaError> {
     let blobs = open_blobs(storage).map_err(VersionFileError::from)?;
     let artifact = Artifact::load(&blobs, digest, size_bytes).await?;
-    let building = tokio::task::spawn_blocking(move || Predictor::new(&artifact));
+    let building = tokio::task::spawn_blocking(move || Predictor::new(&artifact, device));
     let built = building.await;
     Ok(built.map_err(|error| ReplicaError::Thread(error.to_string()))??)
 }
@@ -122,14 +126,16 @@ impl Replica {
         version: u64,
         digest: String,
         size_bytes: u64,
+        device: ComputeDevice,
     ) -> Result<Self, ReplicaError> {
         let storage = ctx.storage();
-        let loading = load(storage, &digest, size_bytes);
+        // Replicas of one process are all on one device: whoever needs a GPU has a process of its own.
+        let loading = load(storage, &digest, size_bytes, device);
         let loaded = MODELS.get(&digest, size_bytes, loading).await?;
         let replica = Replica {
             model: Executor::start(loaded)?,
         };
-        tracing::info!(model, version, digest, "a replica is ready");
+        tracing::info!(model, version, digest, %device, "a replica is ready");
         Ok(replica)
     }
 

@@ -24,8 +24,10 @@ use super::cache::setting as cache;
 use super::experiment::{command as experiments, state as experiment};
 use super::graph::state as graph;
 use super::rollout::{command, state as rollout};
+use crate::device::ComputeDevice;
 use crate::drift::state::forget as forget_drift;
 use crate::registry;
+use crate::registry::versions::ModelVersion;
 
 pub use self::query::{Query, Routing, Steered};
 
@@ -59,6 +61,8 @@ pub struct Endpoint {
     pub size_bytes: u64,
     /// How many replicas it shall have now.
     pub replicas: u32,
+    /// What its replicas compute on.
+    pub device: ComputeDevice,
     /// BLAKE3 of the bearer token that its callers show.
     pub token_hash: [u8; 32],
     /// When it was deployed, in milliseconds since the Unix epoch.
@@ -85,6 +89,8 @@ pub enum Command {
         version: Option<u64>,
         /// How many replicas.
         replicas: u32,
+        /// What they compute on.
+        device: ComputeDevice,
         /// BLAKE3 of the callers' token.
         token_hash: [u8; 32],
     },
@@ -152,7 +158,7 @@ fn deploy(
     txn: &mut dyn Txn,
     name: String,
     (model, version): (&str, Option<u64>),
-    replicas: u32,
+    (replicas, device): (u32, ComputeDevice),
     token_hash: [u8; 32],
 ) -> Result<Endpoint, Rejection> {
     crate::name::check("an endpoint", &name)?;
@@ -163,6 +169,7 @@ fn deploy(
     }
     graph::check_free(txn, &name)?;
     let version = registry::state::find(txn, model, version)?;
+    check_device(device, &version)?;
     if let Some(existing) = row::get::<Endpoint>(txn, ENDPOINTS, name.as_bytes()) {
         let message = if existing.deleting {
             format!(
@@ -191,6 +198,7 @@ fn deploy(
         digest: version.description.digest,
         size_bytes: version.description.size_bytes,
         replicas,
+        device,
         token_hash,
         deployed_ms: context.now_ms,
         http_address: None,
@@ -200,6 +208,18 @@ fn deploy(
     put_endpoint(txn, &endpoint);
     access::touch(context, txn);
     Ok(endpoint)
+}
+
+/// Refuses what no replica computes on that device.
+pub(super) fn check_device(device: ComputeDevice, version: &ModelVersion) -> Result<(), Rejection> {
+    if device == ComputeDevice::Cpu || !version.is_imported() {
+        return Ok(());
+    }
+    Err(Rejection::invalid(format!(
+        "{}:{} is imported, and imported models answer on CPUs only, not on {device}: deploy it without a device, as an \
+         endpoint of its own",
+        version.description.model, version.version
+    )))
 }
 
 fn router_ready(
@@ -246,9 +266,11 @@ impl StateModule for Serving {
                 model,
                 version,
                 replicas,
+                device,
                 token_hash,
             } => {
                 let of = (model.as_str(), version);
+                let replicas = (replicas, device);
                 codec::encode_plain(&deploy(context, txn, endpoint, of, replicas, token_hash)?)
             }
             Command::Delete { endpoint: name } => {

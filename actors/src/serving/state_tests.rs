@@ -1,10 +1,13 @@
-use super::super::controller::{ServingController, monitor_name, replica_name, router_name};
-use super::super::rollout::plan::Cleanup;
+use super::super::controller::{
+    ServingController, monitor_name, replica_name, replicas_of, router_name,
+};
+use super::super::rollout::plan::{Cleanup, Served};
 use super::super::rollout::trial::Evidence;
 use super::super::rollout::{Guardrails, Rollout, Strategy};
 use super::*;
 use crate::serving::test_tables::TestTables;
 use mobula_core::control::{Controller, Proposal};
+use mobula_core::spec::ActorSpec;
 use mobula_scheduler::{Query as SchedulerQuery, QueryResponse, Scheduler};
 
 /// Tables, and the loop that the leader runs over them.
@@ -43,11 +46,22 @@ impl Head {
         version: Option<u64>,
         replicas: u32,
     ) -> Result<Endpoint, Rejection> {
+        self.deploy_on(ComputeDevice::Cpu, name, version, replicas)
+    }
+
+    fn deploy_on(
+        &mut self,
+        device: ComputeDevice,
+        name: &str,
+        version: Option<u64>,
+        replicas: u32,
+    ) -> Result<Endpoint, Rejection> {
         let command = Command::Deploy {
             endpoint: name.into(),
             model: "digits".into(),
             version,
             replicas,
+            device,
             token_hash: [7; 32],
         };
         let answer = self.serving(&command)?;
@@ -118,6 +132,47 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
     assert_eq!(endpoints(&head.applied.tables).len(), 1);
     assert_eq!(head.reconcile(), 0);
     head.deploy("digits", None, 1).unwrap();
+}
+
+#[test]
+fn replicas_of_an_endpoint_on_gpus_have_one_each_and_so_has_a_candidate() {
+    let mut head = Head::with_model();
+    head.applied.import();
+    let cuda = ComputeDevice::Cuda;
+    let refused = head.deploy_on(cuda, "digits", Some(3), 1).unwrap_err();
+    assert!(
+        refused.message.contains("answer on CPUs only"),
+        "{refused:?}"
+    );
+    let endpoint = head.deploy_on(cuda, "digits", Some(1), 2).unwrap();
+    let gpus = |version: u64| {
+        let served = Served {
+            version,
+            digest: version.to_string().repeat(64),
+            size_bytes: 11,
+        };
+        let replicas = replicas_of(&endpoint, &served, 2);
+        let gpu = |spec: &ActorSpec| spec.resources.gpu_milli;
+        replicas.iter().map(gpu).collect::<Vec<_>>()
+    };
+    assert_eq!(gpus(2), [1000, 1000]);
+    let start = |version| {
+        Command::Rollout(command::Command::Start {
+            endpoint: "digits".into(),
+            model: "digits".into(),
+            version: Some(version),
+            strategy: Strategy::Canary,
+            steps: Vec::new(),
+            guardrails: Guardrails::STANDARD,
+            min_samples: 10,
+        })
+    };
+    let refused = head.serving(&start(3)).unwrap_err();
+    assert!(
+        refused.message.contains("answer on CPUs only"),
+        "{refused:?}"
+    );
+    head.serving(&start(2)).unwrap();
 }
 
 #[test]

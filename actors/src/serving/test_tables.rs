@@ -10,6 +10,7 @@ use mobula_scheduler::memory_txn::MemoryTables;
 use super::state::{Command, Serving};
 use crate::registry::NewVersion;
 use crate::registry::state::{Command as RegistryCommand, Registry};
+use crate::registry::versions::IMPORTED;
 
 /// Tables, and the index of the last command, which also is the time.
 #[derive(Default)]
@@ -18,25 +19,43 @@ pub(super) struct TestTables {
     pub(super) index: u64,
 }
 
+/// A version of `digits` whose digest is `digit`, over and over.
+fn version(digit: impl Into<String>) -> NewVersion {
+    NewVersion {
+        model: "digits".into(),
+        digest: digit.into().repeat(64),
+        size_bytes: 10,
+        weights_blake3: "a".repeat(64),
+        dataset_blake3: "b".repeat(64),
+        job: 3,
+        metrics: BTreeMap::new(),
+        training_json: "{}".into(),
+    }
+}
+
 impl TestTables {
     /// With so many versions of `digits`; the digest of version 1 is `111…`.
     pub(super) fn with_versions(count: u64) -> Self {
         let mut tables = TestTables::default();
         for version in 1..=count {
             let new = NewVersion {
-                model: "digits".into(),
-                digest: version.to_string().repeat(64),
                 size_bytes: 10 + version,
-                weights_blake3: "a".repeat(64),
-                dataset_blake3: "b".repeat(64),
-                job: 3,
-                metrics: BTreeMap::new(),
-                training_json: "{}".into(),
+                ..self::version(version.to_string())
             };
             let payload = codec::encode_plain(&RegistryCommand::Register(new));
             tables.apply(&Registry, &payload).unwrap();
         }
         tables
+    }
+
+    /// Registers another version of `digits`, made elsewhere.
+    pub(super) fn import(&mut self) {
+        let new = NewVersion {
+            job: IMPORTED,
+            ..version('f')
+        };
+        let payload = codec::encode_plain(&RegistryCommand::Register(new));
+        self.apply(&Registry, &payload).unwrap();
     }
 
     /// Applies the next command; its answer.

@@ -66,7 +66,7 @@ impl ClusterLink {
                 .actor(Trainer::new(spec.clone(), slot as u32))
                 .name(trainer_name(slot as u32))
                 .cpus(TRAINER_CPUS)
-                .gpus(spec.device.gpus())
+                .gpus(f64::from(spec.device.gpus()))
                 .spread("trainers")
                 .restart(RESTARTS)
         });

@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use candle_core::Device;
+
 use super::data::SampleShape;
 use super::layout::Layout;
 use super::loss::{energy, softmax};
@@ -150,7 +152,8 @@ impl Model {
         let network = spec.build(shape)?;
         let list = network.parameters();
         let layout = Arc::new(Layout::of(&list));
-        let parameters = Parameters::for_inference(layout, &initial_values(&list, seed))?;
+        let parameters =
+            Parameters::for_inference(Device::Cpu, layout, &initial_values(&list, seed))?;
         Ok(Self {
             shape: shape.clone(),
             network,
@@ -158,8 +161,18 @@ impl Model {
         })
     }
 
-    /// A model with given parameters.
+    /// A model with given parameters, on the CPU.
     pub fn from_flat(
+        spec: &ModelSpec,
+        shape: &SampleShape,
+        flat: &[f32],
+    ) -> Result<Self, ModelError> {
+        Self::on(Device::Cpu, spec, shape, flat)
+    }
+
+    /// A model with given parameters, which answers on `device`.
+    pub fn on(
+        device: Device,
         spec: &ModelSpec,
         shape: &SampleShape,
         flat: &[f32],
@@ -168,7 +181,7 @@ impl Model {
         let layout = Arc::new(Layout::of(&network.parameters()));
         Ok(Self {
             shape: shape.clone(),
-            parameters: Parameters::for_inference(layout, flat)?,
+            parameters: Parameters::for_inference(device, layout, flat)?,
             network,
         })
     }

@@ -89,7 +89,7 @@ pub fn initial_values(parameters: &[Parameter], seed: u64) -> Vec<f32> {
     flat
 }
 
-/// The values of all parameters: as slices, or as tensors of candle on the device that the job asks for.
+/// The values of all parameters: as slices, or as tensors of candle on the device that the job or the endpoint asks for.
 ///
 /// Those of a model that is only asked ([`Parameters::for_inference`]) also come as prepared dense layers.
 ///
@@ -101,18 +101,18 @@ pub struct Parameters {
     flat: Vec<f32>,
     device: Device,
     /// Made when they are asked for first, and again after new values came.
-    tensors: OnceLock<BTreeMap<String, Var>>,
-    dense: DenseLayers,
+    tensors: OnceLock<BTreeMap<String, Tensor>>,
+    usage: Usage,
 }
 
-/// How a dense layer is computed.
+/// What the values are for.
 #[derive(Debug)]
-enum DenseLayers {
-    /// From its tensors, which candle differentiates by.
-    Differentiable,
-    /// In panels, by the name of the weight, made when a layer is asked for first: nothing is copied for a product, and nothing
-    /// has a gradient.
-    Prepared(Mutex<BTreeMap<String, Arc<PreparedAffine>>>),
+enum Usage {
+    /// Gradients: candle differentiates by the tensors.
+    Training,
+    /// Answers: nothing has a gradient. On the CPU dense layers lie in panels, by the name of the weight, made when a layer is
+    /// asked for first, so that nothing is copied for a product.
+    Inference(Mutex<BTreeMap<String, Arc<PreparedAffine>>>),
 }
 
 impl Parameters {
@@ -129,16 +129,20 @@ impl Parameters {
             flat: flat.to_vec(),
             device,
             tensors: OnceLock::new(),
-            dense: DenseLayers::Differentiable,
+            usage: Usage::Training,
         })
     }
 
-    /// Parameters with these values, on the CPU, of a model that is only asked: its dense layers answer with the same bits, in
-    /// less time, and have no gradients.
-    pub fn for_inference(layout: Arc<Layout>, flat: &[f32]) -> Result<Self, ModelError> {
+    /// Parameters with these values, whose tensors are on `device`, of a model that is only asked: it answers with the same bits,
+    /// in less time, and has no gradients.
+    pub fn for_inference(
+        device: Device,
+        layout: Arc<Layout>,
+        flat: &[f32],
+    ) -> Result<Self, ModelError> {
         Ok(Parameters {
-            dense: DenseLayers::Prepared(Mutex::default()),
-            ..Self::new(layout, flat)?
+            usage: Usage::Inference(Mutex::default()),
+            ..Self::on(device, layout, flat)?
         })
     }
 
@@ -147,7 +151,7 @@ impl Parameters {
         check_length("the parameter vector", self.flat.len(), flat.len())?;
         self.flat.copy_from_slice(flat);
         self.tensors = OnceLock::new();
-        if let DenseLayers::Prepared(layers) = &mut self.dense {
+        if let Usage::Inference(layers) = &mut self.usage {
             *layers = Mutex::default();
         }
         Ok(())
@@ -176,7 +180,7 @@ impl Parameters {
         Ok(&self.flat[self.slot(name)?.range()])
     }
 
-    /// One parameter as a tensor with its shape, which candle differentiates by.
+    /// One parameter as a tensor with its shape. In training candle differentiates by it.
     pub fn tensor(&self, name: &str) -> Result<&Tensor, ModelError> {
         let tensors = match self.tensors.get() {
             Some(tensors) => tensors,
@@ -186,20 +190,23 @@ impl Parameters {
             }
         };
         match tensors.get(name) {
-            Some(var) => Ok(var.as_tensor()),
+            Some(tensor) => Ok(tensor),
             None => Err(self.unknown(name)),
         }
     }
 
-    /// The dense layer of a weight, inputs × outputs, and a bias, prepared, if the model is only asked.
+    /// The dense layer of a weight, inputs × outputs, and a bias, prepared, if the model is only asked, and on the CPU.
     pub(super) fn prepared_layer(
         &self,
         weight: &str,
         bias: &str,
     ) -> Result<Option<Arc<PreparedAffine>>, ModelError> {
-        let DenseLayers::Prepared(layers) = &self.dense else {
+        let Usage::Inference(layers) = &self.usage else {
             return Ok(None);
         };
+        if !self.device.is_cpu() {
+            return Ok(None);
+        }
         let mut layers = layers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(prepared) = layers.get(weight) {
             return Ok(Some(Arc::clone(prepared)));
@@ -219,27 +226,35 @@ impl Parameters {
         Ok(Some(made))
     }
 
-    fn make_tensors(&self) -> Result<BTreeMap<String, Var>, ModelError> {
+    fn make_tensors(&self) -> Result<BTreeMap<String, Tensor>, ModelError> {
         if !self.device.is_cpu() {
             return self.make_tensors_of_one_copy();
         }
         let make = |slot: &ParameterSlot| {
             let values = &self.flat[slot.range()];
             let var = Var::from_slice(values, &slot.shape[..], &Device::Cpu)?;
-            Ok((slot.name.clone(), var))
+            Ok((slot.name.clone(), self.tensor_of(&var)))
         };
         self.layout.slots.iter().map(make).collect()
     }
 
     /// The tensors by one copy to the device, which is then divided there.
-    fn make_tensors_of_one_copy(&self) -> Result<BTreeMap<String, Var>, ModelError> {
+    fn make_tensors_of_one_copy(&self) -> Result<BTreeMap<String, Tensor>, ModelError> {
         let whole = Tensor::from_slice(&self.flat, self.flat.len(), &self.device)?;
         let make = |slot: &ParameterSlot| {
             let values = whole.narrow(0, slot.offset, slot.value_count())?;
             let var = Var::from_tensor(&values.reshape(&slot.shape[..])?)?;
-            Ok((slot.name.clone(), var))
+            Ok((slot.name.clone(), self.tensor_of(&var)))
         };
         self.layout.slots.iter().map(make).collect()
+    }
+
+    /// What a model computes with: of one that is only asked candle need not keep how its answers came about.
+    fn tensor_of(&self, var: &Var) -> Tensor {
+        match self.usage {
+            Usage::Training => var.as_tensor().clone(),
+            Usage::Inference(_) => var.as_detached_tensor(),
+        }
     }
 
     fn slot(&self, name: &str) -> Result<&ParameterSlot, ModelError> {
@@ -427,13 +442,14 @@ mod tests {
                 crate::kernels::Activation::Identity,
             )
         };
-        let mut parameters = Parameters::for_inference(Arc::clone(&layout), &before).unwrap();
+        let mut parameters =
+            Parameters::for_inference(Device::Cpu, Arc::clone(&layout), &before).unwrap();
         assert_eq!(of(&parameters), [1.0 + 3.0 - 7.0, 2.0 + 4.0 - 8.0]);
         parameters.load(&after).unwrap();
         assert_eq!(of(&parameters), [2.0 + 4.0 - 8.0, 3.0 + 5.0 - 9.0]);
         let error = parameters.prepared_layer("x.bias", "x.bias").unwrap_err();
         assert!(error.to_string().contains("two dimensions"), "{error}");
-        let error = Parameters::for_inference(layout, &after)
+        let error = Parameters::for_inference(Device::Cpu, layout, &after)
             .and_then(|parameters| parameters.prepared_layer("x.weight", "x.weight"));
         let error = error.unwrap_err().to_string();
         assert!(

@@ -16,9 +16,9 @@ use mobula_storage::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::device::ComputeDevice;
 use super::spec::TrainSpec;
 use super::trace::StepTrace;
+use crate::device::ComputeDevice;
 
 /// The format that this code writes.
 const FORMAT: u32 = 1;

@@ -309,7 +309,7 @@ mod tests {
     use mobula_storage::checkpoint::CheckpointSource;
 
     use super::*;
-    use crate::training::device::ComputeDevice;
+    use crate::device::ComputeDevice;
     use crate::training::reduction::TreeReducer;
 
     fn spec() -> TrainSpec {
@@ -348,7 +348,7 @@ mod tests {
         }
         let mut replica = Replica::new(spec);
         let error = replica.prepare(None).unwrap_err().to_string();
-        assert!(error.contains("leave `device` out of the job"), "{error}");
+        assert!(error.contains("leave the device out"), "{error}");
         assert_eq!(replica.held(), None);
     }
 

@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpointing::CheckpointSpec;
 use super::data::DataSpec;
-use super::device::ComputeDevice;
 use super::evaluation::EvaluationSpec;
 use super::models::ModelSpec;
 use super::numerics::Numerics;
@@ -18,6 +17,7 @@ use super::optimizer::{Decayed, OptimizerSpec};
 use super::schedule::Schedule;
 use super::start_from::StartFrom;
 use super::validation::InvalidField;
+use crate::device::ComputeDevice;
 
 /// Stands for the order in which attention adds: a checkpoint of another order would go on to other bits.
 const ATTENTION_ORDER: &[u8] = b"attention in blocks of products";

@@ -5,6 +5,7 @@
 //! from an incarnation that is long over.
 
 use mobula_actors::checkpoint::state::{CheckpointCommand, CheckpointQuery, CheckpointRef};
+use mobula_actors::device::ComputeDevice;
 use mobula_actors::drift::state as drift;
 use mobula_actors::registry::state as registry;
 use mobula_actors::serving::state as serving;
@@ -117,6 +118,7 @@ impl World {
                     model,
                     version: self.rng.random_bool(0.3).then_some(1),
                     replicas: self.rng.random_range(1..=2),
+                    device: ComputeDevice::Cpu,
                     token_hash: [7; 32],
                 };
                 Change {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use mobula::Cluster;
+use mobula_actors::device::ComputeDevice;
 use mobula_actors::registry;
 use mobula_actors::registry::search::Selector;
 use mobula_actors::serving::autoscaler::Policy;
@@ -43,6 +44,8 @@ struct EndpointJson<'a> {
     digest: &'a str,
     replicas: u32,
     replicas_running: usize,
+    /// `cpu` or `cuda`.
+    device: ComputeDevice,
     /// `deploying`, `serving` or `deleting`.
     state: &'static str,
     /// Where it answers; absent until it does.
@@ -58,6 +61,7 @@ struct DeploymentJson<'a> {
     version: u64,
     digest: &'a str,
     replicas: u32,
+    device: ComputeDevice,
     url: &'a str,
     infer_url: &'a str,
     token: &'a str,
@@ -88,6 +92,7 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
             model,
             endpoint,
             scaling,
+            device,
             timeout,
             format,
         } => {
@@ -108,7 +113,8 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
             // It begins with one at least, and so shows that it can answer.
             let (floor, _) = policy.bounds(SystemClock.now_ms());
             let replicas = floor.max(1);
-            let deployment = client::deploy(&cluster, &name, &model, version, replicas).await?;
+            let deployment =
+                client::deploy(&cluster, &name, &model, version, replicas, device.into()).await?;
             let scaled = client::set_policy(&cluster, &name, policy).await;
             scaled.with_context(|| {
                 format!(
@@ -185,6 +191,7 @@ async fn print_deployment(endpoint: &Endpoint, token: &str, json: bool) -> anyho
             version: endpoint.version,
             digest: &endpoint.digest,
             replicas: endpoint.replicas,
+            device: endpoint.device,
             url: &url,
             infer_url: &infer_url,
             token,
@@ -278,6 +285,7 @@ async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
                 digest: &endpoint.digest,
                 replicas: endpoint.replicas,
                 replicas_running: running(endpoint),
+                device: endpoint.device,
                 state: state(endpoint),
                 url: url(endpoint),
                 deployed_ms: endpoint.deployed_ms,
@@ -293,13 +301,16 @@ async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
                 format!("{}:{}", endpoint.model, endpoint.version),
                 state(endpoint).to_owned(),
                 format!("{}/{}", running(endpoint), endpoint.replicas),
+                endpoint.device.to_string(),
                 or_dash(url(endpoint)),
                 age(endpoint.deployed_ms, SystemClock.now_ms()),
             ]
         })
         .collect();
     print_table(
-        &["ENDPOINT", "MODEL", "STATE", "REPLICAS", "URL", "AGE"],
+        &[
+            "ENDPOINT", "MODEL", "STATE", "REPLICAS", "DEVICE", "URL", "AGE",
+        ],
         &rows,
     );
     Ok(())

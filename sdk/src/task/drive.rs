@@ -312,8 +312,11 @@ impl Slot<'_> {
 
     async fn wait_for_answer(&mut self) {
         let takes_more = self.takes_more();
-        let has_room = takes_more && self.flying.len() < IN_FLIGHT_MAX;
-        let may_look = takes_more && (self.flying.len() > 1 || self.pool.waiting() > 0);
+        let waiting = self.pool.waiting();
+        // What stands in line found no room here: a word of more would find none either, and would be
+        // passed on and heard again without an end.
+        let listens = takes_more && waiting == 0 && self.flying.len() < IN_FLIGHT_MAX;
+        let may_look = takes_more && (self.flying.len() > 1 || waiting > 0);
         tokio::select! {
             biased;
             Some(answered) = self.flying.next() => {
@@ -334,9 +337,9 @@ impl Slot<'_> {
                 }
             }
             _ = until_answered(&mut self.returning) => self.returning = None,
-            () = self.pool.work.notified(), if has_room => {
-                // Somebody else may be the one with room for it.
-                if self.room() == 0 && self.pool.state.lock().idle > 0 {
+            () = self.pool.work.notified(), if listens => {
+                // Somebody else may be the one with room for it: an idle slot, or one that was lent.
+                if self.room() == 0 && self.pool.waiting() > 0 {
                     self.pool.work.notify_one();
                 }
             }

@@ -187,6 +187,11 @@ impl Pool {
             {
                 Ok(Some(address)) => return Begun::Runs(address),
                 Ok(None) => tokio::time::sleep(PAUSE).await,
+                // Its job has ended, or gave it up: nobody misses it.
+                Err(error) if error.actor_has_ended() && self.waiting() == 0 => {
+                    tracing::debug!(%slot, %error, "a slot that no task waits for did not start");
+                    return Begun::Withdrawn;
+                }
                 Err(error) => {
                     tracing::warn!(%slot, %error, "a slot for tasks did not start");
                     return Begun::Failed(no_slot(&error));

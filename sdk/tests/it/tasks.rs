@@ -344,6 +344,26 @@ async fn tasks_behind_a_long_one_go_to_a_slot_that_is_idle() {
     assert_eq!(mixed[0].get().await.unwrap(), 1);
 }
 
+/// On one thread, so that a slot's driver that finds no end keeps the others from running.
+#[tokio::test]
+async fn a_slot_without_room_leaves_new_tasks_to_one_that_is_idle() {
+    let stage = stage().await;
+    stage.head.slots_max.store(2, Ordering::SeqCst);
+    let cluster = stage.inside;
+    let held = cluster.task(passes(true)).submit();
+    until("a slot is taken", || BEGUN.load(Ordering::SeqCst) == 1).await;
+    // Done by the other slot, which is idle then.
+    assert_eq!(cluster.task(half(2)).submit().get().await.unwrap(), 1);
+    // Both drivers are told at once; the busy one, which has waited longer, looks first.
+    let both = [4, 6].map(|x| cluster.task(half(x)).submit());
+    for (value, half) in both.iter().zip([2, 3]) {
+        assert_eq!(value.get().await.unwrap(), half);
+    }
+    assert!(!held.is_ready());
+    GATE.add_permits(1);
+    assert_eq!(held.get().await.unwrap(), 1);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_brings_several_values_as_fast_as_they_are_read() {
     let stage = stage().await;

@@ -103,6 +103,7 @@ impl World {
             model: "digits".into(),
             version: Some(1),
             replicas: 2,
+            device: Default::default(),
             token_hash: [7; 32],
         };
         self.serving(&deploy).unwrap();

@@ -19,6 +19,7 @@ fn deploy(tables: &mut TestTables, endpoint: &str) {
         model: "digits".into(),
         version: Some(1),
         replicas: 1,
+        device: Default::default(),
         token_hash: [7; 32],
     };
     tables.serving(&command).unwrap();

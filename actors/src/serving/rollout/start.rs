@@ -10,7 +10,7 @@ use crate::registry;
 use crate::serving::autoscaler::state as scaling;
 use crate::serving::experiment::state as experiment;
 use crate::serving::shadow;
-use crate::serving::state::Endpoint;
+use crate::serving::state::{Endpoint, check_device};
 
 /// How a rollout is to go on.
 pub(super) struct Started {
@@ -105,6 +105,7 @@ pub(in crate::serving) fn another_version(
             ),
         ));
     }
+    check_device(endpoint.device, &found)?;
     Ok(Served {
         version: found.version,
         digest: found.description.digest,

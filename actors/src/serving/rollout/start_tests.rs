@@ -44,6 +44,7 @@ fn head() -> TestTables {
         model: "digits".into(),
         version: Some(1),
         replicas: 2,
+        device: Default::default(),
         token_hash: [7; 32],
     };
     head.serving(&deploy).unwrap();

@@ -2,13 +2,33 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use mobula_actors::device::ComputeDevice;
 use mobula_actors::serving::access::rules::Matcher;
 
 use super::Format;
 use super::duration::parse_duration_ms;
 use super::scaling::{ExplainScalingArguments, ScaleArguments, ScalingArguments};
 use crate::models::name::VersionName;
+
+/// What replicas compute on.
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub(crate) enum DeviceArgument {
+    /// CPUs.
+    #[default]
+    Cpu,
+    /// NVIDIA GPUs.
+    Cuda,
+}
+
+impl From<DeviceArgument> for ComputeDevice {
+    fn from(argument: DeviceArgument) -> Self {
+        match argument {
+            DeviceArgument::Cpu => ComputeDevice::Cpu,
+            DeviceArgument::Cuda => ComputeDevice::Cuda,
+        }
+    }
+}
 
 #[derive(Subcommand)]
 pub(crate) enum ServeCommand {
@@ -21,6 +41,10 @@ pub(crate) enum ServeCommand {
         endpoint: Option<String>,
         #[command(flatten)]
         scaling: ScalingArguments,
+        /// What each replica computes on: the CPU, or a GPU of its own, which needs workers that are built with the feature
+        /// `cuda`. The answers have the same bits.
+        #[arg(long, value_enum, default_value_t)]
+        device: DeviceArgument,
         /// How long to wait until it answers, such as `30s`.
         #[arg(long, default_value = "30s", value_parser = parse_duration_ms)]
         timeout: u64,

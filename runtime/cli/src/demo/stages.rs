@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use mobula::{Actor, Cluster};
+use mobula_actors::device::ComputeDevice;
 use mobula_actors::serving::replica::Replica;
 use mobula_actors::training::data::{Dataset, Files};
 use mobula_actors::training::spec::TrainSpec;
@@ -182,8 +183,15 @@ async fn deployed(
 ) -> anyhow::Result<Client> {
     progress.say("deploying it with 2 replicas");
     let started = Instant::now();
-    let deployment =
-        serving::client::deploy(cluster, model, model, Some(version), REPLICAS).await?;
+    let deployment = serving::client::deploy(
+        cluster,
+        model,
+        model,
+        Some(version),
+        REPLICAS,
+        ComputeDevice::Cpu,
+    )
+    .await?;
     let endpoint = serving::client::wait_ready(cluster, &deployment, READY_LIMIT).await??;
     let token = &deployment.token;
     let address = endpoint

@@ -2,6 +2,7 @@
 
 mod autoscaling;
 mod conformance;
+mod devices;
 mod encoders;
 mod imported;
 mod ingress;

@@ -4,11 +4,13 @@
 //! * `operations`: products, softmax, layer normalisation, forward and backward; `layers`: the other layers of the
 //!   built-in models; `loss`: the loss at their end.
 //! * `state`: AdamW with its digest, and sums in the tree.
-//! * `replay`: some steps of a small network, on both; `training`: some steps of jobs as trainers take them.
+//! * `replay`: some steps of a small network, on both; `training`: some steps of jobs as trainers take them; `answers`: models
+//!   as replicas ask them.
 //!
 //! A check passes if the result is within its bound of `f64` and has the bits of this crate's kernels on the CPU. Times
 //! are medians, with both sides' allocations; they are told, not judged.
 
+mod answers;
 mod candle;
 mod layers;
 mod loss;
@@ -134,6 +136,7 @@ pub fn run(ordinal: usize, mut told: impl FnMut(&Outcome)) -> Result<Vec<Outcome
     loss::check(&device, &mut tell)?;
     replay::check(&device, &mut tell)?;
     training::check(&device, &mut tell)?;
+    answers::check(&device, &mut tell)?;
     Ok(outcomes)
 }
 

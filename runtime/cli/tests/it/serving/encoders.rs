@@ -73,6 +73,29 @@ fn embeddings_in_binary(imported: &Imported, deployment: &Value, texts: &[&str])
     })
 }
 
+/// Asks for all texts of `cases` at once: each of `outputs`, of so many numbers a text, is what the
+/// cases say. Answers the texts, and what came.
+fn answered_as_expected<'a>(
+    imported: &Imported,
+    deployment: &Value,
+    cases: &'a [Value],
+    outputs: &[(&str, usize)],
+) -> (Vec<&'a str>, Value) {
+    let texts = cases.iter().map(|case| case["text"].as_str().unwrap());
+    let texts: Vec<&str> = texts.collect();
+    let (status, answer) = imported.infer(deployment, &request(&texts));
+    assert_eq!(status, 200, "{answer}");
+    for (name, width) in outputs {
+        let found = output(&answer, name);
+        assert_eq!(found["shape"], json!([texts.len(), width]));
+        let expected = cases
+            .iter()
+            .flat_map(|case| case[*name].as_array().unwrap());
+        assert_near(&found["data"], &expected.cloned().collect());
+    }
+    (texts, answer)
+}
+
 #[test]
 fn a_folder_becomes_an_endpoint_that_answers_texts_as_transformers_does() {
     let imported = Imported::up();
@@ -91,18 +114,12 @@ fn a_folder_becomes_an_endpoint_that_answers_texts_as_transformers_does() {
     let text = json!([{"name": "text", "datatype": "BYTES", "shape": [-1]}]);
     assert_eq!(described["inputs"], text);
     let cases = cases("classifier");
-    let texts: Vec<&str> = cases
-        .iter()
-        .map(|case| case["text"].as_str().unwrap())
-        .collect();
-    let (status, answer) = imported.infer(&deployment, &request(&texts));
-    assert_eq!(status, 200, "{answer}");
-    for (name, width) in [("embedding", 32), ("logits", 3)] {
-        let found = output(&answer, name);
-        assert_eq!(found["shape"], json!([texts.len(), width]));
-        let expected = cases.iter().flat_map(|case| case[name].as_array().unwrap());
-        assert_near(&found["data"], &expected.cloned().collect());
-    }
+    let (texts, answer) = answered_as_expected(
+        &imported,
+        &deployment,
+        &cases,
+        &[("embedding", 32), ("logits", 3)],
+    );
     let embeddings = embeddings_in_binary(&imported, &deployment, &texts);
     assert_near(&json!(embeddings), &output(&answer, "embedding")["data"]);
     let mut classes = request(&texts[..1]);
@@ -133,18 +150,7 @@ fn all_minilm_l6_v2_answers_sentences_as_transformers_does() {
     assert_eq!(version["weights_blake3"], MINILM_WEIGHTS_BLAKE3);
     let deployment = imported.deploy("mini");
     let cases = cases("minilm");
-    let texts: Vec<&str> = cases
-        .iter()
-        .map(|case| case["text"].as_str().unwrap())
-        .collect();
-    let (status, answer) = imported.infer(&deployment, &request(&texts));
-    assert_eq!(status, 200, "{answer}");
-    let found = output(&answer, "embedding");
-    assert_eq!(found["shape"], json!([texts.len(), 384]));
-    let expected = cases
-        .iter()
-        .flat_map(|case| case["embedding"].as_array().unwrap());
-    assert_near(&found["data"], &expected.cloned().collect());
+    let (texts, _) = answered_as_expected(&imported, &deployment, &cases, &[("embedding", 384)]);
     let embeddings = embeddings_in_binary(&imported, &deployment, &texts);
     let embeddings: Vec<&[f32]> = embeddings.chunks_exact(384).collect();
     let alike = cosine(embeddings[0], embeddings[1]);

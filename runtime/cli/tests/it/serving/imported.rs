@@ -40,7 +40,7 @@ impl Imported {
         }
     }
 
-    fn register(&self, name: &str, more: &[&str]) -> Value {
+    pub(super) fn register(&self, name: &str, more: &[&str]) -> Value {
         let file = golden(&format!("{name}.onnx"));
         let mut arguments = vec!["models", "register", name, "--onnx", file.to_str().unwrap()];
         arguments.extend(more);
