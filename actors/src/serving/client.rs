@@ -326,8 +326,8 @@ pub async fn wait_ready(
         };
         if Instant::now() >= deadline {
             let waited_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-            let reason = match what_replicas_lack(cluster, &endpoint).await? {
-                Some(lack) => lack,
+            let reason = match what_replicas_lack(cluster, &endpoint).await {
+                Some(lack) => format!("{reason}; {lack}"),
                 None => reason,
             };
             return Ok(Err(NotReady {
@@ -340,28 +340,22 @@ pub async fn wait_ready(
     }
 }
 
-/// Why the first replica that does not run does not; nothing if all do.
-async fn what_replicas_lack(
-    cluster: &Cluster,
-    endpoint: &Endpoint,
-) -> mobula::Result<Option<String>> {
-    let actors = cluster.list_actors(Some(JobId::SYSTEM)).await?;
-    let replicas = (1..=endpoint.replicas)
+/// Why the first replica that does not run does not; nothing if all do, or the head does not say.
+async fn what_replicas_lack(cluster: &Cluster, endpoint: &Endpoint) -> Option<String> {
+    let actors = cluster.list_actors(Some(JobId::SYSTEM)).await.ok()?;
+    let mut replicas = (1..=endpoint.replicas)
         .map(|number| replica_name(&endpoint.name, endpoint.version, number))
         .filter_map(|name| actors.iter().rfind(|actor| actor.name == name));
-    Ok(replicas
-        .filter(|replica| replica.state != "running")
-        .map(|replica| {
-            let id = ActorId(replica.id);
-            match &replica.exit_reason {
-                Some(reason) => format!("its replica {id} ended: {reason}"),
-                None => format!(
-                    "its replica {id} is {}: `mobula explain {id}` says what it waits for",
-                    replica.state
-                ),
-            }
-        })
-        .next())
+    let replica = replicas.find(|replica| replica.state != "running")?;
+    let (id, state) = (ActorId(replica.id), &replica.state);
+    Some(match &replica.exit_reason {
+        None => {
+            format!("its replica {id} is {state}: `mobula explain {id}` says what it waits for")
+        }
+        Some(reason) => format!(
+            "its replica {id} is {state}, and its last start came to this: {reason} (`mobula explain {id}`)"
+        ),
+    })
 }
 
 async fn is_ready(

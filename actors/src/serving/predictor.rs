@@ -31,7 +31,7 @@ pub enum PredictorError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     /// Nothing here computes imported models elsewhere.
-    #[error("imported models answer on CPUs only, not on {0}: deploy the version without a device")]
+    #[error("imported models answer on CPUs only, not on {0}")]
     CpuOnly(ComputeDevice),
     /// A file is missing.
     #[error("the version has no {0}: register it again")]
@@ -63,11 +63,7 @@ impl Predictor {
         match artifact {
             Artifact::Trained(file) => {
                 let model = file.build_model_on(device.open()?)?;
-                let tried = match model.shape() {
-                    SampleShape::Tokens { .. } => model.next_tokens(&[vec![0]]),
-                    shape => model.outputs(&vec![0.0; shape.feature_count()]),
-                };
-                tried.map_err(VersionFileError::from)?;
+                try_out(&model).map_err(VersionFileError::from)?;
                 Ok(Predictor::Trained(Box::new(model)))
             }
             Artifact::Imported(_) if device != ComputeDevice::Cpu => {
@@ -107,6 +103,14 @@ impl Predictor {
         }
     }
 
+    /// Whether it still answers anything: what it did not answer was to blame, and not the device that it is on.
+    pub(super) fn is_sound(&self) -> bool {
+        match self {
+            Predictor::Trained(model) => try_out(model).is_ok(),
+            Predictor::Onnx(_) | Predictor::Encoder(_) => true,
+        }
+    }
+
     /// Answers a batch.
     pub(super) fn infer(&self, batch: Batch) -> Result<Answered, InferError> {
         if batch.rows.is_some_and(|rows| rows == 0 || rows > ROWS_MAX) {
@@ -126,6 +130,14 @@ impl Predictor {
             outputs,
             energies: Vec::new(),
         })
+    }
+}
+
+/// Has a model answer one sample of zeros.
+fn try_out(model: &Model) -> Result<Vec<f32>, ModelError> {
+    match model.shape() {
+        SampleShape::Tokens { .. } => model.next_tokens(&[vec![0]]),
+        shape => model.outputs(&vec![0.0; shape.feature_count()]),
     }
 }
 

@@ -114,6 +114,7 @@ async fn load(
 /// Answers for one model version.
 pub struct Replica {
     model: Executor<Used<'static, Predictor>>,
+    device: ComputeDevice,
 }
 
 #[mobula::actor(name = "mobula.replica")]
@@ -134,12 +135,17 @@ impl Replica {
         let loaded = MODELS.get(&digest, size_bytes, loading).await?;
         let replica = Replica {
             model: Executor::start(loaded)?,
+            device,
         };
         tracing::info!(model, version, digest, %device, "a replica is ready");
         Ok(replica)
     }
 
     /// Answers rows that are computed at once.
+    ///
+    /// # Panics
+    /// If the replica's GPU answers nothing any more: then the actor ends, and its process with it, so that another one opens the
+    /// GPU anew and the router asks other replicas meanwhile.
     pub async fn infer(&self, rows: Batch) -> Result<Inference, InferError> {
         let computing = self.model.run(move |model| {
             let started = Instant::now();
@@ -152,10 +158,17 @@ impl Replica {
                 energies,
             })
         });
-        match computing.await {
+        let answer = match computing.await {
             Ok(answer) => answer,
             Err(error) => Err(InferError::Model(error.to_string())),
+        };
+        if let Err(InferError::Model(reason)) = &answer
+            && self.device != ComputeDevice::Cpu
+            && !matches!(self.model.run(|model| model.is_sound()).await, Ok(true))
+        {
+            panic!("the GPU answers nothing any more: {reason}");
         }
+        answer
     }
 
     /// Answers which start of it runs.

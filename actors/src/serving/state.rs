@@ -216,8 +216,8 @@ pub(super) fn check_device(device: ComputeDevice, version: &ModelVersion) -> Res
         return Ok(());
     }
     Err(Rejection::invalid(format!(
-        "{}:{} is imported, and imported models answer on CPUs only, not on {device}: deploy it without a device, as an \
-         endpoint of its own",
+        "{}:{} is imported, and imported models answer on CPUs only, not on {device}: deploy it as an endpoint of its own, \
+         without a device",
         version.description.model, version.version
     )))
 }

@@ -216,9 +216,7 @@ struct Slot<'a> {
 impl Slot<'_> {
     async fn run(&mut self) {
         loop {
-            if self.takes_more() {
-                self.push_all().await;
-            }
+            self.push_all().await;
             if self.flying.is_empty() {
                 if !self.takes_more() || !self.wait_for_work().await {
                     return;
@@ -249,12 +247,19 @@ impl Slot<'_> {
         !self.flying.is_empty() && self.heard.elapsed() >= STALLED
     }
 
+    /// Pushes until nothing is in line that has room here: meanwhile more may have come.
     async fn push_all(&mut self) {
-        let room = self.room();
-        if room == 0 {
-            return;
+        while self.has_room_for_next() {
+            self.push().await;
         }
-        let records = self.pool.take(room, &self.under_way);
+    }
+
+    fn has_room_for_next(&self) -> bool {
+        self.takes_more() && self.room() > 0
+    }
+
+    async fn push(&mut self) {
+        let records = self.pool.take(self.room(), &self.under_way);
         let pushed = Instant::now();
         if self.flying.is_empty() {
             self.heard = pushed;
@@ -285,6 +290,8 @@ impl Slot<'_> {
     async fn wait_for_work(&mut self) -> bool {
         if let Some(back) = &self.back {
             tokio::select! {
+                biased;
+                // First: a word that this one does not hear goes to the next.
                 () = back.cancelled() => {}
                 () = self.pool.work.notified() => {}
             }
@@ -292,6 +299,9 @@ impl Slot<'_> {
         }
         let kept = {
             let mut state = self.pool.state.lock();
+            if state.waiting_count() > 0 {
+                return true;
+            }
             state.idle += 1;
             match state.idle {
                 1 => IDLE_MAX,
@@ -339,7 +349,7 @@ impl Slot<'_> {
             _ = until_answered(&mut self.returning) => self.returning = None,
             () = self.pool.work.notified(), if listens => {
                 // Somebody else may be the one with room for it: an idle slot, or one that was lent.
-                if self.room() == 0 && self.pool.waiting() > 0 {
+                if !self.has_room_for_next() && self.pool.waiting() > 0 {
                     self.pool.work.notify_one();
                 }
             }

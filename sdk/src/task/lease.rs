@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_core::error::{CallError, ErrorCode, Executed};
+use mobula_core::exit::ExitReason;
 use mobula_core::id::{ActorId, Incarnation};
 use mobula_core::order::ActorAddress;
 use mobula_core::spec::ActorSpec;
@@ -180,18 +181,17 @@ impl Pool {
             if self.waiting() == 0 && self.withdraw(cluster, slot).await {
                 return Begun::Withdrawn;
             }
-            match cluster
-                .resolve_actor(slot, Incarnation(0), ASK_AGAIN)
-                .await
-                .and_then(|actor| address_of(slot, &actor))
+            let resolved = cluster.resolve_actor(slot, Incarnation(0), ASK_AGAIN).await;
+            if let Ok(actor) = &resolved
+                && actor.exit_code.as_deref() == Some(ExitReason::Stopped.code())
+                && self.waiting() == 0
             {
+                // With its job, and no task waits for it.
+                return Begun::Withdrawn;
+            }
+            match resolved.and_then(|actor| address_of(slot, &actor)) {
                 Ok(Some(address)) => return Begun::Runs(address),
                 Ok(None) => tokio::time::sleep(PAUSE).await,
-                // Its job has ended, or gave it up: nobody misses it.
-                Err(error) if error.actor_has_ended() && self.waiting() == 0 => {
-                    tracing::debug!(%slot, %error, "a slot that no task waits for did not start");
-                    return Begun::Withdrawn;
-                }
                 Err(error) => {
                     tracing::warn!(%slot, %error, "a slot for tasks did not start");
                     return Begun::Failed(no_slot(&error));

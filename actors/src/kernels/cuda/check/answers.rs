@@ -18,7 +18,7 @@ const CONTEXT: usize = 32;
 
 pub(super) fn check(device: &Device, tell: &mut impl FnMut(Outcome)) -> Result<()> {
     let digits = SampleShape::Classified {
-        features: vec![1, 8, 8],
+        features: vec![8, 8],
         classes: 10,
     };
     let pixels = normal("pixels", ROWS * 64, 1.0);
@@ -31,7 +31,7 @@ pub(super) fn check(device: &Device, tell: &mut impl FnMut(Outcome)) -> Result<(
         },
     ] {
         tell(compare(device, &spec, &digits, |model| {
-            Ok(model.classify(&pixels)?.probabilities)
+            model.outputs(&pixels)
         })?);
     }
     let spec = ModelSpec::Transformer(TransformerSpec {

@@ -5,11 +5,13 @@ use std::process::Stdio;
 use serde_json::json;
 
 use super::imported::Imported;
-use crate::support::{Started, mobula, small_job};
+use crate::support::{Started, TestCluster, mobula, small_job};
 
 #[test]
 fn an_endpoint_that_finds_no_gpu_says_why_and_what_to_do() {
-    let imported = Imported::up();
+    // Also on a machine that has one.
+    let hidden = ("CUDA_VISIBLE_DEVICES", "");
+    let imported = Imported::on(TestCluster::up_with(1, &[], &[hidden]));
     let cluster = &imported.cluster;
     imported.register("mlp", &[]);
     let refused = cluster.refused(&["serve", "deploy", "mlp", "--device", "cuda"]);
@@ -52,6 +54,7 @@ fn an_endpoint_that_finds_no_gpu_says_why_and_what_to_do() {
     let made = cluster.json(&["tokens", "create", "--role", "worker"]);
     std::fs::write(&token, made["token"].as_str().unwrap()).unwrap();
     let mut worker = mobula();
+    worker.env(hidden.0, hidden.1);
     worker.args(["worker", "--name", "gpu-1", "--head", cluster.api()]);
     worker.arg("--config").arg(&config);
     worker.arg("--join-token-file").arg(&token);
@@ -60,7 +63,8 @@ fn an_endpoint_that_finds_no_gpu_says_why_and_what_to_do() {
     let _worker = Started(worker.spawn().unwrap());
     let said = deploy("somewhere", "10s");
     assert!(
-        said.contains("the GPU that this process was placed on cannot be used")
+        said.contains("its last start came to this")
+            && said.contains("the GPU that this process was placed on cannot be used")
             && said.contains("leave the device out"),
         "{said}"
     );

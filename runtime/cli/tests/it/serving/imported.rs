@@ -30,8 +30,12 @@ fn cases(name: &str) -> Vec<Value> {
 
 impl Imported {
     pub(super) fn up() -> Self {
+        Self::on(TestCluster::up(1))
+    }
+
+    pub(super) fn on(cluster: TestCluster) -> Self {
         Imported {
-            cluster: TestCluster::up(1),
+            cluster,
             http: reqwest::Client::new(),
             runtime: tokio::runtime::Builder::new_current_thread()
                 .enable_all()
