@@ -184,7 +184,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         model: "digits".into(),
         version: None,
         replicas: 1,
-        device: Default::default(),
+        settings: Default::default(),
         token_hash: [7; 32],
     };
     let fence = mobula_actors::checkpoint::state::CheckpointCommand::Fence { job, incarnation };

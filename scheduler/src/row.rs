@@ -160,7 +160,7 @@ mod tests {
     fn a_row_begins_with_its_version() {
         let mut tables = MemoryTables::default();
         put(&mut tables, JOBS, b"k", &7u8);
-        assert_eq!(tables.get(JOBS, b"k").unwrap(), [1, 7]);
+        assert_eq!(tables.get(JOBS, b"k").unwrap(), [2, 7]);
         assert_eq!(get::<u8>(&tables, JOBS, b"k"), Some(7));
     }
 

@@ -3,7 +3,8 @@
 //! Invariants:
 //! 1. An event is raised when drift of a version begins: not again for every window in which it
 //!    goes on, whoever reports that, and not again when a report is repeated.
-//! 2. A suggestion is about the version that is watched: another version's monitor ends it.
+//! 2. A suggestion is about the version that is watched, and lasts while its drift does: it ends with another version's monitor, and
+//!    when neither the last window drifts nor answers are wrong more often than before.
 //! 3. Monitors and events are bounded; the oldest goes first.
 //! 4. Events of windows, and of wrong answers (`signals`), have numbers of one sequence.
 
@@ -146,7 +147,7 @@ pub struct MonitorStatus {
     pub last: Report,
     /// When it was reported, in milliseconds since the Unix epoch.
     pub last_ms: u64,
-    /// What to do about the version that is served, if it has drifted.
+    /// What to do about the version that is served, while it drifts.
     pub retrain_suggestion: Option<RetrainSuggestion>,
 }
 
@@ -184,9 +185,32 @@ pub(super) struct About<'a> {
     pub(super) version: u64,
 }
 
+impl About<'_> {
+    /// Whether it is about this version.
+    pub(super) fn is_about(self, model: &str, version: u64) -> bool {
+        self.model == model && self.version == version
+    }
+}
+
+impl MonitorStatus {
+    /// Whether the last window was one of this version, and drifts.
+    fn drifts(&self, about: About<'_>) -> bool {
+        self.last.drifts() && about.is_about(&self.last.model, self.last.version)
+    }
+}
+
 /// Where the monitor of an endpoint stands, if one has reported.
 pub(super) fn monitor(reader: &dyn Reader, endpoint: &str) -> Option<MonitorStatus> {
     row::get(reader, MONITORS, endpoint.as_bytes())
+}
+
+/// When drift of a version was last seen to go on, in its windows or its errors, in milliseconds since the Unix epoch; nothing if it does
+/// not.
+pub(super) fn goes_on_ms(reader: &dyn Reader, about: About<'_>) -> Option<u64> {
+    let in_windows = monitor(reader, about.endpoint)
+        .filter(|status| status.drifts(about))
+        .map(|status| status.last_ms);
+    in_windows.max(signals::errors_go_on_ms(reader, about))
 }
 
 /// Endpoints whose last window drifted.
@@ -236,10 +260,13 @@ pub(super) fn report(
             )));
         }
     }
-    let is_same_version = |model: &str, version| model == report.model && version == report.version;
-    let goes_on = before.as_ref().is_some_and(|before| {
-        before.last.drifts() && is_same_version(&before.last.model, before.last.version)
-    });
+    let about = About {
+        endpoint: &report.endpoint,
+        model: &report.model,
+        version: report.version,
+    };
+    let goes_on = before.as_ref().is_some_and(|before| before.drifts(about));
+    let is_over = !report.drifts() && signals::errors_go_on_ms(txn, about).is_none();
     if before.is_none() {
         make_room(txn);
     }
@@ -260,7 +287,7 @@ pub(super) fn report(
         last_ms: context.now_ms,
         retrain_suggestion: before
             .and_then(|before| before.retrain_suggestion)
-            .filter(|known| is_same_version(&known.model, known.version)),
+            .filter(|known| !is_over && about.is_about(&known.model, known.version)),
     };
     if report.drifts() && !goes_on {
         let number = count_event(txn, &mut status);
@@ -333,6 +360,14 @@ pub(super) fn begin_event(
     });
     row::put(txn, MONITORS, about.endpoint.as_bytes(), &status);
     number
+}
+
+/// Ends what is suggested about a version whose answers are not wrong more often than before, unless its windows drift.
+pub(super) fn errors_are_over(txn: &mut dyn Txn, mut status: MonitorStatus, about: About<'_>) {
+    if status.retrain_suggestion.is_some() && !status.drifts(about) {
+        status.retrain_suggestion = None;
+        row::put(txn, MONITORS, about.endpoint.as_bytes(), &status);
+    }
 }
 
 fn reason(report: &Report) -> String {

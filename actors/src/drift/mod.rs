@@ -4,9 +4,9 @@
 //!   [`streams`] finds changes number by
 //!   number, and [`vitals`] says how well a version does: how sure it is, how often it is right, in which slices.
 //! * [`monitor`]: the actor that is fed by an endpoint's router, around a `watch` of what it is given. [`state`]: the replicated table of what monitors found.
-//!   [`mod@log`]: its answers as files. [`signals`]: those that are about no window. [`retraining`]: what is done about it, up to another version in service. [`client`]: what the command line asks.
+//!   [`mod@log`]: its answers as files. [`signals`]: those that are about no window, and with [`growth`] whether errors that grew are still as many. [`retraining`]: what is done about it, up to another version in service. [`client`]: what the command line asks.
 //!
-//! 1. `window`, `baseline`, `reference`, `sketches`, `statistics`, `findings` and `state` are pure functions of their arguments: no clock, no randomness, no
+//! 1. `window`, `baseline`, `reference`, `sketches`, `statistics`, `findings`, `growth` and `state` are pure functions of their arguments: no clock, no randomness, no
 //!    I/O.
 //! 2. Memory is bounded: a [`Reference`] keeps at most [`MAX_REFERENCE_ROWS`] rows and a [`WindowMonitor`] at most one
 //!    window of [`MAX_WINDOW_SIZE`] observations. What is known of more rows than that is a sketch of constant size.
@@ -17,6 +17,7 @@
 mod baseline;
 pub mod client;
 mod findings;
+pub mod growth;
 pub mod labels;
 pub mod log;
 pub mod monitor;

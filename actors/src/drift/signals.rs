@@ -6,8 +6,8 @@
 //! 2. A report counts once however often it is sent, and one of an older start of a monitor not at all.
 //! 3. That a version is wrong more often than before is a drift event as drifting windows are, and suggests to train
 //!    again. The other signals need a person.
-//! 4. Several detectors find one growth of errors, each in its own time: it is one event, which is open until one of them
-//!    finds that errors became fewer, or another version is watched.
+//! 4. Errors may grow on, and be found to have grown again: that is one event, which is open until they are found to have become
+//!    fewer, or another version is watched. While it is open, labels say when it was last seen to go on (`growth`).
 
 use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
 use mobula_core::error::Rejection;
@@ -15,6 +15,7 @@ use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 use super::findings::{self, About};
+use super::growth::{GrownErrors, Judged};
 use super::streams::{Change, Detector};
 use super::vitals::confidence::ScoreComparison;
 use super::vitals::sentinels::Mismatch;
@@ -81,17 +82,22 @@ pub enum Signal {
 }
 
 impl Signal {
-    /// Whether it says that the version is wrong more often than it was.
-    #[must_use]
-    pub fn is_concept_drift(&self) -> bool {
-        matches!(
-            self,
+    /// By how much the version is wrong more often than it was, if it says that.
+    fn growth(&self) -> Option<&Change> {
+        match self {
             Signal::Stream {
                 stream: Stream::Errors,
                 change,
                 ..
-            } if change.after > change.before
-        )
+            } if change.after > change.before => Some(change),
+            _ => None,
+        }
+    }
+
+    /// Whether it says that the version is wrong more often than it was.
+    #[must_use]
+    pub fn is_concept_drift(&self) -> bool {
+        self.growth().is_some()
     }
 
     /// Whether it says that the version is wrong less often than it was.
@@ -228,6 +234,8 @@ pub struct EndpointVitals {
     pub vitals: Vitals,
     /// The drift event of this version's wrong answers, from its beginning until they became fewer.
     pub errors_event: Option<u64>,
+    /// What is known of these answers while that event goes on.
+    pub grown_errors: Option<GrownErrors>,
 }
 
 /// A signal that is kept.
@@ -252,6 +260,15 @@ pub(super) fn vitals(reader: &dyn Reader, endpoint: &str) -> Option<EndpointVita
     row::get(reader, VITALS, endpoint.as_bytes())
 }
 
+/// When labels last said that a version's wrong answers, which are a drift event, are as many, in milliseconds since the Unix epoch;
+/// nothing if they are none.
+pub(super) fn errors_go_on_ms(reader: &dyn Reader, about: About<'_>) -> Option<u64> {
+    vitals(reader, about.endpoint)
+        .filter(|known| about.is_about(&known.model, known.version))
+        .and_then(|known| known.grown_errors)
+        .map(|grown| grown.confirmed_ms)
+}
+
 /// What vitals say of all endpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Troubled {
@@ -261,6 +278,10 @@ pub(super) struct Troubled {
     pub(super) high_energy: u64,
     /// Replicas that answer sentinels wrongly.
     pub(super) replicas_wrong: u64,
+    /// Endpoints whose version is wrong more often than it was.
+    pub(super) wrong_more_often: u64,
+    /// Slices whose last window drifts, of all endpoints.
+    pub(super) slices_drifting: u64,
 }
 
 /// Counts them.
@@ -272,6 +293,9 @@ pub(super) fn troubled(reader: &dyn Reader) -> Troubled {
         troubled.high_energy += u64::from(vitals.out_of_distribution_by_energy.is_out());
         let wrong = vitals.sentinels.replicas_wrong;
         troubled.replicas_wrong = troubled.replicas_wrong.saturating_add(wrong);
+        troubled.wrong_more_often += u64::from(known.errors_event.is_some());
+        let drifting = vitals.slices.iter().filter(|slice| slice.drifts);
+        troubled.slices_drifting += drifting.count() as u64;
     }
     troubled
 }
@@ -356,17 +380,20 @@ pub(super) fn report(
         model: &report.model,
         version: report.version,
     };
-    let mut errors_event = before
+    let of_version = before
         .as_ref()
-        .filter(|before| before.model == report.model && before.version == report.version)
-        .and_then(|before| before.errors_event);
+        .filter(|before| about.is_about(&before.model, before.version));
+    let mut errors_event = of_version.and_then(|before| before.errors_event);
+    let mut grown_errors = of_version.and_then(|before| before.grown_errors);
+    let judged = Judged::new(report.incarnation, &report.vitals.truth, context.now_ms);
     let (mut number, lost) = before.map_or((0, 0), |before| (before.signals, before.signals_lost));
     for signal in report.signals {
         number += 1;
         if signal.ends_concept_drift() {
-            errors_event = None;
+            (errors_event, grown_errors) = (None, None);
         }
-        let drift_event = signal.is_concept_drift().then(|| {
+        let drift_event = signal.growth().map(|change| {
+            grown_errors = Some(GrownErrors::found(grown_errors, judged, change));
             errors_event
                 .unwrap_or_else(|| findings::begin_event(context, txn, about, signal.sentence()))
         });
@@ -391,7 +418,10 @@ pub(super) fn report(
         }
     }
     // The row that bounds how many there are of this one.
-    findings::ensure(context, txn, about);
+    let status = findings::ensure(context, txn, about);
+    if errors_event.is_none() {
+        findings::errors_are_over(txn, status, about);
+    }
     let row = EndpointVitals {
         endpoint: report.endpoint.clone(),
         model: report.model.clone(),
@@ -403,6 +433,7 @@ pub(super) fn report(
         signals_lost: report.signals_lost.saturating_add(lost),
         vitals: report.vitals,
         errors_event,
+        grown_errors: grown_errors.map(|grown| grown.looked_at(judged)),
     };
     row::put(txn, VITALS, row.endpoint.as_bytes(), &row);
     Ok(())
@@ -421,4 +452,4 @@ pub(super) fn forget(txn: &mut dyn Txn, endpoint: &str) {
 
 #[cfg(test)]
 #[path = "signals_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -10,6 +10,7 @@ use crate::drift::vitals::TruthStatus;
 use crate::drift::vitals::confidence::OutOfDistribution;
 use crate::drift::vitals::join::JoinCounts;
 use crate::drift::vitals::sentinels::SentinelStatus;
+use crate::drift::vitals::slices::SliceStatus;
 
 fn scores(score: &str) -> OutOfDistribution {
     OutOfDistribution {
@@ -20,7 +21,7 @@ fn scores(score: &str) -> OutOfDistribution {
     }
 }
 
-fn vitals_of(rows: u64) -> Vitals {
+pub(in crate::drift) fn vitals_of(rows: u64) -> Vitals {
     Vitals {
         rows,
         confidence_mean: Some(0.9),
@@ -60,7 +61,7 @@ fn far() -> ScoreComparison {
     }
 }
 
-fn stream(stream: Stream, before: f64, after: f64) -> Signal {
+pub(in crate::drift) fn stream(stream: Stream, before: f64, after: f64) -> Signal {
     found_by(Detector::Adwin, stream, before, after)
 }
 
@@ -110,6 +111,26 @@ fn ask<T: serde::de::DeserializeOwned>(tables: &MemoryTables, query: &Query) -> 
 
 fn status(tables: &MemoryTables) -> MonitorStatus {
     findings::monitor(tables, "digits").unwrap()
+}
+
+/// The monitor reports a window.
+fn window(tables: &mut MemoryTables, window: u64, dataset_drift: bool) {
+    let context = ApplyContext {
+        index: 2,
+        term: 1,
+        now_ms: 10,
+    };
+    let report = findings::Report {
+        incarnation: 7,
+        window,
+        windows: 1,
+        rows: 200,
+        samples: 200,
+        dataset_drift,
+        ..status(tables).last
+    };
+    let command = codec::encode_plain(&Command::Report(report));
+    tables.apply(&Drift, &context, &command).unwrap();
 }
 
 #[test]
@@ -213,6 +234,47 @@ fn one_growth_of_errors_is_one_event_however_many_detectors_find_it() {
 }
 
 #[test]
+fn a_suggestion_lasts_while_windows_drift_or_answers_are_wrong_more_often() {
+    let mut tables = MemoryTables::default();
+    let suggested = |tables: &MemoryTables| {
+        let suggestion = status(tables).retrain_suggestion;
+        suggestion.map(|suggestion| suggestion.event)
+    };
+    let grew = || vec![stream(Stream::Errors, 0.1, 0.5)];
+    let shrank = || vec![stream(Stream::Errors, 0.5, 0.1)];
+    let about = About {
+        endpoint: "digits",
+        model: "digits",
+        version: 1,
+    };
+    apply(&mut tables, report_of(7, 1, grew())).unwrap();
+    window(&mut tables, 0, false);
+    assert_eq!(suggested(&tables), Some(1));
+    assert_eq!(findings::goes_on_ms(&tables, about), Some(9));
+    window(&mut tables, 1, true);
+    assert_eq!(suggested(&tables), Some(2));
+    assert_eq!(findings::goes_on_ms(&tables, about), Some(10));
+    apply(&mut tables, report_of(7, 2, shrank())).unwrap();
+    assert_eq!(suggested(&tables), Some(2));
+    window(&mut tables, 2, false);
+    assert_eq!(suggested(&tables), None);
+    assert_eq!(findings::goes_on_ms(&tables, about), None);
+
+    // The errors end last.
+    window(&mut tables, 3, true);
+    apply(&mut tables, report_of(7, 3, grew())).unwrap();
+    window(&mut tables, 4, false);
+    assert_eq!(suggested(&tables), Some(4));
+    let of_another = About {
+        version: 2,
+        ..about
+    };
+    assert_eq!(findings::goes_on_ms(&tables, of_another), None);
+    apply(&mut tables, report_of(7, 4, shrank())).unwrap();
+    assert_eq!(suggested(&tables), None);
+}
+
+#[test]
 fn a_report_counts_once_and_an_older_one_is_fenced() {
     let mut tables = MemoryTables::default();
     let signals = || vec![stream(Stream::Confidence, 0.9, 0.5)];
@@ -237,27 +299,7 @@ fn the_first_window_counts_after_signals_have_made_the_row() {
     let mut tables = MemoryTables::default();
     apply(&mut tables, report_of(7, 1, Vec::new())).unwrap();
     assert_eq!(status(&tables).last.incarnation, 0);
-    let context = ApplyContext {
-        index: 2,
-        term: 1,
-        now_ms: 10,
-    };
-    let window = findings::Report {
-        incarnation: 7,
-        window: 0,
-        windows: 1,
-        rows: 200,
-        samples: 200,
-        dataset_drift: true,
-        ..status(&tables).last
-    };
-    tables
-        .apply(
-            &Drift,
-            &context,
-            &codec::encode_plain(&Command::Report(window)),
-        )
-        .unwrap();
+    window(&mut tables, 0, true);
     let status = status(&tables);
     assert_eq!((status.windows, status.samples, status.events), (1, 200, 1));
 }
@@ -335,12 +377,76 @@ fn endpoints_are_counted_by_the_score_that_their_rows_are_out_by() {
     let expected = Troubled {
         unsure: 1,
         high_energy: 2,
-        replicas_wrong: 0,
+        ..Troubled::default()
     };
     assert_eq!(troubled(&tables), expected);
     // It needs a person, as the other score does.
     let kept = signals(&tables, "faces");
     assert_eq!((kept.len(), kept[0].drift_event), (1, None));
+}
+
+#[test]
+fn gauges_count_what_is_seen_of_all_endpoints() {
+    let slice = |name: &str, drifts| SliceStatus {
+        name: name.into(),
+        rows: 400,
+        windows: 2,
+        features_compared: 64,
+        features_drifted: if drifts { 40 } else { 0 },
+        drifts,
+        labelled: 0,
+        accuracy: None,
+        calibration_error: None,
+        dropped: 0,
+    };
+    let mut tables = MemoryTables::default();
+    let shown = |tables: &MemoryTables| -> Vec<(&'static str, u64)> {
+        let gauges = Drift.gauges(tables).into_iter();
+        gauges.map(|gauge| (gauge.name, gauge.value)).collect()
+    };
+    assert!(shown(&tables).iter().all(|(_, value)| *value == 0));
+
+    // One that drifts in its windows, its answers and a slice; one that is far out with two wrong replicas; one that is well.
+    let mut wrong = report_of(7, 1, vec![stream(Stream::Errors, 0.1, 0.5)]);
+    wrong.vitals.slices = vec![slice("north", true), slice("south", false)];
+    apply(&mut tables, wrong).unwrap();
+    window(&mut tables, 0, true);
+    let mut far_out = report_of(7, 1, Vec::new());
+    far_out.endpoint = "faces".into();
+    far_out.vitals.out_of_distribution.last = Some(far());
+    far_out.vitals.out_of_distribution_by_energy.last = Some(far());
+    far_out.vitals.sentinels.replicas_wrong = 2;
+    far_out.vitals.slices = vec![slice("old", true), slice("young", true)];
+    apply(&mut tables, far_out).unwrap();
+    let mut well = report_of(7, 1, Vec::new());
+    well.endpoint = "words".into();
+    apply(&mut tables, well).unwrap();
+    let expected = [
+        ("mobula_drift_endpoints_drifting", 1),
+        ("mobula_drift_endpoints_out_of_distribution", 1),
+        ("mobula_drift_sentinel_replicas_wrong", 2),
+        ("mobula_drift_endpoints_out_of_distribution_by_energy", 1),
+        ("mobula_drift_endpoints_wrong_more_often", 1),
+        ("mobula_drift_slices_drifting", 3),
+    ];
+    assert_eq!(shown(&tables), expected);
+
+    // What has ended is counted no more.
+    let shrank = vec![stream(Stream::Errors, 0.5, 0.1)];
+    apply(&mut tables, report_of(7, 2, shrank)).unwrap();
+    window(&mut tables, 1, false);
+    let names_of_none: Vec<&str> = shown(&tables)
+        .into_iter()
+        .filter_map(|(name, value)| (value == 0).then_some(name))
+        .collect();
+    let expected = [
+        "mobula_drift_endpoints_drifting",
+        "mobula_drift_endpoints_wrong_more_often",
+    ];
+    assert!(
+        expected.iter().all(|name| names_of_none.contains(name)),
+        "{names_of_none:?}"
+    );
 }
 
 #[test]

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use super::findings::{
     DRIFTED_MAX, DriftEvent, Drifted, MonitorStatus, Report, RetrainSuggestion,
 };
+pub use super::growth::GrownErrors;
 use super::log::LogPolicy;
 pub use super::signals::{EndpointVitals, Signal, SignalEvent, Stream, VitalsReport};
 use super::{findings, log, retraining, signals};
@@ -161,6 +162,16 @@ impl StateModule for Drift {
                 "Endpoints whose version's logits for its last window of rows had much higher energies than for its \
                  reference",
                 troubled.high_energy,
+            ),
+            gauge(
+                "mobula_drift_endpoints_wrong_more_often",
+                "Endpoints whose version is wrong more often than it was, as labels say",
+                troubled.wrong_more_often,
+            ),
+            gauge(
+                "mobula_drift_slices_drifting",
+                "Slices of endpoints' requests whose last window differs from what their version was trained on",
+                troubled.slices_drifting,
             ),
         ]
     }

@@ -66,6 +66,18 @@ fn drift_that_goes_on_is_one_event_and_drift_that_comes_back_another() {
 }
 
 #[test]
+fn a_suggestion_ends_with_its_drift() {
+    let mut tables = MemoryTables::default();
+    apply(&mut tables, seen(1, 0, true)).unwrap();
+    apply(&mut tables, seen(1, 1, true)).unwrap();
+    assert_eq!(status(&tables).retrain_suggestion.unwrap().event, 1);
+    apply(&mut tables, seen(1, 2, false)).unwrap();
+    assert_eq!(status(&tables).retrain_suggestion, None);
+    apply(&mut tables, seen(1, 3, true)).unwrap();
+    assert_eq!(status(&tables).retrain_suggestion.unwrap().event, 2);
+}
+
+#[test]
 fn a_monitor_that_starts_again_finds_no_new_drift_and_another_version_starts_afresh() {
     let mut tables = MemoryTables::default();
     apply(&mut tables, seen(1, 0, true)).unwrap();

@@ -3,6 +3,7 @@
 //! 1. Windows, those of slices included, take a tenth of a processor at the most: rows that come meanwhile are in none, and
 //!    counted.
 //! 2. Two reports are made one without losing that one of them found drift.
+//! 3. Of rows that another version answered only their names are known, for labels: no number here is about them.
 
 use std::time::Instant;
 
@@ -76,7 +77,14 @@ impl Watch {
     pub(super) fn take(&mut self, vitals: &Keeper, observation: &Observation) -> Vec<Report> {
         let began = Instant::now();
         let is_resting = began < self.rests_until;
-        let of_slices = vitals.observe(observation, is_resting);
+        let (observation, others) = observation.part_of(self.version);
+        if !others.is_empty() {
+            vitals.observe_elsewhere(&others);
+        }
+        if observation.classes.is_empty() {
+            return Vec::new();
+        }
+        let of_slices = vitals.observe(&observation, is_resting);
         if is_resting {
             self.seen.dropped += observation.classes.len() as u64;
             return Vec::new();
@@ -249,6 +257,7 @@ mod tests {
                 })
                 .collect(),
             energies: vec![None; count],
+            versions: vec![1; count],
         }
     }
 
@@ -365,6 +374,46 @@ mod tests {
         assert_eq!((known.rows, known.out_of_distribution.windows), (1000, 5));
         let slice = &known.slices[0];
         assert_eq!((slice.rows, slice.dropped, slice.windows), (900, 700, 1));
+    }
+
+    #[test]
+    fn what_another_version_answered_is_in_no_number_and_its_labels_are_told_apart() {
+        let file = digits(usize::MAX);
+        let window = window(&file);
+        let vitals = keeper(&file, &window);
+        let mut watch = watch_of(window.ok());
+        // Every other request of enough for a window of each.
+        let mut tried = observation(2 * WINDOW_SIZE - 2, Some("north"));
+        tried.versions = (0..tried.versions.len() as u64)
+            .map(|number| 1 + number % 2)
+            .collect();
+        assert_eq!(watch.take(&vitals, &tried), []);
+        assert_eq!(watch.seen.rows, WINDOW_SIZE as u64 - 1);
+        let label = |id: &str, class| Label {
+            id: id.into(),
+            row: 0,
+            truth: Truth::Class(class),
+        };
+        // The active version was right, and the other one wrong.
+        let reply = vitals.label(&[label("0", 3), label("1", 4), label("nobody", 4)]);
+        assert_eq!(
+            (reply.joined, reply.of_other_versions, reply.waiting),
+            (1, 1, 1)
+        );
+        let known = vitals.vitals();
+        assert_eq!((known.rows, known.slices[0].rows), (199, 199));
+        assert_eq!(known.truth.total.unwrap().accuracy, 1.0);
+        assert_eq!(
+            (known.truth.counts.joined, known.truth.counts.unmatched),
+            (1, 0)
+        );
+
+        // Nor while windows rest.
+        watch.rests_until = Instant::now() + Duration::from_secs(3600);
+        tried.versions.fill(2);
+        assert_eq!(watch.take(&vitals, &tried), []);
+        assert_eq!(watch.seen.dropped, 0);
+        assert_eq!(vitals.vitals().rows, 199);
     }
 
     #[test]

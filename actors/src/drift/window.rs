@@ -5,9 +5,11 @@
 //!    nor counts among the columns of which a share must drift.
 //! 3. A column drifts when its PSI reaches the threshold *and* its test (`baseline` says which) is past its own: the p-value,
 //!    corrected by Benjamini and Hochberg over the informative columns, is at most the threshold, and a Wasserstein distance is also
-//!    large. The data set drifts when at least the configured share of informative columns does. Predictions drift by χ² and
-//!    Jensen-Shannon in the same way.
-//! 4. A refused observation leaves the window as it was.
+//!    large. Predictions drift by χ² and Jensen-Shannon in the same way.
+//! 4. The data set drifts when at least the configured share of informative columns does, and one of these is significant over all looks
+//!    of thirty days as well (Simes' test of all columns together): a single column, and columns that move as one, have no others
+//!    to back them, and would drift by chance some times in so many windows.
+//! 5. A refused observation leaves the window as it was.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -129,7 +131,11 @@ pub struct WindowReport {
     pub drifted_columns: u64,
     /// The share of informative columns that makes the data set drift.
     pub drifted_share_threshold: f64,
-    /// Whether the data set drifts.
+    /// The smallest corrected p-value of the columns that drift; `1` when none does.
+    pub dataset_p_value: f64,
+    /// Its threshold, which is corrected for all looks.
+    pub dataset_p_threshold: f64,
+    /// Whether the data set drifts: the share and the p-value are past their thresholds.
     pub dataset_drift: bool,
 }
 
@@ -249,6 +255,11 @@ impl WindowMonitor {
         let prediction = self.prediction_drift();
         let (features, informative_columns, drifted_columns) = self.feature_drifts();
         let share = drifted_columns as f64 / (informative_columns as f64).max(1.0);
+        let dataset_p_value = features
+            .iter()
+            .filter(|row| row.drifted)
+            .filter_map(|row| row.p_value)
+            .fold(1.0, f64::min);
         let report = WindowReport {
             window_index: self.window_index,
             samples: self.samples as u64,
@@ -257,7 +268,10 @@ impl WindowMonitor {
             informative_columns,
             drifted_columns,
             drifted_share_threshold: self.config.drifted_share_threshold,
-            dataset_drift: share >= self.config.drifted_share_threshold,
+            dataset_p_value,
+            dataset_p_threshold: self.config.dataset_p_threshold,
+            dataset_drift: share >= self.config.drifted_share_threshold
+                && dataset_p_value <= self.config.dataset_p_threshold,
         };
         self.window_index += 1;
         self.samples = 0;

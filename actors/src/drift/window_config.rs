@@ -30,11 +30,13 @@ pub struct MonitorConfig {
     pub prediction_distance_threshold: f64,
     /// χ² p-value up to which a shift of the predicted classes counts as significant, corrected for [`LOOKS`].
     pub prediction_p_threshold: f64,
+    /// Corrected p-value up to which one of the columns that drift must be for the data set to drift, corrected for [`LOOKS`] as well.
+    pub dataset_p_threshold: f64,
 }
 
 impl MonitorConfig {
-    /// The thresholds of the field (PSI .25, p .05, Wasserstein .1, half of the columns, Jensen-Shannon .1, χ² .05 over all looks) for a
-    /// window size.
+    /// The thresholds of the field (PSI .25, p .05, Wasserstein .1, half of the columns, Jensen-Shannon .1) for a window size. What is
+    /// said of a whole window, of its predictions or of its data set, has p .05 over all looks.
     #[must_use]
     pub fn with_window_size(window_size: usize) -> Self {
         Self {
@@ -45,6 +47,7 @@ impl MonitorConfig {
             drifted_share_threshold: 0.5,
             prediction_distance_threshold: 0.1,
             prediction_p_threshold: 0.05 / LOOKS,
+            dataset_p_threshold: 0.05 / LOOKS,
         }
     }
 
@@ -75,7 +78,8 @@ impl MonitorConfig {
             self.prediction_distance_threshold,
             1.0,
         )?;
-        check("prediction_p_threshold", self.prediction_p_threshold, 1.0)
+        check("prediction_p_threshold", self.prediction_p_threshold, 1.0)?;
+        check("dataset_p_threshold", self.dataset_p_threshold, 1.0)
     }
 }
 

@@ -193,6 +193,7 @@ fn configuration_is_checked_by_key() {
     assert!(refused(|config| config.psi_threshold = f64::NAN).contains("psi_threshold NaN"));
     assert!(refused(|config| config.p_threshold = 1.5).contains("p_threshold 1.5"));
     assert!(refused(|config| config.drifted_share_threshold = 0.0).contains("above 0"));
+    assert!(refused(|config| config.dataset_p_threshold = 0.0).contains("dataset_p_threshold 0"));
 }
 
 #[test]

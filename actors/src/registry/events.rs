@@ -140,6 +140,10 @@ pub(super) enum Event<'a> {
     },
     /// A retraining of an endpoint's model took a step.
     Retraining(Retrained<'a>),
+    /// A rollout ended, or was taken back.
+    Rollout(RolloutEnded<'a>),
+    /// An experiment ended.
+    Experiment(ExperimentEnded<'a>),
 }
 
 /// A step of a retraining, as its entry tells it.
@@ -157,6 +161,52 @@ pub(crate) struct Retrained<'a> {
     pub(crate) version: Option<u64>,
     /// The phase that was entered.
     pub(crate) phase: &'a str,
+    /// Why.
+    pub(crate) reason: &'a str,
+}
+
+/// How a rollout ended, as its entry tells it.
+#[derive(Debug, Serialize)]
+pub(crate) struct RolloutEnded<'a> {
+    /// The endpoint.
+    pub(crate) endpoint: &'a str,
+    /// The rollout's number there.
+    pub(crate) number: u64,
+    /// The endpoint's model.
+    pub(crate) model: &'a str,
+    /// The version of before.
+    pub(crate) stable: u64,
+    /// The version that was tried.
+    pub(crate) candidate: u64,
+    /// How it went on.
+    pub(crate) strategy: &'a str,
+    /// At which step it was, counted from 0.
+    pub(crate) step: u32,
+    /// `promoted`, `aborted` or `rolled_back`.
+    pub(crate) outcome: &'a str,
+    /// Why.
+    pub(crate) reason: &'a str,
+}
+
+/// How an experiment ended, as its entry tells it.
+#[derive(Debug, Serialize)]
+pub(crate) struct ExperimentEnded<'a> {
+    /// The endpoint.
+    pub(crate) endpoint: &'a str,
+    /// The experiment's number there.
+    pub(crate) number: u64,
+    /// The endpoint's model.
+    pub(crate) model: &'a str,
+    /// The endpoint's version.
+    pub(crate) control: u64,
+    /// The version that it was compared with.
+    pub(crate) treatment: u64,
+    /// BLAKE3 of the plan.
+    pub(crate) plan_blake3: String,
+    /// Why it is over: `decided`, `exhausted`, `guardrail`, `unfit` or `stopped`.
+    pub(crate) outcome: &'a str,
+    /// What the numbers say by then: `control`, `treatment` or `undecided`.
+    pub(crate) decision: &'a str,
     /// Why.
     pub(crate) reason: &'a str,
 }
@@ -237,6 +287,20 @@ pub(super) fn append(txn: &mut dyn Txn, context: &ApplyContext, event: &Event<'_
 /// Writes the entry of a retraining's step, within the command that takes it.
 pub(crate) fn retrained(txn: &mut dyn Txn, context: &ApplyContext, step: Retrained<'_>) {
     append(txn, context, &Event::Retraining(step));
+}
+
+/// Writes the entry of a rollout's end, within the command that ends it.
+pub(crate) fn rollout_ended(txn: &mut dyn Txn, context: &ApplyContext, ended: RolloutEnded<'_>) {
+    append(txn, context, &Event::Rollout(ended));
+}
+
+/// Writes the entry of an experiment's end, within the command that ends it.
+pub(crate) fn experiment_ended(
+    txn: &mut dyn Txn,
+    context: &ApplyContext,
+    ended: ExperimentEnded<'_>,
+) {
+    append(txn, context, &Event::Experiment(ended));
 }
 
 fn append_within(txn: &mut dyn Txn, context: &ApplyContext, event: &Event<'_>, events_max: u64) {

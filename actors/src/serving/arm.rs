@@ -5,6 +5,7 @@
 //! 2. Requests of a trial are compared only while the candidate answers, so that both sides are counted
 //!    over the same time.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -244,6 +245,16 @@ pub enum Asker<'a> {
     Unknown(u64),
 }
 
+impl<'a> Asker<'a> {
+    /// What is hashed for it.
+    fn key(self) -> Cow<'a, str> {
+        match self {
+            Asker::Key(key) => Cow::Borrowed(key),
+            Asker::Unknown(number) => Cow::Owned(number.to_string()),
+        }
+    }
+}
+
 /// Where to count what comes of a request.
 pub enum Counted {
     /// At a step of a rollout.
@@ -291,13 +302,14 @@ impl<B: Backend> Routes<B> {
         &self,
         rules: &[Rule],
         request: &InferRequest,
+        asker: Asker<'_>,
     ) -> Option<(Assigned<B>, String)> {
         let arm_of = |version: u64| self.arms().find(|arm| arm.version == version);
         // The active version also where it is asleep: it wakes up with its first request.
         let answers = |version| {
             arm_of(version).is_some_and(|arm| arm.is_open() || Arc::ptr_eq(arm, &self.active))
         };
-        let rule = first_met(rules, request, answers)?;
+        let rule = first_met(rules, request, &asker.key(), answers)?;
         let arm = Arc::clone(arm_of(rule.version)?);
         let is_active = Arc::ptr_eq(&arm, &self.active);
         let assigned = Assigned {
@@ -313,14 +325,7 @@ impl<B: Backend> Routes<B> {
     /// Where a request goes.
     #[must_use]
     pub fn assign(&self, asker: Asker<'_>) -> Assigned<B> {
-        let number;
-        let key = match asker {
-            Asker::Key(key) => key,
-            Asker::Unknown(count) => {
-                number = count.to_string();
-                &number
-            }
-        };
+        let key = &*asker.key();
         let open = |arm: &Arc<Arm<B>>| arm.is_open();
         if let Some(tried) = self.tried.as_ref().filter(|tried| open(&tried.arm)) {
             let side = split::side(split::bucket(&tried.seed, key), tried.weight_percent);
@@ -406,3 +411,7 @@ pub fn lock<T>(counted: &Mutex<T>) -> MutexGuard<'_, T> {
     // Counters are whole after every single update, so a panic elsewhere does not spoil them.
     counted.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+#[path = "arm_tests.rs"]
+mod tests;

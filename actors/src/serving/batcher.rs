@@ -1,13 +1,14 @@
-//! Joins waiting requests into batches (Triton's dynamic batching, in its simple form).
+//! Joins waiting requests into batches (Triton's dynamic batching).
 //!
-//! 1. Requests keep their order and are never split over two batches; a request may hold several rows.
-//! 2. A batch leaves when the next request would exceed the largest batch or does not fit the others, when its oldest
-//!    request has waited for the largest delay, when no delay is allowed, or when waiting for one more is not worth it.
+//! 1. Requests that fit each other keep their order, and none is split over two batches; a request may hold several rows.
+//! 2. A batch leaves when the next request would exceed the largest batch or does not fit the others, when it has a preferred size,
+//!    when its oldest request has waited for the largest delay, when no delay is allowed, or when waiting for one more is not worth it.
 //! 3. The queue is bounded; past it a request is refused at once and was not executed.
 //! 4. A caller who has gone before the batch leaves is dropped from it, and a batch is dropped when all of its callers have gone.
 //!    One batch runs at a time, so a runner needs no lock.
 
-use std::collections::VecDeque;
+mod line;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,13 +19,16 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
-use super::patience::{Arrivals, BatchCost, patience};
+use self::line::Line;
 
 /// The bounds of a batcher.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatcherConfig {
     /// Rows in a batch, at least 1.
     pub max_batch_rows: usize,
+    /// Sizes, in rows, at which a batch leaves at once; none if empty. A request that has waited for a fixed delay leaves with
+    /// whatever is there.
+    pub preferred_rows: Vec<usize>,
     /// How long requests wait for others.
     pub delay: Delay,
     /// Requests that wait while a batch runs, at least 1; past it callers get [`BatchError::Overloaded`].
@@ -43,9 +47,6 @@ pub enum Delay {
         max: Duration,
     },
 }
-
-/// Waits shorter than this are not made: the runtime's clock counts milliseconds, and would make them as long.
-const WAIT_MIN: Duration = Duration::from_millis(1);
 
 /// Why a request got no answer.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -243,15 +244,11 @@ impl Batcher {
         let (stop, stopping) = watch::channel(false);
         let gathered = Arc::new(AtomicUsize::new(0));
         let worker = Worker {
-            config: config.clone(),
+            line: Line::new(config.clone()),
             runner,
             incoming,
-            waiting: VecDeque::new(),
             gathered: Arc::clone(&gathered),
             stopping,
-            cost: BatchCost::default(),
-            arrivals: Arrivals::default(),
-            last_arrival: None,
         };
         let task = tokio::spawn(worker.work());
         let handle = BatcherHandle {
@@ -277,34 +274,29 @@ impl Drop for Batcher {
 }
 
 struct Worker<B: BatchRunner> {
-    config: BatcherConfig,
     runner: B,
     incoming: mpsc::Receiver<Pending<B::Row, B::Output>>,
-    /// The batch that grows, at most one batch of rows and one request that did not fit.
-    waiting: VecDeque<Pending<B::Row, B::Output>>,
-    /// How many these are.
+    line: Line<B>,
+    /// How many stand in it.
     gathered: Arc<AtomicUsize>,
     stopping: watch::Receiver<bool>,
-    /// What batches take.
-    cost: BatchCost,
-    /// When requests come.
-    arrivals: Arrivals,
-    last_arrival: Option<Instant>,
 }
 
 impl<B: BatchRunner> Worker<B> {
     async fn work(mut self) {
         while self.grow_batch().await {
-            let batch = self.take_batch();
+            let batch = self.line.take();
+            self.gathered.store(self.line.len(), Ordering::Relaxed);
             if !batch.is_empty() {
                 self.run_batch(batch).await;
             }
         }
         self.incoming.close();
+        let mut waiting = self.line.take_all();
         while let Ok(pending) = self.incoming.try_recv() {
-            self.waiting.push_back(pending);
+            waiting.push_back(pending);
         }
-        for pending in self.waiting {
+        for pending in waiting {
             // A caller that has gone needs no answer.
             let _ = pending.reply.send(Err(BatchError::ShuttingDown));
         }
@@ -317,16 +309,14 @@ impl<B: BatchRunner> Worker<B> {
                 return false;
             }
             // What is there already joins without waiting, so that a zero delay still batches under load.
-            while self.waiting_rows() < self.config.max_batch_rows {
+            while self.line.has_room() {
                 match self.incoming.try_recv() {
                     Ok(pending) => self.arrived(pending),
                     Err(_) => break,
                 }
             }
-            let due = self.due();
-            if due.is_some_and(|due| due <= Instant::now())
-                || self.waiting_rows() >= self.config.max_batch_rows
-            {
+            let due = self.line.due();
+            if due.is_some_and(|due| due <= Instant::now()) {
                 return true;
             }
             let next = async {
@@ -341,7 +331,7 @@ impl<B: BatchRunner> Worker<B> {
                 next = next => match next {
                     Ok(Some(pending)) => self.arrived(pending),
                     // Every handle is gone and the queue is empty: what waits is still answered.
-                    Ok(None) => return !self.waiting.is_empty(),
+                    Ok(None) => return !self.line.is_empty(),
                     Err(_elapsed) => return true,
                 },
             }
@@ -349,71 +339,8 @@ impl<B: BatchRunner> Worker<B> {
     }
 
     fn arrived(&mut self, pending: Pending<B::Row, B::Output>) {
-        let at = pending.queued_at;
-        if let Some(last) = self.last_arrival.replace(at) {
-            let gap = at.saturating_duration_since(last);
-            self.arrivals.record(gap, pending.rows.len());
-        }
-        self.waiting.push_back(pending);
-        self.gathered.store(self.waiting.len(), Ordering::Relaxed);
-    }
-
-    /// When the waiting requests should leave.
-    fn due(&self) -> Option<Instant> {
-        let oldest = self.waiting.front()?;
-        let max = match self.config.delay {
-            Delay::Fixed(delay) => return Some(oldest.queued_at + delay),
-            Delay::Adaptive { max } => max,
-        };
-        let now = Instant::now();
-        let (requests, rows) = self.fitting();
-        if requests < self.waiting.len() {
-            return Some(now);
-        }
-        let since_last = self.last_arrival.map_or(Duration::ZERO, |last| now - last);
-        let wait = patience(&self.cost, &self.arrivals, requests, since_last);
-        if wait < WAIT_MIN {
-            return Some(now);
-        }
-        // The answer has to be there in time, and one batch is not like the other.
-        let expected = self.cost.expected(rows + 1) * 2;
-        let deadlines = self.waiting.iter().filter_map(|pending| pending.until);
-        let latest = deadlines
-            .min()
-            .and_then(|until| until.checked_sub(expected));
-        let due = (now + wait).min(oldest.queued_at + max);
-        Some(latest.map_or(due, |latest| due.min(latest)))
-    }
-
-    fn waiting_rows(&self) -> usize {
-        self.waiting.iter().map(|pending| pending.rows.len()).sum()
-    }
-
-    /// How many requests from the front fit into one batch, and their rows.
-    fn fitting(&self) -> (usize, usize) {
-        let mut rows = 0;
-        let Some(first) = self.waiting.front() else {
-            return (0, 0);
-        };
-        for (count, next) in self.waiting.iter().enumerate() {
-            let with_next = rows + next.rows.len();
-            // The rows of one request fit each other, so its first speaks for all.
-            let fits = count == 0 || B::joins(&first.rows[0], with_next - 1, &next.rows[0]);
-            if with_next > self.config.max_batch_rows || !fits {
-                return (count, rows);
-            }
-            rows = with_next;
-        }
-        (self.waiting.len(), rows)
-    }
-
-    /// Takes the requests from the front that fit into one batch.
-    fn take_batch(&mut self) -> Vec<Pending<B::Row, B::Output>> {
-        self.waiting.retain(|pending| !pending.reply.is_closed());
-        let (requests, _) = self.fitting();
-        let batch = self.waiting.drain(..requests).collect();
-        self.gathered.store(self.waiting.len(), Ordering::Relaxed);
-        batch
+        self.line.arrived(pending);
+        self.gathered.store(self.line.len(), Ordering::Relaxed);
     }
 
     async fn run_batch(&mut self, batch: Vec<Pending<B::Row, B::Output>>) {
@@ -451,7 +378,7 @@ impl<B: BatchRunner> Worker<B> {
         let computed = started.elapsed();
         let mut outputs = match result {
             Ok(outputs) if outputs.len() == batch_rows => {
-                self.cost.record(batch_rows, computed);
+                self.line.ran(batch_rows, computed);
                 outputs.into_iter()
             }
             failed => {

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use super::line::WAIT_MIN;
 use super::*;
 
 /// Doubles each row, takes 10 ms a batch, and remembers the batches. Row 13 fails, 14 loses an output, 15 panics.
@@ -41,6 +42,7 @@ fn start(
     let batches = Batches::default();
     let config = BatcherConfig {
         max_batch_rows,
+        preferred_rows: Vec::new(),
         delay: Delay::Fixed(Duration::from_millis(max_delay_ms)),
         max_queued_requests,
     };
@@ -128,29 +130,102 @@ async fn without_delay_batches_form_while_one_runs() {
     assert_eq!(*batches.lock().unwrap(), [vec![1], vec![2, 3]]);
 }
 
-#[tokio::test(start_paused = true)]
-async fn rows_that_do_not_fit_each_other_wait_for_the_next_batch() {
-    /// Joins rows with the same last digit, at most as many as that digit.
-    struct Alike(Batches);
-    impl BatchRunner for Alike {
-        type Row = u32;
-        type Output = u32;
-        fn joins(first: &u32, rows: usize, next: &u32) -> bool {
-            first % 10 == next % 10 && rows < (first % 10) as usize
-        }
-        async fn run(&mut self, rows: Vec<u32>) -> Result<Vec<u32>, String> {
-            self.0.lock().unwrap().push(rows.clone());
-            tokio::time::sleep(COMPUTE).await;
-            Ok(rows)
-        }
+/// Joins rows with the same last digit, at most as many as that digit.
+struct Alike(Batches);
+
+impl BatchRunner for Alike {
+    type Row = u32;
+    type Output = u32;
+
+    fn joins(first: &u32, rows: usize, next: &u32) -> bool {
+        first % 10 == next % 10 && rows < (first % 10) as usize
     }
+
+    async fn run(&mut self, rows: Vec<u32>) -> Result<Vec<u32>, String> {
+        self.0.lock().unwrap().push(rows.clone());
+        tokio::time::sleep(COMPUTE).await;
+        Ok(rows)
+    }
+}
+
+fn start_alike() -> (Batcher, Handle, Batches) {
     let batches = Batches::default();
     let config = BatcherConfig {
         max_batch_rows: 8,
+        preferred_rows: Vec::new(),
         delay: Delay::Fixed(Duration::ZERO),
         max_queued_requests: 100,
     };
+    let (batcher, handle) = Batcher::start(config, Alike(Arc::clone(&batches)));
+    (batcher, handle, batches)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_in_turns_is_joined_with_its_kind() {
+    let (_batcher, handle, batches) = start_alike();
+    let running = spawn(&handle, &[9]);
+    tokio::time::sleep(COMPUTE / 2).await;
+    let calls: Vec<_> = [5, 7, 15, 17, 25, 27, 35]
+        .map(|row| spawn(&handle, &[row]))
+        .into();
+    for call in calls.into_iter().chain([running]) {
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(
+        *batches.lock().unwrap(),
+        [vec![9], vec![5, 15, 25, 35], vec![7, 17, 27]]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_that_nothing_can_join_waits_for_nobody_and_nobody_is_overtaken_by_their_kind() {
+    let batches = Batches::default();
+    let config = BatcherConfig {
+        max_batch_rows: 8,
+        preferred_rows: Vec::new(),
+        delay: Delay::Fixed(Duration::from_secs(1)),
+        max_queued_requests: 100,
+    };
     let (_batcher, handle) = Batcher::start(config, Alike(Arc::clone(&batches)));
+    // At most one row with this digit is computed at a time.
+    assert_eq!(handle.submit(vec![1]).await.unwrap().queued, Duration::ZERO);
+    // At most six with this one: the last would fit with the first, and is behind one that does not.
+    let calls = [&[6, 16, 26, 36][..], &[46, 56, 66], &[76]].map(|rows| spawn(&handle, rows));
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(
+        *batches.lock().unwrap(),
+        [vec![1], vec![6, 16, 26, 36], vec![46, 56, 66, 76]]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_preferred_size_leaves_at_once_and_the_rest_waits_for_its_delay() {
+    let batches = Batches::default();
+    let config = BatcherConfig {
+        max_batch_rows: 8,
+        preferred_rows: vec![2, 4],
+        delay: Delay::Fixed(Duration::from_millis(100)),
+        max_queued_requests: 100,
+    };
+    let runner = Doubler {
+        batches: Arc::clone(&batches),
+    };
+    let (_batcher, handle) = Batcher::start(config, runner);
+    let calls = [&[1][..], &[2], &[3, 4], &[5]].map(|rows| spawn(&handle, rows));
+    let answers = futures::future::join_all(calls).await;
+    let queued = answers
+        .into_iter()
+        .map(|call| call.unwrap().unwrap().queued);
+    let queued: Vec<u128> = queued.map(|queued| queued.as_millis()).collect();
+    assert_eq!(queued, [0, 0, 0, 100]);
+    assert_eq!(*batches.lock().unwrap(), [vec![1, 2, 3, 4], vec![5]]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_that_do_not_fit_each_other_wait_for_the_next_batch() {
+    let (_batcher, handle, batches) = start_alike();
     let requests = [&[9][..], &[3], &[13], &[2, 12], &[23, 33], &[43, 53]];
     let calls = requests.map(|rows| spawn(&handle, rows));
     for (call, rows) in calls.into_iter().zip(requests) {
@@ -184,6 +259,7 @@ async fn adaptive(max_ms: u64) -> (Batcher, Handle, Batches) {
     let batches = Batches::default();
     let config = BatcherConfig {
         max_batch_rows: 8,
+        preferred_rows: Vec::new(),
         delay: Delay::Adaptive {
             max: Duration::from_millis(max_ms),
         },

@@ -21,13 +21,13 @@ use super::experiment::Experiment;
 use super::experiment::command::Command as ExperimentCommand;
 use super::graph::spec::GraphSpec;
 use super::graph::state::{Command as GraphCommand, Graph};
+use super::replica_settings::ReplicaSettings;
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
 use super::rollout::plan::Progress;
 use super::shadow;
 use super::state::{Command, Endpoint, Query, Routing, Steered};
 use crate::ask;
-use crate::device::ComputeDevice;
 
 /// How long one question to a router may take: it only looks at its own memory.
 const READY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -59,15 +59,15 @@ pub struct NotReady {
     pub reason: String,
 }
 
-/// Serves a version of a model (the newest if `version` is absent) under the name `endpoint`, by replicas that each compute on a
-/// `device` of their own.
+/// Serves a version of a model (the newest if `version` is absent) under the name `endpoint`, by replicas that are each given
+/// what `settings` say.
 pub async fn deploy(
     cluster: &Cluster,
     endpoint: &str,
     model: &str,
     version: Option<u64>,
     replicas: u32,
-    device: ComputeDevice,
+    settings: ReplicaSettings,
 ) -> mobula::Result<Deployment> {
     let token = new_token()?;
     let command = Command::Deploy {
@@ -75,7 +75,7 @@ pub async fn deploy(
         model: model.to_owned(),
         version,
         replicas,
-        device,
+        settings,
         token_hash: *blake3::hash(token.as_bytes()).as_bytes(),
     };
     let answer = ask::apply(cluster, ModuleId::SERVING, "deploy a model", &command).await?;

@@ -343,11 +343,16 @@ pub(super) fn replicas_of(endpoint: &Endpoint, served: &Served, count: u32) -> V
             served.version,
             served.digest.clone(),
             served.size_bytes,
-            endpoint.device,
+            endpoint.settings.device,
         );
         let name = replica_name(&endpoint.name, served.version, number);
         let mut spec = spec_of(init, name, REPLICA_CPU_MILLI);
-        spec.resources.gpu_milli = 1000 * u64::from(endpoint.device.gpus());
+        spec.resources.gpu_milli = 1000 * u64::from(endpoint.settings.device.gpus());
+        if let Some(memory_bytes) = endpoint.settings.memory_bytes {
+            spec.resources.memory_bytes = memory_bytes;
+            // What actors share a process use cannot be told apart, and its end must be nobody else's.
+            spec.isolated = true;
+        }
         // Apart where there are enough nodes: one lost machine leaves the others.
         spec.placement.spread_key = Some(SpreadKey {
             key: format!("serving/{}/v{}", endpoint.name, served.version),

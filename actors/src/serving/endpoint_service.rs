@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::about::{repository_fixed, server_metadata};
 use super::access::rates::TokenRates;
-use super::access::rules::headers_of;
+use super::access::rules::{Rule, headers_of};
 use super::access::state::Access;
 use super::arm::{Arm, Asker, Assigned, Routes};
 use super::asynchronous::results::Results;
@@ -118,14 +118,22 @@ impl<B: Backend> EndpointService<B> {
         })
     }
 
-    /// Where a request goes by weight that names no version.
-    fn assign(&self, request: &InferRequest) -> Assigned<B> {
+    /// Who sends a request that names no version.
+    fn asker<'a>(&self, request: &'a InferRequest) -> Asker<'a> {
         let key = request.routing_key.as_ref().or(request.id.as_ref());
-        let asker = match key {
+        match key {
             Some(key) => Asker::Key(key),
             None => Asker::Unknown(self.keyless.fetch_add(1, Ordering::Relaxed)),
-        };
-        self.routes().assign(asker)
+        }
+    }
+
+    /// Where a request goes that names no version: by a rule, with its words, or by weight.
+    fn assign(&self, rules: &[Rule], request: &InferRequest) -> (Assigned<B>, Option<String>) {
+        let (routes, asker) = (self.routes(), self.asker(request));
+        match routes.assign_by_rule(rules, request, asker) {
+            Some((assigned, rule)) => (assigned, Some(rule)),
+            None => (routes.assign(asker), None),
+        }
     }
 }
 
@@ -239,10 +247,7 @@ impl<B: Backend> InferenceService for EndpointService<B> {
             let (assigned, rule) = match version {
                 // Who asks for a version gets it, or the error: such requests are no sample of all.
                 Some(_) => (Assigned::uncounted(arm), None),
-                None => match self.routes().assign_by_rule(&access.rules, &request) {
-                    Some((assigned, rule)) => (assigned, Some(rule)),
-                    None => (self.assign(&request), None),
-                },
+                None => self.assign(&access.rules, &request),
             };
             let mut response = self.answer(assigned, request).await?;
             if let Some(explanation) = &mut response.explanation {

@@ -448,5 +448,11 @@ async fn a_caller_that_goes_away_is_counted_as_such() {
 #[path = "endpoint_service_tests/known_answers.rs"]
 mod known_answers;
 
+#[path = "endpoint_service_tests/observed.rs"]
+mod observed;
+
+#[path = "endpoint_service_tests/times.rs"]
+mod times;
+
 #[path = "endpoint_service_tests/trials.rs"]
 mod trials;

@@ -4,14 +4,30 @@
 //! 1. What nobody waits for any more is not begun.
 //! 2. A panic is the failure of the batch that caused it; the thread goes on.
 //! 3. The thread ends when its handle is dropped, after what it is at.
+//! 4. A thread that does not come back from what it is at is found out by the next who asks. Nobody can end it, so of a process that
+//!    has left `LEFT_BEHIND_MAX` of them behind no more are started.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
+use super::arm::lock;
 use crate::panics::caught;
 
 /// Orders that wait: a replica is sent one batch at a time, and one more when its caller has given one up.
 const ORDERS_MAX: usize = 2;
+
+/// What is computed for longer than this hangs. A router gives a batch up long before.
+const HANGS_AFTER: Duration = Duration::from_secs(30);
+
+/// Threads of one process that hung when their replicas ended. Each takes a core as long as it does not come back.
+const LEFT_BEHIND_MAX: usize = 4;
+
+/// Those of this process.
+static LEFT_BEHIND: AtomicUsize = AtomicUsize::new(0);
 
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -22,6 +38,13 @@ pub(super) enum ExecutorError {
     Panicked(String),
     #[error("its thread has ended")]
     Ended,
+    #[error(
+        "{LEFT_BEHIND_MAX} threads of this process compute batches from which they do not come back, which is the limit: take the \
+         endpoint down, or give its replicas processes of their own (`mobula serve deploy --memory`)"
+    )]
+    TooManyHang,
+    #[error("it has been at one batch for {} s and does not come back", .since.as_secs())]
+    Hangs { since: Duration },
 }
 
 type Order<S> = Box<dyn FnOnce(&S) + Send>;
@@ -29,22 +52,52 @@ type Order<S> = Box<dyn FnOnce(&S) + Send>;
 /// The way to the thread and what it holds.
 pub(super) struct Executor<S> {
     orders: mpsc::Sender<Order<S>>,
+    work: Arc<Mutex<Work>>,
+    hangs_after: Duration,
+}
+
+/// What the thread is at.
+#[derive(Default)]
+struct Work {
+    /// When it began that.
+    began: Option<Instant>,
+    /// Whether it was given up, and counted as such.
+    is_left_behind: bool,
 }
 
 impl<S: Send + 'static> Executor<S> {
     /// Starts the thread.
     pub(super) fn start(state: S) -> Result<Self, ExecutorError> {
+        Self::start_with(state, HANGS_AFTER)
+    }
+
+    fn start_with(state: S, hangs_after: Duration) -> Result<Self, ExecutorError> {
+        if LEFT_BEHIND.load(Ordering::Relaxed) >= LEFT_BEHIND_MAX {
+            return Err(ExecutorError::TooManyHang);
+        }
         let (orders, mut ordered) = mpsc::channel::<Order<S>>(ORDERS_MAX);
-        let work = move || {
+        let work = Arc::<Mutex<Work>>::default();
+        let own = Arc::clone(&work);
+        let compute = move || {
             while let Some(order) = ordered.blocking_recv() {
+                lock(&own).began = Some(Instant::now());
                 order(&state);
+                let mut work = lock(&own);
+                work.began = None;
+                if std::mem::take(&mut work.is_left_behind) {
+                    LEFT_BEHIND.fetch_sub(1, Ordering::Relaxed);
+                }
             }
         };
         std::thread::Builder::new()
             .name("model".to_owned())
-            .spawn(work)
+            .spawn(compute)
             .map_err(|error| ExecutorError::Start(error.to_string()))?;
-        Ok(Executor { orders })
+        Ok(Executor {
+            orders,
+            work,
+            hangs_after,
+        })
     }
 
     /// Has something computed.
@@ -52,6 +105,9 @@ impl<S: Send + 'static> Executor<S> {
         &self,
         work: impl FnOnce(&S) -> T + Send + 'static,
     ) -> Result<T, ExecutorError> {
+        if let Some(since) = self.hangs_since() {
+            return Err(ExecutorError::Hangs { since });
+        }
         let (done, is_done) = oneshot::channel();
         let order: Order<S> = Box::new(move |state| {
             if !done.is_closed() {
@@ -65,11 +121,30 @@ impl<S: Send + 'static> Executor<S> {
     }
 }
 
+impl<S> Executor<S> {
+    /// How long the thread has been at what it does not come back from, if that is so.
+    fn hangs_since(&self) -> Option<Duration> {
+        let since = lock(&self.work).began?.elapsed();
+        (since > self.hangs_after).then_some(since)
+    }
+}
+
+impl<S> Drop for Executor<S> {
+    fn drop(&mut self) {
+        if self.hangs_since().is_none() {
+            return;
+        }
+        let mut work = lock(&self.work);
+        // It may have come back just now.
+        if work.began.is_some() {
+            work.is_left_behind = true;
+            LEFT_BEHIND.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use super::*;
 
     #[tokio::test]
@@ -85,6 +160,56 @@ mod tests {
             matches!(&panicked, Err(ExecutorError::Panicked(text)) if text.contains("not eight"))
         );
         assert_eq!(executor.run(|seven| seven + 1).await, Ok(8));
+    }
+
+    #[tokio::test]
+    async fn what_does_not_come_to_an_end_is_found_out() {
+        let executor = Executor::start_with((), Duration::ZERO).unwrap();
+        let (begins, has_begun) = oneshot::channel();
+        let (release, is_released) = std::sync::mpsc::channel::<()>();
+        let at_work = executor.run(move |()| {
+            let _ = begins.send(());
+            is_released.recv().is_ok()
+        });
+        let asking = async {
+            has_begun.await.unwrap();
+            let asked = executor.run(|()| ()).await;
+            release.send(()).unwrap();
+            asked
+        };
+        let (at_work, asked) = tokio::join!(at_work, asking);
+        assert!(
+            matches!(asked, Err(ExecutorError::Hangs { .. })),
+            "{asked:?}"
+        );
+        // It came back after all.
+        assert_eq!(at_work, Ok(true));
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_is_left_behind_is_counted_until_it_comes_back() {
+        let (release, is_released) = std::sync::mpsc::channel::<()>();
+        let releases = Arc::new(Mutex::new(is_released));
+        for _ in 0..LEFT_BEHIND_MAX {
+            let executor = Executor::start_with((), Duration::ZERO).unwrap();
+            let (begins, has_begun) = oneshot::channel();
+            let releases = Arc::clone(&releases);
+            let hanging = executor.run(move |()| {
+                let _ = begins.send(());
+                lock(&releases).recv().is_ok()
+            });
+            tokio::select! {
+                _ = hanging => unreachable!("nobody has released it"),
+                begun = has_begun => begun.unwrap(),
+            }
+        }
+        let refused = Executor::start(()).map(drop);
+        assert_eq!(refused, Err(ExecutorError::TooManyHang));
+        drop(release);
+        while LEFT_BEHIND.load(Ordering::Relaxed) > 0 {
+            tokio::task::yield_now().await;
+        }
+        Executor::start(()).unwrap();
     }
 
     #[tokio::test]

@@ -3,7 +3,9 @@
 //! Invariants:
 //! 1. Offering never waits. What does not fit is dropped, counted, and reported with the next rows.
 //! 2. At most `WAITING_MAX` requests wait, each of at most one batch of rows.
+//! 3. Each request says which version answered it: while another one is tried, the active version's monitor is told of both.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -81,12 +83,19 @@ pub struct Observation {
     pub requests: Vec<ObservedRequest>,
     /// The energy of each row's logits, where they were seen.
     pub energies: Vec<Option<f32>>,
+    /// The version that answered each request.
+    pub versions: Vec<u64>,
 }
 
 impl Observation {
-    /// Of one request: its inputs, and what was answered to each row.
+    /// Of one request: its inputs, and what this version answered to each row.
     #[must_use]
-    pub fn of(request: ObservedRequest, rows: Vec<f32>, predictions: &[Prediction]) -> Self {
+    pub fn of(
+        version: u64,
+        request: ObservedRequest,
+        rows: Vec<f32>,
+        predictions: &[Prediction],
+    ) -> Self {
         let answers = || predictions.iter();
         Observation {
             rows,
@@ -97,7 +106,50 @@ impl Observation {
                 ..request
             }],
             energies: answers().map(|answer| answer.energy).collect(),
+            versions: vec![version],
         }
+    }
+
+    /// The part that this version answered, and the requests that others did. A request without all of its rows is not what a router
+    /// sends: it ends the part.
+    #[must_use]
+    pub fn part_of(&self, version: u64) -> (Cow<'_, Observation>, Vec<&ObservedRequest>) {
+        if self.versions.iter().all(|answered| *answered == version) {
+            return (Cow::Borrowed(self), Vec::new());
+        }
+        let row_values = self.rows.len() / self.classes.len().max(1);
+        let mut part = Observation {
+            rows: Vec::new(),
+            classes: Vec::new(),
+            confidences: Vec::new(),
+            requests: Vec::new(),
+            energies: Vec::new(),
+            versions: Vec::new(),
+        };
+        let (mut others, mut at) = (Vec::new(), 0);
+        for (request, answered) in self.requests.iter().zip(&self.versions) {
+            let first = at;
+            at += request.rows as usize;
+            if *answered != version {
+                others.push(request);
+                continue;
+            }
+            let (Some(rows), Some(classes), Some(confidences), Some(energies)) = (
+                self.rows.get(first * row_values..at * row_values),
+                self.classes.get(first..at),
+                self.confidences.get(first..at),
+                self.energies.get(first..at),
+            ) else {
+                break;
+            };
+            part.rows.extend_from_slice(rows);
+            part.classes.extend_from_slice(classes);
+            part.confidences.extend_from_slice(confidences);
+            part.energies.extend_from_slice(energies);
+            part.requests.push(request.clone());
+            part.versions.push(version);
+        }
+        (Cow::Owned(part), others)
     }
 }
 
@@ -156,6 +208,7 @@ impl FeedReader {
             joined.confidences.extend(more.confidences);
             joined.requests.extend(more.requests);
             joined.energies.extend(more.energies);
+            joined.versions.extend(more.versions);
         }
         Some(joined)
     }
@@ -186,7 +239,7 @@ mod tests {
             confidence: probabilities[class as usize],
             energy: (class == 1).then_some(-4.5),
         };
-        Observation::of(request, vec![class as f32], &[prediction])
+        Observation::of(7, request, vec![class as f32], &[prediction])
     }
 
     #[tokio::test]
@@ -205,6 +258,44 @@ mod tests {
             .map(|request| (request.id.as_deref().unwrap(), request.rows))
             .collect();
         assert_eq!(ids, [("request-1", 1), ("request-0", 1)]);
+        assert_eq!(joined.versions, [7, 7]);
+    }
+
+    #[test]
+    fn what_a_version_answered_is_told_from_what_others_did() {
+        let request = |id: &str, rows| ObservedRequest {
+            id: Some(id.to_owned()),
+            slice: None,
+            rows,
+        };
+        let both = Observation {
+            rows: (0..8).map(|value| value as f32).collect(),
+            classes: vec![0, 1, 2, 3],
+            confidences: vec![0.5, 0.6, 0.7, 0.8],
+            requests: vec![request("a", 1), request("b", 2), request("c", 1)],
+            energies: vec![Some(-1.0), None, Some(-3.0), Some(-4.0)],
+            versions: vec![1, 2, 1],
+        };
+        let (part, others) = both.part_of(1);
+        assert_eq!(part.rows, [0.0, 1.0, 6.0, 7.0]);
+        assert_eq!(
+            (&part.classes[..], &part.versions[..]),
+            (&[0, 3][..], &[1, 1][..])
+        );
+        assert_eq!(part.confidences, [0.5, 0.8]);
+        assert_eq!(part.energies, [Some(-1.0), Some(-4.0)]);
+        assert_eq!(part.requests, [request("a", 1), request("c", 1)]);
+        assert_eq!(others, [&request("b", 2)]);
+        // A part is all of itself.
+        let (all, others) = part.part_of(1);
+        assert_eq!((all.as_ref(), others.len()), (part.as_ref(), 0));
+        assert!(matches!(all, Cow::Borrowed(_)));
+        // Rows that are missing are nobody's.
+        let cut = Observation {
+            energies: vec![None; 3],
+            ..both
+        };
+        assert_eq!(cut.part_of(1).0.requests, [request("a", 1)]);
     }
 
     #[test]

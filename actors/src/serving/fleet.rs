@@ -4,10 +4,12 @@
 //! Invariants:
 //! 1. Each replica has a batcher of its own, with a bounded queue; a replica that failed gets no
 //!    requests until it has answered a probe, and one that fails again and again none for a while.
-//! 2. Of two replicas the one with fewer rows in flight is chosen (power of two choices).
+//! 2. Of two replicas the one with fewer rows in flight is chosen (power of two choices), unless the request prefers one
+//!    (`affinity`).
 //! 3. A replica that is wanted no more gets no new requests, and is gone with its last one.
 //! 4. Dropping a fleet ends its tasks.
 
+pub(super) mod affinity;
 mod answering;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -19,7 +21,9 @@ use tokio::sync::watch;
 use super::guard::outlier::Outliers;
 use super::guard::traffic::Traffic;
 use super::lane::Lane;
+use super::replica_settings::Batching;
 
+pub(super) use self::answering::Terms;
 pub use super::lane::{BATCH_ROWS_MAX, BATCH_TIMEOUT, Backend, BackendFailure, Berth};
 
 /// How long a request may take with its second try, if it does not say itself.
@@ -44,6 +48,7 @@ pub struct Fleet<B> {
     held: AtomicUsize,
     ticket: AtomicU64,
     outliers: Mutex<Outliers>,
+    batching: Batching,
     traffic: Arc<Traffic>,
 }
 
@@ -51,12 +56,12 @@ impl<B: Backend> Fleet<B> {
     /// A fleet of `replicas`, none of which takes requests yet.
     #[must_use]
     pub fn new(replicas: u32) -> Self {
-        Fleet::sharing(replicas, Arc::default())
+        Fleet::sharing(replicas, Batching::default(), Arc::default())
     }
 
-    /// The same as part of an endpoint's traffic.
+    /// The same as part of an endpoint's traffic, with requests joined as it says.
     #[must_use]
-    pub fn sharing(replicas: u32, traffic: Arc<Traffic>) -> Self {
+    pub fn sharing(replicas: u32, batching: Batching, traffic: Arc<Traffic>) -> Self {
         let fleet = Fleet {
             lanes: RwLock::default(),
             leaving: Mutex::default(),
@@ -65,6 +70,7 @@ impl<B: Backend> Fleet<B> {
             held: AtomicUsize::new(0),
             ticket: AtomicU64::new(0),
             outliers: Mutex::default(),
+            batching,
             traffic,
         };
         fleet.resize(replicas);
@@ -86,8 +92,8 @@ impl<B: Backend> Fleet<B> {
         }
         let new: Vec<Arc<Lane<B>>> = (known + 1..=replicas)
             .map(|number| {
-                let (openings, traffic) = (&self.openings, &self.traffic);
-                Arc::new(Lane::new(number, Arc::clone(openings), Arc::clone(traffic)))
+                let (openings, traffic) = (Arc::clone(&self.openings), Arc::clone(&self.traffic));
+                Arc::new(Lane::new(number, &self.batching, openings, traffic))
             })
             .collect();
         lanes.extend(new.iter().cloned());
@@ -154,8 +160,12 @@ impl<B: Backend> Fleet<B> {
         &self.traffic
     }
 
-    /// The less busy of two replicas that take requests, other than `except` if there is another.
-    fn choose(&self, except: Option<u32>) -> Option<Arc<Lane<B>>> {
+    /// Looks at the replicas that take requests, other than `except` and those that are ejected if there are others.
+    fn among<T>(
+        &self,
+        except: Option<u32>,
+        look: impl FnOnce(&[&Arc<Lane<B>>]) -> Option<T>,
+    ) -> Option<T> {
         let lanes = self.lanes.read().unwrap_or_else(PoisonError::into_inner);
         let open: Vec<&Arc<Lane<B>>> = lanes.iter().filter(|lane| lane.is_open()).collect();
         if !open.is_empty() {
@@ -170,18 +180,24 @@ impl<B: Backend> Fleet<B> {
             .filter(|lane| !outliers.is_ejected(lane.number, now_ms))
             .collect();
         drop(outliers);
-        let candidates = if others.is_empty() { open } else { others };
-        let count = candidates.len();
-        if count < 2 {
-            return candidates.first().copied().cloned();
-        }
-        let hash = mixed(self.ticket.fetch_add(1, Ordering::Relaxed));
-        let one = (hash >> 32) as usize % count;
-        // Any of the others, each as likely.
-        let other = (one + 1 + (hash & 0xFFFF_FFFF) as usize % (count - 1)) % count;
-        let load = |at: usize| candidates[at].rows_in_flight.load(Ordering::Relaxed);
-        let less_busy = if load(other) < load(one) { other } else { one };
-        Some(Arc::clone(candidates[less_busy]))
+        look(if others.is_empty() { &open } else { &others })
+    }
+
+    /// The less busy of two replicas that take requests, other than `except` if there is another.
+    fn choose(&self, except: Option<u32>) -> Option<Arc<Lane<B>>> {
+        self.among(except, |candidates| {
+            let count = candidates.len();
+            if count < 2 {
+                return candidates.first().copied().cloned();
+            }
+            let hash = mixed(self.ticket.fetch_add(1, Ordering::Relaxed));
+            let one = (hash >> 32) as usize % count;
+            // Any of the others, each as likely.
+            let other = (one + 1 + (hash & 0xFFFF_FFFF) as usize % (count - 1)) % count;
+            let load = |at: usize| candidates[at].rows_in_flight.load(Ordering::Relaxed);
+            let less_busy = if load(other) < load(one) { other } else { one };
+            Some(Arc::clone(candidates[less_busy]))
+        })
     }
 
     fn failed(&self, lane: &Lane<B>) {

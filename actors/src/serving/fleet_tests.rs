@@ -159,6 +159,42 @@ async fn the_less_busy_replica_is_chosen() {
     assert_eq!(fakes[0].calls.load(Ordering::Relaxed), 0);
 }
 
+/// The choices follow from their numbers alone: every run makes the same.
+#[tokio::test]
+async fn idle_replicas_are_chosen_equally_and_others_the_less_the_busier_they_are() {
+    const CHOICES: usize = 8_000;
+    let (fleet, _fakes) = fleet(8);
+    let choices_at = |loads: [usize; 8]| {
+        for (lane, rows) in fleet.lanes().iter().zip(loads) {
+            lane.rows_in_flight.store(rows, Ordering::Relaxed);
+        }
+        let mut chosen = [0usize; 8];
+        for _ in 0..CHOICES {
+            let lane = fleet.choose(None).unwrap();
+            chosen[lane.number as usize - 1] += 1;
+        }
+        chosen
+    };
+    let assert_near = |chosen: [usize; 8], expected: [usize; 8]| {
+        for (found, expected) in chosen.into_iter().zip(expected) {
+            let is_near = found.abs_diff(expected) <= expected / 5;
+            assert!(is_near, "{chosen:?} have {found} instead of {expected}");
+        }
+    };
+
+    assert_near(choices_at([0; 8]), [CHOICES / 8; 8]);
+    // The busiest loses each comparison, and the others share what it would have got.
+    let share = CHOICES / 7;
+    assert_near(
+        choices_at([0, 0, 0, 500, 0, 0, 0, 0]),
+        [share, share, share, 0, share, share, share, share],
+    );
+    // Any two are compared as often: one that is idler than `n` others wins `n` of the 28 pairs.
+    let loads = [30, 0, 70, 10, 60, 20, 50, 40];
+    let won = |rows: usize| CHOICES * (7 - rows / 10) / 28;
+    assert_near(choices_at(loads), loads.map(won));
+}
+
 #[tokio::test]
 async fn a_refusal_is_the_models_and_is_not_tried_elsewhere() {
     let (fleet, fakes) = fleet(2);

@@ -37,6 +37,9 @@ pub(super) fn pass(
                 ..
             },
         ) => (endpoint, model, version, true),
+        Command::Rollout(RolloutCommand::Begin(proposed)) => {
+            (&proposed.endpoint, &proposed.model, &proposed.version, true)
+        }
         Command::Experiment(ExperimentCommand::Start(proposed)) => {
             (&proposed.endpoint, &proposed.model, &proposed.version, true)
         }

@@ -1,6 +1,7 @@
 //! The Open Inference Protocol over HTTP, for any [`InferenceService`].
 //!
-//! 1. Every answer that is not a success has a JSON body `{"error": "<text>"}`, whatever went wrong and wherever.
+//! 1. Every answer that is not a success has a JSON body `{"error": "<text>"}`, whatever went wrong and wherever. What has no head
+//!    that can be read does not come here: see [`server`](super::server).
 //! 2. The token is checked before anything else of a request is read, the model before its body.
 //! 3. A body is bounded in size and time, and so is what it inflates to. Large bodies are decoded off the async threads.
 //! 4. A service sees only requests that fit the metadata it gave.
@@ -22,6 +23,7 @@ use serde_json::{Value, json};
 
 use super::auth::{Caller, Gate, Subject};
 use super::compression::{self, ContentEncoding};
+use super::fleet::affinity::AFFINITY;
 pub use super::inference_service::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
     DecodeError, EXPLAIN, IndexRequest, InferRequest, InferResponse, OipError, RepositoryEntry,
@@ -373,7 +375,8 @@ fn read_headers(headers: &HeaderMap, wanted: Vec<String>) -> BTreeMap<String, St
         let value = headers.get(&name)?.to_str().ok()?.to_owned();
         Some((name, value))
     };
-    wanted.into_iter().filter_map(read).collect()
+    let wanted = wanted.into_iter().chain([AFFINITY.to_owned()]);
+    wanted.filter_map(read).collect()
 }
 
 fn json_length(headers: &HeaderMap, body_bytes: usize) -> Result<Option<usize>, OipError> {

@@ -1,8 +1,8 @@
-//! One replica of a fleet: its place, its queue, and how fast it is.
+//! One replica of a fleet: its place, its queue, and how fast it is. What it is sent from that queue, `runner` says.
 
-use std::collections::BTreeMap;
+mod runner;
+
 use std::future::Future;
-use std::iter;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,23 +10,16 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::runner::Runner;
 use super::arm::lock;
-use super::batcher::{
-    BatchAnswer, BatchError, BatchRunner, Batcher, BatcherConfig, BatcherHandle, Delay,
-};
+use super::batcher::{BatchAnswer, BatchError, Batcher, BatcherHandle};
 use super::guard::traffic::Traffic;
 use super::replica::{Inference, RefusedRow};
+use super::replica_settings::Batching;
 use super::rows::{Batch, Row};
 
 /// Rows in a batch: large enough that the model, not the call around it, takes the time.
 pub const BATCH_ROWS_MAX: usize = 128;
-
-/// Requests that wait for one replica: two or three batches of single rows. More would only wait
-/// longer than their callers do.
-pub(super) const QUEUED_REQUESTS_MAX: usize = 256;
-
-/// How long a request may be kept waiting for others: callers that are asked to wait at all wait for models that take as long.
-const DELAY_MAX: Duration = Duration::from_millis(50);
 
 /// How long it is believed how much memory a replica had in use: it says so only with answers.
 const MEMORY_AGE_MAX: Duration = Duration::from_secs(10);
@@ -60,6 +53,8 @@ pub enum BackendFailure {
     RowsRefused(Vec<RefusedRow>),
     /// It failed on some rows; it would answer the others.
     RowsFailed(Vec<RefusedRow>),
+    /// The outputs of so many bytes are too large for one answer; it would answer fewer rows.
+    OutputsTooLarge(u64),
     /// The deadline passed, which says more about that than about the replica.
     Late,
     /// It did not answer.
@@ -159,6 +154,7 @@ impl<B: Backend> Lane<B> {
     /// The place of the replica with this number; `openings` is told when it is opened, and `traffic` what it computes.
     pub(super) fn new(
         number: u32,
+        batching: &Batching,
         openings: Arc<watch::Sender<u64>>,
         traffic: Arc<Traffic>,
     ) -> Self {
@@ -167,21 +163,9 @@ impl<B: Backend> Lane<B> {
             openings,
             retired: watch::Sender::new(false),
         });
-        let config = BatcherConfig {
-            max_batch_rows: BATCH_ROWS_MAX,
-            // What queues up while a batch runs is the next batch; an idle replica answers at once, unless
-            // batches cost so much by themselves that the next request is worth waiting for.
-            delay: Delay::Adaptive { max: DELAY_MAX },
-            max_queued_requests: QUEUED_REQUESTS_MAX,
-        };
         let pace = Arc::new(Pace::default());
-        let runner = Runner {
-            number,
-            berth: Arc::clone(&berth),
-            pace: Arc::clone(&pace),
-            traffic,
-        };
-        let (batcher, queue) = Batcher::start(config, runner);
+        let runner = Runner::new(number, Arc::clone(&berth), Arc::clone(&pace), traffic);
+        let (batcher, queue) = Batcher::start(batching.to_config(), runner);
         Lane {
             number,
             berth,
@@ -241,6 +225,11 @@ impl<B> Lane<B> {
         };
         let batch_us = self.pace.batch_us.load(Ordering::Relaxed);
         Duration::from_micros(batch_us.saturating_mul(batches))
+    }
+
+    /// What a batch took lately; nothing before the first.
+    pub(super) fn batch_time(&self) -> Duration {
+        Duration::from_micros(self.pace.batch_us.load(Ordering::Relaxed))
     }
 
     /// What a batch takes, as a test has it.
@@ -303,141 +292,6 @@ impl Drop for InFlight<'_> {
     fn drop(&mut self) {
         self.counter.fetch_sub(self.rows, Ordering::Relaxed);
     }
-}
-
-/// Sends one replica its batches.
-struct Runner<B> {
-    number: u32,
-    berth: Arc<Berth<B>>,
-    pace: Arc<Pace>,
-    traffic: Arc<Traffic>,
-}
-
-impl<B: Backend> BatchRunner for Runner<B> {
-    type Row = Row;
-    type Output = Result<Row, Refusal>;
-
-    fn joins(first: &Row, rows: usize, next: &Row) -> bool {
-        next.joins(first, rows)
-    }
-
-    async fn run(&mut self, rows: Vec<Row>) -> Result<Vec<Self::Output>, String> {
-        let until = Instant::now() + BATCH_TIMEOUT;
-        self.run_until(rows, until).await
-    }
-
-    async fn run_until(
-        &mut self,
-        rows: Vec<Row>,
-        until: Instant,
-    ) -> Result<Vec<Self::Output>, String> {
-        let mut berth = self.berth.backend.subscribe();
-        let backend = berth.borrow_and_update().clone();
-        // Requests that queued up behind the one that found the replica dead.
-        let Some(backend) = backend else {
-            return Err(format!("replica {} is not running", self.number));
-        };
-        let count = rows.len();
-        let began = Instant::now();
-        // Nobody waits for an answer after the last deadline, here or at the replica.
-        let limit = until.saturating_duration_since(began).min(BATCH_TIMEOUT);
-        let failure = tokio::select! {
-            answer = self.infer_the_good(&backend, rows, limit) => match answer {
-                Ok(answers) => {
-                    self.pace.record(began.elapsed());
-                    return Ok(answers);
-                }
-                Err(failure) => failure,
-            },
-            // Closed by whoever watches the replica, or opened with a newer start of it.
-            _ = berth.changed() => {
-                return Err(format!("replica {} ended while it held the batch", self.number));
-            }
-            () = tokio::time::sleep(limit) => BackendFailure::Late,
-        };
-        match failure {
-            BackendFailure::Refused(reason) => Ok(vec![Err(Refusal::Failed(reason)); count]),
-            // Only a replica that names other rows than before gets here.
-            BackendFailure::RowsRefused(_) | BackendFailure::RowsFailed(_) => {
-                let reason = "it refused rows that it had not refused before".to_owned();
-                Ok(vec![Err(Refusal::Failed(reason)); count])
-            }
-            // Its callers were in a hurry: that says little about the replica, and they are gone.
-            BackendFailure::Late if limit < BATCH_TIMEOUT => Ok(vec![Err(Refusal::Late); count]),
-            failure => {
-                let reason = match failure {
-                    BackendFailure::Lost(reason) => reason,
-                    _ => format!("no answer within {} ms", limit.as_millis()),
-                };
-                tracing::warn!(replica = self.number, reason, "a replica does not answer");
-                self.berth.close();
-                Err(format!("replica {}: {reason}", self.number))
-            }
-        }
-    }
-}
-
-impl<B: Backend> Runner<B> {
-    /// Has rows computed; without those that the replica names, so that nobody's bad row costs others their answer.
-    async fn infer_the_good(
-        &self,
-        backend: &B,
-        rows: Vec<Row>,
-        limit: Duration,
-    ) -> Result<Vec<Result<Row, Refusal>>, BackendFailure> {
-        let (count, began) = (rows.len(), Instant::now());
-        let batch = Batch::join(rows);
-        // One row alone is not asked for twice.
-        let kept = (count > 1).then(|| batch.clone());
-        let named = match backend.infer_within(batch, limit).await {
-            Ok(inference) => return Ok(self.answered(inference, count)),
-            Err(BackendFailure::RowsRefused(rows)) => reasons(rows, Refusal::Row),
-            Err(BackendFailure::RowsFailed(rows)) => reasons(rows, Refusal::Failed),
-            Err(failure) => return Err(failure),
-        };
-        let rows = kept.map_or(Ok(Vec::new()), Batch::split);
-        let rows = rows.map_err(|misfit| BackendFailure::Refused(misfit.to_string()))?;
-        let good = (0..).zip(rows).filter(|(row, _)| !named.contains_key(row));
-        let good: Vec<Row> = good.map(|(_, row)| row).collect();
-        let limit = limit.saturating_sub(began.elapsed());
-        let answers = match good.len() {
-            0 => Vec::new(),
-            left => {
-                let inference = backend.infer_within(Batch::join(good), limit).await?;
-                self.answered(inference, left)
-            }
-        };
-        let mut answers = answers.into_iter();
-        let unnamed = || Refusal::Failed("it refused rows and did not say which".to_owned());
-        let answer = |row: u64| match named.get(&row) {
-            Some(reason) => Err(reason.clone()),
-            None => answers.next().unwrap_or_else(|| Err(unnamed())),
-        };
-        Ok((0..count as u64).map(answer).collect())
-    }
-
-    /// The rows of an answer to `count` rows. One that does not fit them is a refusal: another replica would say the same.
-    fn answered(&self, inference: Inference, count: usize) -> Vec<Result<Row, Refusal>> {
-        self.traffic.load.computed(inference.computed_ns);
-        let now = Instant::now();
-        *lock(&self.pace.memory) = inference.memory_percent.map(|percent| (percent, now));
-        match inference.outputs.split() {
-            Ok(rows) => {
-                let energies = inference.energies.into_iter().map(Some);
-                rows.into_iter()
-                    .zip(energies.chain(iter::repeat(None)))
-                    .map(|(row, energy)| Ok(Row { energy, ..row }))
-                    .collect()
-            }
-            Err(misfit) => vec![Err(Refusal::Failed(misfit.to_string())); count],
-        }
-    }
-}
-
-/// Rows by their places.
-fn reasons(rows: Vec<RefusedRow>, kind: fn(String) -> Refusal) -> BTreeMap<u64, Refusal> {
-    let rows = rows.into_iter();
-    rows.map(|row| (row.row, kind(row.reason))).collect()
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@ use std::sync::Mutex;
 
 use super::super::fleet::Fleet;
 use super::super::oip::{OipError, TensorData};
-use super::super::rows::Cell;
+use super::super::rows::{BATCH_BYTES_MAX, Cell};
 use super::*;
 
 /// Answers each text with its length, refuses those that begin with `bad` and fails on those that begin with `hard`.
@@ -185,5 +185,91 @@ async fn a_replica_that_refuses_rows_which_are_not_there_has_failed() {
     for texts in [&["bad"][..], &["bad", "a"]] {
         let error = lengths(&fleet, texts).await.unwrap_err();
         assert_eq!(error.status(), 500, "{error}");
+    }
+}
+
+/// Answers each text with so many bytes, and remembers of how many rows each call was.
+#[derive(Clone)]
+struct Verbose {
+    bytes_per_row: usize,
+    asked: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Backend for Verbose {
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+        let count = rows.rows.unwrap();
+        self.asked.lock().unwrap().push(count as usize);
+        let size_bytes = count as usize * self.bytes_per_row;
+        if size_bytes > BATCH_BYTES_MAX {
+            return Err(BackendFailure::OutputsTooLarge(size_bytes as u64));
+        }
+        let cell = Cell {
+            shape: vec![count, self.bytes_per_row as u64],
+            data: TensorData::Uint8(vec![7; size_bytes]),
+        };
+        Ok(Inference {
+            outputs: Batch {
+                rows: Some(count),
+                cells: vec![cell],
+            },
+            computed_ns: 1,
+            memory_percent: None,
+            energies: Vec::new(),
+        })
+    }
+}
+
+/// Asks for as many rows at once; the status if that is refused, and of how many rows each call to the replica was.
+async fn asked_for(fleet: &Fleet<Verbose>, verbose: &Verbose, rows: usize) -> (u16, Vec<usize>) {
+    let answered = fleet.infer("verbose", vec![Row::numbers(vec![0.5], 128); rows]);
+    let status = match answered.await {
+        Ok(answer) => {
+            let size = |row: &Row| row.size_bytes() == verbose.bytes_per_row;
+            assert!(answer.outputs.len() == rows && answer.outputs.iter().all(size));
+            200
+        }
+        Err(error) => error.status(),
+    };
+    (status, std::mem::take(&mut verbose.asked.lock().unwrap()))
+}
+
+#[tokio::test]
+async fn outputs_that_are_too_large_for_one_answer_come_in_several() {
+    let verbose = Verbose {
+        bytes_per_row: BATCH_BYTES_MAX / 10,
+        asked: Arc::default(),
+    };
+    let fleet = Fleet::new(1);
+    for (_, berth) in fleet.berths() {
+        berth.open(verbose.clone());
+    }
+    assert_eq!(
+        asked_for(&fleet, &verbose, 25).await,
+        (200, vec![25, 10, 10, 5])
+    );
+    // What was learnt is not tried again, and holds nobody back who asks for less.
+    assert_eq!(
+        asked_for(&fleet, &verbose, 25).await,
+        (200, vec![10, 10, 5])
+    );
+    assert_eq!(asked_for(&fleet, &verbose, 3).await, (200, vec![3]));
+    assert_eq!(fleet.open_count(), 1);
+
+    // One row that has no room is refused, and says so; so is a request of more than a router holds.
+    let huge = Verbose {
+        bytes_per_row: BATCH_BYTES_MAX + 1,
+        asked: Arc::default(),
+    };
+    let large = Verbose {
+        bytes_per_row: BATCH_BYTES_MAX,
+        asked: Arc::default(),
+    };
+    for (verbose, rows) in [(huge, 2), (large, 30)] {
+        let fleet = Fleet::new(1);
+        for (_, berth) in fleet.berths() {
+            berth.open(verbose.clone());
+        }
+        assert_eq!(asked_for(&fleet, &verbose, rows).await.0, 500);
+        assert_eq!(fleet.open_count(), 1);
     }
 }

@@ -208,6 +208,9 @@ fn version_values(seen: &VersionSeen) -> [f64; VERSION_NAMES.len()] {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use super::super::statistics::DurationCount;
     use super::*;
 
     #[test]
@@ -224,5 +227,135 @@ mod tests {
             meters.show_versions(&[seen]).unwrap();
         }
         meters.show_versions(&[]).unwrap();
+    }
+
+    /// No two numbers are equal, so that none can stand in another one's place.
+    #[test]
+    fn each_series_of_a_version_shows_what_its_name_says() {
+        let times = |count: u64, us: u64| DurationCount {
+            count,
+            ns: us * 1_000,
+        };
+        let mut statistics = ModelStatistics::default();
+        let reasons = [
+            (FailureReason::Rejected, 1),
+            (FailureReason::Canceled, 2),
+            (FailureReason::Backend, 3),
+            (FailureReason::Other, 4),
+        ];
+        for (reason, failures) in reasons {
+            for _ in 0..failures {
+                statistics.record_failure(Duration::ZERO, reason);
+            }
+        }
+        statistics.success = times(11, 1_200);
+        statistics.fail = times(10, 34);
+        statistics.inference_count = 13;
+        statistics.execution_count = 14;
+        statistics.queue = times(15, 16);
+        statistics.compute_input = times(17, 18);
+        statistics.compute_infer = times(19, 20);
+        statistics.compute_output = times(21, 22);
+        statistics.cache_hit = times(23, 24);
+        statistics.cache_miss = times(25, 26);
+        let seen = VersionSeen {
+            version: 3,
+            statistics,
+            pending: 27,
+            kept: (28, 29),
+        };
+        let mut meters = Meters::new("shown").unwrap();
+        meters.show_versions(&[seen]).unwrap();
+
+        let labels = [("model", "shown"), ("version", "3")];
+        let expected = BTreeMap::from([
+            ("nv_inference_request_success", 11.0),
+            ("nv_inference_count", 13.0),
+            ("nv_inference_exec_count", 14.0),
+            ("nv_inference_request_duration_us", 1_234.0),
+            ("nv_inference_queue_duration_us", 16.0),
+            ("nv_inference_compute_input_duration_us", 18.0),
+            ("nv_inference_compute_infer_duration_us", 20.0),
+            ("nv_inference_compute_output_duration_us", 22.0),
+            ("nv_inference_pending_request_count", 27.0),
+            ("nv_cache_num_hits_per_model", 23.0),
+            ("nv_cache_num_misses_per_model", 25.0),
+            ("nv_cache_hit_duration_per_model", 24.0),
+            ("nv_cache_miss_duration_per_model", 26.0),
+            ("mobula_serving_cache_answers", 28.0),
+            ("mobula_serving_cache_bytes", 29.0),
+        ]);
+        let shown = |name| (name, gauge(name, &labels).unwrap().value());
+        assert_eq!(BTreeMap::from(VERSION_NAMES.map(shown)), expected);
+        for (reason, failures) in reasons {
+            let labels = [labels[0], labels[1], ("reason", reason.name())];
+            let shown = gauge("nv_inference_request_failure", &labels).unwrap();
+            assert_eq!(shown.value(), f64::from(failures), "{}", reason.name());
+        }
+    }
+
+    #[test]
+    fn each_series_of_an_endpoint_shows_what_its_name_says() {
+        let figures = Figures {
+            ready: 3,
+            in_flight: 6,
+            stable_in_flight_milli: 91,
+            burst_in_flight_milli: 92,
+            rate_milli: 7_500,
+            p99_us: Some(8_000_000),
+            target_in_flight: 93,
+            wanted: 94,
+            floor: 4,
+            ceiling: 5,
+            allowed_min: 95,
+            allowed_max: 96,
+            busy_milli: 97,
+            memory_percent: 98,
+            refused_milli: 99,
+        };
+        let counts = |times: u64| Counts {
+            rate_limited: 10 * times,
+            shed: 11 * times,
+            late: 12 * times,
+            retries: 13 * times,
+            retries_refused: 14 * times,
+            ejections: 15 * times,
+        };
+        let mut meters = Meters::new("shown-whole").unwrap();
+        // What was counted before is not counted again.
+        for times in 1..=2 {
+            meters.show(2, &figures, &counts(times));
+        }
+        let endpoint = ("endpoint", "shown-whole");
+        let expected = BTreeMap::from([
+            ("mobula_serving_replicas_wanted", 2.0),
+            ("mobula_serving_replicas_answering", 3.0),
+            ("mobula_serving_replicas_floor", 4.0),
+            ("mobula_serving_replicas_ceiling", 5.0),
+            ("mobula_serving_requests_in_flight", 6.0),
+            ("mobula_serving_requests_per_second", 7.5),
+            ("mobula_serving_p99_seconds", 8.0),
+        ]);
+        let shown = |name| (name, gauge(name, &[endpoint]).unwrap().value());
+        assert_eq!(BTreeMap::from(ENDPOINT_NAMES.map(shown)), expected);
+        let refused = |reason| {
+            let labels = [endpoint, ("reason", reason)];
+            let found = counter("mobula_serving_requests_refused", &labels);
+            found.unwrap().value()
+        };
+        assert_eq!(
+            ["rate_limit", "queue", "deadline"].map(refused),
+            [20.0, 22.0, 24.0]
+        );
+        let counted = |name| counter(name, &[endpoint]).unwrap().value();
+        assert_eq!(
+            [
+                "mobula_serving_retries",
+                "mobula_serving_retries_refused",
+                "mobula_serving_replicas_ejected",
+            ]
+            .map(counted),
+            [26.0, 28.0, 30.0]
+        );
     }
 }

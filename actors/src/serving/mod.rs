@@ -12,7 +12,7 @@
 //! * [`cache`]: answers that are given again, for endpoints that ask for it.
 //! * [`guard`]: ejection of replicas that fail, second tries within a budget, a limit of the rate.
 //! * [`replica`]: one copy of the model, which is a `predictor` on the thread of an `executor`, kept by
-//!   `model_cache`; [`onnx`] and [`encoder`]: models that other
+//!   `model_cache`; [`replica_settings`]: what it is given; [`onnx`] and [`encoder`]: models that other
 //!   tools wrote, and [`limited`]: how long one may take until it is ready; `failing_rows`: which rows of a batch a model
 //!   fails on; `memory_use`: what is in use where it runs.
 //! * [`signature`]: what versions take and give; [`rows`]: what is joined into batches and taken apart again.
@@ -71,6 +71,7 @@ pub mod patience;
 mod predictor;
 pub mod replica;
 mod replica_link;
+pub mod replica_settings;
 pub mod rollout;
 pub mod router;
 pub mod rows;

@@ -7,7 +7,7 @@ use super::failing_rows;
 use super::oip::TensorData;
 use super::onnx::{OnnxError, OnnxModel};
 use super::replica::{InferError, RefusedRow};
-use super::rows::{Batch, Cell, ROWS_MAX};
+use super::rows::{BATCH_BYTES_MAX, Batch, Cell, ROWS_MAX};
 use crate::device::{ComputeDevice, DeviceError};
 use crate::registry::artifact::Artifact;
 use crate::registry::imported_file::{ImportedFile, ModelFormat};
@@ -118,6 +118,14 @@ impl Predictor {
                 rows: batch.rows.unwrap_or_default(),
             });
         }
+        let answered = self.compute(batch)?;
+        match answered.outputs.size_bytes() {
+            fits if fits <= BATCH_BYTES_MAX => Ok(answered),
+            size_bytes => Err(InferError::too_large(size_bytes as u64)),
+        }
+    }
+
+    fn compute(&self, batch: Batch) -> Result<Answered, InferError> {
         let outputs = match self {
             Predictor::Trained(model) => return trained(model, &batch),
             Predictor::Onnx(model) => failing_rows::run(batch, |batch| model.run(batch))?,
@@ -258,18 +266,107 @@ pub fn classes_of(outputs: &Batch) -> Option<Vec<u32>> {
 mod tests {
     use super::super::rows::Row;
     use super::*;
+    use crate::registry::version_file::VersionFile;
     use crate::registry::version_file::tests::digits;
-    use crate::training::data::Dataset;
-    use crate::training::models::{ModelSpec, TransformerSpec};
+    use crate::training::data::{self, Dataset};
+    use crate::training::models::{ModelConfig, ModelSpec, TransformerSpec};
+    use crate::training::parameters::{Initial, Parameter, Parameters, ShardOutput};
+    use crate::training::trainable::{EvaluationSums, ShardContext, Trainable};
 
-    fn predictor(model: ModelSpec, samples: SampleShape) -> (Predictor, Model) {
+    /// A version of this network, untrained, and the network.
+    fn version(model: ModelSpec, samples: SampleShape) -> (VersionFile, Model) {
         let mut file = digits(1);
         let made = Model::new(&model, &samples, 7).unwrap();
         file.parameters = made.flat().to_vec();
         (file.model, file.samples) = (model, samples);
+        (file, made)
+    }
+
+    fn predictor(model: ModelSpec, samples: SampleShape) -> (Predictor, Model) {
+        let (file, made) = version(model, samples);
         let predictor =
             Predictor::new(&Artifact::Trained(Box::new(file)), ComputeDevice::Cpu).unwrap();
         (predictor, made)
+    }
+
+    /// A program's own model, which can be trained and answers nothing.
+    #[derive(Debug)]
+    struct Mute;
+
+    impl Trainable for Mute {
+        fn parameters(&self) -> Vec<Parameter> {
+            vec![Parameter::new("weight", &[1], Initial::Zeros)]
+        }
+
+        fn shard_gradients(
+            &self,
+            _: &Parameters,
+            _: &data::Batch,
+            _: &ShardContext,
+        ) -> Result<ShardOutput, ModelError> {
+            unreachable!("nobody trains it here")
+        }
+
+        fn evaluate(&self, _: &Parameters, _: &data::Batch) -> Result<EvaluationSums, ModelError> {
+            unreachable!("nobody measures it here")
+        }
+    }
+
+    crate::trainable!("mute", |_config, _shape| Ok(Box::new(Mute)));
+
+    #[test]
+    fn a_version_whose_model_answers_nothing_is_found_before_the_first_request() {
+        let classified = SampleShape::Classified {
+            features: vec![3],
+            classes: 2,
+        };
+        let tokens = SampleShape::Tokens {
+            context: 4,
+            vocabulary: 256,
+        };
+        for samples in [classified, tokens] {
+            let model = ModelSpec::Custom {
+                name: "mute".to_owned(),
+                config: ModelConfig::default(),
+            };
+            // Its network can be built, with the parameters that it has.
+            let (file, _) = version(model, samples);
+            assert!(file.build_model().is_ok());
+            let made = Predictor::new(&Artifact::Trained(Box::new(file)), ComputeDevice::Cpu);
+            let Err(error) = made else {
+                panic!("a replica would be ready that answers nothing")
+            };
+            let words = error.to_string();
+            assert!(words.contains("can be trained but not served"), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_convolutional_network_answers_as_the_model_does() {
+        let (sides, classes) = ([6, 5, 2], 4);
+        let width = sides.iter().product::<usize>();
+        let samples = SampleShape::Classified {
+            features: sides.to_vec(),
+            classes,
+        };
+        let spec = ModelSpec::Cnn {
+            channels: vec![3, 2],
+        };
+        let (predictor, model) = predictor(spec, samples);
+        let pixel = |at: usize| (at * 37 % 101) as f32 / 101.0 - 0.5;
+        let images: Vec<f32> = (0..3 * width).map(pixel).collect();
+        let rows = images
+            .chunks(width)
+            .map(|row| Row::numbers(row.to_vec(), 5));
+        let answer = predictor.infer(Batch::join(rows.collect())).unwrap();
+        let said = model.classify(&images).unwrap();
+        // Three images, about which it says different things.
+        let (first, others) = said.probabilities.split_at(classes);
+        assert_eq!(others.len(), 2 * classes);
+        assert_ne!(first, &others[..classes]);
+        assert_eq!(answer.energies, said.energies);
+        let expected = classified(said.probabilities, said.classes);
+        assert_eq!(answer.outputs, expected);
     }
 
     #[test]

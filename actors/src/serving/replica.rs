@@ -19,7 +19,7 @@ use super::executor::{Executor, ExecutorError};
 use super::memory_use::memory_percent;
 use super::model_cache::{MODELS, Used};
 use super::predictor::{Answered, Predictor};
-use super::rows::{Batch, ROWS_MAX};
+use super::rows::{BATCH_BYTES_MAX, Batch, ROWS_MAX};
 use crate::device::ComputeDevice;
 use crate::registry::artifact::Artifact;
 use crate::registry::version_file::VersionFileError;
@@ -75,6 +75,27 @@ pub enum InferError {
     /// The model failed on some rows, each of them alone as well; the others would be answered.
     #[error("the model failed on {} rows", .0.len())]
     RowsFailed(Vec<RefusedRow>),
+    /// The outputs do not fit into one answer; fewer rows may be answered.
+    #[error(
+        "the outputs have {size_bytes} bytes, the limit is {limit_bytes}: send fewer rows, or smaller ones"
+    )]
+    OutputsTooLarge {
+        /// What they have.
+        size_bytes: u64,
+        /// What one answer holds.
+        limit_bytes: u64,
+    },
+}
+
+impl InferError {
+    /// For outputs of so many bytes.
+    #[must_use]
+    pub fn too_large(size_bytes: u64) -> Self {
+        InferError::OutputsTooLarge {
+            size_bytes,
+            limit_bytes: BATCH_BYTES_MAX as u64,
+        }
+    }
 }
 
 /// Why a replica does not start.
@@ -144,8 +165,8 @@ impl Replica {
     /// Answers rows that are computed at once.
     ///
     /// # Panics
-    /// If the replica's GPU answers nothing any more: then the actor ends, and its process with it, so that another one opens the
-    /// GPU anew and the router asks other replicas meanwhile.
+    /// If the model does not come back from a batch, or the replica's GPU answers nothing any more: then the actor ends, with its
+    /// process where it has one of its own, so that it is started anew and the router asks other replicas meanwhile.
     pub async fn infer(&self, rows: Batch) -> Result<Inference, InferError> {
         let computing = self.model.run(move |model| {
             let started = Instant::now();
@@ -160,6 +181,7 @@ impl Replica {
         });
         let answer = match computing.await {
             Ok(answer) => answer,
+            Err(error @ ExecutorError::Hangs { .. }) => panic!("the model hangs: {error}"),
             Err(error) => Err(InferError::Model(error.to_string())),
         };
         if let Err(InferError::Model(reason)) = &answer

@@ -134,6 +134,9 @@ impl From<CallFailure<InferError>> for BackendFailure {
         match failure {
             CallFailure::User(InferError::RowsRefused(rows)) => BackendFailure::RowsRefused(rows),
             CallFailure::User(InferError::RowsFailed(rows)) => BackendFailure::RowsFailed(rows),
+            CallFailure::User(InferError::OutputsTooLarge { size_bytes, .. }) => {
+                BackendFailure::OutputsTooLarge(size_bytes)
+            }
             CallFailure::User(error) => BackendFailure::Refused(error.to_string()),
             CallFailure::System(mobula::Error::Call(
                 CallError::DeadlineExceeded { .. } | CallError::Cancelled { .. },

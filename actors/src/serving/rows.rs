@@ -77,6 +77,12 @@ impl Row {
         }
     }
 
+    /// Bytes of its cells.
+    #[must_use]
+    pub fn size_bytes(&self) -> usize {
+        self.cells.iter().map(|cell| cell.data.size_bytes()).sum()
+    }
+
     /// Whether this row may be joined to a batch that begins with `first` and has `rows` rows.
     #[must_use]
     pub fn joins(&self, first: &Row, rows: usize) -> bool {

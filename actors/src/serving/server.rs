@@ -4,7 +4,9 @@
 //! 2. Connections are bounded; past the bound new ones wait in the kernel's backlog.
 //! 3. A connection that does not say its protocol within [`IDLE_TIMEOUT`] is closed, an HTTP/1.1 one that sends no request
 //!    head for as long, and an HTTP/2 one whose peer does not answer a ping after it.
-//! 4. On shutdown the listener closes at once, requests in flight get [`DRAIN_TIMEOUT`] to finish, and no task is left.
+//! 4. A request's head is bounded: [`HEAD_BYTES_MAX`] and [`HEADERS_MAX`], for HTTP/2 [`HTTP2_HEADERS_BYTES_MAX`]. One beyond
+//!    them, and one that cannot be read, hyper answers by itself: 431 and 400, without a body.
+//! 5. On shutdown the listener closes at once, requests in flight get [`DRAIN_TIMEOUT`] to finish, and no task is left.
 
 use std::future::Future;
 use std::io;
@@ -32,6 +34,17 @@ pub const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// Calls that one HTTP/2 connection has open at once: as many as a router answers in a moment, and a bound on what it
 /// makes us hold.
 pub const MAX_STREAMS: u32 = 256;
+
+/// Bytes of the head of an HTTP/1.1 request, of which its address is part: several times what a token and an explanation take. It is
+/// also what is read of a connection at once.
+pub const HEAD_BYTES_MAX: usize = 64 << 10;
+
+/// Headers of an HTTP/1.1 request. For so many there is room on the stack.
+pub const HEADERS_MAX: usize = 100;
+
+/// Bytes of the headers of an HTTP/2 request, each counted with 32 more: what one connection may make us hold, with
+/// [`MAX_STREAMS`] calls, is 4 MiB.
+pub const HTTP2_HEADERS_BYTES_MAX: u32 = 16 << 10;
 
 /// How long a silent HTTP/2 peer may take to answer a ping.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -192,11 +205,14 @@ async fn serve_connection(
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(idle_timeout);
+        .header_read_timeout(idle_timeout)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX);
     builder
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(HTTP2_HEADERS_BYTES_MAX)
         .keep_alive_interval(idle_timeout)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
     let service = TowerToHyperService::new(router);
@@ -250,6 +266,48 @@ mod tests {
             assert!(closed.is_ok(), "still open after {said:?}");
             serving.abort();
         }
+    }
+
+    /// What a server without routes answers to these bytes, until it closes the connection.
+    async fn answer_to(head: &[u8]) -> String {
+        let (mut stream, serving) = start(Duration::from_secs(30)).await;
+        stream.write_all(head).await.unwrap();
+        let mut answer = String::new();
+        timeout(Duration::from_secs(30), stream.read_to_string(&mut answer))
+            .await
+            .expect("the connection is closed")
+            .unwrap();
+        serving.abort();
+        answer
+    }
+
+    #[tokio::test]
+    async fn heads_are_bounded_and_what_is_none_is_refused() {
+        let with_headers = |count: usize| {
+            let more: String = (2..count)
+                .map(|number| format!("x-{number}: 1\r\n"))
+                .collect();
+            format!("GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{more}\r\n")
+        };
+        let answer = answer_to(with_headers(HEADERS_MAX).as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+        let answer = answer_to(with_headers(HEADERS_MAX + 1).as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+
+        // No more than is read, so that nothing is left behind that would end the connection before its answer.
+        let mut head = b"GET / HTTP/1.1\r\nx: ".to_vec();
+        head.resize(HEAD_BYTES_MAX, b'a');
+        let answer = answer_to(&head).await;
+        assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+        assert!(answer.ends_with("\r\n\r\n"), "it has a body: {answer}");
+        // One that just fits.
+        head.truncate(HEAD_BYTES_MAX - 100);
+        head.extend(b"\r\nconnection: close\r\n\r\n");
+        let answer = answer_to(&head).await;
+        assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+
+        let answer = answer_to(b"GET / HTTP/1.1\r\nno header\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ use super::oip::{
     Datatype, DecodeError, InferRequest, ModelMetadata, OipError, Tensor, TensorData,
     TensorMetadata,
 };
+use super::replica::InferError;
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell, Row};
 
 #[cfg(test)]
@@ -201,6 +202,13 @@ impl Signature {
 
     /// The outputs of a request's rows.
     pub(super) fn outputs_of(&self, version: u64, rows: Vec<Row>) -> Result<Vec<Tensor>, OipError> {
+        let size_bytes: usize = rows.iter().map(Row::size_bytes).sum();
+        if size_bytes > BATCH_BYTES_MAX {
+            // Computed in parts, perhaps; but whoever passes it on has no room for it.
+            return Err(OipError::Failed {
+                reason: InferError::too_large(size_bytes as u64).to_string(),
+            });
+        }
         let names = self.outputs.iter().map(|output| output.name.as_str());
         let misfit = |error: DecodeError| OipError::Failed {
             reason: error.to_string(),
@@ -240,9 +248,10 @@ impl Signature {
         Ok(tensors)
     }
 
-    /// What a monitor is told of answered rows, if it can make something of them.
+    /// What a monitor is told of rows that this version answered, if it can make something of them.
     pub(super) fn observation(
         &self,
+        version: u64,
         request: ObservedRequest,
         rows: Vec<Row>,
         answer: &BatchAnswer<Row>,
@@ -265,7 +274,7 @@ impl Signature {
             _ => None,
         };
         let predictions: Option<Vec<Prediction>> = answer.outputs.iter().map(prediction).collect();
-        Some(Observation::of(request, rows, &predictions?))
+        Some(Observation::of(version, request, rows, &predictions?))
     }
 }
 

@@ -23,6 +23,7 @@ use super::autoscaler::state as scaling;
 use super::cache::setting as cache;
 use super::experiment::{command as experiments, state as experiment};
 use super::graph::state as graph;
+use super::replica_settings::ReplicaSettings;
 use super::rollout::{command, state as rollout};
 use crate::device::ComputeDevice;
 use crate::drift::state::forget as forget_drift;
@@ -61,8 +62,8 @@ pub struct Endpoint {
     pub size_bytes: u64,
     /// How many replicas it shall have now.
     pub replicas: u32,
-    /// What its replicas compute on.
-    pub device: ComputeDevice,
+    /// What its replicas are given.
+    pub settings: ReplicaSettings,
     /// BLAKE3 of the bearer token that its callers show.
     pub token_hash: [u8; 32],
     /// When it was deployed, in milliseconds since the Unix epoch.
@@ -89,8 +90,8 @@ pub enum Command {
         version: Option<u64>,
         /// How many replicas.
         replicas: u32,
-        /// What they compute on.
-        device: ComputeDevice,
+        /// What each of them is given.
+        settings: ReplicaSettings,
         /// BLAKE3 of the callers' token.
         token_hash: [u8; 32],
     },
@@ -158,7 +159,7 @@ fn deploy(
     txn: &mut dyn Txn,
     name: String,
     (model, version): (&str, Option<u64>),
-    (replicas, device): (u32, ComputeDevice),
+    (replicas, settings): (u32, ReplicaSettings),
     token_hash: [u8; 32],
 ) -> Result<Endpoint, Rejection> {
     crate::name::check("an endpoint", &name)?;
@@ -167,9 +168,10 @@ fn deploy(
             "{replicas} replicas are not possible: ask for 1 to {REPLICAS_MAX}"
         )));
     }
+    settings.check()?;
     graph::check_free(txn, &name)?;
     let version = registry::state::find(txn, model, version)?;
-    check_device(device, &version)?;
+    check_device(settings.device, &version)?;
     if let Some(existing) = row::get::<Endpoint>(txn, ENDPOINTS, name.as_bytes()) {
         let message = if existing.deleting {
             format!(
@@ -198,7 +200,7 @@ fn deploy(
         digest: version.description.digest,
         size_bytes: version.description.size_bytes,
         replicas,
-        device,
+        settings,
         token_hash,
         deployed_ms: context.now_ms,
         http_address: None,
@@ -266,11 +268,11 @@ impl StateModule for Serving {
                 model,
                 version,
                 replicas,
-                device,
+                settings,
                 token_hash,
             } => {
                 let of = (model.as_str(), version);
-                let replicas = (replicas, device);
+                let replicas = (replicas, settings);
                 codec::encode_plain(&deploy(context, txn, endpoint, of, replicas, token_hash)?)
             }
             Command::Delete { endpoint: name } => {

@@ -46,12 +46,12 @@ impl Head {
         version: Option<u64>,
         replicas: u32,
     ) -> Result<Endpoint, Rejection> {
-        self.deploy_on(ComputeDevice::Cpu, name, version, replicas)
+        self.deploy_with(ReplicaSettings::default(), name, version, replicas)
     }
 
-    fn deploy_on(
+    fn deploy_with(
         &mut self,
-        device: ComputeDevice,
+        settings: ReplicaSettings,
         name: &str,
         version: Option<u64>,
         replicas: u32,
@@ -61,7 +61,7 @@ impl Head {
             model: "digits".into(),
             version,
             replicas,
-            device,
+            settings,
             token_hash: [7; 32],
         };
         let answer = self.serving(&command)?;
@@ -135,16 +135,52 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
 }
 
 #[test]
+fn replicas_with_a_limit_of_memory_ask_for_it_and_are_alone_in_their_processes() {
+    let mut head = Head::with_model();
+    let limited = |memory_bytes| ReplicaSettings {
+        memory_bytes,
+        ..ReplicaSettings::default()
+    };
+    let refused = head
+        .deploy_with(limited(Some(1 << 20)), "digits", Some(1), 1)
+        .unwrap_err();
+    assert!(refused.message.contains("1048576 bytes"), "{refused:?}");
+    for (memory_bytes, expected) in [(Some(1 << 30), (1 << 30, true)), (None, (0, false))] {
+        let endpoint = head
+            .deploy_with(limited(memory_bytes), "digits", Some(1), 2)
+            .unwrap();
+        let served = Served {
+            version: 1,
+            digest: "1".repeat(64),
+            size_bytes: 11,
+        };
+        let replicas = replicas_of(&endpoint, &served, 2);
+        let given = |spec: &ActorSpec| (spec.resources.memory_bytes, spec.isolated);
+        assert!(replicas.iter().all(|spec| given(spec) == expected));
+        let deleted = Command::Delete {
+            endpoint: endpoint.name,
+        };
+        head.serving(&deleted).unwrap();
+        while head.reconcile() > 0 {}
+    }
+}
+
+#[test]
 fn replicas_of_an_endpoint_on_gpus_have_one_each_and_so_has_a_candidate() {
     let mut head = Head::with_model();
     head.applied.import();
-    let cuda = ComputeDevice::Cuda;
-    let refused = head.deploy_on(cuda, "digits", Some(3), 1).unwrap_err();
+    let cuda = ReplicaSettings {
+        device: ComputeDevice::Cuda,
+        ..ReplicaSettings::default()
+    };
+    let refused = head
+        .deploy_with(cuda.clone(), "digits", Some(3), 1)
+        .unwrap_err();
     assert!(
         refused.message.contains("answer on CPUs only"),
         "{refused:?}"
     );
-    let endpoint = head.deploy_on(cuda, "digits", Some(1), 2).unwrap();
+    let endpoint = head.deploy_with(cuda, "digits", Some(1), 2).unwrap();
     let gpus = |version: u64| {
         let served = Served {
             version,

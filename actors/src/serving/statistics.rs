@@ -75,7 +75,7 @@ impl FailureReason {
     #[must_use]
     pub fn of(error: &OipError) -> Self {
         match error {
-            OipError::DeadlineExceeded { .. } => Self::Canceled,
+            OipError::DeadlineExceeded { .. } | OipError::NodesLate { .. } => Self::Canceled,
             OipError::ReplicaLost { .. } | OipError::Failed { .. } | OipError::Encode(_) => {
                 Self::Backend
             }

@@ -21,13 +21,14 @@ use mobula_core::id::Incarnation;
 use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::watch;
 
-use super::arm::{Arm, Compared, Routes, Tried, WhenGone, lock};
+use super::arm::{Arm, Compared, Routes, Tried, WhenGone};
 use super::autoscaler::pilot::{Pilot, Replicas as SeenReplicas};
 use super::client;
 use super::experiment::comparing::Comparing;
 use super::experiment::plan::Experiment;
 use super::meters::{Meters, VersionSeen};
 use super::rollout::command::{Command, Verdict};
+use super::rollout::looking::{self, Seen};
 use super::rollout::plan::{Cleanup, Phase, Rollout, Served};
 use super::rollout::reporting::Reporting;
 use super::rollout::trial::{Evidence, Judgement, Trial, shortened};
@@ -237,7 +238,10 @@ impl Steering {
     async fn fits(&mut self, endpoint: &Endpoint, rollout: &Rollout) -> bool {
         match self.fit(endpoint, &rollout.candidate) {
             Fit::Yes => true,
-            Fit::Unknown => false,
+            Fit::Unknown => {
+                self.report(rollout, looking::unread(), true).await;
+                false
+            }
             Fit::No(reason) => {
                 let evidence = Evidence {
                     reason: shortened(&reason),
@@ -390,43 +394,46 @@ impl Steering {
 
     async fn judge(&mut self, rollout: &Rollout) {
         let routes = Arc::clone(&self.routes.borrow());
-        let judgement = match (&routes.shadowed, &routes.tried) {
-            (Some(shadowed), _) => {
-                let judgement = lock(&shadowed.trial).judge();
-                // What follows may be all requests.
-                match (judgement, all_answer(&shadowed.arm, rollout)) {
-                    (Judgement::Pass(_), Judgement::Hold(few)) => Judgement::Hold(few),
-                    (judgement, _) => judgement,
-                }
+        match looking::look(&routes, rollout) {
+            Some(Seen::Judged(Judgement::RollBack(evidence))) => {
+                self.say(rollout, Verdict::RollBack, evidence).await;
             }
-            (None, Some(tried)) if tried.weight_percent == 0 => all_answer(&tried.arm, rollout),
-            (None, Some(tried)) => lock(&tried.trial).judge(),
-            (None, None) => return,
-        };
-        match judgement {
-            Judgement::RollBack(evidence) => self.say(rollout, Verdict::RollBack, evidence).await,
-            Judgement::Pass(evidence) if rollout.phase == Phase::Running => {
+            Some(Seen::Judged(Judgement::Pass(evidence))) if rollout.phase == Phase::Running => {
                 self.say(rollout, Verdict::Pass, evidence).await;
             }
-            Judgement::Pass(evidence) | Judgement::Hold(evidence) => {
-                self.report(rollout, evidence).await;
+            Some(Seen::Judged(Judgement::Pass(evidence) | Judgement::Hold(evidence))) => {
+                self.report(rollout, evidence, false).await;
             }
+            Some(Seen::Waits(evidence)) => self.report(rollout, evidence, true).await,
+            None => {}
         }
     }
 
-    /// Tells the head the numbers of a step that is not decided, now and then.
-    async fn report(&mut self, rollout: &Rollout, evidence: Evidence) {
+    /// Tells the head why a step is not decided, now and then.
+    async fn report(&mut self, rollout: &Rollout, evidence: Evidence, waits: bool) {
         if !self.reporting.is_due(rollout, &evidence) {
             return;
         }
-        self.tell(Command::Report {
-            endpoint: self.name.clone(),
-            rollout: rollout.number,
-            step: rollout.step,
-            router: self.incarnation,
-            evidence,
-        })
-        .await;
+        let (endpoint, router) = (self.name.clone(), self.incarnation);
+        let (rollout, step) = (rollout.number, rollout.step);
+        let command = if waits {
+            Command::Wait {
+                endpoint,
+                rollout,
+                step,
+                router,
+                evidence,
+            }
+        } else {
+            Command::Report {
+                endpoint,
+                rollout,
+                step,
+                router,
+                evidence,
+            }
+        };
+        self.tell(command).await;
     }
 
     async fn say(&self, rollout: &Rollout, verdict: Verdict, evidence: Evidence) {
@@ -478,21 +485,5 @@ impl Steering {
             // What is still so at the next look is said again.
             tracing::debug!(endpoint = self.name, %error, "the head did not take a word about a rollout");
         }
-    }
-}
-
-/// The judgement of a step without requests: it is passed when the candidate could take all of them.
-fn all_answer(arm: &Arm<Replicas>, rollout: &Rollout) -> Judgement {
-    let replicas = u32::try_from(arm.fleet().replica_count()).unwrap_or(u32::MAX);
-    let (_, count) = rollout.replica_counts(replicas);
-    let open = arm.fleet().open_count();
-    let evidence = Evidence {
-        reason: format!("{open} of {count} replicas answer"),
-        ..Evidence::default()
-    };
-    if open >= count as usize {
-        Judgement::Pass(evidence)
-    } else {
-        Judgement::Hold(evidence)
     }
 }

@@ -128,7 +128,8 @@ impl Versions {
         traffic: Arc<Traffic>,
     ) -> (Arm<Replicas>, WhenGone) {
         let mut tasks = JoinSet::new();
-        let fleet = Fleet::sharing(endpoint.replicas, traffic);
+        let batching = endpoint.settings.batching.clone();
+        let fleet = Fleet::sharing(endpoint.replicas, batching, traffic);
         for (number, berth) in fleet.berths() {
             let name = replica_name(&endpoint.name, version, number);
             tasks.spawn(keep_open(self.cluster.clone(), name, berth));

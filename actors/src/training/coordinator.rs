@@ -10,16 +10,16 @@
 //! 1. The copy changes only between steps, by the canonical sums of all shards.
 //! 2. A trainer computes only after it has said that it holds the very state that it was sent, or the one
 //!    that it had under an earlier coordinator.
-//! 3. A lost trainer's shards of the present step are given to the others at once; nobody waits for who
-//!    joins.
+//! 3. A lost trainer's shards of the present step are given to the others at once. Nobody waits for who joins: it gets a
+//!    seat when it has caught up. Only where it came too late before, the others may stand at the gate for it, for a
+//!    share of the time that it was left alone.
 //! 4. A coordinator that meets a newer driver's epoch stops.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use mobula_storage::checkpoint::CHUNK_BYTES_DEFAULT;
-use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -28,7 +28,7 @@ use super::crew::{Crew, Event, Happened, Slot, TrainerLink, Witness};
 use super::job_log::JobLog;
 use super::messages::{Epoch, Handover, short_digest};
 use super::numerics::Probe;
-use super::optimizer::{Optimizer, StepError, StepReport};
+use super::optimizer::{Optimizer, StepReport};
 use super::progress::{StepBreakdown, TrainerUsage};
 use super::protocol::exchange::{Action, Content, Refusal};
 use super::protocol::leader::Leader;
@@ -40,10 +40,19 @@ use super::spec::TrainSpec;
 use super::state::TrainState;
 use super::workload::{Workload, WorkloadError};
 use crate::checkpoint::sharing::Helper;
+use joining::HeldGate;
+use stall::Stall;
 use unreached::Unreached;
 
+mod counters;
+mod error;
+mod joining;
 mod membership;
+mod stall;
 mod unreached;
+
+pub use counters::Counters;
+pub use error::CoordinatorError;
 
 /// How often what failed is sent again.
 const RETRY_EVERY: Duration = Duration::from_millis(50);
@@ -52,79 +61,6 @@ const WAITING_REPORT: Duration = Duration::from_secs(5);
 /// How long a last confirmation of the final bits is waited for.
 const CONFIRM_MAX: Duration = Duration::from_secs(5);
 const CONFIRM_PAUSE: Duration = Duration::from_millis(20);
-
-/// Why training cannot go on.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CoordinatorError {
-    /// A newer driver leads the trainers.
-    #[error("a newer driver (incarnation {0}) leads the trainers; this one stops")]
-    Fenced(u64),
-    /// A trainer cannot do what the job asks.
-    #[error("trainer-{slot} on {node}: {reason}")]
-    Unfit {
-        /// Which trainer.
-        slot: usize,
-        /// Where it runs.
-        node: String,
-        /// What it said.
-        reason: String,
-    },
-    /// The update could not be made.
-    #[error("{0}")]
-    Update(String),
-    /// Most trainers agree on other bits than this coordinator.
-    #[error(
-        "step {step}: most of {count} trainers agree on other parameters than this coordinator, \
-         which has {ours}: its copy is damaged; start again from a checkpoint"
-    )]
-    Outvoted {
-        /// The step.
-        step: u64,
-        /// How many said what they have.
-        count: usize,
-        /// Our digest.
-        ours: String,
-    },
-}
-
-impl CoordinatorError {
-    /// Whether another start of the driver would come to the same.
-    #[must_use]
-    pub fn is_final(&self) -> bool {
-        matches!(
-            self,
-            CoordinatorError::Unfit { .. } | CoordinatorError::Update(_)
-        )
-    }
-}
-
-impl From<StepError> for CoordinatorError {
-    fn from(error: StepError) -> Self {
-        CoordinatorError::Update(error.to_string())
-    }
-}
-
-/// What happened so far, over all starts of the driver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Counters {
-    /// Trainers that were lost while they took part.
-    pub trainers_lost: u64,
-    /// New starts of trainers that were seen.
-    pub trainer_restarts: u64,
-    /// Trainers that left a node with notice.
-    pub handoffs: u64,
-    /// Shards that another trainer had to compute because theirs was lost.
-    pub reassigned_shards: u64,
-    /// Trainers that took so long that others computed the same shards.
-    pub slow_orders: u64,
-    /// Trainers that were found with other bits, and given the state again.
-    pub digest_mismatches: u64,
-    /// Trainers that were not let in, because their machines compute other bits.
-    pub trainers_refused: u64,
-    /// Trainers that take part although their machines compute other bits.
-    pub trainers_mixed: u64,
-}
 
 /// What became of a call that the driver's copy made.
 enum Done {
@@ -158,10 +94,15 @@ pub struct Coordinator<L, C> {
     /// Steps before which states were found to differ, and about which trainers are being asked.
     judging: BTreeSet<u64>,
     counters: Counters,
+    /// How often trainers of each machine were found with other bits.
+    strikes: BTreeMap<String, u32>,
     /// Whether trainers with notice stay, to help with a save.
     keeps_doomed: bool,
+    /// For whom the gate is held.
+    held_gate: Option<HeldGate>,
     next_report: Instant,
-    /// How long the last step waited for trainers before it began.
+    /// For how long the present step has waited for trainers, and the last one did.
+    stall: Stall,
     waited: Duration,
     log: JobLog,
 }
@@ -203,8 +144,11 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             unreached: Unreached::default(),
             judging: BTreeSet::new(),
             counters,
+            strikes: BTreeMap::new(),
             keeps_doomed: false,
+            held_gate: None,
             next_report: Instant::now() + WAITING_REPORT,
+            stall: Stall::default(),
             waited: Duration::ZERO,
             log,
         })
@@ -239,11 +183,8 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         let waits = self.ready_count() < self.spec.workers.min as usize;
         loop {
             if let Some(report) = self.act()? {
-                self.waited = if waits {
-                    begun.elapsed()
-                } else {
-                    Duration::ZERO
-                };
+                let stalled = self.stall.take_since(begun);
+                self.waited = if waits { begun.elapsed() } else { stalled };
                 return Ok(report);
             }
             tokio::select! {
@@ -258,6 +199,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                         self.member.retry();
                     }
                     self.separate();
+                    self.look_after_joining();
                     self.report_waiting();
                 }
             }
@@ -339,6 +281,8 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     /// then whatever becomes of their machines. Answers the step after which that is; the copy follows them there.
     pub fn gather(&mut self, node: &str) -> u64 {
         self.keeps_doomed = true;
+        // Held, it may be where trainers stand already.
+        self.release_gate();
         let step = self.gate();
         self.prepare_save(step, node);
         step
@@ -432,13 +376,16 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         let index = event.slot;
         match event.what {
             Happened::Greeted(greeting) => self.greeted(index, greeting),
-            Happened::Prepared { sent, answer } => match answer {
+            Happened::Prepared { sent, took, answer } => match answer {
                 Ok(admission) if admission.held != sent => {
                     let found = admission.held.digest;
                     let reason = format!("it holds {found} where {} was sent", sent.digest);
                     self.lose(index, &reason);
                 }
-                Ok(admission) => self.admitted(index, &admission),
+                Ok(admission) => {
+                    self.crew.slot(index).attempts.prepared_in(took);
+                    self.admitted(index, &admission);
+                }
                 Err(error) => self.failed(index, &error)?,
             },
             Happened::Adopted(answer) => {
@@ -478,10 +425,11 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             return;
         }
         self.log.line(format_args!(
-            "step {} waits: {} trainers take part, at least {} are needed",
+            "step {} waits: {} trainers take part, at least {} are needed{}",
             self.state.step,
             self.ready_count(),
             self.spec.workers.min,
+            self.struck_machines(),
         ));
     }
 }

@@ -3,7 +3,9 @@
 //! Invariants:
 //! 1. Every call to a trainer is a task of the crew's own, and ends with it.
 //! 2. What was under way when a trainer was given up is ignored when it arrives.
-//! 3. A trainer is either away and waited for, or being prepared, or ready.
+//! 3. A trainer is either away and waited for, or being prepared, or following without a seat, or ready.
+//!
+//! `attempts` counts how often a trainer tried in vain, `questions` has what is asked beside the news.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -18,15 +20,18 @@ use super::messages::{Admission, Epoch, Greeting, Handover, Held, News, TrainerE
 use super::numerics::Probe;
 use super::protocol::leader::StateDigest;
 use super::protocol::plan::{MemberId, Plan};
+use attempts::Attempts;
+
+mod attempts;
+mod questions;
+
+pub use questions::Witness;
 
 /// Pauses between attempts to reach a trainer.
 pub(super) const GREET_PAUSE_FIRST: Duration = Duration::from_millis(50);
 const GREET_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How long a process that leaves may still be seen.
 const LEAVE_PAUSE: Duration = Duration::from_millis(200);
-/// How long is waited for somebody to come to the step that is asked about, and how often it is asked.
-const VOTE_MAX: Duration = Duration::from_secs(2);
-const VOTE_PAUSE: Duration = Duration::from_millis(20);
 /// The slot of what concerns no single trainer.
 const NOBODY: usize = usize::MAX;
 
@@ -101,6 +106,8 @@ pub(super) enum Presence {
     Away,
     /// There, and on its way to the present state.
     Preparing,
+    /// Holds a state and takes the sums of every step, but computes none: it has to catch up first.
+    Following,
     /// Takes part.
     Ready,
 }
@@ -114,6 +121,10 @@ pub(super) struct Slot<L> {
     pub(super) incarnation: Option<u64>,
     /// The start that was refused, because it computes other bits.
     pub(super) refused: Option<u64>,
+    /// How its attempts to take part have gone, since its process was started.
+    pub(super) attempts: Attempts,
+    /// Whether it is left alone only because attempts failed: it is asked at once where it is needed.
+    pub(super) naps: bool,
     /// Under which name it takes part.
     pub(super) member: Option<MemberId>,
     pub(super) node: String,
@@ -125,25 +136,18 @@ pub(super) struct Slot<L> {
     /// The step after which it was asked to keep the state for a checkpoint, and the one of which it said that it does.
     pub(super) asked_to_keep: Option<u64>,
     pub(super) keeps: Option<u64>,
-    /// The last of its news.
+    /// Since when it follows, and when it was heard of last.
+    pub(super) following_since: Instant,
+    pub(super) heard_at: Instant,
+    /// The last of its news, and the step at which it stood then.
     pub(super) news_number: u64,
+    pub(super) step: u64,
     /// How long its last step waited for samples, and how long it was computed, as it said last.
     pub(super) spent: (Duration, Duration),
     /// CPU time of its process, as it said last.
     pub(super) cpu: Duration,
     /// How busy its GPU is, as it said last.
     pub(super) gpu: Option<f64>,
-}
-
-/// A trainer that holds the very bits that were asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Witness {
-    /// Which trainer.
-    pub slot: usize,
-    /// Where it runs.
-    pub node: String,
-    /// Whether its node will be taken away too.
-    pub is_doomed: bool,
 }
 
 /// Something that happened to a trainer.
@@ -158,6 +162,8 @@ pub(super) enum Happened {
     Greeted(Greeting),
     Prepared {
         sent: Held,
+        /// How long that took.
+        took: Duration,
         answer: Result<Admission, LinkError>,
     },
     Adopted(Result<(), LinkError>),
@@ -178,6 +184,20 @@ impl<L> Slot<L> {
     pub(super) fn is_ready(&self) -> bool {
         self.presence == Presence::Ready
     }
+
+    /// Whether it takes the sums of every step, with a seat or without.
+    pub(super) fn follows(&self) -> bool {
+        matches!(self.presence, Presence::Following | Presence::Ready)
+    }
+}
+
+/// What a trainer is told before it is waited for.
+enum Farewell {
+    Nothing,
+    /// To leave its node.
+    Leave,
+    /// To follow this plan.
+    Follow(Plan),
 }
 
 /// All trainers of a job.
@@ -190,12 +210,15 @@ pub(super) struct Crew<L> {
 impl<L: TrainerLink> Crew<L> {
     /// Begins to wait for the trainers of `links`.
     pub(super) fn new(links: Vec<L>, first_epoch: Epoch) -> Self {
+        let now = Instant::now();
         let slots = links.into_iter().map(|link| Slot {
             link,
             presence: Presence::Away,
             ticket: 0,
             incarnation: None,
             refused: None,
+            attempts: Attempts::default(),
+            naps: false,
             member: None,
             node: "no node yet".to_owned(),
             adopted: None,
@@ -203,7 +226,10 @@ impl<L: TrainerLink> Crew<L> {
             asked_to_keep: None,
             stays_until: None,
             keeps: None,
+            following_since: now,
+            heard_at: now,
             news_number: 0,
+            step: 0,
             spent: Default::default(),
             cpu: Duration::ZERO,
             gpu: None,
@@ -214,7 +240,7 @@ impl<L: TrainerLink> Crew<L> {
             tasks: JoinSet::new(),
         };
         for index in 0..crew.slots.len() {
-            crew.summon(index, false, Duration::ZERO);
+            crew.summon(index, Farewell::Nothing, Duration::ZERO);
         }
         crew
     }
@@ -252,13 +278,24 @@ impl<L: TrainerLink> Crew<L> {
     /// Gives a trainer up, and waits until it is there again, not before `pause` is over.
     pub(super) fn lose(&mut self, index: usize, pause: Duration) {
         self.give_up(index);
-        self.summon(index, false, pause);
+        self.summon(index, Farewell::Nothing, pause);
+    }
+
+    /// The same with one that may follow still: until then it asks nobody for sums, by a plan of `epoch` without seats.
+    pub(super) fn dismiss(&mut self, index: usize, epoch: Epoch, pause: Duration) {
+        self.give_up(index);
+        let plan = Plan {
+            epoch,
+            hold: true,
+            ..Plan::default()
+        };
+        self.summon(index, Farewell::Follow(plan), pause);
     }
 
     /// Lets a trainer leave its node, and waits until it is there again.
     pub(super) fn let_leave(&mut self, index: usize) {
         self.give_up(index);
-        self.summon(index, true, LEAVE_PAUSE);
+        self.summon(index, Farewell::Leave, LEAVE_PAUSE);
     }
 
     /// Sends a state in the background.
@@ -270,18 +307,32 @@ impl<L: TrainerLink> Crew<L> {
         slot.adopted = Some(order.plan.clone());
         let link = slot.link.clone();
         self.spawn(index, async move {
+            let begun = Instant::now();
             let answer = link.prepare(order).await;
-            Happened::Prepared { sent, answer }
+            Happened::Prepared {
+                sent,
+                took: begun.elapsed(),
+                answer,
+            }
         });
     }
 
-    /// The trainer takes part: listens to it from now on.
-    pub(super) fn ready(&mut self, index: usize, member: MemberId) {
+    /// The trainer holds the state before `step` and follows: listens to it from now on.
+    pub(super) fn follow(&mut self, index: usize, member: MemberId, step: u64) {
         let slot = &mut self.slots[index];
-        slot.member = Some(member);
-        slot.presence = Presence::Ready;
+        (slot.member, slot.step) = (Some(member), step);
+        (slot.presence, slot.naps) = (Presence::Following, false);
         slot.news_number = 0;
+        slot.heard_at = Instant::now();
+        slot.following_since = slot.heard_at;
         self.listen(index);
+    }
+
+    /// The trainer that follows takes part from `step`.
+    pub(super) fn ready(&mut self, index: usize, step: u64) {
+        let slot = &mut self.slots[index];
+        slot.presence = Presence::Ready;
+        slot.attempts.succeeded(step);
     }
 
     /// Listens to a trainer in the background.
@@ -305,9 +356,9 @@ impl<L: TrainerLink> Crew<L> {
         });
     }
 
-    /// Sends `plan` in the background to those who take part and do not follow it yet.
+    /// Sends `plan` in the background to those who follow and do not have it yet.
     pub(super) fn publish(&mut self, plan: &Plan) {
-        for index in self.which(Slot::is_ready) {
+        for index in self.which(Slot::follows) {
             let slot = &mut self.slots[index];
             if slot.is_adopting || slot.adopted.as_ref() == Some(plan) {
                 continue;
@@ -325,107 +376,6 @@ impl<L: TrainerLink> Crew<L> {
     /// A trainer has answered to a plan; it may lack the next one.
     pub(super) fn adopted(&mut self, index: usize) {
         self.slots[index].is_adopting = false;
-    }
-
-    /// Asks all who take part in the background what they held before `step`. Who is not there yet is waited
-    /// for: the votes of some may not decide against those of the others.
-    pub(super) fn ask_digests(&mut self, step: u64) {
-        let ready = self.which(Slot::is_ready).into_iter();
-        let asked: Vec<(MemberId, L)> = ready
-            .filter_map(|index| {
-                let slot = &self.slots[index];
-                Some((slot.member?, slot.link.clone()))
-            })
-            .collect();
-        self.tasks.spawn(async move {
-            let end = Instant::now() + VOTE_MAX;
-            let answers = asked.iter().map(|(member, link)| async move {
-                loop {
-                    match link.digest_before(step).await {
-                        Ok(Some(digest)) => return Some((*member, digest)),
-                        Ok(None) if Instant::now() < end => tokio::time::sleep(VOTE_PAUSE).await,
-                        Ok(None) | Err(_) => return None,
-                    }
-                }
-            });
-            let said = futures::future::join_all(answers).await;
-            Event {
-                slot: NOBODY,
-                ticket: 0,
-                what: Happened::Judged {
-                    step,
-                    said: said.into_iter().flatten().collect(),
-                },
-            }
-        });
-    }
-
-    /// Who of those who take part holds the state with `digest` before `step`, within `limit`, and of whom the node
-    /// was given notice; and why others do not. Those behind are waited for.
-    pub(super) async fn witnesses(
-        &self,
-        step: u64,
-        digest: StateDigest,
-        limit: Duration,
-    ) -> Vec<Result<Witness, String>> {
-        let ready = self
-            .slots
-            .iter()
-            .enumerate()
-            .filter(|(_, slot)| slot.is_ready());
-        let asked = ready.map(|(index, slot)| async move {
-            let epoch = slot
-                .adopted
-                .as_ref()
-                .map_or(self.first_epoch, |plan| plan.epoch);
-            let ask = async {
-                // Its own word comes before what its news will say some time.
-                let news = slot.link.news(epoch, 0).await;
-                let news = news.map_err(|error| format!("its news: {error}"))?;
-                if Some(news.member) != slot.member {
-                    return Err("it has taken over a state from somebody else".to_owned());
-                }
-                loop {
-                    let found = slot.link.digest_before(step).await;
-                    match found.map_err(|error| format!("its state: {error}"))? {
-                        Some(found) if found == digest => return Ok(news),
-                        Some(found) => return Err(format!("it has {found:?} and not {digest:?}")),
-                        None => tokio::time::sleep(VOTE_PAUSE).await,
-                    }
-                }
-            };
-            let asked = tokio::time::timeout(limit, ask).await;
-            let answer = asked.unwrap_or_else(|_| Err(format!("not known within {limit:?}")));
-            let news = answer.map_err(|why| {
-                format!(
-                    "trainer-{index} on {} does not count: whether it holds the state before step {step}: {why}",
-                    slot.node
-                )
-            })?;
-            Ok(Witness {
-                slot: index,
-                node: slot.node.clone(),
-                is_doomed: news.notice_ms.is_some(),
-            })
-        });
-        futures::future::join_all(asked).await
-    }
-
-    /// Gives `handover` to the trainers of `slots` within `limit`. Answers how many have it.
-    pub(super) async fn entrust(
-        &self,
-        slots: &[usize],
-        epoch: Epoch,
-        handover: &Handover,
-        limit: Duration,
-    ) -> usize {
-        let given = slots.iter().map(|index| async {
-            let link = &self.slots[*index].link;
-            let given = tokio::time::timeout(limit, link.entrust(epoch, handover.clone())).await;
-            matches!(given, Ok(Ok(())))
-        });
-        let given = futures::future::join_all(given).await;
-        given.into_iter().filter(|is_given| *is_given).count()
     }
 
     pub(super) fn spawn(
@@ -449,16 +399,21 @@ impl<L: TrainerLink> Crew<L> {
         slot.ticket += 1;
         (slot.member, slot.adopted, slot.is_adopting) = (None, None, false);
         (slot.asked_to_keep, slot.keeps) = (None, None);
-        slot.stays_until = None;
+        (slot.stays_until, slot.naps) = (None, false);
     }
 
-    /// Waits in the background until the trainer is there; one that shall `leave` first is told.
-    fn summon(&mut self, index: usize, leave: bool, pause: Duration) {
+    /// Waits in the background until the trainer is there, after it was told its `farewell`.
+    fn summon(&mut self, index: usize, farewell: Farewell, pause: Duration) {
         let link = self.slots[index].link.clone();
         self.spawn(index, async move {
-            if leave && let Err(error) = link.leave().await {
+            let told = match farewell {
+                Farewell::Nothing => Ok(()),
+                Farewell::Leave => link.leave().await,
+                Farewell::Follow(plan) => link.adopt(plan).await,
+            };
+            if let Err(error) = told {
                 // The notice is withdrawn, or the process is gone already: the greeting tells.
-                tracing::debug!(%error, index, "a trainer did not leave");
+                tracing::debug!(%error, index, "a trainer did not do as it was told");
             }
             let mut pause = pause;
             loop {

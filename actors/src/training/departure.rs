@@ -283,7 +283,9 @@ impl Driver {
     ) -> Result<(), JobError> {
         let step = coordinator.state().step;
         let survivors = self.entrust(notice, &others, coordinator, saver, history);
-        let facts = facts(survivors.await, coordinator, saver);
+        let savers = 1 + coordinator.helpers(step).len() as u64;
+        let size_bytes = coordinator.state().size_bytes();
+        let facts = facts(survivors.await, savers, size_bytes, saver);
         departure.go(step, |machine| machine.choose(&facts));
         let phase = departure.machine.phase();
         let committed = |saver: &Saver| saver.committed_step().unwrap_or(0);
@@ -372,26 +374,65 @@ fn witness_limit(notice: Notice) -> Duration {
     WITNESS_MAX.min(Duration::from_millis(left_ms / WITNESS_SHARE))
 }
 
-/// What the choice rests on.
-fn facts(survivors: usize, coordinator: &Coordinator, saver: &Saver) -> Facts {
-    let state = coordinator.state();
-    let size_bytes = state.size_bytes();
-    let left = saver.expected_left();
+/// What the choice rests on, of a state of `size_bytes` that so many can save.
+fn facts(survivors: usize, savers: u64, size_bytes: u64, saver: &Saver) -> Facts {
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     Facts {
         now_ms: now_ms(),
         lag_ms: NOTICE_LAG_MS,
         survivors,
-        savers: 1 + coordinator.helpers(state.step).len() as u64,
-        overhead_ms: 0,
+        savers,
+        overhead_ms: millis(saver.overhead()),
         missing_bytes: size_bytes,
         bytes_per_second: saver.bytes_per_second(size_bytes),
-        running_ms: left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+        running_ms: saver.expected_left().map(millis),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use mobula_core::JobId;
+    use mobula_storage::blob::{BlobStore, S3Options};
+
     use super::*;
+    use crate::checkpoint::checkpointer::Checkpointer;
+    use crate::checkpoint::ledger::memory::MemoryLedger;
+    use crate::training::job_log::JobLog;
+
+    /// What a driver that has saved nothing yet does with so many milliseconds of grace, where nobody else holds its
+    /// state of `size_bytes`.
+    fn first_choice(limit: Option<u64>, size_bytes: u64, grace_ms: u64) -> Transition {
+        let open = || BlobStore::open("memory://", &S3Options::default());
+        let ledger = Arc::new(MemoryLedger::default());
+        let checkpointer = Checkpointer::new(open, ledger, JobId(3), limit);
+        let saver = Saver::over(checkpointer, limit, JobLog::Silent);
+        let facts = facts(0, 1, size_bytes, &saver);
+        let mut machine = Preemption::default();
+        let deadline_ms = facts.now_ms + grace_ms;
+        machine.noticed(deadline_ms, facts.now_ms).unwrap();
+        machine.choose(&facts).unwrap()
+    }
+
+    #[test]
+    fn a_driver_that_has_saved_nothing_yet_begins_no_upload_that_cannot_end_in_time() {
+        let choice = |limit, size_bytes, grace_ms| {
+            let transition = first_choice(limit, size_bytes, grace_ms);
+            (transition.to.to_string(), transition.needed_ms)
+        };
+        let abandoned = |needed_ms| ("ABANDON".to_owned(), Some(needed_ms));
+        let saved = |needed_ms| ("SAVE_SOLO".to_owned(), Some(needed_ms));
+        // A second, and 13 MB at 1 MB/s; of 8 s there are 5.5 usable.
+        assert_eq!(
+            choice(Some(1_000_000), 13_000_000, 8_000),
+            abandoned(14_000)
+        );
+        assert_eq!(choice(Some(1_000_000), 13_000_000, 30_000), saved(14_000));
+        assert_eq!(choice(None, 13_000_000, 8_000), saved(1_325));
+        // 400 MB are too much for 8 s wherever they go.
+        assert_eq!(choice(None, 400_000_000, 8_000), abandoned(11_000));
+    }
 
     #[tokio::test]
     async fn each_change_of_what_is_said_is_heard_once() {

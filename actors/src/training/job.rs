@@ -291,7 +291,8 @@ impl Driver {
                         trace.record(coordinator.state(), layout, coordinator.digest());
                     }
                     let took = begun.elapsed();
-                    schedule.step_taken(took);
+                    schedule.step_taken(took, report.took, saver.is_busy());
+                    note_stall(&schedule, history);
                     taken = Some((report, took));
                     None
                 }
@@ -314,7 +315,10 @@ impl Driver {
                     let heeded = self.heed(said, departure, coordinator, saver, history);
                     heeded.await? && step > 0
                 }
-                None => schedule.is_due(step, now, failures, saver.expected_time()),
+                None => {
+                    let upload = saver.expected_time(coordinator.state().size_bytes());
+                    schedule.is_due(step, now, failures, upload)
+                }
             };
             if measured || is_due && !saver.is_busy() {
                 let now = Instant::now();
@@ -327,10 +331,7 @@ impl Driver {
                 saver.offer(self.order(coordinator, saver, history, spread));
                 saving = now.elapsed();
                 schedule.snapshot_taken(now, Instant::now());
-                let stall_us = schedule.stall_longest().as_micros();
-                history.snapshot_stall_us = history
-                    .snapshot_stall_us
-                    .max(u64::try_from(stall_us).unwrap_or(u64::MAX));
+                note_stall(&schedule, history);
             }
             if let Some((report, took)) = taken {
                 let mut took = coordinator.breakdown(took);
@@ -457,6 +458,11 @@ impl Driver {
         knowledge.extend(trace.map(|trace| (TRACE_KEY.to_owned(), trace)));
         knowledge
     }
+}
+
+fn note_stall(schedule: &SaveSchedule, history: &mut History) {
+    let stall_us = u64::try_from(schedule.stall_longest().as_micros()).unwrap_or(u64::MAX);
+    history.snapshot_stall_us = history.snapshot_stall_us.max(stall_us);
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -24,6 +24,9 @@ const GREET_MAX: Duration = Duration::from_secs(20);
 const PREPARE_MAX: Duration = Duration::from_secs(60);
 /// How long a piece of a state may be on its way.
 const PIECE_MAX: Duration = Duration::from_secs(20);
+/// How long its first piece may be: the state is between two steps, and a trainer copies it when it has computed the shard
+/// that it is at.
+const STATE_MAX: Duration = Duration::from_secs(60);
 /// How long a trainer may be silent before it is given up. It says every tenth of a second that it
 /// lives, also while it computes.
 const SILENT_MAX: Duration = Duration::from_millis(1250);
@@ -81,8 +84,13 @@ impl ClusterLink {
         let actor = self.0.actor.get().await.map_err(lost)?;
         let mut state = Vec::new();
         loop {
+            let limit = if state.is_empty() {
+                STATE_MAX
+            } else {
+                PIECE_MAX
+            };
             let call = actor.state(state.len() as u64, PIECE_BYTES as u64);
-            let piece = call.timeout(PIECE_MAX).await;
+            let piece = self.unless_it_ends(call.timeout(limit)).await?;
             let piece = piece.map_err(|failure| self.failed(failure))?;
             if piece.is_empty() {
                 return Ok(state);
@@ -94,6 +102,11 @@ impl ClusterLink {
                 )));
             }
         }
+    }
+
+    /// Whether its process runs, as far as the head knows; it may well where the head does not say.
+    pub async fn runs(&self) -> bool {
+        self.0.actor.runs().await.unwrap_or(true)
     }
 
     /// What a driver that left has left with the trainer.

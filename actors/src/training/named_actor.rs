@@ -63,6 +63,14 @@ impl<A: Actor> NamedActor<A> {
             .map(|old| ActorRef::from_id(&self.cluster, old.actor_id()));
     }
 
+    /// Whether a start of the actor runs, as far as the head knows.
+    pub async fn runs(&self) -> mobula::Result<bool> {
+        let actor = self.get().await?.actor_id();
+        let any = Incarnation::default();
+        let now = self.cluster.resolve_actor(actor, any, Duration::ZERO);
+        Ok(now.await?.state == "running")
+    }
+
     /// Answers once the start `known` of the actor is over, whether or not another one runs.
     pub async fn ended(&self, known: Incarnation) {
         loop {

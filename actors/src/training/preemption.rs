@@ -11,7 +11,7 @@
 //!
 //! Invariants:
 //! 1. A save is begun only if it fits: what it needs is at most what can be counted on
-//!    ([`Budget::usable_ms`]), as far as was measured.
+//!    ([`Budget::usable_ms`]), as far as was measured, and by a cautious estimate before that.
 //! 2. While another replica lives nothing is saved for the notice's sake: too short a grace costs nothing.
 //! 3. Every transition says why, with the numbers.
 //! 4. An earlier deadline asks for a new choice; a later one changes no choice that was made.
@@ -159,7 +159,7 @@ pub struct Facts {
     pub overhead_ms: u64,
     /// Bytes that the store lacks.
     pub missing_bytes: u64,
-    /// What one saver sends in a second, as measured; at least 1.
+    /// What one saver sends in a second, as measured, or as is thought before; at least 1.
     pub bytes_per_second: u64,
     /// How long a save that is on its way still takes, if there is one.
     pub running_ms: Option<u64>,

@@ -25,9 +25,9 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 pub struct StepBreakdown {
     /// Samples were fetched, where nothing else could be done meanwhile.
     pub data: Duration,
-    /// Gradients were computed and the update made, by the slowest of those who were needed.
+    /// Gradients were computed, the update made and the state hashed, by the slowest of those who were needed.
     pub compute: Duration,
-    /// Sums and updates were on their way.
+    /// Sums were on their way.
     pub exchange: Duration,
     /// Trainers or an order were waited for.
     pub wait: Duration,

@@ -26,7 +26,7 @@ pub struct Replica {
     spec: TrainSpec,
     files: Files,
     loaded: Option<Loaded>,
-    /// What the shards since it was asked last took: for samples, and for computing.
+    /// What shards and updates since it was asked last took: for samples, and for computing.
     spent: Cell<(Duration, Duration)>,
     sweep: Cell<Sweep>,
     /// The step after which the state is to be kept for a checkpoint, and that state once it is there.
@@ -207,18 +207,27 @@ impl Replica {
         }
     }
 
-    /// How long it waited for samples, and how long it computed, since this was asked last.
+    /// How long it waited for samples, and how long it computed gradients, updates and digests of the state, since this was
+    /// asked last.
     pub fn take_spent(&self) -> (Duration, Duration) {
         self.spent.take()
     }
 
-    /// Updates the state with the sums of a whole step. When this fails the state is as before.
+    /// Updates the state with the sums of a whole step. When this fails the state is as before; if the update makes it
+    /// useless, there is none any more.
     pub fn apply(&mut self, root: &Partial) -> Result<(StepReport, Held), TrainerError> {
+        let begun = Instant::now();
         let loaded = self.loaded.as_mut().ok_or(TrainerError::Unprepared)?;
-        let report = loaded
-            .optimizer
-            .step(&mut loaded.state, root)
-            .map_err(unfit)?;
+        let report = match loaded.optimizer.step(&mut loaded.state, root) {
+            Ok(report) => report,
+            Err(error) => {
+                if error.spoils_state() {
+                    // A driver that is started anew must not find it here and go on from it.
+                    self.loaded = None;
+                }
+                return Err(unfit(error));
+            }
+        };
         #[cfg(test)]
         if let Some(spot) = self.weak_spot.take() {
             let value = &mut loaded.state.params[spot];
@@ -229,6 +238,8 @@ impl Replica {
             .load(&loaded.state.params)
             .map_err(unfit)?;
         let held = loaded.held();
+        let (data, compute) = self.spent.get();
+        self.spent.set((data, compute + begun.elapsed()));
         self.keep_if_wanted();
         Ok((report, held))
     }
@@ -310,6 +321,7 @@ mod tests {
 
     use super::*;
     use crate::device::ComputeDevice;
+    use crate::training::optimizer::OptimizerSpec;
     use crate::training::reduction::TreeReducer;
 
     fn spec() -> TrainSpec {
@@ -361,7 +373,11 @@ mod tests {
         for step in 0..3 {
             assert_eq!(a.compute(step, 2), b.compute(step, 2));
             let sums = root(&a);
-            assert_eq!(a.apply(&sums).unwrap(), b.apply(&sums).unwrap());
+            let [(ours, held), (theirs, also_held)] =
+                [&mut a, &mut b].map(|r| r.apply(&sums).unwrap());
+            assert_eq!(held, also_held);
+            assert_eq!((ours.step, ours.loss_mean), (theirs.step, theirs.loss_mean));
+            assert_eq!(ours.gradient_norm, theirs.gradient_norm);
         }
         assert_eq!(a.held(), b.held());
     }
@@ -409,6 +425,45 @@ mod tests {
         assert!(error.to_string().contains("not finite"), "{error}");
         assert_eq!((replica.held(), replica.compute(0, 1)), before);
         assert_eq!(replica.apply(&good).unwrap().1.step, 1);
+    }
+
+    #[test]
+    fn a_state_that_an_update_has_made_useless_is_held_no_more() {
+        // As no job may have it: one step is enough then.
+        let mut replica = Replica::new(spec());
+        replica.prepare(None).unwrap();
+        let loaded = replica.loaded.as_mut().unwrap();
+        let rates = TrainSpec {
+            learning_rate: 1e30,
+            clip_norm: None,
+            optimizer: OptimizerSpec::Sgd { momentum: 0.0 },
+            ..spec()
+        };
+        loaded.optimizer = Optimizer::new(&rates, loaded.workload.layout());
+        loaded.state.moments.truncate(1);
+        let mut sums = root(&replica);
+        sums.grads.fill(1e12);
+        let error = replica.apply(&sums).unwrap_err().to_string();
+        assert!(
+            error.contains("after its update dense.0.bias is not finite"),
+            "{error}"
+        );
+        assert_eq!(replica.held(), None);
+        assert_eq!(replica.state().unwrap_err(), TrainerError::Unprepared);
+    }
+
+    #[test]
+    fn an_update_is_counted_among_what_was_computed() {
+        let mut replica = Replica::new(spec());
+        replica.prepare(None).unwrap();
+        let sums = root(&replica);
+        let (_, shards) = replica.take_spent();
+        assert!(shards > Duration::ZERO);
+        assert_eq!(replica.take_spent(), (Duration::ZERO, Duration::ZERO));
+        let (report, _) = replica.apply(&sums).unwrap();
+        let (data, compute) = replica.take_spent();
+        assert_eq!(data, Duration::ZERO, "no samples were fetched");
+        assert!(compute >= report.took && report.took > Duration::ZERO);
     }
 
     #[test]

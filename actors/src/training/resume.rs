@@ -2,11 +2,10 @@
 //! living trainer still holds if that is newer. The bits are the same; only the work to repeat
 //! differs.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use mobula_core::Incarnation;
-use tokio::task::JoinSet;
 
 use super::coordinator::Counters;
 use super::crew::TrainerLink;
@@ -22,8 +21,7 @@ use super::trace::StepTrace;
 use crate::checkpoint::checkpointer::RestoredState;
 use crate::checkpoint::ledger::CheckpointError;
 
-/// How long living trainers are waited for: they answer at once, others are being started.
-const WITNESS_MAX: Duration = Duration::from_millis(1500);
+mod survivors;
 
 /// The key of the [`History`] in a checkpoint's metadata.
 pub const HISTORY_KEY: &str = "history";
@@ -208,21 +206,8 @@ async fn ask_witnesses(
     links: &[ClusterLink],
     log: JobLog,
 ) {
-    let mut asked = JoinSet::new();
-    for (slot, link) in links.iter().enumerate() {
-        let link = link.clone();
-        asked.spawn(async move { (slot, link.greet().await) });
-    }
-    let mut held: Vec<(usize, Held)> = Vec::new();
-    let collect = async {
-        while let Some(answer) = asked.join_next().await {
-            if let Ok((slot, Ok(greeting))) = answer {
-                held.extend(greeting.held.map(|(_, held)| (slot, held)));
-            }
-        }
-    };
-    let _ = tokio::time::timeout(WITNESS_MAX, collect).await;
     let from = resumed.state.step;
+    let held = survivors::held(links, from).await;
     let Some(furthest) = held.iter().map(|(_, held)| held.step).max() else {
         resumed.history.unknown_losses += 1;
         log.line(format_args!(
@@ -233,7 +218,7 @@ async fn ask_witnesses(
     if furthest <= from {
         return;
     }
-    for slot in candidates(&held, furthest) {
+    for slot in candidates(&held, from) {
         let fetched = match fetch(links, &held, slot, resumed).await {
             Ok(state) => {
                 let handover = links[slot].handover().await.unwrap_or_default();
@@ -242,10 +227,12 @@ async fn ask_witnesses(
             Err(reason) => Err(reason),
         };
         match fetched {
-            Ok(continued) => {
+            Ok(mut continued) => {
+                let step = continued.state.step;
+                let lost = furthest.saturating_sub(step);
+                continued.history.lost_steps += lost;
                 log.line(format_args!(
-                    "trainer-{slot} still holds step {}: going on there, no step is lost",
-                    continued.state.step
+                    "trainer-{slot} still holds step {step}: going on there, {lost} steps are lost"
                 ));
                 *resumed = continued;
                 return;
@@ -261,21 +248,21 @@ async fn ask_witnesses(
     log.line(format_args!("steps {from} to {furthest} are taken again"));
 }
 
-/// Who holds the furthest step, those first whose digest most others share.
-fn candidates(held: &[(usize, Held)], furthest: u64) -> Vec<usize> {
-    let mut votes: BTreeMap<&str, usize> = BTreeMap::new();
+/// Who holds a later step than `from`: the furthest first, and of those the ones whose digest most others share.
+fn candidates(held: &[(usize, Held)], from: u64) -> Vec<usize> {
+    let mut votes: BTreeMap<(u64, &str), usize> = BTreeMap::new();
     for (_, one) in held {
-        if one.step == furthest {
-            *votes.entry(one.digest.as_str()).or_default() += 1;
-        }
+        *votes.entry((one.step, one.digest.as_str())).or_default() += 1;
     }
-    let mut slots: Vec<(usize, usize)> = held
-        .iter()
-        .filter(|(_, one)| one.step == furthest)
-        .map(|(slot, one)| (votes[one.digest.as_str()], *slot))
+    let further = held.iter().filter(|(_, one)| one.step > from);
+    let mut slots: Vec<_> = further
+        .map(|(slot, one)| {
+            let votes = votes[&(one.step, one.digest.as_str())];
+            (Reverse(one.step), Reverse(votes), *slot)
+        })
         .collect();
-    slots.sort_by_key(|(votes, slot)| (std::cmp::Reverse(*votes), *slot));
-    slots.into_iter().map(|(_, slot)| slot).collect()
+    slots.sort_unstable();
+    slots.into_iter().map(|(_, _, slot)| slot).collect()
 }
 
 /// The state of trainer `slot`, if the others that know it do not say that it is wrong. The trainers go on
@@ -402,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_that_most_hold_is_asked_first() {
+    fn the_furthest_step_is_asked_for_first_and_of_it_the_digest_that_most_hold() {
         let held = |slot, step, digest: &str| {
             (
                 slot,
@@ -418,6 +405,8 @@ mod tests {
             held(2, 8, "y"),
             held(3, 9, "y"),
         ];
-        assert_eq!(candidates(&all, 9), [1, 3, 0]);
+        assert_eq!(candidates(&all, 7), [1, 3, 0, 2]);
+        assert_eq!(candidates(&all, 8), [1, 3, 0]);
+        assert!(candidates(&all, 9).is_empty());
     }
 }

@@ -3,7 +3,12 @@
 //! With `every = "auto"` the interval is Young's (Communications of the ACM 17, 1974): √(2·M·s), where `M`
 //! is the mean time between failures and `s` what a snapshot stalls training, both as measured. It is
 //! never shorter than an upload takes, and never longer than the work that the user is ready to lose.
+//!
+//! Taking a snapshot copies nothing; most of what it costs comes with the next update, which reads what the snapshot holds
+//! and writes elsewhere. So `s` is both: how long it was taken, and how much longer that update took than updates usually
+//! do, as the driver's own copy of the state shows it.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -19,6 +24,8 @@ const SPREAD_STEPS: u32 = 8;
 const SPREAD_MAX: Duration = Duration::from_secs(60);
 /// No snapshot stalls training for less, as far as a clock can tell.
 const STALL_MIN: Duration = Duration::from_micros(10);
+/// What an update usually takes is the median of so many: one that something else got in the way of does not change it.
+const UPDATES_MAX: usize = 15;
 
 /// Young's interval.
 #[must_use]
@@ -70,6 +77,10 @@ pub struct SaveSchedule {
     stall_longest: Duration,
     /// The shortest step since the last save: one that waited for somebody says nothing.
     step_shortest: Option<Duration>,
+    /// What the latest updates took while no snapshot was held, the newest last.
+    updates: VecDeque<Duration>,
+    /// Whether no update was made since the last snapshot.
+    is_fresh: bool,
 }
 
 impl SaveSchedule {
@@ -91,6 +102,8 @@ impl SaveSchedule {
             stall_latest: STALL_MIN,
             stall_longest: Duration::ZERO,
             step_shortest: None,
+            updates: VecDeque::with_capacity(UPDATES_MAX),
+            is_fresh: false,
         }
     }
 
@@ -139,20 +152,42 @@ impl SaveSchedule {
         (step * steps).min(SPREAD_MAX)
     }
 
-    /// Takes note of a step.
-    pub fn step_taken(&mut self, took: Duration) {
+    /// Takes note of a step, of which the update took `update`. `is_held` says whether a snapshot may be held still.
+    pub fn step_taken(&mut self, took: Duration, update: Duration, is_held: bool) {
         let shortest = self
             .step_shortest
             .map_or(took, |shortest| shortest.min(took));
         self.step_shortest = Some(shortest);
+        if std::mem::take(&mut self.is_fresh) {
+            let usual = self.usual_update().unwrap_or(update);
+            self.stalled(self.stall_latest + update.saturating_sub(usual));
+        } else if !is_held {
+            // Whatever reads a snapshot meanwhile takes memory bandwidth from updates in place too.
+            if self.updates.len() == UPDATES_MAX {
+                self.updates.pop_front();
+            }
+            self.updates.push_back(update);
+        }
     }
 
-    /// Takes note of a snapshot that stalled training from `from` to `to`.
+    /// The median of what updates took without a snapshot; none before there was one.
+    fn usual_update(&self) -> Option<Duration> {
+        let mut updates: Vec<Duration> = self.updates.iter().copied().collect();
+        updates.sort_unstable();
+        updates.get(updates.len() / 2).copied()
+    }
+
+    /// Takes note of a snapshot that was taken from `from` to `to`. What the next update takes for it is added.
     pub fn snapshot_taken(&mut self, from: Instant, to: Instant) {
         self.step_shortest = None;
         self.last = to;
-        self.stall_latest = to - from;
-        self.stall_longest = self.stall_longest.max(self.stall_latest);
+        self.is_fresh = true;
+        self.stalled(to - from);
+    }
+
+    fn stalled(&mut self, stall: Duration) {
+        self.stall_latest = stall;
+        self.stall_longest = self.stall_longest.max(stall);
     }
 
     /// How long the job has trained, over all starts of its driver.
@@ -161,7 +196,7 @@ impl SaveSchedule {
         self.trained_before + (now - self.begun)
     }
 
-    /// The longest that a snapshot of this driver stalled training.
+    /// The longest that a snapshot of this driver stalled training, with the update after it as far as that was made.
     #[must_use]
     pub fn stall_longest(&self) -> Duration {
         self.stall_longest
@@ -253,6 +288,56 @@ mod tests {
     }
 
     #[test]
+    fn what_the_next_update_takes_longer_is_part_of_a_snapshots_stall() {
+        let begun = Instant::now();
+        let ms = Duration::from_millis;
+        let auto = CheckpointSpec {
+            every: Some(SaveEvery::Auto),
+            ..CheckpointSpec::default()
+        };
+        let mut schedule = SaveSchedule::new(&auto, 50, HOUR, begun);
+        // One that something got in the way of, and more than are remembered.
+        schedule.step_taken(ms(9_000), ms(9_000), false);
+        for _ in 0..2 * UPDATES_MAX {
+            schedule.step_taken(ms(30), ms(4), false);
+        }
+        schedule.step_taken(ms(9_000), ms(9_000), false);
+        schedule.snapshot_taken(begun, begun + ms(1));
+        assert_eq!(schedule.stall_longest(), ms(1), "nothing else is known yet");
+        schedule.step_taken(ms(33), ms(7), true);
+        assert_eq!(schedule.stall_longest(), ms(1 + 3));
+        // Updates in place cost a snapshot nothing, however slow, and do not become what is usual while one is held.
+        for _ in 0..2 * UPDATES_MAX {
+            schedule.step_taken(ms(30), ms(6), true);
+        }
+        assert_eq!(schedule.stall_longest(), ms(4));
+        // √(2 · 2 h · 4 ms) is 7.6 s; of the millisecond alone it would be 3.8 s.
+        let interval = schedule.interval(begun, 0, ms(200));
+        assert!(
+            (interval.as_secs_f64() - 7.589).abs() < 1e-3,
+            "{interval:?}"
+        );
+        schedule.snapshot_taken(begun, begun + ms(1));
+        schedule.step_taken(ms(30), ms(3), true);
+        let interval = schedule.interval(begun, 0, ms(200));
+        assert!(
+            (interval.as_secs_f64() - 3.795).abs() < 1e-3,
+            "{interval:?}"
+        );
+        assert_eq!(schedule.stall_longest(), ms(4));
+    }
+
+    #[test]
+    fn a_first_snapshot_without_an_update_before_it_has_its_own_time_only() {
+        let begun = Instant::now();
+        let spec = CheckpointSpec::default();
+        let mut schedule = SaveSchedule::new(&spec, 1, Duration::ZERO, begun);
+        schedule.snapshot_taken(begun, begun + Duration::from_millis(2));
+        schedule.step_taken(HOUR, HOUR, true);
+        assert_eq!(schedule.stall_longest(), Duration::from_millis(2));
+    }
+
+    #[test]
     fn a_save_is_spread_over_steps_and_done_well_before_the_next() {
         let spread = |every, steps: &[u64]| {
             let spec = CheckpointSpec {
@@ -261,7 +346,7 @@ mod tests {
             };
             let mut schedule = SaveSchedule::new(&spec, 50, Duration::ZERO, Instant::now());
             for ms in steps {
-                schedule.step_taken(Duration::from_millis(*ms));
+                schedule.step_taken(Duration::from_millis(*ms), Duration::ZERO, false);
             }
             schedule.spread().as_millis()
         };

@@ -31,8 +31,14 @@ const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(15);
 /// How long one attempt may take: what a save may take at all. Each request has limits of its own.
 const ATTEMPT_MAX: Duration = SAVE_TIME_MAX;
-/// What a save is thought to take before one was measured.
-const USUAL_SAVE: Duration = Duration::from_secs(1);
+/// What a save is thought to take beside its bytes before one was measured: some requests to the store, its manifest, and an
+/// entry of the heads' log.
+const USUAL_OVERHEAD: Duration = Duration::from_secs(1);
+/// What a saver is thought to send in a second before it was measured, if no limit says less: about half of what one request
+/// makes to an object store of the same region, where a save has four under way, and less than a disk of one's own writes.
+/// A save that is wrongly thought to be too slow costs the steps since the last one; one that is begun and does not end
+/// costs them too, and the grace besides.
+const USUAL_BYTES_PER_SECOND: u64 = 40_000_000;
 
 /// What one attempt brought.
 struct Attempt {
@@ -46,6 +52,8 @@ struct UnderWay {
     step: u64,
     begins: Instant,
     spread: Spread,
+    /// What each of those who upload it has to send.
+    share_bytes: u64,
 }
 
 /// What the latest save was.
@@ -84,6 +92,8 @@ pub struct Saver {
     committed_step: Option<u64>,
     committed_count: u64,
     latest: Option<Latest>,
+    /// What each saver may send in a second, if that is limited.
+    bytes_per_second_max: Option<u64>,
     log: JobLog,
 }
 
@@ -94,18 +104,23 @@ impl Saver {
             let reason = "only a job's own process saves its checkpoints".to_owned();
             return Err(mobula::Error::NotInCluster(reason));
         };
+        let limit = spec.upload_bytes_per_second;
         let checkpointer = Checkpointer::new(
             move || open_blobs(&location),
             Arc::new(cluster.clone()),
             job,
-            spec.upload_bytes_per_second,
+            limit,
         );
-        Ok(Saver::over(checkpointer, log))
+        Ok(Saver::over(checkpointer, limit, log))
     }
 
-    /// Saves by `checkpointer`.
+    /// Saves by `checkpointer`, whose uploads are limited to `bytes_per_second_max`.
     #[must_use]
-    pub fn over(checkpointer: Checkpointer, log: JobLog) -> Self {
+    pub fn over(
+        checkpointer: Checkpointer,
+        bytes_per_second_max: Option<u64>,
+        log: JobLog,
+    ) -> Self {
         Saver {
             checkpointer: Arc::new(checkpointer),
             attempts: JoinSet::new(),
@@ -115,6 +130,7 @@ impl Saver {
             committed_step: None,
             committed_count: 0,
             latest: None,
+            bytes_per_second_max,
             log,
         }
     }
@@ -137,19 +153,49 @@ impl Saver {
         self.committed_step
     }
 
-    /// What a save takes, as the latest one did.
+    /// What a save of a state of `size_bytes` takes: as long as the latest one did, if there was one.
     #[must_use]
-    pub fn expected_time(&self) -> Duration {
-        self.latest.map_or(USUAL_SAVE, |latest| latest.took)
+    pub fn expected_time(&self, size_bytes: u64) -> Duration {
+        match self.latest {
+            Some(latest) => latest.took,
+            None => self.unmeasured(size_bytes),
+        }
     }
 
-    /// What one of those who uploaded the latest save can send in a second, of a state of `size_bytes`; at least 1.
+    /// What a save takes beside its bytes. Nothing more once one was measured: [`Saver::bytes_per_second`] is over all of it.
+    #[must_use]
+    pub fn overhead(&self) -> Duration {
+        match self.latest {
+            Some(_) => Duration::ZERO,
+            None => USUAL_OVERHEAD,
+        }
+    }
+
+    /// What one of those who upload can send in a second, of a state of `size_bytes`: as they did of the latest, if there
+    /// was one; at least 1.
     #[must_use]
     pub fn bytes_per_second(&self, size_bytes: u64) -> u64 {
-        let hurried = |latest: Latest| (latest.hurried, latest.savers);
-        let (took, savers) = self.latest.map_or((USUAL_SAVE, 1), hurried);
-        let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1);
+        let Some(Latest {
+            hurried, savers, ..
+        }) = self.latest
+        else {
+            return self.usual_rate();
+        };
+        let took_ms = u64::try_from(hurried.as_millis())
+            .unwrap_or(u64::MAX)
+            .max(1);
         (size_bytes.saturating_mul(1000) / took_ms / savers.max(1)).max(1)
+    }
+
+    fn usual_rate(&self) -> u64 {
+        let limit = self.bytes_per_second_max.unwrap_or(u64::MAX);
+        USUAL_BYTES_PER_SECOND.min(limit).max(1)
+    }
+
+    /// What a save is thought to take, of which one saver sends so many bytes, as long as none was measured.
+    fn unmeasured(&self, share_bytes: u64) -> Duration {
+        let sending_ms = share_bytes.saturating_mul(1000).div_ceil(self.usual_rate());
+        USUAL_OVERHEAD + Duration::from_millis(sending_ms)
     }
 
     /// Lets nothing be held back any more of what is saved now or waits.
@@ -169,11 +215,10 @@ impl Saver {
     #[must_use]
     pub fn expected_left(&self) -> Option<Duration> {
         let under_way = self.under_way.as_ref()?;
-        let hurried = |latest: Latest| latest.hurried;
-        let takes = if under_way.spread.holds_back() {
-            self.expected_time()
-        } else {
-            self.latest.map_or(USUAL_SAVE, hurried)
+        let takes = match self.latest {
+            None => self.unmeasured(under_way.share_bytes),
+            Some(latest) if under_way.spread.holds_back() => latest.took,
+            Some(latest) => latest.hurried,
         };
         let ends = under_way.begins + takes;
         Some(ends.saturating_duration_since(Instant::now()))
@@ -315,6 +360,7 @@ impl Saver {
             step: order.step,
             begins: Instant::now() + pause,
             spread: order.spread.clone(),
+            share_bytes: order.state.length_bytes() / (1 + order.helpers.len() as u64),
         });
         let checkpointer = Arc::clone(&self.checkpointer);
         self.attempts.spawn(async move {

@@ -60,10 +60,14 @@ impl World {
     }
 
     fn saver(&self) -> Saver {
+        self.limited_saver(None)
+    }
+
+    fn limited_saver(&self, bytes_per_second: Option<u64>) -> Saver {
         let blobs = self.through.clone();
         let open = move || Ok(blobs.clone());
-        let checkpointer = Checkpointer::new(open, self.ledger.clone(), JOB, None);
-        Saver::over(checkpointer, JobLog::Silent)
+        let checkpointer = Checkpointer::new(open, self.ledger.clone(), JOB, bytes_per_second);
+        Saver::over(checkpointer, bytes_per_second, JobLog::Silent)
     }
 
     fn order(&self, step: u64) -> SaveOrder {
@@ -194,7 +198,7 @@ async fn a_deadline_ends_the_wait_and_not_the_save() {
     assert_eq!(Instant::now(), deadline);
     assert!(saver.flush(None).await.unwrap());
     assert_eq!(saver.committed_step(), Some(1));
-    assert!(saver.expected_time() >= Duration::from_secs(10));
+    assert!(saver.expected_time(1) >= Duration::from_secs(10));
 }
 
 #[tokio::test(start_paused = true)]
@@ -217,7 +221,7 @@ async fn what_is_held_back_for_training_counts_for_no_estimate_and_ends_with_a_n
         tokio::time::sleep(STEP).await;
         saver.poll().unwrap();
     }
-    assert!(saver.expected_time() >= Duration::from_secs(750));
+    assert!(saver.expected_time(1) >= Duration::from_secs(750));
     // A store in memory takes no time.
     assert!(saver.bytes_per_second(1_000_000) >= 1_000_000);
     saver.offer(world.spread_order(2));
@@ -229,4 +233,33 @@ async fn what_is_held_back_for_training_counts_for_no_estimate_and_ends_with_a_n
     assert!(saver.flush(None).await.unwrap());
     assert!(hurried.elapsed() < Duration::from_secs(1));
     assert_eq!(world.committed_steps().await, [2, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn before_a_save_was_measured_its_bytes_and_the_limit_say_what_it_takes() {
+    let world = World::new();
+    let secs = Duration::from_secs;
+    let expected = |limit, size_bytes| {
+        let saver = world.limited_saver(limit);
+        (
+            saver.bytes_per_second(size_bytes),
+            saver.expected_time(size_bytes),
+        )
+    };
+    assert_eq!(expected(None, 80_000_000), (40_000_000, secs(3)));
+    let limit = Some(1_000_000);
+    assert_eq!(expected(limit, 13_000_000), (1_000_000, secs(14)));
+    // A limit that allows more makes no store faster.
+    let limit = Some(1_000_000_000);
+    assert_eq!(expected(limit, 80_000_000), (40_000_000, secs(3)));
+
+    let mut saver = world.limited_saver(Some(1_000_000));
+    assert_eq!(saver.overhead(), USUAL_OVERHEAD);
+    saver.offer(world.order_of(1, Bytes::from(vec![0; 2_000_000])));
+    assert_eq!(saver.expected_left(), Some(secs(3)));
+    assert!(saver.flush(None).await.unwrap());
+    // It is measured now, with all that it took. A store in memory takes no time, and a single chunk waits for no other.
+    assert!(saver.expected_time(2_000_000) < secs(1));
+    assert!(saver.bytes_per_second(2_000_000) > 1_000_000);
+    assert_eq!(saver.overhead(), Duration::ZERO);
 }

@@ -24,7 +24,7 @@ use super::collective::segment::SegmentName;
 use super::collective::{ClusterCollective, SharedMemory};
 use super::data::Files;
 use super::device::WatchedGpu;
-use super::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
+use super::messages::{Admission, Epoch, Greeting, Handover, Held, News, TrainerError};
 use super::meters::process_cpu_time;
 use super::numerics::Probe;
 use super::protocol::exchange::{Ask, Contribution, Refusal};
@@ -126,22 +126,12 @@ impl Trainer {
         })
     }
 
-    /// Who and where it is, and the state it holds.
+    /// Who and where it is, and the state it holds. Answered at once, also while it computes.
     pub async fn greet(&self, ctx: &ActorContext) -> Greeting {
-        let (replica, running) = {
-            let inner = self.inner.lock();
-            // One whose work has ended in the middle is to be prepared anew, whatever it holds.
-            let works = |shown: &Shown| {
-                shown.board.has_changed().is_ok() && shown.board.borrow().failed.is_none()
-            };
-            (Arc::clone(&inner.replica), inner.shown().ok().filter(works))
-        };
-        let held = blocking(move || replica.lock().held()).await;
-        let member = running.map(|shown| shown.member);
         Greeting {
             incarnation: ctx.incarnation().0,
             node_name: ctx.node_name().to_owned(),
-            held: member.zip(held),
+            held: self.held(),
             notice_ms: ctx.notice().map(|notice| notice.deadline_ms),
         }
     }
@@ -222,7 +212,7 @@ impl Trainer {
             .get_or_insert_with(|| Arc::new(SharedMemory::for_gradients(value_count)));
         let memory = Arc::clone(memory);
         let collective = ClusterCollective::new(&ctx.cluster(), Arc::clone(&memory));
-        let (runner, handle, board) = Runner::new(member, replica, collective);
+        let (runner, handle, board) = Runner::new(member, held.clone(), replica, collective);
         let mut task = JoinSet::new();
         task.spawn(runner.run());
         inner.running = Some(Running {
@@ -436,6 +426,16 @@ impl Trainer {
 }
 
 impl Trainer {
+    /// Under which name it exchanges sums, and the state after its last update: not asked of the replica, which is busy
+    /// for as long as a shard takes. One whose work has ended in the middle is to be prepared anew, whatever it holds.
+    fn held(&self) -> Option<(MemberId, Held)> {
+        let shown = self.inner.lock().shown().ok()?;
+        shown.board.has_changed().ok()?;
+        let board = shown.board.borrow();
+        let held = board.held.clone().filter(|_| board.failed.is_none());
+        held.map(|held| (shown.member, held))
+    }
+
     /// The state after `step`, as soon as it is there.
     async fn kept(&self, step: u64) -> Result<Arc<StateSnapshot>, TrainerError> {
         let end = Instant::now() + KEPT_MAX;
@@ -493,3 +493,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
+
+#[cfg(test)]
+#[path = "trainer_tests.rs"]
+mod tests;

@@ -33,41 +33,83 @@ const CANARY: (f64, u32) = (200.0, 5);
 /// Starts from nothing that are timed.
 const AWAKENINGS: usize = 5;
 
+/// How long is asked before a worker is drained.
+const BEFORE_DRAIN: Duration = Duration::from_secs(1);
+
 /// Callers who want eight replicas, of which each shall have sixteen requests at once.
 const CROWD: usize = 256;
 
-/// Everything here, one after the other.
-pub(crate) async fn measure(results: &mut Results, digits: &Digits) -> Outcome {
+/// Everything here, one after the other; versions are rolled to and fro until so many requests were answered meanwhile.
+pub(crate) async fn measure(results: &mut Results, digits: &Digits, requests: u64) -> Outcome {
     let cluster = digits.client().await?;
     digits.train_another().await?;
-    rolling_update(results, digits, &cluster).await?;
+    rolling_updates(results, digits, &cluster, requests).await?;
     broken_candidate(results, digits, &cluster).await?;
     from_nothing(results, digits).await?;
-    to_eight(results, digits).await
+    to_eight(results, digits).await?;
+    drain(results, digits).await
 }
 
 /// Another version in service under load, whatever its latencies: old and new replicas share the machine here.
-async fn rolling_update(results: &mut Results, digits: &Digits, cluster: &Cluster) -> Outcome {
+async fn rolling_updates(
+    results: &mut Results,
+    digits: &Digits,
+    cluster: &Cluster,
+    requests: u64,
+) -> Outcome {
     let guardrails = Guardrails {
         latency_increase_max_percent: 100_000,
         ..Guardrails::STANDARD
     };
-    let steps = vec![25, 50, 75, 100];
-    let started = Instant::now();
-    start(cluster, 2, Strategy::Rolling, steps, guardrails).await?;
-    let (is_over, goes_on) = flag();
-    let load = load::closed_while(&digits.target, CALLERS, goes_on);
-    let (rollout, outcomes) = beside(load, &is_over, over(cluster)).await?;
-    if rollout.phase != Phase::Promoted {
-        return Err(format!("the rolling update ended as {rollout:?}").into());
+    let row = format!("rolling updates of 2 replicas, {CALLERS} callers");
+    let (mut answered, mut not_answered, mut updates) = (0, 0, 0);
+    while answered < requests {
+        updates += 1;
+        let version = 1 + updates % 2;
+        let steps = vec![25, 50, 75, 100];
+        let started = Instant::now();
+        start(cluster, version, Strategy::Rolling, steps, guardrails).await?;
+        let (is_over, goes_on) = flag();
+        let load = load::closed_while(&digits.target, CALLERS, goes_on);
+        let (rollout, outcomes) = beside(load, &is_over, over(cluster)).await?;
+        if rollout.phase != Phase::Promoted {
+            return Err(format!("a rolling update ended as {rollout:?}").into());
+        }
+        answered += outcomes.answered.len();
+        not_answered += outcomes.refused.len() + outcomes.unanswered;
+        if updates == 1 {
+            results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
+            let took = started.elapsed().as_secs_f64();
+            results.figure(&format!("{row}: until the first was over"), took, "s");
+        }
     }
-    let row = format!("rolling update of 2 replicas, {CALLERS} callers");
+    results.figure(&format!("{row}: updates"), updates as f64, "updates");
+    results.figure(&format!("{row}: answered"), answered as f64, "requests");
+    let name = format!("{row}: without an answer or refused");
+    results.figure(&name, not_answered as f64, "requests");
+    Ok(())
+}
+
+/// A worker with a half of the replicas, and perhaps the router, is left by all of them under load, which comes by way of the other
+/// worker's ingress.
+async fn drain(results: &mut Results, digits: &Digits) -> Outcome {
+    let target = digits.through_ingress()?;
+    let (is_over, goes_on) = flag();
+    let load = load::closed_while(&target, CALLERS, goes_on);
+    let drained = async {
+        tokio::time::sleep(BEFORE_DRAIN).await;
+        tokio::task::block_in_place(|| digits.drain_another())
+    };
+    let (took, outcomes) = beside(load, &is_over, drained).await?;
+    let row = format!("a worker is drained, {CALLERS} callers by way of another's ingress");
     results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
-    tell_the_rest(results, &row, &outcomes);
-    let took = started.elapsed().as_secs_f64();
-    results.figure(&format!("{row}: until it was over"), took, "s");
+    results.figure(
+        &format!("{row}: until nothing ran there"),
+        took.as_secs_f64(),
+        "s",
+    );
     let not_answered = outcomes.refused.len() + outcomes.unanswered;
-    let name = format!("{row}: requests without an answer or refused");
+    let name = format!("{row}: without an answer or refused");
     results.figure(&name, not_answered as f64, "requests");
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! What is asked: a cluster with an endpoint, and a server of the protocol alone.
 
 use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
@@ -22,6 +23,11 @@ const WIDE_MODEL: &str = "wide";
 
 /// The name of a text encoder.
 const TEXT_MODEL: &str = "texts";
+
+/// A graph of one operator that gives back what it takes, FP32 of 16: what tritonserver is asked for too.
+const IDENTITY_MODEL: &str = "identity";
+
+const IDENTITY_FILE: &[u8] = include_bytes!("identity.onnx");
 
 const RAY_PROGRAM: &str = include_str!("ray_serve.py");
 
@@ -123,11 +129,22 @@ impl Target {
 
     /// The model `identity` of the conformance test: FP32 of 16.
     pub(crate) fn identity(address: &str, token: &str) -> Self {
-        let at = Address {
+        Target::of_identity(&Address {
             address: address.to_owned(),
             token: token.to_owned(),
-        };
-        Target::numbers(&at, "identity", "INPUT0", 16)
+        })
+    }
+
+    /// The same, by way of an ingress.
+    fn through(&self, ingress: &str) -> Self {
+        Target {
+            address: ingress.to_owned(),
+            ..self.clone()
+        }
+    }
+
+    fn of_identity(at: &Address) -> Self {
+        Target::numbers(at, IDENTITY_MODEL, "INPUT0", 16)
     }
 }
 
@@ -228,6 +245,59 @@ impl Digits {
         Ok(Digits { cluster, target })
     }
 
+    /// Has everything leave the worker whose ingress [`Digits::through_ingress`] does not ask; how long that took.
+    pub(crate) fn drain_another(&self) -> Outcome<Duration> {
+        let asked = self.through_ingress()?.address;
+        let listed = self.cluster.asked(&["serve", "ingress"])?;
+        let mut listed = listed.as_array().into_iter().flatten();
+        let other = listed.find(|ingress| ingress["address"] != *asked);
+        let node = other.and_then(|ingress| ingress["node"].as_str());
+        let node = node.ok_or("there is no other worker with an ingress")?;
+        let nodes = self.cluster.asked(&["nodes", "list"])?;
+        let mut nodes = nodes.as_array().into_iter().flatten();
+        let drained = nodes.find(|known| known["name"] == *node);
+        let id = drained.map_or(&Value::Null, |known| &known["id"]);
+        let began = Instant::now();
+        let mut drain = self.cluster.command();
+        drain.arg("--cluster").arg(self.cluster.dir.path());
+        printed(drain.args(["nodes", "drain", node]))?;
+        loop {
+            let actors = self.cluster.asked(&["actors", "list"])?;
+            let mut actors = actors.as_array().into_iter().flatten();
+            let is_there = |actor: &Value| {
+                let name = actor["name"].as_str().unwrap_or_default();
+                let is_ours = name.starts_with("serving/digits/");
+                is_ours && actor["state"] == "running" && actor["node"] == *id
+            };
+            if !actors.any(is_there) {
+                return Ok(began.elapsed());
+            }
+            if began.elapsed() > LIMIT {
+                return Err(format!("{node} was not left within {} s", LIMIT.as_secs()).into());
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// The same endpoint, by way of an ingress: a process that looks the endpoint's router up and sends requests on.
+    pub(crate) fn through_ingress(&self) -> Outcome<Target> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let listed = self.cluster.asked(&["serve", "ingress"])?;
+            let running = listed.as_array().into_iter().flatten();
+            let mut running = running.filter(|ingress| ingress["state"] == "running");
+            if let Some(address) = running.find_map(|ingress| ingress["address"].as_str()) {
+                return Ok(self.target.through(address));
+            }
+            if Instant::now() > deadline {
+                return Err(
+                    format!("no ingress runs within {} s: {listed}", LIMIT.as_secs()).into(),
+                );
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Puts the text encoder of a folder behind an endpoint of two replicas, to be asked for a text.
     pub(crate) fn encoder(&self, folder: &Path, text: &str) -> Outcome<Target> {
         let folder = folder.display().to_string();
@@ -236,6 +306,18 @@ impl Digits {
         let replicas = ["--replicas", "2"];
         let at = deployed(&self.cluster, TEXT_MODEL, TEXT_MODEL, &replicas)?;
         Ok(Target::text(&at, TEXT_MODEL, text))
+    }
+
+    /// Puts the graph that gives back what it takes behind an endpoint of two replicas.
+    pub(crate) fn identity(&self) -> Outcome<Target> {
+        let file = self.cluster.dir.path().join("identity.onnx");
+        std::fs::write(&file, IDENTITY_FILE)?;
+        let file = file.display().to_string();
+        let register = ["models", "register", IDENTITY_MODEL, "--onnx", &file];
+        self.cluster.asked(&register)?;
+        let replicas = ["--replicas", "2"];
+        let at = deployed(&self.cluster, IDENTITY_MODEL, IDENTITY_MODEL, &replicas)?;
+        Ok(Target::of_identity(&at))
     }
 
     /// The cluster, as a client of it.
@@ -333,7 +415,8 @@ impl Cluster {
         let cluster = Cluster { mobula, dir };
         let mut up = cluster.command();
         up.args(["local", "up", "--workers", "2", "--data-dir"])
-            .arg(cluster.dir.path());
+            .arg(cluster.dir.path())
+            .args(["--ingress", &free_pair()?]);
         printed(&mut up)?;
         Ok(cluster)
     }
@@ -363,6 +446,18 @@ impl Drop for Cluster {
             .arg(self.dir.path());
         if let Err(error) = printed(&mut down) {
             eprintln!("the cluster was not taken down: {error}");
+        }
+    }
+}
+
+/// An address of this machine whose port is free, and the one after it, for the ingresses of two workers.
+fn free_pair() -> Outcome<String> {
+    loop {
+        let first = TcpListener::bind("127.0.0.1:0")?;
+        let address = first.local_addr()?;
+        let next = address.port().checked_add(1);
+        if next.is_some_and(|next| TcpListener::bind(("127.0.0.1", next)).is_ok()) {
+            return Ok(address.to_string());
         }
     }
 }

@@ -39,8 +39,8 @@ const USUAL_LOAD: f64 = 0.7;
 const OVERLOAD: f64 = 2.0;
 
 /// What can be measured alone.
-const PARTS: [&str; 7] = [
-    "router", "identity", "texts", "endpoint", "open", "wide", "changes",
+const PARTS: [&str; 8] = [
+    "router", "identity", "texts", "endpoint", "open", "ingress", "wide", "changes",
 ];
 
 /// How much is measured, and where the figures go.
@@ -51,6 +51,8 @@ struct Options {
     /// For each row.
     round: Duration,
     callers: &'static [usize],
+    /// Asked while versions change.
+    requests: u64,
     /// Where Mobula's programs are.
     programs: PathBuf,
     /// A tritonserver with the model `identity`, `ip:port` of its HTTP.
@@ -70,6 +72,7 @@ impl Options {
             only: Vec::new(),
             round: Duration::from_secs(5),
             callers: &CALLERS,
+            requests: 1_000_000,
             programs: programs.to_owned(),
             triton: None,
             ray_python: None,
@@ -83,6 +86,7 @@ impl Options {
                 "--quick" => {
                     options.round = Duration::from_secs(1);
                     options.callers = &CALLERS_QUICK;
+                    options.requests = 50_000;
                 }
                 "--only" => {
                     let part = value()?;
@@ -139,11 +143,15 @@ async fn measure(options: &Options, results: &mut Results) -> Outcome {
     if let Some(folder) = encoder {
         texts::by_themselves(folder, options.round, results)?;
     }
-    let of_a_cluster = ["endpoint", "open", "wide", "changes"];
+    let of_a_cluster = ["identity", "endpoint", "open", "ingress", "wide", "changes"];
     if encoder.is_none() && !of_a_cluster.iter().any(|part| options.wants(part)) {
         return Ok(());
     }
     let digits = Digits::deploy(&options.programs).await?;
+    if options.wants("identity") {
+        let target = digits.identity()?;
+        closed(options, results, "identity, 2 replicas", &target).await?;
+    }
     if let Some(folder) = encoder {
         let target = digits.encoder(folder, &texts::question())?;
         closed(options, results, "a text, 2 replicas", &target).await?;
@@ -155,12 +163,23 @@ async fn measure(options: &Options, results: &mut Results) -> Outcome {
     if options.wants("open") {
         open(options, results, "digits", BUSY_CALLERS, &digits.target).await?;
     }
+    if options.wants("ingress") {
+        let target = digits.through_ingress()?;
+        open(
+            options,
+            results,
+            "digits through an ingress",
+            BUSY_CALLERS,
+            &target,
+        )
+        .await?;
+    }
     if options.wants("wide") {
         let wide = digits.wide().await?;
         open(options, results, "wide", BUSY_CALLERS_WIDE, &wide).await?;
     }
     if options.wants("changes") {
-        changes::measure(results, &digits).await?;
+        changes::measure(results, &digits, options.requests).await?;
     }
     Ok(())
 }

@@ -1,20 +1,26 @@
-"""Triton's own `perf_analyzer` against a tritonserver and against Mobula's protocol, in turns; prints a table.
+"""Triton's own `perf_analyzer` against a tritonserver and against Mobula, in turns; prints a table.
 
-usage: peers.py FOLDER TRITON_HTTP TRITON_GRPC IDENTITY_SERVER [--quick]
+usage: peers.py FOLDER TRITON_HTTP TRITON_GRPC IDENTITY_SERVER MOBULA [--quick]
 
-Both serve `identity`, FP32 of 16: the tritonserver with its Python backend, Mobula by the example `identity_server`, which is
-the protocol without a cluster. The program comes from the last wheel of `tritonclient` that has it; the libraries that it wants
+All serve `identity`, FP32 of 16: the tritonserver with its Python backend, which is one process beside its own; Mobula by an endpoint
+of two replicas of an ONNX graph, each in a process beside the router's, and by the example `identity_server`, which is the
+protocol without a cluster. The program comes from the last wheel of `tritonclient` that has it; the libraries that it wants
 are those of `nvidia-pytriton`, under their plain names.
 """
 
+import contextlib
 import csv
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import pytriton
+
+MODEL = pathlib.Path(__file__).parent / "identity.onnx"
 
 WHEEL = "tritonclient==2.49.0"
 CALLERS = [1, 8, 64]
@@ -83,31 +89,61 @@ def cells_of(measured):
     return f"{rate:.0f} | {p50:.0f} µs | {p99:.0f} µs"
 
 
+@contextlib.contextmanager
+def endpoint(mobula):
+    """Where an endpoint of a cluster answers, and its token."""
+    with tempfile.TemporaryDirectory() as folder:
+        def asked(*arguments):
+            ran = subprocess.run([mobula, *arguments, "--json"], env=environment, stdout=subprocess.PIPE, check=True)
+            return json.loads(ran.stdout)
+
+        environment = os.environ | {"MOBULA_CLUSTER": folder}
+        subprocess.run([mobula, "local", "up", "--data-dir", folder], stdout=subprocess.DEVNULL, check=True)
+        try:
+            asked("models", "register", "identity", "--onnx", str(MODEL))
+            deployed = asked("serve", "deploy", "identity", "--replicas", "2")
+            yield deployed["url"].removeprefix("http://"), deployed["token"]
+        finally:
+            subprocess.run([mobula, "local", "down", "--data-dir", folder], stdout=subprocess.DEVNULL, check=True)
+
+
+@contextlib.contextmanager
+def protocol_alone(server):
+    """Where the example answers, and its token."""
+    child = subprocess.Popen([server], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        yield child.stdout.readline().split()
+    finally:
+        child.kill()
+        child.wait()
+
+
 def main():
-    folder, triton_http, triton_grpc, server, *quick = sys.argv[1:]
+    folder, triton_http, triton_grpc, server, mobula, *quick = sys.argv[1:]
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     windows_ms = [WINDOW_SHORT_MS] if quick else [WINDOW_MS, WINDOW_SHORT_MS]
     program, libraries = perf_analyzer(folder)
-    mobula = subprocess.Popen([server], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    try:
-        address, token = mobula.stdout.readline().split()
-        print("| identity, FP32 of 16 | tritonserver, a second | p50 | p99 | mobula, a second | p50 | p99 | ratio |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-        for protocol, theirs in [("http", triton_http), ("grpc", triton_grpc)]:
+    with endpoint(mobula) as deployed, protocol_alone(server) as alone:
+        names = ["tritonserver", "an endpoint", "the protocol alone"]
+        heads = [f"{name}, a second | p50 | p99" for name in names]
+        print(f"| identity, FP32 of 16 | {' | '.join(heads)} | endpoint beside tritonserver |")
+        print(f"|---{'|---' * 3 * len(names)}|---|", flush=True)
+        for protocol, triton in [("http", triton_http), ("grpc", triton_grpc)]:
+            contenders = [(triton, ""), deployed, alone]
             for callers in CALLERS:
                 for window_ms in windows_ms:
-                    ask = lambda where: measured(program, libraries, folder, protocol, where, token, callers, window_ms)
-                    triton, ours = ask(theirs), ask(address)
-                    if triton and ours:
+                    rows = [
+                        measured(program, libraries, folder, protocol, address, token, callers, window_ms)
+                        for address, token in contenders
+                    ]
+                    if all(rows):
                         break
-                cells = [cells_of(measured) for measured in (triton, ours)]
-                ratio = f"{ours[0] / triton[0]:.1f}×" if triton and ours else "–"
+                theirs, ours, _ = rows
+                ratio = f"{ours[0] / theirs[0]:.2f}×" if theirs and ours else "–"
                 note = "" if window_ms == windows_ms[0] else f", windows of {window_ms} ms"
-                print(f"| {protocol}, {callers} callers{note} | {cells[0]} | {cells[1]} | {ratio} |", flush=True)
-    finally:
-        mobula.kill()
-        mobula.wait()
+                cells = " | ".join(map(cells_of, rows))
+                print(f"| {protocol}, {callers} callers{note} | {cells} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 //! from an incarnation that is long over.
 
 use mobula_actors::checkpoint::state::{CheckpointCommand, CheckpointQuery, CheckpointRef};
-use mobula_actors::device::ComputeDevice;
 use mobula_actors::drift::state as drift;
 use mobula_actors::registry::state as registry;
+use mobula_actors::serving::replica_settings::ReplicaSettings;
 use mobula_actors::serving::state as serving;
 use mobula_core::codec;
 use mobula_core::control::ModuleId;
@@ -118,7 +118,7 @@ impl World {
                     model,
                     version: self.rng.random_bool(0.3).then_some(1),
                     replicas: self.rng.random_range(1..=2),
-                    device: ComputeDevice::Cpu,
+                    settings: ReplicaSettings::default(),
                     token_hash: [7; 32],
                 };
                 Change {

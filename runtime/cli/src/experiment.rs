@@ -159,7 +159,8 @@ fn findings_json(findings: &Findings) -> FindingsJson<'_> {
     }
 }
 
-fn state(experiment: &Experiment) -> &'static str {
+/// `running`, or why it ended.
+pub(crate) fn state(experiment: &Experiment) -> &'static str {
     match experiment.ending {
         None => "running",
         Some(Ending::Decided) => "decided",
@@ -171,7 +172,7 @@ fn state(experiment: &Experiment) -> &'static str {
 }
 
 /// What follows from an experiment: nothing while it runs, or where somebody ended it.
-fn decision(experiment: &Experiment) -> Decision {
+pub(crate) fn decision(experiment: &Experiment) -> Decision {
     let found = experiment.findings.as_ref();
     found.map_or(Decision::Undecided, |findings| findings.decision)
 }
@@ -340,7 +341,8 @@ fn print_status(experiment: &Experiment) {
     }
 }
 
-fn said(decision: Decision) -> &'static str {
+/// A decision in a word.
+pub(crate) fn said(decision: Decision) -> &'static str {
     match decision {
         Decision::Undecided => "undecided",
         Decision::Control => "control",
@@ -367,6 +369,17 @@ fn measured_row(row: &Measured) -> Vec<String> {
         or_dash(effect.map(|effect| number(effect.lower))),
         or_dash(effect.map(|effect| number(effect.upper))),
     ]
+}
+
+/// What was found of a measure, in a line.
+pub(crate) fn measured_in_words(row: &Measured) -> String {
+    let cells = measured_row(row);
+    let [measure, control, treatment, difference, lower, upper] = &cells[..] else {
+        return cells.join(", ");
+    };
+    format!(
+        "{measure}: control {control}, treatment {treatment}, difference {difference} ({lower} to {upper})"
+    )
 }
 
 fn ratio_row(row: &Ratio) -> Vec<String> {

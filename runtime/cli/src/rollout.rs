@@ -5,7 +5,7 @@ mod evidence;
 use anyhow::Context;
 use mobula::Cluster;
 use mobula_actors::serving::client;
-use mobula_actors::serving::rollout::command::Command;
+use mobula_actors::serving::rollout::command::{Command, Proposed};
 use mobula_actors::serving::rollout::plan::{Action, Decision, Phase, Progress};
 use mobula_actors::serving::rollout::trial::SideEvidence;
 use mobula_actors::serving::rollout::{Rollout, Strategy};
@@ -88,31 +88,18 @@ pub(crate) async fn run(target: &Target, command: RolloutCommand) -> anyhow::Res
 async fn start(cluster: &Cluster, arguments: RolloutStartArguments) -> anyhow::Result<()> {
     let (model, version) = model_and_version(&arguments.model)?;
     let plan = arguments.plan;
-    let (endpoint, model) = (arguments.endpoint, model.to_owned());
-    let (guardrails, strategy) = (plan.guardrails(), plan.strategy.into());
-    let (steps, min_samples) = (plan.steps, plan.min_samples);
-    let command = match arguments.shadow.plan() {
-        None => Command::Start {
-            endpoint,
-            model,
-            version,
-            strategy,
-            steps,
-            guardrails,
-            min_samples,
-        },
-        Some(shadow) => Command::StartShadowed {
-            endpoint,
-            model,
-            version,
-            strategy,
-            steps,
-            guardrails,
-            min_samples,
-            shadow,
-        },
+    let proposed = Proposed {
+        endpoint: arguments.endpoint,
+        model: model.to_owned(),
+        version,
+        guardrails: plan.guardrails(),
+        strategy: plan.strategy.into(),
+        steps: plan.steps,
+        min_samples: plan.min_samples,
+        shadow: arguments.shadow.plan(),
+        replica_wait_max_ms: arguments.replica_wait,
     };
-    let rollout = client::roll_out(cluster, command).await?;
+    let rollout = client::roll_out(cluster, Command::Begin(proposed)).await?;
     print_rollout(cluster, &rollout, arguments.format.json).await
 }
 

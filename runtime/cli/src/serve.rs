@@ -17,6 +17,7 @@ use mobula_actors::serving::autoscaler::Policy;
 use mobula_actors::serving::cache::CacheSetting;
 use mobula_actors::serving::client;
 use mobula_actors::serving::controller::replica_name;
+use mobula_actors::serving::replica_settings::Batching;
 use mobula_actors::serving::state::Endpoint;
 use mobula_core::clock::Clock;
 use mobula_core::id::JobId;
@@ -46,6 +47,9 @@ struct EndpointJson<'a> {
     replicas_running: usize,
     /// `cpu` or `cuda`.
     device: ComputeDevice,
+    /// Bytes that each replica may use; absent if they are not limited.
+    memory_bytes: Option<u64>,
+    batching: &'a Batching,
     /// `deploying`, `serving` or `deleting`.
     state: &'static str,
     /// Where it answers; absent until it does.
@@ -92,7 +96,7 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
             model,
             endpoint,
             scaling,
-            device,
+            replicas: given,
             timeout,
             format,
         } => {
@@ -108,13 +112,15 @@ pub(crate) async fn run(target: &Target, command: ServeCommand) -> anyhow::Resul
             };
             let name = endpoint.unwrap_or_else(|| model.clone());
             let policy = scaling.policy(Policy::between(REPLICAS, REPLICAS));
+            let settings = given.settings();
             // Before there is anything to undo.
             policy.check()?;
+            settings.check()?;
             // It begins with one at least, and so shows that it can answer.
             let (floor, _) = policy.bounds(SystemClock.now_ms());
             let replicas = floor.max(1);
             let deployment =
-                client::deploy(&cluster, &name, &model, version, replicas, device.into()).await?;
+                client::deploy(&cluster, &name, &model, version, replicas, settings).await?;
             let scaled = client::set_policy(&cluster, &name, policy).await;
             scaled.with_context(|| {
                 format!(
@@ -191,7 +197,7 @@ async fn print_deployment(endpoint: &Endpoint, token: &str, json: bool) -> anyho
             version: endpoint.version,
             digest: &endpoint.digest,
             replicas: endpoint.replicas,
-            device: endpoint.device,
+            device: endpoint.settings.device,
             url: &url,
             infer_url: &infer_url,
             token,
@@ -285,7 +291,9 @@ async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
                 digest: &endpoint.digest,
                 replicas: endpoint.replicas,
                 replicas_running: running(endpoint),
-                device: endpoint.device,
+                device: endpoint.settings.device,
+                memory_bytes: endpoint.settings.memory_bytes,
+                batching: &endpoint.settings.batching,
                 state: state(endpoint),
                 url: url(endpoint),
                 deployed_ms: endpoint.deployed_ms,
@@ -301,7 +309,7 @@ async fn list(cluster: &Cluster, json: bool) -> anyhow::Result<()> {
                 format!("{}:{}", endpoint.model, endpoint.version),
                 state(endpoint).to_owned(),
                 format!("{}/{}", running(endpoint), endpoint.replicas),
-                endpoint.device.to_string(),
+                endpoint.settings.device.to_string(),
                 or_dash(url(endpoint)),
                 age(endpoint.deployed_ms, SystemClock.now_ms()),
             ]

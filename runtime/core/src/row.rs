@@ -16,7 +16,7 @@ use crate::control::{ModuleId, Reader, Table, Txn};
 pub const ROW_BYTES_MAX: usize = 1024 * 1024;
 
 /// The version of all rows that this code writes.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// Rows that one read of a long scan fetches.
 const SCAN_ROWS: usize = 256;
@@ -89,8 +89,8 @@ pub fn from_bytes<T: DeserializeOwned>(table: Table, bytes: &[u8]) -> T {
             Err(error) => panic!("table {tag} of module {module} holds an unreadable row: {error}"),
         },
         Some((version, _)) => panic!(
-            "table {tag} of module {module} holds a row of version {version}, this binary reads \
-             {VERSION}: start a binary at least as new as the one that wrote it"
+            "table {tag} of module {module} holds a row of version {version}, this binary reads only \
+             {VERSION}: start the release that wrote it, or begin with an empty data directory"
         ),
         None => panic!("table {tag} of module {module} holds an empty row"),
     }

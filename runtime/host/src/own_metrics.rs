@@ -69,6 +69,12 @@ impl Gauge {
     pub fn set(&self, value: f64) {
         self.0.store(value.to_bits(), Relaxed);
     }
+
+    /// What it is now.
+    #[must_use]
+    pub fn value(&self) -> f64 {
+        f64::from_bits(self.0.load(Relaxed))
+    }
 }
 
 /// A value that only grows.
@@ -88,6 +94,12 @@ impl Counter {
             // The closure never declines.
             let _ = self.0.fetch_update(Relaxed, Relaxed, grown);
         }
+    }
+
+    /// How far it has grown.
+    #[must_use]
+    pub fn value(&self) -> f64 {
+        f64::from_bits(self.0.load(Relaxed))
     }
 }
 

@@ -174,6 +174,7 @@ async fn drive_slot<'a>(
         watch: None,
         is_ahead: false,
         returning: None,
+        has_word: false,
         is_gone: false,
         again: Vec::new(),
         lost: Vec::new(),
@@ -206,6 +207,8 @@ struct Slot<'a> {
     is_ahead: bool,
     /// It was asked for that.
     returning: Option<BoxFuture<'static, CallResult>>,
+    /// It has heard that there is work, and nobody else has heard that word.
+    has_word: bool,
     is_gone: bool,
     /// To be pushed again, elsewhere.
     again: Vec<TaskRecord>,
@@ -217,6 +220,11 @@ impl Slot<'_> {
     async fn run(&mut self) {
         loop {
             self.push_all().await;
+            // What is in line still finds no room here, or is too late for a slot that is given back meanwhile. Somebody
+            // else may be the one with room for it: an idle slot, or one that was lent.
+            if std::mem::take(&mut self.has_word) && self.pool.waiting() > 0 {
+                self.pool.work.notify_one();
+            }
             if self.flying.is_empty() {
                 if !self.takes_more() || !self.wait_for_work().await {
                     return;
@@ -293,7 +301,7 @@ impl Slot<'_> {
                 biased;
                 // First: a word that this one does not hear goes to the next.
                 () = back.cancelled() => {}
-                () = self.pool.work.notified() => {}
+                () = self.pool.work.notified() => self.has_word = true,
             }
             return true;
         }
@@ -310,7 +318,8 @@ impl Slot<'_> {
         };
         let found = tokio::time::timeout(kept, self.pool.work.notified()).await;
         self.pool.state.lock().idle -= 1;
-        if found.is_ok() || self.pool.waiting() > 0 {
+        self.has_word = found.is_ok();
+        if self.has_word || self.pool.waiting() > 0 {
             return true;
         }
         // In vain is no harm: a slot that nobody uses ends by itself.
@@ -324,7 +333,7 @@ impl Slot<'_> {
         let takes_more = self.takes_more();
         let waiting = self.pool.waiting();
         // What stands in line found no room here: a word of more would find none either, and would be
-        // passed on and heard again without an end.
+        // passed on and heard again without an end. What came just now is found when it looks again.
         let listens = takes_more && waiting == 0 && self.flying.len() < IN_FLIGHT_MAX;
         let may_look = takes_more && (self.flying.len() > 1 || waiting > 0);
         tokio::select! {
@@ -347,12 +356,7 @@ impl Slot<'_> {
                 }
             }
             _ = until_answered(&mut self.returning) => self.returning = None,
-            () = self.pool.work.notified(), if listens => {
-                // Somebody else may be the one with room for it: an idle slot, or one that was lent.
-                if !self.has_room_for_next() && self.pool.waiting() > 0 {
-                    self.pool.work.notify_one();
-                }
-            }
+            () = self.pool.work.notified(), if listens => self.has_word = true,
             _ = self.look.tick(), if may_look => self.look_after().await,
         }
     }

@@ -209,7 +209,8 @@ impl Triton {
             .arg(workspace.root().join(PEER))
             .arg(workspace.target().join("peers/perf-analyzer"))
             .args([&self.address, &self.grpc])
-            .arg(workspace.binary("examples/identity_server"));
+            .arg(workspace.binary("examples/identity_server"))
+            .arg(workspace.binary("mobula"));
         if is_quick {
             command.arg("--quick");
         }

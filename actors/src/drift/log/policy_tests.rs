@@ -33,7 +33,7 @@ fn deploy(tables: &mut MemoryTables, endpoint: &str, now_ms: u64) {
         model: "digits".into(),
         version: None,
         replicas: 1,
-        device: Default::default(),
+        settings: Default::default(),
         token_hash: [1; 32],
     };
     apply(tables, &Serving, now_ms, &command).unwrap();

@@ -1,7 +1,8 @@
 //! Rows of the prediction log, from what a policy lets through to a Parquet file.
 //!
 //! Columns: `request` (text, or absent), `row`, `answered_at` (milliseconds since the Unix epoch), `version`, `class`, `confidence`,
-//! `slice` (text, or absent), and `input_<feature>` for each feature: a float, or for a hashed one a text.
+//! `slice` (text, or absent), and `input_<feature>` for each feature: a float, or for a hashed one a text. `version` is the one that
+//! answered; the file's own `mobula.version` is the one that was active, whose monitor wrote it.
 
 use std::sync::Arc;
 
@@ -84,6 +85,7 @@ pub(in crate::drift) struct LogRows {
     requests: Vec<Option<String>>,
     rows: Vec<i32>,
     at: Vec<i64>,
+    versions: Vec<i64>,
     classes: Vec<i32>,
     confidences: Vec<f32>,
     slices: Vec<Option<String>>,
@@ -100,6 +102,7 @@ impl LogRows {
             requests: Vec::new(),
             rows: Vec::new(),
             at: Vec::new(),
+            versions: Vec::new(),
             classes: Vec::new(),
             confidences: Vec::new(),
             slices: Vec::new(),
@@ -123,7 +126,7 @@ impl LogRows {
     ) -> u64 {
         let mut left_out = 0;
         let mut at = 0;
-        for request in &observation.requests {
+        for (index, request) in observation.requests.iter().enumerate() {
             let count = request.rows as usize;
             let first = at;
             at += count;
@@ -134,7 +137,10 @@ impl LogRows {
                 .classes
                 .get(first..at)
                 .zip(observation.confidences.get(first..at));
-            let (Some(values), Some((classes, confidences))) = (values, answers) else {
+            let version = observation.versions.get(index);
+            let (Some(values), Some((classes, confidences)), Some(version)) =
+                (values, answers, version)
+            else {
                 // Not what a router sends; the windows refuse it as well.
                 left_out += count as u64;
                 continue;
@@ -157,6 +163,7 @@ impl LogRows {
                 self.requests.push(name.clone());
                 self.rows.push(number);
                 self.at.push(now_ms.cast_signed());
+                self.versions.push(version.cast_signed());
                 self.classes.push(class.cast_signed());
                 self.confidences.push(*confidence);
                 self.slices.push(request.slice.clone());
@@ -185,7 +192,7 @@ impl LogRows {
         }
     }
 
-    /// The file.
+    /// The file, of the monitor of this version.
     pub(in crate::drift) fn to_parquet(
         &self,
         layout: &Layout,
@@ -204,11 +211,10 @@ impl LogRows {
         let mut file =
             SerializedFileWriter::new(&mut bytes, schema(layout)?, Arc::new(properties))?;
         let mut group = file.next_row_group()?;
-        let versions = vec![version.cast_signed(); self.count()];
         write_texts(&mut group, &self.requests)?;
         write::<Int32Type>(&mut group, &self.rows, None)?;
         write::<Int64Type>(&mut group, &self.at, None)?;
-        write::<Int64Type>(&mut group, &versions, None)?;
+        write::<Int64Type>(&mut group, &self.versions, None)?;
         write::<Int32Type>(&mut group, &self.classes, None)?;
         write::<FloatType>(&mut group, &self.confidences, None)?;
         write_texts(&mut group, &self.slices)?;

@@ -41,6 +41,7 @@ fn observation(ids: &[Option<&str>]) -> Observation {
             })
             .collect(),
         energies: vec![Some(-3.0); count],
+        versions: vec![3; count],
     }
 }
 
@@ -173,6 +174,19 @@ fn the_sample_depends_on_the_id_alone_and_has_its_share() {
     let mut rows = LogRows::new(&layout, 0);
     let once = rows.add(&tenth, &layout, &nameless, 0);
     assert_eq!(rows.add(&tenth, &layout, &nameless, 1), once);
+}
+
+#[test]
+fn each_row_has_the_version_that_answered_it() {
+    let tried = Observation {
+        versions: vec![3, 4, 3],
+        ..observation(&[Some("a"), Some("b"), Some("c")])
+    };
+    let versions: Vec<Field> = logged(&policy(), &tried)
+        .iter()
+        .map(|row| field(row, "version").clone())
+        .collect();
+    assert_eq!(versions, [3, 4, 3].map(Field::Long));
 }
 
 #[test]

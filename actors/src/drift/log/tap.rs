@@ -1,5 +1,5 @@
 //! What writes the prediction log in a monitor's process: follows the policy, fills files, writes them, and deletes those
-//! whose time is over.
+//! whose time is over, whether or not others are written.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,6 @@ use mobula_storage::blob::BlobStore;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 use super::files::{self, Pages};
 use super::policy::LogPolicy;
@@ -26,7 +25,7 @@ const POLICY_INTERVAL: Duration = Duration::from_secs(5);
 /// How often it is looked whether a file is old enough to be written.
 const ROLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How often files whose time is over are deleted.
+/// How often files whose time is over are deleted: for each the store lists all files of the endpoint.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Files that wait to be written, beside the one that is: further ones are shed.
@@ -42,7 +41,6 @@ const FLUSH_POLL: Duration = Duration::from_millis(20);
 struct Full {
     rows: LogRows,
     layout: Arc<Layout>,
-    keep_ms: u64,
 }
 
 struct Filling {
@@ -86,6 +84,7 @@ impl Tap {
         };
         tasks.spawn(tap.clone().follow_policy(cluster.clone()));
         tasks.spawn(tap.clone().roll_in_time());
+        tasks.spawn(tap.clone().sweep_in_time(blobs.clone()));
         tasks.spawn(tap.clone().write(blobs, waiting));
         tap
     }
@@ -207,10 +206,28 @@ impl Tap {
         }
     }
 
+    /// Deletes files whose time is over while there is a policy, which says how long that is: also when nothing is asked, and so
+    /// nothing written, any more. There may be very many of them, and rows do not wait for that.
+    async fn sweep_in_time(self, blobs: BlobStore) {
+        loop {
+            let Some(keep_ms) = self.keep_ms() else {
+                tokio::time::sleep(POLICY_INTERVAL).await;
+                continue;
+            };
+            sweep(&blobs, &self.identity.endpoint, keep_ms).await;
+            tokio::time::sleep(SWEEP_INTERVAL).await;
+        }
+    }
+
+    /// For how long files are kept, if there is a policy.
+    fn keep_ms(&self) -> Option<u64> {
+        let state = self.state.lock();
+        let filling = state.filling.as_ref()?;
+        Some(filling.policy.keep_ms)
+    }
+
     async fn write(self, blobs: BlobStore, mut waiting: mpsc::Receiver<Full>) {
         let mut sequence = 0u64;
-        let mut swept: Option<Instant> = None;
-        let mut sweeps = JoinSet::new();
         while let Some(full) = waiting.recv().await {
             sequence += 1;
             let count = full.rows.count() as u64;
@@ -236,13 +253,6 @@ impl Tap {
                 }
             }
             self.has_news.store(true, Ordering::Relaxed);
-            // There may be very many files to delete, and rows do not wait for that.
-            while sweeps.try_join_next().is_some() {}
-            if sweeps.is_empty() && swept.is_none_or(|at| at.elapsed() >= SWEEP_INTERVAL) {
-                swept = Some(Instant::now());
-                let endpoint = self.identity.endpoint.clone();
-                sweeps.spawn(sweep(blobs.clone(), endpoint, full.keep_ms));
-            }
         }
     }
 
@@ -277,8 +287,8 @@ impl Tap {
 }
 
 /// Deletes files of an endpoint whose time is over.
-async fn sweep(blobs: BlobStore, endpoint: String, keep_ms: u64) {
-    if let Err(error) = files::sweep(Pages::of(&blobs, &endpoint), keep_ms, now_ms()).await {
+async fn sweep(blobs: &BlobStore, endpoint: &str, keep_ms: u64) {
+    if let Err(error) = files::sweep(Pages::of(blobs, endpoint), keep_ms, now_ms()).await {
         tracing::warn!(
             endpoint,
             %error,
@@ -298,7 +308,6 @@ fn take(filling: &mut Filling, status: &mut LogStatus) -> Option<Full> {
     Some(Full {
         rows,
         layout: Arc::clone(&filling.layout),
-        keep_ms: filling.policy.keep_ms,
     })
 }
 
@@ -306,3 +315,7 @@ fn take(filling: &mut Filling, status: &mut LogStatus) -> Option<Full> {
 fn cut(text: &str) -> String {
     text.chars().take(200).collect()
 }
+
+#[cfg(test)]
+#[path = "tap_tests.rs"]
+mod tests;

@@ -1,11 +1,12 @@
 //! Whatever happens in whatever order, with a leader that dies between any two entries of the log: one active
 //! version, one retraining, and each step of it once.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
 use mobula_core::control::Proposal;
-use proptest::prelude::{
-    Just, ProptestConfig, Strategy as _, prop_assert, prop_assert_eq, prop_oneof, proptest,
-};
-use proptest::test_runner::TestCaseError;
+use proptest::prelude::{Just, ProptestConfig, Strategy, prop_assert, prop_assert_eq, prop_oneof};
+use proptest::test_runner::{RngAlgorithm, TestCaseError, TestRng, TestRunner};
 
 use super::command::Command;
 use super::plan::{Mode, Phase, Retraining, Terms};
@@ -64,9 +65,15 @@ enum Asked {
     NoPolicy,
 }
 
-fn happenings() -> impl proptest::strategy::Strategy<Value = Happening> {
-    let mode = prop_oneof![3 => Just(Mode::Auto), 1 => Just(Mode::Suggest)];
-    let gate = prop_oneof![3 => Just(Stage::Candidate), 1 => Just(Stage::Staging)];
+fn mode() -> impl Strategy<Value = Mode> {
+    prop_oneof![3 => Just(Mode::Auto), 1 => Just(Mode::Suggest)]
+}
+
+fn gate() -> impl Strategy<Value = Stage> {
+    prop_oneof![3 => Just(Stage::Candidate), 1 => Just(Stage::Staging)]
+}
+
+fn happenings() -> impl Strategy<Value = Happening> {
     let asked = prop_oneof![
         2 => Just(Asked::Retrain),
         1 => Just(Asked::Cancel),
@@ -74,7 +81,7 @@ fn happenings() -> impl proptest::strategy::Strategy<Value = Happening> {
         1 => Just(Asked::Abort),
         1 => Just(Asked::RollBack),
         1 => Just(Asked::StartAnother),
-        1 => (mode, gate).prop_map(|(mode, gate)| Asked::Policy(mode, gate)),
+        1 => (mode(), gate()).prop_map(|(mode, gate)| Asked::Policy(mode, gate)),
         1 => Just(Asked::NoPolicy),
     ];
     let accuracy = prop_oneof![3 => Just(0.95), 1 => Just(0.8)];
@@ -101,15 +108,32 @@ fn happenings() -> impl proptest::strategy::Strategy<Value = Happening> {
     ]
 }
 
+/// All phases there are.
+pub(super) const PHASES: [Phase; 13] = [
+    Phase::Suggested,
+    Phase::Submitting,
+    Phase::Training,
+    Phase::Evaluating,
+    Phase::Gate,
+    Phase::Queued,
+    Phase::Canary,
+    Phase::Promoted,
+    Phase::RolledBack,
+    Phase::Failed,
+    Phase::NotBetter,
+    Phase::BudgetSpent,
+    Phase::Cancelled,
+];
+
 /// A head with proposals of dead leaders on their way to it.
-struct Course {
-    world: World,
-    in_flight: Vec<Proposal>,
+pub(super) struct Course {
+    pub(super) world: World,
+    pub(super) in_flight: Vec<Proposal>,
 }
 
 impl Course {
     /// Applies a proposal as the next entry, and checks what holds at every index.
-    fn enter(&mut self, proposal: &Proposal) -> Result<(), TestCaseError> {
+    pub(super) fn enter(&mut self, proposal: &Proposal) -> Result<(), TestCaseError> {
         let before = Seen::of(&self.world);
         let _ = self.world.apply(proposal.module, &proposal.payload);
         check(&before, &Seen::of(&self.world))
@@ -341,73 +365,50 @@ fn check(before: &Seen, after: &Seen) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+/// What the histories below are made of: a run that fails can be repeated. It is printed with the failure.
+const SEED: [u8; 32] = *b"one active version at each index";
 
-    #[test]
-    fn one_version_is_active_at_every_index_whenever_a_leader_dies(
-        happenings in proptest::collection::vec(happenings(), 1..150)
-    ) {
-        let mut course = Course { world: World::new(Mode::Auto), in_flight: Vec::new() };
-        course.world.register(super::state::tests::new_version('f'));
-        for what in &happenings {
-            course.happen(what)?;
-        }
-        let steps: usize = history(&course.world.tables, "digits").iter().map(|row| row.steps.len()).sum();
-        prop_assert_eq!(course.world.retraining_events().len(), steps);
-    }
-}
+/// Histories, of [`HAPPENINGS_MAX`] happenings at the most.
+const HISTORIES: u32 = 128;
 
-/// The way from drift to another version, where each entry of the log is the last one of its leader: the next
-/// one begins with what that left on the way, twice.
+const HAPPENINGS_MAX: usize = 150;
+
 #[test]
-fn a_leader_that_dies_in_every_transition_changes_nothing_twice() {
-    let mut course = Course {
-        world: World::new(Mode::Auto),
-        in_flight: Vec::new(),
+fn one_version_is_active_at_every_index_whenever_a_leader_dies() {
+    let config = ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(HISTORIES)
     };
-    course.world.drift();
-    let mut seen = Vec::new();
-    for _ in 0..40 {
-        let proposals = course.world.proposals();
-        course.in_flight.extend(proposals.iter().take(1).cloned());
-        if let Some(first) = proposals.first() {
-            course.enter(first).unwrap();
-        }
-        // The successor is told all that its predecessors ever said, again.
-        for old in course.in_flight.clone() {
-            course.enter(&old).unwrap();
-        }
-        let row = course.world.newest();
-        if seen.last() != Some(&row.phase) {
-            seen.push(row.phase);
-        }
-        match row.phase {
-            Phase::Training => course.world.end_job(row.job.unwrap(), Some(0.95)),
-            Phase::Canary => course.world.judge(true),
-            _ => {}
-        }
-    }
-    // An entry that says the same again changes nothing, so no phase is missed and none comes twice.
-    let steps: Vec<Phase> = course
-        .world
-        .newest()
-        .steps
-        .iter()
-        .map(|step| step.phase)
-        .collect();
-    assert_eq!(
-        steps,
-        [
-            Phase::Submitting,
-            Phase::Training,
-            Phase::Evaluating,
-            Phase::Queued,
-            Phase::Canary,
-            Phase::Promoted
-        ]
+    let random = TestRng::from_seed(RngAlgorithm::ChaCha, &SEED);
+    let histories = (
+        mode(),
+        gate(),
+        proptest::collection::vec(happenings(), 1..HAPPENINGS_MAX),
     );
-    assert_eq!(seen.last(), Some(&Phase::Promoted));
-    assert_eq!(history(&course.world.tables, "digits").len(), 1);
-    assert_eq!((course.world.active(), course.world.job_count()), (2, 1));
+    let met = RefCell::new(BTreeSet::new());
+    let outcome =
+        TestRunner::new_with_rng(config, random).run(&histories, |(mode, gate, happenings)| {
+            let terms = Terms { gate, ..terms() };
+            let mut course = Course {
+                world: World::with(mode, terms),
+                in_flight: Vec::new(),
+            };
+            course.world.register(super::state::tests::new_version('f'));
+            for what in &happenings {
+                course.happen(what)?;
+            }
+            let rows = history(&course.world.tables, "digits");
+            let phases = rows
+                .iter()
+                .flat_map(|row| &row.steps)
+                .map(|step| step.phase);
+            let phases: Vec<&str> = phases.map(Phase::as_str).collect();
+            prop_assert_eq!(course.world.retraining_events().len(), phases.len());
+            met.borrow_mut().extend(phases);
+            Ok(())
+        });
+    if let Err(error) = outcome {
+        panic!("seed {SEED:?}: {error}");
+    }
+    assert_eq!(met.into_inner(), BTreeSet::from(PHASES.map(Phase::as_str)));
 }

@@ -16,14 +16,15 @@
 //! * [`controller`]: the leader's loop, which proposes steps, jobs, and the end of jobs that nobody waits for.
 //!
 //! Invariants:
-//! 1. An endpoint has one retraining under way at the most, and each drift event leads to one at the most,
-//!    unless a client asks for another.
+//! 1. An endpoint has one retraining under way at the most. A drift event leads to one, and to another one each time that
+//!    the cooldown after an end is over and the drift was seen since that end; a drift that has ended begins none.
 //! 2. A step names the revision that it follows, and its apply looks again whether it may be taken: a step
 //!    that is proposed twice, late, or by two leaders is taken once.
 //! 3. A retraining submits one job at the most: the job's idempotency key names the retraining.
 //! 4. The canary is begun by the entry that says so. Which version is active only rollouts change.
 //! 5. No more jobs are submitted within a period than the policy's budget, and none within the cooldown
-//!    after the last retraining's end unless a client asks for it.
+//!    after the last retraining's end unless a client asks for it. That the budget is spent ends a retraining; while it is,
+//!    the same drift begins no other.
 
 pub mod command;
 pub mod controller;
@@ -40,6 +41,10 @@ pub use tables::{History, Shown};
 pub(super) use tables::{find_policy, shown};
 
 #[cfg(test)]
+mod errors_tests;
+#[cfg(test)]
 mod invariants_tests;
+#[cfg(test)]
+mod leader_tests;
 #[cfg(test)]
 mod world;

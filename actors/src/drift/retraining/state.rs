@@ -11,7 +11,7 @@ use super::tables::{
     HISTORY_MAX, LEDGERS, Ledger, POLICIES, RETRAININGS, find, find_policy, find_policy_row,
     history, key, ledger, newest, spent,
 };
-use crate::drift::findings::{self, RetrainSuggestion};
+use crate::drift::findings::{self, About, RetrainSuggestion};
 use crate::registry::events::{Retrained, retrained};
 use crate::registry::policy::gate;
 use crate::registry::state::find as find_version;
@@ -82,23 +82,47 @@ fn set_policy(txn: &mut dyn Txn, name: &str, policy: &RetrainPolicy) -> Result<(
     Ok(())
 }
 
-/// The suggestion about the version that an endpoint serves.
+/// The suggestion about the version that an endpoint serves, while that drifts.
 fn suggestion(reader: &dyn Reader, endpoint: &Endpoint) -> Option<RetrainSuggestion> {
     let found = findings::monitor(reader, &endpoint.name)?.retrain_suggestion?;
     (found.model == endpoint.model && found.version == endpoint.version).then_some(found)
 }
 
-/// The drift event for which the leader should begin a retraining now.
+/// The drift event for which the leader should begin a retraining now: one that has led to none yet, or one that goes on after
+/// the last retraining has ended.
 pub(super) fn due(reader: &dyn Reader, now_ms: u64, name: &str, ledger: &Ledger) -> Option<u64> {
-    let is_open = find(reader, name, ledger.newest).is_some_and(|row| row.phase.is_open());
+    let newest = find(reader, name, ledger.newest);
+    let is_open = newest.as_ref().is_some_and(|row| row.phase.is_open());
     if is_open || now_ms < ledger.quiet_until_ms {
         return None;
     }
     let endpoint = find_endpoint(reader, name).ok()?;
     let suggestion = suggestion(reader, &endpoint)?;
     let policy = find_policy_row(reader, name)?;
+    if endpoint.deleting || policy.model != endpoint.model {
+        return None;
+    }
     let is_new = suggestion.event > ledger.event;
-    (is_new && !endpoint.deleting && policy.model == endpoint.model).then_some(suggestion.event)
+    let is_due = is_new
+        || newest.is_none_or(|ended| {
+            // That the budget is spent is said once, and not again for as long as it is.
+            let may_submit =
+                policy.mode == Mode::Suggest || spent(&policy, ledger, now_ms) < policy.budget.jobs;
+            goes_on_after(reader, &endpoint, &ended)
+                && (may_submit || ended.phase != Phase::BudgetSpent)
+        });
+    is_due.then_some(suggestion.event)
+}
+
+/// Whether drift of the version that an endpoint serves was seen after a retraining had ended: where nothing is asked any more, or
+/// no labels come that say so, nothing is known to go on.
+fn goes_on_after(reader: &dyn Reader, endpoint: &Endpoint, ended: &Retraining) -> bool {
+    let about = About {
+        endpoint: &endpoint.name,
+        model: &endpoint.model,
+        version: endpoint.version,
+    };
+    findings::goes_on_ms(reader, about).is_some_and(|seen_ms| seen_ms >= ended.since_ms())
 }
 
 fn begin(

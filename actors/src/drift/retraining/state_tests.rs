@@ -133,8 +133,7 @@ fn every_way_to_fail_ends_with_its_reason_and_starts_the_cooldown() {
         assert_eq!(world.active(), 1, "{phase}");
         assert!(!world.runs(job), "{phase}");
         world.clean();
-        // Drift again, in the cooldown: it waits.
-        world.quiet();
+        // The drift goes on, in the cooldown: it waits.
         world.drift();
         world.settle();
         assert_eq!(world.newest().number, 1, "{phase}");
@@ -142,17 +141,59 @@ fn every_way_to_fail_ends_with_its_reason_and_starts_the_cooldown() {
         world.settle();
         assert_eq!(
             (world.newest().number, world.newest().event),
-            (2, 2),
+            (2, 1),
             "{phase}"
         );
     }
 }
 
 #[test]
+fn drift_that_has_ended_begins_nothing_later() {
+    let mut world = World::new(Mode::Auto);
+    world.drift();
+    world.settle();
+    world.fail_job(world.newest().job.unwrap(), "no luck");
+    world.settle();
+    // It ends, and comes and goes once more, all in the cooldown.
+    world.quiet();
+    world.drift();
+    world.quiet();
+    world.pass(10_000);
+    world.settle();
+    assert_eq!(world.newest().number, 1);
+    let refused = world.retraining(Command::Retrain {
+        endpoint: "digits".into(),
+    });
+    let message = refused.unwrap_err().message;
+    assert!(message.contains("nothing suggests to retrain"), "{message}");
+    // And comes to stay.
+    world.drift();
+    world.settle();
+    assert_eq!((world.newest().number, world.newest().event), (2, 3));
+}
+
+#[test]
+fn drift_that_nobody_saw_since_the_last_retraining_begins_no_other() {
+    let mut world = World::new(Mode::Auto);
+    world.drift();
+    world.settle();
+    world.pass(10);
+    world.fail_job(world.newest().job.unwrap(), "no luck");
+    world.settle();
+    // Nothing is asked: whether it goes on is not known.
+    world.pass(10_000);
+    world.settle();
+    assert_eq!(world.newest().number, 1);
+    world.drift();
+    world.settle();
+    assert_eq!((world.newest().number, world.newest().event), (2, 1));
+}
+
+#[test]
 fn a_budget_that_is_spent_is_said_and_counted_by_time() {
     let mut world = World::new(Mode::Auto);
     for number in 1..=3 {
-        world.quiet();
+        // One drift, which goes on.
         world.drift();
         world.settle();
         let row = world.newest();
@@ -174,14 +215,14 @@ fn a_budget_that_is_spent_is_said_and_counted_by_time() {
         endpoint: "digits".into(),
     });
     assert!(refused.unwrap_err().message.contains("is spent"));
-    world.pass(20_000);
-    world
-        .retraining(Command::Retrain {
-            endpoint: "digits".into(),
-        })
-        .unwrap();
+    // The drift goes on: that the budget is spent is said once, and when there is some again the loop goes on.
+    world.drift();
     world.settle();
-    assert_eq!(world.newest().phase, Phase::Training);
+    assert_eq!(world.newest().number, 3);
+    world.pass(20_000);
+    world.settle();
+    let row = world.newest();
+    assert_eq!((row.number, row.event, row.phase), (4, 1, Phase::Training));
     let left = shown(&world.tables, world.now_ms, "digits").unwrap();
     assert_eq!((left.jobs_left, left.quiet_until_ms), (Some(1), None));
 }
@@ -199,11 +240,33 @@ fn a_suggestion_waits_for_a_client_and_goes_with_its_version() {
         waits_for.contains("mobula drift retrain digits"),
         "{waits_for}"
     );
+    // What ends the drift decides nothing for the client.
+    world.quiet();
+    world.settle();
+    assert_eq!(world.newest().phase, Phase::Suggested);
     world.register(new_version('7'));
     world.promote_by_hand(2);
     world.settle();
     assert_eq!(world.newest().phase, Phase::Cancelled);
     assert!(last_reason(&world.newest()).contains("digits:2 is active now"));
+}
+
+#[test]
+fn a_suggestion_that_a_client_ended_is_made_again_while_the_drift_goes_on() {
+    let mut world = World::new(Mode::Suggest);
+    world.drift();
+    world.settle();
+    world
+        .retraining(Command::Cancel {
+            endpoint: "digits".into(),
+            reason: String::new(),
+        })
+        .unwrap();
+    world.pass(1_000);
+    world.drift();
+    world.settle();
+    let row = world.newest();
+    assert_eq!((row.number, row.phase), (2, Phase::Suggested));
 }
 
 #[test]

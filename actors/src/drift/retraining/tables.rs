@@ -35,7 +35,7 @@ pub const HISTORY_MAX: u64 = 50;
 pub(super) struct Ledger {
     /// The number of the newest retraining; 0 if there was none.
     pub(super) newest: u64,
-    /// The latest drift event that led to a retraining; 0 if none did.
+    /// The drift event of the newest retraining; 0 if there was none.
     pub(super) event: u64,
     /// When jobs were submitted, in milliseconds since the Unix epoch: the latest, as many as a budget may
     /// count.

@@ -103,7 +103,7 @@ impl World {
             model: "digits".into(),
             version: Some(1),
             replicas: 2,
-            device: Default::default(),
+            settings: Default::default(),
             token_hash: [7; 32],
         };
         self.serving(&deploy).unwrap();
@@ -413,6 +413,15 @@ impl World {
 
     /// Signs a version into staging; of one that is there already, nothing.
     pub(super) fn sign(&mut self, version: u64) {
+        self.move_to(version, Stage::Staging);
+    }
+
+    /// Takes a version out of use.
+    pub(super) fn archive(&mut self, version: u64) {
+        self.move_to(version, Stage::Archived);
+    }
+
+    fn move_to(&mut self, version: u64, stage: Stage) {
         let model: ModelView = self.ask(&RegistryQuery::Model {
             model: "digits".into(),
         });
@@ -420,7 +429,7 @@ impl World {
             model: "digits".into(),
             selector: Selector::Number(version),
         });
-        let mut decision = Decision::new(&model, &view, Stage::Staging, "");
+        let mut decision = Decision::new(&model, &view, stage, "");
         decision.sign(&self.key).unwrap();
         let _ = self.registry(&RegistryCommand::Stage(decision.into_change()));
     }

@@ -1,5 +1,6 @@
 //! Comparisons of counts per class, and the correction for asking many questions at once.
 
+use statrs::function::factorial::ln_binomial;
 use statrs::function::gamma::gamma_ur;
 
 /// The outcome of a χ² test.
@@ -71,6 +72,52 @@ pub fn chi_square_homogeneity(first: &[u64], second: &[u64]) -> Option<ChiSquare
     (classes >= 2).then(|| ChiSquare::new(statistic, classes - 1))
 }
 
+/// How many of how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Share {
+    /// Those that count, [`Share::of`] at the most.
+    pub hits: u64,
+    /// All.
+    pub of: u64,
+}
+
+impl Share {
+    /// The share, in `[0, 1]`; `0` of none.
+    #[must_use]
+    pub fn ratio(self) -> f64 {
+        self.hits as f64 / (self.of as f64).max(1.0)
+    }
+}
+
+/// The p-value of Fisher's exact test (1922) that a share has grown: the probability that of all hits together so many fall to
+/// `after`, or more, if both shares are samples of one. `1` if it has not grown, or one of them is of none.
+///
+/// It holds for any counts: unlike a normal approximation's it is not too small where few of few are hits.
+#[must_use]
+pub fn fisher_exact_growth(before: Share, after: Share) -> f64 {
+    if after.ratio() <= before.ratio() || before.of == 0 {
+        return 1.0;
+    }
+    let all = Share {
+        hits: before.hits + after.hits,
+        of: before.of + after.of,
+    };
+    let logarithm = ln_binomial(after.of, after.hits) + ln_binomial(before.of, before.hits)
+        - ln_binomial(all.of, all.hits);
+    let mut term = logarithm.exp();
+    let mut sum = term;
+    // One hit after the other goes over from `before`. Beyond the mean each term is less than the one before it.
+    let (mut there, mut here) = (after.hits, before.hits);
+    while here > 0 && there < after.of && term > sum * f64::EPSILON {
+        let (leaving, arriving) = (here as f64, (after.of - there) as f64);
+        here -= 1;
+        there += 1;
+        term *= leaving * arriving / (there as f64 * (before.of - here) as f64);
+        sum += term;
+    }
+    sum.min(1.0)
+}
+
 /// The Jensen-Shannon distance (the square root of the divergence, natural logarithm) of two aligned histograms, in
 /// `[0, √ln 2]`; `None` when one counts nothing or lengths differ.
 #[must_use]
@@ -139,6 +186,29 @@ mod tests {
         assert_eq!(jensen_shannon_distance(&first, &first), Some(0.0));
         let apart = jensen_shannon_distance(&[1, 0], &[0, 9]).unwrap();
         assert_close(apart, 2f64.ln().sqrt());
+    }
+
+    /// Worked out in fractions; the first is that of the lady who tasted tea, 17/70.
+    #[test]
+    fn fishers_test_is_exact() {
+        let share = |(hits, of)| Share { hits, of };
+        for (before, after, expected) in [
+            ((1, 4), (3, 4), 0.242_857_142_857_142_85),
+            ((0, 100), (1, 50), 0.333_333_333_333_333_3),
+            ((200, 2_000), (80, 400), 6.817_009_164_143_885e-8),
+            ((15, 300), (48, 50), 3.783_378_321_668_675e-43),
+            ((500, 5_000), (60, 400), 0.001_663_148_850_419_053),
+        ] {
+            let got = fisher_exact_growth(share(before), share(after));
+            // Logarithms of large factorials differ.
+            assert!((got / expected - 1.0).abs() < 1e-7, "{got}, not {expected}");
+            // The other way round the share has not grown.
+            assert_eq!(fisher_exact_growth(share(after), share(before)), 1.0);
+        }
+        assert_eq!(fisher_exact_growth(share((0, 0)), share((5, 5))), 1.0);
+        assert_eq!(fisher_exact_growth(share((5, 10)), share((0, 0))), 1.0);
+        let million = fisher_exact_growth(share((200_000, 1_000_000)), share((100, 200)));
+        assert!((1e-25..1e-15).contains(&million), "{million}");
     }
 
     /// Pinned from scipy 1.17.1, `chi2.sf`.

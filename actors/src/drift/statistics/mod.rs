@@ -10,8 +10,8 @@ mod histogram;
 mod kolmogorov_smirnov;
 
 pub use categorical::{
-    ChiSquare, benjamini_hochberg, chi_square_against_expected, chi_square_homogeneity,
-    jensen_shannon_distance,
+    ChiSquare, Share, benjamini_hochberg, chi_square_against_expected, chi_square_homogeneity,
+    fisher_exact_growth, jensen_shannon_distance,
 };
 pub use distance::{
     Chance, norm, normed_wasserstein_distance, standard_deviation, wasserstein_distance,

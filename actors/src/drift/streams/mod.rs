@@ -6,15 +6,18 @@
 //! 4. Parameters are the defaults of river, the library that most people know these detectors from, so that what is
 //!    found here and when can be compared with it.
 //!
-//! DDM, EDDM and KSWIN are left out: they raise alarms early in streams that never change.
+//! DDM, EDDM and KSWIN are left out: they raise alarms early in streams that never change. So do the others now and then, the more often
+//! the longer the stream: what follows from errors is decided above them, by [`ErrorWatch`].
 
 mod adwin;
+mod error_watch;
 mod hddm;
 mod page_hinkley;
 
 use serde::{Deserialize, Serialize};
 
 pub use adwin::Adwin;
+pub use error_watch::{ErrorWatch, FAMILY_ERROR, FAMILY_LABELS};
 pub use hddm::{HddmA, HddmW};
 pub use page_hinkley::PageHinkley;
 

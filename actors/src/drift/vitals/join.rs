@@ -3,7 +3,8 @@
 //! Invariants:
 //! 1. Entries have a fixed size and their number is bounded, so memory is: the oldest entry makes room.
 //! 2. A prediction is joined with at most one label, and a label with at most one prediction.
-//! 3. Every label that was taken is counted exactly once in the end: as joined, late or unmatched.
+//! 3. Every label that was taken is counted exactly once in the end: as joined, late, unmatched, or of another version.
+//! 4. What another version answered is known by name alone: its labels are no outcomes of this one.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::Hash;
@@ -126,11 +127,13 @@ impl<K: Copy + Eq + Hash, T> Line<K, T> {
 /// Joins predictions with labels that come later.
 #[derive(Debug)]
 pub struct JoinTable {
-    predictions: Line<Key, Predicted>,
+    /// Nothing of what another version predicted.
+    predictions: Line<Key, Option<Predicted>>,
     labels: Line<Key, u32>,
     forgotten: HashSet<Key>,
     forgotten_order: VecDeque<Key>,
     counts: JoinCounts,
+    of_other_versions: u64,
 }
 
 impl Default for JoinTable {
@@ -141,6 +144,7 @@ impl Default for JoinTable {
             forgotten: HashSet::new(),
             forgotten_order: VecDeque::new(),
             counts: JoinCounts::default(),
+            of_other_versions: 0,
         }
     }
 }
@@ -148,10 +152,18 @@ impl Default for JoinTable {
 impl JoinTable {
     /// Takes a prediction; the outcome, if its label was there already.
     pub fn predict(&mut self, key: Key, predicted: Predicted, now_ms: u64) -> Option<Outcome> {
+        self.take(key, Some(predicted), now_ms)
+    }
+
+    /// Takes that another version predicted it: its label is counted, and is no outcome.
+    pub fn predict_elsewhere(&mut self, key: Key, now_ms: u64) {
+        self.take(key, None, now_ms);
+    }
+
+    fn take(&mut self, key: Key, predicted: Option<Predicted>, now_ms: u64) -> Option<Outcome> {
         self.expire(now_ms);
         if let Some(truth) = self.labels.take(&key) {
-            self.counts.joined += 1;
-            return Some(Outcome { predicted, truth });
+            return self.join(predicted, truth);
         }
         let before = self.predictions.insert(key, predicted, now_ms);
         self.counts.repeated += u64::from(before.is_some());
@@ -163,8 +175,7 @@ impl JoinTable {
     pub fn label(&mut self, key: Key, truth: u32, now_ms: u64) -> Option<Outcome> {
         self.expire(now_ms);
         if let Some(predicted) = self.predictions.take(&key) {
-            self.counts.joined += 1;
-            return Some(Outcome { predicted, truth });
+            return self.join(predicted, truth);
         }
         if self.forgotten.contains(&key) {
             self.counts.late += 1;
@@ -176,10 +187,25 @@ impl JoinTable {
         None
     }
 
+    fn join(&mut self, predicted: Option<Predicted>, truth: u32) -> Option<Outcome> {
+        let Some(predicted) = predicted else {
+            self.of_other_versions += 1;
+            return None;
+        };
+        self.counts.joined += 1;
+        Some(Outcome { predicted, truth })
+    }
+
     /// What became of labels and predictions.
     #[must_use]
     pub fn counts(&self) -> JoinCounts {
         self.counts
+    }
+
+    /// Labels of what other versions predicted.
+    #[must_use]
+    pub fn of_other_versions(&self) -> u64 {
+        self.of_other_versions
     }
 
     /// Predictions that wait for a label.
@@ -274,6 +300,30 @@ mod tests {
             (table.predictions_waiting(), table.labels_waiting()),
             (0, 0)
         );
+    }
+
+    #[test]
+    fn labels_of_what_another_version_answered_are_known_and_no_outcomes() {
+        let mut table = JoinTable::default();
+        table.predict_elsewhere(key("a", 0), 1);
+        assert_eq!(table.label(key("a", 0), 4, 2), None);
+        // The label first.
+        assert_eq!(table.label(key("b", 0), 4, 3), None);
+        table.predict_elsewhere(key("b", 0), 4);
+        assert_eq!((table.of_other_versions(), table.labels_waiting()), (2, 0));
+        // Too late, as any other is.
+        table.predict_elsewhere(key("c", 0), 5);
+        table.label(key("c", 0), 4, 5 + PREDICTION_TTL_MS);
+        table.expire(5 + PREDICTION_TTL_MS + LABEL_TTL_MS);
+        assert_eq!(
+            table.counts(),
+            JoinCounts {
+                late: 1,
+                expired: 1,
+                ..JoinCounts::default()
+            }
+        );
+        assert_eq!(table.of_other_versions(), 2);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::drift::window::WindowMonitor;
 use crate::registry::version_file::VersionFile;
 use crate::serving;
 use crate::serving::controller::replica_name;
-use crate::serving::feed::Observation;
+use crate::serving::feed::{Observation, ObservedRequest};
 use crate::serving::replica::{Replica, ReplicaCalls, classes_of};
 
 /// How often the head is told while nothing begins: each report is a log entry.
@@ -80,6 +80,16 @@ impl Keeper {
     /// How many windows of slices it compared: none while windows rest.
     pub(in crate::drift) fn observe(&self, observation: &Observation, windows_rest: bool) -> u64 {
         self.with(|monitor| monitor.observe(observation, now_ms(), windows_rest))
+    }
+
+    /// Takes what other versions answered.
+    pub(in crate::drift) fn observe_elsewhere(&self, requests: &[&ObservedRequest]) {
+        let now_ms = now_ms();
+        self.with(|monitor| {
+            for request in requests {
+                monitor.observe_elsewhere(request, now_ms);
+            }
+        });
     }
 
     pub(in crate::drift) fn label(&self, labels: &[Label]) -> LabelReply {

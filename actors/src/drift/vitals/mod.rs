@@ -25,10 +25,10 @@ use self::sentinels::{SentinelStatus, Sentinels};
 use self::slices::{SliceDrift, SliceStatus, Slices};
 use super::log::LogStatus;
 use super::signals::{Signal, Stream};
-use super::streams::Bank;
+use super::streams::{Bank, ErrorWatch};
 use super::window::WindowMonitor;
 use crate::registry::version_file::VersionFile;
-use crate::serving::feed::Observation;
+use crate::serving::feed::{Observation, ObservedRequest};
 
 /// Signals that wait for the head: when it is out of reach for long, the first ones tell most.
 pub const SIGNALS_MAX: usize = 32;
@@ -72,6 +72,9 @@ pub struct LabelReply {
     pub refused: u64,
     /// Why the first of those was refused.
     pub refusal: Option<String>,
+    /// Name what another version answered while it was tried: they say nothing about this one.
+    #[serde(default)]
+    pub of_other_versions: u64,
 }
 
 impl LabelReply {
@@ -82,6 +85,7 @@ impl LabelReply {
         self.late += more.late;
         self.refused += more.refused;
         self.refusal = self.refusal.take().or(more.refusal);
+        self.of_other_versions += more.of_other_versions;
     }
 }
 
@@ -111,7 +115,7 @@ pub struct TruthStatus {
 /// How well a version does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Vitals {
-    /// Rows that were answered.
+    /// Rows that the version answered.
     pub rows: u64,
     /// How sure the version was of them, on average.
     pub confidence_mean: Option<f64>,
@@ -145,7 +149,7 @@ pub struct VitalsMonitor {
     scores: ScoreMonitors,
     rows_without_energy: u64,
     table: JoinTable,
-    errors: Bank,
+    errors: ErrorWatch,
     labels_refused: u64,
     rows_without_id: u64,
     total: OutcomeCounts,
@@ -179,7 +183,7 @@ impl VitalsMonitor {
             scores: ScoreMonitors::of(file),
             rows_without_energy: 0,
             table: JoinTable::default(),
-            errors: Bank::of_errors(),
+            errors: ErrorWatch::new(),
             labels_refused: 0,
             rows_without_id: 0,
             total: OutcomeCounts::default(),
@@ -199,7 +203,7 @@ impl VitalsMonitor {
         }
     }
 
-    /// Takes answered requests, while windows of rows rest without those of slices; how many of these it compared.
+    /// Takes requests that the version answered, while windows of rows rest without those of slices; how many of these it compared.
     pub fn observe(&mut self, observation: &Observation, now_ms: u64, windows_rest: bool) -> u64 {
         self.has_news = true;
         let windows_before = self.slices.windows();
@@ -232,6 +236,15 @@ impl VitalsMonitor {
             }
         }
         self.slices.windows() - windows_before
+    }
+
+    /// Takes a request that another version answered: labels may name its rows, and nothing else is known of them.
+    pub fn observe_elsewhere(&mut self, request: &ObservedRequest, now_ms: u64) {
+        self.has_news = true;
+        let Some(id) = &request.id else { return };
+        for number in 0..request.rows {
+            self.table.predict_elsewhere(join::key(id, number), now_ms);
+        }
     }
 
     fn observe_scores(&mut self, confidence: f32, energy: Option<f32>) {
@@ -294,6 +307,7 @@ impl VitalsMonitor {
                 }
             };
             let late_before = self.table.counts().late;
+            let others_before = self.table.of_other_versions();
             match self
                 .table
                 .label(join::key(&label.id, label.row), truth, now_ms)
@@ -303,6 +317,9 @@ impl VitalsMonitor {
                     self.judge(&outcome);
                 }
                 None if self.table.counts().late > late_before => reply.late += 1,
+                None if self.table.of_other_versions() > others_before => {
+                    reply.of_other_versions += 1;
+                }
                 None => reply.waiting += 1,
             }
         }
@@ -333,7 +350,7 @@ impl VitalsMonitor {
 
     fn judge(&mut self, outcome: &Outcome) {
         let is_wrong = outcome.predicted.class != outcome.truth;
-        for (detector, change) in self.errors.update(f64::from(u8::from(is_wrong))) {
+        if let Some((detector, change)) = self.errors.update(is_wrong) {
             self.raise(Signal::Stream {
                 stream: Stream::Errors,
                 detector,

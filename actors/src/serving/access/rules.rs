@@ -4,6 +4,8 @@
 //! 1. The first rule that a request meets decides, if the endpoint answers with its version; one whose version is not
 //!    answered with is passed over.
 //! 2. Names of headers are compared in lower case, everything else as it stands.
+//! 3. Of a rule with a share a key is always on the same side, and stays on the rule's when the share grows. Whom one
+//!    rule takes says nothing about another, nor about a rollout.
 
 use std::fmt;
 
@@ -11,12 +13,19 @@ use mobula_core::error::Rejection;
 use serde::{Deserialize, Serialize};
 
 use crate::serving::oip::{InferRequest, Parameter};
+use crate::serving::rollout::split;
 
 /// The longest name of a header or parameter, in bytes.
 const NAME_BYTES_MAX: usize = 64;
 
 /// The longest value, in bytes.
 const VALUE_BYTES_MAX: usize = 256;
+
+const HEADER: &str = "header";
+const PARAMETER: &str = "parameter";
+
+/// Headers that no rule looks at.
+const SECRETS: [&str; 2] = ["authorization", "cookie"];
 
 /// What of a request is looked at. Append-only: positions are tags.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +45,39 @@ pub enum Matcher {
         /// The value.
         value: String,
     },
+    /// As [`Matcher::Header`], of a share of the keys.
+    HeaderShare {
+        /// Its name, in lower case.
+        name: String,
+        /// The value.
+        value: String,
+        /// The share, in percent: 1 to 99.
+        percent: u32,
+    },
+    /// As [`Matcher::Parameter`], of a share of the keys.
+    ParameterShare {
+        /// Its name.
+        name: String,
+        /// The value.
+        value: String,
+        /// The share, in percent: 1 to 99.
+        percent: u32,
+    },
+}
+
+/// What a matcher looks at, whatever its share.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Looked<'a> {
+    what: &'static str,
+    name: &'a str,
+    value: &'a str,
+}
+
+impl fmt::Display for Looked<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Looked { what, name, value } = self;
+        write!(f, "{what} {name}={value}")
+    }
 }
 
 impl Matcher {
@@ -48,15 +90,78 @@ impl Matcher {
         }
     }
 
+    /// The same for so many percent of the keys; for all if these are 100.
+    #[must_use]
+    pub fn of_percent(self, percent: u32) -> Self {
+        match self {
+            Matcher::Header { name, value } | Matcher::HeaderShare { name, value, .. } => {
+                match percent {
+                    100 => Matcher::Header { name, value },
+                    percent => Matcher::HeaderShare {
+                        name,
+                        value,
+                        percent,
+                    },
+                }
+            }
+            Matcher::Parameter { name, value } | Matcher::ParameterShare { name, value, .. } => {
+                match percent {
+                    100 => Matcher::Parameter { name, value },
+                    percent => Matcher::ParameterShare {
+                        name,
+                        value,
+                        percent,
+                    },
+                }
+            }
+        }
+    }
+
+    /// The share of the keys that it is about, in percent.
+    #[must_use]
+    pub fn percent(&self) -> u32 {
+        match self {
+            Matcher::Header { .. } | Matcher::Parameter { .. } => 100,
+            Matcher::HeaderShare { percent, .. } | Matcher::ParameterShare { percent, .. } => {
+                *percent
+            }
+        }
+    }
+
+    fn looked(&self) -> Looked<'_> {
+        match self {
+            Matcher::Header { name, value } | Matcher::HeaderShare { name, value, .. } => Looked {
+                what: HEADER,
+                name,
+                value,
+            },
+            Matcher::Parameter { name, value } | Matcher::ParameterShare { name, value, .. } => {
+                Looked {
+                    what: PARAMETER,
+                    name,
+                    value,
+                }
+            }
+        }
+    }
+
+    fn is_header(&self) -> bool {
+        self.looked().what == HEADER
+    }
+
+    /// Whether both look at the same, if of other shares: one rule stands for both.
+    #[must_use]
+    pub fn looks_at_same(&self, other: &Matcher) -> bool {
+        self.looked() == other.looked()
+    }
+
     /// Refuses what no request can meet, or what is too long to be kept.
     pub fn check(&self) -> Result<(), Rejection> {
-        let (what, name, value) = match self {
-            Matcher::Header { name, value } => ("header", name, value),
-            Matcher::Parameter { name, value } => ("parameter", name, value),
-        };
-        let is_name = match self {
-            Matcher::Header { .. } => name.bytes().all(is_header_byte),
-            Matcher::Parameter { .. } => !name.chars().any(char::is_control),
+        let Looked { what, name, value } = self.looked();
+        let is_name = if self.is_header() {
+            name.bytes().all(is_header_byte)
+        } else {
+            !name.chars().any(char::is_control)
         };
         if !is_name || !(1..=NAME_BYTES_MAX).contains(&name.len()) {
             let shown: String = name.chars().take(NAME_BYTES_MAX).collect();
@@ -73,35 +178,44 @@ impl Matcher {
                 value.len()
             )));
         }
-        if self.is_secret() {
+        if self.is_header() && SECRETS.contains(&name) {
             return Err(Rejection::invalid(format!(
                 "header `{name}` holds a secret, and rules are shown to whoever may see the endpoint: route by \
                  another header"
             )));
         }
+        let percent = self.percent();
+        if !(1..=100).contains(&percent) {
+            return Err(Rejection::invalid(format!(
+                "a rule cannot be about {percent} percent of its requests: give 1 to 100, or remove the rule"
+            )));
+        }
         Ok(())
     }
 
-    fn is_secret(&self) -> bool {
-        matches!(self, Matcher::Header { name, .. } if ["authorization", "cookie"].contains(&name.as_str()))
-    }
-
-    fn meets(&self, request: &InferRequest) -> bool {
-        match self {
-            Matcher::Header { name, value } => request.headers.get(name) == Some(value),
-            Matcher::Parameter { name, value } => {
-                request
-                    .parameters
-                    .get(name)
-                    .is_some_and(|given| match given {
-                        Parameter::String(text) => text == value,
-                        // As they are written in JSON.
-                        Parameter::Bool(given) => value.parse() == Ok(*given),
-                        Parameter::Int(given) => value.parse() == Ok(*given),
-                        Parameter::Float(given) => value.parse() == Ok(*given),
-                    })
-            }
-        }
+    /// Whether it is about a request of this key.
+    fn meets(&self, request: &InferRequest, key: &str) -> bool {
+        let looked @ Looked { name, value, .. } = self.looked();
+        let has_value = if self.is_header() {
+            request
+                .headers
+                .get(name)
+                .is_some_and(|given| given == value)
+        } else {
+            let given = request.parameters.get(name);
+            given.is_some_and(|given| match given {
+                Parameter::String(text) => text == value,
+                // As they are written in JSON.
+                Parameter::Bool(given) => value.parse() == Ok(*given),
+                Parameter::Int(given) => value.parse() == Ok(*given),
+                Parameter::Float(given) => value.parse() == Ok(*given),
+            })
+        };
+        let percent = self.percent();
+        // The seed does not name the version: another one meets the same keys.
+        has_value
+            && (percent >= 100
+                || split::bucket(&format!("{looked}/"), key) < percent * split::BUCKETS / 100)
     }
 }
 
@@ -111,9 +225,9 @@ fn is_header_byte(byte: u8) -> bool {
 
 impl fmt::Display for Matcher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Matcher::Header { name, value } => write!(f, "header {name}={value}"),
-            Matcher::Parameter { name, value } => write!(f, "parameter {name}={value}"),
+        match self.percent() {
+            100 => write!(f, "{}", self.looked()),
+            percent => write!(f, "{percent} % of {}", self.looked()),
         }
     }
 }
@@ -133,26 +247,27 @@ impl fmt::Display for Rule {
     }
 }
 
-/// The first rule that a request meets among those whose version is answered with.
+/// The first rule that a request of this key meets among those whose version is answered with.
 #[must_use]
 pub fn first_met<'a>(
     rules: &'a [Rule],
     request: &InferRequest,
+    key: &str,
     is_answered_with: impl Fn(u64) -> bool,
 ) -> Option<&'a Rule> {
     rules
         .iter()
-        .find(|rule| rule.matcher.meets(request) && is_answered_with(rule.version))
+        .find(|rule| rule.matcher.meets(request, key) && is_answered_with(rule.version))
 }
 
 /// The names of the headers that rules look at, each once.
 #[must_use]
 pub fn headers_of(rules: &[Rule]) -> Vec<String> {
-    let names = rules.iter().filter_map(|rule| match &rule.matcher {
-        Matcher::Header { name, .. } => Some(name.clone()),
-        Matcher::Parameter { .. } => None,
-    });
-    let mut names: Vec<String> = names.collect();
+    let matchers = rules.iter().map(|rule| &rule.matcher);
+    let names = matchers.filter(|matcher| matcher.is_header());
+    let mut names: Vec<String> = names
+        .map(|matcher| matcher.looked().name.to_owned())
+        .collect();
     names.sort();
     names.dedup();
     names
@@ -181,12 +296,14 @@ mod tests {
             rule(parameter("speed", "7"), 1),
         ];
         let mut request = InferRequest::default();
-        assert_eq!(first_met(&rules, &request, |_| true), None);
+        assert_eq!(first_met(&rules, &request, "", |_| true), None);
         request.headers.insert("x-tier".into(), "beta".into());
         request.parameters.insert("speed".into(), Parameter::Int(7));
         let met = |known: &'static [u64]| {
-            first_met(&rules, &request, move |version| known.contains(&version))
-                .map(|rule| rule.version)
+            first_met(&rules, &request, "", move |version| {
+                known.contains(&version)
+            })
+            .map(|rule| rule.version)
         };
         assert_eq!(met(&[1, 2, 3]), Some(3));
         assert_eq!(met(&[1, 2]), Some(2));
@@ -209,9 +326,74 @@ mod tests {
             (Matcher::header("a", "x\n"), "control characters"),
             (Matcher::header("Authorization", "x"), "holds a secret"),
             (parameter(&"p".repeat(65), "x"), "name of a parameter"),
+            (parameter("p", "x").of_percent(0), "0 percent"),
+            (Matcher::header("a", "x").of_percent(101), "101 percent"),
+            (
+                Matcher::header("Cookie", "x").of_percent(9),
+                "holds a secret",
+            ),
         ] {
             let error = matcher.check().unwrap_err();
             assert!(error.message.contains(part), "{matcher:?}: {error}");
         }
+    }
+
+    #[test]
+    fn a_share_takes_its_keys_and_leaves_the_others_to_the_next_rule() {
+        let beta = Matcher::header("x-tier", "beta");
+        let rules = |percent: u32| {
+            [
+                rule(beta.clone().of_percent(percent), 3),
+                rule(parameter("speed", "7").of_percent(50), 2),
+            ]
+        };
+        let mut request = InferRequest::default();
+        request.headers.insert("x-tier".into(), "beta".into());
+        request.parameters.insert("speed".into(), Parameter::Int(7));
+        let versions = |percent| -> Vec<u64> {
+            let rules = rules(percent);
+            let met = |user: u32| first_met(&rules, &request, &format!("user-{user}"), |_| true);
+            let version = |user| met(user).map_or(0, |rule| rule.version);
+            (0..10_000).map(version).collect()
+        };
+        let count = |versions: &[u64], wanted| {
+            let of = versions.iter().filter(|version| **version == wanted);
+            of.count()
+        };
+        let few = versions(20);
+        // Ten standard deviations of binomial counts around 2000, and of half of what is left of them.
+        for (version, expected) in [(3, 2_000), (2, 4_000), (0, 4_000)] {
+            let count = count(&few, version);
+            assert!(count.abs_diff(expected) < 500, "{version}: {count}");
+        }
+        assert_eq!(versions(20), few);
+        let more = versions(40);
+        assert!(
+            few.iter()
+                .zip(&more)
+                .all(|(few, more)| *few != 3 || *more == 3)
+        );
+        assert_eq!(count(&versions(100), 3), 10_000);
+
+        // Who lacks the header is in no share of it.
+        request.headers.clear();
+        let rules = rules(99);
+        assert_eq!(first_met(&rules[..1], &request, "user-1", |_| true), None);
+    }
+
+    #[test]
+    fn a_share_is_part_of_a_rule_and_not_of_what_it_looks_at() {
+        let beta = Matcher::header("X-Tier", "beta");
+        let some = beta.clone().of_percent(20);
+        assert!(beta.looks_at_same(&some) && some.looks_at_same(&beta));
+        assert!(!beta.looks_at_same(&parameter("x-tier", "beta")));
+        assert_eq!(some.clone().of_percent(100), beta);
+        assert_eq!((some.percent(), beta.percent()), (20, 100));
+        assert_eq!(
+            rule(some.clone(), 3).to_string(),
+            "20 % of header x-tier=beta to version 3"
+        );
+        assert_eq!(headers_of(&[rule(some, 3), rule(beta, 2)]), ["x-tier"]);
+        assert!(parameter("p", "x").of_percent(1).check().is_ok());
     }
 }

@@ -4,6 +4,8 @@
 //! 1. Of a token only its hash is here. Names of tokens are unique in an endpoint.
 //! 2. What an endpoint has is bounded, so that doors can be told of all endpoints in one answer.
 //! 3. Each change of what doors must know moves their revision, and nothing else does.
+//! 4. While an experiment is under way, no rule comes, goes or changes that sends requests to one of its versions: a key
+//!    that is counted for one of them would meet the other, and sizes of groups do not show it.
 
 use mobula_core::control::{ApplyContext, Caller, ModuleId, Reader, Table, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
@@ -12,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rules::{Matcher, Rule, headers_of};
 use crate::registry;
+use crate::serving::experiment::state as experiment;
 use crate::serving::graph::spec::GraphSpec;
 use crate::serving::graph::state as graph;
 use crate::serving::rollout::state::standing;
@@ -134,7 +137,7 @@ pub enum Command {
         /// The token's name.
         name: String,
     },
-    /// Sends requests by a rule; one with the same matcher is changed where it stands.
+    /// Sends requests by a rule; one that looks at the same is changed where it stands.
     SetRule {
         /// The endpoint.
         endpoint: String,
@@ -298,11 +301,14 @@ pub(in crate::serving) fn apply(
                 )));
             };
             registry::state::find(txn, model, Some(rule.version))?;
+            check_experiment(txn, &owner.name, &row.rules, &rule.matcher, Some(&rule))?;
             set_rule(&owner, &mut row, rule, is_first)?;
         }
         Command::RemoveRule { matcher, .. } => {
+            check_experiment(txn, &owner.name, &row.rules, &matcher, None)?;
             let count = row.rules.len();
-            row.rules.retain(|rule| rule.matcher != matcher);
+            row.rules
+                .retain(|rule| !rule.matcher.looks_at_same(&matcher));
             if row.rules.len() == count {
                 return Err(Rejection::not_found(format!(
                     "endpoint `{}` has no rule for {matcher}: see `mobula serve route list {0}`",
@@ -381,6 +387,43 @@ fn revoke(owner: &Owner, row: &mut AccessRow, name: &str) -> Result<(), Rejectio
     )))
 }
 
+/// Refuses another rule for a matcher, or none, where the one that stands or the one that comes names a version of an
+/// experiment that is under way.
+fn check_experiment(
+    reader: &dyn Reader,
+    name: &str,
+    rules: &[Rule],
+    matcher: &Matcher,
+    new: Option<&Rule>,
+) -> Result<(), Rejection> {
+    let Some(open) = experiment::newest(reader, name).filter(|newest| newest.is_open()) else {
+        return Ok(());
+    };
+    let arms = [
+        ("control", open.plan.control.version),
+        ("treatment", open.plan.treatment.version),
+    ];
+    let standing = rules
+        .iter()
+        .find(|rule| rule.matcher.looks_at_same(matcher));
+    for rule in standing.into_iter().chain(new) {
+        let named = arms.iter().find(|(_, version)| *version == rule.version);
+        let Some((arm, version)) = named else {
+            continue;
+        };
+        let number = open.number;
+        return Err(Rejection::new(
+            ErrorCode::FailedPrecondition,
+            format!(
+                "the rule `{rule}` is about version {version}, the {arm} of experiment {number} of endpoint `{name}`, \
+                 and keys that it counts for one version would meet the other: wait for its end (`mobula experiment \
+                 status {name}`), or end it with `mobula experiment stop {name}`, then change the rule"
+            ),
+        ));
+    }
+    Ok(())
+}
+
 fn set_rule(
     owner: &Owner,
     row: &mut AccessRow,
@@ -391,7 +434,7 @@ fn set_rule(
     let known = row
         .rules
         .iter()
-        .position(|known| known.matcher == rule.matcher);
+        .position(|known| known.matcher.looks_at_same(&rule.matcher));
     if known.is_none() && row.rules.len() >= RULES_MAX {
         return Err(Rejection::new(
             ErrorCode::Overloaded,

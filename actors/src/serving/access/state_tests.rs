@@ -1,6 +1,9 @@
 use mobula_core::codec;
 
 use super::*;
+use crate::serving::experiment::Measure;
+use crate::serving::experiment::command::{Command as ExperimentCommand, Proposed};
+use crate::serving::experiment::plan::{Direction, Metric};
 use crate::serving::state::Command as ServingCommand;
 use crate::serving::test_tables::TestTables;
 
@@ -19,7 +22,7 @@ fn deploy(tables: &mut TestTables, endpoint: &str) {
         model: "digits".into(),
         version: Some(1),
         replicas: 1,
-        device: Default::default(),
+        settings: Default::default(),
         token_hash: [7; 32],
     };
     tables.serving(&command).unwrap();
@@ -146,6 +149,125 @@ fn rules_keep_their_order_and_name_versions_that_exist() {
     let error = apply_one(&mut tables, set("more", 1, false)).unwrap_err();
     assert_eq!(error.code, ErrorCode::Overloaded);
     apply_one(&mut tables, set("a", 1, false)).unwrap();
+}
+
+#[test]
+fn another_share_changes_the_rule_that_stands() {
+    let mut tables = deployed();
+    let share = |value: &str, percent| Command::SetRule {
+        endpoint: "digits".into(),
+        rule: Rule {
+            matcher: Matcher::header("x-tier", value).of_percent(percent),
+            version: 2,
+        },
+        is_first: false,
+    };
+    apply_one(&mut tables, share("a", 20)).unwrap();
+    apply_one(&mut tables, set("b", 1, false)).unwrap();
+    for (percent, expected) in [(40, "40 % of header x-tier=a"), (100, "header x-tier=a")] {
+        let access = apply_one(&mut tables, share("a", percent)).unwrap();
+        let rules: Vec<String> = access
+            .rules
+            .iter()
+            .map(|rule| rule.matcher.to_string())
+            .collect();
+        assert_eq!(rules, [expected, "header x-tier=b"]);
+    }
+    let error = apply_one(&mut tables, share("c", 0)).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidArgument);
+    assert!(error.message.contains("0 percent"), "{error}");
+
+    // Whoever removes it need not know its share.
+    apply_one(&mut tables, share("a", 7)).unwrap();
+    let remove = Command::RemoveRule {
+        endpoint: "digits".into(),
+        matcher: Matcher::header("x-tier", "a"),
+    };
+    assert_eq!(apply_one(&mut tables, remove).unwrap().rules.len(), 1);
+
+    // An experiment on the version keeps its share, too.
+    apply_one(&mut tables, share("a", 7)).unwrap();
+    start_experiment(&mut tables);
+    let error = apply_one(&mut tables, share("a", 8)).unwrap_err();
+    assert_eq!(error.code, ErrorCode::FailedPrecondition, "{error}");
+}
+
+/// Compares version 2 with the active one.
+fn start_experiment(tables: &mut TestTables) {
+    let proposed = Proposed {
+        endpoint: "digits".into(),
+        model: "digits".into(),
+        version: Some(2),
+        control_share_bp: 5_000,
+        treatment_share_bp: 5_000,
+        seed: None,
+        primary: Metric {
+            measure: Measure::ErrorRate,
+            direction: Direction::Down,
+        },
+        effect_min: 0.01,
+        guardrails: Vec::new(),
+        alpha_bp: 500,
+        samples_max: 1_000,
+    };
+    let start = ServingCommand::Experiment(ExperimentCommand::Start(proposed));
+    tables.serving(&start).unwrap();
+}
+
+#[test]
+fn rules_about_the_versions_of_an_experiment_stay_while_it_is_under_way() {
+    let mut tables = deployed();
+    apply_one(&mut tables, set("early", 2, false)).unwrap();
+    apply_one(&mut tables, set("other", 3, false)).unwrap();
+    let before = of(&tables.tables, "digits").unwrap().rules;
+    start_experiment(&mut tables);
+    let remove = |value| Command::RemoveRule {
+        endpoint: "digits".into(),
+        matcher: Matcher::header("x-tier", value),
+    };
+    for (change, named) in [
+        (
+            set("new", 2, false),
+            "x-tier=new to version 2` is about version 2, the treatment",
+        ),
+        (
+            set("new", 1, true),
+            "x-tier=new to version 1` is about version 1, the control",
+        ),
+        // What stands is about one of them, or what comes instead.
+        (
+            set("early", 3, false),
+            "x-tier=early to version 2` is about",
+        ),
+        (set("early", 2, true), "x-tier=early to version 2` is about"),
+        (
+            set("other", 2, false),
+            "x-tier=other to version 2` is about",
+        ),
+        (remove("early"), "x-tier=early to version 2` is about"),
+    ] {
+        let error = apply_one(&mut tables, change).unwrap_err();
+        assert_eq!(error.code, ErrorCode::FailedPrecondition);
+        assert!(error.message.contains(named), "{error}");
+        assert!(
+            error
+                .message
+                .contains("of experiment 1 of endpoint `digits`")
+                && error.message.contains("`mobula experiment stop digits`"),
+            "{error}"
+        );
+    }
+    assert_eq!(of(&tables.tables, "digits").unwrap().rules, before);
+    // No key of the experiment meets version 3.
+    apply_one(&mut tables, remove("other")).unwrap();
+    apply_one(&mut tables, set("another", 3, true)).unwrap();
+
+    let stop = ExperimentCommand::Stop {
+        endpoint: "digits".into(),
+    };
+    tables.serving(&ServingCommand::Experiment(stop)).unwrap();
+    apply_one(&mut tables, set("new", 2, false)).unwrap();
+    apply_one(&mut tables, remove("early")).unwrap();
 }
 
 #[test]

@@ -25,6 +25,9 @@ const FEWER_PERCENT: u64 = 90;
 /// Answers must be faster than so much of the objective, in percent, before replicas are taken away.
 const CALM_PERCENT: u64 = 80;
 
+/// Requests for which there is no room, in percent of those that come, from which on there are too few replicas.
+const REFUSED_PERCENT: u64 = 1;
+
 /// What a rate of requests counts as the same that it was, down to so many percent of it.
 const SAME_RATE_PERCENT: u64 = 80;
 
@@ -54,6 +57,8 @@ pub enum Cause {
     Busy,
     /// Processes used more of their memory than the target.
     Memory,
+    /// Requests were refused that the replicas would not have answered in time.
+    Refused,
 }
 
 /// The numbers that a decision rests on.
@@ -87,6 +92,8 @@ pub struct Figures {
     pub busy_milli: u64,
     /// The memory in use where it is scarcest, in percent; 0 if no replica said.
     pub memory_percent: u8,
+    /// Requests that were refused for want of room over a tenth of the window, in thousandths a second.
+    pub refused_milli: u64,
 }
 
 /// A change of the number of replicas.
@@ -156,6 +163,7 @@ impl Standing<'_> {
                     | Cause::Burst
                     | Cause::Busy
                     | Cause::Memory
+                    | Cause::Refused
             );
             by_load
                 && change.version == self.version
@@ -231,6 +239,7 @@ impl Autoscaler {
             allowed_max,
             busy_milli: stable.map_or(0, |average| average.busy_milli),
             memory_percent,
+            refused_milli: burst.map_or(0, |average| average.refused_milli),
         };
         let is_bursting = self.sees_burst(policy, standing.replicas, &figures, burst, now_ms);
         let is_calm = stable.is_some_and(|average| average.is_whole) && !is_bursting;
@@ -240,7 +249,8 @@ impl Autoscaler {
             // Before anything that may ask for more: what is known of memory and times is old then.
             .or_else(|| is_calm.then(|| self.idle(policy, &standing, &figures))?)
             .or_else(|| {
-                let more = || more(policy, standing.replicas, &figures, is_bursting);
+                let refused = by_refused(ready, burst);
+                let more = || more(policy, standing.replicas, &figures, is_bursting, refused);
                 sees_enough.then(more)?
             })
             .or_else(|| {
@@ -342,6 +352,7 @@ fn more(
     replicas: u32,
     figures: &Figures,
     is_bursting: bool,
+    refused: u32,
 ) -> Option<(u32, Cause)> {
     let burst_milli = if is_bursting {
         figures.burst_in_flight_milli
@@ -363,6 +374,7 @@ fn more(
         (by_busy(policy, figures.busy_milli, 100), Cause::Busy),
         (by_memory(policy, replicas, figures), Cause::Memory),
         (enough(burst_milli, target, 100), Cause::Burst),
+        (refused, Cause::Refused),
     ];
     // Of equals the first, which is the plainest.
     let most = candidates
@@ -414,6 +426,22 @@ fn by_latency(replicas: u32, p99_us: u64, slo_us: u64) -> u32 {
     u32::try_from(proportional).unwrap_or(u32::MAX).min(doubled)
 }
 
+/// One more than answer now at least, and in proportion to what they have no room for: of a model that takes long, so few requests
+/// are let in that they never look like many in flight.
+fn by_refused(ready: u32, lately: Option<Average>) -> u32 {
+    let Some(lately) = lately else {
+        return 0;
+    };
+    let (came, refused) = (lately.rate_milli, lately.refused_milli);
+    if ready == 0 || refused == 0 || refused * 100 < came * REFUSED_PERCENT {
+        return 0;
+    }
+    let answered = came.saturating_sub(refused).max(1);
+    let proportional = (u64::from(ready) * came).div_ceil(answered);
+    let proportional = u32::try_from(proportional).unwrap_or(u32::MAX);
+    proportional.clamp(ready + 1, ready * 2)
+}
+
 impl Cause {
     /// In words.
     #[must_use]
@@ -430,6 +458,7 @@ impl Cause {
             Cause::Ceiling => "more replicas than the policy allows now",
             Cause::Busy => "models computed for more of the time than the target",
             Cause::Memory => "more memory in use than the target",
+            Cause::Refused => "requests for which there was no room",
         }
     }
 }
@@ -445,7 +474,7 @@ impl Figures {
         );
         format!(
             "{} in flight (average {:.1}, lately {:.1}; target {} a replica), {:.1} a second, {p99}, {} \
-             answering, {:.2} computing, {} % of the memory in use: wanted {}, allowed {} to {}",
+             answering, {:.2} computing, {} % of the memory in use, {:.1} refused a second: wanted {}, allowed {} to {}",
             self.in_flight,
             milli(self.stable_in_flight_milli),
             milli(self.burst_in_flight_milli),
@@ -454,6 +483,7 @@ impl Figures {
             self.ready,
             milli(self.busy_milli),
             self.memory_percent,
+            milli(self.refused_milli),
             self.wanted,
             self.allowed_min,
             self.allowed_max

@@ -21,6 +21,8 @@ struct World {
     /// Replicas whose models compute all the time, in thousandths.
     busy_milli: u64,
     memory_percent: u8,
+    /// Of the requests that come, in percent.
+    refused_percent: u64,
 }
 
 impl World {
@@ -36,6 +38,7 @@ impl World {
             is_rolling_out: false,
             busy_milli: 0,
             memory_percent: 0,
+            refused_percent: 0,
         }
     }
 
@@ -46,6 +49,7 @@ impl World {
         self.load.computed_ns += self.busy_milli * LOOK_MS * 1_000;
         self.load.in_flight = in_flight;
         self.load.arrived += arrived;
+        self.load.refused += arrived * self.refused_percent / 100;
         for _ in 0..arrived.min(20) {
             self.load.latencies.record(Duration::from_millis(taken_ms));
         }
@@ -98,6 +102,28 @@ impl World {
         let of = |change: &Change| ((change.at_ms - since_ms) / 1_000, change.to, change.cause);
         self.changes.iter().map(of).collect()
     }
+}
+
+#[test]
+fn a_slow_model_that_has_no_room_for_its_requests_gets_company() {
+    // Half a second each, and five seconds of patience: never more than ten are let in, far below the target.
+    let mut world = World::new(Policy::between(1, 8), 1);
+    world.hold(5.0, 9, 100, 4_500);
+    assert_eq!(world.changes, []);
+    let begun_ms = world.now_ms;
+    world.refused_percent = 50;
+    world.hold(0.2, 9, 100, 4_500);
+    let decided = world.decided(begun_ms);
+    let [(after_s, 2, Cause::Refused)] = decided[..] else {
+        panic!("{decided:?}")
+    };
+    assert!(after_s <= 6, "{decided:?}");
+    let said = world.changes[0].figures.said();
+    assert!(said.contains("refused a second"), "{said}");
+    // With room for all of them there is no reason for more; and the number that was too few does not come back.
+    world.refused_percent = 0;
+    world.hold(30.0, 9, 100, 500);
+    assert_eq!(world.replicas, 2, "{:?}", world.changes);
 }
 
 #[test]

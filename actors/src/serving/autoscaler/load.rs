@@ -81,6 +81,8 @@ pub struct Load {
     pub latencies: Latencies,
     /// The time that models computed so far, in nanoseconds, all replicas together.
     pub computed_ns: u64,
+    /// Requests that were refused so far because the replicas would not have answered them in time.
+    pub refused: u64,
 }
 
 impl Load {
@@ -183,6 +185,11 @@ pub struct Entered<'a> {
 }
 
 impl Entered<'_> {
+    /// Counts that there was no room for it.
+    pub fn refused(&self) {
+        self.meter.now().load.refused += 1;
+    }
+
     /// Counts its answer with the time that it took.
     pub fn answered(&self) {
         let taken = self.since.elapsed();

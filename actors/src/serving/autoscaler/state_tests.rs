@@ -24,7 +24,7 @@ impl Head {
             model: "digits".into(),
             version: Some(1),
             replicas,
-            device: Default::default(),
+            settings: Default::default(),
             token_hash: [7; 32],
         };
         applied.serving(&deploy).unwrap();

@@ -36,6 +36,8 @@ pub struct Average {
     pub p99_us: Option<u64>,
     /// Replicas whose model computed, in thousandths.
     pub busy_milli: u64,
+    /// Requests that there was no room for, in thousandths a second.
+    pub refused_milli: u64,
     /// Whether the whole window was seen.
     pub is_whole: bool,
 }
@@ -80,6 +82,7 @@ impl Windows {
         }
         let spent_us = newest.load.spent_us - oldest.load.spent_us;
         let arrived = newest.load.arrived - oldest.load.arrived;
+        let refused = newest.load.refused - oldest.load.refused;
         let computed_us = (newest.load.computed_ns - oldest.load.computed_ns) / 1_000;
         Some(Average {
             // Microseconds spent in a millisecond are thousandths of a request.
@@ -87,6 +90,7 @@ impl Windows {
             rate_milli: arrived.saturating_mul(1_000_000) / elapsed_ms,
             p99_us: newest.load.latencies.since(&oldest.load.latencies).p99_us(),
             busy_milli: computed_us / elapsed_ms,
+            refused_milli: refused.saturating_mul(1_000_000) / elapsed_ms,
             is_whole: before.is_some(),
         })
     }

@@ -1,7 +1,8 @@
 //! How an endpoint answers one request.
 //!
 //! Invariants:
-//! 1. A request's rows reach the monitor's feed after they were answered, and never delay anybody.
+//! 1. A request's rows reach the feed of the active version's monitor after they were answered, whichever version did, and never
+//!    delay anybody. Copies of requests reach none.
 //! 2. What a candidate does not answer, the active version does: a trial costs no caller an answer, nor more
 //!    time than the request allows. The candidate's failure is counted all the same.
 //! 3. A number that is none is no answer of a version that was trained here.
@@ -17,7 +18,8 @@ use crate::serving::about::time_limit;
 use crate::serving::arm::{Arm, Assigned, Attempt};
 use crate::serving::cache;
 use crate::serving::feed::ObservedRequest;
-use crate::serving::fleet::{Backend, DEADLINE_MAX, REQUEST_TIMEOUT};
+use crate::serving::fleet::affinity::Affinity;
+use crate::serving::fleet::{Backend, DEADLINE_MAX, REQUEST_TIMEOUT, Terms};
 use crate::serving::oip::{Explanation, InferRequest, InferResponse, OipError, Parameters, Tensor};
 use crate::serving::rollout::trial::Outcome;
 use crate::serving::rows::Row;
@@ -34,8 +36,10 @@ struct Asked {
     explain: bool,
     /// The answer within this time, or none.
     limit: Option<Duration>,
-    /// What the monitor shall know about it.
-    observed: ObservedRequest,
+    /// The replica that it prefers.
+    affinity: Option<Affinity>,
+    /// What the monitor shall know about it; nothing of a copy, whose request another version answers.
+    observed: Option<ObservedRequest>,
 }
 
 /// A request that a version is to answer. Dropped before its end, its caller has gone away: without such requests
@@ -88,7 +92,8 @@ impl<B: Backend> EndpointService<B> {
         let asked = Asked {
             explain: request.explain,
             limit: time_limit(&request)?,
-            observed: ObservedRequest::of(&request),
+            affinity: Affinity::of_request(&request),
+            observed: Some(ObservedRequest::of(&request)),
         };
         // A request that no version could answer says nothing about one.
         let rows = match self.signature.rows_of(request) {
@@ -180,7 +185,8 @@ impl<B: Backend> EndpointService<B> {
         let asked = Asked {
             explain: false,
             limit: Some(COPY_TIMEOUT),
-            observed: ObservedRequest::default(),
+            affinity: None,
+            observed: None,
         };
         let answered = self.infer_rows(arm, rows, Duration::ZERO, asked).await;
         answered.map(|response| response.outputs)
@@ -206,7 +212,11 @@ impl<B: Backend> EndpointService<B> {
         compute_input: Duration,
         asked: Asked,
     ) -> Result<InferResponse, OipError> {
-        let found = cache::ask(arm, &self.metadata.name, rows.clone(), asked.limit).await?;
+        let terms = Terms {
+            limit: asked.limit,
+            affinity: asked.affinity,
+        };
+        let found = cache::ask(arm, &self.metadata.name, rows.clone(), terms).await?;
         let splitting = Instant::now();
         let mut response = self.response(arm.version(), found.answer.outputs.clone())?;
         let compute_output = splitting.elapsed();
@@ -232,11 +242,13 @@ impl<B: Backend> EndpointService<B> {
                 ..Explanation::default()
             }
         });
-        // A monitor compares with what its own version was trained on, and only the active one has one.
-        if self.routes.borrow().active.version() == arm.version()
-            && let Some(observation) = self.signature.observation(asked.observed, rows, &answer)
-        {
-            arm.feed().offer(observation);
+        // Only the active version has a monitor. It logs what others answered, and compares its own version's answers alone.
+        let version = arm.version();
+        let said = asked
+            .observed
+            .and_then(|request| self.signature.observation(version, request, rows, &answer));
+        if let Some(observation) = said {
+            self.routes.borrow().active.feed().offer(observation);
         }
         Ok(response)
     }

@@ -9,6 +9,7 @@
 //!    says, or one says about an experiment that is over, changes nothing. Nor do numbers that arrive behind
 //!    newer ones: what was counted never becomes less, from router to router, but where it is said to be lost.
 //! 5. The treatment's replicas are ended after the router has said that it has no request with them.
+//! 6. How an experiment ended is an entry of the registry's log, by the command that ended it.
 
 use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
@@ -19,6 +20,7 @@ use mobula_core::row;
 use super::command::{Command, Proposed};
 use super::findings::{Decision, Findings};
 use super::plan::{Ending, Experiment, Plan};
+use crate::registry::events::{ExperimentEnded, experiment_ended};
 use crate::serving::autoscaler::state as scaling;
 use crate::serving::rollout::plan::Cleanup;
 use crate::serving::rollout::start::{another_version, served};
@@ -359,6 +361,38 @@ fn end(context: &ApplyContext, txn: &mut dyn Txn, experiment: &mut Experiment, e
     // The router removes it before it says that the treatment is drained.
     experiment.stored = None;
     put(txn, experiment);
+    record(context, txn, experiment, ending);
+}
+
+/// Writes the end of an experiment into the registry's log.
+fn record(context: &ApplyContext, txn: &mut dyn Txn, experiment: &Experiment, ending: Ending) {
+    let plan = &experiment.plan;
+    let found = experiment.findings.as_ref();
+    let ended = ExperimentEnded {
+        endpoint: &plan.endpoint,
+        number: experiment.number,
+        model: &plan.model,
+        control: plan.control.version,
+        treatment: plan.treatment.version,
+        plan_blake3: plan.digest(),
+        outcome: match ending {
+            Ending::Decided => "decided",
+            Ending::Exhausted => "exhausted",
+            Ending::Guardrail => "guardrail",
+            Ending::Unfit => "unfit",
+            Ending::Stopped => "stopped",
+        },
+        decision: match found.map_or(Decision::Undecided, |found| found.decision) {
+            Decision::Undecided => "undecided",
+            Decision::Control => "control",
+            Decision::Treatment => "treatment",
+        },
+        reason: match (ending, found) {
+            (Ending::Stopped, _) | (_, None) => "a client ended it",
+            (_, Some(found)) => &found.reason,
+        },
+    };
+    experiment_ended(txn, context, ended);
 }
 
 /// The experiment that the endpoint's newest router speaks of, if it is under way.

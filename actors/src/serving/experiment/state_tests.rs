@@ -1,10 +1,12 @@
 use mobula_core::codec;
-use mobula_core::control::Caller;
+use mobula_core::control::{Caller, StateModule};
 use mobula_core::id::JobId;
 
 use super::super::command::is_allowed;
 use super::super::plan::{Direction, Guardrail, Measure, Metric};
 use super::*;
+use crate::registry::events::EventPage;
+use crate::registry::state::{Query as RegistryQuery, Registry};
 use crate::serving::rollout::command::{Command as RolloutCommand, Verdict};
 use crate::serving::rollout::trial::Evidence;
 use crate::serving::rollout::{Guardrails, Strategy};
@@ -33,7 +35,7 @@ impl Head {
             model: "digits".into(),
             version: Some(1),
             replicas: 2,
-            device: Default::default(),
+            settings: Default::default(),
             token_hash: [7; 32],
         })
         .unwrap();
@@ -341,6 +343,64 @@ fn an_endpoint_has_one_of_experiment_and_rollout() {
             .version,
         1
     );
+}
+
+/// The entries of the registry's log about experiments.
+fn entries(head: &Head) -> Vec<serde_json::Value> {
+    let query = codec::encode_plain(&RegistryQuery::Events { from: 1 });
+    let answer = Registry.query(&head.applied.tables, 0, &query).unwrap();
+    let page: EventPage = codec::decode(&answer, 1 << 20).unwrap();
+    let entries = page.events.iter().map(|event| &event.text);
+    entries
+        .map(|text| serde_json::from_str(text).unwrap())
+        .filter(|entry: &serde_json::Value| entry["event"] == "experiment")
+        .collect()
+}
+
+#[test]
+fn the_command_that_ends_an_experiment_writes_how_into_the_log() {
+    let mut head = Head::new();
+    head.say(start(2)).unwrap();
+    head.say(count(1, ROUTER)).unwrap();
+    head.say(report(1, ROUTER)).unwrap();
+    assert_eq!(entries(&head), Vec::<serde_json::Value>::new());
+    let plan = head.now().plan.digest();
+    head.say(conclude(1, ROUTER, Ending::Decided, Decision::Treatment))
+        .unwrap();
+    let index = head.applied.index;
+    let first = entries(&head);
+    let expected = serde_json::json!({
+        "sequence": first[0]["sequence"],
+        "index": index,
+        "time_ms": index,
+        "event": "experiment",
+        "endpoint": "digits",
+        "number": 1,
+        "model": "digits",
+        "control": 1,
+        "treatment": 2,
+        "plan_blake3": plan,
+        "outcome": "decided",
+        "decision": "treatment",
+        "reason": "because",
+    });
+    assert_eq!(first, [expected]);
+    // What is refused is no entry.
+    head.stop().unwrap_err();
+    head.clean();
+    assert_eq!(entries(&head), first);
+
+    head.say(start(3)).unwrap();
+    head.stop().unwrap();
+    let both = entries(&head);
+    assert_eq!((both.len(), &both[0]), (2, &first[0]));
+    for (field, value) in [
+        ("outcome", "stopped"),
+        ("decision", "undecided"),
+        ("reason", "a client ended it"),
+    ] {
+        assert_eq!(both[1][field], value, "{both:?}");
+    }
 }
 
 #[test]

@@ -14,22 +14,33 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::affinity::Affinity;
 use super::{Backend, DEADLINE_MAX, Fleet, REQUEST_TIMEOUT, WAKE_TIMEOUT, lock};
 use crate::serving::batcher::{BatchAnswer, BatchError};
-use crate::serving::lane::{Deadline, Lane, QUEUED_REQUESTS_MAX, Refusal};
+use crate::serving::lane::{Deadline, Lane, Refusal};
 use crate::serving::oip::OipError;
+use crate::serving::replica_settings::QUEUED_REQUESTS;
 use crate::serving::rows::Row;
 
 /// How long a request waits for any replica to take requests. Who waits holds a connection, and
 /// those are bounded.
 pub(super) const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Requests that wait for a replica, as many as for one that is busy.
-pub(super) const HELD_REQUESTS_MAX: usize = QUEUED_REQUESTS_MAX;
+/// Requests that wait for a replica, as many as usually for one that is busy.
+pub(super) const HELD_REQUESTS_MAX: usize = QUEUED_REQUESTS as usize;
 
 /// How long a replica must have had a request, without answering any, before its being late counts as a
 /// failure: callers with shorter deadlines say more about themselves than about it.
 const LATE_MIN: Duration = Duration::from_millis(100);
+
+/// What a request wants beside its answer.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in crate::serving) struct Terms {
+    /// The answer within this time, or none.
+    pub(in crate::serving) limit: Option<Duration>,
+    /// The replica that it prefers.
+    pub(in crate::serving) affinity: Option<Affinity>,
+}
 
 impl<B: Backend> Fleet<B> {
     /// Answers the rows of one request, within [`REQUEST_TIMEOUT`].
@@ -43,6 +54,17 @@ impl<B: Backend> Fleet<B> {
         model: &str,
         rows: Vec<Row>,
         limit: Option<Duration>,
+    ) -> Result<BatchAnswer<Row>, OipError> {
+        let affinity = None;
+        self.infer_on(model, rows, Terms { limit, affinity }).await
+    }
+
+    /// Answers the rows of one request as it wants it.
+    pub(in crate::serving) async fn infer_on(
+        &self,
+        model: &str,
+        rows: Vec<Row>,
+        Terms { limit, affinity }: Terms,
     ) -> Result<BatchAnswer<Row>, OipError> {
         let entered = self.traffic.load.enter();
         self.traffic.earn_retry();
@@ -58,8 +80,16 @@ impl<B: Backend> Fleet<B> {
         } else {
             Deadline::of(REQUEST_TIMEOUT)
         };
+        let preferred = affinity.and_then(|affinity| self.preferred(affinity, &rows, &deadline));
+        let first = preferred.unwrap_or(first);
         let tried = self.try_twice(&first, rows, &deadline).await;
-        let answer = tried.map_err(|error| self.outcome(error, &deadline, is_given))?;
+        let answer = tried.map_err(|error| {
+            // Where an idle replica would be late too, no number of them would do.
+            if error.is_want_of_room() && first.batch_time() <= deadline.limit {
+                entered.refused();
+            }
+            self.outcome(error, &deadline, is_given)
+        })?;
         let BatchAnswer {
             outputs,
             queued,
@@ -241,6 +271,16 @@ enum TryError {
     WouldBeLate { wait: Duration },
     #[error(transparent)]
     Batch(BatchError),
+}
+
+impl TryError {
+    /// Whether there was no room for it at the replicas that there are.
+    fn is_want_of_room(&self) -> bool {
+        matches!(
+            self,
+            TryError::WouldBeLate { .. } | TryError::Batch(BatchError::Overloaded { .. })
+        )
+    }
 }
 
 /// A request that is with a replica. Dropped before its end, it speaks against a replica that has had the time and has

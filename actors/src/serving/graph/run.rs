@@ -2,9 +2,12 @@
 //!
 //! Invariants:
 //! 1. A node begins when what it waits for is settled, beside all others of which that is so.
-//! 2. All nodes share the request's deadline: each may take what is left of it.
+//! 2. All nodes share the request's deadline: each may take what is left of it. A request that has none ends all the same,
+//!    after what waking from zero and one answer take; each of its nodes has what its endpoint allows by itself.
 //! 3. The first error ends the request and names its node; what runs then is cancelled.
 //! 4. A node whose condition does not hold is skipped, and so is one of which an input has no source that has run.
+//! 5. An answer that is asked where it comes from says so of each node: its version, digest and signers. The nodes' endpoints are
+//!    asked the same for that, and otherwise not.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,12 +23,17 @@ use super::metadata::{EndpointMetadata, GRAPH_VERSION, derive};
 use super::spec::{GraphSpec, Node, Source, Wire};
 use crate::serving::about::{TIMEOUT, time_limit};
 use crate::serving::access::keyring::now_ms;
-use crate::serving::fleet::DEADLINE_MAX;
+use crate::serving::arm::Origin;
+use crate::serving::fleet::{DEADLINE_MAX, REQUEST_TIMEOUT, WAKE_TIMEOUT};
 use crate::serving::http::ServiceFuture;
 use crate::serving::oip::{
     Explanation, InferRequest, InferResponse, ModelMetadata, OipError, Parameter, Tensor,
 };
 use crate::serving::statistics::{FailureReason, ModelStatistics, RequestTimes};
+
+/// How long a request may take that does not say: as long as one to an endpoint, whose waiting for a first replica counts apart
+/// from its answer. Which of the two a node is at, nobody says here.
+const WHOLE_TIMEOUT: Duration = WAKE_TIMEOUT.saturating_add(REQUEST_TIMEOUT);
 
 /// What answers for the nodes.
 pub trait Endpoints: Send + Sync {
@@ -74,11 +82,42 @@ impl Meters {
     }
 }
 
+/// When a request must be answered.
+#[derive(Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    limit: Duration,
+    /// Whether the request says so itself.
+    is_given: bool,
+}
+
+impl Deadline {
+    /// That of a request which begins now.
+    fn of(request: &InferRequest) -> Result<Self, OipError> {
+        let given = time_limit(request)?.map(|limit| limit.min(DEADLINE_MAX));
+        let limit = given.unwrap_or(WHOLE_TIMEOUT);
+        Ok(Deadline {
+            at: Instant::now() + limit,
+            limit,
+            is_given: given.is_some(),
+        })
+    }
+
+    /// What is left of it; `None` where nothing is.
+    fn left(&self) -> Option<Duration> {
+        let left = self.at.saturating_duration_since(Instant::now());
+        // In microseconds zero would be for ever.
+        (left.as_micros() > 0).then_some(left)
+    }
+}
+
 /// What became of a node.
 enum Settled {
     Ran {
         outputs: Vec<Tensor>,
         version: String,
+        /// As far as its endpoint was asked and knows.
+        origin: Origin,
         taken: Duration,
     },
     Skipped,
@@ -166,8 +205,7 @@ impl GraphModel {
         request: &InferRequest,
     ) -> Result<InferResponse, OipError> {
         let began = Instant::now();
-        let limit = time_limit(request)?.map(|limit| limit.min(DEADLINE_MAX));
-        let until = limit.map(|limit| (began + limit, limit));
+        let deadline = Deadline::of(request)?;
         let mut settled: BTreeMap<&str, Settled> = BTreeMap::new();
         let mut waiting: Vec<&Node> = self.spec.nodes.iter().collect();
         let mut running = FuturesUnordered::new();
@@ -191,7 +229,10 @@ impl GraphModel {
                     settled.insert(&node.name, Settled::Skipped);
                     continue;
                 };
-                let asked = ask(request, inputs, until)?;
+                let Some(left) = deadline.left() else {
+                    return Err(self.late(&settled, &deadline));
+                };
+                let asked = ask(request, inputs, deadline.is_given.then_some(left));
                 running.push(async move {
                     let began = Instant::now();
                     let answered = endpoints.infer(&node.endpoint, asked).await;
@@ -199,13 +240,28 @@ impl GraphModel {
                 });
             }
             waiting = still_waiting;
-            let Some((node, answered, taken)) = running.next().await else {
-                break;
+            let next = tokio::time::timeout_at(deadline.at, running.next()).await;
+            let (node, answered, taken) = match next {
+                Ok(Some(next)) => next,
+                Ok(None) => break,
+                Err(_) => return Err(self.late(&settled, &deadline)),
             };
-            let answered = answered.map_err(|error| self.error_of(node, error))?;
+            let answered = match answered {
+                Ok(answered) => answered,
+                // It had what was left, so that all of it has passed.
+                Err(OipError::DeadlineExceeded { .. }) => {
+                    return Err(self.late(&settled, &deadline));
+                }
+                Err(error) => return Err(self.error_of(node, error)),
+            };
+            let explained = answered.explanation.unwrap_or_default();
             let ran = Settled::Ran {
                 outputs: answered.outputs,
                 version: answered.model_version,
+                origin: Origin {
+                    digest: explained.digest,
+                    signers: explained.signers,
+                },
                 taken,
             };
             settled.insert(&node.name, ran);
@@ -246,6 +302,17 @@ impl GraphModel {
         })
     }
 
+    /// The error of a request whose time has passed.
+    fn late(&self, settled: &BTreeMap<&str, Settled>, deadline: &Deadline) -> OipError {
+        let nodes = self.spec.nodes.iter();
+        let late = nodes.filter(|node| !settled.contains_key(node.name.as_str()));
+        OipError::NodesLate {
+            graph: self.name.clone(),
+            nodes: late.map(|node| node.name.clone()).collect(),
+            limit_ms: u64::try_from(deadline.limit.as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+
     /// An error of a node, with its name.
     #[must_use]
     pub fn error_of(&self, node: &Node, error: OipError) -> OipError {
@@ -257,42 +324,44 @@ impl GraphModel {
     }
 }
 
-/// A node in an explanation.
+/// A node in an explanation. Several are joined by commas, so that none has any in it.
 fn said(node: &Node, settled: &BTreeMap<&str, Settled>) -> String {
-    match settled.get(node.name.as_str()) {
-        Some(Settled::Ran { version, taken, .. }) => {
-            format!("{}={} (version {version})", node.name, taken.as_micros())
-        }
-        _ => format!("{}=skipped", node.name),
+    let Some(Settled::Ran {
+        version,
+        origin: Origin { digest, signers },
+        taken,
+        ..
+    }) = settled.get(node.name.as_str())
+    else {
+        return format!("{}=skipped", node.name);
+    };
+    let mut from = format!("version {version}");
+    if let Some(digest) = digest {
+        from += &format!("; digest {digest}");
     }
+    if !signers.is_empty() {
+        from += &format!("; signed by {}", signers.join(" and "));
+    }
+    format!("{}={} ({from})", node.name, taken.as_micros())
 }
 
-/// The request to a node.
-fn ask(
-    request: &InferRequest,
-    inputs: Vec<Tensor>,
-    until: Option<(Instant, Duration)>,
-) -> Result<InferRequest, OipError> {
+/// The request to a node, which may take so long, or as long as its endpoint allows one that does not say.
+fn ask(request: &InferRequest, inputs: Vec<Tensor>, left: Option<Duration>) -> InferRequest {
     let mut parameters = request.parameters.clone();
-    if let Some((until, limit)) = until {
-        let left = until.saturating_duration_since(Instant::now()).as_micros();
-        if left == 0 {
-            return Err(OipError::DeadlineExceeded {
-                limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
-            });
-        }
-        let left = Parameter::Int(i64::try_from(left).unwrap_or(i64::MAX));
+    if let Some(left) = left {
+        let left = Parameter::Int(i64::try_from(left.as_micros()).unwrap_or(i64::MAX));
         parameters.insert(TIMEOUT.to_owned(), left);
     }
-    Ok(InferRequest {
+    InferRequest {
         id: request.id.clone(),
         parameters,
         inputs,
         routing_key: request.routing_key.clone(),
+        explain: request.explain,
         headers: request.headers.clone(),
         low_priority: request.low_priority,
         ..InferRequest::default()
-    })
+    }
 }
 
 /// Finds tensors.

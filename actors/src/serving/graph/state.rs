@@ -198,7 +198,7 @@ mod tests {
             model: "digits".into(),
             version: None,
             replicas: 1,
-            device: Default::default(),
+            settings: Default::default(),
             token_hash: [7; 32],
         })
     }

@@ -1,12 +1,14 @@
 //! Who asks, as a call's metadata say.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use tonic::Request;
 use tonic::metadata::MetadataMap;
 
 use super::proto;
+use crate::serving::fleet::affinity::AFFINITY;
 use crate::serving::http::{LOW_PRIORITY, PRIORITY, ROUTING_KEY};
 use crate::serving::oip::{EXPLAIN, OipError, is_asked};
 
@@ -63,7 +65,8 @@ impl Asker {
             let value = self.metadata.get(&name)?.to_str().ok()?.to_owned();
             Some((name, value))
         };
-        wanted.into_iter().filter_map(read).collect()
+        let wanted = wanted.into_iter().chain([AFFINITY.to_owned()]);
+        wanted.filter_map(read).collect()
     }
 }
 
@@ -84,3 +87,7 @@ fn time_limit(value: &str) -> Option<Duration> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+#[path = "asker_tests.rs"]
+mod tests;

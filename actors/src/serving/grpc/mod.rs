@@ -5,7 +5,8 @@
 //! 2. A service sees only requests that fit the metadata it gave: what HTTP refuses is refused here, in the same words.
 //! 3. Outputs are always raw: so clients read them, and no element is copied into a message of its own.
 //! 4. A stream stays open when one of its requests fails: the failure is that request's answer.
-//! 5. A message is bounded in size; that of a call which is no stream in time too, as a body of HTTP is.
+//! 5. A message is bounded in size; that of a call which is no stream in time too, as a body of HTTP is. An answer has a bound
+//!    of its own: a few numbers may be asked for many.
 
 mod asker;
 mod convert;
@@ -33,6 +34,7 @@ use super::http::{BodyLimits, InferenceService, RepositoryChange, oip_router};
 use super::oip::{
     IndexRequest, InferRequest, ModelMetadata, OipError, Parameter, classify, validate_request,
 };
+use super::signature::BODY_LIMITS_MAX;
 
 /// The messages, as `proto/inference.proto` has them.
 #[allow(
@@ -47,6 +49,10 @@ pub mod proto {
 
 /// Where the service's calls are.
 const ROUTE: &str = "/inference.GRPCInferenceService/{method}";
+
+/// Bytes of an answer, whatever its request may have: as many as the largest request. What an endpoint gives has at most 4 MiB of
+/// elements, so that the 16 of a graph fit as well; only as classes, which are texts, does it grow.
+const ANSWER_BYTES_MAX: usize = BODY_LIMITS_MAX.max_bytes;
 
 /// Requests of one stream that are answered at once. Their answers keep the requests' order.
 const STREAM_AT_ONCE: usize = 16;
@@ -69,7 +75,7 @@ pub fn oip_routes(service: Arc<dyn InferenceService>, gate: impl Gate, body: Bod
     };
     let grpc = GrpcInferenceServiceServer::new(front)
         .max_decoding_message_size(body.max_bytes)
-        .max_encoding_message_size(body.max_bytes)
+        .max_encoding_message_size(ANSWER_BYTES_MAX)
         .accept_compressed(CompressionEncoding::Gzip)
         .accept_compressed(CompressionEncoding::Deflate)
         .send_compressed(CompressionEncoding::Gzip)

@@ -389,3 +389,32 @@ async fn an_id_is_bounded_here_too() {
     assert_eq!(code, Code::InvalidArgument);
     assert!(message.contains("the limit is 1024"), "{message}");
 }
+
+#[tokio::test]
+async fn an_answer_may_be_larger_than_any_request() {
+    let server = start().await;
+    let mut client = connect(&server).await;
+    // Four bytes become a text of fifteen.
+    let values: Vec<f32> = (0..8_192).map(|value| value as f32 + 1e5).collect();
+    let mut request = raw("double", &values);
+    let classes = proto::InferParameter {
+        parameter_choice: Some(ParameterChoice::Int64Param(2)),
+    };
+    request.outputs = vec![InferRequestedOutputTensor {
+        name: "y".to_owned(),
+        parameters: [("classification".to_owned(), classes)].into(),
+    }];
+    let answer = infer(&mut client, request.clone()).await;
+    let bytes = answer.raw_output_contents[0].len();
+    assert!(bytes > BODY_LIMIT, "{bytes}");
+
+    let answers = client
+        .model_stream_infer(with_token(stream::iter([request])))
+        .await
+        .unwrap()
+        .into_inner();
+    let answers: Vec<ModelStreamInferResponse> =
+        answers.map(|answer| answer.unwrap()).collect().await;
+    let response = answers[0].infer_response.as_ref().unwrap();
+    assert_eq!(response.raw_output_contents, answer.raw_output_contents);
+}

@@ -3,7 +3,8 @@
 //! Invariants:
 //! 1. A request is handed on as an ordinary call: over mutual TLS, with its deadline, and cancelled when its caller goes
 //!    away.
-//! 2. At most [`IN_FLIGHT_MAX`] requests of an endpoint are under way here; one more is refused at once.
+//! 2. At most [`IN_FLIGHT_MAX`] requests of an endpoint are under way here; one more is refused at once, which is counted as its
+//!    router counts what it refuses itself.
 //! 3. A request that was lost with the router is sent once more, within a budget: inference changes nothing, so twice
 //!    is harmless.
 //! 4. Where the router is not found a request waits for it, five seconds at the most.
@@ -11,6 +12,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
+use mobula::metrics::counter;
 use mobula::{ActorRef, CallFailure, Cluster, FallibleCall, RunningFallibleCall};
 use mobula_core::error::CallError;
 use serde::de::DeserializeOwned;
@@ -22,7 +24,7 @@ use crate::serving::about::{TIMEOUT, time_limit};
 use crate::serving::asynchronous::Fetched;
 use crate::serving::controller::router_name;
 use crate::serving::fleet::{DEADLINE_MAX, REQUEST_TIMEOUT, WAKE_TIMEOUT};
-use crate::serving::guard::budget::RetryBudget;
+use crate::serving::guard::traffic::{Counts, Traffic};
 use crate::serving::oip::{
     InferRequest, InferResponse, ModelMetadata, OipError, Parameter, RepositoryEntry,
 };
@@ -61,8 +63,8 @@ pub struct RouterLink {
     /// Held by whoever looks for the router, for all that wait for it.
     looking: tokio::sync::Mutex<()>,
     in_flight: Semaphore,
-    retries: Mutex<RetryBudget>,
-    began: Instant,
+    /// What was refused here, and sent once more.
+    traffic: Traffic,
     /// Calls that nobody waits for any more, until they have ended.
     cancelled: Mutex<JoinSet<()>>,
 }
@@ -87,8 +89,7 @@ impl RouterLink {
             known: RwLock::default(),
             looking: tokio::sync::Mutex::default(),
             in_flight: Semaphore::new(IN_FLIGHT_MAX),
-            retries: Mutex::new(RetryBudget::new(0)),
-            began: Instant::now(),
+            traffic: Traffic::default(),
             cancelled: Mutex::default(),
         }
     }
@@ -103,6 +104,12 @@ impl RouterLink {
     #[must_use]
     pub fn body_bytes_max(&self) -> Option<usize> {
         self.last_known().map(|known| known.body_bytes_max)
+    }
+
+    /// What was refused here, and sent once more.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.traffic.counts()
     }
 
     /// Describes the endpoint, or one of its versions, as it is now.
@@ -156,12 +163,8 @@ impl RouterLink {
         version: Option<&str>,
         mut request: InferRequest,
     ) -> Result<InferResponse, OipError> {
-        let overloaded = |_| OipError::Overloaded {
-            queued: IN_FLIGHT_MAX as u64,
-            limit: IN_FLIGHT_MAX as u64,
-        };
-        let _counted = self.in_flight.try_acquire().map_err(overloaded)?;
-        lock(&self.retries).earn();
+        let _counted = self.in_flight.try_acquire().map_err(|_| self.refuse())?;
+        self.traffic.earn_retry();
         let limit = time_limit(&request)?.map(|limit| limit.min(DEADLINE_MAX));
         let until = Instant::now() + limit.unwrap_or(CALL_TIMEOUT);
         let mut is_second = false;
@@ -185,13 +188,15 @@ impl RouterLink {
             };
             let reason = match answered {
                 Ok(response) => return Ok(response),
+                // What the router allowed it is not what the request did.
+                Err(Failure::Refused(OipError::DeadlineExceeded { .. }) | Failure::Late) => {
+                    return Err(late(limit));
+                }
                 Err(Failure::Refused(error)) => return Err(error),
-                Err(Failure::Late) => return Err(late(limit)),
                 Err(Failure::Lost(reason)) => reason,
             };
             self.forget(&known);
-            let now_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-            if is_second || !lock(&self.retries).spend(now_ms) {
+            if is_second || !self.traffic.may_retry() {
                 return Err(OipError::ReplicaLost { reason });
             }
             tracing::debug!(
@@ -200,6 +205,20 @@ impl RouterLink {
                 "a request is sent once more"
             );
             is_second = true;
+        }
+    }
+
+    /// Counts a request for which there is no place here.
+    fn refuse(&self) -> OipError {
+        self.traffic.count(|counts| counts.shed += 1);
+        let labels = [("endpoint", &*self.endpoint), ("reason", "queue")];
+        match counter("mobula_serving_requests_refused", &labels) {
+            Ok(refused) => refused.increment(),
+            Err(error) => tracing::debug!(%error, "a refusal is not shown in the metrics"),
+        }
+        OipError::Overloaded {
+            queued: IN_FLIGHT_MAX as u64,
+            limit: IN_FLIGHT_MAX as u64,
         }
     }
 
@@ -380,7 +399,7 @@ fn late(limit: Option<Duration>) -> OipError {
     }
 }
 
-/// All of these are whole after every single update, so a panic elsewhere does not spoil them.
+/// It is whole after every single update, so a panic elsewhere does not spoil it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,6 +2,9 @@
 //!
 //! A class is the text `value:index`, with `:label` where the model names its classes: what Triton writes, to the digit.
 
+use std::cmp::Ordering;
+use std::fmt::Display;
+
 use super::error::EncodeError;
 use super::message::{InferRequest, InferResponse, ModelMetadata};
 use super::tensor::{Tensor, TensorData};
@@ -68,32 +71,51 @@ fn classes(
 /// The values of a row with their places, the largest first and equal ones in their order; `None` where values have no
 /// order or no text.
 fn ordered(data: &TensorData, first: usize, count: usize) -> Option<Vec<(usize, String)>> {
-    fn sorted<T: PartialOrd + Copy>(row: &[T], text: impl Fn(T) -> String) -> Vec<(usize, String)> {
-        let mut places: Vec<usize> = (0..row.len()).collect();
-        // What is no number is equal to all, so it stays where it is.
-        places.sort_by(|a, b| {
-            let order = row[*b].partial_cmp(&row[*a]);
-            order.unwrap_or(std::cmp::Ordering::Equal)
-        });
-        let named = places.into_iter().map(|place| (place, text(row[place])));
-        named.collect()
-    }
     let row = first..first + count;
     Some(match data {
-        TensorData::Uint8(values) => sorted(&values[row], |value| value.to_string()),
-        TensorData::Uint16(values) => sorted(&values[row], |value| value.to_string()),
-        TensorData::Uint32(values) => sorted(&values[row], |value| value.to_string()),
-        TensorData::Uint64(values) => sorted(&values[row], |value| value.to_string()),
-        TensorData::Int8(values) => sorted(&values[row], |value| value.to_string()),
-        TensorData::Int16(values) => sorted(&values[row], |value| value.to_string()),
-        TensorData::Int32(values) => sorted(&values[row], |value| value.to_string()),
-        TensorData::Int64(values) => sorted(&values[row], |value| value.to_string()),
-        TensorData::Fp32(values) => sorted(&values[row], |value| format!("{value:.6}")),
-        TensorData::Fp64(values) => sorted(&values[row], |value| format!("{value:.6}")),
+        TensorData::Uint8(values) => whole(&values[row]),
+        TensorData::Uint16(values) => whole(&values[row]),
+        TensorData::Uint32(values) => whole(&values[row]),
+        TensorData::Uint64(values) => whole(&values[row]),
+        TensorData::Int8(values) => whole(&values[row]),
+        TensorData::Int16(values) => whole(&values[row]),
+        TensorData::Int32(values) => whole(&values[row]),
+        TensorData::Int64(values) => whole(&values[row]),
+        TensorData::Fp32(values) => fractions(&values[row]),
+        TensorData::Fp64(values) => fractions(&values[row]),
         TensorData::Bool(_) | TensorData::Fp16(_) | TensorData::Bf16(_) | TensorData::Bytes(_) => {
             return None;
         }
     })
+}
+
+fn whole<T: Copy + Ord + Display>(row: &[T]) -> Vec<(usize, String)> {
+    sorted(row, |a, b| b.cmp(&a), |value| value.to_string())
+}
+
+fn fractions<T: Copy + Into<f64> + Display>(row: &[T]) -> Vec<(usize, String)> {
+    let order = |a: T, b: T| descending(a.into(), b.into());
+    sorted(row, order, |value| format!("{value:.6}"))
+}
+
+/// The larger one first, and what is no number behind all numbers: a total order, which sorting needs. Both zeros are equal.
+fn descending(a: f64, b: f64) -> Ordering {
+    match (a.is_nan(), b.is_nan()) {
+        // The sum makes the negative zero the other one, and changes nothing else.
+        (false, false) => (b + 0.0).total_cmp(&(a + 0.0)),
+        (a_is_none, b_is_none) => a_is_none.cmp(&b_is_none),
+    }
+}
+
+fn sorted<T: Copy>(
+    row: &[T],
+    order: impl Fn(T, T) -> Ordering,
+    text: impl Fn(T) -> String,
+) -> Vec<(usize, String)> {
+    let mut places: Vec<usize> = (0..row.len()).collect();
+    places.sort_by(|a, b| order(row[*a], row[*b]));
+    let named = places.into_iter().map(|place| (place, text(row[place])));
+    named.collect()
 }
 
 #[cfg(test)]
@@ -168,6 +190,40 @@ mod tests {
         assert_eq!(texts(&whole), ["7:1:dog"]);
         let none = answered(TensorData::Fp32(vec![]), vec![0, 3], 4, 2).unwrap();
         assert_eq!(texts(&none), [""; 0]);
+    }
+
+    #[test]
+    fn values_that_are_no_numbers_come_last_whatever_their_number() {
+        // More than a sort does by insertion, in an order in which each number meets some that are none.
+        let values: Vec<f64> = (0i32..64)
+            .map(|place| match place % 8 {
+                0 | 5 => f64::NAN,
+                2 => -f64::NAN,
+                3 => -0.0,
+                4 => 0.0,
+                7 if place > 32 => f64::INFINITY,
+                _ => f64::from(place * 37 % 11 - 5),
+            })
+            .collect();
+        let mut places: Vec<usize> = (0..64).filter(|place| !values[*place].is_nan()).collect();
+        // No two numbers are without an order, and this sort keeps that of equal ones.
+        places.sort_by(|a, b| values[*b].partial_cmp(&values[*a]).unwrap());
+        places.extend((0..64).filter(|place| values[*place].is_nan()));
+        let best = answered(TensorData::Fp64(values.clone()), vec![64], 0, 64).unwrap();
+        let found: Vec<usize> = texts(&best)
+            .iter()
+            .map(|text| text.split(':').nth(1).unwrap().parse().unwrap())
+            .collect();
+        assert_eq!(found, places);
+        let narrow = values.iter().map(|value| *value as f32).collect();
+        let best = answered(TensorData::Fp32(narrow), vec![64], 0, 64).unwrap();
+        let again: Vec<&str> = texts(&best)
+            .into_iter()
+            .map(|text| text.split(':').nth(1).unwrap())
+            .collect();
+        let places: Vec<String> = places.iter().map(usize::to_string).collect();
+        assert_eq!(again, places);
+        assert!(texts(&best)[63].starts_with("NaN:"), "{:?}", texts(&best));
     }
 
     #[test]

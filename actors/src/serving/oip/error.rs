@@ -375,6 +375,18 @@ pub enum OipError {
         /// What is wrong with it, and what to do.
         reason: String,
     },
+    /// The time of a request to a graph has passed: whether what has not answered was executed is unknown.
+    #[error(
+        "graph {graph:?}: no answer from nodes {nodes:?} within {limit_ms} ms: allow more with the parameter `timeout`, or add replicas to their endpoints"
+    )]
+    NodesLate {
+        /// The graph.
+        graph: String,
+        /// The nodes that have not answered, whether they were asked or wait for one that was.
+        nodes: Vec<String>,
+        /// What the request allows, or what one takes that does not say, in milliseconds.
+        limit_ms: u64,
+    },
 }
 
 impl OipError {
@@ -404,7 +416,7 @@ impl OipError {
             Self::BodyTooLarge { .. } | Self::InputTooLarge { .. } => 413,
             Self::UnsupportedEncoding { .. } => 415,
             Self::RateLimited { .. } | Self::TokenRateLimited { .. } => 429,
-            Self::DeadlineExceeded { .. } => 504,
+            Self::DeadlineExceeded { .. } | Self::NodesLate { .. } => 504,
             Self::NotReady { .. }
             | Self::ServerNotReady { .. }
             | Self::Overloaded { .. }

@@ -27,6 +27,7 @@ use self::values::{datatype_of, from_tensor, to_tensor};
 use super::fleet::BATCH_ROWS_MAX;
 use super::limited::{self, Preparation};
 use super::oip::{TensorData, TensorMetadata};
+use super::replica::InferError;
 use super::rows::{BATCH_BYTES_MAX, Batch, Cell};
 use super::signature::{Described, listed};
 use crate::panics::caught;
@@ -125,8 +126,14 @@ impl OnnxModel {
             if self.row_bytes(size) > BATCH_BYTES_MAX as u64 {
                 break;
             }
-            match self.run(self.sample(1, size)) {
-                Ok(_) => return Ok(size),
+            match self
+                .run(self.sample(1, size))
+                .map(|answer| answer.size_bytes())
+            {
+                Ok(fits) if fits <= BATCH_BYTES_MAX => return Ok(size),
+                Ok(size_bytes) => {
+                    failure = OnnxError::Run(InferError::too_large(size_bytes as u64).to_string());
+                }
                 Err(error) => failure = error,
             }
             if !self.has_open_dimensions() {
@@ -160,18 +167,10 @@ impl OnnxModel {
         let cells: Result<Vec<Cell>, OnnxError> = expected
             .map(|(value, output)| from_tensor(&output.name, output.datatype, &value))
             .collect();
-        let answer = Batch {
+        Ok(Batch {
             rows,
             cells: cells?,
-        };
-        let size_bytes = answer.size_bytes();
-        if size_bytes > BATCH_BYTES_MAX {
-            return Err(OnnxError::Run(format!(
-                "its outputs have {size_bytes} bytes, the limit is {BATCH_BYTES_MAX}: send fewer rows, or smaller \
-                 ones"
-            )));
-        }
-        Ok(answer)
+        })
     }
 
     /// Rows of the model's inputs, none like another, with small numbers only: they may be places in a table.

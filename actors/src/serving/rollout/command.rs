@@ -18,6 +18,29 @@ pub enum Verdict {
     RollBack,
 }
 
+/// What a client wants to be rolled out, all of it. Fields are appended, never changed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Proposed {
+    /// The endpoint.
+    pub endpoint: String,
+    /// Its model.
+    pub model: String,
+    /// The version to try; the newest if absent.
+    pub version: Option<u64>,
+    /// How.
+    pub strategy: Strategy,
+    /// The weights, in percent; those of the strategy if empty. With a shadow, a first one of 0 is put before them.
+    pub steps: Vec<u32>,
+    /// What the candidate may not do.
+    pub guardrails: Guardrails,
+    /// How many requests of each side a step needs.
+    pub min_samples: u64,
+    /// How the candidate is shadowed before it answers anybody, if it is.
+    pub shadow: Option<shadow::Plan>,
+    /// How long a step may wait for replicas of the candidate, in milliseconds; for ever if 0.
+    pub replica_wait_max_ms: u64,
+}
+
 /// A change. Append-only: positions are tags.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Command {
@@ -131,6 +154,22 @@ pub enum Command {
         /// In numbers.
         evidence: Evidence,
     },
+    /// The same of a step that waits for replicas of the candidate, again and again while it does. Answer: nothing.
+    Wait {
+        /// The endpoint.
+        endpoint: String,
+        /// The rollout.
+        rollout: u64,
+        /// The step.
+        step: u32,
+        /// The router's incarnation.
+        router: Incarnation,
+        /// In numbers.
+        evidence: Evidence,
+    },
+    /// Begins a rollout by a plan that says all of it. Those that begin one otherwise wait for replicas for
+    /// [`REPLICA_WAIT_MS`](super::plan::REPLICA_WAIT_MS).
+    Begin(Proposed),
 }
 
 /// Whether `caller` may give this command.
@@ -140,14 +179,18 @@ pub(in crate::serving) fn is_allowed(caller: &Caller, command: &Command) -> bool
         // Routers are the platform's own actors.
         (
             Caller::Host { job, .. },
-            Command::Judge { .. } | Command::Drained { .. } | Command::Report { .. },
+            Command::Judge { .. }
+            | Command::Drained { .. }
+            | Command::Report { .. }
+            | Command::Wait { .. },
         ) => *job == JobId::SYSTEM,
         (
             _,
             Command::Judge { .. }
             | Command::Drained { .. }
             | Command::Retired { .. }
-            | Command::Report { .. },
+            | Command::Report { .. }
+            | Command::Wait { .. },
         ) => false,
         (caller, _) => matches!(caller, Caller::Client),
     }

@@ -26,6 +26,10 @@ pub const ROLLING_STEPS: [u32; 4] = [25, 50, 75, 100];
 /// The largest number of samples that a step may ask for: with ten requests a second, a day.
 const MIN_SAMPLES_MAX: u64 = 1_000_000;
 
+/// How long a rollout waits for its candidate's replicas unless it says so, in milliseconds: an hour, in which a cluster
+/// that has to be enlarged has made room for them.
+pub const REPLICA_WAIT_MS: u64 = 60 * 60 * 1000;
+
 /// How a rollout goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -165,6 +169,19 @@ pub struct Progress {
     pub evidence: Evidence,
 }
 
+/// A wait for replicas of the candidate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// The router that waits.
+    pub router: Incarnation,
+    /// The step that waits, counted from 0.
+    pub step: u32,
+    /// Since when, in milliseconds since the Unix epoch.
+    pub since_ms: u64,
+    /// When the router last said so, in milliseconds since the Unix epoch.
+    pub last_ms: u64,
+}
+
 /// A rollout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Rollout {
@@ -196,6 +213,9 @@ pub struct Rollout {
     pub cleanup: Cleanup,
     /// What was decided, oldest first.
     pub decisions: Vec<Decision>,
+    /// How long a step may wait for replicas of the candidate before the rollout is rolled back, in milliseconds; for
+    /// ever if 0.
+    pub replica_wait_max_ms: u64,
 }
 
 impl Rollout {
@@ -324,6 +344,7 @@ pub(in crate::serving) mod tests {
             revision: 1,
             cleanup: Cleanup::Waiting,
             decisions: Vec::new(),
+            replica_wait_max_ms: REPLICA_WAIT_MS,
         }
     }
 

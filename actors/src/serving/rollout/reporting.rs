@@ -1,5 +1,4 @@
-//! When the head hears the numbers of a step that is not decided: people look at them, and each time is an entry of
-//! the log.
+//! When the head hears why a step is not decided: people look at it, and each time is an entry of the log.
 
 use std::time::Duration;
 
@@ -10,6 +9,9 @@ use super::trial::Evidence;
 
 /// How often at the most.
 pub(in crate::serving) const REPORT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How often also where nothing has changed: by this a wait for replicas is known to go on.
+pub(super) const REPEAT_INTERVAL: Duration = Duration::from_secs(15);
 
 /// What was reported last.
 #[derive(Debug, Default)]
@@ -23,23 +25,30 @@ struct Reported {
     /// The rollout and its step.
     of: (u64, u32),
     requests: u64,
+    reason: String,
 }
 
 impl Reporting {
-    /// Whether these numbers are to be reported now: there are others than those of the last report, and that is
-    /// some time ago or was about another step.
+    /// Whether this is to be reported now: numbers or reason are others than in the last report, and that is some time
+    /// ago or was about another step. From time to time what is the same is reported again.
     pub(in crate::serving) fn is_due(&mut self, rollout: &Rollout, evidence: &Evidence) -> bool {
         let of = (rollout.number, rollout.step);
         let requests = evidence.candidate.requests + evidence.baseline.requests;
         let is_due = match &self.last {
             Some(last) if last.of == of => {
-                last.requests != requests && last.at.elapsed() >= REPORT_INTERVAL
+                let is_other = last.requests != requests || last.reason != evidence.reason;
+                let ago = last.at.elapsed();
+                ago >= REPEAT_INTERVAL || is_other && ago >= REPORT_INTERVAL
             }
-            _ => requests > 0,
+            _ => true,
         };
         if is_due {
-            let at = Instant::now();
-            self.last = Some(Reported { at, of, requests });
+            self.last = Some(Reported {
+                at: Instant::now(),
+                of,
+                requests,
+                reason: evidence.reason.clone(),
+            });
         }
         is_due
     }
@@ -60,7 +69,6 @@ mod tests {
             evidence
         };
         let mut reporting = Reporting::default();
-        assert!(!reporting.is_due(&rollout, &of(0)));
         assert!(reporting.is_due(&rollout, &of(1)));
         assert!(!reporting.is_due(&rollout, &of(2)));
         tokio::time::advance(REPORT_INTERVAL).await;
@@ -68,5 +76,23 @@ mod tests {
         assert!(reporting.is_due(&rollout, &of(2)));
         rollout.step = 1;
         assert!(reporting.is_due(&rollout, &of(3)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn why_a_step_holds_is_reported_without_requests_too_and_now_and_then_again() {
+        let rollout = begun(Strategy::BlueGreen, &[0, 100]);
+        let because = |reason: &str| Evidence {
+            reason: reason.to_owned(),
+            ..Evidence::default()
+        };
+        let mut reporting = Reporting::default();
+        assert!(reporting.is_due(&rollout, &because("0 of 2 replicas answer")));
+        assert!(!reporting.is_due(&rollout, &because("1 of 2 replicas answer")));
+        tokio::time::advance(REPORT_INTERVAL).await;
+        assert!(reporting.is_due(&rollout, &because("1 of 2 replicas answer")));
+        tokio::time::advance(REPEAT_INTERVAL - Duration::from_millis(1)).await;
+        assert!(!reporting.is_due(&rollout, &because("1 of 2 replicas answer")));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(reporting.is_due(&rollout, &because("1 of 2 replicas answer")));
     }
 }

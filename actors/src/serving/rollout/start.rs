@@ -4,31 +4,21 @@ use mobula_core::control::{ApplyContext, Reader, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::row;
 
-use super::plan::{Action, Cleanup, Guardrails, Phase, Rollout, Served, Strategy, check};
+use super::command::Proposed;
+use super::plan::{Action, Cleanup, Phase, Rollout, Served, check};
 use super::state::{HISTORY_MAX, NEWEST, SHADOWS, history, key, put, remove, standing};
 use crate::registry;
 use crate::serving::autoscaler::state as scaling;
 use crate::serving::experiment::state as experiment;
-use crate::serving::shadow;
 use crate::serving::state::{Endpoint, check_device};
-
-/// How a rollout is to go on.
-pub(super) struct Started {
-    pub(super) strategy: Strategy,
-    pub(super) steps: Vec<u32>,
-    pub(super) guardrails: Guardrails,
-    pub(super) min_samples: u64,
-    pub(super) shadow: Option<shadow::Plan>,
-}
 
 /// Begins a rollout.
 pub(super) fn start(
     context: &ApplyContext,
     txn: &mut dyn Txn,
-    (endpoint, model, version): (&str, &str, Option<u64>),
-    plan: Started,
+    plan: Proposed,
 ) -> Result<Rollout, Rejection> {
-    let endpoint = standing(txn, endpoint)?;
+    let endpoint = standing(txn, &plan.endpoint)?;
     let mut steps = if plan.steps.is_empty() {
         plan.strategy.default_steps()
     } else {
@@ -42,7 +32,7 @@ pub(super) fn start(
         }
     }
     check(&steps, &plan.guardrails, plan.min_samples)?;
-    let candidate = another_version(txn, &endpoint, model, version)?;
+    let candidate = another_version(txn, &endpoint, &plan.model, plan.version)?;
     check_experiment(txn, &endpoint.name)?;
     let number = next_number(txn, &endpoint.name)?;
     // A candidate is compared with a version that answers.
@@ -61,6 +51,7 @@ pub(super) fn start(
         revision: context.index,
         cleanup: Cleanup::Waiting,
         decisions: Vec::new(),
+        replica_wait_max_ms: plan.replica_wait_max_ms,
         endpoint: endpoint.name,
     };
     rollout.decided(context.now_ms, Action::Start, None);
@@ -105,7 +96,7 @@ pub(in crate::serving) fn another_version(
             ),
         ));
     }
-    check_device(endpoint.device, &found)?;
+    check_device(endpoint.settings.device, &found)?;
     Ok(Served {
         version: found.version,
         digest: found.description.digest,

@@ -5,10 +5,11 @@ use mobula_core::control::StateModule;
 use mobula_core::id::Incarnation;
 
 use super::super::command::{Command, Verdict};
+use super::super::plan::{Guardrails, Strategy};
 use super::super::state::{newest, progress_of, shadows};
 use super::super::trial::Evidence;
 use super::*;
-use crate::serving::shadow::Rule;
+use crate::serving::shadow::{self, Rule};
 use crate::serving::state::{Command as ServingCommand, Query, Serving, Steered};
 use crate::serving::test_tables::TestTables;
 
@@ -44,7 +45,7 @@ fn head() -> TestTables {
         model: "digits".into(),
         version: Some(1),
         replicas: 2,
-        device: Default::default(),
+        settings: Default::default(),
         token_hash: [7; 32],
     };
     head.serving(&deploy).unwrap();

@@ -10,16 +10,21 @@
 //!    with them. It names the revision that it follows, so that a word about a promotion is not taken
 //!    for one about the rollback after it.
 //! 5. Nothing begins, and nothing is taken back, while an experiment compares the active version with another.
+//! 6. A step waits for replicas of the candidate as long as its rollout may (`waiting`), and for requests for ever. One that is paused
+//!    does not wait.
+//! 7. How a rollout ended is an entry of the registry's log, by the command that decided (`recording`).
 
 use mobula_core::control::{ApplyContext, ModuleId, Reader, Table, Txn};
 use mobula_core::error::{ErrorCode, Rejection};
 use mobula_core::id::Incarnation;
 use mobula_core::row;
 
-use super::command::{Command, Verdict};
-use super::plan::{Action, Cleanup, Phase, Progress, Rollout};
-use super::start::{Started, check_experiment, start};
+use super::command::{Command, Proposed, Verdict};
+use super::plan::{Action, Cleanup, Phase, Progress, REPLICA_WAIT_MS, Rollout};
+use super::recording::record;
+use super::start::{check_experiment, start};
 use super::trial::Evidence;
+use super::waiting;
 use crate::serving::shadow;
 use crate::serving::state::{Endpoint, find as find_endpoint, put_endpoint};
 
@@ -98,6 +103,7 @@ pub(super) fn remove(txn: &mut dyn Txn, rollout: &Rollout) {
     txn.delete(ROLLOUTS, &key);
     txn.delete(SHADOWS, &key);
     txn.delete(PROGRESS, &key);
+    waiting::end(txn, rollout);
 }
 
 /// Forgets the rollouts of an endpoint that is gone.
@@ -133,14 +139,18 @@ pub(crate) fn apply(
             guardrails,
             min_samples,
         } => {
-            let plan = Started {
+            let plan = Proposed {
+                endpoint,
+                model,
+                version,
                 strategy,
                 steps,
                 guardrails,
                 min_samples,
                 shadow: None,
+                replica_wait_max_ms: REPLICA_WAIT_MS,
             };
-            start(context, txn, (&endpoint, &model, version), plan)
+            start(context, txn, plan)
         }
         Command::StartShadowed {
             endpoint,
@@ -152,15 +162,20 @@ pub(crate) fn apply(
             min_samples,
             shadow,
         } => {
-            let plan = Started {
+            let plan = Proposed {
+                endpoint,
+                model,
+                version,
                 strategy,
                 steps,
                 guardrails,
                 min_samples,
                 shadow: Some(shadow),
+                replica_wait_max_ms: REPLICA_WAIT_MS,
             };
-            start(context, txn, (&endpoint, &model, version), plan)
+            start(context, txn, plan)
         }
+        Command::Begin(plan) => start(context, txn, plan),
         Command::Pause { endpoint } => turn(context, txn, &endpoint, Action::Pause),
         Command::Resume { endpoint } => turn(context, txn, &endpoint, Action::Resume),
         Command::Promote { endpoint } => turn(context, txn, &endpoint, Action::Promote),
@@ -186,15 +201,20 @@ pub(crate) fn apply(
         } => {
             heard(txn, &endpoint, router)?;
             let rollout = at_step(txn, (&endpoint, rollout, step), &evidence)?;
-            let progress = Progress {
-                at_ms: context.now_ms,
-                step,
-                router,
-                evidence,
-            };
-            let key = key(&endpoint, rollout.number);
-            row::put(txn, PROGRESS, &key, &progress);
+            waiting::end(txn, &rollout);
+            put_progress(context, txn, &rollout, router, evidence);
             Ok(rollout)
+        }
+        Command::Wait {
+            endpoint,
+            rollout,
+            step,
+            router,
+            evidence,
+        } => {
+            heard(txn, &endpoint, router)?;
+            let rollout = at_step(txn, (&endpoint, rollout, step), &evidence)?;
+            waiting::wait(context, txn, rollout, router, evidence)
         }
         Command::Drained {
             endpoint,
@@ -299,7 +319,7 @@ fn wanted(action: Action) -> &'static str {
 }
 
 /// Enters a phase, and makes the version active that this phase is about.
-fn enter(
+pub(super) fn enter(
     context: &ApplyContext,
     txn: &mut dyn Txn,
     endpoint: Endpoint,
@@ -309,6 +329,7 @@ fn enter(
     if !phase.is_open() {
         txn.delete(PROGRESS, &key(&rollout.endpoint, rollout.number));
     }
+    waiting::end(txn, rollout);
     rollout.phase = phase;
     rollout.revision = context.index;
     rollout.cleanup = if phase.is_open() {
@@ -317,6 +338,7 @@ fn enter(
         Cleanup::Draining
     };
     put(txn, rollout);
+    record(context, txn, &endpoint.model, rollout);
     let active = match phase {
         Phase::Promoted => &rollout.candidate,
         Phase::Running | Phase::Paused | Phase::Aborted | Phase::RolledBack => &rollout.stable,
@@ -400,6 +422,24 @@ fn judge(
         enter(context, txn, endpoint, &mut rollout, Phase::Running);
     }
     Ok(rollout)
+}
+
+/// Notes what a router has counted of the step that is under way.
+pub(super) fn put_progress(
+    context: &ApplyContext,
+    txn: &mut dyn Txn,
+    rollout: &Rollout,
+    router: Incarnation,
+    evidence: Evidence,
+) {
+    let progress = Progress {
+        at_ms: context.now_ms,
+        step: rollout.step,
+        router,
+        evidence,
+    };
+    let key = key(&rollout.endpoint, rollout.number);
+    row::put(txn, PROGRESS, &key, &progress);
 }
 
 fn clean(

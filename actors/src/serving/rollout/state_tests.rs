@@ -29,7 +29,7 @@ impl Head {
             model: "digits".into(),
             version: Some(1),
             replicas: 2,
-            device: Default::default(),
+            settings: Default::default(),
             token_hash: [7; 32],
         })
         .unwrap();

@@ -3,7 +3,8 @@
 //!
 //! Invariants:
 //! 1. Both sides are counted over the same time: nothing is counted while the candidate does not answer.
-//! 2. A step is passed only after enough requests of both sides; without requests it stays where it is.
+//! 2. A step is passed only after enough requests of both sides; without requests it stays where it is. It takes more
+//!    where 95th percentiles are too close to call, up to a bound (`tail`).
 //! 3. The chance that a version which is no worse is rolled back is divided among steps and guardrails,
 //!    so that it holds for the whole rollout.
 
@@ -14,20 +15,13 @@ use serde::{Deserialize, Serialize};
 use super::plan::Guardrails;
 use super::sequential::{Moments, increase_lower_bound, log_e_value};
 use super::split::Side;
+use super::tail::{Excess, Held, Histogram, SlowAnswers};
 
 /// Guardrails of a step: errors, refusals, mean latency, 95th percentile.
 const GUARDRAILS: f64 = 4.0;
 
-/// Answers of the baseline from which the 95th percentile is taken that both sides are then held
-/// against. The test needs a threshold that does not depend on what it counts.
-const TAIL_WARM_UP: usize = 100;
-
 /// Answers of each side before means are compared: the bound on them is asymptotic.
 const MEAN_SAMPLES_MIN: u64 = 50;
-
-/// Buckets of a latency histogram, each five percent wider than the one before: up to 20 s.
-const LATENCY_BUCKETS: usize = 345;
-const LATENCY_BUCKET_GROWTH: f64 = 1.05;
 
 /// The longest text in evidence, in bytes.
 pub const EVIDENCE_TEXT_BYTES_MAX: usize = 300;
@@ -52,7 +46,7 @@ pub struct SideEvidence {
     pub errors: u64,
     /// The geometric mean of its answers' latency, in microseconds.
     pub latency_mean_us: u64,
-    /// The 95th percentile, in microseconds, to five percent.
+    /// The 95th percentile, in microseconds, to one percent.
     pub latency_p95_us: u64,
     /// Why the last one failed; empty if none did.
     pub last_error: String,
@@ -132,9 +126,7 @@ pub(in crate::serving) struct Sample {
     last_error: String,
     /// Of the logarithm of the latency in microseconds.
     log_latency: Moments,
-    histogram: Vec<u64>,
-    /// Answers beyond the threshold, since there is one.
-    slow: u64,
+    histogram: Histogram,
 }
 
 impl Sample {
@@ -146,14 +138,13 @@ impl Sample {
             refused: 0,
             last_error: String::new(),
             log_latency: Moments::default(),
-            histogram: vec![0; LATENCY_BUCKETS],
-            slow: 0,
+            histogram: Histogram::new(),
         }
     }
 
-    /// Counts a request; how long an answer took, in microseconds.
-    pub(in crate::serving) fn record(&mut self, outcome: Outcome<'_>) -> Option<f64> {
-        let latency_us = match outcome {
+    /// Counts a request; the bucket of an answer's latency.
+    pub(in crate::serving) fn record(&mut self, outcome: Outcome<'_>) -> Option<usize> {
+        let log_us = match outcome {
             Outcome::Refused => {
                 self.refused += 1;
                 return None;
@@ -165,13 +156,11 @@ impl Sample {
                 return None;
             }
             // Below a microsecond the clock says little.
-            Outcome::Answered(latency) => (latency.as_secs_f64() * 1e6).max(1.0),
+            Outcome::Answered(latency) => (latency.as_secs_f64() * 1e6).max(1.0).ln(),
         };
         self.requests += 1;
-        self.log_latency.add(latency_us.ln());
-        let bucket = (latency_us.ln() / LATENCY_BUCKET_GROWTH.ln()) as usize;
-        self.histogram[bucket.min(LATENCY_BUCKETS - 1)] += 1;
-        Some(latency_us)
+        self.log_latency.add(log_us);
+        Some(self.histogram.add(log_us))
     }
 
     /// Requests, without those that were refused.
@@ -192,19 +181,6 @@ impl Sample {
         self.refused as f64 / (self.requests + self.refused).max(1) as f64
     }
 
-    fn p95_us(&self) -> u64 {
-        let total: u64 = self.histogram.iter().sum();
-        let rank = (total * 95).div_ceil(100).max(1);
-        let mut seen = 0;
-        let found = self.histogram.iter().position(|count| {
-            seen += count;
-            seen >= rank
-        });
-        found.map_or(0, |at| {
-            LATENCY_BUCKET_GROWTH.powi(at as i32 + 1).round() as u64
-        })
-    }
-
     /// In numbers.
     pub(in crate::serving) fn evidence(&self) -> SideEvidence {
         let is_answered = self.log_latency.count() > 0;
@@ -216,7 +192,7 @@ impl Sample {
             } else {
                 0
             },
-            latency_p95_us: self.p95_us(),
+            latency_p95_us: self.histogram.p95_us(),
             last_error: self.last_error.clone(),
         }
     }
@@ -231,9 +207,7 @@ pub struct Trial {
     alpha: f64,
     candidate: Sample,
     baseline: Sample,
-    /// The baseline's first latencies, in microseconds, until there is a threshold.
-    warm_up_us: Vec<f64>,
-    slow_from_us: Option<f64>,
+    slow: SlowAnswers,
 }
 
 impl Trial {
@@ -247,8 +221,7 @@ impl Trial {
             alpha: f64::from(guardrails.false_rollback_max_bp) / 10_000.0 / share,
             candidate: Sample::new(),
             baseline: Sample::new(),
-            warm_up_us: Vec::new(),
-            slow_from_us: None,
+            slow: SlowAnswers::default(),
         }
     }
 
@@ -258,44 +231,34 @@ impl Trial {
 
     /// Counts a request; those that are not compared are not.
     pub fn record(&mut self, side: Side, outcome: Outcome<'_>) {
-        let factor = self.latency_factor();
-        let slow_from_us = self.slow_from_us;
-        let (sample, allowance) = match side {
-            Side::Candidate => (&mut self.candidate, factor),
-            Side::Baseline => (&mut self.baseline, 1.0),
+        let sample = match side {
+            Side::Candidate => &mut self.candidate,
+            Side::Baseline => &mut self.baseline,
             Side::CandidateUncompared | Side::Stable => return,
         };
-        let Some(latency_us) = sample.record(outcome) else {
-            return;
-        };
-        match slow_from_us {
-            Some(threshold) => sample.slow += u64::from(latency_us / allowance > threshold),
-            None if side == Side::Baseline => self.warm_up(latency_us),
-            None => {}
+        if let Some(bucket) = sample.record(outcome) {
+            let is_candidate = side == Side::Candidate;
+            self.slow
+                .take(is_candidate, bucket, &self.baseline.histogram);
         }
-    }
-
-    fn warm_up(&mut self, latency_us: f64) {
-        self.warm_up_us.push(latency_us);
-        if self.warm_up_us.len() < TAIL_WARM_UP {
-            return;
-        }
-        let mut sorted = std::mem::take(&mut self.warm_up_us);
-        sorted.sort_by(f64::total_cmp);
-        self.slow_from_us = Some(sorted[TAIL_WARM_UP * 95 / 100 - 1]);
     }
 
     /// What follows from what was counted so far. It may be asked as often as one likes.
     #[must_use]
     pub fn judge(&self) -> Judgement {
-        let guardrails = self.guardrails();
+        let excess = Excess::of(
+            &self.candidate.histogram,
+            &self.baseline.histogram,
+            self.latency_factor(),
+        );
+        let guardrails = self.guardrails(excess);
         let violated: Vec<&str> = guardrails
             .iter()
             .filter(|row| row.is_violated)
             .map(|row| row.guardrail.as_str())
             .collect();
         let is_violated = !violated.is_empty();
-        let held = self.held();
+        let held = self.held(excess);
         let reason = match &held {
             _ if violated.contains(&"refusals") => format!(
                 "worse than the stable version: {} (of the candidate's requests {} were refused, of the \
@@ -321,7 +284,7 @@ impl Trial {
         }
     }
 
-    fn guardrails(&self) -> Vec<GuardrailEvidence> {
+    fn guardrails(&self, excess: Option<Excess>) -> Vec<GuardrailEvidence> {
         let limit = (1.0 / self.alpha).ln();
         let row = |guardrail: &str, statistic: &str, value: f64, limit: f64, is_violated| {
             GuardrailEvidence {
@@ -362,14 +325,14 @@ impl Trial {
                 at_least > most,
             ));
         }
-        if self.slow_from_us.is_some() {
-            let tail = log_e_value(self.candidate.slow, self.baseline.slow);
+        if let Some(slower) = self.slow.log_e_value() {
+            let is_sure = excess.is_some_and(|excess| excess.is_sure());
             rows.push(row(
                 "latency_p95",
                 "log_e_value",
-                tail,
+                slower,
                 limit,
-                tail >= limit,
+                slower >= limit && is_sure,
             ));
         }
         rows
@@ -389,7 +352,7 @@ impl Trial {
 
     /// Why the step is not passed, if it is not: too few requests, or numbers that are beyond the
     /// guardrails but may yet be chance.
-    fn held(&self) -> Option<String> {
+    fn held(&self, excess: Option<Excess>) -> Option<String> {
         let fewest = self.candidate.requests.min(self.baseline.requests);
         if fewest < self.min_samples {
             return Some(format!("{fewest} of {} requests", self.min_samples));
@@ -404,7 +367,15 @@ impl Trial {
         if increase > self.latency_factor().ln() {
             return Some("more latency than allowed, which may yet be chance".to_owned());
         }
-        None
+        match excess?.held(fewest, self.min_samples)? {
+            Held::Beyond => {
+                Some("a longer 95th percentile than allowed, which may yet be chance".to_owned())
+            }
+            Held::Close(most) => Some(format!(
+                "a 95th percentile that may be longer than allowed: {fewest} requests, {most} are waited for at \
+                 the most"
+            )),
+        }
     }
 }
 

@@ -16,16 +16,28 @@ struct Version {
     errors: f64,
     /// The median latency.
     latency_us: f64,
+    /// How often an answer takes so many times as long.
+    slow: (f64, f64),
 }
 
 const GOOD: Version = Version {
     errors: 0.01,
     latency_us: 2_000.0,
+    slow: (0.0, 1.0),
 };
+
+/// Requests of the candidate in a minute, of 200 a second of which it has five percent.
+const IN_A_MINUTE: u64 = 600;
+
+/// More requests of the candidate than any step takes.
+const LONGEST: u64 = 100 * MIN_SAMPLES;
 
 /// A latency around the median, log-normal with a standard deviation of 0.4: a 95th percentile of
 /// twice the median.
-fn latency(rng: &mut StdRng, median_us: f64) -> Duration {
+fn latency(rng: &mut StdRng, version: Version) -> Duration {
+    let (often, times) = version.slow;
+    let is_slow = often > 0.0 && rng.random_bool(often);
+    let median_us = version.latency_us * if is_slow { times } else { 1.0 };
     let (first, second): (f64, f64) = (rng.random_range(1e-12..1.0), rng.random());
     let normal = (-2.0 * first.ln()).sqrt() * (std::f64::consts::TAU * second).cos();
     Duration::from_secs_f64(median_us * (0.4 * normal).exp() / 1e6)
@@ -44,7 +56,7 @@ fn run(rng: &mut StdRng, trial: &mut Trial, candidate: Version, most: u64) -> (u
         if rng.random_bool(version.errors) {
             trial.record(side, Outcome::Failed("no"));
         } else {
-            trial.record(side, Outcome::Answered(latency(rng, version.latency_us)));
+            trial.record(side, Outcome::Answered(latency(rng, version)));
         }
         requests += 1;
         if requests % LOOK_EVERY != 0 {
@@ -55,6 +67,103 @@ fn run(rng: &mut StdRng, trial: &mut Trial, candidate: Version, most: u64) -> (u
             return (of_candidate, judgement);
         }
     }
+}
+
+/// What becomes of a rollout whose steps go on until they are decided; how many requests the candidate had at the last.
+fn roll_out(seed: u64, candidate: Version) -> (u64, Judgement) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut last = None;
+    for _ in 0..STEPS {
+        let mut trial = Trial::new(Guardrails::STANDARD, MIN_SAMPLES, STEPS);
+        let (requests, judgement) = run(&mut rng, &mut trial, candidate, LONGEST);
+        let is_passed = matches!(judgement, Judgement::Pass(_));
+        last = Some((requests, judgement));
+        if !is_passed {
+            break;
+        }
+    }
+    last.expect("a rollout has steps")
+}
+
+fn is_promoted(seed: u64, candidate: Version) -> bool {
+    matches!(roll_out(seed, candidate), (_, Judgement::Pass(_)))
+}
+
+#[test]
+fn an_equal_version_is_promoted() {
+    const RUNS: u64 = 300;
+    let not: Vec<u64> = (0..RUNS).filter(|seed| !is_promoted(*seed, GOOD)).collect();
+    println!(
+        "A/A: {} of {RUNS} not promoted (seeds 0..{RUNS})",
+        not.len()
+    );
+    assert!(
+        not.len() as u64 * 100 <= RUNS,
+        "not promoted: seeds {not:?}"
+    );
+}
+
+/// Only the tail is slower: the means differ by less than they may.
+#[test]
+fn a_version_whose_slowest_answers_alone_are_slower_is_not_promoted() {
+    const RUNS: u64 = 100;
+    // 95th percentiles that are longer by 21, 30 and 52 percent.
+    for times in [2.0, 2.28, 2.84] {
+        let slow = Version {
+            slow: (0.1, times),
+            ..GOOD
+        };
+        let ends: Vec<(u64, Judgement)> = (0..RUNS).map(|seed| roll_out(seed, slow)).collect();
+        let promoted: Vec<usize> = ends
+            .iter()
+            .enumerate()
+            .filter(|(_, (_, end))| matches!(end, Judgement::Pass(_)))
+            .map(|(seed, _)| seed)
+            .collect();
+        let mut needed: Vec<u64> = ends
+            .iter()
+            .filter(|(_, end)| matches!(end, Judgement::RollBack(_)))
+            .map(|(requests, _)| *requests)
+            .collect();
+        needed.sort_unstable();
+        println!(
+            "a tenth of the answers {times} times as slow: {} of {RUNS} promoted, {} rolled back, after {:?} requests of \
+             the candidate in the median, {:?} at the most (seeds 0..{RUNS})",
+            promoted.len(),
+            needed.len(),
+            needed.get(needed.len() / 2),
+            needed.last()
+        );
+        assert!(
+            promoted.len() as u64 * 100 <= 5 * RUNS,
+            "{times}: promoted with the seeds {promoted:?}"
+        );
+    }
+}
+
+#[test]
+fn a_95th_percentile_is_judged_also_where_a_step_needs_few_requests() {
+    let mut trial = Trial::new(Guardrails::STANDARD, 40, 1);
+    // Five answers of forty take longer, and two of the baseline's.
+    for round in 0..40 {
+        let slow = Duration::from_millis(if round % 8 == 0 { 3 } else { 2 });
+        trial.record(Side::Candidate, Outcome::Answered(slow));
+        let usual = Duration::from_millis(if round % 20 == 0 { 3 } else { 2 });
+        trial.record(Side::Baseline, Outcome::Answered(usual));
+    }
+    let Judgement::Hold(evidence) = trial.judge() else {
+        panic!("{:?}", trial.judge())
+    };
+    let of = |name: &str| {
+        let mut rows = evidence.guardrails.iter();
+        rows.any(|row| row.guardrail == name)
+    };
+    assert!(of("latency_p95"), "{evidence:?}");
+    assert!(
+        evidence.reason.contains("95th percentile"),
+        "{}",
+        evidence.reason
+    );
 }
 
 #[test]
@@ -104,6 +213,12 @@ fn five_percent_errors_and_a_third_more_latency_are_found_soon() {
             needed.push(requests);
         }
         needed.sort_unstable();
+        if version.latency_us > GOOD.latency_us {
+            let latest = needed[needed.len() - 1];
+            assert!(latest <= IN_A_MINUTE, "{name}: {latest} requests");
+            let median = needed[needed.len() / 2];
+            assert!(median <= IN_A_MINUTE / 2, "{name}: {median} requests");
+        }
         println!(
             "{name}: rolled back after {} requests of the candidate in the median, {} at the most \
              (seeds 1000..{})",

@@ -17,7 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Collective;
 use super::compute_thread::{ComputeThread, Outcome};
-use crate::training::messages::{Epoch, TrainerError};
+use crate::training::messages::{Epoch, Held, TrainerError};
 use crate::training::protocol::exchange::{Action, Ask, Content, Contribution, Refusal, Report};
 use crate::training::protocol::leader::StateDigest;
 use crate::training::protocol::member::Member;
@@ -88,6 +88,8 @@ pub struct Board {
     pub number: u64,
     /// The step at which it stands.
     pub step: u64,
+    /// The state before that step. It is told from here: the replica itself is busy while it computes.
+    pub held: Option<Held>,
     /// How long the step before waited for samples, and how long it was computed.
     pub spent: (Duration, Duration),
     /// The latest reports with their numbers.
@@ -150,15 +152,17 @@ pub struct Runner<C> {
 }
 
 impl<C: Collective> Runner<C> {
-    /// A runner for `member`, whose state `replica` holds; the way to it, and what it shows.
+    /// A runner for `member`, whose state `held` `replica` holds; the way to it, and what it shows.
     pub fn new(
         member: Member,
+        held: Held,
         replica: Arc<Mutex<Replica>>,
         collective: C,
     ) -> (Self, RunnerHandle, watch::Receiver<Board>) {
         let (sender, inbox) = mpsc::channel(INBOX_MAX);
         let (board, shown) = watch::channel(Board {
             step: member.step(),
+            held: Some(held),
             ..Board::default()
         });
         let runner = Runner {
@@ -269,13 +273,13 @@ impl<C: Collective> Runner<C> {
                 let (held, spent) = applied?;
                 self.member.applied(held.short());
                 let took = self.step_begun.elapsed();
-                let usual = self.usual_step.map_or(took, |usual| (usual * 7 + took) / 8);
-                self.usual_step = Some(usual);
+                self.usual_step = Some(usual_after(self.usual_step, took));
                 (self.step_begun, self.slow_reported) = (Instant::now(), false);
                 self.waiting_since = None;
                 // Nobody is woken for a step: who listens for news looks here when there are some.
                 self.board.send_if_modified(|board| {
                     (board.step, board.spent) = (held.step, spent);
+                    board.held = Some(held);
                     false
                 });
             }
@@ -347,12 +351,23 @@ impl<C: Collective> Runner<C> {
         if self.slow_reported || since.elapsed() < limit {
             return;
         }
+        let step = self.member.step();
         for peer in self.member.awaited() {
             self.slow_reported = true;
             self.board
-                .send_modify(|board| board.report(Report::Slow { peer }));
+                .send_modify(|board| board.report(Report::Slow { peer, step }));
         }
     }
+}
+
+/// What a step usually takes, after one that took so long. One that waited for somebody slow says little of what is usual:
+/// else the next one would have to wait much longer before that is told.
+fn usual_after(usual: Option<Duration>, took: Duration) -> Duration {
+    let Some(usual) = usual else {
+        return took;
+    };
+    let most = (usual * 2).max(SLOW_AFTER_MIN / SLOW_FACTOR);
+    (usual * 7 + took.min(most)) / 8
 }
 
 fn told(error: &super::Unreachable) {
@@ -385,9 +400,6 @@ mod tests {
         let mut member = Member::new(me, shape, held.step, held.short());
         member.adopt(leader.plan().clone()).unwrap();
         let replica = Arc::new(Mutex::new(replica));
-        let (runner, handle, _board) = Runner::new(member, replica, InProcess::default());
-        let mut task = JoinSet::new();
-        task.spawn(runner.run());
         // Without the shards of the other one there is no sum.
         let question = Ask {
             from: other,
@@ -396,6 +408,9 @@ mod tests {
             bucket: 0,
             at_once: false,
         };
+        let (runner, handle, _board) = Runner::new(member, held, replica, InProcess::default());
+        let mut task = JoinSet::new();
+        task.spawn(runner.run());
         let begun = Instant::now();
         for times in 1..=10 {
             let answer = tokio::time::timeout(2 * NOT_YET_AFTER, handle.ask(question));
@@ -406,6 +421,18 @@ mod tests {
                 "as seldom as can be"
             );
         }
+    }
+
+    #[test]
+    fn one_step_that_waited_does_not_make_long_steps_usual_and_many_do() {
+        let ms = Duration::from_millis;
+        let usual = usual_after(None, ms(100));
+        assert_eq!(usual, ms(100));
+        assert!(usual_after(Some(usual), ms(60_000)) < ms(115));
+        assert!(usual_after(Some(Duration::ZERO), ms(100)) > Duration::ZERO);
+        let after = |steps| (0..steps).fold(usual, |usual, _| usual_after(Some(usual), ms(1000)));
+        assert!(after(5) * SLOW_FACTOR < ms(2000));
+        assert!(after(40) > ms(900));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,17 +1,15 @@
-//! Who takes part in a job's steps: joining, leaving, being lost, being slow, being wrong.
+//! Who takes part in a job's steps: leaving, being lost, being slow, being wrong. How one comes is in `joining`.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::{Coordinator, CoordinatorError};
 use crate::training::collective::Collective;
-use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Preparation, Slot, TrainerLink};
+use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Presence, Slot, TrainerLink};
 use crate::training::job::now_ms;
-use crate::training::messages::{Admission, Greeting, Held, News, TrainerError};
-use crate::training::numerics::{Numerics, Probe};
+use crate::training::messages::{News, TrainerError};
 use crate::training::protocol::exchange::Report;
 use crate::training::protocol::leader::{StateDigest, judge};
 use crate::training::protocol::plan::MemberId;
@@ -23,113 +21,21 @@ const STAY_SHARE: u32 = 8;
 /// How often a trainer with notice that stays is listened to.
 const DOOMED_PAUSE: Duration = Duration::from_millis(100);
 /// How often is looked whether a trainer that was refused was started anew, as on a machine that was mended.
-const REFUSED_PAUSE: Duration = Duration::from_secs(30);
+pub(super) const REFUSED_PAUSE: Duration = Duration::from_secs(30);
 /// How long a trainer is left alone that cannot reach its data.
 const HINDERED_PAUSE: Duration = Duration::from_secs(5);
 /// How long a member is left out that others do not reach: if the way is still cut, it costs as much again.
 const UNREACHED_PAUSE: Duration = Duration::from_secs(30);
+/// How often trainers of one machine may be found with other bits. From then on none there takes part under this driver: to
+/// give them the state again mends no machine.
+pub(super) const STRIKES_MAX: u32 = 3;
 
 impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
-    pub(super) fn greeted(&mut self, index: usize, greeting: Greeting) {
-        let slot = self.crew.slot(index);
-        if slot
-            .incarnation
-            .is_some_and(|known| known != greeting.incarnation)
-        {
-            self.counters.trainer_restarts += 1;
-        }
-        slot.incarnation = Some(greeting.incarnation);
-        slot.node = greeting.node_name;
-        if greeting.notice_ms.is_some() {
-            self.crew.let_leave(index);
-            return;
-        }
-        let is_refused = slot.refused == slot.incarnation;
-        match greeting.held {
-            // It would compute the same again.
-            None if is_refused => self.crew.lose(index, REFUSED_PAUSE),
-            // It went on under an earlier coordinator, or lost nothing but the connection.
-            Some((member, held)) if self.goes_with_us(&held) => {
-                self.joined(index, member, held.step);
-            }
-            _ => self.prepare(index),
-        }
-    }
-
-    /// Whether a trainer that holds this can go on from there: our copy finds the sums that it lacks
-    /// itself, and a step that both know is the same. Other bits at other steps show when sums are
-    /// exchanged.
-    fn goes_with_us(&self, held: &Held) -> bool {
-        let far = self.state.step + self.leader.shape().lead_max;
-        match held.step.cmp(&self.state.step) {
-            std::cmp::Ordering::Less => false,
-            std::cmp::Ordering::Equal => held.digest == self.digest,
-            std::cmp::Ordering::Greater => held.step <= far,
-        }
-    }
-
-    /// Sends the present state in the background.
-    pub(super) fn prepare(&mut self, index: usize) {
-        let sent = Held {
-            step: self.state.step,
-            digest: self.digest.clone(),
-        };
-        let state = &self.state;
-        let packed = self
-            .packed
-            .get_or_insert_with(|| Arc::new(state.to_bytes()));
-        let order = Preparation {
-            plan: self.leader.plan().clone(),
-            state: Arc::clone(packed),
-            probe: (self.spec.numerics == Numerics::Strict).then_some(self.probe),
-        };
-        self.crew.prepare(index, sent, order);
-    }
-
-    /// A trainer's machine computes other bits than ours, and said so instead of taking part.
-    fn refused(&mut self, index: usize, computes: Probe) {
-        self.counters.trainers_refused += 1;
-        let (node, ours) = (&self.crew.slots()[index].node, self.probe);
-        self.log.line(format_args!(
-            "trainer-{index} on {node} takes no part: of the same shard it computes {computes}, this driver {ours}. \
-             It may run another build, or its machine is at fault; `numerics = \"mixed\"` would let it take part, and \
-             give up that the result has one hash"
-        ));
-        let slot = self.crew.slot(index);
-        slot.refused = slot.incarnation;
-        self.crew.lose(index, REFUSED_PAUSE);
-    }
-
-    /// A trainer holds the state, and may take part.
-    pub(super) fn admitted(&mut self, index: usize, admission: &Admission) {
-        if admission.probe != self.probe {
-            self.counters.trainers_mixed += 1;
-            let (node, ours) = (&self.crew.slots()[index].node, self.probe);
-            self.log.line(format_args!(
-                "trainer-{index} on {node} computes {} of a shard of which this driver computes {ours}: from here on \
-                 the result depends on who computes which shard",
-                admission.probe
-            ));
-        }
-        self.joined(index, admission.member, admission.held.step);
-    }
-
-    /// A trainer holds the state, and follows: it gets a seat.
-    pub(super) fn joined(&mut self, index: usize, member: MemberId, at_step: u64) {
-        self.crew.ready(index, member);
-        self.leader.seat([member]);
-        self.publish();
-        let node = self.crew.slots()[index].node.clone();
-        let ready = self.ready_count();
-        self.log.line(format_args!(
-            "trainer-{index} on {node} takes part from step {at_step}: {ready} trainers"
-        ));
-    }
-
     /// A trainer has said something, if only that it lives.
     pub(super) fn heard(&mut self, index: usize, news: &News) {
         let slot = self.crew.slot(index);
-        slot.news_number = news.number;
+        slot.heard_at = Instant::now();
+        (slot.news_number, slot.step) = (news.number, news.step);
         (slot.spent, slot.cpu) = (news.spent, news.cpu);
         slot.gpu = news.gpu_utilization;
         let member = news.member;
@@ -153,6 +59,10 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         for report in &news.reports {
             self.reported(member, *report);
         }
+        // One that leaves soon is nobody to give shards to.
+        if news.notice_ms.is_none() {
+            self.seat_if_near(index, member, news.step);
+        }
     }
 
     /// What the copy, or a trainer, has to say of others.
@@ -167,12 +77,14 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                     self.crew.ask_digests(step);
                 }
             }
-            Report::Slow { peer } => self.slow(peer),
+            Report::Slow { peer, step } => self.slow(peer, step),
             Report::Behind { .. } if from == self.me => self.rewind(),
             Report::Behind { .. } => {
-                self.leader.unseat(from);
-                self.publish();
-                self.prepare(from.slot as usize);
+                let index = from.slot as usize;
+                // The same may have been said of several buckets.
+                if self.crew.slots()[index].member == Some(from) {
+                    self.too_late(index, "is too far behind to find the sums that it lacks");
+                }
             }
         }
     }
@@ -240,7 +152,22 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     }
 
     pub(super) fn lose(&mut self, index: usize, reason: &str) {
-        self.lose_for(index, reason, GREET_PAUSE_FIRST);
+        let (step, steady) = (self.state.step, self.steady_steps());
+        let stands_still = self.stands_still();
+        let slot = self.crew.slot(index);
+        if slot.presence != Presence::Preparing {
+            self.lose_for(index, reason, GREET_PAUSE_FIRST);
+            return;
+        }
+        // What has just failed may fail again; where nobody goes on without it, it may try at once.
+        let grown = slot.attempts.failed_at(step, steady, GREET_PAUSE_FIRST);
+        let pause = if stands_still {
+            GREET_PAUSE_FIRST
+        } else {
+            grown
+        };
+        self.lose_for(index, reason, pause);
+        self.crew.slot(index).naps = !stands_still;
     }
 
     /// Gives a trainer up, and asks for it again after `pause`.
@@ -248,6 +175,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         let slot = &self.crew.slots()[index];
         let member = slot.member;
         if let Some(shards) = member.and_then(|member| self.leader.unseat(member)) {
+            self.stall.note(slot.heard_at, Instant::now());
             self.counters.trainers_lost += 1;
             self.counters.reassigned_shards += shards as u64;
             self.log.line(format_args!(
@@ -277,17 +205,21 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         }
     }
 
-    /// A trainer takes long: others compute its shards too.
-    pub(super) fn slow(&mut self, peer: MemberId) {
-        let given = self.leader.back_up(peer);
+    /// A trainer takes long at `step`: others compute its shards too.
+    pub(super) fn slow(&mut self, peer: MemberId, step: u64) {
+        // Of a step that is over it does not matter any more.
+        if step < self.state.step {
+            return;
+        }
+        let given = self.leader.back_up(peer, step);
         if given == 0 {
             return;
         }
         self.counters.slow_orders += 1;
         self.log.line(format_args!(
-            "trainer-{} takes much longer than usual for step {}: others compute its {given} \
+            "trainer-{} takes much longer than usual for step {step}: others compute its {given} \
              shards too",
-            peer.slot, self.state.step
+            peer.slot
         ));
         self.publish();
     }
@@ -317,15 +249,58 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             }
             self.counters.digest_mismatches += 1;
             self.leader.unseat(member);
-            self.log.line(format_args!(
-                "trainer-{index} on {} has other parameters than the others before step {step}: \
-                 its sums are refused and it gets the state again",
-                self.crew.slots()[index].node,
-            ));
-            self.prepare(index);
+            self.quarantine(index, step);
         }
         self.publish();
         Ok(())
+    }
+
+    /// A trainer held other bits before `step`: it gets the state again, unless its machine has done that too often.
+    fn quarantine(&mut self, index: usize, step: u64) {
+        let node = self.crew.slots()[index].node.clone();
+        let strikes = self.strikes.entry(node.clone()).or_default();
+        *strikes += 1;
+        if *strikes < STRIKES_MAX {
+            self.log.line(format_args!(
+                "trainer-{index} on {node} has other parameters than the others before step {step}: \
+                 its sums are refused and it gets the state again"
+            ));
+            self.prepare(index);
+            return;
+        }
+        self.log.line(format_args!(
+            "trainer-{index} on {node} has other parameters than the others before step {step}, which is no. {strikes} \
+             on that machine, with {STRIKES_MAX} at most: no trainer there takes part any more under this driver. Its \
+             memory, processor or GPU is likely to be at fault: drain it (`mobula nodes drain {node}`), then its \
+             trainers start elsewhere and take part"
+        ));
+        let is_there = |slot: &Slot<L>| slot.node == node && slot.presence != Presence::Away;
+        let there = self.crew.which(is_there);
+        for index in &there {
+            if let Some(member) = self.crew.slots()[*index].member {
+                self.leader.unseat(member);
+                self.unreached.forget(member);
+            }
+        }
+        let epoch = self.leader.plan().epoch;
+        for index in there {
+            self.crew.dismiss(index, epoch, REFUSED_PAUSE);
+        }
+    }
+
+    /// What people have to know of machines on which no trainer takes part any more, behind what a step waits for.
+    pub(super) fn struck_machines(&self) -> String {
+        let struck = self.strikes.iter();
+        let struck = struck.filter(|(_, strikes)| **strikes >= STRIKES_MAX);
+        let names: Vec<&str> = struck.map(|(node, _)| node.as_str()).collect();
+        if names.is_empty() {
+            return String::new();
+        }
+        format!(
+            "; none on {} does any more, where trainers had other parameters than the others {STRIKES_MAX} times: drain \
+             such a machine (`mobula nodes drain NAME`), then its trainers start elsewhere",
+            names.join(", ")
+        )
     }
 
     /// Our copy is so far behind the trainers that nobody has the sums that it lacks, which is so only if
@@ -336,7 +311,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
              steps again",
             self.state.step
         ));
-        for index in self.crew.which(Slot::is_ready) {
+        for index in self.crew.which(Slot::follows) {
             if let Some(member) = self.crew.slots()[index].member {
                 self.leader.unseat(member);
             }

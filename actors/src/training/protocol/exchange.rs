@@ -109,6 +109,8 @@ pub enum Report {
     Slow {
         /// Which member.
         peer: MemberId,
+        /// The step that waits for them.
+        step: u64,
     },
     /// This member is too far behind to catch up with sums: it needs a state.
     Behind {

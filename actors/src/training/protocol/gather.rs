@@ -74,13 +74,19 @@ impl Gather {
     /// Whether the sum of `subtree` is here, by itself or within a larger one.
     #[must_use]
     pub fn covers(&self, subtree: Subtree) -> bool {
+        self.covering(subtree).is_some()
+    }
+
+    /// The sum of `subtree`, or the larger one that it is within.
+    #[must_use]
+    pub fn covering(&self, subtree: Subtree) -> Option<&Partial> {
         let mut node = subtree;
         loop {
-            if self.held.contains_key(&node) {
-                return true;
+            if let Some(held) = self.held.get(&node) {
+                return Some(held);
             }
             if node.level >= self.shape.root().level {
-                return false;
+                return None;
             }
             node = node.parent();
         }
@@ -216,7 +222,8 @@ mod tests {
             for piece in pieces.chain(last.into_iter().map(Subtree::shard)) {
                 let news = !gather.covers(piece);
                 prop_assert_eq!(gather.offer(sums(piece)).unwrap(), news);
-                prop_assert!(gather.covers(piece));
+                let held = gather.covering(piece);
+                prop_assert!(held.is_some_and(|held| held.subtree.contains(piece)));
             }
             prop_assert_eq!(gather.root(), Some(&sums(subtree(4, 0))));
             prop_assert!(gather.missing().is_empty());

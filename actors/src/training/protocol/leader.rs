@@ -10,11 +10,16 @@
 //! 3. A member that is lost, leaves or holds other bits has no seat in the next plan.
 //! 4. There is a plan with seats whenever a member could have one: below the minimum it holds, so that
 //!    the step that has begun is finished.
+//! 5. A member that takes long is backed up for that step; only one that does so again soon, for more of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::plan::{MemberId, Plan};
 use crate::training::messages::Epoch;
+
+/// Steps for which a member that takes long again and again is backed up at once, at most: then it is looked whether it
+/// still does.
+const BACKUP_STEPS_MAX: u64 = 64;
 
 /// Sixteen bytes of a state's BLAKE3.
 pub type StateDigest = [u8; 16];
@@ -40,8 +45,21 @@ pub struct Leader {
     shape: LeaderShape,
     seated: BTreeSet<MemberId>,
     plan: Plan,
+    /// Where the driver's copy stands.
+    at: u64,
+    /// Who was backed up last, and when.
+    slow: BTreeMap<MemberId, Backup>,
     /// Whether the gate stays where it is.
     is_halted: bool,
+    /// The step that the gate does not go beyond for now.
+    gate_limit: Option<u64>,
+}
+
+/// When a member was backed up: for so many steps, the last of which was this one.
+#[derive(Debug, Clone, Copy)]
+struct Backup {
+    last_step: u64,
+    steps: u64,
 }
 
 impl Leader {
@@ -58,7 +76,10 @@ impl Leader {
             shape,
             seated: BTreeSet::new(),
             plan,
+            at: step,
+            slow: BTreeMap::new(),
             is_halted: false,
+            gate_limit: None,
         }
     }
 
@@ -87,6 +108,7 @@ impl Leader {
             self.seated.retain(|other| other.slot != member.slot);
             self.seated.insert(member);
         }
+        self.slow.retain(|member, _| self.seated.contains(member));
         self.plan.deal(
             &self.seated,
             self.shape.shard_count,
@@ -101,18 +123,26 @@ impl Leader {
         if !self.seated.remove(&member) {
             return None;
         }
+        self.slow.remove(&member);
         let shards = self.plan.shards_of(member).count();
+        self.plan.end_backups(self.at);
         self.plan
             .remove_all_but(&self.seated, self.shape.shard_count);
         self.publish();
         Some(shards)
     }
 
-    /// A member takes long: another one computes its shards too, until the next member joins. Answers how
-    /// many shards that concerns.
-    pub fn back_up(&mut self, slow: MemberId) -> usize {
-        let given = self.plan.back_up(slow);
+    /// A member takes long at `step`: others compute its shards too, in that step; in twice as many steps as the last
+    /// time, where that is hardly longer ago than it lasted. Answers how many shards that concerns.
+    pub fn back_up(&mut self, slow: MemberId, step: u64) -> usize {
+        let before = self.slow.get(&slow);
+        let before = before.filter(|one| step <= one.last_step.saturating_add(one.steps));
+        let steps = before.map_or(1, |one| (2 * one.steps).min(BACKUP_STEPS_MAX));
+        let last_step = step.saturating_add(steps - 1);
+        let given = self.plan.back_up(slow, step, last_step);
         if given > 0 {
+            self.slow.insert(slow, Backup { last_step, steps });
+            self.plan.end_backups(self.at);
             self.publish();
         }
         given
@@ -121,12 +151,14 @@ impl Leader {
     /// The driver's copy stands at `step`: the gate opens further. Answers whether it did, which is once
     /// in many steps.
     pub fn follow(&mut self, step: u64) -> bool {
+        self.at = self.at.max(step);
         if self.is_halted {
             return false;
         }
-        let gate = gate(&self.shape, step);
+        let limit = self.gate_limit.unwrap_or(u64::MAX);
+        let gate = gate(&self.shape, step).min(limit);
         let is_far = gate >= self.plan.gate + self.shape.lead_max.div_ceil(2);
-        let is_last = gate > self.plan.gate && gate >= self.shape.steps;
+        let is_last = gate > self.plan.gate && gate >= self.shape.steps.min(limit);
         if is_far || is_last {
             self.plan.gate = gate;
         }
@@ -137,6 +169,12 @@ impl Leader {
     /// [`Leader::follow`], for members that stand at the gate take no step that would.
     pub fn halt(&mut self, is_halted: bool) {
         self.is_halted = is_halted;
+    }
+
+    /// Opens the gate no further than to `limit`, for somebody who comes and would be left behind; without one, as far
+    /// as ever. Whoever takes a limit away has to [`Leader::follow`], as after [`Leader::halt`].
+    pub fn limit_gate(&mut self, limit: Option<u64>) {
+        self.gate_limit = limit;
     }
 
     fn publish(&mut self) {
@@ -226,13 +264,61 @@ mod tests {
         leader.seat([member(1, 2)]);
         assert_eq!(leader.seated().len(), 2);
         assert!(leader.plan().seat(member(1, 1)).is_none());
-        assert_eq!(leader.back_up(member(1, 2)), 8);
-        assert_eq!(leader.plan().shards_of(member(0, 1)).count(), 16);
+        assert_eq!(leader.back_up(member(1, 2), 3), 8);
+        assert_eq!(leader.plan().shards_of(member(0, 1)).count(), 8);
+        assert_eq!(leader.plan().backups_of(member(0, 1), 3).count(), 8);
         let epoch = leader.plan().epoch;
-        assert_eq!(leader.back_up(member(1, 2)), 0);
+        assert_eq!(leader.back_up(member(1, 2), 3), 0);
         assert_eq!(leader.plan().epoch, epoch);
         leader.unseat(member(0, 1));
-        assert_eq!(leader.back_up(member(1, 2)), 0);
+        assert_eq!(leader.back_up(member(1, 2), 3), 0);
+    }
+
+    #[test]
+    fn a_backup_lasts_for_its_step_and_for_more_of_them_where_it_is_needed_again_soon() {
+        let mut leader = leader(1);
+        let [quick, slow] = [member(0, 1), member(1, 1)];
+        leader.seat([quick, slow]);
+        let last_step = |leader: &Leader, from| {
+            let is_computed = |step: &u64| leader.plan().backups_of(quick, *step).count() == 8;
+            (from..).take_while(is_computed).last()
+        };
+        for (step, last) in [(5, 5), (6, 7), (9, 12), (17, 17), (90, 90)] {
+            assert_eq!(leader.back_up(slow, step), 8, "step {step}");
+            assert_eq!(last_step(&leader, step), Some(last), "step {step}");
+        }
+        let mut step = 200;
+        for steps in [1, 2, 4, 8, 16, 32, 64, 64] {
+            assert_eq!(leader.back_up(slow, step), 8);
+            assert_eq!(last_step(&leader, step), Some(step + steps - 1));
+            step += steps;
+        }
+        // What is over burdens nobody.
+        leader.follow(step);
+        leader.seat([member(2, 1)]);
+        leader.back_up(slow, step);
+        leader.follow(step + 1000);
+        leader.unseat(member(2, 1));
+        let mut seats = leader.plan().seats.iter();
+        assert!(seats.all(|seat| seat.backups.is_empty()));
+    }
+
+    #[test]
+    fn who_computes_beside_a_member_that_is_lost_takes_its_shards_over() {
+        let mut leader = leader(1);
+        leader.seat([member(0, 1), member(1, 1), member(2, 1)]);
+        leader.back_up(member(1, 1), 0);
+        let backups = |leader: &Leader, slot| -> BTreeSet<u32> {
+            leader.plan().backups_of(member(slot, 1), 0).collect()
+        };
+        let before = [0, 2].map(|slot| backups(&leader, slot));
+        assert_eq!(before[0].len() + before[1].len(), 5);
+        leader.unseat(member(1, 1));
+        for (slot, had) in [0, 2].into_iter().zip(before) {
+            assert!(backups(&leader, slot).is_empty());
+            let shards = &leader.plan().seat(member(slot, 1)).unwrap().shards;
+            assert!(shards.is_superset(&had));
+        }
     }
 
     #[test]
@@ -256,6 +342,17 @@ mod tests {
     }
 
     #[test]
+    fn a_gate_with_a_limit_opens_up_to_it_and_no_further() {
+        let mut leader = leader(1);
+        leader.limit_gate(Some(12));
+        let moves: Vec<u64> = (1..=12).filter(|step| leader.follow(*step)).collect();
+        assert_eq!((leader.plan().gate, moves), (12, vec![2]));
+        leader.limit_gate(None);
+        assert!(leader.follow(12));
+        assert_eq!(leader.plan().gate, 22);
+    }
+
+    #[test]
     fn the_minority_is_wrong_and_a_copy_of_ones_own_counts_as_one() {
         let (a, b, c) = (member(0, 1), member(1, 1), member(2, 1));
         let wrong = |said: &[(MemberId, u8)]| {
@@ -274,17 +371,24 @@ mod tests {
     proptest! {
         #[test]
         fn every_shard_and_bucket_has_somebody_whoever_comes_and_goes(
-            changes in prop::collection::vec((0u32..6, any::<bool>()), 1..40),
+            changes in prop::collection::vec((0u32..6, 0u32..3), 1..40),
         ) {
             let mut leader = leader(1);
             let mut epoch = leader.plan().epoch;
-            for (incarnation, (slot, comes)) in changes.into_iter().enumerate() {
-                if comes {
-                    leader.seat([member(slot, incarnation as u64)]);
-                } else if let Some(there) = leader.seated().iter().find(|m| m.slot == slot).copied() {
-                    leader.unseat(there);
-                } else {
-                    continue;
+            for (number, (slot, change)) in (0u64..).zip(changes) {
+                leader.follow(number);
+                let there = leader.seated().iter().find(|m| m.slot == slot).copied();
+                match (change, there) {
+                    (0, _) => leader.seat([member(slot, number)]),
+                    (1, Some(there)) => {
+                        leader.unseat(there);
+                    }
+                    (_, Some(there)) => {
+                        if leader.back_up(there, number) == 0 {
+                            continue;
+                        }
+                    }
+                    (_, None) => continue,
                 }
                 let plan = leader.plan();
                 prop_assert!(plan.epoch > epoch);

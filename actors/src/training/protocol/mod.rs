@@ -21,6 +21,8 @@
 //!    needed for that; it must only not pass the plan's gate.
 //! 4. A lost member's shards and buckets go to others by a plan of a higher epoch; nobody else's change.
 //!    The members send the new owner what they had sent to the lost one.
+//! 5. A slow member's shards are computed by others too, in the steps that the plan names and after their own: what came
+//!    twice counts once, and nobody waits for it.
 //!
 //! In reading order: [`buckets`] cuts the gradient, [`gather`] adds one bucket's sums, [`plan`] is what
 //! the leader publishes, [`leader`] makes plans, [`exchange`] is what members say, [`member`] follows plans.

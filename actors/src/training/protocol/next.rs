@@ -3,6 +3,7 @@
 //! [`Member::pump`] may be called at any time and as often as one likes: it looks at what is there, and orders
 //! what is not ordered yet.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::buckets::BUCKET_BYTES_MAX;
@@ -100,12 +101,12 @@ impl Member {
             !self.computed.contains(shard) && !self.computing.contains(&(step, *shard))
         };
         let free = COMPUTING_MAX.saturating_sub(self.computing.len());
-        let next: Vec<u32> = self
-            .plan
-            .shards_of(self.me)
-            .filter(is_new)
-            .take(free)
-            .collect();
+        let own = self.plan.shards_of(self.me).filter(is_new).take(free);
+        let mut next: Vec<u32> = own.collect();
+        if next.is_empty() && self.computing.is_empty() {
+            // What others may still bring comes last and one by one, so that little of it is computed in vain.
+            next.extend(self.plan.backups_of(self.me, step).find(is_new));
+        }
         for shard in next {
             self.computing.insert((step, shard));
             self.actions.push_back(Action::Compute { step, shard });
@@ -120,13 +121,18 @@ impl Member {
             || self.gathers.range(from..).next().is_some()
     }
 
-    /// The largest subtrees of what this member computes, as far as they are done.
-    fn ready_subtrees(&self) -> Vec<Subtree> {
-        let mut wanted = self.computed.clone();
-        wanted.extend(self.plan.shards_of(self.me));
-        let mut subtrees = maximal_subtrees(wanted);
-        subtrees.retain(|subtree| self.own.get(*subtree).is_some());
-        subtrees
+    /// The largest subtrees of what this member computes, as far as they are done. What it computes beside others is
+    /// apart: its own does not wait to become a part of a larger one.
+    fn ready_subtrees(&self) -> BTreeSet<Subtree> {
+        let backups: BTreeSet<u32> = self.plan.backups_of(self.me, self.step).collect();
+        let mut own: BTreeSet<u32> = self.computed.difference(&backups).copied().collect();
+        own.extend(self.plan.shards_of(self.me));
+        let wanted = maximal_subtrees(own);
+        let wanted = wanted.into_iter().chain(maximal_subtrees(backups));
+        // Neighbours of both kinds that are done have become one.
+        wanted
+            .filter_map(|subtree| Some(self.own.covering(subtree)?.subtree))
+            .collect()
     }
 
     fn send(&mut self) {
@@ -153,7 +159,7 @@ impl Member {
 
     /// The own sums of a bucket, to its owner: the first at once, and those that get ready while it is
     /// under way in one message, at the latest with the last.
-    fn send_own(&mut self, owner: MemberId, bucket: u32, ready: &[Subtree]) {
+    fn send_own(&mut self, owner: MemberId, bucket: u32, ready: &BTreeSet<Subtree>) {
         let step = self.step;
         if !self.has_computed_all() && self.calls.is_sending(owner, (step, bucket)) {
             return;
@@ -186,6 +192,7 @@ impl Member {
         }
     }
 
+    /// Whether its own shards are computed; what it computes beside others does not count.
     pub(super) fn has_computed_all(&self) -> bool {
         self.plan
             .shards_of(self.me)
@@ -231,7 +238,8 @@ impl Member {
     }
 
     fn ask_for_missing(&mut self) {
-        if self.step >= self.shape.steps {
+        // By a plan without seats nobody is there who could be asked.
+        if self.step >= self.shape.steps || self.plan.seats.is_empty() {
             return;
         }
         for bucket in 0..self.shape.buckets.count() {
@@ -286,133 +294,5 @@ impl Member {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::training::messages::Epoch;
-    use crate::training::protocol::buckets::Buckets;
-    use crate::training::protocol::exchange::{Refusal, Report};
-    use crate::training::protocol::gather::TreeShape;
-    use crate::training::protocol::leader::{Leader, LeaderShape};
-    use crate::training::protocol::member::MemberShape;
-    use crate::training::protocol::plan::DRIVER_SLOT;
-
-    fn member(slot: u32) -> MemberId {
-        MemberId {
-            slot,
-            incarnation: 1,
-            entry: 1,
-        }
-    }
-
-    /// A member of two at the first step, and the other one. Each owns a bucket.
-    fn one_of_two() -> (Member, MemberId) {
-        let shape = MemberShape {
-            tree: TreeShape {
-                shard_count: 8,
-                samples_per_shard: 2,
-            },
-            buckets: Buckets::new(2, 1),
-            steps: 10,
-            history: 1,
-        };
-        let bucket_count = shape.buckets.count();
-        assert_eq!(bucket_count, 2);
-        let leader_shape = LeaderShape {
-            shard_count: 8,
-            bucket_count,
-            members_min: 1,
-            lead_max: 5,
-            steps: 10,
-        };
-        let (me, other) = (member(0), member(1));
-        let mut leader = Leader::new(leader_shape, Epoch::first_of(1), 0);
-        leader.seat([me, other]);
-        let mut copy = Member::new(me, shape, 0, [7; 16]);
-        copy.adopt(leader.plan().clone()).unwrap();
-        (copy, other)
-    }
-
-    /// What it reports and asks now.
-    fn said(member: &mut Member) -> (Vec<Report>, Vec<(MemberId, Ask)>) {
-        let (mut reports, mut asks) = (Vec::new(), Vec::new());
-        while let Some(action) = member.poll_action() {
-            match action {
-                Action::Report(report) => reports.push(report),
-                Action::Ask { to, ask } => asks.push((to, ask)),
-                _ => {}
-            }
-        }
-        (reports, asks)
-    }
-
-    /// Whom it asks now.
-    fn asked(member: &mut Member) -> Vec<MemberId> {
-        let (_, asks) = said(member);
-        asks.into_iter().map(|(to, _)| to).collect()
-    }
-
-    #[test]
-    fn the_drivers_copy_is_not_asked_though_it_is_further() {
-        let (mut copy, other) = one_of_two();
-        let driver = member(DRIVER_SLOT);
-        assert_eq!(asked(&mut copy), [other], "for the bucket that it owns");
-        // Both have taken the step, and ask for sums of the next one.
-        let further = |from, bucket| Ask {
-            from,
-            step: 1,
-            digest: [8; 16],
-            bucket,
-            at_once: false,
-        };
-        assert_eq!(copy.ask(1, further(driver, 0)), None);
-        assert_eq!(asked(&mut copy), []);
-        assert!(copy.ahead.is_some(), "the step was begun");
-        assert_eq!(copy.ask(2, further(other, 0)), None);
-        assert_eq!(asked(&mut copy), [other], "for the other bucket");
-        assert_eq!(copy.ask(3, further(driver, 1)), None);
-        assert_eq!(copy.ahead, Some((other, 1)), "who can be asked counts");
-    }
-
-    #[test]
-    fn an_owner_that_has_no_sum_yet_is_asked_again_and_is_not_out_of_reach() {
-        let (mut copy, peer) = one_of_two();
-        let (_, asks) = said(&mut copy);
-        let [(_, question)] = asks[..] else {
-            panic!("{asks:?}");
-        };
-        assert!(!question.at_once, "nothing has failed");
-        let (step, bucket) = (question.step, question.bucket);
-        for _ in 0..100 {
-            copy.answered(peer, step, bucket, Some(Err(Refusal::NotYet)));
-            assert_eq!(said(&mut copy), (vec![], vec![(peer, question)]));
-        }
-    }
-
-    #[test]
-    fn after_a_call_that_failed_the_first_question_is_for_a_sign_of_life() {
-        let (mut copy, peer) = one_of_two();
-        let (_, asks) = said(&mut copy);
-        let (_, question) = asks[0];
-        let (step, bucket) = (question.step, question.bucket);
-        copy.answered(peer, step, bucket, None);
-        let report = Report::Unreachable { peer };
-        assert_eq!(said(&mut copy), (vec![report], vec![]));
-        copy.retry();
-        let first = Ask {
-            at_once: true,
-            ..question
-        };
-        assert_eq!(said(&mut copy), (vec![], vec![(peer, first)]));
-        copy.answered(peer, step, bucket, Some(Err(Refusal::NotYet)));
-        let report = Report::Reached { peer };
-        assert_eq!(said(&mut copy), (vec![report], vec![(peer, question)]));
-        // Asked that itself, it says so without waiting for the sum.
-        let asked_itself = |at_once| Ask {
-            from: peer,
-            at_once,
-            ..question
-        };
-        assert_eq!(copy.ask(1, asked_itself(false)), None);
-        assert_eq!(copy.ask(2, asked_itself(true)), Some(Err(Refusal::NotYet)));
-    }
-}
+#[path = "next_tests.rs"]
+mod tests;

@@ -1,9 +1,11 @@
 //! What the leader publishes: who computes which shards, and who adds which buckets.
 //!
 //! Invariants:
-//! 1. A plan with seats gives every shard to at least one of them, and every bucket to exactly one.
+//! 1. A plan with seats gives every shard to exactly one of them, and every bucket.
 //! 2. When members are lost, nothing of the others' changes but what they get in addition.
 //! 3. When members join, every seat gets neighbouring shards, so that it sends few sums.
+//! 4. What is computed beside a slow member is so up to a step that the plan names: all members know without another
+//!    plan when it ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -55,6 +57,16 @@ pub struct Seat {
     pub member: MemberId,
     /// Its shards.
     pub shards: BTreeSet<u32>,
+    /// Shards of others, who take long, that it computes too after its own; each up to this step.
+    pub backups: BTreeMap<u32, u64>,
+}
+
+impl Seat {
+    /// Shards that it computes at `step`.
+    fn load(&self, step: u64) -> usize {
+        let backups = self.backups.values().filter(|last| **last >= step);
+        self.shards.len() + backups.count()
+    }
 }
 
 /// Who does what, from now until the next plan.
@@ -87,6 +99,15 @@ impl Plan {
             .flat_map(|seat| seat.shards.iter().copied())
     }
 
+    /// The shards of others that `member` computes at `step` beside them.
+    pub fn backups_of(&self, member: MemberId, step: u64) -> impl Iterator<Item = u32> {
+        self.seat(member)
+            .into_iter()
+            .flat_map(|seat| &seat.backups)
+            .filter(move |(_, last)| **last >= step)
+            .map(|(shard, _)| *shard)
+    }
+
     /// Who adds bucket `index`.
     #[must_use]
     pub fn owner(&self, index: u32) -> Option<MemberId> {
@@ -106,6 +127,7 @@ impl Plan {
             .map(|(member, shards)| Seat {
                 member: *member,
                 shards: shards.collect(),
+                backups: BTreeMap::new(),
             })
             .collect();
         let owner = |bucket: u32| {
@@ -115,7 +137,8 @@ impl Plan {
         self.owners = (0..buckets).map(owner).collect();
     }
 
-    /// Takes the seats of all but `members` away; what they had goes to those who have least.
+    /// Takes the seats of all but `members` away; what they had goes to those who compute it beside them, who may
+    /// have it already, or to those who have least.
     pub(super) fn remove_all_but(&mut self, members: &BTreeSet<MemberId>, shards: u32) {
         let had: BTreeSet<u32> = (0..shards).collect();
         self.seats.retain(|seat| members.contains(&seat.member));
@@ -129,9 +152,13 @@ impl Plan {
             .flat_map(|seat| seat.shards.iter().copied())
             .collect();
         for shard in had.difference(&kept) {
-            let poorest = self.seats.iter_mut().min_by_key(|seat| seat.shards.len());
-            let poorest = poorest.expect("there are seats");
-            poorest.shards.insert(*shard);
+            let mut seats = self.seats.iter();
+            let backing = seats.position(|seat| seat.backups.contains_key(shard));
+            let poorest = || (0..self.seats.len()).min_by_key(|at| self.seats[*at].shards.len());
+            let heir = backing.or_else(poorest).expect("there are seats");
+            let heir = &mut self.seats[heir];
+            heir.backups.remove(shard);
+            heir.shards.insert(*shard);
         }
         let mut loads: BTreeMap<MemberId, usize> =
             self.seats.iter().map(|seat| (seat.member, 0)).collect();
@@ -149,24 +176,31 @@ impl Plan {
         }
     }
 
-    /// Has another member compute what `slow` computes, beside it: its bits are the same. Answers how
-    /// many shards were given out; none if there is nobody else.
-    pub(super) fn back_up(&mut self, slow: MemberId) -> usize {
+    /// Has others compute from `step` to `last_step` what `slow` computes, beside it, where nobody does so yet: the
+    /// bits are the same. Answers how many shards were given out; none if there is nobody else.
+    pub(super) fn back_up(&mut self, slow: MemberId, step: u64, last_step: u64) -> usize {
         let Some(shards) = self.seat(slow).map(|seat| seat.shards.clone()) else {
             return 0;
         };
         let mut given = 0;
         for shard in shards {
-            let held_twice = self
-                .seats
-                .iter()
-                .any(|seat| seat.member != slow && seat.shards.contains(&shard));
+            let computes = |seat: &Seat| seat.backups.get(&shard).is_some_and(|last| *last >= step);
+            if self.seats.iter().any(computes) {
+                continue;
+            }
             let others = self.seats.iter_mut().filter(|seat| seat.member != slow);
-            if !held_twice && let Some(seat) = others.min_by_key(|seat| seat.shards.len()) {
-                seat.shards.insert(shard);
+            if let Some(seat) = others.min_by_key(|seat| seat.load(step)) {
+                seat.backups.insert(shard, last_step);
                 given += 1;
             }
         }
         given
+    }
+
+    /// Forgets what was computed beside slow members and is over before `step`.
+    pub(super) fn end_backups(&mut self, step: u64) {
+        for seat in &mut self.seats {
+            seat.backups.retain(|_, last| *last >= step);
+        }
     }
 }

@@ -9,6 +9,7 @@ mod experiment;
 mod jobs;
 mod policy;
 mod registry;
+mod replicas;
 mod rollout;
 mod scaling;
 mod serving;

@@ -7,6 +7,7 @@ use mobula_actors::serving::rollout::{Guardrails, Strategy};
 use mobula_actors::serving::shadow::{self, Rule};
 
 use super::Format;
+use super::duration::parse_duration_ms;
 
 #[derive(Subcommand)]
 pub(crate) enum RolloutCommand {
@@ -60,6 +61,9 @@ pub(crate) struct RolloutStartArguments {
     pub(crate) plan: RolloutPlanArguments,
     #[command(flatten)]
     pub(crate) shadow: ShadowArguments,
+    /// How long a step may wait for replicas of the version before the rollout is rolled back, as in 30m; 0s for ever.
+    #[arg(long, default_value = "1h", value_parser = parse_duration_ms, value_name = "TIME")]
+    pub(crate) replica_wait: u64,
     #[command(flatten)]
     pub(crate) format: Format,
 }

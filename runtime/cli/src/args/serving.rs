@@ -2,33 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, ValueEnum};
-use mobula_actors::device::ComputeDevice;
+use clap::{Args, Subcommand};
 use mobula_actors::serving::access::rules::Matcher;
 
 use super::Format;
 use super::duration::parse_duration_ms;
+use super::replicas::ReplicaArguments;
 use super::scaling::{ExplainScalingArguments, ScaleArguments, ScalingArguments};
 use crate::models::name::VersionName;
-
-/// What replicas compute on.
-#[derive(Clone, Copy, Default, ValueEnum)]
-pub(crate) enum DeviceArgument {
-    /// CPUs.
-    #[default]
-    Cpu,
-    /// NVIDIA GPUs.
-    Cuda,
-}
-
-impl From<DeviceArgument> for ComputeDevice {
-    fn from(argument: DeviceArgument) -> Self {
-        match argument {
-            DeviceArgument::Cpu => ComputeDevice::Cpu,
-            DeviceArgument::Cuda => ComputeDevice::Cuda,
-        }
-    }
-}
 
 #[derive(Subcommand)]
 pub(crate) enum ServeCommand {
@@ -41,10 +22,8 @@ pub(crate) enum ServeCommand {
         endpoint: Option<String>,
         #[command(flatten)]
         scaling: ScalingArguments,
-        /// What each replica computes on: the CPU, or a GPU of its own, which needs workers that are built with the feature
-        /// `cuda`. The answers have the same bits.
-        #[arg(long, value_enum, default_value_t)]
-        device: DeviceArgument,
+        #[command(flatten)]
+        replicas: ReplicaArguments,
         /// How long to wait until it answers, such as `30s`.
         #[arg(long, default_value = "30s", value_parser = parse_duration_ms)]
         timeout: u64,
@@ -185,6 +164,10 @@ pub(crate) enum ServeRouteCommand {
         /// The version that answers them, while it is in service.
         #[arg(long)]
         version: u64,
+        /// The share of their keys that goes there, in percent; the others are held against the next rules. A key is the
+        /// header `x-mobula-key`, or the request's id; without both, every request is its own.
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100))]
+        percent: u32,
         /// Hold requests against it before all other rules.
         #[arg(long)]
         first: bool,

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use mobula::{Actor, Cluster};
-use mobula_actors::device::ComputeDevice;
 use mobula_actors::serving::replica::Replica;
+use mobula_actors::serving::replica_settings::ReplicaSettings;
 use mobula_actors::training::data::{Dataset, Files};
 use mobula_actors::training::spec::TrainSpec;
 use mobula_actors::{drift, registry, serving};
@@ -189,7 +189,7 @@ async fn deployed(
         model,
         Some(version),
         REPLICAS,
-        ComputeDevice::Cpu,
+        ReplicaSettings::default(),
     )
     .await?;
     let endpoint = serving::client::wait_ready(cluster, &deployment, READY_LIMIT).await??;

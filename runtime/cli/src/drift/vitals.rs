@@ -52,8 +52,8 @@ pub(super) async fn label(target: &Target, arguments: DriftLabelArguments) -> an
         print_json(&reply)?;
     } else {
         println!(
-            "{} joined, {} wait for their prediction, {} came too late, {} refused",
-            reply.joined, reply.waiting, reply.late, reply.refused
+            "{} joined, {} wait for their prediction, {} came too late, {} of other versions, {} refused",
+            reply.joined, reply.waiting, reply.late, reply.of_other_versions, reply.refused
         );
     }
     if let Some(why) = reply.refusal {

@@ -15,6 +15,7 @@ use mobula_actors::registry::keys::KeyRecord;
 use mobula_actors::registry::provenance::{CheckpointOrigin, Parent, missing};
 use mobula_actors::registry::search::VersionView;
 use mobula_actors::serving::client as serving;
+use mobula_actors::serving::experiment::Experiment;
 use mobula_actors::serving::rollout::Rollout;
 use mobula_actors::serving::rollout::plan::Action;
 use mobula_actors::serving::rollout::trial::SideEvidence;
@@ -24,6 +25,7 @@ use time::format_description::well_known::Rfc3339;
 use super::list::made_by;
 use super::name::VersionName;
 use super::{name_of, one_version};
+use crate::experiment::{decision, measured_in_words, said, state};
 
 /// Tags that have a place of their own in a card, and the heading that they come under.
 const SAID: [(&str, &str); 5] = [
@@ -41,6 +43,8 @@ struct Card<'a> {
     findings: &'a [Finding],
     /// Rollouts in which the version was the candidate.
     rollouts: &'a [Rollout],
+    /// Experiments in which it was one of the two that were compared.
+    experiments: &'a [Experiment],
 }
 
 /// Prints a version's card, or writes it to `out`.
@@ -55,19 +59,27 @@ pub(super) async fn card(
     let keys = client::keys(cluster).await?.into_iter();
     let keys: BTreeMap<String, KeyRecord> = keys.map(|key| (key.id.clone(), key)).collect();
     let findings = verify_signed(&version, signed.as_ref(), |id| keys.get(id).cloned());
-    let mut rollouts = Vec::new();
+    let (mut rollouts, mut experiments) = (Vec::new(), Vec::new());
     for endpoint in serving::list(cluster).await? {
         if endpoint.model == name.model {
             let known = serving::rollouts(cluster, &endpoint.name)
                 .await?
                 .into_iter();
             rollouts.extend(known.filter(|rollout| rollout.candidate.version == number));
+            let known = serving::experiments(cluster, &endpoint.name)
+                .await?
+                .into_iter();
+            experiments.extend(known.filter(|experiment| {
+                let plan = &experiment.plan;
+                [plan.control.version, plan.treatment.version].contains(&number)
+            }));
         }
     }
     let text = Card {
         version: &version,
         findings: &findings,
         rollouts: &rollouts,
+        experiments: &experiments,
     }
     .render();
     let Some(path) = out else {
@@ -88,6 +100,7 @@ impl Card<'_> {
         self.origin(&mut text);
         self.signatures(&mut text);
         self.rollouts(&mut text);
+        self.experiments(&mut text);
         text
     }
 
@@ -288,6 +301,48 @@ impl Card<'_> {
             rows,
         );
     }
+
+    fn experiments(&self, text: &mut String) {
+        section(text, "Experiments");
+        if self.experiments.is_empty() {
+            return line(text, "None that is kept.");
+        }
+        let rows = self.experiments.iter().map(|experiment| {
+            let plan = &experiment.plan;
+            let findings = experiment.findings.as_ref();
+            let numbers = findings.map_or_else(
+                || "nothing was counted".to_owned(),
+                |findings| {
+                    let measured = findings.measured.iter().map(measured_in_words);
+                    let measured = measured.collect::<Vec<_>>().join("; ");
+                    format!("{}; {measured}", one_line(&findings.reason))
+                },
+            );
+            [
+                format!("{} {}", plan.endpoint, experiment.number),
+                day(experiment.ended_ms.unwrap_or(experiment.started_ms)),
+                format!(
+                    "{} against {} by {}",
+                    plan.treatment.version, plan.control.version, plan.primary
+                ),
+                state(experiment).to_owned(),
+                said(decision(experiment)).to_owned(),
+                numbers,
+            ]
+        });
+        table(
+            text,
+            [
+                "endpoint, experiment",
+                "when",
+                "treatment against control",
+                "state",
+                "decision",
+                "why",
+            ],
+            rows,
+        );
+    }
 }
 
 fn done(action: Action) -> &'static str {
@@ -340,143 +395,5 @@ fn day(ms: u64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use mobula_actors::registry::provenance::Provenance;
-    use mobula_actors::registry::stages::{Stage, Standing};
-    use mobula_actors::registry::state::{ModelVersion, NewVersion};
-    use mobula_actors::serving::rollout::plan::{Cleanup, Decision, Phase, Served};
-    use mobula_actors::serving::rollout::trial::Evidence;
-    use mobula_actors::serving::rollout::{Guardrails, Strategy};
-
-    use super::*;
-
-    fn version() -> VersionView {
-        let tags = [("owner", "vision | team"), ("tier", "1")];
-        let tags = tags.map(|(tag, value)| (tag.to_owned(), value.to_owned()));
-        VersionView {
-            version: ModelVersion {
-                version: 2,
-                registered_ms: 1_800_000_000_000,
-                description: NewVersion {
-                    model: "digits".into(),
-                    digest: "d".repeat(64),
-                    size_bytes: 7,
-                    weights_blake3: "e".repeat(64),
-                    dataset_blake3: "f".repeat(64),
-                    job: 5,
-                    metrics: [("accuracy".to_owned(), 0.96)].into(),
-                    training_json: "{\"seed\":7}".into(),
-                },
-            },
-            standing: Standing {
-                stage: Stage::Staging,
-                since_ms: 1_800_000_060_000,
-                was_production: false,
-                tags: tags.into(),
-            },
-            provenance: Some(Provenance {
-                seed: Some(7),
-                ..Provenance::default()
-            }),
-            aliases: vec!["champion".into()],
-            endpoints: Vec::new(),
-        }
-    }
-
-    fn rollout() -> Rollout {
-        let served = |version| Served {
-            version,
-            digest: "d".repeat(64),
-            size_bytes: 7,
-        };
-        Rollout {
-            endpoint: "front".into(),
-            number: 3,
-            strategy: Strategy::Canary,
-            stable: served(1),
-            candidate: served(2),
-            steps: vec![5, 100],
-            step: 0,
-            phase: Phase::RolledBack,
-            guardrails: Guardrails::STANDARD,
-            min_samples: 200,
-            started_ms: 0,
-            revision: 9,
-            cleanup: Cleanup::Done,
-            decisions: vec![Decision {
-                at_ms: 1_800_000_120_000,
-                step: 0,
-                action: Action::RollBack,
-                evidence: Some(Evidence {
-                    reason: "worse than the stable version: errors\n| and more".into(),
-                    candidate: SideEvidence {
-                        requests: 300,
-                        errors: 40,
-                        latency_p95_us: 900,
-                        ..SideEvidence::default()
-                    },
-                    ..Evidence::default()
-                }),
-            }],
-        }
-    }
-
-    /// Every cell of a table in one line, of as many cells as its header.
-    fn check_tables(text: &str) {
-        let mut columns = None;
-        for line in text.lines() {
-            if !line.starts_with('|') {
-                columns = None;
-                continue;
-            }
-            let cells = line.replace("\\|", "").matches('|').count();
-            assert_eq!(*columns.get_or_insert(cells), cells, "{line}");
-        }
-    }
-
-    #[test]
-    fn a_card_says_what_is_known_and_names_what_is_not() {
-        let finding = Finding {
-            check: "promotion",
-            ok: false,
-            detail: "the key ab is revoked".into(),
-        };
-        let text = Card {
-            version: &version(),
-            findings: &[finding],
-            rollouts: &[rollout()],
-        }
-        .render();
-        check_tables(&text);
-        for said in [
-            "# digits:2\n",
-            "## Owner\n\nvision | team\n",
-            "## Not said\n\ndescription, license, intended-use, limitations. Say it with",
-            "| stage | staging since 2027-01-15T08:01:00Z |",
-            "| tags | tier=1 |",
-            "| accuracy | 0.9600 |",
-            "| seed | 7 |",
-            "Not known, and needed for production: ",
-            "| promotion | **wrong** | the key ab is revoked |",
-            "| front 3 | 2027-01-15T08:02:00Z | 5 % | rolled back | worse than the stable version: errors \\| and more; \
-             candidate 300 requests, 40 errors, p95 900 µs; baseline 0 requests",
-        ] {
-            assert!(text.contains(said), "{said} in:\n{text}");
-        }
-    }
-
-    #[test]
-    fn a_version_without_rollouts_or_metrics_has_a_card() {
-        let mut version = version();
-        version.version.description.metrics.clear();
-        version.provenance = None;
-        let text = Card {
-            version: &version,
-            findings: &[],
-            rollouts: &[],
-        }
-        .render();
-        check_tables(&text);
-        assert!(text.contains("None were measured.") && text.contains("None that is kept."));
-    }
-}
+#[path = "card_tests.rs"]
+mod tests;

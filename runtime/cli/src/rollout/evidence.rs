@@ -26,6 +26,19 @@ const ENTRIES_MAX: usize = 200;
 /// The list of the other files with their hashes, as `sha256sum -c` reads it.
 const MANIFEST: &str = "SHA256SUMS";
 
+/// The fields of an entry of the audit log that name versions. The last four are those of how rollouts and experiments
+/// ended, this rollout among them.
+const VERSION_FIELDS: [&str; 8] = [
+    "version",
+    "replaces",
+    "from",
+    "to",
+    "stable",
+    "candidate",
+    "control",
+    "treatment",
+];
+
 /// The files of a bundle, by their names in its folder.
 type Files = Vec<(String, String)>;
 
@@ -139,7 +152,7 @@ fn is_about(entry: &Value, model: &str, versions: &BTreeSet<u64>) -> bool {
             .is_some_and(|value| versions.contains(&value))
     };
     let names_it = entry["model"] == model
-        && ["version", "replaces", "from", "to"]
+        && VERSION_FIELDS
             .iter()
             .any(|field| is_version(&entry[*field]));
     // What a policy was asked about, and what somebody approved.
@@ -220,6 +233,18 @@ mod tests {
             ),
             (
                 json!({"event": "staged", "model": "digits", "version": 5, "replaces": 1}),
+                true,
+            ),
+            (
+                json!({"event": "rollout", "model": "digits", "stable": 1, "candidate": 4}),
+                true,
+            ),
+            (
+                json!({"event": "rollout", "model": "digits", "stable": 3, "candidate": 4}),
+                false,
+            ),
+            (
+                json!({"event": "experiment", "model": "digits", "control": 5, "treatment": 2}),
                 true,
             ),
             (json!({"event": "key_added", "key": "k"}), false),

@@ -1,8 +1,10 @@
 //! `mobula serve route`.
 
+use std::borrow::Cow;
+
 use anyhow::Context;
 use mobula::Cluster;
-use mobula_actors::serving::access::rules::Rule;
+use mobula_actors::serving::access::rules::{Matcher, Rule};
 use mobula_actors::serving::access::state::Command;
 use mobula_actors::serving::client;
 use serde::Serialize;
@@ -13,15 +15,22 @@ use crate::output::{print_json, print_table};
 /// A rule as `--json` prints it.
 #[derive(Serialize)]
 pub(crate) struct RuleJson<'a> {
-    #[serde(flatten)]
-    rule: &'a Rule,
+    /// Without its share.
+    matcher: Cow<'a, Matcher>,
+    percent: u32,
+    version: u64,
     answered: bool,
 }
 
 /// The rules of an endpoint that answers with these versions, as `--json` prints them.
 pub(crate) fn json_of<'a>(rules: &'a [Rule], versions: &[u64]) -> Vec<RuleJson<'a>> {
     let json = |rule: &'a Rule| RuleJson {
-        rule,
+        matcher: match rule.matcher.percent() {
+            100 => Cow::Borrowed(&rule.matcher),
+            _ => Cow::Owned(rule.matcher.clone().of_percent(100)),
+        },
+        percent: rule.matcher.percent(),
+        version: rule.version,
         answered: versions.contains(&rule.version),
     };
     rules.iter().map(json).collect()
@@ -45,11 +54,12 @@ pub(super) async fn run(cluster: &Cluster, command: ServeRouteCommand) -> anyhow
             endpoint,
             matcher,
             version,
+            percent,
             first,
             format,
         } => {
             let rule = Rule {
-                matcher: matcher.matcher().context(none)?,
+                matcher: matcher.matcher().context(none)?.of_percent(percent),
                 version,
             };
             let command = Command::SetRule {
@@ -103,4 +113,29 @@ fn print(rules: &[Rule], versions: &[u64], format: Format) -> anyhow::Result<()>
         .collect();
     print_table(&["ORDER", "REQUESTS WITH", "VERSION", "STATE"], &rows);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_share_stands_beside_what_the_rule_looks_at() {
+        let beta = Matcher::header("x-tier", "beta");
+        let rule = |percent, version| Rule {
+            matcher: beta.clone().of_percent(percent),
+            version,
+        };
+        let rules = [rule(20, 3), rule(100, 2)];
+        let matcher = json!({"header": {"name": "x-tier", "value": "beta"}});
+        assert_eq!(
+            serde_json::to_value(json_of(&rules, &[2])).unwrap(),
+            json!([
+                {"matcher": matcher, "percent": 20, "version": 3, "answered": false},
+                {"matcher": matcher, "percent": 100, "version": 2, "answered": true},
+            ])
+        );
+    }
 }

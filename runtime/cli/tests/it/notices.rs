@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::chaos::actor_of;
 use crate::extra_worker::ExtraWorker;
-use crate::support::{TestCluster, small_job, text_of, wait_for};
+use crate::support::{TestCluster, signal, small_job, text_of, wait_for};
 
 /// The metadata service of a machine that AWS may take away, as long as it is told so.
 fn rebalancing(is_advised: Arc<AtomicBool>) -> String {
@@ -251,4 +251,67 @@ fn too_short_a_notice_for_a_slow_store_begins_no_save_and_says_what_one_needs() 
         (&"GONE".into(), &first.into()),
         "the next driver goes on from the checkpoint before: {status}"
     );
+}
+
+/// The process of a job's trainer on `node`, if one runs there.
+fn trainer_on(cluster: &TestCluster, job: &str, node: u64) -> Option<u32> {
+    let actors = cluster.json(&["actors", "list", "--job", job]);
+    let mut actors = actors.as_array()?.iter();
+    let trainer = actors.find(|actor| {
+        actor["type_name"] == "mobula.trainer"
+            && actor["state"] == "running"
+            && actor["node"] == node
+    })?;
+    u32::try_from(trainer["pid"].as_u64()?).ok()
+}
+
+#[test]
+fn a_notice_that_is_withdrawn_lets_halted_trainers_go_on_and_the_driver_stay() {
+    let cluster = TestCluster::up(2);
+    // It may stop early: a driver that leaves it has the trainers stop after a step that none of them has passed.
+    let text = format!(
+        "{}[evaluation]\nevery_steps = 10\n[evaluation.early_stop]\npatience = 10000\n",
+        small_job("withdrawn", 1_000_000).replace("min = 1", "min = 2")
+    );
+    let job = cluster.submit_toml(&text);
+    wait_for_step(&cluster, &job, 1);
+    let (_, node) = actor_of(&cluster, &job, "driver");
+    let nodes = cluster.json(&["nodes", "list"]);
+    let mut nodes = nodes.as_array().unwrap().iter();
+    let shown = nodes.find(|shown| shown["id"] == node).unwrap();
+    let worker = shown["name"].as_str().unwrap();
+
+    // With one of two trainers stopped nobody takes a step: the driver is on its way to that one until it is told to stay.
+    let beside = wait_for("a trainer beside the driver", || {
+        trainer_on(&cluster, &job, node)
+    });
+    signal(beside, libc::SIGSTOP);
+    let given_up = format!("on {worker} is lost at step");
+    wait_for("the trainer to be given up", || {
+        log_of(&cluster, &job).contains(&given_up).then_some(())
+    });
+    let notice = cluster.dir().join(worker).join("notice");
+    let new = notice.with_extension("new");
+    // A quarter of it is what the trainers are waited for.
+    std::fs::write(&new, "400").unwrap();
+    std::fs::rename(&new, &notice).unwrap();
+    let last: u64 = wait_for("the trainers to be halted", || {
+        let log = log_of(&cluster, &job);
+        let (_, halted) = log.split_once("notice: trainers stop after step ")?;
+        halted.split_once(';')?.0.parse().ok()
+    });
+    assert_eq!(phases(&cluster, &job, 1), ["NOTICED"]);
+    std::fs::remove_file(&notice).unwrap();
+    assert_eq!(phases(&cluster, &job, 2), ["NOTICED", "RUNNING"]);
+
+    signal(beside, libc::SIGCONT);
+    wait_for_step(&cluster, &job, last + 1);
+    let status = cluster.json(&["train", "status", &job]);
+    assert_eq!(
+        (&status["state"], &status["restarts"]),
+        (&"running".into(), &0.into()),
+        "{status}"
+    );
+    assert_eq!(actor_of(&cluster, &job, "driver").1, node);
+    cluster.ok(&["jobs", "stop", &job]);
 }

@@ -1,11 +1,14 @@
 //! The model registry of a real cluster: who decides, what is signed, and what the log says afterwards.
 
+mod signed;
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
 
+use self::signed::Signed;
 use crate::examples::example;
 use crate::python::python_with;
 use crate::support::{TestCluster, mobula, small_job, text_of};
@@ -44,8 +47,10 @@ fn versions_are_promoted_with_signatures_and_the_log_proves_it() {
     let listed = cluster.json(&["keys", "list"]);
     assert_eq!(listed.as_array().unwrap().len(), 3, "{listed}");
 
+    let signed = Signed::up(&cluster);
     promotes(&cluster, &stage, &ann);
     needs_two(&cluster, &ann, &bob);
+    signed.names_its_signers(&cluster);
     refuses_other_keys(&cluster, &bob);
     serves_and_tells_where(&cluster, &result);
     verifies(&cluster);
@@ -232,8 +237,8 @@ fn serves_and_tells_where(cluster: &TestCluster, result: &Value) {
     let text = cluster.refused(&["serve", "deploy", "digits:latest", "--endpoint", "other"]);
     assert!(text.contains("has no alias `latest`"), "{text}");
     cluster.ok(&["models", "tag", "digits:2", "team=vision"]);
-    let data = cluster.json(&["models", "show", "digits:1"])[0]["dataset_blake3"].clone();
-    let data = data.as_str().unwrap();
+    let shown = &cluster.json(&["models", "show", "digits:1"])[0];
+    let data = shown["dataset_blake3"].as_str().unwrap();
     let lineage = cluster.json(&["models", "lineage", "--data", data]);
     let endpoints: Vec<&Value> = lineage
         .as_array()
@@ -241,11 +246,20 @@ fn serves_and_tells_where(cluster: &TestCluster, result: &Value) {
         .iter()
         .map(|version| &version["endpoints"])
         .collect();
-    assert_eq!(endpoints, [&json!([]), &json!(["digits"])], "{lineage}");
+    assert_eq!(
+        endpoints,
+        [&json!(["signed"]), &json!(["digits"])],
+        "{lineage}"
+    );
     let text = cluster.ok(&["models", "lineage", "digits"]);
     for part in [
         format!("data {data}"),
-        format!("run {}", &result["record"].as_str().unwrap()[..12]),
+        // Each version stands under the run and the checkpoint that it came from.
+        format!(
+            "    run {}\n    checkpoint {}\n    version digits:1 (production)\n      endpoint signed\n",
+            &result["record"].as_str().unwrap()[..12],
+            shown["provenance"]["checkpoint"].as_str().unwrap()
+        ),
         "version digits:2 (archived)".to_owned(),
         "endpoint digits".to_owned(),
     ] {

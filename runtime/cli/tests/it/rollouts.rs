@@ -335,6 +335,12 @@ fn evidence_can_be_checked(served: &Served, rollout: &Value) {
     let proofs: Vec<&String> = proofs.collect();
     // Both versions were registered at least.
     assert!(proofs.len() >= 2, "{names:?}");
+    let is_the_end = |name: &&&String| {
+        let proof = of(name);
+        let entry: Value = serde_json::from_str(proof["entry"].as_str().unwrap()).unwrap();
+        entry["event"] == "rollout" && entry["outcome"] == rollout["phase"]
+    };
+    assert_eq!(proofs.iter().filter(is_the_end).count(), 1, "{names:?}");
     for proof in proofs {
         let file = folder.join(proof);
         served
@@ -373,13 +379,22 @@ fn a_shadow_that_dies_costs_nobody_an_answer_and_one_that_agrees_goes_on_to_the_
     for pid in replicas {
         kill_9(u32::try_from(pid).unwrap());
     }
-    // Copies that were with them failed, which may be too many of so few.
+    // Copies that the router sent before it knew of their end failed, which may be too many of so few, or none.
     send_until(&served, &url, "the end of the shadow", |rollout| {
         rollout["step"] == 1 || rollout["phase"] == "rolled_back"
     });
     let shown = rollout(&served).unwrap();
-    if shown["phase"] == "rolled_back" {
-        let evidence = &shown["decisions"][1]["evidence"];
+    // Which of both it is, the numbers say.
+    let evidence = &shown["decisions"][1]["evidence"];
+    let is_rolled_back = shown["phase"] == "rolled_back";
+    for (row, is_violated) in [("mismatches", false), ("failures", is_rolled_back)] {
+        let rows = evidence["guardrails"].as_array().unwrap();
+        let found = rows.iter().find(|found| found["guardrail"] == row).unwrap();
+        assert_eq!(found["is_violated"], is_violated, "{evidence}");
+        let is_beyond = found["value"].as_f64().unwrap() > found["limit"].as_f64().unwrap();
+        assert_eq!(is_beyond, is_violated, "{evidence}");
+    }
+    if is_rolled_back {
         let reason = evidence["reason"].as_str().unwrap();
         assert!(reason.contains("too many failures"), "{reason}");
         send_until(&served, &url, "the end of the candidate", |rollout| {

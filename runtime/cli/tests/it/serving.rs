@@ -6,6 +6,7 @@ mod devices;
 mod encoders;
 mod imported;
 mod ingress;
+mod memory;
 mod predicted;
 pub(crate) mod served;
 mod triton_clients;

@@ -9,8 +9,9 @@ use std::time::Duration;
 use mobula_storage::blob::{BlobStore, S3Options};
 use mobula_storage::checkpoint::{CheckpointWriter, Piece};
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::training::collective::runner::{Board, Runner, RunnerHandle};
 use crate::training::collective::{Collective, InProcess, Unreachable};
@@ -43,6 +44,14 @@ pub(super) enum Fault {
 
 static WEAK_SPOT: AtomicUsize = AtomicUsize::new(0);
 
+/// How long a trainer is listened to that says nothing.
+const SILENT_MAX: Duration = Duration::from_millis(1250);
+/// How often a silent one looks whether it may go on.
+const SILENT_PAUSE: Duration = Duration::from_millis(10);
+/// How long a trainer is waited for that has yet to come to the state that it keeps, and how often is looked.
+const KEPT_MAX: Duration = Duration::from_secs(5);
+const KEPT_PAUSE: Duration = Duration::from_millis(1);
+
 #[derive(Clone)]
 pub(super) struct FakeTrainer {
     slot: u32,
@@ -65,6 +74,10 @@ pub(super) struct Inner {
     pub(super) handover: Option<Handover>,
     /// Whether its machine has other bits than the others.
     pub(super) computes_otherwise: bool,
+    /// How often it takes a state over; as often as it is asked to, if absent.
+    pub(super) turns: Option<Arc<Semaphore>>,
+    /// Whether nothing is heard of it until it is greeted again.
+    pub(super) is_silent: bool,
     pub(super) log: Vec<&'static str>,
 }
 
@@ -128,6 +141,9 @@ impl FakeTrainer {
             let reason = "the way is cut".to_owned();
             return Err(Unreachable { member: to, reason });
         }
+        while self.inner.lock().is_silent {
+            tokio::time::sleep(SILENT_PAUSE).await;
+        }
         let fault = self.fault(step);
         if fault == Some(Fault::Slow) {
             tokio::time::sleep(Duration::from_millis(1500)).await;
@@ -146,8 +162,10 @@ impl FakeTrainer {
 
 impl FakeTrainer {
     pub(super) fn greeting(&self) -> Greeting {
-        let inner = self.inner.lock();
-        let held = inner.replica.lock().held();
+        let mut inner = self.inner.lock();
+        inner.is_silent = false;
+        let running = inner.running.as_ref();
+        let held = running.and_then(|(_, board, _)| board.borrow().held.clone());
         let member = inner.running.is_some().then(|| inner.me(self.slot));
         Greeting {
             incarnation: inner.incarnation,
@@ -185,6 +203,10 @@ impl TrainerLink for FakeTrainer {
             state,
             probe: expected,
         } = order;
+        let turns = self.inner.lock().turns.clone();
+        if let Some(turns) = turns {
+            turns.acquire().await.expect("it is never closed").forget();
+        }
         let mut inner = self.inner.lock();
         inner.log.push("prepare");
         inner.epoch = inner.epoch.max(plan.epoch);
@@ -205,7 +227,8 @@ impl TrainerLink for FakeTrainer {
         let shape = member_shape(&inner.spec, value_count);
         let mut member = Member::new(me, shape, held.step, held.short());
         member.adopt(plan).unwrap();
-        let (runner, handle, board) = Runner::new(member, Arc::clone(&inner.replica), self.clone());
+        let replica = Arc::clone(&inner.replica);
+        let (runner, handle, board) = Runner::new(member, held.clone(), replica, self.clone());
         let mut task = JoinSet::new();
         task.spawn(runner.run());
         self.others.enter(me, handle.clone());
@@ -232,6 +255,10 @@ impl TrainerLink for FakeTrainer {
     }
 
     async fn news(&self, epoch: Epoch, known: u64) -> Result<News, LinkError> {
+        if self.inner.lock().is_silent {
+            tokio::time::sleep(SILENT_MAX).await;
+            return Err(LinkError::Lost("it is silent".to_owned()));
+        }
         let (_, mut board) = self.inner.lock().shown()?;
         let reported = board.wait_for(|board| board.number > known);
         let _ = tokio::time::timeout(Duration::from_millis(10), reported).await;
@@ -274,9 +301,16 @@ impl TrainerLink for FakeTrainer {
     }
 
     async fn store(&self, step: u64, pieces: Vec<Piece>) -> Result<(), LinkError> {
-        let replica = Arc::clone(&self.inner.lock().replica);
-        let Kept::Here(state) = replica.lock().kept(step) else {
-            return Err(TrainerError::NotKept { step }.into());
+        let end = Instant::now() + KEPT_MAX;
+        let state = loop {
+            let replica = Arc::clone(&self.inner.lock().replica);
+            let kept = replica.lock().kept(step);
+            match kept {
+                Kept::Here(state) => break state,
+                // The copy may be ahead of a trainer that has all sums as well.
+                Kept::Coming if Instant::now() < end => tokio::time::sleep(KEPT_PAUSE).await,
+                Kept::Coming | Kept::Never => return Err(TrainerError::NotKept { step }.into()),
+            }
         };
         let writer = CheckpointWriter::new(self.blobs.clone());
         let stored = writer.upload(state, &pieces).await;
@@ -324,6 +358,8 @@ pub(super) fn trainers(
             cut_off: Vec::new(),
             handover: None,
             computes_otherwise: false,
+            turns: None,
+            is_silent: false,
             log: Vec::new(),
         })),
     };

@@ -87,6 +87,7 @@ impl World {
                     let toy = &self.copy(who).unwrap().toy;
                     assert_eq!(toy.step, step, "a shard of the state's own step");
                     let sums = toy.gradient(shard);
+                    *self.ordered.entry((step, shard)).or_default() += 1;
                     let time = 1 + self.rng.below(5);
                     self.at(time, Event::Computed(who, step, sums));
                 }

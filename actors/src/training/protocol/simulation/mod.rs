@@ -126,6 +126,10 @@ struct World {
     loss_percent: u64,
     delay_max: u64,
     counts: BTreeMap<&'static str, u64>,
+    /// How often each step's shards were ordered to be computed.
+    ordered: BTreeMap<(u64, u32), u64>,
+    /// The step for which somebody was backed up last, and how many had seats then.
+    backed_up: Option<(u64, usize)>,
     /// Faults that come just before the event with this number.
     blows: BTreeMap<u64, Event>,
     events: u64,
@@ -166,6 +170,8 @@ impl World {
             saved: Toy::initial(),
             shape,
             counts: BTreeMap::new(),
+            ordered: BTreeMap::new(),
+            backed_up: None,
             blows: BTreeMap::new(),
             events: 0,
         }
@@ -393,9 +399,14 @@ impl World {
             }
             Event::BackUp(slot) => {
                 let member = self.id(slot);
+                let copies = self.trainers.iter().filter_map(|t| t.copy.as_ref());
+                let Some(step) = copies.map(|copy| copy.toy.step).max() else {
+                    return;
+                };
                 if let Some(driver) = self.driver.as_mut()
-                    && driver.leader.back_up(member) > 0
+                    && driver.leader.back_up(member, step) > 0
                 {
+                    self.backed_up = Some((step, driver.leader.seated().len()));
                     self.count("backups");
                     self.publish();
                 }

@@ -86,6 +86,40 @@ fn a_trainer_stopped_at_any_moment_for_longer_than_is_waited_changes_no_bit() {
 }
 
 #[test]
+fn a_backup_ends_with_its_step_and_changes_no_bit() {
+    let steps = 8;
+    let states = &undisturbed()[..=steps as usize];
+    let calm = || {
+        let mut world = calm(1);
+        world.shape.steps = steps;
+        world
+    };
+    let mut undisturbed = calm();
+    undisturbed.run();
+    let mut ended = 0;
+    for number in 1..undisturbed.events {
+        let mut world = calm();
+        // It is not stopped for so long that it is given up.
+        world.blows.insert(number, Event::Pause(1, 50));
+        world.blows.insert(number + 1, Event::BackUp(1));
+        world.run();
+        check(&world, states);
+        let Some((backed_up, 3)) = world.backed_up else {
+            // It comes still, or who comes gets shards of the others.
+            continue;
+        };
+        for ((step, shard), times) in world.ordered.range((backed_up + 1, 0)..) {
+            assert_eq!(
+                *times, 1,
+                "step {step}, shard {shard}, backed up at {backed_up} before event {number}"
+            );
+        }
+        ended += u64::from(backed_up + 1 < steps);
+    }
+    assert!(ended > 0, "no step came after a backup");
+}
+
+#[test]
 fn every_schedule_ends_in_the_bits_of_the_undisturbed_run() {
     let states = undisturbed();
     let first: u64 = std::env::var("MOBULA_SEED").map_or(0, |seed| seed.parse().unwrap());

@@ -2,8 +2,12 @@
 //! workers and heads go.
 
 mod graph;
+mod link;
+mod scripted_router;
+mod stage;
 
-use std::net::TcpListener;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 
 use mobula_actors::serving::grpc::proto;
 use proto::grpc_inference_service_client::GrpcInferenceServiceClient;
@@ -11,7 +15,7 @@ use serde_json::{Value, json};
 
 use self::graph::runs_a_graph;
 use super::served::{Answer, FEATURES, Served, integers, output, request_of};
-use crate::support::{kill_9, signal, wait_for};
+use crate::support::{LIMIT, kill_9, signal, wait_for};
 
 /// A port of this machine that is free, and so is the one after it.
 fn free_pair() -> u16 {
@@ -390,10 +394,49 @@ fn outlives_a_router(served: &Served, urls: &[String]) {
     }
 }
 
+/// A request of which a door has taken the head, and the end is still to come.
+struct Begun {
+    stream: TcpStream,
+    rest: Vec<u8>,
+}
+
+impl Begun {
+    fn at(served: &Served, url: &str) -> Self {
+        let address = url.strip_prefix("http://").unwrap();
+        let mut body = request_of(served.image(0)).to_string().into_bytes();
+        let head = format!(
+            "POST /v2/models/digits/infer HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\
+             Expect: 100-continue\r\n\r\n",
+            served.token(),
+            body.len()
+        );
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        // The door says so when it waits for the body.
+        let expected = b"HTTP/1.1 100 Continue\r\n\r\n";
+        let mut said = [0; 25];
+        stream.read_exact(&mut said).unwrap();
+        assert_eq!(&said, expected, "{}", String::from_utf8_lossy(&said));
+        let rest = body.split_off(body.len() / 2);
+        stream.write_all(&body).unwrap();
+        Begun { stream, rest }
+    }
+
+    /// Sends the rest; all that is answered, until the door closes the connection.
+    fn finish(mut self) -> String {
+        self.stream.write_all(&self.rest).unwrap();
+        let mut answer = String::new();
+        self.stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+}
+
 fn leaves_in_order(served: &Served, urls: &[String]) {
     let [stays, leaves] = urls else {
         panic!("there are two")
     };
+    let begun = Begun::at(served, leaves);
     signal(served.cluster.pid("worker-2"), libc::SIGTERM);
     let mut said = None;
     wait_for("the ingress to close its door", || {
@@ -402,8 +445,11 @@ fn leaves_in_order(served: &Served, urls: &[String]) {
         assert_eq!(answer.status, 200, "{}", answer.json());
         match get(served, &format!("{leaves}/v2/health/ready"), None) {
             Ok(answer) => {
-                if answer.status == 503 {
+                if answer.status == 503 && said.is_none() {
                     said = Some(answer.json());
+                    // It goes on answering for seconds.
+                    let answer = infer_with(served, leaves, served.token(), None);
+                    assert_eq!(answer.status, 200, "{}", answer.json());
                 }
                 None
             }
@@ -412,4 +458,8 @@ fn leaves_in_order(served: &Served, urls: &[String]) {
     });
     let said: Value = said.expect("it says that it leaves before it does");
     assert!(said.to_string().contains("this worker leaves"), "{said}");
+    // Nobody is let in any more, and what it has it finishes.
+    let answer = begun.finish();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(answer.contains("\"class\""), "{answer}");
 }

@@ -2,7 +2,8 @@
 //!
 //! The first question turns the service on and may take two minutes, so it is asked from the start. A
 //! machine of a group hears of events of the whole group: only those that name it count, where its name is
-//! known.
+//! known. Events name machines as the metadata document does: `vm-7`, or `group_7` in a scale set. No part of
+//! such a name is another machine's, and upper and lower case do not tell two apart.
 
 use std::time::Duration;
 
@@ -82,7 +83,7 @@ impl Azure {
             Some(name) => event
                 .resources
                 .iter()
-                .any(|one| one.ends_with(name.as_str())),
+                .any(|one| one.trim().eq_ignore_ascii_case(name)),
             // Better a notice that is another machine's than none.
             None => true,
         };

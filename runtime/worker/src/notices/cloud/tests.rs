@@ -304,10 +304,14 @@ async fn gcp_is_asked_at_once_when_a_long_question_breaks_off() {
 
 /// Azure, as machine `vm-7`, with these events.
 fn azure(events: &'static str) -> impl Fn(&Asked) -> Reply {
+    azure_as("vm-7", events)
+}
+
+fn azure_as(name: &'static str, events: &'static str) -> impl Fn(&Asked) -> Reply {
     move |asked| {
         assert!(asked.headers.contains("metadata: true"), "{asked:?}");
         if asked.line.contains("/compute/name") {
-            return ok("vm-7");
+            return ok(name);
         }
         ok(&format!(
             r#"{{"DocumentIncarnation": 1, "Events": [{events}]}}"#
@@ -318,7 +322,7 @@ fn azure(events: &'static str) -> impl Fn(&Asked) -> Reply {
 #[tokio::test]
 async fn azure_events_count_that_end_this_machine() {
     let preempt = r#"{"EventId": "A", "EventType": "Preempt", "ResourceType": "VirtualMachine",
-        "Resources": ["group_vm-7"], "EventStatus": "Scheduled",
+        "Resources": ["vm-6", "vm-7"], "EventStatus": "Scheduled",
         "NotBefore": "Mon, 18 Sep 2017 08:22:00 GMT"}"#;
     let stub = Stub::start(azure("")).await;
     let mut service = azure::Azure::new(client().unwrap(), stub.endpoint(), 30_000);
@@ -326,8 +330,8 @@ async fn azure_events_count_that_end_this_machine() {
     stub.answer_with(azure(preempt));
     assert_eq!(service.ask().await, Ok(LEAVES));
     stub.answer_with(azure(
-        r#"{"EventId": "B", "EventType": "Preempt", "Resources": ["group_vm-8"], "NotBefore": ""},
-           {"EventId": "C", "EventType": "Freeze", "Resources": ["group_vm-7"], "NotBefore": ""}"#,
+        r#"{"EventId": "B", "EventType": "Preempt", "Resources": ["vm-8"], "NotBefore": ""},
+           {"EventId": "C", "EventType": "Freeze", "Resources": ["vm-7"], "NotBefore": ""}"#,
     ));
     assert_eq!(
         service.ask().await,
@@ -350,6 +354,34 @@ async fn azure_events_count_that_end_this_machine() {
     assert!(matches!(error, CloudError::Malformed { .. }), "{error}");
     stub.answer_with(azure(""));
     assert_eq!(service.ask().await, Ok(Said::Nothing), "withdrawn");
+}
+
+#[tokio::test]
+async fn azure_events_of_machines_whose_names_only_resemble_this_ones_do_not_count() {
+    let others = r#"{"EventId": "A", "EventType": "Preempt",
+        "Resources": ["dev-vm-7", "group_vm-7", "vm-70", "vm-", ""], "NotBefore": ""}"#;
+    let stub = Stub::start(azure(others)).await;
+    let mut service = azure::Azure::new(client().unwrap(), stub.endpoint(), 30_000);
+    assert_eq!(service.ask().await, Ok(Said::Nothing));
+
+    // Machines of a scale set are called by its name and their number in it.
+    let other = r#"{"EventId": "B", "EventType": "Preempt",
+        "Resources": ["web-group_7", "group_77", "7"], "NotBefore": ""}"#;
+    stub.answer_with(azure_as("group_7", other));
+    let mut service = azure::Azure::new(client().unwrap(), stub.endpoint(), 30_000);
+    assert_eq!(service.ask().await, Ok(Said::Nothing));
+    stub.answer_with(azure_as(
+        "group_7",
+        r#"{"EventId": "C", "EventType": "Preempt", "Resources": ["GROUP_7"],
+            "NotBefore": "Mon, 18 Sep 2017 08:22:00 GMT"}"#,
+    ));
+    assert_eq!(service.ask().await, Ok(LEAVES));
+
+    // A machine that does not know its name counts all: better a notice that is another one's than none.
+    stub.answer_with(azure_as("", others));
+    let mut service = azure::Azure::new(client().unwrap(), stub.endpoint(), 30_000);
+    let said = service.ask().await.unwrap();
+    assert!(matches!(said, Said::Leaves { .. }), "{said:?}");
 }
 
 /// A service that says what it was told to say.
