@@ -23,7 +23,9 @@ impl StandIn {
         let folder = tempfile::tempdir().expect("a folder for the library");
         let stand_in = StandIn { folder };
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/stand_in.cpp");
+        // Not by its path: another checkout may have built this, as they share what is built.
+        let source = stand_in.folder.path().join("stand_in.cpp");
+        std::fs::write(&source, include_str!("stand_in.cpp")).expect("a file in that folder");
         let output = Command::new(&compiler)
             .args([
                 "-std=c++17",

@@ -155,8 +155,7 @@ fn a_wait_begins_anew_with_an_answer_another_router_and_the_next_step() {
     head.wait(1, 0, ROUTER).unwrap();
     head.report();
     assert_eq!(head.progress().evidence.reason, "3 of 10 requests");
-    head.wait_on(59_000, 0, ROUTER).unwrap();
-    head.wait_on(59_000, 0, ROUTER).unwrap();
+    head.wait_on(60_000, 0, ROUTER).unwrap();
     // As after hours in which the cluster was down.
     head.router(NEXT);
     let stale = head.wait(1, 0, ROUTER).unwrap_err();

@@ -23,7 +23,7 @@ fn spoil(cluster: &TestCluster, name: &str) {
     let mut batch = WriteBatch::new();
     // Module, table and number of the counter; a row's version and its value.
     let last_session = [1, 1, 5];
-    let row = [&[1], 1_000_u64.to_le_bytes().as_slice()].concat();
+    let row = [&[2], 1_000_u64.to_le_bytes().as_slice()].concat();
     let before = engine.get(Column::State, &last_session).unwrap().unwrap();
     assert_eq!(
         (before[0], before.len()),
