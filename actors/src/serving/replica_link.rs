@@ -23,6 +23,10 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one question to the head waits for news of a replica.
 const WATCH_WAIT: Duration = Duration::from_secs(30);
 
+/// The first pause before a replica that does not answer yet is asked again; it doubles up to [`RETRY_PAUSE`]. Of an endpoint that
+/// wakes the router often knows before there is an actor of that name, and a request waits for it.
+const PROBE_PAUSE_FIRST: Duration = Duration::from_millis(2);
+
 /// The pause after something that could not be done now.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
@@ -48,11 +52,13 @@ pub(super) async fn keep_open(
 
 async fn find_again_and_again(cluster: &Cluster, name: &str, berth: &Berth<ActorRef<Replica>>) {
     let mut known: Option<ActorId> = None;
+    let mut pause = PROBE_PAUSE_FIRST;
     loop {
         match probe(cluster, name, known).await {
             Ok((replica, incarnation)) => {
                 let id = replica.actor_id();
                 known = Some(id);
+                pause = PROBE_PAUSE_FIRST;
                 berth.open(replica);
                 tokio::select! {
                     () = berth.failed() => {}
@@ -64,7 +70,8 @@ async fn find_again_and_again(cluster: &Cluster, name: &str, berth: &Berth<Actor
                 if error.actor_has_ended() {
                     known = None;
                 }
-                tokio::time::sleep(RETRY_PAUSE).await;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_PAUSE);
             }
         }
     }
