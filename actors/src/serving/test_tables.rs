@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use mobula_core::codec;
 use mobula_core::control::{ApplyContext, StateModule};
 use mobula_core::error::Rejection;
+use mobula_core::id::Incarnation;
 use mobula_scheduler::memory_txn::MemoryTables;
 
 use super::state::{Command, Serving};
@@ -46,6 +47,25 @@ impl TestTables {
             tables.apply(&Registry, &payload).unwrap();
         }
         tables
+    }
+
+    /// Serves the first version of `digits` by two replicas, behind a router of this incarnation.
+    pub(super) fn serve(&mut self, endpoint: &str, router: Incarnation) {
+        let deploy = Command::Deploy {
+            endpoint: endpoint.into(),
+            model: "digits".into(),
+            version: Some(1),
+            replicas: 2,
+            settings: Default::default(),
+            token_hash: [7; 32],
+        };
+        self.serving(&deploy).unwrap();
+        let ready = Command::RouterReady {
+            endpoint: endpoint.into(),
+            incarnation: router,
+            http_address: "127.0.0.1:1".into(),
+        };
+        self.serving(&ready).unwrap();
     }
 
     /// Registers another version of `digits`, made elsewhere.

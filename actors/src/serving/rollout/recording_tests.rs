@@ -16,21 +16,7 @@ const ROUTER: Incarnation = Incarnation(900);
 
 fn head() -> TestTables {
     let mut head = TestTables::with_versions(2);
-    let deploy = ServingCommand::Deploy {
-        endpoint: "front".into(),
-        model: "digits".into(),
-        version: Some(1),
-        replicas: 2,
-        settings: Default::default(),
-        token_hash: [7; 32],
-    };
-    head.serving(&deploy).unwrap();
-    let ready = ServingCommand::RouterReady {
-        endpoint: "front".into(),
-        incarnation: ROUTER,
-        http_address: "127.0.0.1:1".into(),
-    };
-    head.serving(&ready).unwrap();
+    head.serve("front", ROUTER);
     head
 }
 

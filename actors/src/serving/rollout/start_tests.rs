@@ -40,21 +40,7 @@ fn start_with(steps: Vec<u32>, shadow: shadow::Plan) -> Command {
 
 fn head() -> TestTables {
     let mut head = TestTables::with_versions(2);
-    let deploy = ServingCommand::Deploy {
-        endpoint: "digits".into(),
-        model: "digits".into(),
-        version: Some(1),
-        replicas: 2,
-        settings: Default::default(),
-        token_hash: [7; 32],
-    };
-    head.serving(&deploy).unwrap();
-    let ready = ServingCommand::RouterReady {
-        endpoint: "digits".into(),
-        incarnation: ROUTER,
-        http_address: "127.0.0.1:1".into(),
-    };
-    head.serving(&ready).unwrap();
+    head.serve("digits", ROUTER);
     head
 }
 

@@ -24,16 +24,7 @@ impl Head {
         let mut head = Head {
             applied: TestTables::with_versions(VERSIONS),
         };
-        head.serving(&ServingCommand::Deploy {
-            endpoint: "digits".into(),
-            model: "digits".into(),
-            version: Some(1),
-            replicas: 2,
-            settings: Default::default(),
-            token_hash: [7; 32],
-        })
-        .unwrap();
-        head.router(ROUTER).unwrap();
+        head.applied.serve("digits", ROUTER);
         head
     }
 

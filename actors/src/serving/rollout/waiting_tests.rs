@@ -22,16 +22,7 @@ impl Head {
         let mut head = Head {
             applied: TestTables::with_versions(2),
         };
-        let deploy = ServingCommand::Deploy {
-            endpoint: "digits".into(),
-            model: "digits".into(),
-            version: Some(1),
-            replicas: 2,
-            settings: Default::default(),
-            token_hash: [7; 32],
-        };
-        head.applied.serving(&deploy).unwrap();
-        head.router(ROUTER);
+        head.applied.serve("digits", ROUTER);
         let begin = Command::Begin(Proposed {
             endpoint: "digits".into(),
             model: "digits".into(),
