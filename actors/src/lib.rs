@@ -23,6 +23,7 @@ mod panics;
 mod payload;
 mod plug;
 pub mod storage;
+mod units;
 
 pub use candle_core;
 pub use plug::{controllers, modules, retention};

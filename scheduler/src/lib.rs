@@ -98,14 +98,14 @@ impl StateModule for Scheduler {
         let training = states.map(|(state, value)| TableGauge {
             name: "ml_training_jobs_total",
             help: "Training jobs that the head knows, by state",
-            label: Some(("state", state)),
+            label: Some(("state", state.into())),
             value,
         });
         let bytes = view::held_bytes(reader).into_iter();
         let bytes = bytes.map(|(of, value)| TableGauge {
             name: "mobula_tables_held_bytes",
             help: "What jobs and actors hold in the tables, in bytes",
-            label: Some(("of", of)),
+            label: Some(("of", of.into())),
             value,
         });
         training.chain(bytes).collect()

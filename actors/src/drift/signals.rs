@@ -161,15 +161,7 @@ impl Signal {
                      drifted{predictions}"
                 )
             }
-            Signal::Sentinel(wrong) => {
-                let answered = wrong
-                    .answered
-                    .map_or("nothing".to_owned(), |class| format!("class {class}"));
-                format!(
-                    "replica {} answered sentinel {} with {answered} instead of class {}",
-                    wrong.replica, wrong.sentinel, wrong.expected
-                )
-            }
+            Signal::Sentinel(wrong) => wrong.to_string(),
             Signal::OutOfDistributionByEnergy(found) => format!(
                 "{:.0} % of {} rows have a higher energy than 95 % of the reference has (mean energy {:.3} against \
                  {:.3}, p {:.1e})",

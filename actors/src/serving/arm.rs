@@ -331,8 +331,8 @@ impl<B: Backend> Routes<B> {
             let side = split::side(split::bucket(&tried.seed, key), tried.weight_percent);
             let counted = Counted::Step(Arc::clone(&tried.trial), side);
             return match side {
-                Side::Baseline | Side::Stable => self.by_active(Some(counted)),
-                Side::Candidate | Side::CandidateUncompared => self.by(&tried.arm, counted),
+                Side::Baseline => self.by_active(Some(counted)),
+                Side::Candidate => self.by(&tried.arm, counted),
             };
         }
         if let Some(shadowed) = self

@@ -87,6 +87,23 @@ pub enum BatchError {
     Lost,
 }
 
+/// What became of a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Computed<O> {
+    /// One output for each row, in order.
+    pub outputs: Vec<O>,
+    /// Of the time that it took, what was spent on the way to where it was computed and back.
+    pub hop: Duration,
+}
+
+impl<O> From<Vec<O>> for Computed<O> {
+    /// It was computed right here.
+    fn from(outputs: Vec<O>) -> Self {
+        let hop = Duration::ZERO;
+        Computed { outputs, hop }
+    }
+}
+
 /// Computes batches.
 pub trait BatchRunner: Send + 'static {
     /// One row of a request.
@@ -107,7 +124,7 @@ pub trait BatchRunner: Send + 'static {
     fn run(
         &mut self,
         rows: Vec<Self::Row>,
-    ) -> impl Future<Output = Result<Vec<Self::Output>, String>> + Send;
+    ) -> impl Future<Output = Result<Computed<Self::Output>, String>> + Send;
 
     /// The same for callers none of whom waits after `until`. Dropped when all of them have gone earlier.
     ///
@@ -117,7 +134,7 @@ pub trait BatchRunner: Send + 'static {
         &mut self,
         rows: Vec<Self::Row>,
         until: Instant,
-    ) -> impl Future<Output = Result<Vec<Self::Output>, String>> + Send {
+    ) -> impl Future<Output = Result<Computed<Self::Output>, String>> + Send {
         let _ = until;
         self.run(rows)
     }
@@ -130,8 +147,10 @@ pub struct BatchAnswer<O> {
     pub outputs: Vec<O>,
     /// From the call to the start of its batch.
     pub queued: Duration,
-    /// The batch's computation.
+    /// The batch's computation, the way there and back included.
     pub computed: Duration,
+    /// That way.
+    pub hop: Duration,
     /// Rows in the batch, this request's included.
     pub batch_rows: usize,
     /// Whether this request is the first of its batch: summing over these counts each execution once.
@@ -376,14 +395,14 @@ impl<B: BatchRunner> Worker<B> {
             () = all_gone => return,
         };
         let computed = started.elapsed();
-        let mut outputs = match result {
-            Ok(outputs) if outputs.len() == batch_rows => {
+        let (mut outputs, hop) = match result {
+            Ok(Computed { outputs, hop }) if outputs.len() == batch_rows => {
                 self.line.ran(batch_rows, computed);
-                outputs.into_iter()
+                (outputs.into_iter(), hop)
             }
             failed => {
                 let error = match failed {
-                    Ok(outputs) => BatchError::OutputCount {
+                    Ok(Computed { outputs, .. }) => BatchError::OutputCount {
                         rows: batch_rows,
                         outputs: outputs.len(),
                     },
@@ -402,6 +421,7 @@ impl<B: BatchRunner> Worker<B> {
                 outputs,
                 queued,
                 computed,
+                hop,
                 batch_rows,
                 is_first_in_batch,
             };

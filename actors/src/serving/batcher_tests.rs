@@ -16,18 +16,15 @@ impl BatchRunner for Doubler {
     type Row = u32;
     type Output = u32;
 
-    async fn run(&mut self, rows: Vec<u32>) -> Result<Vec<u32>, String> {
+    async fn run(&mut self, rows: Vec<u32>) -> Result<Computed<u32>, String> {
         self.batches.lock().unwrap().push(rows.clone());
         tokio::time::sleep(COMPUTE).await;
         assert!(!rows.contains(&15), "row 15");
         if rows.contains(&13) {
             return Err("row 13".to_owned());
         }
-        Ok(rows
-            .into_iter()
-            .filter(|row| *row != 14)
-            .map(|row| row * 2)
-            .collect())
+        let kept = rows.into_iter().filter(|row| *row != 14);
+        Ok(kept.map(|row| row * 2).collect::<Vec<u32>>().into())
     }
 }
 
@@ -141,10 +138,10 @@ impl BatchRunner for Alike {
         first % 10 == next % 10 && rows < (first % 10) as usize
     }
 
-    async fn run(&mut self, rows: Vec<u32>) -> Result<Vec<u32>, String> {
+    async fn run(&mut self, rows: Vec<u32>) -> Result<Computed<u32>, String> {
         self.0.lock().unwrap().push(rows.clone());
         tokio::time::sleep(COMPUTE).await;
-        Ok(rows)
+        Ok(rows.into())
     }
 }
 
@@ -250,10 +247,10 @@ async fn adaptive(max_ms: u64) -> (Batcher, Handle, Batches) {
     impl BatchRunner for Constant {
         type Row = u32;
         type Output = u32;
-        async fn run(&mut self, rows: Vec<u32>) -> Result<Vec<u32>, String> {
+        async fn run(&mut self, rows: Vec<u32>) -> Result<Computed<u32>, String> {
             self.0.lock().unwrap().push(rows.clone());
             tokio::time::sleep(COST).await;
-            Ok(rows)
+            Ok(rows.into())
         }
     }
     let batches = Batches::default();

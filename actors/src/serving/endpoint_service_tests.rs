@@ -307,7 +307,7 @@ fn service_with(access: Access) -> (EndpointService<Three>, [FeedReader; 2]) {
         arm: candidate,
         seed: "s".to_owned(),
         weight_percent: 0,
-        trial: Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1))),
+        trial: Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1, 50))),
     };
     let routes = Routes {
         active,

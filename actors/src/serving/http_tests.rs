@@ -431,7 +431,7 @@ async fn an_answer_explains_itself_when_it_is_asked() {
         .collect();
     assert_eq!(
         parts,
-        ["queue", "assemble", "compute", "split", "serialize"]
+        ["queue", "assemble", "hop", "compute", "split", "serialize"]
     );
     // The message itself is the protocol's.
     assert_eq!(

@@ -79,6 +79,8 @@ pub(super) type Answer = Result<BatchAnswer<Result<Row, Refusal>>, BatchError>;
 #[derive(Debug)]
 pub struct Berth<B> {
     backend: watch::Sender<Option<B>>,
+    /// How often it was opened.
+    opened: AtomicU64,
     /// Counts how often any berth of the fleet was opened.
     openings: Arc<watch::Sender<u64>>,
     /// Closed when the replica's place is gone.
@@ -89,12 +91,20 @@ impl<B: Backend> Berth<B> {
     /// The replica takes requests from now on.
     pub fn open(&self, backend: B) {
         self.backend.send_replace(Some(backend));
+        self.opened.fetch_add(1, Ordering::Release);
         self.openings.send_modify(|count| *count += 1);
     }
 
     /// The replica is gone: what it has not answered is sent elsewhere at once.
     pub fn close(&self) {
         self.backend.send_replace(None);
+    }
+
+    /// The replica while it takes requests, and how often one was opened here by then: for who asks it past its queue.
+    pub fn opened(&self) -> Option<(u64, B)> {
+        // Counted before it is taken: one that is opened in between counts as the one before it, and is asked again.
+        let opened = self.opened.load(Ordering::Acquire);
+        Some((opened, self.backend.borrow().clone()?))
     }
 
     /// Waits until the replica has failed a request.
@@ -160,6 +170,7 @@ impl<B: Backend> Lane<B> {
     ) -> Self {
         let berth = Arc::new(Berth {
             backend: watch::Sender::new(None),
+            opened: AtomicU64::new(0),
             openings,
             retired: watch::Sender::new(false),
         });

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::batcher::{BatcherConfig, Delay};
 use super::fleet::BATCH_ROWS_MAX;
 use crate::device::ComputeDevice;
+use crate::units;
 
 /// How long a request may be kept waiting for others: callers that are asked to wait at all wait for models that take as long.
 pub const DELAY_MAX: Duration = Duration::from_millis(50);
@@ -62,12 +63,14 @@ impl ReplicaSettings {
     /// Refuses what no replica can be given.
     ///
     /// # Errors
-    /// The value, its bounds, and what to do.
+    /// The value, its bounds, the option that sets it, in whose units both stand, and what to do.
     pub fn check(&self) -> Result<(), Rejection> {
         if let Some(bytes) = self.memory_bytes.filter(|bytes| *bytes < MEMORY_BYTES_MIN) {
             return Err(Rejection::invalid(format!(
-                "a replica with {bytes} bytes of memory would not start: give it at least {MEMORY_BYTES_MIN}, and room for \
-                 its model and a batch's values, or leave the limit out"
+                "a replica with {} of memory (`--memory`) would not start: give it at least {}, and room for its model and a \
+                 batch's values, or leave the limit out",
+                units::memory(bytes),
+                units::memory(MEMORY_BYTES_MIN)
             )));
         }
         self.batching.check()
@@ -79,19 +82,23 @@ impl Batching {
         let delay_max_us = DELAY_MAX.as_micros() as u64;
         if let Some(delay_us) = self.delay_us.filter(|delay| *delay > delay_max_us) {
             return Err(Rejection::invalid(format!(
-                "a request that waits {delay_us} µs for others is answered too late: let it wait {delay_max_us} µs at the most"
+                "a batch delay (`--batch-delay`) of {} is above {}: a request that waits so long for others is answered too \
+                 late; give a shorter one, or leave it out to have it found out",
+                units::micros(delay_us),
+                units::micros(delay_max_us)
             )));
         }
         let sizes = &self.preferred_rows;
         let is_size = |rows: &u32| (1..=BATCH_ROWS_MAX as u32).contains(rows);
         if sizes.len() > PREFERRED_MAX || !sizes.iter().all(is_size) {
             return Err(Rejection::invalid(format!(
-                "the preferred sizes {sizes:?} are not possible: name up to {PREFERRED_MAX}, each of 1 to {BATCH_ROWS_MAX} rows"
+                "batch sizes (`--batch-sizes`) of {sizes:?} rows are not possible: name up to {PREFERRED_MAX}, each of 1 to \
+                 {BATCH_ROWS_MAX} rows"
             )));
         }
         if !(1..=QUEUED_REQUESTS_MAX).contains(&self.queued_requests_max) {
             return Err(Rejection::invalid(format!(
-                "a queue of {} requests is not possible: let 1 to {QUEUED_REQUESTS_MAX} wait for a replica",
+                "a queue (`--queue`) of {} requests is not possible: let 1 to {QUEUED_REQUESTS_MAX} wait for a replica",
                 self.queued_requests_max
             )));
         }
@@ -144,10 +151,16 @@ mod tests {
             ..Batching::default()
         });
         for (settings, expected) in [
-            (small, "134217728"),
-            (slow, "50000 µs at the most"),
-            (large, "[16, 129]"),
-            (none, "1 to 8192"),
+            (
+                small,
+                "1 MiB of memory (`--memory`) would not start: give it at least 128 MiB",
+            ),
+            (slow, "(`--batch-delay`) of 50001us is above 50ms"),
+            (large, "(`--batch-sizes`) of [16, 129] rows"),
+            (
+                none,
+                "(`--queue`) of 0 requests is not possible: let 1 to 8192",
+            ),
         ] {
             let refused = settings.check().unwrap_err().to_string();
             assert!(refused.contains(expected), "{refused}");

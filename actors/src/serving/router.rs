@@ -36,7 +36,7 @@ use super::oip::{
     InferRequest, InferResponse, ModelMetadata, OipError, RepositoryEntry, validate_request,
 };
 use super::replica::Replica;
-use super::server;
+use super::server::{self, ActorServer};
 use super::shadow::mirror::{compare_copies, mirror};
 use super::state::{Command, Endpoint};
 use super::statistics::ModelStatistics;
@@ -87,8 +87,7 @@ struct Running {
     address: SocketAddr,
     service: Arc<EndpointService<ActorRef<Replica>>>,
     body_bytes_max: u64,
-    stop: watch::Sender<bool>,
-    server: JoinSet<()>,
+    server: ActorServer,
     /// Aborted when dropped.
     _tasks: JoinSet<()>,
 }
@@ -205,8 +204,7 @@ impl Router {
     #[mobula(stop)]
     async fn drain(&mut self) {
         if let Some(running) = &mut self.running {
-            running.stop.send_replace(true);
-            while running.server.join_next().await.is_some() {}
+            running.server.drain().await;
         }
     }
 }
@@ -273,24 +271,11 @@ impl Running {
         tasks.spawn(compare_copies(Arc::clone(&service), copies));
         let routes = oip_routes(Arc::clone(&service) as _, gate, body);
         let routes = routes.merge(outcomes).merge(labels);
-        let (stop, mut stopping) = watch::channel(false);
-        let shutdown = async move {
-            // A router that is gone stops as one that was asked to.
-            let _ = stopping.wait_for(|stop| *stop).await;
-        };
-        let mut server = JoinSet::new();
-        let context = ctx.clone();
-        server.spawn(async move {
-            if let Err(error) = server::serve(listener, routes, shutdown).await {
-                context.fail(error.to_string());
-            }
-        });
         Ok(Running {
             address,
             service,
             body_bytes_max: body.max_bytes as u64,
-            stop,
-            server,
+            server: ActorServer::start(ctx, listener, routes),
             _tasks: tasks,
         })
     }

@@ -87,6 +87,37 @@ pub(super) async fn leave_node(ctx: &ActorContext, what: &str, deadline_ms: u64)
     }
 }
 
+/// The server of an actor: its tasks end with it.
+pub(super) struct ActorServer {
+    stop: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+}
+
+impl ActorServer {
+    /// Serves a router at once. An actor whose server fails, fails with it, and its policy starts it again.
+    pub(super) fn start(ctx: &ActorContext, listener: TcpListener, router: Router) -> Self {
+        let (stop, mut stopping) = watch::channel(false);
+        let shutdown = async move {
+            // An actor that is gone stops as one that was asked to.
+            let _ = stopping.wait_for(|stop| *stop).await;
+        };
+        let mut tasks = JoinSet::new();
+        let context = ctx.clone();
+        tasks.spawn(async move {
+            if let Err(error) = serve(listener, router, shutdown).await {
+                context.fail(error.to_string());
+            }
+        });
+        ActorServer { stop, tasks }
+    }
+
+    /// Closes the listener, and finishes the requests that it has.
+    pub(super) async fn drain(&mut self) {
+        self.stop.send_replace(true);
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
 /// Serves a router until `shutdown` completes and the connections have drained.
 ///
 /// # Errors

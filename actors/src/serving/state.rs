@@ -165,7 +165,7 @@ fn deploy(
     crate::name::check("an endpoint", &name)?;
     if replicas == 0 || replicas > REPLICAS_MAX {
         return Err(Rejection::invalid(format!(
-            "{replicas} replicas are not possible: ask for 1 to {REPLICAS_MAX}"
+            "{replicas} replicas (`--replicas`) are not possible: ask for 1 to {REPLICAS_MAX}"
         )));
     }
     settings.check()?;
@@ -346,16 +346,26 @@ impl StateModule for Serving {
     }
 
     fn gauges(&self, reader: &dyn Reader) -> Vec<TableGauge> {
-        let endpoints = endpoints(reader);
-        let answering = endpoints
+        let mut standing = endpoints(reader);
+        standing.retain(|endpoint| !endpoint.deleting);
+        let answering = standing
             .iter()
-            .filter(|endpoint| !endpoint.deleting && endpoint.http_address.is_some());
-        vec![TableGauge {
+            .filter(|endpoint| endpoint.http_address.is_some());
+        let active = TableGauge {
             name: "ml_model_deployments_active",
             help: "Endpoints that answer",
             label: None,
             value: answering.count() as u64,
-        }]
+        };
+        // The only series that name an endpoint whose router is gone. There are `ENDPOINTS_MAX` of them at the most, so
+        // that none is left out.
+        let wanted = standing.into_iter().map(|endpoint| TableGauge {
+            name: "mobula_endpoint_replicas_wanted",
+            help: "Replicas that an endpoint shall have",
+            label: Some(("endpoint", endpoint.name.into())),
+            value: endpoint.replicas.into(),
+        });
+        std::iter::once(active).chain(wanted).collect()
     }
 
     fn authorize(&self, caller: &Caller, payload: &[u8]) -> Result<(), Rejection> {

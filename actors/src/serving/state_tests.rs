@@ -135,6 +135,41 @@ fn an_endpoint_gets_its_actors_once_and_a_deleted_one_loses_them() {
 }
 
 #[test]
+fn what_each_endpoint_shall_have_is_a_number_for_the_metrics_without_its_router() {
+    let mut head = Head::with_model();
+    let shown = |head: &Head| -> Vec<(String, u64)> {
+        let gauges = Serving.gauges(&head.applied.tables).into_iter();
+        gauges
+            .map(|gauge| match gauge.label {
+                Some((label, endpoint)) => {
+                    (format!("{} {label}={endpoint}", gauge.name), gauge.value)
+                }
+                None => (gauge.name.to_owned(), gauge.value),
+            })
+            .collect()
+    };
+    let wanted = |endpoint: &str, replicas| {
+        let name = format!("mobula_endpoint_replicas_wanted endpoint={endpoint}");
+        (name, replicas)
+    };
+    let active = |count| ("ml_model_deployments_active".to_owned(), count);
+    assert_eq!(shown(&head), [active(0)]);
+
+    // No router has said anything.
+    head.deploy("digits", None, 2).unwrap();
+    head.deploy("other", Some(1), 1).unwrap();
+    let both = [wanted("digits", 2), wanted("other", 1)];
+    assert_eq!(shown(&head), [&[active(0)], &both[..]].concat());
+    head.router_ready();
+    assert_eq!(shown(&head), [&[active(1)], &both[..]].concat());
+    head.serving(&Command::Delete {
+        endpoint: "digits".into(),
+    })
+    .unwrap();
+    assert_eq!(shown(&head), [active(0), wanted("other", 1)]);
+}
+
+#[test]
 fn replicas_with_a_limit_of_memory_ask_for_it_and_are_alone_in_their_processes() {
     let mut head = Head::with_model();
     let limited = |memory_bytes| ReplicaSettings {
@@ -144,7 +179,7 @@ fn replicas_with_a_limit_of_memory_ask_for_it_and_are_alone_in_their_processes()
     let refused = head
         .deploy_with(limited(Some(1 << 20)), "digits", Some(1), 1)
         .unwrap_err();
-    assert!(refused.message.contains("1048576 bytes"), "{refused:?}");
+    assert!(refused.message.contains("1 MiB of memory"), "{refused:?}");
     for (memory_bytes, expected) in [(Some(1 << 30), (1 << 30, true)), (None, (0, false))] {
         let endpoint = head
             .deploy_with(limited(memory_bytes), "digits", Some(1), 2)
@@ -392,7 +427,7 @@ fn what_cannot_be_deployed_is_refused_with_the_reason() {
             "model `digits` has no version 7: it has 1 to 2",
         ),
         ("a/b", None, 1, "cannot name an endpoint"),
-        ("digits", None, 0, "0 replicas are not possible"),
+        ("digits", None, 0, "0 replicas (`--replicas`) are not"),
         ("digits", None, 65, "ask for 1 to 64"),
     ] {
         let error = head.deploy(name, version, replicas).unwrap_err();

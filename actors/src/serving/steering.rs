@@ -31,6 +31,7 @@ use super::rollout::command::{Command, Verdict};
 use super::rollout::looking::{self, Seen};
 use super::rollout::plan::{Cleanup, Phase, Rollout, Served};
 use super::rollout::reporting::Reporting;
+use super::rollout::sentinels::Asking;
 use super::rollout::trial::{Evidence, Judgement, Trial, shortened};
 use super::shadow;
 use super::shadow::mirror::Shadowed;
@@ -38,6 +39,7 @@ use super::shadow::trial::ShadowTrial;
 use super::signature::Signature;
 use super::state::{Endpoint, Routing, Steered};
 use super::versions::{Fit, Replicas, Versions};
+use crate::drift::vitals::sentinels::Sentinels;
 
 /// How often the head is asked and the trial is judged: a rollback comes this much later than it could.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -53,8 +55,8 @@ pub(super) struct Steering {
     arms: BTreeMap<u64, (Arc<Arm<Replicas>>, WhenGone)>,
     /// Arms that may still have requests, with their versions.
     leaving: Vec<(u64, WhenGone)>,
-    /// The version that is known to fit the endpoint.
-    fitting: Option<u64>,
+    /// The version that is known to fit the endpoint, with its sentinels.
+    fitting: Option<(u64, Arc<Sentinels>)>,
     /// The rollout and step that are tried.
     tried: Option<(u64, u32)>,
     /// The experiment that is under way here.
@@ -62,6 +64,7 @@ pub(super) struct Steering {
     comparing: Comparing,
     /// The rollout whose candidate is shadowed, with its replicas and what tells of their end.
     shadowing: Option<(u64, Shadowed<Replicas>, WhenGone)>,
+    asking: Asking,
     reporting: Reporting,
     pilot: Pilot,
     /// None where the process has no room for them.
@@ -109,6 +112,7 @@ impl Steering {
             compared: None,
             comparing,
             shadowing: None,
+            asking: Asking::new(),
             reporting: Reporting::default(),
             pilot,
             meters,
@@ -237,7 +241,10 @@ impl Steering {
     /// Whether a candidate takes and gives what the endpoint does. One that never will is rolled back.
     async fn fits(&mut self, endpoint: &Endpoint, rollout: &Rollout) -> bool {
         match self.fit(endpoint, &rollout.candidate) {
-            Fit::Yes => true,
+            Fit::Yes(sentinels) => {
+                self.asking.at(rollout, sentinels);
+                true
+            }
             Fit::Unknown => {
                 self.report(rollout, looking::unread(), true).await;
                 false
@@ -254,12 +261,14 @@ impl Steering {
     }
 
     fn fit(&mut self, endpoint: &Endpoint, served: &Served) -> Fit {
-        if self.fitting == Some(served.version) {
-            return Fit::Yes;
+        if let Some((version, sentinels)) = &self.fitting
+            && *version == served.version
+        {
+            return Fit::Yes(Arc::clone(sentinels));
         }
         let found = self.versions.fit(&self.signature, endpoint, served);
-        if let Fit::Yes = found {
-            self.fitting = Some(served.version);
+        if let Fit::Yes(sentinels) = &found {
+            self.fitting = Some((served.version, Arc::clone(sentinels)));
         }
         found
     }
@@ -272,7 +281,7 @@ impl Steering {
     ) -> Option<(u64, Compared<Replicas>)> {
         let (plan, tally) = self.comparing.count(experiment).await?;
         match self.fit(endpoint, &plan.treatment) {
-            Fit::Yes => {}
+            Fit::Yes(_) => {}
             Fit::Unknown => return None,
             Fit::No(reason) => {
                 self.comparing.refuse(experiment, &reason).await;
@@ -346,6 +355,7 @@ impl Steering {
                 rollout.guardrails,
                 rollout.min_samples,
                 rollout.judged_steps(),
+                rollout.weight_percent(),
             ))),
         });
         tracing::info!(
@@ -394,7 +404,7 @@ impl Steering {
 
     async fn judge(&mut self, rollout: &Rollout) {
         let routes = Arc::clone(&self.routes.borrow());
-        match looking::look(&routes, rollout) {
+        match self.asking.look(&routes, rollout) {
             Some(Seen::Judged(Judgement::RollBack(evidence))) => {
                 self.say(rollout, Verdict::RollBack, evidence).await;
             }

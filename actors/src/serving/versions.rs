@@ -21,6 +21,7 @@ use super::replica_link::{feed_monitor, follow_origin, keep_open};
 use super::rollout::plan::Served;
 use super::signature::{ROW_VALUES_MAX, Signature};
 use super::state::Endpoint;
+use crate::drift::vitals::sentinels::Sentinels;
 use crate::registry::artifact::Artifact;
 use crate::registry::version_file::VersionFileError;
 use crate::storage::open_blobs;
@@ -52,15 +53,19 @@ impl SignatureError {
 
 /// Whether a version takes and gives what its endpoint does.
 pub(super) enum Fit {
-    Yes,
+    /// It does, and has these sentinels.
+    Yes(Arc<Sentinels>),
     /// It never will, for this reason.
     No(String),
     /// It is being looked at, or cannot be now.
     Unknown,
 }
 
-/// Looks what the version of this number takes and gives.
-type Looking = Loading<u64, Result<Signature, SignatureError>>;
+/// What a version takes and gives, and what it has to answer to known rows.
+type Found = (Signature, Sentinels);
+
+/// Looks at the version of this number.
+type Looking = Loading<u64, Result<Found, SignatureError>>;
 
 /// How the versions of an endpoint are reached.
 pub(super) struct Versions {
@@ -83,7 +88,8 @@ impl Versions {
     /// What the endpoint's active version takes and gives.
     pub(super) async fn signature(&self, endpoint: &Endpoint) -> Result<Signature, SignatureError> {
         let opened = open_blobs(&self.storage);
-        signature_of(opened, &endpoint.model, &active(endpoint)).await
+        let found = read(opened, &endpoint.model, &active(endpoint)).await;
+        found.map(|(signature, _)| signature)
     }
 
     /// Whether a version takes and gives what `wanted` says, if that is known by now: its file is loaded beside the
@@ -95,8 +101,8 @@ impl Versions {
             return Fit::Unknown;
         };
         match found {
-            Ok(signature) if signature == *wanted => Fit::Yes,
-            Ok(other) => Fit::No(other.difference(served.version, wanted)),
+            Ok((signature, sentinels)) if signature == *wanted => Fit::Yes(Arc::new(sentinels)),
+            Ok((other, _)) => Fit::No(other.difference(served.version, wanted)),
             Err(error) if error.is_final() => Fit::No(error.to_string()),
             Err(error) => {
                 let (endpoint, model) = names;
@@ -156,31 +162,32 @@ impl Versions {
     }
 }
 
-/// What a version takes and gives, if its file was loaded by now.
+/// What was found of a version, if its file was loaded by now.
 fn looked_at(
     looking: &mut Looking,
     (endpoint, model): (&str, &str),
     served: &Served,
     open: impl FnOnce() -> Result<BlobStore, BlobError>,
-) -> Option<Result<Signature, SignatureError>> {
+) -> Option<Result<Found, SignatureError>> {
     looking.hear(endpoint, served.version, || {
         let (opened, model, served) = (open(), model.to_owned(), served.clone());
-        async move { signature_of(opened, &model, &served).await }
+        async move { read(opened, &model, &served).await }
     })
 }
 
-async fn signature_of(
+async fn read(
     opened: Result<BlobStore, BlobError>,
     model: &str,
     served: &Served,
-) -> Result<Signature, SignatureError> {
+) -> Result<Found, SignatureError> {
     let blobs = opened.map_err(VersionFileError::from)?;
     let artifact = Artifact::load(&blobs, &served.digest, served.size_bytes).await?;
-    Signature::of(&artifact).map_err(|samples| SignatureError::Samples {
+    let signature = Signature::of(&artifact).map_err(|samples| SignatureError::Samples {
         model: model.to_owned(),
         version: served.version,
         samples,
-    })
+    })?;
+    Ok((signature, Sentinels::of_artifact(&artifact)))
 }
 
 fn active(endpoint: &Endpoint) -> Served {
@@ -229,7 +236,8 @@ mod tests {
         assert_eq!(faults.operations(), 1, "it is asked once at a time");
         tokio::time::advance(2 * hangs).await;
         let found = loaded(look).await.unwrap();
+        let sentinels = Sentinels::of(&file);
         let wanted = Signature::of(&Artifact::Trained(Box::new(file))).unwrap();
-        assert_eq!(found, wanted);
+        assert_eq!(found, (wanted, sentinels));
     }
 }

@@ -3,8 +3,8 @@
 //! The trainers go from step to step by themselves ([`protocol`](super::protocol)). The coordinator is
 //! needed when somebody comes, goes, lags or is wrong: then it publishes a plan. Its own copy takes the
 //! sums of every step from the buckets' owners, as a member without a seat does. So a trainer that comes
-//! gets the state from here, a checkpoint is a copy of it, it is a voice when two trainers differ, and
-//! even the loss of all trainers costs no step.
+//! gets the state from here, or from others by the hashes that are said here (`giving`); a checkpoint is a copy
+//! of it; it is a voice when two trainers differ; and even the loss of all trainers costs no step.
 //!
 //! Invariants:
 //! 1. The copy changes only between steps, by the canonical sums of all shards.
@@ -29,6 +29,7 @@ use super::job_log::JobLog;
 use super::messages::{Epoch, Handover, short_digest};
 use super::numerics::Probe;
 use super::optimizer::{Optimizer, StepReport};
+use super::parts::PART_BYTES;
 use super::progress::{StepBreakdown, TrainerUsage};
 use super::protocol::exchange::{Action, Content, Refusal};
 use super::protocol::leader::Leader;
@@ -40,12 +41,14 @@ use super::spec::TrainSpec;
 use super::state::TrainState;
 use super::workload::{Workload, WorkloadError};
 use crate::checkpoint::sharing::Helper;
+use giving::Giving;
 use joining::HeldGate;
 use stall::Stall;
 use unreached::Unreached;
 
 mod counters;
 mod error;
+mod giving;
 mod joining;
 mod membership;
 mod stall;
@@ -100,6 +103,11 @@ pub struct Coordinator<L, C> {
     keeps_doomed: bool,
     /// For whom the gate is held.
     held_gate: Option<HeldGate>,
+    /// The state that some trainers keep for those who join, and in parts of how many bytes states are given.
+    giving: Option<Giving>,
+    part_bytes: usize,
+    /// How long a step takes as usual, if one was taken.
+    usual_step: Option<Duration>,
     next_report: Instant,
     /// For how long the present step has waited for trainers, and the last one did.
     stall: Stall,
@@ -147,6 +155,9 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             strikes: BTreeMap::new(),
             keeps_doomed: false,
             held_gate: None,
+            giving: None,
+            part_bytes: PART_BYTES,
+            usual_step: None,
             next_report: Instant::now() + WAITING_REPORT,
             stall: Stall::default(),
             waited: Duration::ZERO,
@@ -185,6 +196,9 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             if let Some(report) = self.act()? {
                 let stalled = self.stall.take_since(begun);
                 self.waited = if waits { begun.elapsed() } else { stalled };
+                if !waits {
+                    self.note_usual_step(begun.elapsed().saturating_sub(stalled));
+                }
                 return Ok(report);
             }
             tokio::select! {
@@ -358,6 +372,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         if self.leader.follow(self.state.step) {
             self.publish();
         }
+        self.give_if_due();
         Ok(report)
     }
 
@@ -380,7 +395,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                 Ok(admission) if admission.held != sent => {
                     let found = admission.held.digest;
                     let reason = format!("it holds {found} where {} was sent", sent.digest);
-                    self.lose(index, &reason);
+                    self.refuses(index, &reason);
                 }
                 Ok(admission) => {
                     self.crew.slot(index).attempts.prepared_in(took);
@@ -402,6 +417,8 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             Happened::Keeps { step, answer } => {
                 self.crew.slot(index).keeps = answer.unwrap_or(false).then_some(step);
             }
+            Happened::Shares { step, answer } => self.shares(index, step, answer.unwrap_or(false)),
+            Happened::Unshared => {}
             Happened::Judged { step, said } => self.judge(step, &said)?,
         }
         Ok(())
@@ -425,11 +442,12 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             return;
         }
         self.log.line(format_args!(
-            "step {} waits: {} trainers take part, at least {} are needed{}",
+            "step {} waits: {} trainers take part, at least {} are needed{}{}",
             self.state.step,
             self.ready_count(),
             self.spec.workers.min,
             self.struck_machines(),
+            self.given_up(),
         ));
     }
 }

@@ -5,7 +5,8 @@
 //! 2. What was under way when a trainer was given up is ignored when it arrives.
 //! 3. A trainer is either away and waited for, or being prepared, or following without a seat, or ready.
 //!
-//! `attempts` counts how often a trainer tried in vain, `questions` has what is asked beside the news.
+//! `attempts` counts how often a trainer tried in vain, `questions` has what is asked beside the news, `sharing` has some
+//! keep a state for those who join.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -18,18 +19,23 @@ use tokio::time::Instant;
 
 use super::messages::{Admission, Epoch, Greeting, Handover, Held, News, TrainerError};
 use super::numerics::Probe;
+use super::parts::SharedState;
 use super::protocol::leader::StateDigest;
 use super::protocol::plan::{MemberId, Plan};
 use attempts::Attempts;
 
 mod attempts;
 mod questions;
+mod sharing;
 
+pub(super) use attempts::REFUSALS_MAX;
 pub use questions::Witness;
 
 /// Pauses between attempts to reach a trainer.
 pub(super) const GREET_PAUSE_FIRST: Duration = Duration::from_millis(50);
 const GREET_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// A pause of so much and more ends early where the process does that it is for: what the next one does is another matter.
+const WATCHED_FROM: Duration = Duration::from_millis(500);
 /// How long a process that leaves may still be seen.
 const LEAVE_PAUSE: Duration = Duration::from_millis(200);
 /// The slot of what concerns no single trainer.
@@ -53,6 +59,8 @@ pub struct Preparation {
     pub plan: Plan,
     /// The state to follow it from.
     pub state: Arc<Vec<u8>>,
+    /// Who gives it too, if others keep it.
+    pub shared: Option<SharedState>,
     /// What its machine must compute, where that is asked for.
     pub probe: Option<Probe>,
 }
@@ -61,6 +69,9 @@ pub struct Preparation {
 pub trait TrainerLink: Clone + Send + Sync + 'static {
     /// Waits until it is there, within a bound, creating it if it has ended.
     fn greet(&self) -> impl Future<Output = Result<Greeting, LinkError>> + Send;
+    /// Waits until the process that was greeted last has ended, for as long as that takes; not at all where none was, or
+    /// its end is known.
+    fn ended(&self) -> impl Future<Output = ()> + Send;
     /// Gives it a state, and the plan to follow from there.
     fn prepare(
         &self,
@@ -89,6 +100,10 @@ pub trait TrainerLink: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Has it keep that state no more.
     fn release(&self, step: u64) -> impl Future<Output = Result<(), LinkError>> + Send;
+    /// Has it keep the state as it will be after `step` for those who join; whether it can.
+    fn share(&self, step: u64) -> impl Future<Output = Result<bool, LinkError>> + Send;
+    /// Has it keep that state no more.
+    fn unshare(&self, step: u64) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Gives it what a driver that leaves knows, for the next one.
     fn entrust(
         &self,
@@ -104,7 +119,7 @@ pub trait TrainerLink: Clone + Send + Sync + 'static {
 pub(super) enum Presence {
     /// Not there; it is being waited for.
     Away,
-    /// There, and on its way to the present state.
+    /// There, and on its way to a state, or waiting for the one that others will give it.
     Preparing,
     /// Holds a state and takes the sums of every step, but computes none: it has to catch up first.
     Following,
@@ -119,11 +134,13 @@ pub(super) struct Slot<L> {
     /// Grows when it is given up; what was under way then is ignored.
     pub(super) ticket: u64,
     pub(super) incarnation: Option<u64>,
-    /// The start that was refused, because it computes other bits.
+    /// The start that takes no part: it computes other bits, or was given up.
     pub(super) refused: Option<u64>,
+    /// What that start does not do, if it has refused it too often: then it is given up, unless it is needed.
+    pub(super) given_up: Option<String>,
     /// How its attempts to take part have gone, since its process was started.
     pub(super) attempts: Attempts,
-    /// Whether it is left alone only because attempts failed: it is asked at once where it is needed.
+    /// Whether it is left alone for longer than where it is needed: there it is asked at once.
     pub(super) naps: bool,
     /// Under which name it takes part.
     pub(super) member: Option<MemberId>,
@@ -173,6 +190,13 @@ pub(super) enum Happened {
         step: u64,
         answer: Result<bool, LinkError>,
     },
+    /// Whether it keeps the state after the step for those who join.
+    Shares {
+        step: u64,
+        answer: Result<bool, LinkError>,
+    },
+    /// It was told to keep such a state no more.
+    Unshared,
     /// Who held which bits before the step, of those who answered.
     Judged {
         step: u64,
@@ -217,6 +241,7 @@ impl<L: TrainerLink> Crew<L> {
             ticket: 0,
             incarnation: None,
             refused: None,
+            given_up: None,
             attempts: Attempts::default(),
             naps: false,
             member: None,
@@ -331,8 +356,8 @@ impl<L: TrainerLink> Crew<L> {
     /// The trainer that follows takes part from `step`.
     pub(super) fn ready(&mut self, index: usize, step: u64) {
         let slot = &mut self.slots[index];
-        slot.presence = Presence::Ready;
-        slot.attempts.succeeded(step);
+        (slot.presence, slot.given_up) = (Presence::Ready, None);
+        slot.attempts.succeeded(step, Instant::now());
     }
 
     /// Listens to a trainer in the background.
@@ -415,7 +440,13 @@ impl<L: TrainerLink> Crew<L> {
                 // The notice is withdrawn, or the process is gone already: the greeting tells.
                 tracing::debug!(%error, index, "a trainer did not do as it was told");
             }
-            let mut pause = pause;
+            if pause < WATCHED_FROM {
+                tokio::time::sleep(pause).await;
+            } else if tokio::time::timeout(pause, link.ended()).await.is_ok() {
+                // What is seen of it may be older than its end.
+                tokio::time::sleep(GREET_PAUSE_FIRST).await;
+            }
+            let mut pause = Duration::ZERO;
             loop {
                 tokio::time::sleep(pause).await;
                 match link.greet().await {

@@ -13,10 +13,14 @@ use mobula_storage::checkpoint::Piece;
 use super::crew::{LinkError, Preparation, TrainerLink};
 use super::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
 use super::named_actor::NamedActor;
+use super::parts::PART_BYTES;
 use super::protocol::leader::StateDigest;
 use super::protocol::plan::Plan;
 use super::spec::TrainSpec;
 use super::trainer::{Trainer, TrainerCalls, trainer_name};
+use delivery::deliver;
+
+mod delivery;
 
 /// How long one greeting waits for a trainer that is still to be placed or started.
 const GREET_MAX: Duration = Duration::from_secs(20);
@@ -33,8 +37,8 @@ const SILENT_MAX: Duration = Duration::from_millis(1250);
 /// After this the head is asked whether a silent trainer still lives: a little later than it would have
 /// said so itself. On its own machine the end of a process is known at once, by its closed socket.
 const SUSPECT_AFTER: Duration = Duration::from_millis(150);
-/// Bytes of a state that travel in one call.
-const PIECE_BYTES: usize = 4 << 20;
+/// How long a trainer may take to get some parts of a state from others; it says so itself when they do not come.
+const FETCH_MAX: Duration = Duration::from_secs(60);
 /// How long a trainer may take to store some pieces of a checkpoint: 32 MiB at half a megabyte a second.
 const STORE_MAX: Duration = Duration::from_secs(60);
 /// How long it may take to leave.
@@ -89,7 +93,7 @@ impl ClusterLink {
             } else {
                 PIECE_MAX
             };
-            let call = actor.state(state.len() as u64, PIECE_BYTES as u64);
+            let call = actor.state(state.len() as u64, PART_BYTES as u64);
             let piece = self.unless_it_ends(call.timeout(limit)).await?;
             let piece = piece.map_err(|failure| self.failed(failure))?;
             if piece.is_empty() {
@@ -116,6 +120,18 @@ impl ClusterLink {
         handover.map_err(|error| self.broken(error))
     }
 
+    /// The start `known` is over: the next call goes to another one, unless that was met meanwhile.
+    fn note_end(&self, known: Incarnation) {
+        let order = Ordering::Relaxed;
+        let met = self
+            .0
+            .incarnation
+            .compare_exchange(known.0, 0, order, order);
+        if met.is_ok() {
+            self.0.actor.moved();
+        }
+    }
+
     fn failed(&self, failure: CallFailure<TrainerError>) -> LinkError {
         match failure {
             CallFailure::User(error) => LinkError::Trainer(error),
@@ -138,8 +154,7 @@ impl ClusterLink {
         tokio::select! {
             answer = call.into_future() => Ok(answer),
             () = ended => {
-                self.0.incarnation.store(0, Ordering::Relaxed);
-                self.0.actor.moved();
+                self.note_end(known);
                 Err(LinkError::Lost("its process has ended".to_owned()))
             }
         }
@@ -166,18 +181,36 @@ impl TrainerLink for ClusterLink {
         Ok(greeting)
     }
 
+    async fn ended(&self) {
+        let known = Incarnation(self.0.incarnation.load(Ordering::Relaxed));
+        // Where it was never met, or its end is known, there is nothing to wait for.
+        if known != Incarnation::default() {
+            self.0.actor.ended(known).await;
+            self.note_end(known);
+        }
+    }
+
     async fn prepare(&self, order: Preparation) -> Result<Admission, LinkError> {
-        let Preparation { plan, state, probe } = order;
+        let Preparation {
+            plan,
+            state,
+            shared,
+            probe,
+        } = order;
         let actor = self.0.actor.get().await.map_err(lost)?;
         let send = async {
-            let mut offset = 0;
-            for piece in state.chunks(PIECE_BYTES) {
-                let call = actor.receive(plan.epoch, offset, piece.to_vec());
-                call.timeout(PIECE_MAX).await?;
-                offset += piece.len() as u64;
-            }
+            let (epoch, step) = (plan.epoch, shared.as_ref().map_or(0, |shared| shared.step));
+            let fetch = |parts: Vec<Piece>, from: Vec<u32>| {
+                let call = actor.fetch(epoch, step, parts, from);
+                call.timeout(FETCH_MAX).into_future()
+            };
+            let receive = |offset: u64, bytes: Vec<u8>| {
+                let call = actor.receive(epoch, offset, bytes);
+                call.timeout(PIECE_MAX).into_future()
+            };
+            deliver(&state, shared.as_ref(), fetch, receive).await?;
             actor
-                .prepare(plan, offset, probe)
+                .prepare(plan, state.len() as u64, probe)
                 .timeout(PREPARE_MAX)
                 .await
         };
@@ -223,6 +256,20 @@ impl TrainerLink for ClusterLink {
     async fn release(&self, step: u64) -> Result<(), LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
         let answer = actor.release(step).timeout(SILENT_MAX).await;
+        answer.map_err(|error| self.broken(error))
+    }
+
+    async fn share(&self, step: u64) -> Result<bool, LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        // It says so between two shards, and nobody waits for that.
+        let call = actor.share(step).timeout(PIECE_MAX);
+        let answer = self.unless_it_ends(call).await?;
+        answer.map_err(|error| self.broken(error))
+    }
+
+    async fn unshare(&self, step: u64) -> Result<(), LinkError> {
+        let actor = self.0.actor.get().await.map_err(lost)?;
+        let answer = actor.unshare(step).timeout(PIECE_MAX).await;
         answer.map_err(|error| self.broken(error))
     }
 

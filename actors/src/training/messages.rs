@@ -69,6 +69,15 @@ pub struct Admission {
     pub probe: Probe,
 }
 
+/// What a trainer that joins has got of some parts of a state from those who keep it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Fetched {
+    /// The first byte of each part that nobody gave: the driver gives those, in this order.
+    pub missing: Vec<u64>,
+    /// The trainers that are not worth being asked again.
+    pub failed: Vec<u32>,
+}
+
 /// The state that a replica holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
@@ -186,6 +195,9 @@ pub enum TrainerError {
     /// Something is out of its reach for now, such as the object store with its data. Another trainer may have it.
     #[error("{0}; this trainer is asked again later")]
     Hindered(String),
+    /// It gives no such part of a state to one that joins: another trainer has to, or the driver.
+    #[error("{0}")]
+    NotGiven(String),
 }
 
 #[cfg(test)]

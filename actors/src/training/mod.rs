@@ -27,7 +27,7 @@
 //!   between them and runs a member; [`shape`] has the sizes.
 //! * [`coordinator`] says who takes part and follows the steps; [`crew`] knows who is there.
 //! * [`trainer`] is the actor; [`replica`] is its copy of the model; [`messages`] is what coordinator and
-//!   trainers say; [`link`] is the way between them.
+//!   trainers say; [`link`] is the way between them, and [`parts`] is how trainers take a state from each other.
 //! * [`record`] is what a run was and [`trace`] how its states went; [`replay`] makes it once more and
 //!   compares.
 //! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
@@ -62,6 +62,7 @@ mod chronicle;
 mod departure;
 mod finishing;
 mod helpers;
+mod kept;
 mod meters;
 
 pub mod checkpointing;
@@ -74,6 +75,7 @@ pub mod job_log;
 pub mod link;
 pub mod messages;
 pub mod named_actor;
+pub mod parts;
 pub mod pauses;
 mod permission;
 pub mod preemption;

@@ -230,10 +230,12 @@ impl Model {
         let count = self.classes()?;
         let scores = self.outputs(features)?;
         let probabilities = softmax(&scores, count);
-        let rows = || probabilities.chunks_exact(count);
+        let rows = || scores.chunks_exact(count);
+        // As `predictions` has them: probabilities may be equal where scores are not.
         let classes: Vec<u32> = rows().map(most_probable).collect();
-        let energies = rows()
-            .zip(scores.chunks_exact(count))
+        let energies = probabilities
+            .chunks_exact(count)
+            .zip(rows())
             .zip(&classes)
             .map(|((probabilities, scores), class)| {
                 let class = *class as usize;

@@ -7,8 +7,8 @@
 //! 3. The gradient's norm is a sum in `f64` within each parameter, in the order of
 //!    [`square_sum`], then over parameters in name order.
 //! 4. A gradient that is not finite changes nothing and is reported with the parameter's name.
-//! 5. Parameters that are not finite are never those of a step that was taken: the update that makes them is reported with
-//!    the parameter's name, and who has made it drops the state.
+//! 5. Parameters and moments that are not finite are never those of a step that was taken: the update that makes them is
+//!    reported with the tensor's name, and who has made it drops the state.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -21,9 +21,13 @@ use super::model::{ModelError, check_length};
 use super::reduction::Partial;
 use super::schedule::Schedule;
 use super::spec::TrainSpec;
-use super::state::TrainState;
+use super::state::{TrainState, tensor_name};
 use crate::kernels::Execution;
 use crate::kernels::update::{AdamwUpdate, SgdUpdate, square_sum};
+
+/// Where a step's gradient, as the update takes it, has a smaller norm than this, the square of each of its values is below
+/// half of the largest `f32`, and so is a mean of such squares: no moment can have overflowed.
+const NORM_OF_SAFE_SQUARES: f64 = 1.3e19;
 
 /// Which rule updates the parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -100,15 +104,17 @@ pub enum StepError {
         /// The first such parameter in name order.
         parameter: String,
     },
-    /// The update has made a parameter larger than an `f32` can be, or no number. The state is of no use any more.
+    /// The update has made a parameter, or a moment of the optimizer, larger than an `f32` can be, or no number. The state
+    /// is of no use any more: what has an infinite mean square is never changed again.
     #[error(
-        "step {step}: after its update {parameter} is not finite; the loss has diverged, lower the learning rate or set clip_norm"
+        "step {step}: after its update {tensor} is not finite; the loss has diverged, lower the learning rate or set clip_norm"
     )]
     Overflow {
         /// The step.
         step: u64,
-        /// The first such parameter in name order.
-        parameter: String,
+        /// The first such parameter in name order; if all of them are finite the first such moment, under the name that it
+        /// has in checkpoints.
+        tensor: String,
     },
 }
 
@@ -260,7 +266,7 @@ impl Optimizer {
             }
         }
         let step = state.step;
-        self.check_updated(&state.params, step)?;
+        self.check_updated(state, gradient_norm * clipped)?;
         state.step += 1;
         Ok(StepReport {
             step,
@@ -271,21 +277,34 @@ impl Optimizer {
         })
     }
 
-    /// Refuses parameters that an update has made infinite or no numbers: finite sums of gradients times a large rate may,
-    /// and the next gradient would tell only after such a state was saved.
-    fn check_updated(&self, params: &[f32], step: u64) -> Result<(), StepError> {
+    /// Refuses values that an update by a gradient of `norm` has made infinite or no numbers. Parameters: finite sums of
+    /// gradients times a large rate may, and the next gradient would tell only after such a state was saved. Moments: the
+    /// square of a finite gradient may, and then the parameter stands still and no gradient tells.
+    fn check_updated(&self, state: &TrainState, norm: f64) -> Result<(), StepError> {
         let is_finite = |values: &[f32]| square_sum(Execution::current(), values).is_finite();
-        // One pass over a seventh of what an update of AdamW reads and writes; names are looked for only where one is needed.
-        if is_finite(params) {
-            return Ok(());
+        // One pass over a seventh of what an update of AdamW reads and writes, and moments only where one may have
+        // overflowed; a mean of gradients (SGD's too) cannot without its parameter. Names are looked for only where one is
+        // needed.
+        let looked_at = match norm < NORM_OF_SAFE_SQUARES {
+            true => 1,
+            false => 1 + state.moments.len(),
+        };
+        for (index, values) in state.vectors().take(looked_at).enumerate() {
+            if is_finite(values) {
+                continue;
+            }
+            let mut slots = self.layout.slots.iter();
+            let spoilt = slots.find(|slot| !is_finite(&values[slot.range()]));
+            let spoilt = spoilt.expect("each value belongs to a parameter");
+            return Err(StepError::Overflow {
+                step: state.step,
+                tensor: match index {
+                    0 => spoilt.name.clone(),
+                    _ => tensor_name(index, &spoilt.name),
+                },
+            });
         }
-        let mut slots = self.layout.slots.iter();
-        let spoilt = slots.find(|slot| !is_finite(&params[slot.range()]));
-        let spoilt = spoilt.expect("each value belongs to a parameter");
-        Err(StepError::Overflow {
-            step,
-            parameter: spoilt.name.clone(),
-        })
+        Ok(())
     }
 
     fn norm(&self, grads: &[f32], step: u64) -> Result<f64, StepError> {

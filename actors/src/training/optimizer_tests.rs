@@ -220,6 +220,40 @@ fn an_update_that_makes_parameters_infinite_is_refused_with_the_first_ones_name(
 }
 
 #[test]
+fn a_mean_square_that_overflows_is_refused_with_its_tensors_name() {
+    let mut spec = spec(ADAMW);
+    let workload = workload(&spec);
+    let layout = workload.layout();
+    let initial = TrainState::initial(&workload);
+    let slot = layout.slot("dense.1.weight").unwrap();
+    // The last value, alone: the mean gradient is finite, and each parameter stays so.
+    let sums = |mean: f32| {
+        let mut sums = root(&spec, &initial, 0.0);
+        sums.grads[slot.range().end - 1] = mean * spec.global_batch as f32;
+        sums
+    };
+    let [safe, large, overflowing] = [1e18, 1.5e19, 1e20].map(sums);
+    let optimizer = Optimizer::new(&spec, layout);
+    for taken in [&safe, &large] {
+        let mut state = initial.clone();
+        optimizer.step(&mut state, taken).unwrap();
+        assert!(state.moments[1].iter().all(|square| square.is_finite()));
+    }
+    let mut state = initial.clone();
+    let error = optimizer.step(&mut state, &overflowing).unwrap_err();
+    assert!(error.spoils_state());
+    let text = error.to_string();
+    let expected = "step 0: after its update moments.1.dense.1.weight is not finite; the loss";
+    assert!(text.starts_with(expected), "{text}");
+    assert!(state.params.iter().all(|value| value.is_finite()));
+    // What is clipped cannot overflow.
+    spec.clip_norm = Some(1.0);
+    let mut state = initial.clone();
+    let optimizer = Optimizer::new(&spec, layout);
+    optimizer.step(&mut state, &overflowing).unwrap();
+}
+
+#[test]
 fn large_finite_parameters_are_taken() {
     let mut spec = spec(OptimizerSpec::Sgd { momentum: 0.0 });
     spec.weight_decay = 0.0;

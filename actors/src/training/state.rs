@@ -170,11 +170,10 @@ impl TrainState {
         let mut sections = vec![("header".to_owned(), 0, HEADER_BYTES as u64)];
         for index in 0..=self.moments.len() {
             let start = HEADER_BYTES as u64 + index as u64 * vector_bytes;
-            let vector = vector_name(index);
             sections.extend(layout.slots.iter().map(|slot| {
                 let offset = start + slot.offset as u64 * 4;
                 (
-                    format!("{vector}.{}", slot.name),
+                    tensor_name(index, &slot.name),
                     offset,
                     slot.value_count() as u64 * 4,
                 )
@@ -185,11 +184,10 @@ impl TrainState {
 
     /// The shape of each tensor of [`TrainState::sections`], by its name.
     pub fn shapes(&self, layout: &Layout) -> BTreeMap<String, Vec<usize>> {
-        let vectors = (0..=self.moments.len()).map(vector_name);
-        vectors
-            .flat_map(|vector| {
+        (0..=self.moments.len())
+            .flat_map(|index| {
                 let shape = move |slot: &ParameterSlot| {
-                    (format!("{vector}.{}", slot.name), slot.shape.clone())
+                    (tensor_name(index, &slot.name), slot.shape.clone())
                 };
                 layout.slots.iter().map(shape)
             })
@@ -260,11 +258,11 @@ impl TrainState {
     }
 }
 
-/// What the parameters (0) or a moment is called in names of tensors.
-fn vector_name(index: usize) -> String {
+/// What the tensor of a parameter is called among the parameters (0), or in a moment (from 1 on).
+pub(super) fn tensor_name(index: usize, parameter: &str) -> String {
     match index {
-        0 => "params".to_owned(),
-        _ => format!("moments.{}", index - 1),
+        0 => format!("params.{parameter}"),
+        _ => format!("moments.{}.{parameter}", index - 1),
     }
 }
 

@@ -13,18 +13,18 @@ use mobula_storage::blob::BlobError;
 use mobula_storage::checkpoint::{CheckpointSource, CheckpointWriter, Piece};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::collective::cluster::Met;
 use super::collective::parcel::Parcel;
-use super::collective::runner::{Board, Runner, RunnerHandle};
+use super::collective::runner::Runner;
 use super::collective::segment::SegmentName;
 use super::collective::{ClusterCollective, SharedMemory};
 use super::data::Files;
 use super::device::WatchedGpu;
-use super::messages::{Admission, Epoch, Greeting, Handover, Held, News, TrainerError};
+use super::messages::{Admission, Epoch, Fetched, Greeting, Handover, Held, News, TrainerError};
 use super::meters::process_cpu_time;
 use super::numerics::Probe;
 use super::protocol::exchange::{Ask, Contribution, Refusal};
@@ -37,6 +37,13 @@ use super::snapshot::StateSnapshot;
 use super::spec::TrainSpec;
 use crate::kernels::memory::keep_freed_memory;
 use crate::storage::open_blobs;
+use arriving::Arriving;
+use inner::{Inner, Running, Shared, Shown};
+use pulling::GIVEN_AT_ONCE;
+
+mod arriving;
+mod inner;
+mod pulling;
 
 /// A trainer that has nothing to say says so after this: its silence would mean that it is lost.
 const NEWS_EVERY: Duration = Duration::from_millis(100);
@@ -55,37 +62,9 @@ pub struct Trainer {
     gpu: WatchedGpu,
     /// One state is taken over at a time.
     turn: tokio::sync::Mutex<()>,
+    /// For parts of a state that are read for others.
+    giving: Semaphore,
     inner: Mutex<Inner>,
-}
-
-struct Inner {
-    epoch: Epoch,
-    replica: Arc<Mutex<Replica>>,
-    /// A state on its way here.
-    arriving: Vec<u8>,
-    /// A copy of the own state, on its way to a driver.
-    leaving: Vec<u8>,
-    /// What the last driver that left has left here for the next.
-    handover: Option<Handover>,
-    /// States that were taken over.
-    entries: u64,
-    /// For sums to and from processes of this machine; there from the first state on.
-    memory: Option<Arc<SharedMemory>>,
-    running: Option<Running>,
-}
-
-#[derive(Clone)]
-struct Shown {
-    member: MemberId,
-    memory: Arc<SharedMemory>,
-    handle: RunnerHandle,
-    board: watch::Receiver<Board>,
-}
-
-struct Running {
-    shown: Shown,
-    /// Ends the runner when it is dropped.
-    _task: JoinSet<()>,
 }
 
 /// The name of trainer number `slot` of a job.
@@ -112,11 +91,13 @@ impl Trainer {
             writer,
             gpu: WatchedGpu::of(spec.device),
             turn: tokio::sync::Mutex::default(),
+            giving: Semaphore::new(GIVEN_AT_ONCE),
             inner: Mutex::new(Inner {
                 epoch: Epoch::default(),
                 replica: Arc::new(Mutex::new(Replica::reading(spec.clone(), files))),
-                arriving: Vec::new(),
+                arriving: Arriving::default(),
                 leaving: Vec::new(),
+                shared: None,
                 handover: None,
                 entries: 0,
                 memory: None,
@@ -148,14 +129,27 @@ impl Trainer {
         if offset == 0 {
             inner.arriving.clear();
         }
-        let expected = inner.arriving.len() as u64;
+        let expected = inner.arriving.length();
         let limit = state_bytes_max(&self.spec);
         if offset != expected || expected + piece.len() as u64 > limit {
             let found = offset;
             return Err(TrainerError::Misplaced { found, expected });
         }
-        inner.arriving.extend_from_slice(&piece);
+        inner.arriving.extend(&piece);
         Ok(())
+    }
+
+    /// Takes the next parts of a state, after `step`, from the trainers `from` that keep it for others; the first order
+    /// begins at byte 0. Before the next one comes, the driver sends what is missing.
+    pub async fn fetch(
+        &self,
+        ctx: &ActorContext,
+        epoch: Epoch,
+        step: u64,
+        parts: Vec<Piece>,
+        from: Vec<u32>,
+    ) -> Result<Fetched, TrainerError> {
+        self.pull(&ctx.cluster(), epoch, step, &parts, &from).await
     }
 
     /// Takes over the state that has arrived, of so many bytes, and follows `plan` from there. A trainer that
@@ -172,14 +166,14 @@ impl Trainer {
         let (bytes, old) = {
             let mut inner = self.inner.lock();
             inner.admit(plan.epoch)?;
-            let bytes = std::mem::take(&mut inner.arriving);
+            let bytes = inner.arriving.take();
             if bytes.len() as u64 != length_bytes {
                 return Err(TrainerError::Misplaced {
                     found: length_bytes,
                     expected: bytes.len() as u64,
                 });
             }
-            inner.running = None;
+            (inner.running, inner.shared) = (None, None);
             (bytes, Arc::clone(&inner.replica))
         };
         let (replica, held, probe, value_count) = blocking(move || {
@@ -396,7 +390,8 @@ impl Trainer {
 
     /// Stores `pieces` of the state after `step`, each only if it is the one that was meant.
     pub async fn store(&self, step: u64, pieces: Vec<Piece>) -> Result<(), TrainerError> {
-        let state: Arc<dyn CheckpointSource> = self.kept(step).await?;
+        let kept = self.kept(step, Replica::kept).await;
+        let state: Arc<dyn CheckpointSource> = kept.ok_or(TrainerError::NotKept { step })?;
         let length = state.length_bytes();
         let is_inside = |piece: &Piece| {
             let end = piece.offset.checked_add(piece.chunk.length);
@@ -419,6 +414,30 @@ impl Trainer {
         blocking(move || replica.lock().release(step)).await;
     }
 
+    /// Keeps the state as it is or will be after `step` for trainers that join, and no other. Answers whether it can: it
+    /// cannot where that step is over.
+    pub async fn share(&self, step: u64) -> bool {
+        let replica = Arc::clone(&self.inner.lock().replica);
+        let can = blocking(move || replica.lock().share(step)).await;
+        self.inner.lock().shared = can.then_some(Shared { step, state: None });
+        can
+    }
+
+    /// A part of that state, for a trainer that joins.
+    pub async fn part(&self, step: u64, part: Piece) -> Result<Vec<u8>, TrainerError> {
+        self.give(step, part).await
+    }
+
+    /// Keeps that state no more.
+    pub async fn unshare(&self, step: u64) {
+        let replica = {
+            let mut inner = self.inner.lock();
+            inner.shared.take_if(|shared| shared.step == step);
+            Arc::clone(&inner.replica)
+        };
+        blocking(move || replica.lock().unshare(step)).await;
+    }
+
     /// Leaves a node that was given notice: it is started elsewhere, without state.
     pub async fn leave(&self, ctx: &ActorContext) -> Result<(), mobula::Error> {
         ctx.yield_now().await
@@ -436,15 +455,15 @@ impl Trainer {
         held.map(|held| (shown.member, held))
     }
 
-    /// The state after `step`, as soon as it is there.
-    async fn kept(&self, step: u64) -> Result<Arc<StateSnapshot>, TrainerError> {
+    /// The state after `step`, as soon as it is there, if it is kept for what `look` looks for.
+    async fn kept(&self, step: u64, look: fn(&Replica, u64) -> Kept) -> Option<Arc<StateSnapshot>> {
         let end = Instant::now() + KEPT_MAX;
         loop {
             let replica = Arc::clone(&self.inner.lock().replica);
-            match blocking(move || replica.lock().kept(step)).await {
-                Kept::Here(state) => return Ok(state),
+            match blocking(move || look(&replica.lock(), step)).await {
+                Kept::Here(state) => return Some(state),
                 Kept::Coming if Instant::now() < end => tokio::time::sleep(KEPT_PAUSE).await,
-                Kept::Coming | Kept::Never => return Err(TrainerError::NotKept { step }),
+                Kept::Coming | Kept::Never => return None,
             }
         }
     }
@@ -457,32 +476,6 @@ impl Trainer {
         } else {
             Err(TrainerError::Other(meant))
         }
-    }
-}
-
-impl Inner {
-    fn admit(&mut self, epoch: Epoch) -> Result<(), TrainerError> {
-        if epoch < self.epoch {
-            return Err(TrainerError::Stale {
-                found: epoch,
-                current: self.epoch,
-            });
-        }
-        self.epoch = epoch;
-        Ok(())
-    }
-
-    fn shown(&self) -> Result<Shown, TrainerError> {
-        let running = self.running.as_ref().ok_or(TrainerError::Unprepared)?;
-        Ok(running.shown.clone())
-    }
-}
-
-impl Shown {
-    /// Why the runner does not answer any more.
-    fn ended(&self) -> TrainerError {
-        let failed = self.board.borrow().failed.clone();
-        failed.unwrap_or(TrainerError::Unprepared)
     }
 }
 

@@ -4,6 +4,7 @@ use mobula_storage::blob::{BlobStore, S3Options};
 
 use super::*;
 use crate::training::collective::InProcess;
+use crate::training::parts::parts_of;
 use crate::training::protocol::leader::Leader;
 use crate::training::shape::leader_shape;
 
@@ -49,11 +50,13 @@ fn alone() -> (Trainer, MemberId, Arc<Mutex<Replica>>) {
         writer: CheckpointWriter::new(blobs),
         gpu: WatchedGpu::of(spec.device),
         turn: tokio::sync::Mutex::default(),
+        giving: Semaphore::new(GIVEN_AT_ONCE),
         inner: Mutex::new(Inner {
             epoch: Epoch::first_of(1),
             replica: Arc::clone(&replica),
-            arriving: Vec::new(),
+            arriving: Arriving::default(),
             leaving: Vec::new(),
+            shared: None,
             handover: None,
             entries: 1,
             memory: None,
@@ -94,4 +97,102 @@ async fn what_a_trainer_holds_is_told_while_it_computes() {
     };
     let ended = tokio::time::timeout(STEPS_MAX, ended).await;
     ended.expect("it holds nothing that could go on");
+}
+
+#[tokio::test]
+async fn what_is_kept_for_those_who_join_is_given_in_parts_until_it_is_kept_no_more() {
+    let (trainer, _, replica) = alone();
+    let taken = async {
+        while trainer.held().is_none_or(|(_, held)| held.step < STEPS) {
+            tokio::task::yield_now().await;
+        }
+    };
+    let taken = tokio::time::timeout(STEPS_MAX, taken).await;
+    taken.expect("it takes its steps");
+    assert!(!trainer.share(STEPS - 1).await, "that step is over");
+    assert!(trainer.share(STEPS).await);
+    let bytes = replica.lock().state().unwrap();
+    let parts = parts_of(&bytes, 10_000);
+    let mut joined = Vec::new();
+    for part in &parts {
+        joined.extend(trainer.part(STEPS, *part).await.unwrap());
+    }
+    assert!(joined == bytes);
+    let mut beyond = parts[0];
+    beyond.offset = bytes.len() as u64 - 1;
+    for (step, part) in [(STEPS, beyond), (STEPS - 1, parts[0])] {
+        let error = trainer.part(step, part).await.unwrap_err();
+        assert!(matches!(error, TrainerError::NotGiven(_)), "{error}");
+    }
+    trainer.unshare(STEPS - 1).await;
+    assert!(trainer.part(STEPS, parts[0]).await.is_ok(), "another step");
+    trainer.unshare(STEPS).await;
+    let error = trainer.part(STEPS, parts[0]).await.unwrap_err();
+    assert!(matches!(error, TrainerError::NotGiven(_)), "{error}");
+}
+
+#[tokio::test]
+async fn parts_that_do_not_follow_what_has_arrived_are_not_asked_for() {
+    let (trainer, ..) = alone();
+    let epoch = Epoch::first_of(1);
+    let parts = parts_of(&[7; 100], 10);
+    trainer.receive(epoch, 0, vec![7; 10]).await.unwrap();
+    assert_eq!(trainer.begin_pull(epoch, &parts[1..4]), Ok(10));
+    let apart = [parts[1], parts[3]];
+    for wrong in [&parts[2..], &apart[..]] {
+        let error = trainer.begin_pull(epoch, wrong).unwrap_err();
+        assert!(matches!(error, TrainerError::Misplaced { .. }), "{error}");
+    }
+    let error = trainer.begin_pull(Epoch::default(), &parts).unwrap_err();
+    assert!(matches!(error, TrainerError::Stale { .. }), "{error}");
+    // The first part is the beginning of another state.
+    assert_eq!(trainer.begin_pull(epoch, &parts), Ok(0));
+    assert_eq!(trainer.inner.lock().arriving.length(), 0);
+}
+
+#[tokio::test]
+async fn few_parts_are_read_at_once_and_who_asks_for_another_waits() {
+    let (trainer, _, replica) = alone();
+    assert!(trainer.share(STEPS).await);
+    let taken = async {
+        // The first who asks waits for the step.
+        while !matches!(replica.lock().shared(STEPS), Kept::Here(_)) {
+            tokio::task::yield_now().await;
+        }
+    };
+    let taken = tokio::time::timeout(STEPS_MAX, taken).await;
+    taken.expect("it takes its steps");
+    let bytes = replica.lock().state().unwrap();
+    let part = parts_of(&bytes, 10_000)[0];
+    trainer.part(STEPS, part).await.unwrap();
+    let all = trainer.giving.acquire_many(GIVEN_AT_ONCE as u32).await;
+    let mut asked = Box::pin(trainer.part(STEPS, part));
+    assert!(futures::poll!(asked.as_mut()).is_pending());
+    drop(all);
+    let free = trainer.giving.available_permits();
+    assert_eq!(free, GIVEN_AT_ONCE - 1, "it has waited for its turn");
+    assert_eq!(asked.await.unwrap().len() as u64, part.chunk.length);
+    assert_eq!(trainer.giving.available_permits(), GIVEN_AT_ONCE);
+}
+
+#[tokio::test]
+async fn what_is_kept_for_those_who_join_does_not_outlive_the_driver_that_asked_for_it() {
+    let (trainer, _, replica) = alone();
+    // No such step: it is wanted for as long as it is not ended.
+    let step = STEPS + 1;
+    assert!(trainer.share(step).await);
+    let first = Epoch::first_of(1).next();
+    trainer.receive(first, 0, Vec::new()).await.unwrap();
+    assert!(trainer.inner.lock().shared.is_some(), "the same driver");
+    assert!(matches!(replica.lock().shared(step), Kept::Coming));
+    let next = Epoch::first_of(2);
+    trainer.receive(next, 0, Vec::new()).await.unwrap();
+    assert!(trainer.inner.lock().shared.is_none());
+    let ended = async {
+        while !matches!(replica.lock().shared(step), Kept::Never) {
+            tokio::task::yield_now().await;
+        }
+    };
+    let ended = tokio::time::timeout(STEPS_MAX, ended).await;
+    ended.expect("it is kept no more");
 }

@@ -32,7 +32,7 @@ pub enum FaultKind {
     RollingRestart,
     /// A head is removed from the group, loses its disk, and joins under a new id.
     ReplaceHead,
-    /// A worker's machine is announced to be taken away, is when the time is over, and comes back.
+    /// Workers' machines are announced to be taken away, are when the time is over, and come back.
     Notice,
 }
 
@@ -80,6 +80,10 @@ pub enum Victim {
     Heads,
     /// A worker, drawn.
     Worker,
+    /// Of the workers on which something of the job that trains runs, one, drawn.
+    TrainingWorker,
+    /// All workers at once.
+    Workers,
     /// The process of the workload's counter.
     Counter,
     /// The process of a trainer of the job that trains, drawn.
@@ -93,6 +97,14 @@ impl Victim {
     #[must_use]
     pub fn is_of_job(self) -> bool {
         matches!(self, Victim::Counter | Victim::Trainer | Victim::Driver)
+    }
+
+    /// Whether it is found by a job that trains.
+    fn needs_training(self) -> bool {
+        matches!(
+            self,
+            Victim::Trainer | Victim::Driver | Victim::TrainingWorker | Victim::Workers
+        )
     }
 }
 
@@ -133,6 +145,9 @@ pub struct FaultPlan {
     /// For disturbances: how late packets are.
     #[serde(default)]
     pub delay_ms: (u64, u64),
+    /// For notices: how many of them are given to all workers at once, whoever the target is.
+    #[serde(default)]
+    pub all_workers_percent: f64,
 }
 
 impl FaultPlan {
@@ -174,7 +189,14 @@ impl FaultPlan {
                  of them; this is `{name}`"
             ));
         }
-        for percent in [self.loss_percent, self.duplicate_percent] {
+        if self.all_workers_percent > 0.0 && kind != FaultKind::Notice {
+            return Some(format!("`all_workers_percent` means nothing to `{name}`"));
+        }
+        for percent in [
+            self.loss_percent,
+            self.duplicate_percent,
+            self.all_workers_percent,
+        ] {
             if !(0.0..=100.0).contains(&percent) {
                 return Some(format!("{percent} percent: allowed are 0 to 100"));
             }
@@ -190,27 +212,34 @@ impl FaultPlan {
         }
         let target = self.target();
         let fits = match kind {
+            FaultKind::Notice => matches!(
+                target,
+                Victim::Worker | Victim::TrainingWorker | Victim::Workers
+            ),
+            _ if matches!(target, Victim::TrainingWorker | Victim::Workers) => false,
             FaultKind::Kill => true,
             _ if target == Victim::Heads => false,
             FaultKind::FillDisk | FaultKind::FreezeDisk | FaultKind::ReplaceHead => {
                 matches!(target, Victim::Leader | Victim::Head)
             }
             FaultKind::Pause => target != Victim::Counter,
-            FaultKind::Notice => target == Victim::Worker,
             _ => !target.is_of_job(),
         };
         if !fits {
             return Some(format!("`{name}` cannot hit that target"));
         }
-        if target == Victim::Worker && scenario.cluster.workers == 0 {
+        let hits_worker = matches!(
+            target,
+            Victim::Worker | Victim::TrainingWorker | Victim::Workers
+        );
+        if hits_worker && scenario.cluster.workers == 0 {
             return Some("there is no worker to hit: give [cluster] some".into());
         }
         if target == Victim::Counter && scenario.workload.increments_per_second <= 0.0 {
             return Some("there is no counter: give `increments_per_second` in [workload]".into());
         }
-        if matches!(target, Victim::Trainer | Victim::Driver)
-            && scenario.workload.training.is_none()
-        {
+        let needs_training = target.needs_training() || self.all_workers_percent > 0.0;
+        if needs_training && scenario.workload.training.is_empty() {
             return Some("nothing trains: give `training` in [workload]".into());
         }
         if kind == FaultKind::ReplaceHead && scenario.cluster.heads < 3 {

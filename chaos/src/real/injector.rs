@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use mobula::core::id::JobId;
-use mobula_wire::control::{PreemptNodeRequest, RemoveHeadRequest};
+use mobula_wire::control::RemoveHeadRequest;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::task::block_in_place;
@@ -18,6 +18,7 @@ use super::cluster::RealCluster;
 use super::fault_plan::{FaultKind, FaultPlan, Peers, Victim};
 use super::leaks::is_of_run;
 use super::node::Node;
+use super::notices::Taken;
 use super::router::Disturbance;
 use super::timeline::Planned;
 use crate::faults::Target;
@@ -46,6 +47,8 @@ pub struct Done {
     pub healed_ms: u64,
     /// Where all heads were away: how long after their start one led and every worker answered through it.
     pub reconciled_ms: Option<u64>,
+    /// Where machines of a job that trains were taken away with notice: what of it ran there.
+    pub taken: Option<Taken>,
     /// When it began, by the machine's clock.
     #[serde(skip)]
     pub wall: SystemTime,
@@ -80,6 +83,7 @@ impl Injector {
             _ if planned.target.is_of_job() => self.hit_job(planned).await,
             _ if planned.target == Victim::Heads => self.black_out(planned).await,
             FaultKind::RollingRestart => self.rolling_restart(planned).await,
+            FaultKind::Notice => self.take_away(planned).await,
             kind => match self.victim(planned).await {
                 Some((node, was_leader)) => {
                     let at = self.began.elapsed();
@@ -105,6 +109,27 @@ impl Injector {
             at_ms: millis(at),
             healed_ms: millis(self.began.elapsed()),
             reconciled_ms: None,
+            taken: None,
+            wall,
+        });
+    }
+
+    /// A notice, of which it is known what it took where it was given for a job's sake.
+    pub(super) fn done_with_notice(
+        &self,
+        node: &str,
+        taken: Option<Taken>,
+        at: Duration,
+        wall: SystemTime,
+    ) {
+        self.record.lock().done.push(Done {
+            kind: FaultKind::Notice,
+            node: node.to_owned(),
+            was_leader: false,
+            at_ms: millis(at),
+            healed_ms: millis(self.began.elapsed()),
+            reconciled_ms: None,
+            taken,
             wall,
         });
     }
@@ -124,12 +149,13 @@ impl Injector {
             at_ms: millis(at),
             healed_ms: millis(self.began.elapsed()),
             reconciled_ms: Some(millis(reconciled)),
+            taken: None,
             wall,
         });
     }
 
     /// Whom a fault hits, and whether that one leads.
-    async fn victim(&self, planned: &Planned) -> Option<(Arc<Node>, bool)> {
+    pub(super) async fn victim(&self, planned: &Planned) -> Option<(Arc<Node>, bool)> {
         let drawn = |nodes: &[Arc<Node>]| {
             let count = u32::try_from(nodes.len()).ok()?;
             let position = planned.pick.checked_rem(count)?;
@@ -178,37 +204,10 @@ impl Injector {
                 block_in_place(|| disk.freeze(node.machine(), planned.lasts)).map_err(text)
             }
             FaultKind::ReplaceHead => self.replace(planned, node).await,
-            FaultKind::Notice => {
-                let _turn = turn(node)?;
-                let announced = tokio::time::timeout(planned.lasts, self.announce(planned, node));
-                let rest = tokio::time::Instant::now() + planned.lasts;
-                // Where nobody leads the cloud takes the machine all the same.
-                let announced = announced
-                    .await
-                    .unwrap_or_else(|_| Err("nobody heard of it".into()));
-                tokio::time::sleep_until(rest).await;
-                block_in_place(|| node.kill()).map_err(text)?;
-                self.start(node).await?;
-                announced
+            FaultKind::RollingRestart | FaultKind::Notice => {
+                unreachable!("has no single victim")
             }
-            FaultKind::RollingRestart => unreachable!("has no single victim"),
         }
-    }
-
-    /// Tells the cluster that the node's machine will be taken away.
-    async fn announce(&self, planned: &Planned, node: &Node) -> Result<(), String> {
-        let grace_ms = u64::try_from(planned.lasts.as_millis()).unwrap_or(u64::MAX);
-        let control = self.cluster.admin().control();
-        let announced = control.mutate("announce a preemption", |mut api, stamp| {
-            let request = PreemptNodeRequest {
-                stamp: Some(stamp),
-                node: 0,
-                name: node.name().to_owned(),
-                grace_ms,
-            };
-            async move { api.preempt_node(request).await }
-        });
-        announced.await.map(|_| ()).map_err(text)
     }
 
     async fn start(&self, node: &Arc<Node>) -> Result<(), String> {
@@ -408,6 +407,6 @@ pub(super) fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
-fn millis(time: Duration) -> u64 {
+pub(super) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

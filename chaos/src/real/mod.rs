@@ -13,8 +13,10 @@
 //! * [`machine`]: a thread with namespaces of its own, where this user may make them; [`router`]: the
 //!   network between them; [`disk`]: a small disk of a machine's own. [`node`]: a head's or worker's
 //!   process on one; [`machines`], [`cluster`]: all of them.
-//! * [`injector`]: does and heals faults; `blackout`: all heads away at once. [`traffic`]: what clients do and were told. [`job`]: the
-//!   programs that they submit; `training`: jobs that must end in the same bits. [`gaps`]: how long a fault was felt. `leaks`: what is left behind.
+//! * [`injector`]: does and heals faults; `blackout`: all heads away at once; `notices`: machines taken away with
+//!   notice. [`traffic`]: what clients do and were told. [`job`]: the
+//!   programs that they submit; `training`: jobs that must end in the same bits; `departures`: what their
+//!   drivers did about notices. [`gaps`]: how long a fault was felt. `leaks`: what is left behind.
 //! * [`runner`]: one run; `play`: what happens in it. [`outcome`]: its table.
 //!
 //! Invariants:
@@ -26,6 +28,7 @@
 mod blackout;
 pub mod cluster;
 mod counting;
+mod departures;
 mod device;
 pub mod disk;
 pub mod fault_plan;
@@ -36,6 +39,7 @@ mod leaks;
 pub mod machine;
 pub mod machines;
 pub mod node;
+mod notices;
 pub mod outcome;
 mod play;
 pub mod router;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::departures::Notices;
 use super::gaps::{Times, elections, longest_gap, recovery};
 use super::injector::Done;
 use super::machines::Isolation;
@@ -93,6 +94,8 @@ pub struct Outcome {
     pub felt: Felt,
     /// How each loss of a trainer was felt.
     pub next_steps: Vec<NextStep>,
+    /// What a run with notices showed; absent where none was given.
+    pub notices: Option<Notices>,
     /// Messages that workers refused because they came from a leader that was none any more.
     pub stale_refused: u64,
     /// What the network did; absent on loopback.
@@ -175,6 +178,17 @@ pub(super) fn enough(
     Check::of("enough happened to show something", had.join(", "), &short)
 }
 
+/// Times, for people.
+pub(super) fn shown(times: &Times) -> String {
+    match times.count {
+        0 => "-".to_owned(),
+        count => format!(
+            "p50 {} ms, p99 {} ms, longest {} ms, of {count}",
+            times.p50_ms, times.p99_ms, times.max_ms
+        ),
+    }
+}
+
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts = &self.counts;
@@ -186,13 +200,6 @@ impl fmt::Display for Outcome {
         let isolation = match self.isolation {
             Isolation::Namespaces => "a network namespace for each machine",
             Isolation::Loopback => "loopback, no networks of their own",
-        };
-        let times = |times: &Times| match times.count {
-            0 => "-".to_owned(),
-            count => format!(
-                "p50 {} ms, p99 {} ms, longest {} ms, of {count}",
-                times.p50_ms, times.p99_ms, times.max_ms
-            ),
         };
         let next_steps = self.next_steps.iter();
         let next_steps = next_steps.map(|step| Duration::from_millis(step.after_ms));
@@ -227,13 +234,16 @@ impl fmt::Display for Outcome {
                     counts.refused, counts.unknown
                 ),
             ),
-            ("write gap", times(&self.felt.write_gap)),
-            ("election", times(&self.felt.election)),
-            ("recovery", times(&self.felt.recovery)),
-            ("heads back", times(&self.felt.reconciled)),
-            ("step after a loss", times(&Times::of(next_steps.collect()))),
+            ("write gap", shown(&self.felt.write_gap)),
+            ("election", shown(&self.felt.election)),
+            ("recovery", shown(&self.felt.recovery)),
+            ("heads back", shown(&self.felt.reconciled)),
+            ("step after a loss", shown(&Times::of(next_steps.collect()))),
             ("stale messages refused", self.stale_refused.to_string()),
         ];
+        if let Some(notices) = &self.notices {
+            rows.extend(notices.rows());
+        }
         if let Some(network) = &self.network {
             rows.push((
                 "packets",
@@ -274,6 +284,7 @@ mod tests {
             at_ms,
             healed_ms: at_ms,
             reconciled_ms: None,
+            taken: None,
             wall,
         };
         let done = [

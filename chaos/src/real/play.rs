@@ -60,8 +60,8 @@ pub(super) async fn play(
         .await
         .map_err(failed)?;
     let stop = watch::Sender::new(false);
-    let plan = scenario.workload.training.as_ref();
-    let training = Training::start(plan, &cluster, stop.subscribe()).await;
+    let plans = &scenario.workload.training;
+    let training = Training::start(plans, &cluster, stop.subscribe()).await;
     let mut training = training.map_err(failed)?;
     let marks = dir.join("ran");
     let traffic = Arc::new(Traffic::new(
@@ -112,6 +112,7 @@ pub(super) async fn play(
         .await;
     let record = std::mem::take(&mut *injector.record.lock());
     let next_steps = training.next_steps(&record.done);
+    let notices = training.notices(&record.done);
     let logs = cluster.heads().iter().map(|head| head.log_file());
     let logs: Vec<String> = logs
         .filter_map(|log| std::fs::read_to_string(log).ok())
@@ -128,6 +129,7 @@ pub(super) async fn play(
     ];
     checks.extend(counted);
     checks.extend(trained);
+    checks.extend(training.check_notices(&scenario.checks, options.seed, length));
     let limits = &scenario.checks;
     checks.extend(
         [
@@ -168,6 +170,7 @@ pub(super) async fn play(
         counts,
         felt,
         next_steps,
+        notices,
         stale_refused,
         network: cluster.router().map(super::router::Router::carried),
         done: record.done,

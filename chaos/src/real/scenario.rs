@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::fault_plan::FaultPlan;
 
 /// The scenarios that come with the binary: their names and texts.
-pub const BUILT_IN: [(&str, &str); 11] = [
+pub const BUILT_IN: [(&str, &str); 12] = [
     (
         "leader-kill",
         include_str!("../../scenarios/leader-kill.toml"),
@@ -49,6 +49,10 @@ pub const BUILT_IN: [(&str, &str); 11] = [
         include_str!("../../scenarios/train-storm.toml"),
     ),
     (
+        "train-notices",
+        include_str!("../../scenarios/train-notices.toml"),
+    ),
+    (
         "trainer-loss",
         include_str!("../../scenarios/trainer-loss.toml"),
     ),
@@ -62,6 +66,9 @@ const CLIENTS_MAX: u32 = 256;
 
 /// Operations a second, over all clients of one kind.
 const RATE_MAX: f64 = 10_000.0;
+
+/// Kinds of training jobs.
+const TRAININGS_MAX: usize = 8;
 
 /// Why a scenario is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -136,21 +143,56 @@ pub struct Workload {
     /// Calls a second to a durable counter, each of which must count once.
     #[serde(default)]
     pub increments_per_second: f64,
-    /// Training jobs, one after the other, all of which must end in the same bits.
+    /// Training jobs, one after the other and of each kind in turn; all of a kind must end in the same
+    /// bits.
     #[serde(default)]
-    pub training: Option<TrainPlan>,
+    pub training: Vec<TrainPlan>,
 }
 
-/// The training jobs of a workload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+/// One kind of training jobs of a workload.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainPlan {
     /// Steps of each.
     pub steps: u64,
     /// Steps between checkpoints.
     pub checkpoint_every_steps: u64,
+    /// Trainers of each, at least: with fewer it waits.
+    #[serde(default = "default_trainers_min")]
+    pub trainers_min: u32,
     /// Trainers of each, at most.
     pub trainers_max: u32,
+    /// Widths of the network's hidden layers.
+    #[serde(default = "default_hidden")]
+    pub hidden: Vec<u32>,
+}
+
+fn default_trainers_min() -> u32 {
+    1
+}
+
+fn default_hidden() -> Vec<u32> {
+    vec![96, 64]
+}
+
+impl TrainPlan {
+    fn complaint(&self) -> Option<String> {
+        let fits = (1..=self.trainers_max).contains(&self.trainers_min) && self.trainers_max <= 8;
+        if !(1..=1_000_000).contains(&self.steps) || !fits {
+            return Some(format!(
+                "training of {} steps with {} to {} trainers: allowed are 1 to 1000000 steps and 1 to 8 \
+                 trainers",
+                self.steps, self.trainers_min, self.trainers_max
+            ));
+        }
+        if self.hidden.is_empty() || !self.hidden.iter().all(|width| (1..=4096).contains(width)) {
+            return Some(format!(
+                "`hidden` is {:?}: give the width of one layer or more, each of 1 to 4096",
+                self.hidden
+            ));
+        }
+        None
+    }
 }
 
 /// What must hold besides the promises, so that a run shows something.
@@ -169,6 +211,13 @@ pub struct Checks {
     pub training_jobs_min_per_minute: f64,
     /// Faults that were done, at least.
     pub faults_min_per_minute: f64,
+    /// Of each way in which a training job's driver may leave a machine with what it has (`HANDOFF`,
+    /// `SAVE_SHARED`, `SAVE_SOLO`), so many, at least.
+    #[serde(default)]
+    pub departures_min_per_minute: f64,
+    /// Steps that all training jobs together may take again.
+    #[serde(default)]
+    pub steps_again_max: Option<u64>,
     /// The longest that nobody's write was acknowledged after a fault, at the 99th percentile.
     #[serde(default)]
     pub write_gap_p99_max_ms: Option<u64>,
@@ -299,17 +348,14 @@ impl Workload {
                 self.stops_percent
             ));
         }
-        if let Some(TrainPlan {
-            steps,
-            trainers_max,
-            ..
-        }) = self.training
-            && (!(1..=1_000_000).contains(&steps) || !(1..=8).contains(&trainers_max))
-        {
+        if self.training.len() > TRAININGS_MAX {
             return Some(format!(
-                "training of {steps} steps with up to {trainers_max} trainers: allowed are 1 to 1000000 \
-                 steps and 1 to 8 trainers"
+                "{} kinds of training jobs, the limit is {TRAININGS_MAX}: each is run undisturbed first",
+                self.training.len()
             ));
+        }
+        if let Some(complaint) = self.training.iter().find_map(TrainPlan::complaint) {
+            return Some(complaint);
         }
         if self.register_clients > 0 && self.registers == 0 {
             return Some("clients of registers without `registers`: give one or more".into());
@@ -354,6 +400,10 @@ faults_min_per_minute = 1
     fn what_cannot_be_meant_is_refused_where_it_stands() {
         assert!(Scenario::from_toml(SMALL, "small.toml").is_ok());
         let fault = |text: &str| format!("{SMALL}[[fault]]\n{text}\nevery_s = [1, 2]\n");
+        let training = |text: &str| {
+            let jobs = format!("training = [{{ steps = 1, checkpoint_every_steps = 1, {text} }}]");
+            SMALL.replace("[checks]", &format!("{jobs}\n[checks]"))
+        };
         let cases = [
             (
                 SMALL.replace("workers", "workerz"),
@@ -397,6 +447,26 @@ faults_min_per_minute = 1
             (
                 fault("kind = \"kill\"\ntarget = \"counter\"\nlasts_s = [0, 1]"),
                 "there is no counter",
+            ),
+            (
+                fault("kind = \"kill\"\ntarget = \"workers\"\nlasts_s = [0, 1]"),
+                "`kill` cannot hit that target",
+            ),
+            (
+                fault("kind = \"notice\"\ntarget = \"training-worker\"\nlasts_s = [8, 9]"),
+                "nothing trains",
+            ),
+            (
+                fault("kind = \"kill\"\nlasts_s = [0, 1]\nall_workers_percent = 5"),
+                "`all_workers_percent` means nothing to `kill`",
+            ),
+            (
+                training("trainers_min = 3, trainers_max = 2"),
+                "with 3 to 2 trainers",
+            ),
+            (
+                training("trainers_max = 2, hidden = [0]"),
+                "`hidden` is [0]",
             ),
         ];
         for (text, expected) in cases {

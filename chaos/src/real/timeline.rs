@@ -62,6 +62,13 @@ impl Timeline {
                     Peers::Drawn => Peers::Everyone,
                     named => named,
                 };
+                // Drawn only where it is asked for: other scenarios' seeds draw what they always did.
+                let percent = plan.all_workers_percent;
+                let target = if percent > 0.0 && rng.random::<f64>() * 100.0 < percent {
+                    Victim::Workers
+                } else {
+                    plan.target()
+                };
                 now = at + lasts;
                 if now > length {
                     break;
@@ -71,7 +78,7 @@ impl Timeline {
                     lasts,
                     entry,
                     kind: plan.kind(),
-                    target: plan.target(),
+                    target,
                     pick,
                     peers,
                 });
@@ -80,6 +87,21 @@ impl Timeline {
         faults.sort_by_key(|fault| (fault.at, fault.entry));
         faults.truncate(FAULTS_MAX);
         Timeline { faults }
+    }
+
+    /// How long a run must be for `count` faults to come and be over; `None` if they are not within
+    /// `limit`.
+    #[must_use]
+    pub fn length_of(
+        seed: u64,
+        scenario: &Scenario,
+        count: usize,
+        limit: Duration,
+    ) -> Option<Duration> {
+        let drawn = Timeline::draw(seed, scenario, limit);
+        let mut ends: Vec<Duration> = drawn.faults.iter().map(|one| one.at + one.lasts).collect();
+        ends.sort_unstable();
+        ends.get(count.checked_sub(1)?).copied()
     }
 
     /// The faults, in the order in which they come.
@@ -102,6 +124,8 @@ impl fmt::Display for Planned {
             Victim::Head => "a head",
             Victim::Heads => "all heads",
             Victim::Worker => "a worker",
+            Victim::TrainingWorker => "a worker that trains",
+            Victim::Workers => "all workers",
             Victim::Counter => "the counter",
             Victim::Trainer => "a trainer",
             Victim::Driver => "the driver that trains",
@@ -186,6 +210,48 @@ lasts_s = [0.1, 0.8]
                 }
             }
         }
+    }
+
+    #[test]
+    fn notices_are_drawn_from_the_seed_and_give_enough_time() {
+        const NOTICES: usize = 200;
+        const DAY: Duration = Duration::from_secs(24 * 3600);
+        // What a driver leaves out of its grace, and as much again for what it does with the rest.
+        const ENOUGH: Duration = Duration::from_secs(8);
+        let scenario = Scenario::built_in("train-notices").unwrap();
+        let (least, most) = scenario.faults[0].lasts_s;
+        let mut drawn = Vec::new();
+        for seed in 0..20 {
+            let length = Timeline::length_of(seed, &scenario, NOTICES, DAY).unwrap();
+            let timeline = Timeline::draw(seed, &scenario, length);
+            assert_eq!(timeline, Timeline::draw(seed, &scenario, length));
+            let faults = timeline.faults();
+            assert_eq!(faults.len(), NOTICES, "seed {seed}");
+            assert!(faults.iter().all(|one| one.kind == FaultKind::Notice));
+            for one in faults {
+                let grace_s = one.lasts.as_secs_f64();
+                assert!((least..=most).contains(&grace_s), "seed {seed}: {one}");
+                assert!(one.lasts >= ENOUGH, "seed {seed}: {one}");
+            }
+            let to_all = faults.iter().filter(|one| one.target == Victim::Workers);
+            let to_all = to_all.count();
+            assert!(0 < to_all && to_all < NOTICES / 2, "seed {seed}: {to_all}");
+            // Whom a notice hits is drawn too.
+            assert!(faults.windows(2).any(|two| two[0].pick != two[1].pick));
+            drawn.push(timeline);
+        }
+        assert!(drawn.windows(2).all(|two| two[0] != two[1]));
+    }
+
+    #[test]
+    fn a_run_is_as_long_as_its_last_fault_asks_for() {
+        let scenario = Scenario::from_toml(STORM, "storm").unwrap();
+        for count in 1..30 {
+            let length = Timeline::length_of(3, &scenario, count, 10 * MINUTE).unwrap();
+            assert_eq!(Timeline::draw(3, &scenario, length).faults().len(), count);
+        }
+        assert_eq!(Timeline::length_of(3, &scenario, 0, MINUTE), None);
+        assert_eq!(Timeline::length_of(3, &scenario, 5_000, MINUTE), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use mobula_chaos::real::{BUILT_IN, Isolation, RunOptions, Scenario};
+use mobula_chaos::real::{BUILT_IN, Isolation, RunOptions, Scenario, Timeline};
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -61,14 +61,36 @@ fn find(name: &str) -> anyhow::Result<Scenario> {
     Ok(Scenario::from_toml(&text, file.unwrap_or(name))?)
 }
 
+/// How long `scenario` must go on until so many faults have come and are over.
+fn length_of(scenario: &Scenario, seed: u64, faults: u32) -> anyhow::Result<Duration> {
+    let limit = Duration::from_secs_f64(MINUTES_MAX * 60.0);
+    let count = usize::try_from(faults)?;
+    Timeline::length_of(seed, scenario, count, limit).with_context(|| {
+        format!(
+            "`{}` does not come to {faults} faults within {MINUTES_MAX} minutes: ask for fewer, or run it in parts",
+            scenario.name
+        )
+    })
+}
+
 pub(crate) async fn run(arguments: ChaosRunArguments) -> anyhow::Result<ExitCode> {
     let scenario = find(&arguments.scenario)?;
-    let minutes = arguments.minutes;
-    ensure!(
-        (0.05..=MINUTES_MAX).contains(&minutes),
-        "--minutes {minutes}: allowed are 0.05 to {MINUTES_MAX}"
-    );
     let seed = arguments.seed.unwrap_or_else(seed_of_the_moment);
+    let (length, asked) = match arguments.faults {
+        Some(faults) => {
+            let length = length_of(&scenario, seed, faults)?;
+            (length, format!("--faults {faults}"))
+        }
+        None => {
+            let minutes = arguments.minutes;
+            ensure!(
+                (0.05..=MINUTES_MAX).contains(&minutes),
+                "--minutes {minutes}: allowed are 0.05 to {MINUTES_MAX}"
+            );
+            let length = Duration::from_secs_f64(minutes * 60.0);
+            (length, format!("--minutes {minutes}"))
+        }
+    };
     let isolation = if arguments.loopback {
         Isolation::Loopback
     } else {
@@ -82,7 +104,7 @@ pub(crate) async fn run(arguments: ChaosRunArguments) -> anyhow::Result<ExitCode
         }
     }
     println!(
-        "again: mobula chaos run {} --seed {seed} --minutes {minutes}{}",
+        "again: mobula chaos run {} --seed {seed} {asked}{}",
         arguments.scenario,
         if arguments.loopback {
             " --loopback"
@@ -93,7 +115,7 @@ pub(crate) async fn run(arguments: ChaosRunArguments) -> anyhow::Result<ExitCode
     let options = RunOptions {
         program: std::env::current_exe().context("this program's own path is not known")?,
         seed,
-        length: Duration::from_secs_f64(minutes * 60.0),
+        length,
         only_loopback: arguments.loopback,
         dir: arguments.data_dir,
         observe: Arc::new(|line| println!("{line}")),

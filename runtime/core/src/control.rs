@@ -6,6 +6,8 @@
 //! 3. Effects are hints to act; whatever must survive is in the tables, so that a new leader can
 //!    rebuild every effect from them.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::Rejection;
@@ -212,15 +214,16 @@ pub trait StateModule: Send + Sync {
     }
 }
 
-/// A number that a module's tables hold. All of one name have the same label, of few values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A number that a module's tables hold. All of one name have the same label, of few values or of those that a table has room
+/// for.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableGauge {
     /// Its whole name.
     pub name: &'static str,
     /// What it is, for people.
     pub help: &'static str,
     /// A label and its value, if it has one.
-    pub label: Option<(&'static str, &'static str)>,
+    pub label: Option<(&'static str, Cow<'static, str>)>,
     /// The number.
     pub value: u64,
 }

@@ -5,8 +5,10 @@
 //!
 //! Invariants:
 //! 1. Counting never waits and never fails.
-//! 2. Labels have few values: methods, codes, kinds; never an id of a job, actor or client.
+//! 2. Labels have few values: methods, codes, kinds, endpoints (of which there are a thousand at the most); never an id of a
+//!    job, actor or client.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -402,7 +404,8 @@ fn register_connections(registry: &mut Registry, counts: ConnectionCounts) {
 
 /// What the modules say of their tables.
 fn register_tables(registry: &mut Registry, gauges: Vec<TableGauge>) {
-    let mut families = BTreeMap::<&str, (&str, Family<[(&str, &str); 1], Count>)>::new();
+    type Labelled = Family<[(&'static str, Cow<'static, str>); 1], Count>;
+    let mut families = BTreeMap::<&str, (&str, Labelled)>::new();
     for gauge in gauges {
         let Some(label) = gauge.label else {
             let count = Count::default();
@@ -442,4 +445,29 @@ fn register_counts(registry: &mut Registry, counts: &ClusterStatus) {
     registry.register("actors", "Actors that have not ended, by state", actors);
     let jobs = states(&[("live", counts.jobs_live)]);
     registry.register("jobs", "Jobs that have not ended", jobs);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_tables_hold_is_shown_by_its_label() {
+        let gauge = |label, value| TableGauge {
+            name: "mobula_endpoint_replicas_wanted",
+            help: "Replicas that an endpoint shall have",
+            label: Some(("endpoint", Cow::Borrowed(label))),
+            value,
+        };
+        let mut registry = Registry::default();
+        register_tables(&mut registry, vec![gauge("digits", 2), gauge("asleep", 0)]);
+        let mut text = String::new();
+        encode(&mut text, &registry).unwrap();
+        for line in [
+            "mobula_endpoint_replicas_wanted{endpoint=\"digits\"} 2",
+            "mobula_endpoint_replicas_wanted{endpoint=\"asleep\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{text}");
+        }
+    }
 }

@@ -11,6 +11,7 @@
 //! 5. `xtask` has no dependencies at all.
 //! 6. The table of `ARCHITECTURE.md` and the one in code are the same.
 //! 7. Nothing of CUDA is built unless somebody asks for the feature `cuda`.
+//! 8. Crates that are for tests are imported by tests only.
 
 mod table;
 
@@ -20,7 +21,8 @@ use std::fmt;
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, PackageId};
 
 use table::{
-    Allowed, IMPURE, MAY_IMPORT, NEVER_NAMES, PURE, TESTS_MAY_IMPORT_ANYTHING, allowed_for,
+    Allowed, IMPURE, MAY_IMPORT, NEVER_NAMES, ONLY_TESTS_IMPORT, PURE, TESTS_MAY_IMPORT_ANYTHING,
+    allowed_for,
 };
 
 /// One dependency as a `Cargo.toml` states it.
@@ -46,6 +48,10 @@ enum Violation {
         importer: String,
         imported: String,
         never: &'static [&'static str],
+    },
+    OnlyForTests {
+        importer: String,
+        imported: String,
     },
     Impure {
         path: Vec<String>,
@@ -89,6 +95,10 @@ impl fmt::Display for Violation {
                 "{importer} -> {imported}: {importer} must never name any of {}",
                 never.join(", ")
             ),
+            Self::OnlyForTests { importer, imported } => write!(
+                formatter,
+                "{importer} -> {imported}: {imported} is for tests: make it a dev-dependency"
+            ),
             Self::Impure { path } => write!(
                 formatter,
                 "{}: a pure crate reaches no I/O, clock or randomness; it takes them as arguments",
@@ -102,7 +112,7 @@ impl fmt::Display for Violation {
     }
 }
 
-/// Checks the stated dependencies (rules 1, 2, 4, 5).
+/// Checks the stated dependencies (rules 1, 2, 4, 5, 8).
 fn check_edges(members: &[&str], edges: &[Edge<'_>]) -> Vec<Violation> {
     let missing = members
         .iter()
@@ -131,6 +141,12 @@ fn check_edge(members: &[&str], edge: Edge<'_>) -> Option<Violation> {
             importer: importer.to_owned(),
             imported: imported.to_owned(),
             never,
+        });
+    }
+    if ONLY_TESTS_IMPORT.contains(&imported) {
+        return (!is_dev).then(|| Violation::OnlyForTests {
+            importer: importer.to_owned(),
+            imported: imported.to_owned(),
         });
     }
     if is_dev && TESTS_MAY_IMPORT_ANYTHING.contains(&importer) {
@@ -328,10 +344,17 @@ fn the_checker_sees_planted_edges() {
             edge("xtask", "clap", false),
             Some("xtask -> clap: xtask has no dependencies, so that it starts in seconds"),
         ),
-        // Allowed: by the table, in tests on top of everything, and in xtask's own tests.
+        (
+            edge("mobula-benches", "mobula-testing", false),
+            Some(
+                "mobula-benches -> mobula-testing: mobula-testing is for tests: make it a dev-dependency",
+            ),
+        ),
+        // Allowed: by the table, in tests on top of everything, of what is for tests in any, and in xtask's own tests.
         (edge("mobula-head", "mobula-scheduler", false), None),
         (edge("mobula-benches", "mobula-cli", false), None),
         (edge("mobula-cli", "mobula-chaos", true), None),
+        (edge("mobula", "mobula-testing", true), None),
         (edge("mobula-net", "quinn", false), None),
         (edge("xtask", "cargo_metadata", true), None),
     ] {

@@ -19,6 +19,10 @@ pub(crate) const MAY_IMPORT: &[(&str, Allowed)] = &[
         "mobula-host",
         Allowed::Only(&["mobula-core", "mobula-wire", "mobula-net", "mobula-storage"]),
     ),
+    (
+        "mobula-testing",
+        Allowed::Only(&["mobula-core", "mobula-wire", "mobula-net", "mobula-host"]),
+    ),
     ("mobula-macros", Allowed::Only(&[])),
     (
         "mobula",
@@ -84,6 +88,9 @@ pub(crate) const MAY_IMPORT: &[(&str, Allowed)] = &[
 /// Crates whose tests may import anything, because they test the whole house.
 pub(crate) const TESTS_MAY_IMPORT_ANYTHING: &[&str] =
     &["mobula-cli", "mobula-chaos", "mobula-benches"];
+
+/// Crates that are for tests: those of any crate may import them, and nothing else may.
+pub(crate) const ONLY_TESTS_IMPORT: &[&str] = &["mobula-testing"];
 
 /// Crates that are a function of their arguments.
 pub(crate) const PURE: &[&str] = &["mobula-core", "mobula-scheduler"];

@@ -10,6 +10,7 @@ use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 use crate::serving::state::{endpoints, find as find_endpoint};
+use crate::units;
 
 /// Endpoint → [`LogPolicyRow`].
 const LOGS: Table = Table {
@@ -84,7 +85,7 @@ impl LogPolicy {
         let refuse = |text: String| Err(Rejection::invalid(text));
         if !(1..=MILLION).contains(&self.sample_per_million) {
             return refuse(format!(
-                "{} of a million requests cannot be logged: give a share above 0 and up to 1",
+                "{} of a million requests cannot be logged: give a share (`--sample`) of 0.000001 to 1",
                 self.sample_per_million
             ));
         }
@@ -96,7 +97,8 @@ impl LogPolicy {
         let bytes: usize = names().map(String::len).sum();
         if names().count() > FEATURES_MAX || bytes > NAMES_BYTES_MAX {
             return refuse(format!(
-                "{} features with names of {bytes} bytes: name at most {FEATURES_MAX}, of {NAMES_BYTES_MAX} bytes",
+                "{} features with names of {bytes} bytes (`--features`, `--hash-features`): name at most {FEATURES_MAX}, of \
+                 {NAMES_BYTES_MAX} bytes",
                 names().count()
             ));
         }
@@ -105,22 +107,25 @@ impl LogPolicy {
             .find(|name| self.hashed_features.contains(name))
         {
             return refuse(format!(
-                "feature {both:?} is to be logged both as it is and hashed: choose one"
+                "feature {both:?} is to be logged both as it is (`--features`) and hashed (`--hash-features`): choose one"
             ));
         }
         if !(1..=ROLL_ROWS_MAX).contains(&self.roll_rows)
             || !(1..=ROLL_BYTES_MAX).contains(&self.roll_bytes)
         {
             return refuse(format!(
-                "files of {} rows and {} bytes: give 1 to {ROLL_ROWS_MAX} rows and 1 to {ROLL_BYTES_MAX} bytes",
+                "files of {} rows (`--roll-rows`) and {} bytes (`--roll-bytes`): give 1 to {ROLL_ROWS_MAX} rows and 1 to \
+                 {ROLL_BYTES_MAX} bytes",
                 self.roll_rows, self.roll_bytes
             ));
         }
         if self.roll_ms < ROLL_MS_MIN || self.keep_ms / self.roll_ms.max(1) > FILES_BY_TIME_MAX {
             return refuse(format!(
-                "a file each {} ms, kept for {} ms: write one at most each {ROLL_MS_MIN} ms, and keep \
+                "a file each {} (`--roll-every`), kept for {} (`--keep`): write one at most each {}, and keep \
                  {FILES_BY_TIME_MAX} at the most",
-                self.roll_ms, self.keep_ms
+                units::millis(self.roll_ms),
+                units::millis(self.keep_ms),
+                units::millis(ROLL_MS_MIN)
             ));
         }
         Ok(())

@@ -123,10 +123,13 @@ fn what_cannot_be_a_policy_is_refused_in_words() {
     let mut tables = tables();
     let many = |count: usize| LoggedFeatures::Named(vec!["f".to_owned(); count]);
     type Change = Box<dyn Fn(&mut LogPolicy)>;
-    let cases: [(&str, Change); 8] = [
-        ("above 0", Box::new(|policy| policy.sample_per_million = 0)),
+    let cases: [(&str, Change); 9] = [
         (
-            "above 0",
+            "give a share (`--sample`) of 0.000001 to 1",
+            Box::new(|policy| policy.sample_per_million = 0),
+        ),
+        (
+            "give a share (`--sample`) of 0.000001 to 1",
             Box::new(|policy| policy.sample_per_million = MILLION + 1),
         ),
         (
@@ -141,12 +144,19 @@ fn what_cannot_be_a_policy_is_refused_in_words() {
             "choose one",
             Box::new(|policy| policy.hashed_features = vec!["age".to_owned()]),
         ),
-        ("1 to 1000000 rows", Box::new(|policy| policy.roll_rows = 0)),
+        (
+            "0 rows (`--roll-rows`) and",
+            Box::new(|policy| policy.roll_rows = 0),
+        ),
         (
             "1 to 67108864 bytes",
             Box::new(|policy| policy.roll_bytes = ROLL_BYTES_MAX + 1),
         ),
         ("keep 50000", Box::new(|policy| policy.keep_ms = u64::MAX)),
+        (
+            "a file each 500ms (`--roll-every`), kept for 1h (`--keep`): write one at most each 1s",
+            Box::new(|policy| (policy.roll_ms, policy.keep_ms) = (500, 3_600_000)),
+        ),
     ];
     for (why, change) in cases {
         let mut wrong = policy();

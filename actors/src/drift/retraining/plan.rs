@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::evaluation::Comparison;
 use crate::registry::stages::Stage;
 use crate::serving::rollout::plan::{Guardrails, STEPS_MAX, Served, Strategy};
+use crate::units;
 
 /// The most jobs that a budget may allow in its period: so many times of submission are kept.
 pub const BUDGET_JOBS_MAX: u32 = 64;
@@ -94,36 +95,40 @@ impl RetrainPolicy {
         let Budget { jobs, period_ms } = self.budget;
         if !(1..=BUDGET_JOBS_MAX).contains(&jobs) || !(1..=PERIOD_MS_MAX).contains(&period_ms) {
             return Err(Rejection::invalid(format!(
-                "a budget of {jobs} jobs in {period_ms} ms is not possible: give 1 to {BUDGET_JOBS_MAX} jobs in \
-                 1 to {PERIOD_MS_MAX} ms"
+                "a budget of {jobs} jobs in {} (`--budget`) is not possible: give 1 to {BUDGET_JOBS_MAX} jobs in {} to {}",
+                units::millis(period_ms),
+                units::millis(1),
+                units::millis(PERIOD_MS_MAX)
             )));
         }
         if self.terms.cooldown_ms > PERIOD_MS_MAX {
             return Err(Rejection::invalid(format!(
-                "a cooldown of {} ms is not possible: give {PERIOD_MS_MAX} ms at the most",
-                self.terms.cooldown_ms
+                "a cooldown (`--cooldown`) of {} is not possible: give {} at the most",
+                units::millis(self.terms.cooldown_ms),
+                units::millis(PERIOD_MS_MAX)
             )));
         }
         if !self.terms.min_gain.is_finite() {
             return Err(Rejection::invalid(
-                "the gain that a new version needs must be a number",
+                "the gain that a new version needs (`--min-gain`) must be a number",
             ));
         }
         let metric = self.terms.metric.as_deref().unwrap_or("accuracy");
         if metric.is_empty() || metric.len() > METRIC_BYTES_MAX {
             return Err(Rejection::invalid(format!(
-                "a metric's name has 1 to {METRIC_BYTES_MAX} bytes, and this one has {}",
+                "a metric's name (`--metric`) has 1 to {METRIC_BYTES_MAX} bytes, and this one has {}",
                 metric.len()
             )));
         }
         if self.terms.gate == Stage::Archived {
             return Err(Rejection::invalid(
-                "no version is tried that is archived: the gate is candidate, staging or production",
+                "no version is tried that is archived: the gate is candidate, staging or production (`--gate`)",
             ));
         }
         if self.terms.canary.steps.len() > STEPS_MAX {
             return Err(Rejection::invalid(format!(
-                "a rollout has {STEPS_MAX} steps at the most"
+                "a rollout has {STEPS_MAX} steps at the most, and this one {} (`--steps`)",
+                self.terms.canary.steps.len()
             )));
         }
         let JobSpec {

@@ -344,7 +344,7 @@ fn the_rollout_of_somebody_else_is_waited_for() {
 fn what_cannot_be_a_policy_is_refused_with_the_reason() {
     type Change = fn(&mut RetrainPolicy);
     let mut world = World::new(Mode::Auto);
-    let cases: [(Change, &str); 6] = [
+    let cases: [(Change, &str); 7] = [
         (
             |policy| policy.model = "faces".into(),
             "write `register = \"digits\"`",
@@ -356,11 +356,15 @@ fn what_cannot_be_a_policy_is_refused_with_the_reason() {
                     period_ms: 1,
                 };
             },
-            "give 1 to 64 jobs",
+            "65 jobs in 1ms (`--budget`) is not possible: give 1 to 64 jobs in 1ms to 8784h",
+        ),
+        (
+            |policy| policy.terms.cooldown_ms = 9_000 * 3_600_000,
+            "(`--cooldown`) of 9000h is not possible: give 8784h at the most",
         ),
         (
             |policy| policy.terms.min_gain = f64::NAN,
-            "must be a number",
+            "(`--min-gain`) must be a number",
         ),
         (
             |policy| policy.terms.gate = Stage::Archived,

@@ -10,7 +10,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use super::sentinels::Sentinels;
+use super::sentinels::{SENTINEL_INTERVAL, SENTINEL_PAUSE, SENTINEL_TIMEOUT, Sentinels};
 use super::{Label, LabelReply, VitalsMonitor};
 use crate::drift::client;
 use crate::drift::log::tap::Tap;
@@ -27,15 +27,6 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The pause before a report is sent again.
 const REPORT_PAUSE: Duration = Duration::from_secs(1);
-
-/// How often the sentinels are put to each replica: 8 rows, which is nothing beside traffic.
-const SENTINEL_INTERVAL: Duration = Duration::from_secs(30);
-
-/// The pause after a round that a replica did not answer.
-const SENTINEL_PAUSE: Duration = Duration::from_secs(5);
-
-/// How long a replica may take for the sentinels.
-const SENTINEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whose vitals these are.
 #[derive(Debug, Clone)]

@@ -2,11 +2,16 @@
 //!
 //! They find what statistics of the traffic cannot: a replica that answers wrongly though its file is right, as a
 //! machine with bad memory does. The rows are some of the version's reference rows, and the answers those that its file
-//! has for them. Replicas are asked past the router, so that the answer names the replica, and neither the monitor nor
-//! the autoscaler takes sentinels for traffic.
+//! has for them. Replicas are asked past the router's queues, so that the answer names the replica, and neither the monitor
+//! nor the autoscaler takes sentinels for traffic. The active version's are put by its monitor (`keeper`), those of a
+//! rollout's candidate by the endpoint's router (`serving::rollout::sentinels`).
+
+use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::registry::artifact::Artifact;
 use crate::registry::version_file::VersionFile;
 use crate::serving::oip::TensorData;
 use crate::serving::rows::{Batch, Cell};
@@ -14,8 +19,17 @@ use crate::serving::rows::{Batch, Cell};
 /// Sentinels of a version: one small batch a replica.
 pub const SENTINELS_MAX: usize = 8;
 
-/// The rows and what is right to say about them.
-#[derive(Clone, Debug, PartialEq)]
+/// How often the sentinels are put to each replica: 8 rows, which is nothing beside traffic.
+pub(crate) const SENTINEL_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The pause after a round that a replica did not answer.
+pub(crate) const SENTINEL_PAUSE: Duration = Duration::from_secs(5);
+
+/// How long a replica may take for the sentinels.
+pub(crate) const SENTINEL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The rows and what is right to say about them; none by default.
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct Sentinels {
     rows: Vec<f32>,
     classes: Vec<u32>,
@@ -32,6 +46,26 @@ pub struct Mismatch {
     pub expected: u32,
     /// The class that was answered; absent if there were too few answers.
     pub answered: Option<u32>,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Mismatch {
+            replica,
+            sentinel,
+            expected,
+            answered,
+        } = self;
+        write!(
+            formatter,
+            "replica {replica} answered sentinel {sentinel} with "
+        )?;
+        match answered {
+            Some(class) => write!(formatter, "class {class}")?,
+            None => formatter.write_str("nothing")?,
+        }
+        write!(formatter, " instead of class {expected}")
+    }
 }
 
 /// What came of sentinels since the monitor started.
@@ -68,6 +102,15 @@ impl Sentinels {
                 .flat_map(|row| data.columns.iter().map(|column| column[*row]))
                 .collect(),
             classes: chosen.iter().map(|row| data.predictions[*row]).collect(),
+        }
+    }
+
+    /// Those of a version of any kind: none of one that was made elsewhere, for which nobody wrote down answers.
+    #[must_use]
+    pub fn of_artifact(artifact: &Artifact) -> Self {
+        match artifact {
+            Artifact::Trained(file) => Self::of(file),
+            Artifact::Imported(_) => Self::default(),
         }
     }
 

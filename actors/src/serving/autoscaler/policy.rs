@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::schedule::Schedule;
 use crate::serving::state::REPLICAS_MAX;
+use crate::units;
 
 /// Requests of one replica, waiting or being answered, that a policy aims at if nothing else is said: a
 /// replica then is busy, and a batch that waits is small.
@@ -19,8 +20,9 @@ const WINDOW_MAX_MS: u64 = 24 * 60 * 60 * 1_000;
 /// Schedules of an endpoint: every hour of every day of the week would fit in.
 const SCHEDULES_MAX: usize = 168;
 
-/// The largest target, rate or time of an answer: what larger numbers would mean nobody can say.
-const NUMBER_MAX: u32 = 1_000_000;
+/// The largest target or rate, and the largest time of an answer, in milliseconds: what larger numbers would mean nobody can
+/// say.
+pub const NUMBER_MAX: u32 = 1_000_000;
 
 /// How an endpoint is scaled. Persisted: the order of fields never changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,34 +112,48 @@ impl Policy {
     }
 
     /// Refuses what cannot be a policy.
+    ///
+    /// # Errors
+    /// The value, its bounds, and the option that sets it, in whose units both stand.
     pub fn check(&self) -> Result<(), Rejection> {
         let (low, high) = (self.replicas_min, self.replicas_max);
         let out_of_bounds = |count: u32| count > REPLICAS_MAX;
         if low > high || high == 0 || out_of_bounds(high) {
             return Err(Rejection::invalid(format!(
-                "{low}..{high} replicas are not possible: give a range such as 1..8, of which the second \
+                "{low}..{high} replicas are not possible (`--replicas`): give a range such as 1..8, of which the second \
                  is 1 to {REPLICAS_MAX}"
             )));
         }
         for (what, number) in [
             (
-                "a target of requests in flight",
+                "requests in flight (`--target-in-flight`)",
                 Some(self.target_in_flight),
             ),
-            ("a target of requests a second", self.target_rate),
-            ("a p99 in milliseconds", self.slo_p99_ms),
-            ("a limit of requests a second", self.rate_limit),
+            (
+                "requests a second for each replica (`--target-rate`)",
+                self.target_rate,
+            ),
+            (
+                "requests a second that are taken (`--rate-limit`)",
+                self.rate_limit,
+            ),
         ] {
             if number.is_some_and(|number| !(1..=NUMBER_MAX).contains(&number)) {
                 return Err(Rejection::invalid(format!(
-                    "{} is not possible as {what}: give 1 to {NUMBER_MAX}",
+                    "{} is not possible as a number of {what}: give 1 to {NUMBER_MAX}",
                     number.unwrap_or_default()
                 )));
             }
         }
         for (what, percent) in [
-            ("time that models compute", self.target_busy_percent),
-            ("memory in use", self.target_memory_percent),
+            (
+                "time that models compute (`--target-busy`)",
+                self.target_busy_percent,
+            ),
+            (
+                "memory in use (`--target-memory`)",
+                self.target_memory_percent,
+            ),
         ] {
             if percent.is_some_and(|percent| !(1..=100).contains(&percent)) {
                 return Err(Rejection::invalid(format!(
@@ -146,21 +162,47 @@ impl Policy {
                 )));
             }
         }
-        for (what, window_ms) in [
-            ("window of the load", self.stable_window_ms),
-            ("time without requests", self.idle_ms),
-            ("window of scaling up", self.up_window_ms),
-            ("window of scaling down", self.down_window_ms),
+        let slo_p99_ms = self.slo_p99_ms.map(u64::from);
+        let windows_ms = (WINDOW_MIN_MS, WINDOW_MAX_MS);
+        for (what, time_ms, (min_ms, max_ms)) in [
+            (
+                "99th percentile of answers (`--slo-p99`)",
+                slo_p99_ms,
+                (1, u64::from(NUMBER_MAX)),
+            ),
+            (
+                "window of the load (`--window`)",
+                Some(self.stable_window_ms),
+                windows_ms,
+            ),
+            (
+                "time without requests (`--idle-after`)",
+                Some(self.idle_ms),
+                windows_ms,
+            ),
+            (
+                "window of scaling up (`--up-window`)",
+                Some(self.up_window_ms),
+                windows_ms,
+            ),
+            (
+                "window of scaling down (`--down-window`)",
+                Some(self.down_window_ms),
+                windows_ms,
+            ),
         ] {
-            if !(WINDOW_MIN_MS..=WINDOW_MAX_MS).contains(&window_ms) {
+            if let Some(time_ms) = time_ms.filter(|time_ms| !(min_ms..=max_ms).contains(time_ms)) {
                 return Err(Rejection::invalid(format!(
-                    "{window_ms} ms is not possible as {what}: give {WINDOW_MIN_MS} to {WINDOW_MAX_MS} ms"
+                    "a {what} of {} is not possible: give {} to {}",
+                    units::millis(time_ms),
+                    units::millis(min_ms),
+                    units::millis(max_ms)
                 )));
             }
         }
         if self.schedules.len() > SCHEDULES_MAX {
             return Err(Rejection::invalid(format!(
-                "{} schedules are more than the {SCHEDULES_MAX} that an endpoint may have",
+                "{} schedules (`--schedule`) are more than the {SCHEDULES_MAX} that an endpoint may have",
                 self.schedules.len()
             )));
         }
@@ -168,7 +210,7 @@ impl Policy {
             let bounds = [schedule.replicas_min, schedule.replicas_max];
             if !schedule.is_possible() || bounds.into_iter().flatten().any(out_of_bounds) {
                 return Err(Rejection::invalid(format!(
-                    "schedule `{schedule}` is not possible: give days, hours, and bounds of at most \
+                    "schedule `{schedule}` (`--schedule`) is not possible: give days, hours, and bounds of at most \
                      {REPLICAS_MAX} replicas, as in `mon-fri 08:00-18:00 2..6`"
                 )));
             }
@@ -219,9 +261,20 @@ mod tests {
             ),
             (
                 change(|policy| policy.rate_limit = Some(0)),
-                "limit of requests",
+                "0 is not possible as a number of requests a second that are taken (`--rate-limit`)",
             ),
-            (change(|policy| policy.idle_ms = 1), "1 ms is not possible"),
+            (
+                change(|policy| policy.idle_ms = 1),
+                "(`--idle-after`) of 1ms is not possible: give 1s to 24h",
+            ),
+            (
+                change(|policy| policy.stable_window_ms = 25 * 3_600_000),
+                "(`--window`) of 25h is not possible: give 1s to 24h",
+            ),
+            (
+                change(|policy| policy.slo_p99_ms = Some(1_200_000)),
+                "(`--slo-p99`) of 20m is not possible: give 1ms to 1000s",
+            ),
             (
                 change(|policy| policy.target_busy_percent = Some(101)),
                 "101 is not possible as percents of time",
@@ -232,7 +285,7 @@ mod tests {
             ),
             (
                 change(|policy| policy.schedules = vec!["daily 00:00-24:00 ..99".parse().unwrap()]),
-                "..99` is not possible",
+                "..99` (`--schedule`) is not possible",
             ),
         ] {
             let message = policy.unwrap_err().message;

@@ -132,6 +132,7 @@ pub(in crate::serving) async fn ask<'a, B: Backend>(
             outputs: outputs.to_vec(),
             queued: Duration::ZERO,
             computed: Duration::ZERO,
+            hop: Duration::ZERO,
             batch_rows: 0,
             is_first_in_batch: false,
         },

@@ -7,6 +7,7 @@ use mobula_core::row;
 use serde::{Deserialize, Serialize};
 
 use crate::serving::rollout::state::standing;
+use crate::units;
 
 /// Endpoint name → [`CacheSetting`]; no row: nothing is kept.
 const CACHES: Table = Table {
@@ -49,14 +50,17 @@ impl CacheSetting {
     pub fn check(&self) -> Result<(), Rejection> {
         if !(CACHE_BYTES_MIN..=CACHE_BYTES_MAX).contains(&self.bytes) {
             return Err(Rejection::invalid(format!(
-                "a cache of {} bytes is not possible: ask for {CACHE_BYTES_MIN} to {CACHE_BYTES_MAX}",
-                self.bytes
+                "a cache of {} (`--mib`) is not possible: ask for {} to {}",
+                units::memory(self.bytes),
+                units::memory(CACHE_BYTES_MIN),
+                units::memory(CACHE_BYTES_MAX)
             )));
         }
         if !(1..=TTL_MS_MAX).contains(&self.ttl_ms) {
             return Err(Rejection::invalid(format!(
-                "answers cannot be kept for {} ms: ask for 1 to {TTL_MS_MAX}",
-                self.ttl_ms
+                "answers cannot be kept for {} (`--ttl`): ask for 1ms to {}",
+                units::millis(self.ttl_ms),
+                units::millis(TTL_MS_MAX)
             )));
         }
         Ok(())
@@ -134,18 +138,18 @@ mod tests {
             (CacheSetting { bytes: 7, ..good }, "a cache of 7 bytes"),
             (
                 CacheSetting {
-                    bytes: u64::MAX,
+                    bytes: (16 << 30) + (1 << 20),
                     ..good
                 },
-                "not possible",
+                "a cache of 16385 MiB (`--mib`) is not possible: ask for 64 KiB to 16384 MiB",
             ),
-            (CacheSetting { ttl_ms: 0, ..good }, "kept for 0 ms"),
+            (CacheSetting { ttl_ms: 0, ..good }, "kept for 0ms (`--ttl`)"),
             (
                 CacheSetting {
                     ttl_ms: u64::MAX,
                     ..good
                 },
-                "ask for 1 to",
+                "ask for 1ms to 720h",
             ),
         ] {
             let error = set(&mut tables, Some(bad)).unwrap_err();

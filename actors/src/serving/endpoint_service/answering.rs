@@ -7,7 +7,7 @@
 //!    time than the request allows. The candidate's failure is counted all the same.
 //! 3. A number that is none is no answer of a version that was trained here.
 //! 4. Versions that are compared are held to the same time, and a caller who goes away speaks against the one
-//!    that it waited for, whichever it is.
+//!    that it waited for, whichever it is. They are judged by what they take, not by how near to the router they run.
 
 use std::time::Duration;
 
@@ -28,6 +28,17 @@ use crate::serving::statistics::{Cached, FailureReason, RequestTimes};
 
 /// A caller who goes away earlier says more about itself than about the version that it waited for.
 const PATIENCE_MIN: Duration = Duration::from_millis(100);
+
+/// So much of a hop is where a replica happens to run, on the router's machine or beyond a network, and nothing that a version is
+/// judged by. A longer one is of how large its outputs are, or of a process that has too little of its machine.
+const HOP_MAX: Duration = Duration::from_millis(1);
+
+/// What a version answered.
+struct Answered {
+    response: InferResponse,
+    /// The batch's way to its replica and back.
+    hop: Duration,
+}
 
 /// What a request wants beside its answer.
 #[derive(Debug, Clone)]
@@ -122,10 +133,10 @@ impl<B: Backend> EndpointService<B> {
             .infer_rows(&assigned.arm, rows.clone(), input, first)
             .await;
         let error = match answered {
-            Ok(response) => {
+            Ok(Answered { response, hop }) => {
                 let waited = started.elapsed();
                 if waited <= input + share {
-                    waiting.end(Outcome::Answered(waited));
+                    waiting.end(Outcome::Answered(waited.saturating_sub(hop.min(HOP_MAX))));
                 } else {
                     // The version that this one is compared with would not have had the time.
                     let (waited_ms, limit_ms) = (waited.as_millis(), limit.as_millis());
@@ -169,11 +180,12 @@ impl<B: Backend> EndpointService<B> {
             ..asked
         };
         let answered = self.infer_rows(second, rows, input, asked).await;
-        answered.map_err(|error| match error {
+        let answered = answered.map_err(|error| match error {
             // What it got is not what the request allows.
             OipError::DeadlineExceeded { .. } => out_of_time(limit, given.is_some()),
             other => other,
-        })
+        })?;
+        Ok(answered.response)
     }
 
     /// A shadowed candidate's answer to a copy of a request, which nobody waits for.
@@ -189,7 +201,7 @@ impl<B: Backend> EndpointService<B> {
             observed: None,
         };
         let answered = self.infer_rows(arm, rows, Duration::ZERO, asked).await;
-        answered.map(|response| response.outputs)
+        answered.map(|answered| answered.response.outputs)
     }
 
     async fn infer_rows(
@@ -198,7 +210,7 @@ impl<B: Backend> EndpointService<B> {
         rows: Vec<Row>,
         compute_input: Duration,
         asked: Asked,
-    ) -> Result<InferResponse, OipError> {
+    ) -> Result<Answered, OipError> {
         let attempt = Attempt::begin(arm, compute_input);
         let result = self.infer_with(arm, rows, compute_input, asked).await;
         attempt.end(result.as_ref().err());
@@ -211,7 +223,7 @@ impl<B: Backend> EndpointService<B> {
         rows: Vec<Row>,
         compute_input: Duration,
         asked: Asked,
-    ) -> Result<InferResponse, OipError> {
+    ) -> Result<Answered, OipError> {
         let terms = Terms {
             limit: asked.limit,
             affinity: asked.affinity,
@@ -236,8 +248,9 @@ impl<B: Backend> EndpointService<B> {
                 signers: origin.signers,
                 assemble: times.compute_input,
                 queue: times.queue,
-                compute: times.compute_infer,
+                compute: answer.computed.saturating_sub(answer.hop),
                 split: times.compute_output,
+                hop: answer.hop,
                 cached: cached.map(|cached| matches!(cached, Cached::Hit(_))),
                 ..Explanation::default()
             }
@@ -250,7 +263,8 @@ impl<B: Backend> EndpointService<B> {
         if let Some(observation) = said {
             self.routes.borrow().active.feed().offer(observation);
         }
-        Ok(response)
+        let hop = answer.hop;
+        Ok(Answered { response, hop })
     }
 
     fn response(&self, version: u64, rows: Vec<Row>) -> Result<InferResponse, OipError> {

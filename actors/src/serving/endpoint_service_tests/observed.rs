@@ -20,7 +20,7 @@ fn tried(
             arm: Arc::clone(&arm),
             seed: "digits/1/".into(),
             weight_percent: 100,
-            trial: Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1))),
+            trial: Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1, 50))),
         }),
         compared: None,
         shadowed: None,

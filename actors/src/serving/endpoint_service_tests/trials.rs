@@ -22,7 +22,7 @@ fn tried_with<B: Backend>(
     let ((active, _), (arm, _)) = (self::arm(1), self::arm(2));
     open(&active, active_backend);
     open(&arm, candidate);
-    let trial = Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1)));
+    let trial = Arc::new(Mutex::new(Trial::new(Guardrails::STANDARD, 10, 1, 50)));
     let routes = Routes {
         active,
         tried: Some(Tried {
@@ -189,6 +189,27 @@ async fn versions_that_are_compared_are_held_to_the_same_time() {
         said.contains("more than half of the request's 400 ms"),
         "{said}"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn versions_are_judged_by_what_they_take_and_not_by_where_they_run() {
+    for (way_ms, counted_us) in [(1, 1), (4, 3_000)] {
+        // The model takes no time: it is all on the way.
+        let way = After(Some(Duration::from_millis(way_ms)));
+        let (service, trial, _) = tried_with(After(Some(Duration::ZERO)), way);
+        for user in 0..40 {
+            let asked = limited(user);
+            service.infer("digits", None, asked).await.unwrap();
+        }
+        let Evidence {
+            candidate,
+            baseline,
+            ..
+        } = evidence_of(&trial);
+        assert!(candidate.requests > 0 && baseline.requests > 0);
+        let counted = (candidate.latency_mean_us, baseline.latency_mean_us);
+        assert_eq!(counted, (counted_us, 1));
+    }
 }
 
 #[tokio::test(start_paused = true)]

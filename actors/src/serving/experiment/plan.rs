@@ -16,6 +16,7 @@ use super::findings::Findings;
 use crate::name;
 use crate::serving::rollout::plan::{Cleanup, Served};
 use crate::serving::rollout::split::BUCKETS;
+use crate::units;
 
 /// Guardrails of a plan. Each makes the others less sensitive, as they share the chance of a false alarm.
 pub const GUARDRAILS_MAX: usize = 4;
@@ -244,31 +245,33 @@ impl Plan {
             && control.saturating_add(treatment) <= BUCKETS;
         if !is_split {
             return Err(Rejection::invalid(format!(
-                "shares of {control} and {treatment} basis points are not possible: give each \
+                "shares of {control} and {treatment} basis points (`--split`) are not possible: give each \
                  {SHARE_MIN_BP} at least, and {BUCKETS} at the most together"
             )));
         }
         if self.seed.is_empty() || self.seed.len() > SEED_BYTES_MAX {
             return Err(Rejection::invalid(format!(
-                "a seed has 1 to {SEED_BYTES_MAX} bytes, this one {}",
+                "a seed (`--seed`) has 1 to {SEED_BYTES_MAX} bytes, this one {}",
                 self.seed.len()
             )));
         }
         if !(1..=ALPHA_MAX_BP).contains(&self.alpha_bp) {
             return Err(Rejection::invalid(format!(
-                "a chance of {} basis points for a false conclusion is not possible: give 1 to {ALPHA_MAX_BP}",
-                self.alpha_bp
+                "a chance of {} for a false conclusion (`--alpha`) is not possible: give {} to {}",
+                units::share(self.alpha_bp),
+                units::share(1),
+                units::share(ALPHA_MAX_BP)
             )));
         }
         if !(SAMPLES_MIN..=SAMPLES_MAX).contains(&self.samples_max) {
             return Err(Rejection::invalid(format!(
-                "{} samples are not possible: ask for {SAMPLES_MIN} to {SAMPLES_MAX}",
+                "{} samples (`--max-samples`) are not possible: ask for {SAMPLES_MIN} to {SAMPLES_MAX}",
                 self.samples_max
             )));
         }
         if self.guardrails.len() > GUARDRAILS_MAX {
             return Err(Rejection::invalid(format!(
-                "{} guardrails are too many: name {GUARDRAILS_MAX} at the most",
+                "{} guardrails (`--guardrail`) are too many: name {GUARDRAILS_MAX} at the most",
                 self.guardrails.len()
             )));
         }
@@ -276,18 +279,18 @@ impl Plan {
     }
 
     fn check_metrics(&self) -> Result<(), Rejection> {
-        let primary = (&self.primary, self.effect_min);
+        let primary = (&self.primary, self.effect_min, "--min-effect");
         let others = self
             .guardrails
             .iter()
-            .map(|guardrail| (&guardrail.metric, guardrail.worsening_max));
-        for (metric, change) in std::iter::once(primary).chain(others) {
+            .map(|guardrail| (&guardrail.metric, guardrail.worsening_max, "--guardrail"));
+        for (metric, change, option) in std::iter::once(primary).chain(others) {
             if let Measure::Outcome(name) = &metric.measure {
                 name::check("an outcome", name)?;
             }
             if !metric.has_change(change) {
                 return Err(Rejection::invalid(format!(
-                    "{metric} cannot differ by {change}: give a number above 0, at most 0.99 for latency (a \
+                    "{metric} cannot differ by {change} (`{option}`): give a number above 0, at most 0.99 for latency (a \
                      part of it), 1 for error-rate (a share of the requests), {VALUE_MAX:e} for an outcome"
                 )));
             }
@@ -300,7 +303,7 @@ impl Plan {
         measures.sort();
         if let Some(twice) = measures.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(Rejection::invalid(format!(
-                "{} has two guardrails: give it one",
+                "{} has two guardrails (`--guardrail`): give it one",
                 twice[0]
             )));
         }
@@ -428,22 +431,28 @@ mod tests {
                 |plan| plan.treatment_share_bp = 10,
                 "give each 100 at least",
             ),
-            (|plan| plan.alpha_bp = 0, "give 1 to 2000"),
-            (|plan| plan.samples_max = 99, "ask for 100 to 1000000"),
-            (|plan| plan.effect_min = 0.0, "cannot differ by 0"),
+            (
+                |plan| plan.alpha_bp = 5_000,
+                "a chance of 0.5 for a false conclusion (`--alpha`) is not possible: give 0.0001 to 0.2",
+            ),
+            (
+                |plan| plan.samples_max = 99,
+                "99 samples (`--max-samples`) are not possible: ask for 100 to 1000000",
+            ),
+            (|plan| plan.effect_min = 0.0, "differ by 0 (`--min-effect`)"),
             (|plan| plan.effect_min = f64::NAN, "cannot differ by NaN"),
-            (|plan| plan.seed.clear(), "a seed has 1 to 128 bytes"),
+            (|plan| plan.seed.clear(), "(`--seed`) has 1 to 128 bytes"),
             (
                 |plan| plan.primary = outcome("a b"),
                 "cannot name an outcome",
             ),
             (
                 |plan| plan.guardrails = vec![guardrail(Measure::Latency, 1.5)],
-                "cannot differ by 1.5",
+                "cannot differ by 1.5 (`--guardrail`)",
             ),
             (
                 |plan| plan.guardrails = vec![guardrail(Measure::Latency, 0.1); 2],
-                "latency has two guardrails",
+                "latency has two guardrails (`--guardrail`)",
             ),
         ];
         assert_eq!(plan().check(), Ok(()));

@@ -253,7 +253,7 @@ fn only_another_version_of_the_endpoints_model_is_compared() {
                 alpha_bp: 0,
                 ..proposed(2)
             },
-            "give 1 to 2000",
+            "give 0.0001 to 0.2",
         ),
     ] {
         let refused = head.say(Command::Start(change)).unwrap_err();

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::analysis::{VALUES_MIN, are_enough, difference, ratio, shown};
 use super::findings::{Decision, Findings, GuardrailFinding, Measured, Ratio, Values};
 use super::plan::{Ending, Guardrail, Measure, Plan, SAMPLES_MAX, VALUE_MAX};
-use crate::serving::rollout::sequential::{Moments, increase_lower_bound, log_e_value_of_split};
+use crate::serving::rollout::sequential::{Moments, increase_lower_bound, log_e_value};
 use crate::serving::rollout::split::{BUCKETS, bucket};
 use crate::serving::rollout::trial::{Outcome, shortened};
 
@@ -429,7 +429,7 @@ impl Tally {
             // Exact, so a treatment that always fails is found after a dozen requests.
             let shares = (self.plan.control_share_bp, self.plan.treatment_share_bp);
             let fair = f64::from(shares.1) / f64::from(shares.0 + shares.1);
-            let value = log_e_value_of_split(self.failed.1, self.failed.0, fair);
+            let value = log_e_value(self.failed.1, self.failed.0, fair);
             let limit = (1.0 / alpha).ln();
             let worse = sums.treatment.mean() - sums.control.mean();
             let is_violated = value >= limit && worse > guardrail.worsening_max;

@@ -94,6 +94,7 @@ impl<B: Backend> Fleet<B> {
             outputs,
             queued,
             computed,
+            hop,
             batch_rows,
             is_first_in_batch,
         } = answer;
@@ -114,6 +115,7 @@ impl<B: Backend> Fleet<B> {
             outputs,
             queued,
             computed,
+            hop,
             batch_rows,
             is_first_in_batch,
         })

@@ -6,11 +6,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::{Code, Request};
 
+use super::super::fixture::{row_for_digits, with_token};
 use super::super::oip_routes;
-use super::super::proto::ModelInferRequest;
 use super::super::proto::grpc_inference_service_client::GrpcInferenceServiceClient;
 use super::super::proto::infer_parameter::ParameterChoice;
-use super::super::proto::model_infer_request::InferInputTensor;
 use super::*;
 use crate::serving::about::TIMEOUT;
 use crate::serving::arm::{Arm, Origin, Routes};
@@ -21,7 +20,7 @@ use crate::serving::fleet::{Backend, BackendFailure, Fleet};
 use crate::serving::replica::Inference;
 use crate::serving::rows::Batch;
 use crate::serving::shadow::mirror::mirror;
-use crate::serving::signature::{BODY_LIMITS_MAX, INPUT, Signature};
+use crate::serving::signature::{BODY_LIMITS_MAX, Signature};
 
 /// Never answers.
 #[derive(Clone)]
@@ -56,32 +55,19 @@ fn client() -> GrpcInferenceServiceClient<Router> {
 
 /// A call that allows so many milliseconds, as gRPC's clients say it.
 fn within<T>(message: T, limit_ms: u64) -> Request<T> {
-    let mut request = Request::new(message);
-    let token = "Bearer secret".parse().unwrap();
-    request.metadata_mut().insert("authorization", token);
+    let mut request = with_token(message);
     request.set_timeout(Duration::from_millis(limit_ms));
     request
-}
-
-fn asked() -> ModelInferRequest {
-    ModelInferRequest {
-        model_name: "digits".to_owned(),
-        inputs: vec![InferInputTensor {
-            name: INPUT.to_owned(),
-            datatype: "FP32".to_owned(),
-            shape: vec![1, 2],
-            ..Default::default()
-        }],
-        raw_input_contents: vec![vec![0_u8; 8].into()],
-        ..Default::default()
-    }
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_deadline_of_a_call_is_that_of_its_request() {
     let mut client = client();
     let began = Instant::now();
-    let status = client.model_infer(within(asked(), 300)).await.unwrap_err();
+    let status = client
+        .model_infer(within(row_for_digits(), 300))
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
     let text = status.message();
     assert!(
@@ -92,7 +78,7 @@ async fn the_deadline_of_a_call_is_that_of_its_request() {
     assert!((300..400).contains(&took), "{took} ms");
 
     // What the request says itself counts before what its call says.
-    let mut hasty = asked();
+    let mut hasty = row_for_digits();
     let limit = proto::InferParameter {
         parameter_choice: Some(ParameterChoice::Int64Param(100_000)),
     };
@@ -107,7 +93,7 @@ async fn the_deadline_of_a_stream_is_that_of_all_its_requests() {
     let mut client = client();
     let began = Instant::now();
     // More than are answered at once: the last ones begin when nothing is left.
-    let requests = stream::iter((0..40).map(|_| asked()));
+    let requests = stream::iter((0..40).map(|_| row_for_digits()));
     let answers = client.model_stream_infer(within(requests, 300)).await;
     let answers = answers.unwrap().into_inner().map(Result::unwrap);
     let errors: Vec<String> = answers.map(|answer| answer.error_message).collect().await;

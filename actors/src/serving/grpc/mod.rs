@@ -383,4 +383,6 @@ impl GrpcFront {
 }
 
 #[cfg(test)]
+pub(super) mod fixture;
+#[cfg(test)]
 mod tests;

@@ -3,6 +3,7 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
 
 use super::super::http::fixture::{BODY_LIMIT, Server, start};
+use super::fixture::with_token;
 use super::proto::grpc_inference_service_client::GrpcInferenceServiceClient;
 use super::proto::infer_parameter::ParameterChoice;
 use super::proto::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
@@ -16,13 +17,6 @@ type Client = GrpcInferenceServiceClient<Channel>;
 async fn connect(server: &Server) -> Client {
     let endpoint = Endpoint::from_shared(server.base.clone()).unwrap();
     GrpcInferenceServiceClient::connect(endpoint).await.unwrap()
-}
-
-fn with_token<T>(message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    let token = MetadataValue::from_static("Bearer secret");
-    request.metadata_mut().insert("authorization", token);
-    request
 }
 
 fn input(shape: &[i64], datatype: &str) -> InferInputTensor {

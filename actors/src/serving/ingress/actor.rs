@@ -21,7 +21,7 @@ use super::service::IngressService;
 use crate::serving::access::keyring::now_ms;
 use crate::serving::client;
 use crate::serving::grpc::oip_routes;
-use crate::serving::server::{self, DRAIN_TIMEOUT};
+use crate::serving::server::{self, ActorServer, DRAIN_TIMEOUT};
 use crate::serving::signature::BODY_LIMITS_MAX;
 
 /// How long an ingress that leaves says so and goes on answering: a load balancer's usual health check comes every
@@ -67,8 +67,7 @@ pub struct Ingress {
 struct Running {
     address: SocketAddr,
     service: Arc<IngressService>,
-    stop: watch::Sender<bool>,
-    server: JoinSet<()>,
+    server: ActorServer,
     /// Aborted when dropped.
     _follower: JoinSet<()>,
 }
@@ -119,8 +118,7 @@ impl Ingress {
     async fn drain(&mut self) {
         if let Some(running) = &mut self.running {
             running.service.leave();
-            running.stop.send_replace(true);
-            while running.server.join_next().await.is_some() {}
+            running.server.drain().await;
         }
     }
 }
@@ -144,23 +142,10 @@ impl Running {
         // Of a model that is known, its own limit holds as well.
         let gate = IngressGate::new(table);
         let routes = oip_routes(Arc::clone(&service) as _, gate, BODY_LIMITS_MAX);
-        let (stop, mut stopping) = watch::channel(false);
-        let shutdown = async move {
-            // An ingress that is gone stops as one that was asked to.
-            let _ = stopping.wait_for(|stop| *stop).await;
-        };
-        let mut server = JoinSet::new();
-        let context = ctx.clone();
-        server.spawn(async move {
-            if let Err(error) = server::serve(listener, routes, shutdown).await {
-                context.fail(error.to_string());
-            }
-        });
         Ok(Running {
             address,
             service,
-            stop,
-            server,
+            server: ActorServer::start(ctx, listener, routes),
             _follower: follower,
         })
     }

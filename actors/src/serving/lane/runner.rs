@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::{BATCH_TIMEOUT, Backend, BackendFailure, Berth, Pace, Refusal};
 use crate::serving::arm::lock;
-use crate::serving::batcher::BatchRunner;
+use crate::serving::batcher::{BatchRunner, Computed};
 use crate::serving::guard::traffic::Traffic;
 use crate::serving::replica::{InferError, Inference, RefusedRow};
 use crate::serving::rows::{BATCH_BYTES_MAX, Batch, Row};
@@ -24,8 +24,8 @@ use crate::serving::rows::{BATCH_BYTES_MAX, Batch, Row};
 /// When a batch's outputs have so many bytes, no more of its rows are computed: a router holds them all, and one answer more.
 const OUTPUT_BYTES_MAX: usize = 16 * BATCH_BYTES_MAX;
 
-/// What becomes of each row.
-type Answers = Vec<Result<Row, Refusal>>;
+/// What becomes of each row, and what of its time was the way to the replica and back.
+type Answers = Computed<Result<Row, Refusal>>;
 
 /// Why a call gave no answer, and how long it had.
 struct Unanswered {
@@ -75,16 +75,12 @@ impl<B: Backend> BatchRunner for Runner<B> {
         next.joins(first, rows)
     }
 
-    async fn run(&mut self, rows: Vec<Row>) -> Result<Vec<Self::Output>, String> {
+    async fn run(&mut self, rows: Vec<Row>) -> Result<Answers, String> {
         let until = Instant::now() + BATCH_TIMEOUT;
         self.run_until(rows, until).await
     }
 
-    async fn run_until(
-        &mut self,
-        rows: Vec<Row>,
-        until: Instant,
-    ) -> Result<Vec<Self::Output>, String> {
+    async fn run_until(&mut self, rows: Vec<Row>, until: Instant) -> Result<Answers, String> {
         let mut berth = self.berth.backend.subscribe();
         let backend = berth.borrow_and_update().clone();
         // Requests that queued up behind the one that found the replica dead.
@@ -107,16 +103,16 @@ impl<B: Backend> BatchRunner for Runner<B> {
             }
         };
         match failure {
-            BackendFailure::Refused(reason) => Ok(vec![Err(Refusal::Failed(reason)); count]),
+            BackendFailure::Refused(reason) => Ok(all(count, Refusal::Failed(reason))),
             // Only a replica that names other rows than before gets here.
             BackendFailure::RowsRefused(_)
             | BackendFailure::RowsFailed(_)
             | BackendFailure::OutputsTooLarge(_) => {
                 let reason = "it refused rows that it had not refused before".to_owned();
-                Ok(vec![Err(Refusal::Failed(reason)); count])
+                Ok(all(count, Refusal::Failed(reason)))
             }
             // Its callers were in a hurry: that says little about the replica, and they are gone.
-            BackendFailure::Late if limit < BATCH_TIMEOUT => Ok(vec![Err(Refusal::Late); count]),
+            BackendFailure::Late if limit < BATCH_TIMEOUT => Ok(all(count, Refusal::Late)),
             failure => {
                 let reason = match failure {
                     BackendFailure::Lost(reason) => reason,
@@ -138,7 +134,7 @@ impl<B: Backend> Runner<B> {
         rows: Vec<Row>,
         until: Instant,
     ) -> Result<Answers, Unanswered> {
-        let mut answers = Vec::with_capacity(rows.len());
+        let mut answers = Answers::from(Vec::with_capacity(rows.len()));
         let mut size_bytes = 0;
         let mut parts = VecDeque::from([rows]);
         while let Some(part) = parts.pop_front() {
@@ -147,7 +143,8 @@ impl<B: Backend> Runner<B> {
                     "the outputs of the rows before it have {size_bytes} bytes, the limit is {OUTPUT_BYTES_MAX}: send fewer \
                      rows at once, or smaller ones"
                 );
-                answers.extend(part.iter().map(|_| Err(Refusal::Failed(reason.clone()))));
+                let refused = all(part.len(), Refusal::Failed(reason));
+                answers.outputs.extend(refused.outputs);
                 continue;
             }
             let fitting = self.fitting(&part);
@@ -157,9 +154,10 @@ impl<B: Backend> Runner<B> {
             }
             match self.infer_part(backend, part, until).await? {
                 Asked::Answered(answered) => {
-                    let outputs = answered.iter().flatten();
+                    let outputs = answered.outputs.iter().flatten();
                     size_bytes += outputs.map(Row::size_bytes).sum::<usize>();
-                    answers.extend(answered);
+                    answers.outputs.extend(answered.outputs);
+                    answers.hop += answered.hop;
                 }
                 Asked::TooLarge(part) => {
                     let fitting = self.fitting(&part).min(part.len() - 1);
@@ -207,13 +205,17 @@ impl<B: Backend> Runner<B> {
         let batch = Batch::join(rows);
         // One row alone is not asked for twice.
         let kept = (count > 1).then(|| batch.clone());
+        let began = Instant::now();
         let Unanswered { failure, limit } = match self.call(backend, batch, until).await {
             Ok(inference) => {
                 let outputs_bytes = inference.outputs.size_bytes() as u64;
                 if let Some(growth) = lock(&self.growth).as_mut() {
                     *growth = ratio(outputs_bytes, inputs_bytes);
                 }
-                return Ok(Asked::Answered(self.answered(inference, count)));
+                let computed = Duration::from_nanos(inference.computed_ns);
+                let hop = began.elapsed().saturating_sub(computed);
+                let outputs = self.answered(inference, count);
+                return Ok(Asked::Answered(Answers { outputs, hop }));
             }
             Err(unanswered) => unanswered,
         };
@@ -226,7 +228,7 @@ impl<B: Backend> Runner<B> {
                     Some(batch) => Asked::TooLarge(split(batch, limit)?),
                     None => {
                         let reason = InferError::too_large(size_bytes).to_string();
-                        Asked::Answered(vec![Err(Refusal::Failed(reason))])
+                        Asked::Answered(all(1, Refusal::Failed(reason)))
                     }
                 });
             }
@@ -239,17 +241,18 @@ impl<B: Backend> Runner<B> {
             let failure = BackendFailure::RowsRefused(Vec::new());
             return Err(Unanswered { failure, limit });
         }
-        let answers = match good.len() {
-            0 => Vec::new(),
+        let Answers { outputs, hop } = match good.len() {
+            0 => Answers::from(Vec::new()),
             _ => self.infer_rest(backend, good, until).await?,
         };
-        let mut answers = answers.into_iter();
+        let mut answers = outputs.into_iter();
         let unnamed = || Refusal::Failed("it refused rows and did not say which".to_owned());
         let answer = |row: u64| match named.get(&row) {
             Some(reason) => Err(reason.clone()),
             None => answers.next().unwrap_or_else(|| Err(unnamed())),
         };
-        Ok(Asked::Answered((0..count as u64).map(answer).collect()))
+        let outputs = (0..count as u64).map(answer).collect();
+        Ok(Asked::Answered(Answers { outputs, hop }))
     }
 
     /// How many of these rows have outputs that fit into one answer, as far as is known; at least one.
@@ -264,7 +267,7 @@ impl<B: Backend> Runner<B> {
     }
 
     /// The rows of an answer to `count` rows. One that does not fit them is a refusal: another replica would say the same.
-    fn answered(&self, inference: Inference, count: usize) -> Answers {
+    fn answered(&self, inference: Inference, count: usize) -> Vec<Result<Row, Refusal>> {
         self.traffic.load.computed(inference.computed_ns);
         let now = Instant::now();
         *lock(&self.pace.memory) = inference.memory_percent.map(|percent| (percent, now));
@@ -279,6 +282,11 @@ impl<B: Backend> Runner<B> {
             Err(misfit) => vec![Err(Refusal::Failed(misfit.to_string())); count],
         }
     }
+}
+
+/// The same for each of so many rows.
+fn all(count: usize, refusal: Refusal) -> Answers {
+    vec![Err(refusal); count].into()
 }
 
 /// Puts rows back at the front of the line, in parts of so many.

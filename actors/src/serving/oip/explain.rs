@@ -34,7 +34,7 @@ pub struct Explanation {
     pub assemble: Duration,
     /// Waiting for its batch.
     pub queue: Duration,
-    /// The batch, from the router to the replica and back.
+    /// The model, on the batch.
     pub compute: Duration,
     /// Taking this request's outputs out of the batch's.
     pub split: Duration,
@@ -44,6 +44,8 @@ pub struct Explanation {
     pub nodes: Vec<String>,
     /// Whether it was known from an earlier request; `None` where answers are not kept.
     pub cached: Option<bool>,
+    /// The batch's way from the router to the replica and back.
+    pub hop: Duration,
 }
 
 impl Explanation {
@@ -53,6 +55,7 @@ impl Explanation {
         let parts = [
             ("queue", self.queue),
             ("assemble", self.assemble),
+            ("hop", self.hop),
             ("compute", self.compute),
             ("split", self.split),
             ("serialize", serialize),
@@ -90,6 +93,7 @@ mod tests {
         let mut explanation = Explanation {
             queue: Duration::from_micros(7),
             compute: Duration::from_millis(2),
+            hop: Duration::from_micros(90),
             ..Explanation::default()
         };
         let headers = explanation.headers("3", Duration::from_nanos(1_999));
@@ -99,7 +103,7 @@ mod tests {
                 (VERSION, "3".to_owned()),
                 (
                     TIMES,
-                    "queue=7, assemble=0, compute=2000, split=0, serialize=1".to_owned()
+                    "queue=7, assemble=0, hop=90, compute=2000, split=0, serialize=1".to_owned()
                 ),
             ]
         );

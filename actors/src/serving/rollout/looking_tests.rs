@@ -52,7 +52,7 @@ fn routes() -> Routes<Idle> {
 
 /// The candidate gets this share of the requests, and both sides had so many of them.
 fn tried(answering: usize, weight_percent: u32, requests: usize) -> Routes<Idle> {
-    let mut trial = Trial::new(Guardrails::STANDARD, 10, 1);
+    let mut trial = Trial::new(Guardrails::STANDARD, 10, 1, 50);
     for side in [Side::Candidate, Side::Baseline] {
         (0..requests).for_each(|_| trial.record(side, Outcome::Answered(TOOK)));
     }

@@ -8,7 +8,8 @@
 //! * [`split`]: which version a request goes to: sticky, by a hash of its key.
 //! * [`sequential`]: tests whose error bound holds at every look (pure).
 //! * `looking`: what a router sees of a step; `reporting`: when the head hears of one that is not decided, and
-//!   `waiting`: how long a candidate's replicas are waited for.
+//!   `waiting`: how long a candidate's replicas are waited for; `sentinels`: rows whose answers are known, which a
+//!   candidate is asked before it is gone on with.
 //! * [`trial`]: what both versions answered in a step, and what follows from it (pure); `tail`: the same of their 95th
 //!   percentiles.
 
@@ -17,6 +18,7 @@ pub(in crate::serving) mod looking;
 pub mod plan;
 mod recording;
 pub(in crate::serving) mod reporting;
+pub(in crate::serving) mod sentinels;
 pub mod sequential;
 pub mod split;
 pub(in crate::serving) mod start;

@@ -290,29 +290,37 @@ pub(super) fn check(
     if steps.len() < 2 || steps.len() > STEPS_MAX || !ascends || steps.last() != Some(&100) {
         let shown: Vec<String> = steps.iter().take(STEPS_MAX).map(u32::to_string).collect();
         return Err(Rejection::invalid(format!(
-            "steps `{}` are not possible: give 2 to {STEPS_MAX} growing percentages, of which the \
+            "steps `{}` are not possible (`--steps`): give 2 to {STEPS_MAX} growing percentages, of which the \
              last is 100",
             shown.join(",")
         )));
     }
-    let Guardrails {
-        error_increase_max_bp,
-        latency_increase_max_percent,
-        false_rollback_max_bp,
-    } = *guardrails;
-    let is_possible = error_increase_max_bp <= 10_000
-        && latency_increase_max_percent <= 100_000
-        && (1..=5_000).contains(&false_rollback_max_bp);
-    if !is_possible {
-        return Err(Rejection::invalid(format!(
-            "guardrails are out of range: error increase {error_increase_max_bp} of at most 10000 \
-             basis points, latency increase {latency_increase_max_percent} of at most 100000 percent, \
-             false rollbacks {false_rollback_max_bp} of 1 to 5000 basis points"
-        )));
+    for (what, value, (min, max)) in [
+        (
+            "basis points as an increase of errors (`--max-error-increase-bp`)",
+            guardrails.error_increase_max_bp,
+            (0, 10_000),
+        ),
+        (
+            "percent as an increase of latency (`--max-latency-increase`)",
+            guardrails.latency_increase_max_percent,
+            (0, 100_000),
+        ),
+        (
+            "basis points as a chance of a false rollback",
+            guardrails.false_rollback_max_bp,
+            (1, 5_000),
+        ),
+    ] {
+        if !(min..=max).contains(&value) {
+            return Err(Rejection::invalid(format!(
+                "guardrails are out of range: {value} {what}; give {min} to {max}"
+            )));
+        }
     }
     if !(1..=MIN_SAMPLES_MAX).contains(&min_samples) {
         return Err(Rejection::invalid(format!(
-            "{min_samples} samples a step are not possible: ask for 1 to {MIN_SAMPLES_MAX}"
+            "{min_samples} samples a step are not possible (`--min-samples`): ask for 1 to {MIN_SAMPLES_MAX}"
         )));
     }
     Ok(())

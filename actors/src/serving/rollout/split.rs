@@ -6,22 +6,17 @@
 //! Invariants:
 //! 1. A key always has the same bucket within a rollout.
 //! 2. Whoever got the candidate gets it at every larger weight, too.
-//! 3. The baseline has as many buckets as it is compared with, and none of them the candidate's.
 
 /// Buckets of all keys.
 pub const BUCKETS: u32 = 10_000;
 
-/// The side of a request.
+/// Which version a request goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// Answered by the candidate, and compared.
+    /// The new one.
     Candidate,
-    /// Answered by the candidate, but not compared: there is no baseline of that size.
-    CandidateUncompared,
-    /// Answered by the stable version, and compared.
+    /// The one that it is compared with.
     Baseline,
-    /// Answered by the stable version, and not compared.
-    Stable,
 }
 
 /// FNV-1a of 32 bits (Fowler, Noll, Vo; RFC 9923).
@@ -42,13 +37,10 @@ pub fn bucket(seed: &str, key: &str) -> u32 {
 /// The side of a bucket while the candidate gets `weight_percent` of the requests.
 #[must_use]
 pub fn side(bucket: u32, weight_percent: u32) -> Side {
-    let candidate = weight_percent.min(100) * BUCKETS / 100;
-    let compared = candidate.min(BUCKETS - candidate);
-    match bucket {
-        bucket if bucket < compared => Side::Candidate,
-        bucket if bucket < candidate => Side::CandidateUncompared,
-        bucket if bucket >= BUCKETS - compared => Side::Baseline,
-        _ => Side::Stable,
+    if bucket < weight_percent.min(100) * BUCKETS / 100 {
+        Side::Candidate
+    } else {
+        Side::Baseline
     }
 }
 
@@ -64,15 +56,12 @@ mod tests {
     }
 
     #[test]
-    fn widening_keeps_its_members_and_the_baseline_is_of_equal_size() {
+    fn widening_keeps_its_members() {
         for weights in [[1, 5, 25, 50], [50, 60, 75, 100]] {
             let mut members = vec![false; BUCKETS as usize];
             for weight in weights {
                 let sides: Vec<Side> = (0..BUCKETS).map(|at| side(at, weight)).collect();
-                let count = |wanted| sides.iter().filter(|side| **side == wanted).count();
-                assert_eq!(count(Side::Candidate), count(Side::Baseline), "{weight}");
-                let gets =
-                    |side: &Side| matches!(side, Side::Candidate | Side::CandidateUncompared);
+                let gets = |side: &Side| *side == Side::Candidate;
                 assert_eq!(
                     sides.iter().filter(|side| gets(side)).count() as u32,
                     weight * BUCKETS / 100

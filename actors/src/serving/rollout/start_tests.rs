@@ -108,10 +108,19 @@ fn shadows_that_cannot_be_are_refused() {
     let mut head = head();
     type Change = fn(&mut shadow::Plan);
     let changes: [(Change, &str); 6] = [
-        (|plan| plan.percent = 0, "give 1 to 100 percent"),
+        (
+            |plan| plan.percent = 0,
+            "0 percent (`--shadow-percent`) is not possible",
+        ),
         (|plan| plan.percent = 101, "give 1 to 100 percent"),
-        (|plan| plan.samples = 0, "1 to 1000000 samples"),
-        (|plan| plan.mismatch_max_bp = 10_000, "are all: give fewer"),
+        (
+            |plan| plan.samples = 0,
+            "0 samples (`--shadow-samples`) is not possible: give 1 to 1000000 samples",
+        ),
+        (
+            |plan| plan.mismatch_max_bp = 10_000,
+            "(`--max-mismatch-bp`) are all: give fewer",
+        ),
         (
             |plan| {
                 plan.rule = Rule::Close {
@@ -119,11 +128,11 @@ fn shadows_that_cannot_be_are_refused() {
                     relative: 0.0,
                 }
             },
-            "is no rule",
+            "of -1 (`--atol`) and of 0 (`--rtol`) is no rule",
         ),
         (
             |plan| plan.outputs = vec![("scores".into(), Rule::Top(0))],
-            "is no rule",
+            "(`--top-k`) is no rule",
         ),
     ];
     for (change, reason) in changes {

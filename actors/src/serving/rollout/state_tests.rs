@@ -235,7 +235,7 @@ fn what_cannot_be_rolled_out_is_refused_with_the_reason() {
         change(&mut command);
         command
     };
-    let cases: [(Command, &str); 7] = [
+    let cases: [(Command, &str); 9] = [
         (
             with(|command| {
                 if let Command::Start { model, .. } = command {
@@ -252,7 +252,7 @@ fn what_cannot_be_rolled_out_is_refused_with_the_reason() {
                     *steps = vec![5, 5, 100];
                 }
             }),
-            "steps `5,5,100` are not possible",
+            "steps `5,5,100` are not possible (`--steps`)",
         ),
         (
             with(|command| {
@@ -268,7 +268,7 @@ fn what_cannot_be_rolled_out_is_refused_with_the_reason() {
                     *min_samples = 0;
                 }
             }),
-            "0 samples a step are not possible",
+            "0 samples a step are not possible (`--min-samples`)",
         ),
         (
             with(|command| {
@@ -276,7 +276,23 @@ fn what_cannot_be_rolled_out_is_refused_with_the_reason() {
                     guardrails.false_rollback_max_bp = 0;
                 }
             }),
-            "guardrails are out of range",
+            "guardrails are out of range: 0 basis points as a chance of a false rollback; give 1 to 5000",
+        ),
+        (
+            with(|command| {
+                if let Command::Start { guardrails, .. } = command {
+                    guardrails.error_increase_max_bp = 10_001;
+                }
+            }),
+            "10001 basis points as an increase of errors (`--max-error-increase-bp`); give 0 to 10000",
+        ),
+        (
+            with(|command| {
+                if let Command::Start { guardrails, .. } = command {
+                    guardrails.latency_increase_max_percent = 100_001;
+                }
+            }),
+            "100001 percent as an increase of latency (`--max-latency-increase`); give 0 to 100000",
         ),
     ];
     for (command, expected) in cases {

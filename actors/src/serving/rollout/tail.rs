@@ -113,10 +113,11 @@ impl SlowAnswers {
         }
     }
 
-    /// The logarithm of the evidence that the candidate has more of them, once any can be told.
-    pub(super) fn log_e_value(&self) -> Option<f64> {
+    /// The logarithm of the evidence that the candidate, which has `fair` of all requests, has more of them, once any can
+    /// be told.
+    pub(super) fn log_e_value(&self, fair: f64) -> Option<f64> {
         self.after
-            .map(|_| log_e_value(self.candidate, self.baseline))
+            .map(|_| log_e_value(self.candidate, self.baseline, fair))
     }
 }
 
@@ -208,10 +209,10 @@ mod tests {
         let (mut slow, mut baseline) = (SlowAnswers::default(), Histogram::new());
         for count in 1..=20 {
             let bucket = baseline.add(1_000f64.ln());
-            assert_eq!(slow.log_e_value(), None, "{count}");
+            assert_eq!(slow.log_e_value(0.5), None, "{count}");
             slow.take(false, bucket, &baseline);
         }
-        assert_eq!(slow.log_e_value(), Some(log_e_value(0, 0)));
+        assert_eq!(slow.log_e_value(0.5), Some(log_e_value(0, 0, 0.5)));
         for _ in 0..3 {
             slow.take(true, Histogram::new().add(1_500f64.ln()), &baseline);
         }

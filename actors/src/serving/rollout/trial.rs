@@ -1,5 +1,7 @@
-//! What the candidate and an equally large part of the stable version's requests came to in one step,
-//! and what follows from it.
+//! What the candidate's and the stable version's requests came to in one step, and what follows from it.
+//!
+//! All requests of the stable version are the baseline. They meet the same replicas as any part of them would, and a part as
+//! large as a candidate with five percent takes more than twice as long to tell.
 //!
 //! Invariants:
 //! 1. Both sides are counted over the same time: nothing is counted while the candidate does not answer.
@@ -19,6 +21,9 @@ use super::tail::{Excess, Held, Histogram, SlowAnswers};
 
 /// Guardrails of a step: errors, refusals, mean latency, 95th percentile.
 const GUARDRAILS: f64 = 4.0;
+
+/// The largest part of all requests that a candidate is taken to have: one that has all of them is compared with nothing.
+const FAIR_MAX: f64 = 0.99;
 
 /// Answers of each side before means are compared: the bound on them is asymptotic.
 const MEAN_SAMPLES_MIN: u64 = 50;
@@ -74,7 +79,7 @@ pub struct Evidence {
     pub reason: String,
     /// The candidate's requests.
     pub candidate: SideEvidence,
-    /// As many requests to the stable version, over the same time.
+    /// Those of the stable version, over the same time.
     pub baseline: SideEvidence,
     /// Every guardrail that could be computed.
     pub guardrails: Vec<GuardrailEvidence>,
@@ -205,20 +210,28 @@ pub struct Trial {
     min_samples: u64,
     /// The chance of a false alarm that each guardrail of this step has.
     alpha: f64,
+    /// The part of the keys that the candidate gets, between 0 and 1.
+    weight: f64,
     candidate: Sample,
     baseline: Sample,
     slow: SlowAnswers,
 }
 
 impl Trial {
-    /// A trial without requests, one of `judged_steps` in its rollout.
+    /// A trial without requests, one of `judged_steps` in its rollout, in which the candidate gets `weight_percent` of them.
     #[must_use]
-    pub fn new(guardrails: Guardrails, min_samples: u64, judged_steps: u32) -> Self {
+    pub fn new(
+        guardrails: Guardrails,
+        min_samples: u64,
+        judged_steps: u32,
+        weight_percent: u32,
+    ) -> Self {
         let share = f64::from(judged_steps.max(1)) * GUARDRAILS;
         Trial {
             guardrails,
             min_samples,
             alpha: f64::from(guardrails.false_rollback_max_bp) / 10_000.0 / share,
+            weight: f64::from(weight_percent.max(1)) / 100.0,
             candidate: Sample::new(),
             baseline: Sample::new(),
             slow: SlowAnswers::default(),
@@ -229,12 +242,11 @@ impl Trial {
         1.0 + f64::from(self.guardrails.latency_increase_max_percent) / 100.0
     }
 
-    /// Counts a request; those that are not compared are not.
+    /// Counts a request.
     pub fn record(&mut self, side: Side, outcome: Outcome<'_>) {
         let sample = match side {
             Side::Candidate => &mut self.candidate,
             Side::Baseline => &mut self.baseline,
-            Side::CandidateUncompared | Side::Stable => return,
         };
         if let Some(bucket) = sample.record(outcome) {
             let is_candidate = side == Side::Candidate;
@@ -284,7 +296,17 @@ impl Trial {
         }
     }
 
+    /// The candidate's part of events that hit both alike. Keys are what is assigned, and one of them may have many of the
+    /// requests: where the candidate has met more than its part of them, it has its events for that.
+    fn fair(&self) -> f64 {
+        let met = |sample: &Sample| (sample.requests + sample.refused) as f64;
+        let (candidate, baseline) = (met(&self.candidate), met(&self.baseline));
+        let part = candidate / (candidate + baseline).max(1.0);
+        self.weight.max(part).min(FAIR_MAX)
+    }
+
     fn guardrails(&self, excess: Option<Excess>) -> Vec<GuardrailEvidence> {
+        let fair = self.fair();
         let limit = (1.0 / self.alpha).ln();
         let row = |guardrail: &str, statistic: &str, value: f64, limit: f64, is_violated| {
             GuardrailEvidence {
@@ -295,7 +317,7 @@ impl Trial {
                 is_violated,
             }
         };
-        let errors = log_e_value(self.candidate.errors, self.baseline.errors);
+        let errors = log_e_value(self.candidate.errors, self.baseline.errors, fair);
         let mut rows = vec![row(
             "errors",
             "log_e_value",
@@ -303,7 +325,7 @@ impl Trial {
             limit,
             errors >= limit && self.errors_exceed(),
         )];
-        let refused = log_e_value(self.candidate.refused, self.baseline.refused);
+        let refused = log_e_value(self.candidate.refused, self.baseline.refused, fair);
         rows.push(row(
             "refusals",
             "log_e_value",
@@ -325,7 +347,7 @@ impl Trial {
                 at_least > most,
             ));
         }
-        if let Some(slower) = self.slow.log_e_value() {
+        if let Some(slower) = self.slow.log_e_value(fair) {
             let is_sure = excess.is_some_and(|excess| excess.is_sure());
             rows.push(row(
                 "latency_p95",

@@ -34,14 +34,23 @@ pub enum Rule {
 }
 
 impl Rule {
-    fn is_possible(self) -> bool {
+    /// Why nothing can be compared by it, if nothing can.
+    fn fault(self) -> Option<String> {
         match self {
             Rule::Close { absolute, relative } => {
-                let is_share = |value: f64| value.is_finite() && value >= 0.0;
-                is_share(absolute) && is_share(relative)
+                let is_tolerance = |value: f64| value.is_finite() && value >= 0.0;
+                let is_possible = is_tolerance(absolute) && is_tolerance(relative);
+                (!is_possible).then(|| {
+                    format!(
+                        "a tolerance of {absolute} (`--atol`) and of {relative} (`--rtol`) is no rule: give numbers of 0 or more"
+                    )
+                })
             }
-            Rule::Top(count) => count > 0,
-            Rule::Ulps(_) | Rule::Ignore => true,
+            Rule::Top(0) => Some(
+                "to compare the 0 largest values (`--top-k`) is no rule: give 1 at least"
+                    .to_owned(),
+            ),
+            Rule::Top(_) | Rule::Ulps(_) | Rule::Ignore => None,
         }
     }
 }
@@ -71,22 +80,27 @@ impl Plan {
 
     /// Refuses what cannot be followed.
     pub(in crate::serving) fn check(&self) -> Result<(), Rejection> {
-        if !(1..=100).contains(&self.percent) || !(1..=SAMPLES_MAX).contains(&self.samples) {
+        if !(1..=100).contains(&self.percent) {
             return Err(Rejection::invalid(format!(
-                "a shadow of {} percent and {} samples is not possible: give 1 to 100 percent and 1 to \
-                 {SAMPLES_MAX} samples",
-                self.percent, self.samples
+                "a shadow of {} percent (`--shadow-percent`) is not possible: give 1 to 100 percent",
+                self.percent
+            )));
+        }
+        if !(1..=SAMPLES_MAX).contains(&self.samples) {
+            return Err(Rejection::invalid(format!(
+                "a shadow of {} samples (`--shadow-samples`) is not possible: give 1 to {SAMPLES_MAX} samples",
+                self.samples
             )));
         }
         if self.mismatch_max_bp >= 10_000 {
             return Err(Rejection::invalid(format!(
-                "{} of 10000 answers that may differ are all: give fewer",
+                "{} basis points of answers that may differ (`--max-mismatch-bp`) are all: give fewer than 10000",
                 self.mismatch_max_bp
             )));
         }
         if self.outputs.len() > OUTPUTS_MAX {
             return Err(Rejection::invalid(format!(
-                "{} outputs with a rule of their own are too many: name {OUTPUTS_MAX} at the most",
+                "{} outputs with a rule of their own (`--top-k`, `--ignore-output`) are too many: name {OUTPUTS_MAX} at the most",
                 self.outputs.len()
             )));
         }
@@ -96,7 +110,7 @@ impl Plan {
             .find(|name| name.len() > OUTPUT_NAME_BYTES_MAX)
         {
             return Err(Rejection::invalid(format!(
-                "the name of an output has {} bytes: give {OUTPUT_NAME_BYTES_MAX} at the most",
+                "the name of an output (`--top-k`, `--ignore-output`) has {} bytes: give {OUTPUT_NAME_BYTES_MAX} at the most",
                 long.len()
             )));
         }
@@ -105,11 +119,9 @@ impl Plan {
             .iter()
             .map(|(_, rule)| *rule)
             .chain([self.rule]);
-        if let Some(rule) = rules.find(|rule| !rule.is_possible()) {
-            return Err(Rejection::invalid(format!(
-                "{rule:?} is no rule: give tolerances of 0 or more, and at least the largest 1"
-            )));
+        match rules.find_map(Rule::fault) {
+            Some(fault) => Err(Rejection::invalid(fault)),
+            None => Ok(()),
         }
-        Ok(())
     }
 }

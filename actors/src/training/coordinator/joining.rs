@@ -3,7 +3,8 @@
 //! Invariants:
 //! 1. Who follows without a seat holds nobody up: no shard and no bucket is its own.
 //! 2. A trainer that came too late comes again after a pause that grows. Only then the gate is held for it, and the others
-//!    stand there for a share of that pause at most. It is woken from the pause where no step begins without it.
+//!    stand there for a share of that pause at most. It is woken from the pause where no step begins without it, or its
+//!    process has ended.
 //! 3. Where nobody has a seat any more, who follows gets the copy's state: there are no sums to catch up with.
 
 use std::sync::Arc;
@@ -12,11 +13,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::Coordinator;
-use super::membership::{REFUSED_PAUSE, STRIKES_MAX};
+use super::membership::STRIKES_MAX;
 use crate::training::collective::Collective;
 use crate::training::crew::{GREET_PAUSE_FIRST, Preparation, Presence, Slot, TrainerLink};
 use crate::training::messages::{Admission, Greeting, Held};
 use crate::training::numerics::{Numerics, Probe};
+use crate::training::parts::SharedState;
 use crate::training::protocol::plan::MemberId;
 
 /// Who follows gets a seat when it lacks no more than such a share of the steps whose sums are kept, or one: as long as
@@ -30,7 +32,7 @@ const LATE_PAUSE_FIRST: Duration = Duration::from_millis(250);
 const HOLD_SHARE: u32 = 4;
 /// How long a trainer may follow without catching up.
 const FOLLOW_MAX: Duration = Duration::from_secs(60);
-/// A trainer took part for long if it did for so many times the steps whose sums are kept.
+/// A trainer took part for long if it did for so many times the steps whose sums are kept, or for a time (`crew/attempts.rs`).
 const STEADY_TIMES: u64 = 4;
 
 /// The gate is held for a trainer that came too late before.
@@ -47,6 +49,7 @@ pub(super) struct HeldGate {
 
 impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     pub(super) fn greeted(&mut self, index: usize, greeting: Greeting) {
+        let stands_still = self.stands_still();
         let slot = self.crew.slot(index);
         if slot
             .incarnation
@@ -55,6 +58,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             self.counters.trainer_restarts += 1;
             // What another process did says nothing of this one.
             slot.attempts = Default::default();
+            slot.given_up = None;
         }
         slot.incarnation = Some(greeting.incarnation);
         slot.node = greeting.node_name;
@@ -62,18 +66,22 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             self.crew.let_leave(index);
             return;
         }
+        // One that was given up is asked all the same where nobody goes on without it.
+        if stands_still && slot.given_up.is_some() {
+            slot.refused = None;
+        }
         let is_refused = slot.refused == slot.incarnation;
         let strikes = self.strikes.get(&slot.node).copied().unwrap_or_default();
         match greeting.held {
             // It would be wrong again, unless it is started on another machine.
-            _ if strikes >= STRIKES_MAX => self.crew.lose(index, REFUSED_PAUSE),
-            // It would compute the same again.
-            None if is_refused => self.crew.lose(index, REFUSED_PAUSE),
+            _ if strikes >= STRIKES_MAX => self.set_aside(index),
+            // It would compute the same, or refuse again.
+            _ if is_refused => self.set_aside(index),
             // It went on under an earlier coordinator, or lost nothing but the connection.
             Some((member, held)) if self.goes_with_us(&held) => {
                 self.follows(index, member, held.step);
             }
-            _ => self.prepare(index),
+            _ => self.bring_in(index),
         }
     }
 
@@ -91,28 +99,39 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
 
     /// Sends the present state in the background.
     pub(super) fn prepare(&mut self, index: usize) {
-        // While it is held for another one, what is due stays due.
-        if self.held_gate.is_none() {
-            self.hold_gate_if_due(index);
-        }
-        let sent = Held {
-            step: self.state.step,
-            digest: self.digest.clone(),
-        };
+        self.hold_gate_if_due(index);
+        self.send_state(index, None);
+    }
+
+    /// The present state as bytes.
+    pub(super) fn packed_state(&mut self) -> Arc<Vec<u8>> {
         let state = &self.state;
         let packed = self
             .packed
             .get_or_insert_with(|| Arc::new(state.to_bytes()));
+        Arc::clone(packed)
+    }
+
+    /// Sends the present state, of which those of `shared` give what they can.
+    pub(super) fn send_state(&mut self, index: usize, shared: Option<SharedState>) {
+        let sent = Held {
+            step: self.state.step,
+            digest: self.digest.clone(),
+        };
         let order = Preparation {
             plan: self.leader.plan().clone(),
-            state: Arc::clone(packed),
+            state: self.packed_state(),
+            shared,
             probe: (self.spec.numerics == Numerics::Strict).then_some(self.probe),
         };
         self.crew.prepare(index, sent, order);
     }
 
-    /// Holds the gate for a trainer that came too late before.
-    fn hold_gate_if_due(&mut self, index: usize) {
+    /// Holds the gate for a trainer that came too late before. While it is held for another one, what is due stays due.
+    pub(super) fn hold_gate_if_due(&mut self, index: usize) {
+        if self.held_gate.is_some() {
+            return;
+        }
         let at_most = self.crew.slot(index).attempts.take_hold();
         if at_most.is_zero() {
             return;
@@ -137,8 +156,8 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
              give up that the result has one hash"
         ));
         let slot = self.crew.slot(index);
-        slot.refused = slot.incarnation;
-        self.crew.lose(index, REFUSED_PAUSE);
+        (slot.refused, slot.given_up) = (slot.incarnation, None);
+        self.set_aside(index);
     }
 
     /// A trainer holds the state, and may take part.
@@ -190,7 +209,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
     }
 
     /// The step at which the furthest of those stands who take part, as far as it was heard.
-    fn furthest(&self) -> u64 {
+    pub(super) fn furthest(&self) -> u64 {
         let ready = self.crew.slots().iter().filter(|slot| slot.is_ready());
         ready.map(|slot| slot.step).fold(self.state.step, u64::max)
     }
@@ -207,22 +226,18 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
 
     /// A trainer is too far behind: it gets the state again, after a pause.
     pub(super) fn too_late(&mut self, index: usize, why: &str) {
-        let (step, steady) = (self.state.step, self.steady_steps());
-        if let Some(member) = self.crew.slots()[index].member {
-            self.leader.unseat(member);
-            self.unreached.forget(member);
-        }
-        let stands_still = self.stands_still();
+        self.unseat(index);
+        let (step, stands_still) = (self.state.step, self.stands_still());
         let slot = self.crew.slot(index);
         let attempts = &mut slot.attempts;
-        let grown = attempts.late_at(step, steady, LATE_PAUSE_FIRST, HOLD_SHARE);
+        let grown = attempts.comes_late(LATE_PAUSE_FIRST, HOLD_SHARE);
         let pause = if stands_still {
             LATE_PAUSE_FIRST
         } else {
             grown
         };
         attempts.hold_next(pause / HOLD_SHARE);
-        let times = attempts.failed;
+        let times = attempts.late;
         self.log.line(format_args!(
             "trainer-{index} on {} {why} at step {step}, {times} times in a row by now: it gets the state again in {} ms",
             slot.node,
@@ -251,6 +266,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                 self.too_late(index, "has not caught up");
             }
         }
+        self.look_after_giving();
         self.look_after_gate();
     }
 

@@ -7,7 +7,9 @@ use tokio::time::Instant;
 
 use super::{Coordinator, CoordinatorError};
 use crate::training::collective::Collective;
-use crate::training::crew::{GREET_PAUSE_FIRST, LinkError, Presence, Slot, TrainerLink};
+use crate::training::crew::{
+    GREET_PAUSE_FIRST, LinkError, Presence, REFUSALS_MAX, Slot, TrainerLink,
+};
 use crate::training::job::now_ms;
 use crate::training::messages::{News, TrainerError};
 use crate::training::protocol::exchange::Report;
@@ -20,12 +22,15 @@ const STAY_MAX: Duration = Duration::from_secs(2);
 const STAY_SHARE: u32 = 8;
 /// How often a trainer with notice that stays is listened to.
 const DOOMED_PAUSE: Duration = Duration::from_millis(100);
-/// How often is looked whether a trainer that was refused was started anew, as on a machine that was mended.
-pub(super) const REFUSED_PAUSE: Duration = Duration::from_secs(30);
+/// How often a trainer that takes no part is asked who it is, beside listening for the end of its process: as on a machine
+/// that was mended, it may be another one.
+const REFUSED_PAUSE: Duration = Duration::from_secs(30);
 /// How long a trainer is left alone that cannot reach its data.
 const HINDERED_PAUSE: Duration = Duration::from_secs(5);
 /// How long a member is left out that others do not reach: if the way is still cut, it costs as much again.
 const UNREACHED_PAUSE: Duration = Duration::from_secs(30);
+/// The longest pause before a trainer that failed or takes no part is asked again, while no step begins without it.
+const STANDING_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How often trainers of one machine may be found with other bits. From then on none there takes part under this driver: to
 /// give them the state again mends no machine.
 pub(super) const STRIKES_MAX: u32 = 3;
@@ -52,7 +57,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                 self.crew.listen_after(index, DOOMED_PAUSE);
             }
             Some(_) => {
-                self.let_leave(index, member);
+                self.let_leave(index);
                 return;
             }
         }
@@ -105,15 +110,15 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         now < *slot.stays_until.get_or_insert(now + stay)
     }
 
-    fn let_leave(&mut self, index: usize, member: MemberId) {
+    fn let_leave(&mut self, index: usize) {
         self.counters.handoffs += 1;
         self.log.line(format_args!(
             "trainer-{index} leaves {} at step {}: the node will be taken away",
             self.crew.slots()[index].node,
             self.state.step
         ));
+        self.unseat(index);
         self.crew.let_leave(index);
-        self.leader.unseat(member);
         self.publish();
     }
 
@@ -145,36 +150,105 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             LinkError::Trainer(TrainerError::Hindered(reason)) => {
                 self.lose_for(index, reason, HINDERED_PAUSE);
             }
-            LinkError::Trainer(other) => self.lose(index, &other.to_string()),
+            LinkError::Trainer(other) => self.refuses(index, &other.to_string()),
             LinkError::Lost(reason) => self.lose(index, reason),
         }
         Ok(())
     }
 
+    /// A trainer is lost, or did not come so far as to take part: it is asked again after a pause that grows while it
+    /// does not take part for long.
     pub(super) fn lose(&mut self, index: usize, reason: &str) {
-        let (step, steady) = (self.state.step, self.steady_steps());
-        let stands_still = self.stands_still();
+        self.settle(index);
+        let attempts = &mut self.crew.slot(index).attempts;
+        let pause = attempts.fails(GREET_PAUSE_FIRST);
+        self.lose_to_nap(index, reason, pause);
+    }
+
+    /// A trainer that was reached does not do as it was told. What it refuses again and again it will not do, so that it
+    /// is given up then, unless nobody goes on without it.
+    pub(super) fn refuses(&mut self, index: usize, reason: &str) {
+        self.settle(index);
+        let is_needed = self.is_needed(index);
         let slot = self.crew.slot(index);
-        if slot.presence != Presence::Preparing {
-            self.lose_for(index, reason, GREET_PAUSE_FIRST);
-            return;
+        let pause = slot.attempts.refuses(GREET_PAUSE_FIRST);
+        if pause.is_none() {
+            slot.given_up = Some(reason.to_owned());
         }
-        // What has just failed may fail again; where nobody goes on without it, it may try at once.
-        let grown = slot.attempts.failed_at(step, steady, GREET_PAUSE_FIRST);
-        let pause = if stands_still {
-            GREET_PAUSE_FIRST
+        match pause {
+            None if !is_needed => self.give_up(index, reason),
+            pause => self.lose_to_nap(index, reason, pause.unwrap_or(STANDING_PAUSE_MAX)),
+        }
+    }
+
+    fn lose_to_nap(&mut self, index: usize, reason: &str, grown: Duration) {
+        // Where nobody goes on without it, it may soon try again.
+        let is_needed = self.is_needed(index);
+        let pause = if is_needed {
+            grown.min(STANDING_PAUSE_MAX)
         } else {
             grown
         };
         self.lose_for(index, reason, pause);
-        self.crew.slot(index).naps = !stands_still;
+        // One that is asked at once has nothing to be woken from.
+        self.crew.slot(index).naps = !is_needed && pause > GREET_PAUSE_FIRST;
+    }
+
+    /// A trainer takes no part any more until its process is another one, or nobody goes on without it.
+    fn give_up(&mut self, index: usize, reason: &str) {
+        let slot = self.crew.slot(index);
+        slot.refused = slot.incarnation;
+        let node = slot.node.clone();
+        self.log.line(format_args!(
+            "trainer-{index} on {node} is given up at step {}: {reason}; it did not do as it was told {REFUSALS_MAX} \
+             times, with {REFUSALS_MAX} at most, and takes no part until its process is another one: drain the machine \
+             (`mobula nodes drain {node}`), then it starts elsewhere",
+            self.state.step
+        ));
+        self.lose_for(index, reason, REFUSED_PAUSE);
+        self.crew.slot(index).naps = true;
+    }
+
+    /// Leaves a trainer alone that takes no part, until its process is another one.
+    pub(super) fn set_aside(&mut self, index: usize) {
+        let is_needed = self.is_needed(index);
+        let pause = if is_needed {
+            STANDING_PAUSE_MAX
+        } else {
+            REFUSED_PAUSE
+        };
+        self.crew.lose(index, pause);
+        self.crew.slot(index).naps = !is_needed;
+    }
+
+    /// Whether no step begins without this trainer, be it there or not.
+    fn is_needed(&self, index: usize) -> bool {
+        let seated = self.leader.seated().iter();
+        let others = seated.filter(|member| member.slot as usize != index);
+        others.count() < self.spec.workers.min.max(1) as usize
+    }
+
+    /// Judges whether a trainer took part for long, if it does: whatever comes now ends that.
+    fn settle(&mut self, index: usize) {
+        let (step, steady) = (self.state.step, self.steady_steps());
+        let attempts = &mut self.crew.slot(index).attempts;
+        attempts.unseated(step, Instant::now(), steady);
+    }
+
+    /// Takes a trainer's seat away. Answers how many of its shards go to others, or nothing if it had no seat.
+    pub(super) fn unseat(&mut self, index: usize) -> Option<usize> {
+        self.settle(index);
+        let member = self.crew.slots()[index].member?;
+        // That nobody reached it says nothing of those who did not.
+        self.unreached.forget(member);
+        self.leader.unseat(member)
     }
 
     /// Gives a trainer up, and asks for it again after `pause`.
     fn lose_for(&mut self, index: usize, reason: &str, pause: Duration) {
+        let unseated = self.unseat(index);
         let slot = &self.crew.slots()[index];
-        let member = slot.member;
-        if let Some(shards) = member.and_then(|member| self.leader.unseat(member)) {
+        if let Some(shards) = unseated {
             self.stall.note(slot.heard_at, Instant::now());
             self.counters.trainers_lost += 1;
             self.counters.reassigned_shards += shards as u64;
@@ -183,10 +257,6 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                  go to the others",
                 slot.node, self.state.step
             ));
-        }
-        // That nobody reached it says nothing of those who did not.
-        if let Some(member) = member {
-            self.unreached.forget(member);
         }
         self.crew.lose(index, pause);
         self.publish();
@@ -248,7 +318,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                 continue;
             }
             self.counters.digest_mismatches += 1;
-            self.leader.unseat(member);
+            self.unseat(index);
             self.quarantine(index, step);
         }
         self.publish();
@@ -277,14 +347,12 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         let is_there = |slot: &Slot<L>| slot.node == node && slot.presence != Presence::Away;
         let there = self.crew.which(is_there);
         for index in &there {
-            if let Some(member) = self.crew.slots()[*index].member {
-                self.leader.unseat(member);
-                self.unreached.forget(member);
-            }
+            self.unseat(*index);
         }
         let epoch = self.leader.plan().epoch;
         for index in there {
             self.crew.dismiss(index, epoch, REFUSED_PAUSE);
+            self.crew.slot(index).naps = true;
         }
     }
 
@@ -303,6 +371,19 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         )
     }
 
+    /// What people have to know of trainers that refuse too often, behind what a step waits for.
+    pub(super) fn given_up(&self) -> String {
+        let slots = self.crew.slots().iter().enumerate();
+        let reasons = slots.filter_map(|(index, slot)| {
+            let reason = slot.given_up.as_ref()?;
+            let node = &slot.node;
+            Some(format!(
+                "; trainer-{index} on {node} did not do as it was told {REFUSALS_MAX} times or more: {reason}"
+            ))
+        });
+        reasons.collect()
+    }
+
     /// Our copy is so far behind the trainers that nobody has the sums that it lacks, which is so only if
     /// nobody gave their state to a driver that was started anew. They take those steps again.
     pub(super) fn rewind(&mut self) {
@@ -312,9 +393,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             self.state.step
         ));
         for index in self.crew.which(Slot::follows) {
-            if let Some(member) = self.crew.slots()[index].member {
-                self.leader.unseat(member);
-            }
+            self.unseat(index);
             self.prepare(index);
         }
         self.publish();

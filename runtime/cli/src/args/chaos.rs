@@ -28,6 +28,14 @@ pub(crate) struct ChaosRunArguments {
     /// How long the cluster is hurt.
     #[arg(long, value_name = "M", default_value_t = 1.0, value_parser = parse_minutes)]
     pub(crate) minutes: f64,
+    /// Hurt it for as long as it takes until so many faults have come and are over, a day at most.
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with = "minutes",
+        value_parser = clap::value_parser!(u32).range(1..=10_000)
+    )]
+    pub(crate) faults: Option<u32>,
     /// File for what came of it, as JSON.
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,

@@ -22,7 +22,7 @@ pub(crate) fn parse_duration_ms(text: &str) -> Result<u64, String> {
         .map_err(|_| format!("`{text}` is not a duration: write 500ms or 10s"))?;
     number
         .checked_mul(factor)
-        .ok_or_else(|| format!("`{text}` is too long"))
+        .ok_or_else(|| format!("`{text}` is too long: write a shorter one, such as 24h"))
 }
 
 /// Minutes, also parts of one: up to some seventy days, so that they fit any clock.

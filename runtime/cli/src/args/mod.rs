@@ -222,3 +222,7 @@ mod tests {
 #[cfg(test)]
 #[path = "pages_tests.rs"]
 mod pages_tests;
+
+#[cfg(test)]
+#[path = "endpoint_down_tests.rs"]
+mod endpoint_down_tests;

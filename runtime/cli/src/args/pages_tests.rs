@@ -68,7 +68,7 @@ fn assert_documented(documented: &BTreeSet<String>, expression: &str, whose: &st
 }
 
 /// The alerts: name → what stands under it, key by key, with the lines of a block joined.
-fn alerts() -> BTreeMap<String, BTreeMap<String, String>> {
+pub(super) fn alerts() -> BTreeMap<String, BTreeMap<String, String>> {
     let text = read("cluster-configs/alerts.yml");
     let mut alerts = BTreeMap::<String, BTreeMap<String, String>>::new();
     let (mut alert, mut key) = (String::new(), String::new());

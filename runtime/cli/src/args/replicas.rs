@@ -75,7 +75,37 @@ fn parse_micros(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        replicas: ReplicaArguments,
+    }
+
+    #[test]
+    fn what_is_out_of_bounds_is_refused_in_the_units_of_its_option() {
+        for (argument, expected) in [
+            ("--memory=1", "1 MiB of memory (`--memory`)"),
+            ("--memory=1", "at least 128 MiB"),
+            (
+                "--batch-delay=2000ms",
+                "(`--batch-delay`) of 2000ms is above 50ms",
+            ),
+            (
+                "--batch-delay=50001us",
+                "(`--batch-delay`) of 50001us is above 50ms",
+            ),
+            ("--batch-sizes=16,129", "(`--batch-sizes`) of [16, 129]"),
+            ("--queue=0", "(`--queue`) of 0 requests"),
+        ] {
+            let line = Line::try_parse_from(["deploy", argument]).unwrap();
+            let refused = line.replicas.settings().check().unwrap_err();
+            assert!(refused.message.contains(expected), "{argument}: {refused}");
+        }
+    }
 
     #[test]
     fn short_durations_are_read_to_the_microsecond() {

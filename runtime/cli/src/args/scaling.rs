@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use mobula_actors::serving::autoscaler::Policy;
+use mobula_actors::serving::autoscaler::policy::NUMBER_MAX;
 use mobula_actors::serving::autoscaler::schedule::Schedule;
 
 use super::Format;
@@ -56,7 +57,10 @@ fn count_or_none(text: &str) -> Result<OrNone<u32>, String> {
 fn millis_or_none(text: &str) -> Result<OrNone<u32>, String> {
     or_none(text, |text| {
         let millis = parse_duration_ms(text)?;
-        u32::try_from(millis).map_err(|_| format!("`{text}` is too long"))
+        u32::try_from(millis).map_err(|_| {
+            let most_s = NUMBER_MAX / 1_000;
+            format!("`{text}` is too long: write {most_s}s at the most, or none")
+        })
     })
 }
 
@@ -211,6 +215,36 @@ mod tests {
             (idler.target_busy_percent, idler.target_memory_percent),
             (Some(70), None)
         );
+    }
+
+    #[test]
+    fn what_is_out_of_bounds_is_refused_in_the_units_of_its_option() {
+        for (argument, expected) in [
+            ("--slo-p99=20m", "(`--slo-p99`) of 20m"),
+            ("--window=25h", "(`--window`) of 25h"),
+            ("--idle-after=1ms", "(`--idle-after`) of 1ms"),
+            ("--up-window=48h", "(`--up-window`) of 48h"),
+            ("--down-window=500ms", "(`--down-window`) of 500ms"),
+            (
+                "--target-busy=101",
+                "compute (`--target-busy`): give 1 to 100",
+            ),
+            (
+                "--target-memory=0",
+                "in use (`--target-memory`): give 1 to 100",
+            ),
+            ("--target-rate=0", "(`--target-rate`): give 1 to 1000000"),
+            ("--rate-limit=0", "(`--rate-limit`): give 1 to 1000000"),
+            ("--target-in-flight=0", "(`--target-in-flight`)"),
+            ("--replicas=1..65", "1..65 replicas"),
+        ] {
+            let refused = policy(&[argument], Policy::between(1, 1)).check();
+            let message = refused.unwrap_err().message;
+            assert!(message.contains(expected), "{argument}: {message}");
+        }
+        let refused = Line::try_parse_from(["scale", "--slo-p99=5000h"]).err();
+        let message = refused.unwrap().to_string();
+        assert!(message.contains("write 1000s at the most"), "{message}");
     }
 
     #[test]

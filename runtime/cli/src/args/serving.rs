@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use mobula_actors::serving::access::rules::Matcher;
+use mobula_actors::serving::cache::setting::CACHE_BYTES_MAX;
 
 use super::Format;
 use super::duration::parse_duration_ms;
@@ -225,8 +226,14 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
 pub(crate) struct CacheArguments {
     /// The endpoint's name.
     pub(crate) endpoint: String,
-    /// Memory for the answers of each version, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 64, conflicts_with = "off")]
+    /// Memory for the answers of each version, in MiB, 1 to 16384.
+    #[arg(
+        long,
+        value_name = "MIB",
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u64).range(1..=CACHE_BYTES_MAX >> 20),
+        conflicts_with = "off"
+    )]
     pub(crate) mib: u64,
     /// How long an answer is given again, such as `10m`.
     #[arg(long, default_value = "60s", value_parser = parse_duration_ms, conflicts_with = "off")]

@@ -24,9 +24,7 @@ use mobula_actors::training::data::{DataSpec, Dataset, Files};
 use mobula_actors::training::spec::TrainSpec;
 use mobula_actors::{drift, registry, serving};
 
-use super::report::{Progress, Report};
-use super::requests::Client;
-use super::stages::{ACCURACY_MIN, shifted};
+use super::stages::{ACCURACY_MIN, Demo, Served, shifted};
 use crate::args::StoreArguments;
 use crate::checkpoints::location;
 
@@ -54,15 +52,13 @@ const DATA_FILE: &str = "data/inverted.csv";
 
 /// Signs a version into production, which is refused without a signature.
 pub(super) async fn signed(
-    cluster: &Cluster,
+    demo: &mut Demo<'_>,
     data_dir: &Path,
     model: &str,
     version: u64,
-    progress: &Progress,
-    report: &mut Report,
 ) -> anyhow::Result<()> {
-    progress.say("signing the version into production");
-    let started = Instant::now();
+    let started = demo.begin("signing the version into production");
+    let cluster = &demo.cluster;
     let file = data_dir.join("demo-signing-key.pem");
     let key = match file.exists() {
         true => PrivateKey::open(&file)?,
@@ -79,7 +75,7 @@ pub(super) async fn signed(
         let shown = registry::client::stage(cluster, decision.into_change()).await?;
         stage = shown.standing.stage;
     }
-    report.note(
+    demo.report.note(
         "signed",
         started,
         refused.is_err() && stage == Stage::Production,
@@ -106,18 +102,14 @@ async fn decision(
 
 /// Tries a version that is as good as the active one: it gets all requests in the end.
 pub(super) async fn good_canary(
-    cluster: &Cluster,
-    model: &str,
+    demo: &mut Demo<'_>,
+    served: &Served,
     version: u64,
-    client: &Client,
-    held_out: &Dataset,
-    progress: &Progress,
-    report: &mut Report,
 ) -> anyhow::Result<()> {
-    progress.say("rolling out a good version as a canary");
-    let started = Instant::now();
-    let (rollout, answered) = roll_out(cluster, model, version, client, held_out).await?;
-    report.note(
+    let started = demo.begin("rolling out a good version as a canary");
+    let (cluster, model) = (&demo.cluster, &*served.name);
+    let (rollout, answered) = roll_out(cluster, served, version).await?;
+    demo.report.note(
         "canary",
         started,
         rollout.phase == Phase::Promoted && active(cluster, model).await? == version,
@@ -131,20 +123,13 @@ pub(super) async fn good_canary(
 }
 
 /// Tries a version that answers no numbers: nobody sees them, and the version of before stays.
-pub(super) async fn broken_canary(
-    cluster: &Cluster,
-    model: &str,
-    client: &Client,
-    held_out: &Dataset,
-    progress: &Progress,
-    report: &mut Report,
-) -> anyhow::Result<()> {
-    progress.say("rolling out a broken version");
-    let started = Instant::now();
+pub(super) async fn broken_canary(demo: &mut Demo<'_>, served: &Served) -> anyhow::Result<()> {
+    let started = demo.begin("rolling out a broken version");
+    let (cluster, model) = (&demo.cluster, &*served.name);
     let stable = active(cluster, model).await?;
     let broken = register_broken(cluster, model, stable).await?;
-    let (rollout, answered) = roll_out(cluster, model, broken, client, held_out).await?;
-    report.note(
+    let (rollout, answered) = roll_out(cluster, served, broken).await?;
+    demo.report.note(
         "rollback",
         started,
         rollout.phase == Phase::RolledBack && active(cluster, model).await? == stable,
@@ -189,6 +174,8 @@ async fn register_broken(cluster: &Cluster, model: &str, of: u64) -> anyhow::Res
     let blobs = open_blobs(&location(cluster, &StoreArguments { config: None }).await?)?;
     let mut file = VersionFile::load(&blobs, &good.digest, good.size_bytes).await?;
     file.parameters.fill(f32::NAN);
+    // What it answers to known rows then: its sentinels would find a file that says otherwise before any request came.
+    file.reference.predictions.fill(0);
     let stored = file.store(&blobs).await?;
     let new = NewVersion {
         digest: stored.digest,
@@ -201,14 +188,12 @@ async fn register_broken(cluster: &Cluster, model: &str, of: u64) -> anyhow::Res
 /// Rolls a version out; the rollout at its end, and how many requests were answered meanwhile.
 async fn roll_out(
     cluster: &Cluster,
-    endpoint: &str,
+    served: &Served,
     version: u64,
-    client: &Client,
-    held_out: &Dataset,
 ) -> anyhow::Result<(Rollout, usize)> {
     let start = Command::Start {
-        endpoint: endpoint.to_owned(),
-        model: endpoint.to_owned(),
+        endpoint: served.name.clone(),
+        model: served.name.clone(),
         version: Some(version),
         strategy: Strategy::Canary,
         steps: STEPS.to_vec(),
@@ -216,24 +201,22 @@ async fn roll_out(
         min_samples: MIN_SAMPLES,
     };
     serving::client::roll_out(cluster, start).await?;
-    clean(cluster, endpoint, client, held_out, |pixel| pixel).await
+    clean(cluster, served, |pixel| pixel).await
 }
 
 /// Sends changed images until the newest rollout is decided, and the router has left the version that lost;
 /// the rollout, and how many were answered.
 async fn clean(
     cluster: &Cluster,
-    endpoint: &str,
-    client: &Client,
-    held_out: &Dataset,
+    served: &Served,
     change: fn(f32) -> f32,
 ) -> anyhow::Result<(Rollout, usize)> {
     let deadline = Instant::now() + ROLLOUT_LIMIT;
     let mut answered = 0;
     loop {
-        answered += client.send_all(held_out, change).await?.count;
-        let rollout = serving::client::routing(cluster, endpoint).await?.rollout;
-        let rollout = rollout.context("a rollout was begun")?;
+        answered += served.send_all(change).await?.count;
+        let routing = serving::client::routing(cluster, &served.name).await?;
+        let rollout = routing.rollout.context("a rollout was begun")?;
         if rollout.cleanup == Cleanup::Done {
             return Ok((rollout, answered));
         }
@@ -312,19 +295,12 @@ pub(super) async fn set_policy(
 }
 
 /// Goes on sending inverted images until what the drift began has ended.
-pub(super) async fn retrained(
-    cluster: &Cluster,
-    endpoint: &str,
-    client: &Client,
-    held_out: &Dataset,
-    progress: &Progress,
-    report: &mut Report,
-) -> anyhow::Result<()> {
-    progress.say("the drift retrains the model; sending inverted images all the while");
-    let started = Instant::now();
-    let row = follow_retraining(cluster, endpoint, client, held_out, progress).await?;
-    clean(cluster, endpoint, client, held_out, shifted).await?;
-    let load = client.send_all(held_out, shifted).await?;
+pub(super) async fn retrained(demo: &mut Demo<'_>, served: &Served) -> anyhow::Result<()> {
+    let started = demo.begin("the drift retrains the model; sending inverted images all the while");
+    let row = follow_retraining(demo, served).await?;
+    let (cluster, endpoint) = (&demo.cluster, &*served.name);
+    clean(cluster, served, shifted).await?;
+    let load = served.send_all(shifted).await?;
     let version = active(cluster, endpoint).await?;
     let compared = row
         .comparison
@@ -341,7 +317,7 @@ pub(super) async fn retrained(
     let is_shown = row.phase == RetrainingPhase::Promoted
         && row.candidate == Some(version)
         && load.accuracy() >= ACCURACY_MIN;
-    report.note(
+    demo.report.note(
         "retrain",
         started,
         is_shown,
@@ -357,21 +333,15 @@ pub(super) async fn retrained(
     Ok(())
 }
 
-async fn follow_retraining(
-    cluster: &Cluster,
-    endpoint: &str,
-    client: &Client,
-    held_out: &Dataset,
-    progress: &Progress,
-) -> anyhow::Result<Retraining> {
+async fn follow_retraining(demo: &Demo<'_>, served: &Served) -> anyhow::Result<Retraining> {
     let deadline = Instant::now() + ROLLOUT_LIMIT;
     let mut told = 0;
     loop {
-        client.send_all(held_out, shifted).await?;
-        let history = drift::client::retrainings(cluster, endpoint).await?;
+        served.send_all(shifted).await?;
+        let history = drift::client::retrainings(&demo.cluster, &served.name).await?;
         if let Some(row) = history.retrainings.last().map(|shown| &shown.retraining) {
             for step in &row.steps[told..] {
-                progress.say(&format!(
+                demo.say(&format!(
                     "retraining: {}: {}",
                     step.phase.as_str(),
                     step.reason

@@ -14,7 +14,7 @@ use mobula_core::id::JobId;
 
 use super::lifecycle;
 use super::report::{Progress, Report};
-use super::requests::Client;
+use super::requests::{Client, Load};
 use super::training::{TrainingResult, drawn_faults, follow, submit};
 use crate::local::ClusterRecord;
 
@@ -37,6 +37,40 @@ const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How often the shifted images are sent at most; each time is more than a window.
 const SHIFTED_ROUNDS_MAX: usize = 10;
 
+/// The demo under way.
+pub(super) struct Demo<'a> {
+    pub(super) cluster: Cluster,
+    progress: &'a Progress,
+    pub(super) report: &'a mut Report,
+}
+
+impl Demo<'_> {
+    /// Says what happens now.
+    pub(super) fn say(&self, text: &str) {
+        self.progress.say(text);
+    }
+
+    /// Says what a stage does; when it began.
+    pub(super) fn begin(&self, text: &str) -> Instant {
+        self.say(text);
+        Instant::now()
+    }
+}
+
+/// The endpoint that is shown, of the model of the same name, and what is sent to it.
+pub(super) struct Served {
+    pub(super) name: String,
+    client: Client,
+    held_out: Dataset,
+}
+
+impl Served {
+    /// Sends every held-out image after `change`.
+    pub(super) async fn send_all(&self, change: fn(f32) -> f32) -> anyhow::Result<Load> {
+        self.client.send_all(&self.held_out, change).await
+    }
+}
+
 pub(super) async fn run(
     record: &ClusterRecord,
     seed: u64,
@@ -44,8 +78,12 @@ pub(super) async fn run(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let started = Instant::now();
-    let cluster = Cluster::from_data_dir(&record.data_dir).await?;
-    report.note(
+    let mut demo = Demo {
+        cluster: Cluster::from_data_dir(&record.data_dir).await?,
+        progress,
+        report,
+    };
+    demo.report.note(
         "cluster",
         started,
         true,
@@ -55,46 +93,32 @@ pub(super) async fn run(
         ),
     );
     let spec = TrainSpec::from_toml(JOB, "digits-mlp.toml")?;
-    let undisturbed = undisturbed(&cluster, &spec, progress, report).await?;
-    disturbed(&cluster, &spec, &undisturbed, seed, progress, report).await?;
-    let model = spec.name.clone();
-    let version = registered(&cluster, &model, progress, report).await?;
-    lifecycle::signed(
-        &cluster,
-        &record.data_dir,
-        &model,
-        version,
-        progress,
-        report,
-    )
-    .await?;
-    // The one of the undisturbed run, so that the other one can follow it.
-    let client = deployed(&cluster, &model, version - 1, progress, report).await?;
-    let held_out = Dataset::load(&spec.dataset, &Files::local())?
-        .split(spec.seed, spec.held_out_fraction)
-        .held_out;
-    answered(&client, &held_out, progress, report).await?;
-    lifecycle::good_canary(
-        &cluster, &model, version, &client, &held_out, progress, report,
-    )
-    .await?;
-    lifecycle::broken_canary(&cluster, &model, &client, &held_out, progress, report).await?;
-    lifecycle::set_policy(&cluster, &record.data_dir, &spec).await?;
-    drifted(&cluster, &model, &client, &held_out, progress, report).await?;
-    lifecycle::retrained(&cluster, &model, &client, &held_out, progress, report).await
+    let undisturbed = undisturbed(&mut demo, &spec).await?;
+    disturbed(&mut demo, &spec, &undisturbed, seed).await?;
+    let version = registered(&mut demo, &spec.name).await?;
+    lifecycle::signed(&mut demo, &record.data_dir, &spec.name, version).await?;
+    let served = Served {
+        name: spec.name.clone(),
+        // The one of the undisturbed run, so that the other one can follow it.
+        client: deployed(&mut demo, &spec.name, version - 1).await?,
+        held_out: Dataset::load(&spec.dataset, &Files::local())?
+            .split(spec.seed, spec.held_out_fraction)
+            .held_out,
+    };
+    answered(&mut demo, &served).await?;
+    lifecycle::good_canary(&mut demo, &served, version).await?;
+    lifecycle::broken_canary(&mut demo, &served).await?;
+    lifecycle::set_policy(&demo.cluster, &record.data_dir, &spec).await?;
+    drifted(&mut demo, &served).await?;
+    lifecycle::retrained(&mut demo, &served).await
 }
 
-async fn undisturbed(
-    cluster: &Cluster,
-    spec: &TrainSpec,
-    progress: &Progress,
-    report: &mut Report,
-) -> anyhow::Result<TrainingResult> {
-    progress.say("training undisturbed, for the hash to compare with");
-    let started = Instant::now();
+async fn undisturbed(demo: &mut Demo<'_>, spec: &TrainSpec) -> anyhow::Result<TrainingResult> {
+    let started = demo.begin("training undisturbed, for the hash to compare with");
+    let cluster = &demo.cluster;
     let job = submit(cluster, "undisturbed", JOB).await?;
-    let (result, _) = follow(cluster, job, spec.steps, Vec::new(), progress).await?;
-    report.note(
+    let (result, _) = follow(cluster, job, spec.steps, Vec::new(), demo.progress).await?;
+    demo.report.note(
         "train",
         started,
         result.accuracy >= ACCURACY_MIN,
@@ -110,26 +134,24 @@ async fn undisturbed(
 }
 
 async fn disturbed(
-    cluster: &Cluster,
+    demo: &mut Demo<'_>,
     spec: &TrainSpec,
     undisturbed: &TrainingResult,
     seed: u64,
-    progress: &Progress,
-    report: &mut Report,
 ) -> anyhow::Result<()> {
     let faults = drawn_faults(seed, GRACE);
-    progress.say(&format!(
+    let started = demo.begin(&format!(
         "training again, with {} faults drawn from seed {seed} (--seed repeats them)",
         faults.len()
     ));
-    let started = Instant::now();
+    let cluster = &demo.cluster;
     let disturbed = TrainSpec {
         log_every_steps: Some(STEPS_BETWEEN_LINES),
         ..spec.clone()
     };
     let job = submit(cluster, "disturbed", &toml::to_string(&disturbed)?).await?;
-    let (result, done) = follow(cluster, job, spec.steps, faults, progress).await?;
-    report.note(
+    let (result, done) = follow(cluster, job, spec.steps, faults, demo.progress).await?;
+    demo.report.note(
         "survive",
         started,
         result.accuracy >= ACCURACY_MIN,
@@ -141,12 +163,12 @@ async fn disturbed(
         ),
     );
     let is_equal = result.weights_blake3 == undisturbed.weights_blake3;
-    progress.say(&format!(
+    demo.say(&format!(
         "weights undisturbed {}",
         undisturbed.weights_blake3
     ));
-    progress.say(&format!("weights disturbed   {}", result.weights_blake3));
-    report.note(
+    demo.say(&format!("weights disturbed   {}", result.weights_blake3));
+    demo.report.note(
         "same bits",
         Instant::now(),
         is_equal,
@@ -158,31 +180,20 @@ async fn disturbed(
     Ok(())
 }
 
-async fn registered(
-    cluster: &Cluster,
-    model: &str,
-    progress: &Progress,
-    report: &mut Report,
-) -> anyhow::Result<u64> {
-    progress.say("looking the version up in the registry");
-    let started = Instant::now();
-    let version = registry::client::version(cluster, model, None).await?;
+async fn registered(demo: &mut Demo<'_>, model: &str) -> anyhow::Result<u64> {
+    let started = demo.begin("looking the version up in the registry");
+    let version = registry::client::version(&demo.cluster, model, None).await?;
     let digest = &version.description.digest;
     let number = version.version;
     let detail = format!("{model}:{number}, digest {}", &digest[..16]);
-    report.note("register", started, digest.len() == 64, detail);
+    let is_shown = digest.len() == 64;
+    demo.report.note("register", started, is_shown, detail);
     Ok(number)
 }
 
-async fn deployed(
-    cluster: &Cluster,
-    model: &str,
-    version: u64,
-    progress: &Progress,
-    report: &mut Report,
-) -> anyhow::Result<Client> {
-    progress.say("deploying it with 2 replicas");
-    let started = Instant::now();
+async fn deployed(demo: &mut Demo<'_>, model: &str, version: u64) -> anyhow::Result<Client> {
+    let started = demo.begin("deploying it with 2 replicas");
+    let cluster = &demo.cluster;
     let deployment = serving::client::deploy(
         cluster,
         model,
@@ -198,7 +209,7 @@ async fn deployed(
         .http_address
         .context("a ready endpoint has an address")?;
     let nodes = replica_nodes(cluster).await?;
-    report.note(
+    demo.report.note(
         "deploy",
         started,
         nodes.len() == REPLICAS as usize,
@@ -207,7 +218,7 @@ async fn deployed(
             nodes.len()
         ),
     );
-    report.curl = Some(format!(
+    demo.report.curl = Some(format!(
         "curl -H 'Authorization: Bearer {token}' http://{address}/v2/models/{model}"
     ));
     Client::new(&address, model, token)
@@ -222,16 +233,10 @@ async fn replica_nodes(cluster: &Cluster) -> anyhow::Result<BTreeSet<u64>> {
     Ok(replicas.filter_map(|actor| actor.node).collect())
 }
 
-async fn answered(
-    client: &Client,
-    held_out: &Dataset,
-    progress: &Progress,
-    report: &mut Report,
-) -> anyhow::Result<()> {
-    progress.say("sending the held-out images as requests");
-    let started = Instant::now();
-    let load = client.send_all(held_out, |pixel| pixel).await?;
-    report.note(
+async fn answered(demo: &mut Demo<'_>, served: &Served) -> anyhow::Result<()> {
+    let started = demo.begin("sending the held-out images as requests");
+    let load = served.send_all(|pixel| pixel).await?;
+    demo.report.note(
         "serve",
         started,
         load.accuracy() >= ACCURACY_MIN,
@@ -252,20 +257,13 @@ pub(super) fn shifted(pixel: f32) -> f32 {
     1.0 - pixel
 }
 
-async fn drifted(
-    cluster: &Cluster,
-    endpoint: &str,
-    client: &Client,
-    held_out: &Dataset,
-    progress: &Progress,
-    report: &mut Report,
-) -> anyhow::Result<()> {
-    progress.say("sending inverted images until drift is reported");
-    let started = Instant::now();
+async fn drifted(demo: &mut Demo<'_>, served: &Served) -> anyhow::Result<()> {
+    let started = demo.begin("sending inverted images until drift is reported");
+    let (cluster, endpoint) = (&demo.cluster, &*served.name);
     let before = drift::client::events(cluster, endpoint).await?.len();
     let mut sent = 0;
     for _ in 0..SHIFTED_ROUNDS_MAX {
-        sent += client.send_all(held_out, shifted).await?.count;
+        sent += served.send_all(shifted).await?.count;
         let events = drift::client::events(cluster, endpoint).await?;
         let Some(event) = events.get(before) else {
             continue;
@@ -280,7 +278,7 @@ async fn drifted(
         let suggestion = monitors
             .first()
             .and_then(|monitor| monitor.retrain_suggestion.as_ref());
-        report.note(
+        demo.report.note(
             "drift",
             started,
             before == 0 && suggestion.is_some(),
@@ -299,7 +297,7 @@ async fn drifted(
         );
         return Ok(());
     }
-    report.note(
+    demo.report.note(
         "drift",
         started,
         false,

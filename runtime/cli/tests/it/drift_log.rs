@@ -53,7 +53,7 @@ fn predictions_become_files_that_others_read_without_what_nobody_named() {
     let text = cluster.refused(&["drift", "log", "set", "digits", "--sample", "0"]);
     assert!(text.contains("`0` is not a share"), "{text}");
     let text = cluster.refused(&["drift", "log", "set", "digits", "--roll-every", "1ms"]);
-    assert!(text.contains("write one at most each 1000 ms"), "{text}");
+    assert!(text.contains("write one at most each 1s"), "{text}");
     let text = cluster.refused(&["drift", "log", "set", "digits", "--roll-every", "1s"]);
     assert!(text.contains("keep 50000 at the most"), "{text}");
     let text = cluster.refused(&["drift", "log", "set", "nobody"]);

@@ -81,8 +81,8 @@ fn metrics_are_exported_under_the_names_that_are_documented() {
     let worker = cluster.ok(&["metrics", "worker-1"]);
     let mut found = exported(&head);
     found.extend(exported(&worker));
-    // A series of each host, or of each reason: there is none where there are no hosts, or where
-    // nothing is pending.
+    // A series of each host, of each reason, or of each endpoint: there is none where there are no hosts, where
+    // nothing is pending, or where nothing is deployed.
     let is_of_some = |name: &String| {
         is_of_hosts(name)
             || is_of_gpus(name)
@@ -92,6 +92,7 @@ fn metrics_are_exported_under_the_names_that_are_documented() {
     };
     found.extend(documented().into_iter().filter(is_of_some));
     found.insert("mobula_actors_pending_by_reason".to_owned());
+    found.insert("mobula_endpoint_replicas_wanted".to_owned());
     assert_eq!(found, documented(), "left: exported, right: documented");
 
     assert_eq!(value(&head, "mobula_raft_is_leader"), Some(1.0));

@@ -17,7 +17,7 @@ use crate::support::{kill_9, wait_for};
 /// Requests between two looks at the rollout.
 const REQUESTS: usize = 40;
 
-/// Registers another version of `digits`: the first with changed parameters.
+/// Registers another version of `digits`: the first with changed parameters, and its own answers to the rows that it knows.
 pub(crate) fn register_changed(served: &Served, change: impl Fn(&mut [f32])) {
     let status = served.cluster.json(&["status"]);
     let storage_url = status["storage_url"].as_str().unwrap();
@@ -33,6 +33,11 @@ pub(crate) fn register_changed(served: &Served, change: impl Fn(&mut [f32])) {
             .await
             .unwrap();
         change(&mut file.parameters);
+        let known = &file.reference;
+        let rows: Vec<f32> = (0..known.predictions.len())
+            .flat_map(|row| known.columns.iter().map(move |column| column[row]))
+            .collect();
+        file.reference.predictions = file.build_model().unwrap().predictions(&rows).unwrap();
         let stored = file.store(&blobs).await.unwrap();
         let new = NewVersion {
             digest: stored.digest,

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use mobula_storage::blob::{BlobStore, S3Options};
-use mobula_storage::checkpoint::{CheckpointWriter, Piece};
+use mobula_storage::checkpoint::{CheckpointSource, CheckpointWriter, Piece};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -18,6 +18,7 @@ use crate::training::collective::{Collective, InProcess, Unreachable};
 use crate::training::crew::{LinkError, Preparation, TrainerLink};
 use crate::training::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
 use crate::training::numerics::Probe;
+use crate::training::parts::{SharedState, pull};
 use crate::training::protocol::exchange::{Ask, Contribution, Refusal};
 use crate::training::protocol::leader::StateDigest;
 use crate::training::protocol::member::Member;
@@ -51,12 +52,16 @@ const SILENT_PAUSE: Duration = Duration::from_millis(10);
 /// How long a trainer is waited for that has yet to come to the state that it keeps, and how often is looked.
 const KEPT_MAX: Duration = Duration::from_secs(5);
 const KEPT_PAUSE: Duration = Duration::from_millis(1);
+/// How long others may take to give a state.
+const PULL_MAX: Duration = Duration::from_secs(45);
 
 #[derive(Clone)]
 pub(super) struct FakeTrainer {
     slot: u32,
     pub(super) others: InProcess,
     pub(super) blobs: BlobStore,
+    /// All trainers of the job, which give states to each other.
+    all: Arc<Mutex<Vec<Arc<Mutex<Inner>>>>>,
     pub(super) inner: Arc<Mutex<Inner>>,
 }
 
@@ -64,6 +69,9 @@ pub(super) struct Inner {
     spec: TrainSpec,
     pub(super) replica: Arc<Mutex<Replica>>,
     incarnation: u64,
+    /// The start that was greeted last, and what tells of the next one.
+    greeted: u64,
+    restarts: Arc<Notify>,
     entry: u64,
     pub(super) notice_ms: Option<u64>,
     epoch: Epoch,
@@ -76,6 +84,10 @@ pub(super) struct Inner {
     pub(super) computes_otherwise: bool,
     /// How often it takes a state over; as often as it is asked to, if absent.
     pub(super) turns: Option<Arc<Semaphore>>,
+    /// Parts of states that it gave to others.
+    pub(super) given: usize,
+    /// Whether it refuses every state.
+    pub(super) refuses: bool,
     /// Whether nothing is heard of it until it is greeted again.
     pub(super) is_silent: bool,
     pub(super) log: Vec<&'static str>,
@@ -97,6 +109,7 @@ impl Inner {
         self.epoch = Epoch::default();
         self.running = None;
         self.replica = Arc::new(Mutex::new(Replica::new(self.spec.clone())));
+        self.restarts.notify_waiters();
     }
 
     fn shown(&self) -> Result<(RunnerHandle, watch::Receiver<Board>), LinkError> {
@@ -163,7 +176,7 @@ impl FakeTrainer {
 impl FakeTrainer {
     pub(super) fn greeting(&self) -> Greeting {
         let mut inner = self.inner.lock();
-        inner.is_silent = false;
+        (inner.is_silent, inner.greeted) = (false, inner.incarnation);
         let running = inner.running.as_ref();
         let held = running.and_then(|(_, board, _)| board.borrow().held.clone());
         let member = inner.running.is_some().then(|| inner.me(self.slot));
@@ -173,6 +186,34 @@ impl FakeTrainer {
             held: member.zip(held),
             notice_ms: inner.notice_ms,
         }
+    }
+}
+
+impl FakeTrainer {
+    /// The state that others keep, from them, if they give all of it.
+    async fn pull(&self, shared: &SharedState) -> Option<Vec<u8>> {
+        let step = shared.step;
+        let all = self.all.lock().clone();
+        let ask = |giver: usize, part: Piece| {
+            let giver = Arc::clone(&all[shared.from[giver] as usize]);
+            async move {
+                loop {
+                    let replica = Arc::clone(&giver.lock().replica);
+                    let kept = replica.lock().shared(step);
+                    match kept {
+                        Kept::Here(state) => {
+                            giver.lock().given += 1;
+                            return Ok(state.read(part.range()).to_vec());
+                        }
+                        Kept::Coming => tokio::time::sleep(KEPT_PAUSE).await,
+                        Kept::Never => return Err("it does not keep it".to_owned()),
+                    }
+                }
+            }
+        };
+        let pulled = pull(&shared.parts, shared.from.len(), PULL_MAX, ask).await;
+        let parts: Option<Vec<Vec<u8>>> = pulled.parts.into_iter().collect();
+        Some(parts?.concat())
     }
 }
 
@@ -197,18 +238,48 @@ impl TrainerLink for FakeTrainer {
         Ok(self.greeting())
     }
 
+    async fn ended(&self) {
+        let restarts = Arc::clone(&self.inner.lock().restarts);
+        loop {
+            let restarted = restarts.notified();
+            let is_over = {
+                let inner = self.inner.lock();
+                inner.incarnation != inner.greeted
+            };
+            if is_over {
+                return;
+            }
+            restarted.await;
+        }
+    }
+
     async fn prepare(&self, order: Preparation) -> Result<Admission, LinkError> {
         let Preparation {
             plan,
-            state,
+            mut state,
+            shared,
             probe: expected,
         } = order;
         let turns = self.inner.lock().turns.clone();
         if let Some(turns) = turns {
             turns.acquire().await.expect("it is never closed").forget();
         }
+        if let Some(shared) = shared
+            && let Some(pulled) = self.pull(&shared).await
+        {
+            assert!(
+                pulled == *state,
+                "the driver has named what it holds itself"
+            );
+            self.inner.lock().log.push("pull");
+            state = Arc::new(pulled);
+        }
         let mut inner = self.inner.lock();
         inner.log.push("prepare");
+        if inner.refuses {
+            let (found, expected) = (2, 1);
+            return Err(TrainerError::Misplaced { found, expected }.into());
+        }
         inner.epoch = inner.epoch.max(plan.epoch);
         inner.running = None;
         let mut replica = inner.replica.lock().successor();
@@ -322,6 +393,17 @@ impl TrainerLink for FakeTrainer {
         Ok(())
     }
 
+    async fn share(&self, step: u64) -> Result<bool, LinkError> {
+        let replica = Arc::clone(&self.inner.lock().replica);
+        let shares = replica.lock().share(step);
+        Ok(shares)
+    }
+
+    async fn unshare(&self, step: u64) -> Result<(), LinkError> {
+        self.inner.lock().replica.lock().unshare(step);
+        Ok(())
+    }
+
     async fn entrust(&self, _: Epoch, handover: Handover) -> Result<(), LinkError> {
         self.inner.lock().handover = Some(handover);
         Ok(())
@@ -342,14 +424,18 @@ pub(super) fn trainers(
 ) -> Vec<FakeTrainer> {
     let others = InProcess::default();
     let blobs = BlobStore::open("memory://", &S3Options::default()).unwrap();
+    let all: Arc<Mutex<Vec<Arc<Mutex<Inner>>>>> = Arc::default();
     let trainer = |(slot, faults): (usize, Vec<(u64, Fault)>)| FakeTrainer {
         slot: slot as u32,
         others: others.clone(),
         blobs: blobs.clone(),
+        all: Arc::clone(&all),
         inner: Arc::new(Mutex::new(Inner {
             spec: spec.clone(),
             replica: Arc::new(Mutex::new(Replica::new(spec.clone()))),
             incarnation: 1,
+            greeted: 0,
+            restarts: Arc::default(),
             entry: 0,
             notice_ms: None,
             epoch: Epoch::default(),
@@ -359,9 +445,13 @@ pub(super) fn trainers(
             handover: None,
             computes_otherwise: false,
             turns: None,
+            given: 0,
+            refuses: false,
             is_silent: false,
             log: Vec::new(),
         })),
     };
-    faults.into_iter().enumerate().map(trainer).collect()
+    let trainers: Vec<FakeTrainer> = faults.into_iter().enumerate().map(trainer).collect();
+    *all.lock() = trainers.iter().map(|it| Arc::clone(&it.inner)).collect();
+    trainers
 }

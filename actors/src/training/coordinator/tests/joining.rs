@@ -6,7 +6,8 @@
 use tokio::sync::Semaphore;
 
 use super::*;
-use crate::training::crew::Presence;
+use crate::training::crew::{LinkError, Presence, REFUSALS_MAX};
+use crate::training::messages::TrainerError;
 
 /// A job of a model that is small: a step takes a millisecond or two.
 fn quick(steps: u64, min: u32, max: u32) -> TrainSpec {
@@ -38,7 +39,7 @@ async fn a_trainer_that_comes_too_late_disturbs_nobody_and_comes_in_after_a_paus
     assert_eq!(presence(&coordinator, 1), Presence::Preparing);
     assert!(coordinator.held_gate.is_none(), "nobody waits for it");
     turns.add_permits(1);
-    while coordinator.crew.slots()[1].attempts.failed == 0 {
+    while coordinator.crew.slots()[1].attempts.late == 0 {
         advance(&mut coordinator).await;
         assert_eq!(coordinator.leader.plan().seats.len(), 1);
     }
@@ -108,7 +109,7 @@ async fn who_is_left_alone_is_asked_at_once_when_nobody_else_is_there() {
     while coordinator.ready_count() < 2 {
         advance(&mut coordinator).await;
     }
-    coordinator.crew.slot(1).attempts.failed = 20;
+    coordinator.crew.slot(1).attempts.late = 20;
     coordinator.too_late(1, "came too late");
     let ticket = |coordinator: &Tested| coordinator.crew.slots()[1].ticket;
     let asleep = ticket(&coordinator);
@@ -126,20 +127,211 @@ async fn who_is_left_alone_is_asked_at_once_when_nobody_else_is_there() {
     assert_eq!(coordinator.digest(), expected(&spec));
 }
 
-#[tokio::test]
-async fn no_pause_grows_while_nobody_goes_on() {
+/// More than the longest pause where no step begins, and so little that a pause that grew would not be over: of paused time in
+/// which nobody computes.
+const STANDING_MAX: Duration = Duration::from_secs(15);
+
+#[tokio::test(start_paused = true)]
+async fn no_pause_grows_long_while_nobody_goes_on() {
     let spec = quick(20, 1, 1);
     let trainers = trainers(&spec, vec![vec![]; 1]);
     let mut coordinator = coordinator(&spec, 1, &trainers);
+    // So that its end is listened for, which does not come.
+    coordinator.greeted(0, trainers[0].greeting());
     for times in 1..20 {
         coordinator.prepare(0);
         coordinator.lose(0, "it has no memory");
         let slot = coordinator.crew.slot(0);
         assert_eq!((slot.attempts.failed, slot.naps), (times, false));
     }
+    let greeted = tokio::time::timeout(STANDING_MAX, coordinator.crew.next_event()).await;
+    let greeted = greeted.expect("it is asked again soon");
+    coordinator.handle(greeted).unwrap();
+    assert_ne!(presence(&coordinator, 0), Presence::Away);
     // Nor does anybody wait for what never came too late.
-    coordinator.prepare(0);
     assert!(coordinator.held_gate.is_none());
+    follow_to(spec.steps, &mut coordinator).await;
+    assert_eq!(coordinator.digest(), expected(&spec));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_refuses_the_state_is_asked_on_and_on_where_nobody_goes_on_without_it() {
+    let spec = quick(20, 2, 2);
+    let trainers = trainers(&spec, vec![vec![]; 2]);
+    trainers[1].inner.lock().refuses = true;
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    let waits = tokio::time::timeout(STANDING_MAX, coordinator.advance()).await;
+    assert!(waits.is_err(), "two are needed");
+    // The tenth time is after some nine seconds, or after twenty-five if pauses grew on.
+    let asked = trainers[1].inner.lock().log.len();
+    assert!(asked > REFUSALS_MAX as usize, "{asked} times");
+    let why = coordinator.given_up();
+    let expected_why = "; trainer-1 on worker-1 did not do as it was told 10 times or more: a state is to go on at byte 2";
+    assert!(why.starts_with(expected_why), "{why}");
+    // The same process, which does as it is told now.
+    trainers[1].inner.lock().refuses = false;
+    follow_to(spec.steps, &mut coordinator).await;
+    assert_eq!(coordinator.given_up(), "");
+    assert_eq!(coordinator.digest(), expected(&spec));
+}
+
+#[tokio::test]
+async fn who_refuses_too_often_is_given_up_until_its_process_is_another_or_nobody_else_is_there() {
+    let spec = quick(1000, 1, 2);
+    let trainers = trainers(&spec, vec![vec![]; 2]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    while coordinator.ready_count() < 2 {
+        advance(&mut coordinator).await;
+    }
+    let give_up = |coordinator: &mut Tested| {
+        for _ in 0..REFUSALS_MAX {
+            assert_eq!(coordinator.given_up(), "");
+            coordinator.refuses(1, "it will not");
+        }
+        let slot = &coordinator.crew.slots()[1];
+        assert!(slot.refused == slot.incarnation && slot.naps);
+        coordinator.greeted(1, trainers[1].greeting());
+        assert_eq!(presence(coordinator, 1), Presence::Away);
+        assert!(coordinator.given_up().ends_with("it will not"));
+    };
+    give_up(&mut coordinator);
+    trainers[1].crash(&mut trainers[1].inner.lock());
+    coordinator.greeted(1, trainers[1].greeting());
+    assert_eq!(presence(&coordinator, 1), Presence::Preparing);
+    assert_eq!(coordinator.given_up(), "");
+    give_up(&mut coordinator);
+    let asleep = coordinator.crew.slots()[1].ticket;
+    coordinator.lose(0, "it was killed");
+    coordinator.look_after_joining();
+    assert!(coordinator.crew.slots()[1].ticket > asleep, "it is woken");
+    coordinator.greeted(1, trainers[1].greeting());
+    assert_eq!(presence(&coordinator, 1), Presence::Preparing);
+    follow_to(spec.steps, &mut coordinator).await;
+    assert_eq!(coordinator.digest(), expected(&spec));
+}
+
+#[tokio::test]
+async fn another_process_does_not_wait_for_the_pause_of_the_one_before() {
+    let spec = quick(2000, 1, 2);
+    let trainers = trainers(&spec, vec![vec![]; 2]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    while coordinator.ready_count() < 2 {
+        advance(&mut coordinator).await;
+    }
+    // Two minutes, longer than all steps take.
+    coordinator.crew.slot(1).attempts.failed = 20;
+    coordinator.lose(1, "it has no memory");
+    assert!(coordinator.crew.slots()[1].naps);
+    trainers[1].crash(&mut trainers[1].inner.lock());
+    while coordinator.ready_count() < 2 {
+        advance(&mut coordinator).await;
+    }
+    assert_eq!(coordinator.counters().trainer_restarts, 1);
+    follow_to(spec.steps, &mut coordinator).await;
+    assert_eq!(coordinator.digest(), expected(&spec));
+}
+
+#[tokio::test]
+async fn who_took_part_for_long_begins_anew_whatever_it_lost_its_seat_for() {
+    let spec = quick(1000, 1, 2);
+    let trainers = trainers(&spec, vec![vec![]; 2]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    let steady = coordinator.steady_steps();
+    while coordinator.ready_count() < 2 || coordinator.state().step < steady {
+        advance(&mut coordinator).await;
+    }
+    let attempts = &mut coordinator.crew.slot(1).attempts;
+    attempts.succeeded(0, Instant::now());
+    attempts.failed = 5;
+    let hindered = TrainerError::Hindered("the store does not answer".to_owned());
+    coordinator
+        .failed(1, &LinkError::Trainer(hindered))
+        .unwrap();
+    assert_eq!(presence(&coordinator, 1), Presence::Away);
+    assert_eq!(coordinator.crew.slots()[1].attempts.failed, 0);
+}
+
+#[tokio::test]
+async fn who_joins_takes_the_state_from_several_others_and_ends_in_the_same_bits() {
+    let spec = quick(1500, 1, 3);
+    let trainers = trainers(&spec, vec![vec![]; 3]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    coordinator.part_bytes = 1000;
+    let has_pulled = || trainers[2].inner.lock().log.contains(&"pull");
+    // Again where the others were beyond the step that was chosen, as they may be on a busy machine.
+    while !has_pulled() {
+        while coordinator.ready_count() < 3 {
+            advance(&mut coordinator).await;
+        }
+        trainers[2].crash(&mut trainers[2].inner.lock());
+        let lost = coordinator.counters().trainers_lost;
+        while coordinator.counters().trainers_lost == lost {
+            advance(&mut coordinator).await;
+        }
+        while coordinator.ready_count() < 3 {
+            advance(&mut coordinator).await;
+        }
+    }
+    for giver in &trainers[..2] {
+        assert!(giver.inner.lock().given > 0);
+    }
+    while coordinator.giving.is_some() {
+        advance(&mut coordinator).await;
+    }
+    follow_to(spec.steps, &mut coordinator).await;
+    assert_eq!(coordinator.digest(), expected(&spec));
+}
+
+#[tokio::test]
+async fn who_waits_for_the_state_of_others_gets_the_copys_where_no_step_begins() {
+    let spec = quick(1000, 2, 3);
+    let trainers = trainers(&spec, vec![vec![]; 3]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    coordinator.part_bytes = 1000;
+    while coordinator.ready_count() < 3 || coordinator.giving.is_some() {
+        advance(&mut coordinator).await;
+    }
+    trainers[2].crash(&mut trainers[2].inner.lock());
+    coordinator.lose(2, "it was killed");
+    coordinator.greeted(2, trainers[2].greeting());
+    assert!(coordinator.giving.is_some());
+    assert_eq!(presence(&coordinator, 2), Presence::Preparing);
+    coordinator.look_after_joining();
+    assert!(coordinator.giving.is_some(), "two go on");
+    coordinator.lose(0, "it was killed");
+    coordinator.look_after_joining();
+    assert!(coordinator.giving.is_none());
+    follow_to(spec.steps, &mut coordinator).await;
+    assert_eq!(coordinator.digest(), expected(&spec));
+    assert!(!trainers[2].inner.lock().log.contains(&"pull"));
+}
+
+#[tokio::test]
+async fn few_wait_for_the_state_of_others_and_nobody_does_where_steps_take_long() {
+    let spec = quick(2000, 1, 7);
+    let trainers = trainers(&spec, vec![vec![]; 7]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    coordinator.part_bytes = 1000;
+    while coordinator.ready_count() < 7 || coordinator.giving.is_some() {
+        advance(&mut coordinator).await;
+    }
+    for index in 2..7 {
+        coordinator.lose(index, "it was killed");
+    }
+    coordinator.usual_step = Some(Duration::from_secs(4));
+    coordinator.bring_in(2);
+    assert!(coordinator.giving.is_none(), "it would take too long");
+    assert_eq!(presence(&coordinator, 2), Presence::Preparing);
+    coordinator.usual_step = Some(Duration::from_secs(2));
+    for index in 2..7 {
+        coordinator.bring_in(index);
+        assert_eq!(presence(&coordinator, index), Presence::Preparing);
+    }
+    let furthest = coordinator.furthest();
+    let giving = coordinator.giving.as_ref().unwrap();
+    let in_time = coordinator.gate().min(furthest + 2);
+    assert_eq!(giving.step, in_time, "four seconds from now");
+    assert!(giving.takers.iter().copied().eq(2..6), "{giving:?}");
     follow_to(spec.steps, &mut coordinator).await;
     assert_eq!(coordinator.digest(), expected(&spec));
 }

@@ -95,6 +95,7 @@ fn an_endpoint_sleeps_wakes_with_a_request_and_grows_with_the_load() {
     let head = served.cluster.ok(&["metrics"]);
     for line in [
         "ml_model_deployments_active 1",
+        "mobula_endpoint_replicas_wanted{endpoint=\"digits\"} ",
         "ml_training_jobs_total{state=\"succeeded\"} 1",
         // One image again and again may have filled a window, which then looks like nothing else.
         "mobula_drift_endpoints_drifting ",
@@ -149,7 +150,7 @@ fn bounds_and_limits_that_an_operator_sets_hold_at_once() {
     for (options, expected) in [
         (["--replicas", "5..2"], "5..2 replicas are not possible"),
         (["--replicas", "1..65"], "1 to 64"),
-        (["--idle-after", "1ms"], "1 ms is not possible"),
+        (["--idle-after", "1ms"], "(`--idle-after`) of 1ms"),
         (["--schedule", "mondays 2..3"], "is no schedule"),
     ] {
         let arguments = [&["serve", "scale", "digits"], &options[..]].concat();

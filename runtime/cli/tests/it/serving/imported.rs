@@ -304,7 +304,7 @@ fn an_endpoint_with_a_cache_says_what_it_knew_already() {
     let said = imported
         .cluster
         .refused(&["serve", "cache", "mlp", "--mib", "0"]);
-    assert!(said.contains("a cache of 0 bytes"), "{said}");
+    assert!(said.contains("0 is not in 1..=16384"), "{said}");
     let said = imported.cluster.refused(&["serve", "cache", "nobody"]);
     assert!(said.contains("no endpoint is called"), "{said}");
 }

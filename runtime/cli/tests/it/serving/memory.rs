@@ -19,7 +19,7 @@ fn a_replica_that_takes_too_much_memory_is_ended_and_comes_back() {
     let cluster = &imported.cluster;
     imported.register("attention", &[]);
     let refused = cluster.refused(&["serve", "deploy", "attention", "--memory", "1"]);
-    assert!(refused.contains("at least 134217728"), "{refused}");
+    assert!(refused.contains("at least 128 MiB"), "{refused}");
     let deployed = cluster.json(&[
         "serve",
         "deploy",

@@ -1,0 +1,372 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::*;
+use crate::device::ComputeDevice;
+use crate::registry::artifact::Artifact;
+use crate::registry::version_file::VersionFile;
+use crate::registry::version_file::tests::digits;
+use crate::serving::arm::{Arm, Origin, Tried};
+use crate::serving::feed::{FeedReader, feed};
+use crate::serving::fleet::{BackendFailure, Fleet};
+use crate::serving::predictor::{Answered, Predictor};
+use crate::serving::replica::Inference;
+use crate::serving::rollout::plan::tests::begun;
+use crate::serving::rollout::plan::{Guardrails, Strategy};
+use crate::serving::rollout::split::Side;
+use crate::serving::rollout::trial::{Outcome, Trial};
+use crate::serving::rows::Batch;
+use crate::serving::shadow::mirror::Shadowed;
+use crate::serving::shadow::trial::{Copied, ShadowTrial};
+use crate::serving::shadow::{self, Rule};
+
+/// How often a task of this thread is let run, which needs a few times.
+const TURNS: u32 = 100;
+
+const TOOK: Duration = Duration::from_millis(2);
+
+/// A replica with the model that it has now; without one it answers nobody.
+#[derive(Clone)]
+struct Computing {
+    model: Arc<Mutex<Option<Arc<Predictor>>>>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Computing {
+    fn with(model: Option<&Arc<Predictor>>) -> Self {
+        Computing {
+            model: Arc::new(Mutex::new(model.cloned())),
+            asked: Arc::default(),
+        }
+    }
+
+    fn has(&self, model: &Arc<Predictor>) {
+        *self.model.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(model));
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
+    }
+}
+
+impl Backend for Computing {
+    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let model = self
+            .model
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let Some(model) = model else {
+            return std::future::pending().await;
+        };
+        let Answered { outputs, energies } = model
+            .infer(rows)
+            .map_err(|error| BackendFailure::Refused(error.to_string()))?;
+        Ok(Inference {
+            outputs,
+            computed_ns: 1,
+            memory_percent: None,
+            energies,
+        })
+    }
+}
+
+fn predictor(file: VersionFile) -> Arc<Predictor> {
+    let artifact = Artifact::Trained(Box::new(file));
+    Arc::new(Predictor::new(&artifact, ComputeDevice::Cpu).unwrap())
+}
+
+/// The version of the candidate, as it was registered and as a device computes it that is broken.
+struct Versions {
+    sentinels: Arc<Sentinels>,
+    sound: Arc<Predictor>,
+    broken: Arc<Predictor>,
+}
+
+fn versions() -> Versions {
+    let file = digits(50);
+    let mut damaged = digits(50);
+    for parameter in &mut damaged.parameters {
+        *parameter = -*parameter;
+    }
+    Versions {
+        sentinels: Arc::new(Sentinels::of(&file)),
+        sound: predictor(file),
+        broken: predictor(damaged),
+    }
+}
+
+/// A version of two replicas, of which these take requests.
+fn arm(version: u64, replicas: &[&Computing]) -> (Arc<Arm<Computing>>, FeedReader) {
+    let (feed, reader) = feed();
+    let (_, origin) = watch::channel(Origin::default());
+    let (arm, _) = Arm::new(version, origin, Fleet::new(2), feed, JoinSet::new());
+    for ((_, berth), replica) in arm.fleet().berths().zip(replicas) {
+        berth.open((*replica).clone());
+    }
+    (Arc::new(arm), reader)
+}
+
+/// A step of which both sides had so many requests, of the ten that it takes; the candidate's arm.
+fn tried(
+    replicas: &[&Computing],
+    weight_percent: u32,
+    requests: usize,
+) -> (Routes<Computing>, Arc<Arm<Computing>>) {
+    let mut trial = Trial::new(Guardrails::STANDARD, 10, 1, 50);
+    for side in [Side::Candidate, Side::Baseline] {
+        (0..requests).for_each(|_| trial.record(side, Outcome::Answered(TOOK)));
+    }
+    let (candidate, _) = arm(2, replicas);
+    let routes = Routes {
+        active: arm(1, &[]).0,
+        tried: Some(Tried {
+            arm: Arc::clone(&candidate),
+            seed: "digits/1/".into(),
+            weight_percent,
+            trial: Arc::new(Mutex::new(trial)),
+        }),
+        compared: None,
+        shadowed: None,
+    };
+    (routes, candidate)
+}
+
+/// A shadow whose copies were all answered as the callers were.
+fn shadowed(replicas: &[&Computing]) -> Routes<Computing> {
+    let plan = shadow::Plan {
+        percent: 100,
+        samples: 20,
+        mismatch_max_bp: 100,
+        rule: Rule::Ulps(0),
+        outputs: Vec::new(),
+    };
+    let rollout = begun(Strategy::Canary, &[0, 100]);
+    let mut trial = ShadowTrial::new(plan.clone(), &rollout);
+    (0..20).for_each(|_| trial.record(TOOK, Copied::Same(TOOK)));
+    Routes {
+        active: arm(1, &[]).0,
+        tried: None,
+        compared: None,
+        shadowed: Some(Shadowed {
+            arm: arm(2, replicas).0,
+            seed: rollout.seed(),
+            plan: Arc::new(plan),
+            trial: Arc::new(Mutex::new(trial)),
+        }),
+    }
+}
+
+/// What is seen in a word, and the numbers; whoever was asked has the time to answer then.
+async fn look(
+    asking: &mut Asking,
+    routes: &Routes<Computing>,
+    rollout: &Rollout,
+) -> (&'static str, Evidence) {
+    let seen = asking.look(routes, rollout).unwrap();
+    for _ in 0..TURNS {
+        tokio::task::yield_now().await;
+    }
+    match seen {
+        Seen::Waits(evidence) => ("waits", evidence),
+        Seen::Judged(Judgement::Pass(evidence)) => ("pass", evidence),
+        Seen::Judged(Judgement::Hold(evidence)) => ("hold", evidence),
+        Seen::Judged(Judgement::RollBack(evidence)) => ("roll back", evidence),
+    }
+}
+
+fn asking(rollout: &Rollout, sentinels: &Arc<Sentinels>) -> Asking {
+    let mut asking = Asking::new();
+    asking.at(rollout, Arc::clone(sentinels));
+    asking
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_candidate_that_answers_its_sentinels_wrongly_is_rolled_back_before_its_first_step_is_passed()
+ {
+    let known = versions();
+    let (sound, broken) = (
+        Computing::with(Some(&known.sound)),
+        Computing::with(Some(&known.broken)),
+    );
+    let replicas = [&sound, &broken];
+    // As a canary that had all its requests, as blue-green, and as a shadow.
+    for (routes, strategy, requests) in [
+        (tried(&replicas, 5, 10).0, Strategy::Canary, 10),
+        (tried(&replicas, 0, 0).0, Strategy::BlueGreen, 0),
+        (shadowed(&replicas), Strategy::Canary, 20),
+    ] {
+        let rollout = begun(strategy, &[0, 100]);
+        let mut asking = asking(&rollout, &known.sentinels);
+        let (first, evidence) = look(&mut asking, &routes, &rollout).await;
+        assert_eq!(first, "waits", "{}", evidence.reason);
+        // Again and again: the head may not have heard of it.
+        for _ in 0..2 {
+            let (seen, evidence) = look(&mut asking, &routes, &rollout).await;
+            assert_eq!(seen, "roll back", "{}", evidence.reason);
+            let said = "replica 2 answered sentinel ";
+            assert!(evidence.reason.contains(said), "{}", evidence.reason);
+            assert!(evidence.reason.contains("instead of class "));
+            assert!(evidence.reason.ends_with("the same class)"));
+            assert!(evidence.is_bounded());
+            assert_eq!(evidence.candidate.requests, requests);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_candidate_that_answers_them_rightly_goes_on_and_is_asked_again() {
+    let known = versions();
+    let replica = Computing::with(Some(&known.sound));
+    let (routes, candidate) = tried(&[&replica], 5, 10);
+    let mut rollout = begun(Strategy::Canary, &[5, 50, 100]);
+    let mut asking = asking(&rollout, &known.sentinels);
+    let (seen, evidence) = look(&mut asking, &routes, &rollout).await;
+    assert_eq!(
+        (seen, &*evidence.reason),
+        (
+            "waits",
+            "0 of 1 replicas have answered the candidate's sentinels; 10 requests within the guardrails"
+        )
+    );
+    let (seen, evidence) = look(&mut asking, &routes, &rollout).await;
+    assert_eq!(
+        (seen, &*evidence.reason),
+        ("pass", "10 requests within the guardrails")
+    );
+    assert_eq!(replica.asked(), 1, "once is enough for now");
+    // A sentinel is nobody's request.
+    assert_eq!(evidence.candidate.requests, 10);
+    assert_eq!(candidate.statistics().inference_count(), 0);
+    assert_eq!(candidate.statistics().execution_count(), 0);
+
+    // Another step: what was answered at the last one does not count.
+    rollout.step = 1;
+    asking.at(&rollout, Arc::clone(&known.sentinels));
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "waits");
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "pass");
+    assert_eq!(replica.asked(), 2);
+
+    // So is another start of the replica, of which nothing is known though nobody saw the first one end.
+    let (_, berth) = candidate.fleet().berths().next().unwrap();
+    berth.open(replica.clone());
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "waits");
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "pass");
+    assert_eq!(replica.asked(), 3);
+
+    // Its device breaks while the rollout stays at the step.
+    replica.has(&known.broken);
+    tokio::time::advance(SENTINEL_INTERVAL - Duration::from_millis(1)).await;
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "pass");
+    assert_eq!(replica.asked(), 3);
+    tokio::time::advance(Duration::from_millis(1)).await;
+    look(&mut asking, &routes, &rollout).await;
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "roll back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn replicas_that_come_later_are_asked_as_well_and_those_that_go_are_not_waited_for() {
+    let known = versions();
+    let (first, second) = (
+        Computing::with(Some(&known.sound)),
+        Computing::with(Some(&known.broken)),
+    );
+    let (routes, candidate) = tried(&[&first], 5, 10);
+    let rollout = begun(Strategy::Rolling, &[50, 100]);
+    let mut asking = asking(&rollout, &known.sentinels);
+    look(&mut asking, &routes, &rollout).await;
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "pass");
+    let (_, berth) = candidate.fleet().berths().nth(1).unwrap();
+    let silent = Computing::with(None);
+    berth.open(silent.clone());
+    let (seen, evidence) = look(&mut asking, &routes, &rollout).await;
+    assert_eq!(seen, "waits");
+    assert!(
+        evidence.reason.starts_with("1 of 2 replicas"),
+        "{}",
+        evidence.reason
+    );
+    berth.close();
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "pass");
+    // None is left to be asked before anything is passed.
+    let (_, berth_of_first) = candidate.fleet().berths().next().unwrap();
+    berth_of_first.close();
+    let (seen, evidence) = look(&mut asking, &routes, &rollout).await;
+    assert_eq!(seen, "waits", "{}", evidence.reason);
+    // What was asked before gets its time, and then its pause.
+    tokio::time::advance(2 * SENTINEL_TIMEOUT).await;
+    look(&mut asking, &routes, &rollout).await;
+    look(&mut asking, &routes, &rollout).await;
+    tokio::time::advance(SENTINEL_PAUSE).await;
+    berth.open(second);
+    look(&mut asking, &routes, &rollout).await;
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "roll back");
+    assert_eq!(silent.asked(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_version_without_sentinels_is_not_held_and_that_is_said() {
+    let replica = Computing::with(None);
+    let bare = Arc::new(Sentinels::default());
+    let rollout = begun(Strategy::Canary, &[5, 100]);
+    for (requests, what, why) in [
+        (
+            10,
+            "pass",
+            "10 requests within the guardrails; its version has no sentinels to be asked",
+        ),
+        (
+            3,
+            "hold",
+            "3 of 10 requests; its version has no sentinels to be asked",
+        ),
+    ] {
+        let (routes, _) = tried(&[&replica], 5, requests);
+        let mut asking = asking(&rollout, &bare);
+        let (seen, evidence) = look(&mut asking, &routes, &rollout).await;
+        assert_eq!((seen, &*evidence.reason), (what, why));
+    }
+    assert_eq!(replica.asked(), 0);
+    let long = Evidence {
+        reason: "ü".repeat(EVIDENCE_TEXT_BYTES_MAX / 2),
+        ..Evidence::default()
+    };
+    let noted = evidence_of(noted(Seen::Judged(Judgement::Hold(long))));
+    assert!(noted.is_bounded() && noted.reason.ends_with(NONE));
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_answer_is_no_wrong_answer_and_is_asked_for_again() {
+    let known = versions();
+    let replica = Computing::with(None);
+    let (routes, _) = tried(&[&replica], 5, 10);
+    let rollout = begun(Strategy::Canary, &[5, 100]);
+    let mut asking = asking(&rollout, &known.sentinels);
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "waits");
+    tokio::time::advance(2 * SENTINEL_TIMEOUT).await;
+    // The one that ends the round, and others during the pause.
+    for _ in 0..3 {
+        assert_eq!(look(&mut asking, &routes, &rollout).await.0, "waits");
+    }
+    assert_eq!(replica.asked(), 1);
+    replica.has(&known.sound);
+    tokio::time::advance(SENTINEL_PAUSE).await;
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "waits");
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "pass");
+    assert_eq!(replica.asked(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn numbers_that_are_not_enough_yet_do_not_hide_a_wrong_answer() {
+    let known = versions();
+    let replica = Computing::with(Some(&known.broken));
+    let (routes, _) = tried(&[&replica], 5, 3);
+    let rollout = begun(Strategy::Canary, &[5, 100]);
+    let mut asking = asking(&rollout, &known.sentinels);
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "hold");
+    assert_eq!(look(&mut asking, &routes, &rollout).await.0, "roll back");
+}
