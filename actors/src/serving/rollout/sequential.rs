@@ -27,7 +27,8 @@ const TUNED_FOR: f64 = 1_000.0;
 
 /// The natural logarithm of the evidence that the candidate is more prone to an event than the baseline, where it has
 /// `fair` (between 0 and 1) of the events that hit both equally. It exceeds `ln(1 / alpha)` ever, at equal proneness, with
-/// probability `alpha` at the most. The mixture looks for odds of [`SHARES`], `fair`'s odds times as large.
+/// probability `alpha` at the most. The mixture looks for 1.2 to 99 times the odds of
+/// `fair`.
 #[must_use]
 pub fn log_e_value(candidate_events: u64, baseline_events: u64, fair: f64) -> f64 {
     let terms = SHARES.map(|share| {
