@@ -214,6 +214,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                     }
                     self.separate();
                     self.look_after_joining();
+                    self.crew.look_after_sharing();
                     self.report_waiting();
                 }
             }
@@ -418,7 +419,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
                 self.crew.slot(index).keeps = answer.unwrap_or(false).then_some(step);
             }
             Happened::Shares { step, answer } => self.shares(index, step, answer.unwrap_or(false)),
-            Happened::Unshared => {}
+            Happened::Unshared(steps) => self.crew.unshared(index, &steps),
             Happened::Judged { step, said } => self.judge(step, &said)?,
         }
         Ok(())

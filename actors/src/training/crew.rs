@@ -8,7 +8,7 @@
 //! `attempts` counts how often a trainer tried in vain, `questions` has what is asked beside the news, `sharing` has some
 //! keep a state for those who join.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -153,6 +153,10 @@ pub(super) struct Slot<L> {
     /// The step after which it was asked to keep the state for a checkpoint, and the one of which it said that it does.
     pub(super) asked_to_keep: Option<u64>,
     pub(super) keeps: Option<u64>,
+    /// The steps after which it may still keep the state for those who join, though that has ended, and whether it is being
+    /// told so.
+    still_shares: BTreeSet<u64>,
+    is_unsharing: bool,
     /// Since when it follows, and when it was heard of last.
     pub(super) following_since: Instant,
     pub(super) heard_at: Instant,
@@ -195,8 +199,8 @@ pub(super) enum Happened {
         step: u64,
         answer: Result<bool, LinkError>,
     },
-    /// It was told to keep such a state no more.
-    Unshared,
+    /// It was told to keep such states no more, and has heard it of these.
+    Unshared(Vec<u64>),
     /// Who held which bits before the step, of those who answered.
     Judged {
         step: u64,
@@ -251,6 +255,8 @@ impl<L: TrainerLink> Crew<L> {
             asked_to_keep: None,
             stays_until: None,
             keeps: None,
+            still_shares: BTreeSet::new(),
+            is_unsharing: false,
             following_since: now,
             heard_at: now,
             news_number: 0,
@@ -424,6 +430,7 @@ impl<L: TrainerLink> Crew<L> {
         slot.ticket += 1;
         (slot.member, slot.adopted, slot.is_adopting) = (None, None, false);
         (slot.asked_to_keep, slot.keeps) = (None, None);
+        slot.is_unsharing = false;
         (slot.stays_until, slot.naps) = (None, false);
     }
 

@@ -38,7 +38,7 @@ use super::spec::TrainSpec;
 use crate::kernels::memory::keep_freed_memory;
 use crate::storage::open_blobs;
 use arriving::Arriving;
-use inner::{Inner, Running, Shared, Shown};
+use inner::{Inner, Running, Shown};
 use pulling::GIVEN_AT_ONCE;
 
 mod arriving;
@@ -62,6 +62,8 @@ pub struct Trainer {
     gpu: WatchedGpu,
     /// One state is taken over at a time.
     turn: tokio::sync::Mutex<()>,
+    /// What is said about a state to keep for others is done in the order in which it comes.
+    sharing: Arc<tokio::sync::Mutex<()>>,
     /// For parts of a state that are read for others.
     giving: Semaphore,
     inner: Mutex<Inner>,
@@ -91,6 +93,7 @@ impl Trainer {
             writer,
             gpu: WatchedGpu::of(spec.device),
             turn: tokio::sync::Mutex::default(),
+            sharing: Arc::default(),
             giving: Semaphore::new(GIVEN_AT_ONCE),
             inner: Mutex::new(Inner {
                 epoch: Epoch::default(),
@@ -417,10 +420,7 @@ impl Trainer {
     /// Keeps the state as it is or will be after `step` for trainers that join, and no other. Answers whether it can: it
     /// cannot where that step is over.
     pub async fn share(&self, step: u64) -> bool {
-        let replica = Arc::clone(&self.inner.lock().replica);
-        let can = blocking(move || replica.lock().share(step)).await;
-        self.inner.lock().shared = can.then_some(Shared { step, state: None });
-        can
+        self.keep_for_others(step).await
     }
 
     /// A part of that state, for a trainer that joins.
@@ -430,12 +430,7 @@ impl Trainer {
 
     /// Keeps that state no more.
     pub async fn unshare(&self, step: u64) {
-        let replica = {
-            let mut inner = self.inner.lock();
-            inner.shared.take_if(|shared| shared.step == step);
-            Arc::clone(&inner.replica)
-        };
-        blocking(move || replica.lock().unshare(step)).await;
+        self.keep_no_more(step).await;
     }
 
     /// Leaves a node that was given notice: it is started elsewhere, without state.

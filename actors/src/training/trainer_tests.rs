@@ -50,6 +50,7 @@ fn alone() -> (Trainer, MemberId, Arc<Mutex<Replica>>) {
         writer: CheckpointWriter::new(blobs),
         gpu: WatchedGpu::of(spec.device),
         turn: tokio::sync::Mutex::default(),
+        sharing: Arc::default(),
         giving: Semaphore::new(GIVEN_AT_ONCE),
         inner: Mutex::new(Inner {
             epoch: Epoch::first_of(1),
@@ -137,17 +138,49 @@ async fn parts_that_do_not_follow_what_has_arrived_are_not_asked_for() {
     let epoch = Epoch::first_of(1);
     let parts = parts_of(&[7; 100], 10);
     trainer.receive(epoch, 0, vec![7; 10]).await.unwrap();
-    assert_eq!(trainer.begin_pull(epoch, &parts[1..4]), Ok(10));
+    let begin = |parts: &[Piece]| trainer.begin_pull(epoch, parts).map(|(offset, _)| offset);
+    assert_eq!(begin(&parts[1..4]), Ok(10));
     let apart = [parts[1], parts[3]];
     for wrong in [&parts[2..], &apart[..]] {
-        let error = trainer.begin_pull(epoch, wrong).unwrap_err();
+        let error = begin(wrong).unwrap_err();
         assert!(matches!(error, TrainerError::Misplaced { .. }), "{error}");
     }
     let error = trainer.begin_pull(Epoch::default(), &parts).unwrap_err();
     assert!(matches!(error, TrainerError::Stale { .. }), "{error}");
     // The first part is the beginning of another state.
-    assert_eq!(trainer.begin_pull(epoch, &parts), Ok(0));
+    assert_eq!(begin(&parts), Ok(0));
     assert_eq!(trainer.inner.lock().arriving.length(), 0);
+}
+
+#[tokio::test]
+async fn an_order_to_keep_a_state_no_more_does_not_overtake_the_one_to_keep_it() {
+    let (trainer, _, replica) = alone();
+    // No such step: it is wanted for as long as it is not ended.
+    let step = STEPS + 1;
+    let (locked, is_locked) = tokio::sync::oneshot::channel();
+    let (release, is_released) = std::sync::mpsc::channel::<()>();
+    let shard = Arc::clone(&replica);
+    let computing = tokio::task::spawn_blocking(move || {
+        let _computing = shard.lock();
+        locked.send(()).expect("it is waited for");
+        is_released.recv().expect("it is released");
+    });
+    is_locked.await.unwrap();
+    let mut kept = Box::pin(trainer.share(step));
+    assert!(futures::poll!(kept.as_mut()).is_pending());
+    // Whoever asked for it has given up waiting.
+    drop(kept);
+    let mut ended = Box::pin(trainer.unshare(step));
+    assert!(futures::poll!(ended.as_mut()).is_pending());
+    assert!(
+        trainer.sharing.try_lock().is_err(),
+        "the first has its turn"
+    );
+    release.send(()).unwrap();
+    computing.await.unwrap();
+    ended.await;
+    assert!(matches!(replica.lock().shared(step), Kept::Never));
+    assert!(trainer.inner.lock().shared.is_none());
 }
 
 #[tokio::test]

@@ -3,6 +3,8 @@
 //! Invariants:
 //! 1. What has arrived is in order and without gaps.
 //! 2. What came behind a gap waits until the gap is filled, and no longer than the order lasts with which it came.
+//! 3. What was asked for under an earlier order, or for an earlier state, is told from what is awaited now, though as many
+//!    bytes are here.
 
 use std::collections::BTreeMap;
 
@@ -13,6 +15,8 @@ pub(super) struct Arriving {
     bytes: Vec<u8>,
     /// Parts behind a gap, by their first byte.
     aside: BTreeMap<u64, Vec<u8>>,
+    /// Grows with every order of parts and every state.
+    order: u64,
 }
 
 impl Arriving {
@@ -23,12 +27,20 @@ impl Arriving {
 
     /// Another state begins.
     pub(super) fn clear(&mut self) {
-        *self = Arriving::default();
+        self.bytes = Vec::new();
+        self.begin_order();
     }
 
-    /// Another order begins.
-    pub(super) fn clear_aside(&mut self) {
+    /// Another order begins. Answers its number.
+    pub(super) fn begin_order(&mut self) -> u64 {
         self.aside.clear();
+        self.order += 1;
+        self.order
+    }
+
+    /// Whether what came under `order`, which began when `length` bytes were here, is awaited still.
+    pub(super) fn awaits(&self, order: u64, length: u64) -> bool {
+        (order, length) == (self.order, self.length())
     }
 
     /// Takes `bytes`, which follow what is here, and what waited for them.
@@ -50,7 +62,9 @@ impl Arriving {
 
     /// All that is here without a gap; nothing is left.
     pub(super) fn take(&mut self) -> Vec<u8> {
-        std::mem::take(self).bytes
+        let bytes = std::mem::take(&mut self.bytes);
+        self.clear();
+        bytes
     }
 }
 
@@ -69,8 +83,27 @@ mod tests {
         assert_eq!(arriving.take(), (0..10).collect::<Vec<u8>>());
         assert_eq!(arriving.length(), 0);
         arriving.put(1, vec![1]);
-        arriving.clear_aside();
+        arriving.begin_order();
         arriving.extend(&[0]);
         assert_eq!(arriving.take(), [0u8]);
+    }
+
+    #[test]
+    fn what_an_order_brings_that_was_broken_off_is_not_awaited() {
+        let mut arriving = Arriving::default();
+        arriving.extend(&[0, 1]);
+        let first = arriving.begin_order();
+        assert!(arriving.awaits(first, 2));
+        // Another state, of which as many bytes are here.
+        arriving.clear();
+        arriving.extend(&[5, 6]);
+        assert!(!arriving.awaits(first, 2));
+        let second = arriving.begin_order();
+        let third = arriving.begin_order();
+        assert!(!arriving.awaits(second, 2) && arriving.awaits(third, 2));
+        arriving.extend(&[7]);
+        assert!(!arriving.awaits(third, 2), "the driver sent something");
+        arriving.take();
+        assert!(!arriving.awaits(third, 0));
     }
 }

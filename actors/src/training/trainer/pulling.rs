@@ -5,7 +5,8 @@
 //! 1. What arrives is in order and without gaps, whoever gave it.
 //! 2. A pull ends by itself before the driver that ordered it gives up waiting: then the driver gives what is missing, and
 //!    no more.
-//! 3. Few parts are read at once here, however many ask for one.
+//! 3. What a pull brings that another order or another state has followed is dropped.
+//! 4. Few parts are read at once here, however many ask for one.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use futures::future::join_all;
 use mobula::{ActorRef, Cluster};
 use mobula_storage::checkpoint::{CheckpointSource, Piece};
 
+use super::inner::Shared;
 use super::{Replica, Trainer, TrainerCalls, blocking, trainer_name};
 use crate::training::messages::{Epoch, Fetched, TrainerError};
 use crate::training::parts::{self, PART_BYTES};
@@ -38,7 +40,7 @@ impl Trainer {
         parts: &[Piece],
         from: &[u32],
     ) -> Result<Fetched, TrainerError> {
-        let offset = self.begin_pull(epoch, parts)?;
+        let (offset, order) = self.begin_pull(epoch, parts)?;
         let (givers, mut failed) = find(cluster, from).await;
         let ask = |giver: usize, part: Piece| {
             let call = givers[giver].1.part(step, part).any_order();
@@ -48,10 +50,9 @@ impl Trainer {
         failed.extend(pulled.failed.iter().map(|giver| givers[*giver].0));
         let mut inner = self.inner.lock();
         inner.admit(epoch)?;
-        let expected = inner.arriving.length();
-        if expected != offset {
+        if !inner.arriving.awaits(order, offset) {
             // The driver did not wait for this.
-            let found = offset;
+            let (found, expected) = (offset, inner.arriving.length());
             return Err(TrainerError::Misplaced { found, expected });
         }
         let mut missing = Vec::new();
@@ -68,14 +69,18 @@ impl Trainer {
         Ok(Fetched { missing, failed })
     }
 
-    /// Looks whether `parts` follow each other and what has arrived. Answers where they begin.
-    pub(super) fn begin_pull(&self, epoch: Epoch, parts: &[Piece]) -> Result<u64, TrainerError> {
+    /// Looks whether `parts` follow each other and what has arrived. Answers where they begin, and the order's number.
+    pub(super) fn begin_pull(
+        &self,
+        epoch: Epoch,
+        parts: &[Piece],
+    ) -> Result<(u64, u64), TrainerError> {
         let mut inner = self.inner.lock();
         inner.admit(epoch)?;
         if parts.first().is_some_and(|part| part.offset == 0) {
             inner.arriving.clear();
         }
-        inner.arriving.clear_aside();
+        let order = inner.arriving.begin_order();
         let offset = inner.arriving.length();
         let limit = state_bytes_max(&self.spec);
         let mut end = offset;
@@ -90,7 +95,33 @@ impl Trainer {
             }
             end += length;
         }
-        Ok(offset)
+        Ok((offset, order))
+    }
+
+    /// Keeps the state after `step` for those who join, and no other; whether it can. Also where nobody waits for the answer
+    /// any more, an order to end it does not overtake this one: the replica is busy for as long as a shard takes.
+    pub(super) async fn keep_for_others(&self, step: u64) -> bool {
+        let turn = Arc::clone(&self.sharing).lock_owned().await;
+        let replica = Arc::clone(&self.inner.lock().replica);
+        let work = move || (replica.lock().share(step), turn);
+        let (can, _turn) = blocking(work).await;
+        self.inner.lock().shared = can.then_some(Shared { step, state: None });
+        can
+    }
+
+    /// Keeps that state no more.
+    pub(super) async fn keep_no_more(&self, step: u64) {
+        let turn = Arc::clone(&self.sharing).lock_owned().await;
+        let replica = {
+            let mut inner = self.inner.lock();
+            inner.shared.take_if(|shared| shared.step == step);
+            Arc::clone(&inner.replica)
+        };
+        let work = move || {
+            replica.lock().unshare(step);
+            turn
+        };
+        drop(blocking(work).await);
     }
 
     /// A part of the state after `step`, which is kept for those who join.

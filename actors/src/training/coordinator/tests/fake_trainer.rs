@@ -86,6 +86,8 @@ pub(super) struct Inner {
     pub(super) turns: Option<Arc<Semaphore>>,
     /// Parts of states that it gave to others.
     pub(super) given: usize,
+    /// How often it does not hear that it is to keep a state no more.
+    pub(super) unshares_lost: usize,
     /// Whether it refuses every state.
     pub(super) refuses: bool,
     /// Whether nothing is heard of it until it is greeted again.
@@ -400,7 +402,12 @@ impl TrainerLink for FakeTrainer {
     }
 
     async fn unshare(&self, step: u64) -> Result<(), LinkError> {
-        self.inner.lock().replica.lock().unshare(step);
+        let mut inner = self.inner.lock();
+        if inner.unshares_lost > 0 {
+            inner.unshares_lost -= 1;
+            return Err(LinkError::Lost("the way is cut".to_owned()));
+        }
+        inner.replica.lock().unshare(step);
         Ok(())
     }
 
@@ -446,6 +453,7 @@ pub(super) fn trainers(
             computes_otherwise: false,
             turns: None,
             given: 0,
+            unshares_lost: 0,
             refuses: false,
             is_silent: false,
             log: Vec::new(),

@@ -291,6 +291,8 @@ async fn who_waits_for_the_state_of_others_gets_the_copys_where_no_step_begins()
     while coordinator.ready_count() < 3 || coordinator.giving.is_some() {
         advance(&mut coordinator).await;
     }
+    // The first time it may have come when others took part already, and they gave it the state.
+    trainers[2].inner.lock().log.clear();
     trainers[2].crash(&mut trainers[2].inner.lock());
     coordinator.lose(2, "it was killed");
     coordinator.greeted(2, trainers[2].greeting());
@@ -304,6 +306,27 @@ async fn who_waits_for_the_state_of_others_gets_the_copys_where_no_step_begins()
     follow_to(spec.steps, &mut coordinator).await;
     assert_eq!(coordinator.digest(), expected(&spec));
     assert!(!trainers[2].inner.lock().log.contains(&"pull"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_not_heard_that_a_state_is_kept_no_more_is_told_again() {
+    let spec = quick(2000, 1, 1);
+    let trainers = trainers(&spec, vec![vec![]; 1]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    follow_to(3, &mut coordinator).await;
+    // No such step: it is wanted for as long as it is not ended.
+    let step = spec.steps + 1;
+    assert!(trainers[0].share(step).await.unwrap());
+    trainers[0].inner.lock().unshares_lost = 2;
+    coordinator.crew.end_sharing(&[0], step);
+    let is_told = || {
+        let inner = trainers[0].inner.lock();
+        let kept = inner.replica.lock().shared(step);
+        inner.unshares_lost == 0 && matches!(kept, Kept::Never)
+    };
+    while !is_told() {
+        advance(&mut coordinator).await;
+    }
 }
 
 #[tokio::test]
