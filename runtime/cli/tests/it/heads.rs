@@ -47,10 +47,14 @@ pub(crate) fn another_head(name: &str) -> &'static str {
 
 pub(crate) fn wait_for_voters(cluster: &TestCluster, count: usize) {
     wait_for(&format!("{count} voters"), || {
-        let heads = heads(cluster);
-        let votes = |head: &&Value| head["role"] == "voter" && head["active"] == true;
-        (heads.iter().filter(votes).count() == count && heads.len() == count).then_some(())
+        (active_voters(cluster) == count && heads(cluster).len() == count).then_some(())
     });
+}
+
+/// How many heads vote and answer.
+pub(crate) fn active_voters(cluster: &TestCluster) -> usize {
+    let votes = |head: &&Value| head["role"] == "voter" && head["active"] == true;
+    heads(cluster).iter().filter(votes).count()
 }
 
 /// Starts a head on `name`'s directory, with `arguments` besides.
