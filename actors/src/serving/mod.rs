@@ -84,4 +84,4 @@ pub mod steering;
 mod versions;
 
 #[cfg(test)]
-mod test_tables;
+pub(crate) mod test_tables;

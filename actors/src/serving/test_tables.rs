@@ -34,6 +34,24 @@ fn version(digit: impl Into<String>) -> NewVersion {
     }
 }
 
+/// What is said until the first version of `digits` is served by two replicas, behind a router of this incarnation.
+pub(crate) fn served(endpoint: &str, router: Incarnation) -> [Command; 2] {
+    let deploy = Command::Deploy {
+        endpoint: endpoint.into(),
+        model: "digits".into(),
+        version: Some(1),
+        replicas: 2,
+        settings: Default::default(),
+        token_hash: [7; 32],
+    };
+    let ready = Command::RouterReady {
+        endpoint: endpoint.into(),
+        incarnation: router,
+        http_address: "127.0.0.1:1".into(),
+    };
+    [deploy, ready]
+}
+
 impl TestTables {
     /// With so many versions of `digits`; the digest of version 1 is `111…`.
     pub(super) fn with_versions(count: u64) -> Self {
@@ -51,21 +69,9 @@ impl TestTables {
 
     /// Serves the first version of `digits` by two replicas, behind a router of this incarnation.
     pub(super) fn serve(&mut self, endpoint: &str, router: Incarnation) {
-        let deploy = Command::Deploy {
-            endpoint: endpoint.into(),
-            model: "digits".into(),
-            version: Some(1),
-            replicas: 2,
-            settings: Default::default(),
-            token_hash: [7; 32],
-        };
-        self.serving(&deploy).unwrap();
-        let ready = Command::RouterReady {
-            endpoint: endpoint.into(),
-            incarnation: router,
-            http_address: "127.0.0.1:1".into(),
-        };
-        self.serving(&ready).unwrap();
+        for command in served(endpoint, router) {
+            self.serving(&command).unwrap();
+        }
     }
 
     /// Registers another version of `digits`, made elsewhere.

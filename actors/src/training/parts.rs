@@ -100,9 +100,10 @@ impl Giver {
     }
 
     fn may_be_asked(&self) -> bool {
-        let at_once = match self.is_quick && self.failures == 0 {
-            true => IN_FLIGHT_EACH,
-            false => 1,
+        let at_once = if self.is_quick && self.failures == 0 {
+            IN_FLIGHT_EACH
+        } else {
+            1
         };
         !self.has_failed() && self.under_way.len() < at_once
     }

@@ -35,6 +35,7 @@ use crate::serving::rollout::plan::{Guardrails, Rollout, Strategy};
 use crate::serving::rollout::state as rollouts;
 use crate::serving::rollout::trial::Evidence;
 use crate::serving::state::{Command as ServingCommand, Serving, find as find_endpoint};
+use crate::serving::test_tables::served;
 
 const ANSWER_BYTES_MAX: usize = 1 << 22;
 
@@ -98,21 +99,9 @@ impl World {
 
     /// Deploys the first version.
     pub(super) fn deploy(&mut self) {
-        let deploy = ServingCommand::Deploy {
-            endpoint: "digits".into(),
-            model: "digits".into(),
-            version: Some(1),
-            replicas: 2,
-            settings: Default::default(),
-            token_hash: [7; 32],
-        };
-        self.serving(&deploy).unwrap();
-        let ready = ServingCommand::RouterReady {
-            endpoint: "digits".into(),
-            incarnation: ROUTER,
-            http_address: "127.0.0.1:1".into(),
-        };
-        self.serving(&ready).unwrap();
+        for command in served("digits", ROUTER) {
+            self.serving(&command).unwrap();
+        }
     }
 
     pub(super) fn policy(&self, mode: Mode, terms: Terms) -> RetrainPolicy {

@@ -16,10 +16,10 @@ use crate::serving::auth::BearerAuth;
 use crate::serving::endpoint_service::EndpointService;
 use crate::serving::feed::feed;
 use crate::serving::fleet::{BackendFailure, Terms};
+use crate::serving::grpc::fixture::{row_for_digits, with_token};
 use crate::serving::grpc::oip_routes;
 use crate::serving::grpc::proto::ModelInferRequest;
 use crate::serving::grpc::proto::grpc_inference_service_client::GrpcInferenceServiceClient;
-use crate::serving::grpc::proto::model_infer_request::InferInputTensor;
 use crate::serving::guard::traffic::Traffic;
 use crate::serving::replica::{Inference, classified};
 use crate::serving::replica_settings::Batching;
@@ -214,19 +214,8 @@ fn posted(key: Option<&str>) -> Request<Body> {
 
 /// The same, as gRPC's callers send it.
 fn called(key: &str) -> tonic::Request<ModelInferRequest> {
-    let mut request = tonic::Request::new(ModelInferRequest {
-        model_name: "digits".to_owned(),
-        inputs: vec![InferInputTensor {
-            name: INPUT.to_owned(),
-            datatype: "FP32".to_owned(),
-            shape: vec![1, 2],
-            ..Default::default()
-        }],
-        raw_input_contents: vec![vec![0_u8; 8].into()],
-        ..Default::default()
-    });
+    let mut request = with_token(row_for_digits());
     let metadata = request.metadata_mut();
-    metadata.insert("authorization", BEARER.parse().unwrap());
     metadata.insert(AFFINITY, key.parse().unwrap());
     request
 }

@@ -14,6 +14,8 @@
 //!   percentiles.
 
 pub mod command;
+#[cfg(test)]
+mod fixture;
 pub(in crate::serving) mod looking;
 pub mod plan;
 mod recording;

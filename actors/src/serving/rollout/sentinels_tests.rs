@@ -2,31 +2,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
-
 use super::*;
 use crate::device::ComputeDevice;
 use crate::registry::artifact::Artifact;
 use crate::registry::version_file::VersionFile;
 use crate::registry::version_file::tests::digits;
-use crate::serving::arm::{Arm, Origin, Tried};
-use crate::serving::feed::{FeedReader, feed};
-use crate::serving::fleet::{BackendFailure, Fleet};
+use crate::serving::arm::Arm;
+use crate::serving::fleet::BackendFailure;
 use crate::serving::predictor::{Answered, Predictor};
 use crate::serving::replica::Inference;
+use crate::serving::rollout::fixture::{self, in_a_word};
+use crate::serving::rollout::plan::Strategy;
 use crate::serving::rollout::plan::tests::begun;
-use crate::serving::rollout::plan::{Guardrails, Strategy};
-use crate::serving::rollout::split::Side;
-use crate::serving::rollout::trial::{Outcome, Trial};
 use crate::serving::rows::Batch;
-use crate::serving::shadow::mirror::Shadowed;
-use crate::serving::shadow::trial::{Copied, ShadowTrial};
-use crate::serving::shadow::{self, Rule};
 
 /// How often a task of this thread is let run, which needs a few times.
 const TURNS: u32 = 100;
-
-const TOOK: Duration = Duration::from_millis(2);
 
 /// A replica with the model that it has now; without one it answers nobody.
 #[derive(Clone)]
@@ -100,15 +91,9 @@ fn versions() -> Versions {
     }
 }
 
-/// A version of two replicas, of which these take requests.
-fn arm(version: u64, replicas: &[&Computing]) -> (Arc<Arm<Computing>>, FeedReader) {
-    let (feed, reader) = feed();
-    let (_, origin) = watch::channel(Origin::default());
-    let (arm, _) = Arm::new(version, origin, Fleet::new(2), feed, JoinSet::new());
-    for ((_, berth), replica) in arm.fleet().berths().zip(replicas) {
-        berth.open((*replica).clone());
-    }
-    (Arc::new(arm), reader)
+/// The candidate, of whose two replicas these take requests.
+fn candidate(replicas: &[&Computing]) -> Arc<Arm<Computing>> {
+    fixture::arm(2, replicas.iter().copied().cloned().collect())
 }
 
 /// A step of which both sides had so many requests, of the ten that it takes; the candidate's arm.
@@ -117,48 +102,9 @@ fn tried(
     weight_percent: u32,
     requests: usize,
 ) -> (Routes<Computing>, Arc<Arm<Computing>>) {
-    let mut trial = Trial::new(Guardrails::STANDARD, 10, 1, 50);
-    for side in [Side::Candidate, Side::Baseline] {
-        (0..requests).for_each(|_| trial.record(side, Outcome::Answered(TOOK)));
-    }
-    let (candidate, _) = arm(2, replicas);
-    let routes = Routes {
-        active: arm(1, &[]).0,
-        tried: Some(Tried {
-            arm: Arc::clone(&candidate),
-            seed: "digits/1/".into(),
-            weight_percent,
-            trial: Arc::new(Mutex::new(trial)),
-        }),
-        compared: None,
-        shadowed: None,
-    };
+    let candidate = candidate(replicas);
+    let routes = fixture::tried(Arc::clone(&candidate), weight_percent, requests);
     (routes, candidate)
-}
-
-/// A shadow whose copies were all answered as the callers were.
-fn shadowed(replicas: &[&Computing]) -> Routes<Computing> {
-    let plan = shadow::Plan {
-        percent: 100,
-        samples: 20,
-        mismatch_max_bp: 100,
-        rule: Rule::Ulps(0),
-        outputs: Vec::new(),
-    };
-    let rollout = begun(Strategy::Canary, &[0, 100]);
-    let mut trial = ShadowTrial::new(plan.clone(), &rollout);
-    (0..20).for_each(|_| trial.record(TOOK, Copied::Same(TOOK)));
-    Routes {
-        active: arm(1, &[]).0,
-        tried: None,
-        compared: None,
-        shadowed: Some(Shadowed {
-            arm: arm(2, replicas).0,
-            seed: rollout.seed(),
-            plan: Arc::new(plan),
-            trial: Arc::new(Mutex::new(trial)),
-        }),
-    }
 }
 
 /// What is seen in a word, and the numbers; whoever was asked has the time to answer then.
@@ -171,12 +117,7 @@ async fn look(
     for _ in 0..TURNS {
         tokio::task::yield_now().await;
     }
-    match seen {
-        Seen::Waits(evidence) => ("waits", evidence),
-        Seen::Judged(Judgement::Pass(evidence)) => ("pass", evidence),
-        Seen::Judged(Judgement::Hold(evidence)) => ("hold", evidence),
-        Seen::Judged(Judgement::RollBack(evidence)) => ("roll back", evidence),
-    }
+    in_a_word(seen)
 }
 
 fn asking(rollout: &Rollout, sentinels: &Arc<Sentinels>) -> Asking {
@@ -198,7 +139,11 @@ async fn a_candidate_that_answers_its_sentinels_wrongly_is_rolled_back_before_it
     for (routes, strategy, requests) in [
         (tried(&replicas, 5, 10).0, Strategy::Canary, 10),
         (tried(&replicas, 0, 0).0, Strategy::BlueGreen, 0),
-        (shadowed(&replicas), Strategy::Canary, 20),
+        (
+            fixture::shadowed(candidate(&replicas), 20),
+            Strategy::Canary,
+            20,
+        ),
     ] {
         let rollout = begun(strategy, &[0, 100]);
         let mut asking = asking(&rollout, &known.sentinels);
