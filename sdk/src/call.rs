@@ -162,6 +162,14 @@ macro_rules! call_options {
             self
         }
 
+        /// Has the call end when whoever awaits it is dropped before the answer, as
+        /// [`RunningCall::cancel`] does. Without this a method that has begun runs to its end,
+        /// though nobody waits for it.
+        pub fn cancel_on_drop(mut self) -> Self {
+            self.prepared.options.cancel_on_drop = true;
+            self
+        }
+
         /// Has a durable actor execute the call exactly once, however often it must be sent: its
         /// answer is kept with what it changed, and a repetition gets that answer. It is sent again
         /// until it is answered, its time is over, or its actor has ended for good.

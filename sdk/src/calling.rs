@@ -36,6 +36,8 @@ pub(crate) struct CallOptions {
     pub(crate) max_retries: u32,
     pub(crate) exactly_once: bool,
     pub(crate) order: CallOrder,
+    /// Whether it ends when its future is dropped.
+    pub(crate) cancel_on_drop: bool,
     /// What whoever started it says about ending it.
     pub(crate) cancel: Option<watch::Receiver<CancelLevel>>,
     /// Told when its place in the order of calls is taken.
@@ -86,6 +88,8 @@ impl Limit {
 struct Interest {
     scope: Option<Cancellation>,
     handle: Option<watch::Receiver<CancelLevel>>,
+    /// It ends with the future of whoever waits.
+    ends_when_dropped: bool,
 }
 
 impl Interest {
@@ -101,7 +105,7 @@ impl Interest {
 
     /// Waits until the call is to end, at `level` at least.
     async fn ends(&mut self, level: CancelLevel) {
-        let Interest { scope, handle } = self;
+        let Interest { scope, handle, .. } = self;
         let of_scope = async {
             match scope {
                 Some(scope) => scope.reached(level).await,
@@ -139,12 +143,13 @@ impl Interest {
 
     /// Waits for the answer, and passes on that it is not wanted any more.
     async fn answer(&mut self, pending: PendingCall) -> CallResult {
-        if self.is_fixed() {
+        if self.is_fixed() && !self.ends_when_dropped {
             return pending.answer().await;
         }
         let mut waiting = Waiting {
             pending,
             scope: self.scope.clone(),
+            ends_when_dropped: self.ends_when_dropped,
             answered: false,
         };
         let mut told = CancelLevel::None;
@@ -168,21 +173,24 @@ impl Interest {
     }
 }
 
-/// Cancels the call when the method that waits for it is dropped because it was cancelled itself.
+/// Cancels the call when the method that waits for it is dropped because it was cancelled itself, or whoever waits for it is
+/// dropped and has said that it is to end then.
 struct Waiting {
     pending: PendingCall,
     scope: Option<Cancellation>,
+    ends_when_dropped: bool,
     answered: bool,
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let level = self.scope.as_ref().map(Cancellation::level);
-        match level {
-            Some(level) if level > CancelLevel::None && !self.answered => {
-                self.pending.cancel(level == CancelLevel::Forced);
-            }
-            _ => {}
+        let of_scope = self.scope.as_ref().map(Cancellation::level);
+        let level = match self.ends_when_dropped {
+            true => CancelLevel::Forced,
+            false => of_scope.unwrap_or(CancelLevel::None),
+        };
+        if level > CancelLevel::None && !self.answered {
+            self.pending.cancel(level == CancelLevel::Forced);
         }
     }
 }
@@ -247,6 +255,7 @@ impl UntypedRef {
             mut max_retries,
             exactly_once,
             order,
+            cancel_on_drop,
             cancel,
             mut sent,
         } = options;
@@ -262,6 +271,7 @@ impl UntypedRef {
         let mut interest = Interest {
             scope: scope.map(|scope| scope.cancellation().clone()),
             handle: cancel,
+            ends_when_dropped: cancel_on_drop,
         };
         let held = match exactly_once {
             true => Some(limit.within(HeldKey::take()).await?),

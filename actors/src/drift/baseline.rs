@@ -4,8 +4,10 @@
 //!    rather than how far they moved: the test is the Wasserstein distance in standard deviations of the reference.
 //! 2. A distance alone is not evidence: two hundred rows of the reference itself are a tenth of a deviation away from it. It comes
 //!    with an upper bound of its p-value.
-//! 3. All that depends on the reference alone is computed once, and shared by the windows of all slices.
+//! 3. A feature of few values is compared as one of categories ([`categories`](super::categories)), whose order says nothing.
+//! 4. All that depends on the reference alone is computed once, and shared by the windows of all slices.
 
+use super::categories::{Categories, Category};
 use super::reference::{Reference, ReferenceColumn};
 use super::sketches::FeaturePopulation;
 use super::statistics::{
@@ -14,7 +16,7 @@ use super::statistics::{
 };
 use super::window::Statistic;
 
-/// Reference rows up to which the test is Kolmogorov-Smirnov.
+/// Training rows up to which the test is Kolmogorov-Smirnov, and χ² of categories.
 pub(super) const KS_ROWS_MAX: u64 = 1000;
 
 const NOT_EMPTY: &str = "neither a reference nor a closed window is empty";
@@ -36,6 +38,8 @@ enum Known {
     Many(Vec<f64>, DistanceBaseline),
     /// By the ascending points of a sketch of their ranks, and by one of their values.
     Sketched(Vec<(f64, u64)>, DistanceBaseline),
+    /// By how often each comes: they are few, and categories.
+    Categories(Categories),
 }
 
 /// What distances are computed from.
@@ -54,7 +58,7 @@ struct DistanceBaseline {
 pub(super) struct Comparison {
     /// The population stability index.
     pub(super) psi: f64,
-    /// The test: Kolmogorov-Smirnov or Wasserstein.
+    /// The test: Kolmogorov-Smirnov or Wasserstein, of categories χ² or Jensen-Shannon.
     pub(super) test: Statistic,
     /// Its statistic, of Wasserstein in standard deviations of the reference.
     pub(super) value: f64,
@@ -62,10 +66,12 @@ pub(super) struct Comparison {
     pub(super) error_max: Option<f64>,
     /// The p-value, or an upper bound of it; not corrected for the number of columns.
     pub(super) p_value: f64,
-    /// Rows of the reference.
+    /// Rows of the reference that were compared.
     pub(super) reference_rows: u64,
     /// Whether there is one and the same value in both.
     pub(super) is_one_value: bool,
+    /// The categories that moved most; none of a column of numbers.
+    pub(super) moved: Vec<Category>,
 }
 
 impl Baseline {
@@ -74,11 +80,36 @@ impl Baseline {
         let columns = reference.columns().iter();
         match reference.population() {
             Some(population) => {
-                let features = population.features().iter();
-                features.map(Baseline::of_population).collect()
+                let features = population.features();
+                let with_features = columns.zip(features);
+                with_features
+                    .map(|(column, feature)| {
+                        Baseline::of_categories(column, Some(feature))
+                            .unwrap_or_else(|| Baseline::of_population(feature))
+                    })
+                    .collect()
             }
-            None => columns.map(Baseline::of_column).collect(),
+            None => columns
+                .map(|column| {
+                    Baseline::of_categories(column, None)
+                        .unwrap_or_else(|| Baseline::of_column(column))
+                })
+                .collect(),
         }
+    }
+
+    /// That of a column of categories, if it is one: of the rows that are kept, however many there were.
+    fn of_categories(
+        column: &ReferenceColumn,
+        population: Option<&FeaturePopulation>,
+    ) -> Option<Baseline> {
+        let categories = Categories::of(column, population)?;
+        let values = column.sorted_values();
+        Some(Baseline {
+            rows: values.len() as u64,
+            ends: (f64::from(values[0]), f64::from(values[values.len() - 1])),
+            known: Known::Categories(categories),
+        })
     }
 
     fn of_column(column: &ReferenceColumn) -> Baseline {
@@ -114,24 +145,44 @@ impl Baseline {
 
     /// Compares an ascending column of a window, which is not empty.
     pub(super) fn compare(&self, current: &[f64]) -> Comparison {
-        let psi = match &self.known {
-            Known::Few(values) | Known::Many(values, _) => {
-                population_stability_index(values, current)
+        let (psi, test, value, p_value, moved) = match &self.known {
+            Known::Few(values) => {
+                let psi = population_stability_index(values, current);
+                let found = kolmogorov_smirnov(values, current).expect(NOT_EMPTY);
+                (
+                    psi,
+                    Statistic::Ks,
+                    found.statistic,
+                    found.p_value,
+                    Vec::new(),
+                )
             }
-            Known::Sketched(points, _) => {
-                population_stability_index_of_points(points, self.ends, current)
+            Known::Many(values, distance) => {
+                let psi = population_stability_index(values, current);
+                let (value, p_value) = distance.compare(self.rows, current);
+                (psi, Statistic::Wasserstein, value, p_value, Vec::new())
+            }
+            Known::Sketched(points, distance) => {
+                let psi = population_stability_index_of_points(points, self.ends, current);
+                let (value, p_value) = distance.compare(self.rows, current);
+                (psi, Statistic::Wasserstein, value, p_value, Vec::new())
+            }
+            Known::Categories(categories) => {
+                let found = categories.compare(current);
+                (
+                    Some(found.psi),
+                    found.test,
+                    found.value,
+                    found.p_value,
+                    found.moved,
+                )
             }
         };
-        let (test, value, p_value, error_max) = match &self.known {
-            Known::Few(values) => {
-                let found = kolmogorov_smirnov(values, current).expect(NOT_EMPTY);
-                (Statistic::Ks, found.statistic, found.p_value, None)
-            }
+        let error_max = match &self.known {
             Known::Many(_, distance) | Known::Sketched(_, distance) => {
-                let (value, p_value) = distance.compare(self.rows, current);
-                let error_max = distance.error_max.map(|error| error / distance.unit);
-                (Statistic::Wasserstein, value, p_value, error_max)
+                distance.error_max.map(|error| error / distance.unit)
             }
+            Known::Few(_) | Known::Categories(_) => None,
         };
         let ends = [
             self.ends.0,
@@ -147,6 +198,7 @@ impl Baseline {
             error_max,
             reference_rows: self.rows,
             is_one_value: ends.iter().all(|end| *end == ends[0]),
+            moved,
         }
     }
 }

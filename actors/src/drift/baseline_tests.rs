@@ -28,7 +28,8 @@ fn the_number_of_reference_rows_chooses_the_test() {
         (1001, Statistic::Wasserstein),
         (5000, Statistic::Wasserstein),
     ] {
-        let found = baseline(&reference(&[0.0, 1.0, 2.0], rows)).compare(&window);
+        // More values than categories may have.
+        let found = baseline(&reference(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], rows)).compare(&window);
         assert_eq!((found.test, found.reference_rows), (test, rows as u64));
     }
     // A sample of a thousand rows of more.
@@ -41,6 +42,29 @@ fn the_number_of_reference_rows_chooses_the_test() {
     assert!(
         found.error_max.unwrap() > 0.0 && found.p_value < 1e-9,
         "{found:?}"
+    );
+}
+
+#[test]
+fn a_column_of_few_values_is_compared_as_categories() {
+    let window = [[0.0; 10], [1.0; 10], [1.0; 10], [2.0; 10]].concat();
+    for (rows, test) in [
+        (199, Statistic::Ks),
+        (200, Statistic::ChiSquare),
+        (1000, Statistic::ChiSquare),
+        (1001, Statistic::JensenShannon),
+    ] {
+        let found = baseline(&reference(&[0.0, 1.0, 2.0], rows)).compare(&window);
+        assert_eq!((found.test, found.reference_rows), (test, rows as u64));
+        assert!(!found.is_one_value && found.error_max.is_none());
+        assert_eq!(found.moved.is_empty(), test == Statistic::Ks);
+    }
+    // The rows that are kept are counted, and all rows choose the test.
+    let values: Vec<f32> = (0..1200u16).map(|i| f32::from(i % 3)).collect();
+    let found = baseline(&sketched(&values)).compare(&window);
+    assert_eq!(
+        (found.test, found.reference_rows),
+        (Statistic::JensenShannon, 1000)
     );
 }
 

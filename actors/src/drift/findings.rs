@@ -29,7 +29,7 @@ pub(super) const EVENTS: Table = Table {
 /// Events kept for each endpoint.
 pub(super) const EVENTS_MAX: u64 = 100;
 
-/// Features that a report names at most, the worst ones; each with its PSI and its test.
+/// Features that a report names at most, the worst ones; each with its PSI and its test, and the first few of categories with shares.
 pub const DRIFTED_MAX: usize = 64;
 
 /// Monitors whose findings are kept: as many as there can be endpoints. Past it the one that
@@ -45,15 +45,16 @@ const PAGE_ROWS: usize = 100;
 pub struct Drifted {
     /// The feature's name; `prediction` for the predicted classes.
     pub feature: String,
-    /// `psi`, and `ks` or `wasserstein`; `jensen_shannon` for predictions.
+    /// `psi`, and `ks` or `wasserstein`, or of categories `chi_square` or `jensen_shannon`, and `share of …` of those that moved most;
+    /// `jensen_shannon` for predictions.
     pub statistic: String,
     /// The statistic's value.
     pub value: f64,
-    /// The p-value, where the statistic has one; of `wasserstein` an upper bound of it.
+    /// The p-value, where the statistic has one; of `wasserstein` an upper bound of it, of `jensen_shannon` that of χ².
     pub p_value: Option<f64>,
-    /// What the value (`ks`: the p-value) was compared with.
+    /// What the value (`ks` and `chi_square`: the p-value) was compared with; of a share, that of the reference.
     pub threshold: f64,
-    /// Rows of the reference.
+    /// Rows of the reference that were compared.
     pub reference_count: u64,
     /// Rows of the window.
     pub current_count: u64,

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::state::{DRIFTED_MAX, Drifted, Report};
+use super::named;
+use super::state::Report;
 use super::vitals::keeper::Keeper;
 use super::window::{MonitorConfig, MonitorConfigError, WindowMonitor, WindowReport};
 use crate::registry::version_file::VersionFile;
@@ -123,34 +124,6 @@ impl Watch {
 
     fn report(&self, closed: &WindowReport) -> Report {
         let prediction = &closed.prediction;
-        let mut drifted = Vec::new();
-        if prediction.drifted {
-            drifted.push(Drifted {
-                feature: "prediction".to_owned(),
-                statistic: "jensen_shannon".to_owned(),
-                value: prediction.jensen_shannon,
-                p_value: Some(prediction.p_value),
-                threshold: prediction.distance_threshold,
-                reference_count: prediction.reference_count,
-                current_count: prediction.current_count,
-            });
-        }
-        for worst in closed.worst_features(DRIFTED_MAX) {
-            // Both statistics of a column that drifts, PSI first.
-            let of_column = closed
-                .features
-                .iter()
-                .filter(|row| row.feature == worst.feature);
-            drifted.extend(of_column.map(|row| Drifted {
-                feature: row.feature.clone(),
-                statistic: row.statistic.as_str().to_owned(),
-                value: row.value,
-                p_value: row.p_value,
-                threshold: row.threshold,
-                reference_count: row.reference_count,
-                current_count: row.current_count,
-            }));
-        }
         Report {
             endpoint: self.endpoint.clone(),
             model: self.model.clone(),
@@ -167,7 +140,7 @@ impl Watch {
             dataset_drift: closed.dataset_drift,
             prediction_drift: prediction.drifted,
             prediction_distance: prediction.jensen_shannon,
-            drifted,
+            drifted: named::drifted(closed),
         }
     }
 }

@@ -5,7 +5,7 @@
 //!    nor counts among the columns of which a share must drift.
 //! 3. A column drifts when its PSI reaches the threshold *and* its test (`baseline` says which) is past its own: the p-value,
 //!    corrected by Benjamini and Hochberg over the informative columns, is at most the threshold, and a Wasserstein distance is also
-//!    large. Predictions drift by χ² and Jensen-Shannon in the same way.
+//!    large. A column of few values drifts as one of categories, by χ² or by Jensen-Shannon, and predictions by both.
 //! 4. The data set drifts when at least the configured share of informative columns does, and one of these is significant over all looks
 //!    of thirty days as well (Simes' test of all columns together): a single column, and columns that move as one, have no others
 //!    to back them, and would drift by chance some times in so many windows.
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use super::categories::Category;
 pub use super::window_config::{
     LOOKS, MAX_WINDOW_SIZE, MIN_WINDOW_SIZE, MonitorConfig, MonitorConfigError,
 };
@@ -56,6 +57,10 @@ pub enum Statistic {
     Ks,
     /// The Wasserstein distance in standard deviations of the reference; past its threshold when at least as large, and not by chance.
     Wasserstein,
+    /// χ² of the categories of a column of few values; past its threshold when the corrected p-value is at most as large.
+    ChiSquare,
+    /// The Jensen-Shannon distance of those categories; past its threshold when at least as large, and not by chance (χ²).
+    JensenShannon,
 }
 
 impl Statistic {
@@ -66,6 +71,8 @@ impl Statistic {
             Statistic::Psi => "psi",
             Statistic::Ks => "ks",
             Statistic::Wasserstein => "wasserstein",
+            Statistic::ChiSquare => "chi_square",
+            Statistic::JensenShannon => "jensen_shannon",
         }
     }
 }
@@ -81,11 +88,11 @@ pub struct FeatureDrift {
     pub value: f64,
     /// The p-value corrected for the number of columns, if the statistic has one.
     pub p_value: Option<f64>,
-    /// What the value (PSI, Wasserstein) or the p-value (KS) is compared with.
+    /// What the value (PSI, Wasserstein, Jensen-Shannon) or the p-value (KS, χ²) is compared with.
     pub threshold: f64,
     /// By how much the value may be off because the reference is known by a sketch; `None` where it is exact, and for PSI.
     pub error_max: Option<f64>,
-    /// Rows of the reference.
+    /// Rows of the reference; of categories those of them that are kept, which are counted.
     pub reference_count: u64,
     /// Rows of the window.
     pub current_count: u64,
@@ -93,6 +100,8 @@ pub struct FeatureDrift {
     pub exceeded: bool,
     /// Whether the column drifts, which takes both statistics.
     pub drifted: bool,
+    /// Beside the test of a column of categories those that moved most; else none.
+    pub categories: Vec<Category>,
 }
 
 /// How the predicted classes compare with the reference's.
@@ -322,7 +331,13 @@ impl WindowMonitor {
                 let threshold = config.wasserstein_threshold;
                 (threshold, is_significant && found.value >= threshold)
             }
-            Statistic::Ks | Statistic::Psi => (config.p_threshold, is_significant),
+            Statistic::JensenShannon => {
+                let threshold = config.category_distance_threshold;
+                (threshold, is_significant && found.value >= threshold)
+            }
+            Statistic::Ks | Statistic::ChiSquare | Statistic::Psi => {
+                (config.p_threshold, is_significant)
+            }
         };
         let is_large = found.psi >= config.psi_threshold;
         let psi = FeatureDrift {
@@ -336,6 +351,7 @@ impl WindowMonitor {
             current_count: self.samples as u64,
             exceeded: is_large,
             drifted: is_large && is_past,
+            categories: Vec::new(),
         };
         let test = FeatureDrift {
             statistic: found.test,
@@ -344,6 +360,7 @@ impl WindowMonitor {
             threshold,
             error_max: found.error_max,
             exceeded: is_past,
+            categories: found.moved.clone(),
             ..psi.clone()
         };
         [psi, test]

@@ -32,6 +32,8 @@ pub struct MonitorConfig {
     pub prediction_p_threshold: f64,
     /// Corrected p-value up to which one of the columns that drift must be for the data set to drift, corrected for [`LOOKS`] as well.
     pub dataset_p_threshold: f64,
+    /// Jensen-Shannon distance from which a shift of a column's categories counts as large.
+    pub category_distance_threshold: f64,
 }
 
 impl MonitorConfig {
@@ -48,6 +50,7 @@ impl MonitorConfig {
             prediction_distance_threshold: 0.1,
             prediction_p_threshold: 0.05 / LOOKS,
             dataset_p_threshold: 0.05 / LOOKS,
+            category_distance_threshold: 0.1,
         }
     }
 
@@ -79,7 +82,12 @@ impl MonitorConfig {
             1.0,
         )?;
         check("prediction_p_threshold", self.prediction_p_threshold, 1.0)?;
-        check("dataset_p_threshold", self.dataset_p_threshold, 1.0)
+        check("dataset_p_threshold", self.dataset_p_threshold, 1.0)?;
+        check(
+            "category_distance_threshold",
+            self.category_distance_threshold,
+            1.0,
+        )
     }
 }
 

@@ -203,7 +203,7 @@ pub(crate) struct ExperimentEnded<'a> {
     pub(crate) treatment: u64,
     /// BLAKE3 of the plan.
     pub(crate) plan_blake3: String,
-    /// Why it is over: `decided`, `exhausted`, `guardrail`, `unfit` or `stopped`.
+    /// Why it is over: `decided`, `exhausted`, `guardrail`, `unfit`, `stopped` or `sentinel`.
     pub(crate) outcome: &'a str,
     /// What the numbers say by then: `control`, `treatment` or `undecided`.
     pub(crate) decision: &'a str,

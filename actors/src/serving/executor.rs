@@ -1,4 +1,5 @@
-//! The thread on which a replica computes: apart from the threads that read and write, and one batch after the other.
+//! What computes a replica's batches: a thread of its own, apart from those that read and write, and one batch after the other.
+//! Batches so brief that handing them over would take longer than they do are computed by the thread that has read them (`brief`).
 //!
 //! Invariants:
 //! 1. What nobody waits for any more is not begun.
@@ -7,6 +8,8 @@
 //! 4. A thread that does not come back from what it is at is found out by the next who asks. Nobody can end it, so of a process that
 //!    has left `LEFT_BEHIND_MAX` of them behind no more are started.
 
+mod brief;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,6 +17,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
+use self::brief::{Brevity, Turn};
 use super::arm::lock;
 use crate::panics::caught;
 
@@ -49,8 +53,9 @@ pub(super) enum ExecutorError {
 
 type Order<S> = Box<dyn FnOnce(&S) + Send>;
 
-/// The way to the thread and what it holds.
+/// The way to the thread, and what it computes with.
 pub(super) struct Executor<S> {
+    state: Arc<S>,
     orders: mpsc::Sender<Order<S>>,
     work: Arc<Mutex<Work>>,
     hangs_after: Duration,
@@ -59,13 +64,17 @@ pub(super) struct Executor<S> {
 /// What the thread is at.
 #[derive(Default)]
 struct Work {
-    /// When it began that.
+    /// What was ordered of it and is not over.
+    orders: usize,
+    /// When it began what it is at.
     began: Option<Instant>,
     /// Whether it was given up, and counted as such.
     is_left_behind: bool,
+    /// How long batches take, there and here.
+    brevity: Brevity,
 }
 
-impl<S: Send + 'static> Executor<S> {
+impl<S: Send + Sync + 'static> Executor<S> {
     /// Starts the thread.
     pub(super) fn start(state: S) -> Result<Self, ExecutorError> {
         Self::start_with(state, HANGS_AFTER)
@@ -76,12 +85,13 @@ impl<S: Send + 'static> Executor<S> {
             return Err(ExecutorError::TooManyHang);
         }
         let (orders, mut ordered) = mpsc::channel::<Order<S>>(ORDERS_MAX);
+        let state = Arc::new(state);
         let work = Arc::<Mutex<Work>>::default();
-        let own = Arc::clone(&work);
+        let (there, own) = (Arc::clone(&state), Arc::clone(&work));
         let compute = move || {
             while let Some(order) = ordered.blocking_recv() {
                 lock(&own).began = Some(Instant::now());
-                order(&state);
+                order(&there);
                 let mut work = lock(&own);
                 work.began = None;
                 if std::mem::take(&mut work.is_left_behind) {
@@ -94,13 +104,14 @@ impl<S: Send + 'static> Executor<S> {
             .spawn(compute)
             .map_err(|error| ExecutorError::Start(error.to_string()))?;
         Ok(Executor {
+            state,
             orders,
             work,
             hangs_after,
         })
     }
 
-    /// Has something computed.
+    /// Has something computed by the thread.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&S) -> T + Send + 'static,
@@ -108,16 +119,62 @@ impl<S: Send + 'static> Executor<S> {
         if let Some(since) = self.hangs_since() {
             return Err(ExecutorError::Hangs { since });
         }
+        let ordered = Ordered::enter(&self.work);
         let (done, is_done) = oneshot::channel();
         let order: Order<S> = Box::new(move |state| {
             if !done.is_closed() {
                 // A model holds no state that a batch changes, so none is left half changed.
-                let _ = done.send(caught(|| work(state)).map_err(ExecutorError::Panicked));
+                let result = caught(|| work(state)).map_err(ExecutorError::Panicked);
+                // Before the answer: who has it may ask again at once.
+                drop(ordered);
+                let _ = done.send(result);
             }
         });
         let sent = self.orders.send(order).await;
         sent.map_err(|_| ExecutorError::Ended)?;
         is_done.await.unwrap_or(Err(ExecutorError::Ended))
+    }
+
+    /// Has a batch of so many bytes computed: right here, if batches of as many have been brief and the thread is at nothing.
+    pub(super) async fn run_batch<T: Send + 'static>(
+        &self,
+        size_bytes: usize,
+        work: impl FnOnce(&S) -> T + Send + 'static,
+    ) -> Result<T, ExecutorError> {
+        let measured = Arc::clone(&self.work);
+        let timed = move |state: &S| {
+            let began = Instant::now();
+            let done = work(state);
+            lock(&measured).brevity.ran(size_bytes, began.elapsed());
+            done
+        };
+        match self.turn(size_bytes) {
+            Some(_turn) => caught(|| timed(&self.state)).map_err(ExecutorError::Panicked),
+            None => self.run(timed).await,
+        }
+    }
+
+    /// Leave to compute a batch here.
+    fn turn(&self, size_bytes: usize) -> Option<Turn> {
+        let work = lock(&self.work);
+        let is_for_here = work.orders == 0 && work.brevity.expects(size_bytes);
+        is_for_here.then(Turn::take).flatten()
+    }
+}
+
+/// An order that is not over.
+struct Ordered(Arc<Mutex<Work>>);
+
+impl Ordered {
+    fn enter(work: &Arc<Mutex<Work>>) -> Self {
+        lock(work).orders += 1;
+        Ordered(Arc::clone(work))
+    }
+}
+
+impl Drop for Ordered {
+    fn drop(&mut self) {
+        lock(&self.0).orders -= 1;
     }
 }
 
@@ -160,6 +217,57 @@ mod tests {
             matches!(&panicked, Err(ExecutorError::Panicked(text)) if text.contains("not eight"))
         );
         assert_eq!(executor.run(|seven| seven + 1).await, Ok(8));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_is_brief_is_computed_by_whoever_asks() {
+        // On a thread of the runtime, as a replica's calls are.
+        let asking = tokio::spawn(async {
+            let executor = Executor::start(()).unwrap();
+            let by_whom = |(): &()| std::thread::current().id();
+            let there = executor.run(by_whom).await.unwrap();
+            let ask = |size_bytes| executor.run_batch(size_bytes, by_whom);
+            // It is not known yet how long it takes.
+            assert_eq!(ask(64).await, Ok(there));
+            let mut by = there;
+            for _ in 0..10_000 {
+                by = ask(64).await.unwrap();
+                if by != there {
+                    break;
+                }
+            }
+            // What awaits nothing goes on where it is.
+            assert_eq!(by, std::thread::current().id());
+            // Nothing is known of a larger one.
+            assert_eq!(ask(65).await, Ok(there));
+            let panicked = executor.run_batch(64, |()| assert_eq!(7, 8, "not eight"));
+            let panicked = panicked.await;
+            assert!(
+                matches!(&panicked, Err(ExecutorError::Panicked(text)) if text.contains("not eight"))
+            );
+        });
+        asking.await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn nothing_is_computed_here_while_the_thread_is_at_work() {
+        let executor = Arc::new(Executor::start(()).unwrap());
+        lock(&executor.work).brevity = Brevity::of(64);
+        let (begins, has_begun) = oneshot::channel();
+        let (release, is_released) = std::sync::mpsc::channel::<()>();
+        let other = Arc::clone(&executor);
+        let at_work = tokio::spawn(async move {
+            let working = other.run(move |()| {
+                let _ = begins.send(());
+                is_released.recv().is_ok()
+            });
+            working.await
+        });
+        has_begun.await.unwrap();
+        assert!(executor.turn(64).is_none());
+        release.send(()).unwrap();
+        assert_eq!(at_work.await.unwrap(), Ok(true));
+        assert!(executor.turn(64).is_some());
     }
 
     #[tokio::test]

@@ -168,19 +168,28 @@ impl Replica {
     /// If the model does not come back from a batch, or the replica's GPU answers nothing any more: then the actor ends, with its
     /// process where it has one of its own, so that it is started anew and the router asks other replicas meanwhile.
     pub async fn infer(&self, rows: Batch) -> Result<Inference, InferError> {
-        let computing = self.model.run(move |model| {
+        let size_bytes = rows.size_bytes();
+        let compute = move |model: &Used<'static, Predictor>| {
             let started = Instant::now();
             let Answered { outputs, energies } = model.infer(rows)?;
             let computed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
             Ok(Inference {
                 outputs,
                 computed_ns,
-                memory_percent: memory_percent(),
+                memory_percent: None,
                 energies,
             })
-        });
-        let answer = match computing.await {
-            Ok(answer) => answer,
+        };
+        let computed = match self.device {
+            ComputeDevice::Cpu => self.model.run_batch(size_bytes, compute).await,
+            // A GPU may answer nothing any more, whatever it did before.
+            _ => self.model.run(compute).await,
+        };
+        let answer = match computed {
+            Ok(answer) => answer.map(|inference| Inference {
+                memory_percent: memory_percent(),
+                ..inference
+            }),
             Err(error @ ExecutorError::Hangs { .. }) => panic!("the model hangs: {error}"),
             Err(error) => Err(InferError::Model(error.to_string())),
         };

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mobula::{ActorRef, CallFailure, Cluster, RunningFallibleCall};
+use mobula::{ActorRef, CallFailure, Cluster};
 use mobula_core::error::CallError;
 use mobula_core::id::{ActorId, Incarnation};
 use tokio::sync::watch;
@@ -123,16 +123,10 @@ impl Backend for ActorRef<Replica> {
         rows: Batch,
         limit: Duration,
     ) -> Result<Inference, BackendFailure> {
-        // The call carries its deadline: a replica does not begin what nobody waits for any more.
-        let call = ReplicaCalls::infer(self, rows).timeout(limit);
-        let started = call.start().await.map_err(CallFailure::System)?;
-        let mut asking = Asking {
-            call: Some(started),
-        };
-        let call = asking.call.as_mut().expect("it was put there just now");
-        let answered = call.await;
-        asking.call = None;
-        Ok(answered?)
+        // The call carries its deadline: a replica does not begin what nobody waits for any more. And a batch is called back when
+        // all of its callers have gone before the answer.
+        let call = ReplicaCalls::infer(self, rows);
+        Ok(call.timeout(limit).cancel_on_drop().await?)
     }
 }
 
@@ -149,24 +143,6 @@ impl From<CallFailure<InferError>> for BackendFailure {
                 CallError::DeadlineExceeded { .. } | CallError::Cancelled { .. },
             )) => BackendFailure::Late,
             CallFailure::System(error) => BackendFailure::Lost(error.to_string()),
-        }
-    }
-}
-
-/// Calls a batch back when all of its callers have gone before the answer.
-struct Asking {
-    call: Option<RunningFallibleCall<Inference, InferError>>,
-}
-
-impl Drop for Asking {
-    fn drop(&mut self) {
-        let Some(call) = self.call.take() else {
-            return;
-        };
-        call.cancel();
-        // The replica hears of it as long as the call lives, which is no longer than its own time.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { drop(call.await) });
         }
     }
 }

@@ -8,6 +8,8 @@
 //!    them, and one that cannot be read, hyper answers by itself: 431 and 400, without a body.
 //! 5. On shutdown the listener closes at once, requests in flight get [`DRAIN_TIMEOUT`] to finish, and no task is left.
 
+mod at_once;
+
 use std::future::Future;
 use std::io;
 use std::pin::pin;
@@ -24,6 +26,8 @@ use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+
+use self::at_once::AtOnce;
 
 /// Connections served at once. A connection costs some 20 kB idle and at most a request body each while busy.
 pub const MAX_CONNECTIONS: usize = 1024;
@@ -157,7 +161,7 @@ async fn serve_with(
                     let stop = stop.subscribe();
                     let connection = serve_connection(stream, router.clone(), stop, idle_timeout);
                     connections.spawn(async move {
-                        connection.await;
+                        AtOnce::new(Box::pin(connection)).await;
                         drop(permit);
                     });
                 }

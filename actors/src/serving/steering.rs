@@ -1,5 +1,5 @@
-//! Which versions a router answers with: it follows the endpoint's row, its rollout and its experiment, and
-//! judges the rollout's steps.
+//! Which versions a router answers with: it follows the endpoint's row, its rollout and its experiment. What it says of the
+//! rollout's steps is in `telling`.
 //!
 //! Invariants:
 //! 1. The router goes on with what it knows while the head is away.
@@ -12,6 +12,8 @@
 //! 6. An experiment changes no version: what it is about is the active one, and one beside it.
 //! 7. It never waits for the object store: what is wanted of it is loaded beside the loop (`loading`), one version and
 //!    one count at the most, and until it is there requests are sent as if nothing had been asked.
+
+mod telling;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -27,12 +29,12 @@ use super::client;
 use super::experiment::comparing::Comparing;
 use super::experiment::plan::Experiment;
 use super::meters::{Meters, VersionSeen};
-use super::rollout::command::{Command, Verdict};
-use super::rollout::looking::{self, Seen};
-use super::rollout::plan::{Cleanup, Phase, Rollout, Served};
+use super::rollout::command::Verdict;
+use super::rollout::looking;
+use super::rollout::plan::{Rollout, Served};
 use super::rollout::reporting::Reporting;
 use super::rollout::sentinels::Asking;
-use super::rollout::trial::{Evidence, Judgement, Trial, shortened};
+use super::rollout::trial::{Evidence, Trial, shortened};
 use super::shadow;
 use super::shadow::mirror::Shadowed;
 use super::shadow::trial::ShadowTrial;
@@ -230,7 +232,10 @@ impl Steering {
             _ => {}
         }
         match (experiment, under_way) {
-            (_, Some(experiment)) => self.comparing.judge(experiment).await,
+            (_, Some(experiment)) => {
+                let routes = Arc::clone(&self.routes.borrow());
+                self.comparing.judge(experiment, &routes).await;
+            }
             (Some(over), None) if !self.is_left(endpoint, over.plan.treatment.version) => {
                 self.comparing.say_drained(over).await;
             }
@@ -281,7 +286,7 @@ impl Steering {
     ) -> Option<(u64, Compared<Replicas>)> {
         let (plan, tally) = self.comparing.count(experiment).await?;
         match self.fit(endpoint, &plan.treatment) {
-            Fit::Yes(_) => {}
+            Fit::Yes(sentinels) => self.comparing.ask(experiment, sentinels),
             Fit::Unknown => return None,
             Fit::No(reason) => {
                 self.comparing.refuse(experiment, &reason).await;
@@ -402,98 +407,10 @@ impl Steering {
         self.leaving.retain_mut(|(_, gone)| is_there(gone));
     }
 
-    async fn judge(&mut self, rollout: &Rollout) {
-        let routes = Arc::clone(&self.routes.borrow());
-        match self.asking.look(&routes, rollout) {
-            Some(Seen::Judged(Judgement::RollBack(evidence))) => {
-                self.say(rollout, Verdict::RollBack, evidence).await;
-            }
-            Some(Seen::Judged(Judgement::Pass(evidence))) if rollout.phase == Phase::Running => {
-                self.say(rollout, Verdict::Pass, evidence).await;
-            }
-            Some(Seen::Judged(Judgement::Pass(evidence) | Judgement::Hold(evidence))) => {
-                self.report(rollout, evidence, false).await;
-            }
-            Some(Seen::Waits(evidence)) => self.report(rollout, evidence, true).await,
-            None => {}
-        }
-    }
-
-    /// Tells the head why a step is not decided, now and then.
-    async fn report(&mut self, rollout: &Rollout, evidence: Evidence, waits: bool) {
-        if !self.reporting.is_due(rollout, &evidence) {
-            return;
-        }
-        let (endpoint, router) = (self.name.clone(), self.incarnation);
-        let (rollout, step) = (rollout.number, rollout.step);
-        let command = if waits {
-            Command::Wait {
-                endpoint,
-                rollout,
-                step,
-                router,
-                evidence,
-            }
-        } else {
-            Command::Report {
-                endpoint,
-                rollout,
-                step,
-                router,
-                evidence,
-            }
-        };
-        self.tell(command).await;
-    }
-
-    async fn say(&self, rollout: &Rollout, verdict: Verdict, evidence: Evidence) {
-        tracing::info!(
-            endpoint = self.name,
-            rollout = rollout.number,
-            step = rollout.step,
-            ?verdict,
-            reason = evidence.reason,
-            "a step is judged"
-        );
-        self.tell(Command::Judge {
-            endpoint: self.name.clone(),
-            rollout: rollout.number,
-            step: rollout.step,
-            router: self.incarnation,
-            verdict,
-            evidence,
-        })
-        .await;
-    }
-
-    /// Says that nothing is left of the version that a rollout ended, once that is so.
-    async fn say_drained(&self, endpoint: &Endpoint, rollout: &Rollout) {
-        let Some(retiring) = rollout.retiring().map(|served| served.version) else {
-            return;
-        };
-        if rollout.cleanup != Cleanup::Draining || self.is_left(endpoint, retiring) {
-            return;
-        }
-        self.tell(Command::Drained {
-            endpoint: self.name.clone(),
-            rollout: rollout.number,
-            revision: rollout.revision,
-            router: self.incarnation,
-        })
-        .await;
-    }
-
     /// Whether a request may be with a version that is wanted no more.
     fn is_left(&self, endpoint: &Endpoint, version: u64) -> bool {
         self.arms.contains_key(&version)
             || self.leaving.iter().any(|(leaving, _)| *leaving == version)
             || self.routes.borrow().active.version() != endpoint.version
-    }
-
-    async fn tell(&self, command: Command) {
-        if let Err(error) = client::roll_out(&self.versions.cluster, command).await {
-            // What is still so at the next look is said again.
-            tracing::debug!(endpoint = self.name, %error, "the head did not take a word about a rollout");
-        }
     }
 }

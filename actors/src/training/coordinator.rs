@@ -12,7 +12,7 @@
 //!    that it had under an earlier coordinator.
 //! 3. A lost trainer's shards of the present step are given to the others at once. Nobody waits for who joins: it gets a
 //!    seat when it has caught up. Only where it came too late before, the others may stand at the gate for it, for a
-//!    share of the time that it was left alone.
+//!    share of the time that it was left alone, and for all such trainers together for a share of the time (`holds`).
 //! 4. A coordinator that meets a newer driver's epoch stops.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,6 +42,7 @@ use super::state::TrainState;
 use super::workload::{Workload, WorkloadError};
 use crate::checkpoint::sharing::Helper;
 use giving::Giving;
+use holds::HoldBudget;
 use joining::HeldGate;
 use stall::Stall;
 use unreached::Unreached;
@@ -49,6 +50,7 @@ use unreached::Unreached;
 mod counters;
 mod error;
 mod giving;
+mod holds;
 mod joining;
 mod membership;
 mod stall;
@@ -103,6 +105,8 @@ pub struct Coordinator<L, C> {
     keeps_doomed: bool,
     /// For whom the gate is held.
     held_gate: Option<HeldGate>,
+    /// For how long it may be, for all who come.
+    holds: HoldBudget,
     /// The state that some trainers keep for those who join, and in parts of how many bytes states are given.
     giving: Option<Giving>,
     part_bytes: usize,
@@ -155,6 +159,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             strikes: BTreeMap::new(),
             keeps_doomed: false,
             held_gate: None,
+            holds: HoldBudget::new(Instant::now()),
             giving: None,
             part_bytes: PART_BYTES,
             usual_step: None,
@@ -418,8 +423,10 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             Happened::Keeps { step, answer } => {
                 self.crew.slot(index).keeps = answer.unwrap_or(false).then_some(step);
             }
-            Happened::Shares { step, answer } => self.shares(index, step, answer.unwrap_or(false)),
-            Happened::Unshared(steps) => self.crew.unshared(index, &steps),
+            Happened::Shares { order, answer } => {
+                self.shares(index, order, answer.unwrap_or(false));
+            }
+            Happened::Unshared(heard) => self.crew.unshared(index, heard),
             Happened::Judged { step, said } => self.judge(step, &said)?,
         }
         Ok(())

@@ -8,7 +8,7 @@
 //! `attempts` counts how often a trainer tried in vain, `questions` has what is asked beside the news, `sharing` has some
 //! keep a state for those who join.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use mobula_storage::checkpoint::Piece;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::messages::{Admission, Epoch, Greeting, Handover, Held, News, TrainerError};
+use super::messages::{Admission, Epoch, Greeting, Handover, Held, KeepOrder, News, TrainerError};
 use super::numerics::Probe;
 use super::parts::SharedState;
 use super::protocol::leader::StateDigest;
@@ -28,7 +28,7 @@ mod attempts;
 mod questions;
 mod sharing;
 
-pub(super) use attempts::REFUSALS_MAX;
+pub(super) use attempts::{LATE_PAUSE_MAX, REFUSALS_MAX};
 pub use questions::Witness;
 
 /// Pauses between attempts to reach a trainer.
@@ -91,7 +91,11 @@ pub trait TrainerLink: Clone + Send + Sync + 'static {
         step: u64,
     ) -> impl Future<Output = Result<Option<StateDigest>, LinkError>> + Send;
     /// Has it keep the state as it will be after `step`; whether it can.
-    fn keep(&self, step: u64) -> impl Future<Output = Result<bool, LinkError>> + Send;
+    fn keep(
+        &self,
+        order: KeepOrder,
+        step: u64,
+    ) -> impl Future<Output = Result<bool, LinkError>> + Send;
     /// Has it store pieces of that state; answers within a bound.
     fn store(
         &self,
@@ -101,9 +105,13 @@ pub trait TrainerLink: Clone + Send + Sync + 'static {
     /// Has it keep that state no more.
     fn release(&self, step: u64) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Has it keep the state as it will be after `step` for those who join; whether it can.
-    fn share(&self, step: u64) -> impl Future<Output = Result<bool, LinkError>> + Send;
-    /// Has it keep that state no more.
-    fn unshare(&self, step: u64) -> impl Future<Output = Result<(), LinkError>> + Send;
+    fn share(
+        &self,
+        order: KeepOrder,
+        step: u64,
+    ) -> impl Future<Output = Result<bool, LinkError>> + Send;
+    /// Has it keep no more what that order, or one before it, asked to share.
+    fn unshare(&self, order: KeepOrder) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Gives it what a driver that leaves knows, for the next one.
     fn entrust(
         &self,
@@ -153,9 +161,9 @@ pub(super) struct Slot<L> {
     /// The step after which it was asked to keep the state for a checkpoint, and the one of which it said that it does.
     pub(super) asked_to_keep: Option<u64>,
     pub(super) keeps: Option<u64>,
-    /// The steps after which it may still keep the state for those who join, though that has ended, and whether it is being
+    /// The last order by which it may still keep a state for those who join, though that has ended, and whether it is being
     /// told so.
-    still_shares: BTreeSet<u64>,
+    still_shares: Option<KeepOrder>,
     is_unsharing: bool,
     /// Since when it follows, and when it was heard of last.
     pub(super) following_since: Instant,
@@ -194,13 +202,13 @@ pub(super) enum Happened {
         step: u64,
         answer: Result<bool, LinkError>,
     },
-    /// Whether it keeps the state after the step for those who join.
+    /// Whether it keeps the state that the order asked for, for those who join.
     Shares {
-        step: u64,
+        order: KeepOrder,
         answer: Result<bool, LinkError>,
     },
-    /// It was told to keep such states no more, and has heard it of these.
-    Unshared(Vec<u64>),
+    /// It was told to keep such a state no more, and has heard it of the one of this order.
+    Unshared(Option<KeepOrder>),
     /// Who held which bits before the step, of those who answered.
     Judged {
         step: u64,
@@ -232,6 +240,8 @@ enum Farewell {
 pub(super) struct Crew<L> {
     slots: Vec<Slot<L>>,
     first_epoch: Epoch,
+    /// The last order to keep a state.
+    keep_order: KeepOrder,
     tasks: JoinSet<Event>,
 }
 
@@ -255,7 +265,7 @@ impl<L: TrainerLink> Crew<L> {
             asked_to_keep: None,
             stays_until: None,
             keeps: None,
-            still_shares: BTreeSet::new(),
+            still_shares: None,
             is_unsharing: false,
             following_since: now,
             heard_at: now,
@@ -268,6 +278,7 @@ impl<L: TrainerLink> Crew<L> {
         let mut crew = Crew {
             slots: slots.collect(),
             first_epoch,
+            keep_order: KeepOrder::before_all_of(first_epoch.driver_incarnation()),
             tasks: JoinSet::new(),
         };
         for index in 0..crew.slots.len() {

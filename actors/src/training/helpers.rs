@@ -21,6 +21,7 @@ impl<L: TrainerLink> Crew<L> {
     /// Asks in the background those who were not asked yet.
     pub(super) fn ask_to_keep(&mut self, step: u64, own_node: &str) {
         let mut nodes = BTreeSet::from([own_node.to_owned()]);
+        let order = self.next_keep_order();
         for index in self.which(Slot::is_ready) {
             let slot = self.slot(index);
             if !nodes.insert(slot.node.clone()) || slot.asked_to_keep == Some(step) {
@@ -29,7 +30,7 @@ impl<L: TrainerLink> Crew<L> {
             (slot.asked_to_keep, slot.keeps) = (Some(step), None);
             let link = slot.link.clone();
             self.spawn(index, async move {
-                let answer = link.keep(step).await;
+                let answer = link.keep(order, step).await;
                 Happened::Keeps { step, answer }
             });
         }

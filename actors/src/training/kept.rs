@@ -1,9 +1,12 @@
 //! What a replica keeps of its state while it goes on: for a checkpoint, and for trainers that join.
 //!
-//! Invariant: what is kept is the state after the very step that was asked for, one at most.
+//! Invariants:
+//! 1. What is kept is the state after the very step that was asked for, one at most.
+//! 2. An order that comes after a later one, or after its own end, keeps nothing and ends nothing.
 
 use std::sync::Arc;
 
+use super::messages::KeepOrder;
 use super::snapshot::StateSnapshot;
 use super::state::TrainState;
 
@@ -21,6 +24,8 @@ pub enum Kept {
 /// Keeps one state.
 #[derive(Debug, Default)]
 pub(super) struct Keeper {
+    /// The newest order of which it knows.
+    newest: KeepOrder,
     /// The step after which the state is to be kept, and that state once it is there.
     wanted_step: Option<u64>,
     kept: Option<(u64, Arc<StateSnapshot>)>,
@@ -28,8 +33,12 @@ pub(super) struct Keeper {
 
 impl Keeper {
     /// Keeps the state as it is or will be after `step`, and no other. Answers whether it can: it cannot where `state`,
-    /// as it is now, is one after a later step, or absent.
-    pub(super) fn keep(&mut self, step: u64, state: Option<&TrainState>) -> bool {
+    /// as it is now, is one after a later step, or absent, nor where `order` comes too late.
+    pub(super) fn keep(&mut self, order: KeepOrder, step: u64, state: Option<&TrainState>) -> bool {
+        if order <= self.newest {
+            return false;
+        }
+        self.newest = order;
         self.kept = None;
         let state = state.filter(|state| state.step <= step);
         self.wanted_step = state.map(|_| step);
@@ -53,6 +62,14 @@ impl Keeper {
             Some((kept, state)) if *kept == step => Kept::Here(Arc::clone(state)),
             _ if self.wanted_step == Some(step) => Kept::Coming,
             _ => Kept::Never,
+        }
+    }
+
+    /// Keeps no more what was asked for by `order` or before it, nor what still comes of that.
+    pub(super) fn end(&mut self, order: KeepOrder) {
+        if order >= self.newest {
+            self.newest = order;
+            (self.wanted_step, self.kept) = (None, None);
         }
     }
 

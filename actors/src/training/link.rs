@@ -11,7 +11,7 @@ use mobula_core::spec::RestartPolicy;
 use mobula_storage::checkpoint::Piece;
 
 use super::crew::{LinkError, Preparation, TrainerLink};
-use super::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
+use super::messages::{Admission, Epoch, Greeting, Handover, KeepOrder, News, TrainerError};
 use super::named_actor::NamedActor;
 use super::parts::PART_BYTES;
 use super::protocol::leader::StateDigest;
@@ -238,12 +238,12 @@ impl TrainerLink for ClusterLink {
         answer.map_err(|failure| self.failed(failure))
     }
 
-    async fn keep(&self, step: u64) -> Result<bool, LinkError> {
+    async fn keep(&self, order: KeepOrder, step: u64) -> Result<bool, LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
         // It says so between two shards, and nobody waits for that.
-        let call = actor.keep(step).timeout(PIECE_MAX);
+        let call = actor.keep(order, step).timeout(PIECE_MAX);
         let answer = self.unless_it_ends(call).await?;
-        answer.map_err(|error| self.broken(error))
+        answer.map_err(|failure| self.failed(failure))
     }
 
     async fn store(&self, step: u64, pieces: Vec<Piece>) -> Result<(), LinkError> {
@@ -259,17 +259,17 @@ impl TrainerLink for ClusterLink {
         answer.map_err(|error| self.broken(error))
     }
 
-    async fn share(&self, step: u64) -> Result<bool, LinkError> {
+    async fn share(&self, order: KeepOrder, step: u64) -> Result<bool, LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
         // It says so between two shards, and nobody waits for that.
-        let call = actor.share(step).timeout(PIECE_MAX);
+        let call = actor.share(order, step).timeout(PIECE_MAX);
         let answer = self.unless_it_ends(call).await?;
-        answer.map_err(|error| self.broken(error))
+        answer.map_err(|failure| self.failed(failure))
     }
 
-    async fn unshare(&self, step: u64) -> Result<(), LinkError> {
+    async fn unshare(&self, order: KeepOrder) -> Result<(), LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
-        let answer = actor.unshare(step).timeout(PIECE_MAX).await;
+        let answer = actor.unshare(order).timeout(PIECE_MAX).await;
         answer.map_err(|error| self.broken(error))
     }
 

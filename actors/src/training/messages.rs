@@ -1,7 +1,9 @@
 //! What coordinator and trainers say to each other.
 //!
-//! Invariant: every plan carries the coordinator's epoch; a trainer that has seen a higher one refuses
-//! it.
+//! Invariants:
+//! 1. Every plan carries the coordinator's epoch; a trainer that has seen a higher one refuses it.
+//! 2. Every order to keep a state says which driver gives it, and its number among that driver's; a trainer that has heard a
+//!    later one keeps nothing for it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -42,6 +44,36 @@ impl Epoch {
     #[must_use]
     pub fn driver_incarnation(self) -> u64 {
         self.0 >> Self::COUNT_BITS
+    }
+}
+
+/// Which order to keep a state one is: a later one of the same driver outranks it, and so does any of a newer driver. Steps
+/// would not tell: the next state that is asked for may be that after an earlier step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+pub struct KeepOrder {
+    /// The driver's start.
+    pub driver_incarnation: u64,
+    /// Its number among the orders of that driver, from 1 on.
+    pub number: u64,
+}
+
+impl KeepOrder {
+    /// What comes before all orders of a driver, and after those of all earlier ones.
+    #[must_use]
+    pub fn before_all_of(driver_incarnation: u64) -> Self {
+        KeepOrder {
+            driver_incarnation,
+            number: 0,
+        }
+    }
+
+    /// The next order of the same driver.
+    #[must_use]
+    pub fn next(self) -> Self {
+        KeepOrder {
+            number: self.number.saturating_add(1),
+            ..self
+        }
     }
 }
 
@@ -214,6 +246,16 @@ mod tests {
         }
         assert!(Epoch::first_of(8) > old);
         assert_eq!(old.driver_incarnation(), 7);
+    }
+
+    #[test]
+    fn a_later_order_to_keep_outranks_an_earlier_one_and_a_newer_driver_all_of_an_older_one() {
+        let before = KeepOrder::before_all_of(7);
+        let (first, second) = (before.next(), before.next().next());
+        assert!(before < first && first < second);
+        let newer = KeepOrder::before_all_of(8);
+        assert!(second < newer && newer < newer.next());
+        assert!(KeepOrder::default() < first);
     }
 
     #[test]

@@ -30,7 +30,7 @@
 //!   trainers say; [`link`] is the way between them, and [`parts`] is how trainers take a state from each other.
 //! * [`record`] is what a run was and [`trace`] how its states went; [`replay`] makes it once more and
 //!   compares.
-//! * [`job_log`] and [`progress`] tell people; [`named_actor`] finds actors by name.
+//! * [`job_log`], [`progress`] and [`first_step`] tell people; [`named_actor`] finds actors by name.
 
 use crate::kernels::{loss, math, product};
 
@@ -70,6 +70,7 @@ pub mod collective;
 pub mod comparison;
 pub mod coordinator;
 pub mod crew;
+pub mod first_step;
 pub mod job;
 pub mod job_log;
 pub mod link;

@@ -1,4 +1,5 @@
-//! How a job tells its progress: a line a second, and after as many steps as the job says, which people and `mobula train status` read.
+//! How a job tells its progress: a line after the first step of each start of its driver, one a second, and one after as many steps
+//! as the job says, which people and `mobula train status` read.
 //!
 //! Invariant: what [`ProgressLine`] writes, it reads back; so a job's log is all that its status needs, and
 //! no step's numbers pass through the head's tables.
@@ -10,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use super::first_step::FirstStep;
 use super::job::now_ms;
 use super::job_log::JobLog;
 use super::meters::Meters;
@@ -275,6 +277,13 @@ impl Progress {
             self.pauses.note(now - before, now_ms());
         }
         self.done += 1;
+        if self.done == 1 {
+            let first = FirstStep {
+                step: report.step + 1,
+                ended_ms: now_ms(),
+            };
+            self.log.line(format_args!("{first}"));
+        }
         self.busy += took.total().saturating_sub(took.wait + took.checkpoint);
         self.since_line.add(took);
         let since = self.line_at.elapsed();
@@ -309,10 +318,13 @@ impl Progress {
         self.since_line = StepBreakdown::default();
     }
 
-    /// Whether a step, counted from 0, that ended so long after the last line is told of.
+    /// Whether a step, counted from 0, that ended so long after the last line is told of. The first one of a driver is:
+    /// then it is seen at once that a job goes on.
     fn is_line_due(&self, step: u64, since: Duration) -> bool {
         let every = self.line_every_steps;
-        since >= LINE_EVERY || every.is_some_and(|every| (step + 1).is_multiple_of(every))
+        self.done == 1
+            || since >= LINE_EVERY
+            || every.is_some_and(|every| (step + 1).is_multiple_of(every))
     }
 
     /// Says what was measured after `step` steps.
@@ -386,8 +398,10 @@ mod tests {
     #[test]
     fn a_line_comes_each_second_and_after_as_many_steps_as_the_job_says() {
         let mut spec = TrainSpec::digits_mlp("a");
+        // Of a driver that took more than one step before.
         let told = |spec: &TrainSpec, since: Duration| -> Vec<u64> {
-            let progress = Progress::new(spec, JobLog::Silent);
+            let mut progress = Progress::new(spec, JobLog::Silent);
+            progress.done = 2;
             (0..9)
                 .filter(|step| progress.is_line_due(*step, since))
                 .collect()
@@ -397,6 +411,34 @@ mod tests {
         assert_eq!(told(&spec, LINE_EVERY).len(), 9);
         spec.log_every_steps = Some(4);
         assert_eq!(told(&spec, soon), [3, 7]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_step_of_a_driver_is_told_at_once_and_the_next_a_second_later() {
+        let mut progress = Progress::new(&TrainSpec::digits_mlp("a"), JobLog::Silent);
+        let mut told = Vec::new();
+        for (step, pause) in [
+            (420, Duration::ZERO),
+            (421, Duration::ZERO),
+            (422, LINE_EVERY),
+        ] {
+            tokio::time::advance(pause).await;
+            let report = StepReport {
+                step,
+                loss_mean: 1.0,
+                gradient_norm: 1.0,
+                learning_rate: 0.1,
+                took: Duration::ZERO,
+            };
+            let usage = TrainerUsage {
+                trainers: 1,
+                cpu: Duration::ZERO,
+                gpu_utilization: None,
+            };
+            progress.stepped(report, usage, &StepBreakdown::default(), false);
+            told.push(progress.done_at_line);
+        }
+        assert_eq!(told, [1, 1, 3]);
     }
 
     #[test]

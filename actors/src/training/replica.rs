@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::data::Files;
 use super::kept::Keeper;
-use super::messages::{Held, TrainerError};
+use super::messages::{Held, KeepOrder, TrainerError};
 use super::numerics::Probe;
 use super::optimizer::{Optimizer, StepReport};
 use super::parameters::Parameters;
@@ -235,10 +235,10 @@ impl Replica {
     }
 
     /// Keeps the state as it is or will be after `step` for a checkpoint, and no other. Answers whether it can: it cannot
-    /// where that step is over.
-    pub fn keep(&mut self, step: u64) -> bool {
+    /// where that step is over, or a later order came first.
+    pub fn keep(&mut self, order: KeepOrder, step: u64) -> bool {
         let state = self.loaded.as_ref().map(|loaded| &loaded.state);
-        self.saved.keep(step, state)
+        self.saved.keep(order, step, state)
     }
 
     /// What there is for a checkpoint of the state after `step`.
@@ -253,9 +253,9 @@ impl Replica {
     }
 
     /// As [`Replica::keep`], for those who join.
-    pub fn share(&mut self, step: u64) -> bool {
+    pub fn share(&mut self, order: KeepOrder, step: u64) -> bool {
         let state = self.loaded.as_ref().map(|loaded| &loaded.state);
-        self.shared.keep(step, state)
+        self.shared.keep(order, step, state)
     }
 
     /// As [`Replica::kept`], for those who join.
@@ -264,9 +264,9 @@ impl Replica {
         self.shared.kept(step)
     }
 
-    /// As [`Replica::release`], for those who join.
-    pub fn unshare(&mut self, step: u64) {
-        self.shared.release(step);
+    /// Keeps no more for those who join what was asked for by `order` or before it, nor what still comes of that.
+    pub fn unshare(&mut self, order: KeepOrder) {
+        self.shared.end(order);
     }
 
     fn keep_if_wanted(&mut self) {

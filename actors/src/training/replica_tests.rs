@@ -16,6 +16,14 @@ fn spec() -> TrainSpec {
     }
 }
 
+/// An order of the first driver.
+fn order(number: u64) -> KeepOrder {
+    KeepOrder {
+        driver_incarnation: 1,
+        number,
+    }
+}
+
 fn root(replica: &Replica) -> Partial {
     let step = replica.held().unwrap().step;
     let first = replica.compute(step, 0).unwrap();
@@ -67,9 +75,9 @@ fn replicas_with_equal_sums_stay_equal() {
 #[test]
 fn the_state_after_one_step_is_kept_while_others_are_taken() {
     let mut replica = Replica::new(spec());
-    assert!(!replica.keep(0), "there is none yet");
+    assert!(!replica.keep(order(1), 0), "there is none yet");
     replica.prepare(None).unwrap();
-    assert!(replica.keep(2));
+    assert!(replica.keep(order(2), 2));
     assert!(matches!(replica.kept(2), Kept::Coming));
     let mut after = Vec::new();
     for _ in 0..3 {
@@ -82,9 +90,9 @@ fn the_state_after_one_step_is_kept_while_others_are_taken() {
     };
     assert_eq!(kept.read(0..kept.length_bytes()), after[1]);
     assert!(matches!(replica.kept(1), Kept::Never));
-    assert!(!replica.keep(2), "that step is over");
+    assert!(!replica.keep(order(3), 2), "that step is over");
     assert!(matches!(replica.kept(2), Kept::Never));
-    assert!(replica.keep(3), "it is there now");
+    assert!(replica.keep(order(4), 3), "it is there now");
     assert!(matches!(replica.kept(3), Kept::Here(_)));
     replica.release(2);
     assert!(
@@ -99,7 +107,7 @@ fn the_state_after_one_step_is_kept_while_others_are_taken() {
 fn what_is_kept_for_a_checkpoint_and_for_those_who_join_do_not_touch_each_other() {
     let mut replica = Replica::new(spec());
     replica.prepare(None).unwrap();
-    assert!(replica.keep(2) && replica.share(1));
+    assert!(replica.keep(order(2), 2) && replica.share(order(1), 1));
     let mut after = Vec::new();
     for _ in 0..3 {
         let sums = root(&replica);
@@ -111,13 +119,37 @@ fn what_is_kept_for_a_checkpoint_and_for_those_who_join_do_not_touch_each_other(
     };
     assert_eq!(shared.read(0..shared.length_bytes()), after[0]);
     assert!(matches!(replica.shared(2), Kept::Never));
-    replica.unshare(1);
+    replica.unshare(order(1));
     assert!(matches!(replica.shared(1), Kept::Never));
     let Kept::Here(kept) = replica.kept(2) else {
         panic!("it is kept still");
     };
     assert_eq!(kept.read(0..kept.length_bytes()), after[1]);
-    assert!(!replica.share(2), "that step is over");
+    assert!(!replica.share(order(3), 2), "that step is over");
+}
+
+#[test]
+fn an_order_that_comes_after_a_later_one_or_after_its_end_keeps_nothing_and_ends_nothing() {
+    let mut replica = Replica::new(spec());
+    replica.prepare(None).unwrap();
+    assert!(replica.share(order(2), 3) && replica.keep(order(2), 3));
+    assert!(!replica.share(order(1), 2) && !replica.keep(order(1), 2));
+    replica.unshare(order(1));
+    for kept in [replica.shared(3), replica.kept(3)] {
+        assert!(matches!(kept, Kept::Coming), "{kept:?}");
+    }
+    replica.unshare(order(4));
+    assert!(matches!(replica.shared(3), Kept::Never));
+    for late in 2..=4 {
+        assert!(!replica.share(order(late), 3), "order {late} has ended");
+    }
+    // Of a newer driver the first counts, and none of the older one any more.
+    let newer = KeepOrder::before_all_of(2);
+    assert!(replica.share(newer.next(), 2));
+    replica.unshare(newer);
+    assert!(!replica.share(order(100), 3));
+    assert!(matches!(replica.shared(2), Kept::Coming));
+    assert!(matches!(replica.shared(3), Kept::Never));
 }
 
 #[test]

@@ -75,7 +75,8 @@ pub struct TrainSpec {
     /// A checkpoint after each so many steps, and one at the end.
     #[serde(default = "defaults::checkpoint_every_steps")]
     pub checkpoint_every_steps: u64,
-    /// A line of progress in the job's log after each so many steps too; absent: once a second and at the end.
+    /// A line of progress in the job's log after each so many steps too; absent: after a driver's first step, once a second and at the
+    /// end.
     #[serde(default)]
     pub log_every_steps: Option<u64>,
     /// How often to save otherwise, and what is kept.

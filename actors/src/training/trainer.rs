@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! 1. What is meant for another start of this trainer is refused.
-//! 2. A plan, or a state, of an earlier epoch than one that was seen is refused.
+//! 2. A plan, or a state, of an earlier epoch than one that was seen is refused, and so is an order of an earlier driver to
+//!    keep a state.
 //! 3. Its computing is a task that ends with the actor.
 
 use std::sync::Arc;
@@ -24,7 +25,9 @@ use super::collective::segment::SegmentName;
 use super::collective::{ClusterCollective, SharedMemory};
 use super::data::Files;
 use super::device::WatchedGpu;
-use super::messages::{Admission, Epoch, Fetched, Greeting, Handover, Held, News, TrainerError};
+use super::messages::{
+    Admission, Epoch, Fetched, Greeting, Handover, Held, KeepOrder, News, TrainerError,
+};
 use super::meters::process_cpu_time;
 use super::numerics::Probe;
 use super::protocol::exchange::{Ask, Contribution, Refusal};
@@ -62,8 +65,6 @@ pub struct Trainer {
     gpu: WatchedGpu,
     /// One state is taken over at a time.
     turn: tokio::sync::Mutex<()>,
-    /// What is said about a state to keep for others is done in the order in which it comes.
-    sharing: Arc<tokio::sync::Mutex<()>>,
     /// For parts of a state that are read for others.
     giving: Semaphore,
     inner: Mutex<Inner>,
@@ -93,13 +94,14 @@ impl Trainer {
             writer,
             gpu: WatchedGpu::of(spec.device),
             turn: tokio::sync::Mutex::default(),
-            sharing: Arc::default(),
             giving: Semaphore::new(GIVEN_AT_ONCE),
             inner: Mutex::new(Inner {
                 epoch: Epoch::default(),
                 replica: Arc::new(Mutex::new(Replica::reading(spec.clone(), files))),
                 arriving: Arriving::default(),
                 leaving: Vec::new(),
+                keep_order: KeepOrder::default(),
+                share_order: KeepOrder::default(),
                 shared: None,
                 handover: None,
                 entries: 0,
@@ -385,10 +387,13 @@ impl Trainer {
     }
 
     /// Keeps the state as it is or will be after `step`, for a checkpoint that is uploaded together, and no other.
-    /// Answers whether it can: it cannot where that step is over.
-    pub async fn keep(&self, step: u64) -> bool {
-        let replica = Arc::clone(&self.inner.lock().replica);
-        blocking(move || replica.lock().keep(step)).await
+    /// Answers whether it can: it cannot where that step is over, or a later order came first.
+    pub async fn keep(&self, order: KeepOrder, step: u64) -> Result<bool, TrainerError> {
+        let admitted = self.inner.lock().admit_keep(order)?;
+        let Some(replica) = admitted else {
+            return Ok(false);
+        };
+        Ok(blocking(move || replica.lock().keep(order, step)).await)
     }
 
     /// Stores `pieces` of the state after `step`, each only if it is the one that was meant.
@@ -418,9 +423,9 @@ impl Trainer {
     }
 
     /// Keeps the state as it is or will be after `step` for trainers that join, and no other. Answers whether it can: it
-    /// cannot where that step is over.
-    pub async fn share(&self, step: u64) -> bool {
-        self.keep_for_others(step).await
+    /// cannot where that step is over, or a later order or the end of this one came first.
+    pub async fn share(&self, order: KeepOrder, step: u64) -> Result<bool, TrainerError> {
+        self.keep_for_others(order, step).await
     }
 
     /// A part of that state, for a trainer that joins.
@@ -428,9 +433,9 @@ impl Trainer {
         self.give(step, part).await
     }
 
-    /// Keeps that state no more.
-    pub async fn unshare(&self, step: u64) {
-        self.keep_no_more(step).await;
+    /// Keeps no more what `order` or one before it asked to share.
+    pub async fn unshare(&self, order: KeepOrder) {
+        self.keep_no_more(order).await;
     }
 
     /// Leaves a node that was given notice: it is started elsewhere, without state.

@@ -50,13 +50,14 @@ fn alone() -> (Trainer, MemberId, Arc<Mutex<Replica>>) {
         writer: CheckpointWriter::new(blobs),
         gpu: WatchedGpu::of(spec.device),
         turn: tokio::sync::Mutex::default(),
-        sharing: Arc::default(),
         giving: Semaphore::new(GIVEN_AT_ONCE),
         inner: Mutex::new(Inner {
             epoch: Epoch::first_of(1),
             replica: Arc::clone(&replica),
             arriving: Arriving::default(),
             leaving: Vec::new(),
+            keep_order: KeepOrder::default(),
+            share_order: KeepOrder::default(),
             shared: None,
             handover: None,
             entries: 1,
@@ -66,6 +67,14 @@ fn alone() -> (Trainer, MemberId, Arc<Mutex<Replica>>) {
         spec,
     };
     (trainer, me, replica)
+}
+
+/// An order of the driver under which it takes its steps.
+fn order(number: u64) -> KeepOrder {
+    KeepOrder {
+        driver_incarnation: 1,
+        number,
+    }
 }
 
 #[tokio::test]
@@ -110,8 +119,9 @@ async fn what_is_kept_for_those_who_join_is_given_in_parts_until_it_is_kept_no_m
     };
     let taken = tokio::time::timeout(STEPS_MAX, taken).await;
     taken.expect("it takes its steps");
-    assert!(!trainer.share(STEPS - 1).await, "that step is over");
-    assert!(trainer.share(STEPS).await);
+    let can = trainer.share(order(1), STEPS - 1).await.unwrap();
+    assert!(!can, "that step is over");
+    assert!(trainer.share(order(2), STEPS).await.unwrap());
     let bytes = replica.lock().state().unwrap();
     let parts = parts_of(&bytes, 10_000);
     let mut joined = Vec::new();
@@ -125,9 +135,9 @@ async fn what_is_kept_for_those_who_join_is_given_in_parts_until_it_is_kept_no_m
         let error = trainer.part(step, part).await.unwrap_err();
         assert!(matches!(error, TrainerError::NotGiven(_)), "{error}");
     }
-    trainer.unshare(STEPS - 1).await;
-    assert!(trainer.part(STEPS, parts[0]).await.is_ok(), "another step");
-    trainer.unshare(STEPS).await;
+    trainer.unshare(order(1)).await;
+    assert!(trainer.part(STEPS, parts[0]).await.is_ok(), "another order");
+    trainer.unshare(order(2)).await;
     let error = trainer.part(STEPS, parts[0]).await.unwrap_err();
     assert!(matches!(error, TrainerError::NotGiven(_)), "{error}");
 }
@@ -153,40 +163,103 @@ async fn parts_that_do_not_follow_what_has_arrived_are_not_asked_for() {
 }
 
 #[tokio::test]
-async fn an_order_to_keep_a_state_no_more_does_not_overtake_the_one_to_keep_it() {
+async fn an_order_to_keep_a_state_that_has_ended_while_it_waited_for_the_replica_keeps_nothing() {
     let (trainer, _, replica) = alone();
     // No such step: it is wanted for as long as it is not ended.
     let step = STEPS + 1;
+    let (release, computing) = busy(&replica).await;
+    let mut kept = Box::pin(trainer.share(order(1), step));
+    assert!(futures::poll!(kept.as_mut()).is_pending());
+    // Whoever asked for it has given up waiting.
+    drop(kept);
+    let mut ended = Box::pin(trainer.unshare(order(1)));
+    assert!(futures::poll!(ended.as_mut()).is_pending());
+    assert!(trainer.inner.lock().shared.is_none());
+    release.send(()).unwrap();
+    computing.await.unwrap();
+    ended.await;
+    assert!(matches!(replica.lock().shared(step), Kept::Never));
+    // Nor does it where it comes again, or late.
+    assert!(!trainer.share(order(1), step).await.unwrap());
+    assert!(trainer.inner.lock().shared.is_none());
+    assert!(trainer.share(order(2), step).await.unwrap());
+}
+
+/// The replica, with a shard that is computed until that is released.
+async fn busy(
+    replica: &Arc<Mutex<Replica>>,
+) -> (std::sync::mpsc::Sender<()>, tokio::task::JoinHandle<()>) {
     let (locked, is_locked) = tokio::sync::oneshot::channel();
     let (release, is_released) = std::sync::mpsc::channel::<()>();
-    let shard = Arc::clone(&replica);
+    let shard = Arc::clone(replica);
     let computing = tokio::task::spawn_blocking(move || {
         let _computing = shard.lock();
         locked.send(()).expect("it is waited for");
         is_released.recv().expect("it is released");
     });
     is_locked.await.unwrap();
-    let mut kept = Box::pin(trainer.share(step));
+    (release, computing)
+}
+
+#[tokio::test]
+async fn a_late_order_of_an_older_driver_to_keep_a_state_is_refused() {
+    let (trainer, _, replica) = alone();
+    // No such steps: they are wanted for as long as they are not ended.
+    let [ours, theirs] = [STEPS + 1, STEPS + 2];
+    let next = KeepOrder::before_all_of(2).next();
+    assert!(trainer.share(next, ours).await.unwrap());
+    assert!(trainer.keep(next, ours).await.unwrap());
+    let shared = trainer.share(order(7), theirs).await.unwrap_err();
+    let kept = trainer.keep(order(7), theirs).await.unwrap_err();
+    for error in [shared, kept] {
+        assert!(matches!(error, TrainerError::Stale { .. }), "{error}");
+    }
+    trainer.unshare(order(8)).await;
+    {
+        let replica = replica.lock();
+        for kept in [replica.shared(ours), replica.kept(ours)] {
+            assert!(matches!(kept, Kept::Coming), "{kept:?}");
+        }
+        for kept in [replica.shared(theirs), replica.kept(theirs)] {
+            assert!(matches!(kept, Kept::Never), "{kept:?}");
+        }
+    }
+    // Nor does one of the same driver count that comes after a later one.
+    let later = next.next();
+    assert!(trainer.share(later.next(), ours).await.unwrap());
+    assert!(trainer.keep(later.next(), ours).await.unwrap());
+    assert!(!trainer.share(later, theirs).await.unwrap());
+    assert!(!trainer.keep(later, theirs).await.unwrap());
+    let order = trainer.inner.lock().shared.as_ref().map(|it| it.order);
+    assert_eq!(order, Some(later.next()));
+}
+
+#[tokio::test]
+async fn an_order_that_waits_for_the_replica_when_another_driver_comes_keeps_nothing() {
+    let (trainer, _, replica) = alone();
+    let step = STEPS + 1;
+    let (release, computing) = busy(&replica).await;
+    let mut kept = Box::pin(trainer.share(order(1), step));
     assert!(futures::poll!(kept.as_mut()).is_pending());
-    // Whoever asked for it has given up waiting.
-    drop(kept);
-    let mut ended = Box::pin(trainer.unshare(step));
-    assert!(futures::poll!(ended.as_mut()).is_pending());
-    assert!(
-        trainer.sharing.try_lock().is_err(),
-        "the first has its turn"
-    );
+    let next = Epoch::first_of(2);
+    trainer.receive(next, 0, Vec::new()).await.unwrap();
     release.send(()).unwrap();
     computing.await.unwrap();
-    ended.await;
-    assert!(matches!(replica.lock().shared(step), Kept::Never));
+    assert!(!kept.await.unwrap());
     assert!(trainer.inner.lock().shared.is_none());
+    let ended = async {
+        while !matches!(replica.lock().shared(step), Kept::Never) {
+            tokio::task::yield_now().await;
+        }
+    };
+    let ended = tokio::time::timeout(STEPS_MAX, ended).await;
+    ended.expect("it is kept no more");
 }
 
 #[tokio::test]
 async fn few_parts_are_read_at_once_and_who_asks_for_another_waits() {
     let (trainer, _, replica) = alone();
-    assert!(trainer.share(STEPS).await);
+    assert!(trainer.share(order(1), STEPS).await.unwrap());
     let taken = async {
         // The first who asks waits for the step.
         while !matches!(replica.lock().shared(STEPS), Kept::Here(_)) {
@@ -213,7 +286,7 @@ async fn what_is_kept_for_those_who_join_does_not_outlive_the_driver_that_asked_
     let (trainer, _, replica) = alone();
     // No such step: it is wanted for as long as it is not ended.
     let step = STEPS + 1;
-    assert!(trainer.share(step).await);
+    assert!(trainer.share(order(1), step).await.unwrap());
     let first = Epoch::first_of(1).next();
     trainer.receive(first, 0, Vec::new()).await.unwrap();
     assert!(trainer.inner.lock().shared.is_some(), "the same driver");

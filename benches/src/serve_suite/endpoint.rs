@@ -71,6 +71,47 @@ pub(crate) struct Target {
     pub(crate) request: Arc<[u8]>,
     /// The same, asking for an explanation.
     pub(crate) explained: Arc<[u8]>,
+    /// What both say; absent of a server that has no part of the protocol.
+    question: Option<Arc<Question>>,
+}
+
+/// A request of one row as binary data, answered in kind.
+#[derive(Debug)]
+struct Question {
+    host: String,
+    token: String,
+    model: String,
+    /// Of the input its name, shape and type.
+    input: [String; 3],
+    row: Vec<u8>,
+}
+
+impl Question {
+    /// As it is sent, with these further lines of the head, to be answered within this time.
+    fn to_request(&self, more: &str, limit: Option<Duration>) -> Arc<[u8]> {
+        let Question {
+            host,
+            token,
+            model,
+            input: [input, shape, datatype],
+            row,
+        } = self;
+        let timeout = limit.map_or(String::new(), |limit| {
+            format!(",\"timeout\":{}", limit.as_micros())
+        });
+        let json = format!(
+            "{{\"parameters\":{{\"binary_data_output\":true{timeout}}},\"inputs\":[{{\"name\":\"{input}\",\"shape\":{shape},\
+             \"datatype\":\"{datatype}\",\"parameters\":{{\"binary_data_size\":{}}}}}]}}",
+            row.len()
+        );
+        let head = format!(
+            "POST /v2/models/{model}/infer HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n\
+             Inference-Header-Content-Length: {}\r\nContent-Length: {}\r\n{more}\r\n",
+            json.len(),
+            json.len() + row.len()
+        );
+        [head.as_bytes(), json.as_bytes(), row].concat().into()
+    }
 }
 
 impl Target {
@@ -88,27 +129,29 @@ impl Target {
         Target::new(at, model, ["text", "[1]", "BYTES"], &element)
     }
 
-    /// A request of one row as binary data, answered in kind; of the input its name, shape and type.
-    fn new(at: &Address, model: &str, [input, shape, datatype]: [&str; 3], row: &[u8]) -> Self {
-        let Address { address, token } = at;
-        let json = format!(
-            "{{\"parameters\":{{\"binary_data_output\":true}},\"inputs\":[{{\"name\":\"{input}\",\"shape\":{shape},\
-             \"datatype\":\"{datatype}\",\"parameters\":{{\"binary_data_size\":{}}}}}]}}",
-            row.len()
-        );
-        let request = |more: &str| -> Arc<[u8]> {
-            let head = format!(
-                "POST /v2/models/{model}/infer HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\n\
-                 Inference-Header-Content-Length: {}\r\nContent-Length: {}\r\n{more}\r\n",
-                json.len(),
-                json.len() + row.len()
-            );
-            [head.as_bytes(), json.as_bytes(), row].concat().into()
+    fn new(at: &Address, model: &str, input: [&str; 3], row: &[u8]) -> Self {
+        let question = Question {
+            host: at.address.clone(),
+            token: at.token.clone(),
+            model: model.to_owned(),
+            input: input.map(str::to_owned),
+            row: row.to_vec(),
         };
         Target {
-            address: address.clone(),
-            request: request(""),
-            explained: request("X-Mobula-Explain: true\r\n"),
+            address: at.address.clone(),
+            request: question.to_request("", None),
+            explained: question.to_request("X-Mobula-Explain: true\r\n", None),
+            question: Some(Arc::new(question)),
+        }
+    }
+
+    /// The same for callers who wait no longer than this.
+    pub(crate) fn within(&self, limit: Duration) -> Self {
+        let question = self.question.as_ref();
+        let hurried = question.map(|question| question.to_request("", Some(limit)));
+        Target {
+            request: hurried.unwrap_or_else(|| Arc::clone(&self.request)),
+            ..self.clone()
         }
     }
 
@@ -124,6 +167,7 @@ impl Target {
             address: address.to_owned(),
             explained: Arc::clone(&request),
             request,
+            question: None,
         }
     }
 

@@ -45,6 +45,8 @@ pub(crate) struct Outcomes {
     pub(crate) answered: Histogram<u64>,
     /// Of those that were refused with 503, from the moment at which they were sent.
     pub(crate) refused: Histogram<u64>,
+    /// Those whose time had passed (504).
+    pub(crate) late: u64,
     /// Of those that had no answer within [`ANSWER_LIMIT`].
     pub(crate) unanswered: u64,
     /// Until the last answer.
@@ -56,6 +58,7 @@ impl Outcomes {
         Ok(Outcomes {
             answered: Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3)?,
             refused: Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3)?,
+            late: 0,
             unanswered: 0,
             elapsed: Duration::ZERO,
         })
@@ -89,6 +92,7 @@ impl Outcomes {
         match answer.status {
             200 => self.answered.saturating_record(nanoseconds(due.elapsed())),
             503 => self.refused.saturating_record(nanoseconds(sent.elapsed())),
+            504 => self.late += 1,
             status => return Err(format!("status {status}: {}", answer.text()).into()),
         }
         self.elapsed = start.elapsed();
@@ -98,6 +102,7 @@ impl Outcomes {
     fn merge(&mut self, other: &Outcomes) {
         self.answered += &other.answered;
         self.refused += &other.refused;
+        self.late += other.late;
         self.unanswered += other.unanswered;
         self.elapsed = self.elapsed.max(other.elapsed);
     }

@@ -32,6 +32,10 @@ const BUSY_CALLERS: usize = 64;
 /// The same where the model takes the time: two full batches at each replica, one that is computed and one that waits.
 const BUSY_CALLERS_WIDE: usize = 512;
 
+/// A crowd whose callers wait no longer than so many times the 99th percentile of one who asks alone.
+const CROWD: usize = 512;
+const PATIENCE: f64 = 20.0;
+
 /// The share of the most that was answered at which a service should be run, and at which its latencies count.
 const USUAL_LOAD: f64 = 0.7;
 
@@ -242,6 +246,7 @@ async fn open(
             "times",
         );
     }
+    hurried(options, results, model, p99_alone, target).await?;
     let [few, crowd] = [most[0], most[1]];
     for (name, share, (connections, of)) in [
         ("usual load", USUAL_LOAD, few),
@@ -274,10 +279,39 @@ async fn open(
     Ok(())
 }
 
+/// A crowd that is in a hurry: who would be answered later than that is refused, and asks again at once.
+async fn hurried(
+    options: &Options,
+    results: &mut Results,
+    model: &str,
+    p99_alone: f64,
+    target: &Target,
+) -> Outcome {
+    let limit = Duration::from_nanos((p99_alone * PATIENCE) as u64);
+    let outcomes = load::closed(&target.within(limit), CROWD, options.round).await?;
+    let row = format!(
+        "{model}, {CROWD} callers, each for at most {} ms",
+        limit.as_millis()
+    );
+    results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
+    tell_the_rest(results, &row, &outcomes);
+    let times = outcomes.answered.value_at_quantile(0.99) as f64 / p99_alone;
+    results.figure(
+        &format!("{row}: p99 in those of one caller"),
+        times,
+        "times",
+    );
+    Ok(())
+}
+
 fn tell_the_rest(results: &mut Results, row: &str, outcomes: &Outcomes) {
     if !outcomes.refused.is_empty() {
         let per_second = outcomes.per_second(&outcomes.refused);
         results.rate(&format!("{row}: refused"), per_second, &outcomes.refused);
+    }
+    if outcomes.late > 0 {
+        let late = outcomes.late as f64;
+        results.figure(&format!("{row}: late"), late, "requests");
     }
     if outcomes.unanswered > 0 {
         let unanswered = outcomes.unanswered as f64;

@@ -102,6 +102,12 @@ fn end_of_gap(moments: &[Duration], from: Duration, until: Duration) -> Option<D
     longest.1
 }
 
+/// A moment in milliseconds since 1970; `None` of one before.
+pub(super) fn unix_ms(moment: SystemTime) -> Option<u64> {
+    let since = moment.duration_since(UNIX_EPOCH).ok()?;
+    u64::try_from(since.as_millis()).ok()
+}
+
 /// When heads began to lead, by their logs: lines such as
 /// `2026-11-21T11:12:13.123456Z  INFO mobula_head::leadership: leading term=5`.
 #[must_use]

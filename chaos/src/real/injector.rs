@@ -20,6 +20,7 @@ use super::leaks::is_of_run;
 use super::node::Node;
 use super::notices::Taken;
 use super::router::Disturbance;
+use super::takeovers::KilledDriver;
 use super::timeline::Planned;
 use crate::faults::Target;
 
@@ -58,10 +59,20 @@ pub struct Done {
 #[derive(Debug, Default)]
 pub(super) struct Record {
     pub(super) done: Vec<Done>,
+    /// Of those the kills of drivers.
+    pub(super) killed_drivers: Vec<KilledDriver>,
     /// Faults that were left out, and why.
     pub(super) left_out: Vec<String>,
     /// Processes that ended without being asked to.
     pub(super) ended: Vec<String>,
+}
+
+/// A process of a job.
+struct Found {
+    name: String,
+    target: Target,
+    /// Where it is a driver: of which job, and the incarnation of its start.
+    driver: Option<(JobId, u64)>,
 }
 
 /// What faults are put onto.
@@ -333,7 +344,11 @@ impl Injector {
                 tokio::time::sleep(WATCH_INTERVAL).await;
             }
         });
-        let (name, target) = found.await.map_err(|_| "it does not run")?;
+        let Found {
+            name,
+            target,
+            driver,
+        } = found.await.map_err(|_| "it does not run")?;
         let (at, wall) = (self.began.elapsed(), SystemTime::now());
         if planned.kind == FaultKind::Pause {
             let paused = Target::pause_held(Arc::new(target)).map_err(text)?;
@@ -341,12 +356,19 @@ impl Injector {
             paused.resume();
         } else {
             target.kill().map_err(text)?;
+            let killed = driver.map(|(job, incarnation)| KilledDriver {
+                job,
+                incarnation,
+                at_ms: millis(at),
+                wall,
+            });
+            self.record.lock().killed_drivers.extend(killed);
         }
         self.done(planned.kind, &name, false, at, wall);
         Ok(())
     }
 
-    async fn job_process(&self, planned: &Planned) -> Option<(String, Target)> {
+    async fn job_process(&self, planned: &Planned) -> Option<Found> {
         let (job, type_name) = match planned.target {
             Victim::Trainer => ((self.training_job)()?, "mobula.trainer"),
             Victim::Driver => ((self.training_job)()?, "driver"),
@@ -365,12 +387,16 @@ impl Injector {
             .checked_rem(u32::try_from(actors.len()).ok()?)?;
         let actor = actors.get(position as usize)?;
         let target = Target::running(actor.pid?).ok()?;
-        let name = match planned.target {
-            Victim::Driver => "driver".to_owned(),
-            _ => actor.name.clone(),
+        let (name, driver) = match planned.target {
+            Victim::Driver => ("driver".to_owned(), Some((job, actor.incarnation?))),
+            _ => (actor.name.clone(), None),
         };
         // A number may have been given to somebody else meanwhile: only a process of this run is hit.
-        is_of_run(target.pid(), self.cluster.dir()).then_some((name, target))
+        is_of_run(target.pid(), self.cluster.dir()).then_some(Found {
+            name,
+            target,
+            driver,
+        })
     }
 
     /// Starts again whoever ended without being asked to, as a machine's supervisor does.

@@ -12,6 +12,7 @@ use super::injector::Done;
 use super::machines::Isolation;
 use super::router::Carried;
 use super::scenario::Scenario;
+use super::takeovers::TakeOvers;
 use super::traffic::Counts;
 use super::training::NextStep;
 
@@ -94,6 +95,8 @@ pub struct Outcome {
     pub felt: Felt,
     /// How each loss of a trainer was felt.
     pub next_steps: Vec<NextStep>,
+    /// How each loss of a driver was felt.
+    pub takeovers: TakeOvers,
     /// What a run with notices showed; absent where none was given.
     pub notices: Option<Notices>,
     /// Messages that workers refused because they came from a leader that was none any more.
@@ -241,6 +244,7 @@ impl fmt::Display for Outcome {
             ("step after a loss", shown(&Times::of(next_steps.collect()))),
             ("stale messages refused", self.stale_refused.to_string()),
         ];
+        rows.extend(self.takeovers.row());
         if let Some(notices) = &self.notices {
             rows.extend(notices.rows());
         }

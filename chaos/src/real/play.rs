@@ -18,6 +18,7 @@ use super::machines::{Isolation, Machines};
 use super::outcome::{Check, Outcome, enough, felt};
 use super::runner::{RunError, RunOptions};
 use super::scenario::Scenario;
+use super::takeovers::TakeOvers;
 use super::timeline::Timeline;
 use super::traffic::{Traffic, submit_jobs, use_registers};
 use super::training::Training;
@@ -112,6 +113,12 @@ pub(super) async fn play(
         .await;
     let record = std::mem::take(&mut *injector.record.lock());
     let next_steps = training.next_steps(&record.done);
+    let data_dirs: Vec<PathBuf> = cluster
+        .workers()
+        .iter()
+        .map(|node| node.data_dir())
+        .collect();
+    let takeovers = TakeOvers::read(&record.killed_drivers, &data_dirs);
     let notices = training.notices(&record.done);
     let logs = cluster.heads().iter().map(|head| head.log_file());
     let logs: Vec<String> = logs
@@ -170,6 +177,7 @@ pub(super) async fn play(
         counts,
         felt,
         next_steps,
+        takeovers,
         notices,
         stale_refused,
         network: cluster.router().map(super::router::Router::carried),

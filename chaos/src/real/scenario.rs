@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::fault_plan::FaultPlan;
 
 /// The scenarios that come with the binary: their names and texts.
-pub const BUILT_IN: [(&str, &str); 12] = [
+pub const BUILT_IN: [(&str, &str); 13] = [
     (
         "leader-kill",
         include_str!("../../scenarios/leader-kill.toml"),
@@ -55,6 +55,10 @@ pub const BUILT_IN: [(&str, &str); 12] = [
     (
         "trainer-loss",
         include_str!("../../scenarios/trainer-loss.toml"),
+    ),
+    (
+        "driver-loss",
+        include_str!("../../scenarios/driver-loss.toml"),
     ),
 ];
 

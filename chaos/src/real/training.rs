@@ -1,7 +1,7 @@
 //! The workload's training: one job after the other, and all of one description must end in the same bits.
 
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use mobula::Cluster;
 use mobula::core::id::JobId;
@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use super::cluster::{ClusterError, RealCluster};
 use super::departures::{Departures, Notices, StepsOf, Ways, check_again, check_ways};
 use super::fault_plan::FaultKind;
-use super::gaps::Times;
+use super::gaps::{Times, unix_ms};
 use super::injector::Done;
 use super::notices::Taken;
 use super::outcome::Check;
@@ -31,7 +31,7 @@ const SUBMIT_PAUSE: Duration = Duration::from_millis(500);
 /// How often is asked what a job's drivers did about notices, before that counts as not known.
 const ASK_ATTEMPTS: u32 = 20;
 
-/// How a lost trainer was felt.
+/// How a lost trainer, or a lost driver, was felt.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct NextStep {
     /// When it was lost, in milliseconds since the workload began.
@@ -178,7 +178,7 @@ impl Training {
             .iter()
             .filter(|fault| fault.node.starts_with("trainer-") && fault.kind == FaultKind::Kill);
         let felt = losses.filter_map(|fault| {
-            let wall_ms = wall_ms(fault)?;
+            let wall_ms = unix_ms(fault.wall)?;
             let after_ms = calm.iter().find_map(|job| job.next_step_ms(wall_ms))?;
             let at_ms = fault.at_ms;
             Some(NextStep { at_ms, after_ms })
@@ -202,7 +202,7 @@ impl Training {
             .iter()
             .filter(|fault| fault.taken.is_some_and(|taken| !taken.driver));
         let next_step = calm.filter_map(|fault| {
-            let wall_ms = wall_ms(fault)?;
+            let wall_ms = unix_ms(fault.wall)?;
             let after_ms = seen
                 .ended
                 .iter()
@@ -300,12 +300,6 @@ impl Training {
     }
 }
 
-/// When it was done, in milliseconds since 1970.
-fn wall_ms(fault: &Done) -> Option<u64> {
-    let since = fault.wall.duration_since(UNIX_EPOCH).ok()?;
-    u64::try_from(since.as_millis()).ok()
-}
-
 /// Trains by one description after the other, over and over.
 async fn train(
     client: Cluster,
@@ -390,6 +384,8 @@ fn description(plan: &TrainPlan) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::UNIX_EPOCH;
+
     use mobula_actors::training::spec::TrainSpec;
 
     use super::super::scenario::Scenario;

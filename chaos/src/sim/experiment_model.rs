@@ -210,7 +210,9 @@ impl ExperimentModel {
                 let is_found = match ending {
                     Ending::Decided => findings.decision != Decision::Undecided,
                     Ending::Stopped => false,
-                    Ending::Exhausted | Ending::Guardrail | Ending::Unfit => true,
+                    Ending::Exhausted | Ending::Guardrail | Ending::Unfit | Ending::Sentinel => {
+                        true
+                    }
                 };
                 is_found && counted(*experiment, *router).is_some()
             }

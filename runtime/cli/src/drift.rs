@@ -169,10 +169,13 @@ fn value(drifted: &Drifted) -> String {
     } = drifted;
     match drifted.p_value {
         // What its threshold is for.
-        Some(p) if statistic == "ks" => {
+        Some(p) if statistic == "ks" || statistic == "chi_square" => {
             format!("{statistic} {value:.3} (p {p:.2e}, threshold {threshold})")
         }
         Some(p) => format!("{statistic} {value:.3} (threshold {threshold}; p {p:.2e})"),
+        None if statistic.starts_with("share of ") => {
+            format!("{statistic} {value:.3} (reference {threshold:.3})")
+        }
         None => format!("{statistic} {value:.3} (threshold {threshold})"),
     }
 }
@@ -206,6 +209,17 @@ mod tests {
         assert_eq!(
             described(&[psi.clone(), test("ks", 0.05)]),
             "pixel_1_2 psi 0.681 (threshold 0.25), ks 0.346 (p 1.25e-8, threshold 0.05), 200 rows against 1438"
+        );
+        let share = Drifted {
+            statistic: "share of 2".into(),
+            value: 0.45,
+            threshold: 0.3,
+            ..psi.clone()
+        };
+        assert_eq!(
+            described(&[psi.clone(), test("chi_square", 0.05), share]),
+            "pixel_1_2 psi 0.681 (threshold 0.25), chi_square 0.346 (p 1.25e-8, threshold 0.05), \
+             share of 2 0.450 (reference 0.300), 200 rows against 1438"
         );
     }
 }

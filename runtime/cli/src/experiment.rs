@@ -168,6 +168,7 @@ pub(crate) fn state(experiment: &Experiment) -> &'static str {
         Some(Ending::Guardrail) => "guardrail",
         Some(Ending::Unfit) => "unfit",
         Some(Ending::Stopped) => "stopped",
+        Some(Ending::Sentinel) => "sentinel",
     }
 }
 
@@ -237,6 +238,7 @@ fn described(experiment: &Experiment) -> String {
         Some(Ending::Guardrail) => "ended by a guardrail",
         Some(Ending::Unfit) => "ended: the treatment does not fit the endpoint",
         Some(Ending::Stopped) => "stopped by a client",
+        Some(Ending::Sentinel) => "ended: the treatment answered a known row wrongly",
     };
     format!(
         "{} experiment {}: version {} (control, {} %) against {} (treatment, {} %) by {}, {state}",

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use mobula_storage::engine::EngineError;
+use mobula_storage::raft_log::LostEntries;
 
 /// Why a head does not start, or stops.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +89,20 @@ pub enum HeadError {
         /// The entry.
         index: u64,
     },
+    /// Its log lacks what it has acknowledged.
+    #[error(
+        "head {raft_id} must not serve again: {lost}; so an older copy of its data directory, or one out \
+         of a backup of the disk, was started under its id, or the disk has lost what it had synced, and \
+         going on could lose commands that clients were told are done; remove it from the group (`mobula \
+         head remove {raft_id}`), and join again with an empty directory and a new token (`mobula head \
+         add`)"
+    )]
+    LostEntries {
+        /// Its id in Raft.
+        raft_id: u64,
+        /// What it lacks.
+        lost: LostEntries,
+    },
     /// This head is no member of its group any more.
     #[error(
         "head {raft_id} was removed from its group; to bring this machine back, empty {data_dir} \
@@ -123,4 +138,15 @@ pub enum HeadError {
     /// A thread or listener ended that must not.
     #[error("{0} ended unexpectedly")]
     Ended(&'static str),
+    /// A thread or listener failed that must not.
+    #[error(
+        "{what} failed: {reason}; start the head again, and where it fails again, keep its log and its \
+         data directory for whoever looks into this"
+    )]
+    Failed {
+        /// Which one.
+        what: &'static str,
+        /// What it said.
+        reason: String,
+    },
 }

@@ -1,8 +1,8 @@
 //! A running head: opened in order, served until a part of it ends, stopped in order.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +22,9 @@ use crate::context::HeadContext;
 use crate::error::HeadError;
 use crate::listeners::{renew_certificate, serve_api, serve_cluster};
 use crate::options::HeadOptions;
-use crate::raft::{self, Chance, Driver, DriverOptions, EmptyLog, End, PeerNetwork, input_queue};
+use crate::raft::{
+    self, Chance, Driver, DriverEnd, DriverOptions, EmptyLog, End, PeerNetwork, input_queue,
+};
 use crate::{
     api, dispatcher, group, join, leadership, metrics, sessions, store_health, sweep, timeline,
     watch,
@@ -38,9 +40,9 @@ pub struct Head {
     driver: Driver,
     network: PeerNetwork,
     endpoint: Endpoint,
-    data_dir: PathBuf,
     shutdown: tokio_watch::Sender<bool>,
-    tasks: JoinSet<&'static str>,
+    /// Each with what the head ends with, should it end.
+    tasks: JoinSet<HeadError>,
 }
 
 impl Head {
@@ -138,7 +140,7 @@ impl Head {
         let nudges = Arc::new(dispatcher::Nudges::default());
         let mut tasks = JoinSet::new();
         let dispatch = dispatcher::run(context.clone(), effect_receiver, nudges.clone());
-        tasks.spawn(named("the dispatcher", dispatch));
+        tasks.spawn(never_ending("the dispatcher", dispatch));
         let duties = leadership::LeaderDuties {
             context: context.clone(),
             nudges,
@@ -147,8 +149,11 @@ impl Head {
             tokens: options.tokens,
             sweep: options.sweep,
         };
-        tasks.spawn(named("the leader's duties", leadership::run(duties)));
-        tasks.spawn(named(
+        tasks.spawn(never_failing(
+            "the leader's duties",
+            leadership::run(duties),
+        ));
+        tasks.spawn(never_ending(
             "the cluster endpoint",
             serve_cluster(context.clone(), endpoint.clone(), network.clone()),
         ));
@@ -161,13 +166,15 @@ impl Head {
             credentials: credentials.subscribe(),
         };
         let peers = network.clone();
+        let (raft_id, data_dir) = (record.raft_id, options.data_dir);
         tasks.spawn(async move {
-            tokio::select! {
-                () = group::run(place) => REMOVED,
-                told = peers.told_to_end() => match told {
-                    End::Removed => REMOVED,
-                    End::Replaced => REPLACED,
-                },
+            let told = tokio::select! {
+                () = group::run(place) => End::Removed,
+                told = peers.told_to_end() => told,
+            };
+            match told {
+                End::Removed => HeadError::Removed { raft_id, data_dir },
+                End::Replaced => HeadError::Replaced { raft_id, data_dir },
             }
         });
         let renewal = renew_certificate(
@@ -176,9 +183,9 @@ impl Head {
             api_listener.credentials(),
             credentials,
         );
-        tasks.spawn(named("certificate renewal", renewal));
+        tasks.spawn(never_ending("certificate renewal", renewal));
         let serve = serve_api(context.clone(), api_listener, shutdown_receiver);
-        tasks.spawn(named("the control API", serve));
+        tasks.spawn(never_failing("the control API", serve));
 
         tracing::info!(raft_id = context.raft_id, api = %api_address, cluster = %cluster_address, id = context.cluster_id, "head started");
         Ok(Head {
@@ -186,7 +193,6 @@ impl Head {
             driver,
             network,
             endpoint,
-            data_dir: options.data_dir,
             shutdown,
             tasks,
         })
@@ -244,14 +250,15 @@ impl Head {
 
     /// Serves until `stop` completes, or a part of the head fails; then stops in order.
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<(), HeadError> {
-        let failed = tokio::select! {
+        let ended = tokio::select! {
             () = stop => None,
             ended = self.tasks.join_next() => Some(match ended {
-                Some(Ok(name)) => name,
-                _ => "a task",
+                Some(Ok(error)) => error,
+                Some(Err(panic)) => failed("a task", &panic),
+                None => HeadError::Ended("every task"),
             }),
         };
-        if failed.is_none() {
+        if ended.is_none() {
             self.hand_over().await;
         }
         // Receivers may be gone already, if the API is what failed.
@@ -259,18 +266,17 @@ impl Head {
         self.endpoint.close("the head stops").await;
         self.tasks.shutdown().await;
         self.network.stop().await;
-        self.driver.stop().await;
-        match failed {
-            None => Ok(()),
-            Some(REMOVED) => Err(HeadError::Removed {
+        // Where the driver has ended by itself, whatever else did only followed.
+        match self.driver.stop().await {
+            Some(DriverEnd::LostEntries(lost)) => Err(HeadError::LostEntries {
                 raft_id: self.context.raft_id,
-                data_dir: self.data_dir,
+                lost,
             }),
-            Some(REPLACED) => Err(HeadError::Replaced {
-                raft_id: self.context.raft_id,
-                data_dir: self.data_dir,
-            }),
-            Some(name) => Err(HeadError::Ended(name)),
+            Some(DriverEnd::Panicked(message)) => Err(failed(
+                "the raft thread",
+                &format!("it panicked: {message}"),
+            )),
+            None => ended.map_or(Ok(()), Err),
         }
     }
 }
@@ -287,15 +293,28 @@ async fn load_or_join(options: &HeadOptions) -> Result<HeadIdentity, HeadError> 
     HeadIdentity::load_or_create(&options.data_dir, options.name.as_deref())
 }
 
-/// What ends when this head was removed from its group.
-const REMOVED: &str = "this head's place in the group";
+fn failed(what: &'static str, reason: &dyn Display) -> HeadError {
+    HeadError::Failed {
+        what,
+        reason: reason.to_string(),
+    }
+}
 
-/// What ends when another process runs as this head.
-const REPLACED: &str = "this head's sole claim to its id";
-
-async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {
+/// A task that must not end.
+async fn never_ending(name: &'static str, task: impl Future<Output = ()>) -> HeadError {
     task.await;
-    name
+    HeadError::Ended(name)
+}
+
+/// A task that must not end, and can say why it has.
+async fn never_failing<E: Display>(
+    name: &'static str,
+    task: impl Future<Output = Result<(), E>>,
+) -> HeadError {
+    match task.await {
+        Ok(()) => HeadError::Ended(name),
+        Err(error) => failed(name, &error),
+    }
 }
 
 fn collect_modules(modules: Vec<Arc<dyn StateModule>>) -> BTreeMap<ModuleId, Arc<dyn StateModule>> {

@@ -10,7 +10,7 @@ use mobula_core::config::TokensConfig;
 use mobula_core::control::Controller;
 use mobula_core::id::SessionId;
 use parking_lot::Mutex;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 use crate::context::HeadContext;
 use crate::dispatcher::Nudges;
@@ -41,35 +41,37 @@ pub(crate) struct LeaderDuties {
     pub(crate) sweep: Option<SweepOptions>,
 }
 
-/// Follows leadership until the driver ends.
-pub(crate) async fn run(duties: LeaderDuties) {
+/// Follows leadership until the driver ends. The error is the panic of a duty.
+pub(crate) async fn run(duties: LeaderDuties) -> Result<(), JoinError> {
     let mut leadership = duties.context.raft.leadership();
     loop {
         if leadership.wait_for(|l| l.is_leader).await.is_err() {
-            return;
+            return Ok(());
         }
         let term = leadership.borrow().term;
         tracing::info!(term, "leading");
         let mut tasks = duties.start();
-        let is_over = tokio::select! {
-            changed = leadership.wait_for(|l| !l.is_leader || l.term != term) => changed.is_err(),
-            () = first_panic(&mut tasks) => true,
+        let over = tokio::select! {
+            changed = leadership.wait_for(|l| !l.is_leader || l.term != term) => {
+                changed.is_err().then_some(Ok(()))
+            }
+            panic = first_panic(&mut tasks) => Some(Err(panic)),
         };
         tasks.shutdown().await;
         duties.context.sessions.clear();
         tracing::info!(term, "leading no more");
         // With the driver gone, or a duty that panicked, this head must not seem to lead.
-        if is_over {
-            return;
+        if let Some(over) = over {
+            return over;
         }
     }
 }
 
 /// Waits for a task that panicked; those that are done do not count.
-async fn first_panic(tasks: &mut JoinSet<()>) {
+async fn first_panic(tasks: &mut JoinSet<()>) -> JoinError {
     while let Some(ended) = tasks.join_next().await {
-        if ended.is_err() {
-            return;
+        if let Err(panic) = ended {
+            return panic;
         }
     }
     std::future::pending().await

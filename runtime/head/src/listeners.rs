@@ -1,6 +1,7 @@
 //! The two doors of a head, the cluster's endpoint and the control API, and the certificate that both
 //! show.
 
+use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -63,12 +64,12 @@ pub(crate) async fn serve_cluster(
     }
 }
 
-/// Serves the control API and `/metrics` until `shutdown` becomes true.
+/// Serves the control API and `/metrics` until `shutdown` becomes true. The error is why it no longer can.
 pub(crate) async fn serve_api(
     context: Arc<HeadContext>,
     listener: ApiListener,
     mut shutdown: tokio_watch::Receiver<bool>,
-) {
+) -> Result<(), String> {
     let service = ControlServer::new(api::ControlService {
         context: context.clone(),
     })
@@ -95,9 +96,10 @@ pub(crate) async fn serve_api(
         .add_routes(tonic::service::Routes::from(routes))
         .serve_with_incoming_shutdown(listener, stop)
         .await;
-    if let Err(error) = served {
-        tracing::error!(%error, "the control API failed");
-    }
+    served.map_err(|error| match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    })
 }
 
 /// Renews the head's certificate whenever it is due, at both listeners.

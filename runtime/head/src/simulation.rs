@@ -81,16 +81,17 @@ pub trait Wire: Send {
     fn send_snapshot(&mut self, message: Message, frames: Vec<Vec<u8>>);
 }
 
-/// The store failed; the core is of no use any more.
+/// The store failed, or what it holds is wrong; the core is of no use any more.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct CoreFault(#[from] Fault);
 
 impl CoreFault {
-    /// Whether this head was found not to hold what a majority holds. Otherwise it is about its disk.
+    /// Whether this head was found not to hold what a majority holds, or what it has itself
+    /// acknowledged. Otherwise it is about its disk.
     #[must_use]
     pub fn is_divergence(&self) -> bool {
-        matches!(self.0, Fault::Diverged(_))
+        matches!(self.0, Fault::Diverged(_) | Fault::LostEntries(_))
     }
 }
 

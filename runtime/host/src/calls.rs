@@ -41,6 +41,10 @@ pub const CONNECTIONS_MAX: usize = 4096;
 /// Call streams on one connection; an SDK process opens one.
 const STREAMS_PER_CONNECTION_MAX: usize = 16;
 
+/// How long to look for the next call before sleeping: some round trips of one that does little. Nobody knows when a caller makes
+/// its next.
+const LOOK_FOR_REQUEST: Duration = Duration::from_micros(50);
+
 /// Answers calls until the endpoint is closed. Whose they are is what the endpoint's certificate says.
 pub async fn serve_calls(endpoint: Endpoint, table: Arc<ActorTable>) {
     // The next certificates are for the same name.
@@ -240,7 +244,7 @@ async fn read_messages(
     table: &ActorTable,
     permission: &Permission,
 ) -> Result<(), StreamError> {
-    while let Some(first) = receiver.receive_soon().await? {
+    while let Some(first) = receiver.receive_soon(LOOK_FOR_REQUEST).await? {
         let mut next = Some(first);
         // What arrived together is handled together.
         while let Some(Frame { kind, payload }) = next {

@@ -126,6 +126,12 @@ impl HostStream {
         self.state.lock().ended.is_some()
     }
 
+    /// Whether there are calls that the host has not answered.
+    pub(crate) fn owes_answers(&self) -> bool {
+        let state = self.state.lock();
+        state.slots.len() > state.vacant.len()
+    }
+
     /// Puts a call in line, once there is room for it.
     pub(crate) async fn enter(self: &Arc<Self>, call: NewCall) -> Result<SentCall, CallError> {
         let actor = call.request.actor;

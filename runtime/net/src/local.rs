@@ -141,7 +141,13 @@ async fn greet(
     cluster_id: String,
     peer: LocalPeer,
 ) -> Option<(Lane, FramedStream, LocalPeer)> {
-    let stream = FramedStream::local(stream, FrameLimits::HELLO);
+    let stream = match FramedStream::local(stream, FrameLimits::HELLO) {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::warn!(pid = peer.pid, %error, "local connection refused");
+            return None;
+        }
+    };
     // Raft has no business on a local socket: heads know each other by certificate.
     let judge = |lane| match lane {
         Lane::Raft => Err("heads talk over quic".to_owned()),
@@ -163,15 +169,14 @@ pub async fn connect_local(
     cluster_id: &str,
     lane: Lane,
 ) -> Result<FramedStream, LocalError> {
-    let stream = UnixStream::connect(path)
-        .await
-        .map_err(|source| LocalError::Socket {
-            action: "connect to",
-            path: path.to_owned(),
-            source,
-        })?;
+    let failed = |source| LocalError::Socket {
+        action: "connect to",
+        path: path.to_owned(),
+        source,
+    };
+    let stream = UnixStream::connect(path).await.map_err(failed)?;
     check_peer(&stream, path)?;
-    let mut stream = FramedStream::local(stream, FrameLimits::of(lane));
+    let mut stream = FramedStream::local(stream, FrameLimits::of(lane)).map_err(failed)?;
     let hello = StreamHello::new(lane, cluster_id);
     stream
         .sender

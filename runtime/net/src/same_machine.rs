@@ -202,7 +202,7 @@ impl SameMachineListener {
         let local = arrived
             .map_err(|_| SameMachineError::TimedOut)?
             .map_err(|_| SameMachineError::TimedOut)?;
-        Ok(FramedStream::local(local, FrameLimits::of(lane)))
+        FramedStream::local(local, FrameLimits::of(lane)).map_err(SameMachineError::Socket)
     }
 }
 
@@ -274,7 +274,8 @@ pub async fn change_over(
         if Secret(proof) != offer.proof {
             return Err(SameMachineError::WrongProof);
         }
-        let mut stream = FramedStream::local(local, FrameLimits::of(lane));
+        let mut stream =
+            FramedStream::local(local, FrameLimits::of(lane)).map_err(SameMachineError::Socket)?;
         stream.set_guard(connection.guard());
         Ok(stream)
     };

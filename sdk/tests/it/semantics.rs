@@ -1,13 +1,14 @@
 //! What a caller may ask of a call: an end before its time, several values, more than one try,
 //! exactly one execution.
 
+use std::future::IntoFuture;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::support::stage;
-use futures::StreamExt;
 use futures::stream::{self, Stream};
+use futures::{FutureExt, StreamExt};
 use mobula::Error;
 use mobula::prelude::*;
 use tokio::sync::Semaphore;
@@ -166,6 +167,28 @@ async fn a_cancelled_call_ends_and_one_that_waits_never_runs() {
         assert_eq!(error.executed(), Executed::Unknown);
         happened(&signals.dropped).await;
         assert_eq!(worker.note(3).await.unwrap(), [3], "the actor goes on");
+    }
+}
+
+#[tokio::test]
+async fn a_call_may_end_with_whoever_waits_for_it() {
+    let stage = stage().await;
+    for (test, cluster) in [(21, &stage.inside), (22, &stage.outside)] {
+        let worker = cluster.actor(Worker::new(test)).spawn().await.unwrap();
+        let signals = signals(test);
+        // One that runs, and one that waits behind it.
+        let running = tokio::spawn(worker.wait(1).cancel_on_drop().into_future());
+        happened(&signals.began).await;
+        {
+            let waiting = worker.note(2).cancel_on_drop().into_future();
+            tokio::pin!(waiting);
+            assert!(waiting.as_mut().now_or_never().is_none());
+        }
+        running.abort();
+        happened(&signals.dropped).await;
+        assert_eq!(worker.note(3).await.unwrap(), [3], "the actor goes on");
+        // One that is answered is over.
+        assert_eq!(worker.note(4).cancel_on_drop().await.unwrap(), [3, 4]);
     }
 }
 

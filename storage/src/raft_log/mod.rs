@@ -11,6 +11,7 @@
 //! 5. `snapshot` never builds anything: it hands out a prepared snapshot or asks for one.
 
 mod codec;
+mod lost;
 mod position;
 mod storage;
 mod view;
@@ -26,6 +27,7 @@ use raft::StorageError;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 
 pub use codec::{RaftDecodeError, RaftMessage, decode_raft, encode_raft};
+pub use lost::LostEntries;
 pub use position::LogPoint;
 pub use view::LogView;
 pub use write::LogWrite;
@@ -41,6 +43,7 @@ mod key {
     pub(super) const TRUNCATED: &[u8] = b"raft/truncated";
     pub(super) const MEMBER: &[u8] = b"raft/member";
     pub(super) const DIVERGED: &[u8] = b"raft/diverged";
+    pub(super) const LOST: &[u8] = b"raft/lost";
 }
 
 /// Index and term that a fresh group starts from, as if everything up to there were compacted:

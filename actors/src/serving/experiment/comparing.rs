@@ -4,10 +4,10 @@
 //! 1. No request is assigned before the head knows that this router counts, and before the router knows what was
 //!    counted already: each key of it, and not only the sums.
 //! 2. What was told and not taken is told again as long as it is so. Until then nothing else is told, but that a
-//!    guardrail is violated.
+//!    guardrail is violated or a sentinel was answered wrongly.
 //! 3. A look is at a copy that is in the store already, and copies are taken by the clock: what dies with a router was
-//!    not looked at, so the router that counts it again takes no chance twice. A guardrail alone is looked at all the
-//!    time and does not wait for the store.
+//!    not looked at, so the router that counts it again takes no chance twice. Guardrails and sentinels alone are looked at
+//!    all the time and do not wait for the store.
 //! 4. Nothing here waits for the store: counts are read, stored and removed beside the router's loop, which sees at each
 //!    look how far that is. What comes of it for another experiment or count is dropped.
 
@@ -25,10 +25,13 @@ use super::Plan;
 use super::command::Command;
 use super::findings::{Decision, Findings};
 use super::plan::{Ending, Experiment};
+use super::sentinels::Asking;
 use super::shelf::{self, NotCleared, NotRead};
 use super::tally::Tally;
-use crate::serving::arm::lock;
+use crate::drift::vitals::sentinels::Sentinels;
+use crate::serving::arm::{Routes, lock};
 use crate::serving::client;
+use crate::serving::fleet::Backend;
 use crate::serving::loading::Loading;
 use crate::serving::rollout::plan::Cleanup;
 use crate::serving::rollout::reporting::REPORT_INTERVAL;
@@ -70,6 +73,15 @@ struct Look {
     findings: Findings,
 }
 
+/// What the head has to be told.
+#[derive(Debug)]
+enum Word {
+    /// The experiment is over.
+    Over(Ending, Findings),
+    /// The numbers so far, and the hash of the copy that they follow from.
+    SoFar(Findings, [u8; 32]),
+}
+
 /// Reads a stored count: by its experiment, which one it is within that, and its hash.
 type Reading = Loading<(u64, u32, [u8; 32]), Result<Tally, NotRead>>;
 
@@ -79,6 +91,7 @@ pub(in crate::serving) struct Comparing {
     storage: StorageLocation,
     router: Incarnation,
     current: Option<Current>,
+    asking: Asking,
     reading: Reading,
     /// Removes the counts of the experiment of this number.
     clearing: Loading<u64, Result<(), NotCleared>>,
@@ -95,6 +108,7 @@ impl Comparing {
             storage,
             router,
             current: None,
+            asking: Asking::new(),
             reading: Loading::new(),
             clearing: Loading::new(),
         }
@@ -168,42 +182,48 @@ impl Comparing {
     /// Forgets what was counted of an experiment that is over.
     pub(in crate::serving) fn forget(&mut self) {
         self.current = None;
+        self.asking = Asking::new();
         self.reading.forget();
     }
 
-    /// Looks what follows from what was counted, and tells the head.
-    pub(in crate::serving) async fn judge(&mut self, experiment: &Experiment) {
+    /// The experiment's treatment has these sentinels.
+    pub(in crate::serving) fn ask(&mut self, experiment: &Experiment, sentinels: Arc<Sentinels>) {
+        self.asking.at(experiment.number, sentinels);
+    }
+
+    /// Looks what follows from what was counted and from what the treatment has answered to its sentinels, and tells the
+    /// head.
+    pub(in crate::serving) async fn judge<B: Backend>(
+        &mut self,
+        experiment: &Experiment,
+        routes: &Routes<B>,
+    ) {
         let Some(current) = &mut self.current else {
             return;
         };
-        let (ending, findings) = lock(&current.tally).judge();
-        if let Some(ending @ Ending::Guardrail) = ending {
-            return self.conclude(experiment, ending, findings).await;
-        }
-        current.hear(experiment);
-        if let Some(look) = &current.told {
-            let findings = look.findings.clone();
-            if let Some(ending) = look.ending {
-                return self.conclude(experiment, ending, findings).await;
+        match current.word(experiment, routes, &mut self.asking) {
+            Some(Word::Over(ending, findings)) => {
+                self.conclude(experiment, ending, findings).await;
             }
-            let report = Command::Report {
-                endpoint: experiment.plan.endpoint.clone(),
-                experiment: experiment.number,
-                router: self.router,
-                findings,
-                stored: look.stored,
-            };
-            return self.tell(report).await;
-        }
-        if current.is_due() {
-            match open_blobs(&self.storage) {
+            Some(Word::SoFar(findings, stored)) => {
+                let report = Command::Report {
+                    endpoint: experiment.plan.endpoint.clone(),
+                    experiment: experiment.number,
+                    router: self.router,
+                    findings,
+                    stored,
+                };
+                self.tell(report).await;
+            }
+            None if current.is_due() => match open_blobs(&self.storage) {
                 Ok(blobs) => current.store(blobs),
                 Err(error) => tracing::warn!(
                     endpoint = current.plan.endpoint,
                     %error,
                     "a count cannot be stored; it is tried again"
                 ),
-            }
+            },
+            None => {}
         }
     }
 
@@ -289,6 +309,27 @@ impl Current {
             replaced: None,
             tally: Arc::new(Mutex::new(tally)),
         }
+    }
+
+    /// What the head has to be told now, if there is something.
+    fn word<B: Backend>(
+        &mut self,
+        experiment: &Experiment,
+        routes: &Routes<B>,
+        asking: &mut Asking,
+    ) -> Option<Word> {
+        let counted = lock(&self.tally).judge();
+        let (ending, findings) = asking.look(routes, counted);
+        if let Some(ending @ (Ending::Guardrail | Ending::Sentinel)) = ending {
+            return Some(Word::Over(ending, findings));
+        }
+        self.hear(experiment);
+        let look = self.told.as_ref()?;
+        let findings = asking.noted(look.findings.clone());
+        Some(match look.ending {
+            Some(ending) => Word::Over(ending, findings),
+            None => Word::SoFar(findings, look.stored),
+        })
     }
 
     /// Sees whether a copy is in the store by now, and whether the head knows it.

@@ -3,11 +3,14 @@ use mobula_storage::blob::{RetryPolicy, S3Options};
 
 use super::*;
 use crate::serving::experiment::plan::SAMPLES_MAX;
+use crate::serving::experiment::sentinels::tests::compared;
 use crate::serving::experiment::tally::stored::TALLY_BYTES_MAX;
 use crate::serving::experiment::tally::stored::tests::plan;
 use crate::serving::experiment::tally::{Unit, Variant};
 use crate::serving::loading::tests::loaded;
 use crate::serving::rollout::trial::Outcome;
+use crate::serving::sentinels::NONE;
+use crate::serving::sentinels::fixture::{Computing, answered, computed};
 
 /// How often a task of this thread is let run, which needs a few times.
 const TURNS: u32 = 1_000;
@@ -221,6 +224,48 @@ async fn nothing_follows_from_a_count_that_cannot_be_stored() {
     current.store(blobs);
     heard(&mut current, &experiment).await;
     assert!(current.told.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wrong_answer_to_a_sentinel_is_told_before_anything_is_stored() {
+    let known = computed();
+    let broken = Computing::with(Some(&known.broken));
+    let routes = compared(&[&broken]);
+    let experiment = begun();
+    let mut current = from_zero(&experiment);
+    let mut asking = Asking::new();
+    asking.at(experiment.number, Arc::clone(&known.sentinels));
+    let first = current.word(&experiment, &routes, &mut asking);
+    assert!(first.is_none(), "{first:?}");
+    answered().await;
+    // Again and again: the head may not have heard of it.
+    for _ in 0..2 {
+        let word = current.word(&experiment, &routes, &mut asking);
+        let Some(Word::Over(Ending::Sentinel, findings)) = word else {
+            panic!("nothing follows from a wrong answer: {word:?}");
+        };
+        assert_eq!(findings.decision, Decision::Control);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_report_of_a_treatment_without_sentinels_says_so() {
+    let (_, blobs) = store_with_faults();
+    let experiment = begun();
+    let mut current = from_zero(&experiment);
+    let mut asking = Asking::new();
+    asking.at(experiment.number, Arc::default());
+    meet(&current, 0..60);
+    current.store(blobs);
+    heard(&mut current, &experiment).await;
+    let told = current.told.as_ref().unwrap().stored;
+    let word = current.word(&experiment, &compared(&[]), &mut asking);
+    let Some(Word::SoFar(findings, stored)) = word else {
+        panic!("a copy that the head does not know is not told: {word:?}");
+    };
+    assert_eq!(stored, told);
+    assert!(findings.reason.ends_with(NONE), "{}", findings.reason);
+    assert!(findings.is_bounded());
 }
 
 #[test]

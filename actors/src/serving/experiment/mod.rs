@@ -7,6 +7,7 @@
 //! * [`tally`]: which keys met which version, and what came of them (pure).
 //! * `shelf`: where what a router counted is stored, for the next one to go on with.
 //! * [`analysis`]: from sums to intervals, and whether the groups have the sizes that they should (pure).
+//! * `sentinels`: rows whose answers are known, which the treatment is asked.
 //! * [`outcomes`]: what callers report of a key later on, over HTTP.
 //! * `comparing`: the router's end.
 
@@ -16,6 +17,7 @@ pub(in crate::serving) mod comparing;
 pub mod findings;
 pub mod outcomes;
 pub mod plan;
+mod sentinels;
 mod shelf;
 pub mod state;
 pub mod tally;

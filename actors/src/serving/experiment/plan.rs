@@ -325,6 +325,8 @@ pub enum Ending {
     Unfit,
     /// A client ended it.
     Stopped,
+    /// The treatment answered a row whose answer is known, and wrongly.
+    Sentinel,
 }
 
 /// An experiment.

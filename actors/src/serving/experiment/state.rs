@@ -381,6 +381,7 @@ fn record(context: &ApplyContext, txn: &mut dyn Txn, experiment: &Experiment, en
             Ending::Guardrail => "guardrail",
             Ending::Unfit => "unfit",
             Ending::Stopped => "stopped",
+            Ending::Sentinel => "sentinel",
         },
         decision: match found.map_or(Decision::Undecided, |found| found.decision) {
             Decision::Undecided => "undecided",

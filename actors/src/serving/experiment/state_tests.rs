@@ -404,6 +404,32 @@ fn the_command_that_ends_an_experiment_writes_how_into_the_log() {
 }
 
 #[test]
+fn a_sentinel_that_is_answered_wrongly_ends_an_experiment_and_changes_no_version() {
+    let mut head = Head::new();
+    head.say(start(2)).unwrap();
+    let wrong = || conclude(1, ROUTER, Ending::Sentinel, Decision::Control);
+    assert_eq!(head.say(wrong()).unwrap_err().code, ErrorCode::Fenced);
+    head.say(count(1, ROUTER)).unwrap();
+    head.say(report(1, ROUTER)).unwrap();
+    let over = head.say(wrong()).unwrap();
+    assert_eq!((over.ending, over.stored), (Some(Ending::Sentinel), None));
+    assert_eq!(over.cleanup, Cleanup::Draining);
+    assert_eq!(over.findings, Some(findings(Decision::Control)));
+    let endpoint = find_endpoint(&head.applied.tables, "digits").unwrap();
+    assert_eq!(endpoint.version, 1);
+    let said = entries(&head);
+    for (field, value) in [
+        ("outcome", "sentinel"),
+        ("decision", "control"),
+        ("reason", "because"),
+    ] {
+        assert_eq!(said[0][field], value, "{said:?}");
+    }
+    head.clean();
+    assert_eq!(unfinished(&head.applied.tables, "digits"), None);
+}
+
+#[test]
 fn what_is_kept_is_bounded_and_goes_with_the_endpoint() {
     let mut head = Head::new();
     for _ in 0..HISTORY_MAX + 3 {

@@ -9,15 +9,14 @@
 //!    is harmless.
 //! 4. Where the router is not found a request waits for it, five seconds at the most.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use mobula::metrics::counter;
-use mobula::{ActorRef, CallFailure, Cluster, FallibleCall, RunningFallibleCall};
+use mobula::{ActorRef, CallFailure, Cluster, FallibleCall};
 use mobula_core::error::CallError;
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::serving::about::{TIMEOUT, time_limit};
@@ -65,8 +64,6 @@ pub struct RouterLink {
     in_flight: Semaphore,
     /// What was refused here, and sent once more.
     traffic: Traffic,
-    /// Calls that nobody waits for any more, until they have ended.
-    cancelled: Mutex<JoinSet<()>>,
 }
 
 /// Why a router gave no answer.
@@ -90,7 +87,6 @@ impl RouterLink {
             looking: tokio::sync::Mutex::default(),
             in_flight: Semaphore::new(IN_FLIGHT_MAX),
             traffic: Traffic::default(),
-            cancelled: Mutex::default(),
         }
     }
 
@@ -181,12 +177,9 @@ impl RouterLink {
             let call =
                 RouterCalls::answer(&known.router, version.map(str::to_owned), request.clone());
             let left = until.saturating_duration_since(Instant::now());
-            let started = call.timeout(left).start().await;
-            let answered = match started {
-                Ok(call) => self.answer_of(call).await,
-                Err(error) => Err(failure_of(error)),
-            };
-            let reason = match answered {
+            // It is cancelled when nobody waits for the answer any more.
+            let answered = call.timeout(left).cancel_on_drop().await;
+            let reason = match answered.map_err(Failure::from) {
                 Ok(response) => return Ok(response),
                 // What the router allowed it is not what the request did.
                 Err(Failure::Refused(OipError::DeadlineExceeded { .. }) | Failure::Late) => {
@@ -220,23 +213,6 @@ impl RouterLink {
             queued: IN_FLIGHT_MAX as u64,
             limit: IN_FLIGHT_MAX as u64,
         }
-    }
-
-    /// Waits for an answer; the call is cancelled when nobody does any more.
-    async fn answer_of<T, E>(&self, call: RunningFallibleCall<T, E>) -> Result<T, Failure>
-    where
-        T: DeserializeOwned + Send + 'static,
-        E: DeserializeOwned + Send + 'static,
-        Failure: From<CallFailure<E>>,
-    {
-        let mut waiting = Waiting {
-            call: Some(call),
-            cancelled: &self.cancelled,
-        };
-        let call = waiting.call.as_mut().expect("it was put there just now");
-        let answered = call.await;
-        waiting.call = None;
-        answered.map_err(Failure::from)
     }
 
     /// Asks the router something that changes nothing.
@@ -327,35 +303,6 @@ impl RouterLink {
     }
 }
 
-/// Cancels a call when it is dropped before the answer.
-struct Waiting<'a, T, E>
-where
-    T: DeserializeOwned + Send + 'static,
-    E: DeserializeOwned + Send + 'static,
-{
-    call: Option<RunningFallibleCall<T, E>>,
-    cancelled: &'a Mutex<JoinSet<()>>,
-}
-
-impl<T, E> Drop for Waiting<'_, T, E>
-where
-    T: DeserializeOwned + Send + 'static,
-    E: DeserializeOwned + Send + 'static,
-{
-    fn drop(&mut self) {
-        let Some(call) = self.call.take() else {
-            return;
-        };
-        call.cancel();
-        // The call says so to the router, and ends with its word or its own time: it must not be dropped before.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let mut cancelled = lock(self.cancelled);
-            while cancelled.try_join_next().is_some() {}
-            cancelled.spawn_on(async move { drop(call.await) }, &runtime);
-        }
-    }
-}
-
 impl From<CallFailure<OipError>> for Failure {
     fn from(failure: CallFailure<OipError>) -> Self {
         match failure {
@@ -397,9 +344,4 @@ fn late(limit: Option<Duration>) -> OipError {
             reason: format!("no answer within {} ms", millis(CALL_TIMEOUT)),
         },
     }
-}
-
-/// It is whole after every single update, so a panic elsewhere does not spoil it.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

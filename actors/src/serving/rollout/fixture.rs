@@ -22,7 +22,7 @@ use crate::serving::shadow::{self, Rule};
 const TOOK: Duration = Duration::from_millis(2);
 
 /// A version of two replicas, of which these take requests.
-pub(super) fn arm<B: Backend>(version: u64, replicas: Vec<B>) -> Arc<Arm<B>> {
+pub(in crate::serving) fn arm<B: Backend>(version: u64, replicas: Vec<B>) -> Arc<Arm<B>> {
     let (feed, _) = feed();
     let (_, origin) = watch::channel(Origin::default());
     let (arm, _) = Arm::new(version, origin, Fleet::new(2), feed, JoinSet::new());
@@ -33,7 +33,7 @@ pub(super) fn arm<B: Backend>(version: u64, replicas: Vec<B>) -> Arc<Arm<B>> {
 }
 
 /// Nothing is tried beside version 1.
-pub(super) fn routes<B: Backend>() -> Routes<B> {
+pub(in crate::serving) fn routes<B: Backend>() -> Routes<B> {
     Routes {
         active: arm(1, Vec::new()),
         tried: None,

@@ -15,7 +15,7 @@
 
 pub mod command;
 #[cfg(test)]
-mod fixture;
+pub(in crate::serving) mod fixture;
 pub(in crate::serving) mod looking;
 pub mod plan;
 mod recording;

@@ -1,95 +1,13 @@
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::*;
-use crate::device::ComputeDevice;
-use crate::registry::artifact::Artifact;
-use crate::registry::version_file::VersionFile;
-use crate::registry::version_file::tests::digits;
-use crate::serving::arm::Arm;
-use crate::serving::fleet::BackendFailure;
-use crate::serving::predictor::{Answered, Predictor};
-use crate::serving::replica::Inference;
+use crate::drift::vitals::sentinels::{SENTINEL_INTERVAL, SENTINEL_PAUSE, SENTINEL_TIMEOUT};
 use crate::serving::rollout::fixture::{self, in_a_word};
 use crate::serving::rollout::plan::Strategy;
 use crate::serving::rollout::plan::tests::begun;
-use crate::serving::rows::Batch;
-
-/// How often a task of this thread is let run, which needs a few times.
-const TURNS: u32 = 100;
-
-/// A replica with the model that it has now; without one it answers nobody.
-#[derive(Clone)]
-struct Computing {
-    model: Arc<Mutex<Option<Arc<Predictor>>>>,
-    asked: Arc<AtomicUsize>,
-}
-
-impl Computing {
-    fn with(model: Option<&Arc<Predictor>>) -> Self {
-        Computing {
-            model: Arc::new(Mutex::new(model.cloned())),
-            asked: Arc::default(),
-        }
-    }
-
-    fn has(&self, model: &Arc<Predictor>) {
-        *self.model.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(model));
-    }
-
-    fn asked(&self) -> usize {
-        self.asked.load(Ordering::Relaxed)
-    }
-}
-
-impl Backend for Computing {
-    async fn infer(&self, rows: Batch) -> Result<Inference, BackendFailure> {
-        self.asked.fetch_add(1, Ordering::Relaxed);
-        let model = self
-            .model
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        let Some(model) = model else {
-            return std::future::pending().await;
-        };
-        let Answered { outputs, energies } = model
-            .infer(rows)
-            .map_err(|error| BackendFailure::Refused(error.to_string()))?;
-        Ok(Inference {
-            outputs,
-            computed_ns: 1,
-            memory_percent: None,
-            energies,
-        })
-    }
-}
-
-fn predictor(file: VersionFile) -> Arc<Predictor> {
-    let artifact = Artifact::Trained(Box::new(file));
-    Arc::new(Predictor::new(&artifact, ComputeDevice::Cpu).unwrap())
-}
-
-/// The version of the candidate, as it was registered and as a device computes it that is broken.
-struct Versions {
-    sentinels: Arc<Sentinels>,
-    sound: Arc<Predictor>,
-    broken: Arc<Predictor>,
-}
-
-fn versions() -> Versions {
-    let file = digits(50);
-    let mut damaged = digits(50);
-    for parameter in &mut damaged.parameters {
-        *parameter = -*parameter;
-    }
-    Versions {
-        sentinels: Arc::new(Sentinels::of(&file)),
-        sound: predictor(file),
-        broken: predictor(damaged),
-    }
-}
+use crate::serving::rollout::trial::EVIDENCE_TEXT_BYTES_MAX;
+use crate::serving::sentinels::NONE;
+use crate::serving::sentinels::fixture::{Computing, answered, computed};
 
 /// The candidate, of whose two replicas these take requests.
 fn candidate(replicas: &[&Computing]) -> Arc<Arm<Computing>> {
@@ -114,9 +32,7 @@ async fn look(
     rollout: &Rollout,
 ) -> (&'static str, Evidence) {
     let seen = asking.look(routes, rollout).unwrap();
-    for _ in 0..TURNS {
-        tokio::task::yield_now().await;
-    }
+    answered().await;
     in_a_word(seen)
 }
 
@@ -129,7 +45,7 @@ fn asking(rollout: &Rollout, sentinels: &Arc<Sentinels>) -> Asking {
 #[tokio::test(start_paused = true)]
 async fn a_candidate_that_answers_its_sentinels_wrongly_is_rolled_back_before_its_first_step_is_passed()
  {
-    let known = versions();
+    let known = computed();
     let (sound, broken) = (
         Computing::with(Some(&known.sound)),
         Computing::with(Some(&known.broken)),
@@ -165,7 +81,7 @@ async fn a_candidate_that_answers_its_sentinels_wrongly_is_rolled_back_before_it
 
 #[tokio::test(start_paused = true)]
 async fn a_candidate_that_answers_them_rightly_goes_on_and_is_asked_again() {
-    let known = versions();
+    let known = computed();
     let replica = Computing::with(Some(&known.sound));
     let (routes, candidate) = tried(&[&replica], 5, 10);
     let mut rollout = begun(Strategy::Canary, &[5, 50, 100]);
@@ -215,7 +131,7 @@ async fn a_candidate_that_answers_them_rightly_goes_on_and_is_asked_again() {
 
 #[tokio::test(start_paused = true)]
 async fn replicas_that_come_later_are_asked_as_well_and_those_that_go_are_not_waited_for() {
-    let known = versions();
+    let known = computed();
     let (first, second) = (
         Computing::with(Some(&known.sound)),
         Computing::with(Some(&known.broken)),
@@ -286,7 +202,7 @@ async fn a_version_without_sentinels_is_not_held_and_that_is_said() {
 
 #[tokio::test(start_paused = true)]
 async fn no_answer_is_no_wrong_answer_and_is_asked_for_again() {
-    let known = versions();
+    let known = computed();
     let replica = Computing::with(None);
     let (routes, _) = tried(&[&replica], 5, 10);
     let rollout = begun(Strategy::Canary, &[5, 100]);
@@ -307,7 +223,7 @@ async fn no_answer_is_no_wrong_answer_and_is_asked_for_again() {
 
 #[tokio::test(start_paused = true)]
 async fn numbers_that_are_not_enough_yet_do_not_hide_a_wrong_answer() {
-    let known = versions();
+    let known = computed();
     let replica = Computing::with(Some(&known.broken));
     let (routes, _) = tried(&[&replica], 5, 3);
     let rollout = begun(Strategy::Canary, &[5, 100]);

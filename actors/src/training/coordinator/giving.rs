@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::Coordinator;
 use crate::training::collective::Collective;
 use crate::training::crew::{Presence, Slot, TrainerLink};
+use crate::training::messages::KeepOrder;
 use crate::training::parts::{SharedState, parts_of};
 
 /// Trainers that must give a state, and that are asked to. From one it would come no sooner than from the driver.
@@ -45,9 +46,11 @@ const USUAL_SHARE: u32 = 4;
 pub(super) struct Giving {
     /// The step after which it is.
     pub(super) step: u64,
+    /// Which order asked for it.
+    pub(super) order: KeepOrder,
     /// Who was asked to keep it, and who said that it does.
     asked: Vec<usize>,
-    keeps: BTreeSet<usize>,
+    pub(super) keeps: BTreeSet<usize>,
     /// Who waits for it, or is on the way to it.
     pub(super) takers: BTreeSet<usize>,
     /// Until when the copy may come to that step.
@@ -91,9 +94,10 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         if asked.len() < GIVERS_MIN || step <= self.state.step || step >= self.spec.steps {
             return false;
         }
-        self.crew.ask_to_share(&asked, step);
+        let order = self.crew.ask_to_share(&asked, step);
         self.giving = Some(Giving {
             step,
+            order,
             asked,
             keeps: BTreeSet::new(),
             takers: BTreeSet::from([index]),
@@ -120,9 +124,10 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         self.usual_step = Some((usual * (USUAL_SHARE - 1) + took) / USUAL_SHARE);
     }
 
-    /// A trainer has said whether it keeps the state after `step`.
-    pub(super) fn shares(&mut self, index: usize, step: u64, does: bool) {
-        if let Some(giving) = self.giving.as_mut().filter(|it| it.step == step && does) {
+    /// A trainer has said whether it keeps the state that `order` asked for.
+    pub(super) fn shares(&mut self, index: usize, order: KeepOrder, does: bool) {
+        let giving = self.giving.as_mut();
+        if let Some(giving) = giving.filter(|it| it.order == order && does) {
             giving.keeps.insert(index);
         }
     }
@@ -188,7 +193,7 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
 
     fn end_giving(&mut self) {
         if let Some(giving) = self.giving.take() {
-            self.crew.end_sharing(&giving.asked, giving.step);
+            self.crew.end_sharing(&giving.asked, giving.order);
         }
     }
 }

@@ -3,8 +3,9 @@
 //! Invariants:
 //! 1. Who follows without a seat holds nobody up: no shard and no bucket is its own.
 //! 2. A trainer that came too late comes again after a pause that grows. Only then the gate is held for it, and the others
-//!    stand there for a share of that pause at most. It is woken from the pause where no step begins without it, or its
-//!    process has ended.
+//!    stand there for a share of that pause at most, and only where what all such trainers have in common still covers
+//!    that (`holds`): otherwise it comes without, and is waited for at a later attempt. It is woken from the pause where no
+//!    step begins without it, or its process has ended.
 //! 3. Where nobody has a seat any more, who follows gets the copy's state: there are no sums to catch up with.
 
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::Coordinator;
+use super::holds::HOLDS_MAX;
 use super::membership::STRIKES_MAX;
 use crate::training::collective::Collective;
 use crate::training::crew::{GREET_PAUSE_FIRST, Preparation, Presence, Slot, TrainerLink};
@@ -27,9 +29,9 @@ const NEAR_SHARE: u64 = 8;
 /// How long a trainer is left alone that came too late for the first time. It has loaded its data by then, so that the
 /// next time takes less.
 const LATE_PAUSE_FIRST: Duration = Duration::from_millis(250);
-/// For which share of the pause before it the others may wait for a trainer that came too late: all in all for less than
-/// this share of the time.
-const HOLD_SHARE: u32 = 4;
+/// For which share of the pause before it the others may wait for a trainer that came too late, and for which share of the
+/// time in which they go on they may for all such trainers together.
+pub(super) const HOLD_SHARE: u32 = 4;
 /// How long a trainer may follow without catching up.
 const FOLLOW_MAX: Duration = Duration::from_secs(60);
 /// A trainer took part for long if it did for so many times the steps whose sums are kept, or for a time (`crew/attempts.rs`).
@@ -127,15 +129,28 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         self.crew.prepare(index, sent, order);
     }
 
-    /// Holds the gate for a trainer that came too late before. While it is held for another one, what is due stays due.
+    /// Holds the gate for a trainer that came too late before. While it is held for another one, and where the others have
+    /// stood for too long of late, what is due stays due.
     pub(super) fn hold_gate_if_due(&mut self, index: usize) {
         if self.held_gate.is_some() {
             return;
         }
-        let at_most = self.crew.slot(index).attempts.take_hold();
+        let at_most = self.crew.slot(index).attempts.hold_due();
         if at_most.is_zero() {
             return;
         }
+        if !self.holds.covers(at_most, Instant::now()) {
+            self.log.line(format_args!(
+                "trainer-{index} on {} comes without being waited for: that may take {} ms, and the others have stood for \
+                 trainers that came too late for as long as they may, 1/{HOLD_SHARE} of the time in which they go on, saved \
+                 up to {} s; if it comes too late again, they may have saved enough by then",
+                self.crew.slots()[index].node,
+                at_most.as_millis(),
+                HOLDS_MAX.as_secs()
+            ));
+            return;
+        }
+        self.crew.slot(index).attempts.take_hold();
         let limit = self.state.step + self.lead_max();
         self.leader.limit_gate(Some(limit));
         self.held_gate = Some(HeldGate {
@@ -301,7 +316,9 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             return;
         };
         if let Some(since) = held.since {
-            self.stall.note(since, Instant::now());
+            let now = Instant::now();
+            self.stall.note(since, now);
+            self.holds.spend(since, now);
         }
         self.leader.limit_gate(None);
         if self.leader.follow(self.state.step) {

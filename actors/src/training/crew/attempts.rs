@@ -16,7 +16,7 @@ use tokio::time::Instant;
 /// A trainer is left alone for no longer than this, unless it takes a large share of it to give it the state.
 const PAUSE_MAX: Duration = Duration::from_secs(120);
 /// Then for no longer than this: others wait for it for a share of it.
-const LATE_PAUSE_MAX: Duration = Duration::from_secs(240);
+pub(in crate::training) const LATE_PAUSE_MAX: Duration = Duration::from_secs(240);
 /// A trainer took part for long if it did for this time, however few steps that were.
 const STEADY_TIME: Duration = Duration::from_secs(30);
 
@@ -91,6 +91,11 @@ impl Attempts {
     /// Others may wait for it the next time, for so long.
     pub(in crate::training) fn hold_next(&mut self, at_most: Duration) {
         self.hold_due = at_most;
+    }
+
+    /// For how long others may wait for it in its next attempt, if they may by what all have in common.
+    pub(in crate::training) fn hold_due(&self) -> Duration {
+        self.hold_due
     }
 
     /// For how long others may wait for it in this attempt, to whom asks first; nothing to those who ask later.

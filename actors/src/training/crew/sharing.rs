@@ -1,10 +1,14 @@
 //! Trainers that keep a state for those who join.
 //!
-//! Invariant: who was asked to keep a state is told that it ends until it has heard it, or is asked for the same one again.
+//! Invariants:
+//! 1. Who was asked to keep a state is told that it ends until it has heard it.
+//! 2. No two orders to keep a state are equal, and a later one is greater, for whatever it is kept: what comes late is known
+//!    by that ([`KeepOrder`]).
 
 use std::time::Duration;
 
 use super::{Crew, Happened, Presence, TrainerLink};
+use crate::training::messages::KeepOrder;
 
 /// The pause after one was told in vain.
 const UNSHARE_PAUSE: Duration = Duration::from_secs(1);
@@ -16,23 +20,29 @@ impl<L: TrainerLink> Crew<L> {
         self.slots[index].presence = Presence::Preparing;
     }
 
-    /// Asks `givers` in the background to keep the state after `step`.
-    pub(in crate::training) fn ask_to_share(&mut self, givers: &[usize], step: u64) {
-        for index in givers {
-            let slot = &mut self.slots[*index];
-            slot.still_shares.remove(&step);
-            let link = slot.link.clone();
-            self.spawn(*index, async move {
-                let answer = link.share(step).await;
-                Happened::Shares { step, answer }
-            });
-        }
+    /// The next order to keep a state.
+    pub(in crate::training) fn next_keep_order(&mut self) -> KeepOrder {
+        self.keep_order = self.keep_order.next();
+        self.keep_order
     }
 
-    /// Tells `givers` in the background to keep it no more.
-    pub(in crate::training) fn end_sharing(&mut self, givers: &[usize], step: u64) {
+    /// Asks `givers` in the background to keep the state after `step`. Answers which order that is.
+    pub(in crate::training) fn ask_to_share(&mut self, givers: &[usize], step: u64) -> KeepOrder {
+        let order = self.next_keep_order();
         for index in givers {
-            self.slots[*index].still_shares.insert(step);
+            let link = self.slots[*index].link.clone();
+            self.spawn(*index, async move {
+                let answer = link.share(order, step).await;
+                Happened::Shares { order, answer }
+            });
+        }
+        order
+    }
+
+    /// Tells `givers` in the background to keep no more what `order` asked for.
+    pub(in crate::training) fn end_sharing(&mut self, givers: &[usize], order: KeepOrder) {
+        for index in givers {
+            self.slots[*index].still_shares = Some(order);
             self.unshare(*index);
         }
     }
@@ -44,36 +54,33 @@ impl<L: TrainerLink> Crew<L> {
         }
     }
 
-    /// A trainer has heard that it keeps the states after `steps` no more.
-    pub(in crate::training) fn unshared(&mut self, index: usize, steps: &[u64]) {
+    /// A trainer has heard that what `heard` and those before it asked for has ended, if it has heard anything.
+    pub(in crate::training) fn unshared(&mut self, index: usize, heard: Option<KeepOrder>) {
         let slot = &mut self.slots[index];
         slot.is_unsharing = false;
-        slot.still_shares.retain(|step| !steps.contains(step));
-        // One may have been added meanwhile.
-        if !steps.is_empty() {
+        // A later one may have ended meanwhile.
+        slot.still_shares.take_if(|order| Some(*order) <= heard);
+        if heard.is_some() {
             self.unshare(index);
         }
     }
 
     fn unshare(&mut self, index: usize) {
         let slot = &mut self.slots[index];
-        if slot.is_unsharing || slot.still_shares.is_empty() {
+        let Some(order) = slot.still_shares.filter(|_| !slot.is_unsharing) else {
             return;
-        }
+        };
         slot.is_unsharing = true;
-        let (link, steps) = (slot.link.clone(), slot.still_shares.clone());
+        let link = slot.link.clone();
         self.spawn(index, async move {
-            let mut heard = Vec::new();
-            for step in steps {
-                match link.unshare(step).await {
-                    Ok(()) => heard.push(step),
-                    Err(error) => {
-                        tracing::debug!(%error, step, "a trainer still keeps a state for others");
-                        tokio::time::sleep(UNSHARE_PAUSE).await;
-                        break;
-                    }
+            let heard = match link.unshare(order).await {
+                Ok(()) => Some(order),
+                Err(error) => {
+                    tracing::debug!(%error, ?order, "a trainer still keeps a state for others");
+                    tokio::time::sleep(UNSHARE_PAUSE).await;
+                    None
                 }
-            }
+            };
             Happened::Unshared(heard)
         });
     }

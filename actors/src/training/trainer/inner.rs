@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 use super::arriving::Arriving;
 use crate::training::collective::SharedMemory;
 use crate::training::collective::runner::{Board, RunnerHandle};
-use crate::training::messages::{Epoch, Handover, TrainerError};
+use crate::training::messages::{Epoch, Handover, KeepOrder, TrainerError};
 use crate::training::protocol::plan::MemberId;
 use crate::training::replica::Replica;
 use crate::training::snapshot::StateSnapshot;
@@ -22,7 +22,10 @@ pub(super) struct Inner {
     pub(super) arriving: Arriving,
     /// A copy of the own state, on its way to a driver.
     pub(super) leaving: Vec<u8>,
-    /// The state that is kept for trainers that join.
+    /// The newest orders that were heard to keep a state for a checkpoint, and for trainers that join.
+    pub(super) keep_order: KeepOrder,
+    pub(super) share_order: KeepOrder,
+    /// The state that is, or is about to be, kept for trainers that join.
     pub(super) shared: Option<Shared>,
     /// What the last driver that left has left here for the next.
     pub(super) handover: Option<Handover>,
@@ -35,6 +38,8 @@ pub(super) struct Inner {
 
 /// A state that is kept for trainers that join.
 pub(super) struct Shared {
+    /// Which order asked for it.
+    pub(super) order: KeepOrder,
     /// The step after which it is.
     pub(super) step: u64,
     /// The state, once it was asked for: the replica is busy for as long as a shard takes.
@@ -69,12 +74,61 @@ impl Inner {
         }
         let is_of_another = epoch.driver_incarnation() > self.epoch.driver_incarnation();
         self.epoch = epoch;
-        if let Some(shared) = self.shared.take_if(|_| is_of_another) {
+        if self.shared.take_if(|_| is_of_another).is_some() {
+            let older = KeepOrder::before_all_of(epoch.driver_incarnation());
             let replica = Arc::clone(&self.replica);
             // It is busy for as long as a shard takes, and nobody waits for this.
-            tokio::task::spawn_blocking(move || replica.lock().unshare(shared.step));
+            tokio::task::spawn_blocking(move || replica.lock().unshare(older));
         }
         Ok(())
+    }
+
+    /// Looks whether the driver that gives `order` was replaced.
+    pub(super) fn admit_driver_of(&mut self, order: KeepOrder) -> Result<(), TrainerError> {
+        let driver_incarnation = order.driver_incarnation;
+        if driver_incarnation == self.epoch.driver_incarnation() {
+            return Ok(());
+        }
+        self.admit(Epoch::first_of(driver_incarnation))
+    }
+
+    /// Looks whether an order to keep a state for a checkpoint counts. Answers the replica that keeps it; none where a later
+    /// order came first.
+    pub(super) fn admit_keep(
+        &mut self,
+        order: KeepOrder,
+    ) -> Result<Option<Arc<Mutex<Replica>>>, TrainerError> {
+        self.admit_driver_of(order)?;
+        if order <= self.keep_order {
+            return Ok(None);
+        }
+        self.keep_order = order;
+        Ok(Some(Arc::clone(&self.replica)))
+    }
+
+    /// The same of an order to keep the state after `step` for trainers that join, which is noted.
+    pub(super) fn admit_share(
+        &mut self,
+        order: KeepOrder,
+        step: u64,
+    ) -> Result<Option<Arc<Mutex<Replica>>>, TrainerError> {
+        self.admit_driver_of(order)?;
+        if order <= self.share_order {
+            return Ok(None);
+        }
+        self.share_order = order;
+        let state = None;
+        self.shared = Some(Shared { order, step, state });
+        Ok(Some(Arc::clone(&self.replica)))
+    }
+
+    /// What `order` or one before it asked to keep for trainers that join has ended, and what still comes of that. Answers
+    /// the replica that may keep it; none where its driver was replaced, with which that ended.
+    pub(super) fn end_share(&mut self, order: KeepOrder) -> Option<Arc<Mutex<Replica>>> {
+        self.admit_driver_of(order).ok()?;
+        self.share_order = self.share_order.max(order);
+        self.shared.take_if(|shared| shared.order <= order);
+        Some(Arc::clone(&self.replica))
     }
 
     pub(super) fn shown(&self) -> Result<Shown, TrainerError> {

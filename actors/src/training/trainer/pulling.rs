@@ -7,6 +7,8 @@
 //!    no more.
 //! 3. What a pull brings that another order or another state has followed is dropped.
 //! 4. Few parts are read at once here, however many ask for one.
+//! 5. An order to keep a state counts only where no later one and no end of it was heard, and its driver was not replaced:
+//!    also while it waits for the replica.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,9 +17,8 @@ use futures::future::join_all;
 use mobula::{ActorRef, Cluster};
 use mobula_storage::checkpoint::{CheckpointSource, Piece};
 
-use super::inner::Shared;
 use super::{Replica, Trainer, TrainerCalls, blocking, trainer_name};
-use crate::training::messages::{Epoch, Fetched, TrainerError};
+use crate::training::messages::{Epoch, Fetched, KeepOrder, TrainerError};
 use crate::training::parts::{self, PART_BYTES};
 use crate::training::shape::state_bytes_max;
 use crate::training::snapshot::StateSnapshot;
@@ -98,30 +99,34 @@ impl Trainer {
         Ok((offset, order))
     }
 
-    /// Keeps the state after `step` for those who join, and no other; whether it can. Also where nobody waits for the answer
-    /// any more, an order to end it does not overtake this one: the replica is busy for as long as a shard takes.
-    pub(super) async fn keep_for_others(&self, step: u64) -> bool {
-        let turn = Arc::clone(&self.sharing).lock_owned().await;
-        let replica = Arc::clone(&self.inner.lock().replica);
-        let work = move || (replica.lock().share(step), turn);
-        let (can, _turn) = blocking(work).await;
-        self.inner.lock().shared = can.then_some(Shared { step, state: None });
-        can
+    /// Keeps the state after `step` for those who join, and no other; whether it can. The replica is busy for as long as a
+    /// shard takes: what is heard meanwhile counts, also where nobody waits for the answer any more.
+    pub(super) async fn keep_for_others(
+        &self,
+        order: KeepOrder,
+        step: u64,
+    ) -> Result<bool, TrainerError> {
+        let admitted = self.inner.lock().admit_share(order, step)?;
+        let Some(replica) = admitted else {
+            tracing::debug!(?order, step, "an order to keep a state comes too late");
+            return Ok(false);
+        };
+        let can = blocking(move || replica.lock().share(order, step)).await;
+        let mut inner = self.inner.lock();
+        if !can {
+            inner.shared.take_if(|shared| shared.order == order);
+        }
+        // A newer driver, a later order or its end may have come in the meantime.
+        let shared = inner.shared.as_ref();
+        Ok(shared.is_some_and(|shared| shared.order == order))
     }
 
-    /// Keeps that state no more.
-    pub(super) async fn keep_no_more(&self, step: u64) {
-        let turn = Arc::clone(&self.sharing).lock_owned().await;
-        let replica = {
-            let mut inner = self.inner.lock();
-            inner.shared.take_if(|shared| shared.step == step);
-            Arc::clone(&inner.replica)
-        };
-        let work = move || {
-            replica.lock().unshare(step);
-            turn
-        };
-        drop(blocking(work).await);
+    /// Keeps no more what `order`, or one before it, asked to keep for those who join.
+    pub(super) async fn keep_no_more(&self, order: KeepOrder) {
+        let ended = self.inner.lock().end_share(order);
+        if let Some(replica) = ended {
+            blocking(move || replica.lock().unshare(order)).await;
+        }
     }
 
     /// A part of the state after `step`, which is kept for those who join.

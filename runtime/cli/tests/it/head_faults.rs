@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::heads::{
-    active_voters, another_head, leader, start_head, wait_for_voters, wait_with_output,
+    active_voters, another_head, heads, join_head, leader, start_head, wait_for_voters,
+    wait_with_output,
 };
 use crate::support::{TestCluster, kill_9, mobula, small_job, text_of, wait_for};
 
@@ -75,6 +76,72 @@ fn copy(source: &Path, target: &Path) {
     }
 }
 
+/// A head has ended for want of what it had acknowledged; its last line says so, and what to do.
+fn expect_it_told_what_it_lacks(cluster: &TestCluster, name: &str) {
+    let log = std::fs::read_to_string(cluster.dir().join(format!("{name}.log"))).unwrap();
+    let last = log.lines().last().unwrap_or_default();
+    let parts = [
+        "error: head ",
+        "must not serve again: its log ends at entry ",
+        "it has acknowledged entry ",
+        "`mobula head remove ",
+        "`mobula head add`",
+    ];
+    assert!(parts.iter().all(|part| last.contains(part)), "{log}");
+    assert!(!log.contains("panicked"), "{log}");
+}
+
+/// Whether `name` has acknowledged all that `leads`, the leader, has in its log.
+fn has_everything(cluster: &TestCluster, name: &str, leads: &str) -> bool {
+    let heads = heads(cluster);
+    let matched = |name: &str| {
+        let head = heads.iter().find(|head| head["name"] == name)?;
+        head["matched_index"].as_u64()
+    };
+    matched(leads).is_some() && matched(name) == matched(leads)
+}
+
+#[test]
+fn a_head_on_an_older_copy_of_its_directory_says_what_it_lacks_and_is_replaced() {
+    let cluster = TestCluster::up_with(0, &["--heads", "3"], &[]);
+    wait_for_voters(&cluster, 3);
+    let leads = leader(&cluster);
+    let restored = another_head(&leads);
+    kill_9(cluster.pid(restored));
+    let (dir, older) = (cluster.dir().join(restored), cluster.dir().join("older"));
+    copy(&dir, &older);
+    let head = start_head(&cluster, restored, &[]);
+    wait_for_voters(&cluster, 3);
+    for _ in 0..3 {
+        cluster.ok(&["tokens", "create", "--role", "worker"]);
+    }
+    wait_for("it to acknowledge all of that", || {
+        has_everything(&cluster, restored, &leads).then_some(())
+    });
+    kill_9(head.0.id());
+    drop(head);
+    std::fs::remove_dir_all(&dir).unwrap();
+    std::fs::rename(&older, &dir).unwrap();
+
+    let mut head = start_head(&cluster, restored, &[]);
+    let ended = wait_for("the head with the older directory to end", || {
+        let ended = head.0.try_wait().unwrap();
+        (ended.is_some() || leader(&cluster) != leads).then_some(ended)
+    });
+    // Another leader than before, which a busy machine may bring about, knows of no acknowledgement.
+    let Some(status) = ended else { return };
+    assert_eq!(status.code(), Some(1), "{status}");
+    expect_it_told_what_it_lacks(&cluster, restored);
+    wait_with_output(&cluster, restored);
+    expect_it_told_what_it_lacks(&cluster, restored);
+
+    // What it says is to be done.
+    cluster.ok(&["head", "remove", restored]);
+    std::fs::remove_dir_all(&dir).unwrap();
+    let _new = join_head(&cluster, restored);
+    wait_for_voters(&cluster, 3);
+}
+
 #[test]
 fn of_two_heads_with_one_id_the_older_ends_and_says_why() {
     let cluster = TestCluster::up_with(0, &["--heads", "3"], &[]);
@@ -106,10 +173,14 @@ fn of_two_heads_with_one_id_the_older_ends_and_says_why() {
         "{log}"
     );
     // A copy lacks what the older one has acknowledged since it was made. Where that is anything, it must not go on either.
-    wait_for("the newer one to vote, or to end for what it lacks", || {
-        let has_ended = newer.0.try_wait().unwrap().is_some();
-        (has_ended || active_voters(&cluster) == 3).then_some(())
+    let ended = wait_for("the newer one to vote, or to end for what it lacks", || {
+        let ended = newer.0.try_wait().unwrap();
+        (ended.is_some() || active_voters(&cluster) == 3).then_some(ended)
     });
+    if let Some(status) = ended {
+        assert_eq!(status.code(), Some(1), "{status}");
+        expect_it_told_what_it_lacks(&cluster, "copied");
+    }
     cluster.ok(&["tokens", "create", "--role", "worker"]);
 }
 

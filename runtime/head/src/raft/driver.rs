@@ -1,6 +1,7 @@
 //! The driver: one thread that owns the Raft state machine, the log and the tables. This file
 //! opens the log, and starts, paces and ends the thread; `node_loop` is what it does.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
@@ -11,7 +12,7 @@ use mobula_core::config::RaftConfig;
 use mobula_core::control::{ModuleId, StateModule};
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_storage::engine::{Engine, RocksEngine, RocksSnapshot};
-use mobula_storage::raft_log::RaftLog;
+use mobula_storage::raft_log::{LostEntries, RaftLog};
 use raft::{RawNode, ReadOnlyOption};
 use tokio::sync::watch;
 
@@ -103,6 +104,10 @@ pub(crate) fn open<E: Engine + Clone>(
         let raft_id = options.raft_id;
         return Err(HeadError::Diverged { raft_id, index });
     }
+    if let Some(lost) = log.lost_entries().map_err(|error| failed(&error))? {
+        let raft_id = options.raft_id;
+        return Err(HeadError::LostEntries { raft_id, lost });
+    }
     if log.is_empty() && options.empty_log == EmptyLog::BecomesGroup {
         log.bootstrap(&[options.raft_id])
             .map_err(|error| failed(&error))?;
@@ -148,7 +153,17 @@ pub(crate) fn open<E: Engine + Clone>(
 /// The running driver.
 pub(crate) struct Driver {
     inputs: InputSender,
-    thread: std::thread::JoinHandle<()>,
+    /// Gives what is missing, where that is why it ended.
+    thread: std::thread::JoinHandle<Option<LostEntries>>,
+}
+
+/// Why the thread has ended by itself. All else of a head ends with it, and knows less.
+#[derive(Debug)]
+pub(crate) enum DriverEnd {
+    /// The log lacks what this head has acknowledged.
+    LostEntries(LostEntries),
+    /// It panicked, with this message.
+    Panicked(String),
 }
 
 impl Driver {
@@ -165,7 +180,8 @@ impl Driver {
         let thread = std::thread::Builder::new()
             .name("raft".into())
             .spawn(move || {
-                run(state, &receiver, tick).unwrap_or_else(|fault| end_process(&fault));
+                let ended = run(state, &receiver, tick);
+                ended.err().map(|fault| take_end(&fault))
             })
             .map_err(|error| HeadError::Log(error.to_string()))?;
         let handle = RaftHandle {
@@ -178,17 +194,26 @@ impl Driver {
         Ok((Driver { inputs, thread }, handle))
     }
 
-    /// Ends the thread and waits for it.
-    pub(crate) async fn stop(self) {
+    /// Ends the thread and waits for it. Says why it had ended before, if it had.
+    pub(crate) async fn stop(self) -> Option<DriverEnd> {
         let joined = tokio::task::spawn_blocking(move || {
             self.inputs.stop();
             self.thread.join()
         })
         .await;
-        if !matches!(joined, Ok(Ok(()))) {
-            tracing::error!("the raft thread panicked");
+        match joined {
+            Ok(Ok(lost)) => lost.map(DriverEnd::LostEntries),
+            Ok(Err(panic)) => Some(DriverEnd::Panicked(text_of(&*panic))),
+            Err(error) => Some(DriverEnd::Panicked(error.to_string())),
         }
     }
+}
+
+/// The message of a panic.
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "its message is no text".to_owned())
 }
 
 /// Works until it is told to stop, or nobody is left to tell it anything.
@@ -239,9 +264,12 @@ fn take_inputs<E: Engine>(
     Ok(true)
 }
 
-/// Ends the process: after a failed write nobody knows what is on disk, and a state that is not the
-/// majority's must answer nobody.
-fn end_process(fault: &Fault) -> ! {
+/// Gives what is missing, where that is the fault: the head then ends in order, and without this thread
+/// it neither votes nor answers.
+///
+/// Any other fault ends the process here: after a failed write nobody knows what is on disk, and a state
+/// that is not the majority's must answer nobody.
+fn take_end(fault: &Fault) -> LostEntries {
     // Whoever starts heads again may tell by the code that this one will not come up.
     let code = match fault {
         Fault::Store { .. } => {
@@ -253,6 +281,10 @@ fn end_process(fault: &Fault) -> ! {
             // Without this thread nothing is answered from that state any more.
             std::thread::sleep(LAST_WORD);
             65
+        }
+        Fault::LostEntries(lost) => {
+            tracing::error!("this head ends, for its log lacks entries that it has acknowledged");
+            return *lost;
         }
     };
     eprintln!("mobula head: {fault}");

@@ -31,7 +31,7 @@ use mobula_core::config::RaftConfig;
 use mobula_core::control::Command;
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_storage::engine::{Durability, Engine};
-use mobula_storage::raft_log::{LogWrite, RaftLog};
+use mobula_storage::raft_log::{LogWrite, LostEntries, RaftLog};
 use raft::prelude::{Message, MessageType};
 use raft::{RawNode, StateRole};
 use tokio::sync::{oneshot, watch};
@@ -42,6 +42,7 @@ use super::chance::ElectionTimeouts;
 use super::changes::Changes;
 use super::inputs::Input;
 use super::log_clock::LogClock;
+use super::lost_entries;
 use super::membership::GroupView;
 use super::proposals::{Leadership, Outcome, ProposeError};
 use super::reads::Reads;
@@ -221,7 +222,7 @@ impl<E: Engine> Loop<E> {
             Input::Progress { reply } => {
                 let _ = reply.send(self.changes.progress(node));
             }
-            Input::Step(message) => self.step(*message),
+            Input::Step(message) => self.step(*message)?,
             Input::Claim { from, claim } => self.agreement.heard(from, claim),
             Input::Unreachable(peer) => node.report_unreachable(peer),
             Input::SnapshotSent { to, arrived } => self.snapshots.sent(node, to, arrived),
@@ -231,7 +232,7 @@ impl<E: Engine> Loop<E> {
                 reply,
             } => {
                 self.snapshots.arrived(install, reply);
-                self.step(*message);
+                self.step(*message)?;
                 // Before anything else, so that raft's answer is about this one.
                 self.handle_readies()?;
                 self.snapshots.settle();
@@ -254,7 +255,12 @@ impl<E: Engine> Loop<E> {
         }
     }
 
-    fn step(&mut self, message: Message) {
+    fn step(&mut self, message: Message) -> Result<(), Fault> {
+        if let Some(lost) = lost_entries::shown_by(&self.parts.node, &message) {
+            let noted = self.parts.log.note_lost_entries(lost);
+            noted.map_err(|error| Fault::new("note lost entries", &error))?;
+            return Err(lost.into());
+        }
         let (from, kind) = (message.from, message.get_msg_type());
         self.changes.heard(&self.parts.node, from);
         // A follower would pass them on to whom it takes for the leader, and he perhaps back: whoever
@@ -262,12 +268,13 @@ impl<E: Engine> Loop<E> {
         let is_for_leader = matches!(kind, MessageType::MsgReadIndex | MessageType::MsgPropose);
         let leads = self.parts.node.raft.state == StateRole::Leader;
         if is_for_leader && !(leads && self.reads.is_new(&message)) {
-            return;
+            return Ok(());
         }
         if let Err(error) = self.parts.node.step(message) {
             // Those of heads that are members no more, for instance.
             tracing::debug!(from, ?kind, %error, "raft has no use for a message");
         }
+        Ok(())
     }
 
     fn propose(&mut self, mut command: Command, reply: Reply) {
@@ -411,7 +418,7 @@ pub(super) fn dropped<E: Engine>(node: &Node<E>) -> ProposeError {
     }
 }
 
-/// Why the process must end.
+/// Why this head must end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Fault {
     /// The store failed: nobody knows what is on disk.
@@ -425,6 +432,9 @@ pub(crate) enum Fault {
     /// What is here is not what a majority holds.
     #[error(transparent)]
     Diverged(#[from] Diverged),
+    /// What is here is less than this head has acknowledged. Noted on the disk.
+    #[error(transparent)]
+    LostEntries(#[from] LostEntries),
 }
 
 impl Fault {

@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use mobula_core::clock::Clock;
 use mobula_core::config::RaftConfig;
-use mobula_core::control::StateModule;
-use mobula_scheduler::Scheduler;
-use mobula_storage::engine::MemoryEngine;
+use mobula_core::control::{ModuleId, StateModule};
+use mobula_core::id::SessionId;
+use mobula_scheduler::{Command, Scheduler};
+use mobula_storage::engine::{Column, Durability, Engine, MemoryEngine, Read, WriteBatch};
 use mobula_wire::raft::StateClaim;
 use parking_lot::Mutex;
 use raft::prelude::{Entry, Message, MessageType};
@@ -17,7 +18,7 @@ use tokio::sync::oneshot::Receiver;
 
 use super::proposals::ChangeError;
 use super::test_group::member;
-use crate::simulation::{Change, CoreOptions, HeadCore, Wire};
+use crate::simulation::{Change, CoreFault, CoreOptions, HeadCore, Wire};
 
 struct Stopped;
 
@@ -82,6 +83,11 @@ impl Stepped {
 
     /// Starts a head on its disk, which is a new one the first time.
     fn start(&mut self, raft_id: u64, had_log: bool) {
+        self.try_start(raft_id, had_log).unwrap();
+    }
+
+    /// Starts a head; the error is what its process would end with.
+    fn try_start(&mut self, raft_id: u64, had_log: bool) -> Result<(), String> {
         let modules: Vec<Arc<dyn StateModule>> = vec![Arc::new(Scheduler)];
         let options = CoreOptions {
             raft_id,
@@ -95,8 +101,35 @@ impl Stepped {
         };
         let disk = self.disks.entry(raft_id).or_default();
         let post = Box::new(self.post.clone());
-        let core = HeadCore::start(disk.clone(), options, post, self.now).unwrap();
+        let core = HeadCore::start(disk.clone(), options, post, self.now)?;
         self.heads.insert(raft_id, core);
+        Ok(())
+    }
+
+    /// Lets head 1, which leads, put `count` commands into the log, and carries nothing.
+    fn propose(&mut self, count: usize) {
+        let now = self.now;
+        let leader = self.heads.get_mut(&1).unwrap();
+        for _ in 0..count {
+            let command = Command::OpenSession {
+                client: "test".into(),
+            };
+            // Whether it is applied shows in what is committed.
+            let _answer = leader
+                .propose(
+                    SessionId::INTERNAL,
+                    0,
+                    ModuleId::SCHEDULER,
+                    command.encode(),
+                    now,
+                )
+                .unwrap();
+        }
+        leader.settle().unwrap();
+    }
+
+    fn committed(&self, head: u64) -> u64 {
+        self.heads[&head].status().committed
     }
 
     /// Asks for a change and carries everything that follows.
@@ -136,6 +169,33 @@ impl Stepped {
         }
     }
 
+    /// Lets time pass for head 1, which leads, until `head` ends over what it hears; with what.
+    fn ticks_until_end_of(&mut self, head: u64) -> Option<CoreFault> {
+        for _ in 0..RaftConfig::default().election_ticks {
+            let leader = self.heads.get_mut(&1).unwrap();
+            leader.tick();
+            leader.settle().unwrap();
+            loop {
+                let Some(message) = self.post.messages.lock().pop_front() else {
+                    break;
+                };
+                let to = message.to;
+                let Some(target) = self.heads.get_mut(&to) else {
+                    continue;
+                };
+                match target.step(message, self.now) {
+                    Ok(()) => target.settle().unwrap(),
+                    Err(fault) => {
+                        assert_eq!(to, head, "{fault}");
+                        self.heads.remove(&to);
+                        return Some(fault);
+                    }
+                }
+            }
+        }
+        None
+    }
+
     /// Carries one message.
     fn carry_one(&mut self) {
         let message = self.post.messages.lock().pop_front();
@@ -171,6 +231,93 @@ impl Stepped {
             source.settle().unwrap();
         }
     }
+}
+
+/// What `disk` holds now, on another one.
+fn copy_of(disk: &MemoryEngine) -> MemoryEngine {
+    let mut batch = WriteBatch::new();
+    for column in Column::ALL {
+        for (key, value) in disk.scan(column, b"", b"", usize::MAX).unwrap() {
+            batch.put(column, key, value);
+        }
+    }
+    let copy = MemoryEngine::new();
+    copy.write(batch, Durability::Synced).unwrap();
+    copy
+}
+
+#[test]
+fn a_head_on_an_older_copy_of_its_disk_ends_before_it_panics_and_stays_down() {
+    let mut group = Stepped::of(3);
+    let older = copy_of(&group.disks[&2]);
+    let held = group.heads[&2].log().last().index;
+    group.propose(3);
+    group.carry(|_| true);
+    let acknowledged = group.heads[&2].log().last().index;
+    assert!(acknowledged >= held + 3, "{held} and {acknowledged}");
+
+    group.heads.remove(&2);
+    group.disks.insert(2, older);
+    group.start(2, true);
+    let fault = group.ticks_until_end_of(2).expect("an end of head 2");
+    assert!(fault.is_divergence(), "{fault}");
+    let what = format!(
+        "its log ends at entry {held}, and it has acknowledged entry {acknowledged} to head 1"
+    );
+    assert_eq!(fault.to_string(), what);
+
+    // Another leader would know of no acknowledgement, so it must not come so far.
+    let refused = group.try_start(2, true).unwrap_err();
+    assert!(refused.contains(&what), "{refused}");
+    assert!(refused.contains("`mobula head remove 2`"), "{refused}");
+    // The others are a majority.
+    group.propose(1);
+    group.ticks(1, 3);
+    assert!(group.committed(3) > acknowledged);
+}
+
+#[test]
+fn a_head_that_is_behind_restarts_or_has_just_joined_lacks_nothing_that_it_acknowledged() {
+    let mut group = Stepped::of(3);
+    let ticks = RaftConfig::default().election_ticks / 2;
+    // Head 3 hears that there is a leader, and gets no entries; then only later ones, of which each says
+    // how much is committed.
+    group.propose(5);
+    group.ticks_without_appends_to(3, ticks);
+    let lacked = group.committed(1);
+    assert!(group.committed(3) < lacked && group.committed(2) == lacked);
+    group.propose(1);
+    group.ticks(1, 1);
+    // Neither does one that was away meanwhile, nor one that knows of nothing at all.
+    group.heads.remove(&2);
+    group.propose(5);
+    group.ticks(1, 3);
+    group.start(2, true);
+    group.start(4, false);
+    let _added = group.ask(1, Change::AddLearner(member(4)));
+    group.ticks_without_appends_to(4, ticks);
+    assert_eq!(group.committed(4), 0);
+    group.ticks(1, 2 * ticks);
+    for head in 2..=4 {
+        assert_eq!(group.committed(head), group.committed(1), "head {head}");
+    }
+}
+
+#[test]
+fn a_heartbeat_of_an_earlier_term_says_nothing_about_this_log() {
+    let mut group = Stepped::of(2);
+    let now = group.now;
+    let follower = group.heads.get_mut(&2).unwrap();
+    let mut message = Message {
+        from: 1,
+        to: 2,
+        term: follower.status().term - 1,
+        commit: 1_000_000,
+        ..Message::default()
+    };
+    message.set_msg_type(MessageType::MsgHeartbeat);
+    follower.step(message, now).unwrap();
+    follower.settle().unwrap();
 }
 
 #[test]

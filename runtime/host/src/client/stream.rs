@@ -2,10 +2,13 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::pin;
+use std::task::Poll;
+use std::time::Duration;
 
 use mobula_net::endpoint::{Connection, Endpoint, LaneClass, OpenError};
 use mobula_net::identity::Role;
-use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream};
+use mobula_net::lane::{FramedReceiver, FramedSender, FramedStream, ReceiveError};
 use mobula_net::same_machine::{change_over, is_own_address};
 use mobula_wire::call::CalleeMessage;
 use mobula_wire::frame::{Frame, FrameKind};
@@ -14,6 +17,9 @@ use mobula_wire::hello::Lane;
 
 use super::{CallPath, Paths, StreamKind};
 use crate::host_stream::HostStream;
+
+/// How long to look for the answer to a call before sleeping: as long as a small one takes whose host has to wake up.
+const LOOK_FOR_ANSWER: Duration = Duration::from_micros(100);
 
 /// Connects, then writes requests and reads answers until either side fails; answers why.
 pub(super) async fn run(
@@ -43,6 +49,8 @@ pub(super) async fn run(
     };
     let (sender, receiver) = framed.split();
     let reason = tokio::select! {
+        // In this order: who reads sees what was written just before.
+        biased;
         reason = write_requests(sender, stream) => reason,
         reason = read_answers(receiver, stream) => reason,
         // A Unix socket would not notice.
@@ -87,9 +95,29 @@ async fn write_requests(mut sender: FramedSender, stream: &HostStream) -> String
     "the stream has ended".to_owned()
 }
 
+/// The next frame; none as soon as there are calls to be answered.
+async fn receive_unless_owed(
+    receiver: &mut FramedReceiver,
+    stream: &HostStream,
+) -> Option<Result<Option<Frame>, ReceiveError>> {
+    let mut receiving = pin!(receiver.receive());
+    let either = poll_fn(|context| match receiving.as_mut().poll(context) {
+        Poll::Ready(received) => Poll::Ready(Some(received)),
+        // Whoever makes a call wakes the writer, which is of the same task.
+        Poll::Pending if stream.owes_answers() => Poll::Ready(None),
+        Poll::Pending => Poll::Pending,
+    });
+    either.await
+}
+
 async fn read_answers(mut receiver: FramedReceiver, stream: &HostStream) -> String {
     loop {
-        let mut next = match receiver.receive_soon().await {
+        // How soon an answer comes counts from its call.
+        let received = match receive_unless_owed(&mut receiver, stream).await {
+            Some(received) => received,
+            None => receiver.receive_soon(LOOK_FOR_ANSWER).await,
+        };
+        let mut next = match received {
             Ok(Some(frame)) => Some(frame),
             Ok(None) => return "the host ended the stream".to_owned(),
             Err(error) => return error.to_string(),

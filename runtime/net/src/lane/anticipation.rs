@@ -10,11 +10,10 @@ use std::time::{Duration, Instant};
 const SOON: Duration = Duration::from_micros(100);
 
 /// How many frames must have come soon, each alone, before it is worth looking for the next.
-const SOON_MIN: u8 = 4;
+const SOON_MIN: u32 = 4;
 
-/// How long to look for the next frame before sleeping: some round trips of a call that does little. It
-/// is lost once each time that frames stop coming soon.
-pub(super) const LOOK_FOR: Duration = Duration::from_micros(50);
+/// Each time that it was looked in vain twice as many, so often: what comes soon, but never so soon, is not looked for.
+const DOUBLED_MAX: u32 = 10;
 
 /// Between two looks of a thread that has its processor to itself there is less than this.
 const LOOK_GAP_MAX: Duration = Duration::from_micros(500);
@@ -33,14 +32,17 @@ fn can_look() -> bool {
 #[derive(Debug, Default)]
 pub(super) struct Anticipation {
     /// Frames that have come soon and alone, in a row.
-    soon: u8,
+    soon: u32,
+    /// Looks in vain since the last that was not.
+    vain: u32,
     rests_until: Option<Instant>,
 }
 
 impl Anticipation {
     /// Whether to look now.
     pub(super) fn looks(&self, now: Instant) -> bool {
-        self.soon >= SOON_MIN && can_look() && self.rests_until.is_none_or(|until| until <= now)
+        let soon_min = SOON_MIN << self.vain.min(DOUBLED_MAX);
+        self.soon >= soon_min && can_look() && self.rests_until.is_none_or(|until| until <= now)
     }
 
     /// Between two looks this much time went by.
@@ -48,6 +50,17 @@ impl Anticipation {
         if gap > LOOK_GAP_MAX {
             self.rests_until = Some(now + REST);
         }
+    }
+
+    /// What was looked for came.
+    pub(super) fn found(&mut self) {
+        self.vain = 0;
+    }
+
+    /// It did not come as long as it was looked for.
+    pub(super) fn not_found(&mut self) {
+        self.vain = self.vain.saturating_add(1);
+        self.soon = 0;
     }
 
     /// A frame came after `waited`; several at once make up for the price of waking up.
@@ -79,5 +92,33 @@ mod tests {
         assert_eq!(anticipation.looks(now + REST), can_look());
         anticipation.came(SOON / 2, false);
         assert!(!anticipation.looks(now + REST));
+    }
+
+    #[test]
+    fn what_is_looked_for_in_vain_is_looked_for_less_often() {
+        let now = Instant::now();
+        let mut anticipation = Anticipation::default();
+        // As often as there may be looks among so many frames.
+        let mut looks_among = |frames: u32, found: bool| {
+            let mut looks = 0;
+            for _ in 0..frames {
+                if anticipation.looks(now) {
+                    looks += 1;
+                    match found {
+                        true => anticipation.found(),
+                        false => anticipation.not_found(),
+                    }
+                }
+                anticipation.came(SOON / 2, true);
+            }
+            looks
+        };
+        if !can_look() {
+            return;
+        }
+        // 4 and 8 and 16 … of them before each.
+        assert_eq!(looks_among(1000, false), 7);
+        let again = looks_among(2000, true);
+        assert!(again > 900, "{again}");
     }
 }

@@ -9,11 +9,13 @@
 //!    for the receiver and never a clean end.
 
 use std::any::Any;
+use std::io;
 use std::sync::Arc;
 
 use mobula_wire::frame::FrameLimits;
 
 mod anticipation;
+mod local_socket;
 mod receiver;
 mod sender;
 
@@ -54,12 +56,12 @@ impl FramedStream {
         }
     }
 
-    pub(crate) fn local(stream: tokio::net::UnixStream, limits: FrameLimits) -> Self {
-        let (reader, writer) = stream.into_split();
-        FramedStream {
+    pub(crate) fn local(stream: tokio::net::UnixStream, limits: FrameLimits) -> io::Result<Self> {
+        let (reader, writer) = local_socket::halves(stream)?;
+        Ok(FramedStream {
             sender: FramedSender::new(Writer::Local(writer), limits, None),
             receiver: FramedReceiver::new(Reader::Local(reader), limits, None),
-        }
+        })
     }
 
     /// Once the lane is known.
@@ -88,8 +90,8 @@ mod tests {
     fn pair(limits: FrameLimits) -> (FramedStream, FramedStream) {
         let (a, b) = UnixStream::pair().unwrap();
         (
-            FramedStream::local(a, limits),
-            FramedStream::local(b, limits),
+            FramedStream::local(a, limits).unwrap(),
+            FramedStream::local(b, limits).unwrap(),
         )
     }
 
@@ -179,7 +181,7 @@ mod tests {
     #[tokio::test]
     async fn a_large_announcement_gets_no_memory_and_a_cut_frame_is_an_error() {
         let (a, b) = UnixStream::pair().unwrap();
-        let mut b = FramedStream::local(b, FrameLimits::CALL);
+        let mut b = FramedStream::local(b, FrameLimits::CALL).unwrap();
         let header = encode_header(FrameKind::Message, 8 << 20, FrameLimits::CALL).unwrap();
         a.writable().await.unwrap();
         a.try_write(&header).unwrap();

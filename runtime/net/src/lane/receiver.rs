@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use mobula_wire::codec::{self, DecodeError};
@@ -12,10 +12,10 @@ use mobula_wire::hello::HelloRefusal;
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use tokio::io::AsyncReadExt;
-use tokio::net::unix::OwnedReadHalf;
 
 use super::Guard;
-use super::anticipation::{Anticipation, LOOK_FOR};
+use super::anticipation::Anticipation;
+use super::local_socket::LocalReader;
 
 /// Read in steps of at least this, at most as much as has arrived already (but no less than
 /// [`READ_STEP_MAX_BYTES`]): a header that announces 8 MiB does not yet get 8 MiB.
@@ -57,7 +57,7 @@ pub enum ReceiveError {
 
 pub(super) enum Reader {
     Quic(quinn::RecvStream),
-    Local(OwnedReadHalf),
+    Local(LocalReader),
 }
 
 /// The receiving half of a stream.
@@ -83,24 +83,32 @@ impl FramedReceiver {
     }
 
     /// As [`FramedReceiver::receive`], for a lane on which frames go to and fro: where the last ones
-    /// came so soon that waking up took most of the time, it looks for the next one for a while
-    /// before it sleeps. Other tasks of this thread have their turn after each look.
-    pub async fn receive_soon(&mut self) -> Result<Option<Frame>, ReceiveError> {
+    /// came so soon that waking up took most of the time, it looks for the next one for as long as
+    /// `look_for` before it sleeps. Other tasks of this thread have their turn after each look.
+    pub async fn receive_soon(
+        &mut self,
+        look_for: Duration,
+    ) -> Result<Option<Frame>, ReceiveError> {
         if let Some(frame) = self.receive_buffered()? {
             return Ok(Some(frame));
         }
         let began = Instant::now();
         let mut now = began;
-        while now - began < LOOK_FOR && self.anticipation.looks(now) {
+        let looks = self.anticipation.looks(now);
+        while now - began < look_for && self.anticipation.looks(now) {
             if self.look()?
                 && let Some(frame) = self.receive_buffered()?
             {
+                self.anticipation.found();
                 self.anticipation.came(now - began, self.buffer.is_empty());
                 return Ok(Some(frame));
             }
             tokio::task::yield_now().await;
             let before = std::mem::replace(&mut now, Instant::now());
             self.anticipation.looked(now, now - before);
+        }
+        if looks && now - began >= look_for {
+            self.anticipation.not_found();
         }
         let received = self.receive().await;
         self.anticipation
@@ -115,7 +123,7 @@ impl FramedReceiver {
         };
         let mut piece = [MaybeUninit::uninit(); READ_STEP_MIN_BYTES];
         // Not by way of tokio, whose view of the socket is as old as its last look at all of them.
-        match rustix::io::read(stream.as_ref(), &mut piece) {
+        match rustix::io::read(stream, &mut piece) {
             // An end is for `receive` to see, which knows what it means here.
             Ok(([], _)) | Err(Errno::WOULDBLOCK | Errno::INTR) => Ok(false),
             Ok((bytes, _)) => {

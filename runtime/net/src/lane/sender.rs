@@ -10,10 +10,9 @@ use mobula_wire::frame::{
 };
 use mobula_wire::frame_queue::FrameQueue;
 use serde::Serialize;
-use tokio::io::AsyncWriteExt;
-use tokio::net::unix::OwnedWriteHalf;
 
 use super::Guard;
+use super::local_socket::LocalWriter;
 
 /// Queued beyond one largest frame: enough to put some hundred small messages into one write.
 const COALESCE_BYTES: usize = 64 << 10;
@@ -49,7 +48,7 @@ pub enum SendError {
 
 pub(super) enum Writer {
     Quic(quinn::SendStream),
-    Local(OwnedWriteHalf),
+    Local(LocalWriter),
 }
 
 /// The sending half of a stream.
@@ -200,7 +199,7 @@ impl FramedSender {
                     }),
                 }
             }
-            Writer::Local(stream) => stream.shutdown().await.map_err(lost_sending),
+            Writer::Local(stream) => stream.shut_down().map_err(lost_sending),
         }
     }
 }

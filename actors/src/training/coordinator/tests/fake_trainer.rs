@@ -16,7 +16,9 @@ use tokio::time::Instant;
 use crate::training::collective::runner::{Board, Runner, RunnerHandle};
 use crate::training::collective::{Collective, InProcess, Unreachable};
 use crate::training::crew::{LinkError, Preparation, TrainerLink};
-use crate::training::messages::{Admission, Epoch, Greeting, Handover, News, TrainerError};
+use crate::training::messages::{
+    Admission, Epoch, Greeting, Handover, KeepOrder, News, TrainerError,
+};
 use crate::training::numerics::Probe;
 use crate::training::parts::{SharedState, pull};
 use crate::training::protocol::exchange::{Ask, Contribution, Refusal};
@@ -367,9 +369,9 @@ impl TrainerLink for FakeTrainer {
         handle.digest_before(step).await.ok_or_else(lost)
     }
 
-    async fn keep(&self, step: u64) -> Result<bool, LinkError> {
+    async fn keep(&self, order: KeepOrder, step: u64) -> Result<bool, LinkError> {
         let replica = Arc::clone(&self.inner.lock().replica);
-        let keeps = replica.lock().keep(step);
+        let keeps = replica.lock().keep(order, step);
         Ok(keeps)
     }
 
@@ -395,19 +397,19 @@ impl TrainerLink for FakeTrainer {
         Ok(())
     }
 
-    async fn share(&self, step: u64) -> Result<bool, LinkError> {
+    async fn share(&self, order: KeepOrder, step: u64) -> Result<bool, LinkError> {
         let replica = Arc::clone(&self.inner.lock().replica);
-        let shares = replica.lock().share(step);
+        let shares = replica.lock().share(order, step);
         Ok(shares)
     }
 
-    async fn unshare(&self, step: u64) -> Result<(), LinkError> {
+    async fn unshare(&self, order: KeepOrder) -> Result<(), LinkError> {
         let mut inner = self.inner.lock();
         if inner.unshares_lost > 0 {
             inner.unshares_lost -= 1;
             return Err(LinkError::Lost("the way is cut".to_owned()));
         }
-        inner.replica.lock().unshare(step);
+        inner.replica.lock().unshare(order);
         Ok(())
     }
 

@@ -6,22 +6,24 @@
 use tokio::sync::Semaphore;
 
 use super::*;
+use crate::training::coordinator::holds::HOLDS_MAX;
+use crate::training::coordinator::joining::HOLD_SHARE;
 use crate::training::crew::{LinkError, Presence, REFUSALS_MAX};
 use crate::training::messages::TrainerError;
 
 /// A job of a model that is small: a step takes a millisecond or two.
-fn quick(steps: u64, min: u32, max: u32) -> TrainSpec {
+pub(super) fn quick(steps: u64, min: u32, max: u32) -> TrainSpec {
     TrainSpec {
         model: TrainSpec::digits_mlp("a").model,
         ..spec(steps, min, max)
     }
 }
 
-fn presence(coordinator: &Tested, index: usize) -> Presence {
+pub(super) fn presence(coordinator: &Tested, index: usize) -> Presence {
     coordinator.crew.slots()[index].presence
 }
 
-async fn advance(coordinator: &mut Tested) {
+pub(super) async fn advance(coordinator: &mut Tested) {
     assert!(coordinator.state().step < coordinator.spec.steps, "in time");
     coordinator.advance().await.unwrap();
 }
@@ -252,114 +254,6 @@ async fn who_took_part_for_long_begins_anew_whatever_it_lost_its_seat_for() {
 }
 
 #[tokio::test]
-async fn who_joins_takes_the_state_from_several_others_and_ends_in_the_same_bits() {
-    let spec = quick(1500, 1, 3);
-    let trainers = trainers(&spec, vec![vec![]; 3]);
-    let mut coordinator = coordinator(&spec, 1, &trainers);
-    coordinator.part_bytes = 1000;
-    let has_pulled = || trainers[2].inner.lock().log.contains(&"pull");
-    // Again where the others were beyond the step that was chosen, as they may be on a busy machine.
-    while !has_pulled() {
-        while coordinator.ready_count() < 3 {
-            advance(&mut coordinator).await;
-        }
-        trainers[2].crash(&mut trainers[2].inner.lock());
-        let lost = coordinator.counters().trainers_lost;
-        while coordinator.counters().trainers_lost == lost {
-            advance(&mut coordinator).await;
-        }
-        while coordinator.ready_count() < 3 {
-            advance(&mut coordinator).await;
-        }
-    }
-    for giver in &trainers[..2] {
-        assert!(giver.inner.lock().given > 0);
-    }
-    while coordinator.giving.is_some() {
-        advance(&mut coordinator).await;
-    }
-    follow_to(spec.steps, &mut coordinator).await;
-    assert_eq!(coordinator.digest(), expected(&spec));
-}
-
-#[tokio::test]
-async fn who_waits_for_the_state_of_others_gets_the_copys_where_no_step_begins() {
-    let spec = quick(1000, 2, 3);
-    let trainers = trainers(&spec, vec![vec![]; 3]);
-    let mut coordinator = coordinator(&spec, 1, &trainers);
-    coordinator.part_bytes = 1000;
-    while coordinator.ready_count() < 3 || coordinator.giving.is_some() {
-        advance(&mut coordinator).await;
-    }
-    // The first time it may have come when others took part already, and they gave it the state.
-    trainers[2].inner.lock().log.clear();
-    trainers[2].crash(&mut trainers[2].inner.lock());
-    coordinator.lose(2, "it was killed");
-    coordinator.greeted(2, trainers[2].greeting());
-    assert!(coordinator.giving.is_some());
-    assert_eq!(presence(&coordinator, 2), Presence::Preparing);
-    coordinator.look_after_joining();
-    assert!(coordinator.giving.is_some(), "two go on");
-    coordinator.lose(0, "it was killed");
-    coordinator.look_after_joining();
-    assert!(coordinator.giving.is_none());
-    follow_to(spec.steps, &mut coordinator).await;
-    assert_eq!(coordinator.digest(), expected(&spec));
-    assert!(!trainers[2].inner.lock().log.contains(&"pull"));
-}
-
-#[tokio::test(start_paused = true)]
-async fn who_has_not_heard_that_a_state_is_kept_no_more_is_told_again() {
-    let spec = quick(2000, 1, 1);
-    let trainers = trainers(&spec, vec![vec![]; 1]);
-    let mut coordinator = coordinator(&spec, 1, &trainers);
-    follow_to(3, &mut coordinator).await;
-    // No such step: it is wanted for as long as it is not ended.
-    let step = spec.steps + 1;
-    assert!(trainers[0].share(step).await.unwrap());
-    trainers[0].inner.lock().unshares_lost = 2;
-    coordinator.crew.end_sharing(&[0], step);
-    let is_told = || {
-        let inner = trainers[0].inner.lock();
-        let kept = inner.replica.lock().shared(step);
-        inner.unshares_lost == 0 && matches!(kept, Kept::Never)
-    };
-    while !is_told() {
-        advance(&mut coordinator).await;
-    }
-}
-
-#[tokio::test]
-async fn few_wait_for_the_state_of_others_and_nobody_does_where_steps_take_long() {
-    let spec = quick(2000, 1, 7);
-    let trainers = trainers(&spec, vec![vec![]; 7]);
-    let mut coordinator = coordinator(&spec, 1, &trainers);
-    coordinator.part_bytes = 1000;
-    while coordinator.ready_count() < 7 || coordinator.giving.is_some() {
-        advance(&mut coordinator).await;
-    }
-    for index in 2..7 {
-        coordinator.lose(index, "it was killed");
-    }
-    coordinator.usual_step = Some(Duration::from_secs(4));
-    coordinator.bring_in(2);
-    assert!(coordinator.giving.is_none(), "it would take too long");
-    assert_eq!(presence(&coordinator, 2), Presence::Preparing);
-    coordinator.usual_step = Some(Duration::from_secs(2));
-    for index in 2..7 {
-        coordinator.bring_in(index);
-        assert_eq!(presence(&coordinator, index), Presence::Preparing);
-    }
-    let furthest = coordinator.furthest();
-    let giving = coordinator.giving.as_ref().unwrap();
-    let in_time = coordinator.gate().min(furthest + 2);
-    assert_eq!(giving.step, in_time, "four seconds from now");
-    assert!(giving.takers.iter().copied().eq(2..6), "{giving:?}");
-    follow_to(spec.steps, &mut coordinator).await;
-    assert_eq!(coordinator.digest(), expected(&spec));
-}
-
-#[tokio::test]
 async fn a_notice_while_the_gate_is_held_still_finds_a_state_to_gather_at() {
     let spec = quick(2000, 1, 3);
     let trainers = trainers(&spec, vec![vec![]; 3]);
@@ -384,6 +278,42 @@ async fn a_notice_while_the_gate_is_held_still_finds_a_state_to_gather_at() {
     let helpers = coordinator.helpers(step);
     let names: Vec<String> = helpers.iter().map(|helper| helper.name()).collect();
     assert_eq!(names, ["trainer-0 on worker-0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_that_came_too_late_are_together_waited_for_no_longer_than_one_may_be() {
+    let spec = quick(2000, 1, 4);
+    let trainers = trainers(&spec, vec![vec![]; 4]);
+    for trainer in &trainers[1..] {
+        trainer.inner.lock().turns = Some(Arc::new(Semaphore::new(0)));
+    }
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    follow_to(3, &mut coordinator).await;
+    let second = Duration::from_secs(1);
+    coordinator.crew.slot(1).attempts.hold_next(HOLDS_MAX);
+    coordinator.prepare(1);
+    let limit = coordinator.held_gate.as_ref().unwrap().limit;
+    follow_to(limit, &mut coordinator).await;
+    // The copy has come there this moment, and stands there for as long as it may for anybody.
+    coordinator.look_after_joining();
+    tokio::time::advance(HOLDS_MAX - second).await;
+    coordinator.look_after_joining();
+    assert!(coordinator.held_gate.is_some(), "it has a second left");
+    tokio::time::advance(second).await;
+    coordinator.look_after_joining();
+    assert!(coordinator.held_gate.is_none(), "its time is over");
+    // The next one is not waited for at once, and comes all the same.
+    coordinator.crew.slot(2).attempts.hold_next(second);
+    coordinator.prepare(2);
+    assert!(coordinator.held_gate.is_none());
+    assert_eq!(presence(&coordinator, 2), Presence::Preparing);
+    let due = coordinator.crew.slots()[2].attempts.hold_due();
+    assert_eq!(due, second, "it may be waited for at a later attempt");
+    tokio::time::advance(second * HOLD_SHARE).await;
+    coordinator.prepare(3);
+    assert!(coordinator.held_gate.is_none(), "it never came too late");
+    coordinator.prepare(2);
+    assert!(coordinator.held_gate.is_some(), "they have gone on since");
 }
 
 #[tokio::test]

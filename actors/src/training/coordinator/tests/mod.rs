@@ -2,6 +2,7 @@
 //! the same job run alone.
 
 mod fake_trainer;
+mod giving;
 mod joining;
 
 use std::collections::BTreeMap;
