@@ -4,7 +4,7 @@
 //! machine with bad memory does. The rows are some of the version's reference rows, and the answers those that its file
 //! has for them. Replicas are asked past the router's queues, so that the answer names the replica, and neither the monitor
 //! nor the autoscaler takes sentinels for traffic. The active version's are put by its monitor (`keeper`), those of a
-//! rollout's candidate by the endpoint's router (`serving::rollout::sentinels`).
+//! rollout's candidate and of an experiment's treatment by the endpoint's router (`serving::sentinels`).
 
 use std::fmt;
 use std::time::Duration;
