@@ -60,7 +60,7 @@ fn run(
     rng: &mut StdRng,
     mut trial: Trial,
     part: f64,
-    candidate: Version,
+    [stable, candidate]: [Version; 2],
     most: u64,
 ) -> (u64, Judgement) {
     let mut of_candidate = 0;
@@ -70,7 +70,7 @@ fn run(
             of_candidate += 1;
             (Side::Candidate, candidate)
         } else {
-            (Side::Baseline, GOOD)
+            (Side::Baseline, stable)
         };
         if rng.random_bool(version.errors) {
             trial.record(side, Outcome::Failed("no"));
@@ -98,6 +98,11 @@ struct End {
 
 /// What becomes of a rollout whose steps go on until they are decided.
 fn roll_out(seed: u64, candidate: Version) -> End {
+    roll_out_beside(GOOD, seed, candidate)
+}
+
+/// The same beside another stable version.
+fn roll_out_beside(stable: Version, seed: u64, candidate: Version) -> End {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut seconds = 0.0;
     let mut end = None;
@@ -106,7 +111,7 @@ fn roll_out(seed: u64, candidate: Version) -> End {
             step_of(weight_percent, MIN_SAMPLES),
             part_of(weight_percent),
         );
-        let (requests, judgement) = run(&mut rng, step, part, candidate, LONGEST);
+        let (requests, judgement) = run(&mut rng, step, part, [stable, candidate], LONGEST);
         seconds += requests as f64 / (RATE * f64::from(weight_percent) / 100.0);
         let is_passed = matches!(judgement, Judgement::Pass(_));
         end = Some(End {
@@ -215,7 +220,7 @@ fn a_version_that_is_no_worse_is_rolled_back_in_at_most_one_of_a_hundred_rollout
                 step_of(*weight_percent, 2 * MIN_SAMPLES),
                 part_of(*weight_percent),
             );
-            let (_, judgement) = run(&mut rng, step, part, GOOD, 1_000);
+            let (_, judgement) = run(&mut rng, step, part, [GOOD; 2], 1_000);
             matches!(judgement, Judgement::RollBack(_))
         });
         rolled_back += u64::from(is_bad);
@@ -232,7 +237,7 @@ fn a_key_with_many_requests_has_no_version_rolled_back_that_is_no_worse() {
         let is_rolled_back = |seed: &u64| {
             let mut rng = StdRng::seed_from_u64(*seed);
             let step = step_of(weight_percent, 2 * MIN_SAMPLES);
-            let (_, judgement) = run(&mut rng, step, part, GOOD, 1_000);
+            let (_, judgement) = run(&mut rng, step, part, [GOOD; 2], 1_000);
             matches!(judgement, Judgement::RollBack(_))
         };
         let rolled_back: Vec<u64> = (0..RUNS).filter(is_rolled_back).collect();
@@ -258,10 +263,18 @@ fn five_percent_errors_and_a_third_more_latency_are_found_soon() {
         latency_us: 1.3 * GOOD.latency_us,
         ..no_errors
     };
-    for (name, version) in [("5 % more errors", failing), ("+30 %", slow)] {
+    let five_percent = Version {
+        errors: 0.05,
+        ..GOOD
+    };
+    for (name, stable, version) in [
+        ("5 % errors beside none", no_errors, five_percent),
+        ("5 % more errors than 1 %", GOOD, failing),
+        ("+30 %", GOOD, slow),
+    ] {
         let mut needed = Vec::new();
         for seed in 1_000..1_000 + RUNS {
-            let end = roll_out(seed, version);
+            let end = roll_out_beside(stable, seed, version);
             let Judgement::RollBack(evidence) = end.judgement else {
                 panic!("{name}, seed {seed}: {:?}", end.judgement)
             };
