@@ -82,8 +82,6 @@ impl Head {
         let record = identity.record.clone();
         let inputs = input_queue();
         let network = PeerNetwork::new(record.raft_id, endpoint.clone(), inputs.0.clone());
-        let seeds = record.heads.iter();
-        network.seed(seeds.map(|head| (head.raft_id, head.cluster_address.clone())));
         let (driver, raft) = Driver::start(
             engine,
             inputs,
@@ -102,6 +100,9 @@ impl Head {
                 chance: Chance::drawn(),
             },
         )?;
+        // Not before: what a head that may not serve says is the last thing that it says.
+        let seeds = record.heads.iter();
+        network.seed(seeds.map(|head| (head.raft_id, head.cluster_address.clone())));
         identity.note_log()?;
         let api_address = api_listener.local_address();
         let cluster_address = endpoint.local_address();
