@@ -53,6 +53,8 @@ struct State {
     /// Calls with a smaller sequence number have been taken by the writer.
     taken: u64,
     next_sequence: u64,
+    /// Calls that the writer has taken and the host has not answered.
+    owed: usize,
     /// Calls that wait in `outgoing` and are not to be sent.
     withdrawn: HashSet<u64>,
     slots: Vec<Slot>,
@@ -126,10 +128,9 @@ impl HostStream {
         self.state.lock().ended.is_some()
     }
 
-    /// Whether there are calls that the host has not answered.
+    /// Whether the writer has taken calls that the host has not answered.
     pub(crate) fn owes_answers(&self) -> bool {
-        let state = self.state.lock();
-        state.slots.len() > state.vacant.len()
+        self.state.lock().owed > 0
     }
 
     /// Puts a call in line, once there is room for it.
@@ -258,6 +259,7 @@ impl HostStream {
                 request.timeout_ms = Some(u64::try_from(left_ms).unwrap_or(u64::MAX));
             }
             batch_bytes += size_bytes;
+            state.owed += usize::from(matches!(outgoing.message, CallerMessage::Request(_)));
             batch.push(outgoing.message);
         }
         self.make_room(state);
@@ -364,10 +366,12 @@ impl State {
                     return Err(ProtocolError::NotAsked { call });
                 };
                 *slot = Slot::Answered(waiting.items, result);
+                self.owed = self.owed.saturating_sub(1);
                 Ok(waiting.waker)
             }
             Some(Slot::Abandoned) => {
                 self.vacate(call);
+                self.owed = self.owed.saturating_sub(1);
                 Ok(None)
             }
             _ => Err(ProtocolError::NotAsked { call }),
@@ -402,5 +406,69 @@ impl State {
         items.next_sequence += 1;
         items.received.push_back(value);
         Ok(waiting.waker.take())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mobula_core::id::Incarnation;
+    use mobula_wire::call::CallRequest;
+
+    use super::*;
+
+    fn entered(stream: &Arc<HostStream>) -> SentCall {
+        let request = CallRequest {
+            call: 0,
+            timeout_ms: None,
+            actor: ActorId(1),
+            incarnation: Incarnation(1),
+            method: "any".into(),
+            key: None,
+            window: None,
+            arguments: Bytes::new(),
+        };
+        let call = NewCall {
+            request,
+            deadline: None,
+            order: CallOrder::Kept,
+        };
+        stream.try_enter(&mut Some(call)).unwrap().unwrap()
+    }
+
+    /// Has the writer take what waits.
+    fn take(stream: &HostStream) {
+        let mut context = Context::from_waker(Waker::noop());
+        let _ = stream.poll_outgoing(&mut context, &mut Vec::new());
+    }
+
+    #[test]
+    fn an_answer_is_owed_from_when_its_call_is_taken_until_it_comes() {
+        let stream = Arc::new(HostStream::default());
+        let answered = |call| {
+            let result = Ok(Bytes::new());
+            stream.receive(CalleeMessage::Answer { call, result })
+        };
+        let sent = entered(&stream);
+        assert!(!stream.owes_answers());
+        take(&stream);
+        assert!(stream.owes_answers());
+        answered(sent.number).unwrap();
+        // Also while its caller has not taken it.
+        assert!(!stream.owes_answers());
+        drop(sent);
+
+        // One that is given up is owed all the same,
+        let sent = entered(&stream);
+        take(&stream);
+        let number = sent.number;
+        drop(sent);
+        assert!(stream.owes_answers());
+        answered(number).unwrap();
+        assert!(!stream.owes_answers());
+
+        // but if it was not sent.
+        drop(entered(&stream));
+        take(&stream);
+        assert!(!stream.owes_answers());
     }
 }
