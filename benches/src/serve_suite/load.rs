@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
 use crate::Outcome;
-use crate::endpoint::Target;
+use crate::target::Target;
 
 /// Connections of a crowd: fewer than a router takes, more than an endpoint of two replicas lets wait.
 pub(crate) const CONNECTIONS: usize = 1000;

@@ -7,6 +7,7 @@ mod changes;
 mod endpoint;
 mod load;
 mod parts;
+mod target;
 mod texts;
 
 use std::path::PathBuf;
@@ -14,8 +15,9 @@ use std::time::Duration;
 
 use mobula_benches::results::Results;
 
-use endpoint::{Digits, Identity, RayServe, Target};
+use endpoint::{Digits, Identity, RayServe};
 use load::{Arrivals, Outcomes};
+use target::Target;
 
 /// What a part may end with.
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;

@@ -20,8 +20,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::Outcome;
-use crate::endpoint::Target;
 use crate::load::Connection;
+use crate::target::Target;
 
 /// Values of a row of the model without a computation.
 const WIDTH: usize = 16;
