@@ -9,7 +9,7 @@
 
 use super::categories::{Categories, Category};
 use super::reference::{Reference, ReferenceColumn};
-use super::sketches::FeaturePopulation;
+use super::sketches::{FeaturePopulation, Population};
 use super::statistics::{
     Chance, kolmogorov_smirnov, norm, population_stability_index,
     population_stability_index_of_points, standard_deviation, wasserstein_distance_of_points,
@@ -77,25 +77,17 @@ pub(super) struct Comparison {
 impl Baseline {
     /// Those of all columns, in their order.
     pub(super) fn all(reference: &Reference) -> Vec<Baseline> {
-        let columns = reference.columns().iter();
-        match reference.population() {
-            Some(population) => {
-                let features = population.features();
-                let with_features = columns.zip(features);
-                with_features
-                    .map(|(column, feature)| {
-                        Baseline::of_categories(column, Some(feature))
-                            .unwrap_or_else(|| Baseline::of_population(feature))
-                    })
-                    .collect()
-            }
-            None => columns
-                .map(|column| {
-                    Baseline::of_categories(column, None)
-                        .unwrap_or_else(|| Baseline::of_column(column))
+        let populations = reference.population().map(Population::features);
+        let columns = reference.columns().iter().enumerate();
+        columns
+            .map(|(index, column)| {
+                let population = populations.map(|features| &features[index]);
+                Baseline::of_categories(column, population).unwrap_or_else(|| match population {
+                    Some(population) => Baseline::of_population(population),
+                    None => Baseline::of_column(column),
                 })
-                .collect(),
-        }
+            })
+            .collect()
     }
 
     /// That of a column of categories, if it is one: of the rows that are kept, however many there were.

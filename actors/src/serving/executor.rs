@@ -267,7 +267,8 @@ mod tests {
         assert!(executor.turn(64).is_none());
         release.send(()).unwrap();
         assert_eq!(at_work.await.unwrap(), Ok(true));
-        assert!(executor.turn(64).is_some());
+        // Another test of this process may have a turn.
+        assert!((0..1_000_000).any(|_| executor.turn(64).is_some()));
     }
 
     #[tokio::test]

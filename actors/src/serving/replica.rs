@@ -171,14 +171,9 @@ impl Replica {
         let size_bytes = rows.size_bytes();
         let compute = move |model: &Used<'static, Predictor>| {
             let started = Instant::now();
-            let Answered { outputs, energies } = model.infer(rows)?;
+            let answered = model.infer(rows)?;
             let computed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            Ok(Inference {
-                outputs,
-                computed_ns,
-                memory_percent: None,
-                energies,
-            })
+            Ok((answered, computed_ns))
         };
         let computed = match self.device {
             ComputeDevice::Cpu => self.model.run_batch(size_bytes, compute).await,
@@ -186,9 +181,11 @@ impl Replica {
             _ => self.model.run(compute).await,
         };
         let answer = match computed {
-            Ok(answer) => answer.map(|inference| Inference {
+            Ok(answer) => answer.map(|(Answered { outputs, energies }, computed_ns)| Inference {
+                outputs,
+                computed_ns,
                 memory_percent: memory_percent(),
-                ..inference
+                energies,
             }),
             Err(error @ ExecutorError::Hangs { .. }) => panic!("the model hangs: {error}"),
             Err(error) => Err(InferError::Model(error.to_string())),

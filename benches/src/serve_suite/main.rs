@@ -239,14 +239,7 @@ async fn open(
         let outcomes = load::closed(target, callers, options.round).await?;
         let row = format!("{model}, the most: {callers} callers");
         most.push((callers, outcomes.answered_per_second()));
-        results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
-        tell_the_rest(results, &row, &outcomes);
-        let times = outcomes.answered.value_at_quantile(0.99) as f64 / p99_alone;
-        results.figure(
-            &format!("{row}: p99 in those of one caller"),
-            times,
-            "times",
-        );
+        tell_beside_one(results, &row, &outcomes, p99_alone);
     }
     hurried(options, results, model, p99_alone, target).await?;
     let [few, crowd] = [most[0], most[1]];
@@ -264,14 +257,7 @@ async fn open(
         let row = format!(
             "{model}, open loop, {name}: {share} of the most with {connections} callers, seed 7"
         );
-        results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
-        tell_the_rest(results, &row, &outcomes);
-        let times = outcomes.answered.value_at_quantile(0.99) as f64 / p99_alone;
-        results.figure(
-            &format!("{row}: p99 in those of one caller"),
-            times,
-            "times",
-        );
+        tell_beside_one(results, &row, &outcomes, p99_alone);
         for (callers, most) in &most {
             let goodput = outcomes.answered_per_second() / most.max(f64::MIN_POSITIVE) * 100.0;
             let row = format!("{row}: goodput of the most with {callers} callers");
@@ -295,15 +281,20 @@ async fn hurried(
         "{model}, {CROWD} callers, each for at most {} ms",
         limit.as_millis()
     );
-    results.rate(&row, outcomes.answered_per_second(), &outcomes.answered);
-    tell_the_rest(results, &row, &outcomes);
+    tell_beside_one(results, &row, &outcomes, p99_alone);
+    Ok(())
+}
+
+/// All of a row, its 99th percentile also in those of a caller who asks alone, in nanoseconds.
+fn tell_beside_one(results: &mut Results, row: &str, outcomes: &Outcomes, p99_alone: f64) {
+    results.rate(row, outcomes.answered_per_second(), &outcomes.answered);
+    tell_the_rest(results, row, outcomes);
     let times = outcomes.answered.value_at_quantile(0.99) as f64 / p99_alone;
     results.figure(
         &format!("{row}: p99 in those of one caller"),
         times,
         "times",
     );
-    Ok(())
 }
 
 fn tell_the_rest(results: &mut Results, row: &str, outcomes: &Outcomes) {

@@ -48,10 +48,7 @@ async fn look(asking: &mut Asking, routes: &Routes<Computing>) -> Option<Ending>
 async fn a_treatment_that_answers_its_sentinels_wrongly_ends_the_experiment_whatever_its_numbers_say()
  {
     let known = computed();
-    let (sound, broken) = (
-        Computing::with(Some(&known.sound)),
-        Computing::with(Some(&known.broken)),
-    );
+    let [sound, broken] = known.replicas();
     let routes = compared(&[&sound, &broken]);
     let mut asking = asking(&known.sentinels);
     let better = || Findings {

@@ -46,10 +46,7 @@ fn asking(rollout: &Rollout, sentinels: &Arc<Sentinels>) -> Asking {
 async fn a_candidate_that_answers_its_sentinels_wrongly_is_rolled_back_before_its_first_step_is_passed()
  {
     let known = computed();
-    let (sound, broken) = (
-        Computing::with(Some(&known.sound)),
-        Computing::with(Some(&known.broken)),
-    );
+    let [sound, broken] = known.replicas();
     let replicas = [&sound, &broken];
     // As a canary that had all its requests, as blue-green, and as a shadow.
     for (routes, strategy, requests) in [

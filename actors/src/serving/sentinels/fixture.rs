@@ -77,6 +77,13 @@ pub(in crate::serving) struct Computed {
     pub(in crate::serving) broken: Arc<Predictor>,
 }
 
+impl Computed {
+    /// A replica that computes rightly, and one that does not.
+    pub(in crate::serving) fn replicas(&self) -> [Computing; 2] {
+        [&self.sound, &self.broken].map(|model| Computing::with(Some(model)))
+    }
+}
+
 pub(in crate::serving) fn computed() -> Computed {
     let file = digits(50);
     let mut damaged = digits(50);
