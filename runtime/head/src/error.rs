@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use mobula_storage::engine::EngineError;
-use mobula_storage::raft_log::LostEntries;
+use mobula_storage::raft_log::{CommittedConflict, LostEntries};
 
 /// Why a head does not start, or stops.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +102,23 @@ pub enum HeadError {
         raft_id: u64,
         /// What it lacks.
         lost: LostEntries,
+    },
+    /// Its leader lacks what is committed in its log.
+    #[error(
+        "head {raft_id} does not follow its leader: {conflict}; so a majority of the heads has lost \
+         entries that it had acknowledged, because older copies of their data directories were started \
+         or their disks have lost what they had synced; the data directory of this head holds entries \
+         that the leader lacks: do not delete it, and do not remove this head; stop the other heads, \
+         start this one alone, take a backup of what it holds (`mobula head backup --local FILE`, with \
+         `--api` and `--token-file`), stop it, and begin a new group with that in an empty directory \
+         (`mobula head restore FILE --data-dir DIR`): what the others have acknowledged since they lost \
+         entries is then gone"
+    )]
+    CommittedConflict {
+        /// Its id in Raft.
+        raft_id: u64,
+        /// In what the two logs differ.
+        conflict: CommittedConflict,
     },
     /// This head is no member of its group any more.
     #[error(

@@ -273,6 +273,10 @@ impl Head {
                 raft_id: self.context.raft_id,
                 lost,
             }),
+            Some(DriverEnd::CommittedConflict(conflict)) => Err(HeadError::CommittedConflict {
+                raft_id: self.context.raft_id,
+                conflict,
+            }),
             Some(DriverEnd::Panicked(message)) => Err(failed(
                 "the raft thread",
                 &format!("it panicked: {message}"),

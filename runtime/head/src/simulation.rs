@@ -88,10 +88,13 @@ pub struct CoreFault(#[from] Fault);
 
 impl CoreFault {
     /// Whether this head was found not to hold what a majority holds, or what it has itself
-    /// acknowledged. Otherwise it is about its disk.
+    /// acknowledged, or its leader not to hold what is committed here. Otherwise it is about its disk.
     #[must_use]
     pub fn is_divergence(&self) -> bool {
-        matches!(self.0, Fault::Diverged(_) | Fault::LostEntries(_))
+        matches!(
+            self.0,
+            Fault::Diverged(_) | Fault::LostEntries(_) | Fault::CommittedConflict(_)
+        )
     }
 }
 

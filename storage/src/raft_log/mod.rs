@@ -11,6 +11,7 @@
 //! 5. `snapshot` never builds anything: it hands out a prepared snapshot or asks for one.
 
 mod codec;
+mod conflict;
 mod lost;
 mod position;
 mod storage;
@@ -27,6 +28,7 @@ use raft::StorageError;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 
 pub use codec::{RaftDecodeError, RaftMessage, decode_raft, encode_raft};
+pub use conflict::CommittedConflict;
 pub use lost::LostEntries;
 pub use position::LogPoint;
 pub use view::LogView;
@@ -44,6 +46,7 @@ mod key {
     pub(super) const MEMBER: &[u8] = b"raft/member";
     pub(super) const DIVERGED: &[u8] = b"raft/diverged";
     pub(super) const LOST: &[u8] = b"raft/lost";
+    pub(super) const CONFLICT: &[u8] = b"raft/conflict";
 }
 
 /// Index and term that a fresh group starts from, as if everything up to there were compacted:

@@ -12,7 +12,7 @@ use mobula_core::config::RaftConfig;
 use mobula_core::control::{ModuleId, StateModule};
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_storage::engine::{Engine, RocksEngine, RocksSnapshot};
-use mobula_storage::raft_log::{LostEntries, RaftLog};
+use mobula_storage::raft_log::{CommittedConflict, LostEntries, RaftLog};
 use raft::{RawNode, ReadOnlyOption};
 use tokio::sync::watch;
 
@@ -153,8 +153,8 @@ pub(crate) fn open<E: Engine + Clone>(
 /// The running driver.
 pub(crate) struct Driver {
     inputs: InputSender,
-    /// Gives what is missing, where that is why it ended.
-    thread: std::thread::JoinHandle<Option<LostEntries>>,
+    /// Gives why it has ended, where that was not for being told to.
+    thread: std::thread::JoinHandle<Option<DriverEnd>>,
 }
 
 /// Why the thread has ended by itself. All else of a head ends with it, and knows less.
@@ -162,6 +162,8 @@ pub(crate) struct Driver {
 pub(crate) enum DriverEnd {
     /// The log lacks what this head has acknowledged.
     LostEntries(LostEntries),
+    /// The leader's log is another one than what is committed here.
+    CommittedConflict(CommittedConflict),
     /// It panicked, with this message.
     Panicked(String),
 }
@@ -202,7 +204,7 @@ impl Driver {
         })
         .await;
         match joined {
-            Ok(Ok(lost)) => lost.map(DriverEnd::LostEntries),
+            Ok(Ok(ended)) => ended,
             Ok(Err(panic)) => Some(DriverEnd::Panicked(text_of(&*panic))),
             Err(error) => Some(DriverEnd::Panicked(error.to_string())),
         }
@@ -264,12 +266,12 @@ fn take_inputs<E: Engine>(
     Ok(true)
 }
 
-/// Gives what is missing, where that is the fault: the head then ends in order, and without this thread
-/// it neither votes nor answers.
+/// Gives why this thread ends, where the fault is about entries that this log, or the leader's, lacks: the
+/// head then ends in order, and without this thread it neither votes nor answers.
 ///
 /// Any other fault ends the process here: after a failed write nobody knows what is on disk, and a state
 /// that is not the majority's must answer nobody.
-fn take_end(fault: &Fault) -> LostEntries {
+fn take_end(fault: &Fault) -> DriverEnd {
     // Whoever starts heads again may tell by the code that this one will not come up.
     let code = match fault {
         Fault::Store { .. } => {
@@ -284,7 +286,11 @@ fn take_end(fault: &Fault) -> LostEntries {
         }
         Fault::LostEntries(lost) => {
             tracing::error!("this head ends, for its log lacks entries that it has acknowledged");
-            return *lost;
+            return DriverEnd::LostEntries(*lost);
+        }
+        Fault::CommittedConflict(conflict) => {
+            tracing::error!("this head ends, for its leader lacks entries that are committed here");
+            return DriverEnd::CommittedConflict(*conflict);
         }
     };
     eprintln!("mobula head: {fault}");

@@ -20,7 +20,8 @@
 //!
 //! What this cannot see: another leader than the one that has the acknowledgement takes such a member
 //! for one that lags. Then the entries come again, and nobody notices; or some are gone for good, if the
-//! member's vote has made a leader that lacks them too.
+//! member's vote has made a leader that lacks them too. A member that still holds those, and knows them to be
+//! committed, does not follow that leader ([`super::committed_conflict`]).
 
 use mobula_storage::engine::Engine;
 use mobula_storage::raft_log::LostEntries;
@@ -32,16 +33,21 @@ use super::node_loop::Node;
 /// What the log of `node` lacks, if `message` shows that it does. To be asked before raft is handed
 /// the message.
 pub(super) fn shown_by<E: Engine>(node: &Node<E>, message: &Message) -> Option<LostEntries> {
-    let raft = &node.raft;
-    // raft follows none of an earlier term, and whoever leads follows none of its own.
-    let leads = raft.state == StateRole::Leader && message.term == raft.term;
-    if message.get_msg_type() != MessageType::MsgHeartbeat || message.term < raft.term || leads {
+    if message.get_msg_type() != MessageType::MsgHeartbeat || !is_followed(node, message) {
         return None;
     }
-    let last_index = raft.raft_log.last_index();
+    let last_index = node.raft.raft_log.last_index();
     (message.commit > last_index).then_some(LostEntries {
         last_index,
         acknowledged_index: message.commit,
         leader: message.from,
     })
+}
+
+/// Whether raft takes `message`, of whoever says to lead, for one of its leader: it follows none of an earlier
+/// term, and whoever leads follows none of its own.
+pub(super) fn is_followed<E: Engine>(node: &Node<E>, message: &Message) -> bool {
+    let raft = &node.raft;
+    let leads = raft.state == StateRole::Leader && message.term == raft.term;
+    message.term >= raft.term && !leads
 }

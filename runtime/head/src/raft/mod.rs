@@ -20,6 +20,7 @@ mod agreement;
 mod apply;
 mod chance;
 mod changes;
+mod committed_conflict;
 mod configuration;
 mod log_clock;
 mod lost_entries;

@@ -31,7 +31,7 @@ use mobula_core::config::RaftConfig;
 use mobula_core::control::Command;
 use mobula_core::mutant::{Mutant, is_planted};
 use mobula_storage::engine::{Durability, Engine};
-use mobula_storage::raft_log::{LogWrite, LostEntries, RaftLog};
+use mobula_storage::raft_log::{CommittedConflict, LogWrite, LostEntries, RaftLog};
 use raft::prelude::{Message, MessageType};
 use raft::{RawNode, StateRole};
 use tokio::sync::{oneshot, watch};
@@ -40,6 +40,7 @@ use super::agreement::{Agreement, Diverged, PeerState};
 use super::apply::{Applier, StateAt, log_time_ms, state_chain};
 use super::chance::ElectionTimeouts;
 use super::changes::Changes;
+use super::committed_conflict;
 use super::inputs::Input;
 use super::log_clock::LogClock;
 use super::lost_entries;
@@ -261,6 +262,7 @@ impl<E: Engine> Loop<E> {
             noted.map_err(|error| Fault::new("note lost entries", &error))?;
             return Err(lost.into());
         }
+        committed_conflict::check(&self.parts.node, &self.parts.log, &message)?;
         let (from, kind) = (message.from, message.get_msg_type());
         self.changes.heard(&self.parts.node, from);
         // A follower would pass them on to whom it takes for the leader, and he perhaps back: whoever
@@ -435,6 +437,9 @@ pub(crate) enum Fault {
     /// What is here is less than this head has acknowledged. Noted on the disk.
     #[error(transparent)]
     LostEntries(#[from] LostEntries),
+    /// The leader's log is another one than what is committed here. Noted on the disk.
+    #[error(transparent)]
+    CommittedConflict(#[from] CommittedConflict),
 }
 
 impl Fault {

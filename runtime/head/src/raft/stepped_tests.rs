@@ -20,6 +20,8 @@ use super::proposals::ChangeError;
 use super::test_group::member;
 use crate::simulation::{Change, CoreFault, CoreOptions, HeadCore, Wire};
 
+mod conflicts;
+
 struct Stopped;
 
 impl Clock for Stopped {
