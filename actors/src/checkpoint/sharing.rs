@@ -39,8 +39,8 @@ pub trait Helper: Send + Sync + 'static {
     /// Verifies `pieces` of the state after `step` and stores them. An answer comes within a bound.
     fn upload(&self, step: u64, pieces: Vec<Piece>) -> BoxFuture<'_, Result<(), String>>;
 
-    /// The bytes are not needed any more.
-    fn release(&self, step: u64) -> BoxFuture<'_, ()>;
+    /// What it was asked to hold for this save is not needed any more; what a later save asked for is.
+    fn release(&self) -> BoxFuture<'_, ()>;
 }
 
 /// What one saver did.
@@ -115,7 +115,7 @@ pub async fn upload(
     let mut deal = Deal::new(pieces, helpers, spread);
     let outcome = deal.carry_out(send).await;
     let took = begun.elapsed();
-    let released = helpers.iter().map(|helper| helper.release(step));
+    let released = helpers.iter().map(|helper| helper.release());
     // Who is not told finds out when it is asked to hold the next state.
     let _ = tokio::time::timeout(RELEASE_MAX, futures::future::join_all(released)).await;
     outcome.map(|()| Uploaded {

@@ -420,8 +420,8 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
             Happened::News(Ok(news)) => self.heard(index, &news),
             Happened::News(Err(error)) => self.failed(index, &error)?,
             // Who cannot be asked is lost, or will help with the next one.
-            Happened::Keeps { step, answer } => {
-                self.crew.slot(index).keeps = answer.unwrap_or(false).then_some(step);
+            Happened::Keeps { order, answer } => {
+                self.crew.keeps(index, order, answer.unwrap_or(false));
             }
             Happened::Shares { order, answer } => {
                 self.shares(index, order, answer.unwrap_or(false));

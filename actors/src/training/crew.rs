@@ -102,8 +102,8 @@ pub trait TrainerLink: Clone + Send + Sync + 'static {
         step: u64,
         pieces: Vec<Piece>,
     ) -> impl Future<Output = Result<(), LinkError>> + Send;
-    /// Has it keep that state no more.
-    fn release(&self, step: u64) -> impl Future<Output = Result<(), LinkError>> + Send;
+    /// Has it keep no more what that order, or one before it, asked to keep.
+    fn release(&self, order: KeepOrder) -> impl Future<Output = Result<(), LinkError>> + Send;
     /// Has it keep the state as it will be after `step` for those who join; whether it can.
     fn share(
         &self,
@@ -158,9 +158,9 @@ pub(super) struct Slot<L> {
     is_adopting: bool,
     /// Until when it stays on a node that will be taken away.
     pub(super) stays_until: Option<Instant>,
-    /// The step after which it was asked to keep the state for a checkpoint, and the one of which it said that it does.
-    pub(super) asked_to_keep: Option<u64>,
-    pub(super) keeps: Option<u64>,
+    /// The last order to keep a state for a checkpoint, with the step after which that is, and whether it said that it does.
+    pub(super) asked_to_keep: Option<(KeepOrder, u64)>,
+    pub(super) keeps: bool,
     /// The last order by which it may still keep a state for those who join, though that has ended, and whether it is being
     /// told so.
     still_shares: Option<KeepOrder>,
@@ -197,9 +197,9 @@ pub(super) enum Happened {
     },
     Adopted(Result<(), LinkError>),
     News(Result<News, LinkError>),
-    /// Whether it keeps the state after the step.
+    /// Whether it keeps the state that the order asked for, for a checkpoint.
     Keeps {
-        step: u64,
+        order: KeepOrder,
         answer: Result<bool, LinkError>,
     },
     /// Whether it keeps the state that the order asked for, for those who join.
@@ -264,7 +264,7 @@ impl<L: TrainerLink> Crew<L> {
             is_adopting: false,
             asked_to_keep: None,
             stays_until: None,
-            keeps: None,
+            keeps: false,
             still_shares: None,
             is_unsharing: false,
             following_since: now,
@@ -440,7 +440,7 @@ impl<L: TrainerLink> Crew<L> {
         slot.presence = Presence::Away;
         slot.ticket += 1;
         (slot.member, slot.adopted, slot.is_adopting) = (None, None, false);
-        (slot.asked_to_keep, slot.keeps) = (None, None);
+        (slot.asked_to_keep, slot.keeps) = (None, false);
         slot.is_unsharing = false;
         (slot.stays_until, slot.naps) = (None, false);
     }

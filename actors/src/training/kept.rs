@@ -72,10 +72,4 @@ impl Keeper {
             (self.wanted_step, self.kept) = (None, None);
         }
     }
-
-    /// Keeps the state after `step` no more.
-    pub(super) fn release(&mut self, step: u64) {
-        self.kept.take_if(|(kept, _)| *kept == step);
-        self.wanted_step.take_if(|wanted| *wanted == step);
-    }
 }

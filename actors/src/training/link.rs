@@ -253,9 +253,9 @@ impl TrainerLink for ClusterLink {
         answer.map_err(|failure| self.failed(failure))
     }
 
-    async fn release(&self, step: u64) -> Result<(), LinkError> {
+    async fn release(&self, order: KeepOrder) -> Result<(), LinkError> {
         let actor = self.0.actor.get().await.map_err(lost)?;
-        let answer = actor.release(step).timeout(SILENT_MAX).await;
+        let answer = actor.release(order).timeout(SILENT_MAX).await;
         answer.map_err(|error| self.broken(error))
     }
 

@@ -3,7 +3,8 @@
 //! Invariants:
 //! 1. Every plan carries the coordinator's epoch; a trainer that has seen a higher one refuses it.
 //! 2. Every order to keep a state says which driver gives it, and its number among that driver's; a trainer that has heard a
-//!    later one keeps nothing for it.
+//!    later one keeps nothing for it. Who ends what is kept names the order that asked for it, and so ends nothing that a
+//!    later one asked for.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

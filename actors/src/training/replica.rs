@@ -247,9 +247,9 @@ impl Replica {
         self.saved.kept(step)
     }
 
-    /// Keeps the state after `step` for a checkpoint no more.
-    pub fn release(&mut self, step: u64) {
-        self.saved.release(step);
+    /// Keeps no more for a checkpoint what was asked for by `order` or before it, nor what still comes of that.
+    pub fn release(&mut self, order: KeepOrder) {
+        self.saved.end(order);
     }
 
     /// As [`Replica::keep`], for those who join.

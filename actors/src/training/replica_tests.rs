@@ -94,12 +94,12 @@ fn the_state_after_one_step_is_kept_while_others_are_taken() {
     assert!(matches!(replica.kept(2), Kept::Never));
     assert!(replica.keep(order(4), 3), "it is there now");
     assert!(matches!(replica.kept(3), Kept::Here(_)));
-    replica.release(2);
+    replica.release(order(3));
     assert!(
         matches!(replica.kept(3), Kept::Here(_)),
         "another one was meant"
     );
-    replica.release(3);
+    replica.release(order(4));
     assert!(matches!(replica.kept(3), Kept::Never));
 }
 
@@ -150,6 +150,27 @@ fn an_order_that_comes_after_a_later_one_or_after_its_end_keeps_nothing_and_ends
     assert!(!replica.share(order(100), 3));
     assert!(matches!(replica.shared(2), Kept::Coming));
     assert!(matches!(replica.shared(3), Kept::Never));
+}
+
+#[test]
+fn a_late_end_of_an_earlier_order_leaves_what_a_later_one_keeps_of_the_same_step() {
+    let mut replica = Replica::new(spec());
+    replica.prepare(None).unwrap();
+    let newer = KeepOrder::before_all_of(2).next();
+    for (earlier, later) in [(order(1), order(2)), (order(3), newer)] {
+        assert!(replica.keep(earlier, 0) && replica.keep(later, 0));
+        replica.release(earlier);
+        assert!(matches!(replica.kept(0), Kept::Here(_)), "{earlier:?}");
+    }
+    // What is still to come is not ended either.
+    assert!(replica.keep(newer.next(), 2));
+    for late in [order(100), newer] {
+        replica.release(late);
+        assert!(matches!(replica.kept(2), Kept::Coming), "{late:?}");
+    }
+    replica.release(newer.next());
+    assert!(matches!(replica.kept(2), Kept::Never));
+    assert!(!replica.keep(newer.next(), 2), "it has ended");
 }
 
 #[test]

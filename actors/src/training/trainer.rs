@@ -416,10 +416,12 @@ impl Trainer {
         })
     }
 
-    /// Keeps the state after `step` no more.
-    pub async fn release(&self, step: u64) {
-        let replica = Arc::clone(&self.inner.lock().replica);
-        blocking(move || replica.lock().release(step)).await;
+    /// Keeps no more what `order` or one before it asked to keep for a checkpoint.
+    pub async fn release(&self, order: KeepOrder) {
+        let ended = self.inner.lock().end_keep(order);
+        if let Some(replica) = ended {
+            blocking(move || replica.lock().release(order)).await;
+        }
     }
 
     /// Keeps the state as it is or will be after `step` for trainers that join, and no other. Answers whether it can: it

@@ -235,6 +235,49 @@ async fn a_late_order_of_an_older_driver_to_keep_a_state_is_refused() {
 }
 
 #[tokio::test]
+async fn a_late_end_of_a_save_takes_nothing_from_a_newer_save_of_the_same_step() {
+    let (trainer, _, replica) = alone();
+    // No such step: it is wanted for as long as it is not ended.
+    let step = STEPS + 1;
+    let is_kept = || matches!(replica.lock().kept(step), Kept::Coming);
+    assert!(trainer.keep(order(1), step).await.unwrap());
+    assert!(trainer.keep(order(2), step).await.unwrap());
+    trainer.release(order(1)).await;
+    assert!(is_kept(), "another order");
+    // The next driver saves that step again.
+    let next = KeepOrder::before_all_of(2).next();
+    assert!(trainer.keep(next, step).await.unwrap());
+    trainer.release(order(2)).await;
+    assert!(is_kept(), "an order of another driver");
+    // One that was heard before the newer order, and waits for the replica when that comes.
+    let (release, computing) = busy(&replica).await;
+    let mut ended = Box::pin(trainer.release(next));
+    assert!(futures::poll!(ended.as_mut()).is_pending());
+    let later = next.next();
+    let mut kept = Box::pin(trainer.keep(later, step));
+    assert!(futures::poll!(kept.as_mut()).is_pending());
+    release.send(()).unwrap();
+    computing.await.unwrap();
+    ended.await;
+    assert!(kept.await.unwrap() && is_kept());
+    trainer.release(later).await;
+    assert!(!is_kept());
+    // Nor does it come to be kept by an order that comes behind its end.
+    assert!(!trainer.keep(later, step).await.unwrap());
+}
+
+#[tokio::test]
+async fn what_a_replaced_driver_asked_to_keep_for_a_checkpoint_ends_by_its_word() {
+    let (trainer, _, replica) = alone();
+    let step = STEPS + 1;
+    assert!(trainer.keep(order(1), step).await.unwrap());
+    let next = Epoch::first_of(2);
+    trainer.receive(next, 0, Vec::new()).await.unwrap();
+    trainer.release(order(1)).await;
+    assert!(matches!(replica.lock().kept(step), Kept::Never));
+}
+
+#[tokio::test]
 async fn an_order_that_waits_for_the_replica_when_another_driver_comes_keeps_nothing() {
     let (trainer, _, replica) = alone();
     let step = STEPS + 1;

@@ -122,6 +122,17 @@ impl Inner {
         Ok(Some(Arc::clone(&self.replica)))
     }
 
+    /// What `order` or one before it asked to keep for a checkpoint has ended, and what still comes of that. Answers the
+    /// replica that may keep it; none where a later order came first, which ended that. The driver that says so may have been
+    /// replaced: what it asked for is still here until another order comes.
+    pub(super) fn end_keep(&mut self, order: KeepOrder) -> Option<Arc<Mutex<Replica>>> {
+        if order < self.keep_order {
+            return None;
+        }
+        self.keep_order = order;
+        Some(Arc::clone(&self.replica))
+    }
+
     /// What `order` or one before it asked to keep for trainers that join has ended, and what still comes of that. Answers
     /// the replica that may keep it; none where its driver was replaced, with which that ended.
     pub(super) fn end_share(&mut self, order: KeepOrder) -> Option<Arc<Mutex<Replica>>> {

@@ -392,8 +392,8 @@ impl TrainerLink for FakeTrainer {
         stored.map_err(|error| LinkError::Lost(error.to_string()))
     }
 
-    async fn release(&self, step: u64) -> Result<(), LinkError> {
-        self.inner.lock().replica.lock().release(step);
+    async fn release(&self, order: KeepOrder) -> Result<(), LinkError> {
+        self.inner.lock().replica.lock().release(order);
         Ok(())
     }
 

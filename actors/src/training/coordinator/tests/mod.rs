@@ -3,6 +3,7 @@
 
 mod fake_trainer;
 mod giving;
+mod helping;
 mod joining;
 
 use std::collections::BTreeMap;
