@@ -125,8 +125,8 @@ impl JobBuilder {
     }
 
     /// How often the driver is started again after an end that nobody asked for: its process
-    /// died, it panicked, the cluster did not answer it. The first restart comes after 100 ms, later
-    /// ones after up to 5 s; what the infrastructure took away does not count. An error that `main`
+    /// died, it panicked, the cluster did not answer it. The first restart comes at once, the next
+    /// after 100 ms, later ones after up to 5 s; what the infrastructure took away does not count. An error that `main`
     /// returned is final, see [`JobBuilder::retry_errors`].
     pub fn max_restarts(mut self, times: u32) -> Self {
         self.spec.restart = RestartPolicy::times(times);

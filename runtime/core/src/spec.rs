@@ -51,8 +51,8 @@ impl ActorKind {
 pub struct RestartPolicy {
     /// How often at most; ends for which the infrastructure is to blame do not count.
     pub max_restarts: u32,
-    /// The first delay, in milliseconds. It doubles each time, and is the first one again after a start that
-    /// ran for as long as the largest delay.
+    /// The delay before the second restart in a row, in milliseconds; the first one comes at once. It doubles each time. The
+    /// row ends with a start that ran for as long as the largest delay.
     pub backoff_initial_ms: u64,
     /// The largest delay, in milliseconds.
     pub backoff_max_ms: u64,
@@ -66,7 +66,7 @@ impl RestartPolicy {
         backoff_max_ms: 0,
     };
 
-    /// At most `max_restarts` times, 100 ms after the first end, at most 5 s after later ones.
+    /// At most `max_restarts` times: at once after the first end, 100 ms after the next, at most 5 s after later ones.
     #[must_use]
     pub const fn times(max_restarts: u32) -> Self {
         RestartPolicy {
@@ -76,12 +76,15 @@ impl RestartPolicy {
         }
     }
 
-    /// The delay before restart number `restart` (counted from 1), in milliseconds.
+    /// The delay before restart number `restart` of a row (counted from 1), in milliseconds.
     #[must_use]
     pub fn backoff_ms(&self, restart: u32) -> u64 {
-        let doublings = restart.saturating_sub(1).min(32);
+        // An end that is the first says nothing of the next start, and whoever waits for the actor waits for this.
+        let Some(doublings) = restart.checked_sub(2) else {
+            return 0;
+        };
         self.backoff_initial_ms
-            .saturating_mul(1 << doublings)
+            .saturating_mul(1 << doublings.min(32))
             .min(self.backoff_max_ms)
     }
 }
