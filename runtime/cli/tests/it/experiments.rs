@@ -1,11 +1,15 @@
 //! Experiments on processes: a version that is better is found, and nothing else changes by it; groups of the
-//! wrong sizes conclude nothing; one that answers no numbers is ended; the next router goes on with a count.
+//! wrong sizes conclude nothing; one that answers no numbers is ended, and so is one that is wrong about a row whose
+//! answer is known; the next router goes on with a count.
 
+use std::collections::BTreeMap;
+
+use mobula_actors::drift::vitals::sentinels::SENTINELS_MAX;
 use mobula_actors::serving::rollout::split::{BUCKETS, bucket};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::rollouts::{another_router, register_changed, request};
+use crate::rollouts::{another_router, register_changed, register_file, request};
 use crate::serving::served::Served;
 use crate::support::wait_for;
 
@@ -14,11 +18,16 @@ const USERS: usize = 40;
 
 /// The experiments of these tests: half of the keys each, hashed with a known seed.
 fn start(served: &Served, options: &[&str]) -> Value {
+    start_with(served, "digits@2", options)
+}
+
+/// The same with this treatment.
+fn start_with(served: &Served, treatment: &str, options: &[&str]) -> Value {
     let mut arguments = vec![
         "experiment",
         "start",
         "digits",
-        "digits@2",
+        treatment,
         "--seed",
         "exp",
         // What takes long on a shared machine says nothing of a version.
@@ -295,4 +304,158 @@ fn a_treatment_that_answers_no_numbers_is_ended_by_its_guardrail() {
         (experiment(&served)?["cleanup"] == "done").then_some(())
     });
     assert_eq!(served.actors("serving/digits/v2/"), Vec::<Value>::new());
+}
+
+/// The sentinel that a treatment is wrong about: not the first one, so that which one it is, is looked for.
+const SENTINEL: usize = 5;
+
+/// Registers a version that computes as the first one does, and whose file has another class for one of its sentinels: a device
+/// that computes wrongly is not to be had here, and to whoever holds answers against the file this is the same. Returns what is
+/// to be said of it.
+fn register_wrong(served: &Served) -> String {
+    let mut said = String::new();
+    let registered = register_file(served, |file| {
+        let known = &mut file.reference.predictions;
+        let row = SENTINEL * known.len() / SENTINELS_MAX;
+        let answered = known[row];
+        let expected = (answered + 1) % 10;
+        known[row] = expected;
+        said = format!(
+            "answered sentinel {SENTINEL} with class {answered} instead of class {expected}"
+        );
+    });
+    assert_eq!(registered, 3);
+    said
+}
+
+/// What such a series says of the processes of the system's actors, by worker and process.
+fn of_system_hosts(served: &Served, name: &str, label: &str) -> BTreeMap<String, f64> {
+    let mut found = BTreeMap::new();
+    for worker in ["worker-1", "worker-2"] {
+        let text = served.cluster.ok(&["metrics", worker]);
+        let series = text.lines().filter_map(|line| line.strip_prefix(name));
+        let series = series.filter_map(|line| line.strip_prefix('{')?.split_once("} "));
+        for (labels, value) in series {
+            if labels.contains("job=\"job-0\"") && labels.contains(label) {
+                let host = labels.split(',').find(|label| label.starts_with("host="));
+                let key = format!("{worker} {}", host.unwrap());
+                found.insert(key, value.parse().unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// The experiments that the registry's log says have ended, oldest first.
+fn logged(served: &Served) -> Vec<Value> {
+    let file = served.cluster.dir().join("registry.log");
+    let path = file.to_str().unwrap();
+    served.cluster.ok(&["audit", "export", path]);
+    served.cluster.ok(&["audit", "verify", path]);
+    let text = std::fs::read_to_string(&file).unwrap();
+    let entries = text.lines().filter_map(|line| {
+        let line: Value = serde_json::from_str(line).ok()?;
+        serde_json::from_str::<Value>(line["entry"].as_str()?).ok()
+    });
+    entries
+        .filter(|entry| entry["event"] == "experiment")
+        .collect()
+}
+
+/// Waits until nothing is left of the treatment of the newest experiment.
+fn wait_until_cleaned(served: &Served) {
+    wait_for("the end of the treatment", || {
+        (experiment(served)?["cleanup"] == "done").then_some(())
+    });
+}
+
+#[test]
+fn a_treatment_goes_on_while_it_is_right_about_known_rows_and_is_ended_once_it_is_wrong() {
+    let served = Served::up(2);
+    let url = served.deployment["url"].as_str().unwrap().to_owned();
+    register_changed(&served, |parameters| parameters[0] += 1e-6);
+    let said = register_wrong(&served);
+
+    let memory = "mobula_worker_host_resident_memory_bytes";
+    wait_for("all actors of the endpoint", || {
+        let actors = served.actors("");
+        let is_running = |actor: &Value| actor["state"] == "running";
+        actors.iter().all(is_running).then_some(())
+    });
+    let known = of_system_hosts(&served, memory, "");
+    start(&served, &CLICKS);
+    // No series counts sentinels, but each replica of a treatment has a process of its own, whose calls are counted. Before the
+    // first request there are two reasons for calls: the router looks once whether it answers, and puts its sentinels to it.
+    wait_for("both replicas to be asked their sentinels", || {
+        assert_eq!(experiment(&served)?["state"], "running");
+        let mut calls = of_system_hosts(&served, "mobula_worker_host_calls_total", "\"ok\"");
+        calls.retain(|host, calls| !known.contains_key(host) && *calls >= 2.0);
+        (calls.len() == 2).then_some(())
+    });
+    // What the router reports from here on, it says after a look at those answers.
+    let (mut user, mut has_met) = (0, false);
+    let found = wait_for("numbers of a treatment that was asked", || {
+        for _ in 0..USERS {
+            user += 1;
+            has_met |= ask(&served, &url, user) == "2";
+        }
+        let found = experiment(&served)?;
+        let is_counted = has_met && found["findings"].is_object();
+        (found["state"] != "running" || is_counted).then_some(found)
+    });
+    assert_eq!(
+        (&found["state"], &found["decision"]),
+        (&json!("running"), &json!("undecided")),
+        "{found}"
+    );
+    let reason = found["findings"]["reason"].as_str().unwrap();
+    assert!(!reason.contains("no sentinels"), "{reason}");
+    served.cluster.ok(&["experiment", "stop", "digits"]);
+    wait_until_cleaned(&served);
+
+    // Nobody sends this one a request: no number could end it.
+    let begun = start_with(&served, "digits@3", &CLICKS);
+    let ended = wait_for("the end", || {
+        experiment(&served).filter(|found| found["state"] != "running")
+    });
+    assert_eq!(
+        (&ended["number"], &ended["state"], &ended["decision"]),
+        (&json!(2), &json!("sentinel"), &json!("control")),
+        "{ended}"
+    );
+    let reason = ended["findings"]["reason"].as_str().unwrap();
+    let about = "the treatment is wrong about a row whose answer is known: replica ";
+    assert!(
+        reason.starts_with(about) && reason.contains(&said),
+        "{reason} does not say: {said}"
+    );
+    let measured = ended["findings"]["measured"].as_array().unwrap();
+    let is_asked = |row: &Value| row["treatment"]["count"] != 0;
+    assert!(!measured.iter().any(is_asked), "{ended}");
+    let text = served.cluster.ok(&["experiment", "status", "digits"]);
+    assert!(
+        text.contains("ended: the treatment answered a known row wrongly")
+            && text.contains(&format!("decision: control ({reason})")),
+        "{text}"
+    );
+
+    // Those who would have met the treatment, too, are answered by the control.
+    wait_until_cleaned(&served);
+    assert_eq!(served.actors("serving/digits/v3/"), Vec::<Value>::new());
+    for user in 0..USERS {
+        assert_eq!(ask(&served, &url, user), "1");
+    }
+    let entries = logged(&served);
+    let outcomes: Vec<&Value> = entries.iter().map(|entry| &entry["outcome"]).collect();
+    assert_eq!(outcomes, ["stopped", "sentinel"]);
+    let last = &entries[1];
+    assert_eq!(
+        (&last["control"], &last["treatment"], &last["decision"]),
+        (&json!(1), &json!(3), &json!("control")),
+        "{last}"
+    );
+    assert_eq!(
+        (&last["plan_blake3"], &last["reason"]),
+        (&begun["plan_blake3"], &ended["findings"]["reason"])
+    );
 }

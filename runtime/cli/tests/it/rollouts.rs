@@ -17,8 +17,21 @@ use crate::support::{kill_9, wait_for};
 /// Requests between two looks at the rollout.
 const REQUESTS: usize = 40;
 
-/// Registers another version of `digits`: the first with changed parameters, and its own answers to the rows that it knows.
+/// Registers the second version of `digits`: the first with changed parameters, and its own answers to the rows that it knows.
 pub(crate) fn register_changed(served: &Served, change: impl Fn(&mut [f32])) {
+    let registered = register_file(served, |file| {
+        change(&mut file.parameters);
+        let known = &file.reference;
+        let rows: Vec<f32> = (0..known.predictions.len())
+            .flat_map(|row| known.columns.iter().map(move |column| column[row]))
+            .collect();
+        file.reference.predictions = file.build_model().unwrap().predictions(&rows).unwrap();
+    });
+    assert_eq!(registered, 2);
+}
+
+/// Registers another version of `digits`, of which the file is the first one's, changed; its number.
+pub(crate) fn register_file(served: &Served, change: impl FnOnce(&mut VersionFile)) -> u64 {
     let status = served.cluster.json(&["status"]);
     let storage_url = status["storage_url"].as_str().unwrap();
     let blobs = BlobStore::open(storage_url, &S3Options::default()).unwrap();
@@ -32,20 +45,15 @@ pub(crate) fn register_changed(served: &Served, change: impl Fn(&mut [f32])) {
         let mut file = VersionFile::load(&blobs, &first.digest, first.size_bytes)
             .await
             .unwrap();
-        change(&mut file.parameters);
-        let known = &file.reference;
-        let rows: Vec<f32> = (0..known.predictions.len())
-            .flat_map(|row| known.columns.iter().map(move |column| column[row]))
-            .collect();
-        file.reference.predictions = file.build_model().unwrap().predictions(&rows).unwrap();
+        change(&mut file);
         let stored = file.store(&blobs).await.unwrap();
         let new = NewVersion {
             digest: stored.digest,
             size_bytes: stored.size_bytes,
             ..first
         };
-        assert_eq!(register(&cluster, new).await.unwrap().version, 2);
-    });
+        register(&cluster, new).await.unwrap().version
+    })
 }
 
 /// The endpoint's newest rollout, if a head answers.
