@@ -82,6 +82,8 @@ pub enum Victim {
     Worker,
     /// Of the workers on which something of the job that trains runs, one, drawn.
     TrainingWorker,
+    /// The worker on which the driver of the job that trains runs.
+    DriverWorker,
     /// All workers at once.
     Workers,
     /// The process of the workload's counter.
@@ -103,7 +105,11 @@ impl Victim {
     fn needs_training(self) -> bool {
         matches!(
             self,
-            Victim::Trainer | Victim::Driver | Victim::TrainingWorker | Victim::Workers
+            Victim::Trainer
+                | Victim::Driver
+                | Victim::TrainingWorker
+                | Victim::DriverWorker
+                | Victim::Workers
         )
     }
 }
@@ -223,6 +229,8 @@ impl FaultPlan {
                 matches!(target, Victim::Leader | Victim::Head)
             }
             FaultKind::Pause => target != Victim::Counter,
+            // It goes over all machines of a kind, and this is one of them.
+            FaultKind::RollingRestart if target == Victim::DriverWorker => false,
             _ => !target.is_of_job(),
         };
         if !fits {
@@ -230,7 +238,7 @@ impl FaultPlan {
         }
         let hits_worker = matches!(
             target,
-            Victim::Worker | Victim::TrainingWorker | Victim::Workers
+            Victim::Worker | Victim::TrainingWorker | Victim::DriverWorker | Victim::Workers
         );
         if hits_worker && scenario.cluster.workers == 0 {
             return Some("there is no worker to hit: give [cluster] some".into());

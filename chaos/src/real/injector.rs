@@ -20,15 +20,16 @@ use super::leaks::is_of_run;
 use super::node::Node;
 use super::notices::Taken;
 use super::router::Disturbance;
-use super::takeovers::KilledDriver;
+use super::silences::SilencedDriver;
+use super::takeovers::LostDriver;
 use super::timeline::Planned;
 use crate::faults::Target;
 
 /// How often is looked whether a process ended by itself.
-const WATCH_INTERVAL: Duration = Duration::from_millis(250);
+pub(super) const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
 /// A job's process may just have been killed and not be there yet.
-const JOB_PROCESS_MAX: Duration = Duration::from_secs(5);
+pub(super) const JOB_PROCESS_MAX: Duration = Duration::from_secs(5);
 
 /// A change of the group is asked for so often: the head that is asked may be about to go.
 const REMOVE_ATTEMPTS: u32 = 5;
@@ -60,7 +61,9 @@ pub struct Done {
 pub(super) struct Record {
     pub(super) done: Vec<Done>,
     /// Of those the kills of drivers.
-    pub(super) killed_drivers: Vec<KilledDriver>,
+    pub(super) killed_drivers: Vec<LostDriver>,
+    /// Of those the cuts of machines on which drivers ran.
+    pub(super) silenced_drivers: Vec<SilencedDriver>,
     /// Faults that were left out, and why.
     pub(super) left_out: Vec<String>,
     /// Processes that ended without being asked to.
@@ -93,6 +96,7 @@ impl Injector {
         let outcome = match planned.kind {
             _ if planned.target.is_of_job() => self.hit_job(planned).await,
             _ if planned.target == Victim::Heads => self.black_out(planned).await,
+            _ if planned.target == Victim::DriverWorker => self.hit_driver_worker(planned).await,
             FaultKind::RollingRestart => self.rolling_restart(planned).await,
             FaultKind::Notice => self.take_away(planned).await,
             kind => match self.victim(planned).await {
@@ -112,7 +116,14 @@ impl Injector {
         }
     }
 
-    fn done(&self, kind: FaultKind, node: &str, was_leader: bool, at: Duration, wall: SystemTime) {
+    pub(super) fn done(
+        &self,
+        kind: FaultKind,
+        node: &str,
+        was_leader: bool,
+        at: Duration,
+        wall: SystemTime,
+    ) {
         self.record.lock().done.push(Done {
             kind,
             node: node.to_owned(),
@@ -185,7 +196,8 @@ impl Injector {
         Some((node, was_leader))
     }
 
-    async fn put(&self, planned: &Planned, node: &Arc<Node>) -> Result<(), String> {
+    /// Does a fault to one machine, from its beginning to its end.
+    pub(super) async fn put(&self, planned: &Planned, node: &Arc<Node>) -> Result<(), String> {
         match planned.kind {
             FaultKind::Kill => {
                 let _turn = turn(node)?;
@@ -356,7 +368,7 @@ impl Injector {
             paused.resume();
         } else {
             target.kill().map_err(text)?;
-            let killed = driver.map(|(job, incarnation)| KilledDriver {
+            let killed = driver.map(|(job, incarnation)| LostDriver {
                 job,
                 incarnation,
                 at_ms: millis(at),

@@ -16,8 +16,8 @@
 //! * [`injector`]: does and heals faults; `blackout`: all heads away at once; `notices`: machines taken away with
 //!   notice. [`traffic`]: what clients do and were told. [`job`]: the
 //!   programs that they submit; `training`: jobs that must end in the same bits; `departures`: what their
-//!   drivers did about notices; `takeovers`: how soon they went on whose drivers were killed. [`gaps`]: how long a
-//!   fault was felt. `leaks`: what is left behind.
+//!   drivers did about notices; `takeovers`, `silences`: how soon they went on whose drivers were killed, or fell silent.
+//!   [`gaps`]: how long a fault was felt. `leaks`: what is left behind.
 //! * [`runner`]: one run; `play`: what happens in it. [`outcome`]: its table.
 //!
 //! Invariants:
@@ -46,6 +46,7 @@ mod play;
 pub mod router;
 pub mod runner;
 pub mod scenario;
+mod silences;
 mod takeovers;
 pub mod timeline;
 pub mod traffic;

@@ -164,14 +164,19 @@ impl Injector {
     /// What runs where of the job under way; `None` while there is none, or nobody says.
     async fn aboard(&self) -> Option<Aboard> {
         let job = (self.training_job)()?;
-        let admin = self.cluster.admin();
-        let nodes = admin.control().read("list nodes", |mut api| async move {
+        let names = self.node_names().await?;
+        let actors = self.cluster.admin().list_actors(Some(job)).await.ok()?;
+        Some(Aboard::of(&actors, &names))
+    }
+
+    /// The workers' names, by the ids of their nodes; `None` where nobody says.
+    pub(super) async fn node_names(&self) -> Option<BTreeMap<u64, String>> {
+        let control = self.cluster.admin().control();
+        let nodes = control.read("list nodes", |mut api| async move {
             api.list_nodes(ListNodesRequest {}).await
         });
         let nodes = nodes.await.ok()?.nodes.into_iter();
-        let names: BTreeMap<u64, String> = nodes.map(|node| (node.id, node.name)).collect();
-        let actors = admin.list_actors(Some(job)).await.ok()?;
-        Some(Aboard::of(&actors, &names))
+        Some(nodes.map(|node| (node.id, node.name)).collect())
     }
 
     /// Tells the cluster of each of these nodes that its machine will be taken away at `end`.

@@ -12,6 +12,7 @@ use super::injector::Done;
 use super::machines::Isolation;
 use super::router::Carried;
 use super::scenario::Scenario;
+use super::silences::Silences;
 use super::takeovers::TakeOvers;
 use super::traffic::Counts;
 use super::training::NextStep;
@@ -97,6 +98,8 @@ pub struct Outcome {
     pub next_steps: Vec<NextStep>,
     /// How each loss of a driver was felt.
     pub takeovers: TakeOvers,
+    /// How each silence of a driver was felt.
+    pub silences: Silences,
     /// What a run with notices showed; absent where none was given.
     pub notices: Option<Notices>,
     /// Messages that workers refused because they came from a leader that was none any more.
@@ -245,6 +248,7 @@ impl fmt::Display for Outcome {
             ("stale messages refused", self.stale_refused.to_string()),
         ];
         rows.extend(self.takeovers.row());
+        rows.extend(self.silences.row());
         if let Some(notices) = &self.notices {
             rows.extend(notices.rows());
         }

@@ -18,6 +18,7 @@ use super::machines::{Isolation, Machines};
 use super::outcome::{Check, Outcome, enough, felt};
 use super::runner::{RunError, RunOptions};
 use super::scenario::Scenario;
+use super::silences::{GONE_MAX, Silences, still_there};
 use super::takeovers::TakeOvers;
 use super::timeline::Timeline;
 use super::traffic::{Traffic, submit_jobs, use_registers};
@@ -119,6 +120,9 @@ pub(super) async fn play(
         .map(|node| node.data_dir())
         .collect();
     let takeovers = TakeOvers::read(&record.killed_drivers, &data_dirs);
+    let silenced = &record.silenced_drivers;
+    let silences = Silences::read(silenced, &record.killed_drivers, &data_dirs);
+    let left = still_there(silenced, GONE_MAX).await;
     let notices = training.notices(&record.done);
     let logs = cluster.heads().iter().map(|head| head.log_file());
     let logs: Vec<String> = logs
@@ -138,6 +142,7 @@ pub(super) async fn play(
     checks.extend(trained);
     checks.extend(training.check_notices(&scenario.checks, options.seed, length));
     let limits = &scenario.checks;
+    checks.extend(silences.checks(limits.takeovers_min_per_minute, length, &left));
     checks.extend(
         [
             within(
@@ -178,6 +183,7 @@ pub(super) async fn play(
         felt,
         next_steps,
         takeovers,
+        silences,
         notices,
         stale_refused,
         network: cluster.router().map(super::router::Router::carried),

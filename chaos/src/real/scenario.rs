@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::fault_plan::FaultPlan;
 
 /// The scenarios that come with the binary: their names and texts.
-pub const BUILT_IN: [(&str, &str); 13] = [
+pub const BUILT_IN: [(&str, &str); 14] = [
     (
         "leader-kill",
         include_str!("../../scenarios/leader-kill.toml"),
@@ -59,6 +59,10 @@ pub const BUILT_IN: [(&str, &str); 13] = [
     (
         "driver-loss",
         include_str!("../../scenarios/driver-loss.toml"),
+    ),
+    (
+        "driver-silence",
+        include_str!("../../scenarios/driver-silence.toml"),
     ),
 ];
 
@@ -219,6 +223,10 @@ pub struct Checks {
     /// `SAVE_SHARED`, `SAVE_SOLO`), so many, at least.
     #[serde(default)]
     pub departures_min_per_minute: f64,
+    /// Of the drivers of training jobs whose machine was cut off, so many for which a newer one took a step
+    /// before it was back, at least.
+    #[serde(default)]
+    pub takeovers_min_per_minute: f64,
     /// Steps that all training jobs together may take again.
     #[serde(default)]
     pub steps_again_max: Option<u64>,
@@ -369,129 +377,5 @@ impl Workload {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SMALL: &str = "\
-title = \"small\"
-[cluster]
-heads = 3
-workers = 1
-[workload]
-submitters = 1
-submits_per_second = 1
-register_clients = 1
-registers = 1
-register_operations_per_second = 10
-[checks]
-jobs_min_per_minute = 1
-register_operations_min_per_minute = 1
-faults_min_per_minute = 1
-";
-
-    #[test]
-    fn every_built_in_scenario_is_read_and_says_what_it_is() {
-        for (name, text) in BUILT_IN {
-            let scenario =
-                Scenario::from_toml(text, name).unwrap_or_else(|error| panic!("{error}"));
-            assert_eq!(Scenario::built_in(name), Some(scenario.clone()));
-            assert!(!scenario.title.is_empty() && !scenario.faults.is_empty());
-        }
-        assert_eq!(Scenario::built_in("no-such"), None);
-    }
-
-    #[test]
-    fn what_cannot_be_meant_is_refused_where_it_stands() {
-        assert!(Scenario::from_toml(SMALL, "small.toml").is_ok());
-        let fault = |text: &str| format!("{SMALL}[[fault]]\n{text}\nevery_s = [1, 2]\n");
-        let training = |text: &str| {
-            let jobs = format!("training = [{{ steps = 1, checkpoint_every_steps = 1, {text} }}]");
-            SMALL.replace("[checks]", &format!("{jobs}\n[checks]"))
-        };
-        let cases = [
-            (
-                SMALL.replace("workers", "workerz"),
-                ":4:1: unknown field `workerz`",
-            ),
-            (
-                SMALL.replace("heads = 3", "heads = 2"),
-                ":2:1: `heads` is 2",
-            ),
-            (
-                SMALL.replace("submitters = 1", "submitters = 1000"),
-                ":5:1: `submitters` is 1000, the limit is 256",
-            ),
-            (
-                SMALL.replace(
-                    "[workload]",
-                    "[cluster.config.raft]\ntick_ms = 1\n[workload]",
-                ),
-                "[cluster.config]: config: `raft.tick_ms` is 1",
-            ),
-            (
-                fault("kind = \"explode\"\nlasts_s = [0, 1]"),
-                ":16:8: unknown variant `explode`",
-            ),
-            (
-                fault("kind = \"kill\"\nlasts_s = [0, 1]\npeers = \"heads\""),
-                ":16:8: `peers` means nothing to `kill`",
-            ),
-            (
-                fault("kind = \"disturb\"\nlasts_s = [0, 1]"),
-                "which needs one of them",
-            ),
-            (
-                fault("kind = \"fill-disk\"\nlasts_s = [0, 1]"),
-                "`fill-disk` needs `head_disk_mib`",
-            ),
-            (
-                fault("kind = \"kill\"\nlasts_s = [2, 1]"),
-                "`lasts_s` is [2, 1]",
-            ),
-            (
-                fault("kind = \"kill\"\ntarget = \"counter\"\nlasts_s = [0, 1]"),
-                "there is no counter",
-            ),
-            (
-                fault("kind = \"kill\"\ntarget = \"workers\"\nlasts_s = [0, 1]"),
-                "`kill` cannot hit that target",
-            ),
-            (
-                fault("kind = \"notice\"\ntarget = \"training-worker\"\nlasts_s = [8, 9]"),
-                "nothing trains",
-            ),
-            (
-                fault("kind = \"kill\"\nlasts_s = [0, 1]\nall_workers_percent = 5"),
-                "`all_workers_percent` means nothing to `kill`",
-            ),
-            (
-                training("trainers_min = 3, trainers_max = 2"),
-                "with 3 to 2 trainers",
-            ),
-            (
-                training("trainers_max = 2, hidden = [0]"),
-                "`hidden` is [0]",
-            ),
-        ];
-        for (text, expected) in cases {
-            let error = Scenario::from_toml(&text, "small.toml").unwrap_err();
-            let error = error.to_string();
-            assert!(error.starts_with("small.toml:"), "{error}");
-            assert!(error.contains(expected), "{expected}: {error}");
-        }
-    }
-
-    #[test]
-    fn what_takes_packets_away_needs_a_network_of_its_own() {
-        let scenario = Scenario::built_in("leader-kill").unwrap();
-        assert!(!scenario.needs_network());
-        for name in [
-            "partition-storm",
-            "one-way-cuts",
-            "lossy-network",
-            "disk-full",
-        ] {
-            assert!(Scenario::built_in(name).unwrap().needs_network(), "{name}");
-        }
-    }
-}
+#[path = "scenario_tests.rs"]
+mod tests;

@@ -23,9 +23,9 @@ use super::gaps::{Times, unix_ms};
 use super::outcome::shown;
 use super::training::NextStep;
 
-/// A driver whose process was killed.
+/// A driver whose process was killed, or whose machine was cut off ([`silences`](super::silences)).
 #[derive(Debug, Clone, Copy)]
-pub(super) struct KilledDriver {
+pub(super) struct LostDriver {
     pub(super) job: JobId,
     /// The incarnation of its start.
     pub(super) incarnation: u64,
@@ -35,18 +35,18 @@ pub(super) struct KilledDriver {
     pub(super) wall: SystemTime,
 }
 
-impl KilledDriver {
+impl LostDriver {
     /// When a newer driver had taken a step, of all that drivers said.
-    fn next_step(&self, said: &[Said]) -> Option<NextStep> {
-        let killed_ms = unix_ms(self.wall)?;
+    pub(super) fn next_step(&self, said: &[Said]) -> Option<NextStep> {
+        let lost_ms = unix_ms(self.wall)?;
         let job = self.job;
         let of_job = || said.iter().filter(move |said| said.job == job);
         let has_begun = of_job()
-            .any(|said| said.incarnation <= self.incarnation && said.first.ended_ms <= killed_ms);
+            .any(|said| said.incarnation <= self.incarnation && said.first.ended_ms <= lost_ms);
         let newer = of_job().filter(|said| said.incarnation > self.incarnation);
         let ended_ms = newer.map(|said| said.first.ended_ms).min()?;
-        // Before the kill: the head had started the newer one for another reason.
-        let after_ms = ended_ms.checked_sub(killed_ms)?;
+        // Before this one was lost: the head had started the newer one for another reason.
+        let after_ms = ended_ms.checked_sub(lost_ms)?;
         let at_ms = self.at_ms;
         has_begun.then_some(NextStep { at_ms, after_ms })
     }
@@ -54,10 +54,10 @@ impl KilledDriver {
 
 /// What one start of a job's driver said of its first step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Said {
-    job: JobId,
-    incarnation: u64,
-    first: FirstStep,
+pub(super) struct Said {
+    pub(super) job: JobId,
+    pub(super) incarnation: u64,
+    pub(super) first: FirstStep,
 }
 
 /// How soon jobs went on whose drivers were killed.
@@ -73,16 +73,12 @@ pub struct TakeOvers {
 
 impl TakeOvers {
     /// By what drivers said in the logs of workers, whose data are in these directories.
-    pub(super) fn read(killed: &[KilledDriver], data_dirs: &[PathBuf]) -> TakeOvers {
-        let jobs: BTreeSet<JobId> = killed.iter().map(|killed| killed.job).collect();
-        let said: Vec<Said> = jobs
-            .iter()
-            .flat_map(|job| data_dirs.iter().flat_map(move |dir| said_in(dir, *job)))
-            .collect();
-        TakeOvers::of(killed, &said)
+    pub(super) fn read(killed: &[LostDriver], data_dirs: &[PathBuf]) -> TakeOvers {
+        let jobs = killed.iter().map(|killed| killed.job);
+        TakeOvers::of(killed, &said_of(jobs, data_dirs))
     }
 
-    fn of(killed: &[KilledDriver], said: &[Said]) -> TakeOvers {
+    fn of(killed: &[LostDriver], said: &[Said]) -> TakeOvers {
         let next_steps: Vec<NextStep> = killed
             .iter()
             .filter_map(|killed| killed.next_step(said))
@@ -108,6 +104,14 @@ impl TakeOvers {
         let text = format!("kill to next committed step {times}{rest}");
         (self.killed > 0).then_some(("driver", text))
     }
+}
+
+/// What drivers of these jobs said, in the logs of workers whose data are in these directories.
+pub(super) fn said_of(jobs: impl Iterator<Item = JobId>, data_dirs: &[PathBuf]) -> Vec<Said> {
+    let jobs: BTreeSet<JobId> = jobs.collect();
+    jobs.iter()
+        .flat_map(|job| data_dirs.iter().flat_map(move |dir| said_in(dir, *job)))
+        .collect()
 }
 
 /// What drivers of a job said on the worker whose data are in `data_dir`: nothing where none of them ran there, and
@@ -150,8 +154,8 @@ mod tests {
         }
     }
 
-    fn killed(incarnation: u64, wall_ms: u64) -> KilledDriver {
-        KilledDriver {
+    fn killed(incarnation: u64, wall_ms: u64) -> LostDriver {
+        LostDriver {
             job: JOB,
             incarnation,
             at_ms: wall_ms - 1_000,
@@ -160,7 +164,7 @@ mod tests {
     }
 
     /// How long after each kill the next step was done.
-    fn after(killed: &[KilledDriver], said: &[Said]) -> Vec<u64> {
+    fn after(killed: &[LostDriver], said: &[Said]) -> Vec<u64> {
         let found = TakeOvers::of(killed, said);
         assert_eq!(found.killed, killed.len());
         assert_eq!(found.next_step.count, found.next_steps.len());

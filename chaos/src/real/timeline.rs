@@ -125,6 +125,7 @@ impl fmt::Display for Planned {
             Victim::Heads => "all heads",
             Victim::Worker => "a worker",
             Victim::TrainingWorker => "a worker that trains",
+            Victim::DriverWorker => "the worker with the driver that trains",
             Victim::Workers => "all workers",
             Victim::Counter => "the counter",
             Victim::Trainer => "a trainer",
@@ -241,6 +242,33 @@ lasts_s = [0.1, 0.8]
             drawn.push(timeline);
         }
         assert!(drawn.windows(2).all(|two| two[0] != two[1]));
+    }
+
+    #[test]
+    fn silences_are_drawn_from_the_seed_and_are_longer_than_a_job_may_stand_still() {
+        // In which a job is to have gone on elsewhere whose driver is silent; and as much again, so that both run.
+        const ENOUGH: Duration = Duration::from_millis(2 * 1_500);
+        let scenario = Scenario::built_in("driver-silence").unwrap();
+        let mut drawn = Vec::new();
+        for seed in 0..20 {
+            let timeline = Timeline::draw(seed, &scenario, 4 * MINUTE);
+            assert_eq!(timeline, Timeline::draw(seed, &scenario, 4 * MINUTE));
+            for one in timeline.faults() {
+                let hit = (one.kind, one.target, one.peers);
+                let meant = (FaultKind::Cut, Victim::DriverWorker, Peers::Everyone);
+                assert_eq!(hit, meant, "seed {seed}");
+                assert!(one.lasts >= ENOUGH, "seed {seed}: {one}");
+            }
+            // As many as its own verdict asks for.
+            let least = 4.0 * scenario.checks.faults_min_per_minute;
+            let count = timeline.faults().len();
+            assert!(count as f64 >= least, "seed {seed}: {count}");
+            drawn.push(timeline);
+        }
+        assert!(drawn.windows(2).all(|two| two[0] != two[1]));
+        let shown = drawn[0].faults()[0].to_string();
+        let what = "cut the worker with the driver that trains";
+        assert!(shown.contains(what), "{shown}");
     }
 
     #[test]
