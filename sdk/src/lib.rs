@@ -38,7 +38,7 @@
 //!   that bring several values.
 //! * [`mod@task`]: functions that run somewhere in the cluster.
 //! * [`job`]: programs that run on a cluster; [`timeline`]: what took how long in one.
-//!   [`process`]: what `#[mobula::main]` does;
+//!   [`process`]: what `#[mobula::main]` does; [`role`]: what else its process may be started for;
 //!   [`embedded`]: a cluster for one program.
 //! * [`error`]: what can go wrong, and whether it took effect.
 //!
@@ -69,6 +69,7 @@ pub mod prelude;
 pub mod process;
 mod reference;
 mod resolution;
+pub mod role;
 mod stamps;
 pub mod stream;
 pub mod task;

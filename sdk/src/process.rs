@@ -1,4 +1,4 @@
-//! What `#[mobula::main]` does: one program, started by a person, as a driver, or as a host.
+//! What `#[mobula::main]` does: one program, started by a person, as a driver, or as a host (or in a [`role`]).
 //!
 //! Started by a person, it ships itself to a cluster as a job and shows that job's output; only
 //! there does the user's main run. So a program behaves the same whether it is run or submitted.
@@ -22,6 +22,7 @@ use crate::farewell::sessions_closed;
 use crate::job::JobHandle;
 use crate::main_end::may_pass_with_another_start;
 pub use crate::main_end::{MainEnd, MainOutcome};
+use crate::role;
 
 /// The environment variable that names the cluster to run on: a data directory, or `ip:port` with
 /// the token in [`TOKEN_ENV`].
@@ -84,14 +85,18 @@ where
     }
 }
 
-/// Takes part in a cluster if an agent started this process for that, with `main` as the job's;
-/// answers `None` where a person started it. Call it before anything else.
+/// Takes part in a cluster if an agent started this process for that, with `main` as the job's, or plays the
+/// [`role`] that it was started for; answers `None` where a person started it. Call it before anything
+/// else.
 pub fn run_in_cluster<F, Fut>(main: F) -> Option<ExitCode>
 where
     F: FnOnce(Cluster, Vec<String>) -> Fut,
     Fut: Future + Send + 'static,
     Fut::Output: MainOutcome,
 {
+    if let Some(asked) = role::asked(|name| std::env::var_os(name)) {
+        return Some(with_runtime(role::play(asked)));
+    }
     match take_bootstrap() {
         Ok(None) => None,
         Ok(Some(bootstrap)) => Some(with_runtime(take_part(bootstrap, main))),

@@ -7,6 +7,7 @@
 
 use std::path::Path;
 
+use bytes::Bytes;
 use mobula::{Cluster, StorageLocation};
 use mobula_core::JobId;
 use mobula_core::control::ModuleId;
@@ -138,10 +139,20 @@ impl Archive {
 
     /// The record of a run that `digest`, in hex, names.
     pub async fn record(&self, digest: &str) -> Result<RunRecord, RecordError> {
+        RunRecord::from_bytes(&self.record_bytes(digest).await?)
+    }
+
+    /// The bytes of that record, verified.
+    pub(crate) async fn record_bytes(&self, digest: &str) -> Result<Bytes, RecordError> {
         let digest = digest
             .parse()
             .map_err(|error: ParseDigestError| RecordError::Malformed(error.to_string()))?;
-        RunRecord::fetch(&self.blobs, &digest).await
+        RunRecord::fetch_bytes(&self.blobs, &digest).await
+    }
+
+    /// The store that they are in.
+    pub(crate) fn blobs(&self) -> &BlobStore {
+        &self.blobs
     }
 
     /// Where a run's data is: in this store, or on this machine. To be read on a thread that may wait.

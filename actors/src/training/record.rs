@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use bytes::Bytes;
 use mobula_core::JobId;
 use mobula_storage::blob::{BlobError, BlobStore};
 use mobula_storage::digest::Digest;
@@ -158,6 +159,14 @@ impl RunRecord {
 
     /// Reads the record that `digest` names.
     pub async fn fetch(blobs: &BlobStore, digest: &Digest) -> Result<Self, RecordError> {
+        RunRecord::from_bytes(&RunRecord::fetch_bytes(blobs, digest).await?)
+    }
+
+    /// The bytes of the record that `digest` names, verified.
+    pub(crate) async fn fetch_bytes(
+        blobs: &BlobStore,
+        digest: &Digest,
+    ) -> Result<Bytes, RecordError> {
         let path = path(digest);
         let bytes = blobs.get(&path, RECORD_BYTES_MAX).await?;
         let found = Digest::of(&bytes);
@@ -165,7 +174,12 @@ impl RunRecord {
             let found = found.to_string();
             return Err(RecordError::Damaged { path, found });
         }
-        let record: RunRecord = serde_json::from_slice(&bytes)
+        Ok(bytes)
+    }
+
+    /// Reads what [`RunRecord::to_bytes`] wrote, here or in another release.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
+        let record: RunRecord = serde_json::from_slice(bytes)
             .map_err(|error| RecordError::Malformed(error.to_string()))?;
         if record.format != FORMAT {
             let format = record.format;

@@ -1,8 +1,9 @@
 //! Making a run once more, in one process, and comparing it step by step with what was recorded of it.
 //!
-//! The bits do not depend on how many workers there were, so one is enough.
+//! The bits do not depend on how many workers there were, so one is enough. A model of a user's own is code that only its
+//! program has: [`program`] runs that one, where `role` makes the run; `channel` is what passes between the two.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::local::{LocalTrainer, TrainError};
 use super::record::{RecordError, RunRecord};
@@ -10,8 +11,12 @@ use super::state::TrainState;
 use super::trace::{Difference, StepTrace};
 use super::workload::Workload;
 
+mod channel;
+pub mod program;
+mod role;
+
 /// What came of it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplayReport {
     /// Steps that were taken.
     pub steps: u64,

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use mobula_storage::blob::BlobError;
 use mobula_storage::checkpoint::{CheckpointReader, LoadError, ManifestName, ManifestRef};
 use mobula_storage::digest::Digest;
@@ -87,15 +88,30 @@ impl StartFrom {
         open: impl Fn() -> Result<mobula_storage::blob::BlobStore, BlobError>,
         log: JobLog,
     ) -> Result<(), StartError> {
+        let step = take_over(&self.fetch(open, log).await?, initial)?;
+        log.line(format_args!(
+            "starting from the weights of {} after step {step}",
+            self.manifest
+        ));
+        Ok(())
+    }
+
+    /// The checkpoint's bytes, verified; the description must have been checked. Waits while the store is out of reach,
+    /// and says so.
+    pub(super) async fn fetch(
+        &self,
+        open: impl Fn() -> Result<mobula_storage::blob::BlobStore, BlobError>,
+        log: JobLog,
+    ) -> Result<Bytes, StartError> {
         let reference = ManifestRef {
             path: self.manifest.clone(),
             digest: self.digest.parse().expect("the description was checked"),
         };
         let mut pause = PAUSE_FIRST;
-        let checkpoint = loop {
+        loop {
             let reader = CheckpointReader::new(open()?, RESTORE_BYTES_MAX);
             match reader.load(&reference).await {
-                Ok(checkpoint) => break checkpoint,
+                Ok(checkpoint) => return Ok(checkpoint.bytes),
                 Err(LoadError::Blob(error)) => log.line(format_args!(
                     "the weights to start from cannot be read: {error}; waiting, next attempt in {} ms",
                     pause.as_millis()
@@ -104,19 +120,19 @@ impl StartFrom {
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
-        };
-        let state = TrainState::from_bytes(&checkpoint.bytes)?;
-        let (found, expected) = (state.params.len(), initial.params.len());
-        if found != expected {
-            return Err(StartError::OtherModel { found, expected });
         }
-        initial.params = state.params;
-        log.line(format_args!(
-            "starting from the weights of {} after step {}",
-            self.manifest, state.step
-        ));
-        Ok(())
     }
+}
+
+/// Gives `initial` the parameters of the checkpoint with these bytes; the step after which it was taken.
+pub(super) fn take_over(bytes: &[u8], initial: &mut TrainState) -> Result<u64, StartError> {
+    let state = TrainState::from_bytes(bytes)?;
+    let (found, expected) = (state.params.len(), initial.params.len());
+    if found != expected {
+        return Err(StartError::OtherModel { found, expected });
+    }
+    initial.params = state.params;
+    Ok(state.step)
 }
 
 #[cfg(test)]

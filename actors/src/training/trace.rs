@@ -48,7 +48,7 @@ pub struct StepTrace {
 pub struct MalformedTrace(String);
 
 /// Where two runs depart from each other.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
     /// After so many steps the states differ; `equal_until` is the last that is known to be equal.
     pub step: u64,

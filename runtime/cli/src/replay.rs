@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use mobula::Cluster;
 use mobula_actors::checkpoint::client::Archive;
+use mobula_actors::training::models::ModelSpec;
 use mobula_actors::training::record::RunRecord;
+use mobula_actors::training::replay::program::{ReplayStage, replay_in_program};
 use mobula_actors::training::replay::{ReplayReport, replay};
 use mobula_actors::training::state::TrainState;
 use mobula_actors::training::trace::Difference;
@@ -15,6 +17,7 @@ use mobula_actors::training::workload::Workload;
 use mobula_core::id::JobId;
 use serde::Serialize;
 use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{StoreArguments, Target};
 use crate::checkpoints::archive;
@@ -30,17 +33,147 @@ const DEPENDENCIES_SHOWN: usize = 10;
 /// Rows of steps that are named to a person, of those that were not recorded.
 const GAPS_SHOWN: usize = 5;
 
-/// Makes a job's run once more, here, and says whether it ends in the same bits.
+/// How a run is made once more.
+#[derive(Clone, Copy)]
+pub(crate) struct ReplayOptions {
+    /// Only so many steps.
+    pub(crate) steps: Option<u64>,
+    /// Whether the program that ran may be run on this machine.
+    pub(crate) run_program: bool,
+    pub(crate) json: bool,
+}
+
+/// Makes a job's run once more, on this machine, and says whether it ends in the same bits.
 pub(crate) async fn run_replay(
     target: &Target,
     job: JobId,
-    steps: Option<u64>,
+    options: ReplayOptions,
     store: &StoreArguments,
-    json: bool,
 ) -> anyhow::Result<ExitCode> {
     let cluster = connect(target).await?;
     let archive = archive(&cluster, store).await?;
-    let record = record_of(&cluster, &archive, job).await?;
+    let digest = record_digest(&cluster, job).await?;
+    let record = archive.record(&digest).await?;
+    let telling = Telling::of(job, &record, options);
+    let report = match &record.spec.model {
+        ModelSpec::Custom { .. } if options.run_program => {
+            Box::pin(in_its_program(&archive, &digest, options, telling)).await?
+        }
+        ModelSpec::Custom { name, .. } => bail!(
+            "the model `{name}` is part of the program that ran, and not of `mobula`: `{}` fetches that program \
+             (BLAKE3 {}) from the cluster's object store and runs it on this machine, with all your rights",
+            command_with_program(job, options, store),
+            record.program.blake3.as_deref().unwrap_or("not known"),
+        ),
+        _ => here(&archive, record, options, telling).await?,
+    };
+    if options.json {
+        print_json(&report)?;
+    } else {
+        say(&report);
+    }
+    Ok(if report.equal {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// The command that may run the program, for the same replay.
+fn command_with_program(job: JobId, options: ReplayOptions, store: &StoreArguments) -> String {
+    let mut text = format!("mobula train replay {job} --run-program");
+    if let Some(steps) = options.steps {
+        text += &format!(" --steps {steps}");
+    }
+    if let Some(config) = &store.config {
+        text += &format!(" --config {}", config.display());
+    }
+    if options.json {
+        text += " --json";
+    }
+    text
+}
+
+/// What a person is told while a replay goes on.
+struct Telling {
+    is_silent: bool,
+    job: JobId,
+    name: String,
+    recorded: u64,
+    total: u64,
+    said: Instant,
+}
+
+impl Telling {
+    fn of(job: JobId, record: &RunRecord, options: ReplayOptions) -> Self {
+        Telling {
+            is_silent: options.json,
+            job,
+            name: record.spec.name.clone(),
+            recorded: record.steps,
+            total: record.steps.min(options.steps.unwrap_or(u64::MAX)),
+            said: Instant::now(),
+        }
+    }
+
+    fn begin(&mut self) {
+        self.said = Instant::now();
+        if !self.is_silent {
+            println!(
+                "replaying {} of {} steps of {} (`{}`) on this machine",
+                self.total, self.recorded, self.job, self.name
+            );
+        }
+    }
+
+    fn step(&mut self, step: u64) {
+        if !self.is_silent && self.said.elapsed() >= PROGRESS_EVERY {
+            println!("step {step}/{}", self.total);
+            self.said = Instant::now();
+        }
+    }
+}
+
+/// Replays the run of a model of the user's own, in the program that ran.
+async fn in_its_program(
+    archive: &Archive,
+    digest: &str,
+    options: ReplayOptions,
+    mut telling: Telling,
+) -> anyhow::Result<ReplayReport> {
+    let replayed = replay_in_program(archive, digest, options.steps, |stage| match stage {
+        ReplayStage::Began => telling.begin(),
+        ReplayStage::Step(step) => telling.step(step),
+    });
+    tokio::select! {
+        replayed = replayed => Ok(replayed?),
+        // The program and its folder are gone when this returns.
+        stopped = stopped() => {
+            stopped.context("signals cannot be heard")?;
+            bail!("the replay was interrupted")
+        }
+    }
+}
+
+/// Returns when somebody ends this process, but for those who do it the hard way.
+async fn stopped() -> std::io::Result<()> {
+    let mut hung_up = signal(SignalKind::hangup())?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+        _ = hung_up.recv() => {}
+        _ = terminated.recv() => {}
+    }
+    Ok(())
+}
+
+/// Replays the run of a built-in model, in this process.
+async fn here(
+    archive: &Archive,
+    record: RunRecord,
+    options: ReplayOptions,
+    mut telling: Telling,
+) -> anyhow::Result<ReplayReport> {
     let (spec, files) = (record.spec.clone(), archive.files(Handle::current()));
     let workload = tokio::task::spawn_blocking(move || Workload::load(&spec, &files))
         .await
@@ -53,35 +186,17 @@ pub(crate) async fn run_replay(
         }
         None => None,
     };
-    let steps_max = steps.unwrap_or(u64::MAX);
-    let total = record.steps.min(steps_max);
-    if !json {
-        println!(
-            "replaying {total} of {} steps of {job} (`{}`) on this machine",
-            record.steps, record.spec.name
-        );
-    }
-    let report = tokio::task::spawn_blocking(move || {
-        let mut said = Instant::now();
+    let steps_max = options.steps.unwrap_or(u64::MAX);
+    telling.begin();
+    let replayed = tokio::task::spawn_blocking(move || {
         replay(&record, &workload, start, steps_max, |step| {
-            if !json && said.elapsed() >= PROGRESS_EVERY {
-                println!("step {step}/{total}");
-                said = Instant::now();
-            }
+            telling.step(step);
         })
-    })
-    .await
-    .context("the replay did not come to an end")??;
-    if json {
-        print_json(&report)?;
-    } else {
-        say(&report);
-    }
-    Ok(if report.equal {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    });
+    let report = replayed
+        .await
+        .context("the replay did not come to an end")??;
+    Ok(report)
 }
 
 fn say(report: &ReplayReport) {
@@ -224,6 +339,11 @@ pub(crate) async fn run_diff(
 }
 
 async fn record_of(cluster: &Cluster, archive: &Archive, job: JobId) -> anyhow::Result<RunRecord> {
+    Ok(archive.record(&record_digest(cluster, job).await?).await?)
+}
+
+/// What names the record of a job's run.
+async fn record_digest(cluster: &Cluster, job: JobId) -> anyhow::Result<String> {
     let status = cluster.job_handle(job).status().await?;
     if status.ended_ms.is_none() {
         bail!("{job} has not ended: its record is made at its end");
@@ -239,12 +359,33 @@ async fn record_of(cluster: &Cluster, archive: &Archive, job: JobId) -> anyhow::
             status.state
         )
     })?;
-    Ok(archive.record(digest).await?)
+    Ok(digest.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_command_that_runs_the_program_is_for_the_same_replay() {
+        let job = JobId(12);
+        let mut options = ReplayOptions {
+            steps: None,
+            run_program: false,
+            json: false,
+        };
+        let mut store = StoreArguments { config: None };
+        assert_eq!(
+            command_with_program(job, options, &store),
+            "mobula train replay job-12 --run-program"
+        );
+        (options.steps, options.json) = (Some(20), true);
+        store.config = Some("s3.toml".into());
+        assert_eq!(
+            command_with_program(job, options, &store),
+            "mobula train replay job-12 --run-program --steps 20 --config s3.toml --json"
+        );
+    }
 
     #[test]
     fn steps_that_were_not_recorded_are_named_row_by_row() {

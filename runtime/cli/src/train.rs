@@ -30,9 +30,17 @@ pub(crate) async fn run(
         Some(TrainCommand::Replay {
             job,
             steps,
+            run_program,
             store,
             format,
-        }) => replay::run_replay(target, job, steps, &store, format.json).await,
+        }) => {
+            let options = replay::ReplayOptions {
+                steps,
+                run_program,
+                json: format.json,
+            };
+            Box::pin(replay::run_replay(target, job, options, &store)).await
+        }
         Some(TrainCommand::Diff {
             a,
             b,

@@ -2,8 +2,10 @@
 //!
 //! Invariant: a file is read whole or not at all, and never more of it than its limit.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mobula_storage::blob::{BlobErrorKind, BlobStore};
@@ -25,7 +27,19 @@ pub const STORE_PREFIX: &str = "store:";
 /// Where data files are read from.
 #[derive(Debug, Clone, Default)]
 pub struct Files {
-    store: Option<(BlobStore, Handle)>,
+    blobs: Blobs,
+}
+
+/// Where blobs are read from.
+#[derive(Debug, Clone, Default)]
+enum Blobs {
+    /// From nowhere.
+    #[default]
+    None,
+    /// From an object store, which is asked on this runtime.
+    Store(BlobStore, Handle),
+    /// From files of this machine, by the blobs' names.
+    Copies(Arc<BTreeMap<String, PathBuf>>),
 }
 
 impl Files {
@@ -40,7 +54,15 @@ impl Files {
     #[must_use]
     pub fn with_store(store: BlobStore, runtime: Handle) -> Self {
         Files {
-            store: Some((store, runtime)),
+            blobs: Blobs::Store(store, runtime),
+        }
+    }
+
+    /// Also blobs that were copied to files of this machine, by their names.
+    #[must_use]
+    pub fn with_copies(copies: BTreeMap<String, PathBuf>) -> Self {
+        Files {
+            blobs: Blobs::Copies(Arc::new(copies)),
         }
     }
 
@@ -81,10 +103,13 @@ impl Files {
     }
 
     fn read_blob(&self, blob: &str) -> Result<Vec<u8>, DataError> {
-        let Some((store, runtime)) = &self.store else {
-            return Err(DataError::NoStore {
-                file: blob.to_owned(),
-            });
+        let unknown = || DataError::NoStore {
+            file: blob.to_owned(),
+        };
+        let (store, runtime) = match &self.blobs {
+            Blobs::None => return Err(unknown()),
+            Blobs::Store(store, runtime) => (store, runtime),
+            Blobs::Copies(copies) => return read_local(copies.get(blob).ok_or_else(unknown)?),
         };
         match runtime.block_on(store.get(blob, FILE_BYTES_MAX)) {
             Ok(bytes) => Ok(bytes.to_vec()),
@@ -100,12 +125,13 @@ impl Files {
     }
 }
 
-fn read_local(name: &str) -> Result<Vec<u8>, DataError> {
+fn read_local(path: impl AsRef<Path>) -> Result<Vec<u8>, DataError> {
+    let path = path.as_ref();
     let mut bytes = Vec::new();
-    File::open(name)
+    File::open(path)
         .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
         .map_err(|source| DataError::Unreadable {
-            file: name.to_owned(),
+            file: path.display().to_string(),
             source,
         })?;
     Ok(bytes)

@@ -51,6 +51,10 @@ pub(crate) enum TrainCommand {
         /// Only so many steps.
         #[arg(long, value_name = "N")]
         steps: Option<u64>,
+        /// For a model of the user's own: fetch the program that ran from the object store, and run it on this
+        /// machine, with all rights of whoever says this.
+        #[arg(long)]
+        run_program: bool,
         #[command(flatten)]
         store: StoreArguments,
         #[command(flatten)]
