@@ -1,5 +1,6 @@
 use std::sync::atomic::AtomicBool;
 
+use super::super::lane::Deadline;
 use super::super::oip::{OipError, TensorData};
 use super::super::replica::{Inference, classified};
 use super::super::rows::{Batch, Row};
@@ -390,6 +391,27 @@ async fn a_queue_that_would_outlast_the_deadline_is_not_joined() {
             .await
             .is_ok()
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_router_that_is_late_takes_less_than_one_that_is_not() {
+    let (fleet, _) = fleet(1);
+    let lanes = fleet.lanes();
+    lanes[0].set_batch_time(Duration::from_millis(10));
+    // The batch that runs, and one's own.
+    lanes[0].rows_in_flight.store(1, Ordering::Relaxed);
+    let deadline = || Deadline::of(Duration::from_millis(30));
+    let asked = rows(&[1.0]);
+    for (lag_ms, expected_ms) in [(0, None), (5, None), (6, Some(32))] {
+        let late = deadline().behind(Duration::from_millis(lag_ms));
+        let tried = lanes[0].first_try(&late, &asked, false);
+        let expected = expected_ms.map(Duration::from_millis);
+        assert_eq!(tried.err(), expected, "{lag_ms} ms late");
+    }
+    // Nobody else could know of an idle replica's pace.
+    lanes[0].rows_in_flight.store(0, Ordering::Relaxed);
+    let late = deadline().behind(Duration::from_secs(1));
+    assert!(lanes[0].first_try(&late, &asked, false).is_ok());
 }
 
 #[tokio::test(start_paused = true)]

@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 
 use super::auth::{Caller, Gate, Subject};
 use super::compression::{self, ContentEncoding};
+use super::failure_log;
 use super::fleet::affinity::AFFINITY;
 pub use super::inference_service::{BodyLimits, InferenceService, RepositoryChange, ServiceFuture};
 use super::oip::{
@@ -30,6 +31,7 @@ use super::oip::{
     ServerMetadata, classify, decode_raw_request, decode_request, encode_response, is_asked,
     validate_request,
 };
+use super::server::AskAgainAfter;
 
 /// Bodies from this size on are decoded on the blocking pool: below, the hand-over costs more than the work.
 const OFFLOAD_MIN_BYTES: usize = 256 << 10;
@@ -463,10 +465,13 @@ impl IntoResponse for OipError {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status()).expect("every status is a valid one");
         if status.is_server_error() {
-            tracing::warn!(status = status.as_u16(), error = %self, "inference call failed");
+            failure_log::tell(&self);
         }
         let mut response = json_response(&json!({"error": self.to_string()}));
         *response.status_mut() = status;
+        if let Some(pause) = self.want_of_room() {
+            response.extensions_mut().insert(AskAgainAfter(pause));
+        }
         let headers = response.headers_mut();
         match self {
             Self::Unauthorized => {

@@ -439,3 +439,31 @@ async fn an_answer_explains_itself_when_it_is_asked() {
         plain.bytes().await.unwrap()
     );
 }
+
+#[test]
+fn only_a_want_of_room_has_callers_wait_who_ask_again_at_once() {
+    let marked = |error: OipError| {
+        let marked: Option<AskAgainAfter> = error.into_response().extensions().get().copied();
+        marked.map(|AskAgainAfter(pause)| pause.as_millis())
+    };
+    let full = OipError::Overloaded {
+        queued: 256,
+        limit: 256,
+    };
+    assert_eq!(marked(full.clone()), Some(1_000));
+    let of_a_graph = OipError::Node {
+        graph: "g".to_owned(),
+        node: "n".to_owned(),
+        error: Box::new(full),
+    };
+    assert_eq!(marked(of_a_graph), Some(1_000));
+    // The text says it more closely than the header's whole seconds.
+    let too_fast = OipError::RateLimited {
+        per_second: 40,
+        retry_after_ms: 25,
+    };
+    assert_eq!(marked(too_fast), Some(25));
+    assert_eq!(marked(OipError::ShuttingDown), None);
+    let late = OipError::DeadlineExceeded { limit_ms: 6 };
+    assert_eq!(marked(late), None);
+}

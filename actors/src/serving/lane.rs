@@ -1,17 +1,18 @@
-//! One replica of a fleet: its place, its queue, and how fast it is. What it is sent from that queue, `runner` says.
+//! One replica of a fleet: its place and its queue. What it is sent from that queue, `runner` says; how fast it is, `pace`.
 
+mod pace;
 mod runner;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::pace::Pace;
 use self::runner::Runner;
-use super::arm::lock;
 use super::batcher::{BatchAnswer, BatchError, Batcher, BatcherHandle};
 use super::guard::traffic::Traffic;
 use super::replica::{Inference, RefusedRow};
@@ -20,9 +21,6 @@ use super::rows::{Batch, Row};
 
 /// Rows in a batch: large enough that the model, not the call around it, takes the time.
 pub const BATCH_ROWS_MAX: usize = 128;
-
-/// How long it is believed how much memory a replica had in use: it says so only with answers.
-const MEMORY_AGE_MAX: Duration = Duration::from_secs(10);
 
 /// How long a batch may take before its requests are sent elsewhere. A batch takes milliseconds;
 /// this is how long it takes to find that a process has vanished.
@@ -134,32 +132,6 @@ impl<B> Drop for Lane<B> {
     }
 }
 
-/// How fast a replica is.
-#[derive(Default)]
-struct Pace {
-    /// What a batch took lately, in microseconds; 0 before the first.
-    batch_us: AtomicU64,
-    /// Batches that it answered.
-    answered: AtomicU64,
-    /// The memory that its process had in use at its last answer, in percent, and when that was.
-    memory: Mutex<Option<(u8, Instant)>>,
-}
-
-impl Pace {
-    fn record(&self, taken: Duration) {
-        let taken_us = u64::try_from(taken.as_micros()).unwrap_or(u64::MAX).max(1);
-        // One batch runs at a time, so nobody else writes.
-        let before = self.batch_us.load(Ordering::Relaxed);
-        let after = if before == 0 {
-            taken_us
-        } else {
-            (before * 7 + taken_us) / 8
-        };
-        self.batch_us.store(after.max(1), Ordering::Relaxed);
-        self.answered.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
 impl<B: Backend> Lane<B> {
     /// The place of the replica with this number; `openings` is told when it is opened, and `traffic` what it computes.
     pub(super) fn new(
@@ -213,9 +185,11 @@ impl<B> Lane<B> {
         let left = deadline.left();
         let rows = self.rows_in_flight.load(Ordering::Relaxed);
         let wait = self.expected_wait(rows, asked);
+        // The caller has waited by now until the request was read, and will until its answer is written.
+        let expected = wait + deadline.lag * 2;
         // An idle replica is always asked: it may have become faster.
-        if rows > 0 && wait > left {
-            return Err(wait);
+        if rows > 0 && expected > left {
+            return Err(expected);
         }
         let half = left / 2;
         if has_another && wait <= half {
@@ -228,26 +202,26 @@ impl<B> Lane<B> {
     fn expected_wait(&self, rows: usize, asked: &[Row]) -> Duration {
         // What a model does not join is computed one after the other.
         let joined = asked.first().and_then(|row| row.batch_rows_max);
-        let batch_rows = joined.map_or(1, |rows| rows.clamp(1, BATCH_ROWS_MAX));
+        let batch_rows_max = joined.map_or(1, |rows| rows.clamp(1, BATCH_ROWS_MAX));
         let batches = match rows {
             0 => 1,
             // The batch that runs, those that wait, and one's own.
-            rows => (rows / batch_rows + 2) as u64,
+            rows => (rows / batch_rows_max + 2) as u32,
         };
-        let batch_us = self.pace.batch_us.load(Ordering::Relaxed);
-        Duration::from_micros(batch_us.saturating_mul(batches))
+        // While a batch runs as many come as came during the one before, so all that is here may be one.
+        let batch_rows = (rows + asked.len()).min(batch_rows_max);
+        self.pace.batch(batch_rows).saturating_mul(batches)
     }
 
-    /// What a batch took lately; nothing before the first.
-    pub(super) fn batch_time(&self) -> Duration {
-        Duration::from_micros(self.pace.batch_us.load(Ordering::Relaxed))
+    /// What a batch of a single row takes; nothing before the first batch.
+    pub(super) fn least_batch_time(&self) -> Duration {
+        self.pace.batch(1)
     }
 
     /// What a batch takes, as a test has it.
     #[cfg(test)]
     pub(super) fn set_batch_time(&self, taken: Duration) {
-        let taken_us = taken.as_micros() as u64;
-        self.pace.batch_us.store(taken_us, Ordering::Relaxed);
+        self.pace.set(taken);
     }
 
     /// Requests in its queue.
@@ -257,14 +231,12 @@ impl<B> Lane<B> {
 
     /// The memory that its process had in use at its last answer, in percent; 0 if that is not known, or was long ago.
     pub(super) fn memory_percent(&self) -> u8 {
-        let known = *lock(&self.pace.memory);
-        let fresh = known.filter(|(_, at)| at.elapsed() < MEMORY_AGE_MAX);
-        fresh.map_or(0, |(percent, _)| percent)
+        self.pace.memory_percent()
     }
 
     /// Batches that it has answered.
     pub(super) fn answered(&self) -> u64 {
-        self.pace.answered.load(Ordering::Relaxed)
+        self.pace.answered()
     }
 }
 
@@ -272,13 +244,21 @@ impl<B> Lane<B> {
 pub(super) struct Deadline {
     pub(super) limit: Duration,
     pub(super) at: Instant,
+    /// How late the router is that reads the request and writes its answer.
+    lag: Duration,
 }
 
 impl Deadline {
     /// So much from now on.
     pub(super) fn of(limit: Duration) -> Self {
         let at = Instant::now() + limit;
-        Deadline { limit, at }
+        let lag = Duration::ZERO;
+        Deadline { limit, at, lag }
+    }
+
+    /// The same for a request that was read so late, and whose answer will be written so late.
+    pub(super) fn behind(self, lag: Duration) -> Self {
+        Deadline { lag, ..self }
     }
 
     pub(super) fn left(&self) -> Duration {

@@ -32,6 +32,7 @@
 //! * [`http`]: the protocol over HTTP for any [`http::InferenceService`].
 //! * [`grpc`]: the same over gRPC.
 //! * [`server`]: accepts connections for that router, within bounds, and stops in order.
+//! * `failure_log`: what either says in the log about requests without an answer.
 
 mod about;
 pub mod access;
@@ -50,6 +51,7 @@ pub mod endpoint_service;
 mod executor;
 pub mod experiment;
 mod failing_rows;
+mod failure_log;
 pub mod feed;
 pub mod fleet;
 mod gate;

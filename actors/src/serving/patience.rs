@@ -100,7 +100,14 @@ impl BatchCost {
         }
     }
 
-    /// What a batch of so many rows is expected to take; nothing before the first.
+    /// What a batch of so many rows is likely to take, in seconds: the average of all while the two costs are not told apart.
+    #[must_use]
+    pub fn likely_seconds(&self, rows: usize) -> f64 {
+        let (a, b) = self.fit().unwrap_or((0.0, self.time.value));
+        a * rows as f64 + b
+    }
+
+    /// What a batch of so many rows takes at the worst; nothing before the first.
     #[must_use]
     pub fn expected(&self, rows: usize) -> Duration {
         Duration::try_from_secs_f64(self.seconds(rows as f64)).unwrap_or(Duration::ZERO)

@@ -6,9 +6,11 @@
 //!    head for as long, and an HTTP/2 one whose peer does not answer a ping after it.
 //! 4. A request's head is bounded: [`HEAD_BYTES_MAX`] and [`HEADERS_MAX`], for HTTP/2 [`HTTP2_HEADERS_BYTES_MAX`]. One beyond
 //!    them, and one that cannot be read, hyper answers by itself: 431 and 400, without a body.
-//! 5. On shutdown the listener closes at once, requests in flight get [`DRAIN_TIMEOUT`] to finish, and no task is left.
+//! 5. Who is refused for want of room and asks again at once waits for its next refusal: see `paced`.
+//! 6. On shutdown the listener closes at once, requests in flight get [`DRAIN_TIMEOUT`] to finish, and no task is left.
 
 mod at_once;
+mod paced;
 
 use std::future::Future;
 use std::io;
@@ -28,6 +30,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use self::at_once::AtOnce;
+pub(super) use self::paced::AskAgainAfter;
+use self::paced::Paced;
 
 /// Connections served at once. A connection costs some 20 kB idle and at most a request body each while busy.
 pub const MAX_CONNECTIONS: usize = 1024;
@@ -250,7 +254,7 @@ async fn serve_connection(
         .max_header_list_size(HTTP2_HEADERS_BYTES_MAX)
         .keep_alive_interval(idle_timeout)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
-    let service = TowerToHyperService::new(router);
+    let service = TowerToHyperService::new(Paced::new(router));
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let mut is_stopping = false;
     loop {

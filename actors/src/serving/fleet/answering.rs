@@ -69,7 +69,7 @@ impl<B: Backend> Fleet<B> {
         let entered = self.traffic.load.enter();
         self.traffic.earn_retry();
         let deadline = match limit {
-            Some(limit) => Deadline::of(limit.min(DEADLINE_MAX)),
+            Some(limit) => Deadline::of(limit.min(DEADLINE_MAX)).behind(self.traffic.lag.lately()),
             // Waiting for a replica does not count then.
             None => Deadline::of(WAKE_TIMEOUT + REQUEST_TIMEOUT),
         };
@@ -85,7 +85,7 @@ impl<B: Backend> Fleet<B> {
         let tried = self.try_twice(&first, rows, &deadline).await;
         let answer = tried.map_err(|error| {
             // Where an idle replica would be late too, no number of them would do.
-            if error.is_want_of_room() && first.batch_time() <= deadline.limit {
+            if error.is_want_of_room() && first.least_batch_time() <= deadline.limit {
                 entered.refused();
             }
             self.outcome(error, &deadline, is_given)

@@ -30,6 +30,7 @@ use self::proto::grpc_inference_service_server::{
 };
 use super::about::TIMEOUT;
 use super::auth::{Caller, Gate, Subject};
+use super::failure_log;
 use super::http::{BodyLimits, InferenceService, RepositoryChange, oip_router};
 use super::oip::{
     IndexRequest, InferRequest, ModelMetadata, OipError, Parameter, classify, validate_request,
@@ -179,7 +180,7 @@ fn status_of(error: OipError) -> Status {
         _ => Code::InvalidArgument,
     };
     if matches!(code, Code::Internal | Code::Unavailable) {
-        tracing::warn!(?code, %error, "inference call failed");
+        failure_log::tell(&error);
     }
     Status::new(code, error.to_string())
 }

@@ -4,9 +4,11 @@
 //! * [`outlier`]: a replica that fails again and again gets no requests for a while.
 //! * [`budget`]: second tries are a share of the requests, so that failures do not multiply them.
 //! * [`rate`]: an endpoint takes so many requests a second.
+//! * [`lag`]: how long what is ready waits for a thread.
 //! * [`traffic`]: what all versions of one endpoint share of these, and counts of what was refused.
 
 pub mod budget;
+pub mod lag;
 pub mod outlier;
 pub mod rate;
 pub mod traffic;

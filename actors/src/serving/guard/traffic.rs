@@ -1,10 +1,11 @@
 //! What all versions of an endpoint share: one load, one limit, one budget.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
 
 use super::budget::RetryBudget;
+use super::lag::Lag;
 use super::rate::RateLimiter;
 use crate::serving::autoscaler::load::LoadMeter;
 use crate::serving::oip::OipError;
@@ -30,6 +31,8 @@ pub struct Counts {
 pub struct Traffic {
     /// What is in flight.
     pub load: LoadMeter,
+    /// How late its router is.
+    pub lag: Arc<Lag>,
     limiter: Mutex<Option<RateLimiter>>,
     retries: Mutex<RetryBudget>,
     counts: Mutex<Counts>,
@@ -40,6 +43,7 @@ impl Default for Traffic {
     fn default() -> Self {
         Traffic {
             load: LoadMeter::default(),
+            lag: Arc::default(),
             limiter: Mutex::new(None),
             retries: Mutex::new(RetryBudget::new(0)),
             counts: Mutex::default(),

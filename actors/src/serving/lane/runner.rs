@@ -88,20 +88,26 @@ impl<B: Backend> BatchRunner for Runner<B> {
             return Err(format!("replica {} is not running", self.number));
         };
         let count = rows.len();
-        let began = Instant::now();
+        let running = self.pace.begin(count);
         let Unanswered { failure, limit } = tokio::select! {
             answer = self.infer(&backend, rows, until) => match answer {
                 Ok(answers) => {
-                    self.pace.record(began.elapsed());
+                    running.answered();
                     return Ok(answers);
                 }
                 Err(unanswered) => unanswered,
             },
             // Closed by whoever watches the replica, or opened with a newer start of it.
             _ = berth.changed() => {
+                running.failed();
                 return Err(format!("replica {} ended while it held the batch", self.number));
             }
         };
+        match failure {
+            // Its callers were gone before its end.
+            BackendFailure::Late if limit < BATCH_TIMEOUT => drop(running),
+            _ => running.failed(),
+        }
         match failure {
             BackendFailure::Refused(reason) => Ok(all(count, Refusal::Failed(reason))),
             // Only a replica that names other rows than before gets here.
@@ -269,8 +275,7 @@ impl<B: Backend> Runner<B> {
     /// The rows of an answer to `count` rows. One that does not fit them is a refusal: another replica would say the same.
     fn answered(&self, inference: Inference, count: usize) -> Vec<Result<Row, Refusal>> {
         self.traffic.load.computed(inference.computed_ns);
-        let now = Instant::now();
-        *lock(&self.pace.memory) = inference.memory_percent.map(|percent| (percent, now));
+        self.pace.uses_memory(inference.memory_percent);
         match inference.outputs.split() {
             Ok(rows) => {
                 let energies = inference.energies.into_iter().map(Some);

@@ -1,5 +1,7 @@
 //! What can go wrong with a request, and the HTTP status each of it has.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -431,6 +433,22 @@ impl OipError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         matches!(self.status(), 429 | 503)
+    }
+
+    /// Where there was no room for a request: after how long there may be.
+    #[must_use]
+    pub fn want_of_room(&self) -> Option<Duration> {
+        match self {
+            Self::RateLimited { retry_after_ms, .. }
+            | Self::TokenRateLimited { retry_after_ms, .. } => {
+                Some(Duration::from_millis(*retry_after_ms))
+            }
+            Self::Overloaded { .. } | Self::WouldBeLate { .. } => {
+                Some(Duration::from_secs(self.retry_after_s()))
+            }
+            Self::Node { error, .. } => error.want_of_room(),
+            _ => None,
+        }
     }
 
     /// After how many whole seconds the same request may succeed.
