@@ -10,16 +10,17 @@
 //! 6. On shutdown the listener closes at once, requests in flight get [`DRAIN_TIMEOUT`] to finish, and no task is left.
 
 mod at_once;
+mod beside;
 mod paced;
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use mobula::{ActorContext, ContextExt};
@@ -30,6 +31,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use self::at_once::AtOnce;
+use self::beside::Beside;
 pub(super) use self::paced::AskAgainAfter;
 use self::paced::Paced;
 
@@ -240,7 +242,8 @@ async fn serve_connection(
             return;
         }
     }
-    let mut builder = Builder::new(TokioExecutor::new());
+    let beside = Beside::default();
+    let mut builder = Builder::new(beside.clone());
     builder
         .http1()
         .timer(TokioTimer::new())
@@ -258,8 +261,15 @@ async fn serve_connection(
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let mut is_stopping = false;
     loop {
+        let served = poll_fn(|context| {
+            let ended = connection.as_mut().poll(context);
+            if ended.is_pending() {
+                beside.poll(context);
+            }
+            ended
+        });
         tokio::select! {
-            result = connection.as_mut() => {
+            result = served => {
                 if let Err(error) = result {
                     // Clients go away in the middle of things; this is not the server's failure.
                     tracing::debug!(%error, "HTTP connection ended early");

@@ -4,7 +4,7 @@
 //! request was read and knows of neither, so whoever says beforehand whether there is time must add both.
 //!
 //! Invariants:
-//! 1. It is measured where somebody asks, one at a time and at most every [`PAUSE`], and costs nothing otherwise.
+//! 1. It is measured where somebody asks, one at a time and at most every 5 ms, and costs nothing otherwise.
 //! 2. What was measured long ago says nothing: then it counts as none.
 
 use std::sync::Arc;
