@@ -319,7 +319,7 @@ mod tests {
         let policy = RestartPolicy::times(10);
         assert_eq!(
             [1, 2, 3, 20, 99].map(|n| policy.backoff_ms(n)),
-            [100, 200, 400, 5000, 5000]
+            [0, 100, 200, 5000, 5000]
         );
         assert_eq!(RestartPolicy::NEVER.backoff_ms(1), 0);
     }

@@ -47,12 +47,16 @@ fn a_back_off_is_named_with_what_is_left_of_it() {
     let (_, driver) = cluster.submit(job_spec("train", 3));
     cluster.place();
     cluster.start(driver);
+    // The first restart comes at once.
+    cluster.exit(driver, ExitReason::HostExited(2));
+    cluster.place();
+    cluster.start(driver);
     cluster.exit(driver, ExitReason::HostExited(2));
     cluster.now_ms += 40;
     let explained = explain_actor(&cluster.tables, driver, cluster.now_ms).unwrap();
     assert_eq!(
         explained.verdict,
-        "waits another 60 ms before restart 1 of at most 3 (host process exited with code 2)"
+        "waits another 60 ms before restart 2 of at most 3 (host process exited with code 2)"
     );
 }
 
