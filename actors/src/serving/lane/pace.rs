@@ -4,7 +4,8 @@
 //! a replica that gets slower or faster does so at all sizes, which a few batches show.
 //!
 //! Invariant: a batch whose callers have all gone before its end counts as well, by the time that it had until then, if that is longer
-//! than expected. Otherwise only those that were fast enough would, and a replica would be taken for one that is.
+//! than expected, and for twice of that at the most. Otherwise only those that were fast enough would, and a replica would be taken for
+//! one that is.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -134,8 +135,11 @@ impl Drop for Running<'_> {
     fn drop(&mut self) {
         let had = self.began.elapsed();
         let mut speed = lock(&self.pace.speed);
-        if had.as_secs_f64() > speed.seconds(self.rows) {
-            speed.record(self.rows, had);
+        let expected = Duration::try_from_secs_f64(speed.seconds(self.rows));
+        let expected = expected.unwrap_or(Duration::ZERO);
+        // One that hangs has not become slower: it takes several such batches to tell.
+        if had > expected && !expected.is_zero() {
+            speed.record(self.rows, had.min(expected * 2));
         }
     }
 }
@@ -187,6 +191,11 @@ mod tests {
         }
         assert!(pace.batch(64) > 40 * MS, "{:?}", pace.batch(64));
         assert_eq!(pace.answered(), 0);
+        // A single one that hangs says little.
+        let hung = pace.begin(64);
+        tokio::time::advance(2_000 * MS).await;
+        drop(hung);
+        assert!(pace.batch(64) < 100 * MS, "{:?}", pace.batch(64));
         // Who goes away earlier says nothing, nor does what failed.
         let before = pace.batch(64);
         for _ in 0..40 {
