@@ -394,6 +394,27 @@ async fn a_queue_that_would_outlast_the_deadline_is_not_joined() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_request_for_which_one_replica_is_too_slow_goes_to_another() {
+    let (fleet, _) = fleet(2);
+    let lanes = fleet.lanes();
+    let limit = Some(Duration::from_millis(100));
+    for (slow, fast) in [(0, 1), (1, 0)] {
+        // The slow one has fewer rows in flight, so it is the one that is chosen.
+        lanes[slow].set_batch_time(Duration::from_secs(1));
+        lanes[slow].rows_in_flight.store(1, Ordering::Relaxed);
+        lanes[fast].set_batch_time(Duration::from_millis(1));
+        lanes[fast].rows_in_flight.store(5, Ordering::Relaxed);
+        let answer = fleet.infer_within("digits", rows(&[4.0]), limit).await;
+        assert_eq!(class(&answer.unwrap().outputs[0]), 4);
+    }
+    for lane in &lanes {
+        lane.set_batch_time(Duration::from_secs(1));
+    }
+    let late = fleet.infer_within("digits", rows(&[4.0]), limit).await;
+    assert!(matches!(late, Err(OipError::WouldBeLate { .. })));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_router_that_is_late_takes_less_than_one_that_is_not() {
     let (fleet, _) = fleet(1);
     let lanes = fleet.lanes();

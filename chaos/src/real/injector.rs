@@ -26,10 +26,10 @@ use super::timeline::Planned;
 use crate::faults::Target;
 
 /// How often is looked whether a process ended by itself.
-pub(super) const WATCH_INTERVAL: Duration = Duration::from_millis(250);
+const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
 /// A job's process may just have been killed and not be there yet.
-pub(super) const JOB_PROCESS_MAX: Duration = Duration::from_secs(5);
+const JOB_PROCESS_MAX: Duration = Duration::from_secs(5);
 
 /// A change of the group is asked for so often: the head that is asked may be about to go.
 const REMOVE_ATTEMPTS: u32 = 5;
@@ -348,19 +348,12 @@ impl Injector {
 
     /// Kills or stops a process of a job, wherever that is now. The platform starts it again.
     async fn hit_job(&self, planned: &Planned) -> Result<(), String> {
-        let found = tokio::time::timeout(JOB_PROCESS_MAX, async {
-            loop {
-                if let Some(found) = self.job_process(planned).await {
-                    return found;
-                }
-                tokio::time::sleep(WATCH_INTERVAL).await;
-            }
-        });
+        let found = found(|| self.job_process(planned));
         let Found {
             name,
             target,
             driver,
-        } = found.await.map_err(|_| "it does not run")?;
+        } = found.await.ok_or("it does not run")?;
         let (at, wall) = (self.began.elapsed(), SystemTime::now());
         if planned.kind == FaultKind::Pause {
             let paused = Target::pause_held(Arc::new(target)).map_err(text)?;
@@ -439,6 +432,22 @@ pub(super) fn turn(node: &Node) -> Result<tokio::sync::OwnedMutexGuard<()>, Stri
     Arc::clone(&node.turn)
         .try_lock_owned()
         .map_err(|_| format!("{} is being handled by another fault", node.name()))
+}
+
+/// What is looked for of a job, as soon as it is there; `None` if it does not come.
+pub(super) async fn found<T, F>(look: impl Fn() -> F) -> Option<T>
+where
+    F: Future<Output = Option<T>>,
+{
+    let looking = async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            tokio::time::sleep(WATCH_INTERVAL).await;
+        }
+    };
+    tokio::time::timeout(JOB_PROCESS_MAX, looking).await.ok()
 }
 
 pub(super) fn text(error: impl std::fmt::Display) -> String {

@@ -23,7 +23,7 @@ use serde::Serialize;
 
 use super::fault_plan::{FaultKind, Peers};
 use super::gaps::Times;
-use super::injector::{Injector, JOB_PROCESS_MAX, WATCH_INTERVAL, millis, text};
+use super::injector::{Injector, found, millis, text};
 use super::leaks::is_of_run;
 use super::node::Node;
 use super::outcome::{Check, shown};
@@ -69,22 +69,13 @@ fn is_silence(planned: &Planned) -> bool {
 impl Injector {
     /// Does a fault to the worker on which the driver of the job that trains runs.
     pub(super) async fn hit_driver_worker(&self, planned: &Planned) -> Result<(), String> {
-        let found = tokio::time::timeout(JOB_PROCESS_MAX, async {
-            loop {
-                if let Some(found) = self.driving().await {
-                    return found;
-                }
-                tokio::time::sleep(WATCH_INTERVAL).await;
-            }
-        });
+        let found = found(|| self.driving());
         let Driving {
             node,
             job,
             incarnation,
             process,
-        } = found
-            .await
-            .map_err(|_| "no driver of a job that trains runs")?;
+        } = found.await.ok_or("no driver of a job that trains runs")?;
         let (at, wall) = (self.began.elapsed(), SystemTime::now());
         self.put(planned, &node).await?;
         if is_silence(planned) {

@@ -4,7 +4,7 @@
 use std::fmt::{self, Display};
 
 use super::{RaftLog, RaftLogError, key};
-use crate::engine::{Column, Durability, Engine, WriteBatch};
+use crate::engine::Engine;
 
 /// A leader has another entry, or none, where a member's log holds a committed one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,41 +39,29 @@ impl Display for CommittedConflict {
 
 impl std::error::Error for CommittedConflict {}
 
-/// How many numbers a note holds.
-const WORDS: usize = 6;
-
 impl CommittedConflict {
     /// Persisted: the order of the numbers never changes.
-    fn to_bytes(self) -> Vec<u8> {
-        let words: [u64; WORDS] = [
+    fn numbers(self) -> [u64; 6] {
+        [
             self.index,
             self.own_term,
             self.leader,
             self.term,
             self.leaders_entry_term,
             self.committed,
-        ];
-        words.map(u64::to_be_bytes).concat()
+        ]
     }
 
-    fn from_bytes(bytes: &[u8]) -> Result<Self, RaftLogError> {
-        let damaged = |_| RaftLogError::Damaged {
-            what: "the note of a conflict with a leader".to_owned(),
-            reason: format!("has {} bytes and not {}", bytes.len(), 8 * WORDS),
-        };
-        let bytes: [u8; 8 * WORDS] = bytes.try_into().map_err(damaged)?;
-        let word = |at: usize| {
-            let word = &bytes[8 * at..8 * at + 8];
-            u64::from_be_bytes(word.try_into().expect("the slice has 8 bytes"))
-        };
-        Ok(CommittedConflict {
-            index: word(0),
-            own_term: word(1),
-            leader: word(2),
-            term: word(3),
-            leaders_entry_term: word(4),
-            committed: word(5),
-        })
+    fn from_numbers(numbers: [u64; 6]) -> Self {
+        let [index, own_term, leader, term, leaders_entry_term, committed] = numbers;
+        CommittedConflict {
+            index,
+            own_term,
+            leader,
+            term,
+            leaders_entry_term,
+            committed,
+        }
     }
 }
 
@@ -82,42 +70,39 @@ impl<E: Engine> RaftLog<E> {
     /// about [`CommittedConflict::committed`]: a log in which more is committed since then has followed
     /// a leader that holds all of that, and the note says nothing any more.
     pub fn committed_conflict(&self) -> Result<Option<CommittedConflict>, RaftLogError> {
-        let noted = self.engine().get(Column::Meta, key::CONFLICT)?;
-        noted
-            .map(|bytes| CommittedConflict::from_bytes(&bytes))
-            .transpose()
+        let noted = self.note(key::CONFLICT, "the note of a conflict with a leader")?;
+        Ok(noted.map(CommittedConflict::from_numbers))
     }
 
     /// Notes that a leader has another log than what is committed in this one.
     pub fn note_committed_conflict(&self, conflict: CommittedConflict) -> Result<(), RaftLogError> {
-        let mut batch = WriteBatch::new();
-        batch.put(Column::Meta, key::CONFLICT, conflict.to_bytes());
-        Ok(self.engine().write(batch, Durability::Synced)?)
+        self.write_note(key::CONFLICT, conflict.numbers())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::MemoryEngine;
+    use crate::engine::{Column, Durability, MemoryEngine, WriteBatch};
+
+    const CONFLICT: CommittedConflict = CommittedConflict {
+        index: 21,
+        own_term: 5,
+        leader: 2,
+        term: 9,
+        leaders_entry_term: 8,
+        committed: 50,
+    };
 
     #[test]
     fn a_conflict_is_noted_across_a_crash_and_a_damaged_note_is_no_log_without_one() {
         let engine = MemoryEngine::new();
         let log = RaftLog::open(engine.clone()).unwrap();
         assert_eq!(log.committed_conflict().unwrap(), None);
-        let conflict = CommittedConflict {
-            index: 21,
-            own_term: 5,
-            leader: 2,
-            term: 9,
-            leaders_entry_term: 8,
-            committed: 50,
-        };
-        log.note_committed_conflict(conflict).unwrap();
+        log.note_committed_conflict(CONFLICT).unwrap();
         engine.crash();
         let again = RaftLog::open(engine.clone()).unwrap();
-        assert_eq!(again.committed_conflict().unwrap(), Some(conflict));
+        assert_eq!(again.committed_conflict().unwrap(), Some(CONFLICT));
 
         let mut batch = WriteBatch::new();
         batch.put(Column::Meta, key::CONFLICT, vec![0; 47]);
@@ -128,22 +113,14 @@ mod tests {
 
     #[test]
     fn it_says_whether_the_leader_has_another_entry_or_none() {
-        let conflict = CommittedConflict {
-            index: 21,
-            own_term: 5,
-            leader: 2,
-            term: 9,
-            leaders_entry_term: 8,
-            committed: 50,
-        };
         assert_eq!(
-            conflict.to_string(),
+            CONFLICT.to_string(),
             "entry 21 is committed in its log with term 5, and head 2, the leader of term 9, has one of \
              term 8 there"
         );
         let none = CommittedConflict {
             leaders_entry_term: 0,
-            ..conflict
+            ..CONFLICT
         };
         assert!(none.to_string().ends_with("has none there"), "{none}");
     }

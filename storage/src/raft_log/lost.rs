@@ -1,7 +1,7 @@
 //! What a member's log was found to lack, noted beside the log for good.
 
 use super::{RaftLog, RaftLogError, key};
-use crate::engine::{Column, Durability, Engine, WriteBatch};
+use crate::engine::Engine;
 
 /// The log of a member ends before an entry that the member has acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -20,50 +20,36 @@ pub struct LostEntries {
 
 impl LostEntries {
     /// Persisted: the order of the numbers never changes.
-    fn to_bytes(self) -> Vec<u8> {
+    fn numbers(self) -> [u64; 3] {
         [self.last_index, self.acknowledged_index, self.leader]
-            .map(u64::to_be_bytes)
-            .concat()
     }
 
-    fn from_bytes(bytes: &[u8]) -> Result<Self, RaftLogError> {
-        let damaged = |_| RaftLogError::Damaged {
-            what: "the note of lost entries".to_owned(),
-            reason: format!("has {} bytes and not 24", bytes.len()),
-        };
-        let bytes: [u8; 24] = bytes.try_into().map_err(damaged)?;
-        let word = |at: usize| {
-            u64::from_be_bytes(bytes[at..at + 8].try_into().expect("the slice has 8 bytes"))
-        };
-        Ok(LostEntries {
-            last_index: word(0),
-            acknowledged_index: word(8),
-            leader: word(16),
-        })
+    fn from_numbers([last_index, acknowledged_index, leader]: [u64; 3]) -> Self {
+        LostEntries {
+            last_index,
+            acknowledged_index,
+            leader,
+        }
     }
 }
 
 impl<E: Engine> RaftLog<E> {
     /// What this log was once found to lack; such a member must not serve again.
     pub fn lost_entries(&self) -> Result<Option<LostEntries>, RaftLogError> {
-        let noted = self.engine().get(Column::Meta, key::LOST)?;
-        noted
-            .map(|bytes| LostEntries::from_bytes(&bytes))
-            .transpose()
+        let noted = self.note(key::LOST, "the note of lost entries")?;
+        Ok(noted.map(LostEntries::from_numbers))
     }
 
     /// Notes for good that this log lacks what its member has acknowledged.
     pub fn note_lost_entries(&self, lost: LostEntries) -> Result<(), RaftLogError> {
-        let mut batch = WriteBatch::new();
-        batch.put(Column::Meta, key::LOST, lost.to_bytes());
-        Ok(self.engine().write(batch, Durability::Synced)?)
+        self.write_note(key::LOST, lost.numbers())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::MemoryEngine;
+    use crate::engine::{Column, Durability, MemoryEngine, WriteBatch};
 
     #[test]
     fn lost_entries_are_noted_for_good_and_a_damaged_note_is_no_log_without_one() {

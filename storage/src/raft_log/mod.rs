@@ -13,6 +13,7 @@
 mod codec;
 mod conflict;
 mod lost;
+mod note;
 mod position;
 mod storage;
 mod view;

@@ -129,10 +129,17 @@ impl<B: Backend> Fleet<B> {
         deadline: &Deadline,
     ) -> Result<BatchAnswer<Result<Row, Refusal>>, TryError> {
         let another = self.choose(Some(first.number));
-        let has_another = another.is_some_and(|another| another.number != first.number);
-        let until = first
-            .first_try(deadline, &rows, has_another)
-            .map_err(|wait| TryError::WouldBeLate { wait })?;
+        let another = another.filter(|another| another.number != first.number);
+        let (first, until) = match first.first_try(deadline, &rows, another.is_some()) {
+            Ok(until) => (first, until),
+            // It has fewer rows in flight, and may be much slower than the other one, or hang.
+            Err(wait) => another
+                .as_deref()
+                .and_then(|another| {
+                    Some((another, another.first_try(deadline, &rows, false).ok()?))
+                })
+                .ok_or(TryError::WouldBeLate { wait })?,
+        };
         let error = match self.try_once(first, rows.clone(), until).await {
             Ok(answer) => return Ok(answer),
             Err(TryError::Batch(error @ BatchError::RowCount { .. })) => {
