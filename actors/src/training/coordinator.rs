@@ -297,15 +297,21 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         self.state.size_bytes() > CHUNK_BYTES_DEFAULT as u64
     }
 
-    /// Has trainers on machines other than `node` keep a state that none of them can have passed yet, and stay until
-    /// then whatever becomes of their machines. Answers the step after which that is; the copy follows them there.
+    /// Has trainers on machines other than `node` keep a state that none of them can have passed yet, and passes. Answers
+    /// the step after which that is; the copy follows them there.
     pub fn gather(&mut self, node: &str) -> u64 {
-        self.keeps_doomed = true;
         // Held, it may be where trainers stand already.
         self.release_gate();
-        let step = self.gate();
+        let step = self.gather_here();
         self.prepare_save(step, node);
         step
+    }
+
+    /// Has trainers come to the gate, whatever becomes of their machines, and no further: what the copy holds after that
+    /// step lacks nothing of what they have done. Answers the step; the copy follows them there.
+    pub fn gather_here(&mut self) -> u64 {
+        self.keeps_doomed = true;
+        self.halt()
     }
 
     /// Lets trainers come to the gate and no further. Answers the step after which that is; the copy follows them

@@ -98,8 +98,8 @@ pub(super) struct Departure {
     gathering: Option<Gathering>,
 }
 
-/// A state that a driver trains on to before it leaves: one that trainers whose machines go too save with it, or
-/// after which those who stay wait for the next driver.
+/// A state that a driver trains on to before it leaves: one that trainers whose machines go too save with it, behind
+/// which nobody takes a step that its own save would lack, or after which those who stay wait for the next driver.
 #[derive(Debug, Clone, Copy)]
 struct Gathering {
     notice: Notice,
@@ -162,7 +162,7 @@ impl Driver {
                     machine.noticed(notice.deadline_ms, now_ms())
                 });
                 let others = self.others(notice, coordinator).await;
-                departure.gathering = self.gather(notice, &others, coordinator, history);
+                departure.gathering = self.gather(notice, &others, coordinator, saver, history);
                 if departure.gathering.is_none() {
                     self.leave(notice, others, departure, coordinator, saver, history)
                         .await?;
@@ -200,8 +200,11 @@ impl Driver {
         notice: Notice,
         others: &Others,
         coordinator: &mut Coordinator,
+        saver: &Saver,
         history: &History,
     ) -> Option<Gathering> {
+        let now_ms = now_ms();
+        let wait_ms = notice.deadline_ms.saturating_sub(now_ms) / GATHER_SHARE;
         let step = if !others.alive.is_empty() {
             if self.knows_enough(coordinator, history) {
                 return None;
@@ -219,14 +222,23 @@ impl Driver {
                 others.doomed
             ));
             step
+        } else if others.doomed + others.beside > 0 {
+            let facts = facts(0, 1, coordinator.state().size_bytes(), saver);
+            if !facts.allows(wait_ms, notice.deadline_ms) {
+                return None;
+            }
+            let step = coordinator.gather_here();
+            self.log.line(format_args!(
+                "notice: no trainer stays that holds these bits; they stop after step {step}, which is saved"
+            ));
+            step
         } else {
             return None;
         };
-        let left_ms = notice.deadline_ms.saturating_sub(now_ms());
         Some(Gathering {
             notice,
             step,
-            until: Instant::now() + Duration::from_millis(left_ms / GATHER_SHARE),
+            until: Instant::now() + Duration::from_millis(wait_ms),
         })
     }
 
@@ -319,17 +331,19 @@ impl Driver {
         self.yield_node(departure, step).await
     }
 
-    /// Trainers on other machines that hold this driver's very bits, as they say now.
+    /// Trainers that hold this driver's very bits, as they say now.
     async fn others(&self, notice: Notice, coordinator: &Coordinator) -> Others {
         let witnesses = coordinator.witnesses(witness_limit(notice)).await;
         // A trainer beside this driver may not have heard of the notice yet.
-        let (doomed, alive): (Vec<_>, Vec<_>) = witnesses
+        let (beside, elsewhere): (Vec<_>, Vec<_>) = witnesses
             .iter()
-            .filter(|witness| witness.node != self.node())
-            .partition(|witness| witness.is_doomed);
+            .partition(|witness| witness.node == self.node());
+        let (doomed, alive): (Vec<_>, Vec<_>) =
+            elsewhere.into_iter().partition(|witness| witness.is_doomed);
         Others {
             alive: alive.iter().map(|witness| witness.slot).collect(),
             doomed: doomed.len(),
+            beside: beside.len(),
         }
     }
 
@@ -360,12 +374,14 @@ impl Driver {
     }
 }
 
-/// Trainers on other machines that hold the driver's very bits.
+/// Trainers that hold the driver's very bits.
 struct Others {
     /// The slots of those whose machines stay.
     alive: Vec<usize>,
-    /// How many have machines that go too.
+    /// How many have other machines, which go too.
     doomed: usize,
+    /// How many are on this machine.
+    beside: usize,
 }
 
 /// How long trainers may take to answer a driver that leaves.

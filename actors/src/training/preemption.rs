@@ -166,6 +166,15 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// Whether a save by this process alone also fits if it is begun after so many milliseconds, behind one that is on its way.
+    #[must_use]
+    pub fn allows(&self, wait_ms: u64, deadline_ms: u64) -> bool {
+        let begins_ms = self.now_ms.saturating_add(wait_ms);
+        let budget = Budget::until(deadline_ms, begins_ms, self.lag_ms);
+        let running_ms = self.running_ms.unwrap_or(0).saturating_sub(wait_ms);
+        running_ms.saturating_add(self.needed_ms(1)) <= budget.usable_ms
+    }
+
     /// What a save by `savers` takes.
     fn needed_ms(&self, savers: u64) -> u64 {
         let rate = u128::from(self.bytes_per_second.max(1)) * u128::from(savers.max(1));

@@ -94,6 +94,20 @@ fn the_choice_follows_the_numbers_and_says_them() {
 }
 
 #[test]
+fn a_save_may_wait_only_as_long_as_it_still_fits() {
+    // 5.1 s are needed. Of 12 s there are 6.5 usable after 3 of them, of 8 s there are 3.5 after 2.
+    assert!(facts().allows(3_000, NOW_MS + 12_000));
+    assert!(!facts().allows(2_000, NOW_MS + 8_000));
+    // What is on its way goes on meanwhile: a second of its four is left after three.
+    let running = Facts {
+        running_ms: Some(4_000),
+        ..facts()
+    };
+    assert!(running.allows(3_000, NOW_MS + 12_000));
+    assert!(!running.allows(3_000, NOW_MS + 10_000));
+}
+
+#[test]
 fn a_new_save_begins_only_if_it_fits_behind_the_one_on_its_way() {
     let mut machine = Preemption::default();
     machine.noticed(NOW_MS + 7_000, NOW_MS).unwrap();

@@ -1,4 +1,5 @@
-//! What a call passes before anything of its message is read: the token, and a bound on how long the message may take.
+//! What a call passes before anything of its message is read: the token, a bound on how long the message may take, and whether
+//! its answer may be compressed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,7 +7,7 @@ use std::time::Duration;
 use axum::BoxError;
 use axum::body::{Body, BodyDataStream};
 use axum::extract::{Request as HttpRequest, State};
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::Response as HttpResponse;
 use futures::StreamExt;
@@ -20,6 +21,10 @@ const STREAM: &str = "ModelStreamInfer";
 
 /// A message without content, as it travels: not compressed, and of no bytes.
 const EMPTY_MESSAGE: &[u8] = &[0; 5];
+
+/// The encoding of a call's messages, and those that its caller reads.
+const ENCODING: &str = "grpc-encoding";
+const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
 
 /// What a call passes before its message is read.
 #[derive(Clone)]
@@ -55,6 +60,11 @@ pub(super) async fn enter(
     if let Err(error) = entrance.gate.admit(authorization, subject) {
         return status_of(error).into_http();
     }
+    if !is_compressed(request.headers()) {
+        // Every library of gRPC says what it could read, whether its caller wants that or not, and to compress an answer takes
+        // longer than all else that is done for a small one.
+        request.headers_mut().remove(ACCEPT_ENCODING);
+    }
     if is_health {
         // Their messages have no fields, and a gate may let anybody ask: what was sent is not read.
         *request.body_mut() = Body::from(EMPTY_MESSAGE);
@@ -63,6 +73,13 @@ pub(super) async fn enter(
         *request.body_mut() = within(body, entrance.body_timeout);
     }
     next.run(request).await
+}
+
+/// Whether the messages of a call are compressed, as those are of a caller who wants that.
+fn is_compressed(headers: &HeaderMap) -> bool {
+    headers
+        .get(ENCODING)
+        .is_some_and(|encoding| encoding != "identity")
 }
 
 /// The same body, for which nobody waits beyond the limit. Its trailers are dropped: no caller sends any.

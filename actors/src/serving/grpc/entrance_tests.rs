@@ -1,5 +1,10 @@
+use std::io::Write;
+
 use axum::Router;
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use futures::stream;
+use prost::Message;
 use tonic::codegen::Service;
 use tonic::{Code, Status};
 
@@ -14,15 +19,24 @@ fn stalled(bytes: &'static [u8]) -> Body {
     Body::from_stream(begun.chain(stream::pending()))
 }
 
-/// The answer to a call with this token and body, without a connection.
-async fn call(routes: &mut Router, method: &str, token: &str, body: Body) -> HttpResponse {
-    let request = axum::http::Request::builder()
+/// A call with this token and body.
+fn request(method: &str, token: &str, body: Body) -> HttpRequest {
+    axum::http::Request::builder()
         .method("POST")
         .uri(format!("/inference.GRPCInferenceService/{method}"))
         .header("content-type", "application/grpc")
         .header("authorization", format!("Bearer {token}"))
         .body(body)
-        .unwrap();
+        .unwrap()
+}
+
+/// The answer to a call with this token and body, without a connection.
+async fn call(routes: &mut Router, method: &str, token: &str, body: Body) -> HttpResponse {
+    answered(routes, request(method, token, body)).await
+}
+
+/// The answer to a call, without a connection.
+async fn answered(routes: &mut Router, request: HttpRequest) -> HttpResponse {
     let answering = Service::call(routes, request);
     let answered = tokio::time::timeout(Duration::from_secs(30), answering).await;
     answered.expect("it is answered").unwrap()
@@ -76,11 +90,43 @@ impl Gate for OneModel {
 
 /// A message as it travels.
 fn framed(message: &impl prost::Message) -> Body {
-    let message = message.encode_to_vec();
-    let mut bytes = vec![0];
+    in_frame(0, &message.encode_to_vec())
+}
+
+/// The bytes of a message as they travel, with the flag that says whether they are compressed.
+fn in_frame(flag: u8, message: &[u8]) -> Body {
+    let mut bytes = vec![flag];
     bytes.extend((message.len() as u32).to_be_bytes());
     bytes.extend(message);
     Body::from(bytes)
+}
+
+#[tokio::test]
+async fn an_answer_is_compressed_for_those_whose_messages_are_and_not_for_those_who_could_read_it()
+{
+    let mut routes = routes(BearerAuth::with_token("secret"), Duration::from_secs(60));
+    let message = raw("double", &[1.0, 2.0]).encode_to_vec();
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(&message).unwrap();
+    let packed = encoder.finish().unwrap();
+    for (encoding, body, expected) in [
+        (None, in_frame(0, &message), None),
+        (Some("identity"), in_frame(0, &message), None),
+        (Some("gzip"), in_frame(1, &packed), Some("gzip")),
+    ] {
+        let mut request = request("ModelInfer", "secret", body);
+        let headers = request.headers_mut();
+        // As libraries do.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity, gzip"));
+        if let Some(encoding) = encoding {
+            headers.insert(ENCODING, HeaderValue::from_static(encoding));
+        }
+        let answer = answered(&mut routes, request).await;
+        let found = answer.headers().get(ENCODING);
+        assert_eq!(found.map(|found| found.to_str().unwrap()), expected);
+        let bytes = axum::body::to_bytes(answer.into_body(), usize::MAX).await;
+        assert_eq!(bytes.unwrap()[0], u8::from(expected.is_some()));
+    }
 }
 
 #[tokio::test]

@@ -16,8 +16,8 @@ use crate::training::protocol::exchange::Report;
 use crate::training::protocol::leader::{StateDigest, judge};
 use crate::training::protocol::plan::MemberId;
 
-/// How long a trainer with notice stays that could help to save: longer than a driver takes to hear that its own
-/// machine goes too, which is seldom said to all at the same moment. And the share of the grace that it may be at most.
+/// How long a trainer with notice stays that is one of the last or could help to save: longer than a driver takes to hear that
+/// its own machine goes too, which is seldom said to all at the same moment. And the share of the grace that it may be at most.
 const STAY_MAX: Duration = Duration::from_secs(2);
 const STAY_SHARE: u32 = 8;
 /// How often a trainer with notice that stays is listened to.
@@ -94,13 +94,16 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         }
     }
 
-    /// Whether a trainer whose machine goes stays for now: the driver saves with its help, or has hardly had the time
-    /// to hear that its own machine goes as well. Nothing waits for such a trainer; it goes on as long as it can.
+    /// Whether a trainer whose machine goes stays for now: the driver saves what it has done, perhaps with its help, or has
+    /// hardly had the time to hear that its own machine goes as well. Nothing waits for such a trainer; it goes on as long
+    /// as it can.
     pub(super) fn stays(&mut self, index: usize, deadline_ms: u64) -> bool {
         if self.keeps_doomed {
             return true;
         }
-        if !self.can_be_shared() {
+        // What it has done is with those who go on. Where nobody does, steps that the copy has not followed yet would go
+        // with it.
+        if !self.can_be_shared() && self.another_goes_on(index) {
             return false;
         }
         let left = Duration::from_millis(deadline_ms.saturating_sub(now_ms()));
@@ -108,6 +111,12 @@ impl<L: TrainerLink, C: Collective> Coordinator<L, C> {
         let now = Instant::now();
         let slot = self.crew.slot(index);
         now < *slot.stays_until.get_or_insert(now + stay)
+    }
+
+    /// Whether another trainer takes part whose machine stays, as far as it has said.
+    fn another_goes_on(&self, index: usize) -> bool {
+        let mut others = self.crew.slots().iter().enumerate();
+        others.any(|(other, slot)| other != index && slot.is_ready() && slot.stays_until.is_none())
     }
 
     fn let_leave(&mut self, index: usize) {

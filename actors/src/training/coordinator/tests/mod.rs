@@ -440,6 +440,9 @@ async fn trainers_whose_machines_all_go_stay_until_the_save_is_shared_and_then_l
     }
     let step = coordinator.gather("worker-0");
     follow_to(step, &mut coordinator).await;
+    // A step behind the one that is saved would be lost with them.
+    let further = tokio::time::timeout(Duration::from_millis(100), coordinator.advance()).await;
+    assert!(further.is_err());
     let helpers = coordinator.helpers(step);
     let names: Vec<String> = helpers.iter().map(|helper| helper.name()).collect();
     assert_eq!(names, ["trainer-1 on worker-1"]);
@@ -453,6 +456,27 @@ async fn trainers_whose_machines_all_go_stay_until_the_save_is_shared_and_then_l
         );
         coordinator.advance().await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn of_a_small_state_only_a_trainer_behind_which_nobody_goes_on_stays_for_the_driver() {
+    let spec = spec(200, 1, 2);
+    let trainers = trainers(&spec, vec![vec![]; 2]);
+    let mut coordinator = coordinator(&spec, 1, &trainers);
+    follow_to(2, &mut coordinator).await;
+    assert!(!coordinator.can_be_shared());
+    let in_an_hour = now_ms() + 3_600_000;
+    assert!(!coordinator.stays(0, in_an_hour), "the other one goes on");
+    trainers[0].inner.lock().notice_ms = Some(in_an_hour);
+    while coordinator.ready_count() == 2 {
+        coordinator.advance().await.unwrap();
+    }
+    assert!(coordinator.stays(1, in_an_hour), "nobody else does");
+    // What it has done by then is what the copy comes to.
+    trainers[1].inner.lock().notice_ms = Some(in_an_hour);
+    let step = coordinator.gather_here();
+    follow_to(step, &mut coordinator).await;
+    assert_eq!(coordinator.ready_count(), 1);
 }
 
 #[tokio::test]
