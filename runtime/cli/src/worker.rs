@@ -74,6 +74,7 @@ fn options(arguments: WorkerArguments) -> anyhow::Result<WorkerOptions> {
     });
     options.object_store_bytes = config.object_store_bytes;
     options.object_spill_bytes = config.object_spill_bytes;
+    options.stopped_process_limit_ms = config.stopped_process_limit_ms;
     options.notice_poll_ms = config.preemption.poll_ms;
     options.default_grace_ms = config.preemption.default_grace_ms;
     Ok(options)

@@ -36,7 +36,8 @@ pub enum ExitReason {
         /// The most that it was seen to use, in bytes; 0 if nobody knows.
         used_bytes: u64,
     },
-    /// A driver could not go on because something outside it did not answer: another start may.
+    /// It could not go on because of something outside it: a driver, because what it asked did not answer; any
+    /// actor, because somebody stopped its process and nobody continued it. Another start may.
     Unavailable(String),
 }
 

@@ -21,7 +21,7 @@ use mobula_wire::host::{AgentMessage, HostMessage};
 use mobula_wire::session::Welcome;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::gather::Gathers;
 use crate::hosts::action::{Action, Alarm};
@@ -32,6 +32,7 @@ use crate::hosts::launcher::{Launched, Launcher};
 use crate::hosts::pool::Pool;
 use crate::hosts::process::{HostProcess, ProcessEnd};
 use crate::hosts::renewal::{HostCertificate, Renewals};
+use crate::hosts::stopped::{LOOK_INTERVAL, StoppedProcesses};
 use crate::logs::Logs;
 use crate::metrics::WorkerMetrics;
 use crate::notices::{AdviceChange, Notice, NoticeBoard, NoticeChange, NoticeSource, until};
@@ -87,6 +88,7 @@ pub(crate) struct Agent {
     pub(crate) pool: Pool,
     pub(crate) logs: Logs,
     pub(crate) processes: BTreeMap<HostId, HostProcess>,
+    stopped: StoppedProcesses,
     pub(crate) streams: BTreeMap<HostId, mpsc::Sender<AgentMessage>>,
     /// Hosts that said hello before their launch was reported here.
     early: BTreeMap<HostId, Connected>,
@@ -113,7 +115,7 @@ impl Agent {
         objects: ObjectStore,
         session: SessionHandle,
         status: watch::Sender<WorkerStatus>,
-        devices: Devices,
+        (devices, stopped): (Devices, StoppedProcesses),
         (logs, spans, gpus): (Logs, Spans, Monitor),
     ) -> Agent {
         let (to_self, inputs) = inputs;
@@ -127,6 +129,7 @@ impl Agent {
             pool: Pool::new(devices),
             logs,
             processes: BTreeMap::new(),
+            stopped,
             streams: BTreeMap::new(),
             early: BTreeMap::new(),
             alarms: BTreeMap::new(),
@@ -147,6 +150,9 @@ impl Agent {
     /// Works until it is told to stop or the machine is taken away; no host is left then.
     pub(crate) async fn run(mut self, mut stop: oneshot::Receiver<()>) -> WorkerExit {
         let mut trim = tokio::time::interval(LOG_TRIM_INTERVAL);
+        let mut look = tokio::time::interval(LOOK_INTERVAL);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let is_limited = self.stopped.limit().is_some();
         let exit = loop {
             self.perform();
             if let Some(exit) = self.exit_when_empty() {
@@ -168,6 +174,7 @@ impl Agent {
                 }
                 Some(_) = self.tasks.join_next() => {}
                 _ = trim.tick() => self.logs.trim(),
+                _ = look.tick(), if is_limited => self.kill_stopped(),
             }
         };
         self.leave(exit).await;

@@ -58,6 +58,7 @@ pub(crate) struct WorkerMetrics {
     orders: Family<Kind, Counter>,
     hosts_started: Counter,
     hosts_ended: Family<Kind, Counter>,
+    stopped_hosts_killed: Counter,
     launch_failures: Counter,
     launch_seconds: Histogram,
     actor_exits: Family<Kind, Counter>,
@@ -71,6 +72,7 @@ impl Default for WorkerMetrics {
             orders: Family::default(),
             hosts_started: Counter::default(),
             hosts_ended: Family::default(),
+            stopped_hosts_killed: Counter::default(),
             launch_failures: Counter::default(),
             // 1 ms to 65 s: from a warm start to a program that comes over a slow network.
             launch_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 17)),
@@ -120,6 +122,10 @@ impl WorkerMetrics {
 
     pub(crate) fn ended_host(&self, kind: &'static str) {
         self.hosts_ended.get_or_create(&Kind { kind }).inc();
+    }
+
+    pub(crate) fn killed_stopped_host(&self) {
+        self.stopped_hosts_killed.inc();
     }
 
     pub(crate) fn exited(&self, kind: &'static str) {
@@ -193,6 +199,9 @@ impl WorkerMetrics {
         r.register("hosts_started", help, self.hosts_started.clone());
         let help = "Host processes that ended, by how";
         r.register("hosts_ended", help, self.hosts_ended.clone());
+        let help = "Host processes that were killed because they were stopped for too long";
+        let killed = self.stopped_hosts_killed.clone();
+        r.register("stopped_hosts_killed", help, killed);
         let help = "Host processes that could not be started";
         r.register("launch_failures", help, self.launch_failures.clone());
         let help = "From the decision to start a host process to its first instruction";
@@ -347,6 +356,7 @@ mod tests {
         };
         let metrics = WorkerMetrics::default();
         metrics.exited("out_of_memory");
+        metrics.killed_stopped_host();
         let hosts = BTreeMap::from([(HostId(1), host), (HostId(2), silent)]);
         let now = Now {
             connected: true,
@@ -358,6 +368,7 @@ mod tests {
             "mobula_worker_connected 1",
             "mobula_worker_hosts 2",
             "mobula_worker_actor_exits_total{kind=\"out_of_memory\"} 1",
+            "mobula_worker_stopped_hosts_killed_total 1",
             "mobula_worker_host_actors{host=\"host-1\",job=\"job-2\"} 3",
             "mobula_worker_host_cpu_seconds{host=\"host-1\",job=\"job-2\"} 1.5",
             "mobula_worker_host_calls_total{host=\"host-1\",job=\"job-2\",outcome=\"overloaded\"} 1",

@@ -61,13 +61,17 @@ pub struct WorkerOptions {
     /// Disk for objects that this memory has no room for, in bytes; absent: half of what is free
     /// when the worker starts.
     pub object_spill_bytes: Option<u64>,
+    /// How long a process of actors may be stopped (SIGSTOP, job control) on a machine that is well
+    /// before it is killed and its actors are started again, in milliseconds; 0: for ever. Looked at
+    /// once a second.
+    pub stopped_process_limit_ms: u64,
     /// The `mobula` binary for built-in actors; absent: this process's own binary.
     pub builtin_program: Option<PathBuf>,
 }
 
 impl WorkerOptions {
-    /// Options of a worker that listens on loopback, offers what it finds, and takes SIGTERM as a
-    /// notice of 30 s.
+    /// Options of a worker that listens on loopback, offers what it finds, takes SIGTERM as a notice
+    /// of 30 s, and lets a process be stopped for as long.
     #[must_use]
     pub fn new(
         name: impl Into<String>,
@@ -89,6 +93,7 @@ impl WorkerOptions {
             sigterm_is_notice: true,
             object_store_bytes: None,
             object_spill_bytes: None,
+            stopped_process_limit_ms: 30_000,
             builtin_program: None,
         }
     }

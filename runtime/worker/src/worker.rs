@@ -23,6 +23,7 @@ use crate::hosts::launcher::Launcher;
 use crate::hosts::limits::{Limits, MEMORY_LIMITS_LABEL};
 use crate::hosts::process::Spawner;
 use crate::hosts::program::Programs;
+use crate::hosts::stopped::StoppedProcesses;
 use crate::join::{Joiner, Membership};
 use crate::logs::Logs;
 use crate::notices::{NoticeSource, sigterm, watch_cloud, watch_file, watch_sigterm};
@@ -225,6 +226,7 @@ fn assemble(
     })
     .map_err(|error| setup("open the object store", &error))?;
     let devices = Devices::new(device_ids(&machine, capacity.gpu_milli));
+    let stopped = StoppedProcesses::new(options.stopped_process_limit_ms);
     let gpus = Monitor::start(machine.gpus.iter().map(|gpu| gpu.id.clone()));
     let mut labels = machine.labels();
     let limits = Limits::discover(&options.name);
@@ -284,7 +286,7 @@ fn assemble(
         object_store,
         handle,
         status,
-        devices,
+        (devices, stopped),
         (logs, spans, gpus),
     );
     Ok(Parts {

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use crate::examples::example;
+use crate::extra_worker::ExtraWorker;
 use crate::heads::leader;
-use crate::support::{TestCluster, kill_9, mobula, runs, text_of, wait_for};
+use crate::support::{TestCluster, kill_9, mobula, runs, signal, text_of, wait_for};
 
 /// What the jobs of these tests do: `open`, `sell <times>`, `close`.
 struct Shop {
@@ -267,6 +268,34 @@ fn those_that_are_created_while_the_leader_goes_are_there_once() {
     cluster.ok(&["jobs", "stop", &home]);
     assert_eq!(cluster.wait_job(&home)["state"], "stopped");
     assert_eq!(open().unwrap(), Vec::<Value>::new());
+}
+
+/// A stopped process keeps its connections and has not ended: its machine's worker alone can tell.
+#[test]
+fn one_whose_process_is_stopped_for_ever_starts_again_in_another() {
+    let shop = Shop::on(TestCluster::up(0));
+    let cluster = &shop.cluster;
+    let limit = "stopped_process_limit_ms = 1000";
+    let _worker = ExtraWorker::start(cluster, "impatient", limit);
+    shop.run(&["open"]);
+    assert_eq!(shop.run(&["sell", "3"]), 3);
+    let till = shop.running_till();
+    let stopped = pid_of(&till);
+    signal(stopped, libc::SIGSTOP);
+    let next = wait_for("the till in another process", || {
+        let next = shop.till()?;
+        (next["state"] == "running" && next["pid"] != till["pid"]).then_some(next)
+    });
+    assert_eq!(next["id"], till["id"]);
+    assert!(!runs(stopped));
+    assert_eq!(next["exit_code"], "unavailable", "{next}");
+    let reason = next["exit_reason"].as_str().unwrap();
+    assert!(reason.contains("was stopped (SIGSTOP"), "{reason}");
+    assert!(reason.contains("limit_ms is 1000"), "{reason}");
+    let metrics = cluster.ok(&["metrics", "impatient"]);
+    let killed = "mobula_worker_stopped_hosts_killed_total 1";
+    assert!(metrics.lines().any(|line| line == killed), "{metrics}");
+    assert_eq!(shop.run(&["sell", "4"]), 7);
 }
 
 #[test]

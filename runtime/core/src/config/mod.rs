@@ -115,6 +115,14 @@ impl Config {
                 "must not exceed limits.lease_ms",
             );
         }
+        let stopped_ms = self.worker.stopped_process_limit_ms;
+        if (1..STOPPED_PROCESS_LIMIT_MS_MIN).contains(&stopped_ms) {
+            return range(
+                "worker.stopped_process_limit_ms",
+                stopped_ms.to_string(),
+                "must be 0 (no limit) or at least 1000: processes are looked at once a second",
+            );
+        }
         if !self.storage.url.contains("://") {
             return range(
                 "storage.url",
@@ -148,6 +156,9 @@ impl Config {
     }
 }
 
+/// How often a worker looks whether processes are stopped: less than that it does not see.
+const STOPPED_PROCESS_LIMIT_MS_MIN: u64 = 1_000;
+
 /// Twice the longest time that saving a checkpoint may take: what is younger may be on its way.
 const SWEEP_AGE_MINUTES_MIN: u64 = 60;
 
@@ -180,6 +191,10 @@ mod tests {
             ("[raft]\nelection_ticks = 2", "raft.election_ticks"),
             ("[limits]\nrenew_ms = 9000", "limits.renew_ms"),
             ("[limits]\nsuspect_ms = 90000", "limits.suspect_ms"),
+            (
+                "[worker]\nstopped_process_limit_ms = 999",
+                "worker.stopped_process_limit_ms",
+            ),
             ("[storage]\nurl = \"/tmp\"", "storage.url"),
             (
                 "[storage.sweep]\nage_minutes = 59",
@@ -195,5 +210,8 @@ mod tests {
             let error = Config::from_toml(text, "a.toml").unwrap_err();
             assert!(error.to_string().contains(&format!("`{key}`")), "{error}");
         }
+        // That one is switched off.
+        let off = Config::from_toml("[worker]\nstopped_process_limit_ms = 0", "a.toml").unwrap();
+        assert_eq!(off.worker.stopped_process_limit_ms, 0);
     }
 }

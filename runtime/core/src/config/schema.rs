@@ -170,6 +170,9 @@ pub struct WorkerConfig {
     pub token_file: Option<String>,
     /// IP at which its hosts take calls (a port given here must be 0: each host takes its own).
     pub listen: String,
+    /// How long a process of actors may be stopped (SIGSTOP, job control) before it is killed and its actors are
+    /// started again, in milliseconds; 0: for ever.
+    pub stopped_process_limit_ms: u64,
     /// Labels for placement.
     pub labels: Labels,
     /// What it offers; what is left out is discovered.
@@ -190,6 +193,7 @@ impl Default for WorkerConfig {
             head_api: "127.0.0.1:7100".into(),
             token_file: None,
             listen: "127.0.0.1:0".into(),
+            stopped_process_limit_ms: 30_000,
             labels: Labels::new(),
             resources: ResourcesConfig::default(),
             object_store_bytes: None,

@@ -14,16 +14,20 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::{Agent, Input};
-use crate::hosts::action::Launch;
+use crate::hosts::action::{Key, Launch};
 use crate::hosts::connection::Connected;
 use crate::hosts::launcher::Launched;
 use crate::hosts::process::{HostProcess, ProcessEnd};
 use crate::hosts::renewal::HostCertificate;
+use crate::hosts::stopped::Look;
 use crate::spans::now_us;
 
 /// A killed process is dead within milliseconds; one that the kernel cannot end yet (it waits for a
 /// device or a network disk) must not hold up the agent for ever.
 const KILL_WAIT: Duration = Duration::from_secs(5);
+
+/// Actors that one line of the log names.
+const NAMES_MAX: usize = 16;
 
 impl Agent {
     pub(super) fn handle_connected(&mut self, connected: Connected) {
@@ -194,6 +198,35 @@ impl Agent {
         });
     }
 
+    /// Looks at every process, and kills those that somebody stopped and nobody continues.
+    pub(super) fn kill_stopped(&mut self) {
+        let Some(limit) = self.stopped.limit() else {
+            return;
+        };
+        let looks = self.processes.iter().filter_map(|(host, process)| {
+            let look = Look::at(process.pid())?;
+            Some((*host, look))
+        });
+        for (host, stopped_for) in self.stopped.look(Instant::now(), looks) {
+            let (limit_ms, stopped_s) = (limit.as_millis(), stopped_for.as_secs_f64());
+            let reason = format!(
+                "its process was stopped (SIGSTOP or job control) for {stopped_s:.0} s and not \
+                 continued, so its worker killed it; worker.stopped_process_limit_ms is {limit_ms}"
+            );
+            let Some((job, actors)) = self.pool.kill_stopped(host, reason) else {
+                continue;
+            };
+            self.metrics.killed_stopped_host();
+            let (actors, stopped_ms) = (names_of(&actors), stopped_for.as_millis());
+            tracing::warn!(
+                %host, %job, actors, stopped_ms, limit_ms,
+                "killing a host process that somebody stopped (SIGSTOP or job control) and nobody \
+                 continued, so that its actors are started again; worker.stopped_process_limit_ms \
+                 sets the limit, and 0 lets stopped processes be"
+            );
+        }
+    }
+
     pub(super) fn kill_one(&self, host: HostId) {
         if let Some(process) = self.processes.get(&host) {
             process.kill();
@@ -218,4 +251,16 @@ impl Agent {
             tracing::error!("a killed host is still not dead; its incarnation fences it");
         }
     }
+}
+
+/// The first of them, and how many more there are.
+fn names_of(actors: &[Key]) -> String {
+    let first = actors.iter().take(NAMES_MAX);
+    let mut names: Vec<String> = first
+        .map(|(actor, incarnation)| format!("{actor}{incarnation}"))
+        .collect();
+    if actors.len() > NAMES_MAX {
+        names.push(format!("{} more", actors.len() - NAMES_MAX));
+    }
+    names.join(", ")
 }

@@ -1,7 +1,7 @@
 //! Host processes: which actor runs in which ([`pool`]), how one is launched ([`launcher`],
 //! [`program`], [`files`], [`limits`]), its certificate after the first one ([`renewal`]), the process itself
-//! ([`process`]), the agent's end of its socket ([`connection`]), and what callers of a killed one hear
-//! ([`graves`]).
+//! ([`process`]), whether somebody has stopped it ([`stopped`]), the agent's end of its socket
+//! ([`connection`]), and what callers of a killed one hear ([`graves`]).
 
 pub(crate) mod action;
 pub(crate) mod connection;
@@ -15,3 +15,4 @@ pub(crate) mod pool;
 pub(crate) mod process;
 pub(crate) mod program;
 pub(crate) mod renewal;
+pub(crate) mod stopped;

@@ -63,6 +63,15 @@ struct SharedKey {
     is_for_tasks: bool,
 }
 
+/// Why the agent killed a host, in words.
+#[derive(Debug)]
+enum KillReason {
+    /// It never said hello.
+    Silent(String),
+    /// Somebody had stopped it, and nobody continued it.
+    Stopped(String),
+}
+
 #[derive(Debug)]
 struct Host {
     shared_key: SharedKey,
@@ -74,8 +83,8 @@ struct Host {
     connection_closed: bool,
     /// No actor is added any more.
     closing: bool,
-    /// Why the agent killed it, if it did.
-    kill_reason: Option<String>,
+    /// Why the agent killed it, where its actors are to say so.
+    kill_reason: Option<KillReason>,
     dead: Option<(ProcessEnd, String)>,
 }
 

@@ -312,6 +312,44 @@ fn a_silent_host_is_killed_and_its_actors_could_not_be_started() {
 }
 
 #[test]
+fn a_host_that_somebody_stopped_is_killed_and_its_actors_say_so() {
+    let mut pool = pool();
+    let host = run(&mut pool, start_of(1, 1));
+    run(&mut pool, start_of(2, 1));
+    pool.stop(ActorId(2), Incarnation(1), 1_000);
+    pool.take_actions();
+    let killed = pool.kill_stopped(host, "was stopped".into());
+    let living = [1, 2].map(|actor| (ActorId(actor), Incarnation(1)));
+    assert_eq!(killed, Some((JobId(1), living.to_vec())));
+    assert_eq!(pool.take_actions(), [Action::Kill(host)]);
+    // Whoever comes does not wait for it.
+    assert_ne!(run(&mut pool, start_of(3, 1)), host);
+    pool.disconnected(host);
+    pool.died(host, ProcessEnd::Signaled(9), "working".into());
+    let expected = [
+        "actor-1#1 could not go on: was stopped",
+        "actor-2#1 stopped on request",
+    ];
+    assert_eq!(reports(&pool.take_actions()), expected);
+    assert_eq!(pool.kill_stopped(host, "again".into()), None);
+    assert_eq!(pool.take_actions(), []);
+}
+
+#[test]
+fn one_that_went_on_before_the_kill_and_ended_is_believed() {
+    let mut pool = pool();
+    pool.start(Box::new(driver(1, 1)));
+    pool.launched(HostId(1), 7);
+    pool.connected(HostId(1), "127.0.0.1:1".into());
+    pool.take_actions();
+    assert!(pool.kill_stopped(HostId(1), "was stopped".into()).is_some());
+    pool.disconnected(HostId(1));
+    pool.died(HostId(1), ProcessEnd::Exited(0), String::new());
+    let reported = reports(&pool.take_actions());
+    assert_eq!(reported, ["actor-1#1 completed"]);
+}
+
+#[test]
 fn a_launch_that_fails_or_comes_too_late_leaves_nothing() {
     let mut pool = pool();
     pool.start(Box::new(start_of(1, 1)));

@@ -175,6 +175,30 @@ async fn a_killed_host_is_reported_with_its_signal() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_is_stopped_for_too_long_is_killed_and_reported_as_such() {
+    let head = FakeHead::start();
+    let mut options = head.worker_options();
+    options.stopped_process_limit_ms = 1_000;
+    let _worker = Worker::start(options).await.unwrap();
+    let mut talk = head.welcome(10).await;
+    let stopped = talk.start_actor(1, 1).await;
+    let pid = rustix::process::Pid::from_raw(i32::try_from(stopped).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    let told = talk.acknowledged_event().await;
+    let WorkerEvent::ActorExited {
+        reason: ExitReason::Unavailable(text),
+        ..
+    } = &told
+    else {
+        panic!("expected the end of a process that was stopped, got {told:?}")
+    };
+    assert!(text.contains("was stopped (SIGSTOP"), "{text}");
+    assert!(text.contains("stopped_process_limit_ms is 1000"), "{text}");
+    assert!(!is_alive(stopped));
+    assert_ne!(talk.start_actor(1, 2).await, stopped);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_driver_ends_as_it_says_or_as_its_exit_code_says() {
     let head = FakeHead::start();
     let _worker = head.start_worker().await;

@@ -8,11 +8,11 @@
 //! 3. A host is killed for an actor that does not stop only when every actor in it is overdue.
 
 use mobula_core::exit::{AGENT_LOST_EXIT_CODE, ExitReason};
-use mobula_core::id::HostId;
+use mobula_core::id::{HostId, JobId};
 use mobula_core::spec::ActorKind;
 use mobula_wire::host::{AgentMessage, HostMessage};
 
-use super::{Host, Phase, Pool, notice_message};
+use super::{Host, KillReason, Phase, Pool, notice_message};
 use crate::hosts::action::{Action, Alarm, Key};
 use crate::hosts::process::ProcessEnd;
 use crate::options::{HOST_HELLO_MS_MAX, HOST_SHUTDOWN_MS, STOP_MARGIN_MS};
@@ -133,6 +133,20 @@ impl Pool {
         }
     }
 
+    /// A host's process is stopped and nobody continues it: it is killed, and its actors end of
+    /// `reason`. Whose it was, and who lived in it; `None` if it is dead.
+    pub(crate) fn kill_stopped(&mut self, id: HostId, reason: String) -> Option<(JobId, Vec<Key>)> {
+        let host = self.hosts.get_mut(&id)?;
+        if host.dead.is_some() {
+            return None;
+        }
+        host.kill_reason.get_or_insert(KillReason::Stopped(reason));
+        let killed = (host.shared_key.job, host.actors.iter().copied().collect());
+        self.forbid_new_actors(id);
+        self.actions.push(Action::Kill(id));
+        Some(killed)
+    }
+
     /// The machine will be gone at this time, or will not.
     pub(crate) fn notice(&mut self, deadline_ms: Option<u64>) {
         if self.notice_deadline_ms == deadline_ms {
@@ -173,8 +187,8 @@ impl Pool {
                     return;
                 };
                 if host.call_address.is_none() && host.dead.is_none() {
-                    host.kill_reason =
-                        Some(format!("host said nothing within {HOST_HELLO_MS_MAX} ms"));
+                    let reason = format!("host said nothing within {HOST_HELLO_MS_MAX} ms");
+                    host.kill_reason = Some(KillReason::Silent(reason));
                     self.forbid_new_actors(id);
                     self.actions.push(Action::Kill(id));
                 }
@@ -286,8 +300,15 @@ impl Pool {
             true => format!("{what}, with no output"),
             false => format!("{what}; its last output: {last_output}"),
         };
-        if let Some(reason) = &host.kill_reason {
-            return ExitReason::StartFailed(with_output(reason.clone()));
+        match (&host.kill_reason, end) {
+            (Some(KillReason::Silent(reason)), _) => {
+                return ExitReason::StartFailed(with_output(reason.clone()));
+            }
+            // It may have been continued at the last moment, and have ended otherwise.
+            (Some(KillReason::Stopped(reason)), ProcessEnd::Signaled(libc::SIGKILL)) => {
+                return ExitReason::Unavailable(reason.clone());
+            }
+            (Some(KillReason::Stopped(_)) | None, _) => {}
         }
         let is_driver = placed.start.spec.kind == ActorKind::Driver;
         match (is_driver, end) {
