@@ -1,4 +1,8 @@
-//! The protocol against a live tritonserver: every probe is sent to both, and the page of the results is compared.
+//! The protocol against a live tritonserver: every probe is sent to both, and the page of the results is compared. The same
+//! probes are sent to endpoints of a cluster, in `endpoints`.
+
+mod endpoints;
+mod onnx_file;
 
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
@@ -18,8 +22,19 @@ const PAGE: &str = "docs/oip-conformance.md";
 /// When set, the page is written instead of compared.
 const WRITE: &str = "MOBULA_WRITE_PAGES";
 
+/// What begins the page's part about endpoints, which ends the page.
+const ENDPOINTS_HEAD: &str = "\n## At an endpoint\n";
+
 /// How long a tritonserver may take to load the models of the probes.
 const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// A part of the page, which one test finds out.
+enum Part {
+    /// What a tritonserver and the protocol's server answer.
+    Calls,
+    /// What endpoints answer otherwise.
+    Endpoints,
+}
 
 #[test]
 fn answers_are_a_live_tritonservers_but_for_the_differences_that_the_page_lists() {
@@ -38,14 +53,26 @@ fn answers_are_a_live_tritonservers_but_for_the_differences_that_the_page_lists(
         .unwrap();
     assert!(output.status.success(), "{}", text_of(&output));
     let found = String::from_utf8(output.stdout).unwrap();
+    compare_with_page(Part::Calls, &found);
+}
+
+/// Compares a part of the page with what was found, or writes it and leaves the other part as it is.
+fn compare_with_page(part: Part, found: &str) {
     let page = repository(PAGE);
+    let text = std::fs::read_to_string(&page).unwrap_or_default();
+    let end = text.find(ENDPOINTS_HEAD).unwrap_or(text.len());
+    let (calls, endpoints) = text.split_at(end);
+    let (known, new) = match part {
+        Part::Calls => (calls, format!("{found}{endpoints}")),
+        Part::Endpoints => (endpoints, format!("{calls}{found}")),
+    };
     if std::env::var_os(WRITE).is_some() {
-        std::fs::write(&page, &found).unwrap();
+        std::fs::write(&page, new).unwrap();
+        return;
     }
-    let known = std::fs::read_to_string(&page).unwrap_or_default();
     assert!(
         found == known,
-        "{PAGE} is not what was found; {WRITE}=1 writes it:\n{found}"
+        "this part of {PAGE} is not what was found; {WRITE}=1 writes it:\n{found}"
     );
 }
 

@@ -9,7 +9,7 @@ use crate::python::python_with;
 use crate::support::{repository, text_of};
 
 /// The newest one when this was written; it brings gRPC and gevent.
-const CLIENTS: &str = "tritonclient[http,grpc]==2.73.0";
+pub(super) const CLIENTS: &str = "tritonclient[http,grpc]==2.73.0";
 
 #[test]
 fn tritons_own_clients_get_the_same_classes_by_http_and_grpc() {

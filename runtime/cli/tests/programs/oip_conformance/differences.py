@@ -1,4 +1,5 @@
-"""The answers that differ from a tritonserver's, by `group: name` of the probe, and why."""
+"""The answers that differ from a tritonserver's, and those of endpoints that differ from the protocol's server's; by
+`group: name` of the probe, and why."""
 
 MALFORMED = "a malformed request is the caller's to mend, which is what 400 says; with 500 clients blame, and retry, the server"
 NOT_FOUND = "what is not there is 404 in every call, as in the calls where a tritonserver says so too"
@@ -108,5 +109,23 @@ DIFFERENCES = {
             "gRPC: repository: Unload of an unknown model",
         ],
         FIXED,
+    ),
+}
+
+BATCH = "the first dimension of a graph, if it is open, is the batch"
+OWN = "an endpoint's token shows that endpoint, and no other"
+
+AT_AN_ENDPOINT = {
+    "datatypes: no elements": f"{BATCH}, and a batch has a row at the least",
+    "classification: of a model that does not batch": f"{BATCH}, and each row has classes of its own",
+    **dict.fromkeys(
+        [
+            "repository: index",
+            "repository: index, an empty object",
+            "repository: index of what is ready",
+            "gRPC: repository: index",
+            "gRPC: repository: index of what is ready",
+        ],
+        OWN,
     ),
 }

@@ -154,17 +154,25 @@ def cell(text):
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def faults_of(label, reasons, first, second):
+    """What is wrong with two answers to one call, each with the name of who gave it: in short, and whole."""
+    (name, (expected, words)), (our_name, (got, our_words)) = first, second
+    if (expected == got) == (label in reasons):
+        what = "the answers are alike, and a reason why they differ is given" if expected == got else "no reason is given"
+        yield f"{label}: {what}\n  {name}: {json.dumps(expected)} {words}\n  {our_name}: {json.dumps(got)} {our_words}"
+    if got["status"] not in (200, "OK") and not our_words:
+        yield f"{label}: an error without words"
+
+
 def main():
     triton_http, triton_grpc, mobula, token = sys.argv[1:]
     rows, wrong = {}, []
     for probe in PROBES:
         send, theirs = (send_http, triton_http) if isinstance(probe, Http) else (send_grpc, triton_grpc)
-        (expected, their_words), (got, our_words) = send(theirs, probe, token), send(mobula, probe, token)
+        theirs_said, ours_said = send(theirs, probe, token), send(mobula, probe, token)
+        (expected, _), (got, _) = theirs_said, ours_said
         label = label_of(probe)
-        if (expected == got) == (label in DIFFERENCES):
-            wrong.append(f"{label}\n  triton: {json.dumps(expected)} {their_words}\n  mobula: {json.dumps(got)} {our_words}")
-        if got["status"] not in (200, "OK") and not our_words:
-            wrong.append(f"{label}: an error without words")
+        wrong.extend(faults_of(label, DIFFERENCES, ("triton", theirs_said), ("mobula", ours_said)))
         rows.setdefault(probe.group, []).append((probe, expected, got))
     count = sum(map(len, rows.values()))
     labels = {label_of(probe) for probe in PROBES}
