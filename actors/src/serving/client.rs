@@ -25,6 +25,7 @@ use super::replica_settings::ReplicaSettings;
 use super::rollout::Rollout;
 use super::rollout::command::Command as RolloutCommand;
 use super::rollout::plan::Progress;
+use super::sentinels::state::{Asked, Command as SentinelsCommand};
 use super::shadow;
 use super::state::{Command, Endpoint, Query, Routing, Steered};
 use crate::ask;
@@ -245,6 +246,22 @@ pub async fn progress(cluster: &Cluster, endpoint: &str) -> mobula::Result<Optio
         endpoint: endpoint.to_owned(),
     };
     ask::query(cluster, ModuleId::SERVING, "look up rollouts", &query).await
+}
+
+/// How far the sentinels are answered of the version beside an endpoint's active one, while there is one and its router
+/// has said so.
+pub async fn sentinels(cluster: &Cluster, endpoint: &str) -> mobula::Result<Option<Asked>> {
+    let query = Query::Sentinels {
+        endpoint: endpoint.to_owned(),
+    };
+    ask::query(cluster, ModuleId::SERVING, "look up sentinels", &query).await
+}
+
+/// Says how far they are answered.
+pub async fn note_sentinels(cluster: &Cluster, command: SentinelsCommand) -> mobula::Result<()> {
+    let command = Command::Sentinels(command);
+    ask::apply(cluster, ModuleId::SERVING, "note sentinels", &command).await?;
+    Ok(())
 }
 
 /// Changes a rollout; as it is then.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use mobula_core::id::NodeId;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -79,6 +80,8 @@ pub struct Berth<B> {
     backend: watch::Sender<Option<B>>,
     /// How often it was opened.
     opened: AtomicU64,
+    /// The node on which the replica runs that was opened last, if that is known.
+    node: watch::Sender<Option<NodeId>>,
     /// Counts how often any berth of the fleet was opened.
     openings: Arc<watch::Sender<u64>>,
     /// Closed when the replica's place is gone.
@@ -88,6 +91,8 @@ pub struct Berth<B> {
 impl<B: Backend> Berth<B> {
     /// The replica takes requests from now on.
     pub fn open(&self, backend: B) {
+        // Another start may run elsewhere.
+        self.node.send_replace(None);
         self.backend.send_replace(Some(backend));
         self.opened.fetch_add(1, Ordering::Release);
         self.openings.send_modify(|count| *count += 1);
@@ -103,6 +108,18 @@ impl<B: Backend> Berth<B> {
         // Counted before it is taken: one that is opened in between counts as the one before it, and is asked again.
         let opened = self.opened.load(Ordering::Acquire);
         Some((opened, self.backend.borrow().clone()?))
+    }
+
+    /// The replica that was opened last runs on this node.
+    pub fn runs_on(&self, node: NodeId) {
+        self.node.send_replace(Some(node));
+    }
+
+    /// The node of the replica that was the `opened`-th here, if that is known and no other was opened since.
+    pub fn node_of(&self, opened: u64) -> Option<NodeId> {
+        // Taken before it is compared: another one is counted before it is known where that one runs.
+        let node = *self.node.borrow();
+        node.filter(|_| self.opened.load(Ordering::Acquire) == opened)
     }
 
     /// Waits until the replica has failed a request.
@@ -143,6 +160,7 @@ impl<B: Backend> Lane<B> {
         let berth = Arc::new(Berth {
             backend: watch::Sender::new(None),
             opened: AtomicU64::new(0),
+            node: watch::Sender::new(None),
             openings,
             retired: watch::Sender::new(false),
         });

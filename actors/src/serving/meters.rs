@@ -10,6 +10,7 @@ use mobula::metrics::{Counter, Gauge, MetricError, counter, gauge, remove};
 
 use super::autoscaler::decision::Figures;
 use super::guard::traffic::Counts;
+use super::sentinels::AnswerCounts;
 use super::statistics::{FailureReason, ModelStatistics};
 
 /// What a version has, in the order of [`version_values`].
@@ -55,6 +56,16 @@ const COUNTERS: [(&str, Option<&str>); 6] = [
     ("mobula_serving_replicas_ejected", None),
 ];
 
+/// What is counted of each version that may be asked its sentinels, with the label `result`.
+const SENTINEL_ANSWERS: &str = "mobula_serving_sentinel_answers";
+
+/// What comes of asking a replica, in the order of [`Meters::count_sentinels`].
+const SENTINEL_RESULTS: [&str; 3] = ["right", "wrong", "unanswered"];
+
+/// Versions whose answers to sentinels are shown, unless more answer requests: those that were asked last stay, for one that is wrong
+/// is gone before anybody reads it.
+const SENTINEL_VERSIONS_MAX: usize = 6;
+
 fn counted(counts: &Counts) -> [u64; COUNTERS.len()] {
     [
         counts.rate_limited,
@@ -89,6 +100,8 @@ pub(super) struct Meters {
     counters: Vec<Counter>,
     counted: [u64; COUNTERS.len()],
     versions: BTreeMap<u64, VersionMeters>,
+    /// Counters of [`SENTINEL_RESULTS`] by version, in the order in which these came.
+    sentinels: Vec<(u64, Vec<Counter>)>,
 }
 
 impl Meters {
@@ -106,6 +119,7 @@ impl Meters {
             counters: counters.collect::<Result<_, _>>()?,
             counted: [0; COUNTERS.len()],
             versions: BTreeMap::new(),
+            sentinels: Vec::new(),
         })
     }
 
@@ -154,6 +168,62 @@ impl Meters {
             }
         }
         Ok(())
+    }
+
+    /// Counts what versions have answered to their sentinels. Those that are `here` are shown from the beginning.
+    pub(super) fn count_sentinels(
+        &mut self,
+        here: &[u64],
+        counts: impl Iterator<Item = (u64, AnswerCounts)>,
+    ) -> Result<(), MetricError> {
+        for version in here {
+            self.sentinel_counters(*version, here)?;
+        }
+        for (version, counts) in counts {
+            let counters = self.sentinel_counters(version, here)?;
+            let counts = [counts.right, counts.wrong, counts.unanswered];
+            for (counter, count) in counters.iter().zip(counts) {
+                counter.add(count as f64);
+            }
+        }
+        Ok(())
+    }
+
+    /// The counters of a version, for which the oldest of the versions makes room that is not `here` any more.
+    fn sentinel_counters(&mut self, version: u64, here: &[u64]) -> Result<&[Counter], MetricError> {
+        let known = self
+            .sentinels
+            .iter()
+            .position(|(known, _)| *known == version);
+        if let Some(at) = known {
+            return Ok(&self.sentinels[at].1);
+        }
+        if self.sentinels.len() >= SENTINEL_VERSIONS_MAX
+            && let Some(oldest) = self
+                .sentinels
+                .iter()
+                .position(|(known, _)| !here.contains(known))
+        {
+            let (gone, _) = self.sentinels.remove(oldest);
+            self.with_sentinel_labels(gone, |labels| remove(SENTINEL_ANSWERS, labels));
+        }
+        let counters =
+            self.with_sentinel_labels(version, |labels| counter(SENTINEL_ANSWERS, labels));
+        let counters = counters.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let at = self.sentinels.len();
+        self.sentinels.push((version, counters));
+        Ok(&self.sentinels[at].1)
+    }
+
+    /// What comes of the labels of each result.
+    fn with_sentinel_labels<T>(
+        &self,
+        version: u64,
+        each: impl Fn(&[(&str, &str)]) -> T,
+    ) -> [T; SENTINEL_RESULTS.len()] {
+        let version = version.to_string();
+        let [endpoint, version] = [("endpoint", &*self.endpoint), ("version", &*version)];
+        SENTINEL_RESULTS.map(|result| each(&[endpoint, version, ("result", result)]))
     }
 
     fn begin(&self, version: u64) -> Result<VersionMeters, MetricError> {
@@ -292,6 +362,65 @@ mod tests {
             let shown = gauge("nv_inference_request_failure", &labels).unwrap();
             assert_eq!(shown.value(), f64::from(failures), "{}", reason.name());
         }
+    }
+
+    fn sentinel_answers(endpoint: &str, version: u64) -> [f64; 3] {
+        let version = version.to_string();
+        SENTINEL_RESULTS.map(|result| {
+            let labels = [
+                ("endpoint", endpoint),
+                ("version", &*version),
+                ("result", result),
+            ];
+            counter(SENTINEL_ANSWERS, &labels).unwrap().value()
+        })
+    }
+
+    #[test]
+    fn answers_to_sentinels_are_counted_by_version_and_result() {
+        let mut meters = Meters::new("asked").unwrap();
+        let counts = AnswerCounts {
+            right: 3,
+            wrong: 1,
+            unanswered: 2,
+        };
+        for _ in 0..2 {
+            meters
+                .count_sentinels(&[1, 2], [(2, counts)].into_iter())
+                .unwrap();
+        }
+        assert_eq!(sentinel_answers("asked", 2), [6.0, 2.0, 4.0]);
+        assert_eq!(sentinel_answers("asked", 1), [0.0; 3]);
+    }
+
+    #[test]
+    fn versions_that_were_asked_make_room_for_others_but_not_those_that_are_here() {
+        let mut meters = Meters::new("asked-often").unwrap();
+        let counts = AnswerCounts {
+            wrong: 1,
+            ..AnswerCounts::default()
+        };
+        // More than a process has room for, if they stayed.
+        for version in 2..=100 {
+            let asked = [(version, counts)].into_iter();
+            meters.count_sentinels(&[1, version], asked).unwrap();
+        }
+        let kept: Vec<u64> = meters
+            .sentinels
+            .iter()
+            .map(|(version, _)| *version)
+            .collect();
+        assert_eq!(kept, [1, 96, 97, 98, 99, 100]);
+        // What has ended a rollout is there to be read when the version is gone.
+        assert_eq!(sentinel_answers("asked-often", 99), [0.0, 1.0, 0.0]);
+        let all = [1, 2, 3, 4, 5, 6, 7];
+        meters.count_sentinels(&all, std::iter::empty()).unwrap();
+        assert!(all.iter().all(|version| {
+            let mut known = meters.sentinels.iter();
+            known.any(|(known, _)| known == version)
+        }));
+        // Those that were shown before begin at zero.
+        assert_eq!(sentinel_answers("asked-often", 2), [0.0; 3]);
     }
 
     #[test]

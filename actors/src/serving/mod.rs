@@ -5,7 +5,7 @@
 //!   need; [`client`] is what the command line asks.
 //! * `gate`: what the policies say before a version is served.
 //! * [`rollout`]: how an endpoint goes from one version to another; [`shadow`]: copies of requests that go to it
-//!   first; [`experiment`]: which of two is better; [`autoscaler`]: with how many replicas. `sentinels`: rows whose answers are
+//!   first; [`experiment`]: which of two is better; [`autoscaler`]: with how many replicas. [`sentinels`]: rows whose answers are
 //!   known, which the version beside the active one is asked.
 //! * [`router`]: an endpoint's front door. [`steering`] follows which versions answer, `versions` reaches
 //!   them, `loading` keeps both from waiting for the store, [`arm`] is one of them, [`fleet`] chooses among its replicas, of which `lane` is one, `replica_link` finds these, [`endpoint_service`] speaks
@@ -78,7 +78,7 @@ pub mod replica_settings;
 pub mod rollout;
 pub mod router;
 pub mod rows;
-mod sentinels;
+pub mod sentinels;
 pub mod server;
 pub mod shadow;
 pub mod signature;

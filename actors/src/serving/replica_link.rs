@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mobula::{ActorRef, CallFailure, Cluster};
 use mobula_core::error::CallError;
-use mobula_core::id::{ActorId, Incarnation};
+use mobula_core::id::{ActorId, Incarnation, NodeId};
 use tokio::sync::watch;
 
 use super::arm::Origin;
@@ -62,7 +62,7 @@ async fn find_again_and_again(cluster: &Cluster, name: &str, berth: &Berth<Actor
                 berth.open(replica);
                 tokio::select! {
                     () = berth.failed() => {}
-                    () = ended(cluster, id, incarnation) => berth.close(),
+                    () = ended(cluster, id, incarnation, berth) => berth.close(),
                 }
             }
             Err(error) => {
@@ -92,10 +92,21 @@ async fn probe(
 }
 
 /// Waits until the head knows that this start of a replica is over: it learns of a lost process
-/// long before a caller does.
-async fn ended(cluster: &Cluster, id: ActorId, incarnation: Incarnation) {
+/// long before a caller does. Before that it says where this start runs.
+async fn ended(
+    cluster: &Cluster,
+    id: ActorId,
+    incarnation: Incarnation,
+    berth: &Berth<ActorRef<Replica>>,
+) {
+    let mut is_placed = false;
     loop {
-        match cluster.resolve_actor(id, incarnation, WATCH_WAIT).await {
+        let (after, wait) = if is_placed {
+            (incarnation, WATCH_WAIT)
+        } else {
+            (Incarnation(0), Duration::ZERO)
+        };
+        match cluster.resolve_actor(id, after, wait).await {
             Ok(actor) => {
                 let is_newer = actor
                     .incarnation
@@ -103,6 +114,13 @@ async fn ended(cluster: &Cluster, id: ActorId, incarnation: Incarnation) {
                 if is_newer || actor.state == "ended" {
                     return;
                 }
+                if !is_placed
+                    && actor.incarnation == Some(incarnation.0)
+                    && let Some(node) = actor.node
+                {
+                    berth.runs_on(NodeId(node));
+                }
+                is_placed = true;
             }
             // Without a head the replica is judged by its answers alone.
             Err(error) => {

@@ -25,6 +25,7 @@ use super::experiment::{command as experiments, state as experiment};
 use super::graph::state as graph;
 use super::replica_settings::ReplicaSettings;
 use super::rollout::{command, state as rollout};
+use super::sentinels::state as sentinels;
 use crate::device::ComputeDevice;
 use crate::drift::state::forget as forget_drift;
 use crate::registry;
@@ -126,6 +127,8 @@ pub enum Command {
     Graph(graph::Command),
     /// A change of how an endpoint keeps answers. Answer: nothing.
     Cache(cache::Command),
+    /// What a router says of the sentinels of the version beside the active one. Answer: nothing.
+    Sentinels(sentinels::Command),
 }
 
 /// The replicated part of serving.
@@ -299,6 +302,7 @@ impl StateModule for Serving {
                     scaling::forget(txn, &endpoint);
                     access::forget(txn, &endpoint);
                     cache::forget(txn, &endpoint);
+                    sentinels::forget(txn, &endpoint);
                     forget_drift(txn, &endpoint);
                     txn.delete(ENDPOINTS, endpoint.as_bytes());
                 }
@@ -317,6 +321,10 @@ impl StateModule for Serving {
             Command::Graph(command) => codec::encode_plain(&graph::apply(context, txn, command)?),
             Command::Cache(command) => {
                 cache::apply(txn, command)?;
+                Vec::new()
+            }
+            Command::Sentinels(command) => {
+                sentinels::apply(context, txn, command)?;
                 Vec::new()
             }
         };
@@ -378,6 +386,7 @@ impl StateModule for Serving {
             (caller, Command::Access(_)) => access::is_allowed(caller),
             (caller, Command::Graph(_)) => graph::is_allowed(caller),
             (caller, Command::Cache(_)) => cache::is_allowed(caller),
+            (caller, Command::Sentinels(_)) => sentinels::is_allowed(caller),
             (Caller::Client, Command::Deploy { .. } | Command::Delete { .. }) => true,
             // Routers are the platform's own actors.
             (Caller::Host { job, .. }, Command::RouterReady { .. }) => *job == JobId::SYSTEM,

@@ -35,6 +35,8 @@ use super::rollout::plan::{Rollout, Served};
 use super::rollout::reporting::Reporting;
 use super::rollout::sentinels::Asking;
 use super::rollout::trial::{Evidence, Trial, shortened};
+use super::sentinels::noting::Noting;
+use super::sentinels::state::Of;
 use super::shadow;
 use super::shadow::mirror::Shadowed;
 use super::shadow::trial::ShadowTrial;
@@ -68,6 +70,7 @@ pub(super) struct Steering {
     shadowing: Option<(u64, Shadowed<Replicas>, WhenGone)>,
     asking: Asking,
     reporting: Reporting,
+    noting: Noting,
     pilot: Pilot,
     /// None where the process has no room for them.
     meters: Option<Meters>,
@@ -116,6 +119,7 @@ impl Steering {
             shadowing: None,
             asking: Asking::new(),
             reporting: Reporting::default(),
+            noting: Noting::default(),
             pilot,
             meters,
         };
@@ -169,12 +173,12 @@ impl Steering {
     }
 
     fn measure(&mut self, replicas: u32) {
+        let counts = [self.asking.take_counts(), self.comparing.take_counts()];
         let Some(meters) = &mut self.meters else {
             return;
         };
         let figures = self.pilot.seen();
-        let counts = self.versions.traffic.counts();
-        meters.show(replicas, figures, &counts);
+        meters.show(replicas, figures, &self.versions.traffic.counts());
         let seen: Vec<VersionSeen> = self
             .arms
             .values()
@@ -185,7 +189,16 @@ impl Steering {
                 kept: arm.responses().size(),
             })
             .collect();
-        if let Err(error) = meters.show_versions(&seen) {
+        let mut asked: Vec<u64> = self.arms.keys().copied().collect();
+        asked.extend(
+            self.shadowing
+                .iter()
+                .map(|(_, shadowed, _)| shadowed.arm.version()),
+        );
+        let shown = meters
+            .show_versions(&seen)
+            .and_then(|()| meters.count_sentinels(&asked, counts.into_iter().flatten()));
+        if let Err(error) = shown {
             tracing::debug!(endpoint = self.name, %error, "a version is not measured");
         }
     }
@@ -234,7 +247,12 @@ impl Steering {
         match (experiment, under_way) {
             (_, Some(experiment)) => {
                 let routes = Arc::clone(&self.routes.borrow());
-                self.comparing.judge(experiment, &routes).await;
+                if let Some(standing) = self.comparing.judge(experiment, &routes).await {
+                    let of = Of::Experiment {
+                        experiment: experiment.number,
+                    };
+                    self.note(of, standing).await;
+                }
             }
             (Some(over), None) if !self.is_left(endpoint, over.plan.treatment.version) => {
                 self.comparing.say_drained(over).await;

@@ -345,11 +345,13 @@ impl DomainModel {
             serving::Command::Rollout(_) | serving::Command::Experiment(_) => result.is_ok(),
             // Nothing is scaled: `actors/src/serving/autoscaler/state_tests.rs` has what holds.
             serving::Command::Scaling(_) => result.is_ok(),
-            // Nor has anything tokens, rules, graphs or kept answers: the tests beside `actors/src/serving/access/state.rs` and
-            // `actors/src/serving/graph/state.rs` have what holds.
+            // Nor has anything tokens, rules, graphs, kept answers or sentinels: the tests beside
+            // `actors/src/serving/access/state.rs`, `actors/src/serving/graph/state.rs` and
+            // `actors/src/serving/sentinels/state.rs` have what holds.
             serving::Command::Access(_)
             | serving::Command::Graph(_)
-            | serving::Command::Cache(_) => result.is_ok(),
+            | serving::Command::Cache(_)
+            | serving::Command::Sentinels(_) => result.is_ok(),
         };
         if result.is_ok() == is_done {
             return Ok(());

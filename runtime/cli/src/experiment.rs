@@ -1,5 +1,7 @@
 //! `mobula experiment`.
 
+mod json;
+
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -8,15 +10,15 @@ use mobula::Cluster;
 use mobula_actors::serving::client;
 use mobula_actors::serving::experiment::command::{Command, Proposed};
 use mobula_actors::serving::experiment::findings::{
-    Decision, Findings, GuardrailFinding, Interval, Measured, Ratio, Values,
+    Decision, GuardrailFinding, Measured, Ratio, Values,
 };
 use mobula_actors::serving::experiment::outcomes::{Reported, report};
 use mobula_actors::serving::experiment::plan::Ending;
-use mobula_actors::serving::experiment::{Experiment, Measure, Plan};
-use mobula_actors::serving::rollout::plan::{Cleanup, Served};
+use mobula_actors::serving::experiment::{Experiment, Measure};
+use mobula_actors::serving::sentinels::state::{Asked, Of};
 use mobula_core::clock::Clock;
-use serde::Serialize;
 
+use self::json::ExperimentJson;
 use crate::args::{
     ExperimentCommand, ExperimentRecordArguments, ExperimentStartArguments, MetricArgument, Target,
 };
@@ -24,140 +26,10 @@ use crate::clock::SystemClock;
 use crate::connect::connect;
 use crate::output::{age, or_dash, print_json, print_table};
 use crate::rollout::model_and_version;
+use crate::sentinels;
 
 /// The variable that holds an endpoint's token.
 const TOKEN_VARIABLE: &str = "MOBULA_ENDPOINT_TOKEN";
-
-/// A plan as `--json` prints it: metrics as they are written on the command line.
-#[derive(Serialize)]
-struct PlanJson<'a> {
-    endpoint: &'a str,
-    model: &'a str,
-    control: &'a Served,
-    treatment: &'a Served,
-    control_share_bp: u32,
-    treatment_share_bp: u32,
-    seed: &'a str,
-    primary: String,
-    effect_min: f64,
-    guardrails: Vec<GuardrailJson>,
-    alpha: f64,
-    samples_max: u64,
-}
-
-#[derive(Serialize)]
-struct GuardrailJson {
-    metric: String,
-    worsening_max: f64,
-}
-
-#[derive(Serialize)]
-struct MeasuredJson<'a> {
-    metric: String,
-    control: &'a Values,
-    treatment: &'a Values,
-    effect: &'a Option<Interval>,
-}
-
-#[derive(Serialize)]
-struct GuardrailFindingJson<'a> {
-    metric: String,
-    statistic: &'a str,
-    value: f64,
-    limit: f64,
-    is_violated: bool,
-}
-
-#[derive(Serialize)]
-struct FindingsJson<'a> {
-    reason: &'a str,
-    ratios: &'a [Ratio],
-    measured: Vec<MeasuredJson<'a>>,
-    guardrails: Vec<GuardrailFindingJson<'a>>,
-    uncounted: u64,
-}
-
-/// An experiment as `--json` prints it, and as `ab_summary.json` holds it.
-#[derive(Serialize)]
-struct ExperimentJson<'a> {
-    endpoint: &'a str,
-    number: u64,
-    plan: PlanJson<'a>,
-    plan_blake3: String,
-    started_ms: u64,
-    ended_ms: Option<u64>,
-    /// `running`, or why it ended.
-    state: &'static str,
-    decision: Decision,
-    counts: u32,
-    reported_ms: Option<u64>,
-    findings: Option<FindingsJson<'a>>,
-    cleanup: Cleanup,
-}
-
-impl<'a> ExperimentJson<'a> {
-    fn of(experiment: &'a Experiment) -> Self {
-        let plan = &experiment.plan;
-        ExperimentJson {
-            endpoint: &plan.endpoint,
-            number: experiment.number,
-            plan: plan_json(plan),
-            plan_blake3: plan.digest(),
-            started_ms: experiment.started_ms,
-            ended_ms: experiment.ended_ms,
-            state: state(experiment),
-            decision: decision(experiment),
-            counts: experiment.counts,
-            reported_ms: experiment.reported_ms,
-            findings: experiment.findings.as_ref().map(findings_json),
-            cleanup: experiment.cleanup,
-        }
-    }
-}
-
-fn plan_json(plan: &Plan) -> PlanJson<'_> {
-    let guardrails = plan.guardrails.iter().map(|guardrail| GuardrailJson {
-        metric: guardrail.metric.to_string(),
-        worsening_max: guardrail.worsening_max,
-    });
-    PlanJson {
-        endpoint: &plan.endpoint,
-        model: &plan.model,
-        control: &plan.control,
-        treatment: &plan.treatment,
-        control_share_bp: plan.control_share_bp,
-        treatment_share_bp: plan.treatment_share_bp,
-        seed: &plan.seed,
-        primary: plan.primary.to_string(),
-        effect_min: plan.effect_min,
-        guardrails: guardrails.collect(),
-        alpha: f64::from(plan.alpha_bp) / 10_000.0,
-        samples_max: plan.samples_max,
-    }
-}
-
-fn findings_json(findings: &Findings) -> FindingsJson<'_> {
-    let measured = findings.measured.iter().map(|row| MeasuredJson {
-        metric: row.measure.to_string(),
-        control: &row.control,
-        treatment: &row.treatment,
-        effect: &row.effect,
-    });
-    let guardrails = findings.guardrails.iter().map(|row| GuardrailFindingJson {
-        metric: row.measure.to_string(),
-        statistic: &row.statistic,
-        value: row.value,
-        limit: row.limit,
-        is_violated: row.is_violated,
-    });
-    FindingsJson {
-        reason: &findings.reason,
-        ratios: &findings.ratios,
-        measured: measured.collect(),
-        guardrails: guardrails.collect(),
-        uncounted: findings.uncounted,
-    }
-}
 
 /// `running`, or why it ended.
 pub(crate) fn state(experiment: &Experiment) -> &'static str {
@@ -222,7 +94,8 @@ async fn start(cluster: &Cluster, arguments: ExperimentStartArguments) -> anyhow
 
 fn print_one(experiment: &Experiment, json: bool) -> anyhow::Result<()> {
     if json {
-        return print_json(&ExperimentJson::of(experiment));
+        // Nobody has asked a treatment that has just been named, and nobody asks one that is stopped.
+        return print_json(&ExperimentJson::of(experiment, None));
     }
     println!("{}", described(experiment));
     Ok(())
@@ -276,19 +149,33 @@ async fn status(
             ),
         }
     };
+    let asked = asked(cluster, experiment).await?;
+    let shown = ExperimentJson::of(experiment, asked.as_ref());
     if let Some(file) = out {
-        let text = serde_json::to_string_pretty(&ExperimentJson::of(experiment))?;
+        let text = serde_json::to_string_pretty(&shown)?;
         std::fs::write(file, text + "\n")
             .with_context(|| format!("{} cannot be written", file.display()))?;
     }
     if json {
-        return print_json(&ExperimentJson::of(experiment));
+        return print_json(&shown);
     }
-    print_status(experiment);
+    print_status(experiment, asked.as_ref());
     Ok(())
 }
 
-fn print_status(experiment: &Experiment) {
+/// How far the sentinels of a treatment are answered, if its experiment is under way.
+async fn asked(cluster: &Cluster, experiment: &Experiment) -> anyhow::Result<Option<Asked>> {
+    if !experiment.is_open() {
+        return Ok(None);
+    }
+    let of = Of::Experiment {
+        experiment: experiment.number,
+    };
+    let asked = client::sentinels(cluster, &experiment.plan.endpoint).await?;
+    Ok(asked.filter(|asked| asked.of == of))
+}
+
+fn print_status(experiment: &Experiment, asked: Option<&Asked>) {
     println!("{}", described(experiment));
     let plan = &experiment.plan;
     println!(
@@ -299,6 +186,12 @@ fn print_status(experiment: &Experiment) {
         plan.samples_max,
         plan.seed
     );
+    if experiment.is_open() {
+        println!(
+            "{}",
+            sentinels::said("treatment", asked, SystemClock.now_ms())
+        );
+    }
     let Some(findings) = &experiment.findings else {
         println!(
             "\nnothing is counted so far: requests are counted once replicas of the treatment answer"
@@ -420,7 +313,11 @@ async fn list(cluster: &Cluster, endpoint: Option<String>, json: bool) -> anyhow
         experiments.extend(client::experiments(cluster, &endpoint).await?);
     }
     if json {
-        let shown: Vec<ExperimentJson<'_>> = experiments.iter().map(ExperimentJson::of).collect();
+        let mut shown = Vec::new();
+        for experiment in &experiments {
+            let asked = asked(cluster, experiment).await?;
+            shown.push(ExperimentJson::of(experiment, asked.as_ref()));
+        }
         return print_json(&shown);
     }
     let now_ms = SystemClock.now_ms();

@@ -29,6 +29,7 @@ mod rollout;
 mod scaling;
 mod scenario;
 mod secrets;
+mod sentinels;
 mod serve;
 mod signing;
 mod status;

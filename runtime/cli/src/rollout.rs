@@ -9,6 +9,7 @@ use mobula_actors::serving::rollout::command::{Command, Proposed};
 use mobula_actors::serving::rollout::plan::{Action, Decision, Phase, Progress};
 use mobula_actors::serving::rollout::trial::SideEvidence;
 use mobula_actors::serving::rollout::{Rollout, Strategy};
+use mobula_actors::serving::sentinels::state::{Asked, Of};
 use mobula_actors::serving::shadow;
 use mobula_core::clock::Clock;
 use serde::Serialize;
@@ -17,6 +18,7 @@ use crate::args::{RolloutCommand, RolloutStartArguments, RolloutTarget, Target};
 use crate::clock::SystemClock;
 use crate::connect::connect;
 use crate::output::{age, print_json, print_table};
+use crate::sentinels::{self, SentinelsJson};
 
 /// A rollout as `--json` prints it.
 #[derive(Serialize)]
@@ -39,6 +41,8 @@ struct StatusJson<'a> {
     rollouts: Vec<RolloutJson<'a>>,
     /// What was counted of the step under way.
     current: Option<Progress>,
+    /// How far the candidate's sentinels are answered at it, if the router has said so.
+    sentinels: Option<SentinelsJson>,
 }
 
 impl<'a> RolloutJson<'a> {
@@ -137,9 +141,15 @@ async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
     let rollouts = client::rollouts(cluster, &of.endpoint).await?;
     let shadows = client::shadows(cluster, &of.endpoint).await?;
     let progress = client::progress(cluster, &of.endpoint).await?;
+    let open = rollouts.last().filter(|last| last.phase.is_open());
+    let asked = match open {
+        Some(open) => asked(cluster, open).await?,
+        None => None,
+    };
     if of.format.json {
         return print_json(&StatusJson {
             current: progress,
+            sentinels: asked.as_ref().map(SentinelsJson::of),
             endpoint: &endpoint.name,
             model: &endpoint.model,
             version: endpoint.version,
@@ -160,8 +170,11 @@ async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
         println!("\nno rollout so far: begin one with `mobula rollout start`");
         return Ok(());
     };
-    println!();
     let now_ms = SystemClock.now_ms();
+    if open.is_some() {
+        println!("{}", sentinels::said("candidate", asked.as_ref(), now_ms));
+    }
+    println!();
     let mut rows: Vec<Vec<String>> = last
         .decisions
         .iter()
@@ -179,6 +192,16 @@ async fn status(cluster: &Cluster, of: RolloutTarget) -> anyhow::Result<()> {
     ];
     print_table(&header, &rows);
     Ok(())
+}
+
+/// How far the candidate's sentinels are answered at the step that a rollout is at.
+async fn asked(cluster: &Cluster, rollout: &Rollout) -> anyhow::Result<Option<Asked>> {
+    let of = Of::Step {
+        rollout: rollout.number,
+        step: rollout.step,
+    };
+    let asked = client::sentinels(cluster, &rollout.endpoint).await?;
+    Ok(asked.filter(|asked| asked.of == of))
 }
 
 /// A rollout in a line.

@@ -9,6 +9,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use mobula_core::id::NodeId;
 use serde::{Deserialize, Serialize};
 
 use crate::registry::artifact::Artifact;
@@ -48,23 +49,28 @@ pub struct Mismatch {
     pub answered: Option<u32>,
 }
 
-impl fmt::Display for Mismatch {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Mismatch {
+    /// In words, with the node on which the replica runs if that is known: it is the machine that computes wrongly.
+    #[must_use]
+    pub fn sentence(&self, node: Option<NodeId>) -> String {
         let Mismatch {
             replica,
             sentinel,
             expected,
             answered,
         } = self;
-        write!(
-            formatter,
-            "replica {replica} answered sentinel {sentinel} with "
-        )?;
-        match answered {
-            Some(class) => write!(formatter, "class {class}")?,
-            None => formatter.write_str("nothing")?,
-        }
-        write!(formatter, " instead of class {expected}")
+        let place = node.map_or_else(String::new, |node| format!(" on {node}"));
+        let answer =
+            answered.map_or_else(|| "nothing".to_owned(), |class| format!("class {class}"));
+        format!(
+            "replica {replica}{place} answered sentinel {sentinel} with {answer} instead of class {expected}"
+        )
+    }
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.sentence(None))
     }
 }
 
@@ -177,6 +183,9 @@ mod tests {
         let answers = model.predictions(sentinels.rows()).unwrap();
         let found = sentinels.mismatch(2, &answers).unwrap();
         assert_eq!(found.replica, 2);
+        let (placed, bare) = (found.sentence(Some(NodeId(3))), found.to_string());
+        assert!(placed.starts_with("replica 2 on node-3 answered sentinel "));
+        assert_eq!(placed.replace(" on node-3", ""), bare);
         assert_ne!(found.answered, Some(found.expected));
     }
 

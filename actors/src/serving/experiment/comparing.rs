@@ -36,6 +36,8 @@ use crate::serving::loading::Loading;
 use crate::serving::rollout::plan::Cleanup;
 use crate::serving::rollout::reporting::REPORT_INTERVAL;
 use crate::serving::rollout::trial::shortened;
+use crate::serving::sentinels::AnswerCounts;
+use crate::serving::sentinels::state::Standing;
 use crate::storage::open_blobs;
 
 /// How fast counts are stored on average: one of a million keys has nine megabytes, which take no less than nine
@@ -191,19 +193,23 @@ impl Comparing {
         self.asking.at(experiment.number, sentinels);
     }
 
+    /// What the treatment has answered to its sentinels since this was last asked, with its version.
+    pub(in crate::serving) fn take_counts(&mut self) -> Option<(u64, AnswerCounts)> {
+        self.asking.take_counts()
+    }
+
     /// Looks what follows from what was counted and from what the treatment has answered to its sentinels, and tells the
-    /// head.
+    /// head. How far it is asked, while nothing ends the experiment.
     pub(in crate::serving) async fn judge<B: Backend>(
         &mut self,
         experiment: &Experiment,
         routes: &Routes<B>,
-    ) {
-        let Some(current) = &mut self.current else {
-            return;
-        };
+    ) -> Option<Standing> {
+        let current = self.current.as_mut()?;
         match current.word(experiment, routes, &mut self.asking) {
             Some(Word::Over(ending, findings)) => {
                 self.conclude(experiment, ending, findings).await;
+                return None;
             }
             Some(Word::SoFar(findings, stored)) => {
                 let report = Command::Report {
@@ -225,6 +231,7 @@ impl Comparing {
             },
             None => {}
         }
+        self.asking.standing()
     }
 
     /// Says that the treatment cannot be compared.

@@ -14,7 +14,8 @@ use crate::drift::vitals::sentinels::Sentinels;
 use crate::serving::arm::Routes;
 use crate::serving::fleet::Backend;
 use crate::serving::rollout::trial::shortened;
-use crate::serving::sentinels::{Asker, not_asked, why};
+use crate::serving::sentinels::state::Standing;
+use crate::serving::sentinels::{AnswerCounts, Asker, not_asked, why};
 
 /// Asks the replicas of a treatment.
 pub(super) struct Asking {
@@ -52,6 +53,16 @@ impl Asking {
             ..findings
         };
         (Some(Ending::Sentinel), findings)
+    }
+
+    /// How far the treatment is asked; absent before the first look at it.
+    pub(super) fn standing(&self) -> Option<Standing> {
+        self.asker.standing()
+    }
+
+    /// What it has answered since this was last asked, with its version.
+    pub(super) fn take_counts(&mut self) -> Option<(u64, AnswerCounts)> {
+        self.asker.take_counts()
     }
 
     /// The same numbers; where the treatment has no sentinels, that is said.

@@ -14,7 +14,8 @@ use super::trial::{Evidence, Judgement, shortened};
 use crate::drift::vitals::sentinels::Sentinels;
 use crate::serving::arm::{Arm, Routes};
 use crate::serving::fleet::Backend;
-use crate::serving::sentinels::{Asker, not_asked, why};
+use crate::serving::sentinels::state::Standing;
+use crate::serving::sentinels::{AnswerCounts, Asker, not_asked, why};
 
 /// Asks the replicas of a candidate at one step of its rollout.
 pub(in crate::serving) struct Asking {
@@ -42,10 +43,10 @@ impl Asking {
         rollout: &Rollout,
     ) -> Option<Seen> {
         let seen = looking::look(routes, rollout)?;
+        let answers = self.asker.look(candidate(routes));
         if self.asker.has_none() {
             return Some(noted(seen));
         }
-        let answers = self.asker.look(candidate(routes));
         if let Some(wrong) = &answers.wrong {
             let evidence = Evidence {
                 reason: why(wrong),
@@ -67,6 +68,16 @@ impl Asking {
             }
             seen => seen,
         })
+    }
+
+    /// How far the candidate is asked at this step; absent before the first look at it.
+    pub(in crate::serving) fn standing(&self) -> Option<Standing> {
+        self.asker.standing()
+    }
+
+    /// What it has answered since this was last asked, with its version.
+    pub(in crate::serving) fn take_counts(&mut self) -> Option<(u64, AnswerCounts)> {
+        self.asker.take_counts()
     }
 }
 

@@ -14,6 +14,7 @@ use crate::serving::graph::state as graph;
 use crate::serving::ingress::plan::address_of;
 use crate::serving::rollout::plan::Cleanup;
 use crate::serving::rollout::{Rollout, state as rollout};
+use crate::serving::sentinels::state as sentinels;
 use crate::serving::shadow;
 
 /// A question. Append-only: positions are tags.
@@ -71,6 +72,12 @@ pub enum Query {
     },
     /// What was counted of the step that an endpoint's newest rollout is at. Answer: `Option<Progress>`.
     Progress {
+        /// Its name.
+        endpoint: String,
+    },
+    /// How far the sentinels are answered of the version beside the active one, while there is one. Answer:
+    /// `Option<sentinels::Asked>`.
+    Sentinels {
         /// Its name.
         endpoint: String,
     },
@@ -149,6 +156,10 @@ pub(super) fn answer(reader: &dyn Reader, query: Query) -> Result<Vec<u8>, Rejec
             let newest = rollout::newest(reader, &endpoint);
             let progress = newest.and_then(|newest| rollout::progress_of(reader, &newest));
             codec::encode_plain(&progress)
+        }
+        Query::Sentinels { endpoint } => {
+            find(reader, &endpoint)?;
+            codec::encode_plain(&sentinels::find(reader, &endpoint))
         }
         Query::Experiments { endpoint } => {
             find(reader, &endpoint)?;

@@ -1,5 +1,5 @@
 //! What a router says of its endpoint's rollout: what follows at its step, why nothing does yet, and that nothing is left of a
-//! version.
+//! version; and how far the sentinels of the version beside the active one are answered.
 
 use std::sync::Arc;
 
@@ -9,6 +9,7 @@ use crate::serving::rollout::command::{Command, Verdict};
 use crate::serving::rollout::looking::Seen;
 use crate::serving::rollout::plan::{Cleanup, Phase, Rollout};
 use crate::serving::rollout::trial::{Evidence, Judgement};
+use crate::serving::sentinels::state::{Command as SentinelsCommand, Of, Standing};
 use crate::serving::state::Endpoint;
 
 impl Steering {
@@ -17,16 +18,43 @@ impl Steering {
         let routes = Arc::clone(&self.routes.borrow());
         match self.asking.look(&routes, rollout) {
             Some(Seen::Judged(Judgement::RollBack(evidence))) => {
-                self.say(rollout, Verdict::RollBack, evidence).await;
+                return self.say(rollout, Verdict::RollBack, evidence).await;
             }
             Some(Seen::Judged(Judgement::Pass(evidence))) if rollout.phase == Phase::Running => {
-                self.say(rollout, Verdict::Pass, evidence).await;
+                return self.say(rollout, Verdict::Pass, evidence).await;
             }
             Some(Seen::Judged(Judgement::Pass(evidence) | Judgement::Hold(evidence))) => {
                 self.report(rollout, evidence, false).await;
             }
             Some(Seen::Waits(evidence)) => self.report(rollout, evidence, true).await,
             None => {}
+        }
+        if let Some(standing) = self.asking.standing() {
+            let of = Of::Step {
+                rollout: rollout.number,
+                step: rollout.step,
+            };
+            self.note(of, standing).await;
+        }
+    }
+
+    /// Tells the head how far the sentinels of the version beside the active one are answered, when that has changed.
+    pub(super) async fn note(&mut self, of: Of, standing: Standing) {
+        if !self.noting.is_due(of, standing) {
+            return;
+        }
+        let command = SentinelsCommand::Note {
+            endpoint: self.name.clone(),
+            router: self.incarnation,
+            of,
+            standing,
+        };
+        match client::note_sentinels(&self.versions.cluster, command).await {
+            Ok(()) => self.noting.taken(of, standing),
+            // What is still so at the next look is said again.
+            Err(error) => {
+                tracing::debug!(endpoint = self.name, %error, "the head did not take a word about sentinels");
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use mobula_actors::drift::vitals::sentinels::SENTINELS_MAX;
+use mobula_actors::serving::controller::replica_name;
 use mobula_actors::serving::rollout::split::{BUCKETS, bucket};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -328,22 +329,22 @@ fn register_wrong(served: &Served) -> String {
     said
 }
 
-/// What such a series says of the processes of the system's actors, by worker and process.
-fn of_system_hosts(served: &Served, name: &str, label: &str) -> BTreeMap<String, f64> {
-    let mut found = BTreeMap::new();
-    for worker in ["worker-1", "worker-2"] {
+/// How often replicas of a version of the endpoint have answered their sentinels so, as its router has counted.
+fn sentinel_answers(served: &Served, version: u64, result: &str) -> Option<f64> {
+    let name = "mobula_serving_sentinel_answers_total{";
+    let labels = [
+        "endpoint=\"digits\"".to_owned(),
+        format!("version=\"{version}\""),
+        format!("result=\"{result}\""),
+    ];
+    let is_it = |line: &&str| {
+        line.starts_with(name) && labels.iter().all(|label| line.contains(label.as_str()))
+    };
+    ["worker-1", "worker-2"].into_iter().find_map(|worker| {
         let text = served.cluster.ok(&["metrics", worker]);
-        let series = text.lines().filter_map(|line| line.strip_prefix(name));
-        let series = series.filter_map(|line| line.strip_prefix('{')?.split_once("} "));
-        for (labels, value) in series {
-            if labels.contains("job=\"job-0\"") && labels.contains(label) {
-                let host = labels.split(',').find(|label| label.starts_with("host="));
-                let key = format!("{worker} {}", host.unwrap());
-                found.insert(key, value.parse().unwrap());
-            }
-        }
-    }
-    found
+        let series = text.lines().find(is_it)?;
+        series.rsplit(' ').next()?.parse().ok()
+    })
 }
 
 /// The experiments that the registry's log says have ended, oldest first.
@@ -376,22 +377,27 @@ fn a_treatment_goes_on_while_it_is_right_about_known_rows_and_is_ended_once_it_i
     register_changed(&served, |parameters| parameters[0] += 1e-6);
     let said = register_wrong(&served);
 
-    let memory = "mobula_worker_host_resident_memory_bytes";
-    wait_for("all actors of the endpoint", || {
-        let actors = served.actors("");
-        let is_running = |actor: &Value| actor["state"] == "running";
-        actors.iter().all(is_running).then_some(())
-    });
-    let known = of_system_hosts(&served, memory, "");
     start(&served, &CLICKS);
-    // No series counts sentinels, but each replica of a treatment has a process of its own, whose calls are counted. Before the
-    // first request there are two reasons for calls: the router looks once whether it answers, and puts its sentinels to it.
-    wait_for("both replicas to be asked their sentinels", || {
-        assert_eq!(experiment(&served)?["state"], "running");
-        let mut calls = of_system_hosts(&served, "mobula_worker_host_calls_total", "\"ok\"");
-        calls.retain(|host, calls| !known.contains_key(host) && *calls >= 2.0);
-        (calls.len() == 2).then_some(())
+    // Nobody has asked so far, so that this is no matter of numbers.
+    let asked = wait_for("both replicas to have answered their sentinels", || {
+        let found = experiment(&served)?;
+        assert_eq!(found["state"], "running", "{found}");
+        let asked = &found["sentinels"];
+        (asked["right"] == 2).then(|| asked.clone())
     });
+    assert_eq!(
+        (&asked["sentinels"], &asked["replicas"]),
+        (&json!(SENTINELS_MAX), &json!(2)),
+        "{asked}"
+    );
+    let text = served.cluster.ok(&["experiment", "status", "digits"]);
+    let said_so =
+        "2 of the 2 replicas of the treatment that take requests have answered all 8 rightly";
+    assert!(text.contains(said_so), "{text}");
+    wait_for("the metrics of both answers", || {
+        (sentinel_answers(&served, 2, "right")? >= 2.0).then_some(())
+    });
+    assert_eq!(sentinel_answers(&served, 2, "wrong"), Some(0.0));
     // What the router reports from here on, it says after a look at those answers.
     let (mut user, mut has_met) = (0, false);
     let found = wait_for("numbers of a treatment that was asked", || {
@@ -415,7 +421,13 @@ fn a_treatment_goes_on_while_it_is_right_about_known_rows_and_is_ended_once_it_i
 
     // Nobody sends this one a request: no number could end it.
     let begun = start_with(&served, "digits@3", &CLICKS);
+    let mut places = BTreeMap::new();
     let ended = wait_for("the end", || {
+        for replica in served.actors("serving/digits/v3/") {
+            if let Some(node) = replica["node"].as_u64() {
+                places.insert(replica["name"].as_str()?.to_owned(), node);
+            }
+        }
         experiment(&served).filter(|found| found["state"] != "running")
     });
     assert_eq!(
@@ -429,6 +441,19 @@ fn a_treatment_goes_on_while_it_is_right_about_known_rows_and_is_ended_once_it_i
         reason.starts_with(about) && reason.contains(&said),
         "{reason} does not say: {said}"
     );
+    // It names the replica and the machine that is to be looked at, one of the two workers'.
+    let (replica, rest) = reason[about.len()..].split_once(" on node-").unwrap();
+    let node: u64 = rest.split(' ').next().unwrap().parse().unwrap();
+    let nodes = served.cluster.json(&["nodes", "list"]);
+    let is_it = |known: &Value| known["id"] == node;
+    assert!(nodes.as_array().unwrap().iter().any(is_it), "{reason}");
+    if let Some(place) = places.get(&replica_name("digits", 3, replica.parse().unwrap())) {
+        assert_eq!(*place, node, "{reason}");
+    }
+    assert_eq!(ended["sentinels"], Value::Null);
+    wait_for("the metrics of a wrong answer", || {
+        (sentinel_answers(&served, 3, "wrong")? >= 1.0).then_some(())
+    });
     let measured = ended["findings"]["measured"].as_array().unwrap();
     let is_asked = |row: &Value| row["treatment"]["count"] != 0;
     assert!(!measured.iter().any(is_asked), "{ended}");
