@@ -1,15 +1,10 @@
 //! Arrays of numbers as files hold them: little-endian, the last dimension nearest.
 //!
 //! Invariant: an array is looked through once when it is opened, so what is read later is finite and
-//! there. A file that was changed since then is not read: what it holds is not what the digest of the data
-//! set says. A file that was replaced by another of its name still is the old one here.
-
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
+//! there.
 
 use super::error::DataError;
+use super::opened::Bytes;
 
 /// How numbers are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,117 +84,6 @@ impl Kind {
             }),
             Kind::F32 | Kind::F64 => Vec::new(),
         })
-    }
-}
-
-/// Where an array's bytes are.
-#[derive(Debug)]
-pub(super) enum Bytes {
-    Memory(Arc<Vec<u8>>),
-    File(OpenFile),
-}
-
-/// A file of this machine that is read as it was when it was opened, or not at all.
-#[derive(Debug)]
-pub(super) struct OpenFile {
-    file: File,
-    as_opened: Version,
-}
-
-/// What tells a file from itself after somebody wrote to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Version {
-    size_bytes: u64,
-    /// Seconds and nanoseconds. The time of the last change of its metadata would say more, and also differ for
-    /// a file that was only renamed or replaced.
-    modified: (i64, i64),
-}
-
-impl Version {
-    fn of(file: &File) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        Ok(Version {
-            size_bytes: metadata.size(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-        })
-    }
-}
-
-impl OpenFile {
-    /// Opens the file called `name`.
-    pub(super) fn open(name: &str) -> io::Result<Self> {
-        let file = File::open(name)?;
-        let as_opened = Version::of(&file)?;
-        Ok(OpenFile { file, as_opened })
-    }
-
-    /// The file, to be read from its beginning.
-    pub(super) fn file(&mut self) -> &mut File {
-        &mut self.file
-    }
-
-    fn try_clone(&self) -> io::Result<Self> {
-        Ok(OpenFile {
-            file: self.file.try_clone()?,
-            as_opened: self.as_opened,
-        })
-    }
-
-    fn is_changed(&self) -> io::Result<bool> {
-        Ok(Version::of(&self.file)? != self.as_opened)
-    }
-}
-
-impl Bytes {
-    /// The same bytes for another array.
-    pub(super) fn try_clone(&self, file: &str) -> Result<Self, DataError> {
-        match self {
-            Bytes::Memory(bytes) => Ok(Bytes::Memory(Arc::clone(bytes))),
-            Bytes::File(open) => {
-                let again = open
-                    .try_clone()
-                    .map_err(|source| unreadable(file, source))?;
-                Ok(Bytes::File(again))
-            }
-        }
-    }
-
-    /// Fills `buffer` from `offset` on. `file` is how errors name them.
-    pub(super) fn read_at(
-        &self,
-        file: &str,
-        buffer: &mut [u8],
-        offset: u64,
-    ) -> Result<(), DataError> {
-        match self {
-            Bytes::File(open) => {
-                let read = open.file.read_exact_at(buffer, offset);
-                // Behind the reading: what was written before it shows. A file that was cut is not just unreadable.
-                match open.is_changed() {
-                    Ok(true) => Err(DataError::Changed {
-                        file: file.to_owned(),
-                    }),
-                    Ok(false) => read.map_err(|source| unreadable(file, source)),
-                    Err(source) => Err(unreadable(file, source)),
-                }
-            }
-            Bytes::Memory(bytes) => {
-                let start = usize::try_from(offset).unwrap_or(usize::MAX);
-                let end = start.saturating_add(buffer.len());
-                let part = bytes
-                    .get(start..end)
-                    .ok_or_else(|| unreadable(file, io::ErrorKind::UnexpectedEof.into()))?;
-                buffer.copy_from_slice(part);
-                Ok(())
-            }
-        }
-    }
-}
-
-fn unreadable(file: &str, source: io::Error) -> DataError {
-    DataError::Unreadable {
-        file: file.to_owned(),
-        source,
     }
 }
 
@@ -319,6 +203,11 @@ impl Array {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+
+    use super::super::opened::OpenFile;
     use super::*;
 
     fn bytes(values: [f32; 2]) -> Vec<u8> {
@@ -331,7 +220,7 @@ mod tests {
     fn open(path: &str) -> Array {
         Array {
             file: path.to_owned(),
-            bytes: Bytes::File(OpenFile::open(path).unwrap()),
+            bytes: Bytes::File(Arc::new(OpenFile::open(path).unwrap())),
             place: Place {
                 kind: Kind::F32,
                 shape: vec![2, 1],
@@ -353,7 +242,7 @@ mod tests {
         assert_eq!(array.numbers().unwrap(), [1.0, 2.0]);
 
         let array = open(&x);
-        let again = array.bytes.try_clone(&x).unwrap();
+        let again = array.bytes.clone();
         assert_eq!(array.numbers().unwrap(), [3.0, 4.0]);
         // In place: as many bytes, and later, however coarse the file system's clock is.
         let file = File::options().write(true).open(&x).unwrap();

@@ -2,19 +2,20 @@
 //!
 //! Invariants:
 //! 1. Numbers are read row by row as they are needed, where they lie on this machine's disk; what comes
-//!    from the object store is held in memory.
+//!    from the object store is held in memory, or copied to this machine's disk where it is too large for that.
 //! 2. The files' bytes are hashed and looked through once, when the data set is loaded; a file that is written to
 //!    after that is not read any more.
 
+use super::Digests;
 use super::array::Array;
 use super::error::DataError;
 use super::files::Files;
-use super::npy::{self, NpySpec};
+use super::npy::{self, HEADER_BYTES_MAX as NPY_HEADER_BYTES_MAX, NpySpec};
 use super::rows::{Features, Rows};
 use super::safetensors::{self, SafetensorsSpec};
+use super::scratch::Room;
 use super::shape::SampleShape;
 use super::table::{checked_label, checked_shape, class_count};
-use super::{Digests, npy::HEADER_BYTES_MAX as NPY_HEADER_BYTES_MAX};
 
 /// What is known of labels and scales from the job.
 struct Wanted {
@@ -27,12 +28,13 @@ pub(super) fn load_npy(
     source: &str,
     spec: &NpySpec,
     files: &Files,
+    room: &Room,
     digests: &mut Digests,
 ) -> Result<(SampleShape, Rows), DataError> {
     let mut open = |names: &[String]| -> Result<Vec<Array>, DataError> {
         names
             .iter()
-            .map(|name| open_npy(name, files, digests))
+            .map(|name| open_npy(name, files, room, digests))
             .collect()
     };
     let features = open(&spec.features)?;
@@ -50,11 +52,14 @@ pub(super) fn load_safetensors(
     source: &str,
     spec: &SafetensorsSpec,
     files: &Files,
+    room: &Room,
     digests: &mut Digests,
 ) -> Result<(SampleShape, Rows), DataError> {
     let (mut features, mut labels, mut targets) = (Vec::new(), Vec::new(), Vec::new());
     for file in &spec.files {
-        let (bytes, size_bytes) = files.open(file, digests)?;
+        let bytes = files.open(file, room)?;
+        digests.add(file, &bytes)?;
+        let size_bytes = bytes.size_bytes();
         let mut start = vec![0; size_bytes.min(8) as usize];
         bytes.read_at(file, &mut start, 0)?;
         let header_bytes = safetensors::header_bytes(file, &start)?.min(size_bytes);
@@ -63,7 +68,7 @@ pub(super) fn load_safetensors(
         let array = |name: &str| -> Result<Array, DataError> {
             Ok(Array {
                 file: format!("{file} ({name})"),
-                bytes: bytes.try_clone(file)?,
+                bytes: bytes.clone(),
                 place: safetensors::place(file, &header, size_bytes, name)?,
             })
         };
@@ -82,8 +87,15 @@ pub(super) fn load_safetensors(
     rows(source, features, labels, targets, &wanted)
 }
 
-fn open_npy(name: &str, files: &Files, digests: &mut Digests) -> Result<Array, DataError> {
-    let (bytes, size_bytes) = files.open(name, digests)?;
+fn open_npy(
+    name: &str,
+    files: &Files,
+    room: &Room,
+    digests: &mut Digests,
+) -> Result<Array, DataError> {
+    let bytes = files.open(name, room)?;
+    digests.add(name, &bytes)?;
+    let size_bytes = bytes.size_bytes();
     let mut start = vec![0; size_bytes.min(NPY_HEADER_BYTES_MAX as u64 + 12) as usize];
     bytes.read_at(name, &mut start, 0)?;
     Ok(Array {
@@ -183,7 +195,7 @@ fn rows(
     };
     let rows = Rows::Measured {
         features: values,
-        targets: numbers,
+        targets: Features::Memory(numbers),
     };
     checked_shape(source, shape).map(|shape| (shape, rows))
 }

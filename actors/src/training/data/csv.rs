@@ -1,15 +1,23 @@
 //! Numbers in text, a sample a line, separated by commas; the last columns are what to predict.
 //!
-//! Invariant: a file is taken whole, or refused with file, line (counted from 1) and column.
+//! Invariants:
+//! 1. A file is taken whole, or refused with file, line (counted from 1) and column.
+//! 2. No more of it than a line is in memory at a time, beside the table.
 
-use std::io::Read;
+use std::io::{self, BufRead, BufReader, Read};
 
 use flate2::read::MultiGzDecoder;
 use serde::{Deserialize, Serialize};
 
 use super::error::DataError;
-use super::files::FILE_BYTES_MAX;
+use super::opened::data_error;
 use super::table::{Table, TableSpec, Wanted};
+
+/// Bytes that are read at once.
+const READ_BYTES: usize = 1 << 17;
+
+/// How a gzip file begins.
+const MAGIC: [u8; 2] = [0x1f, 0x8b];
 
 /// CSV files: numbers only, and what is to be predicted in the last column (or columns).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -47,35 +55,74 @@ impl CsvSpec {
     }
 }
 
-/// Adds the lines of a file to `table`.
+/// Adds the lines of a file to `table`: all that `stored` has, as it is stored.
 pub(super) fn read(
     file: &str,
-    bytes: &[u8],
+    mut stored: impl Read,
     header: bool,
+    line_bytes_max: u64,
     table: &mut Table,
 ) -> Result<(), DataError> {
-    let decompressed;
-    let text = if file.ends_with(".gz") {
-        decompressed = decompress(file, bytes)?;
-        &decompressed[..]
-    } else {
-        bytes
-    };
-    if text.len() as u64 > FILE_BYTES_MAX {
-        return Err(DataError::TooLarge {
+    if !is_gzip(file) {
+        let text = BufReader::with_capacity(READ_BYTES, stored);
+        return read_lines(file, text, header, line_bytes_max, table);
+    }
+    let mut start = Vec::new();
+    stored
+        .by_ref()
+        .take(MAGIC.len() as u64)
+        .read_to_end(&mut start)
+        .map_err(|error| data_error(file, error))?;
+    if start != MAGIC && !start.is_empty() {
+        return Err(DataError::NotGzip {
             file: file.to_owned(),
-            limit: FILE_BYTES_MAX,
         });
     }
-    let body = text.strip_suffix(b"\n").unwrap_or(text);
-    let lines = body.split(|byte| *byte == b'\n').enumerate();
+    let text = MultiGzDecoder::new(start.as_slice().chain(stored));
+    let text = BufReader::with_capacity(READ_BYTES, text);
+    read_lines(file, text, header, line_bytes_max, table)
+}
+
+fn is_gzip(file: &str) -> bool {
+    file.ends_with(".gz")
+}
+
+fn read_lines(
+    file: &str,
+    mut text: impl BufRead,
+    header: bool,
+    line_bytes_max: u64,
+    table: &mut Table,
+) -> Result<(), DataError> {
+    let mut bytes = Vec::new();
     let mut found = false;
-    for (index, line) in lines.skip(usize::from(header)) {
-        if body.is_empty() {
+    for line in 1.. {
+        let failed = |error| broken(file, line, error);
+        bytes.clear();
+        // One more, which is the end of the longest line.
+        let mut limited = text.by_ref().take(line_bytes_max.saturating_add(1));
+        if limited.read_until(b'\n', &mut bytes).map_err(failed)? == 0 {
             break;
         }
+        if bytes.last() == Some(&b'\n') {
+            bytes.pop();
+        }
+        if bytes.len() as u64 > line_bytes_max {
+            return Err(DataError::LongLine {
+                file: file.to_owned(),
+                line,
+                limit: line_bytes_max,
+            });
+        }
+        // The end of a line alone is a text without lines.
+        if line == 1 && bytes.is_empty() && text.fill_buf().map_err(failed)?.is_empty() {
+            break;
+        }
+        if line == 1 && header {
+            continue;
+        }
         found = true;
-        push_line(file, index + 1, line, table)?;
+        push_line(file, line, &bytes, table)?;
     }
     if !found {
         return Err(DataError::Empty {
@@ -84,6 +131,19 @@ pub(super) fn read(
         });
     }
     Ok(())
+}
+
+/// Why a line cannot be read: what is below says what is wrong with the file, the decoder what with its bytes.
+fn broken(file: &str, line: usize, error: io::Error) -> DataError {
+    match error.downcast::<DataError>() {
+        Ok(known) => known,
+        Err(error) if is_gzip(file) => DataError::Truncated {
+            file: file.to_owned(),
+            line,
+            reason: error.to_string(),
+        },
+        Err(error) => data_error(file, error),
+    }
 }
 
 fn push_line(file: &str, line: usize, bytes: &[u8], table: &mut Table) -> Result<(), DataError> {
@@ -123,22 +183,4 @@ fn push_line(file: &str, line: usize, bytes: &[u8], table: &mut Table) -> Result
 /// At most 32 characters of a cell, so that a damaged file cannot fill a log line.
 fn shortened(cell: &str) -> String {
     cell.chars().take(32).collect()
-}
-
-fn decompress(file: &str, bytes: &[u8]) -> Result<Vec<u8>, DataError> {
-    if !bytes.starts_with(&[0x1f, 0x8b]) && !bytes.is_empty() {
-        return Err(DataError::NotGzip {
-            file: file.to_owned(),
-        });
-    }
-    let mut text = Vec::new();
-    let read = MultiGzDecoder::new(bytes)
-        .take(FILE_BYTES_MAX + 1)
-        .read_to_end(&mut text);
-    read.map_err(|error| DataError::Truncated {
-        file: file.to_owned(),
-        line: text.iter().filter(|byte| **byte == b'\n').count() + 1,
-        reason: error.to_string(),
-    })?;
-    Ok(text)
 }

@@ -2,6 +2,7 @@
 //! what to do.
 
 use std::io;
+use std::path::PathBuf;
 
 use mobula_storage::blob::BlobError;
 
@@ -62,11 +63,44 @@ pub enum DataError {
         /// What the decoder said.
         reason: String,
     },
-    /// More bytes than a data file may have.
-    #[error("{file} holds more than {limit} bytes, the limit for one data file; split it")]
+    /// More bytes than a data set may have on a trainer's disk.
+    #[error(
+        "with {file} the data set takes more than {limit} bytes of each trainer's disk, the limit for what is unpacked or \
+         copied there; train on fewer rows, or give .npy or .safetensors files that every worker has, which are read \
+         where they lie"
+    )]
     TooLarge {
         /// The file.
         file: String,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// What is unpacked or copied cannot be written to this machine's disk, or not be read again.
+    #[error(
+        "the {bytes} bytes of {file} that go to a file in {} cannot be kept there: {source}; free space there, or name \
+         a folder with more of it by TMPDIR",
+        folder.display()
+    )]
+    Scratch {
+        /// The data file, or the data set.
+        file: String,
+        /// Where its copy is.
+        folder: PathBuf,
+        /// Bytes of the copy, as far as they are known.
+        bytes: u64,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// A line that is longer than a sample can be.
+    #[error(
+        "{file}:{line}: the line has more than {limit} bytes, the limit; put each sample on a line of its own, or give \
+         larger ones as .npy or .safetensors files"
+    )]
+    LongLine {
+        /// The file.
+        file: String,
+        /// The line.
+        line: usize,
         /// The limit in bytes.
         limit: u64,
     },

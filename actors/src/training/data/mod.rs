@@ -2,7 +2,8 @@
 //!
 //! * [`DataSpec`] says what a job asks for; [`shape`] what a sample is; [`rows`] what a batch of them is.
 //! * One file a format: [`csv`], [`parquet`], [`npy`], [`safetensors`], [`text`]; `table` checks rows of numbers, `array`
-//!   and `arrays` arrays of them; [`files`] brings the bytes, `prefetch` before they are needed.
+//!   and `arrays` arrays of them; [`files`] brings the bytes (`opened`), `prefetch` before they are needed.
+//! * What is too large for memory and does not lie in a file as it is needed goes to one: `scratch`, `numbers`.
 //!
 //! Invariants:
 //! 1. A loaded data set is complete and finite, or loading fails with an error that names file, place,
@@ -11,8 +12,6 @@
 //!    its data.
 //! 3. Which samples are held out depends on (seed, count, fraction) only.
 
-use std::fs::File;
-use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -29,7 +28,11 @@ pub mod text;
 
 mod array;
 mod arrays;
+mod digests;
+mod numbers;
+mod opened;
 mod prefetch;
+mod scratch;
 mod table;
 
 pub use error::DataError;
@@ -42,12 +45,14 @@ use self::parquet::ParquetSpec;
 use super::permutation::Permutation;
 use super::random::Purpose;
 use csv::CsvSpec;
+use digests::{Digests, Hashed};
 use npy::NpySpec;
 use rows::Rows;
 use safetensors::SafetensorsSpec;
+use scratch::{Limits, Room};
 use table::Table;
 pub use text::BYTE_VOCABULARY;
-use text::TextSpec;
+use text::{Text, TextSpec};
 
 /// The handwritten digits that come with this crate; provenance in `data/README.md`.
 pub const EMBEDDED_DIGITS: &[u8] = include_bytes!("../../../data/digits.csv.gz");
@@ -168,34 +173,43 @@ pub struct Split {
 impl Dataset {
     /// Loads what a job names.
     pub fn load(spec: &DataSpec, files: &Files) -> Result<Self, DataError> {
+        Self::load_into(spec, files, &Room::new(Limits::default()))
+    }
+
+    fn load_into(spec: &DataSpec, files: &Files, room: &Room) -> Result<Self, DataError> {
         let source = spec.name();
         let mut digests = Digests::of(spec);
         let (shape, rows) = match spec {
             DataSpec::Digits => return Self::digits(),
             DataSpec::Csv(spec) => {
-                let mut table = Table::new(spec.table());
+                let mut table = Table::new(spec.table(), room);
                 for file in &spec.files {
-                    let bytes = digests.add(files.read(file)?);
-                    csv::read(file, &bytes, spec.header, &mut table)?;
+                    let mut stored = Hashed::new(files.open(file, room)?.reader(file, 0));
+                    let line_bytes_max = room.limits().line_bytes;
+                    csv::read(file, &mut stored, spec.header, line_bytes_max, &mut table)?;
+                    digests.add_rest(file, stored)?;
                 }
                 table.finish(&source)?
             }
             DataSpec::Parquet(spec) => {
-                let mut table = Table::new(spec.table());
+                let mut table = Table::new(spec.table(), room);
                 for file in &spec.files {
-                    let bytes = digests.add(files.read(file)?);
-                    parquet::read(file, bytes, spec, &mut table)?;
+                    let bytes = files.open(file, room)?;
+                    digests.add(file, &bytes)?;
+                    parquet::read(file, &bytes, spec, &mut table)?;
                 }
                 table.finish(&source)?
             }
-            DataSpec::Npy(spec) => arrays::load_npy(&source, spec, files, &mut digests)?,
+            DataSpec::Npy(spec) => arrays::load_npy(&source, spec, files, room, &mut digests)?,
             DataSpec::Safetensors(spec) => {
-                arrays::load_safetensors(&source, spec, files, &mut digests)?
+                arrays::load_safetensors(&source, spec, files, room, &mut digests)?
             }
             DataSpec::Text(spec) => {
-                let mut text = Vec::new();
+                let mut text = Text::default();
                 for file in &spec.files {
-                    text.extend(digests.add(files.read(file)?));
+                    let bytes = files.open(file, room)?;
+                    digests.add(file, &bytes)?;
+                    text.push(file, bytes);
                 }
                 text::cut(&source, text, spec.context)?
             }
@@ -213,8 +227,16 @@ impl Dataset {
             targets: None,
             scale: Some(16.0),
         };
-        let mut table = Table::new(spec.table());
-        csv::read("digits.csv.gz", EMBEDDED_DIGITS, false, &mut table)?;
+        let room = Room::new(Limits::default());
+        let mut table = Table::new(spec.table(), &room);
+        let line_bytes_max = room.limits().line_bytes;
+        csv::read(
+            "digits.csv.gz",
+            EMBEDDED_DIGITS,
+            false,
+            line_bytes_max,
+            &mut table,
+        )?;
         let (shape, rows) = table.finish("digits")?;
         let digest = blake3::hash(EMBEDDED_DIGITS).to_hex().to_string();
         let source = "digits".to_owned();
@@ -231,8 +253,12 @@ impl Dataset {
     /// Samples of CSV text; `file` names it in errors.
     pub fn from_csv(file: &str, bytes: &[u8], spec: &CsvSpec) -> Result<Self, DataError> {
         let mut digests = Digests::of(&DataSpec::Csv(spec.clone()));
-        let mut table = Table::new(spec.table());
-        csv::read(file, &digests.add(bytes.to_vec()), spec.header, &mut table)?;
+        let room = Room::new(Limits::default());
+        let mut table = Table::new(spec.table(), &room);
+        let mut stored = Hashed::new(bytes);
+        let line_bytes_max = room.limits().line_bytes;
+        csv::read(file, &mut stored, spec.header, line_bytes_max, &mut table)?;
+        digests.add_rest(file, stored)?;
         let (shape, rows) = table.finish(file)?;
         Ok(Self::of(file.to_owned(), digests, shape, rows))
     }
@@ -363,50 +389,7 @@ impl Dataset {
     }
 }
 
-/// The digests of a data set, as its files are read.
-struct Digests {
-    whole: blake3::Hasher,
-    files: Vec<blake3::Hash>,
-}
-
-impl Digests {
-    fn of(spec: &DataSpec) -> Self {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(b"mobula.training.data.v1");
-        let how = serde_json::to_vec(&spec.without_files())
-            .expect("plain numbers and strings always encode");
-        hasher.update(&(how.len() as u64).to_le_bytes());
-        hasher.update(&how);
-        Digests {
-            whole: hasher,
-            files: Vec::new(),
-        }
-    }
-
-    fn add(&mut self, bytes: Vec<u8>) -> Vec<u8> {
-        self.add_digest(blake3::hash(&bytes));
-        bytes
-    }
-
-    /// Hashes what a file holds, and says how much that is.
-    fn add_file(&mut self, file: &mut File) -> io::Result<u64> {
-        let mut hasher = blake3::Hasher::new();
-        let size_bytes = io::copy(file, &mut hasher)?;
-        self.add_digest(hasher.finalize());
-        Ok(size_bytes)
-    }
-
-    fn add_digest(&mut self, digest: blake3::Hash) {
-        self.whole.update(digest.as_bytes());
-        self.files.push(digest);
-    }
-
-    /// That of the whole, and those of its files, in hex.
-    fn finish(self) -> (String, Vec<String>) {
-        let files = self.files.iter().map(|file| file.to_hex().to_string());
-        (self.whole.finalize().to_hex().to_string(), files.collect())
-    }
-}
-
+#[cfg(test)]
+mod large_tests;
 #[cfg(test)]
 mod tests;

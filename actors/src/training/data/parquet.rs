@@ -1,14 +1,18 @@
 //! Parquet files: columns of numbers by name.
 //!
-//! Invariant: a file is taken whole, or refused with file, row (counted from 1) and column.
+//! Invariants:
+//! 1. A file is taken whole, or refused with file, row (counted from 1) and column.
+//! 2. No more of it than a page of each column is in memory at a time, beside the table.
+
+use std::io::{self, BufReader};
 
 use ::parquet::errors::ParquetError;
-use ::parquet::file::reader::{FileReader, SerializedFileReader};
+use ::parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use ::parquet::record::Field;
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::error::DataError;
+use super::opened::{Bytes, Reader, data_error};
 use super::table::{Table, TableSpec, Wanted};
 
 /// Parquet files, compressed with Snappy or gzip, or not at all.
@@ -84,20 +88,77 @@ impl ParquetSpec {
     }
 }
 
+/// A file as the decoder reads it: here and there.
+struct Chunks {
+    file: String,
+    bytes: Bytes,
+}
+
+impl Length for Chunks {
+    fn len(&self) -> u64 {
+        self.bytes.size_bytes()
+    }
+}
+
+impl ChunkReader for Chunks {
+    type T = BufReader<Reader>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
+        Ok(BufReader::new(self.bytes.reader(&self.file, start)))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<::bytes::Bytes, ParquetError> {
+        let size_bytes = self.bytes.size_bytes();
+        if start
+            .checked_add(length as u64)
+            .is_none_or(|end| end > size_bytes)
+        {
+            let reason = format!("{length} bytes at {start} are wanted, of {size_bytes}");
+            return Err(ParquetError::EOF(reason));
+        }
+        self.bytes
+            .part(&self.file, start, length)
+            .map_err(|error| ParquetError::External(Box::new(error)))
+    }
+}
+
+/// What the decoder said of a file. Where that could not be read, or was changed, this says so.
+fn failure(file: &str, bytes: &Bytes, error: ParquetError) -> DataError {
+    if let Err(changed) = bytes.check(file) {
+        return changed;
+    }
+    let error = match error {
+        ParquetError::External(cause) => match cause.downcast::<DataError>() {
+            Ok(known) => return *known,
+            Err(cause) => match cause.downcast::<io::Error>() {
+                Ok(error) if error.get_ref().is_some_and(|inner| inner.is::<DataError>()) => {
+                    return data_error(file, *error);
+                }
+                Ok(error) => ParquetError::External(error),
+                Err(cause) => ParquetError::External(cause),
+            },
+        },
+        other => other,
+    };
+    misfit(
+        file,
+        format!("it cannot be read as Parquet ({error}); copy or write the file again"),
+    )
+}
+
 /// Adds the rows of a file to `table`.
 pub(super) fn read(
     file: &str,
-    bytes: Vec<u8>,
+    bytes: &Bytes,
     spec: &ParquetSpec,
     table: &mut Table,
 ) -> Result<(), DataError> {
-    let broken = |error: ParquetError| {
-        misfit(
-            file,
-            format!("it cannot be read as Parquet ({error}); copy or write the file again"),
-        )
+    let broken = |error: ParquetError| failure(file, bytes, error);
+    let chunks = Chunks {
+        file: file.to_owned(),
+        bytes: bytes.clone(),
     };
-    let reader = SerializedFileReader::new(Bytes::from(bytes)).map_err(broken)?;
+    let reader = SerializedFileReader::new(chunks).map_err(broken)?;
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<String> = schema
         .get_fields()
@@ -197,10 +258,11 @@ mod tests {
     use ::parquet::file::writer::SerializedFileWriter;
     use ::parquet::schema::parser::parse_message_type;
 
+    use super::super::scratch::{Limits, Room};
     use super::super::{DataSpec, Dataset, Files, SampleShape, Samples};
     use super::*;
 
-    /// Columns `x`, `y` and `class`, written as other programs would.
+    /// Columns `x`, `y` and `class`, written as other programs would, two rows in a group.
     fn written(compression: Compression, x: &[f64], y: &[f64], class: &[i64]) -> Vec<u8> {
         let schema = "message rows { required double x; required double y; required int64 class; }";
         let schema = Arc::new(parse_message_type(schema).unwrap());
@@ -210,22 +272,24 @@ mod tests {
         let mut bytes = Vec::new();
         let mut writer =
             SerializedFileWriter::new(&mut bytes, schema, Arc::new(properties)).unwrap();
-        let mut group = writer.next_row_group().unwrap();
-        for values in [x, y] {
+        for ((x, y), class) in x.chunks(2).zip(y.chunks(2)).zip(class.chunks(2)) {
+            let mut group = writer.next_row_group().unwrap();
+            for values in [x, y] {
+                let mut column = group.next_column().unwrap().unwrap();
+                column
+                    .typed::<DoubleType>()
+                    .write_batch(values, None, None)
+                    .unwrap();
+                column.close().unwrap();
+            }
             let mut column = group.next_column().unwrap().unwrap();
             column
-                .typed::<DoubleType>()
-                .write_batch(values, None, None)
+                .typed::<Int64Type>()
+                .write_batch(class, None, None)
                 .unwrap();
             column.close().unwrap();
+            group.close().unwrap();
         }
-        let mut column = group.next_column().unwrap().unwrap();
-        column
-            .typed::<Int64Type>()
-            .write_batch(class, None, None)
-            .unwrap();
-        column.close().unwrap();
-        group.close().unwrap();
         writer.close().unwrap();
         bytes
     }
@@ -320,5 +384,51 @@ mod tests {
         );
         let error = load(spec(vec![cut])).unwrap_err().to_string();
         assert!(error.contains("cannot be read as Parquet"), "{error}");
+    }
+
+    #[test]
+    fn groups_of_rows_are_the_same_in_memory_and_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.parquet");
+        let numbers: Vec<f64> = (0..9).map(|number| f64::from(number) / 7.0).collect();
+        let classes: Vec<i64> = (0..9).map(|number| number % 3).collect();
+        let stored = written(Compression::SNAPPY, &numbers, &numbers, &classes);
+        std::fs::write(&path, &stored).unwrap();
+        let file = path.display().to_string();
+        let spec = DataSpec::Parquet(spec(vec![file.clone()]));
+        let small = || {
+            Room::new(Limits {
+                memory_bytes: 8,
+                ..Limits::default()
+            })
+        };
+        let memory = Dataset::load(&spec, &Files::local()).unwrap();
+        let disk = Dataset::load_into(&spec, &Files::local(), &small()).unwrap();
+        assert!(!memory.is_read_late() && disk.is_read_late());
+        assert_eq!(memory.len(), 9);
+        assert_eq!(memory.all().unwrap(), disk.all().unwrap());
+        assert_eq!(
+            memory.gather(&[8, 2]).unwrap(),
+            disk.gather(&[8, 2]).unwrap()
+        );
+        assert_eq!(memory.digest(), disk.digest());
+        assert_eq!(memory.shape(), disk.shape());
+        assert_eq!(
+            disk.file_digests(),
+            [blake3::hash(&stored).to_hex().to_string()]
+        );
+
+        // Written to between its hashing and its decoding.
+        let room = small();
+        let bytes = Files::local().open(&file, &room).unwrap();
+        let open = std::fs::File::options().write(true).open(&path).unwrap();
+        let later =
+            open.metadata().unwrap().modified().unwrap() + std::time::Duration::from_secs(1);
+        open.set_modified(later).unwrap();
+        let DataSpec::Parquet(spec) = &spec else {
+            panic!("{spec:?}")
+        };
+        let error = read(&file, &bytes, spec, &mut Table::new(spec.table(), &room)).unwrap_err();
+        assert!(matches!(error, DataError::Changed { .. }), "{error}");
     }
 }

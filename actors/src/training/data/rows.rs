@@ -2,6 +2,8 @@
 
 use super::array::Array;
 use super::error::DataError;
+use super::numbers::OnDisk;
+use super::text::Text;
 
 /// Some samples, as a model gets them: sample by sample, the first one first.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,16 +67,18 @@ pub(super) enum Rows {
     },
     Measured {
         features: Features,
-        targets: Vec<f32>,
+        targets: Features,
     },
     /// Text, cut into windows that overlap by one token: the last of one is the first of the next.
-    Tokens { text: Vec<u8>, context: usize },
+    Tokens { text: Text, context: usize },
 }
 
 /// The numbers of all samples.
 #[derive(Debug)]
 pub(super) enum Features {
     Memory(Vec<f32>),
+    /// Rows in a file of this process.
+    Disk(OnDisk),
     /// Arrays of rows, one after the other, that are read as they are needed.
     Arrays {
         arrays: Vec<Array>,
@@ -100,6 +104,21 @@ impl Features {
         }
     }
 
+    /// Whether rows are read from a file each time.
+    fn is_read_late(&self) -> bool {
+        !matches!(self, Features::Memory(_))
+    }
+
+    /// How many rows of `width` there are.
+    fn count(&self, width: usize) -> usize {
+        let width = width.max(1);
+        match self {
+            Features::Memory(values) => values.len() / width,
+            Features::Disk(numbers) => (numbers.len() / width as u64) as usize,
+            Features::Arrays { arrays, .. } => arrays.iter().map(|array| array.place.rows()).sum(),
+        }
+    }
+
     fn gather(&self, rows: &[u64], width: usize) -> Result<Vec<f32>, DataError> {
         let mut gathered = Vec::with_capacity(rows.len() * width);
         for row in rows {
@@ -107,6 +126,7 @@ impl Features {
                 Features::Memory(values) => {
                     gathered.extend_from_slice(&values[*row as usize * width..][..width]);
                 }
+                Features::Disk(numbers) => numbers.read_row(*row, width, &mut gathered)?,
                 Features::Arrays {
                     arrays,
                     firsts,
@@ -126,10 +146,11 @@ impl Rows {
     /// Whether samples are read from a file each time.
     pub(super) fn is_read_late(&self) -> bool {
         match self {
-            Rows::Classified { features, .. } | Rows::Measured { features, .. } => {
-                matches!(features, Features::Arrays { .. })
+            Rows::Classified { features, .. } => features.is_read_late(),
+            Rows::Measured { features, targets } => {
+                features.is_read_late() || targets.is_read_late()
             }
-            Rows::Tokens { .. } => false,
+            Rows::Tokens { text, .. } => text.is_read_late(),
         }
     }
 
@@ -137,8 +158,8 @@ impl Rows {
     pub(super) fn count(&self, outputs: usize) -> usize {
         match self {
             Rows::Classified { labels, .. } => labels.len(),
-            Rows::Measured { targets, .. } => targets.len() / outputs.max(1),
-            Rows::Tokens { text, context } => text.len().saturating_sub(1) / context,
+            Rows::Measured { targets, .. } => targets.count(outputs),
+            Rows::Tokens { text, context } => text.window_count(*context),
         }
     }
 
@@ -156,20 +177,11 @@ impl Rows {
             },
             Rows::Measured { features, targets } => Samples::Measured {
                 features: features.gather(rows, width)?,
-                targets: rows
-                    .iter()
-                    .flat_map(|row| &targets[*row as usize * outputs..][..outputs])
-                    .copied()
-                    .collect(),
+                targets: targets.gather(rows, outputs)?,
             },
-            Rows::Tokens { text, context } => {
-                let mut windows = Vec::with_capacity(rows.len() * (context + 1));
-                for row in rows {
-                    let start = *row as usize * context;
-                    windows.extend(text[start..=start + context].iter().copied().map(u32::from));
-                }
-                Samples::Tokens { windows }
-            }
+            Rows::Tokens { text, context } => Samples::Tokens {
+                windows: text.windows(rows, *context)?,
+            },
         };
         Ok(Batch {
             count: rows.len(),

@@ -2,10 +2,13 @@
 //!
 //! Invariants:
 //! 1. All rows have as many columns as the first one, and all values are finite.
-//! 2. The number of classes is what the job says, or one more than the largest label.
+//! 2. The numbers are in memory up to a limit, and beyond it in a file: the samples are the same.
+//! 3. The number of classes is what the job says, or one more than the largest label.
 
 use super::error::DataError;
-use super::rows::{Features, Rows};
+use super::numbers::Growing;
+use super::rows::Rows;
+use super::scratch::Room;
 use super::shape::SampleShape;
 
 /// What the columns of a table are.
@@ -31,14 +34,16 @@ pub(super) struct Table {
     /// Columns of a row, once it is known, and where it is known from.
     columns: Option<(usize, String)>,
     divisor: f32,
-    features: Vec<f32>,
+    features: Growing,
     labels: Vec<u32>,
-    targets: Vec<f32>,
+    targets: Growing,
     rows: usize,
+    room: Room,
 }
 
 impl Table {
-    pub(super) fn new(spec: TableSpec) -> Self {
+    /// An empty table, with the room that its numbers may take.
+    pub(super) fn new(spec: TableSpec, room: &Room) -> Self {
         let after = spec.targets.unwrap_or(1);
         let columns = spec.shape.as_ref().map(|shape| {
             let numbers: usize = shape.iter().product();
@@ -49,10 +54,11 @@ impl Table {
             divisor: spec.scale.unwrap_or(1.0) as f32,
             spec,
             columns,
-            features: Vec::new(),
+            features: Growing::new(),
             labels: Vec::new(),
-            targets: Vec::new(),
+            targets: Growing::new(),
             rows: 0,
+            room: room.clone(),
         }
     }
 
@@ -81,8 +87,36 @@ impl Table {
                 why: why.clone(),
             });
         }
+        self.make_room(file)?;
         self.rows += 1;
         Ok(())
+    }
+
+    /// Room for one row more. What the rows before it take decides where it goes.
+    fn make_room(&mut self, file: &str) -> Result<(), DataError> {
+        let limits = self.room.limits();
+        if self.rows >= limits.samples {
+            return Err(DataError::Misfit {
+                file: file.to_owned(),
+                reason: format!(
+                    "with it the data set has more than {} rows, the limit for files of rows; train on fewer",
+                    limits.samples
+                ),
+            });
+        }
+        let in_memory = self.features.memory_bytes() + self.targets.memory_bytes();
+        if in_memory > limits.memory_bytes {
+            self.features.spill(file, &self.room)?;
+            if self.spec.targets.is_some() {
+                self.targets.spill(file, &self.room)?;
+            }
+        }
+        let numbers = self.number_count();
+        let targets = self.spec.targets.unwrap_or(0);
+        match self.features.reserve(numbers) && self.targets.reserve(targets) {
+            true => Ok(()),
+            false => Err(self.room.too_large(file)),
+        }
     }
 
     /// What is wanted in a column of the row that was begun.
@@ -108,12 +142,15 @@ impl Table {
                 value,
             });
         }
-        if index < self.column_count() - self.spec.targets.unwrap_or(1) {
-            self.features.push(value / self.divisor);
+        let pushed = if index < self.number_count() {
+            self.features.push(value / self.divisor)
         } else {
-            self.targets.push(value);
-        }
-        Ok(())
+            self.targets.push(value)
+        };
+        pushed.map_err(|source| {
+            let size_bytes = self.features.size_bytes() + self.targets.size_bytes();
+            self.room.failed(file, size_bytes, source)
+        })
     }
 
     pub(super) fn push_label(
@@ -129,15 +166,15 @@ impl Table {
 
     /// The samples. `source` names them in errors.
     pub(super) fn finish(self, source: &str) -> Result<(SampleShape, Rows), DataError> {
-        let numbers = self.column_count() - self.spec.targets.unwrap_or(1);
+        let numbers = self.number_count();
         let features = self.spec.shape.clone().unwrap_or_else(|| vec![numbers]);
-        let values = Features::Memory(self.features);
+        let values = self.features.finish(source, &self.room)?;
         let (shape, rows) = match self.spec.targets {
             Some(targets) => (
                 SampleShape::Measured { features, targets },
                 Rows::Measured {
                     features: values,
-                    targets: self.targets,
+                    targets: self.targets.finish(source, &self.room)?,
                 },
             ),
             None => (
@@ -155,6 +192,11 @@ impl Table {
             ),
         };
         checked_shape(source, shape).map(|shape| (shape, rows))
+    }
+
+    /// Columns of a row with numbers of the sample, once that is known.
+    fn number_count(&self) -> usize {
+        self.column_count() - self.spec.targets.unwrap_or(1)
     }
 
     fn column_count(&self) -> usize {

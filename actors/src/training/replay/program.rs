@@ -18,13 +18,13 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use futures::TryStreamExt;
 use mobula_storage::artifact::{ArtifactError, ArtifactId, ArtifactStore};
 use mobula_storage::digest::{Digest, ParseDigestError};
 use tempfile::TempDir;
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::Child;
-use tokio::runtime::Handle;
 
 use super::ReplayReport;
 use super::channel::{
@@ -237,14 +237,7 @@ async fn prepare(
         blobs.entry(blob.to_owned()).or_insert(file);
     }
     for (blob, file) in &blobs {
-        let (files, name) = (
-            archive.files(Handle::current()),
-            format!("{STORE_PREFIX}{blob}"),
-        );
-        let bytes = tokio::task::spawn_blocking(move || files.read(&name))
-            .await
-            .expect("reading does not panic, and is not aborted")?;
-        write(&folder.join(file), &bytes).await?;
+        fetch_blob(archive, blob, &folder.join(file)).await?;
     }
     if let Some(from) = &record.spec.start_from {
         from.validate()?;
@@ -260,6 +253,22 @@ async fn prepare(
     let path = folder.join(TASK_FILE);
     let task = serde_json::to_vec(&task).map_err(|error| file_error(&path)(error.into()))?;
     write(&path, &task).await
+}
+
+/// Copies a blob of the run's data, which may be larger than memory, to a file.
+async fn fetch_blob(archive: &Archive, blob: &str, path: &Path) -> Result<(), ProgramReplayError> {
+    let failed = |source| DataError::Store {
+        file: blob.to_owned(),
+        source,
+    };
+    let (_, mut bytes) = archive.blobs().get_stream(blob).await.map_err(failed)?;
+    let mut file = tokio::fs::File::create(path)
+        .await
+        .map_err(file_error(path))?;
+    while let Some(part) = bytes.try_next().await.map_err(failed)? {
+        file.write_all(&part).await.map_err(file_error(path))?;
+    }
+    file.flush().await.map_err(file_error(path))
 }
 
 /// Starts the program. What it says can be read from the socket.
